@@ -1,0 +1,107 @@
+"""Composition: pictures with alpha laid on a ground, in a few ways that a caption can say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from ldm.config import nearest
+from ldm.data.palette import PALETTE
+
+Size = Literal["full", "small"]
+Place = Literal["centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right"]
+SIZES: tuple[Size, ...] = get_args(Size)
+PLACES: tuple[Place, ...] = get_args(Place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """What an image shows. The defaults are the source's own: one picture, full size, centred, on white unsaid.
+
+    ``picture`` and ``second`` are rows of the index; with a second one, the two stand side by side (``picture`` on the left), each at half size.
+    ``ground`` is a colour of the palette, or None for white that the caption leaves out. A ``small`` picture has half the width and the height
+    and may have a ``place`` other than the centre.
+    """
+
+    picture: int
+    second: int | None = None
+    ground: str | None = None
+    size: Size = "full"
+    place: Place = "centre"
+
+    def __post_init__(self) -> None:
+        for field, value, choices in (("ground", self.ground, (None, *PALETTE)), ("size", self.size, SIZES), ("place", self.place, PLACES)):
+            if value not in choices:
+                raise ValueError(f"{field} {value!r}; {nearest(value, choices)}")
+        if self.place != "centre" and self.size != "small":
+            raise ValueError(f"place {self.place!r}: only a small picture can be placed off the centre, got size {self.size!r}")
+        if self.second is not None and self.size != "full":
+            raise ValueError("two pictures side by side have a size of their own: leave size at 'full'")
+
+
+def render(composition: Composition, pictures: np.ndarray, size: int = 128) -> np.ndarray:
+    """The image of a composition, (size, size, 3) uint8 sRGB, from pictures (N, P, P, 4) uint8 RGBA with straight alpha.
+
+    ``size`` must divide P (ValueError); smaller images are means over boxes. Blending is x·alpha + ground·(1 − alpha) on sRGB values, rounded.
+    """
+    return render_batch([composition], pictures, size)[0]
+
+
+def render_batch(compositions: Sequence[Composition], pictures: np.ndarray, size: int = 128) -> np.ndarray:
+    """The images of several compositions, (B, size, size, 3) uint8; see ``render``."""
+    side = pictures.shape[1]
+    if size < 1 or side % size or (side // size > 1 and size % 2):
+        raise ValueError(f"size {size}: expected an even divisor of the pictures' {side} pixels")
+    out = np.empty((len(compositions), size, size, 3), dtype=np.uint8)
+    for image, composition in zip(out, compositions, strict=True):
+        _draw(image, composition, pictures)
+    return out
+
+
+def _draw(image: np.ndarray, composition: Composition, pictures: np.ndarray) -> None:
+    size = len(image)
+    ground = PALETTE[composition.ground or "white"]
+    factor = pictures.shape[1] // size
+    if composition.second is None and composition.size == "full":
+        image[:] = _blend(pictures[composition.picture], ground, factor)
+        return
+    image[:] = ground
+    half = size // 2
+    if composition.second is not None:
+        top = (size - half) // 2
+        image[top : top + half, :half] = _blend(pictures[composition.picture], ground, 2 * factor)
+        image[top : top + half, half : 2 * half] = _blend(pictures[composition.second], ground, 2 * factor)
+        return
+    top, left = corner_of(composition.place, size)
+    image[top : top + half, left : left + half] = _blend(pictures[composition.picture], ground, 2 * factor)
+
+
+def corner_of(place: Place, size: int) -> tuple[int, int]:
+    """The (top, left) pixel of a small picture, size/2 wide, in an image of this size."""
+    half, margin = size // 2, size // 32
+    centre, far = (size - half) // 2, size - half - margin
+    top = margin if place.startswith("top") else far if place.startswith("bottom") else centre
+    left = margin if place.endswith("left") else far if place.endswith("right") else centre
+    return top, left
+
+
+def _blend(rgba: np.ndarray, ground: tuple[int, int, int], factor: int) -> np.ndarray:
+    """RGBA (P, P, 4) uint8 on a ground, made smaller by a whole factor: (P/factor, P/factor, 3) uint8, rounded to nearest."""
+    colour = np.array(ground, dtype=np.uint16)
+    alpha = rgba[..., 3:].astype(np.uint16)
+    mixed = rgba[..., :3] * alpha  # at most 255² = 65,025: fits 16 bits
+    mixed += colour * (255 - alpha)
+    if factor == 1:
+        mixed += 128  # x/255 rounded, exactly, for x up to 255²: y = x + 128; (y + y/256) / 256
+        mixed += mixed >> 8
+        mixed >>= 8
+        return mixed.astype(np.uint8)
+    total = np.zeros((len(rgba) // factor, len(rgba) // factor, 3), dtype=np.uint32)
+    for row in range(factor):
+        for column in range(factor):
+            total += mixed[row::factor, column::factor]
+    weight = 255 * factor * factor
+    return ((total + weight // 2) // weight).astype(np.uint8)

@@ -1,0 +1,261 @@
+"""Builds the emoji data set: ``python -m ldm.data.emoji [--out data/emoji] [--size 128]``.
+
+Three pinned npm packages give the pictures as SVG, a fourth their labels and tags. What is written: ``pictures.npy``, uint8 (N, size, size, 4), RGBA
+with straight (not premultiplied) alpha, fit for memory mapping; ``index.json``, one row for each picture in the same order; ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.data.index import INDEX_FILE, MANIFEST_FILE, PICTURES_FILE, Picture, Style, held_out_picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package of the npm registry: its version, the SHA-256 of its tarball, and its licence."""
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+    @property
+    def file_name(self) -> str:
+        """What ``npm pack`` calls the tarball."""
+        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+ICONS: dict[Style, Package] = {
+    "noto": Package(
+        name="@iconify-json/noto",
+        version="1.2.9",
+        sha256="3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        licence="Apache-2.0",
+    ),
+    "fluent": Package(
+        name="@iconify-json/fluent-emoji",
+        version="1.2.7",
+        sha256="8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+        licence="MIT",
+    ),
+    "twemoji": Package(
+        name="@iconify-json/twemoji",
+        version="1.2.5",
+        sha256="19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        licence="CC-BY-4.0",
+    ),
+}
+LABELS = Package(
+    name="emojibase-data",
+    version="17.0.0",
+    sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    licence="MIT",
+)
+LEFT_OUT = re.compile(  # skin tones, flags, keys, clocks, letters, families: hundreds of near-copies, or pictures of text
+    r"skin-tone|flag|-button|o-clock|oclock|clock-face|keycap|thirty|^[0-9a-z*#]$|letter|squared|ideograph|symbol|regional|tag-|tone-?\d"
+    r"|-(light|medium|dark)|family-|couple|kiss-|copyright|registered|trade-mark"
+)
+
+
+def fetch(package: Package, cache: Path) -> Path:
+    """The package's tarball in the cache, fetched with ``npm pack`` unless it is there; ValueError if its SHA-256 is not the pinned one."""
+    path = cache / package.file_name
+    if not path.is_file():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise FileNotFoundError(f"npm is needed to fetch {package.name}@{package.version} (install Node.js), or put {path.name!r} into {str(cache)!r}")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            done = subprocess.run(
+                [npm, "pack", "--silent", f"{package.name}@{package.version}"], cwd=folder, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"npm pack {package.name}@{package.version} failed: {done.stderr.strip() or done.stdout.strip()}")
+            os.replace(Path(folder) / package.file_name, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise ValueError(f"{str(path)!r}: SHA-256 is {digest}, expected {package.sha256}; remove the file to fetch it again")
+    return path
+
+
+def read_json(tarball: Path, member: str) -> Any:
+    """A JSON file of an npm tarball."""
+    with tarfile.open(tarball) as archive:
+        file = archive.extractfile(f"package/{member}")
+        if file is None:
+            raise ValueError(f"{str(tarball)!r} has no file {member!r}")
+        return json.load(file)
+
+
+def kept_icons(icons: dict[str, Any]) -> dict[str, str]:
+    """SVG documents by name, of an Iconify set's square icons that are not left out; its aliases only repeat pictures under other names."""
+    documents = {}
+    for name, icon in icons["icons"].items():
+        width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
+        if width == height and not LEFT_OUT.search(name):
+            box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+            body = icon["body"]
+            space = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+            documents[name] = f'<svg {space} viewBox="{box}" width="{width}" height="{height}">{body}</svg>'
+    return documents
+
+
+def render_svg(svg: str, size: int) -> np.ndarray:
+    """An SVG document as (size, size, 4) uint8 RGBA, straight alpha."""
+    import resvg_py
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
+    if pixels.shape != (size, size, 4):
+        raise ValueError(f"rendered to {pixels.shape}, expected {(size, size, 4)}")
+    return pixels
+
+
+def _render_job(job: tuple[str, int]) -> np.ndarray:
+    return render_svg(*job)
+
+
+def plain(text: str) -> str:
+    """A label or tag as captions write it: lower-case, ASCII letters, without colons, quotation marks or commas."""
+    text = unicodedata.normalize("NFKD", text.lower().replace("’", "'")).encode("ascii", "ignore").decode()
+    return " ".join(re.sub(r"[^a-z0-9'&+.\-]+", " ", text).split())
+
+
+class LabelTable:
+    """Emojibase's label and tags of an icon, found by its code point sequence (of any icon set that has the name), else by its label's spelling."""
+
+    def __init__(self, entries: Iterable[dict[str, Any]], names_by_code: Iterable[dict[str, str]]) -> None:
+        entries = list(entries)
+        self._by_code = {_code(entry["hexcode"]): entry for entry in entries}
+        self._by_slug = {_slug(entry["label"]): entry for entry in entries}
+        self._code_of: dict[str, str] = {}
+        for table in names_by_code:  # the first set that knows a name decides
+            for code, name in table.items():
+                if _code(code) in self._by_code:
+                    self._code_of.setdefault(name, _code(code))
+
+    def find(self, name: str) -> tuple[str | None, tuple[str, ...]]:
+        """(label, tags) of an icon's name; (None, ()) if unknown."""
+        entry = self._by_code.get(self._code_of.get(name, "")) or self._by_slug.get(_slug(name))
+        if entry is None:
+            return None, ()
+        tags = dict.fromkeys(plain(tag) for tag in entry.get("tags", ()))
+        return plain(entry["label"]), tuple(tag for tag in tags if len(tag) > 1)
+
+
+def _code(hexcode: str) -> str:
+    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", plain(label).replace("'", "")).strip("-")
+
+
+def build_emoji(out: str | Path = "data/emoji", size: int = 128, *, workers: int | None = None, progress: bool = False) -> dict[str, Any]:
+    """Fetch, render and write the data set into ``out`` (tarballs are kept in ``<out>-packages``); returns the manifest.
+
+    Files are written under a temporary name and renamed, the manifest last: a folder with a manifest is whole.
+    """
+    if size < 8 or size % 2:
+        raise ValueError(f"size {size}: expected an even number of pixels, at least 8")
+    out = Path(out)
+    cache = out.with_name(out.name + "-packages")
+    tarballs = {style: fetch(package, cache) for style, package in ICONS.items()}
+    labels = LabelTable(read_json(fetch(LABELS, cache), "en/data.json"), (read_json(path, "chars.json") for path in tarballs.values()))
+    rows, documents = [], []
+    for style, tarball in tarballs.items():
+        for name, svg in kept_icons(read_json(tarball, "icons.json")).items():
+            label, tags = labels.find(name)
+            rows.append(Picture(name=name, style=style, label=label, tags=tags, held_out=held_out_picture(name, style)))
+            documents.append(svg)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST_FILE).unlink(missing_ok=True)
+    shape = (len(rows), size, size, 4)
+    _replace(out / PICTURES_FILE, lambda path: _render_all(path, documents, shape, workers, progress))
+    _write_json(out / INDEX_FILE, [asdict(row) for row in rows])
+    manifest = _manifest(rows, shape, out)
+    _write_json(out / MANIFEST_FILE, manifest)
+    return manifest
+
+
+def _render_all(path: Path, documents: list[str], shape: tuple[int, ...], workers: int | None, progress: bool) -> None:
+    from tqdm import tqdm
+
+    pictures = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(_render_job, ((svg, shape[1]) for svg in documents), chunksize=32)
+        for i, picture in enumerate(tqdm(results, total=len(documents), desc="rendering", disable=not progress)):
+            pictures[i] = picture
+    pictures.flush()
+
+
+def _manifest(rows: list[Picture], shape: tuple[int, ...], out: Path) -> dict[str, Any]:
+    import resvg_py
+
+    return {
+        "packages": {
+            key: {"name": package.name, "version": package.version, "sha256": package.sha256, "licence": package.licence}
+            for key, package in (*ICONS.items(), ("labels", LABELS))
+        },
+        "renderer": f"resvg {resvg_py.__resvg_version__}",
+        "shape": list(shape),
+        "alpha": "straight",
+        "counts": {style: sum(row.style == style for row in rows) for style in ICONS},
+        "held_out": sum(row.held_out for row in rows),
+        "labelled": sum(row.label is not None for row in rows),
+        "sha256": {name: _sha256(out / name) for name in (PICTURES_FILE, INDEX_FILE)},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of the builder."""
+    parser = argparse.ArgumentParser(prog="python -m ldm.data.emoji", description="Fetch, render and index the emoji data set.")
+    parser.add_argument("--out", default="data/emoji", help="folder to write (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="width and height in pixels (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    options = parser.parse_args(arguments)
+    manifest = build_emoji(options.out, options.size, workers=options.workers, progress=True)
+    counts = ", ".join(f"{count} {style}" for style, count in manifest["counts"].items())
+    print(f"{options.out}: {manifest['shape'][0]} pictures ({counts}), {manifest['held_out']} held out, {manifest['labelled']} with a label")
+
+
+if __name__ == "__main__":
+    main()
