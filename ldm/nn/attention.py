@@ -1,0 +1,113 @@
+"""Attention: the product itself, and the transformer blocks of the diffusion networks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.nn.norm import group_norm_32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
+
+    q (B, H, L, d), k and v (B, H, M, d); mask: bool, broadcastable to (B, H, L, M), True where a query may look.
+    With gradients on the CPU it is written as two matrix products: the fused kernel's backward is several times
+    slower there in bfloat16.
+    """
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of (B, L, D) queries over a context (B, M, D_context), or over themselves without one."""
+
+    def __init__(self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = heads * head_dim
+        self.to_q = nn.Linear(width, inner, bias=bias)
+        self.to_k = nn.Linear(context_dim or width, inner, bias=bias)
+        self.to_v = nn.Linear(context_dim or width, inner, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner, width)])  # a list of one: the published names say to_out.0
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        out = attend(q, k, v, None if mask is None else rearrange(mask, "b m -> b 1 1 m"))
+        return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
+
+
+class GEGLU(nn.Module):
+    """value · gelu(gate), with the exact gelu (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each before a residual sum (Rombach et al. 2022, appendix E.2.1)."""
+
+    def __init__(self, width: int, *, heads: int, head_dim: int, context_dim: int, only_cross: bool = False) -> None:
+        super().__init__()
+        self.only_cross = only_cross
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads=heads, head_dim=head_dim, context_dim=context_dim if only_cross else None)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads=heads, head_dim=head_dim, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + (self.attn1(self.norm1(x), context, mask) if self.only_cross else self.attn1(self.norm1(x)))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map (B, C, h, w), attending to a context (B, L, D)."""
+
+    def __init__(
+        self, channels: int, *, heads: int, head_dim: int, depth: int, context_dim: int, linear: bool = False, only_cross: bool = False
+    ) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.linear = linear
+        self.norm = nn.GroupNorm(group_norm_32(channels), channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, heads=heads, head_dim=head_dim, context_dim=context_dim, only_cross=only_cross) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        h, w = x.shape[-2:]
+        y = self.norm(x)
+        y = self.proj_in(rearrange(y, "b c h w -> b (h w) c")) if self.linear else rearrange(self.proj_in(y), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            y = block(y, context, mask)  # (B, h·w, C)
+        if self.linear:
+            return x + rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=h, w=w)
+        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h, w=w))
