@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from ldm.data.compose import PLACES, Composition, Place
+from ldm.data.compose import PLACES, Composition, Place, Size
 from ldm.data.index import STYLES, PictureIndex
 from ldm.data.palette import PALETTE
 
@@ -38,10 +38,10 @@ def caption(composition: Composition, index: PictureIndex, rng: np.random.Genera
     other than noto are always said; what is as in the source (white ground, full size, centred) is not.
     """
     article = rng is not None and rng.random() < ARTICLE
-    things = [_thing(composition.picture, composition, index, article, rng)]
-    if composition.second is not None:
-        things.append(_thing(composition.second, composition, index, article, rng))
-    text = " and ".join(things)
+    say_noto = rng is not None and rng.random() < NOTO_SAID
+    shown = [i for i in (composition.picture, composition.second) if i is not None]
+    things = [_thing(i, composition.size, index, say_noto, rng) for i in shown]
+    text = " and ".join(_with_article(thing) if article else thing for thing in things)
     if composition.second is not None:
         text += " side by side"
     elif composition.place != "centre" or (composition.size == "small" and rng is not None and rng.random() < MIDDLE_SAID):
@@ -61,23 +61,23 @@ def vocabulary(index: PictureIndex) -> set[str]:
     return found
 
 
-def _thing(i: int, composition: Composition, index: PictureIndex, article: bool, rng: np.random.Generator | None) -> str:
+def _thing(i: int, size: Size, index: PictureIndex, say_noto: bool, rng: np.random.Generator | None) -> str:
     picture = index[i]
-    noun, say_style = picture.phrase, picture.style != "noto"
+    noun = picture.phrase
     if rng is not None:
-        say_style = rng.random() < NOTO_SAID or say_style
         draw = rng.random()
         tags = index.said_tags[i]
         if draw < TAG and tags:
             noun = tags[rng.integers(len(tags))]
         elif TAG <= draw < TAG + LABEL and picture.label:
             noun = picture.label
-    small = "small" if composition.size == "small" else ""
-    phrase = " ".join(part for part in (small, picture.style if say_style else "", noun) if part)
-    return _with_article(phrase) if article else phrase
+    style = picture.style if picture.style != "noto" or say_noto else ""
+    return " ".join(part for part in ("small" if size == "small" else "", style, noun) if part)
+
+
+_AN = re.compile(r"[aio8]|e(?!u|we)|u(?!ni[^nm]|s|t|r[aeiou]|k|fo)|hour|honest|heir|x\b")
+_A = re.compile(r"once?\b")
 
 
 def _with_article(phrase: str) -> str:
-    first = phrase.split()[0]
-    vowel = first[0] in "aeio8" or (first[0] == "u" and not re.match(r"uni[^nm]|us|ut|ur[aeiou]|uk", first))
-    return f"{'an' if vowel and not re.match(r'eu|one', first) else 'a'} {phrase}"
+    return f"{'an' if _AN.match(phrase) and not _A.match(phrase) else 'a'} {phrase}"

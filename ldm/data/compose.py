@@ -90,18 +90,23 @@ def corner_of(place: Place, size: int) -> tuple[int, int]:
 
 def _blend(rgba: np.ndarray, ground: tuple[int, int, int], factor: int) -> np.ndarray:
     """RGBA (P, P, 4) uint8 on a ground, made smaller by a whole factor: (P/factor, P/factor, 3) uint8, rounded to nearest."""
-    colour = np.array(ground, dtype=np.uint16)
-    alpha = rgba[..., 3:].astype(np.uint16)
-    mixed = rgba[..., :3] * alpha  # at most 255² = 65,025: fits 16 bits
-    mixed += colour * (255 - alpha)
-    if factor == 1:
-        mixed += 128  # x/255 rounded, exactly, for x up to 255²: y = x + 128; (y + y/256) / 256
-        mixed += mixed >> 8
-        mixed >>= 8
-        return mixed.astype(np.uint8)
-    total = np.zeros((len(rgba) // factor, len(rgba) // factor, 3), dtype=np.uint32)
-    for row in range(factor):
-        for column in range(factor):
-            total += mixed[row::factor, column::factor]
-    weight = 255 * factor * factor
-    return ((total + weight // 2) // weight).astype(np.uint8)
+    alpha = rgba[..., 3].astype(np.uint16)
+    clear = 255 - alpha
+    side = len(rgba) // factor
+    out = np.empty((side, side, 3), dtype=np.uint8)
+    for channel, colour in enumerate(ground):  # one plane at a time: long inner loops are what numpy is fast at
+        mixed = rgba[..., channel] * alpha  # at most 255² = 65,025: fits 16 bits
+        mixed += clear * np.uint16(colour)
+        if factor == 1:
+            mixed += 128  # x/255 rounded, exactly, for x up to 255²: y = x + 128; (y + y/256) / 256
+            mixed += mixed >> 8
+            mixed >>= 8
+            out[..., channel] = mixed
+        else:
+            total = np.zeros((side, side), dtype=np.uint32)
+            for row in range(factor):
+                for column in range(factor):
+                    total += mixed[row::factor, column::factor]
+            weight = 255 * factor * factor
+            out[..., channel] = (total + weight // 2) // weight
+    return out

@@ -83,7 +83,7 @@ class PictureIndex:
             raise ValueError(f"the index has a (name, style) more than once: {twice[:5]}")
         names = {row.phrase for row in self.rows} | {row.label for row in self.rows if row.label}
         carriers = Counter(tag for _, tag in {(row.name, tag) for row in self.rows for tag in row.tags})
-        said = {tag for tag, count in carriers.items() if count <= TAG_NAMES and tag not in names}
+        said = {tag for tag, count in carriers.items() if count <= TAG_NAMES and len(tag) > 2 and tag not in names}
         self.said_tags = tuple(tuple(tag for tag in row.tags if tag in said) for row in self.rows)  # those precise enough to say alone
 
     def __len__(self) -> int:
