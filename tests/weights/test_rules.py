@@ -1,0 +1,286 @@
+"""Rule tables against the original layouts: both-way key coverage at full size on meta, exact round trips, and numbers for fused q, k, v."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import originals
+import pytest
+import torch
+from originals import UNetSpec, VAESpec
+
+from ldm.weights.bert_rules import bert_table
+from ldm.weights.keymap import Shape, Table, file_shapes, fit, to_file, to_native
+from ldm.weights.unet_rules import unet_table
+from ldm.weights.vae_rules import DIFFUSERS, vae_table
+
+CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
+SD = dict(ch=320, mult=(1, 2, 4, 4), attend=(1, 2, 4))
+XL = dict(ch=320, mult=(1, 2, 4), attend=(2, 4), context=2048, depth=(0, 2, 10), linear=True, adm=2816)
+
+# name: original spec, parameters (section 19 of the formats' reference; None: not listed), keys, head options, peer
+UNETS: dict[str, tuple[UNetSpec, int | None, int | None, dict[str, int], str]] = {
+    "sd1": (UNetSpec(**SD, context=768), 859_520_964, 686, {}, "cond"),
+    "sd1-inpaint": (UNetSpec(**SD, context=768, io=(9, 4)), 859_535_364, 686, {}, "cond"),
+    "instruct-pix2pix": (UNetSpec(**SD, context=768, io=(8, 4)), 859_532_484, 686, {}, "cond"),
+    "sd2": (UNetSpec(**SD, context=1024, linear=True), 865_910_724, 686, {}, "cond"),
+    "sd2-inpaint": (UNetSpec(**SD, context=1024, linear=True, io=(9, 4)), 865_925_124, 686, {}, "cond"),
+    "sd2-depth": (UNetSpec(**SD, context=1024, linear=True, io=(5, 4)), 865_913_604, 686, {}, "cond"),
+    "unclip-h": (UNetSpec(**SD, context=1024, linear=True, adm=2048), 870_173_124, 690, {}, "unclip"),
+    "unclip-l": (UNetSpec(**SD, context=1024, linear=True, adm=1536), 869_517_764, 690, {}, "unclip"),
+    "x4": (UNetSpec(ch=256, mult=(1, 2, 2, 4), attend=(2, 4, 8), context=1024, linear=True, io=(7, 4), classes=1000,
+                    cross_only=(True, True, True, False)), 473_398_020, 687, {}, "cond"),
+    "sdxl": (UNetSpec(**XL), 2_567_463_684, 1680, {}, "xl"),
+    "sdxl-inpaint": (UNetSpec(**XL, io=(9, 4)), 2_567_478_084, 1680, {}, "xl"),
+    "sdxl-refiner": (UNetSpec(ch=384, mult=(1, 2, 4, 4), attend=(2, 4), context=1280, depth=4, linear=True, adm=2560),
+                     2_259_526_660, 1220, {}, "xl"),
+    "text2img-large": (UNetSpec(**SD, context=1280), 872_300_484, 686, {}, "cond"),
+    "text2img256": (UNetSpec(ch=192, mult=(1, 2, 3, 5), attend=(2, 4, 8), context=640, io=(3, 3)), 403_623_939, None, {}, "cond"),
+    "cin256": (UNetSpec(ch=256, mult=(1, 2, 4), attend=(1, 2, 4), context=512), 394_984_196, None, {}, "cond"),
+    "cin256-v2": (UNetSpec(ch=192, mult=(1, 2, 3, 5), attend=(2, 4, 8), context=512, io=(3, 3)), 400_920_579, None, {}, "cond"),
+    "layout2img": (UNetSpec(ch=128, mult=(1, 2, 3, 4), attend=(2, 4, 8), context=512, depth=3, io=(3, 3)), 246_277_379, None, {}, "cond"),
+    "rdm": (UNetSpec(ch=448, mult=(1, 2, 3, 4), attend=(1, 2, 4), context=768, io=(16, 16)), 1_335_480_400, None, {}, "cond"),
+    "celebahq": (UNetSpec(ch=224, mult=(1, 2, 3, 4), attend=(2, 4, 8), io=(3, 3)), 274_056_163, 368, {"head_dim": 32}, "plain"),
+    "bsr_sr": (UNetSpec(ch=160, mult=(1, 2, 2, 4), attend=(8, 16), io=(6, 3)), 113_622_563, 306, {"head_dim": 32}, "plain"),
+    "semantic": (UNetSpec(ch=128, mult=(1, 4, 8), attend=(8, 16, 32), io=(6, 3)), 215_229_315, None, {"heads": 8}, "plain"),
+    "lsun_churches": (UNetSpec(ch=192, mult=(1, 2, 2, 4, 4), attend=(1, 2, 4, 8), scale_shift=True, updown=True),
+                      294_966_916, 520, {"heads": 8}, "plain"),
+    "inpainting_big": (UNetSpec(ch=256, mult=(1, 2, 3, 4), attend=(2, 4, 8), updown=True, io=(7, 3)), 387_245_827, 416, {"heads": 8}, "plain"),
+    "karlo-decoder": (UNetSpec(ch=320, mult=(1, 2, 3, 4), attend=(2, 4, 8), n=3, io=(3, 6), kv=1536, scale_shift=True, updown=True),
+                      885_439_686, None, {"head_dim": 64}, "karlo"),
+    "karlo-sr": (UNetSpec(ch=320, mult=(1, 2, 3, 4), attend=(), n=3, io=(6, 3), updown=True, mid=False), 691_579_523, 408, {}, "plain"),
+}  # fmt: skip
+VAES: dict[str, tuple[VAESpec, int, int]] = {
+    "kl-f4": (VAESpec(mult=(1, 2, 4), z=3), 55_312_063, 204),
+    "kl-f8": (VAESpec(mult=(1, 2, 4, 4)), 83_653_863, 248),
+    "kl-f16": (VAESpec(mult=(1, 1, 2, 2, 4), attend=(16,), z=16), 69_610_963, 342),
+    "kl-f32": (VAESpec(mult=(1, 1, 2, 2, 4, 4), attend=(16, 8), z=64), 103_880_131, 436),
+    "x4": (VAESpec(mult=(1, 2, 4), z=4), 55_325_927, 204),
+    "vq-f4": (VAESpec(mult=(1, 2, 4), z=3, codes=8192), 55_322_782, 205),
+    "vq-f4-noattn": (VAESpec(mult=(1, 2, 4), z=3, codes=8192, mid=False), 53_219_486, 185),
+    "vq-f8": (VAESpec(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=16384), 67_717_295, 299),
+    "vq-f8-n256": (VAESpec(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=256), 67_652_783, 299),
+    "vq-f16": (VAESpec(mult=(1, 1, 2, 2, 4), attend=(16,), z=8, codes=16384), 69_593_371, 343),
+}
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def peer_unet(spec: UNetSpec, kind: str) -> dict[str, Shape]:
+    """diffusers' parameters for the same network, on meta."""
+    from diffusers import UNet2DConditionModel, UNet2DModel
+
+    levels = range(len(spec.mult))
+    attends = [2**level in spec.attend for level in levels]
+    down = "ResnetDownsampleBlock2D" if spec.updown else "DownBlock2D"
+    common = dict(
+        in_channels=spec.io[0], out_channels=spec.io[1], layers_per_block=spec.n, block_out_channels=[m * spec.ch for m in spec.mult],
+        resnet_time_scale_shift="scale_shift" if spec.scale_shift else "default",
+    )  # fmt: skip
+    if kind == "plain":
+        types = ["AttnDownBlock2D" if a else down for a in attends]
+        common["resnet_time_scale_shift"] = "default"  # with scale_shift the peer's middle attention gets another norm: widened below
+        resample = "resnet" if spec.updown else "conv"
+        with torch.device("meta"):
+            found = shapes_of(UNet2DModel(
+                **common, down_block_types=types, up_block_types=[t.replace("Down", "Up") for t in types[::-1]],
+                add_attention=spec.mid, attention_head_dim=32, downsample_type=resample, upsample_type=resample,
+            ))  # fmt: skip
+        wide = {name: (2 * shape[0], *shape[1:]) for name, shape in found.items() if ".time_emb_proj." in name and spec.scale_shift}
+        return found | wide
+    types = [("SimpleCrossAttnDownBlock2D" if kind == "karlo" else "CrossAttnDownBlock2D") if a else down for a in attends]
+    depth = [spec.depth] * len(levels) if isinstance(spec.depth, int) else [max(d, 1) for d in spec.depth]
+    extra: dict[str, object] = {
+        "xl": dict(addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=spec.adm),
+        "unclip": dict(class_embed_type="projection", projection_class_embeddings_input_dim=spec.adm),
+        "karlo": dict(class_embed_type="identity", mid_block_type="UNetMidBlock2DSimpleCrossAttn"),
+        "cond": dict(num_class_embeds=spec.classes),
+    }[kind]  # type: ignore[assignment]
+    with torch.device("meta"):
+        return shapes_of(UNet2DConditionModel(
+            **common, **extra, down_block_types=types, up_block_types=[t.replace("Down", "Up") for t in types[::-1]],
+            cross_attention_dim=spec.kv or spec.context, transformer_layers_per_block=depth, use_linear_projection=spec.linear,
+            attention_head_dim=64 if kind == "karlo" else 8, only_cross_attention=list(spec.cross_only) or False,
+        ))  # fmt: skip
+
+
+def peer_vae(spec: VAESpec) -> dict[str, Shape]:
+    from diffusers import AutoencoderKL, VQModel
+
+    attends = [256 >> i in spec.attend for i in range(len(spec.mult))]
+    common = dict(block_out_channels=[m * spec.ch for m in spec.mult], layers_per_block=2, latent_channels=spec.z,
+                  down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+                  up_block_types=["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attends[::-1]])  # fmt: skip
+    with torch.device("meta"):
+        if spec.codes:
+            return shapes_of(VQModel(**common, num_vq_embeddings=spec.codes, mid_block_add_attention=spec.mid))
+        return shapes_of(AutoencoderKL(**common))
+
+
+def small_unet(spec: UNetSpec) -> UNetSpec:
+    return replace(spec, ch=64 if spec.kv else 32, context=spec.context and 24, kv=spec.kv and 24, adm=spec.adm and 40, classes=spec.classes and 10)
+
+
+def random_state(shapes: dict[str, Shape], seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def check_round_trip(table: Table, native: dict[str, Shape], file: dict[str, Shape]) -> None:
+    ours = random_state(native)
+    there = to_file(table, ours)
+    assert {key: tuple(value.shape) for key, value in there.items()} == file
+    back = to_native(table, there, native, source="x")
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+    theirs = random_state(file, seed=1)
+    again = to_file(table, to_native(table, theirs, native, source="x"))
+    assert all(torch.equal(again[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_every_unet_key_has_its_place(name: str) -> None:
+    spec, parameters, count, heads, kind = UNETS[name]
+    original, native = originals.unet(spec), peer_unet(spec, kind)
+    table = unet_table(native, **heads)
+    assert file_shapes(table, native) == original
+    assert fit(table, original, native)
+    assert parameters is None or sum(map(math.prod, original.values())) == parameters
+    assert parameters is None or sum(map(math.prod, native.values())) == parameters
+    assert count is None or len(original) == count
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_round_trip_is_exact(name: str) -> None:
+    spec, _, _, heads, kind = UNETS[name]
+    spec = small_unet(spec)
+    native = peer_unet(spec, kind)
+    table = unet_table(native, **heads)
+    check_round_trip(table, native, originals.unet(spec))
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_every_vae_key_has_its_place(name: str) -> None:
+    spec, parameters, count = VAES[name]
+    original, native = originals.vae(spec), peer_vae(spec)
+    assert file_shapes(vae_table(native), native) == original
+    assert sum(map(math.prod, native.values())) == parameters
+    assert len(original) == count
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_vae_round_trip_is_exact(name: str) -> None:
+    spec = replace(VAES[name][0], ch=32, codes=VAES[name][0].codes and 16)
+    native = peer_vae(spec)
+    check_round_trip(vae_table(native), native, originals.vae(spec))
+
+
+def native_bert(*, layers: int, width: int, inner: int, vocabulary: int = 30522) -> dict[str, Shape]:
+    keys: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, width), "model.embed_positions.weight": (77, width)}
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        keys |= {f"{at}.self_attn.{x}_proj.weight": (inner, width) for x in "qkv"} | originals.affine(f"{at}.self_attn.out_proj", width, inner)
+        keys |= originals.affine(f"{at}.fc1", 4 * width, width) | originals.affine(f"{at}.fc2", width, 4 * width)
+        keys |= originals.affine(f"{at}.self_attn_layer_norm", width) | originals.affine(f"{at}.final_layer_norm", width)
+    return keys | originals.affine("model.layer_norm", width)
+
+
+def test_bert() -> None:
+    original, native = originals.bert(), native_bert(layers=32, width=1280, inner=512)
+    assert sum(map(math.prod, original.values())) == 581_994_042
+    assert len(original) == 422
+    assert sum(map(math.prod, native.values())) == 542_895_360
+    assert fit(bert_table(native), original, native)  # the unused to_logits is dropped
+    small = native_bert(layers=3, width=16, inner=8, vocabulary=9) | originals.affine("to_logits", 9, 16)
+    check_round_trip(bert_table(small), small, originals.bert(layers=3, width=16, inner=8, vocabulary=9))
+
+
+def test_bert_names_are_the_peers() -> None:
+    module = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+    config = module.LDMBertConfig(vocab_size=50, encoder_layers=2, encoder_ffn_dim=64, d_model=16, head_dim=4, encoder_attention_heads=2)
+    with torch.device("meta"):
+        peer = module.LDMBertModel(config)
+    wanted = native_bert(layers=2, width=16, inner=8, vocabulary=50) | originals.affine("to_logits", 50, 16)
+    assert {name: shape for name, shape in shapes_of(peer).items() if name != "model.position_ids"} == wanted
+
+
+def test_older_diffusers_spellings_are_read() -> None:
+    native = peer_vae(VAESpec(mult=(1, 2), z=4, ch=32))
+    state = random_state(native)
+    older = {}
+    for key, value in state.items():
+        for new, old in (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")):
+            key = key.replace(new, old)
+        older[key] = value
+    assert older.keys() != state.keys()
+    for file in (state, older):
+        back = to_native(DIFFUSERS, file, native, source="x")
+        assert all(torch.equal(back[key], state[key]) for key in state)
+    assert to_file(DIFFUSERS, state).keys() == state.keys()
+
+
+def test_linear_and_pointwise_projections_are_the_same_numbers() -> None:
+    """A file with 1×1 convolutions loads into linear layers, and the reverse."""
+    conv = small_unet(UNETS["sd1"][0])
+    files = {linear: originals.unet(replace(conv, linear=linear)) for linear in (False, True)}
+    for linear in (False, True):
+        native = peer_unet(replace(conv, linear=linear), "cond")
+        state = random_state(files[not linear])
+        back = to_native(unet_table(native), state, native, source="x")
+        key, there = "down_blocks.0.attentions.0.proj_in.weight", "input_blocks.1.1.proj_in.weight"
+        assert tuple(back[key].shape) == native[key]
+        assert torch.equal(back[key].flatten(), state[there].flatten())
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> None:
+    """Guided-diffusion's attention on (head, part, channel) rows equals the peer's on what the rule makes of them; permuted, it does not."""
+    from diffusers.models.attention_processor import Attention
+
+    width, length = 32, 9
+    peer = Attention(width, heads=heads, dim_head=width // heads, bias=True, norm_num_groups=8, residual_connection=True, eps=1e-5)
+    native = {f"mid_block.attentions.0.{name}": shape for name, shape in shapes_of(peer).items()}
+    # the two residual blocks and the first level are only there to tell the structure
+    native |= {f"{at}.norm1.weight": (4,) for at in ("down_blocks.0.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1")}
+    file = random_state({**originals.attention_block("middle_block.1.", width),
+                         **{f"{at}.in_layers.0.weight": (4,) for at in ("input_blocks.1.0", "middle_block.0", "middle_block.2")}})  # fmt: skip
+    x = torch.randn(2, width, length, generator=torch.Generator().manual_seed(3))
+
+    def original() -> torch.Tensor:
+        p = {key.removeprefix("middle_block.1."): value for key, value in file.items()}
+        h = torch.nn.functional.group_norm(x, 8, p["norm.weight"], p["norm.bias"], 1e-5)
+        qkv = torch.nn.functional.conv1d(h, p["qkv.weight"], p["qkv.bias"])
+        q, k, v = qkv.reshape(2 * heads, 3 * width // heads, length).split(width // heads, dim=1)
+        scores = torch.einsum("bct,bcs->bts", q, k) * (width // heads) ** -0.5
+        a = torch.einsum("bts,bcs->bct", scores.softmax(-1), v).reshape(2, width, length)
+        return x + torch.nn.functional.conv1d(a, p["proj_out.weight"], p["proj_out.bias"])
+
+    def ours(table: Table) -> torch.Tensor:
+        state = to_native(table, file, native, source="x")
+        peer.load_state_dict({key.removeprefix("mid_block.attentions.0."): v for key, v in state.items() if "attentions" in key})
+        return peer(x[..., None])[..., 0].detach()
+
+    wanted = original()
+    error = (ours(unet_table(native, heads=heads)) - wanted).abs().max()
+    assert error < 1e-4 * wanted.square().mean().sqrt()  # float32 sums of 32 terms in another order
+    if heads > 1:
+        assert (ours(unet_table(native, heads=1)) - wanted).abs().max() > 0.1
+
+
+def test_attention_blocks_need_the_number_of_heads() -> None:
+    native = peer_unet(small_unet(UNETS["celebahq"][0]), "plain")
+    with pytest.raises(ValueError, match="heads"):
+        unet_table(native)
+
+
+def test_our_networks_have_the_peers_names() -> None:
+    from ldm.models.unet import UNet, UNetConfig
+    from ldm.models.vae import AutoencoderKL, VAEConfig
+
+    with torch.device("meta"):
+        unet, vae = UNet(UNetConfig()), AutoencoderKL(VAEConfig())
+    assert shapes_of(unet) == peer_unet(UNETS["sd1"][0], "cond")
+    assert shapes_of(vae) == peer_vae(VAES["kl-f8"][0])
