@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from ldm.types import Cond
+
+
+def test_cat_pads_contexts_and_masks_the_padding() -> None:
+    joined = Cond.cat([Cond(context=torch.ones(2, 3, 4)), Cond(context=torch.ones(1, 5, 4))])
+    assert joined.context is not None and joined.context_mask is not None
+    assert joined.context.shape == (3, 5, 4) and joined.context_mask.tolist() == [[True] * 3 + [False] * 2] * 2 + [[True] * 5]
+    assert float(joined.context[:2, 3:].abs().sum()) == 0
+
+
+def test_cat_needs_no_mask_for_equal_lengths() -> None:
+    assert Cond.cat([Cond(context=torch.ones(1, 3, 4))] * 2).context_mask is None
+    mask = torch.tensor([[True, False, True]])
+    joined = Cond.cat([Cond(context=torch.ones(1, 3, 4), context_mask=mask), Cond(context=torch.ones(1, 3, 4))])
+    assert joined.context_mask is not None and joined.context_mask.tolist() == [[True, False, True], [True] * 3]
+
+
+def test_batch_operations() -> None:
+    cond = Cond(context=torch.arange(6.0).reshape(2, 3, 1), pooled=torch.arange(2.0)[:, None])
+    assert cond.batch == 2 and Cond().batch is None and Cond().expand(5).batch is None
+    assert cond[1:].pooled.tolist() == [[1.0]] and cond[[1, 0]].pooled.tolist() == [[1.0], [0.0]]
+    assert cond.repeat(2).pooled.tolist() == [[0.0], [0.0], [1.0], [1.0]]
+    assert cond[:1].expand(4).context.shape == (4, 3, 1)
+
+
+def test_wrong_input() -> None:
+    with pytest.raises(ValueError, match="one batch size"):
+        Cond(context=torch.ones(2, 3, 4), pooled=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="context_mask"):
+        Cond(context=torch.ones(2, 3, 4), context_mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="cannot join"):
+        Cond.cat([Cond(), Cond(pooled=torch.ones(1, 2))])
+    with pytest.raises(TypeError, match="slice"):
+        Cond(pooled=torch.ones(2, 1))[0]  # type: ignore[index]
