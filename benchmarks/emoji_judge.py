@@ -1,7 +1,8 @@
 """The judge of emoji models: which of the data set's pictures an image is nearest to, and what colour its ground has.
 
-A plain rule instead of a network: mean squared error against every picture of the data set composed on the ground that was asked for, at 64×64, the
-least over shifts of the image by up to ±3 pixels and scalings by 0.9 to 1.1. What a shift or a scaling uncovers is filled with that ground's colour.
+A plain rule instead of a network: mean squared error against every picture of the data set composed on the ground that was asked for,
+at 64×64, the least over shifts of the image by up to ±3 pixels and scalings by 0.9 to 1.1. What a shift or a scaling uncovers is filled
+with that ground's colour.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ SIZE, SHIFT, SCALES = 64, 3, (0.9, 0.95, 1.0, 1.05, 1.1)
 class Verdict:
     """What the judge says of one image that was to show ``name`` on ``ground`` (None: white).
 
-    ``rank``: how many pictures are nearer to the image than the nearest one of that name (any style); 0 is a hit, below 5 one in the top five.
-    ``nearest``, ``nearest_style``, ``mse``: the nearest picture of all, and its mean squared error on [0, 1]. ``ground_seen``: the palette's nearest.
+    ``rank``: how many pictures are nearer to the image than the nearest one of that name (any style); 0 is a hit, below 5 in the top five.
+    ``nearest``, ``nearest_style``, ``mse``: the nearest picture of all, and its mean squared error on [0, 1].
+    ``ground_seen``: the palette's colour nearest to the corners.
     """
 
     name: str
@@ -60,7 +62,7 @@ class EmojiJudge:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, names: Sequence[str], grounds: Sequence[str | None]) -> list[Verdict]:
-        """One verdict an image; images (B, 3, H, W) in [0, 1], what was asked of each: names as "red-apple" and grounds of the palette or None."""
+        """One verdict an image (B, 3, H, W) in [0, 1]; asked of each were a name ("red-apple") and a ground of the palette, or None."""
         if images.ndim != 4 or images.shape[1] != 3 or not len(images) == len(names) == len(grounds):
             raise ValueError(f"expected (B, 3, H, W) with B names and grounds, got {tuple(images.shape)}, {len(names)} and {len(grounds)}")
         unknown = [name for name in names if name not in self._rows_of]
@@ -77,14 +79,15 @@ class EmojiJudge:
         return [verdicts[i] for i in range(len(images))]
 
     def _gallery(self, ground: str | None) -> Tensor:
-        return self._colour + _colour(ground) * (1 - self._alpha)  # (N, 3, 64, 64)
+        """The pictures composed on a ground, less the ground: (N, 3, 64, 64). The differences stay, and float32 rounds less near zero."""
+        return self._colour - _colour(ground) * self._alpha
 
     def _distances(self, image: Tensor, name: str, ground: str | None, gallery: Tensor, coarse: Tensor) -> Tensor:
-        """(N,) least mean squared error of an image's copies to each picture; exact up to that of the asked name, infinite where surely larger.
+        """(N,) least mean squared error of an image's copies to each picture: exact up to the asked name's, infinite where surely larger.
 
         The error between box means is never above that between the images (Jensen), so that most pictures need no look at full size.
         """
-        copies = shifted_and_scaled(image, _colour(ground))  # (K, 3, 64, 64)
+        copies = shifted_and_scaled(image - _colour(ground))  # (K, 3, 64, 64)
         distance = torch.full((len(gallery),), torch.inf)
         own = torch.tensor(self._rows_of[name])
         distance[own] = least_mse(copies, gallery[own])
@@ -96,7 +99,7 @@ class EmojiJudge:
     def _verdict(self, distance: Tensor, image: Tensor, name: str, ground: str | None) -> Verdict:
         best = int(distance.argmin())
         own = distance[self._rows_of[name]].min()
-        rank = int((distance < own - 1e-7).sum())  # below float32's rounding of the expanded square: pictures drawn alike tie
+        rank = int((distance < own - 1e-6).sum())  # pictures drawn alike tie, float32's rounding aside
         row = self.index[best]
         return Verdict(
             name=name,
@@ -120,17 +123,21 @@ def _pool(images: Tensor) -> Tensor:
     return F.avg_pool2d(images, 4)
 
 
-def shifted_and_scaled(image: Tensor, ground: Tensor) -> Tensor:
-    """All copies of an image (3, H, W) that the judge compares, (5·7·7, 3, 64, 64), on a ground (3, 1, 1)."""
-    picture = F.interpolate((image - ground)[None], size=(SIZE, SIZE), mode="area" if image.shape[-1] >= SIZE else "bilinear")
+def shifted_and_scaled(image: Tensor) -> Tensor:
+    """All copies of an image (3, H, W), less its ground, that the judge compares: (5·7·7, 3, 64, 64), filled up with 0."""
+    picture = F.interpolate(image[None], size=(SIZE, SIZE), mode="area" if image.shape[-1] >= SIZE else "bilinear")
     copies = []
     for scale in SCALES:
         theta = torch.tensor([[[1 / scale, 0, 0], [0, 1 / scale, 0]]])
-        scaled = F.grid_sample(picture, F.affine_grid(theta, list(picture.shape), align_corners=False), align_corners=False) if scale != 1 else picture
+        scaled = (
+            F.grid_sample(picture, F.affine_grid(theta, list(picture.shape), align_corners=False), align_corners=False)
+            if scale != 1
+            else picture
+        )
         padded = F.pad(scaled, (SHIFT,) * 4)
         windows = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (1, 3, 7, 7, 64, 64)
         copies.append(windows[0].flatten(1, 2).transpose(0, 1))
-    return torch.cat(copies) + ground
+    return torch.cat(copies)
 
 
 def ground_of(image: Tensor) -> str:

@@ -33,9 +33,9 @@ def words(text: str) -> list[str]:
 def caption(composition: Composition, index: PictureIndex, rng: np.random.Generator | None = None) -> str:
     """What a composition shows, in words.
 
-    Without a generator the canonical caption: name, style first unless it is noto, and every change made ("small red apple on the left on a blue
-    background"). With one, articles come and go, the name may give way to emojibase's label or a tag, noto may be said. Changes and the styles
-    other than noto are always said; what is as in the source (white ground, full size, centred) is not.
+    Without a generator the canonical caption: name, style first unless it is noto, and every change made ("small red apple on the left on
+    a blue background"). With one, articles come and go, the name may give way to emojibase's label or a tag, noto may be said, and so may
+    the middle of a small picture. Changes and the styles other than noto are always said; a white ground that is None never is.
     """
     article = rng is not None and rng.random() < ARTICLE
     say_noto = rng is not None and rng.random() < NOTO_SAID
@@ -76,7 +76,7 @@ def _thing(i: int, size: Size, index: PictureIndex, say_noto: bool, rng: np.rand
 
 
 _AN = re.compile(r"[aio8]|e(?!u|we)|u(?!ni[^nm]|s|t|r[aeiou]|k|fo)|hour|honest|heir|x\b")
-_A = re.compile(r"once?\b")
+_A = re.compile(r"onc?e\b")
 
 
 def _with_article(phrase: str) -> str:

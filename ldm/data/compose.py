@@ -21,9 +21,9 @@ PLACES: tuple[Place, ...] = get_args(Place)
 class Composition:
     """What an image shows. The defaults are the source's own: one picture, full size, centred, on white unsaid.
 
-    ``picture`` and ``second`` are rows of the index; with a second one, the two stand side by side (``picture`` on the left), each at half size.
-    ``ground`` is a colour of the palette, or None for white that the caption leaves out. A ``small`` picture has half the width and the height
-    and may have a ``place`` other than the centre.
+    ``picture`` and ``second`` are rows of the index; with a second one, the two stand side by side (``picture`` on the left), each at half
+    size. ``ground`` is a colour of the palette, or None for white that the caption leaves out. A ``small`` picture has half the width and
+    half the height, and may have a ``place`` other than the centre.
     """
 
     picture: int
@@ -45,7 +45,8 @@ class Composition:
 def render(composition: Composition, pictures: np.ndarray, size: int = 128) -> np.ndarray:
     """The image of a composition, (size, size, 3) uint8 sRGB, from pictures (N, P, P, 4) uint8 RGBA with straight alpha.
 
-    ``size`` must divide P (ValueError); smaller images are means over boxes. Blending is x·alpha + ground·(1 − alpha) on sRGB values, rounded.
+    ``size``: P, or an even divisor of it (ValueError otherwise); smaller images are means over boxes. Blending is
+    x·alpha + ground·(1 − alpha) on sRGB values, rounded once.
     """
     return render_batch([composition], pictures, size)[0]
 

@@ -1,7 +1,8 @@
 """Builds the emoji data set: ``python -m ldm.data.emoji [--out data/emoji] [--size 128]``.
 
-Three pinned npm packages give the pictures as SVG, a fourth their labels and tags. What is written: ``pictures.npy``, uint8 (N, size, size, 4), RGBA
-with straight (not premultiplied) alpha, fit for memory mapping; ``index.json``, one row for each picture in the same order; ``manifest.json``.
+Three pinned npm packages give the pictures as SVG, a fourth their labels and tags. What is written: ``pictures.npy``, uint8
+(N, size, size, 4), RGBA with straight (not premultiplied) alpha, fit for memory mapping; ``index.json``, one row for each picture in the
+same order; ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def fetch(package: Package, cache: Path) -> Path:
     if not path.is_file():
         npm = shutil.which("npm")
         if npm is None:
-            raise FileNotFoundError(f"npm is needed to fetch {package.name}@{package.version} (install Node.js), or put {path.name!r} into {str(cache)!r}")
+            raise FileNotFoundError(
+                f"npm is needed to fetch {package.name}@{package.version} (install Node.js), or put {path.name!r} into {str(cache)!r}"
+            )
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             done = subprocess.run(
@@ -141,7 +144,7 @@ def plain(text: str) -> str:
 
 
 class LabelTable:
-    """Emojibase's label and tags of an icon, found by its code point sequence (of any icon set that has the name), else by its label's spelling."""
+    """Emojibase's label and tags of an icon, found by code points (of any icon set that has the name), else by the label's spelling."""
 
     def __init__(self, entries: Iterable[dict[str, Any]], names_by_code: Iterable[dict[str, str]]) -> None:
         entries = list(entries)
@@ -254,7 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     manifest = build_emoji(options.out, options.size, workers=options.workers, progress=True)
     counts = ", ".join(f"{count} {style}" for style, count in manifest["counts"].items())
-    print(f"{options.out}: {manifest['shape'][0]} pictures ({counts}), {manifest['held_out']} held out, {manifest['labelled']} with a label")
+    print(
+        f"{options.out}: {manifest['shape'][0]} pictures ({counts}), {manifest['held_out']} held out, {manifest['labelled']} with a label"
+    )
 
 
 if __name__ == "__main__":

@@ -131,14 +131,18 @@ class EmojiData:
         folder = Path(folder)
         for name in (PICTURES_FILE, INDEX_FILE, MANIFEST_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no emoji data set in {str(folder)!r} ({name} is absent): build it with `{BUILD_COMMAND} --out {folder}`")
+                raise FileNotFoundError(
+                    f"no emoji data set in {str(folder)!r} ({name} is absent): build it with `{BUILD_COMMAND} --out {folder}`"
+                )
         pictures = np.load(folder / PICTURES_FILE, mmap_mode="r", allow_pickle=False)
         rows = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         index = PictureIndex(Picture(**{**row, "tags": tuple(row["tags"])}) for row in rows)
         if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 4 or pictures.shape[1] != pictures.shape[2]:
             raise ValueError(f"{str(folder / PICTURES_FILE)!r}: expected uint8 (N, P, P, 4), got {pictures.dtype} {pictures.shape}")
         if len(pictures) != len(index):
-            raise ValueError(f"{str(folder)!r}: {len(pictures)} pictures but {len(index)} rows in the index; build it again with `{BUILD_COMMAND}`")
+            raise ValueError(
+                f"{str(folder)!r}: {len(pictures)} pictures but {len(index)} rows in the index; build it again with `{BUILD_COMMAND}`"
+            )
         return cls(pictures=pictures, index=index, manifest=json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")))
 
     @property

@@ -1,0 +1,62 @@
+"""A data set that the tests draw: six shapes in three styles, 64×64."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ldm.data import EmojiData, Picture, PictureIndex, held_out_picture
+
+SIDE = 64
+SHAPES = ("red-disc", "blue-box", "green-bar", "ring", "cat-face", "old-cross")
+COLOURS = ((200, 30, 30), (30, 60, 210), (20, 150, 60), (240, 200, 20), (250, 170, 60), (90, 20, 120))
+
+
+def draw(shape: str, style: str) -> np.ndarray:
+    """A shape as RGBA (64, 64, 4) uint8, soft at its edge; the style darkens it and makes it smaller."""
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    k = ("noto", "fluent", "twemoji").index(style)
+    r = 28 - 3 * k
+    inside = {
+        "red-disc": r - np.hypot(x, y),
+        "blue-box": r - np.maximum(abs(x), abs(y)),
+        "green-bar": np.minimum(r - abs(x), 8 - abs(y)),
+        "ring": 6 - abs(np.hypot(x, y) - r + 6),
+        "cat-face": np.minimum(r - abs(x) - abs(y), y + 12),
+        "old-cross": np.minimum(r - np.maximum(abs(x), abs(y)), 7 - np.minimum(abs(x), abs(y))),
+    }[shape]
+    rgba = np.empty((SIDE, SIDE, 4), dtype=np.uint8)
+    rgba[..., :3] = [c * (10 - k) // 10 for c in COLOURS[SHAPES.index(shape)]]
+    rgba[..., 3] = (np.clip(inside + 0.5, 0, 1) * 255).round()
+    return rgba
+
+
+@pytest.fixture(scope="session")
+def drawn() -> EmojiData:
+    kinds = [(shape, style) for style in ("noto", "fluent", "twemoji") for shape in SHAPES]
+    tags = {"cat-face": ("kitty", "cat"), "red-disc": ("round", "cat-face")}
+    labels = {"ring": "hoop", "cat-face": "cat face"}
+    rows = [
+        Picture(name=name, style=style, label=labels.get(name), tags=tags.get(name, ()), held_out=(name, style) == ("ring", "fluent"))
+        for name, style in kinds
+    ]
+    return EmojiData(pictures=np.stack([draw(*kind) for kind in kinds]), index=PictureIndex(rows), manifest={})
+
+
+@pytest.fixture(scope="session")
+def many() -> PictureIndex:
+    """An index of 600 invented names in three styles, held out as the builder does it."""
+    names = [f"thing-{i}" for i in range(600)]
+    return PictureIndex(
+        Picture(name=name, style=style, held_out=held_out_picture(name, style)) for style in ("noto", "fluent", "twemoji") for name in names
+    )
+
+
+@pytest.fixture
+def folder(drawn, tmp_path):
+    """The drawn data set as files."""
+    np.save(tmp_path / "pictures.npy", drawn.pictures)
+    rows = [{**vars(row), "tags": list(row.tags)} for row in drawn.index]
+    (tmp_path / "index.json").write_text(json.dumps(rows))
+    (tmp_path / "manifest.json").write_text("{}")
+    return tmp_path

@@ -1,0 +1,84 @@
+"""Captions say what was done, and nothing that was not."""
+
+import numpy as np
+import pytest
+
+from ldm.data import PALETTE, Composition, Mix, caption, sample_composition, vocabulary, words
+from ldm.data.captions import _with_article
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "made", "said"),
+    [
+        ("red-disc", "noto", {}, "red disc"),
+        ("red-disc", "fluent", {}, "fluent red disc"),
+        ("red-disc", "noto", {"ground": "blue"}, "red disc on a blue background"),
+        ("ring", "twemoji", {"ground": "orange"}, "twemoji ring on an orange background"),
+        ("ring", "noto", {"ground": "white"}, "ring on a white background"),
+        ("ring", "noto", {"size": "small"}, "small ring"),
+        ("ring", "noto", {"size": "small", "place": "left", "ground": "blue"}, "small ring on the left on a blue background"),
+        ("ring", "fluent", {"size": "small", "place": "top right"}, "small fluent ring in the top right corner"),
+        ("ring", "noto", {"second": 0}, "ring and red disc side by side"),
+    ],
+)
+def test_canonical_captions(drawn, name, style, made, said):
+    assert caption(Composition(picture=drawn.find(name, style), **made), drawn.index) == said
+
+
+def test_two_pictures_each_say_their_style(drawn):
+    both = Composition(picture=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"))
+    assert caption(both, drawn.index) == "fluent ring and fluent red disc side by side"
+
+
+def test_varied_captions_cover_the_wordings_and_no_other(drawn):
+    rng = np.random.default_rng(0)
+    got = {caption(Composition(picture=drawn.find("cat-face"), ground="red"), drawn.index, rng) for _ in range(600)}
+    nouns = ("cat face", "kitty", "cat")
+    assert got == {f"{article}{style}{noun} on a red background" for article in ("", "a ") for style in ("", "noto ") for noun in nouns}
+    got = {caption(Composition(picture=drawn.find("ring", "twemoji"), size="small"), drawn.index, rng) for _ in range(600)}
+    assert got == {f"{a}small twemoji {noun}{where}" for a in ("", "a ") for noun in ("ring", "hoop") for where in ("", " in the middle")}
+
+
+def test_varied_captions_always_say_what_was_done(drawn):
+    rng = np.random.default_rng(1)
+    mix = Mix(ground=0.5, small=0.4, two=0.3)
+    where = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+    for _ in range(500):
+        made = sample_composition(rng, drawn.index, mix)
+        text = caption(made, drawn.index, rng)
+        style = drawn.index[made.picture].style
+        assert all((other in words(text)) == (other == style) for other in ("fluent", "twemoji"))
+        assert style == "noto" or words(text).count(style) == (1 if made.second is None else 2)
+        assert [colour for colour in PALETTE if f"{colour} background" in text] == ([made.ground] if made.ground else [])
+        assert ("small" in words(text)) == (made.size == "small")
+        assert ("side by side" in text) == (made.second is not None)
+        assert made.place == "centre" or where.get(made.place, f"in the {made.place} corner") in text
+        assert ("background" in text) == (made.ground is not None)
+
+
+def test_captions_depend_on_the_generator_alone(drawn):
+    made = [Composition(picture=i) for i in range(18)] * 3
+    one, two = ([caption(c, drawn.index, rng) for c in made] for rng in (np.random.default_rng(7), np.random.default_rng(7)))
+    assert one == two != [caption(c, drawn.index, np.random.default_rng(8)) for c in made]
+
+
+def test_vocabulary_has_every_word_of_training_captions(drawn):
+    rng = np.random.default_rng(2)
+    seen = set()
+    for _ in range(3000):
+        seen.update(words(caption(sample_composition(rng, drawn.index, Mix(small=0.5, two=0.2)), drawn.index, rng)))
+    assert seen == vocabulary(drawn.index)  # none missing; and none that never comes
+
+
+def test_words():
+    assert words("A Woman’s T-shirt, on 1st!") == ["a", "woman's", "t", "shirt", "on", "1st"]
+
+
+@pytest.mark.parametrize("phrase", "apple,orange,umbrella,unamused face,hourglass,onion,8ball,x ray,eye,elf".split(","))
+def test_an(phrase):
+    assert _with_article(phrase) == f"an {phrase}"
+
+
+@pytest.mark.parametrize("phrase", "bee,unicorn,ewe,euro,one piece swimsuit,house,ufo,yo yo,wheel,xylophone,100".split(","))
+def test_a(phrase):
+    assert _with_article(phrase) == f"a {phrase}"

@@ -1,0 +1,93 @@
+"""Rendering of compositions against plain arithmetic."""
+
+import numpy as np
+import pytest
+
+from ldm.data import PALETTE, Composition, render, render_batch
+
+
+def blend(rgba: np.ndarray, ground: tuple[int, int, int]) -> np.ndarray:
+    """The equation in float64, not rounded."""
+    alpha = rgba[..., 3:] / 255
+    return rgba[..., :3] * alpha + np.array(ground) * (1 - alpha)
+
+
+def boxes(image: np.ndarray, factor: int) -> np.ndarray:
+    side = len(image) // factor
+    return image.reshape(side, factor, side, factor, -1).mean(axis=(1, 3))
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, 64, 64, 4), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("ground", [None, *PALETTE])
+@pytest.mark.parametrize("size", [64, 32, 16])
+def test_full_size_is_the_blend_rounded_to_nearest(noise, ground, size):
+    expected = boxes(blend(noise[1], PALETTE[ground or "white"]), 64 // size)
+    image = render(Composition(picture=1, ground=ground), noise, size)
+    assert image.dtype == np.uint8 and image.shape == (size, size, 3)
+    assert np.abs(image - expected).max() <= 0.5 + 1e-9  # rounding, nothing more
+
+
+def test_every_alpha_and_value_is_rounded_exactly():
+    values, alphas = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    rgba = np.stack([values] * 3 + [alphas], axis=-1)[None]
+    for ground in ("black", "white", "gray"):
+        exact = blend(rgba[0], PALETTE[ground])
+        assert np.abs(render(Composition(picture=0, ground=ground), rgba, 256) - exact).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("place", "top", "left"),
+    [("centre", 16, 16), ("left", 16, 2), ("right", 16, 30), ("top", 2, 16), ("bottom", 30, 16),
+     ("top left", 2, 2), ("top right", 2, 30), ("bottom left", 30, 2), ("bottom right", 30, 30)],
+)  # fmt: skip
+def test_a_small_picture_lies_where_it_is_said(noise, place, top, left):
+    image = render(Composition(picture=2, ground="blue", size="small", place=place), noise, 64)
+    expected = np.broadcast_to(np.array(PALETTE["blue"], dtype=float), (64, 64, 3)).copy()
+    expected[top : top + 32, left : left + 32] = boxes(blend(noise[2], PALETTE["blue"]), 2)
+    assert np.abs(image - expected).max() <= 0.5 + 1e-9
+
+
+def test_two_stand_side_by_side_the_first_on_the_left(noise):
+    image = render(Composition(picture=0, second=2, ground="pink"), noise, 64)
+    expected = np.broadcast_to(np.array(PALETTE["pink"], dtype=float), (64, 64, 3)).copy()
+    expected[16:48, :32] = boxes(blend(noise[0], PALETTE["pink"]), 2)
+    expected[16:48, 32:] = boxes(blend(noise[2], PALETTE["pink"]), 2)
+    assert np.abs(image - expected).max() <= 0.5 + 1e-9
+
+
+def test_a_batch_is_its_images(noise):
+    compositions = [
+        Composition(picture=0),
+        Composition(picture=1, ground="red", size="small", place="top"),
+        Composition(picture=2, second=0),
+    ]
+    batch = render_batch(compositions, noise, 32)
+    assert batch.shape == (3, 32, 32, 3)
+    for image, composition in zip(batch, compositions, strict=True):
+        assert np.array_equal(image, render(composition, noise, 32))
+    assert render_batch([], noise, 32).shape == (0, 32, 32, 3)
+
+
+@pytest.mark.parametrize("size", [0, 48, 128, 1])
+def test_a_size_that_does_not_divide_is_refused(noise, size):
+    with pytest.raises(ValueError, match=f"size {size}"):
+        render(Composition(picture=0), noise, size)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ground": "blu"}, "did you mean 'blue'"),
+        ({"size": "smal"}, "did you mean 'small'"),
+        ({"size": "small", "place": "botom"}, "did you mean 'bottom'"),
+        ({"place": "left"}, "only a small picture"),
+        ({"second": 1, "size": "small"}, "side by side"),
+    ],
+)
+def test_impossible_compositions_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Composition(picture=0, **wrong)

@@ -1,0 +1,151 @@
+"""The builder, with packages that the test makes and a renderer that it stubs: no npm, no registry, no resvg."""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+import types
+
+import numpy as np
+import pytest
+
+from ldm.data import EmojiData, emoji, held_out_picture
+
+
+def tarball(path, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, value in files.items():
+            body = json.dumps(value).encode()
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+ICONS = {
+    "prefix": "x",
+    "width": 32,
+    "height": 32,
+    "icons": {
+        "red-apple": {"body": "<a/>"},
+        "wide": {"body": "<b/>", "width": 64},
+        "flag-france": {"body": "<c/>"},
+        "womans-hat": {"body": "<d/>"},
+    },
+    "aliases": {"apple": {"parent": "red-apple"}},
+}
+ENTRIES = [
+    {"label": "red apple", "hexcode": "1F34E", "tags": ["fruit", "Apple"]},
+    {"label": "woman’s hat", "hexcode": "1F452-FE0F", "tags": []},
+]
+
+
+def test_what_is_kept_and_left_out():
+    assert list(emoji.kept_icons(ICONS)) == ["red-apple", "womans-hat"]
+    for name in (
+        "waving-hand-light-skin-tone",
+        "a-button",
+        "one-oclock",
+        "keycap-1",
+        "x",
+        "7",
+        "family-man",
+        "couple-with-heart",
+        "trade-mark",
+        "man-dark",
+    ):
+        assert emoji.LEFT_OUT.search(name), name
+    for name in ("light-bulb", "cat-face", "moon", "key", "kite"):
+        assert not emoji.LEFT_OUT.search(name), name
+
+
+def test_svg_documents_carry_the_icons_box():
+    icons = {"width": 36, "height": 36, "icons": {"a-b": {"body": "<g/>"}, "c-d": {"body": "<g/>", "width": 20, "height": 20}}}
+    kept = emoji.kept_icons(icons)
+    assert 'viewBox="0 0 36 36"' in kept["a-b"] and 'viewBox="0 0 20 20"' in kept["c-d"] and kept["a-b"].endswith("><g/></svg>")
+
+
+def test_labels_are_found_by_code_then_by_spelling():
+    table = emoji.LabelTable(ENTRIES, [{"1f34e": "apple"}, {}])
+    assert table.find("apple") == ("red apple", ("fruit", "apple"))
+    assert table.find("womans-hat") == ("woman's hat", ())
+    assert table.find("unheard-of") == (None, ())
+
+
+def test_plain():
+    assert emoji.plain("“Piñata”: No. 1, T-Shirt") == "pinata no. 1 t-shirt"
+
+
+def test_a_tarball_that_is_not_the_pinned_one_is_refused(tmp_path):
+    package = emoji.Package(name="@x/y", version="1.0", sha256="0" * 64, licence="MIT")
+    tarball(tmp_path / package.file_name, {"icons.json": ICONS})
+    with pytest.raises(ValueError, match="expected 0000"):
+        emoji.fetch(package, tmp_path)
+
+
+def test_without_npm_it_says_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="npm is needed"):
+        emoji.fetch(emoji.LABELS, tmp_path)
+
+
+class SameProcess:
+    """The process pool's interface, without processes: these would not see the stubs."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def map(self, function, jobs, chunksize):
+        return map(function, jobs)
+
+
+def test_build_writes_what_open_reads(tmp_path, monkeypatch):
+    cache = tmp_path / "set-packages"
+    cache.mkdir()
+    packages = {}
+    for style in ("noto", "fluent", "twemoji"):
+        package = emoji.Package(name=f"@x/{style}", version="1.0", sha256="", licence="MIT")
+        digest = tarball(cache / package.file_name, {"icons.json": ICONS, "chars.json": {"1f34e": "red-apple"}})
+        packages[style] = emoji.Package(name=f"@x/{style}", version="1.0", sha256=digest, licence="MIT")
+    labels = emoji.Package(name="labels", version="2.0", sha256="", licence="MIT")
+    digest = tarball(cache / labels.file_name, {"en/data.json": ENTRIES})
+    monkeypatch.setattr(emoji, "LABELS", emoji.Package(name="labels", version="2.0", sha256=digest, licence="MIT"))
+    monkeypatch.setattr(emoji, "ICONS", packages)
+    monkeypatch.setattr(emoji, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(emoji, "render_svg", lambda svg, size: np.full((size, size, 4), svg.count("<d/>") + 1, np.uint8))
+    monkeypatch.setitem(sys.modules, "resvg_py", types.SimpleNamespace(__resvg_version__="0"))
+
+    manifest = emoji.build_emoji(tmp_path / "set", 16)
+    data = EmojiData.open(tmp_path / "set")
+    assert data.pictures.shape == (6, 16, 16, 4) and manifest["counts"] == {"noto": 2, "fluent": 2, "twemoji": 2}
+    assert data.index[data.find("womans-hat", "fluent")].label == "woman's hat"
+    assert data.pictures[data.find("womans-hat")].max() == 2 and data.pictures[data.find("red-apple")].max() == 1
+    assert [row.held_out for row in data.index] == [held_out_picture(row.name, row.style) for row in data.index]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
+        "index.json",
+        "manifest.json",
+        "pictures.npy",
+    ]  # nothing temporary is left
+    assert manifest["sha256"]["pictures.npy"] == hashlib.sha256((tmp_path / "set" / "pictures.npy").read_bytes()).hexdigest()
+
+    def fail(svg, size):
+        raise ValueError("renderer broke")
+
+    monkeypatch.setattr(emoji, "render_svg", fail)
+    with pytest.raises(ValueError, match="renderer broke"):
+        emoji.build_emoji(tmp_path / "set", 16)
+    with pytest.raises(FileNotFoundError):  # a set half built is not taken for a whole one
+        EmojiData.open(tmp_path / "set")
+    assert not list((tmp_path / "set").glob(".*"))
+
+
+def test_a_size_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="size 7"):
+        emoji.build_emoji(tmp_path, 7)

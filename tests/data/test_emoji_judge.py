@@ -1,0 +1,137 @@
+"""The judge: its arithmetic against plain loops, and what it must and must not forgive."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import emoji_judge
+import emoji_quality
+from emoji_judge import EmojiJudge, ground_of, least_mse, shifted_and_scaled
+
+from ldm.data import PALETTE, Composition, render_batch
+
+
+def images(data, compositions, size=64):
+    return torch.from_numpy(render_batch(compositions, data.pictures, size)).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.fixture(scope="module")
+def judge(drawn):
+    return EmojiJudge(drawn)
+
+
+@pytest.mark.parametrize("ground", [None, "black", "yellow"])
+def test_the_data_itself_is_judged_right(drawn, judge, ground):
+    made = [Composition(picture=i, ground=ground) for i in range(18)]
+    for i, verdict in enumerate(judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [ground] * 18)):
+        assert (verdict.rank, verdict.nearest, verdict.nearest_style) == (0, drawn.index[i].name, drawn.index[i].style)
+        assert verdict.mse < 1e-5 and verdict.ground_right  # 8-bit rounding: 1/255² / 12 = 1.3e-6
+
+
+def test_shifts_scales_and_noise_are_forgiven(drawn, judge):
+    torch.manual_seed(0)
+    made = [Composition(picture=drawn.find(name), ground="green") for name in ("red-disc", "blue-box", "old-cross")]
+    clean = images(drawn, made, 64)
+    moved = clean.roll((3, -3), (2, 3))
+    names = ["red-disc", "blue-box", "old-cross"]
+    assert all(verdict.mse < 1e-5 for verdict in judge(moved, names, ["green"] * 3))
+    assert all(verdict.mse > 1e-3 for verdict in judge(clean.roll((8, 8), (2, 3)), names, ["green"] * 3))  # more than is forgiven
+    noisy = (moved + 0.1 * torch.randn_like(moved)).clamp(0, 1)
+    assert [verdict.rank for verdict in judge(noisy, names, ["green"] * 3)] == [0, 0, 0]
+
+
+def test_another_picture_is_a_miss_and_another_style_a_hit(drawn, judge):
+    shown = images(drawn, [Composition(picture=drawn.find("red-disc", "twemoji"))] * 2)
+    hit, miss = judge(shown, ["red-disc", "green-bar"], [None, None])
+    assert hit.rank == 0 and hit.nearest_style == "twemoji"
+    assert miss.rank > 0 and miss.nearest == "red-disc"
+
+
+def test_pruning_changes_nothing(drawn, judge):
+    """Against the whole gallery at full size, for images like none of it."""
+    torch.manual_seed(1)
+    shown = torch.nn.functional.interpolate(torch.rand(6, 3, 8, 8), size=(64, 64), mode="bilinear")
+    names = list(drawn.index.names("noto"))
+    gallery = judge._gallery("pink")
+    pink = torch.tensor(PALETTE["pink"]).view(3, 1, 1) / 255
+    composed = images(drawn, [Composition(picture=i, ground="pink") for i in range(18)])
+    assert torch.allclose(gallery + pink, composed, atol=1 / 255)
+    for image, name, verdict in zip(shown, names, judge(shown, names, ["pink"] * 6), strict=True):
+        copies = shifted_and_scaled(image - pink)
+        distance = torch.stack([(copies - picture).square().flatten(1).mean(1).min() for picture in gallery])
+        own = min(distance[i] for i, row in enumerate(drawn.index) if row.name == name)
+        assert verdict.rank == int((distance < own - 1e-7).sum())
+        assert verdict.mse == pytest.approx(float(distance.min()), rel=1e-4) and verdict.nearest == drawn.index[int(distance.argmin())].name
+
+
+def test_least_mse_is_the_mean_squared_error():
+    torch.manual_seed(2)
+    a, b = torch.rand(5, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    expected = torch.stack([(a - picture).square().flatten(1).mean(1).min() for picture in b])
+    assert torch.allclose(least_mse(a, b), expected, atol=1e-6)
+
+
+def test_copies_are_filled_with_the_ground():
+    """Zero, once the ground is taken off; and the copy of scale 1 without a shift is the image."""
+    image = torch.ones(3, 64, 64)
+    copies = shifted_and_scaled(image).unflatten(0, (5, 7, 7))
+    assert torch.equal(copies[2, 3, 3], image)
+    assert copies[2, 0, 0, :, :3].eq(0).all() and copies[2, 0, 0, :, :, :3].eq(0).all() and copies[2, 0, 0, :, 3:, 3:].eq(1).all()
+    assert copies[0, 3, 3, 0].sum() == pytest.approx((0.9 * 64) ** 2, rel=0.01)  # scale 0.9: that much smaller
+
+
+def test_the_size_of_the_image_does_not_matter(drawn, judge):
+    made = [Composition(picture=drawn.find("old-cross"), ground="red")]
+    large = torch.nn.functional.interpolate(images(drawn, made), scale_factor=2)
+    small = images(drawn, made, 32)
+    assert [judge(shown, ["old-cross"], ["red"])[0].rank for shown in (large, small)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", PALETTE)
+def test_ground_of_finds_each_colour_under_noise(name):
+    torch.manual_seed(3)
+    image = (torch.tensor(PALETTE[name]).view(3, 1, 1) / 255).expand(3, 128, 128).clone()
+    image[:, 10:118, 10:118] = torch.rand(3, 108, 108)
+    image[:, :10, :10] = 0.5  # one corner that the picture covers
+    assert ground_of((image + 0.03 * torch.randn_like(image)).clamp(0, 1)) == name
+
+
+def test_wrong_input_is_refused(judge):
+    with pytest.raises(ValueError, match="B names and grounds"):
+        judge(torch.rand(2, 3, 64, 64), ["ring"], [None])
+    with pytest.raises(ValueError, match="no-such"):
+        judge(torch.rand(1, 3, 64, 64), ["no-such"], [None])
+
+
+def test_frechet_distance_of_gaussians():
+    """Axis-aligned Gaussians: |µa − µb|² + Σ (σa − σb)²."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((4000, 3))
+    z = np.linalg.solve(np.linalg.cholesky(np.cov(z, rowvar=False)), (z - z.mean(0)).T).T  # mean 0 and covariance 1, exactly
+    a, b = z * [1, 2, 3] + [0, 0, 1], z * [2, 2, 1] + [1, 0, 0]
+    assert emoji_quality.frechet_distance(a, b) == pytest.approx(2 + 1 + 0 + 4, rel=1e-6)
+    assert emoji_quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_mean_psnr():
+    a = torch.zeros(2, 3, 4, 4)
+    b = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
+    assert emoji_quality.mean_psnr(a, b) == pytest.approx(30.0, abs=1e-4)  # 20 and 40 dB
+
+
+def test_what_is_judged_is_what_training_saw_or_did_not(many):
+    data = emoji_judge.EmojiData(pictures=np.zeros((len(many), 2, 2, 4), np.uint8), index=many, manifest={})
+    seen = emoji_quality.draw_training(data, 100, np.random.default_rng(0))
+    unseen = emoji_quality.draw_held_out_pairs(data, 100, np.random.default_rng(0))
+    pair = [emoji_quality.held_out_pair(many[c.picture].name, c.ground) for c in (*seen, *unseen)]
+    assert pair == [False] * 100 + [True] * 100
+    assert sum(c.ground is not None for c in seen) == 50 and len({c.picture for c in seen}) == 100
+    assert not any(many[c.picture].held_out for c in (*seen, *unseen))
+    assert {many[c.picture].style for c in (*seen, *unseen)} == {"noto"}
+    pictures = emoji_quality.draw_held_out_pictures(data, np.random.default_rng(0))
+    assert [c.picture for c in pictures] == many.held_out.tolist()
