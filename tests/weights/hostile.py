@@ -1,0 +1,61 @@
+"""Files that are wrong or mean, made on the spot."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+class Canary:
+    """Pickled, it writes a file when it is unpickled by anything that trusts it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def canary_ckpt(path: Path, mark: Path, *, legacy: bool = False) -> Path:
+    """A checkpoint with good tensors and one object that would make a folder at ``mark``."""
+    torch.save({"state_dict": {"w": torch.ones(2)}, "extra": Canary(mark)}, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def zipped(path: Path, entries: dict[str, bytes], *, compress: bool = False) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def repacked(source: Path, path: Path, *, compress: bool = False, **changes: bytes) -> Path:
+    """A checkpoint with other bytes for some entries (named by their last part, dots as underscores)."""
+    with zipfile.ZipFile(source) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    for name in entries:
+        entries[name] = changes.get(name.rpartition("/")[2].replace(".", "_"), entries[name])
+    return zipped(path, entries, compress=compress)
+
+
+def stack_global(module: str, name: str, argument: str) -> bytes:
+    """A protocol-4 pickle that calls a function named by strings."""
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
+
+
+def huge_memo() -> bytes:
+    """A pickle of a few bytes that makes a trusting unpickler reserve gigabytes."""
+    return b"\x80\x02]r" + struct.pack("<I", 2**31 - 1) + b"."
+
+
+def plain_pickle(path: Path, content: object) -> Path:
+    path.write_bytes(pickle.dumps(content))
+    return path
