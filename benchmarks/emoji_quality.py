@@ -1,8 +1,8 @@
 """How good is an emoji model? ``python benchmarks/emoji_quality.py`` loads it anew, makes pictures and judges them by rule.
 
 Rows (the rule is ``emoji_judge``): names drawn at random, half of them on a random ground; held-out (name, ground) pairs; the ground's
-colour; the autoencoder on held-out pictures; and the Fréchet distance to the data (Heusel et al. 2017, with the model's own CLIP image tower in
-Inception's place) of samples, of reconstructions and of other images of the data.
+colour; the autoencoder on held-out pictures; and the Fréchet distance to the data (Heusel et al. 2017, with the model's own CLIP image
+tower in Inception's place) of samples, of reconstructions and of other images of the data.
 """
 
 from __future__ import annotations
