@@ -189,6 +189,8 @@ def _sigma_range(schedule: NoiseSchedule, sigma_min: float | None, sigma_max: fl
     high = float(table[-1]) if sigma_max is None else math.log(sigma_max)
     if math.isinf(high):
         raise ValueError("the schedule has zero terminal SNR, so its largest sigma is infinite: give sigma_max, or use trailing or linspace")
+    if low >= high:
+        raise ValueError(f"sigma_min {math.exp(low):.6g} must be below sigma_max {math.exp(high):.6g}")
     return low, high
 
 

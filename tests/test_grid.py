@@ -1,0 +1,154 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.grid import SPACINGS, TimeGrid
+from ldm.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+T = 1000
+
+
+def independent(spacing: str, n: int, offset: int) -> list[float]:
+    """t of every evaluation, from exact fractions or NumPy, written without the library."""
+    if spacing == "leading":
+        return [i * (T // n) + offset for i in reversed(range(n))]
+    if spacing == "trailing":
+        return [round(T - Fraction(i * T, n)) - 1 for i in range(n)]
+    if spacing == "linspace":
+        return [999 - round(Fraction(i * 999, n - 1)) for i in range(n)] if n > 1 else [999]
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2
+    bar = np.cumprod(1 - betas)
+    sigmas = np.sqrt((1 - bar) / bar)
+    u = np.linspace(0, 1, n)
+    if spacing == "karras":
+        levels = (sigmas[-1] ** (1 / 7) + u * (sigmas[0] ** (1 / 7) - sigmas[-1] ** (1 / 7))) ** 7
+    else:
+        levels = np.exp(np.log(sigmas[-1]) * (1 - u) + np.log(sigmas[0]) * u)
+    return list(np.interp(np.log(levels), np.log(sigmas), np.arange(T)))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_number_of_steps(spacing: str, offset: int) -> None:
+    """1 to 1000 steps: length exact, in range, strictly falling, equal to the independent table; or refused with a neighbour that works."""
+    refused = []
+    for n in range(1, T + 1):
+        try:
+            grid = TimeGrid.make(SCHEDULE, n, spacing=spacing, offset=offset)
+        except ValueError as error:
+            refused.append(n)
+            works = int(str(error).rsplit(" ", 1)[1])
+            assert len(TimeGrid.make(SCHEDULE, works, spacing=spacing, offset=offset)) == works
+            continue
+        t = grid.t.numpy()
+        assert len(t) == len(grid) == n and t.min() >= 0 and t.max() <= T - 1
+        assert (np.diff(t) < 0).all() and (np.diff(grid.ratio.numpy()) < 0).all()
+        expected = independent(spacing, n, offset)
+        if spacing == "linspace":  # a half may round either way; both are the nearest
+            assert np.abs(t - (999 * (1 - np.arange(n) / max(n - 1, 1)))).max() <= 0.5 + 1e-9
+        else:
+            # sigma-spaced: 1e-12 of log sigma over the table's least slope, 2e-3 a step
+            np.testing.assert_allclose(t, expected, rtol=0, atol=0 if spacing in ("leading", "trailing") else 1e-8)
+    # leading: whole strides from 501 to 899 steps would start in the middle of the noise
+    assert all(spacing == "leading" for _ in refused)
+    if spacing == "leading":
+        lost = [n for n in range(1, T + 1) if T - n * (T // n) > 100 or (n - 1) * (T // n) + offset > T - 1]
+        assert refused == lost and 20 not in lost and 50 not in lost
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_final_states(spacing: str) -> None:
+    data = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1)
+    assert (float(data.alpha[-1]), float(data.sigma[-1])) == (1, 0)
+    assert math.isinf(float(data.lam[-1]))
+    none = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, final="none")
+    assert len(none) == 8 and float(none.sigma[-1]) > 0
+    drop = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, drop_last=True)
+    assert torch.equal(drop.t, none.t) and float(drop.sigma[-1]) == 0
+    if spacing in ("leading", "trailing"):
+        first = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, final="first")
+        assert float(first.alpha[-1] ** 2) == pytest.approx(float(SCHEDULE.alphas_cumprod[0]), rel=1e-15)
+    else:
+        with pytest.raises(ValueError, match="would repeat it"):
+            TimeGrid.make(SCHEDULE, 8, spacing=spacing, final="first")
+
+
+def test_states_are_the_schedule_at_t() -> None:
+    for spacing in SPACINGS:
+        grid = TimeGrid.make(SCHEDULE, 13, spacing=spacing)
+        alpha, sigma = SCHEDULE.alpha_sigma(grid.t)
+        torch.testing.assert_close(grid.alpha[:-1], alpha, rtol=1e-12, atol=0)
+        torch.testing.assert_close(grid.sigma[:-1], sigma, rtol=1e-12, atol=0)
+
+
+def test_time_inverts_the_log_ratio() -> None:
+    grid = TimeGrid.make(SCHEDULE, 5)
+    t = torch.linspace(0, 999, 2341, dtype=torch.float64)
+    alpha, sigma = SCHEDULE.alpha_sigma(t)
+    torch.testing.assert_close(grid.time((sigma / alpha).log()), t, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="sigma/alpha must lie"):
+        grid.time(math.log(20.0))
+
+
+def test_karras_against_k_diffusion_and_linspace_at_its_ends() -> None:
+    sampling = pytest.importorskip("k_diffusion.sampling")
+    low, high = (float(SCHEDULE.log_ratio[i].exp()) for i in (0, -1))
+    for n in (1, 2, 10, 37):
+        peer = sampling.get_sigmas_karras(n, low, high).double()
+        # the peer computes in float32
+        torch.testing.assert_close(TimeGrid.make(SCHEDULE, n, spacing="karras").ratio, peer, rtol=3e-6, atol=0)
+        peer = sampling.get_sigmas_polyexponential(n, low, high, rho=1.3).double()
+        torch.testing.assert_close(TimeGrid.make(SCHEDULE, n, spacing="polyexponential", rho=1.3).ratio, peer, rtol=3e-6, atol=0)
+
+
+def test_tail() -> None:
+    grid = TimeGrid.make(SCHEDULE, 20, offset=1, final="first")
+    assert grid.tail(1.0).t.tolist() == grid.t.tolist()
+    for strength, n in ((0.75, 15), (0.5, 10), (0.01, 1), (0, 1)):
+        tail = grid.tail(strength)
+        assert len(tail) == n and torch.equal(tail.t, grid.t[-n:]) and torch.equal(tail.alpha, grid.alpha[-n - 1 :])
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="strength"):
+            grid.tail(wrong)
+
+
+def test_zero_terminal_snr() -> None:
+    zero = SCHEDULE.zero_terminal_snr()
+    grid = TimeGrid.make(zero, 10, spacing="trailing")
+    assert float(grid.alpha[0]) == 0 and float(grid.t[0]) == 999
+    with pytest.raises(ValueError, match="give sigma_max"):
+        TimeGrid.make(zero, 10, spacing="karras")
+    assert len(TimeGrid.make(zero, 10, spacing="karras", sigma_max=14.0)) == 10
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "message"),
+    [
+        (0, {}, "from 1 to 1000"),
+        (1001, {}, "from 1 to 1000"),
+        (2.5, {}, "from 1 to 1000"),
+        (10, {"spacing": "karas"}, "did you mean 'karras'"),
+        (10, {"final": "zero"}, "unknown final 'zero'"),
+        (1000, {"offset": 1}, "nearest number of steps that works is 999"),
+        (700, {}, "nearest number of steps that works is 500"),
+        (10, {"spacing": "karras", "sigma_min": 20.0}, "no number of steps works"),
+    ],
+)
+def test_wrong_input(steps: int, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TimeGrid.make(SCHEDULE, steps, **options)  # type: ignore[arg-type]
+
+
+def test_explicit_lists() -> None:
+    grid = TimeGrid.explicit(SCHEDULE, [999, 500.5, 3])
+    assert grid.t.tolist() == [999, 500.5, 3] and float(grid.sigma[-1]) == 0
+    again = TimeGrid.from_log_ratio(SCHEDULE, grid.ratio[:-1].log())
+    torch.testing.assert_close(again.t, grid.t, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="repeated or goes back"):
+        TimeGrid.explicit(SCHEDULE, [999, 999, 3])
+    with pytest.raises(ValueError, match=r"\[0, 999\]"):
+        TimeGrid.explicit(SCHEDULE, [1000, 3])

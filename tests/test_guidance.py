@@ -1,0 +1,179 @@
+import pytest
+import torch
+from torch import Tensor
+
+from analytic import AnalyticNet, gaussian
+from ldm.denoiser import Denoiser
+from ldm.guidance import cfg, clip_x0, dynamic_threshold, keep_known, switch
+from ldm.grid import TimeGrid
+from ldm.prediction import PREDICTIONS
+from ldm.samplers import SAMPLERS
+from ldm.schedule import NoiseSchedule
+from ldm.types import Cond, Denoised
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+T = torch.tensor(400.0)
+
+
+def conds(dims: int = 6, n: int = 1) -> tuple[Cond, Cond]:
+    return Cond(pooled=torch.full((n, dims), 1.5)), Cond(pooled=torch.zeros(n, dims))
+
+
+def make(prediction: str = "eps", dims: int = 6) -> Denoiser:
+    return Denoiser(AnalyticNet(gaussian(dims=dims), SCHEDULE, prediction), SCHEDULE, prediction)  # type: ignore[arg-type]
+
+
+def state(n: int = 3, dims: int = 6) -> Tensor:
+    return torch.randn(n, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_scale_one_and_zero_are_the_plain_models_at_one_evaluation() -> None:
+    denoiser, x = make(), state()
+    cond, uncond = conds()
+    for scale, plain in ((1.0, cond), (0.0, uncond)):
+        denoiser.net.calls = 0
+        guided = cfg(denoiser, cond, uncond, scale)(x, T)
+        assert denoiser.net.calls == 1
+        expected = denoiser(x, T, plain)
+        assert torch.equal(guided.x0, expected.x0) and torch.equal(guided.eps, expected.eps)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_formula_in_one_batch(prediction: str) -> None:
+    denoiser, x = make(prediction), state()
+    cond, uncond = conds()
+    guided = cfg(denoiser, cond, uncond, 7.5)(x, T)
+    assert denoiser.net.calls == 1
+    a, b = denoiser(x, T, uncond), denoiser(x, T, cond)
+    torch.testing.assert_close(guided.eps, a.eps + 7.5 * (b.eps - a.eps), rtol=1e-12, atol=1e-12)
+    alpha, sigma = SCHEDULE.alpha_sigma(T)
+    torch.testing.assert_close(alpha * guided.x0 + sigma * guided.eps, x, rtol=0, atol=1e-11)
+
+
+def test_what_cannot_be_joined_takes_two_calls() -> None:
+    denoiser, x = make(), state()
+    cond, _ = conds()
+    guided = cfg(denoiser, cond, Cond(), 3.0)(x, T)
+    assert denoiser.net.calls == 2
+    a, b = denoiser(x, T, Cond()), denoiser(x, T, cond)
+    torch.testing.assert_close(guided.x0, a.x0 + 3 * (b.x0 - a.x0), rtol=1e-12, atol=1e-12)
+
+
+def test_contexts_of_different_lengths_go_in_one_masked_batch() -> None:
+    class Mean(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            self.calls += 1
+            mask = torch.ones(cond.context.shape[:2], dtype=torch.bool) if cond.context_mask is None else cond.context_mask
+            mean = (cond.context * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
+            return x * 0 + mean
+
+    denoiser, x = Denoiser(Mean(), SCHEDULE, "eps"), state(2, 4)
+    cond, uncond = Cond(context=torch.rand(1, 7, 4).double()), Cond(context=torch.rand(1, 3, 4).double())
+    guided = cfg(denoiser, cond, uncond, 2.0)(x, torch.tensor([400.0, 300.0]))
+    assert denoiser.net.calls == 1
+    expected = (2 * cond.context.mean(1) - uncond.context.mean(1)).expand(2, 4)
+    torch.testing.assert_close(guided.eps, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_rescale_gives_the_conditional_deviation(prediction: str) -> None:
+    from ldm.prediction import target
+    from ldm.schedule import broadcast
+
+    denoiser, x = make(prediction, 500), state(3, 500)
+    cond = Cond(pooled=torch.linspace(-2, 2, 500, dtype=torch.float64)[None])
+    uncond = Cond(pooled=torch.zeros(1, 500))
+    alpha, sigma = (broadcast(v, x) for v in SCHEDULE.alpha_sigma(T))
+
+    def std(d: Denoised) -> Tensor:
+        return target(d.x0, d.eps, alpha, sigma, prediction).std(1)
+
+    plain, full, half = (cfg(denoiser, cond, uncond, 7.5, rescale=r)(x, T) for r in (0.0, 1.0, 0.5))
+    torch.testing.assert_close(std(full), std(denoiser(x, T, cond)), rtol=1e-10, atol=0)
+    torch.testing.assert_close(half.x0, (plain.x0 + full.x0) / 2, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(alpha * full.x0 + sigma * full.eps, x, rtol=0, atol=1e-10)
+
+
+def test_rescale_is_the_peer_s() -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    denoiser, x = make("eps"), state()
+    cond, uncond = conds()
+    a, b = denoiser(x, T, uncond).eps, denoiser(x, T, cond).eps
+    expected = rescale_noise_cfg(a + 7.5 * (b - a), b, guidance_rescale=0.7)
+    torch.testing.assert_close(cfg(denoiser, cond, uncond, 7.5, rescale=0.7)(x, T).eps, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_interval_is_conditional_outside() -> None:
+    denoiser, x = make(), state()
+    cond, uncond = conds()
+    ratio = float((1 / SCHEDULE.snr(T)).sqrt())
+    inside = cfg(denoiser, cond, uncond, 5.0, interval=(0.0, ratio * 1.01))(x, T)
+    outside = cfg(denoiser, cond, uncond, 5.0, interval=(0.0, ratio * 0.99))(x, T)
+    assert torch.equal(inside.x0, cfg(denoiser, cond, uncond, 5.0)(x, T).x0)
+    assert torch.equal(outside.x0, denoiser(x, T, cond).x0)
+
+
+def test_clip_derives_eps_again() -> None:
+    denoiser, x = make(), 3 * state()
+    d = clip_x0(denoiser.bind(conds()[0]), SCHEDULE, 0.5)(x, T)
+    assert float(d.x0.abs().max()) == 0.5
+    alpha, sigma = SCHEDULE.alpha_sigma(T)
+    torch.testing.assert_close(alpha * d.x0 + sigma * d.eps, x, rtol=0, atol=1e-12)
+
+
+def test_dynamic_threshold_formula() -> None:
+    x0 = 4 * state(4, 101)
+    x0[0] *= 0.01  # inside [−1, 1] as it is
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        return Denoised(x0, x_t)
+
+    d = dynamic_threshold(fn, SCHEDULE, 0.9)(x0, T)
+    s = torch.quantile(x0.abs(), 0.9, dim=1).clamp(min=1)[:, None]
+    assert float(s[0]) == 1 and float(s[1]) > 1
+    torch.testing.assert_close(d.x0, x0.clamp(-s, s) / s)
+    capped = dynamic_threshold(fn, SCHEDULE, 0.9, most=1.0)(x0, T)
+    torch.testing.assert_close(capped.x0, x0.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_keep_known_carries_the_known_region(sampler: str) -> None:
+    """At every step the known half stands at the level arrived at: alpha'·known + sigma'·(its own noise); at the end it is known, exactly."""
+    x, known = state(), state() * 0 + 0.7
+    mask = torch.tensor([0.0, 0, 0, 1, 1, 1])
+    grid = TimeGrid.make(SCHEDULE, 10, offset=1)
+    x = torch.where(mask == 1, x, SCHEDULE.add_noise(known, grid.t[0], x))
+    noise = (x - float(grid.alpha[0]) * known) / float(grid.sigma[0])
+    seen = []
+    fn = keep_known(make().bind(conds()[0]), SCHEDULE, known, mask)
+    out = SAMPLERS[sampler](fn, x, grid, on_step=lambda i, x, d: seen.append(x))
+    for i, x_i in enumerate(seen):
+        expected = float(grid.alpha[i + 1]) * known + float(grid.sigma[i + 1]) * noise
+        torch.testing.assert_close(x_i[:, :3], expected[:, :3], rtol=0, atol=1e-10)
+    torch.testing.assert_close(out[:, :3], known[:, :3], rtol=0, atol=1e-12)
+
+
+def test_switch() -> None:
+    def says(value: float) -> object:
+        return lambda x, t: Denoised(x * 0 + value, x)
+
+    fn = switch(says(1.0), says(2.0), below=100)  # type: ignore[arg-type]
+    x = state()
+    assert float(fn(x, torch.tensor(100.0)).x0[0, 0]) == 1 and float(fn(x, torch.tensor([99.0] * 3)).x0[0, 0]) == 2
+    with pytest.raises(ValueError, match="one t"):
+        fn(x, torch.tensor([99.0, 100, 101]))
+
+
+def test_wrong_input() -> None:
+    denoiser = make()
+    with pytest.raises(ValueError, match="rescale"):
+        cfg(denoiser, *conds(), 2.0, rescale=1.5)
+    with pytest.raises(ValueError, match="interval"):
+        cfg(denoiser, *conds(), 2.0, interval=(2.0, 1.0))
+    with pytest.raises(ValueError, match="quantile"):
+        dynamic_threshold(denoiser.bind(Cond()), SCHEDULE, 0)
+    with pytest.raises(ValueError, match="limit"):
+        clip_x0(denoiser.bind(Cond()), SCHEDULE, 0)
