@@ -1,9 +1,9 @@
-"""CLIP's two towers (Radford et al. 2021), with open_clip's parameter names."""
+"""CLIP's towers (Radford et al. 2021), with open_clip's parameter names: two transformers whose embeddings of a picture and its text agree."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,234 +13,315 @@ from torch import Tensor, nn
 
 from ldm.nn.attention import attend
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained on, in [0, 1]
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 Activation = Literal["gelu", "quick_gelu"]
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels CLIP was first trained on, kept by most models since
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The shape of a text tower; the defaults are ViT-L/14's."""
+    """A text tower's shape; the defaults are those common to the published ones.
 
+    ``embed_dim``: E, None for a tower without projection; ``mlp_width``: None for four times the width. ``bos_id`` and ``eot_id`` are ids
+    below ``vocab_size``, which is smaller where only a part of the vocabulary is embedded. OpenAI's weights take quick_gelu, others gelu.
+    """
+
+    width: int
+    layers: int
+    embed_dim: int | None
     vocab_size: int = 49408
     context_length: int = 77
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
+    head_dim: int = 64
+    mlp_width: int | None = None
+    activation: Activation = "gelu"
     bos_id: int = 49406
     eot_id: int = 49407
-    activation: Activation = "quick_gelu"
-    embed_dim: int = 768
+
+    def __post_init__(self) -> None:
+        check_transformer(self.width, self.layers, self.head_dim, self.mlp_width)
+        check_positive(vocab_size=self.vocab_size, context_length=self.context_length, embed_dim=self.embed_dim)
+        for name, value in (("bos_id", self.bos_id), ("eot_id", self.eot_id)):
+            if not 0 <= value < self.vocab_size:
+                raise ValueError(f"{name}: expected an id in [0, vocab_size {self.vocab_size}), got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The shape of an image tower; the defaults are ViT-L/14's. ``mlp_width``: the hidden width of its MLPs, None for 4 × width."""
+    """A vision tower's shape. ``head_dim`` is 80 in ViT-H and 104 in ViT-bigG; ``mean`` and ``std`` are of the pixels it takes."""
 
+    width: int
+    layers: int
+    embed_dim: int | None
     image_size: int = 224
     patch_size: int = 14
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
+    head_dim: int = 64
     mlp_width: int | None = None
-    activation: Activation = "quick_gelu"
-    embed_dim: int = 768
+    activation: Activation = "gelu"
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size}: expected a multiple of patch_size {self.patch_size}")
+        check_transformer(self.width, self.layers, self.head_dim, self.mlp_width)
+        check_positive(image_size=self.image_size, patch_size=self.patch_size, embed_dim=self.embed_dim)
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size}: expected at least the patch_size {self.patch_size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: expected positive numbers, got {self.std}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Two towers that share an embedding."""
+    """Both towers; their ``embed_dim`` is one."""
 
-    text: TextConfig = field(default_factory=TextConfig)
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig
+    vision: VisionConfig
 
     def __post_init__(self) -> None:
-        if self.text.embed_dim != self.vision.embed_dim:
-            raise ValueError(f"embed_dim: text {self.text.embed_dim}, vision {self.vision.embed_dim}; expected one number")
+        if self.text.embed_dim is None or self.text.embed_dim != self.vision.embed_dim:
+            raise ValueError(f"embed_dim: expected one number for both towers, got text {self.text.embed_dim} and vision {self.vision.embed_dim}")
+
+
+def check_positive(**values: int | None) -> None:
+    """ValueError for a number below 1; None passes."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_transformer(width: int, layers: int, head_dim: int, mlp_width: int | None) -> None:
+    """ValueError for shapes that no transformer has."""
+    check_positive(width=width, layers=layers, head_dim=head_dim, mlp_width=mlp_width)
+    if width % head_dim:
+        raise ValueError(f"width {width}: expected a multiple of head_dim {head_dim}")
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one projection for queries, keys and values."""
+    """Multi-head self-attention whose q, k and v stand in one matrix, row blocks in this order."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} cannot be split into {heads} heads")
-        self.heads = heads
+        self.head_dim = head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3·D)
+        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, d=self.head_dim)
         return self.out_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
 
 
 class MLP(nn.Module):
-    """Linear, gelu, linear."""
+    """Two linear layers, wide in between."""
 
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+    def __init__(self, width: int, inner: int, activation: Activation) -> None:
         super().__init__()
         self.activation = activation
-        self.c_fc = nn.Linear(width, hidden)
-        self.c_proj = nn.Linear(hidden, width)
+        self.c_fc = nn.Linear(width, inner)
+        self.c_proj = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x))
+        x = F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x)  # Hendrycks & Gimpel 2016, section 2
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and before a residual sum."""
+    """Attention and MLP, each after a norm and before a residual sum."""
 
-    def __init__(self, width: int, heads: int, hidden: int, activation: Activation) -> None:
+    def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, hidden, activation)
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = SelfAttention(config.width, config.head_dim)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp_width or 4 * config.width, config.activation)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; started as CLIP's code starts it (GPT-2's rule: residual projections shrink with depth)."""
+    """The stack of blocks; OpenAI's initialisation, less at the ends of branches where there are more layers."""
 
-    def __init__(self, width: int, layers: int, heads: int, hidden: int, activation: Activation) -> None:
+    def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, hidden, activation) for _ in range(layers))
-        residual_std = width**-0.5 * (2 * layers) ** -0.5
+        self.resblocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        width, branch = config.width, (config.width * 2 * config.layers) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.zeros_(block.attn.in_proj_bias)
-            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.attn.out_proj.weight, std=branch)
             nn.init.zeros_(block.attn.out_proj.bias)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.c_proj.weight, std=branch)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, layer: int = -1) -> Tensor:
-        """x (B, L, D) after block ``layer`` (−1 the last, −2 the last but one)."""
-        count = len(self.resblocks)
-        if not -count <= layer < count:
-            raise ValueError(f"layer {layer}: expected {-count} to {count - 1}")
-        for block in self.resblocks[: layer % count + 1]:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, layer: int = -1, rest: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The output (B, L, D) of the chosen block (−1 the last) and that of the last one, None if the ``rest`` need not be run."""
+        depth = len(self.resblocks)
+        if not -depth <= layer <= -1:
+            raise ValueError(f"layer: expected −1 (the last block) to {-depth} (the first), got {layer}")
+        for block in self.resblocks[: depth + 1 + layer]:
             x = block(x, mask)
-        return x
+        chosen = x
+        if not rest and layer != -1:
+            return chosen, None
+        for block in self.resblocks[depth + 1 + layer :]:
+            x = block(x, mask)
+        return chosen, x
 
 
 class TextOutput(NamedTuple):
-    """What a text tower gives: the chosen layer's tokens (B, L, D), and the projected end-of-text state (B, E), not normalised."""
+    """tokens (B, L, D) of the chosen layer; pooled (B, E), the last layer's end-of-text state, projected and not normalised."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+
+
+class VisionOutput(NamedTuple):
+    """tokens (B, 1 + patches, D) of the chosen layer, the class token first, not normed; pooled (B, E), projected and not normalised."""
 
     tokens: Tensor
     pooled: Tensor
 
 
-class TextTower(nn.Module):
-    """Token ids to states: embeddings, causal transformer, norm, projection of the state at the end of the text."""
+class _Text(nn.Module):
+    """The text tower's parameters and what they do; in CLIP they stand at the top level, so both classes below are made from this."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.transformer = Transformer(config.width, config.layers, config.heads, 4 * config.width, config.activation)
+        self.transformer = Transformer(config)
         self.ln_final = nn.LayerNorm(config.width)
-        self.text_projection = nn.Parameter(torch.empty(config.width, config.embed_dim))
+        self.text_projection = None if config.embed_dim is None else nn.Parameter(torch.empty(config.width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=config.width**-0.5)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=config.width**-0.5)
 
-    def forward(self, ids: Tensor, *, layer: int = -1, final_norm: bool = True) -> TextOutput:
-        """ids (B, L) int64, L at most the context length → `TextOutput`.
-
-        The end of a text is its first end-of-text id; ValueError where a row has none. Attention is causal, so what stands behind the end, padding,
-        does not reach the states before it.
-        """
-        _, length = ids.shape
-        if length > self.config.context_length:
-            raise ValueError(f"{length} tokens: expected at most {self.config.context_length}")
-        is_end = ids == self.config.eot_id
-        if not bool(is_end.any(dim=1).all()):
-            raise ValueError(f"a row of ids has no end-of-text token ({self.config.eot_id})")
+    def read(self, ids: Tensor, eot_id: int, *, layer: int, final_norm: bool, mask: Tensor | None, pooled: bool) -> TextOutput:
+        """See `TextTower.forward`."""
+        length, limit = ids.shape[1], len(self.positional_embedding)
+        if length > limit:
+            raise ValueError(f"ids: {length} tokens, expected at most {limit}")
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # (L, L)
+        seen = causal if mask is None else causal & rearrange(mask, "b l -> b 1 1 l")
         x = self.token_embedding(ids) + self.positional_embedding[:length]  # (B, L, D)
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        last = self.transformer(x, causal)
-        end = last[torch.arange(len(ids), device=ids.device), is_end.int().argmax(dim=1)]  # (B, D)
-        tokens = last if layer in (-1, self.config.layers - 1) else self.transformer(x, causal, layer)
-        return TextOutput(self.ln_final(tokens) if final_norm else tokens, self.ln_final(end) @ self.text_projection)
+        chosen, last = self.transformer(x, seen, layer=layer, rest=pooled)
+        tokens = self.ln_final(chosen) if final_norm else chosen
+        if not pooled:
+            return TextOutput(tokens, None)
+        normed = tokens if final_norm and layer == -1 else self.ln_final(last)
+        state = normed[torch.arange(len(ids), device=ids.device), first_position(ids, eot_id)]  # (B, D)
+        return TextOutput(tokens, state if self.text_projection is None else state @ self.text_projection)
+
+
+def first_position(ids: Tensor, token: int) -> Tensor:
+    """Where a token first stands in each row, (B,) int64; ValueError if it stands nowhere. The largest id need not be it: tokens can be added."""
+    found = ids == token  # (B, L)
+    if not torch.compiler.is_compiling() and not found.any(dim=1).all():
+        rows = (~found.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"ids: no end-of-text token {token} in rows {rows}")
+    return found.int().argmax(dim=1)
+
+
+class TextTower(_Text):
+    """CLIP's text tower: a causal transformer over token ids."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def forward(
+        self, ids: Tensor, *, layer: int = -1, final_norm: bool = True, mask: Tensor | None = None, pooled: bool = True
+    ) -> TextOutput:
+        """Token states and the pooled embedding of ids (B, L).
+
+        ``layer``: the block whose output the tokens are, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied to
+        them; it always is to the pooled state, which is the last layer's. ``mask`` (B, L) bool, True where a token may be looked at, besides
+        the causal one; the first token's must be True. ``pooled`` False leaves out what only the pooled state needs.
+        ValueError if L exceeds the context length, or a row has no end-of-text token.
+        """
+        return self.read(ids, self.config.eot_id, layer=layer, final_norm=final_norm, mask=mask, pooled=pooled)
 
 
 class VisionTower(nn.Module):
-    """Pictures to an embedding: patches, a class token, a transformer, the class token's state projected."""
+    """CLIP's vision transformer (Dosovitskiy et al. 2021, with a norm before the first block)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        width, patches = config.width, (config.image_size // config.patch_size) ** 2
+        width, grid = config.width, config.image_size // config.patch_size
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(grid * grid + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, config.mlp_width or 4 * width, config.activation)
+        self.transformer = Transformer(config)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.proj = None if config.embed_dim is None else nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, S, S), normalised as `preprocess` does → (B, E), not normalised."""
-        return self.ln_post(self.states(x)[:, 0]) @ self.proj
-
-    def states(self, x: Tensor) -> Tensor:
-        """The last block's states of the class token and every patch, (B, 1 + patches, D), before the last norm."""
+    def forward(self, x: Tensor, *, layer: int = -1) -> VisionOutput:
+        """Patch states and the pooled embedding of prepared pixels (B, 3, S, S), as `prepare` gives; ValueError for another size."""
+        size = self.config.image_size
+        if x.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {tuple(x.shape)}")
         x = rearrange(self.conv1(x), "b d h w -> b (h w) d")
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return self.transformer(self.ln_pre(x + self.positional_embedding.to(x.dtype)))
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + patches, D)
+        x = self.ln_pre(x + self.positional_embedding)
+        chosen, last = self.transformer(x, layer=layer)
+        assert last is not None  # all blocks are run
+        state = self.ln_post(last[:, 0])  # (B, D)
+        return VisionOutput(chosen, state if self.proj is None else state @ self.proj)
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1], any size, as the tower takes them."""
+        return prepare(pixels, self.config.image_size, self.config.mean, self.config.std)
 
 
-def preprocess(pixels: Tensor, size: int) -> Tensor:
-    """Pixels (B, 3, H, W) in [0, 1] → normalised (B, 3, size, size): the shorter side resized (bicubic, antialiased), the middle cut out."""
+def prepare(pixels: Tensor, size: int, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """Pixels (B, 3, H, W) in [0, 1] resized (shorter side, bicubic, antialiased), cropped to the centre and standardised: (B, 3, size, size).
+
+    ValueError for another shape, for integers, or for pixels out of [0, 1] by more than rounding. What bicubic overshoots is clamped.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        raise ValueError(f"pixels: expected floating-point (B, 3, H, W) in [0, 1], got {pixels.dtype} {tuple(pixels.shape)}")
+    if not torch.compiler.is_compiling() and pixels.numel() and not (pixels.min() >= -0.01 and pixels.max() <= 1.01):
+        raise ValueError(f"pixels: expected [0, 1], got [{float(pixels.min()):.3g}, {float(pixels.max()):.3g}]")
     h, w = pixels.shape[-2:]
     if (h, w) != (size, size):
-        scale = size / min(h, w)
-        new = (max(size, round(h * scale)), max(size, round(w * scale)))
-        pixels = F.interpolate(pixels.float(), size=new, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (new[0] - size) // 2, (new[1] - size) // 2
+        short = min(h, w)
+        shape = [size if side == short else int(size * side / short) for side in (h, w)]
+        pixels = F.interpolate(pixels.float(), shape, mode="bicubic", antialias=True).clamp(0, 1).to(pixels.dtype)
+        top, left = (round((side - size) / 2) for side in shape)
         pixels = pixels[..., top : top + size, left : left + size]
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (pixels - mean) / std
+    offset, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (pixels - offset) / scale
 
 
-class CLIP(TextTower):
-    """Both towers: a text tower that also has ``visual`` and the logarithm of the similarity's scale, as open_clip lays them out."""
+class CLIP(_Text):
+    """Both towers. The text tower stands at the top level, the vision tower below ``visual``; ``logit_scale`` is the log of the inverse temperature."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config.text)
-        self.clip_config = config
+        self.config = config
         self.visual = VisionTower(config.vision)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_text(self, ids: Tensor, *, normalize: bool = False) -> Tensor:
-        """ids (B, L) → embeddings (B, E), of length 1 if ``normalize``."""
-        pooled = self(ids).pooled
-        return F.normalize(pooled, dim=-1) if normalize else pooled
+        """The embeddings (B, E) of token ids (B, L), of length 1 if ``normalize``."""
+        out = self.read(ids, self.config.text.eot_id, layer=-1, final_norm=True, mask=None, pooled=True).pooled
+        assert out is not None  # asked for
+        return F.normalize(out, dim=-1) if normalize else out
 
     def encode_image(self, pixels: Tensor, *, normalize: bool = False) -> Tensor:
-        """pixels (B, 3, H, W) in [0, 1], any size → embeddings (B, E), of length 1 if ``normalize``."""
-        x = preprocess(pixels, self.clip_config.vision.image_size).to(self.visual.conv1.weight.dtype)
-        embedding = self.visual(x)
-        return F.normalize(embedding, dim=-1) if normalize else embedding
+        """The embeddings (B, E) of pixels (B, 3, H, W) in [0, 1], of length 1 if ``normalize``."""
+        out = self.visual(self.visual.prepare(pixels)).pooled
+        return F.normalize(out, dim=-1) if normalize else out
 
     def text_tower(self) -> TextTower:
-        """The text tower alone, sharing the parameters."""
+        """The text tower alone; its parameters are these."""
         with torch.device("meta"):
-            tower = TextTower(self.config)
-        own = self.state_dict(keep_vars=True)
+            tower = TextTower(self.config.text)
+        own = dict(self.named_parameters())
         tower.load_state_dict({name: own[name] for name in tower.state_dict()}, assign=True)
-        return tower
+        return tower.train(self.training)
