@@ -8,61 +8,12 @@ from dataclasses import replace
 import originals
 import pytest
 import torch
-from originals import UNetSpec, VAESpec
+from originals import UNETS, VAES, UNetSpec, VAESpec
 
 from ldm.weights.bert_rules import bert_table
 from ldm.weights.keymap import Shape, Table, file_shapes, fit, to_file, to_native
 from ldm.weights.unet_rules import unet_table
 from ldm.weights.vae_rules import DIFFUSERS, vae_table
-
-CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
-SD = dict(ch=320, mult=(1, 2, 4, 4), attend=(1, 2, 4))
-XL = dict(ch=320, mult=(1, 2, 4), attend=(2, 4), context=2048, depth=(0, 2, 10), linear=True, adm=2816)
-
-# name: original spec, parameters (section 19 of the formats' reference; None: not listed), keys, head options, peer
-UNETS: dict[str, tuple[UNetSpec, int | None, int | None, dict[str, int], str]] = {
-    "sd1": (UNetSpec(**SD, context=768), 859_520_964, 686, {}, "cond"),
-    "sd1-inpaint": (UNetSpec(**SD, context=768, io=(9, 4)), 859_535_364, 686, {}, "cond"),
-    "instruct-pix2pix": (UNetSpec(**SD, context=768, io=(8, 4)), 859_532_484, 686, {}, "cond"),
-    "sd2": (UNetSpec(**SD, context=1024, linear=True), 865_910_724, 686, {}, "cond"),
-    "sd2-inpaint": (UNetSpec(**SD, context=1024, linear=True, io=(9, 4)), 865_925_124, 686, {}, "cond"),
-    "sd2-depth": (UNetSpec(**SD, context=1024, linear=True, io=(5, 4)), 865_913_604, 686, {}, "cond"),
-    "unclip-h": (UNetSpec(**SD, context=1024, linear=True, adm=2048), 870_173_124, 690, {}, "unclip"),
-    "unclip-l": (UNetSpec(**SD, context=1024, linear=True, adm=1536), 869_517_764, 690, {}, "unclip"),
-    "x4": (UNetSpec(ch=256, mult=(1, 2, 2, 4), attend=(2, 4, 8), context=1024, linear=True, io=(7, 4), classes=1000,
-                    cross_only=(True, True, True, False)), 473_398_020, 687, {}, "cond"),
-    "sdxl": (UNetSpec(**XL), 2_567_463_684, 1680, {}, "xl"),
-    "sdxl-inpaint": (UNetSpec(**XL, io=(9, 4)), 2_567_478_084, 1680, {}, "xl"),
-    "sdxl-refiner": (UNetSpec(ch=384, mult=(1, 2, 4, 4), attend=(2, 4), context=1280, depth=4, linear=True, adm=2560),
-                     2_259_526_660, 1220, {}, "xl"),
-    "text2img-large": (UNetSpec(**SD, context=1280), 872_300_484, 686, {}, "cond"),
-    "text2img256": (UNetSpec(ch=192, mult=(1, 2, 3, 5), attend=(2, 4, 8), context=640, io=(3, 3)), 403_623_939, None, {}, "cond"),
-    "cin256": (UNetSpec(ch=256, mult=(1, 2, 4), attend=(1, 2, 4), context=512), 394_984_196, None, {}, "cond"),
-    "cin256-v2": (UNetSpec(ch=192, mult=(1, 2, 3, 5), attend=(2, 4, 8), context=512, io=(3, 3)), 400_920_579, None, {}, "cond"),
-    "layout2img": (UNetSpec(ch=128, mult=(1, 2, 3, 4), attend=(2, 4, 8), context=512, depth=3, io=(3, 3)), 246_277_379, None, {}, "cond"),
-    "rdm": (UNetSpec(ch=448, mult=(1, 2, 3, 4), attend=(1, 2, 4), context=768, io=(16, 16)), 1_335_480_400, None, {}, "cond"),
-    "celebahq": (UNetSpec(ch=224, mult=(1, 2, 3, 4), attend=(2, 4, 8), io=(3, 3)), 274_056_163, 368, {"head_dim": 32}, "plain"),
-    "bsr_sr": (UNetSpec(ch=160, mult=(1, 2, 2, 4), attend=(8, 16), io=(6, 3)), 113_622_563, 306, {"head_dim": 32}, "plain"),
-    "semantic": (UNetSpec(ch=128, mult=(1, 4, 8), attend=(8, 16, 32), io=(6, 3)), 215_229_315, None, {"heads": 8}, "plain"),
-    "lsun_churches": (UNetSpec(ch=192, mult=(1, 2, 2, 4, 4), attend=(1, 2, 4, 8), scale_shift=True, updown=True),
-                      294_966_916, 520, {"heads": 8}, "plain"),
-    "inpainting_big": (UNetSpec(ch=256, mult=(1, 2, 3, 4), attend=(2, 4, 8), updown=True, io=(7, 3)), 387_245_827, 416, {"heads": 8}, "plain"),
-    "karlo-decoder": (UNetSpec(ch=320, mult=(1, 2, 3, 4), attend=(2, 4, 8), n=3, io=(3, 6), kv=1536, scale_shift=True, updown=True),
-                      885_439_686, None, {"head_dim": 64}, "karlo"),
-    "karlo-sr": (UNetSpec(ch=320, mult=(1, 2, 3, 4), attend=(), n=3, io=(6, 3), updown=True, mid=False), 691_579_523, 408, {}, "plain"),
-}  # fmt: skip
-VAES: dict[str, tuple[VAESpec, int, int]] = {
-    "kl-f4": (VAESpec(mult=(1, 2, 4), z=3), 55_312_063, 204),
-    "kl-f8": (VAESpec(mult=(1, 2, 4, 4)), 83_653_863, 248),
-    "kl-f16": (VAESpec(mult=(1, 1, 2, 2, 4), attend=(16,), z=16), 69_610_963, 342),
-    "kl-f32": (VAESpec(mult=(1, 1, 2, 2, 4, 4), attend=(16, 8), z=64), 103_880_131, 436),
-    "x4": (VAESpec(mult=(1, 2, 4), z=4), 55_325_927, 204),
-    "vq-f4": (VAESpec(mult=(1, 2, 4), z=3, codes=8192), 55_322_782, 205),
-    "vq-f4-noattn": (VAESpec(mult=(1, 2, 4), z=3, codes=8192, mid=False), 53_219_486, 185),
-    "vq-f8": (VAESpec(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=16384), 67_717_295, 299),
-    "vq-f8-n256": (VAESpec(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=256), 67_652_783, 299),
-    "vq-f16": (VAESpec(mult=(1, 1, 2, 2, 4), attend=(16,), z=8, codes=16384), 69_593_371, 343),
-}
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, Shape]:

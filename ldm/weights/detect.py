@@ -1,0 +1,214 @@
+"""Which family of models is in a file? Told from the names and shapes of its tensors alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.weights.keymap import Shape
+
+Shapes = Mapping[str, Shape]
+UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family: what it is, where its parts stand in a single file (part: prefix), and what the keys cannot tell.
+
+    ``refusal``: why `ldm.load` does not take such a file, empty if it may. ``unneeded``: patterns of keys that hold nothing new.
+    """
+
+    title: str
+    parts: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    refusal: str = ""
+    unneeded: tuple[str, ...] = ()
+
+
+CLIP_L = {"unet": UNET, "vae": VAE, "text": f"{COND}transformer."}
+CLIP_H = {"unet": UNET, "vae": VAE, "text": f"{COND}model."}
+SDXL = {"unet": UNET, "vae": VAE, "text": "conditioner.embedders.0.transformer.", "text2": "conditioner.embedders.1.model."}
+UNCLIP = CLIP_H | {"image": "embedder.model.", "noise": "noise_augmentor."}
+ALONE = {"unet": UNET, "vae": VAE}
+EPS_OR_V = "keys cannot tell whether it predicts eps (the 512 base models) or v (768): say which"
+ADDED = "is added to a model, and is no model itself"
+
+FAMILIES: dict[str, Family] = {
+    "sd1": Family(title="Stable Diffusion 1.x", parts=CLIP_L),
+    "sd1-inpainting": Family(title="Stable Diffusion 1.x inpainting", parts=CLIP_L),
+    "instruct-pix2pix": Family(title="InstructPix2Pix", parts=CLIP_L),
+    "sd1-lcm": Family(title="latent consistency model on Stable Diffusion 1.5", parts=CLIP_L),
+    "sd2": Family(title="Stable Diffusion 2.x, or SD-Turbo", parts=CLIP_H, note=EPS_OR_V),
+    "sd2-inpainting": Family(title="Stable Diffusion 2 inpainting", parts=CLIP_H),
+    "sd2-depth": Family(title="Stable Diffusion 2 depth", parts=CLIP_H, unneeded=("depth_model.*",)),
+    "sd-x4-upscaler": Family(title="Stable Diffusion x4 upscaler", parts=CLIP_H, unneeded=("low_scale_model.*",)),
+    "sd21-unclip-h": Family(title="Stable Diffusion 2.1 unCLIP, ViT-H", parts=UNCLIP),
+    "sd21-unclip-l": Family(title="Stable Diffusion 2.1 unCLIP, ViT-L", parts=UNCLIP),
+    "sdxl": Family(title="Stable Diffusion XL, or SDXL-Turbo", parts=SDXL, note="keys cannot tell SDXL from SDXL-Turbo: say which"),
+    "sdxl-inpainting": Family(title="Stable Diffusion XL inpainting", parts=SDXL),
+    "sdxl-lcm": Family(title="latent consistency model on Stable Diffusion XL", parts=SDXL),
+    "sdxl-refiner": Family(title="Stable Diffusion XL refiner", parts={"unet": UNET, "vae": VAE, "text2": "conditioner.embedders.0.model."}),
+    "ldm-text2img-large": Family(title="LDM text2img-large", parts=CLIP_L),
+    "ldm-text2img256": Family(title="LDM text2img256", parts=CLIP_L),
+    "ldm-uncond256": Family(title="LDM celebahq, ffhq or lsun beds", parts=ALONE, note="keys cannot tell celebahq, ffhq and lsun beds apart"),
+    "ldm-churches256": Family(title="LDM lsun churches", parts=ALONE),
+    "ldm-cin256": Family(title="LDM cin256", parts=ALONE | {"class": COND}),
+    "ldm-cin256-v2": Family(title="LDM cin256-v2", parts=ALONE | {"class": COND}),
+    "ldm-inpainting-big": Family(title="LDM inpainting-big", parts=ALONE, unneeded=(f"{COND}*",)),  # there the first stage stands once more
+    "ldm-bsr-sr": Family(title="LDM bsr-sr", parts=ALONE),
+    "ldm-semantic": Family(title="LDM semantic synthesis", parts=ALONE | {"cond": COND}, refusal="is known but not supported"),
+    "ldm-layout2img": Family(title="LDM layout2img", parts=CLIP_L, refusal="is known but not supported"),
+    "rdm768": Family(title="retrieval-augmented diffusion (RDM 768)", parts=ALONE, refusal="is known but not supported"),
+    "first-stage-kl": Family(title="KL autoencoder", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
+    "first-stage-vq": Family(title="VQ autoencoder", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
+    "movq": Family(title="MoVQ autoencoder (Kandinsky)", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
+    "karlo-prior": Family(title="Karlo or Kandinsky 2.1 prior", note="Karlo and Kandinsky 2.1 have the same keys"),
+    "karlo-decoder": Family(title="Karlo decoder"),
+    "karlo-sr": Family(title="Karlo super-resolution"),
+    "kandinsky21": Family(title="Kandinsky 2.1 UNet"),
+    "dalle2-prior": Family(title="DALLE2-pytorch prior"),
+    "dalle2-decoder": Family(title="DALLE2-pytorch decoder", refusal="is known but not supported"),
+    "dalle-mini-encoder": Family(title="DALL·E mini or mega encoder", refusal="is known but not supported: it is no diffusion model"),
+    "dalle-mini-decoder": Family(title="DALL·E mini or mega decoder", refusal="is known but not supported: it is no diffusion model"),
+    "controlnet": Family(title="ControlNet", refusal=ADDED),
+    "lora": Family(title="LoRA", refusal=ADDED),
+    "textual-inversion": Family(title="textual inversion", refusal=ADDED),
+    "safety-checker": Family(title="safety checker", refusal=ADDED),
+    "clip": Family(title="CLIP", refusal="is a CLIP model alone, without a diffusion model"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """A family by name, whether the keys are the original layout's or diffusers', and the numbers that decided."""
+
+    name: str
+    layout: str  # "original" or "diffusers"
+    evidence: str
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What tells one UNet from another: channels in, width, context and vector widths, number of classes, guidance embedding."""
+
+    inputs: int
+    width: int
+    context: int | None
+    vector: int | None
+    classes: int | None
+    guidance: bool
+
+    def __str__(self) -> str:
+        known = {"channels in": self.inputs, "width": self.width, "context": self.context, "vector": self.vector, "classes": self.classes}
+        return "UNet: " + ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+
+
+def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
+    """The facts of the UNet below a prefix, in either layout; None if there is none."""
+    stem = shapes.get(f"{prefix}input_blocks.0.0.weight", shapes.get(f"{prefix}conv_in.weight"))
+    if stem is None or len(stem) != 4:
+        return None
+
+    def width(*names: str) -> int | None:
+        return next((shapes[prefix + name][-1] for name in names if prefix + name in shapes), None)
+
+    attends = [key for key in shapes if key.startswith(prefix) and key.endswith(".attn2.to_k.weight")]
+    classes = next((shapes[prefix + name][0] for name in ("label_emb.weight", "class_embedding.weight") if prefix + name in shapes), None)
+    return Facts(
+        inputs=stem[1], width=stem[0], context=shapes[attends[0]][-1] if attends else None, classes=classes,
+        vector=width("label_emb.0.0.weight", "add_embedding.linear_1.weight", "class_embedding.linear_1.weight"),
+        guidance=f"{prefix}time_embedding.cond_proj.weight" in shapes,
+    )  # fmt: skip
+
+
+def classify(facts: Facts) -> str | None:
+    """The family of a UNet with these facts; None if there is none of that kind."""
+    lcm = facts.guidance
+    if facts.vector is not None:
+        by_vector = {  # (width of the vector, channels in)
+            (2816, 4): "sdxl-lcm" if lcm else "sdxl", (2816, 9): "sdxl-inpainting", (2560, 4): "sdxl-refiner",
+            (2048, 4): "sd21-unclip-h", (1536, 4): "sd21-unclip-l",
+        }  # fmt: skip
+        return by_vector.get((facts.vector, facts.inputs))
+    if facts.classes is not None:
+        return "sd-x4-upscaler" if facts.context == 1024 and facts.inputs == 7 else None
+    table: dict[tuple[int | None, int, int], str] = {  # (context, channels in, width)
+        (768, 4, 320): "sd1-lcm" if lcm else "sd1", (768, 9, 320): "sd1-inpainting", (768, 8, 320): "instruct-pix2pix",
+        (1024, 4, 320): "sd2", (1024, 9, 320): "sd2-inpainting", (1024, 5, 320): "sd2-depth",
+        (1280, 4, 320): "ldm-text2img-large", (640, 3, 192): "ldm-text2img256",
+        (512, 4, 256): "ldm-cin256", (512, 3, 192): "ldm-cin256-v2", (512, 3, 128): "ldm-layout2img", (768, 16, 448): "rdm768",
+        (None, 3, 224): "ldm-uncond256", (None, 4, 192): "ldm-churches256", (None, 7, 256): "ldm-inpainting-big",
+        (None, 6, 160): "ldm-bsr-sr", (None, 6, 128): "ldm-semantic",
+    }  # fmt: skip
+    return table.get((facts.context, facts.inputs, facts.width))
+
+
+def _any(pattern: str) -> Callable[[Shapes], bool]:
+    found = re.compile(pattern)
+    return lambda shapes: any(found.search(key) for key in shapes)
+
+
+def _inversion(shapes: Shapes) -> bool:
+    names = {"string_to_param", "emb_params"} & set(shapes) or {"clip_l", "clip_g"} <= set(shapes) or any(k.startswith("string_to_param.") for k in shapes)
+    return bool(names) or (len(shapes) == 1 and len(next(iter(shapes.values()))) in (1, 2))
+
+
+# In this order; what is added to a model may stand in one file with the model.
+BEFORE: tuple[tuple[Callable[[Shapes], bool], str, str], ...] = (
+    (_any(r"^control_model\.time_embed\.0\.weight$"), "controlnet", "original"),
+    (_any(r"^controlnet_cond_embedding\.conv_in\.weight$"), "controlnet", "diffusers"),
+    (_any(r"lora_down\.weight$|lora_A\.weight$|_lora\.down\.weight$|lora_linear_layer\.down\.weight$"), "lora", "original"),
+    (_inversion, "textual-inversion", "original"),
+    (_any(r"^(model\.)?prd_emb$"), "karlo-prior", "original"),
+    (_any(r"^model\.cf_param$"), "karlo-decoder", "original"),
+    (_any(r"^model_first_steps\."), "karlo-sr", "original"),
+    (_any(r"^clip_to_seq\.weight$"), "kandinsky21", "original"),
+)
+AFTER: tuple[tuple[Callable[[Shapes], bool], str, str], ...] = (
+    (_any(r"^concept_embeds$"), "safety-checker", "diffusers"),
+    (_any(r"(^|\.)net\.learned_query$"), "dalle2-prior", "original"),
+    (_any(r"^unets\.0\."), "dalle2-decoder", "original"),
+    (lambda s: "layers.0.glu.fc0.weight" in s and "lm_head.weight" in s, "dalle-mini-decoder", "original"),
+    (_any(r"^layers\.0\.glu\.fc0\.weight$"), "dalle-mini-encoder", "original"),
+    (_any(r"^decoder\.up\.0\..*conv_y\."), "movq", "original"),
+    (_any(r"^decoder\.up_blocks\.0\..*conv_y\."), "movq", "diffusers"),
+    (lambda s: "decoder.up.0.block.0.conv1.weight" in s and "quantize.embedding.weight" in s, "first-stage-vq", "original"),
+    (_any(r"^decoder\.up\.0\.block\.0\.conv1\.weight$"), "first-stage-kl", "original"),
+    (lambda s: "decoder.up_blocks.0.resnets.0.conv1.weight" in s and "quantize.embedding.weight" in s, "first-stage-vq", "diffusers"),
+    (_any(r"^decoder\.up_blocks\.0\.resnets\.0\.conv1\.weight$"), "first-stage-kl", "diffusers"),
+    (_any(r"^(visual\.)?transformer\.resblocks\.0\.attn\.in_proj_weight$|^(text|vision)_model\.encoder\.layers\.0\."), "clip", "original"),
+)
+
+
+def detect(shapes: Shapes, *, source: str | Path = "") -> Detection:
+    """The family of a file with these tensors; ValueError, with what the file seems to hold, if it is none that is known."""
+    for test, name, layout in BEFORE:
+        if test(shapes):
+            return Detection(name=name, layout=layout, evidence="its keys")
+    for prefix in (UNET, ""):
+        facts = unet_facts(shapes, prefix)
+        bare = prefix == "" and not any(key.startswith(("down_blocks.", "input_blocks.")) for key in shapes)
+        if facts is None or bare:
+            continue
+        name = classify(facts)
+        if name is None:
+            raise ValueError(f"{str(source)!r} holds a diffusion model of no family that is known ({facts})")
+        return Detection(name=name, layout="original" if f"{prefix}input_blocks.0.0.weight" in shapes else "diffusers", evidence=str(facts))
+    for test, name, layout in AFTER:
+        if test(shapes):
+            return Detection(name=name, layout=layout, evidence="its keys")
+    roots = sorted({key.split(".")[0] for key in shapes})
+    raise ValueError(f"{str(source)!r} is of no family that is known: {len(shapes)} tensors below {', '.join(roots[:8])}")
+
+
+def require(found: Detection, *, source: str | Path) -> Family:
+    """The family, if `ldm.load` can take it; ValueError naming file and family otherwise."""
+    if found.family.refusal:
+        raise ValueError(f"{str(source)!r} is a file of the family {found.name} ({found.family.title}), which {found.family.refusal}")
+    return found.family

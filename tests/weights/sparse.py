@@ -1,0 +1,36 @@
+"""Files with the size of real checkpoints that take no room on the disk: a true header, and holes for the numbers (all zero)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import originals
+from originals import Shapes
+
+
+def sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> Path:
+    """A safetensors file of half-precision zeros with these names and shapes."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * 2
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def sd1_file(unet: str = "sd1") -> Shapes:
+    """The keys of a Stable Diffusion 1.x file with buffers, and a text tower reduced to two tensors."""
+    text = {"embeddings.position_ids": (1, 77), "embeddings.token_embedding.weight": (49408, 768)}
+    return {
+        **originals.prefixed("model.diffusion_model.", originals.unet(originals.UNETS[unet][0])),
+        **originals.prefixed("first_stage_model.", originals.vae(originals.VAES["kl-f8"][0])),
+        **originals.prefixed("cond_stage_model.transformer.text_model.", text),
+        "betas": (1000,), "alphas_cumprod": (1000,), "posterior_mean_coef1": (1000,), "model_ema.decay": (), "model_ema.num_updates": (),
+    }  # fmt: skip

@@ -1,0 +1,98 @@
+"""Single files taken apart: parts, averages, the latent scale, and what belongs to nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hostile
+import pytest
+import torch
+from originals import UNETS
+from sparse import sd1_file, sparse
+
+from ldm.models.unet import UNet, UNetConfig
+from ldm.weights.io import load_strict, write_safetensors
+from ldm.weights.keymap import to_native
+from ldm.weights.single import choose_ema, ema_names, read_single, read_tensors
+from ldm.weights.unet_rules import unet_table
+
+
+def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> None:
+    single = read_single(sparse(tmp_path / "sd.safetensors", sd1_file()))
+    assert single.found.name == "sd1"
+    assert {name: len(part) for name, part in single.parts.items()} == {"unet": UNETS["sd1"][2], "vae": 248, "text": 2}
+    assert (single.ema, single.scale_factor) == (False, None)
+    with torch.device("meta"):
+        net = UNet(UNetConfig())
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    state = to_native(unet_table(shapes), single.parts["unet"], shapes, source=single.path)
+    load_strict(net, state, source=single.path, allow_nan=True)  # the numbers are not looked at: they are holes in the file
+    assert net.conv_in.weight.dtype == torch.float16
+
+
+def test_tensors_that_belong_to_nothing_are_an_error(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "sd.safetensors", sd1_file() | {"mystery.weight": (3,)})
+    with pytest.raises(ValueError, match=r"sd\.safetensors.*belong to no part.*mystery\.weight"):
+        read_single(path)
+
+
+def test_a_unet_alone(tmp_path: Path) -> None:
+    keys = {key.removeprefix("model.diffusion_model."): shape for key, shape in sd1_file().items() if key.startswith("model.d")}
+    single = read_single(sparse(tmp_path / "unet.safetensors", keys))
+    assert single.parts.keys() == {"unet"}
+
+
+def test_the_wrong_kind_of_file(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "lora.safetensors", {"a.lora_down.weight": torch.zeros(2, 2), "a.lora_up.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match=r"lora\.safetensors.*LoRA.*added to a model"):
+        read_single(tmp_path / "lora.safetensors")
+
+
+def test_averages_by_choice() -> None:
+    one, two = torch.ones(1), torch.full((1,), 2.0)
+    state = {"model.diffusion_model.a.b": one, "model_ema.diffusion_modelab": two, "model_ema.decay": one, "first_stage_model.a.b": one}
+    for ema, wanted in ((None, 2.0), (True, 2.0), (False, 1.0)):
+        chosen, averaged = choose_ema(state, ema, source="x")
+        assert chosen["model.diffusion_model.a.b"].item() == wanted
+        assert chosen["first_stage_model.a.b"].item() == 1.0
+        assert averaged == (wanted == 2.0)
+        assert not any(key.startswith("model_ema") for key in chosen)
+    del state["model_ema.diffusion_modelab"]
+    assert choose_ema(state, None, source="x")[1] is False
+    with pytest.raises(ValueError, match=r"x\.ckpt.*no averaged"):
+        choose_ema(state, True, source="x.ckpt")
+
+
+def test_averages_of_some_tensors_only_are_not_mixed_in_silence() -> None:
+    state = {name: torch.ones(1) for name in ("model.diffusion_model.a", "model.diffusion_model.b", "model_ema.diffusion_modela")}
+    with pytest.raises(ValueError, match=r"1 of 2 tensors.*diffusion_model\.b"):
+        choose_ema(state, None, source="x")
+    assert choose_ema(state, False, source="x")[1] is False
+
+
+def test_names_without_dots_may_collide() -> None:
+    with pytest.raises(ValueError, match="may be the average of"):
+        ema_names(["model.d.a.bc", "model.d.ab.c", "model_ema.dabc"])
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "renamed.bin"])
+def test_the_content_decides_how_a_file_is_read(tmp_path: Path, name: str) -> None:
+    write_safetensors(tmp_path / name, {"x": torch.ones(2)})
+    assert read_tensors(tmp_path / name)[0]["x"].tolist() == [1, 1]
+    torch.save({"x": torch.ones(2)}, tmp_path / "real.ckpt")
+    assert read_tensors(tmp_path / "real.ckpt")[0]["x"].tolist() == [1, 1]
+
+
+def test_hostile_files_are_refused_here_too(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    with pytest.raises(ValueError, match=r"bad\.ckpt.*refused"):
+        read_single(hostile.canary_ckpt(tmp_path / "bad.ckpt", mark))
+    assert not mark.exists()
+
+
+def test_the_scale_that_a_file_states(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "sd.safetensors", sd1_file() | {"scale_factor": ()})
+    with path.open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x00\x38")  # 0.5 in half precision
+    assert read_single(path).scale_factor == 0.5
