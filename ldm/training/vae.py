@@ -76,8 +76,10 @@ class VAEPart:
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
         from ldm.training.export import export_part
+        from ldm.training.latents import measure_scale
 
-        export_part(folder, "vae", self.model, self.config.model, record)
+        scale = measure_scale(self.model, self.pictures)
+        export_part(folder, "vae", self.model, self.config.model, record, latent_scale=round(scale, 5), figures=self.validate())
 
 
 def held_out_compositions(pictures: Pictures, n: int) -> list[Composition]:

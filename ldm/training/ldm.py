@@ -1,0 +1,172 @@
+"""Training the latent diffusion model: a UNet on cached latents, its text tower frozen or tuned with it (Rombach et al. 2022, eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.data import Composition, caption
+from ldm.data.captions import vocabulary
+from ldm.denoiser import Denoiser
+from ldm.grid import TimeGrid
+from ldm.guidance import cfg
+from ldm.models.conditioner import read_text
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.noise import initial_noise
+from ldm.samplers.dpmpp_2m import dpmpp_2m
+from ldm.schedule import NoiseSchedule
+from ldm.training.config import DataConfig, RunConfig, at_least
+from ldm.training.data import Pictures, picture_grid, to_uint8
+from ldm.training.export import read_part
+from ldm.training.latents import LatentCache
+from ldm.training.loop import Draws
+from ldm.training.losses import diffusion_loss
+from ldm.types import Prediction
+from ldm.weights.io import load_strict, read_safetensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """The schedule, what is predicted, and how training weights the timesteps.
+
+    ``min_snr``: losses are weighted as min(SNR, γ) would weight x0's (Hang et al. 2023), None for the prediction's own weighting.
+    ``drop``: the share of captions replaced by the empty one, for guidance.
+    """
+
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
+    timesteps: int = 1000
+    prediction: Prediction = "v"
+    min_snr: float | None = None
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(2, timesteps=self.timesteps)
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop: expected a share in [0, 1), got {self.drop}")
+        if self.min_snr is not None and self.min_snr <= 0:
+            raise ValueError(f"min_snr: expected a positive number, got {self.min_snr}")
+
+    def make(self) -> NoiseSchedule:
+        """The schedule's tables."""
+        return getattr(NoiseSchedule, self.schedule)(self.timesteps)
+
+    def weight(self, snr: Tensor) -> Tensor:
+        """The weight of the raw prediction's squared error at a signal-to-noise ratio."""
+        if self.min_snr is None:
+            return torch.ones_like(snr)
+        own = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]  # the loss in terms of x0's error
+        return snr.clamp(max=self.min_snr) / own
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """The text tower: the folder it was exported to, and whether it learns on with the UNet or stays as it is."""
+
+    folder: str
+    tuned: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LDMTraining:
+    """The configuration of a latent diffusion model's training. ``variants``: how many small and double pictures the latent cache holds."""
+
+    run: RunConfig
+    data: DataConfig
+    vae: str
+    text: TextSource
+    model: UNetConfig
+    diffusion: Diffusion
+    variants: int
+
+
+class LDMPart:
+    """A latent diffusion model in training."""
+
+    def __init__(self, config: LDMTraining, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.pictures = Pictures(config.data)
+        about = read_part(config.vae, "vae")
+        self.vae = AutoencoderKL(build_vae(about)).to(device).eval().requires_grad_(False)
+        load_strict(self.vae, read_safetensors(Path(config.vae) / "vae.safetensors"), source=config.vae, dtype=torch.float32)
+        self.text = read_text(config.text.folder).to(device).requires_grad_(config.text.tuned)
+        if self.text.width != config.model.context_dim:
+            raise ValueError(f"model.context_dim {config.model.context_dim}: the text tower's tokens are {self.text.width} wide")
+        torch.manual_seed(config.run.seed)
+        net = UNet(config.model)
+        zero_outputs(net)
+        self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
+        self.model = nn.ModuleDict({"net": net, "text": self.text})
+        self.cache = LatentCache.build(
+            Path("runs") / "latents", self.pictures, self.vae, variants=config.variants, seed=config.run.seed,
+            scale=float(about["latent_scale"]), key=about["sha256"],
+        )  # fmt: skip
+
+    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        diffusion, schedule = self.config.diffusion, self.denoiser.schedule
+        chosen = [self.cache.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
+        x0 = self.cache.sample([row for _, row in chosen], draws).to(self.device)  # (B, C, h, w)
+        captions = ["" if draws.rng.random() < diffusion.drop else self.caption(c, draws.rng) for c, _ in chosen]
+        spread = (torch.arange(batch) + torch.rand(batch, generator=draws.torch)) / batch  # one t in every B-th of the range
+        t = (spread * len(schedule)).long().clamp_max(len(schedule) - 1).to(self.device)
+        eps = draws.normal(*x0.shape).to(self.device)
+        losses = diffusion_loss(self.denoiser, x0, self.text(captions), t, eps)  # (B,)
+        weight = diffusion.weight(schedule.snr(t)).to(losses)
+        high = t >= len(schedule) // 2
+        return (weight * losses).mean(), {"loss_high_t": losses[high].mean(), "loss_low_t": losses[~high].mean()}
+
+    def caption(self, composition: Composition, rng: np.random.Generator) -> str:
+        """What training calls a composition."""
+        return caption(composition, self.pictures.data.index, rng)
+
+    def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
+        """Pictures (B, 3, H, W) in about [−1, 1] of prompts."""
+        latent = (self.vae.config.latent_channels, *[self.config.data.size // self.vae.config.factor] * 2)
+        fn = cfg(self.denoiser, self.text(prompts), self.text([""]), guidance)
+        x = initial_noise(range(seed, seed + len(prompts)), latent).to(self.device)
+        return self.vae.decode(dpmpp_2m(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing")) / self.cache.scale)
+
+    def validate(self) -> dict[str, float]:
+        """Mean squared error between samples and what was asked, over 64 plain pictures: 1 would be a blank guess's order of magnitude."""
+        rng = np.random.default_rng(7)
+        chosen = [Composition(picture=int(row)) for row in rng.choice(self.pictures.data.index.train_of["noto"], 64)]
+        x = self.pictures.tensor(chosen)
+        y = torch.cat([self.sample([caption(c, self.pictures.data.index) for c in chosen[i : i + 16]], steps=10).cpu() for i in range(0, 64, 16)])
+        return {"sample_mse": float((x - y).square().mean())}
+
+    def preview(self) -> np.ndarray:
+        index = self.pictures.data.index
+        rng = np.random.default_rng(3)
+        known = ["red-apple", "cat-face", "snowman", "rocket", "grinning-face", "guitar", "sunflower", "fire-engine"]
+        names = [name for name in known if index.has(name)] + list(rng.choice(index.names("noto", held_out=False), 24 - len(known)))
+        grounds = [None, "blue", None, "yellow"] * 6
+        prompts = [name.replace("-", " ") + (f" on a {ground} background" if ground else "") for name, ground in zip(names, grounds, strict=False)]
+        return picture_grid(to_uint8(torch.cat([self.sample(prompts[:12]), self.sample(prompts[12:], seed=12)])), columns=8)
+
+    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
+        from ldm.training.export import export_part
+
+        diffusion, scale = self.config.diffusion, self.cache.scale
+        export_part(folder, "unet", self.denoiser.net, self.config.model, record, diffusion=diffusion, latent_scale=scale, figures=self.validate())
+        self.text.export(folder, record, words=sorted(vocabulary(self.pictures.data.index)))
+
+
+def build_vae(about: Mapping[str, Any]) -> VAEConfig:
+    """The autoencoder's configuration in its YAML."""
+    from ldm.config import build
+
+    return build(VAEConfig, about["model"], "vae.model")
+
+
+def zero_outputs(net: UNet) -> None:
+    """Start every residual branch and the output at zero, as the published trainings do (Dhariwal & Nichol 2021)."""
+    for name, module in net.named_modules():
+        if name.endswith(("conv2", "proj_out", "conv_out")) and isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
