@@ -1,9 +1,9 @@
-"""CLIP's towers (Radford et al. 2021), with open_clip's parameter names: two transformers whose embeddings of a picture and its text agree."""
+"""CLIP's towers (Radford et al. 2021): two transformers whose embeddings of a picture and its text agree. Parameter names are open_clip's."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,34 +11,33 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.clip_pixels import MEAN, STD, prepare
 from ldm.nn.attention import attend
 
 Activation = Literal["gelu", "quick_gelu"]
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels CLIP was first trained on, kept by most models since
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """A text tower's shape; the defaults are those common to the published ones.
+    """A text tower's shape; the defaults are ViT-L/14's.
 
     ``embed_dim``: E, None for a tower without projection; ``mlp_width``: None for four times the width. ``bos_id`` and ``eot_id`` are ids
     below ``vocab_size``, which is smaller where only a part of the vocabulary is embedded. OpenAI's weights take quick_gelu, others gelu.
     """
 
-    width: int
-    layers: int
-    embed_dim: int | None
     vocab_size: int = 49408
     context_length: int = 77
-    head_dim: int = 64
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
     mlp_width: int | None = None
-    activation: Activation = "gelu"
+    activation: Activation = "quick_gelu"
+    embed_dim: int | None = 768
     bos_id: int = 49406
     eot_id: int = 49407
 
     def __post_init__(self) -> None:
-        check_transformer(self.width, self.layers, self.head_dim, self.mlp_width)
+        check_transformer(self.width, self.layers, self.heads, self.mlp_width)
         check_positive(vocab_size=self.vocab_size, context_length=self.context_length, embed_dim=self.embed_dim)
         for name, value in (("bos_id", self.bos_id), ("eot_id", self.eot_id)):
             if not 0 <= value < self.vocab_size:
@@ -47,21 +46,21 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A vision tower's shape. ``head_dim`` is 80 in ViT-H and 104 in ViT-bigG; ``mean`` and ``std`` are of the pixels it takes."""
+    """A vision tower's shape; the defaults are ViT-L/14's. ``mean`` and ``std`` are those of the pixels it was trained on."""
 
-    width: int
-    layers: int
-    embed_dim: int | None
     image_size: int = 224
     patch_size: int = 14
-    head_dim: int = 64
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
     mlp_width: int | None = None
-    activation: Activation = "gelu"
+    activation: Activation = "quick_gelu"
+    embed_dim: int | None = 768
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
     def __post_init__(self) -> None:
-        check_transformer(self.width, self.layers, self.head_dim, self.mlp_width)
+        check_transformer(self.width, self.layers, self.heads, self.mlp_width)
         check_positive(image_size=self.image_size, patch_size=self.patch_size, embed_dim=self.embed_dim)
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size}: expected at least the patch_size {self.patch_size}")
@@ -73,12 +72,13 @@ class VisionConfig:
 class CLIPConfig:
     """Both towers; their ``embed_dim`` is one."""
 
-    text: TextConfig
-    vision: VisionConfig
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
 
     def __post_init__(self) -> None:
-        if self.text.embed_dim is None or self.text.embed_dim != self.vision.embed_dim:
-            raise ValueError(f"embed_dim: expected one number for both towers, got text {self.text.embed_dim} and vision {self.vision.embed_dim}")
+        text, vision = self.text.embed_dim, self.vision.embed_dim
+        if text is None or text != vision:
+            raise ValueError(f"embed_dim: expected one number for both towers, got text {text} and vision {vision}")
 
 
 def check_positive(**values: int | None) -> None:
@@ -88,26 +88,26 @@ def check_positive(**values: int | None) -> None:
             raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def check_transformer(width: int, layers: int, head_dim: int, mlp_width: int | None) -> None:
+def check_transformer(width: int, layers: int, heads: int, mlp_width: int | None) -> None:
     """ValueError for shapes that no transformer has."""
-    check_positive(width=width, layers=layers, head_dim=head_dim, mlp_width=mlp_width)
-    if width % head_dim:
-        raise ValueError(f"width {width}: expected a multiple of head_dim {head_dim}")
+    check_positive(width=width, layers=layers, heads=heads, mlp_width=mlp_width)
+    if width % heads:
+        raise ValueError(f"width {width} cannot be split into {heads} heads")
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention whose q, k and v stand in one matrix, row blocks in this order."""
 
-    def __init__(self, width: int, head_dim: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3·D)
-        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, d=self.head_dim)
+        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
         return self.out_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))
 
 
@@ -132,7 +132,7 @@ class Block(nn.Module):
     def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width)
-        self.attn = SelfAttention(config.width, config.head_dim)
+        self.attn = SelfAttention(config.width, config.heads)
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config.width, config.mlp_width or 4 * config.width, config.activation)
 
@@ -217,7 +217,7 @@ class _Text(nn.Module):
 
 
 def first_position(ids: Tensor, token: int) -> Tensor:
-    """Where a token first stands in each row, (B,) int64; ValueError if it stands nowhere. The largest id need not be it: tokens can be added."""
+    """Where a token first stands in each row, (B,) int64; ValueError if nowhere. (The largest id need not be it: tokens can be added.)"""
     found = ids == token  # (B, L)
     if not torch.compiler.is_compiling() and not found.any(dim=1).all():
         rows = (~found.any(dim=1)).nonzero().flatten().tolist()
@@ -237,9 +237,9 @@ class TextTower(_Text):
     ) -> TextOutput:
         """Token states and the pooled embedding of ids (B, L).
 
-        ``layer``: the block whose output the tokens are, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied to
-        them; it always is to the pooled state, which is the last layer's. ``mask`` (B, L) bool, True where a token may be looked at, besides
-        the causal one; the first token's must be True. ``pooled`` False leaves out what only the pooled state needs.
+        ``layer``: the block whose output the tokens are, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied
+        to them; it always is to the pooled state, which is the last layer's. ``mask`` (B, L) bool, True where a token may be looked at,
+        besides the causal one; the first token's must be True. ``pooled`` False leaves out what only the pooled state needs.
         ValueError if L exceeds the context length, or a row has no end-of-text token.
         """
         return self.read(ids, self.config.eot_id, layer=layer, final_norm=final_norm, mask=mask, pooled=pooled)
@@ -278,28 +278,8 @@ class VisionTower(nn.Module):
         return prepare(pixels, self.config.image_size, self.config.mean, self.config.std)
 
 
-def prepare(pixels: Tensor, size: int, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
-    """Pixels (B, 3, H, W) in [0, 1] resized (shorter side, bicubic, antialiased), cropped to the centre and standardised: (B, 3, size, size).
-
-    ValueError for another shape, for integers, or for pixels out of [0, 1] by more than rounding. What bicubic overshoots is clamped.
-    """
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
-        raise ValueError(f"pixels: expected floating-point (B, 3, H, W) in [0, 1], got {pixels.dtype} {tuple(pixels.shape)}")
-    if not torch.compiler.is_compiling() and pixels.numel() and not (pixels.min() >= -0.01 and pixels.max() <= 1.01):
-        raise ValueError(f"pixels: expected [0, 1], got [{float(pixels.min()):.3g}, {float(pixels.max()):.3g}]")
-    h, w = pixels.shape[-2:]
-    if (h, w) != (size, size):
-        short = min(h, w)
-        shape = [size if side == short else int(size * side / short) for side in (h, w)]
-        pixels = F.interpolate(pixels.float(), shape, mode="bicubic", antialias=True).clamp(0, 1).to(pixels.dtype)
-        top, left = (round((side - size) / 2) for side in shape)
-        pixels = pixels[..., top : top + size, left : left + size]
-    offset, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (pixels - offset) / scale
-
-
 class CLIP(_Text):
-    """Both towers. The text tower stands at the top level, the vision tower below ``visual``; ``logit_scale`` is the log of the inverse temperature."""
+    """Both towers: the text tower at the top level, the vision tower below ``visual``; ``logit_scale`` is log(1 / temperature)."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config.text)

@@ -33,8 +33,8 @@ ASCII_WORDS = re.compile(PARTS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+")
 class Tokenizer:
     """Text to ids and back, in the full vocabulary of 49,408 or in a part of it.
 
-    ``vocabulary``: the full ids that a small model embeds; the ids given out are then the places in their sorted list, to which those of start
-    and end are added. Words with a token outside it are left out; `unknown` names them, so that the caller can say so.
+    ``vocabulary``: the full ids that a small model embeds; the ids given out are then the places in their sorted list, to which those of
+    start and end are added. Words with a token outside it are left out; `unknown` names them, so that the caller can say so.
     """
 
     def __init__(self, vocabulary: Iterable[int] | None = None) -> None:
@@ -79,7 +79,7 @@ class Tokenizer:
         return [word for word in dict.fromkeys(split(text)) if any(token not in self._row for token in self._bpe(word))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, a space after each word; bytes that are no UTF-8 become U+FFFD, start and end their names. ValueError for an id out of range."""
+        """The text of ids, a space after each word; bytes that are no UTF-8 become U+FFFD. ValueError for an id out of range."""
         ids = [int(i) for i in ids]
         wrong = [i for i in ids if not 0 <= i < len(self)]
         if wrong:
@@ -91,8 +91,8 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str], *, context_length: int | None = 77, pad: int = 0, truncate: bool = False) -> Tensor:
         """The ids of B texts, (B, L) int64: start, tokens, end, then ``pad``.
 
-        ``context_length``: L, None for the longest of the batch; ``pad``: an id as given out, 0 in open_clip, `eot_id` in OpenAI's models as
-        Stable Diffusion 1 uses them. ValueError for a text that is too long, which ``truncate`` cuts instead, keeping the end.
+        ``context_length``: L, None for the longest of the batch; ``pad``: an id as given out, 0 in open_clip, 49407 (end) as Stable
+        Diffusion 1 pads. ValueError for a text that is too long, which ``truncate`` cuts instead, keeping the end.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if context_length is not None and context_length < 2:
