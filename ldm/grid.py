@@ -31,9 +31,9 @@ class TimeGrid:
     def __post_init__(self) -> None:
         n = len(self.t)
         if n < 1 or self.alpha.shape != (n + 1,) or self.sigma.shape != (n + 1,):
-            raise ValueError(f"a grid of {n} steps needs alpha and sigma of shape ({n + 1},), got {self.alpha.shape} and {self.sigma.shape}")
+            raise ValueError(f"{n} steps need alpha and sigma of shape ({n + 1},), got {self.alpha.shape} and {self.sigma.shape}")
         if not bool(((self.t >= 0) & (self.t <= len(self.log_ratio) - 1)).all()):
-            raise ValueError(f"t must lie in [0, {len(self.log_ratio) - 1}], got values from {float(self.t.min())} to {float(self.t.max())}")
+            raise ValueError(f"t must lie in [0, {len(self.log_ratio) - 1}], got {float(self.t.min())} to {float(self.t.max())}")
         if not bool((self.t.diff() < 0).all()) or not bool((self.ratio.diff() < 0).all()):
             raise ValueError("t and the noise level sigma/alpha must fall strictly from step to step: a step is repeated or goes back")
 
@@ -67,11 +67,15 @@ class TimeGrid:
     ) -> TimeGrid:
         """A grid of ``steps`` steps.
 
-        Spacings in t, for a schedule of T entries: ``leading`` i·(T//N) + offset; ``trailing`` T − i·T/N − 1; ``linspace`` from T − 1 to 0.
-        They are rounded to table entries unless ``integer`` is False (trailing and linspace).
-        Spacings in sigma/alpha from ``sigma_max`` to ``sigma_min`` (by default the table's ends): ``karras`` (arXiv:2206.00364, eq. 5, rho 7),
+        Spacings in t, for a schedule of T entries: ``leading`` i·(T//N) + offset; ``trailing`` T − i·T/N − 1; ``linspace`` from T − 1 to 0;
+        ``sgm`` T − 1 − i·(T − 1)/N, rounded down.
+        They are rounded to table entries unless ``integer`` is False (leading is whole anyway).
+        Spacings in sigma/alpha from ``sigma_max`` to ``sigma_min`` (by default the table's ends): ``karras`` (arXiv:2206.00364, eq. 5,
+        rho 7),
         ``exponential`` (uniform in its logarithm), ``polyexponential`` (rho 1), and ``lambda``, another name of exponential.
-        ``final``: after the last evaluation the state is ``data`` (alpha 1, sigma 0), ``first`` (alpha-bar[0]), or ``none``: the spacing lays
+        ``ays_sd1``, ``ays_sdxl``: Align Your Steps' tables (arXiv:2404.14507), which end in a level that is left out (as by ``drop_last``).
+        ``final``: after the last evaluation the state is ``data`` (alpha 1, sigma 0), ``first`` (alpha-bar[0]), or ``none``: the spacing
+        lays
         one node more, which is the final state, and no step leads further. ``drop_last`` lays one node more and leaves it out.
 
         Raises ValueError for a number of steps that the spacing cannot serve, naming the nearest one that it can.
@@ -79,6 +83,8 @@ class TimeGrid:
         _check_names(spacing, final)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= len(schedule):
             raise ValueError(f"steps must be a whole number from 1 to {len(schedule)} (the schedule's length), got {steps!r}")
+
+        drop_last = drop_last or (spacing.startswith("ays") and final != "none")
 
         def build(n: int) -> TimeGrid:
             count = n + 1 if drop_last or final == "none" else n
@@ -116,6 +122,17 @@ class TimeGrid:
         """t (fractional, float64) of log(sigma/alpha), linear between table entries; ValueError outside the table."""
         return _interpolate_time(self.log_ratio, torch.as_tensor(log_sigma_over_alpha, dtype=torch.float64))
 
+    def state(self, t: float) -> tuple[float, float]:
+        """(alpha, sigma) of the schedule at t in [0, T − 1], log(sigma/alpha) being linear between table entries."""
+        if not 0 <= t <= len(self.log_ratio) - 1:
+            raise ValueError(f"t must lie in [0, {len(self.log_ratio) - 1}], got {t}")
+        low = int(t)
+        level = float(self.log_ratio[low])
+        if t > low:
+            level += (t - low) * (float(self.log_ratio[low + 1]) - level)
+        ratio = torch.tensor(level, dtype=torch.float64)
+        return float(torch.sigmoid(-2 * ratio).sqrt()), float(torch.sigmoid(2 * ratio).sqrt())
+
     def tail(self, strength: float) -> TimeGrid:
         """The last round(N·strength) steps, at least one; strength in [0, 1]."""
         if not 0 <= strength <= 1:
@@ -148,6 +165,11 @@ def _linspace(T: int, n: int, offset: int, integer: bool) -> Tensor:
     return t.round() if integer else t
 
 
+def _sgm(T: int, n: int, offset: int, integer: bool) -> Tensor:
+    t = T - 1 - torch.arange(n, dtype=torch.float64) * (T - 1) / n
+    return t.floor() if integer else t
+
+
 def _karras(low: float, high: float, n: int, rho: float | None) -> Tensor:
     rho = 7.0 if rho is None else rho
     a, b = math.exp(high / rho), math.exp(low / rho)  # sigma^(1/rho)
@@ -162,16 +184,38 @@ def _polyexponential(low: float, high: float, n: int, rho: float | None) -> Tens
     return low + (1 - _ramp(n)) ** (1.0 if rho is None else rho) * (high - low)
 
 
+def _align_your_steps(table: tuple[float, ...]) -> Callable[[float, float, int, float | None], Tensor]:
+    """The table's sigma/alpha, log-linear between its entries; its rounded ends are the schedule's own."""
+
+    def nodes(low: float, high: float, n: int, rho: float | None) -> Tensor:
+        logs = torch.tensor(table, dtype=torch.float64).log()
+        place = _ramp(n) * (len(logs) - 1)
+        index = place.floor().long().clamp(max=len(logs) - 2)
+        return (logs[index] + (place - index) * (logs[index + 1] - logs[index])).clamp(low, high)
+
+    return nodes
+
+
 def _ramp(n: int) -> Tensor:
     return torch.linspace(0, 1, n, dtype=torch.float64)
 
 
-TIME_SPACINGS: dict[str, Callable[[int, int, int, bool], Tensor]] = {"leading": _leading, "trailing": _trailing, "linspace": _linspace}
+# Align Your Steps, arXiv:2404.14507, the optimised noise levels for ten steps
+AYS_SD1 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+TIME_SPACINGS: dict[str, Callable[[int, int, int, bool], Tensor]] = {
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "sgm": _sgm,
+}
 SIGMA_SPACINGS: dict[str, Callable[[float, float, int, float | None], Tensor]] = {
     "karras": _karras,
     "exponential": _exponential,
     "polyexponential": _polyexponential,
     "lambda": _exponential,
+    "ays_sd1": _align_your_steps(AYS_SD1),
+    "ays_sdxl": _align_your_steps(AYS_SDXL),
 }
 SPACINGS: tuple[str, ...] = (*TIME_SPACINGS, *SIGMA_SPACINGS)
 
@@ -188,7 +232,7 @@ def _sigma_range(schedule: NoiseSchedule, sigma_min: float | None, sigma_max: fl
     low = float(table[0]) if sigma_min is None else math.log(sigma_min)
     high = float(table[-1]) if sigma_max is None else math.log(sigma_max)
     if math.isinf(high):
-        raise ValueError("the schedule has zero terminal SNR, so its largest sigma is infinite: give sigma_max, or use trailing or linspace")
+        raise ValueError("the schedule has zero terminal SNR, so its largest sigma is infinite: give sigma_max, or use trailing")
     if low >= high:
         raise ValueError(f"sigma_min {math.exp(low):.6g} must be below sigma_max {math.exp(high):.6g}")
     return low, high
