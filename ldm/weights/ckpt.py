@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ def read_pickle(path: str | Path) -> Any:
     raise ValueError(f"{str(path)!r} is not a file written by torch.save (neither a zip archive nor its format before 1.6)")
 
 
-def scan(text: bytes, path: Path) -> PickleScan:
-    """The pickle's globals; ValueError naming the file if it is damaged."""
+def scan(text: bytes | IO[bytes], path: Path) -> PickleScan:
+    """A pickle's globals; ValueError naming the file if it is damaged."""
     try:
         return scan_pickle(text)
     except (ValueError, RecursionError, OverflowError) as error:
@@ -228,18 +228,24 @@ def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], p
         raise ValueError(message if str(path) in message else f"{str(path)!r}: its pickle is damaged ({type(error).__name__}: {message})") from None
 
 
+def scan_file(path: str | Path) -> PickleScan:
+    """The globals that a pickled file names and those that would be refused, from opcodes alone; ValueError naming a file that is damaged."""
+    path = existing_file(path)
+    with path.open("rb") as file:
+        head = file.read(len(LEGACY))
+        if head[:4] == ZIP:
+            return scan(Archive(path, map_file(path)).pickle(), path)
+        file.seek(0)
+        found = [scan(file, path) for _ in range(4 if head == LEGACY else 1)]  # before 1.6: magic number, protocol, system, object
+    names = dict.fromkeys(name for each in found for name in each.globals)
+    return PickleScan(globals=tuple(names), refused=tuple(name for name in names if not permitted(name)), end=found[-1].end)
+
+
 def _legacy(path: Path) -> Any:
     """PyTorch's format before 1.6: pickles one after another, then raw storages. Scanned first, then read by torch's own safe reader."""
-    with path.open("rb") as file:
-        for _ in range(4):  # the magic number, the protocol, the system, the object
-            try:
-                refuse(scan_pickle(file), path)
-            except (RecursionError, OverflowError) as error:
-                raise ValueError(f"{str(path)!r}: its pickle is damaged ({error})") from None
-            except ValueError as error:
-                raise error if str(path) in str(error) else ValueError(f"{str(path)!r} is truncated or damaged ({error})") from None
+    refuse(scan_file(path), path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{str(path)!r} cannot be read safely in PyTorch's format before 1.6 ({reason})") from None
+        raise ValueError(f"{str(path)!r} is truncated, or cannot be read safely in PyTorch's format before 1.6 ({reason})") from None

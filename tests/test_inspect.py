@@ -1,0 +1,128 @@
+"""What `inspect` says of files good and bad, and that it executes nothing."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "weights"))
+import hostile  # noqa: E402
+import originals  # noqa: E402
+from sparse import sd1_file, sparse  # noqa: E402
+
+from ldm.inspect import Candidate, inspect  # noqa: E402
+from ldm.models.unet import UNet, UNetConfig  # noqa: E402
+from ldm.weights.detect import Detection  # noqa: E402
+from ldm.weights.io import sha256, write_safetensors  # noqa: E402
+from ldm.weights.unet_rules import unet_table  # noqa: E402
+
+
+def cards(found: Detection) -> list[Candidate]:
+    """Two cards, one of which fits."""
+    cards = []
+    for name, channels in (("plain", 4), ("inpainting", 9)):
+        with torch.device("meta"):
+            net = UNet(UNetConfig(in_channels=channels))
+        shapes = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
+        cards.append(Candidate(name=name, parts={"unet": (unet_table(shapes), shapes)}))
+    return cards
+
+
+def test_a_full_size_file(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "sd.safetensors", sd1_file())
+    report = inspect(path, candidates=cards, digest=False)
+    assert report.found is not None
+    assert report.found.name == "sd1"
+    unet, vae, text = report.parts
+    assert (unet.name, unet.tensors, unet.parameters, unet.dtypes) == ("unet", 686, 859_520_964, {"float16": 686})
+    assert (vae.parameters, text.name) == (83_653_863, "text")
+    assert report.fits["plain"]["unet"]
+    assert report.fits["inpainting"]["unet"].misshapen == ("input_blocks.0.0.weight: (320, 4, 3, 3), expected (320, 9, 3, 3)",)
+    assert not report.problems
+    assert report.sha256 == {}
+    for words in ("sd1: Stable Diffusion 1.x", "859,520,964 parameters", "plain, unet: all keys fit", "1 misshapen", "no EMA copies"):
+        assert words in report.text()
+
+
+def test_averages_missing_and_stray_tensors_are_told(tmp_path: Path) -> None:
+    keys = sd1_file()
+    averaged = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": shape for key, shape in keys.items() if key.startswith("model.d")}
+    lost = keys.pop("model.diffusion_model.out.2.bias")
+    report = inspect(sparse(tmp_path / "sd.safetensors", keys | averaged | {"odd.thing": lost}), candidates=cards, digest=False)
+    assert report.averaged == 685
+    assert report.fits["plain"]["unet"].missing == ("out.2.bias",)
+    assert any("odd.thing" in problem for problem in report.problems)
+    assert "EMA copies of 685 tensors" in report.text()
+
+
+def test_pickles_are_listed_and_never_executed(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    for legacy in (False, True):
+        report = inspect(hostile.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy))
+        assert report.unsafe == ("posix.mkdir",)
+        assert "UNSAFE: posix.mkdir" in report.text()
+        assert any("refused" in problem for problem in report.problems)
+        assert not mark.exists()
+    report = inspect(hostile.plain_pickle(tmp_path / "plain.pkl", hostile.Canary(mark)))
+    assert report.unsafe == ("posix.mkdir",)
+    assert not mark.exists()
+    torch.save({"state_dict": {"a.lora_down.weight": torch.ones(2, 2)}, "global_step": 5}, tmp_path / "good.ckpt")
+    report = inspect(tmp_path / "good.ckpt")
+    assert report.unsafe == ()
+    assert report.values == {"global_step": 5}
+    assert "nothing unsafe" in report.text()
+    assert "added to a model" in report.text()
+
+
+def test_nan_on_request_and_the_hash(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, {"made": "here"})
+    assert inspect(path).bad is None
+    report = inspect(path, nan=True)
+    assert report.bad == ("b",)
+    assert report.sha256 == {"x.safetensors": sha256(path)}
+    assert report.values == {"made": "here"}
+    assert any("no family" in problem for problem in report.problems)
+    assert report.parts[0].parameters == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", b"\x80\x02", b"{}" * 20, b"\x10" + bytes(7) + b"{"])
+def test_damaged_files_are_reported_not_raised(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    report = inspect(tmp_path / "bad.ckpt")
+    assert any("bad.ckpt" in problem for problem in report.problems)
+    assert "PROBLEM" in report.text()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        inspect(tmp_path / "nowhere")
+
+
+def test_folders(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "flag": true}')
+    for name, keys in (("unet", originals.unet(originals.UNETS["sd1"][0])), ("vae", originals.vae(originals.VAES["kl-f8"][0]))):
+        (tmp_path / name).mkdir()
+        sparse(tmp_path / name / "diffusion_pytorch_model.safetensors", keys)
+    report = inspect(tmp_path, digest=False)
+    assert report.found is not None
+    assert report.found.name == "sd1"
+    assert {part.name: part.parameters for part in report.parts} == {"unet": 859_520_964, "vae": 83_653_863}
+    assert report.values == {"class": "P", "flag": True}
+    assert report.size == sum(math.prod(s) * 2 for s in originals.unet(originals.UNETS["sd1"][0]).values()) + 2 * 83_653_863 + headers(tmp_path)
+    mark = tmp_path / "executed"
+    shutil.rmtree(tmp_path / "vae")
+    (tmp_path / "vae").mkdir()
+    hostile.canary_ckpt(tmp_path / "vae" / "diffusion_pytorch_model.bin", mark)
+    report = inspect(tmp_path, digest=False)
+    assert report.unsafe == ("vae/diffusion_pytorch_model.bin: posix.mkdir",)
+    assert any("diffusion_pytorch_model.bin" in problem for problem in report.problems)
+    assert not mark.exists()
+    (tmp_path / "empty").mkdir()
+    assert any("no weights" in problem for problem in inspect(tmp_path / "empty").problems)
+
+
+def headers(path: Path) -> int:
+    return sum(8 + int.from_bytes(file.open("rb").read(8), "little") for file in path.glob("*/*.safetensors"))
