@@ -1,4 +1,4 @@
-"""CLIP's towers (Radford et al. 2021): two transformers whose embeddings of a picture and its text agree. Parameter names are open_clip's."""
+"""CLIP's towers (Radford et al. 2021): two transformers whose embeddings of a picture and its text agree. Names are open_clip's."""
 
 from __future__ import annotations
 
@@ -237,9 +237,9 @@ class TextTower(_Text):
     ) -> TextOutput:
         """Token states and the pooled embedding of ids (B, L).
 
-        ``layer``: the block whose output the tokens are, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied
-        to them; it always is to the pooled state, which is the last layer's. ``mask`` (B, L) bool, True where a token may be looked at,
-        besides the causal one; the first token's must be True. ``pooled`` False leaves out what only the pooled state needs.
+        ``layer``: the block whose output the tokens are, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is
+        applied to them; it always is to the pooled state, which is the last layer's. ``mask`` (B, L) bool, True where a token may be
+        looked at, besides the causal one; the first token's must be True. ``pooled`` False leaves out what only the pooled state needs.
         ValueError if L exceeds the context length, or a row has no end-of-text token.
         """
         return self.read(ids, self.config.eot_id, layer=layer, final_norm=final_norm, mask=mask, pooled=pooled)

@@ -1,0 +1,90 @@
+"""CLIP towers: the layouts of open_clip, OpenAI and Hugging Face against ours, which is open_clip's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ldm.weights.keymap import IDENTITY, SAME, Change, Rule, Section, Table, to_native
+
+TRANSPOSED = Change(transpose=True)
+BLOCK = (
+    (("attn.in_proj_{leaf}",), ("self_attn.q_proj.{leaf}", "self_attn.k_proj.{leaf}", "self_attn.v_proj.{leaf}")),
+    (("attn.out_proj.{leaf}",), ("self_attn.out_proj.{leaf}",)),
+    (("ln_1.{leaf}",), ("layer_norm1.{leaf}",)),
+    (("ln_2.{leaf}",), ("layer_norm2.{leaf}",)),
+    (("mlp.c_fc.{leaf}",), ("mlp.fc1.{leaf}",)),
+    (("mlp.c_proj.{leaf}",), ("mlp.fc2.{leaf}",)),
+)
+TEXT = (
+    (("token_embedding.weight",), ("embeddings.token_embedding.weight",)),
+    (("positional_embedding",), ("embeddings.position_embedding.weight",)),
+    (("ln_final.{leaf}",), ("final_layer_norm.{leaf}",)),
+)
+VISION = (
+    (("class_embedding",), ("embeddings.class_embedding",)),
+    (("conv1.weight",), ("embeddings.patch_embedding.weight",)),
+    (("positional_embedding",), ("embeddings.position_embedding.weight",)),
+    (("ln_pre.{leaf}",), ("pre_layrnorm.{leaf}",)),  # spelled so
+    (("ln_post.{leaf}",), ("post_layernorm.{leaf}",)),
+)
+NUMBERS = ("input_resolution", "context_length", "vocab_size", "*attn_mask", "*position_ids")  # no weights: configuration and buffers
+# What a tower alone does not need of a file with more.
+BESIDE_TEXT = ("visual.*", "vision_model.*", "visual_projection.weight", "text_projection*", "logit_scale")
+BESIDE_VISION = (
+    "text_model.*", "text.*", "transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*", "text_projection*",
+    "logit_scale", "visual_projection.weight", "visual.proj",
+)  # fmt: skip
+
+
+def clip_table(names: Iterable[str], keys: Iterable[str]) -> Table:
+    """The table between a network (CLIP, a TextTower or a VisionTower, told by its names) and a file, whose layout its keys tell.
+
+    The layouts: open_clip's, with the text tower at the top (as OpenAI's) or below ``text.``; Hugging Face's, whose towers may have lost
+    ``text_model.`` or ``vision_model.``.
+    """
+    names, keys = set(names), set(keys)
+    has_text, whole = "token_embedding.weight" in names, "visual.conv1.weight" in names
+    ignore = NUMBERS + (() if whole else BESIDE_TEXT if has_text else BESIDE_VISION)
+    if any(key.startswith(("text_model.", "vision_model.", "embeddings.", "encoder.layers.")) for key in keys):
+        return Table(tuple(_hugging_face(has_text, whole)), ignore)
+    text = Section("", "text" if "text.token_embedding.weight" in keys else "", IDENTITY)
+    if whole:
+        top = Section("logit_scale", "logit_scale", (Rule(("",), ("",)),))
+        return Table((text, top, Section("visual", "visual", IDENTITY)), ignore)
+    if has_text:
+        return Table((text,), ignore)
+    return Table((Section("", "visual" if "visual.conv1.weight" in keys else "", IDENTITY),), ignore)
+
+
+def _hugging_face(has_text: bool, whole: bool) -> Iterable[Section]:
+    if has_text:
+        scale = rename_one("logit_scale", "logit_scale")
+        projection = rename_one("text_projection", "text_projection.weight", TRANSPOSED)
+        yield Section("", "", (scale, projection, *_tower(TEXT, "text_model.", "transformer.", spare=not whole)))
+    if whole or not has_text:
+        projection = rename_one("proj", "visual_projection.weight", TRANSPOSED)
+        yield Section("visual" if whole else "", "", (projection, *_tower(VISION, "vision_model.", "transformer.", spare=not whole)))
+
+
+def rename_one(native: str, file: str, change: Change = SAME) -> Rule:
+    """A rule for one tensor."""
+    return Rule((native,), (file,), change)
+
+
+def _tower(rules: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...], prefix: str, blocks: str, *, spare: bool) -> Iterable[Rule]:
+    """The rules of one tower below its prefix in the file; ``spare``: the prefix may be absent."""
+    inner = [((f"{blocks}resblocks.{{i}}.{native[0]}",), tuple(f"encoder.layers.{{i}}.{name}" for name in file)) for native, file in BLOCK]
+    for native, file in (*rules, *inner):
+        yield Rule(native, tuple(prefix + name for name in file), also=(file,) if spare else ())
+
+
+def to_clip(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> dict[str, Tensor]:
+    """A file's tensors under the names of CLIP, a TextTower or a VisionTower; ValueError lists what is missing, unexpected or misshapen."""
+    if state and all(key.startswith("module.") for key in state):  # saved from a data-parallel training
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key: value.reshape(()) if key == "logit_scale" and value.numel() == 1 else value for key, value in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return to_native(clip_table(shapes, state), state, shapes, source=source)
