@@ -32,7 +32,7 @@ def dpm2_a(
         d = denoise(x, t)
         rho, rho_next = ratio(alpha[i], sigma[i]), ratio(alpha[i + 1], sigma[i + 1])
         down, up = ancestral(rho, rho_next, eta)
-        if alpha[i] == 0 or rho * down <= least**2:
+        if alpha[i] == 0 or rho * down < least**2 * (1 - 1e-9):
             x = toward(x, d.x0, sigma[i], rho, alpha[i + 1], down)
         else:
             x = midpoint(denoise, x, d.eps, grid, alpha[i], rho, alpha[i + 1], down)

@@ -34,7 +34,7 @@ def dpmpp_2s_a(
         rho, rho_next = ratio(alpha[i], sigma[i]), ratio(alpha[i + 1], sigma[i + 1])
         down, up = ancestral(rho, rho_next, eta)
         x0 = d.x0
-        if alpha[i] > 0 and rho * down > least**2:
+        if alpha[i] > 0 and rho * down > least**2 * (1 - 1e-9):
             rho_mid = math.sqrt(rho * down)
             middle = toward(x, d.x0, sigma[i], rho, of_ratio(rho_mid)[0], rho_mid)
             x0 = denoise(middle, grid.time(math.log(rho_mid))).x0

@@ -72,7 +72,8 @@ def test_step_to_clean_data_adds_no_noise() -> None:
     for name in SAMPLERS:
         noise = keyed_noise([0])
         out = SAMPLERS[name](fixed(x0), torch.randn(1, 3, dtype=torch.float64), grid, noise=noise)
-        torch.testing.assert_close(out, x0, rtol=0, atol=1e-12)
+        # lcm keeps c_skip = 0.25/(9990² + 0.25) = 3e-9 of x
+        torch.testing.assert_close(out, x0, rtol=0, atol=1e-8 if name == "lcm" else 1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -82,7 +83,8 @@ def test_on_step_sees_replaces_and_stops(name: str) -> None:
     run = lambda hook: SAMPLERS[name](data.denoise(SCHEDULE), x, grid, noise=keyed_noise([0, 1]), on_step=hook)  # noqa: E731
     seen: list[tuple[int, Tensor]] = []
     out = run(lambda i, x, d: seen.append((i, x)))
-    assert [i for i, _ in seen] == list(range(6)) and torch.equal(seen[-1][1], out)
+    assert [i for i, _ in seen] == list(range(len(seen))) and torch.equal(seen[-1][1], out)
+    assert len(seen) == 6 or name == "dpm_adaptive"
 
     def stop(i: int, x: Tensor, d: Denoised) -> None:
         if i == 2:
