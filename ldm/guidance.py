@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,14 @@ def cfg(
         raise ValueError(f"interval must be (low, high) of sigma/alpha with 0 <= low < high, got {interval}")
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
-        if scale == 1 or not _inside(denoiser.schedule, t, interval):
+        inside = _inside(denoiser.schedule, t, interval)
+        if scale == 1 or not bool(inside.any()):
             return denoiser(x_t, t, cond)
-        if scale == 0:
+        if scale == 0 and bool(inside.all()):
             return denoiser(x_t, t, uncond)
         with_cond, without = both(denoiser, x_t, t, cond, uncond)
-        guided = lerp(without, with_cond, scale)._replace(var_frac=with_cond.var_frac)
+        weight = scale if bool(inside.all()) else broadcast(torch.where(inside, scale, 1.0), with_cond.x0)
+        guided = lerp(without, with_cond, weight)._replace(var_frac=with_cond.var_frac)
         return _rescale(denoiser, x_t, t, guided, with_cond, rescale) if rescale else guided
 
     return fn
@@ -40,15 +44,21 @@ def cfg(
 
 def both(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Denoised, Denoised]:
     """The denoiser under two conditions, each (B, *S): one batch of 2B where the conditions can be joined, else two calls."""
-    n = len(x_t)
-    pair = [cond.expand(n), uncond.expand(n)]
-    if not Cond.can_cat(pair):
-        return denoiser(x_t, t, cond), denoiser(x_t, t, uncond)
+    first, second = under(denoiser, x_t, t, [cond, uncond])
+    return first, second
+
+
+def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> list[Denoised]:
+    """The denoiser under K conditions, each (B, *S): one batch of K·B where the conditions can be joined, else K calls."""
+    n, k = len(x_t), len(conds)
+    wide = [cond.expand(n) for cond in conds]
+    if not Cond.can_cat(wide):
+        return [denoiser(x_t, t, cond) for cond in conds]
     t = torch.as_tensor(t)
-    t = torch.cat([t, t]) if t.ndim == 1 and len(t) == n else t  # (2B,) or shared
-    result = denoiser(torch.cat([x_t, x_t]), t, Cond.cat(pair))
-    halves = [(None, None) if value is None else value.chunk(2) for value in result]
-    return Denoised(*(half[0] for half in halves)), Denoised(*(half[1] for half in halves))
+    t = torch.cat([t] * k) if t.ndim == 1 and len(t) == n else t  # (K·B,) or shared
+    result = denoiser(torch.cat([x_t] * k), t, Cond.cat(wide))
+    parts = [[None] * k if value is None else value.chunk(k) for value in result]
+    return [Denoised(*(part[i] for part in parts)) for i in range(k)]
 
 
 def lerp(a: Denoised, b: Denoised, weight: float | Tensor) -> Denoised:
@@ -56,11 +66,12 @@ def lerp(a: Denoised, b: Denoised, weight: float | Tensor) -> Denoised:
     return Denoised(a.x0 + weight * (b.x0 - a.x0), a.eps + weight * (b.eps - a.eps))
 
 
-def _inside(schedule: NoiseSchedule, t: Tensor, interval: tuple[float, float] | None) -> bool:
+def _inside(schedule: NoiseSchedule, t: Tensor, interval: tuple[float, float] | None) -> Tensor:
+    """Whether each t lies in the interval, (1,) or (B,) bool on the CPU."""
     if interval is None:
-        return True
-    alpha, sigma = schedule.alpha_sigma(torch.as_tensor(t).reshape(-1)[:1])
-    return interval[0] < float(sigma / alpha) <= interval[1]
+        return torch.ones(1, dtype=torch.bool)
+    alpha, sigma = schedule.alpha_sigma(torch.as_tensor(t).reshape(-1).cpu())
+    return (interval[0] < sigma / alpha) & (sigma / alpha <= interval[1])
 
 
 def _rescale(denoiser: Denoiser, x_t: Tensor, t: Tensor, guided: Denoised, cond: Denoised, amount: float) -> Denoised:
@@ -79,6 +90,110 @@ def with_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x0: Tensor, like: D
     """The Denoised of a changed x0: eps is derived again, so that x_t = alpha·x0 + sigma·eps still holds."""
     alpha, sigma = (broadcast(value, x0) for value in schedule.alpha_sigma(t))
     return like._replace(x0=x0, eps=(x_t - alpha * x0) / sigma)
+
+
+def compose(denoiser: Denoiser, prompts: Sequence[tuple[Cond, float]], uncond: Cond) -> DenoiseFn:
+    """Several conditions with weights: eps_u + sum_i w_i·(eps_i − eps_u)  (composable diffusion, arXiv:2206.01714, eq. 11).
+
+    One condition of weight w is ``cfg`` with scale w; a negative weight turns away from its condition.
+    """
+    if not prompts:
+        raise ValueError("compose needs at least one (condition, weight)")
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        *parts, base = under(denoiser, x_t, t, [cond for cond, _ in prompts] + [uncond])
+        x0, eps = base.x0, base.eps
+        for part, (_, weight) in zip(parts, prompts, strict=True):
+            x0, eps = x0 + weight * (part.x0 - base.x0), eps + weight * (part.eps - base.eps)
+        return Denoised(x0, eps, parts[0].var_frac)
+
+    return fn
+
+
+def perp_neg(denoiser: Denoiser, cond: Cond, negatives: Sequence[tuple[Cond, float]], uncond: Cond, scale: float) -> DenoiseFn:
+    """eps_u + scale·(p − sum_i w_i·n_i⊥), p and n_i the differences from eps_u, n_i⊥ the part of n_i across p  (arXiv:2304.04968, eq.
+    8)."""
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        positive, *others, base = under(denoiser, x_t, t, [cond, *(negative for negative, _ in negatives), uncond])
+        p = positive.eps - base.eps
+        direction = p.clone()
+        for other, (_, weight) in zip(others, negatives, strict=True):
+            direction = direction - weight * _across(other.eps - base.eps, p)
+        eps = base.eps + scale * direction
+        return with_eps(denoiser.schedule, x_t, t, eps, positive)
+
+    return fn
+
+
+def apg(
+    denoiser: Denoiser, cond: Cond, uncond: Cond, scale: float, *, eta: float = 0.0, norm: float | None = None
+) -> DenoiseFn:
+    """Adaptive projected guidance: x0_c + (scale − 1)·(d⊥ + eta·d∥), d = x0_c − x0_u split along x0_c  (arXiv:2410.02416, algorithm 1).
+
+    ``norm`` bounds the length of each sample's d first. eta 1 without norm is ``cfg``. The paper's momentum is left out: it would be a
+    memory
+    between steps, which a DenoiseFn does not have.
+    """
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        if scale == 1:
+            return denoiser(x_t, t, cond)
+        with_cond, without = both(denoiser, x_t, t, cond, uncond)
+        d = with_cond.x0 - without.x0
+        if norm is not None:
+            length = d.flatten(1).norm(dim=1)
+            d = d * broadcast((norm / length.clamp(min=1e-12)).clamp(max=1), d)
+        across = _across(d, with_cond.x0)
+        return with_x0(denoiser.schedule, x_t, t, with_cond.x0 + (scale - 1) * (across + eta * (d - across)), with_cond)
+
+    return fn
+
+
+def _across(a: Tensor, b: Tensor) -> Tensor:
+    """The part of a orthogonal to b, sample by sample."""
+    dot = (a * b).flatten(1).sum(1) / b.flatten(1).square().sum(1).clamp(min=1e-30)  # (B,)
+    return a - broadcast(dot, a) * b
+
+
+def autoguidance(good: DenoiseFn, bad: DenoiseFn, scale: float) -> DenoiseFn:
+    """bad + scale·(good − bad), ``bad`` being a smaller or less trained model of the same task  (arXiv:2406.02507, eq. 3)."""
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        d = good(x_t, t)
+        return d if scale == 1 else lerp(bad(x_t, t), d, scale)._replace(var_frac=d.var_frac)
+
+    return fn
+
+
+def gradient(
+    denoise: DenoiseFn, schedule: NoiseSchedule, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0, *, of_x0: bool = False
+) -> DenoiseFn:
+    """eps − scale·sigma·∇ log p(y | x_t): classifier guidance (arXiv:2105.05233, algorithm 2), by autograd.
+
+    ``log_prob(x_t, t) -> (B,)`` sees the noisy state; with ``of_x0`` it sees the network's x0 and the gradient goes through the network,
+    as for
+    CLIP and reconstruction guidance (arXiv:2209.14687). Raises ValueError at alpha 0, where a change of eps moves x0 without bound.
+    """
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.detach().clone().requires_grad_()
+            d = denoise(x, t)
+            (slope,) = torch.autograd.grad(log_prob(d.x0 if of_x0 else x, t).sum(), x)
+        _, sigma = (broadcast(value, slope) for value in schedule.alpha_sigma(t))
+        d = Denoised(*(None if value is None else value.detach() for value in d))
+        return with_eps(schedule, x_t, t, d.eps - scale * sigma * slope, d)
+
+    return fn
+
+
+def with_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, eps: Tensor, like: Denoised) -> Denoised:
+    """The Denoised of a changed eps, x0 derived again; ValueError at alpha 0."""
+    alpha, sigma = (broadcast(value, eps) for value in schedule.alpha_sigma(t))
+    if not bool((alpha > 0).all()):
+        raise ValueError("guidance of eps is not defined at alpha 0 (zero terminal SNR): start one step later, or guide x0")
+    return like._replace(x0=(x_t - sigma * eps) / alpha, eps=eps)
 
 
 def clip_x0(denoise: DenoiseFn, schedule: NoiseSchedule, limit: float = 1.0) -> DenoiseFn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -14,7 +15,7 @@ def lagrange_weights(
 
     Gauss–Legendre with 24 points: exact for polynomials (weight None) up to degree 47, and to rounding for exp on a sampler's steps.
     """
-    points, weights = np.polynomial.legendre.leggauss(24)
+    points, weights = _rule()
     u = start + (end - start) * (points + 1) / 2
     density = weights * (end - start) / 2 * (1.0 if weight is None else weight(u))
     result = []
@@ -25,3 +26,8 @@ def lagrange_weights(
                 basis *= (u - other) / (node - other)
         result.append(float((density * basis).sum()))
     return result
+
+
+@cache
+def _rule() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(24)
