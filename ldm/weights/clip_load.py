@@ -99,12 +99,14 @@ def hf_text_config(config: Mapping[str, Any]) -> TextConfig:
     """
     _check(config, "clip_text_model")
     projected = "WithProjection" in "".join(config.get("architectures") or ())
-    size, eos = config.get("vocab_size", 49408), config.get("eos_token_id", 49407)
+    bos, eos = config.get("bos_token_id", 49406), config.get("eos_token_id", 49407)
+    if eos == 2:  # files of 2022 say 0 and 2, which CLIP's tokenizer never gave
+        bos, eos = 49406, 49407
     return TextConfig(
-        vocab_size=size, context_length=config.get("max_position_embeddings", 77), width=config["hidden_size"],
+        vocab_size=config.get("vocab_size", 49408), context_length=config.get("max_position_embeddings", 77), width=config["hidden_size"],
         layers=config["num_hidden_layers"], heads=config["num_attention_heads"], mlp_width=config["intermediate_size"],
         activation=ACTIVATIONS[config.get("hidden_act", "quick_gelu")], embed_dim=config["projection_dim"] if projected else None,
-        bos_id=49406, eot_id=49407 if eos == 2 else eos,  # older files say 2 and 0 while the tokenizer gives 49407 and 49406
+        bos_id=bos, eot_id=eos,
     )  # fmt: skip
 
 
