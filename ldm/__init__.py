@@ -1,0 +1,39 @@
+"""Latent diffusion from scratch: text in, picture out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Cond": "types", "Denoised": "types", "NoiseSchedule": "schedule", "TimeGrid": "grid", "Denoiser": "denoiser", "cfg": "guidance",
+    "SAMPLERS": "samplers", "Images": "images", "LatentDiffusion": "pipelines.latent", "list_models": "registry", "load": "registry",
+    "save": "registry",
+}  # fmt: skip
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from ldm.denoiser import Denoiser
+    from ldm.grid import TimeGrid
+    from ldm.guidance import cfg
+    from ldm.images import Images
+    from ldm.pipelines.latent import LatentDiffusion
+    from ldm.registry import list_models, load, save
+    from ldm.samplers import SAMPLERS
+    from ldm.schedule import NoiseSchedule
+    from ldm.types import Cond, Denoised
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first asked for, so that `import ldm` costs next to nothing."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    value = getattr(import_module(f"ldm.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

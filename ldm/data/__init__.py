@@ -1,6 +1,6 @@
 """Captioned-image data: the emoji data set, and compositions of its pictures drawn on the fly."""
 
-from ldm.data.captions import caption, vocabulary, words
+from ldm.data.captions import caption, vocabulary
 from ldm.data.compose import Composition, render, render_batch
 from ldm.data.index import EmojiData, Picture, PictureIndex, held_out_pair, held_out_picture
 from ldm.data.mix import Mix, sample_composition
@@ -20,5 +20,4 @@ __all__ = [
     "render_batch",
     "sample_composition",
     "vocabulary",
-    "words",
 ]

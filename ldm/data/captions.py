@@ -9,6 +9,7 @@ import numpy as np
 from ldm.data.compose import PLACES, Composition, Place, Size
 from ldm.data.index import STYLES, PictureIndex
 from ldm.data.palette import PALETTE
+from ldm.words import words
 
 # How a caption varies (shares of captions drawn with a generator).
 ARTICLE, NOTO_SAID, LABEL, TAG, MIDDLE_SAID = 0.5, 0.25, 0.25, 0.08, 0.25
@@ -23,11 +24,6 @@ _WHERE: dict[Place, str] = {
     "bottom left": "in the bottom left corner",
     "bottom right": "in the bottom right corner",
 }
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, lower-case, in order: runs of letters and digits, with their apostrophes."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'"))
 
 
 def caption(composition: Composition, index: PictureIndex, rng: np.random.Generator | None = None) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ldm.models.clip import TextConfig, TextTower
+from ldm.models.clip import TextTower
 from ldm.models.tokenizer import Tokenizer
 from ldm.types import Cond
+from ldm.words import words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +30,6 @@ class TextConvention:
     masked: bool = False
     pooled: bool = False
 
-
-EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
 
 
 class TextConditioner(nn.Module):
@@ -71,29 +67,4 @@ class TextConditioner(nn.Module):
         """The words of a prompt that the model has never seen, in order; none where its words are not known."""
         if self.words is None:
             return []
-        from ldm.data.captions import words
-
         return [word for word in dict.fromkeys(words(prompt)) if word not in self.words]
-
-    def export(self, folder: Path, record: Mapping[str, Any], words: Sequence[str]) -> None:
-        """Write text.safetensors, text.yaml and vocabulary.json: tokens and words that training saw."""
-        from ldm.training.checkpoint import write_atomically
-        from ldm.training.export import export_part
-
-        export_part(folder, "text", self.tower, self.tower.config, record)
-        vocabulary = {"tokens": self.tokenizer.vocabulary, "words": list(words)}
-        write_atomically(folder / "vocabulary.json", json.dumps(vocabulary, separators=(",", ":")).encode())
-
-
-def read_text(folder: str | Path, convention: TextConvention = EMOJI_TEXT) -> TextConditioner:
-    """The text conditioner that was exported to a folder, in float32."""
-    from ldm.config import build
-    from ldm.training.export import read_part
-    from ldm.weights.io import load_strict, read_safetensors
-
-    config = build(TextConfig, read_part(folder, "text")["model"], "text.model")
-    with torch.device("meta"):
-        tower = TextTower(config)
-    load_strict(tower, read_safetensors(Path(folder) / "text.safetensors"), source=Path(folder) / "text.safetensors", dtype=torch.float32)
-    vocabulary = json.loads((Path(folder) / "vocabulary.json").read_text())
-    return TextConditioner(tower, Tokenizer(vocabulary=vocabulary["tokens"]), convention, frozenset(vocabulary["words"]))

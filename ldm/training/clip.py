@@ -15,11 +15,12 @@ from torch import Tensor
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
 from ldm.models.clip import CLIP, CLIPConfig
-from ldm.models.conditioner import EMOJI_TEXT, TextConditioner
+from ldm.models.conditioner import TextConditioner
 from ldm.models.tokenizer import Tokenizer
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.data import Pictures
 from ldm.training.loop import Draws
+from ldm.weights.native import EMOJI_TEXT, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +81,9 @@ class CLIPPart:
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Write the whole model as clip.*, and its text tower alone as text.*, which text-to-image starts from."""
-        from ldm.training.export import export_part
-
-        export_part(folder, "clip", self.model, self.model.config, record, figures=self.validate())
-        words = sorted(vocabulary(self.pictures.data.index))
-        TextConditioner(self.model.text_tower(), self.tokenizer, EMOJI_TEXT).export(folder, record, words)
+        write_part(folder, "clip", self.model, self.model.config, figures=self.validate(), training=record)
+        text = TextConditioner(self.model.text_tower(), self.tokenizer, EMOJI_TEXT)
+        write_text(folder, text, words=vocabulary(self.pictures.data.index), training=record)
 
 
 def caption_tokens(pictures: Pictures) -> list[int]:

@@ -16,7 +16,6 @@ from ldm.data.captions import vocabulary
 from ldm.denoiser import Denoiser
 from ldm.grid import TimeGrid
 from ldm.guidance import cfg
-from ldm.models.conditioner import read_text
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.noise import initial_noise
@@ -24,12 +23,11 @@ from ldm.samplers.dpmpp_2m import dpmpp_2m
 from ldm.schedule import NoiseSchedule
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures, picture_grid, to_uint8
-from ldm.training.export import read_part
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.types import Prediction
-from ldm.weights.io import load_strict, read_safetensors
+from ldm.weights.native import read_part, read_text, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +90,9 @@ class LDMPart:
     def __init__(self, config: LDMTraining, device: torch.device) -> None:
         self.config, self.device = config, device
         self.pictures = Pictures(config.data)
-        about = read_part(config.vae, "vae")
-        self.vae = AutoencoderKL(build_vae(about)).to(device).eval().requires_grad_(False)
-        load_strict(self.vae, read_safetensors(Path(config.vae) / "vae.safetensors"), source=config.vae, dtype=torch.float32)
+        vae, about = read_part(config.vae, "vae", VAEConfig, AutoencoderKL)
+        assert isinstance(vae, AutoencoderKL)
+        self.vae = vae.to(device)
         self.text = read_text(config.text.folder).to(device).requires_grad_(config.text.tuned)
         if self.text.width != config.model.context_dim:
             raise ValueError(f"model.context_dim {config.model.context_dim}: the text tower's tokens are {self.text.width} wide")
@@ -150,18 +148,9 @@ class LDMPart:
         return picture_grid(to_uint8(torch.cat([self.sample(prompts[:12]), self.sample(prompts[12:], seed=12)])), columns=8)
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        from ldm.training.export import export_part
-
-        diffusion, scale = self.config.diffusion, self.cache.scale
-        export_part(folder, "unet", self.denoiser.net, self.config.model, record, diffusion=diffusion, latent_scale=scale, figures=self.validate())
-        self.text.export(folder, record, words=sorted(vocabulary(self.pictures.data.index)))
-
-
-def build_vae(about: Mapping[str, Any]) -> VAEConfig:
-    """The autoencoder's configuration in its YAML."""
-    from ldm.config import build
-
-    return build(VAEConfig, about["model"], "vae.model")
+        facts = {"diffusion": self.config.diffusion, "figures": self.validate(), "training": record}
+        write_part(folder, "unet", self.denoiser.net, self.config.model, **facts)
+        write_text(folder, self.text, words=vocabulary(self.pictures.data.index), training=record)
 
 
 def zero_outputs(net: UNet) -> None:

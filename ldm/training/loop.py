@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ldm.config import to_dict
 from ldm.device import dtype_of, fast_dtype
-from ldm.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from ldm.files import write_atomically
+from ldm.training.checkpoint import load_checkpoint, save_checkpoint
 from ldm.training.config import RunConfig
 from ldm.training.ema import EMA
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoiser
 from ldm.prediction import target
+from ldm.schedule import broadcast
 from ldm.types import Cond
 
 
@@ -15,6 +16,6 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: T
     x0 and eps (B, *S), t (B,) in timesteps.
     """
     x_t = denoiser.schedule.add_noise(x0, t, eps)
-    alpha, sigma = denoiser.schedule.alpha_sigma(t)
+    alpha, sigma = (broadcast(value, x0) for value in denoiser.schedule.alpha_sigma(t))
     raw = denoiser.predict(x_t, t, cond)
     return (raw.float() - target(x0, eps, alpha, sigma, denoiser.prediction)).square().flatten(1).mean(1)

@@ -16,6 +16,7 @@ from ldm.models.vae import AutoencoderKL, VAEConfig, psnr
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.loop import Draws
+from ldm.weights.native import write_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +76,10 @@ class VAEPart:
         return picture_grid(to_uint8(torch.stack([x, y], 1).flatten(0, 1)), columns=8)
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        from ldm.training.export import export_part
         from ldm.training.latents import measure_scale
 
-        scale = measure_scale(self.model, self.pictures)
-        export_part(folder, "vae", self.model, self.config.model, record, latent_scale=round(scale, 5), figures=self.validate())
+        scale = round(measure_scale(self.model, self.pictures), 5)
+        write_part(folder, "vae", self.model, self.config.model, latent_scale=scale, figures=self.validate(), training=record)
 
 
 def held_out_compositions(pictures: Pictures, n: int) -> list[Composition]:

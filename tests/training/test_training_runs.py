@@ -1,0 +1,140 @@
+"""Runs from configuration files: refused early, resumed exactly, exported whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import configs, write
+
+from ldm.training.run import open_run, read_config
+from ldm.weights.io import read_safetensors
+from ldm.weights.native import about_part, read_text
+
+
+@pytest.fixture
+def place(folder, tmp_path, monkeypatch):
+    """A folder to run in; the drawn data set lies beside."""
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def train(path: Path, **options) -> object:
+    run = open_run(path)
+    run.train(progress=False, **options)
+    return run
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    state = torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
+    return {**state["model"], **{f"ema.{key}": value for key, value in state["ema"].items()}}
+
+
+def test_every_part_trains_and_the_next_one_starts_from_its_export(place):
+    for name, config in configs(place).items():
+        run = train(write(config, Path(f"{name}.yaml")))
+        run.export(Path(f"runs/{name}/export"))
+        rows = [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+        assert any(key.startswith("validation/") for row in rows for key in row)
+    assert about_part("runs/vae/export", "vae")["latent_scale"] > 0
+    assert all(t.dtype == torch.float16 for t in read_safetensors("runs/ldm/export/unet.safetensors").values())
+    assert Path("runs/ldm/samples/0000004.png").is_file()
+    text = read_text("runs/ldm/export")
+    before = read_text("runs/clip/export")
+    assert "kitty" in text.words and not torch.equal(text.tower.token_embedding.weight, before.tower.token_embedding.weight)  # it was tuned
+
+
+@pytest.mark.parametrize("name", ["vae", "clip", "ldm"])
+def test_a_run_stopped_and_resumed_equals_one_never_stopped(place, name):
+    made = configs(place)
+    for part in ["vae", "clip"] if name == "ldm" else []:
+        train(write(made[part], Path(f"{part}.yaml"))).export(Path(f"runs/{part}/export"))
+    whole, halves = made[name], {**made[name], "run": {**made[name]["run"], "name": "halves"}}
+    train(write(whole, Path("whole.yaml")))
+    path = write(halves, Path("halves.yaml"))
+    train(path, until=3)
+    resumed = train(path)
+    assert resumed.step == 6
+    expected, got = weights(name), weights("halves")
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+    lines = [json.loads(line) for line in Path("runs/halves/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_killed_at_any_moment_gives_the_same_weights_bit_for_bit(place):
+    config = configs(place, steps=60, checkpoint_every=3, validate_every=50)["vae"]
+    train(write({**config, "run": {**config["run"], "name": "whole"}}, Path("whole.yaml")))
+    path = write(config, Path("vae.yaml"))
+    code = f"from ldm.training.run import open_run; open_run({str(path)!r}).train(progress=False)"
+    metrics, kills = Path("runs/vae/metrics.jsonl"), 0
+    for wanted in (4, 17, 38):  # steps after which the process is killed, wherever it then is
+        process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+        while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < wanted):
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills == 3
+    train(path)
+    expected, got = weights("whole"), weights("vae")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_training_learns(place):
+    config = configs(place, steps=150, log_every=10, validate_every=150)["vae"]
+    train(write(config, Path("vae.yaml")))
+    losses = [row["l1"] for row in map(json.loads, Path("runs/vae/metrics.jsonl").read_text().splitlines()) if "l1" in row]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("run", "stps"), 3, "did you mean 'steps'"),
+        (("run", "steps"), 0, "steps: expected at least 1, got 0"),
+        (("run", "steps"), "many", "run.steps: expected int, got 'many'"),
+        (("run", "ema"), 1.0, "ema"),
+        (("run", "precision"), "int8", "int8"),
+        (("run", "optimizer", "lr"), -1.0, "lr"),
+        (("model", "channels"), [], "channels"),
+        (("loss", "kl"), float("nan"), "kl"),
+        (("data", "mix", "small"), 2.0, "small 2.0"),
+        (("part",), "vea", "did you mean 'vae'"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_any_work(place, where, value, message):
+    config = configs(place)["vae"]
+    *path, last = where
+    target = config
+    for key in path:
+        target = target[key]
+    target[last] = value
+    with pytest.raises(ValueError, match=message):
+        read_config(write(config, Path("wrong.yaml")))
+    assert not Path("runs").exists()
+
+
+def test_going_on_with_another_configuration_is_refused_but_a_longer_run_is_not(place):
+    config = configs(place)["vae"]
+    train(write(config, Path("vae.yaml")), until=2)
+    config["run"]["batch"] = 5
+    with pytest.raises(ValueError, match=r"step 2 .*differs in run\.batch"):
+        open_run(write(config, Path("vae.yaml")))
+    config["run"].update(batch=4, steps=9)
+    assert train(write(config, Path("vae.yaml"))).step == 9
+
+
+def test_a_missing_data_set_or_part_says_what_to_run(place):
+    made = configs(place)
+    with pytest.raises(FileNotFoundError, match=r"python -m ldm\.data\.emoji"):
+        open_run(write({**made["vae"], "data": {"folder": "nowhere"}}, Path("vae.yaml")))
+    with pytest.raises(FileNotFoundError, match="no vae in"):
+        open_run(write(made["ldm"], Path("ldm.yaml")))
