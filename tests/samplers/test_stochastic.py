@@ -1,0 +1,167 @@
+"""Stochastic samplers give the right distribution; noise by seed, whatever the batch; Brownian paths that step counts share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from analytic import Mixture, gaussian, mixture
+from torch import Tensor
+
+from ldm.grid import TimeGrid
+from ldm.noise import brownian, brownian_noise, initial_noise, keyed_noise
+from ldm.samplers import SAMPLERS
+from ldm.schedule import NoiseSchedule
+from ldm.types import Denoised
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+DATA = Mixture(
+    means=torch.tensor([[-2.0, 0.0], [1.0, 1.5], [1.0, -2.0]], dtype=torch.float64),
+    stds=torch.tensor([0.4, 0.5, 0.3], dtype=torch.float64),
+    weights=torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64),
+)
+# sampler, options, steps: as many as bring the discretisation below the standard error
+CASES: list[tuple[str, dict[str, Any], int]] = [
+    ("ddpm", {"variance": "small"}, 1000),
+    ("ddpm", {"variance": "large"}, 1000),
+    ("ddim", {"eta": 1.0}, 1000),
+    ("ddim", {"eta": 0.5}, 500),
+    ("euler_a", {}, 1000),
+    ("euler", {"s_churn": 40.0, "s_max": 5.0, "s_min": 0.1}, 500),
+    ("heun", {"s_churn": 40.0, "s_max": 5.0, "s_min": 0.1}, 100),
+    ("dpm2", {"s_churn": 40.0, "s_max": 5.0, "s_min": 0.1}, 100),
+    ("dpm2_a", {}, 300),
+    ("dpmpp_2s_a", {}, 300),
+    ("dpmpp_sde", {}, 300),
+    ("dpmpp_2m_sde", {}, 300),
+    ("dpmpp_3m_sde", {}, 300),
+    ("restart", {"restarts": ((0.1, 2.0, 3, 20),)}, 100),
+]
+
+
+def z_scores(x: Tensor, alpha: float, sigma: float) -> dict[str, float]:
+    """How many standard errors mean, covariance and component weights of x (B, 2) are from the state's truth."""
+    n = len(x)
+    var = alpha**2 * DATA.stds**2 + sigma**2  # (K,)
+    mean = (DATA.weights[:, None] * alpha * DATA.means).sum(0)
+    delta = alpha * DATA.means - mean
+    cov = torch.einsum("k,ki,kj->ij", DATA.weights, delta, delta) + (DATA.weights * var).sum() * torch.eye(2, dtype=torch.float64)
+    scores = {f"mean {i}": float((x[:, i].mean() - mean[i]) / (cov[i, i] / n).sqrt()) for i in range(2)}
+    centred = x - mean
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        product = centred[:, i] * centred[:, j]
+        scores[f"cov {i}{j}"] = float((product.mean() - cov[i, j]) / (product.std() / math.sqrt(n)))
+    distance = (x[:, None] - alpha * DATA.means).square().sum(-1)  # the components are 5 deviations apart: the nearest is the one
+    share = torch.nn.functional.one_hot(distance.argmin(1), 3).double().mean(0)
+    for k, w in enumerate(DATA.weights):
+        scores[f"weight {k}"] = float((share[k] - w) / (w * (1 - w) / n).sqrt())
+    return scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options", "steps"), CASES)
+def test_distribution(name: str, options: dict[str, Any], steps: int) -> None:
+    """20,000 samples, from the exact state at T to sigma_min: within 3 standard errors.
+
+    The discretisation stands in the figures: halving the steps of a first-order case doubles it, which at these steps is below one standard error.
+    """
+    grid = TimeGrid.make(SCHEDULE, steps, spacing="karras", final="none")
+    n, g = 20_000, torch.Generator().manual_seed(11)
+    start = torch.randn(n, 2, generator=g, dtype=torch.float64)
+    x = float(grid.alpha[0]) * DATA.sample(n, seed=3) + float(grid.sigma[0]) * start
+    out = SAMPLERS[name](
+        DATA.denoise(SCHEDULE), x, grid, noise=lambda k, like: torch.randn(like.shape, generator=g, dtype=like.dtype), **options
+    )
+    scores = z_scores(out, float(grid.alpha[-1]), float(grid.sigma[-1]))
+    assert max(abs(score) for score in scores.values()) < 3, scores
+
+
+def test_lcm_with_the_exact_consistency_function() -> None:
+    """f(x_t) = the flow's end: every number of steps gives the data, as denoising wholly and noising afresh keeps the marginals."""
+    data = mixture()
+
+    def consistent(x: Tensor, t: Tensor) -> Denoised:
+        alpha, sigma = (float(v) for v in SCHEDULE.alpha_sigma(t))
+        return Denoised(data.flow(x, (alpha, sigma), (1.0, 0.0)), x)
+
+    n, g = 5000, torch.Generator().manual_seed(2)
+    grid = TimeGrid.make(SCHEDULE, 3, spacing="trailing")
+    x = float(grid.alpha[0]) * data.sample(n) + float(grid.sigma[0]) * torch.randn(n, 1, generator=g, dtype=torch.float64)
+    out = SAMPLERS["lcm"](consistent, x, grid, noise=lambda k, like: torch.randn(like.shape, generator=g, dtype=like.dtype))
+    truth = data.sample(200_000, seed=9)
+    for power in (1, 2, 3):
+        spread = float((truth**power).std()) / math.sqrt(n)
+        assert abs(float((out**power).mean() - (truth**power).mean())) < 3 * spread
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_image_is_its_seed_s_whatever_the_batch(name: str) -> None:
+    """Alone, in a batch of 7, in reverse order, and resumed half way."""
+    data, grid, seeds = gaussian(dims=3), TimeGrid.make(SCHEDULE, 8, spacing="trailing"), list(range(40, 47))
+
+    def run(of: list[int], x: Tensor, grid: TimeGrid, **more: Any) -> Tensor:
+        return SAMPLERS[name](data.denoise(SCHEDULE), x, grid, noise=keyed_noise(of), **more)
+
+    start = initial_noise(seeds, (3,), dtype=torch.float64)
+    batch = run(seeds, start, grid)
+    torch.testing.assert_close(run(seeds[::-1], start.flip(0), grid).flip(0), batch, rtol=0, atol=1e-6)
+    for i in (0, 6):
+        torch.testing.assert_close(run([seeds[i]], start[i : i + 1], grid), batch[i : i + 1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "lcm", "tcd"])
+def test_one_step_methods_resume_half_way(name: str) -> None:
+    """What has no history goes on from a kept state: the grid's tail, and the noise of the steps that are left."""
+    data, grid = gaussian(dims=3), TimeGrid.make(SCHEDULE, 8, spacing="trailing")
+    options = {"eta": 1.0} if name == "ddim" else {}
+    kept: dict[int, Tensor] = {}
+    noise, start = keyed_noise([1, 2]), initial_noise([1, 2], (3,), dtype=torch.float64)
+    whole = SAMPLERS[name](data.denoise(SCHEDULE), start, grid, noise=noise, on_step=lambda i, x, d: kept.update({i: x}), **options)
+    rest = SAMPLERS[name](data.denoise(SCHEDULE), kept[3], grid.last(4), noise=lambda k, like: noise(k + 4, like), **options)
+    torch.testing.assert_close(rest, whole, rtol=0, atol=1e-12)
+
+
+def test_strength_one_is_text_to_image() -> None:
+    data, grid = gaussian(dims=3), TimeGrid.make(SCHEDULE, 8)
+    x = initial_noise([0], (3,), dtype=torch.float64)
+    for name in SAMPLERS:
+        a, b = (SAMPLERS[name](data.denoise(SCHEDULE), x, g, noise=keyed_noise([0])) for g in (grid, grid.tail(1.0)))
+        assert torch.equal(a, b)
+
+
+def test_brownian_path() -> None:
+    """W has the covariance of Brownian motion: Var(W(b) − W(a)) = b − a, disjoint increments uncorrelated; 20,000 numbers of one seed."""
+    n = 20_000
+    lams = [-math.inf, -2.0, -0.5, 0.1, 2.5]
+    times = [0.0, *(math.exp(2 * lam) for lam in lams[1:])]
+    path = [brownian(7, lam, (n,)) for lam in lams]
+    steps = torch.stack([(b - a) / math.sqrt(v - u) for a, b, u, v in zip(path[:-1], path[1:], times[:-1], times[1:], strict=True)])
+    gram = steps @ steps.T / n
+    assert float((gram - torch.eye(4, dtype=torch.float64)).abs().max()) < 4 * math.sqrt(2 / n)
+    assert torch.equal(brownian(7, 0.1, (n,)), path[3]) and not torch.equal(brownian(8, 0.1, (n,)), path[3])
+
+
+@pytest.mark.parametrize(("name", "options"), [("dpmpp_2m_sde", {}), ("dpmpp_sde", {}), ("euler_a", {}), ("ddim", {"eta": 1.0})])
+def test_brownian_noise_agrees_between_step_counts(name: str, options: dict[str, Any]) -> None:
+    """The same seeds at 20 and at 40 steps: far nearer to each other than with noise that belongs to the step's number."""
+    data, seeds = mixture(), list(range(24))
+    start = initial_noise(seeds, (1,), dtype=torch.float64)
+    inner = 0.5 if name == "dpmpp_sde" else None
+
+    def run(steps: int, path: bool) -> Tensor:
+        grid = TimeGrid.make(SCHEDULE, steps, spacing="karras")
+        noise = brownian_noise(seeds, grid, inner=inner) if path else keyed_noise(seeds)
+        return SAMPLERS[name](data.denoise(SCHEDULE), start, grid, noise=noise, **options)
+
+    apart = {path: float((run(20, path) - run(40, path)).abs().mean()) for path in (True, False)}
+    assert apart[True] < 0.45 * apart[False], apart
+
+
+def test_brownian_is_refused_where_no_noise_is() -> None:
+    grid = TimeGrid.make(SCHEDULE, 3)
+    with pytest.raises(ValueError, match="clean data"):
+        brownian_noise([0], grid)(2, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="batch of 2"):
+        brownian_noise([0], grid)(0, torch.zeros(2, 2))
