@@ -1,0 +1,40 @@
+"""Packaging of ldm."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ldm" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="ldm",
+    version=VERSION,
+    description="Latent diffusion and unCLIP from scratch: readable, exact, and alive straight after pip install",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    package_data={"ldm": ["assets/**/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",  # open_clip imports it
+        "einops>=0.7",
+        "numpy>=1.26",
+        "open_clip_torch>=2.24",
+        "safetensors>=0.4",
+        "tqdm>=4.65",
+        "pillow>=10",
+        "PyYAML>=6",
+        "huggingface_hub>=0.23",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "diffusers>=0.31", "transformers>=4.45", "accelerate>=0.30", "k-diffusion>=0.1.1"],
+        "data": ["resvg-py>=0.1"],
+        "notebooks": ["jupyter", "matplotlib", "nbclient"],
+        "bench": ["openvino"],
+    },
+    entry_points={"console_scripts": ["ldm = ldm.__main__:main"]},
+)
