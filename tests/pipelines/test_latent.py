@@ -1,0 +1,131 @@
+"""Text to image on a tiny model: seeds, batches, guidance, sizes, prompts, wrong input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tinymodel import tiny_model
+
+from ldm import SAMPLERS, TimeGrid
+from ldm.noise import initial_noise
+from ldm.pipelines.latent import UnknownWords
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_model()
+
+
+def run(pipe, prompt="a red apple", **options):
+    return pipe.text_to_image(prompt, progress=False, **options)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
+def test_picture_i_of_a_batch_is_the_picture_of_its_seed_alone(pipe, sampler):
+    batch = run(pipe, n=4, seed=7, sampler=sampler)
+    assert batch.seeds == (7, 8, 9, 10)
+    for i in range(4):
+        alone = run(pipe, seed=7 + i, sampler=sampler)
+        # the noise is the same to the bit; matrix products of another batch size round differently: a few float32 ulp over 4 steps
+        assert torch.allclose(batch.tensor[i], alone.tensor[0], atol=1e-5)
+    assert not torch.allclose(batch.tensor[0], batch.tensor[1], atol=1e-2)
+
+
+def test_seeds_may_be_a_list_and_a_seed_is_the_peers_first_noise(pipe):
+    assert run(pipe, n=2, seed=[9, 7]).seeds == (9, 7)
+    assert torch.allclose(run(pipe, n=2, seed=[9, 7]).tensor[1], run(pipe, seed=7).tensor[0], atol=1e-5)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(noise, initial_noise([7], (4, 8, 8)))
+    assert torch.equal(run(pipe, latents=noise).tensor, run(pipe, seed=7).tensor)
+
+
+def test_the_same_call_gives_the_same_bits(pipe):
+    assert torch.equal(run(pipe, n=2).tensor, run(pipe, n=2).tensor)
+
+
+def test_several_prompts_with_several_pictures_each(pipe):
+    images = run(pipe, ["a red apple", "cat"], n=2)
+    assert images.prompts == ("a red apple", "a red apple", "cat", "cat") and images.seeds == (0, 1, 2, 3)
+    # the shorter prompt is padded in the batch, and its padding is not attended to
+    assert torch.allclose(images.tensor[2], run(pipe, "cat", seed=2).tensor[0], atol=1e-5)
+    assert not torch.allclose(images.tensor[2], run(pipe, "a red apple", seed=2).tensor[0], atol=1e-3)
+
+
+def test_guidance_one_is_the_conditional_model_and_costs_one_evaluation_a_step(pipe):
+    sizes = []
+    hook = pipe.denoiser.net.register_forward_hook(lambda net, inputs, output: sizes.append(len(inputs[0])))
+    run(pipe, guidance=1.0)
+    assert sizes == [1] * 4
+    sizes.clear()
+    run(pipe, guidance=3.0)
+    hook.remove()
+    assert sizes == [2] * 4
+    assert torch.equal(run(pipe, guidance=0.0).tensor, run(pipe, "cat", guidance=0.0).tensor)  # the prompt is not looked at
+
+
+def test_an_empty_prompt_is_unconditional(pipe):
+    assert torch.allclose(run(pipe, "", guidance=5.0).tensor, run(pipe, guidance=0.0).tensor, atol=1e-5)
+    assert not torch.allclose(run(pipe, negative="cat").tensor, run(pipe).tensor, atol=1e-4)
+
+
+def test_a_width_and_height_of_ones_own(pipe):
+    assert run(pipe, height=48, width=64).tensor.shape == (1, 3, 48, 64)
+
+
+def test_a_grid_of_ones_own(pipe):
+    grid = TimeGrid.make(pipe.denoiser.schedule, 4, spacing="trailing")
+    assert torch.equal(run(pipe, grid=grid).tensor, run(pipe, steps=4).tensor)
+
+
+def test_on_step_sees_every_step_can_change_x_and_can_stop(pipe):
+    seen = []
+    run(pipe, on_step=lambda i, x, d: seen.append((i, x.shape)))
+    assert seen == [(i, (1, 4, 8, 8)) for i in range(4)]
+    zero = run(pipe, on_step=lambda i, x, d: torch.zeros_like(x) if i == 3 else None)
+    assert torch.allclose(zero.tensor, pipe.decode(torch.zeros(1, 4, 8, 8)), atol=1e-6)
+
+    def stop(i, x, d):
+        seen.append(i)
+        raise StopIteration
+
+    seen.clear()
+    run(pipe, on_step=stop)
+    assert seen == [0]
+
+
+def test_unknown_words_are_named_in_a_warning(pipe):
+    with pytest.warns(UnknownWords, match="never seen 'zeppelin', 'azure'"):
+        run(pipe, "a zeppelin on azure zeppelin background")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 30}, "height 30: expected a multiple of 4"),
+        ({"width": 2}, "width 2: expected a multiple of 4"),
+        ({"n": 0}, "n: expected a number of pictures of at least 1, got 0"),
+        ({"n": 1.5}, "n: expected"),
+        ({"steps": 0}, "from 1 to 1000"),
+        ({"steps": 1001}, "from 1 to 1000"),
+        ({"sampler": "dpmp_2m"}, "did you mean 'dpmpp_2m'"),
+        ({"sampler": "ddim", "etta": 1.0}, "did you mean 'eta'"),
+        ({"seed": -1}, "seed"),
+        ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents have shape \(1, 4, 3, 3\), expected \(1, 4, 8, 8\)"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "cat " * 100}, "102 tokens"),
+    ],
+)
+def test_wrong_input_is_refused_with_what_was_expected(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(pipe, **{"prompt": "cat", **options})
+
+
+def test_every_sampler_runs_on_the_pipeline(pipe):
+    for name in SAMPLERS:
+        assert torch.isfinite(run(pipe, sampler=name, steps=4).tensor).all()
+
+
+def test_a_picture_that_overflows_is_an_error_and_not_black(pipe):
+    with pytest.raises(ValueError, match="NaN"):
+        run(pipe, on_step=lambda i, x, d: x * float("nan"))

@@ -1,0 +1,91 @@
+"""Pictures, their grid, and the recipe in the PNG."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.images import Images, check_seeds, check_writable, read_recipe
+
+
+def images(n=3, **recipe):
+    tensor = torch.linspace(0, 1, n * 3 * 8 * 16).reshape(n, 3, 8, 16)
+    return Images(tensor=tensor, seeds=tuple(range(n)), prompts=("x",) * n, recipe={"prompt": "ein Apfel 🍎", **recipe})
+
+
+def test_pixels_are_rounded_to_nearest():
+    tensor = torch.tensor([0.0, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 1.0]).expand(1, 3, 1, 4)
+    assert Images(tensor=tensor, seeds=(0,), prompts=("",)).numpy()[0, 0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_a_grid_holds_every_picture_in_order():
+    made = images(5)
+    sheet = np.asarray(made.grid(columns=2))
+    assert sheet.shape == (24, 32, 3)
+    for i, picture in enumerate(made.numpy()):
+        top, left = 8 * (i // 2), 16 * (i % 2)
+        assert (sheet[top : top + 8, left : left + 16] == picture).all()
+    assert (sheet[16:, 16:] == 255).all()
+
+
+def test_a_png_carries_its_recipe(tmp_path):
+    made = images(2)
+    assert made.save(tmp_path / "a.png") == [tmp_path / "a.png"]
+    assert read_recipe(tmp_path / "a.png") == made.recipe
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    paths = made.save(tmp_path / "b.png", separate=True)
+    assert [p.name for p in paths] == ["b-0.png", "b-1.png"]
+    assert read_recipe(paths[1])["index"] == 1
+    assert (np.asarray(Image.open(paths[1])) == made.numpy()[1]).all()
+
+
+def test_what_cannot_be_written_is_found_out(tmp_path):
+    with pytest.raises(ValueError, match=r"\.png"):
+        check_writable(tmp_path / "a.jpg")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        check_writable(tmp_path / "none" / "a.png")
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path / "d.png")
+    with pytest.raises(PermissionError, match="cannot be written"):
+        check_writable("/proc/a.png")
+
+
+def test_a_picture_without_a_recipe_says_so(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="no recipe"):
+        read_recipe(tmp_path / "plain.png")
+    (tmp_path / "not.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a picture"):
+        read_recipe(tmp_path / "not.png")
+    with pytest.raises(FileNotFoundError):
+        read_recipe(tmp_path / "absent.png")
+    images(1).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="cut.png"):
+        read_recipe(tmp_path / "cut.png")
+
+
+def test_a_notebook_shows_the_pictures():
+    made = images(2)
+    assert made._repr_png_().startswith(b"\x89PNG") and "seeds [0, 1]" in repr(made)
+    assert json.dumps(dict(made.recipe))
+
+
+def test_shapes_and_nan_are_checked():
+    with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\)"):
+        Images(tensor=torch.zeros(1, 4, 8, 8), seeds=(0,), prompts=("",))
+    with pytest.raises(ValueError, match="2 seeds"):
+        Images(tensor=torch.zeros(1, 3, 8, 8), seeds=(0, 1), prompts=("",))
+    with pytest.raises(ValueError, match="NaN"):
+        Images(tensor=torch.full((1, 3, 8, 8), float("nan")), seeds=(0,), prompts=("",))
+
+
+def test_seeds():
+    assert check_seeds(5, 3) == (5, 6, 7) and check_seeds([4, 4], 2) == (4, 4)
+    with pytest.raises(ValueError, match="got -2"):
+        check_seeds(-2, 1)
