@@ -23,7 +23,10 @@ from emoji_judge import EmojiJudge, Verdict
 from torch import Tensor
 
 import ldm
+from ldm.cards import ASSETS
 from ldm.data import PALETTE, Composition, EmojiData, Mix, caption, held_out_pair, render_batch, sample_composition
+from ldm.models.clip import VisionConfig, VisionTower
+from ldm.weights.native import read_part
 
 GROUNDS = tuple(colour for colour in PALETTE if colour != "white")
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds -> (B, 3, H, W) in [0, 1]
@@ -92,21 +95,24 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @torch.inference_mode()
-def features(pipe: Any, images: Tensor, batch: int = 100) -> np.ndarray:
-    """CLIP image embeddings of unit length, (B, E) float64."""
-    parts = [pipe.clip.encode_image(part).double() for part in images.split(batch)]
+def features(images: Tensor, folder: Path, batch: int = 100) -> np.ndarray:
+    """Embeddings of unit length by the image tower in a folder, in float32: (B, E) float64."""
+    tower, _ = read_part(folder, "vision", VisionConfig, VisionTower)
+    parts = [tower(tower.prepare(part)).pooled.double() for part in images.split(batch)]
     return torch.nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
 
 
-def frechet_rows(pipe: Any, generate: Generate, data: EmojiData, n: int, size: int, rng: np.random.Generator) -> dict[str, float]:
+def frechet_rows(
+    pipe: Any, generate: Generate, data: EmojiData, n: int, size: int, rng: np.random.Generator, clip: Path
+) -> dict[str, float]:
     """Fréchet distances to n images of the data: of n samples, n reconstructions, and n other images of the data (what chance gives)."""
     mix = Mix()
     reference, asked = ([sample_composition(rng, data.index, mix) for _ in range(n)] for _ in range(2))
-    to = features(pipe, real(reference, data, size))
+    to = features(real(reference, data, size), clip)
     fresh = real(asked, data, size)
     samples = generate([caption(composition, data.index) for composition in asked], range(10**6, 10**6 + n))
     made = {"samples": samples, "reconstructions": reconstruct(pipe, fresh), "data": fresh}
-    return {name: frechet_distance(features(pipe, images), to) for name, images in made.items()}
+    return {name: frechet_distance(features(images, clip), to) for name, images in made.items()}
 
 
 def generator(pipe: Any, options: argparse.Namespace) -> Generate:
@@ -148,7 +154,7 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[di
     held_out = real(draw_held_out_pictures(data, rng), data, size)
     result["autoencoder"] = {"n": len(held_out), "psnr": mean_psnr(reconstruct(pipe, held_out), held_out)}
     if not options.skip_frechet:
-        result["frechet"] = {"n": options.frechet_n, **frechet_rows(pipe, generate, data, options.frechet_n, size, rng)}
+        result["frechet"] = {"n": options.frechet_n, **frechet_rows(pipe, generate, data, options.frechet_n, size, rng, options.clip)}
     return {"size": size, **result}, torch.cat(all_images), all_verdicts, all_prompts
 
 
@@ -213,6 +219,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=10, help="images made at once (default: %(default)s)")
     parser.add_argument("--frechet-n", type=int, default=2000, help="images of each set of the Fréchet distance (default: %(default)s)")
     parser.add_argument("--skip-frechet", action="store_true")
+    parser.add_argument("--clip", type=Path, default=ASSETS / "emoji-clip", help="folder of the image tower whose features are compared")
     parser.add_argument("--json", type=Path, default=None, help="write the figures and every verdict here")
     parser.add_argument("--grid", type=Path, default=None, help="write a PNG of the judged images here")
     options = parser.parse_args(arguments)

@@ -58,7 +58,7 @@ class CLIPPart:
         return loss, {"accuracy": hit, "scale": scale}
 
     def validate(self) -> dict[str, float]:
-        """Of all noto names, how often the caption's nearest picture (white ground) is its own; and the same for names on held-out grounds."""
+        """Of all noto names that training sees, how often the caption's nearest picture (all of them on white) is its own."""
         index = self.pictures.data.index
         rows = index.train_of["noto"]
         chosen = [Composition(picture=int(row)) for row in rows]
@@ -80,8 +80,9 @@ class CLIPPart:
         return None
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Write the whole model as clip.*, and its text tower alone as text.*, which text-to-image starts from."""
-        write_part(folder, "clip", self.model, self.model.config, figures=self.validate(), training=record)
+        """Write the two towers as text.* and vision.*; the scale of their similarity stands among vision's facts."""
+        facts = {"logit_scale": float(self.model.logit_scale), "figures": self.validate(), "training": record}
+        write_part(folder, "vision", self.model.visual, self.model.config.vision, **facts)
         text = TextConditioner(self.model.text_tower(), self.tokenizer, EMOJI_TEXT)
         write_text(folder, text, words=vocabulary(self.pictures.data.index), training=record)
 
