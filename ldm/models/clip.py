@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.models.clip_pixels import MEAN, STD, prepare
 from ldm.nn.attention import attend
+from ldm.nn.meta import on_meta
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -300,7 +301,7 @@ class CLIP(_Text):
 
     def text_tower(self) -> TextTower:
         """The text tower alone; its parameters are these."""
-        with torch.device("meta"):
+        with on_meta():
             tower = TextTower(self.config.text)
         own = dict(self.named_parameters())
         tower.load_state_dict({name: own[name] for name in tower.state_dict()}, assign=True)

@@ -15,6 +15,7 @@ from ldm.files import write_atomically
 from ldm.models.clip import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner, TextConvention
 from ldm.models.tokenizer import Tokenizer
+from ldm.nn.meta import on_meta
 from ldm.weights.io import load_strict, read_safetensors, sha256, write_safetensors
 
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)  # how the models trained here read their text tower
@@ -61,7 +62,7 @@ def read_part(
     about, weights = about_part(folder, name), Path(folder) / f"{name}.safetensors"
     if check and sha256(weights) != about["sha256"]:
         raise ValueError(f"{str(weights)!r} is not the file that {name}.yaml was written with: its sha256 differs")
-    with torch.device("meta"):
+    with on_meta():
         module = network(build(config, about["model"], f"{name}.yaml: model"))
     load_strict(module, read_safetensors(weights), source=weights, dtype=dtype)
     return module.eval().requires_grad_(False), about
