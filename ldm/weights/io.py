@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.weights.cast import cast
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -221,7 +223,7 @@ def load_strict(
     )  # fmt: skip
     if wrong:
         raise ValueError(f"{str(source)!r} does not fit {type(module).__name__}: {wrong}")
-    ready = {key: _cast(state[key], dtype) for key in want}
+    ready = cast({key: state[key] for key in want}, dtype)
     if not allow_nan:
         _check_finite(ready, state, source)
     module.load_state_dict(ready, strict=True, assign=True)
@@ -231,12 +233,6 @@ def load_strict(
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
         raise RuntimeError(f"{type(module).__name__}: {len(left)} tensors are in no state dict and have no data ({', '.join(left[:5])})")
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is not None and tensor.is_floating_point():
-        return tensor.to(dtype, memory_format=torch.contiguous_format)
-    return tensor.contiguous()
 
 
 def _check_finite(ready: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
