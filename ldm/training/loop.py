@@ -153,11 +153,20 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as the part's own files."""
+        """Write the averaged weights as the part's own files, and beside them a hundred lines of the run's metrics and every validation."""
         record = {"config": self.full_config, "steps": self.step, "samples": self.step * self.config.batch, "seconds": round(self.seconds)}
         self.part.model.eval()
         with torch.no_grad(), self.ema.swapped():
             self.part.export(folder, record)
+        write_atomically(folder / f"{self.config.name}.jsonl", thinned(self.folder / "metrics.jsonl").encode())
+
+
+def thinned(metrics: Path, n: int = 100) -> str:
+    """At most n of a file's lines of losses, evenly spaced with the last among them, and all its lines of validations."""
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    losses = [i for i, row in enumerate(rows) if "validation/" not in row]
+    kept = {losses[-1 - round(k * (len(losses) - 1) / max(n - 1, 1))] for k in range(min(n, len(losses)))}
+    return "".join(row + "\n" for i, row in enumerate(rows) if i in kept or "validation/" in row)
 
 
 def _step_of(line: str) -> int:
@@ -170,9 +179,9 @@ def _step_of(line: str) -> int:
 def refuse_other_config(old: Any, new: Any, run: RunConfig, step: int) -> None:
     """Refuse to go on with another configuration: ValueError names each difference.
 
-    How often a run reports is its own affair; and it may be made longer or shorter so long as its learning rate has not begun to fall.
+    Its name, and how often it reports, are its own affair; and it may be made longer or shorter so long as its learning rate has not begun to fall.
     """
-    free = {"log_every", "validate_every", "sample_every", "checkpoint_every"}
+    free = {"name", "log_every", "validate_every", "sample_every", "checkpoint_every"}
     decay = run.optimizer.decay
     if step <= min(old["run"]["steps"] - old["run"]["optimizer"]["decay"], run.steps - decay):
         free |= {"steps", "decay"}
