@@ -12,6 +12,13 @@ SCHEDULE = NoiseSchedule.scaled_linear()
 T = 1000
 
 
+# Align Your Steps (arXiv:2404.14507), as its authors publish the levels for ten steps
+AYS = {
+    "ays_sd1": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029],
+    "ays_sdxl": [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029],
+}
+
+
 def independent(spacing: str, n: int, offset: int) -> list[float]:
     """t of every evaluation, from exact fractions or NumPy, written without the library."""
     if spacing == "leading":
@@ -20,9 +27,15 @@ def independent(spacing: str, n: int, offset: int) -> list[float]:
         return [round(T - Fraction(i * T, n)) - 1 for i in range(n)]
     if spacing == "linspace":
         return [999 - round(Fraction(i * 999, n - 1)) for i in range(n)] if n > 1 else [999]
+    if spacing == "sgm":  # np.linspace(999, 0, n, endpoint=False), its fraction cut off
+        return [math.floor(999 - Fraction(i * 999, n)) for i in range(n)]
     betas = np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2
     bar = np.cumprod(1 - betas)
     sigmas = np.sqrt((1 - bar) / bar)
+    if spacing in AYS:  # the published levels, log-linear in between, the ends those of the table; the last is left out
+        levels = np.exp(np.interp(np.linspace(0, 10, n + 1), np.arange(11), np.log(AYS[spacing]))).clip(sigmas[0], sigmas[-1])
+        levels[0], levels = sigmas[-1], levels[:-1]
+        return list(np.interp(np.log(levels), np.log(sigmas), np.arange(T)))
     u = np.linspace(0, 1, n)
     if spacing == "karras":
         levels = (sigmas[-1] ** (1 / 7) + u * (sigmas[0] ** (1 / 7) - sigmas[-1] ** (1 / 7))) ** 7
@@ -52,7 +65,7 @@ def test_every_number_of_steps(spacing: str, offset: int) -> None:
             assert np.abs(t - (999 * (1 - np.arange(n) / max(n - 1, 1)))).max() <= 0.5 + 1e-9
         else:
             # sigma-spaced: 1e-12 of log sigma over the table's least slope, 2e-3 a step
-            np.testing.assert_allclose(t, expected, rtol=0, atol=0 if spacing in ("leading", "trailing") else 1e-8)
+            np.testing.assert_allclose(t, expected, rtol=0, atol=0 if spacing in ("leading", "trailing", "sgm") else 1e-8)
     # leading: whole strides from 501 to 899 steps would start in the middle of the noise
     assert all(spacing == "leading" for _ in refused)
     if spacing == "leading":
@@ -69,7 +82,7 @@ def test_final_states(spacing: str) -> None:
     assert len(none) == 8 and float(none.sigma[-1]) > 0
     drop = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, drop_last=True)
     assert torch.equal(drop.t, none.t) and float(drop.sigma[-1]) == 0
-    if spacing in ("leading", "trailing"):
+    if spacing in ("leading", "trailing", "sgm", *AYS):  # their last evaluation is above the table's first entry
         first = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, final="first")
         assert float(first.alpha[-1] ** 2) == pytest.approx(float(SCHEDULE.alphas_cumprod[0]), rel=1e-15)
     else:
