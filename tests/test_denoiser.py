@@ -1,8 +1,8 @@
 import pytest
 import torch
+from analytic import AnalyticNet, gaussian
 from torch import Tensor, nn
 
-from analytic import AnalyticNet, gaussian
 from ldm.denoiser import Denoiser
 from ldm.prediction import PREDICTIONS
 from ldm.schedule import NoiseSchedule

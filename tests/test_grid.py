@@ -4,6 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from peers import k_sampling
 
 from ldm.grid import SPACINGS, TimeGrid
 from ldm.schedule import NoiseSchedule
@@ -107,8 +108,8 @@ def test_time_inverts_the_log_ratio() -> None:
         grid.time(math.log(20.0))
 
 
-def test_karras_against_k_diffusion_and_linspace_at_its_ends() -> None:
-    sampling = pytest.importorskip("k_diffusion.sampling")
+def test_karras_and_polyexponential_against_k_diffusion() -> None:
+    sampling = k_sampling()
     low, high = (float(SCHEDULE.log_ratio[i].exp()) for i in (0, -1))
     for n in (1, 2, 10, 37):
         peer = sampling.get_sigmas_karras(n, low, high).double()

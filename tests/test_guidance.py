@@ -1,11 +1,22 @@
 import pytest
 import torch
+from analytic import AnalyticNet, gaussian
 from torch import Tensor
 
-from analytic import AnalyticNet, gaussian
 from ldm.denoiser import Denoiser
-from ldm.guidance import cfg, clip_x0, dynamic_threshold, keep_known, switch
 from ldm.grid import TimeGrid
+from ldm.guidance import (
+    apg,
+    autoguidance,
+    cfg,
+    clip_x0,
+    compose,
+    dynamic_threshold,
+    gradient,
+    keep_known,
+    perp_neg,
+    switch,
+)
 from ldm.prediction import PREDICTIONS
 from ldm.samplers import SAMPLERS
 from ldm.schedule import NoiseSchedule
@@ -177,3 +188,97 @@ def test_wrong_input() -> None:
         dynamic_threshold(denoiser.bind(Cond()), SCHEDULE, 0)
     with pytest.raises(ValueError, match="limit"):
         clip_x0(denoiser.bind(Cond()), SCHEDULE, 0)
+
+
+def test_interval_is_each_sample_s_own() -> None:
+    denoiser, x = make(), state(2)
+    cond, uncond = conds()
+    t = torch.tensor([100.0, 900.0])
+    ratio = float((1 / SCHEDULE.snr(500)).sqrt())
+    guided = cfg(denoiser, cond, uncond, 5.0, interval=(0.0, ratio))(x, t)
+    torch.testing.assert_close(guided.x0[:1], cfg(denoiser, cond, uncond, 5.0)(x, t).x0[:1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(guided.x0[1:], denoiser(x, t, cond).x0[1:], rtol=1e-12, atol=1e-12)
+
+
+def test_compose_of_one_is_cfg_and_weights_add() -> None:
+    denoiser, x = make(), state()
+    cond, uncond = conds()
+    one = compose(denoiser, [(cond, 4.0)], uncond)(x, T)
+    torch.testing.assert_close(one.x0, cfg(denoiser, cond, uncond, 4.0)(x, T).x0, rtol=1e-12, atol=1e-12)
+    denoiser.net.calls = 0
+    twice = compose(denoiser, [(cond, 3.0), (cond, 1.0)], uncond)(x, T)
+    assert denoiser.net.calls == 1
+    torch.testing.assert_close(twice.eps, one.eps, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="at least one"):
+        compose(denoiser, [], uncond)
+
+
+def test_perp_neg_ignores_a_negative_along_the_prompt() -> None:
+    """A negative prompt that says the same leaves the guidance as it was; one across it is subtracted whole."""
+    denoiser, x = make(dims=2), state(3, 2)
+    uncond = Cond(pooled=torch.zeros(1, 2, dtype=torch.float64))
+    along, across = (Cond(pooled=torch.tensor([v], dtype=torch.float64)) for v in ([1.0, 0.0], [0.0, 1.0]))
+    plain = cfg(denoiser, along, uncond, 6.0)(x, T)
+    same = perp_neg(denoiser, along, [(along, 0.7)], uncond, 6.0)(x, T)
+    torch.testing.assert_close(same.eps, plain.eps, rtol=0, atol=1e-12)
+    other = perp_neg(denoiser, along, [(across, 0.5)], uncond, 6.0)(x, T)
+    negative = denoiser(x, T, across).eps - denoiser(x, T, uncond).eps
+    torch.testing.assert_close(other.eps, plain.eps - 6.0 * 0.5 * negative, rtol=0, atol=1e-12)
+    alpha, sigma = SCHEDULE.alpha_sigma(T)
+    torch.testing.assert_close(alpha * other.x0 + sigma * other.eps, x, rtol=0, atol=1e-12)
+
+
+def test_apg_limits() -> None:
+    denoiser, x = make(), state()
+    cond, uncond = conds()
+    plain, c = cfg(denoiser, cond, uncond, 5.0)(x, T), denoiser(x, T, cond)
+    torch.testing.assert_close(apg(denoiser, cond, uncond, 5.0, eta=1.0)(x, T).x0, plain.x0, rtol=1e-10, atol=1e-10)
+    projected = apg(denoiser, cond, uncond, 5.0)(x, T)
+    moved = projected.x0 - c.x0
+    torch.testing.assert_close((moved * c.x0).sum(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
+    bounded = apg(denoiser, cond, uncond, 5.0, eta=1.0, norm=0.01)(x, T).x0 - c.x0
+    torch.testing.assert_close(bounded.norm(dim=1), torch.full((3,), 4 * 0.01, dtype=torch.float64))
+
+
+def test_autoguidance_formula() -> None:
+    good, bad, x = make().bind(conds()[0]), make().bind(conds()[1]), state()
+    d = autoguidance(good, bad, 2.0)(x, T)
+    torch.testing.assert_close(d.x0, 2 * good(x, T).x0 - bad(x, T).x0, rtol=1e-12, atol=1e-12)
+    assert torch.equal(autoguidance(good, bad, 1.0)(x, T).x0, good(x, T).x0)
+
+
+def test_classifier_guidance_gives_the_posterior() -> None:
+    """Data N(m, s²), y = x0 + noise of deviation r: with the exact log p(y | x_t) the guided x0 is E[x0 | x_t, y], in closed form."""
+    m, s, r, y = 0.5, 0.8, 0.6, 1.3
+    denoiser, x = make(), state()
+    alpha, sigma = (float(v) for v in SCHEDULE.alpha_sigma(T))
+    post_var = 1 / (1 / s**2 + alpha**2 / sigma**2)  # of x0 given x_t
+
+    def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
+        mean = post_var * (m / s**2 + alpha * x_t / sigma**2)
+        return (-0.5 * (y - mean) ** 2 / (post_var + r**2)).sum(1)
+
+    guided = gradient(denoiser.bind(Cond()), SCHEDULE, log_prob)(x, T)
+    exact = (m / s**2 + alpha * x / sigma**2 + y / r**2) / (1 / s**2 + alpha**2 / sigma**2 + 1 / r**2)
+    torch.testing.assert_close(guided.x0, exact, rtol=0, atol=1e-10)
+    assert not guided.x0.requires_grad
+
+    def of_x0(x0: Tensor, t: Tensor) -> Tensor:
+        return (-0.5 * (y - x0) ** 2 / (post_var + r**2)).sum(1)
+
+    through = gradient(denoiser.bind(Cond()), SCHEDULE, of_x0, of_x0=True)(x, T)
+    torch.testing.assert_close(through.x0, exact, rtol=0, atol=1e-10)  # here x0 is the posterior mean, so both ways are the same
+    zero = SCHEDULE.zero_terminal_snr()
+    fn = gradient(gaussian(dims=6).denoise(zero), zero, log_prob)
+    with pytest.raises(ValueError, match="alpha 0"):
+        fn(x, torch.tensor(999.0))
+    with torch.no_grad():
+        assert torch.isfinite(gradient(denoiser.bind(Cond()), SCHEDULE, log_prob)(x, T).x0).all()
+
+
+def test_wrappers_compose() -> None:
+    denoiser, x = make(), 3 * state()
+    cond, uncond = conds()
+    fn = clip_x0(autoguidance(cfg(denoiser, cond, uncond, 4.0), make().bind(uncond), 1.5), SCHEDULE, 1.0)
+    out = SAMPLERS["dpmpp_2m"](fn, x, TimeGrid.make(SCHEDULE, 5))
+    assert float(out.abs().max()) <= 1.0

@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from analytic import mixture
+
 from ldm.grid import SPACINGS, TimeGrid
 from ldm.plan import describe, evaluations
 from ldm.samplers import SAMPLERS

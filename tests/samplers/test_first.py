@@ -32,7 +32,7 @@ def fixed(x0: Tensor) -> object:
 def test_one_step_has_the_posterior_of_the_chain(sampler: str) -> None:
     """q(x_s | x_t, x0) by Bayes from q(x_t | x_s) q(x_s | x0), in closed form: mean and variance, eta 1 and small alike."""
     grid = TimeGrid.explicit(SCHEDULE, [700.0, 300.0], final="none")
-    (a_t, a_s), (s_t, s_s) = grid.alpha.tolist(), grid.sigma.tolist()
+    (a_t, a_s), (_, s_s) = grid.alpha.tolist(), grid.sigma.tolist()
     step, beta = a_t / a_s, 1 - (a_t / a_s) ** 2
     x0, x = 0.6, -0.4
     precision = 1 / s_s**2 + step**2 / beta  # of x_s: prior N(a_s·x0, s_s²), likelihood x_t ~ N(step·x_s, beta)

@@ -65,7 +65,8 @@ def z_scores(x: Tensor, alpha: float, sigma: float) -> dict[str, float]:
 def test_distribution(name: str, options: dict[str, Any], steps: int) -> None:
     """20,000 samples, from the exact state at T to sigma_min: within 3 standard errors.
 
-    The discretisation stands in the figures: halving the steps of a first-order case doubles it, which at these steps is below one standard error.
+    The discretisation stands in the figures: halving the steps of a first-order case doubles it, which at these steps is below one
+    standard error.
     """
     grid = TimeGrid.make(SCHEDULE, steps, spacing="karras", final="none")
     n, g = 20_000, torch.Generator().manual_seed(11)
