@@ -155,8 +155,9 @@ def _any(pattern: str) -> Callable[[Shapes], bool]:
 
 
 def _inversion(shapes: Shapes) -> bool:
-    names = {"string_to_param", "emb_params"} & set(shapes) or {"clip_l", "clip_g"} <= set(shapes) or any(k.startswith("string_to_param.") for k in shapes)
-    return bool(names) or (len(shapes) == 1 and len(next(iter(shapes.values()))) in (1, 2))
+    if {"string_to_param", "emb_params"} & set(shapes) or {"clip_l", "clip_g"} <= set(shapes):
+        return True
+    return any(key.startswith("string_to_param.") for key in shapes) or (len(shapes) == 1 and len(next(iter(shapes.values()))) in (1, 2))
 
 
 # In this order; what is added to a model may stand in one file with the model.

@@ -81,7 +81,8 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
 
 
 def _guess(head: bytes) -> str:
-    for magic, what in ((b"PK\x03\x04", "a zip archive: a .ckpt or .pt under another name?"), (b"version ", "a Git LFS pointer: the weights are not here"),
+    for magic, what in ((b"PK\x03\x04", "a zip archive: a .ckpt or .pt under another name?"),
+                        (b"version ", "a Git LFS pointer: the weights are not here"),
                         (b"<", "an HTML or XML page: a failed download?"), (b"\x80", "a pickle"), (b"", "too short")):  # fmt: skip
         if head.startswith(magic) and (magic or len(head) < 9):
             return f" (it looks like {what})" if magic else f" ({what})"

@@ -14,7 +14,8 @@ TENSORS = frozenset(
 )
 INERT = frozenset(
     {f"{module}.{name}" for module in ("builtins", "__builtin__")
-     for name in ("set", "frozenset", "list", "dict", "tuple", "int", "long", "float", "complex", "bool", "str", "bytes", "bytearray", "slice", "object")}
+     for name in ("set", "frozenset", "list", "dict", "tuple", "int", "long", "float", "complex", "bool", "str", "bytes",
+                  "bytearray", "slice", "object")}
     | {"collections.defaultdict", "collections.Counter", "_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor", "typing.Any",
        "pathlib.PosixPath", "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "argparse.Namespace", "torch.device",
        "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar",

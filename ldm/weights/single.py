@@ -78,9 +78,11 @@ def choose_ema(state: Mapping[str, Tensor], ema: bool | None, *, source: str | P
     trained = [key for key in state if key.startswith("model.")]
     if names and len(names) != len(trained) and ema is not False:
         lost = [key for key in trained if key not in names]
-        raise ValueError(f"{str(source)!r} has averages of {len(names)} of {len(trained)} tensors only (not of {', '.join(lost[:3])}); ask for ema=False")
+        some = f"{len(names)} of {len(trained)} tensors only (not of {', '.join(lost[:3])})"
+        raise ValueError(f"{str(source)!r} has averages of {some}; ask for ema=False")
     if ema and not names:
-        raise ValueError(f"{str(source)!r} has no averaged (EMA) weights beside its own; files named '-emaonly' hold them as their own: leave ema out")
+        advice = "files named '-emaonly' hold them as their own: leave ema out"
+        raise ValueError(f"{str(source)!r} has no averaged (EMA) weights beside its own; {advice}")
     rest = {key: value for key, value in state.items() if not key.startswith("model_ema.")}
     if ema is False or not names:
         return rest, False

@@ -173,8 +173,8 @@ def bert(*, layers: int = 32, width: int = 1280, inner: int = 512, vocabulary: i
     return keys | affine("norm", width) | affine("to_logits", vocabulary, width)
 
 
-SD = dict(ch=320, mult=(1, 2, 4, 4), attend=(1, 2, 4))
-XL = dict(ch=320, mult=(1, 2, 4), attend=(2, 4), context=2048, depth=(0, 2, 10), linear=True, adm=2816)
+SD = {"ch": 320, "mult": (1, 2, 4, 4), "attend": (1, 2, 4)}
+XL = {"ch": 320, "mult": (1, 2, 4), "attend": (2, 4), "context": 2048, "depth": (0, 2, 10), "linear": True, "adm": 2816}
 
 # name: original spec, parameters (section 19 of the formats' reference; None: not listed), keys, head options, peer
 UNETS: dict[str, tuple[UNetSpec, int | None, int | None, dict[str, int], str]] = {

@@ -27,10 +27,10 @@ def peer_unet(spec: UNetSpec, kind: str) -> dict[str, Shape]:
     levels = range(len(spec.mult))
     attends = [2**level in spec.attend for level in levels]
     down = "ResnetDownsampleBlock2D" if spec.updown else "DownBlock2D"
-    common = dict(
-        in_channels=spec.io[0], out_channels=spec.io[1], layers_per_block=spec.n, block_out_channels=[m * spec.ch for m in spec.mult],
-        resnet_time_scale_shift="scale_shift" if spec.scale_shift else "default",
-    )  # fmt: skip
+    common = {
+        "in_channels": spec.io[0], "out_channels": spec.io[1], "layers_per_block": spec.n, "block_out_channels": [m * spec.ch for m in spec.mult],
+        "resnet_time_scale_shift": "scale_shift" if spec.scale_shift else "default",
+    }  # fmt: skip
     if kind == "plain":
         types = ["AttnDownBlock2D" if a else down for a in attends]
         common["resnet_time_scale_shift"] = "default"  # with scale_shift the peer's middle attention gets another norm: widened below
@@ -45,10 +45,10 @@ def peer_unet(spec: UNetSpec, kind: str) -> dict[str, Shape]:
     types = [("SimpleCrossAttnDownBlock2D" if kind == "karlo" else "CrossAttnDownBlock2D") if a else down for a in attends]
     depth = [spec.depth] * len(levels) if isinstance(spec.depth, int) else [max(d, 1) for d in spec.depth]
     extra: dict[str, object] = {
-        "xl": dict(addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=spec.adm),
-        "unclip": dict(class_embed_type="projection", projection_class_embeddings_input_dim=spec.adm),
-        "karlo": dict(class_embed_type="identity", mid_block_type="UNetMidBlock2DSimpleCrossAttn"),
-        "cond": dict(num_class_embeds=spec.classes),
+        "xl": {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": spec.adm},
+        "unclip": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": spec.adm},
+        "karlo": {"class_embed_type": "identity", "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        "cond": {"num_class_embeds": spec.classes},
     }[kind]  # type: ignore[assignment]
     with torch.device("meta"):
         return shapes_of(UNet2DConditionModel(
@@ -62,9 +62,9 @@ def peer_vae(spec: VAESpec) -> dict[str, Shape]:
     from diffusers import AutoencoderKL, VQModel
 
     attends = [256 >> i in spec.attend for i in range(len(spec.mult))]
-    common = dict(block_out_channels=[m * spec.ch for m in spec.mult], layers_per_block=2, latent_channels=spec.z,
-                  down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
-                  up_block_types=["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attends[::-1]])  # fmt: skip
+    common = {"block_out_channels": [m * spec.ch for m in spec.mult], "layers_per_block": 2, "latent_channels": spec.z,
+                  "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+                  "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attends[::-1]]}  # fmt: skip
     with torch.device("meta"):
         if spec.codes:
             return shapes_of(VQModel(**common, num_vq_embeddings=spec.codes, mid_block_add_attention=spec.mid))
