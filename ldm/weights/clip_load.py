@@ -13,6 +13,7 @@ import torch
 
 from ldm.config import nearest
 from ldm.models.clip import CLIP, Activation, CLIPConfig, TextConfig, VisionConfig
+from ldm.nn.meta import on_meta
 from ldm.weights.clip_rules import to_clip
 from ldm.weights.io import load_strict
 from ldm.weights.single import read_tensors
@@ -71,7 +72,7 @@ def load_open_clip(name: str, pretrained: str | Path | None = None, *, dtype: to
             raise FileNotFoundError(f"no such file: {str(pretrained)!r}")
         config, path = _tagged(name, str(pretrained), config)
     state, _ = read_tensors(path)
-    with torch.device("meta"):
+    with on_meta():
         model = CLIP(config)
     load_strict(model, to_clip(model, state, source=path), source=path, dtype=dtype)
     return model.eval()
