@@ -1,0 +1,83 @@
+"""The model inside the package: whole, small enough, offline, and true to its seeds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldm
+from ldm.cards import ASSETS
+from ldm.images import read_recipe
+from ldm.models.clip import VisionConfig, VisionTower
+from ldm.pipelines.latent import UnknownWords
+from ldm.weights.native import read_part
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ldm.load("emoji-ldm", device="cpu", dtype="float32")
+
+
+def run(pipe, prompt="red apple on a blue background", **options):
+    return pipe.text_to_image(prompt, progress=False, steps=8, **options)
+
+
+def test_all_of_it_is_at_most_48_megabytes_and_carries_its_notices():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 48e6
+    notice = (ASSETS / "emoji-ldm" / "NOTICE.md").read_text()
+    assert all(licence in notice for licence in ("Apache-2.0", "MIT", "CC-BY 4.0"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_picture_i_of_a_batch_is_that_of_its_seed_within_two_levels(dtype):
+    pipe = ldm.load("emoji-ldm", device="cpu", dtype=dtype)
+    batch = run(pipe, n=4, seed=11).numpy().astype(int)
+    for i in range(4):
+        alone = run(pipe, seed=11 + i).numpy().astype(int)
+        assert abs(batch[i] - alone[0]).max() <= 2  # the noise is the same to the bit; products of another batch size round differently
+
+
+def test_a_picture_has_its_ground_and_no_warning(pipe, recwarn):
+    made = run(pipe)
+    assert made.tensor.shape == (1, 3, 128, 128) and not [w for w in recwarn if w.category is UnknownWords]
+    corners = made.tensor[0, :, [0, 0, -1, -1], [0, -1, 0, -1]].median(dim=1).values * 255
+    blue = torch.tensor([50.0, 100.0, 210.0])
+    assert (corners - blue).norm() < 60  # the next nearest colour of the palette is 140 away
+    with pytest.warns(UnknownWords, match="'zeppelin'"):
+        run(pipe, "zeppelin")
+
+
+def test_the_words_of_the_data_set_are_known(pipe):
+    for prompt in ("a kitty", "fluent rocket", "twemoji cat face on an orange background", "a small red apple at the top and a dog side by side"):
+        assert pipe.text.unknown(prompt) == []
+
+
+def test_latents_have_unit_variance(pipe):
+    x = torch.rand(4, 3, 1, 1).expand(4, 3, 128, 128)  # plain grounds: far fewer than training saw, so only the order of magnitude
+    assert 0.2 < float(pipe.encode(x).std()) < 3
+
+
+def test_the_image_tower_loads():
+    tower, _ = read_part(ASSETS / "emoji-clip", "vision", VisionConfig, VisionTower)
+    assert tower(tower.prepare(torch.rand(2, 3, 128, 128))).pooled.shape == (2, 256)
+
+
+def test_the_first_command_works_without_a_network(tmp_path):
+    code = (
+        "import socket, sys\n"
+        "def refuse(*_, **__): raise OSError('no network in this test')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "from ldm.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "red apple", "-o", str(tmp_path / "x.png"), "--steps", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(ldm.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "x.png") and done.stderr == ""
+    assert read_recipe(tmp_path / "x.png")["prompt"] == "red apple"
