@@ -1,17 +1,18 @@
-"""The cross-attention UNet of latent diffusion (Rombach et al. 2022, section 3.3; Ronneberger et al. 2015)."""
+"""The UNet of latent diffusion and its relatives (Rombach et al. 2022, section 3.3; Dhariwal & Nichol 2021; Ronneberger et al. 2015)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nn.attention import SpatialTransformer
-from ldm.nn.embeddings import VectorMLP, sinusoid
+from ldm.nn.attention import AttentionBlock, SpatialTransformer
+from ldm.nn.embeddings import VectorMLP, guidance_sinusoid, sinusoid
 from ldm.nn.norm import group_norm_32
-from ldm.nn.resblock import Downsample, ResBlock, Upsample
+from ldm.nn.resblock import Downsample, Resample, ResBlock, Upsample
 from ldm.types import Cond
 
 
@@ -21,7 +22,15 @@ class UNetConfig:
 
     ``channels`` and ``depth`` have one entry a level: its width, and the transformer blocks behind each of its residual blocks (0: none).
     Either ``heads`` (one number a level, or one for all) or ``head_dim`` (channels of a head, at every level) says how attention is split.
-    ``blocks``: residual blocks a level on the way down; one more on the way up. ``pooled_dim``: width of `Cond.pooled`, if it has one.
+    ``blocks``: residual blocks a level on the way down; one more on the way up.
+
+    ``attention``: None for transformers, "block" for AttentionBlocks, at most one behind a residual block, with a context only if there is a
+    ``context_dim``. ``only_cross``: the levels whose transformers have no self-attention (both attend to the context). ``resample``: None for
+    convolutions, "resblock" to change sizes inside residual blocks. ``scale_shift``: the embedding scales and shifts their second norm.
+
+    Conditions that join the timestep's embedding: ``pooled_dim`` is the width of `Cond.pooled`; ``class_dim`` is the same under the name that Stable
+    unCLIP gave it; ``classes`` is the size of a table, and `Cond.pooled` then holds one whole number a sample (B,), a class or a level of noise;
+    ``guidance_dim`` is the width of the sinusoid of `Cond.guidance` (latent consistency models).
     """
 
     in_channels: int = 4
@@ -32,11 +41,17 @@ class UNetConfig:
     blocks: int = 2
     heads: int | tuple[int, ...] | None = 8
     head_dim: int | None = None
-    context_dim: int = 768
+    context_dim: int | None = 768
     linear_projection: bool = False
     pooled_dim: int | None = None
     scale_shift: bool = False
     dropout: float = 0.0
+    attention: Literal["block"] | None = None
+    only_cross: tuple[bool, ...] | None = None
+    resample: Literal["resblock"] | None = None
+    class_dim: int | None = None
+    classes: int | None = None
+    guidance_dim: int | None = None
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -49,8 +64,26 @@ class UNetConfig:
         if isinstance(self.heads, tuple) and len(self.heads) != levels:
             raise ValueError(f"heads: expected {levels} numbers, got {self.heads}")
         for level, width in enumerate(self.channels):
-            if (self.depth[level] or (level == levels - 1 and self.mid_depth)) and width % self.split(level)[0]:
-                raise ValueError(f"level {level}: {width} channels cannot be split into {self.split(level)[0]} heads")
+            if self.depth[level] or (level == levels - 1 and self.mid_depth):
+                heads, head_dim = self.split(level)
+                if heads * head_dim != width:
+                    raise ValueError(f"level {level}: {width} channels cannot be split into {heads} heads of {self.head_dim or 'equal width'}")
+        self._check_attention()
+        if sum(given is not None for given in (self.pooled_dim, self.class_dim, self.classes)) > 1:
+            raise ValueError(f"expected one of pooled_dim, class_dim and classes, got {self.pooled_dim}, {self.class_dim} and {self.classes}")
+
+    def _check_attention(self) -> None:
+        attends = any(self.depth) or self.mid_depth > 0
+        if self.attention not in (None, "block"):
+            raise ValueError(f'attention: expected None or "block", got {self.attention!r}')
+        if self.resample not in (None, "resblock"):
+            raise ValueError(f'resample: expected None or "resblock", got {self.resample!r}')
+        if self.attention == "block" and max(*self.depth, self.mid_depth) > 1:
+            raise ValueError(f"depth: AttentionBlocks do not stack, expected 0 or 1, got {self.depth} and mid_depth {self.mid_depth}")
+        if self.attention is None and attends and self.context_dim is None:
+            raise ValueError('context_dim: transformers attend to a context, expected its width; attention="block" can do without')
+        if self.only_cross is not None and (len(self.only_cross) != len(self.channels) or self.attention is not None):
+            raise ValueError(f"only_cross: expected {len(self.channels)} truth values for transformers, got {self.only_cross}")
 
     def split(self, level: int) -> tuple[int, int]:
         """(number of heads, channels of a head) of the attention at a level."""
@@ -62,25 +95,35 @@ class UNetConfig:
         return heads, width // heads
 
     @property
+    def takes_context(self) -> bool:
+        """Whether anything in the network attends to `Cond.context`."""
+        return self.context_dim is not None and (any(self.depth) or self.mid_depth > 0)
+
+    @property
     def factor(self) -> int:
         """How often the smallest level halves the input: sizes that are multiples of it never round."""
         return 2 ** (len(self.channels) - 1)
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, each followed by transformer blocks if the level has any, and a change of size behind them."""
+    """Residual blocks at one size, each followed by attention if the level has any, and a change of size behind them."""
 
-    def __init__(self, config: UNetConfig, level: int, widths: list[int], emb_dim: int, resample: str | None) -> None:
+    def __init__(self, config: UNetConfig, level: int, widths: list[int], emb_dim: int, resample: Resample | None) -> None:
         super().__init__()
         width = config.channels[level]
         self.resnets = nn.ModuleList(
             ResBlock(w, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout) for w in widths
         )
-        self.attentions = nn.ModuleList(transformer(config, level, config.depth[level]) for _ in widths) if config.depth[level] else None
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(width)])
-        elif resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(width)])
+        only_cross = config.only_cross is not None and config.only_cross[level]
+        depth = config.depth[level]
+        self.attentions = nn.ModuleList(attention(config, level, depth, only_cross) for _ in widths) if depth else None
+        if resample is not None:
+            resize: nn.Module
+            if config.resample == "resblock":
+                resize = ResBlock(width, width, emb_dim=emb_dim, scale_shift=config.scale_shift, resample=resample, dropout=config.dropout)
+            else:
+                resize = Downsample(width) if resample == "down" else Upsample(width)
+            setattr(self, f"{resample}samplers", nn.ModuleList([resize]))
 
     def block(self, i: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """The i-th residual block and what attends behind it."""
@@ -89,7 +132,7 @@ class Level(nn.Module):
 
 
 class Mid(nn.Module):
-    """Block, transformer, block at the smallest size."""
+    """Block, attention, block at the smallest size."""
 
     def __init__(self, config: UNetConfig, emb_dim: int) -> None:
         super().__init__()
@@ -97,7 +140,7 @@ class Mid(nn.Module):
         self.resnets = nn.ModuleList(
             ResBlock(width, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout) for _ in range(2)
         )
-        self.attentions = nn.ModuleList([transformer(config, last, config.mid_depth)]) if config.mid_depth else None
+        self.attentions = nn.ModuleList([attention(config, last, config.mid_depth)]) if config.mid_depth else None
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.resnets[0](x, emb)
@@ -106,11 +149,14 @@ class Mid(nn.Module):
         return self.resnets[1](x, emb)
 
 
-def transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:
-    """The spatial transformer of a level."""
-    heads, head_dim = config.split(level)
+def attention(config: UNetConfig, level: int, depth: int, only_cross: bool = False) -> nn.Module:
+    """What attends behind a residual block of a level."""
+    width, (heads, head_dim) = config.channels[level], config.split(level)
+    if config.attention == "block":
+        return AttentionBlock(width, heads=heads, head_dim=head_dim, context_dim=config.context_dim)
+    assert config.context_dim is not None
     return SpatialTransformer(
-        config.channels[level], heads=heads, head_dim=head_dim, depth=depth, context_dim=config.context_dim, linear=config.linear_projection
+        width, heads=heads, head_dim=head_dim, depth=depth, context_dim=config.context_dim, linear=config.linear_projection, only_cross=only_cross
     )
 
 
@@ -122,8 +168,11 @@ class UNet(nn.Module):
         self.config = config
         channels, levels = config.channels, len(config.channels)
         emb_dim = 4 * channels[0]
-        self.time_embedding = VectorMLP(channels[0], emb_dim)
+        self.time_embedding = VectorMLP(channels[0], emb_dim, extra_dim=config.guidance_dim)
         self.add_embedding = VectorMLP(config.pooled_dim, emb_dim) if config.pooled_dim else None
+        self.class_embedding: nn.Module | None = None
+        if config.class_dim or config.classes:
+            self.class_embedding = VectorMLP(config.class_dim, emb_dim) if config.class_dim else nn.Embedding(config.classes or 0, emb_dim)
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
@@ -148,13 +197,10 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t (B, C, h, w); t (B,) in timesteps; `Cond.context` (B, L, D) with its mask, `Cond.pooled`, `Cond.concat` → (B, C_out, h, w)."""
-        emb = self.embed(t, cond, x_t.dtype)  # (B, 4·channels[0])
         x = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)
-        if x.shape[1] != self.config.in_channels:
-            raise ValueError(f"input has {x.shape[1]} channels, this UNet takes {self.config.in_channels} (x_t and Cond.concat together)")
+        self.check(x, cond)
+        emb = self.embed(t, cond, x_t.dtype)  # (B, 4·channels[0])
         context, mask = cond.context, cond.context_mask
-        if context is None and (any(self.config.depth) or self.config.mid_depth):
-            raise ValueError("this UNet attends to a context: Cond.context is None")
 
         x = self.conv_in(x)
         skips = [x]
@@ -163,21 +209,52 @@ class UNet(nn.Module):
                 x = level.block(i, x, emb, context, mask)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
-                x = level.downsamplers[0](x)
+                x = level.downsamplers[0](x) if self.config.resample is None else level.downsamplers[0](x, emb)
                 skips.append(x)
         x = self.mid_block(x, emb, context, mask)
         for level in self.up_blocks:
             for i in range(self.config.blocks + 1):
                 x = level.block(i, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
             if hasattr(level, "upsamplers"):
-                x = level.upsamplers[0](x, skips[-1].shape[-2:])
+                x = level.upsamplers[0](x, skips[-1].shape[-2:] if self.config.resample is None else emb)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
+    def check(self, x: Tensor, cond: Cond) -> None:
+        """ValueError for an input (x_t and `Cond.concat`) or a condition that this network cannot take, or a condition that it lacks."""
+        config = self.config
+        if x.shape[1] != config.in_channels:
+            raise ValueError(f"input has {x.shape[1]} channels, this UNet takes {config.in_channels} (x_t and Cond.concat together)")
+        if config.resample == "resblock" and (x.shape[-2] % config.factor or x.shape[-1] % config.factor):
+            raise ValueError(f"input size {x.shape[-2]}×{x.shape[-1]}: this UNet halves by averages, expected multiples of {config.factor}")
+        if config.takes_context and cond.context is None:
+            raise ValueError("this UNet attends to a context: Cond.context is None")
+        if config.guidance_dim and cond.guidance is None:
+            raise ValueError("this UNet takes the guidance scale: Cond.guidance is None")
+        wanted = config.pooled_dim or config.class_dim
+        if (wanted or config.classes) and cond.pooled is None:
+            kind = f"a pooled condition of width {wanted}" if wanted else f"one of {config.classes} classes"
+            raise ValueError(f"this UNet takes {kind}: Cond.pooled is None")
+        unused = {"context": config.takes_context, "pooled": wanted or config.classes, "guidance": config.guidance_dim}
+        for name, taken in unused.items():
+            if not taken and getattr(cond, name) is not None:
+                raise ValueError(f"this UNet takes no Cond.{name}, expected None, got shape {tuple(getattr(cond, name).shape)}")
+
     def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-        """The embedding that every residual block receives: the timestep's, and the pooled condition's where the network takes one."""
-        emb = self.time_embedding(sinusoid(t, self.config.channels[0]).to(dtype))
+        """The embedding that every residual block receives: the timestep's, and those of the conditions that join it; (B, 4·channels[0])."""
+        guidance = None
+        if self.config.guidance_dim is not None and cond.guidance is not None:
+            guidance = guidance_sinusoid(cond.guidance, self.config.guidance_dim).to(dtype)
+        emb = self.time_embedding(sinusoid(t, self.config.channels[0]).to(dtype), guidance)
+        pooled, classes = cond.pooled, self.config.classes
+        if pooled is None:
+            return emb
         if self.add_embedding is not None:
-            if cond.pooled is None:
-                raise ValueError(f"this UNet takes a pooled condition of width {self.config.pooled_dim}: Cond.pooled is None")
-            emb = emb + self.add_embedding(cond.pooled.to(dtype))
-        return emb
+            return emb + self.add_embedding(pooled.to(dtype))
+        assert self.class_embedding is not None
+        if classes is None:
+            return emb + self.class_embedding(pooled.to(dtype))
+        if pooled.ndim != 1 or pooled.is_floating_point():
+            raise ValueError(f"Cond.pooled: this UNet takes classes, expected whole numbers (B,), got {pooled.dtype} {tuple(pooled.shape)}")
+        if pooled.numel() and not 0 <= int(pooled.min()) <= int(pooled.max()) < classes:
+            raise ValueError(f"Cond.pooled: expected classes from 0 to {classes - 1}, got {pooled.tolist()}")
+        return emb + self.class_embedding(pooled)

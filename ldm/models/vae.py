@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.nn.attention import Attention
+from ldm.nn.attention import AttentionBlock
 from ldm.nn.norm import group_norm_32
 from ldm.nn.resblock import Downsample, ResBlock, Upsample
 
@@ -70,17 +69,30 @@ class Posterior:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
-class SelfAttention2d(Attention):
-    """One head of attention over the positions of a feature map, with its own norm and residual sum."""
+@dataclass(frozen=True)
+class Point:
+    """A latent without spread, from autoencoders that have no posterior: ``mean`` (B, C, h, w); it answers as a `Posterior` does."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, heads=1, head_dim=channels, bias=True)
-        self.group_norm = nn.GroupNorm(group_norm_32(channels), channels, eps=1e-6)
+    mean: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        h, w = x.shape[-2:]
-        y = super().forward(rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
-        return x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
+    def mode(self) -> Tensor:
+        """The latent."""
+        return self.mean
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The latent, whatever the noise."""
+        return self.mean
+
+
+def self_attention(channels: int) -> AttentionBlock:
+    """One head of attention over the positions of a feature map, as wide as the map."""
+    return AttentionBlock(channels, heads=1, head_dim=channels, eps=1e-6)
+
+
+def check_size(x: Tensor, factor: int) -> None:
+    """ValueError unless the height and width of a picture (B, 3, H, W) are multiples of the factor."""
+    if x.shape[-2] % factor or x.shape[-1] % factor:
+        raise ValueError(f"picture size {x.shape[-2]}×{x.shape[-1]}: expected multiples of {factor}")
 
 
 class Level(nn.Module):
@@ -89,7 +101,7 @@ class Level(nn.Module):
     def __init__(self, channels: int, out_channels: int, *, blocks: int, attention: bool, resample: str | None) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out_channels, out_channels, eps=1e-6) for i in range(blocks))
-        self.attentions = nn.ModuleList(SelfAttention2d(out_channels) for _ in range(blocks)) if attention else None
+        self.attentions = nn.ModuleList(self_attention(out_channels) for _ in range(blocks)) if attention else None
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
         elif resample == "up":
@@ -112,7 +124,7 @@ class Mid(nn.Module):
     def __init__(self, channels: int, *, attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6) for _ in range(2))
-        self.attentions = nn.ModuleList([SelfAttention2d(channels)]) if attention else None
+        self.attentions = nn.ModuleList([self_attention(channels)]) if attention else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
@@ -185,9 +197,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → the posterior over (B, C, H/f, W/f); ValueError otherwise."""
-        factor = self.config.factor
-        if x.shape[-2] % factor or x.shape[-1] % factor:
-            raise ValueError(f"picture size {x.shape[-2]}×{x.shape[-1]}: expected multiples of {factor}")
+        check_size(x, self.config.factor)
         x = F.pixel_unshuffle(x, self.config.patch)  # (B, 3·p², H/p, W/p)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return Posterior(mean.float(), logvar.float().clamp(-30.0, 20.0))

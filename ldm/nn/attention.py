@@ -44,6 +44,34 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
 
 
+class AttentionBlock(Attention):
+    """Attention of a feature map's positions (B, C, h, w) to each other, with its own norm and residual sum (Dhariwal & Nichol 2021).
+
+    With a ``context_dim`` the positions attend to a context (B, M, D) as well, in the same softmax (Nichol et al. 2022, section 3).
+    """
+
+    def __init__(self, channels: int, *, heads: int, head_dim: int, context_dim: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__(channels, heads=heads, head_dim=head_dim, bias=True)
+        self.group_norm = nn.GroupNorm(group_norm_32(channels), channels, eps=eps)
+        if context_dim is not None:
+            self.add_k_proj = nn.Linear(context_dim, heads * head_dim)
+            self.add_v_proj = nn.Linear(context_dim, heads * head_dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        h, w = x.shape[-2:]
+        y = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)  # (B, h·w, H·d)
+        if context is None:
+            mask = None
+        else:
+            k, v = torch.cat([self.add_k_proj(context), k], dim=1), torch.cat([self.add_v_proj(context), v], dim=1)  # (B, M + h·w, H·d)
+            mask = None if mask is None else rearrange(F.pad(mask, (0, h * w), value=True), "b m -> b 1 1 m")
+        q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in (q, k, v))
+        y = attend(q, k, v, mask)
+        y = self.to_out[0](rearrange(y, "b h l d -> b l (h d)"))
+        return x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
+
+
 class GEGLU(nn.Module):
     """value · gelu(gate), with the exact gelu (Shazeer 2020)."""
 

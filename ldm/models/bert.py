@@ -1,0 +1,121 @@
+"""The text encoder of LDM's first text-to-image models: a bidirectional transformer over WordPiece tokens (Rombach et al. 2022, section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.wordpiece import WordPiece
+from ldm.nn.attention import attend
+from ldm.types import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """The shape of the encoder; the defaults are those of text2img-large. Attention is heads × head_dim wide inside, whatever the width."""
+
+    vocabulary: int = 30522
+    width: int = 1280
+    layers: int = 32
+    heads: int = 8
+    head_dim: int = 64
+    length: int = 77
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "width", "layers", "heads", "head_dim", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+class SelfAttention(nn.Module):
+    """Every token looks at every token, padding included."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.heads, inner = config.heads, config.heads * config.head_dim
+        self.q_proj = nn.Linear(config.width, inner, bias=False)
+        self.k_proj = nn.Linear(config.width, inner, bias=False)
+        self.v_proj = nn.Linear(config.width, inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(p(x), "b l (h d) -> b h l d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward with the exact gelu, each behind its norm and before a residual sum."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self_attn_layer_norm = nn.LayerNorm(config.width)
+        self.self_attn = SelfAttention(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, 4 * config.width)
+        self.fc2 = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the layers, and a last norm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.embed_positions = nn.Embedding(config.length, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids) + self.embed_positions.weight[: ids.shape[1]]  # (B, L, D)
+        for layer in self.layers:
+            x = layer(x)
+        return self.layer_norm(x)
+
+
+class LDMBert(nn.Module):
+    """Token ids to the context of the UNet. The published files' projection to logits (`to_logits`) serves nothing and is left out."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L), L at most the length → (B, L, D); ValueError for longer ones."""
+        if ids.shape[1] > self.config.length:
+            raise ValueError(f"got {ids.shape[1]} tokens, expected at most {self.config.length}")
+        return self.model(ids)
+
+
+class BertConditioner(nn.Module):
+    """Prompts in, `Cond` out: padded to the encoder's length, the padding attended to, as these models were trained."""
+
+    def __init__(self, encoder: LDMBert, tokenizer: WordPiece) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        if len(tokenizer.vocabulary) > encoder.config.vocabulary:
+            raise ValueError(f"the vocabulary has {len(tokenizer.vocabulary)} tokens, the encoder {encoder.config.vocabulary}")
+
+    @property
+    def width(self) -> int:
+        """D, the width of a token."""
+        return self.encoder.config.width
+
+    def forward(self, prompts: Sequence[str]) -> Cond:
+        """The condition of B prompts: context (B, length, D). ValueError if a prompt has more tokens than the encoder takes."""
+        ids = self.tokenizer(prompts, self.encoder.config.length)
+        return Cond(context=self.encoder(torch.tensor(ids, device=self.encoder.model.layer_norm.weight.device)))
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that the model has never seen: not known of any."""
+        return []

@@ -1,0 +1,89 @@
+"""The shapes of the published networks, by name: what cards refer to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ldm.models.bert import BertConfig
+from ldm.models.labels import LabelConfig
+from ldm.models.tiny import TinyConfig
+from ldm.models.unet import UNetConfig
+from ldm.models.vae import VAEConfig
+from ldm.models.vq import VQConfig
+
+SD1 = UNetConfig()
+SD2 = UNetConfig(heads=None, head_dim=64, context_dim=1024, linear_projection=True)
+SDXL = UNetConfig(
+    channels=(320, 640, 1280), depth=(0, 2, 10), mid_depth=10, heads=None, head_dim=64, context_dim=2048, linear_projection=True, pooled_dim=2816
+)
+REFINER = UNetConfig(
+    channels=(384, 768, 1536, 1536), depth=(0, 4, 4, 0), mid_depth=4, heads=None, head_dim=64, context_dim=1280, linear_projection=True,
+    pooled_dim=2560,
+)  # fmt: skip
+X4 = UNetConfig(
+    in_channels=7, channels=(256, 512, 512, 1024), depth=(0, 1, 1, 1), context_dim=1024, linear_projection=True,
+    only_cross=(True, True, True, False), classes=1000,
+)  # fmt: skip
+# over the three channels of VQ-f4, attention where the latent is halved at least once, heads of 32 channels
+LDM_VQ4 = UNetConfig(in_channels=3, out_channels=3, channels=(192, 384, 576, 960), depth=(0, 1, 1, 1), heads=None, head_dim=32, context_dim=640)
+# without a context: self-attention alone
+CELEBA = UNetConfig(
+    in_channels=3, out_channels=3, channels=(224, 448, 672, 896), depth=(0, 1, 1, 1), heads=None, head_dim=32, context_dim=None, attention="block"
+)
+
+UNETS: dict[str, UNetConfig] = {
+    "sd1": SD1,
+    "sd1-inpaint": replace(SD1, in_channels=9),
+    "instruct-pix2pix": replace(SD1, in_channels=8),
+    "sd1-lcm": replace(SD1, guidance_dim=256),
+    "sd2": SD2,
+    "sd2-inpaint": replace(SD2, in_channels=9),
+    "sd2-depth": replace(SD2, in_channels=5),
+    "unclip-h": replace(SD2, class_dim=2048),
+    "unclip-l": replace(SD2, class_dim=1536),
+    "x4": X4,
+    "sdxl": SDXL,
+    "sdxl-inpaint": replace(SDXL, in_channels=9),
+    "sdxl-lcm": replace(SDXL, guidance_dim=256),
+    "sdxl-refiner": REFINER,
+    "text2img-large": replace(SD1, context_dim=1280),
+    "text2img256": LDM_VQ4,
+    "cin256": UNetConfig(channels=(256, 512, 1024), depth=(1, 1, 1), heads=None, head_dim=32, context_dim=512),
+    "cin256-v2": replace(LDM_VQ4, heads=1, head_dim=None, context_dim=512),
+    "layout2img": replace(LDM_VQ4, channels=(128, 256, 384, 512), depth=(0, 3, 3, 3), mid_depth=3, context_dim=512),
+    "rdm": UNetConfig(in_channels=16, out_channels=16, channels=(448, 896, 1344, 1792), heads=None, head_dim=32),
+    "celebahq": CELEBA,
+    "ffhq": CELEBA,
+    "lsun_beds": CELEBA,
+    "lsun_churches": UNetConfig(
+        channels=(192, 384, 384, 768, 768), depth=(1, 1, 1, 1, 0), context_dim=None, attention="block", scale_shift=True, resample="resblock"
+    ),
+    "inpainting_big": replace(CELEBA, in_channels=7, channels=(256, 512, 768, 1024), heads=8, head_dim=None, resample="resblock"),
+    "bsr_sr": replace(CELEBA, in_channels=6, channels=(160, 320, 320, 640), depth=(0, 0, 0, 1)),
+    "semantic": replace(CELEBA, in_channels=6, channels=(128, 512, 1024), depth=(0, 0, 0), heads=8, head_dim=None),
+}
+
+KL_F4 = VAEConfig(channels=(128, 256, 512), latent_channels=3)
+VQ_F8 = VQConfig(channels=(128, 256, 256, 512), latent_channels=4, attention_levels=(3,), codes=16384)
+VAES: dict[str, VAEConfig | VQConfig | TinyConfig] = {
+    "kl-f4": KL_F4,
+    "kl-f8": VAEConfig(),  # Stable Diffusion 1, 2 and XL
+    "kl-f16": VAEConfig(channels=(128, 128, 256, 256, 512), latent_channels=16, attention_levels=(4,)),
+    "kl-f32": VAEConfig(channels=(128, 128, 256, 256, 512, 512), latent_channels=64, attention_levels=(4, 5)),
+    "x4": replace(KL_F4, latent_channels=4),
+    "vq-f4": VQConfig(),
+    "vq-f4-noattn": VQConfig(mid_attention=False),
+    "vq-f8": VQ_F8,
+    "vq-f8-n256": replace(VQ_F8, codes=256),
+    "vq-f16": VQConfig(channels=(128, 128, 256, 256, 512), latent_channels=8, attention_levels=(4,), codes=16384),
+    "taesd": TinyConfig(),
+    "taesdxl": TinyConfig(),
+}
+
+BERTS: dict[str, BertConfig] = {
+    "text2img-large": BertConfig(),
+    "text2img256": BertConfig(width=640),
+    "layout2img": BertConfig(width=512, layers=16, vocabulary=8192, length=92),
+}
+
+LABELS: dict[str, LabelConfig] = {"cin256": LabelConfig(classes=1000), "cin256-v2": LabelConfig()}
