@@ -29,6 +29,8 @@ setup(
         "pillow>=10",
         "PyYAML>=6",
         "huggingface_hub>=0.23",
+        "ftfy>=6",  # these two come with open_clip; the tokenizer imports them for text that is not ASCII
+        "regex>=2023.1.1",
     ],
     extras_require={
         "test": ["pytest>=8", "diffusers>=0.31", "transformers>=4.45", "accelerate>=0.30", "k-diffusion>=0.1.1"],
