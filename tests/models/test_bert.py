@@ -10,7 +10,10 @@ from ldm.models.bert import BertConditioner, BertConfig, LDMBert
 from ldm.models.wordpiece import WordPiece
 
 LETTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-WORDS = ["a", "painting", "of", "the", "cat", "caf", "##s", "##ing", "paint", "un", "##aff", "##able", "##e", "don", "日", "本", "straße", "i", "é", "##ο", "σ"]
+WORDS = [
+    "a", "painting", "of", "the", "cat", "caf", "##s", "##ing", "paint", "un", "##aff", "##able", "##e", "don", "日",
+    "本", "straße", "i", "é", "##ο", "σ",
+]  # fmt: skip
 VOCABULARY = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*LETTERS, *WORDS])]
 TEXTS = [
     "a painting of the cat", "A PAINTING of the Cats!", "unaffable", "café, Café; cafe\u0301", "don't", "zzz", "unzz", "", "   \t\n ", "日本 cat日",

@@ -20,6 +20,7 @@ from ldm.models.unet import UNet
 from ldm.nn.embeddings import vector_condition
 from ldm.types import Cond
 
+
 def up(types: tuple[str, ...]) -> tuple[str, ...]:
     """The way up that mirrors a way down."""
     return tuple(name.replace("Down", "Up") for name in types[::-1])
