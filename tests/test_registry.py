@@ -93,7 +93,7 @@ def edit(**changes):
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "unet.safetensors"),
         (edit(conv_in__weight=None), "missing.*conv_in.weight"),
         (edit(extra__weight=torch.zeros(1)), "extra.weight"),
-        (edit(conv_in__weight=torch.zeros(8, 5, 3, 3)), r"conv_in.weight: \(8, 5, 3, 3\), expected \(8, 4, 3, 3\)"),
+        (edit(conv_in__weight=torch.zeros(8, 5, 3, 3)), r"conv_in.weight: \(8, 5, 3, 3\), expected \(8, 8, 3, 3\)"),
         (edit(conv_in__bias=torch.full((8,), float("nan"))), "NaN or infinity in 1 tensors .*conv_in.bias"),
         (lambda path: path.write_bytes((path.parent / "vae.safetensors").read_bytes()), "does not fit UNet"),
     ],

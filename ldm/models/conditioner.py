@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm.models.clip import TextTower
+from ldm.models.draft import Draft
 from ldm.models.tokenizer import Tokenizer
 from ldm.types import Cond
 from ldm.words import words
@@ -33,11 +34,16 @@ class TextConvention:
 
 
 class TextConditioner(nn.Module):
-    """Prompts in, `Cond` out. ``words``: those the model was trained on, where that is known."""
+    """Prompts in, `Cond` out. ``words``: those the model was trained on, where that is known; ``draft``: what drafts `Cond.concat`, where the model has it."""
 
-    def __init__(self, tower: TextTower, tokenizer: Tokenizer, convention: TextConvention, words: frozenset[str] | None = None) -> None:
+    def __init__(
+        self, tower: TextTower, tokenizer: Tokenizer, convention: TextConvention, words: frozenset[str] | None = None, draft: Draft | None = None
+    ) -> None:
         super().__init__()
+        if draft is not None and draft.config.embed_dim != tower.config.embed_dim:
+            raise ValueError(f"the draft reads embeddings {draft.config.embed_dim} wide, the text tower's are {tower.config.embed_dim}")
         self.tower = tower
+        self.draft = draft
         self.tokenizer = tokenizer
         self.convention = convention
         self.words = words
@@ -47,8 +53,10 @@ class TextConditioner(nn.Module):
         """D, the width of a token."""
         return self.tower.config.width
 
-    def forward(self, prompts: Sequence[str]) -> Cond:
+    def forward(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Cond:
         """The condition of B prompts: context (B, L, D), its mask where padding is left out, and pooled (B, E) where the network takes it.
+
+        Where the model drafts, concat (B, C, h, w) too, at the latent's ``size`` (h, w), or at the draft's own.
 
         ValueError if a prompt has more tokens than the tower takes; tokens that a small vocabulary lacks are left out (see `unknown`).
         """
@@ -61,7 +69,8 @@ class TextConditioner(nn.Module):
         eot = (ids == self.tower.config.eot_id).int().argmax(dim=1)  # (B,) the first one
         mask = torch.arange(ids.shape[1], device=ids.device) <= eot[:, None] if c.masked else None  # (B, L)
         out = self.tower(ids, layer=c.layer, final_norm=c.final_norm)
-        return Cond(context=out.tokens, context_mask=mask, pooled=out.pooled if c.pooled else None)
+        draft = None if self.draft is None else self.draft(out.pooled, size)
+        return Cond(context=out.tokens, context_mask=mask, pooled=out.pooled if c.pooled else None, concat=draft)
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that the model has never seen, in order; none where its words are not known."""

@@ -100,7 +100,8 @@ class LatentDiffusion(nn.Module):
         self._warn(*prompts, negative)
 
         prompts = [p for p in prompts for _ in range(count // len(prompts))]
-        fn = cfg(self.denoiser, self.text(prompts), self.text([negative]), scale)
+        size = (start.shape[-2], start.shape[-1])
+        fn = cfg(self.denoiser, self.text(prompts, size), self.text([negative], size), scale)
         with progress_bar(len(grid), progress) as bar:
             hook = both_hooks(on_step, lambda *_: bar.update())
             x = solve(fn, start, grid, noise=keyed_noise(seeds), on_step=hook, **options)

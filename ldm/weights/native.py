@@ -14,6 +14,7 @@ from ldm.config import build, read_yaml, to_dict
 from ldm.files import write_atomically
 from ldm.models.clip import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner, TextConvention
+from ldm.models.draft import Draft, DraftConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.nn.meta import on_meta
 from ldm.weights.io import load_strict, read_safetensors, sha256, write_safetensors
@@ -69,8 +70,10 @@ def read_part(
 
 
 def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **facts: Any) -> None:
-    """Write a text tower, and vocabulary.json: the tokens that it embeds and the words that training saw."""
+    """Write a text tower, its draft if it has one, and vocabulary.json: the tokens that it embeds and the words that training saw."""
     write_part(folder, "text", text.tower, text.tower.config, **facts)
+    if text.draft is not None:
+        write_part(folder, "draft", text.draft, text.draft.config, **facts)
     vocabulary = {"tokens": text.tokenizer.vocabulary, "words": sorted(words)}
     write_atomically(folder / "vocabulary.json", json.dumps(vocabulary, separators=(",", ":")).encode())
 
@@ -83,4 +86,6 @@ def read_text(folder: str | Path, convention: TextConvention = EMOJI_TEXT, *, dt
         raise FileNotFoundError(f"no vocabulary in {str(folder)!r}: {path.name} is absent")
     vocabulary = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(tower, TextTower)
-    return TextConditioner(tower, Tokenizer(vocabulary=vocabulary["tokens"]), convention, frozenset(vocabulary["words"]))
+    draft = read_part(folder, "draft", DraftConfig, Draft, dtype=dtype, check=check)[0] if (Path(folder) / "draft.yaml").is_file() else None
+    assert draft is None or isinstance(draft, Draft)
+    return TextConditioner(tower, Tokenizer(vocabulary=vocabulary["tokens"]), convention, frozenset(vocabulary["words"]), draft)
