@@ -15,6 +15,13 @@ def at_least(low: float, **values: float) -> None:
             raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
+def share(**values: float) -> None:
+    """Raise ValueError for the first value outside [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: expected a share in [0, 1), got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW, with a learning rate that rises linearly over ``warmup`` steps, stays, and falls linearly to ``final`` times itself over the last ``decay`` steps."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ldm.config import to_dict
 from ldm.data import PALETTE, Composition, held_out_pair
 from ldm.models.vae import AutoencoderKL
+from ldm.training.config import RunConfig
 from ldm.training.data import Pictures
 from ldm.training.loop import Draws
 
@@ -30,6 +32,12 @@ class LatentCache:
     row_of: dict[tuple[int, str | None], int]
     variants: tuple[Composition, ...]
     scale: float
+
+    @classmethod
+    def of_run(cls, run: RunConfig, pictures: Pictures, vae: AutoencoderKL, about: Mapping[str, Any], variants: int) -> LatentCache:
+        """The cache of a run, shared by all that have its pictures, seed and autoencoder; ``about``: what the autoencoder's YAML says."""
+        scale, key = float(about["latent_scale"]), about["sha256"]
+        return cls.build(Path("runs") / "latents", pictures, vae, variants=variants, seed=run.seed, scale=scale, key=key)
 
     @classmethod
     def build(cls, folder: Path, pictures: Pictures, vae: AutoencoderKL, *, variants: int, seed: int, scale: float, key: str) -> LatentCache:

@@ -21,7 +21,7 @@ from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.noise import initial_noise
 from ldm.samplers.dpmpp_2m import dpmpp_2m
 from ldm.schedule import NoiseSchedule
-from ldm.training.config import DataConfig, RunConfig, at_least
+from ldm.training.config import DataConfig, RunConfig, at_least, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
@@ -35,7 +35,8 @@ class Diffusion:
     """The schedule, what is predicted, and how training weights the timesteps.
 
     ``min_snr``: losses are weighted as min(SNR, γ) would weight x0's (Hang et al. 2023), None for the prediction's own weighting.
-    ``drop``: the share of captions replaced by the empty one, for guidance.
+    ``drop``: the share of captions replaced by the empty one, for guidance. ``shift``: timesteps are drawn as s·u/(1 + (s − 1)·u) of a uniform u,
+    so that s > 1 has more of the noisy ones (Esser et al. 2024, eq. 23).
     """
 
     schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
@@ -43,17 +44,24 @@ class Diffusion:
     prediction: Prediction = "v"
     min_snr: float | None = None
     drop: float = 0.1
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         at_least(2, timesteps=self.timesteps)
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop: expected a share in [0, 1), got {self.drop}")
+        share(drop=self.drop)
+        if not self.shift > 0:
+            raise ValueError(f"shift: expected a positive number, got {self.shift}")
         if self.min_snr is not None and self.min_snr <= 0:
             raise ValueError(f"min_snr: expected a positive number, got {self.min_snr}")
 
     def make(self) -> NoiseSchedule:
         """The schedule's tables."""
         return getattr(NoiseSchedule, self.schedule)(self.timesteps)
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Timesteps of a batch, (B,) int64: one in every B-th of their distribution."""
+        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        return (self.shift * u / (1 + (self.shift - 1) * u) * self.timesteps).long().clamp_max(self.timesteps - 1)
 
     def weight(self, snr: Tensor) -> Tensor:
         """The weight of the raw prediction's squared error at a signal-to-noise ratio."""
@@ -65,10 +73,19 @@ class Diffusion:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """The text tower: the folder it was exported to, and whether it learns on with the UNet or stays as it is."""
+    """The text tower, and its draft if it has one: the folder they were exported to, and whether they learn on with the UNet or stay as they are.
+
+    ``prior``: the weight of the draft's own squared error beside the diffusion's where they are tuned (Popov et al. 2021).
+    """
 
     folder: str
     tuned: bool = False
+    prior: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(0, prior=self.prior)
+        if self.prior and not self.tuned:
+            raise ValueError(f"prior {self.prior}: a text tower that is not tuned has nothing to learn from it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,28 +113,34 @@ class LDMPart:
         self.text = read_text(config.text.folder).to(device).requires_grad_(config.text.tuned)
         if self.text.width != config.model.context_dim:
             raise ValueError(f"model.context_dim {config.model.context_dim}: the text tower's tokens are {self.text.width} wide")
+        draft = 0 if self.text.draft is None else self.text.draft.config.channels
+        if config.model.in_channels != vae.config.latent_channels + draft:
+            raise ValueError(f"model.in_channels {config.model.in_channels}: the latent has {vae.config.latent_channels}, the text tower's draft {draft}")
+        if config.text.prior and not draft:
+            raise ValueError(f"text.prior {config.text.prior}: the text tower in {config.text.folder!r} has no draft")
         torch.manual_seed(config.run.seed)
         net = UNet(config.model)
         zero_outputs(net)
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": net, "text": self.text})
-        self.cache = LatentCache.build(
-            Path("runs") / "latents", self.pictures, self.vae, variants=config.variants, seed=config.run.seed,
-            scale=float(about["latent_scale"]), key=about["sha256"],
-        )  # fmt: skip
+        self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         diffusion, schedule = self.config.diffusion, self.denoiser.schedule
         chosen = [self.cache.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
         x0 = self.cache.sample([row for _, row in chosen], draws).to(self.device)  # (B, C, h, w)
         captions = ["" if draws.rng.random() < diffusion.drop else self.caption(c, draws.rng) for c, _ in chosen]
-        spread = (torch.arange(batch) + torch.rand(batch, generator=draws.torch)) / batch  # one t in every B-th of the range
-        t = (spread * len(schedule)).long().clamp_max(len(schedule) - 1).to(self.device)
+        t = diffusion.draw(batch, draws.torch).to(self.device)
         eps = draws.normal(*x0.shape).to(self.device)
-        losses = diffusion_loss(self.denoiser, x0, self.text(captions), t, eps)  # (B,)
-        weight = diffusion.weight(schedule.snr(t)).to(losses)
+        cond = self.text(captions)
+        losses = diffusion_loss(self.denoiser, x0, cond, t, eps)  # (B,)
+        loss = (diffusion.weight(schedule.snr(t)).to(losses) * losses).mean()
         high = t >= len(schedule) // 2
-        return (weight * losses).mean(), {"loss_high_t": losses[high].mean(), "loss_low_t": losses[~high].mean()}
+        figures = {"loss_high_t": losses[high].mean(), "loss_low_t": losses[~high].mean()}
+        if cond.concat is not None:
+            prior = (cond.concat.float() - x0).square().mean()
+            loss, figures = loss + self.config.text.prior * prior, {**figures, "prior": prior}
+        return loss, figures
 
     def caption(self, composition: Composition, rng: np.random.Generator) -> str:
         """What training calls a composition."""

@@ -14,10 +14,11 @@ from ldm.training.loop import Run
 def parts() -> dict[str, tuple[type, type]]:
     """The parts that can be trained: name → (configuration, part)."""
     from ldm.training.clip import CLIPPart, CLIPTraining
+    from ldm.training.draft import DraftPart, DraftTraining
     from ldm.training.ldm import LDMPart, LDMTraining
     from ldm.training.vae import VAEPart, VAETraining
 
-    return {"vae": (VAETraining, VAEPart), "clip": (CLIPTraining, CLIPPart), "ldm": (LDMTraining, LDMPart)}
+    return {"vae": (VAETraining, VAEPart), "clip": (CLIPTraining, CLIPPart), "draft": (DraftTraining, DraftPart), "ldm": (LDMTraining, LDMPart)}
 
 
 def read_config(path: str | Path) -> tuple[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import configs, write
 
+from ldm.training.ldm import Diffusion
 from ldm.training.run import open_run, read_config
 from ldm.weights.io import read_safetensors
 from ldm.weights.native import about_part, read_text
@@ -47,15 +48,19 @@ def test_every_part_trains_and_the_next_one_starts_from_its_export(place):
     assert about_part("runs/vae/export", "vae")["latent_scale"] > 0
     assert all(t.dtype == torch.float16 for t in read_safetensors("runs/ldm/export/unet.safetensors").values())
     assert Path("runs/ldm/samples/0000004.png").is_file()
-    text = read_text("runs/ldm/export")
-    before = read_text("runs/clip/export")
-    assert "kitty" in text.words and not torch.equal(text.tower.token_embedding.weight, before.tower.token_embedding.weight)  # it was tuned
+    clip, draft, text = (read_text(f"runs/{name}/export") for name in ("clip", "draft", "ldm"))
+    assert "kitty" in text.words and clip.draft is None
+    for before, after in ((clip, draft), (draft, text)):  # the tower was tuned each time, and the draft with it
+        assert not torch.equal(before.tower.token_embedding.weight, after.tower.token_embedding.weight)
+    assert not torch.equal(draft.draft.fc1.weight, text.draft.fc1.weight)
+    assert text(["kitty"], (4, 12)).concat.shape == (1, 4, 4, 12)
 
 
-@pytest.mark.parametrize("name", ["vae", "clip", "ldm"])
+@pytest.mark.parametrize("name", ["vae", "clip", "draft", "ldm"])
 def test_a_run_stopped_and_resumed_equals_one_never_stopped(place, name):
     made = configs(place)
-    for part in ["vae", "clip"] if name == "ldm" else []:
+    needed = {"draft": ["vae", "clip"], "ldm": ["vae", "clip", "draft"]}
+    for part in needed.get(name, []):
         train(write(made[part], Path(f"{part}.yaml"))).export(Path(f"runs/{part}/export"))
     whole, halves = made[name], {**made[name], "run": {**made[name]["run"], "name": "halves"}}
     train(write(whole, Path("whole.yaml")))
@@ -121,6 +126,30 @@ def test_a_wrong_configuration_is_refused_before_any_work(place, where, value, m
     with pytest.raises(ValueError, match=message):
         read_config(write(config, Path("wrong.yaml")))
     assert not Path("runs").exists()
+
+
+def test_a_draft_that_does_not_fit_its_latent_or_network_is_refused(place):
+    made = configs(place)
+    for part in ("vae", "clip"):
+        train(write(made[part], Path(f"{part}.yaml"))).export(Path(f"runs/{part}/export"))
+    with pytest.raises(ValueError, match="expected 4 channels of size 8, as the latent has, got 4 of 16"):
+        open_run(write({**made["draft"], "model": {"embed_dim": 16, "size": 16}}, Path("draft.yaml")))
+    with pytest.raises(ValueError, match="embeddings 12 wide, the text tower's are 16"):
+        open_run(write({**made["draft"], "model": {"embed_dim": 12, "size": 8}}, Path("draft.yaml")))
+    plain = {**made["ldm"], "text": {"folder": "runs/clip/export"}}
+    with pytest.raises(ValueError, match=r"in_channels 8: the latent has 4, the text tower's draft 0"):
+        open_run(write(plain, Path("ldm.yaml")))
+    with pytest.raises(ValueError, match="prior 1.0: a text tower that is not tuned"):
+        read_config(write({**plain, "text": {"folder": "runs/clip/export", "prior": 1.0}}, Path("ldm.yaml")))
+    with pytest.raises(ValueError, match="shift: expected a positive number, got 0"):
+        read_config(write({**plain, "diffusion": {"shift": 0.0}}, Path("ldm.yaml")))
+
+
+def test_a_shift_draws_noisier_timesteps_and_one_draws_them_evenly():
+    for shift, median in ((1.0, 500), (3.0, 750), (1 / 3, 250)):  # s·½ / (1 + (s − 1)·½)
+        t = Diffusion(shift=shift).draw(1000, torch.Generator().manual_seed(0))
+        assert t.shape == (1000,) and t.min() >= 0 and t.max() <= 999
+        assert abs(float(t.float().median()) - median) < 2  # one draw in every thousandth of the distribution
 
 
 def test_going_on_with_another_configuration_is_refused_but_a_longer_run_is_not(place):

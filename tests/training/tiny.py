@@ -15,7 +15,7 @@ def run(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
-    """The three parts' configurations over a data set's folder; ``changes`` go to their runs."""
+    """The parts' configurations over a data set's folder; ``changes`` go to their runs."""
     source = {"folder": str(data), "size": 32, "mix": {"ground": 0.5, "small": 0.2, "two": 0.2}}
     vae = {
         "part": "vae", "run": run("vae", **changes), "data": source, "loss": {"l1": 1.0, "mse": 1.0, "kl": 1e-3},
@@ -26,12 +26,16 @@ def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
         "part": "clip", "run": run("clip", **changes), "data": source,
         "model": {"text": {"width": 16, **tower}, "vision": {"width": 16, "image_size": 32, "patch_size": 8, **tower}},
     }  # fmt: skip
+    draft = {
+        "part": "draft", "run": run("draft", **changes), "data": source, "vae": "runs/vae/export", "text": "runs/clip/export", "variants": 5,
+        "model": {"embed_dim": 16, "width": 16, "channels": 4, "size": 8},
+    }  # fmt: skip
     ldm = {
         "part": "ldm", "run": run("ldm", **changes), "data": source, "vae": "runs/vae/export", "variants": 5,
-        "text": {"folder": "runs/clip/export", "tuned": True}, "diffusion": {"schedule": "cosine", "prediction": "v", "drop": 0.1},
-        "model": {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "pooled_dim": 16},
+        "text": {"folder": "runs/draft/export", "tuned": True, "prior": 1.0}, "diffusion": {"schedule": "cosine", "prediction": "v", "drop": 0.1},
+        "model": {"in_channels": 8, "channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "pooled_dim": 16},
     }  # fmt: skip
-    return {"vae": vae, "clip": clip, "ldm": ldm}
+    return {"vae": vae, "clip": clip, "draft": draft, "ldm": ldm}
 
 
 def write(config: dict[str, Any], path: Path) -> Path:
