@@ -19,8 +19,8 @@ from ldm.words import words
 class TextConvention:
     """How a model reads its text tower.
 
-    ``layer``: which block's output, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied to it. ``length``: tokens a
-    prompt is padded to, None for the longest of the batch; ``pad``: the token it is padded with; ``masked``: whether padding is left out of attention.
+    ``layer``: which block's output, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied to it. ``length``: tokens
+    a prompt is padded to, None for the longest of the batch; ``pad``: the token it is padded with; ``masked``: whether padding is left out of attention.
     ``pooled``: whether the projected end-of-text state conditions the network too.
     """
 
@@ -32,9 +32,8 @@ class TextConvention:
     pooled: bool = False
 
 
-
 class TextConditioner(nn.Module):
-    """Prompts in, `Cond` out. ``words``: those the model was trained on, where that is known; ``draft``: what drafts `Cond.concat`, where the model has it."""
+    """Prompts in, `Cond` out. ``words``: those the model was trained on, where that is known; ``draft``: what drafts `Cond.concat`, if anything."""
 
     def __init__(
         self, tower: TextTower, tokenizer: Tokenizer, convention: TextConvention, words: frozenset[str] | None = None, draft: Draft | None = None

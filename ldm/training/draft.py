@@ -1,4 +1,4 @@
-"""Training the draft: a text tower and the layers behind it learn what the latent of a caption is, by squared error (Popov et al. 2021, the prior loss)."""
+"""Training the draft: a text tower and the layers behind it learn the latent of a caption by squared error (Popov et al. 2021, the prior loss)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ldm.weights.native import read_part, read_text, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class DraftTraining:
-    """The configuration of a draft's training. ``text``: the folder of the tower to begin with; ``drop``: the share of captions replaced by the empty one."""
+    """The configuration of a draft's training. ``text``: the folder of the tower to begin with; ``drop``: the share of captions made empty."""
 
     run: RunConfig
     data: DataConfig
@@ -51,7 +51,8 @@ class DraftPart:
         self.vae = vae.to(device)
         latent = (vae.config.latent_channels, config.data.size // vae.config.factor)
         if (config.model.channels, config.model.size) != latent:
-            raise ValueError(f"model: expected {latent[0]} channels of size {latent[1]}, as the latent has, got {config.model.channels} of {config.model.size}")
+            got = f"{config.model.channels} of {config.model.size}"
+            raise ValueError(f"model: expected {latent[0]} channels of size {latent[1]}, as the latent has, got {got}")
         text = read_text(config.text)
         torch.manual_seed(config.run.seed)
         self.text = TextConditioner(text.tower, text.tokenizer, text.convention, text.words, Draft(config.model)).to(device).requires_grad_(True)

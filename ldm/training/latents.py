@@ -25,7 +25,8 @@ from ldm.training.loop import Draws
 class LatentCache:
     """Means and standard deviations of posteriors, (N, 2, C, h, w) float16, memory-mapped, and which composition each belongs to.
 
-    All pictures that training may see, on every ground that it may see them on, and ``variants`` drawn once from the mix's small and double ones.
+    All pictures of the mix that training may see, on every ground that it may see them on, and ``variants`` drawn once from the mix's small and
+    double ones.
     """
 
     moments: np.ndarray
@@ -42,14 +43,17 @@ class LatentCache:
     @classmethod
     def build(cls, folder: Path, pictures: Pictures, vae: AutoencoderKL, *, variants: int, seed: int, scale: float, key: str) -> LatentCache:
         """Encode what is not yet in ``folder``; ``key`` names the autoencoder's weights."""
+        mix = pictures.config.mix
         plain = [
             Composition(picture=int(row), ground=ground)
             for row in pictures.data.train
-            for ground in (None, *PALETTE)
+            if getattr(mix, pictures.data.index[int(row)].style) > 0
+            for ground in (None, *(PALETTE if mix.ground > 0 else ()))
             if ground != "white" and not held_out_pair(pictures.data.index[int(row)].name, ground)
         ]
         drawn = draw_variants(pictures, variants, seed)
-        name = hashlib.sha256(json.dumps([key, to_dict(pictures.config), variants, seed, pictures.data.manifest], sort_keys=True).encode()).hexdigest()[:16]
+        made_of = [key, to_dict(pictures.config), variants, seed, pictures.data.manifest]
+        name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
         path = folder / f"latents-{name}.npy"
         if not path.exists():
             encode_all(path, [*plain, *drawn], pictures, vae)

@@ -115,7 +115,8 @@ class LDMPart:
             raise ValueError(f"model.context_dim {config.model.context_dim}: the text tower's tokens are {self.text.width} wide")
         draft = 0 if self.text.draft is None else self.text.draft.config.channels
         if config.model.in_channels != vae.config.latent_channels + draft:
-            raise ValueError(f"model.in_channels {config.model.in_channels}: the latent has {vae.config.latent_channels}, the text tower's draft {draft}")
+            has = f"the latent has {vae.config.latent_channels}, the text tower's draft {draft}"
+            raise ValueError(f"model.in_channels {config.model.in_channels}: {has}")
         if config.text.prior and not draft:
             raise ValueError(f"text.prior {config.text.prior}: the text tower in {config.text.folder!r} has no draft")
         torch.manual_seed(config.run.seed)
@@ -154,12 +155,17 @@ class LDMPart:
         return self.vae.decode(dpmpp_2m(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing")) / self.cache.scale)
 
     def validate(self) -> dict[str, float]:
-        """Mean squared error between samples and what was asked, over 64 plain pictures: 1 would be a blank guess's order of magnitude."""
+        """Over 64 plain pictures: the loss at fixed timesteps and noise, and the mean squared error between samples and what was asked."""
         rng = np.random.default_rng(7)
-        chosen = [Composition(picture=int(row)) for row in rng.choice(self.pictures.data.index.train_of["noto"], 64)]
-        x = self.pictures.tensor(chosen)
-        y = torch.cat([self.sample([caption(c, self.pictures.data.index) for c in chosen[i : i + 16]], steps=10).cpu() for i in range(0, 64, 16)])
-        return {"sample_mse": float((x - y).square().mean())}
+        chosen = [Composition(picture=int(row)) for row in rng.permutation(self.pictures.data.index.train_of["noto"])[:64]]
+        captions = [caption(c, self.pictures.data.index) for c in chosen]
+        x, draws, losses, errors = self.pictures.tensor(chosen), Draws(7, 0), [], []
+        for part in (slice(i, i + 16) for i in range(0, len(chosen), 16)):
+            x0 = self.cache.scale * self.vae.encode(x[part].to(self.device)).mean
+            t, eps = self.config.diffusion.draw(len(x0), draws.torch).to(self.device), draws.normal(*x0.shape).to(self.device)
+            losses.append(diffusion_loss(self.denoiser, x0, self.text(captions[part]), t, eps).cpu())
+            errors.append((x[part] - self.sample(captions[part], steps=10).cpu()).square().flatten(1).mean(1))
+        return {"loss": float(torch.cat(losses).mean()), "sample_mse": float(torch.cat(errors).mean())}
 
     def preview(self) -> np.ndarray:
         index = self.pictures.data.index

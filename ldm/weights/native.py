@@ -78,7 +78,9 @@ def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **f
     write_atomically(folder / "vocabulary.json", json.dumps(vocabulary, separators=(",", ":")).encode())
 
 
-def read_text(folder: str | Path, convention: TextConvention = EMOJI_TEXT, *, dtype: torch.dtype = torch.float32, check: bool = True) -> TextConditioner:
+def read_text(
+    folder: str | Path, convention: TextConvention = EMOJI_TEXT, *, dtype: torch.dtype = torch.float32, check: bool = True
+) -> TextConditioner:
     """The text conditioner in a folder."""
     tower, _ = read_part(folder, "text", TextConfig, TextTower, dtype=dtype, check=check)
     path = Path(folder) / "vocabulary.json"

@@ -1,0 +1,125 @@
+"""What was decided by measurement: short trainings that differ in one thing. ``python benchmarks/trials.py text size batch kl`` (needs the data
+set, and the exports of emoji-vae, emoji-clip and emoji-draft in ``runs/``).
+
+Every trial sees the same draws for the same number of pictures. Figures: ``loss`` on fixed pictures, noise and timesteps (comparable within one latent
+space), and the mean squared error of samples against what was asked (comparable across them). A trial that has run before is read, not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.training.run import open_run
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FOLDER = Path("runs") / "trials"
+PLAIN = {"noto": 1, "fluent": 0, "twemoji": 0, "ground": 0.0, "small": 0.0, "two": 0.0}  # one style on white: a latent cache of seconds
+
+Changes = dict[str, Any]  # "run.batch": 8
+Stage = tuple[str, Changes]  # a configuration's name, and what is changed in it
+
+
+def alone(changes: Changes) -> list[Stage]:
+    """A trial of the UNet's training alone, on the draft and the autoencoder that stand."""
+    return [("emoji-ldm", changes)]
+
+
+def chain(name: str, kl: float, samples: int) -> list[Stage]:
+    """A trial of the autoencoder's KL weight: autoencoder, draft and UNet one after the other, on one style on white."""
+    vae, draft = f"{FOLDER}/{name}-emoji-vae/export", f"{FOLDER}/{name}-emoji-draft/export"
+    plain = {"data.mix": PLAIN}
+    return [
+        ("emoji-vae", {"loss.kl": kl, "run.steps": samples // 8, **plain}),
+        ("emoji-draft", {"vae": vae, "variants": 0, "run.steps": 4 * samples // 64, **plain}),
+        ("emoji-ldm", {"vae": vae, "text.folder": draft, "variants": 0, **plain}),
+    ]
+
+
+def trials(samples: int) -> dict[str, dict[str, list[Stage]]]:
+    """Question → answers → stages."""
+    return {
+        "text": {"frozen": alone({}), "tuned": alone({"text.tuned": True, "text.prior": 1.0})},
+        "size": {
+            "64-128-224": alone({}),
+            "96-160-192": alone({"model.channels": [96, 160, 192]}),
+            "64-128-192, 2 blocks": alone({"model.channels": [64, 128, 192], "model.blocks": 2}),
+        },
+        "batch": {
+            "16": alone({}),
+            "32": alone({"run.batch": 32}),
+            "32, lr halved": alone({"run.batch": 32, "run.optimizer.lr": 6e-4}),
+            "8": alone({"run.batch": 8}),
+        },
+        "shift": {"1": alone({}), "2": alone({"diffusion.shift": 2.0})},
+        "kl": {f"{kl:g}": chain(f"kl-{kl:g}", kl, samples) for kl in (2e-4, 2e-3, 2e-2)},
+    }
+
+
+def change(config: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """The configuration with dotted keys set."""
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        target = config
+        for part in path:
+            target = target[part]
+        target[last] = value
+    return config
+
+
+def run_stage(name: str, base: str, changes: Changes, samples: int) -> dict[str, float]:
+    """Train one stage and export it; the last figures of its metrics, and the seconds it took."""
+    config = yaml.safe_load((CONFIGS / f"{base}.yaml").read_text())
+    config = change(config, changes)
+    config["run"]["name"] = f"{name}-{base}"
+    steps = changes.get("run.steps", samples // config["run"]["batch"])
+    rates = {"warmup": min(config["run"]["optimizer"]["warmup"], steps // 10), "decay": steps // 3}
+    config["run"].update(steps=steps, validate_every=steps, sample_every=steps, checkpoint_every=steps, log_every=max(1, steps // 20), ema=0.99)
+    config["run"]["optimizer"].update(rates)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{name}-{base}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run = open_run(path, runs=FOLDER)
+    run.train()
+    if not (run.folder / "export").is_dir():
+        run.export(run.folder / "export")
+    figures: dict[str, float] = {}
+    for line in (run.folder / "metrics.jsonl").read_text().splitlines():
+        figures.update(json.loads(line))
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Short trainings that differ in one thing.")
+    parser.add_argument("questions", nargs="+", choices=list(trials(0)), help="what to decide")
+    parser.add_argument("--samples", type=int, default=12800, help="pictures that each UNet is trained on (default: %(default)s)")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    options = parser.parse_args(arguments)
+    if options.samples < 640:
+        parser.error("--samples: expected at least 640")
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    print("| question | answer | loss | samples' error | pictures a second | seconds |\n|---|---|---|---|---|---|")
+    for question in options.questions:
+        for answer, stages in trials(options.samples)[question].items():
+            slug = f"{question}-{answer}".replace(", ", "-").replace(" ", "-")
+            for base, changes in stages:
+                figures = run_stage(slug, base, changes, options.samples)
+                results.setdefault(question, {})[f"{answer} ({base})"] = figures
+            loss, error = figures["validation/loss"], figures["validation/sample_mse"]
+            pace, seconds = figures["samples_per_second"], figures["seconds"]
+            print(f"| {question} | {answer} | {loss:.4f} | {error:.4f} | {pace:.0f} | {seconds:.0f} |", flush=True)
+    if options.json is not None:
+        temporary = options.json.with_name(f".{options.json.name}.tmp")
+        temporary.write_text(json.dumps({"samples": options.samples, "figures": results}, indent=1) + "\n")
+        os.replace(temporary, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The draft: its shape at any size, and that the conditioner hands it to the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tinymodel import tiny_model
+
+from ldm.models.conditioner import TextConditioner
+from ldm.models.draft import Draft, DraftConfig
+
+
+def test_a_draft_has_the_latents_shape_and_other_sizes_are_interpolated():
+    draft = Draft(DraftConfig(embed_dim=6, width=5, channels=3, size=4))
+    embedding = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    own = draft(embedding)
+    assert own.shape == (2, 3, 4, 4) and torch.equal(own, draft(embedding, (4, 4)))
+    wide = draft(embedding, (4, 12))
+    assert wide.shape == (2, 3, 4, 12)
+    assert torch.allclose(wide[..., 1::3], own, atol=1e-6)  # of three new columns the middle one's centre is the old column's
+
+
+def test_the_conditioner_joins_the_draft_of_each_prompt_at_the_size_asked_for():
+    text = tiny_model().text
+    cond = text(["a red apple", ""], (8, 12))
+    assert cond.concat.shape == (2, 4, 8, 12) and cond.context.shape[0] == 2
+    assert torch.allclose(cond.concat, text.draft(cond.pooled, (8, 12)))
+    assert not torch.allclose(cond.concat[0], cond.concat[1])
+    plain = TextConditioner(text.tower, text.tokenizer, text.convention)
+    assert plain(["a red apple"]).concat is None
+
+
+def test_numbers_that_no_draft_has_are_refused():
+    with pytest.raises(ValueError, match="width: expected at least 1, got 0"):
+        DraftConfig(embed_dim=6, width=0)
+    text = tiny_model().text
+    with pytest.raises(ValueError, match="embeddings 6 wide, the text tower's are 16"):
+        TextConditioner(text.tower, text.tokenizer, text.convention, draft=Draft(DraftConfig(embed_dim=6)))
