@@ -26,7 +26,9 @@ from ldm.weights.native import read_part, read_text, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class DraftTraining:
-    """The configuration of a draft's training. ``text``: the folder of the tower to begin with; ``drop``: the share of captions made empty."""
+    """The configuration of a draft's training. ``text``: the folder of the tower to begin with, and of its draft if it has one of this shape already;
+    ``drop``: the share of captions made empty.
+    """
 
     run: RunConfig
     data: DataConfig
@@ -55,7 +57,11 @@ class DraftPart:
             raise ValueError(f"model: expected {latent[0]} channels of size {latent[1]}, as the latent has, got {got}")
         text = read_text(config.text)
         torch.manual_seed(config.run.seed)
-        self.text = TextConditioner(text.tower, text.tokenizer, text.convention, text.words, Draft(config.model)).to(device).requires_grad_(True)
+        if text.draft is None:
+            text = TextConditioner(text.tower, text.tokenizer, text.convention, text.words, Draft(config.model))
+        elif text.draft.config != config.model:
+            raise ValueError(f"model: the draft in {config.text!r} is {text.draft.config}, expected {config.model}")
+        self.text = text.to(device).requires_grad_(True)
         self.model: nn.Module = self.text
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
 
@@ -65,11 +71,12 @@ class DraftPart:
         captions = ["" if draws.rng.random() < self.config.drop else caption(c, self.pictures.data.index, draws.rng) for c, _ in chosen]
         return (self.draft(captions) - x0).square().mean(), {}
 
-    def draft(self, captions: Sequence[str]) -> Tensor:
-        """Drafts of captions, (B, C, h, w) float32."""
-        concat = self.text(captions).concat
-        assert concat is not None  # it has a draft
-        return concat.float()
+    def draft(self, captions: Sequence[str], group: int = 16) -> Tensor:
+        """Drafts of captions, (B, C, h, w) float32; computed in groups of like length, for a long caption makes all beside it as long."""
+        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+        parts = [self.text([captions[i] for i in order[start : start + group]]).concat for start in range(0, len(order), group)]
+        drafts = torch.cat([part for part in parts if part is not None]).float()
+        return drafts[torch.tensor(order, device=drafts.device).argsort()]
 
     def validate(self) -> dict[str, float]:
         """Mean squared errors over 256 noto names on white and 64 pairs of name and ground that training never sees; and how often the nearest latent

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.config import to_dict
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
 from ldm.denoiser import Denoiser
@@ -90,7 +91,9 @@ class TextSource:
 
 @dataclass(frozen=True, kw_only=True)
 class LDMTraining:
-    """The configuration of a latent diffusion model's training. ``variants``: how many small and double pictures the latent cache holds."""
+    """The configuration of a latent diffusion model's training. ``variants``: how many small and double pictures the latent cache holds;
+    ``net``: the folder of a UNet of this shape to begin with, None to begin anew.
+    """
 
     run: RunConfig
     data: DataConfig
@@ -99,6 +102,7 @@ class LDMTraining:
     model: UNetConfig
     diffusion: Diffusion
     variants: int
+    net: str | None = None
 
 
 class LDMPart:
@@ -121,7 +125,13 @@ class LDMPart:
             raise ValueError(f"text.prior {config.text.prior}: the text tower in {config.text.folder!r} has no draft")
         torch.manual_seed(config.run.seed)
         net = UNet(config.model)
-        zero_outputs(net)
+        if config.net is None:
+            zero_outputs(net)
+        else:
+            begun, known = read_part(config.net, "unet", UNetConfig, UNet)
+            if known["model"] != to_dict(config.model):
+                raise ValueError(f"model: the UNet in {config.net!r} has another shape: {known['model']}")
+            net.load_state_dict(begun.state_dict())
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": net, "text": self.text})
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)

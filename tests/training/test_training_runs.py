@@ -128,6 +128,26 @@ def test_a_wrong_configuration_is_refused_before_any_work(place, where, value, m
     assert not Path("runs").exists()
 
 
+def test_a_second_run_begins_with_the_first_ones_weights(place):
+    made = configs(place)
+    for name, config in made.items():
+        train(write(config, Path(f"{name}.yaml"))).export(Path(f"runs/{name}/export"))
+    still = {"lr": 0.0, "warmup": 1}  # nothing moves: what comes out is what went in, through float16, which holds it exactly
+    again = {"draft": {"text": "runs/draft/export"}, "ldm": {"net": "runs/ldm/export", "text": {"folder": "runs/ldm/export", "tuned": True}}}
+    for name, changes in again.items():
+        config = {**made[name], "run": {**made[name]["run"], "name": f"{name}-2", "steps": 1, "optimizer": still}, **changes}
+        train(write(config, Path(f"{name}-2.yaml"))).export(Path(f"runs/{name}-2/export"))
+        for file in ("text", "draft", *(["unet"] if name == "ldm" else [])):
+            before, after = (read_safetensors(f"runs/{folder}/export/{file}.safetensors") for folder in (name, f"{name}-2"))
+            assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(ValueError, match="the draft in 'runs/draft/export' is"):
+        wider = {**made["draft"]["model"], "width": 8}
+        open_run(write({**made["draft"], "text": "runs/draft/export", "model": wider}, Path("draft-3.yaml")), runs="other")
+    with pytest.raises(ValueError, match="the UNet in 'runs/ldm/export' has another shape"):
+        wider = {**made["ldm"]["model"], "blocks": 2}
+        open_run(write({**made["ldm"], "net": "runs/ldm/export", "model": wider}, Path("ldm-3.yaml")), runs="other")
+
+
 def test_a_draft_that_does_not_fit_its_latent_or_network_is_refused(place):
     made = configs(place)
     for part in ("vae", "clip"):
