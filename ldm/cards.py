@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from ldm.config import build, nearest, read_yaml
 from ldm.conventions import Convention, get_convention
+from ldm.models.bert import BertConfig
+from ldm.models.clip import TextConfig
 from ldm.models.conditioner import TextConvention
+from ldm.models.labels import LabelConfig
+from ldm.models.shapes import CONDITIONERS, TEXTS, UNETS, VAES
+from ldm.models.tiny import TinyConfig
+from ldm.models.unet import UNetConfig
+from ldm.models.vae import VAEConfig
+from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.schedule import NoiseSchedule
 from ldm.types import Prediction
+from ldm.weights.detect import FAMILIES
+
+Autoencoder = VAEConfig | VQConfig | TinyConfig
+Conditioning = TextConfig | BertConfig | LabelConfig
+C = TypeVar("C")
+# What stands in `Cond.concat`: "inpaint" mask and masked latent, "inpaint-ldm" masked latent and mask in [−1, 1]; "depth"; "image" the unscaled
+# latent of the picture to change; "lowres" the picture to enlarge, at the latent's size, "lowres-noised" the same with noise of a level.
+Concat = Literal["inpaint", "inpaint-ldm", "depth", "image", "lowres", "lowres-noised"]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -46,38 +62,134 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks of a model, each by the name of a published shape (`ldm.models.shapes`) or by its own numbers.
+
+    ``text``: the first text tower, BERT or table of classes; ``text2``: SDXL's second tower, which gives the pooled text; None where there is none.
+    """
+
+    unet: str | UNetConfig
+    vae: str | VAEConfig | VQConfig | TinyConfig
+    text: str | TextConfig | BertConfig | LabelConfig | None = None
+    text2: str | TextConfig | None = None
+
+    def __post_init__(self) -> None:
+        self.configs()
+
+    def configs(self) -> dict[str, UNetConfig | Autoencoder | Conditioning]:
+        """The shapes by part: "unet", "vae", and "text", "text2" or "class"; ValueError for an unknown name."""
+        found: dict[str, Any] = {"unet": shape("unet", self.unet, UNETS), "vae": shape("vae", self.vae, VAES)}
+        if self.text is not None:
+            config = shape("text", self.text, CONDITIONERS)
+            found["class" if isinstance(config, LabelConfig) else "text"] = config
+        if self.text2 is not None:
+            found["text2"] = shape("text2", self.text2, TEXTS)
+        return found
+
+
+def shape(part: str, value: str | C, table: Mapping[str, C]) -> C:
+    """A network's numbers, from the table if a name stands for them; ValueError with the nearest name otherwise."""
+    if not isinstance(value, str):
+        return value
+    if value not in table:
+        raise ValueError(f"{part}: unknown shape {value!r}; {nearest(value, table)}")
+    return table[value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Where the weights are published: a repository, and a single ``file`` in it, or None for its folder in the layout of diffusers.
+
+    ``sha256``: the file's; ``stated``: by its publisher, so that another file is refused; else it is only warned of.
+    """
+
+    repo: str
+    file: str | None = None
+    sha256: str | None = None
+    stated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """A model: its name, what stands for it in words, and every convention that sampling needs.
 
-    ``folder``: where the weights of an embedded model lie, below the package's assets; None for weights that a user brings.
-    ``convention``: a program's name (see `ldm.conventions`), or grids by sampler.
+    ``family``: "latent" for models of one's own; else the published family whose files and layouts it has. ``latent_scale``: None where the
+    weights state it. ``networks``: None where each part's YAML states its shape. ``folder``: where the weights of an embedded model lie, below
+    the package's assets; None for weights that a user brings.
+    ``text``, ``text2``: how the towers are read. ``vector``: what joins the pooled text in `Cond.pooled`: "sizes" (original, crop, target) or
+    "aesthetic" (original, crop, score). ``zero_negative``: an empty negative prompt is zeros in place of the encoded empty text.
+    ``null_class``: the class that stands for none. ``concat``: what is joined to x_t. ``convention``: a program's name (see
+    `ldm.conventions`), or grids by sampler.
     """
 
     name: str
-    family: Literal["latent"]
+    family: str
     summary: str
     licence: str
     schedule: ScheduleCard
     prediction: Prediction
     latent_scale: float | None = None
+    networks: Networks | None = None
     text: TextConvention = field(default_factory=TextConvention)
+    text2: TextConvention | None = None
+    vector: Literal["sizes", "aesthetic"] | None = None
+    zero_negative: bool = False
+    null_class: int | None = None
+    concat: Concat | None = None
     convention: str | Convention = "diffusers"
     defaults: Defaults
+    hub: Hub | None = None
     folder: str | None = None
 
     def __post_init__(self) -> None:
         get_sampler(self.defaults.sampler)
         self.grids()
+        check_family(self.family)
+        if self.family != "latent" and self.networks is None:
+            raise ValueError(f"a card of the family {self.family!r} must state its networks")
 
     def grids(self) -> Convention:
         """The grid of every sampler."""
         return get_convention(self.convention) if isinstance(self.convention, str) else self.convention
 
 
+def check_family(name: str) -> None:
+    """ValueError for a family that is unknown, or known but not supported."""
+    if name == "latent":
+        return
+    if name not in FAMILIES:
+        raise ValueError(f"family: {name!r}; {nearest(name, ('latent', *FAMILIES))}")
+    family = FAMILIES[name]
+    if not family.parts or family.refusal:
+        raise ValueError(f"family: {name!r} ({family.title}) is known but not supported by the latent diffusion pipeline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderCard:
+    """An autoencoder alone: a first stage, or a tiny one for previews."""
+
+    name: str
+    family: str
+    summary: str
+    licence: str
+    vae: str | VAEConfig | VQConfig | TinyConfig
+    hub: Hub | None = None
+
+    def config(self) -> Autoencoder:
+        """Its shape."""
+        return shape("vae", self.vae, VAES)
+
+
+Card = ModelCard | AutoencoderCard
+
+
 def read_card(path: str | Path) -> ModelCard:
-    """The card in a YAML file; ValueError names what is wrong in it."""
+    """The card in a YAML file, on top of the one that its ``base`` names; ValueError says what is wrong in it."""
     path = Path(path)
     mapping = dict(read_yaml(path))
+    if "base" in mapping:
+        base, _ = find_card(mapping.pop("base"))
+        mapping = {**vars(base), "hub": None, "folder": None, **mapping}  # its weights are not the new model's
     if isinstance(convention := mapping.get("convention"), Mapping):
         mapping["convention"] = Convention(**convention)
     try:
@@ -91,9 +203,32 @@ def embedded() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/card.yaml"))}
 
 
-def find_card(name: str) -> tuple[ModelCard, Path]:
-    """The card of an embedded model and its folder; ValueError with the nearest name if there is none."""
+REGISTERED: dict[str, ModelCard] = {}
+
+
+def known_cards() -> dict[str, Card]:
+    """The cards without embedded weights: the published families', then those that a user registered."""
+    from ldm.published import CARDS
+
+    return {**CARDS, **REGISTERED}
+
+
+def find_model(name: str) -> ModelCard:
+    """The card of a model that makes pictures; ValueError for an autoencoder alone, or an unknown name."""
+    card, _ = find_card(name)
+    if isinstance(card, AutoencoderCard):
+        raise ValueError(f"{name!r} is an autoencoder alone: it has no sampler and no schedule")
+    return card
+
+
+def find_card(name: str) -> tuple[Card, Path | None]:
+    """The card of a model and the folder of its embedded weights, None if it has none; ValueError with the nearest name if there is no such model."""
     models = embedded()
-    if name not in models:
-        raise ValueError(f"unknown model {name!r}; {nearest(name, models)}")
-    return read_card(models[name] / "card.yaml"), models[name]
+    if name in models:
+        return read_card(models[name] / "card.yaml"), models[name]
+    cards = known_cards()
+    if name in cards:
+        return cards[name], None
+    if name in FAMILIES:
+        raise ValueError(f"{name!r} ({FAMILIES[name].title}) is a family of files that is known, but there is no model of it to load")
+    raise ValueError(f"unknown model {name!r}; {nearest(name, (*models, *cards))}")

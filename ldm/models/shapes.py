@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.models.bert import BertConfig
+from ldm.models.clip import TextConfig
 from ldm.models.labels import LabelConfig
 from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
@@ -87,3 +88,12 @@ BERTS: dict[str, BertConfig] = {
 }
 
 LABELS: dict[str, LabelConfig] = {"cin256": LabelConfig(classes=1000), "cin256-v2": LabelConfig()}
+
+# Text towers as diffusion models use them: Stable Diffusion 2 runs 23 of ViT-H's 24 blocks and no projection, so that is all it has here.
+TEXTS: dict[str, TextConfig] = {
+    "clip-l": TextConfig(embed_dim=None),
+    "clip-h": TextConfig(width=1024, layers=23, heads=16, activation="gelu", embed_dim=None),
+    "clip-bigg": TextConfig(width=1280, layers=32, heads=20, activation="gelu", embed_dim=1280),
+}
+
+CONDITIONERS: dict[str, TextConfig | BertConfig | LabelConfig] = {**TEXTS, **BERTS, **LABELS}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ldm.weights.keymap import Shape
 
@@ -64,6 +65,7 @@ FAMILIES: dict[str, Family] = {
     "first-stage-kl": Family(title="KL autoencoder", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
     "first-stage-vq": Family(title="VQ autoencoder", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
     "movq": Family(title="MoVQ autoencoder (Kandinsky)", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
+    "tiny-autoencoder": Family(title="tiny autoencoder (TAESD)", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
     "karlo-prior": Family(title="Karlo or Kandinsky 2.1 prior", note="Karlo and Kandinsky 2.1 have the same keys"),
     "karlo-decoder": Family(title="Karlo decoder"),
     "karlo-sr": Family(title="Karlo super-resolution"),
@@ -85,7 +87,7 @@ class Detection:
     """A family by name, whether the keys are the original layout's or diffusers', and the numbers that decided."""
 
     name: str
-    layout: str  # "original" or "diffusers"
+    layout: Literal["original", "diffusers"]
     evidence: str
 
     @property
@@ -161,7 +163,7 @@ def _inversion(shapes: Shapes) -> bool:
 
 
 # In this order; what is added to a model may stand in one file with the model.
-BEFORE: tuple[tuple[Callable[[Shapes], bool], str, str], ...] = (
+BEFORE: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers"]], ...] = (
     (_any(r"^control_model\.time_embed\.0\.weight$"), "controlnet", "original"),
     (_any(r"^controlnet_cond_embedding\.conv_in\.weight$"), "controlnet", "diffusers"),
     (_any(r"lora_down\.weight$|lora_A\.weight$|_lora\.down\.weight$|lora_linear_layer\.down\.weight$"), "lora", "original"),
@@ -171,7 +173,7 @@ BEFORE: tuple[tuple[Callable[[Shapes], bool], str, str], ...] = (
     (_any(r"^model_first_steps\."), "karlo-sr", "original"),
     (_any(r"^clip_to_seq\.weight$"), "kandinsky21", "original"),
 )
-AFTER: tuple[tuple[Callable[[Shapes], bool], str, str], ...] = (
+AFTER: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers"]], ...] = (
     (_any(r"^concept_embeds$"), "safety-checker", "diffusers"),
     (_any(r"(^|\.)net\.learned_query$"), "dalle2-prior", "original"),
     (_any(r"^unets\.0\."), "dalle2-decoder", "original"),
@@ -183,6 +185,7 @@ AFTER: tuple[tuple[Callable[[Shapes], bool], str, str], ...] = (
     (_any(r"^decoder\.up\.0\.block\.0\.conv1\.weight$"), "first-stage-kl", "original"),
     (lambda s: "decoder.up_blocks.0.resnets.0.conv1.weight" in s and "quantize.embedding.weight" in s, "first-stage-vq", "diffusers"),
     (_any(r"^decoder\.up_blocks\.0\.resnets\.0\.conv1\.weight$"), "first-stage-kl", "diffusers"),
+    (_any(r"^decoder\.layers\.2\.conv\.0\.weight$"), "tiny-autoencoder", "diffusers"),
     (_any(r"^(visual\.)?transformer\.resblocks\.0\.attn\.in_proj_weight$|^(text|vision)_model\.encoder\.layers\.0\."), "clip", "original"),
 )
 
@@ -213,3 +216,22 @@ def require(found: Detection, *, source: str | Path) -> Family:
     if found.family.refusal:
         raise ValueError(f"{str(source)!r} is a file of the family {found.name} ({found.family.title}), which {found.family.refusal}")
     return found.family
+
+
+def expect(family: str, shapes: Shapes, *, source: str | Path) -> Detection:
+    """The detection of a file that should be of a family; ValueError, naming both, if it is of another.
+
+    A file of shapes that no published model has is taken at its caller's word, if its keys stand below the family's prefixes.
+    """
+    parts = FAMILIES[family].parts
+    try:
+        found = detect(shapes, source=source)
+    except ValueError:
+        lost = [prefix for prefix in parts.values() if not any(key.startswith(prefix) for key in shapes)]
+        if len(lost) == len(parts):
+            raise
+        return Detection(name=family, layout="original", evidence="its caller says so")
+    if found.name != family:
+        what = f"{found.name} ({found.family.title}; {found.evidence})"
+        raise ValueError(f"{str(source)!r} is a file of the family {what}, expected one of {family} ({FAMILIES[family].title})")
+    return found
