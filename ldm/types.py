@@ -71,8 +71,11 @@ class Cond:
         return replace(self, **{name: fn(value) for name, value in self.items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
-        """The Cond on a device; floating-point fields in a dtype (the mask stays bool)."""
-        return self.map(lambda value: value.to(device=device, dtype=dtype if value.is_floating_point() else None))
+        """The Cond on a device; floating-point fields in a dtype. The mask stays bool, and the guidance scale, a number for a sinusoid, as it is."""
+        moved = {
+            name: value.to(device=device, dtype=dtype if value.is_floating_point() and name != "guidance" else None) for name, value in self.items()
+        }
+        return replace(self, **moved)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Cond:
         """Some of the batch's entries; a batch stays a batch, so a plain int is refused."""

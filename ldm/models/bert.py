@@ -119,3 +119,7 @@ class BertConditioner(nn.Module):
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that the model has never seen: not known of any."""
         return []
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The encoder, as "text"."""
+        return {"text": self.encoder}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,9 +20,9 @@ from ldm.words import words
 class TextConvention:
     """How a model reads its text tower.
 
-    ``layer``: which block's output, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied to it. ``length``: tokens
-    a prompt is padded to, None for the longest of the batch; ``pad``: the token it is padded with; ``masked``: whether padding is left out of attention.
-    ``pooled``: whether the projected end-of-text state conditions the network too.
+    ``layer``: which block's output, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is applied to it. ``length``:
+    tokens a prompt is padded to, None for the longest of the batch; ``pad``: the token it is padded with; ``masked``: whether padding is left
+    out of attention. ``pooled``: whether the projected end-of-text state conditions the network too.
     """
 
     layer: int = -1
@@ -30,6 +31,16 @@ class TextConvention:
     pad: int = 49407
     masked: bool = False
     pooled: bool = False
+
+
+class Conditioner(Protocol):
+    """What turns prompts into conditions; ``networks`` are its parts by name, as weights are stored."""
+
+    def __call__(self, prompts: Sequence[str]) -> Cond: ...
+
+    def unknown(self, prompt: str) -> list[str]: ...
+
+    def networks(self) -> dict[str, nn.Module]: ...
 
 
 class TextConditioner(nn.Module):
@@ -67,7 +78,7 @@ class TextConditioner(nn.Module):
         ids = ids.to(self.tower.token_embedding.weight.device)
         eot = (ids == self.tower.config.eot_id).int().argmax(dim=1)  # (B,) the first one
         mask = torch.arange(ids.shape[1], device=ids.device) <= eot[:, None] if c.masked else None  # (B, L)
-        out = self.tower(ids, layer=c.layer, final_norm=c.final_norm)
+        out = self.tower(ids, layer=c.layer, final_norm=c.final_norm, pooled=c.pooled or self.draft is not None)
         draft = None if self.draft is None else self.draft(out.pooled, size)
         return Cond(context=out.tokens, context_mask=mask, pooled=out.pooled if c.pooled else None, concat=draft)
 
@@ -76,3 +87,43 @@ class TextConditioner(nn.Module):
         if self.words is None:
             return []
         return [word for word in dict.fromkeys(words(prompt)) if word not in self.words]
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The tower as "text", and the draft as "draft" where there is one."""
+        return {"text": self.tower} | ({} if self.draft is None else {"draft": self.draft})
+
+
+class TwoTowers(nn.Module):
+    """SDXL's conditioner: the tokens of both towers side by side, and the second one's pooled state (Podell et al. 2023, section 2.1).
+
+    ``first`` None: the second tower alone, as in the refiner.
+    """
+
+    def __init__(self, first: TextConditioner | None, second: TextConditioner) -> None:
+        super().__init__()
+        if not second.convention.pooled or second.tower.text_projection is None:
+            raise ValueError("the second tower gives the pooled text: expected a projection, and pooled in its convention")
+        self.first = first
+        self.second = second
+
+    @property
+    def width(self) -> int:
+        """D, the width of a token: that of both towers together."""
+        return self.second.width + (0 if self.first is None else self.first.width)
+
+    def forward(self, prompts: Sequence[str]) -> Cond:
+        """The condition of B prompts: context (B, L, D) and pooled (B, E); ValueError if a prompt has more tokens than a tower takes."""
+        second = self.second(prompts)
+        if self.first is None:
+            return second
+        first = self.first(prompts)
+        assert first.context is not None and second.context is not None
+        return Cond(context=torch.cat([first.context, second.context], dim=-1), pooled=second.pooled)
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that the second tower has never seen."""
+        return self.second.unknown(prompt)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The towers, as "text" and "text2"."""
+        return ({} if self.first is None else {"text": self.first.tower}) | {"text2": self.second.tower}

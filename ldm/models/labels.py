@@ -38,3 +38,11 @@ class LabelConditioner(nn.Module):
                 raise ValueError(f"class {label}: expected 0 to {self.config.classes - 1}")
         ids = torch.tensor(list(labels), device=self.embedding.weight.device, dtype=torch.long)
         return Cond(context=self.embedding(ids)[:, None])
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words that the model has never seen: it takes none."""
+        return []
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The table, as "class"."""
+        return {"class": self}
