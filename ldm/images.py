@@ -24,20 +24,24 @@ RECIPE_KEY = "ldm"  # the PNG text chunk that holds the recipe, as JSON
 class Images:
     """Pictures and where they come from.
 
-    ``tensor`` (B, 3, H, W) float32 in [0, 1]; ``seeds`` and ``prompts`` one for each picture; ``recipe`` every option of the call, with the hashes of the
-    weights and the versions of the software, as JSON can hold it.
+    ``tensor`` (B, 3, H, W) float32 in [0, 1]; ``seeds`` and ``prompts`` one for each picture; ``recipe`` every option of the call, with the
+    hashes of the weights and the versions of the software, as JSON can hold it. ``flagged``: what the safety checker said of each picture, None
+    where there was none.
     """
 
     tensor: Tensor
     seeds: tuple[int, ...]
     prompts: tuple[str, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    flagged: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tensor.ndim != 4 or self.tensor.shape[1] != 3:
             raise ValueError(f"tensor has shape {tuple(self.tensor.shape)}, expected (B, 3, H, W)")
         if not len(self.tensor) == len(self.seeds) == len(self.prompts):
             raise ValueError(f"{len(self.tensor)} pictures with {len(self.seeds)} seeds and {len(self.prompts)} prompts")
+        if self.flagged is not None and len(self.flagged) != len(self.tensor):
+            raise ValueError(f"{len(self.tensor)} pictures with {len(self.flagged)} verdicts of the safety checker")
         if not torch.isfinite(self.tensor).all():
             raise ValueError("a picture holds NaN or infinity: the model overflowed; try dtype='float32'")
 
@@ -94,7 +98,8 @@ class Images:
 
     def __repr__(self) -> str:
         b, _, h, w = self.tensor.shape
-        return f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts {list(dict.fromkeys(self.prompts))})"
+        flagged = f", {sum(self.flagged)} flagged by the safety checker" if self.flagged is not None else ""
+        return f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts {list(dict.fromkeys(self.prompts))}{flagged})"
 
 
 def to_bytes(tensor: Tensor) -> Any:

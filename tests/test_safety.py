@@ -1,0 +1,125 @@
+"""The safety checker: the peer's verdicts on the same weights, and nothing silent in a pipeline."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tinymodel import tiny_model
+
+from ldm.models.clip import VisionConfig
+from ldm.models.safety import SafetyChecker, SafetyConfig
+from ldm.nn.meta import on_meta
+from ldm.weights.io import write_safetensors
+from ldm.weights.parts import randomise, shapes_of
+from ldm.weights.safety_load import load_safety
+
+sys.path.insert(0, str(Path(__file__).parent / "weights"))
+
+VISION = VisionConfig(image_size=28, patch_size=14, width=32, layers=2, heads=2, embed_dim=16)
+SMALL = SafetyConfig(vision=VISION, concepts=5, special=3)
+OWN = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")
+
+
+def published(checker: SafetyChecker) -> dict[str, torch.Tensor]:
+    """A checker under the names of its file: Hugging Face's, the tower below vision_model.vision_model."""
+    found = {name: getattr(checker, name).detach() for name in OWN}
+    for key, tensor in checker.vision.state_dict().items():
+        if key == "proj":
+            found["visual_projection.weight"] = tensor.t()
+            continue
+        names = [key]
+        parts = [tensor]
+        if "attn.in_proj_" in key:
+            names, parts = [key.replace("attn.in_proj_", f"self_attn.{x}_proj.") for x in "qkv"], list(tensor.chunk(3))
+        for name, part in zip(names, parts, strict=True):
+            for ours, theirs in (
+                ("transformer.resblocks.", "encoder.layers."), ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("ln_pre", "pre_layrnorm"),
+                ("ln_post", "post_layernorm"), ("conv1.", "embeddings.patch_embedding."), ("class_embedding", "embeddings.class_embedding"),
+                ("positional_embedding", "embeddings.position_embedding.weight"),
+            ):  # fmt: skip
+                name = name.replace(ours, theirs) if not name.startswith("embeddings.") else name
+            found[f"vision_model.vision_model.{name}"] = part
+    return {key: tensor.contiguous().clone() for key, tensor in found.items()}
+
+
+def small() -> SafetyChecker:
+    with on_meta():
+        checker = SafetyChecker(SMALL)
+    checker = randomise(checker, seed=4)
+    with torch.no_grad():  # thresholds that some pictures pass and some do not
+        checker.concept_embeds_weights.uniform_(-0.1, 0.5, generator=torch.Generator().manual_seed(1))
+        checker.special_care_embeds_weights.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
+    return checker
+
+
+def test_the_verdicts_are_the_peers_on_the_same_weights(tmp_path: Path) -> None:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+              "hidden_act": "quick_gelu", "projection_dim": 16}  # fmt: skip
+    torch.manual_seed(0)
+    theirs = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.uniform_(-0.5, 0.5)
+        theirs.concept_embeds_weights.uniform_(0.0, 0.5)
+        theirs.special_care_embeds_weights.uniform_(-0.2, 0.5)
+    theirs.save_pretrained(tmp_path)
+    ours = load_safety(tmp_path, config=SafetyConfig(vision=VISION))
+    x = torch.randn(64, 3, 28, 28, generator=torch.Generator().manual_seed(5))
+    _, expected = theirs(x, images=torch.zeros(64, 1, 1, 1))
+    assert 5 < sum(expected) < 59  # both verdicts occur
+    assert list(ours.flags(x)) == expected
+    ours.concept_embeds_weights += 0.1
+    assert list(ours.flags(x)) != expected  # the thresholds decide
+
+
+def test_special_vectors_count_for_what_follows_and_never_flag_alone() -> None:
+    checker = small()
+    x = torch.rand(8, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    checker.special_care_embeds_weights.fill_(-2.0)  # every picture is near all of them
+    checker.concept_embeds_weights.fill_(2.0)  # and to no concept
+    assert checker(x) == (False,) * 8
+    cosine = torch.nn.functional.normalize(checker.vision(checker.vision.prepare((x * 255).round() / 255)).pooled, dim=-1)
+    best = (cosine @ torch.nn.functional.normalize(checker.concept_embeds, dim=-1).T)[0].max()
+    checker.concept_embeds_weights.fill_(float(best) + 0.005)  # half of what the special ones add
+    assert checker(x)[0]
+    checker.special_care_embeds_weights.fill_(2.0)
+    assert not checker(x)[0]
+
+
+def test_a_pipeline_reports_flags_and_blackens_only_if_asked() -> None:
+    pipe = tiny_model()
+    plain = pipe.text_to_image("a red apple", n=3, progress=False)
+    assert plain.flagged is None  # off by default
+    pipe.safety = small()
+    pipe.safety.concept_embeds_weights.fill_(-2.0)
+    images = pipe.text_to_image("a red apple", n=3, progress=False)
+    assert images.flagged == (True,) * 3 and torch.equal(images.tensor, plain.tensor)
+    assert "3 flagged" in repr(images)
+    pipe.safety.black = True
+    assert not pipe.text_to_image("a red apple", n=3, progress=False).tensor.any()
+    pipe.safety.concept_embeds_weights.fill_(2.0)
+    images = pipe.text_to_image("a red apple", n=3, progress=False)
+    assert images.flagged == (False,) * 3 and torch.equal(images.tensor, plain.tensor)
+
+
+def test_files_in_the_published_layout_and_wrong_ones(tmp_path: Path) -> None:
+    checker = small()
+    write_safetensors(tmp_path / "safety.safetensors", published(checker))
+    again = load_safety(tmp_path / "safety.safetensors", config=SMALL, black=True)
+    assert again.black and all(torch.equal(a, b) for a, b in zip(checker.state_dict().values(), again.state_dict().values(), strict=True))
+    write_safetensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"other\.safetensors.*no safety checker: it has no concept_embeds"):
+        load_safety(tmp_path / "other.safetensors", config=SMALL)
+
+
+def test_the_published_count() -> None:
+    with on_meta():
+        shapes = shapes_of(SafetyChecker(SafetyConfig()))
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 303_981_588
