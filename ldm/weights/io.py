@@ -197,6 +197,21 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(path: str | Path, blocks: int = 256, size: int = 4096) -> str:
+    """A name for a file's content that costs milliseconds at any size: SHA-256 over its length and blocks spread evenly over it, 64 digits.
+
+    It tells files of different weights apart; it does not prove that a file is whole.
+    """
+    path = existing_file(path)
+    total = path.stat().st_size
+    digest = hashlib.sha256(str(total).encode())
+    with path.open("rb") as file:
+        for i in range(blocks):
+            file.seek(max(0, total - size) * i // max(1, blocks - 1))
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
 def mismatch(missing: Iterable[str], extra: Iterable[str], misshapen: Iterable[str], show: int = 5) -> str:
     """One sentence on keys that do not fit, the first few of each kind with counts; empty if all fit."""
     parts = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.config import build, read_yaml, to_dict
+from ldm.config import build, nearest, read_yaml, to_dict
 from ldm.files import write_atomically
 from ldm.models.clip import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner, TextConvention
@@ -18,29 +18,32 @@ from ldm.models.draft import Draft, DraftConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.nn.meta import on_meta
 from ldm.weights.io import load_strict, read_safetensors, sha256, write_safetensors
+from ldm.weights.parts import NETWORKS
 
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)  # how the models trained here read their text tower
 
 
-def write_part(folder: Path, name: str, module: nn.Module, config: Any, **facts: Any) -> None:
-    """Write a network: ``name``.safetensors in float16, and ``name``.yaml with its configuration, the file's hash and the facts."""
+def write_part(folder: Path, name: str, module: nn.Module, config: Any, *, dtype: torch.dtype | None = torch.float16, **facts: Any) -> None:
+    """Write a network: ``name``.safetensors in a dtype (None: its own), and ``name``.yaml with its kind and shape, the file's hash and the facts."""
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / f"{name}.safetensors"
-    write_safetensors(weights, {key: half(key, value) for key, value in module.state_dict().items()}, {"format": "pt", "part": name})
-    about = {"model": to_dict(config), "sha256": sha256(weights), **to_dict(facts)}
+    state = {key: narrow(key, value, dtype) for key, value in module.state_dict().items()}
+    write_safetensors(weights, state, {"format": "pt", "part": name})
+    about = {"network": type(module).__name__, "model": to_dict(config), "sha256": sha256(weights), **to_dict(facts)}
     write_atomically(folder / f"{name}.yaml", yaml.safe_dump(about, sort_keys=False, width=140).encode())
 
 
-def half(key: str, value: torch.Tensor) -> torch.Tensor:
-    """A tensor in float16; ValueError if a number leaves float16's range or is not finite."""
+def narrow(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor in a dtype; ValueError if a number leaves the dtype's range or is not finite."""
     value = value.detach().cpu()
-    if not value.is_floating_point():
-        return value
-    small = value.to(torch.float16)
+    if dtype is None or not value.is_floating_point() or value.dtype == dtype:
+        return value.contiguous()
+    small = value.to(dtype)
     if not torch.isfinite(small).all():
-        raise ValueError(f"{key}: not all numbers are finite in float16 (largest {float(value.abs().max()):.3g})")
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{key}: not all numbers are finite in {name} (largest {float(value.abs().max()):.3g})")
     return small.contiguous()
 
 
@@ -69,13 +72,47 @@ def read_part(
     return module.eval().requires_grad_(False), about
 
 
+def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
+    """The configuration's and the network's class of a part, as its YAML states them (the first exports state none)."""
+    kinds = {network.__name__: (config, network) for config, network in NETWORKS.items()}
+    usual = {"vae": "AutoencoderKL", "unet": "UNet", "text": "TextTower", "draft": "Draft"}
+    kind = about_part(folder, name).get("network", usual.get(name))
+    if kind not in kinds:
+        raise ValueError(f"{name}.yaml in {str(folder)!r}: network {kind!r}; {nearest(kind, kinds)}")
+    return kinds[kind]
+
+
+def read_config(folder: str | Path, name: str) -> Any:
+    """The shape of a part, as its YAML states it."""
+    return build(kind_of(folder, name)[0], about_part(folder, name)["model"], f"{name}.yaml: model")
+
+
+def read_network(folder: str | Path, name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a part, of the kind that its YAML states, and what the YAML says; see `read_part`."""
+    return read_part(folder, name, *kind_of(folder, name), dtype=dtype)
+
+
 def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **facts: Any) -> None:
     """Write a text tower, its draft if it has one, and vocabulary.json: the tokens that it embeds and the words that training saw."""
-    write_part(folder, "text", text.tower, text.tower.config, **facts)
-    if text.draft is not None:
-        write_part(folder, "draft", text.draft, text.draft.config, **facts)
-    vocabulary = {"tokens": text.tokenizer.vocabulary, "words": sorted(words)}
+    for part, network in text.networks().items():
+        write_part(folder, part, network, network.config, **facts)
+    write_vocabulary(folder, text.tokenizer, words)
+
+
+def write_vocabulary(folder: Path, tokenizer: Tokenizer, words: Sequence[str] | frozenset[str] | None) -> None:
+    """Write vocabulary.json: the tokens that a tower embeds (None: all), and the words that its training saw (None: not known)."""
+    vocabulary = {"tokens": tokenizer.vocabulary, "words": None if words is None else sorted(words)}
     write_atomically(folder / "vocabulary.json", json.dumps(vocabulary, separators=(",", ":")).encode())
+
+
+def read_vocabulary(folder: str | Path) -> tuple[Tokenizer, frozenset[str] | None]:
+    """The tokenizer of a folder and the words that training saw."""
+    path = Path(folder) / "vocabulary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no vocabulary in {str(folder)!r}: {path.name} is absent")
+    vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    words = vocabulary["words"]
+    return Tokenizer(vocabulary=vocabulary["tokens"]), None if words is None else frozenset(words)
 
 
 def read_text(
@@ -83,11 +120,8 @@ def read_text(
 ) -> TextConditioner:
     """The text conditioner in a folder."""
     tower, _ = read_part(folder, "text", TextConfig, TextTower, dtype=dtype, check=check)
-    path = Path(folder) / "vocabulary.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no vocabulary in {str(folder)!r}: {path.name} is absent")
-    vocabulary = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(tower, TextTower)
+    tokenizer, words = read_vocabulary(folder)
     draft = read_part(folder, "draft", DraftConfig, Draft, dtype=dtype, check=check)[0] if (Path(folder) / "draft.yaml").is_file() else None
     assert draft is None or isinstance(draft, Draft)
-    return TextConditioner(tower, Tokenizer(vocabulary=vocabulary["tokens"]), convention, frozenset(vocabulary["words"]), draft)
+    return TextConditioner(tower, tokenizer, convention, words, draft)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.weights.ckpt import read_ckpt
-from ldm.weights.detect import Detection, detect, require
+from ldm.weights.detect import Detection, detect, expect, require
 from ldm.weights.io import existing_file, mismatch, read_header, read_safetensors
 from ldm.weights.keymap import below
 
@@ -89,20 +89,22 @@ def choose_ema(state: Mapping[str, Tensor], ema: bool | None, *, source: str | P
     return {key: state[names[key]] if key in names else value for key, value in rest.items()}, True
 
 
-def read_single(path: str | Path, *, ema: bool | None = None) -> SingleFile:
+def read_single(path: str | Path, *, ema: bool | None = None, family: str | None = None) -> SingleFile:
     """A single file taken apart, memory-mapped; see `choose_ema` for ``ema``.
 
-    ValueError naming the file if it is damaged, of no known or no supported family, or holds tensors that belong to no part.
+    ``family``: the one expected, which a file of unknown shapes is then taken for. ValueError naming the file if it is damaged, of another, of no
+    known or no supported family, or holds tensors that belong to no part.
     """
     path = existing_file(path)
     state, values = read_tensors(path)
-    found = detect({key: tuple(tensor.shape) for key, tensor in state.items()}, source=path)
-    family = require(found, source=path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    found = detect(shapes, source=path) if family is None else expect(family, shapes, source=path)
+    about = found.family if family is not None else require(found, source=path)
     state, averaged = choose_ema(state, ema, source=path)
     scale = state.pop("scale_factor", None)
     parts, left = split(state, found)
     if left:
-        raise ValueError(f"{str(path)!r} ({family.title}) holds tensors that belong to no part of it: {mismatch((), left, ())}")
+        raise ValueError(f"{str(path)!r} ({about.title}) holds tensors that belong to no part of it: {mismatch((), left, ())}")
     return SingleFile(
         path=path, found=found, parts=parts, ema=averaged, values=values, scale_factor=None if scale is None else float(scale)
     )
