@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 for wrong input, told in one line on standard error."""
+    """Run the command line; returns the exit status: 0, 2 for wrong input, told in one line on standard error, or 1 for a file in
+    which `inspect` finds damage, NaN or code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else "generate"
     if name != "generate":
@@ -124,7 +125,7 @@ def export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Print what a sampler will do: t, alpha-bar, sigma/alpha, lambda, evaluations."""
-    from ldm.cards import find_card
+    from ldm.cards import find_model
     from ldm.plan import describe
 
     parser.add_argument("--model", default="emoji-ldm", help="the model whose schedule and conventions count (default: %(default)s)")
@@ -132,7 +133,7 @@ def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     parser.add_argument("--spacing", help="another spacing than the model's")
     args = parser.parse_args(argv)
-    card, _ = find_card(args.model)
+    card = find_model(args.model)
     changes = {"spacing": args.spacing} if args.spacing else {}
     sampler, steps = args.sampler or card.defaults.sampler, card.defaults.steps if args.steps is None else args.steps
     print(describe(card.grids().grid(card.schedule.make(), steps, sampler, **changes), sampler))
@@ -144,9 +145,12 @@ def inspect(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     from ldm.inspect import inspect as look
 
     parser.add_argument("path", help="a .safetensors, .ckpt or .pt file, or a folder")
+    parser.add_argument("--nan", action="store_true", help="look for NaN and infinity, which reads every tensor")
+    parser.add_argument("--no-hash", action="store_true", help="leave the SHA-256 out, which reads every byte")
     args = parser.parse_args(argv)
-    print(look(args.path).text())
-    return None
+    report = look(args.path, nan=args.nan, digest=not args.no_hash)
+    print(report.text())
+    return 1 if report.unsafe or report.bad or not report.parts else None
 
 
 Command = Callable[[argparse.ArgumentParser, Sequence[str]], "int | None"]

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ldm.cards import AutoencoderCard, known_cards
 from ldm.weights.ckpt import scan_file
 from ldm.weights.detect import Detection, detect
 from ldm.weights.folder import PARTS, is_folder, list_variants, read_component, read_folder
 from ldm.weights.io import existing_file, is_finite, sha256
 from ldm.weights.keymap import Fit, Shape, Table, fit
+from ldm.weights.parts import build_network, part_table, shapes_of
 from ldm.weights.single import ema_names, read_tensors, split
 
 
@@ -27,6 +29,27 @@ class Candidate:
 
 
 Candidates = Callable[[Detection], Iterable[Candidate]]  # the cards that a detected family may be
+
+
+def card_candidates(found: Detection) -> Iterable[Candidate]:
+    """The library's cards of a family, those with the same networks together, and the tables of the layout found."""
+    cards: dict[object, list[str]] = {}
+    shapes: dict[object, dict[str, object]] = {}
+    for card in known_cards().values():
+        if card.family != found.name:
+            continue
+        networks = {"vae": card.config()} if isinstance(card, AutoencoderCard) else card.networks.configs() if card.networks is not None else {}
+        key = tuple(networks.items())
+        cards.setdefault(key, []).append(card.name)
+        shapes[key] = dict(networks)
+    for key, names in cards.items():
+        parts = {}
+        for part, config in shapes[key].items():
+            network = build_network(config)
+            hugging_face = found.layout == "diffusers" or found.family.parts[part].endswith("transformer.")
+            spelled = ("text_model.", "vision_model.") if hugging_face else ()
+            parts[part] = (part_table(network, found.layout, spelled), shapes_of(network))
+        yield Candidate(name=", ".join(names), parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +100,9 @@ class Report:
         rows += [("stored", f"{key} = {textwrap.shorten(str(value), 80)}") for key, value in self.values.items()]
         for name, parts in self.fits.items():
             rows += [("card", f"{name}, {part}: {result}") for part, result in parts.items()]
+        fitting = [name for name, parts in self.fits.items() if all(parts.values())]
+        if self.fits:
+            rows.append(("loads as", ", ".join(fitting) or "none of the cards"))
         if self.globals:
             rows.append(("pickle", f"names {', '.join(self.globals)}"))
             rows.append(("", f"UNSAFE: {', '.join(self.unsafe)}" if self.unsafe else "nothing unsafe"))
@@ -86,11 +112,12 @@ class Report:
         return "\n".join(f"{name:<9} {value}" for name, value in rows)
 
 
-def inspect(path: str | Path, *, candidates: Candidates | None = None, nan: bool = False, digest: bool = True) -> Report:
+def inspect(path: str | Path, *, candidates: Candidates = card_candidates, nan: bool = False, digest: bool = True) -> Report:
     """What is in a single file or a diffusers folder, without loading and without executing anything.
 
-    candidates: the cards to compare with, given the detected family. nan: look for NaN and infinity (reads every tensor). digest: SHA-256
-    (reads every byte). FileNotFoundError if there is nothing at ``path``; what is wrong with a file is in `Report.problems`.
+    candidates: the cards to compare with, given the detected family; by default the library's. nan: look for NaN and infinity (reads every
+    tensor). digest: SHA-256 (reads every byte). FileNotFoundError if there is nothing at ``path``; what is wrong with a file is in
+    `Report.problems`.
     """
     path = Path(path)
     if path.is_dir():
@@ -152,9 +179,9 @@ def _part(name: str, state: Mapping[str, Tensor]) -> PartReport:
 
 
 def _fits(
-    candidates: Candidates | None, found: Detection | None, parts: Mapping[str, Mapping[str, Tensor]]
+    candidates: Candidates, found: Detection | None, parts: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Fit]]:
-    if candidates is None or found is None:
+    if found is None:
         return {}
     have = {name: {key: tuple(tensor.shape) for key, tensor in part.items()} for name, part in parts.items()}
     return {
@@ -167,7 +194,7 @@ def _bad(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(key for key, tensor in state.items() if not is_finite(tensor))
 
 
-def _folder(path: Path, candidates: Candidates | None, nan: bool, digest: bool) -> Report:
+def _folder(path: Path, candidates: Candidates, nan: bool, digest: bool) -> Report:
     problems: list[str] = []
     values: dict[str, object] = {}
     components = {}

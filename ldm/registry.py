@@ -1,66 +1,128 @@
-"""Models by name: `load`, `save`, `list_models`."""
+"""Models by name: `load`, `save`, `list_models`, `register`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.cards import ModelCard, embedded, find_card, read_card
-from ldm.config import to_dict
-from ldm.denoiser import Denoiser
+from ldm.cards import REGISTERED, AutoencoderCard, Card, ModelCard, embedded, find_card, known_cards, read_card
+from ldm.config import nearest
 from ldm.device import dtype_of, fast_dtype, pick_device
-from ldm.files import write_atomically
-from ldm.models.unet import UNet, UNetConfig
-from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.pipelines.assemble import assemble
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.weights.native import read_part, read_text, write_part, write_text
+from ldm.pipelines.sources import Source, autoencoder_folder, from_file, from_folder, from_native, from_random
+from ldm.pipelines.write import LAYOUTS, write_diffusers, write_native, write_original
+from ldm.prediction import check_prediction
+from ldm.types import Prediction
+from ldm.weights.folder import is_folder, list_variants
+from ldm.weights.hub import download, local_path
+from ldm.weights.safety_load import load_safety
 
 
 def list_models() -> list[str]:
-    """The names that `load` knows, sorted."""
-    return sorted(embedded())
+    """The names that `load` knows, sorted: the embedded models, the published ones, and those that were registered."""
+    return sorted({*embedded(), *known_cards()})
+
+
+def register(path: str | Path) -> ModelCard:
+    """Make a model of one's own known to `load` and `list_models`, by its card in a YAML file.
+
+    The file states the fields of `ModelCard`; ``base: NAME`` takes those that it leaves out from another card. ValueError for a card that is
+    wrong, or a name that an embedded or published model has.
+    """
+    card = read_card(path)
+    if card.name in embedded() or (card.name in known_cards() and card.name not in REGISTERED):
+        raise ValueError(f"{str(path)!r}: the name {card.name!r} is taken by a model of the library")
+    REGISTERED[card.name] = card
+    return card
 
 
 def load(
-    name: str = "emoji-ldm", *, weights: str | Path | None = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> LatentDiffusion:
-    """A model by name, ready to sample.
+    name: str = "emoji-ldm", *, weights: str | Path | None = None, device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None, ema: bool | None = None, variant: str | None = None, prediction: Prediction | None = None,
+    vocabulary: str | Path | None = None, safety: str | Path | None = None, black: bool = False,
+) -> Any:  # fmt: skip
+    """A model by name, ready to sample: a `LatentDiffusion`; for a first stage or a tiny autoencoder (kl-f8, taesd), its network alone.
 
-    ``weights``: a folder in our own layout (`save` writes one) to use in place of the embedded weights. ``device``: None for the best there is.
-    ``dtype``: None for the fastest that is safe on the device, else "float32" or "bfloat16". ValueError for an unknown name (the nearest is offered)
-    or weights that do not fit; FileNotFoundError for files that are not there.
+    ``weights``: a single file (.safetensors or .ckpt, which is read without executing anything), a folder in the layout of diffusers, a folder
+    that `save` wrote, or "random" for small random weights in the model's shapes. None: the embedded weights, else NAME below LDM_HOME, else
+    the hub. Local files never touch the network. ``device``: None for the best there is. ``dtype``: None for the fastest that is safe on the
+    device, else "float32", "bfloat16" or "float16".
+
+    ``ema``: the averaged weights, where a file has both (None: if it has them). ``variant``: of a folder's files, such as "fp16". ``prediction``:
+    what the network predicts where that differs from the card ("eps" or "v", which keys cannot tell). ``vocabulary``: BERT's vocab.txt, for
+    LDM's text models. ``safety``: the safety checker's file or folder; ``black``: whether flagged pictures become black.
+
+    ValueError for an unknown name (the nearest is offered), or weights that do not fit or belong to another card; FileNotFoundError for files
+    that are not there.
     """
     card, folder = find_card(name)
-    if weights is not None:
-        folder = Path(weights)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"weights {str(weights)!r}: expected a folder with card.yaml, vae, text and unet")
-        if (folder / "card.yaml").is_file() and (given := read_card(folder / "card.yaml")).name != name:
-            raise ValueError(f"weights {str(weights)!r} are those of {given.name!r}, not of {name!r}")
+    if prediction is not None and isinstance(card, ModelCard):
+        check_prediction(prediction)
+        card = replace(card, prediction=prediction)
     target = pick_device(device)
-    return read_latent(card, folder, fast_dtype(target) if dtype is None else dtype_of(dtype)).to(target)
+    kind = fast_dtype(target) if dtype is None else dtype_of(dtype)
+    source = read_source(card, folder, weights, kind, ema=ema, variant=variant)
+    if isinstance(card, AutoencoderCard):
+        return source.networks["vae"].to(target)
+    pipe = assemble(card, source, vocabulary=None if vocabulary is None else Path(vocabulary))
+    if safety is not None:
+        pipe.safety = load_safety(safety, black=black, variant=variant, dtype=torch.float32)
+    return pipe.to(target)
 
 
-def read_latent(card: ModelCard, folder: Path, dtype: torch.dtype) -> LatentDiffusion:
-    """A latent diffusion model from a folder in our own layout."""
-    vae, about_vae = read_part(folder, "vae", VAEConfig, AutoencoderKL, dtype=dtype)
-    net, about_net = read_part(folder, "unet", UNetConfig, UNet, dtype=dtype)
-    text = read_text(folder, card.text, dtype=dtype)
-    assert isinstance(vae, AutoencoderKL)
-    hashes = {"vae": about_vae["sha256"], "unet": about_net["sha256"]}
-    denoiser = Denoiser(net, card.schedule.make(), card.prediction)
-    return LatentDiffusion(vae=vae, text=text, denoiser=denoiser, latent_scale=float(about_vae["latent_scale"]), card=card, origin=hashes).eval()
+def read_source(
+    card: Card, embedded_in: Path | None, weights: str | Path | None, dtype: torch.dtype, *, ema: bool | None, variant: str | None
+) -> Source:
+    """A card's networks from wherever its weights are; see `load`."""
+    if weights == "random":
+        return from_random(card, dtype, embedded_in)
+    path = Path(weights) if weights is not None else embedded_in or local_path(card.name) or from_hub(card)
+    if path.is_file():
+        return from_file(card, path, dtype, ema=ema)
+    if not path.is_dir():
+        raise FileNotFoundError(f"weights {str(path)!r}: expected a single file, a folder of diffusers, a folder that ldm.save wrote, or \"random\"")
+    if isinstance(card, AutoencoderCard):
+        return autoencoder_folder(card, path, dtype, variant=variant)
+    if is_folder(path):
+        return from_folder(card, path, dtype, ema=ema, variant=variant)
+    if (path / "card.yaml").is_file():
+        given = read_card(path / "card.yaml")
+        if given.name != card.name:
+            raise ValueError(f"weights {str(path)!r} are those of {given.name!r}, not of {card.name!r}")
+    elif not (path / "unet.yaml").is_file():
+        what = "weights of one part alone" if list_variants(path) else "neither model_index.json (of diffusers) nor card.yaml (of ldm.save)"
+        raise FileNotFoundError(f"weights {str(path)!r}: expected the folder of a model, it holds {what}")
+    return from_native(card, path, dtype)
 
 
-def save(pipe: LatentDiffusion, folder: str | Path, **facts: Any) -> Path:
-    """Write a model as a folder in our own layout, in float16; `load(name, weights=folder)` reads it back."""
-    import yaml
+def from_hub(card: Card) -> Path:
+    """The path of a card's weights in the hub's cache, downloaded if need be."""
+    if card.hub is None:
+        raise FileNotFoundError(f"the weights of {card.name!r} are not on this machine, and its card names no place in the hub: pass weights=PATH")
+    return download(card.name, card.hub.repo, card.hub.file, sha256=card.hub.sha256, stated=card.hub.stated)
 
-    folder = Path(folder)
-    write_part(folder, "vae", pipe.vae, pipe.vae.config, latent_scale=pipe.latent_scale, **facts)
-    write_part(folder, "unet", pipe.denoiser.net, pipe.denoiser.net.config, **facts)
-    write_text(folder, pipe.text, words=sorted(pipe.text.words or ()), **facts)
-    write_atomically(folder / "card.yaml", yaml.safe_dump(to_dict(pipe.card), sort_keys=False, width=140).encode())
-    return folder
+
+def save(
+    pipe: LatentDiffusion, path: str | Path, *, layout: str = "native", dtype: str | torch.dtype | None = None, **facts: Any
+) -> Path:
+    """Write a model so that `load(name, weights=path)` reads it back: bit for bit, unless another ``dtype`` is asked for.
+
+    ``layout``: "native", a folder of ours with a YAML for each part (the facts go into it); "original", a single .safetensors file as the model's
+    authors published theirs; "diffusers", a folder of diffusers. The last two are for models of published families; ValueError for others, or
+    for a network that the layout cannot hold. Writing is whole or not at all, file by file.
+    """
+    kind = None if dtype is None else dtype_of(dtype)
+    path = Path(path)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r}; {nearest(layout, LAYOUTS)}")
+    if layout == "native":
+        return write_native(pipe, path, kind, facts)
+    if facts:
+        raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
+    if pipe.card.family == "latent":
+        raise ValueError(f"layout {layout!r} is for models of published families, {pipe.card.name!r} is of none: use 'native'")
+    return write_original(pipe, path, kind) if layout == "original" else write_diffusers(pipe, path, kind)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.images import Images
+from ldm.pipelines.latent import REPLAYABLE
 from ldm.registry import load
 
 ABOUT = ("task", "prompt", "model", "device", "dtype", "replayable", "weights", "versions", "index")
@@ -19,16 +20,18 @@ def replay(recipe: Mapping[str, Any], *, weights: str | Path | None = None) -> I
     ``weights``: the folder that the model was loaded from, where it was not the embedded one. ValueError for a recipe that cannot be followed, or if
     the weights are others than it names; a warning where versions or threads differ.
     """
-    if recipe.get("task") != "text_to_image":
-        raise ValueError(f"task {recipe.get('task')!r}: expected 'text_to_image'")
+    if recipe.get("task") not in REPLAYABLE:
+        raise ValueError(f"task {recipe.get('task')!r}: expected one of {', '.join(REPLAYABLE)}; a recipe does not hold pictures")
     if not recipe.get("replayable", False):
         raise ValueError("this picture was made with latents or hooks of the caller's own, which a recipe cannot hold")
     pipe = load(recipe["model"], weights=weights, device=recipe["device"], dtype=recipe["dtype"])
     if pipe.origin != recipe["weights"]:
         raise ValueError(f"the picture was made with other weights of {recipe['model']!r} (sha256 {recipe['weights']}, here {pipe.origin})")
     known = {key: value for key, value in recipe.items() if key not in ABOUT}
-    images = pipe.text_to_image(recipe["prompt"], **known)
-    changed = [f"{key} {recipe['versions'].get(key)} then, {value} now" for key, value in images.recipe["versions"].items() if recipe["versions"].get(key) != value]
+    task, prompt = getattr(pipe, recipe["task"]), () if recipe["task"] == "unconditional" else (recipe["prompt"],)
+    images = task(*prompt, **known)
+    then, now = recipe["versions"], images.recipe["versions"]
+    changed = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
     if changed:
         warnings.warn(f"the pixels may differ in their last bits: {'; '.join(changed)}", stacklevel=2)
     if "index" not in recipe:

@@ -34,7 +34,7 @@ def load(**options):
 
 
 def test_a_saved_model_loads_and_gives_the_same_pictures(assets, tmp_path):
-    assert ldm.list_models() == ["emoji-ldm"]
+    assert "emoji-ldm" in ldm.list_models()
     pipe = load()
     ldm.save(pipe, tmp_path / "again")
     again = load(weights=tmp_path / "again")

@@ -1,0 +1,141 @@
+"""The options of a call, settled: what the caller said, else what the card says, checked before any work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ldm.cards import ModelCard
+from ldm.config import build, nearest, to_dict
+from ldm.grid import TimeGrid
+from ldm.images import check_seeds
+from ldm.samplers import get_sampler
+from ldm.schedule import NoiseSchedule
+from ldm.types import Denoised, OnStep, Sampler
+
+Prompts = str | int | Sequence[str] | Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeCondition:
+    """What SDXL is told of a picture, in pixels (Podell et al. 2023, section 2.2): its size before it was scaled, what was cropped off its top and
+    left, and the size wanted, each (height, width), None for the size of the picture that is made; for the refiner its aesthetic score in place
+    of the last."""
+
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+    aesthetic: float = 6.0
+    negative_aesthetic: float = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call: a prompt (or class) and a seed for each picture, the solver with its options and grid, and what happens on the way."""
+
+    prompts: tuple[str, ...] | tuple[int, ...]
+    negative: str
+    n: int
+    seeds: tuple[int, ...]
+    sampler: str
+    solve: Sampler
+    options: Mapping[str, Any]
+    asked: Mapping[str, Any]
+    grid: TimeGrid
+    guidance: float
+    height: int
+    width: int
+    sizes: SizeCondition
+    latents: Tensor | None
+    progress: bool
+    on_step: OnStep | None
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a recipe can hold all that the call depends on."""
+        return self.latents is None and self.on_step is None
+
+    def last(self, strength: float) -> Call:
+        """The call over the last part of its grid alone."""
+        return replace(self, grid=self.grid.tail(strength))
+
+    def recipe(self, task: str) -> dict[str, Any]:
+        """The options as a recipe states them; those of SDXL only where they were given."""
+        one = len(set(self.prompts)) == 1
+        sizes = {"sizes": to_dict(self.sizes)} if self.sizes != SizeCondition() else {}
+        return {
+            "task": task, "prompt": self.prompts[0] if one else list(self.prompts), "negative": self.negative,
+            "n": len(self.prompts) if one else None, "seed": list(self.seeds), "steps": len(self.grid), "guidance": self.guidance,
+            "sampler": self.sampler, "height": self.height, "width": self.width, **sizes, **self.asked,
+        }  # fmt: skip
+
+
+def settle(
+    card: ModelCard, schedule: NoiseSchedule, prompt: Prompts, *, negative: str = "", n: int | None = None, steps: int | None = None,
+    guidance: float | None = None, sampler: str | None = None, grid: TimeGrid | None = None, seed: int | Sequence[int] = 0,
+    height: int | None = None, width: int | None = None, sizes: SizeCondition | Mapping[str, Any] | None = None,
+    latents: Tensor | None = None, progress: bool = True, on_step: OnStep | None = None, **sampler_options: Any,
+) -> Call:  # fmt: skip
+    """The call of some options; None for what the card says. ValueError names what is wrong."""
+    defaults = card.defaults
+    prompts = check_prompts(prompt)
+    each = check_count(n)
+    name = sampler or defaults.sampler
+    solve, convention = get_sampler(name), card.grids()
+    check_options(name, sampler_options)
+    return Call(
+        prompts=tuple(p for p in prompts for _ in range(each)), negative=negative, n=each, seeds=check_seeds(seed, each * len(prompts)), sampler=name,
+        solve=solve, options={**convention.options.get(name, {}), **sampler_options}, asked=sampler_options,
+        grid=grid or convention.grid(schedule, defaults.steps if steps is None else steps, name),
+        guidance=defaults.guidance if guidance is None else float(guidance), height=height or defaults.height, width=width or defaults.width,
+        sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"), latents=latents, progress=progress,
+        on_step=on_step,
+    )  # fmt: skip
+
+
+def check_prompts(prompt: Prompts) -> list[Any]:
+    """The prompts as a list; ValueError if there is none, or it holds anything but texts alone or classes alone."""
+    prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+    kinds = {type(p) for p in prompts}
+    if kinds not in ({str}, {int}):
+        raise ValueError(f"prompt: expected a text or several, got {prompt!r}")
+    return prompts
+
+
+def check_count(n: int | None) -> int:
+    """n, or 1 for None; ValueError if it is not a number of pictures."""
+    if n is None:
+        return 1
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n: expected a number of pictures of at least 1, got {n!r}")
+    return n
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """ValueError for an option that the sampler does not take."""
+    parameters = inspect.signature(get_sampler(name)).parameters
+    known = [key for key in parameters if key not in ("denoise", "x", "grid", "noise", "on_step")]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"sampler {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}")
+
+
+def both_hooks(first: OnStep | None, second: Any) -> OnStep:
+    """A hook that calls both; the first may return a new x."""
+
+    def hook(i: int, x: Tensor, d: Denoised) -> Tensor | None:
+        second(i, x, d)
+        return None if first is None else first(i, x, d)
+
+    return hook
+
+
+def progress_bar(total: int, shown: bool) -> Any:
+    """A bar on standard error, on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step", leave=False, disable=None if shown else True)
