@@ -1,0 +1,67 @@
+"""A pipeline of ours as one of diffusers, over the same weights: nothing is copied but what the layouts hold in another order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.write import describe, write_clip_tokenizer
+from ldm.weights.diffusers_config import scheduler_config, training_facts
+from ldm.weights.parts import to_layout
+
+
+def twin(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
+    """The peer's class for a network of ours, holding the same tensors."""
+    name, config = describe(network, latent_scale)
+    with torch.device("meta"):
+        if hasattr(diffusers, name):
+            theirs = getattr(diffusers, name).from_config(config)
+        else:
+            theirs = getattr(transformers, name)(transformers.CLIPTextConfig(**config))
+    state = to_layout(network, "diffusers")
+    wanted = set(theirs.state_dict())
+    if not wanted & set(state):  # newer versions drop the prefix in memory
+        state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    lost = theirs.load_state_dict(state, assign=True, strict=False)
+    assert not lost.unexpected_keys and not [key for key in lost.missing_keys if not key.endswith("position_ids")], lost
+    for part in theirs.modules():
+        for key, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                assert key == "position_ids"
+                setattr(part, key, torch.arange(buffer.shape[-1])[None])
+    return theirs.eval().requires_grad_(False)
+
+
+def scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
+    """The peer's scheduler of a sampler, as a folder that we write says."""
+    s, grids = pipe.card.schedule, pipe.card.grids().grids
+    facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, pipe.card.prediction, zero_snr=s.zero_terminal_snr)
+    name, config = scheduler_config(facts, sampler, trailing=grids.get(sampler, grids["*"]).get("spacing") == "trailing")
+    return getattr(diffusers, name).from_config(config)
+
+
+def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
+    """diffusers' pipeline of a class name over our pipeline's weights; ``folder``: where tokenizers may be written."""
+    networks = pipe.networks()
+    parts: dict[str, Any] = {"unet": twin(networks["unet"]), "vae": twin(networks["vae"], pipe.latent_scale)}
+    for part, suffix in (("text", ""), ("text2", "_2")):
+        network: Any = networks.get(part)
+        if network is not None:
+            convention = pipe.card.text2 if part == "text2" else pipe.card.text
+            assert convention is not None
+            write_clip_tokenizer(folder / part, convention.pad, network.config.context_length)
+            parts |= {f"text_encoder{suffix}": twin(network), f"tokenizer{suffix}": transformers.CLIPTokenizer.from_pretrained(folder / part)}
+    parts["scheduler"] = scheduler(pipe, pipe.card.defaults.sampler)
+    if "XL" not in kind:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if kind == "StableDiffusionXLPipeline":
+        parts["force_zeros_for_empty_prompt"] = pipe.card.zero_negative
+    theirs = getattr(diffusers, kind)(**parts)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs

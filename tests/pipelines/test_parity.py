@@ -1,0 +1,155 @@
+"""Whole pipelines against diffusers' over the same random weights and noise: every picture within 1/255 of theirs, pixel by pixel.
+
+At reduced width here; at full size (one picture of 64×64, 5 steps): python -m pytest tests/pipelines/test_parity.py -m slow
+The full-size SDXL takes 14 GB of memory, which both pipelines share.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import family
+import pytest
+import torch
+from peer import peer, scheduler
+from torch import Tensor
+
+import ldm
+import ldm.cards
+
+STEP = 1 / 255
+STEPS = 5
+PROMPT, NEGATIVE = "a red apple on a table, oil painting", "blurry"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    before = dict(ldm.cards.REGISTERED)
+    yield
+    ldm.cards.REGISTERED.clear()
+    ldm.cards.REGISTERED.update(before)
+    gc.collect()
+
+
+def make(base: str, size: str, folder: Path) -> tuple[Any, int]:
+    """A pipeline with random weights, reduced or full, and the side of its pictures. Its encoder has no spread, as the peer's samples from it."""
+    name = base if size == "full" else family.register(base, folder).name
+    pipe = family.load(name)
+    quant, half = pipe.vae.quant_conv, pipe.vae.config.latent_channels
+    quant.weight[half:] = 0.0
+    quant.bias[half:] = -60.0  # clamped to −30: a deviation of 3e-7
+    return pipe, 64 if size == "full" else 32
+
+
+def noise(pipe: Any, side: int, seed: int = 3) -> Tensor:
+    factor = pipe.vae.config.factor
+    return torch.randn(1, 4, side // factor, side // factor, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(side: int) -> Tensor:
+    """Smooth colours in [0, 1], (1, 3, side, side)."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    return torch.stack([x, y, (1 - x) * y])[None]
+
+
+def hole(side: int) -> Tensor:
+    mask = torch.zeros(1, 1, side, side)
+    mask[..., side // 4 : side // 2, side // 4 :] = 1
+    return mask
+
+
+def assert_equal(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    inside = ((theirs > 0.02) & (theirs < 0.98)).float().mean()
+    assert inside > 0.2 and theirs.std() > 0.05, "a saturated or flat picture would prove nothing"
+    assert (ours - theirs).abs().max() <= STEP, f"largest difference {float((ours - theirs).abs().max()) * 255:.3f} of 255"
+
+
+def differ(ours: Tensor, theirs: Tensor) -> bool:
+    return bool((ours - theirs).abs().max() > 10 * STEP)
+
+
+SIZES = ["reduced", pytest.param("full", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [("sd-v1-5", "StableDiffusionPipeline"), ("sd-v2-1", "StableDiffusionPipeline"), ("sdxl-base", "StableDiffusionXLPipeline")],
+)
+def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_path: Path) -> None:
+    pipe, side = make(base, size, tmp_path)
+    theirs = peer(pipe, kind, tmp_path)
+    z = noise(pipe, side)
+    results = {}
+    for sampler in ("ddim", "euler"):
+        theirs.scheduler = scheduler(pipe, sampler)
+        for negative in (NEGATIVE, ""):
+            # without a negative prompt SDXL takes zeros, the others the empty text
+            words = negative or (None if "XL" in kind else "")
+            expected = theirs(
+                PROMPT, negative_prompt=words, num_inference_steps=STEPS, guidance_scale=5.0, height=side, width=side, latents=z, output_type="pt"
+            ).images
+            got = pipe.text_to_image(
+                PROMPT, negative=negative, steps=STEPS, guidance=5.0, height=side, width=side, latents=z, sampler=sampler, progress=False
+            ).tensor
+            assert_equal(got, expected)
+            results[sampler, negative] = got
+    assert differ(results["ddim", NEGATIVE], results["ddim", ""])  # what was varied has an effect
+    if size == "reduced":  # an error in one convention alone is seen
+        other = pipe.text_to_image("a green apple", steps=STEPS, guidance=5.0, height=side, width=side, latents=z, sampler="ddim", progress=False)
+        assert differ(other.tensor, results["ddim", ""])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path) -> None:
+    pipe, side = make("sd-v1-5", size, tmp_path)
+    theirs = peer(pipe, "StableDiffusionImg2ImgPipeline", tmp_path)
+    theirs.scheduler = scheduler(pipe, sampler)
+    generator = torch.Generator().manual_seed(5)
+    shape = noise(pipe, side).shape
+    torch.randn(shape, generator=generator)  # the peer draws first for the posterior (which has no spread), then the noise
+    z = torch.randn(shape, generator=generator)
+    expected = theirs(
+        PROMPT, image=picture(side), strength=0.6, num_inference_steps=STEPS, guidance_scale=5.0, negative_prompt=NEGATIVE,
+        generator=torch.Generator().manual_seed(5), output_type="pt",
+    ).images  # fmt: skip
+    got = pipe.image_to_image(
+        PROMPT, picture(side), strength=0.6, steps=STEPS, guidance=5.0, negative=NEGATIVE, latents=z, sampler=sampler, progress=False
+    )
+    assert len(pipe.image_to_image(PROMPT, picture(side), strength=0.6, steps=STEPS, progress=False).seeds) == 1
+    assert got.recipe["steps"] == 3
+    assert_equal(got.tensor, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_nine_channel_inpainting_equals_the_peers(sampler: str, size: str, tmp_path: Path) -> None:
+    pipe, side = make("sd-v1-5-inpainting", size, tmp_path)
+    theirs = peer(pipe, "StableDiffusionInpaintPipeline", tmp_path)
+    theirs.scheduler = scheduler(pipe, sampler)
+    z = noise(pipe, side)
+    expected = theirs(
+        PROMPT, image=picture(side), mask_image=hole(side), strength=1.0, num_inference_steps=STEPS, guidance_scale=5.0, negative_prompt=NEGATIVE,
+        latents=z, height=side, width=side, generator=torch.Generator().manual_seed(5), output_type="pt",
+    ).images  # fmt: skip
+    options = {"steps": STEPS, "guidance": 5.0, "negative": NEGATIVE, "latents": z, "sampler": sampler, "progress": False}
+    assert_equal(pipe.inpaint(PROMPT, picture(side), hole(side), **options).tensor, expected)
+    assert differ(pipe.inpaint(PROMPT, picture(side), 1 - hole(side), **options).tensor, expected)
+
+
+def test_a_folder_that_we_write_is_one_that_the_peer_reads(tmp_path: Path) -> None:
+    import diffusers
+
+    pipe, side = make("sd-v1-5", "reduced", tmp_path)
+    folder = ldm.save(pipe, tmp_path / "folder", layout="diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    z = noise(pipe, side)
+    expected = theirs(PROMPT, num_inference_steps=STEPS, guidance_scale=7.5, height=side, width=side, latents=z, output_type="pt").images
+    got = pipe.text_to_image(PROMPT, steps=STEPS, height=side, width=side, latents=z, progress=False)  # plms and 7.5, as the card says
+    assert_equal(got.tensor, expected)
