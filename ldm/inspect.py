@@ -11,10 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.cards import AutoencoderCard, known_cards
+from ldm.weights.cast import is_finite
 from ldm.weights.ckpt import scan_file
 from ldm.weights.detect import Detection, detect
 from ldm.weights.folder import PARTS, is_folder, list_variants, read_component, read_folder
-from ldm.weights.io import existing_file, is_finite, sha256
+from ldm.weights.io import existing_file, sha256
 from ldm.weights.keymap import Fit, Shape, Table, fit
 from ldm.weights.parts import build_network, part_table, shapes_of
 from ldm.weights.single import ema_names, read_tensors, split

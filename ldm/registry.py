@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def load(
     target = pick_device(device)
     kind = fast_dtype(target) if dtype is None else dtype_of(dtype)
     source = read_source(card, folder, weights, kind, ema=ema, variant=variant)
+    for note in source.notes:
+        warnings.warn(f"weights {str(weights)!r}: {note}", stacklevel=2)
     if isinstance(card, AutoencoderCard):
         return source.networks["vae"].to(target)
     pipe = assemble(card, source, vocabulary=None if vocabulary is None else Path(vocabulary))

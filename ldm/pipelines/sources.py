@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.cards import AutoencoderCard, Card, ModelCard, known_cards
 from ldm.models.unet import UNetConfig
+from ldm.weights.detect import WrongFamily
 from ldm.weights.diffusers_config import conflicts, training_facts, unet_config
 from ldm.weights.folder import Folder, read_component, read_folder
 from ldm.weights.io import fingerprint
@@ -75,8 +76,13 @@ def from_native(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
 
 def from_file(card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None) -> Source:
     """A single file in the original layout."""
+    if card.family == "latent":
+        raise ValueError(f"{str(path)!r}: {card.name!r} is of no published family, so its weights come as a folder of ours")
     configs = configs_of(card)
-    single = read_single(path, ema=ema, family=card.family)
+    try:
+        single = read_single(path, ema=ema, family=card.family)
+    except WrongFamily as error:
+        raise ValueError(f"{error}{other_cards(error.found.name)}") from None
     lost = [part for part in configs if part not in single.parts]
     if lost:
         raise ValueError(f"{str(path)!r} holds {', '.join(single.parts)}, and no {', '.join(lost)}: {card.name!r} takes {', '.join(configs)}")
@@ -117,6 +123,12 @@ def from_folder(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bool | 
     return Source(networks=networks, latent_scale=1.0 if scale is None else float(scale), origin=origin, folder=path / "tokenizer")
 
 
+def other_cards(family: str) -> str:
+    """The cards of a family, as the end of a message; empty if there are none."""
+    others = [card.name for card in known_cards().values() if card.family == family]
+    return f"; the cards for it: {', '.join(others)}" if others else ""
+
+
 def _check_family(card: ModelCard, folder: Folder, expected: UNetConfig) -> None:
     unet = folder.parts["unet"]
     try:
@@ -124,10 +136,8 @@ def _check_family(card: ModelCard, folder: Folder, expected: UNetConfig) -> None
     except ValueError:
         found = None  # shapes of a card of one's own: the keys decide
     if found is not None and found.name != card.family:
-        others = [other.name for other in known_cards().values() if other.family == found.name]
-        advice = f"; the cards for it: {', '.join(others)}" if others else ""
         title = f"{found.name} ({found.family.title})"
-        raise ValueError(f"{str(folder.path)!r} is a model of the family {title}, {card.name!r} is of {card.family}{advice}")
+        raise ValueError(f"{str(folder.path)!r} is a model of the family {title}, {card.name!r} is of {card.family}{other_cards(found.name)}")
     wrong = conflicts(unet.config, unet_config(expected)[1], ("attention_head_dim",))
     if wrong:
         raise ValueError(f"{str(unet.path / 'config.json')!r} does not fit {card.name!r}: {'; '.join(wrong)}")

@@ -95,6 +95,14 @@ class Detection:
         return FAMILIES[self.name]
 
 
+class WrongFamily(ValueError):
+    """Weights of another family than the one expected; ``found`` is theirs."""
+
+    def __init__(self, message: str, found: Detection) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What tells one UNet from another: channels in, width, context and vector widths, number of classes, guidance embedding."""
@@ -224,6 +232,8 @@ def expect(family: str, shapes: Shapes, *, source: str | Path) -> Detection:
     A file of shapes that no published model has is taken at its caller's word, if its keys stand below the family's prefixes.
     """
     parts = FAMILIES[family].parts
+    if not parts:
+        raise ValueError(f"files of the family {family} ({FAMILIES[family].title}) hold no parts that are known")
     try:
         found = detect(shapes, source=source)
     except ValueError:
@@ -233,5 +243,5 @@ def expect(family: str, shapes: Shapes, *, source: str | Path) -> Detection:
         return Detection(name=family, layout="original", evidence="its caller says so")
     if found.name != family:
         what = f"{found.name} ({found.family.title}; {found.evidence})"
-        raise ValueError(f"{str(source)!r} is a file of the family {what}, expected one of {family} ({FAMILIES[family].title})")
+        raise WrongFamily(f"{str(source)!r} is a file of the family {what}, expected one of {family} ({FAMILIES[family].title})", found)
     return found

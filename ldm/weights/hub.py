@@ -6,10 +6,12 @@ import os
 import warnings
 from pathlib import Path
 
+from ldm.weights.folder import is_folder, list_variants, read_folder
 from ldm.weights.io import sha256 as digest
 
-# what a folder of diffusers needs here: configurations, tokenizers, safetensors and, where there are none, pickles (read by our own reader)
-PATTERNS = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"]
+# of a folder of diffusers: configurations, tokenizers and each part's plain weights, but not the single files that may lie beside them
+CONFIGURATIONS, SAFETENSORS, PICKLES = ["*.json", "*.txt"], ["*/*.safetensors", "diffusion_pytorch_model.safetensors"], ["*/*.bin"]
+UNUSED = ["*.fp16.*", "*.non_ema.*", "safety_checker/*"]
 
 
 class UnexpectedHash(UserWarning):
@@ -30,20 +32,25 @@ def download(name: str, repo: str, file: str | None, *, sha256: str | None = Non
     ValueError; else there is a warning. FileNotFoundError, saying what to do, if the hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     def fetch(local: bool) -> Path:
         if file is not None:
             return Path(hf_hub_download(repo, file, local_files_only=local))
-        return Path(snapshot_download(repo, allow_patterns=PATTERNS, local_files_only=local))
+        path = Path()
+        for weights in (SAFETENSORS, SAFETENSORS + PICKLES):  # pickles, read by our own reader, only where there is nothing else
+            options = {"allow_patterns": CONFIGURATIONS + weights, "ignore_patterns": UNUSED, "local_files_only": local}
+            path = Path(snapshot_download(repo, **options))
+            if _whole(path):
+                return path
+        raise FileNotFoundError(f"{str(path)!r} lacks weights of a part")
 
     try:
         return fetch(True)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError):
-        pass  # not in the cache
+    except OSError:
+        pass  # not in the cache, or not all of it
     try:
         path = fetch(False)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except OSError as error:
         what = f"{repo}/{file}" if file else repo
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine, and {what} cannot be had from the hub ({type(error).__name__}); "
@@ -52,6 +59,17 @@ def download(name: str, repo: str, file: str | None, *, sha256: str | None = Non
     if file is not None and sha256 is not None:
         _check(path, sha256, stated)
     return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether a folder from the hub has the weights of all its parts."""
+    if not is_folder(path):
+        return bool(list_variants(path))
+    try:
+        read_folder(path)
+    except OSError:
+        return False
+    return True
 
 
 def _check(path: Path, expected: str, stated: bool) -> None:

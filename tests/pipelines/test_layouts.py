@@ -11,18 +11,9 @@ import torch
 from family import NETWORKS
 
 import ldm
-import ldm.cards
 from ldm.inspect import inspect
 from ldm.pipelines.write import PIPELINES
 from ldm.weights.io import read_header, read_safetensors, write_safetensors
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _forget() -> Any:
-    before = dict(ldm.cards.REGISTERED)
-    yield
-    ldm.cards.REGISTERED.clear()
-    ldm.cards.REGISTERED.update(before)
 
 
 def assert_same(a: Any, b: Any) -> None:

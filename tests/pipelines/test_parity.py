@@ -6,8 +6,6 @@ The full-size SDXL takes 14 GB of memory, which both pipelines share.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,10 @@ from peer import peer, scheduler
 from torch import Tensor
 
 import ldm
-import ldm.cards
 
 STEP = 1 / 255
 STEPS = 5
 PROMPT, NEGATIVE = "a red apple on a table, oil painting", "blurry"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _forget() -> Iterator[None]:
-    before = dict(ldm.cards.REGISTERED)
-    yield
-    ldm.cards.REGISTERED.clear()
-    ldm.cards.REGISTERED.update(before)
-    gc.collect()
 
 
 def make(base: str, size: str, folder: Path) -> tuple[Any, int]:
