@@ -50,6 +50,9 @@ def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
         args.prompt, n=args.n, seed=args.seed, steps=args.steps, guidance=args.guidance, negative=args.negative, sampler=args.sampler,
         height=height, width=width,
     )  # fmt: skip
+    if images.flagged is not None and any(images.flagged):
+        seeds = ", ".join(str(seed) for seed, flag in zip(images.seeds, images.flagged, strict=True) if flag)
+        print(f"warning: the safety checker flagged the pictures of seeds {seeds}", file=sys.stderr)
     for path in images.save(args.output, separate=args.separate):
         print(path)
     return None
@@ -162,16 +165,24 @@ COMMANDS: dict[str, Command] = {
 def model_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which model, and where it runs."""
     parser.add_argument("--model", default="emoji-ldm", help="the model's name; `ldm models` lists them (default: %(default)s)")
-    parser.add_argument("--weights", help="a folder of weights in place of the embedded ones")
+    parser.add_argument("--weights", help="a single file, a folder of diffusers, one that ldm.save wrote, or `random`; in place of the model's own")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--dtype", help="float32 or bfloat16 (default: the fastest that is safe)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest that is safe)")
+    parser.add_argument("--variant", help="of a folder's files, such as fp16")
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a file that has both (default: if it has them)")
+    parser.add_argument("--prediction", choices=("eps", "v"), help="what the network predicts, where keys cannot tell (default: the model's)")
+    parser.add_argument("--safety", help="the safety checker's file or folder; flagged pictures are named on standard error")
+    parser.add_argument("--black", action="store_true", help="make flagged pictures black")
 
 
 def load(args: argparse.Namespace) -> object:
     """The model that the options name."""
     from ldm.registry import load as load_model
 
-    return load_model(args.model, weights=args.weights, device=args.device, dtype=args.dtype)
+    return load_model(
+        args.model, weights=args.weights, device=args.device, dtype=args.dtype, variant=args.variant, ema=args.ema, prediction=args.prediction,
+        safety=args.safety, black=args.black,
+    )  # fmt: skip
 
 
 def size(text: str) -> tuple[int, int]:

@@ -49,6 +49,14 @@ def test_a_full_size_file(tmp_path: Path) -> None:
         assert words in report.text()
 
 
+def test_a_file_is_compared_with_every_card_of_its_family(tmp_path: Path) -> None:
+    report = inspect(sparse(tmp_path / "sd.safetensors", sd1_file()), digest=False)
+    (fits,) = report.fits.values()
+    assert list(report.fits) == ["sd-v1-1, sd-v1-2, sd-v1-3, sd-v1-4, sd-v1-5"]
+    assert fits["unet"] and fits["vae"] and len(fits["text"].missing) == 195  # the text tower is reduced to its table here
+    assert "loads as  none of the cards" in report.text()
+
+
 def test_averages_missing_and_stray_tensors_are_told(tmp_path: Path) -> None:
     keys = sd1_file()
     averaged = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": shape for key, shape in keys.items() if key.startswith("model.d")}

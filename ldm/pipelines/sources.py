@@ -149,7 +149,7 @@ def _check_schedulers(card: ModelCard, folder: Folder) -> None:
         return
     s = card.schedule
     facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, card.prediction, zero_snr=s.zero_terminal_snr)
-    wrong = conflicts(stated, facts, TRAINED)
+    wrong = conflicts(stated, {**facts, "rescale_betas_zero_snr": s.zero_terminal_snr}, TRAINED)
     if wrong:
         advice = "ask for the card that says so, for prediction= if that is all, or register a card of your own"
         raise ValueError(f"{str(folder.path / 'scheduler')!r} was trained otherwise than {card.name!r}: {'; '.join(wrong)}; {advice}")

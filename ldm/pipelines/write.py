@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ldm.config import to_dict
 from ldm.files import write_atomically
-from ldm.models.bert import BertConditioner
-from ldm.models.clip import TextTower
+from ldm.models.bert import BertConditioner, BertConfig
+from ldm.models.clip import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner
 from ldm.models.tokenizer import EOT, all_symbols, merges
+from ldm.models.unet import UNetConfig
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.weights.detect import COND, FAMILIES
 from ldm.weights.diffusers_config import bert_config, scheduler_config, text_config, training_facts, unet_config, vae_config
@@ -81,7 +82,8 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     bert = isinstance(pipe.text, BertConditioner)
     vae = "vqvae" if bert or pipe.text is None else "vae"  # so LDM's pipelines call a first stage of either kind
     names = {"unet": "unet", "vae": vae, "text": "bert" if bert else "text_encoder", "text2": "text_encoder_2"}
-    described = {part: describe(network, pipe.latent_scale) for part, network in pipe.networks().items()}
+    side = card.defaults.height // pipe.vae.config.factor
+    described = {part: describe(network, pipe.latent_scale, side) for part, network in pipe.networks().items()}
     s, grids = card.schedule, card.grids()
     facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, card.prediction, zero_snr=s.zero_terminal_snr)
     trailing = grids.grids.get(card.defaults.sampler, grids.grids["*"]).get("spacing") == "trailing"
@@ -111,12 +113,14 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     return folder
 
 
-def describe(network: nn.Module, latent_scale: float) -> tuple[str, dict[str, Any]]:
+def describe(network: nn.Module, latent_scale: float = 1.0, latent_side: int = 64) -> tuple[str, dict[str, Any]]:
     """The class and configuration of a network in the words of diffusers."""
     config: Any = network.config
-    kinds = {"UNetConfig": unet_config, "TextConfig": text_config, "BertConfig": bert_config}
-    kind = type(config).__name__
-    return kinds[kind](config) if kind in kinds else vae_config(config, latent_scale)
+    if isinstance(config, UNetConfig):
+        return unet_config(config, latent_side)
+    if isinstance(config, TextConfig):
+        return text_config(config)
+    return bert_config(config) if isinstance(config, BertConfig) else vae_config(config, latent_scale)
 
 
 def write_component(folder: Path, network: nn.Module, config: Mapping[str, Any], stem: str, dtype: torch.dtype | None) -> None:

@@ -20,13 +20,13 @@ SCHEDULERS = {
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def unet_config(config: UNetConfig) -> tuple[str, JSON]:
-    """The class of a UNet and its configuration; ValueError for one that no class of diffusers computes."""
+def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
+    """The class of a UNet and its configuration (``sample_size``: the usual latent's side); ValueError for one that no class computes."""
     levels = range(len(config.channels))
     common = {
         "in_channels": config.in_channels, "out_channels": config.out_channels, "block_out_channels": list(config.channels),
         "layers_per_block": config.blocks, "act_fn": "silu", "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0,
-        "downsample_padding": 1,
+        "downsample_padding": 1, "sample_size": sample_size,
     }  # fmt: skip
     if config.attention == "block":
         if config.scale_shift or config.resample is not None or config.head_dim is None or config.context_dim is not None or not config.mid_depth:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
+import ldm.models.vae
 import ldm.models.vq
 from ldm.models.bert import LDMBert
 from ldm.models.shapes import BERTS, UNETS, VAES
@@ -97,6 +98,28 @@ def test_an_unconditional_unet_equals_the_peers() -> None:
         assert error(ours(x, t, Cond()), expected) < TOLERANCE
         rotate_qkv(ours, "down_blocks.1.attentions.0")
         assert error(ours(x, t, Cond()), expected) > VISIBLE
+
+
+def test_kl_f8_equals_the_peers() -> None:
+    config = VAES["kl-f8"]
+
+    def peer() -> AutoencoderKL:
+        return AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2, latent_channels=4,
+        )  # fmt: skip
+
+    generator = torch.Generator().manual_seed(1)
+    x, z = torch.rand(1, 3, 64, 48, generator=generator) * 2 - 1, torch.randn(1, 4, 6, 8, generator=generator)
+    with twins(peer, lambda: ldm.models.vae.AutoencoderKL(config)) as (theirs, ours):
+        posterior, pictures = theirs.encode(x).latent_dist, theirs.decode(z).sample
+        assert error(ours.encode(x).mean, posterior.mean) < TOLERANCE
+        assert error(ours.encode(x).logvar, posterior.logvar) < TOLERANCE
+        assert error(ours.decode(z), pictures) < TOLERANCE
+        rotate_qkv(ours, "encoder.mid_block.attentions.0")
+        rotate_qkv(ours, "decoder.mid_block.attentions.0")
+        assert error(ours.encode(x).mean, posterior.mean) > VISIBLE
+        assert error(ours.decode(z), pictures) > VISIBLE
 
 
 def test_vq_f4_equals_the_peers() -> None:
