@@ -22,12 +22,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-CARD = "sd-v1-5"
 WHO = ("ldm", "diffusers")
 TIME_BAR, MEMORY_BAR = 0.5, 1.15
 
 
-def child(who: str, weights: Path, config: Path, threads: int) -> None:
+def name_of(card: str) -> str:
+    """The name of a card, registered first where its YAML was given."""
+    import ldm
+
+    return ldm.register(card).name if card.endswith((".yaml", ".yml")) else card
+
+
+def child(who: str, weights: Path, config: Path, threads: int, card: str) -> None:
     """In a process of its own: import, say so, wait for a line, load, and report."""
     import torch
 
@@ -36,8 +42,10 @@ def child(who: str, weights: Path, config: Path, threads: int) -> None:
         import ldm
         import ldm.registry  # noqa: F401  (what `ldm.load` imports when first called)
 
+        name = name_of(card)
+
         def load() -> Any:
-            return ldm.load(CARD, weights=weights, device="cpu", dtype="bfloat16")
+            return ldm.load(name, weights=weights, device="cpu", dtype="bfloat16")
     else:
         import accelerate  # noqa: F401
         import diffusers.models
@@ -75,9 +83,10 @@ def anonymous(pid: int) -> int:
     return 0
 
 
-def measure(who: str, weights: Path, config: Path, threads: int) -> dict[str, Any]:
+def measure(who: str, weights: Path, config: Path, threads: int, card: str) -> dict[str, Any]:
     """One run of one side in a new process."""
     command = [sys.executable, __file__, "--child", who, "--weights", str(weights), "--config", str(config), "--threads", str(threads)]
+    command += ["--card", card]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
@@ -98,14 +107,14 @@ def measure(who: str, weights: Path, config: Path, threads: int) -> dict[str, An
     return {"who": who, "before": before, "peak": peak - before, **json.loads(text)}
 
 
-def prepare(folder: Path) -> tuple[Path, Path]:
+def prepare(folder: Path, card: str) -> tuple[Path, Path]:
     """The file, and a folder of configurations and tokenizers that the peer needs beside it; made where they are not there."""
-    weights, config = folder / "sd15-random-fp16.safetensors", folder / "config"
+    weights, config = folder / "random-fp16.safetensors", folder / "config"
     if not weights.is_file() or not (config / "model_index.json").is_file():
         import ldm
 
         folder.mkdir(parents=True, exist_ok=True)
-        pipe = ldm.load(CARD, weights="random", device="cpu", dtype="float16")
+        pipe = ldm.load(name_of(card), weights="random", device="cpu", dtype="float16")
         ldm.save(pipe, weights, layout="original", dtype="float16")
         ldm.save(pipe, config, layout="diffusers", dtype="float16")
         for file in config.glob("*/*.safetensors"):
@@ -121,17 +130,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, in turns (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of torch on either side (default: all)")
     parser.add_argument("--folder", type=Path, help="where the file is made and kept (default: a temporary folder)")
+    parser.add_argument("--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family, or the YAML of one (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.weights, args.config, args.threads)
+        child(args.child, args.weights, args.config, args.threads, args.card)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        weights, config = prepare(args.folder or Path(temporary))
-        runs = [measure(who, weights, config, args.threads) for _ in range(args.rounds + 1) for who in WHO]
+        weights, config = prepare(args.folder or Path(temporary), args.card)
+        runs = [measure(who, weights, config, args.threads, args.card) for _ in range(args.rounds + 1) for who in WHO]
         size = weights.stat().st_size
     report = summary(runs[len(WHO) :], size, args.threads)  # the first round warms up
     print_table(report)
