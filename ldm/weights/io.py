@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.weights.cast import cast_checked, is_finite
+from ldm.weights.cast import cast, is_finite
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -239,9 +239,9 @@ def load_strict(
     )  # fmt: skip
     if wrong:
         raise ValueError(f"{str(source)!r} does not fit {type(module).__name__}: {wrong}")
-    ready, bad = cast_checked({key: state[key] for key in want}, dtype, check=not allow_nan)
-    if bad:
-        _refuse(bad, ready, state, source)
+    ready = cast({key: state[key] for key in want}, dtype)
+    if not allow_nan:
+        _check_finite(ready, state, source)
     module.load_state_dict(ready, strict=True, assign=True)
     for part in module.modules():
         if any(buffer.is_meta for buffer in part.buffers(recurse=False)) and hasattr(part, "reset_buffers"):
@@ -251,7 +251,10 @@ def load_strict(
         raise RuntimeError(f"{type(module).__name__}: {len(left)} tensors are in no state dict and have no data ({', '.join(left[:5])})")
 
 
-def _refuse(bad: list[str], ready: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
+def _check_finite(ready: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
+    bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
+    if not bad:
+        return
     overflown = [key for key in bad if is_finite(state[key])]
     if overflown:
         wide, narrow = state[overflown[0]].dtype, ready[overflown[0]].dtype
