@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import family
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.write import describe, write_clip_tokenizer
 from ldm.weights.diffusers_config import scheduler_config, training_facts
 from ldm.weights.parts import to_layout
+
+STEP = 1 / 255
 
 
 def twin(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
@@ -60,8 +63,48 @@ def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
     parts["scheduler"] = scheduler(pipe, pipe.card.defaults.sampler)
     if "XL" not in kind:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if kind == "StableDiffusionXLPipeline":
+    else:
         parts["force_zeros_for_empty_prompt"] = pipe.card.zero_negative
+        if "text" not in networks:
+            parts |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
     theirs = getattr(diffusers, kind)(**parts)
     theirs.set_progress_bar_config(disable=True)
     return theirs
+
+
+def make(base: str, size: str, folder: Path) -> tuple[Any, int]:
+    """A pipeline with random weights, reduced or full, and the side of its pictures. Its encoder has no spread, as the peer's samples from it."""
+    name = base if size == "full" else family.register(base, folder).name
+    pipe = family.load(name)
+    quant, half = pipe.vae.quant_conv, pipe.vae.config.latent_channels
+    quant.weight[half:] = 0.0
+    quant.bias[half:] = -60.0  # clamped to −30: a deviation of 3e-7
+    return pipe, 64 if size == "full" else 32
+
+
+def noise(pipe: Any, side: int, seed: int = 3) -> Tensor:
+    factor = pipe.vae.config.factor
+    return torch.randn(1, 4, side // factor, side // factor, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(side: int) -> Tensor:
+    """Smooth colours in [0, 1], (1, 3, side, side)."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    return torch.stack([x, y, (1 - x) * y])[None]
+
+
+def hole(side: int) -> Tensor:
+    mask = torch.zeros(1, 1, side, side)
+    mask[..., side // 4 : side // 2, side // 4 :] = 1
+    return mask
+
+
+def assert_equal(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    inside = ((theirs > 0.02) & (theirs < 0.98)).float().mean()
+    assert inside > 0.2 and theirs.std() > 0.05, "a saturated or flat picture would prove nothing"
+    assert (ours - theirs).abs().max() <= STEP, f"largest difference {float((ours - theirs).abs().max()) * 255:.3f} of 255"
+
+
+def differ(ours: Tensor, theirs: Tensor) -> bool:
+    return bool((ours - theirs).abs().max() > 10 * STEP)

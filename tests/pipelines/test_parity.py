@@ -7,57 +7,15 @@ The full-size SDXL takes 14 GB of memory, which both pipelines share.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import family
 import pytest
 import torch
-from peer import peer, scheduler
-from torch import Tensor
+from peer import assert_equal, differ, hole, make, noise, peer, picture, scheduler
 
 import ldm
 
-STEP = 1 / 255
 STEPS = 5
 PROMPT, NEGATIVE = "a red apple on a table, oil painting", "blurry"
-
-
-def make(base: str, size: str, folder: Path) -> tuple[Any, int]:
-    """A pipeline with random weights, reduced or full, and the side of its pictures. Its encoder has no spread, as the peer's samples from it."""
-    name = base if size == "full" else family.register(base, folder).name
-    pipe = family.load(name)
-    quant, half = pipe.vae.quant_conv, pipe.vae.config.latent_channels
-    quant.weight[half:] = 0.0
-    quant.bias[half:] = -60.0  # clamped to −30: a deviation of 3e-7
-    return pipe, 64 if size == "full" else 32
-
-
-def noise(pipe: Any, side: int, seed: int = 3) -> Tensor:
-    factor = pipe.vae.config.factor
-    return torch.randn(1, 4, side // factor, side // factor, generator=torch.Generator().manual_seed(seed))
-
-
-def picture(side: int) -> Tensor:
-    """Smooth colours in [0, 1], (1, 3, side, side)."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    return torch.stack([x, y, (1 - x) * y])[None]
-
-
-def hole(side: int) -> Tensor:
-    mask = torch.zeros(1, 1, side, side)
-    mask[..., side // 4 : side // 2, side // 4 :] = 1
-    return mask
-
-
-def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
-    inside = ((theirs > 0.02) & (theirs < 0.98)).float().mean()
-    assert inside > 0.2 and theirs.std() > 0.05, "a saturated or flat picture would prove nothing"
-    assert (ours - theirs).abs().max() <= STEP, f"largest difference {float((ours - theirs).abs().max()) * 255:.3f} of 255"
-
-
-def differ(ours: Tensor, theirs: Tensor) -> bool:
-    return bool((ours - theirs).abs().max() > 10 * STEP)
 
 
 SIZES = ["reduced", pytest.param("full", marks=pytest.mark.slow)]
