@@ -45,6 +45,14 @@ def test_a_saved_model_loads_and_gives_the_same_pictures(assets, tmp_path):
     assert torch.equal(a, b)
 
 
+def test_an_embedded_model_with_random_weights(assets):
+    pipe, own = load(weights="random"), load()
+    assert pipe.text.words == own.text.words and pipe.origin == {"random": "seed 0"}
+    for name, tensor in pipe.state_dict().items():
+        assert tensor.shape == own.state_dict()[name].shape and not torch.equal(tensor, own.state_dict()[name])
+    assert pipe.text_to_image("red apple", progress=False).tensor.std() > 0.01
+
+
 def test_dtype_and_device(assets):
     assert ldm.load("emoji-ldm", dtype="bfloat16").dtype == torch.bfloat16
     with pytest.raises(ValueError, match="did you mean 'float32'"):

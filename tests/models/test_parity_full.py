@@ -100,6 +100,7 @@ def test_an_unconditional_unet_equals_the_peers() -> None:
         assert error(ours(x, t, Cond()), expected) > VISIBLE
 
 
+@pytest.mark.slow
 def test_kl_f8_equals_the_peers() -> None:
     config = VAES["kl-f8"]
 
