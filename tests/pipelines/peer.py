@@ -61,7 +61,9 @@ def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
             write_clip_tokenizer(folder / part, convention.pad, network.config.context_length)
             parts |= {f"text_encoder{suffix}": twin(network), f"tokenizer{suffix}": transformers.CLIPTokenizer.from_pretrained(folder / part)}
     parts["scheduler"] = scheduler(pipe, pipe.card.defaults.sampler)
-    if "XL" not in kind:
+    if kind == "StableDiffusionUpscalePipeline":
+        parts["low_res_scheduler"] = scheduler(pipe, "ddpm")
+    elif "XL" not in kind:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     else:
         parts["force_zeros_for_empty_prompt"] = pipe.card.zero_negative

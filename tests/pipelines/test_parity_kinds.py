@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peer import assert_equal, differ, hole, make, noise, peer, picture, scheduler
 
@@ -70,3 +71,22 @@ def test_sdxl_inpainting(tmp_path: Path) -> None:
     ).images  # fmt: skip
     options = {"steps": 5, "guidance": 5.0, "negative": NEGATIVE, "latents": z, **OURS}
     assert_equal(pipe.inpaint(PROMPT, picture(side), hole(side), **options).tensor, expected)
+
+
+def test_the_upscaler_with_its_level_of_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = make("sd-x4-upscaler", "reduced", tmp_path)
+    theirs, low = peer(pipe, "StableDiffusionUpscalePipeline", tmp_path), picture(8)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    # the noise on the small picture is the peer's, whose generator draws it first
+    drawn = torch.randn(low.shape, generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr("ldm.pipelines.latent.keyed_normal", lambda seed, k, shape: drawn[0])
+    results = {}
+    for level in (20, 200):
+        expected = theirs(
+            PROMPT, image=low, noise_level=level, num_inference_steps=5, guidance_scale=5.0, negative_prompt=NEGATIVE, latents=z,
+            generator=torch.Generator().manual_seed(5), output_type="pt",
+        ).images  # fmt: skip
+        options = {"steps": 5, "guidance": 5.0, "negative": NEGATIVE, "latents": z, **OURS}
+        results[level] = pipe.upscale(low, PROMPT, noise_level=level, **options).tensor
+        assert_equal(results[level], expected)
+    assert differ(results[20], results[200])
