@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ldm.cards import ModelCard
 from ldm.config import nearest, to_dict
+from ldm.conventions import Convention, get_convention
 from ldm.denoiser import Denoiser
 from ldm.grid import TimeGrid
 from ldm.guidance import cfg
 from ldm.images import Images, check_seeds
 from ldm.models.conditioner import TextConditioner
 from ldm.models.vae import AutoencoderKL
-from ldm.noise import initial_noise, keyed_noise
+from ldm.noise import initial_noise
 from ldm.samplers import get_sampler
 from ldm.types import Denoised, OnStep
 
@@ -65,7 +66,9 @@ class LatentDiffusion(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
-        grid: TimeGrid | None = None,
+        convention: str | Convention | Mapping[str, Any] | None = None,
+        spacing: str | None = None,
+        grid: TimeGrid | Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         seed: int | Sequence[int] = 0,
         height: int | None = None,
         width: int | None = None,
@@ -76,7 +79,9 @@ class LatentDiffusion(nn.Module):
     ) -> Images:
         """Pictures of a prompt, or of several: ``n`` (default 1) of each.
 
-        ``steps``, ``guidance``, ``sampler``, ``height`` and ``width``: None for what the card says. ``grid`` replaces steps and the card's grid.
+        ``steps``, ``guidance``, ``sampler``, ``height`` and ``width``: None for what the card says. ``convention``: diffusers, compvis, sgm or k,
+        whose grids, start and noise are followed in place of the card's. ``spacing``: another one of `TimeGrid.make`. ``grid`` replaces steps
+        and spacing: one of one's own, or a list of falling timesteps.
         ``seed``: picture i has seed s + i, or a sequence with one for each. ``latents`` (B, C, h, w): standard normal noise to start from, in place of
         the seeds'. ``guidance`` 1 is the conditional model alone, 0 the unconditional; an empty prompt is unconditional too.
         Decoded values outside [0, 1] are clamped.
@@ -90,29 +95,52 @@ class LatentDiffusion(nn.Module):
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompt: expected a text or several, got {prompt!r}")
         name = sampler or defaults.sampler
-        solve, options = get_sampler(name), {**self.card.grids().options.get(name, {}), **sampler_options}
+        rules = self.card.grids() if convention is None else get_convention(convention)
+        solve, options = get_sampler(name), {**rules.options.get(name, {}), **sampler_options}
         check_options(name, sampler_options)
-        grid = grid or self.card.grids().grid(self.denoiser.schedule, defaults.steps if steps is None else steps, name)
+        laid = self._lay(rules, name, steps, spacing, grid)
         scale = defaults.guidance if guidance is None else float(guidance)
         h, w = height or defaults.height, width or defaults.width
         seeds = check_seeds(seed, count)
-        start = self._start(seeds, h, w, latents, grid)
+        _, start = rules.begin(laid, self._noise(seeds, h, w, latents))
         self._warn(*prompts, negative)
 
         prompts = [p for p in prompts for _ in range(count // len(prompts))]
         size = (start.shape[-2], start.shape[-1])
-        fn = cfg(self.denoiser, self.text(prompts, size), self.text([negative], size), scale)
-        with progress_bar(len(grid), progress) as bar:
+        fn = cfg(self._denoiser(rules), self.text(prompts, size), self.text([negative], size), scale)
+        with progress_bar(len(laid), progress) as bar:
             hook = both_hooks(on_step, lambda *_: bar.update())
-            x = solve(fn, start, grid, noise=keyed_noise(seeds), on_step=hook, **options)
+            x = solve(fn, start, laid, noise=rules.noise(seeds, laid, name, **options), on_step=hook, **options)
+        said = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
         recipe = {
             "task": "text_to_image", "prompt": prompts if len(set(prompts)) > 1 else prompts[0], "negative": negative, "n": count if len(set(prompts)) == 1 else None,
-            "seed": list(seeds), "steps": len(grid), "guidance": scale, "sampler": name, "height": h, "width": w, **sampler_options,
+            "seed": list(seeds), "steps": len(laid), "guidance": scale, "sampler": name, "height": h, "width": w, **sampler_options,
+            **{key: value for key, value in said.items() if value is not None},
         }  # fmt: skip
         return Images(tensor=self.decode(x), seeds=seeds, prompts=tuple(prompts), recipe=self._recipe(recipe, replayable=latents is None and on_step is None))
 
-    def _start(self, seeds: Sequence[int], h: int, w: int, latents: Tensor | None, grid: TimeGrid) -> Tensor:
-        """The state the sampler starts from, float32 on the device."""
+    def _lay(self, rules: Convention, sampler: str, steps: int | None, spacing: str | None, grid: Any) -> TimeGrid:
+        """The caller's grid, or the convention's with the caller's spacing."""
+        schedule = self.denoiser.schedule
+        if grid is None:
+            changes = {} if spacing is None else {"spacing": spacing}
+            return rules.grid(schedule, self.card.defaults.steps if steps is None else steps, sampler, **changes)
+        if isinstance(grid, Mapping):
+            grid = TimeGrid.from_dict(schedule, grid)
+        laid = grid if isinstance(grid, TimeGrid) else TimeGrid.explicit(schedule, grid)
+        if spacing is not None or steps not in (None, len(laid)):
+            raise ValueError(f"grid says all of its {len(laid)} steps: leave spacing ({spacing!r}) and steps ({steps!r}) out")
+        return laid
+
+    def _denoiser(self, rules: Convention) -> Denoiser:
+        """The denoiser as the convention has its network see t."""
+        own = self.denoiser
+        if own.quantize or not rules.quantize:
+            return own
+        return Denoiser(own.net, own.schedule, own.prediction, learned_var=own.learned_var, quantize=True)
+
+    def _noise(self, seeds: Sequence[int], h: int, w: int, latents: Tensor | None) -> Tensor:
+        """The standard normal noise of each picture, (B, C, h/f, w/f) float32 on the device."""
         factor, channels = self.vae.config.factor, self.vae.config.latent_channels
         for side, value in (("height", h), ("width", w)):
             if value < factor or value % factor:
@@ -123,7 +151,7 @@ class LatentDiffusion(nn.Module):
             latents = initial_noise(seeds, shape)
         elif latents.shape != (len(seeds), *shape):
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {(len(seeds), *shape)}")
-        return latents.to(self.device, torch.float32) * self.card.grids().start_scale(grid)
+        return latents.to(self.device, torch.float32)
 
     def encode(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] → scaled latents (B, C, H/f, W/f) float32: the posterior's mean."""
