@@ -40,7 +40,6 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 def draw(axis: Any, rows: Sequence[Row], by: str, title: str, tolerance: float) -> None:
     """One panel, both axes logarithmic; names stand right of the lines' ends, moved apart."""
     curves = merged(rows, by)
-    most = max(row["evaluations"] for row in rows)
     ends = {name: math.log10(max(mine[-1]["distance"], 1e-3)) for name, mine in curves.items()}
     least, greatest = (f(max(row["distance"], 1e-3) for row in rows) for f in (min, max))
     gap = max(math.log10(greatest / least), 0.3) / 22
@@ -49,8 +48,8 @@ def draw(axis: Any, rows: Sequence[Row], by: str, title: str, tolerance: float) 
         x, y = [row["evaluations"] for row in mine], [max(row["distance"], 1e-3) for row in mine]
         axis.plot(x, y, dash, color=colour, marker="o", markersize=3, linewidth=1.4)
         axis.annotate(
-            name, (x[-1], y[-1]), xytext=(most * 1.12, 10**height), color=colour, fontsize=8, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+            name, (x[-1], y[-1]), xytext=(1.04, 10**height), textcoords=("axes fraction", "data"), color=colour, fontsize=8, va="center",
+            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
         )  # fmt: skip
     axis.axhline(tolerance, color="#999999", linewidth=0.8, linestyle=":")
     axis.annotate(
