@@ -80,11 +80,10 @@ class LatentDiffusion(nn.Module):
         """Pictures of a prompt, or of several: ``n`` (default 1) of each.
 
         ``steps``, ``guidance``, ``sampler``, ``height`` and ``width``: None for what the card says. ``convention``: diffusers, compvis, sgm or k,
-        whose grids, start and noise are followed in place of the card's. ``spacing``: another one of `TimeGrid.make`. ``grid`` replaces steps
-        and spacing: one of one's own, or a list of falling timesteps.
-        ``seed``: picture i has seed s + i, or a sequence with one for each. ``latents`` (B, C, h, w): standard normal noise to start from, in place of
-        the seeds'. ``guidance`` 1 is the conditional model alone, 0 the unconditional; an empty prompt is unconditional too.
-        Decoded values outside [0, 1] are clamped.
+        whose grids, start and noise are followed in place of the card's. ``spacing``: another one of `TimeGrid.make`. ``grid`` replaces steps and
+        spacing: one of one's own, or a list of falling timesteps. ``seed``: picture i has seed s + i, or a sequence with one for each. ``latents``
+        (B, C, h, w): standard normal noise to start from, in place of the seeds'. ``guidance`` 1 is the conditional model alone, 0 the
+        unconditional; an empty prompt is unconditional too. Decoded values outside [0, 1] are clamped.
 
         Raises ValueError for a size that the autoencoder cannot hold, no pictures or no steps, an unknown sampler or option. Warns with
         `UnknownWords` where a prompt has words the model has never seen.

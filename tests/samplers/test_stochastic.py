@@ -130,10 +130,7 @@ PATHS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "options"), PATHS)
 def test_brownian_noise_agrees_between_step_counts(name: str, options: dict[str, Any]) -> None:
-    """The same seeds at 20 and at 40 steps: far nearer to each other than with noise that belongs to the step's number.
-
-    Two solutions of one path differ by the strong error, a fifth of the data's deviation here; two of unrelated noise by what the noise decides.
-    """
+    """The same seeds at 20 and at 40 steps: far nearer to each other than with noise that belongs to the step's number."""
     data, seeds = mixture(), list(range(24))
     start = initial_noise(seeds, (1,), dtype=torch.float64)
     inner = 0.5 if name == "dpmpp_sde" else None
