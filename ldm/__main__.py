@@ -39,6 +39,7 @@ def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
     parser.add_argument("--negative", default="", help="what not to show")
     parser.add_argument("--sampler", help="sampling method (default: the model's)")
+    grid_options(parser)
     parser.add_argument("--size", type=size, help="SIDE or WIDTHxHEIGHT in pixels (default: the model's)")
     parser.add_argument("--separate", action="store_true", help="one file a picture, named by seed, in place of a grid")
     model_options(parser)
@@ -48,7 +49,7 @@ def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
     width, height = args.size or (None, None)
     images = pipe.text_to_image(
         args.prompt, n=args.n, seed=args.seed, steps=args.steps, guidance=args.guidance, negative=args.negative, sampler=args.sampler,
-        height=height, width=width,
+        height=height, width=width, convention=args.convention, spacing=args.spacing,
     )  # fmt: skip
     if images.flagged is not None and any(images.flagged):
         seeds = ", ".join(str(seed) for seed, flag in zip(images.seeds, images.flagged, strict=True) if flag)
@@ -129,17 +130,19 @@ def export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Print what a sampler will do: t, alpha-bar, sigma/alpha, lambda, evaluations."""
     from ldm.cards import find_model
+    from ldm.conventions import get_convention
     from ldm.plan import describe
 
     parser.add_argument("--model", default="emoji-ldm", help="the model whose schedule and conventions count (default: %(default)s)")
     parser.add_argument("--sampler", help="sampling method (default: the model's)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
-    parser.add_argument("--spacing", help="another spacing than the model's")
+    grid_options(parser)
     args = parser.parse_args(argv)
     card = find_model(args.model)
+    rules = get_convention(args.convention) if args.convention else card.grids()
     changes = {"spacing": args.spacing} if args.spacing else {}
     sampler, steps = args.sampler or card.defaults.sampler, card.defaults.steps if args.steps is None else args.steps
-    print(describe(card.grids().grid(card.schedule.make(), steps, sampler, **changes), sampler))
+    print(describe(rules.grid(card.schedule.make(), steps, sampler, **changes), sampler, **rules.options.get(sampler, {})))
     return None
 
 
@@ -173,6 +176,12 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prediction", choices=("eps", "v"), help="what the network predicts, where keys cannot tell (default: the model's)")
     parser.add_argument("--safety", help="the safety checker's file or folder; flagged pictures are named on standard error")
     parser.add_argument("--black", action="store_true", help="make flagged pictures black")
+
+
+def grid_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how the timesteps are laid."""
+    parser.add_argument("--convention", help="lay the grid, start and draw noise as diffusers, compvis, sgm or k does (default: the model's)")
+    parser.add_argument("--spacing", help="leading, trailing, linspace, karras, lambda, … in place of the convention's; a wrong name lists all")
 
 
 def load(args: argparse.Namespace) -> object:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ldm.config import nearest
+from torch import Tensor
+
+from ldm.config import build, nearest
 from ldm.grid import TimeGrid
-from ldm.samplers import SAMPLERS
+from ldm.noise import brownian_noise, keyed_noise
+from ldm.samplers import get_sampler
 from ldm.schedule import NoiseSchedule
+from ldm.types import NoiseFn
 
 Options = Mapping[str, Any]
 
@@ -18,21 +22,21 @@ Options = Mapping[str, Any]
 class Convention:
     """How a program lays its grids: options of ``TimeGrid.make`` by sampler, ``*`` for every other one.
 
-    ``start``: its first state is noise of deviation 1 (``unit``), or noise·sigma_max in the units of x/alpha (``sigma``), which is
-    sigma_T here.
-    ``quantize``: its network sees t rounded to table entries (``Denoiser(…, quantize=True)``).
-    ``options``: options of the samplers themselves, which the program sets.
+    ``start``: its first state is noise of deviation 1 (``unit``), or noise·sigma_max in the units of x/alpha (``sigma``), which is sigma_T
+    here. ``quantize``: its network sees t rounded to table entries (``Denoiser(…, quantize=True)``). ``options``: options of the samplers
+    themselves, which the program sets. ``brownian``: samplers whose noise is the increments of one Brownian path, so that one seed gives
+    nearby images at different numbers of steps.
     """
 
     grids: Mapping[str, Options]
     start: Literal["unit", "sigma"] = "unit"
     quantize: bool = False
     options: Mapping[str, Options] = field(default_factory=dict)
+    brownian: tuple[str, ...] = ()
 
     def grid(self, schedule: NoiseSchedule, steps: int, sampler: str, **changes: Any) -> TimeGrid:
-        """The program's grid for a sampler; ``changes`` override single options, e.g. spacing="karras"."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; {nearest(sampler, SAMPLERS)}")
+        """The program's grid for a sampler; ``changes`` override single options of ``TimeGrid.make``, e.g. spacing="karras"."""
+        get_sampler(sampler)
         options = dict(self.grids.get(sampler, self.grids["*"]))
         if "spacing" in changes and changes["spacing"] != options.get("spacing"):
             # an offset, a last node left out, a step to the table's first entry belong to the spacing that they were written for
@@ -43,6 +47,27 @@ class Convention:
         """What the initial standard normal noise is multiplied by."""
         return 1.0 if self.start == "unit" else float(grid.sigma[0])
 
+    def begin(self, grid: TimeGrid, eps: Tensor, image: Tensor | None = None, strength: float = 1.0) -> tuple[TimeGrid, Tensor]:
+        """The steps to take, and the state (B, *S) before them, from standard normal noise eps (B, *S).
+
+        With an ``image`` (B, *S) the last round(N·strength) steps, at least one, from the image noised to where they begin. Strength 1 is pure
+        noise whatever the image, the same as without one; strength lies in [0, 1].
+        """
+        if image is None and strength != 1:
+            raise ValueError(f"strength {strength} needs an image to start from")
+        rest = grid.tail(strength)
+        if image is None or strength == 1:
+            return grid, self.start_scale(grid) * eps
+        if image.shape != eps.shape:
+            raise ValueError(f"the image {tuple(image.shape)} and the noise {tuple(eps.shape)} must have one shape")
+        return rest, float(rest.alpha[0]) * image + float(rest.sigma[0]) * eps
+
+    def noise(self, seeds: Sequence[int], grid: TimeGrid, sampler: str, **options: Any) -> NoiseFn:
+        """The sampler's noise for these seeds: keyed by seed and step, or along a Brownian path; ``options`` are the sampler's."""
+        if sampler not in self.brownian:
+            return keyed_noise(seeds)
+        return brownian_noise(seeds, grid, inner=options.get("r", 0.5) if sampler == "dpmpp_sde" else None)
+
 
 _LEADING = {"spacing": "leading", "offset": 1}
 CONVENTIONS: dict[str, Convention] = {
@@ -51,7 +76,8 @@ CONVENTIONS: dict[str, Convention] = {
         grids={
             "ddim": {**_LEADING, "final": "first"},
             "plms": {**_LEADING, "final": "first"},
-            "tcd": {**_LEADING, "final": "first"},
+            "tcd": {"spacing": "lcm", "final": "first"},
+            "lcm": {"spacing": "lcm"},
             "dpmpp_2m": {**_LEADING, "drop_last": True},
             "dpmpp_2m_sde": {**_LEADING, "drop_last": True},
             "dpmpp_3m_sde": {**_LEADING, "drop_last": True},
@@ -61,6 +87,7 @@ CONVENTIONS: dict[str, Convention] = {
         },
         quantize=True,
         options={"dpmpp_3m_sde": {"curvature": "published"}},
+        brownian=("dpmpp_sde",),  # DPMSolverSDEScheduler; the multistep ones draw anew at every step
     ),
     # ldm/models/diffusion: ddim and plms with ddim_discretize "uniform"; dpm_solver from T to the table's first entry, in continuous time
     "compvis": Convention(
@@ -75,13 +102,20 @@ CONVENTIONS: dict[str, Convention] = {
     "sgm": Convention(grids={"*": {"spacing": "sgm"}}, quantize=True),
     # external.DiscreteSchedule.get_sigmas; the first state is noise·sigma_max
     "k": Convention(
-        grids={"*": {"spacing": "linspace", "integer": False}}, start="sigma", options={"dpmpp_3m_sde": {"curvature": "published"}}
+        grids={"*": {"spacing": "linspace", "integer": False}},
+        start="sigma",
+        options={"dpmpp_3m_sde": {"curvature": "published"}},
+        brownian=("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"),
     ),
 }
 
 
-def get_convention(name: str) -> Convention:
-    """The convention of a name; ValueError with the nearest one if there is none."""
+def get_convention(name: str | Convention | Mapping[str, Any]) -> Convention:
+    """The convention of a name, or one's own, or the fields of one as a recipe holds them; ValueError with the nearest name if there is none."""
+    if isinstance(name, Convention):
+        return name
+    if isinstance(name, Mapping):
+        return build(Convention, name)
     if name not in CONVENTIONS:
         raise ValueError(f"unknown convention {name!r}; {nearest(name, CONVENTIONS)}")
     return CONVENTIONS[name]

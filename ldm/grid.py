@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -68,14 +68,12 @@ class TimeGrid:
         """A grid of ``steps`` steps.
 
         Spacings in t, for a schedule of T entries: ``leading`` i·(T//N) + offset; ``trailing`` T − i·T/N − 1; ``linspace`` from T − 1 to 0;
-        ``sgm`` T − 1 − i·(T − 1)/N, rounded down.
+        ``sgm`` T − 1 − i·(T − 1)/N, rounded down; ``lcm`` N of the 50 timesteps that consistency models are distilled at, k·(T//50) − 1.
         They are rounded to table entries unless ``integer`` is False (leading is whole anyway).
-        Spacings in sigma/alpha from ``sigma_max`` to ``sigma_min`` (by default the table's ends): ``karras`` (arXiv:2206.00364, eq. 5,
-        rho 7),
+        Spacings in sigma/alpha from ``sigma_max`` to ``sigma_min`` (by default the table's ends): ``karras`` (arXiv:2206.00364, eq. 5, rho 7),
         ``exponential`` (uniform in its logarithm), ``polyexponential`` (rho 1), and ``lambda``, another name of exponential.
         ``ays_sd1``, ``ays_sdxl``: Align Your Steps' tables (arXiv:2404.14507), which end in a level that is left out (as by ``drop_last``).
-        ``final``: after the last evaluation the state is ``data`` (alpha 1, sigma 0), ``first`` (alpha-bar[0]), or ``none``: the spacing
-        lays
+        ``final``: after the last evaluation the state is ``data`` (alpha 1, sigma 0), ``first`` (alpha-bar[0]), or ``none``: the spacing lays
         one node more, which is the final state, and no step leads further. ``drop_last`` lays one node more and leaves it out.
 
         Raises ValueError for a number of steps that the spacing cannot serve, naming the nearest one that it can.
@@ -117,6 +115,18 @@ class TimeGrid:
         t = _interpolate_time(schedule.log_ratio, levels)
         # alpha² = 1/(1 + e^(2r)), sigma² = 1/(1 + e^(−2r))
         return _finish(schedule, t, torch.sigmoid(-2 * levels).sqrt(), torch.sigmoid(2 * levels).sqrt(), final)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """t, alpha and sigma as plain lists, which ``from_dict`` reads back to the bit."""
+        return {"t": self.t.tolist(), "alpha": self.alpha.tolist(), "sigma": self.sigma.tolist()}
+
+    @staticmethod
+    def from_dict(schedule: NoiseSchedule, values: Mapping[str, Sequence[float]]) -> TimeGrid:
+        """The grid of ``to_dict`` under the schedule that it was made for; ValueError for other keys."""
+        if set(values) != {"t", "alpha", "sigma"}:
+            raise ValueError(f"a grid is written as t, alpha and sigma, got {sorted(values)}")
+        t, alpha, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("t", "alpha", "sigma"))
+        return TimeGrid(t=t, alpha=alpha, sigma=sigma, log_ratio=schedule.log_ratio)
 
     def time(self, log_sigma_over_alpha: Tensor | float) -> Tensor:
         """t (fractional, float64) of log(sigma/alpha), linear between table entries; ValueError outside the table."""
@@ -170,6 +180,13 @@ def _sgm(T: int, n: int, offset: int, integer: bool) -> Tensor:
     return t.floor() if integer else t
 
 
+def _lcm(T: int, n: int, offset: int, integer: bool) -> Tensor:
+    if T < 50 or n > 50:
+        raise ValueError(f"it picks among the 50 timesteps of distillation, got {n} of {T}")
+    kept = torch.arange(n) * 50 // n  # counted from the noisiest
+    return ((50 - kept) * (T // 50) - 1).double()
+
+
 def _karras(low: float, high: float, n: int, rho: float | None) -> Tensor:
     rho = 7.0 if rho is None else rho
     a, b = math.exp(high / rho), math.exp(low / rho)  # sigma^(1/rho)
@@ -208,6 +225,7 @@ TIME_SPACINGS: dict[str, Callable[[int, int, int, bool], Tensor]] = {
     "trailing": _trailing,
     "linspace": _linspace,
     "sgm": _sgm,
+    "lcm": _lcm,
 }
 SIGMA_SPACINGS: dict[str, Callable[[float, float, int, float | None], Tensor]] = {
     "karras": _karras,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,7 +53,7 @@ def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> 
     """The denoiser under K conditions, each (B, *S): one batch of K·B where the conditions can be joined, else K calls."""
     n, k = len(x_t), len(conds)
     wide = [cond.expand(n) for cond in conds]
-    if not Cond.can_cat(wide):
+    if k == 1 or not Cond.can_cat(wide):
         return [denoiser(x_t, t, cond) for cond in conds]
     t = torch.as_tensor(t)
     t = torch.cat([t] * k) if t.ndim == 1 and len(t) == n else t  # (K·B,) or shared
@@ -95,33 +96,45 @@ def with_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x0: Tensor, like: D
 def compose(denoiser: Denoiser, prompts: Sequence[tuple[Cond, float]], uncond: Cond) -> DenoiseFn:
     """Several conditions with weights: eps_u + sum_i w_i·(eps_i − eps_u)  (composable diffusion, arXiv:2206.01714, eq. 11).
 
-    One condition of weight w is ``cfg`` with scale w; a negative weight turns away from its condition.
+    One condition of weight w is ``cfg`` with scale w; a negative weight turns away from its condition. What has no weight is not evaluated:
+    the unconditional where the weights sum to 1, a condition where its weight is 0.
     """
     if not prompts:
         raise ValueError("compose needs at least one (condition, weight)")
+    rest = 1 - math.fsum(weight for _, weight in prompts)  # the sum above, with eps_u gathered
+    terms = [(cond, weight) for cond, weight in [*prompts, (uncond, rest)] if weight != 0]
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
-        *parts, base = under(denoiser, x_t, t, [cond for cond, _ in prompts] + [uncond])
-        x0, eps = base.x0, base.eps
-        for part, (_, weight) in zip(parts, prompts, strict=True):
-            x0, eps = x0 + weight * (part.x0 - base.x0), eps + weight * (part.eps - base.eps)
+        parts = under(denoiser, x_t, t, [cond for cond, _ in terms])
+        x0, eps = terms[0][1] * parts[0].x0, terms[0][1] * parts[0].eps
+        for part, (_, weight) in zip(parts[1:], terms[1:], strict=True):
+            x0, eps = x0 + weight * part.x0, eps + weight * part.eps
         return Denoised(x0, eps, parts[0].var_frac)
 
     return fn
 
 
 def perp_neg(denoiser: Denoiser, cond: Cond, negatives: Sequence[tuple[Cond, float]], uncond: Cond, scale: float) -> DenoiseFn:
-    """eps_u + scale·(p − sum_i w_i·n_i⊥), p and n_i the differences from eps_u, n_i⊥ the part of n_i across p  (arXiv:2304.04968, eq.
-    8)."""
+    """eps_u + scale·(p − sum_i w_i·n_i⊥), p and n_i the differences from eps_u, n_i⊥ the part of n_i across p  (arXiv:2304.04968, eq. 8).
+
+    Without negatives it is ``cfg``; scale 0 is the unconditional model at one evaluation.
+    """
+    terms = [(negative, weight) for negative, weight in negatives if weight != 0]
+    plain = cfg(denoiser, cond, uncond, scale)
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
-        positive, *others, base = under(denoiser, x_t, t, [cond, *(negative for negative, _ in negatives), uncond])
-        p = positive.eps - base.eps
-        direction = p.clone()
-        for other, (_, weight) in zip(others, negatives, strict=True):
-            direction = direction - weight * _across(other.eps - base.eps, p)
-        eps = base.eps + scale * direction
-        return with_eps(denoiser.schedule, x_t, t, eps, positive)
+        if scale == 0 or not terms:
+            return plain(x_t, t)
+        positive, *others, base = under(denoiser, x_t, t, [cond, *(negative for negative, _ in terms), uncond])
+        p = positive.x0 - base.x0
+        # n − (share of p)·p, where the share is the same for x0 and eps, whose differences are parallel; x0's are defined at alpha 0 too
+        along, x0, eps = 1.0, base.x0, base.eps
+        for other, (_, weight) in zip(others, terms, strict=True):
+            share = broadcast(_share(other.x0 - base.x0, p), p)
+            along = along + weight * share
+            x0, eps = x0 - scale * weight * (other.x0 - base.x0), eps - scale * weight * (other.eps - base.eps)
+        x0, eps = x0 + scale * along * p, eps + scale * along * (positive.eps - base.eps)
+        return Denoised(x0, eps, positive.var_frac)
 
     return fn
 
@@ -131,9 +144,8 @@ def apg(
 ) -> DenoiseFn:
     """Adaptive projected guidance: x0_c + (scale − 1)·(d⊥ + eta·d∥), d = x0_c − x0_u split along x0_c  (arXiv:2410.02416, algorithm 1).
 
-    ``norm`` bounds the length of each sample's d first. eta 1 without norm is ``cfg``. The paper's momentum is left out: it would be a
-    memory
-    between steps, which a DenoiseFn does not have.
+    ``norm`` bounds the length of each sample's d first. eta 1 without norm is ``cfg``; scale 1 is the conditional model at one evaluation.
+    The paper's momentum is left out: it would be a memory between steps, which a DenoiseFn does not have.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
@@ -152,16 +164,47 @@ def apg(
 
 def _across(a: Tensor, b: Tensor) -> Tensor:
     """The part of a orthogonal to b, sample by sample."""
-    dot = (a * b).flatten(1).sum(1) / b.flatten(1).square().sum(1).clamp(min=1e-30)  # (B,)
-    return a - broadcast(dot, a) * b
+    return a - broadcast(_share(a, b), a) * b
+
+
+def _share(a: Tensor, b: Tensor) -> Tensor:
+    """How much of b is in a, <a, b>/<b, b> of each sample, (B,)."""
+    return (a * b).flatten(1).sum(1) / b.flatten(1).square().sum(1).clamp(min=1e-30)
 
 
 def autoguidance(good: DenoiseFn, bad: DenoiseFn, scale: float) -> DenoiseFn:
-    """bad + scale·(good − bad), ``bad`` being a smaller or less trained model of the same task  (arXiv:2406.02507, eq. 3)."""
+    """bad + scale·(good − bad), ``bad`` being a smaller or less trained model of the same task  (arXiv:2406.02507, eq. 3).
+
+    Scale 1 evaluates ``good`` alone, scale 0 ``bad`` alone.
+    """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        if scale == 0:
+            return bad(x_t, t)
         d = good(x_t, t)
         return d if scale == 1 else lerp(bad(x_t, t), d, scale)._replace(var_frac=d.var_frac)
+
+    return fn
+
+
+def between(guided: DenoiseFn, plain: DenoiseFn, schedule: NoiseSchedule, low: float, high: float) -> DenoiseFn:
+    """``guided`` where low < sigma/alpha <= high, each sample by its own t, and ``plain`` elsewhere  (arXiv:2404.07724, eq. 5).
+
+    The interval of ``cfg`` for every other guidance; only what some sample needs is evaluated.
+    """
+    if not 0 <= low < high:
+        raise ValueError(f"expected 0 <= low < high of sigma/alpha, got {low} and {high}")
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        inside = _inside(schedule, t, (low, high))
+        if bool(inside.all()):
+            return guided(x_t, t)
+        if not bool(inside.any()):
+            return plain(x_t, t)
+        a, b = guided(x_t, t), plain(x_t, t)
+        chosen = broadcast(inside, a.x0).bool()
+        var = None if a.var_frac is None or b.var_frac is None else torch.where(chosen, a.var_frac, b.var_frac)
+        return Denoised(torch.where(chosen, a.x0, b.x0), torch.where(chosen, a.eps, b.eps), var)
 
     return fn
 
@@ -172,11 +215,13 @@ def gradient(
     """eps − scale·sigma·∇ log p(y | x_t): classifier guidance (arXiv:2105.05233, algorithm 2), by autograd.
 
     ``log_prob(x_t, t) -> (B,)`` sees the noisy state; with ``of_x0`` it sees the network's x0 and the gradient goes through the network,
-    as for
-    CLIP and reconstruction guidance (arXiv:2209.14687). Raises ValueError at alpha 0, where a change of eps moves x0 without bound.
+    as for CLIP and reconstruction guidance (arXiv:2209.14687). Scale 0 is ``denoise`` alone. Raises ValueError at alpha 0, where a change of
+    eps moves x0 without bound.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        if scale == 0:
+            return denoise(x_t, t)
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
             d = denoise(x, t)

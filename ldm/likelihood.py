@@ -23,13 +23,11 @@ class Bits(NamedTuple):
 def flow_bits(denoise: DenoiseFn, x0: Tensor, grid: TimeGrid, *, noise: NoiseFn, probes: int = 1, bin_width: float | None = None) -> Bits:
     """Bits per dimension of x0 (B, *S) by the probability-flow ODE  (Song et al., arXiv:2011.13456, eq. 39–40).
 
-    With y = x/alpha, rho = sigma/alpha: dy/drho = eps and dlog p/drho = −div eps, from rho of the grid's last state with noise to its
-    first, by
+    With y = x/alpha, rho = sigma/alpha: dy/drho = eps and dlog p/drho = −div eps, from rho of the grid's last state with noise to its first, by
     the classical Runge–Kutta method in log rho over the grid's own steps (4 evaluations and 4·probes gradients each); there x is taken for
-    standard normal. Hutchinson's estimate of the divergence takes ``probes`` vectors of ±1, the signs of draws 0, 1, … of ``noise``; the
-    error is
-    over them (nan for one probe).
-    ``bin_width``: the data are the bins' dequantised values (2/255 for 8-bit pixels in [−1, 1]) and the bits are those of the bin.
+    standard normal. Hutchinson's estimate of the divergence takes ``probes`` vectors of ±1, the signs of draws 0, 1, … of ``noise``; the error
+    is over them (nan for one probe). ``bin_width``: the data are the bins' dequantised values (2/255 for 8-bit pixels in [−1, 1]) and the bits
+    are those of the bin.
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
@@ -73,9 +71,8 @@ def bound_bits(
 ) -> Bits:
     """The variational bound on x0's (B, *S) bits per dimension in continuous time  (VDM, arXiv:2107.00630, eq. 11–15).
 
-    KL(q(x_T | x0) | N(0, 1)) + (lambda_max − lambda_min)·E ‖eps − eps_hat‖² + E[−log N(x0; y_0, rho_min²)], between the grid's first
-    state and its
-    last with noise, where y_0 = x0 + rho_min·eps. lambda is drawn from ``samples`` equal strata; draw 2k of ``noise`` makes the k-th eps,
+    KL(q(x_T | x0) | N(0, 1)) + (lambda_max − lambda_min)·E ‖eps − eps_hat‖² + E[−log N(x0; y_0, rho_min²)], between the grid's first state and
+    its last with noise, where y_0 = x0 + rho_min·eps. lambda is drawn from ``samples`` equal strata; draw 2k of ``noise`` makes the k-th eps,
     draw 2k + 1 its place in the stratum. The error is from the differences of neighbouring strata. ``bin_width`` as for ``flow_bits``.
     """
     if samples < 2:

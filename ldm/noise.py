@@ -60,10 +60,9 @@ def brownian_noise(seeds: Sequence[int], grid: TimeGrid, *, inner: float | None 
     """A NoiseFn of Brownian increments, so that one seed on grids of different length takes the same path.
 
     Draw i is (W(s') − W(s))/sqrt(s' − s) between states i and i + 1, with s = alpha²/sigma², the time in which the noise of a step of a
-    variance-preserving SDE is exactly Brownian: sigma'·sqrt(1 − e^(−2h))·z = sigma'²/alpha'·(W(s') − W(s)).
-    With ``inner`` = r (0 < r <= 1; for dpmpp_sde) draw 2i leads from state i to the inner level and draw 2i + 1 to state i + 1. Drawn in
-    float32
-    on the CPU, summed in float64: W is a tree of midpoints keyed by (seed, node)  (Kidger et al., arXiv:2105.13493, section 4).
+    variance-preserving SDE is exactly Brownian: sigma'·sqrt(1 − e^(−2h))·z = sigma'²/alpha'·(W(s') − W(s)). With ``inner`` = r (0 < r <= 1; for
+    dpmpp_sde) draw 2i leads from state i to the inner level and draw 2i + 1 to state i + 1. Drawn in float32 on the CPU, summed in float64: W
+    is a tree of midpoints keyed by (seed, node)  (Kidger et al., arXiv:2105.13493, section 4).
     """
     seeds = _check(seeds)
     lams = grid.lam.tolist()

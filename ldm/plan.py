@@ -34,13 +34,14 @@ def visits(grid: TimeGrid, sampler: str, **options: Any) -> list[float]:
 
 
 def describe(grid: TimeGrid, sampler: str, **options: Any) -> str:
-    """A table of the grid's states: step, t, alpha-bar, sigma/alpha, lambda; above it the sampler and its evaluations."""
+    """A table of the grid's states: step, t, alpha-bar, sigma, sigma/alpha, lambda; above it the sampler, its options and its evaluations."""
     count = evaluations(grid, sampler, **options)
     told = "evaluations: as its error tolerance asks" if count is None else f"{count} evaluation{'s' * (count != 1)}"
     chosen = "".join(f", {name} {value}" for name, value in options.items())
     lines = [f"{sampler}{chosen}: {len(grid)} step{'s' * (len(grid) != 1)}, {told}"]
-    lines.append(f"{'step':>4} {'t':>9} {'alpha-bar':>10} {'sigma/alpha':>11} {'lambda':>9}")
+    lines.append(f"{'step':>4} {'t':>9} {'alpha-bar':>10} {'sigma':>8} {'sigma/alpha':>11} {'lambda':>9}")
     times = [f"{t:9.3f}".rstrip("0").rstrip(".") for t in grid.t.tolist()] + ["end"]
-    for i, (t, alpha, rho, lam) in enumerate(zip(times, grid.alpha.tolist(), grid.ratio.tolist(), grid.lam.tolist(), strict=True)):
-        lines.append(f"{i:>4} {t:>9} {alpha**2:>10.6f} {rho:>11.5f} {lam:>9.4f}")
+    states = torch.stack([grid.alpha**2, grid.sigma, grid.ratio, grid.lam], dim=1).tolist()
+    for i, (t, (bar, sigma, rho, lam)) in enumerate(zip(times, states, strict=True)):
+        lines.append(f"{i:>4} {t:>9} {bar:>10.6f} {sigma:>8.5f} {rho:>11.5f} {lam:>9.4f}")
     return "\n".join(lines)

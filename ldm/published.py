@@ -25,10 +25,8 @@ def defaults(sampler: str, steps: int, guidance: float, side: int) -> Defaults:
 
 
 SD_BETAS, LDM_BETAS = betas(0.00085, 0.012), betas(0.0015, 0.0195)
-DIFFUSERS = CONVENTIONS["diffusers"]
 # distilled models start at the noisiest timestep itself; the peer's first state is noise · sigma_max there
 TRAILING = Convention(grids={"*": {"spacing": "trailing"}}, start="sigma", quantize=True)
-LCM = replace(DIFFUSERS, grids={**DIFFUSERS.grids, "lcm": {"spacing": "trailing"}})
 ETA_1 = replace(CONVENTIONS["compvis"], options={**CONVENTIONS["compvis"].options, "ddim": {"eta": 1.0}})
 
 # Stable Diffusion 1
@@ -71,7 +69,7 @@ PIX2PIX = replace(
 )  # fmt: skip
 SD15_LCM = replace(
     SD15, name="lcm-sd-v1-5", family="sd1-lcm", summary="a latent consistency model on Stable Diffusion 1.5 (LCM_Dreamshaper_v7): 1 to 8 steps",
-    licence=SEE, networks=Networks(unet="sd1-lcm", vae="kl-f8", text="clip-l"), convention=LCM, defaults=defaults("lcm", 4, 8.5, 768),
+    licence=SEE, networks=Networks(unet="sd1-lcm", vae="kl-f8", text="clip-l"), defaults=defaults("lcm", 4, 8.5, 768),
     hub=Hub(repo="SimianLuo/LCM_Dreamshaper_v7"),
 )  # fmt: skip
 
@@ -159,7 +157,7 @@ SDXL_TURBO = replace(
     defaults=defaults("euler_a", 1, 1.0, 512), hub=Hub(repo="stabilityai/sdxl-turbo"),
 )  # fmt: skip
 SDXL_LCM = replace(
-    SDXL, name="lcm-sdxl", family="sdxl-lcm", summary="LCM-SDXL: the base model distilled to 1 to 8 steps", zero_negative=False, convention=LCM,
+    SDXL, name="lcm-sdxl", family="sdxl-lcm", summary="LCM-SDXL: the base model distilled to 1 to 8 steps", zero_negative=False,
     networks=Networks(unet="sdxl-lcm", vae="kl-f8", text="clip-l", text2="clip-bigg"), defaults=defaults("lcm", 4, 8.0, 1024), hub=None,
 )  # fmt: skip
 

@@ -1,5 +1,9 @@
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +32,8 @@ def independent(spacing: str, n: int, offset: int) -> list[float]:
         return [round(T - Fraction(i * T, n)) - 1 for i in range(n)]
     if spacing == "linspace":
         return [999 - round(Fraction(i * 999, n - 1)) for i in range(n)] if n > 1 else [999]
+    if spacing == "lcm":  # LCMScheduler: of 19, 39, … 999 backwards, those at floor(linspace(0, 50, n, endpoint=False))
+        return [list(range(19, 1000, 20))[::-1][math.floor(Fraction(50 * i, n))] for i in range(n)]
     if spacing == "sgm":  # np.linspace(999, 0, n, endpoint=False), its fraction cut off
         return [math.floor(999 - Fraction(i * 999, n)) for i in range(n)]
     betas = np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2
@@ -49,14 +55,15 @@ def independent(spacing: str, n: int, offset: int) -> list[float]:
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_number_of_steps(spacing: str, offset: int) -> None:
     """1 to 1000 steps: length exact, in range, strictly falling, equal to the independent table; or refused with a neighbour that works."""
-    refused = []
-    for n in range(1, T + 1):
+    refused, neighbours = [], []
+    for n in [*range(1, 121), 400, T] if spacing == "lcm" else range(1, T + 1):  # lcm refuses all above 50 alike
         try:
             grid = TimeGrid.make(SCHEDULE, n, spacing=spacing, offset=offset)
         except ValueError as error:
             refused.append(n)
             works = int(str(error).rsplit(" ", 1)[1])
             assert len(TimeGrid.make(SCHEDULE, works, spacing=spacing, offset=offset)) == works
+            neighbours.append((n, works))
             continue
         t = grid.t.numpy()
         assert len(t) == len(grid) == n and t.min() >= 0 and t.max() <= T - 1
@@ -66,12 +73,40 @@ def test_every_number_of_steps(spacing: str, offset: int) -> None:
             assert np.abs(t - (999 * (1 - np.arange(n) / max(n - 1, 1)))).max() <= 0.5 + 1e-9
         else:
             # sigma-spaced: 1e-12 of log sigma over the table's least slope, 2e-3 a step
-            np.testing.assert_allclose(t, expected, rtol=0, atol=0 if spacing in ("leading", "trailing", "sgm") else 1e-8)
-    # leading: whole strides from 501 to 899 steps would start in the middle of the noise
-    assert all(spacing == "leading" for _ in refused)
+            np.testing.assert_allclose(t, expected, rtol=0, atol=0 if spacing in ("leading", "trailing", "sgm", "lcm") else 1e-8)
+    for n, works in neighbours if spacing != "lcm" else ():  # nothing nearer works
+        assert works not in refused and all(m in refused or not 1 <= m <= T for m in range(n - abs(n - works) + 1, n + abs(n - works)))
+    # leading: a whole stride that would leave more than a tenth of the schedule out at the noisy end, or that runs past it
+    assert spacing in ("leading", "lcm") or not refused
+    if spacing == "lcm":
+        assert refused == [*range(51, 121), 400, T] and all(works == 50 for _, works in neighbours)
     if spacing == "leading":
         lost = [n for n in range(1, T + 1) if T - n * (T // n) > 100 or (n - 1) * (T // n) + offset > T - 1]
         assert refused == lost and 20 not in lost and 50 not in lost
+
+
+VARIANTS = [{"final": "none"}, {"final": "first"}, {"drop_last": True}, {"integer": False}, {"integer": False, "drop_last": True}]
+SOME = [*range(1, 31), 100, 101, 333, 334, 500, 501, 900, 998, 999, 1000]
+
+
+@pytest.mark.parametrize("numbers", [SOME, pytest.param(range(1, T + 1), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_number_of_steps_with_every_ending(spacing: str, options: dict[str, Any], numbers: Sequence[int]) -> None:
+    """Length exact, in range, strictly falling to the final state that was asked for; or refused with a neighbour that works."""
+    if options.get("final") == "first" and spacing not in ("leading", "trailing", "sgm", "lcm", *AYS):
+        return  # their last timestep is the table's first entry already: test_final_states
+    for n in [n for n in numbers if spacing != "lcm" or n < 110]:
+        try:
+            grid = TimeGrid.make(SCHEDULE, n, spacing=spacing, offset=1, **options)
+        except ValueError as error:
+            works = int(str(error).rsplit(" ", 1)[1])
+            assert len(TimeGrid.make(SCHEDULE, works, spacing=spacing, offset=1, **options)) == works
+            continue
+        t = grid.t.numpy()
+        assert len(t) == n and t.min() >= 0 and t.max() <= T - 1
+        assert (np.diff(t) < 0).all() and (np.diff(grid.ratio.numpy()) < 0).all()
+        assert (float(grid.sigma[-1]) == 0) == (options.get("final", "data") == "data")
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -83,7 +118,7 @@ def test_final_states(spacing: str) -> None:
     assert len(none) == 8 and float(none.sigma[-1]) > 0
     drop = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, drop_last=True)
     assert torch.equal(drop.t, none.t) and float(drop.sigma[-1]) == 0
-    if spacing in ("leading", "trailing", "sgm", *AYS):  # their last evaluation is above the table's first entry
+    if spacing in ("leading", "trailing", "sgm", "lcm", *AYS):  # their last evaluation is above the table's first entry
         first = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, final="first")
         assert float(first.alpha[-1] ** 2) == pytest.approx(float(SCHEDULE.alphas_cumprod[0]), rel=1e-15)
     else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.cards import ModelCard
 from ldm.config import build, nearest, to_dict
+from ldm.conventions import Convention, get_convention
 from ldm.grid import TimeGrid
 from ldm.images import check_seeds
 from ldm.samplers import get_sampler
@@ -18,6 +19,8 @@ from ldm.schedule import NoiseSchedule
 from ldm.types import Denoised, OnStep, Sampler
 
 Prompts = str | int | Sequence[str] | Sequence[int]
+Rules = str | Convention | Mapping[str, Any]  # a convention by name, one's own, or as a recipe holds it
+Grid = TimeGrid | Sequence[float] | Mapping[str, Sequence[float]]  # one of one's own, a list of falling timesteps, or as a recipe holds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,10 @@ class SizeCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call: a prompt (or class) and a seed for each picture, the solver with its options and grid, and what happens on the way."""
+    """One call: a prompt (or class) and a seed for each picture, the solver with its options, rules and grid, and what happens on the way.
+
+    ``asked``: the sampler's options and the grid's as the caller gave them, for the recipe.
+    """
 
     prompts: tuple[str, ...] | tuple[int, ...]
     negative: str
@@ -45,6 +51,7 @@ class Call:
     solve: Sampler
     options: Mapping[str, Any]
     asked: Mapping[str, Any]
+    rules: Convention
     grid: TimeGrid
     guidance: float
     height: int
@@ -59,9 +66,9 @@ class Call:
         """Whether a recipe can hold all that the call depends on."""
         return self.latents is None and self.on_step is None
 
-    def last(self, strength: float) -> Call:
-        """The call over the last part of its grid alone."""
-        return replace(self, grid=self.grid.tail(strength))
+    def over(self, grid: TimeGrid) -> Call:
+        """The call over another grid, a part of its own."""
+        return replace(self, grid=grid)
 
     def recipe(self, task: str) -> dict[str, Any]:
         """The options as a recipe states them; those of SDXL only where they were given."""
@@ -76,25 +83,42 @@ class Call:
 
 def settle(
     card: ModelCard, schedule: NoiseSchedule, prompt: Prompts, *, negative: str = "", n: int | None = None, steps: int | None = None,
-    guidance: float | None = None, sampler: str | None = None, grid: TimeGrid | None = None, seed: int | Sequence[int] = 0,
-    height: int | None = None, width: int | None = None, sizes: SizeCondition | Mapping[str, Any] | None = None,
-    latents: Tensor | None = None, progress: bool = True, on_step: OnStep | None = None, **sampler_options: Any,
+    guidance: float | None = None, sampler: str | None = None, convention: Rules | None = None, spacing: str | None = None,
+    grid: Grid | None = None, seed: int | Sequence[int] = 0, height: int | None = None, width: int | None = None,
+    sizes: SizeCondition | Mapping[str, Any] | None = None, latents: Tensor | None = None, progress: bool = True,
+    on_step: OnStep | None = None, **sampler_options: Any,
 ) -> Call:  # fmt: skip
     """The call of some options; None for what the card says. ValueError names what is wrong."""
     defaults = card.defaults
     prompts = check_prompts(prompt)
     each = check_count(n)
     name = sampler or defaults.sampler
-    solve, convention = get_sampler(name), card.grids()
+    solve, rules = get_sampler(name), card.grids() if convention is None else get_convention(convention)
     check_options(name, sampler_options)
+    laid = lay(rules, schedule, name, steps, defaults.steps, spacing, grid)
+    said = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
     return Call(
         prompts=tuple(p for p in prompts for _ in range(each)), negative=negative, n=each, seeds=check_seeds(seed, each * len(prompts)), sampler=name,
-        solve=solve, options={**convention.options.get(name, {}), **sampler_options}, asked=sampler_options,
-        grid=grid or convention.grid(schedule, defaults.steps if steps is None else steps, name),
+        solve=solve, options={**rules.options.get(name, {}), **sampler_options}, rules=rules, grid=laid,
+        asked={**sampler_options, **{key: value for key, value in said.items() if value is not None}},
         guidance=defaults.guidance if guidance is None else float(guidance), height=height or defaults.height, width=width or defaults.width,
         sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"), latents=latents, progress=progress,
         on_step=on_step,
     )  # fmt: skip
+
+
+def lay(
+    rules: Convention, schedule: NoiseSchedule, sampler: str, steps: int | None, usual: int, spacing: str | None, grid: Grid | None
+) -> TimeGrid:
+    """The caller's grid, or the convention's with the caller's spacing; ``usual``: the card's number of steps."""
+    if grid is None:
+        return rules.grid(schedule, usual if steps is None else steps, sampler, **({} if spacing is None else {"spacing": spacing}))
+    if isinstance(grid, Mapping):
+        grid = TimeGrid.from_dict(schedule, grid)
+    laid = grid if isinstance(grid, TimeGrid) else TimeGrid.explicit(schedule, grid)
+    if spacing is not None or steps not in (None, len(laid)):
+        raise ValueError(f"grid says all of its {len(laid)} steps: leave spacing ({spacing!r}) and steps ({steps!r}) out")
+    return laid
 
 
 def check_prompts(prompt: Prompts) -> list[Any]:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from ldm.cards import ModelCard
 from ldm.config import to_dict
 from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
 from ldm.guidance import cfg, compose, keep_known
 from ldm.images import Images
 from ldm.models.conditioner import Conditioner
 from ldm.models.safety import SafetyChecker
-from ldm.noise import initial_noise, keyed_noise, keyed_normal
-from ldm.pipelines.call import Call, SizeCondition, both_hooks, progress_bar, settle
+from ldm.noise import initial_noise, keyed_normal
+from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, both_hooks, progress_bar, settle
 from ldm.pipelines.conditions import Pair, conditions, joined
 from ldm.pipelines.pixels import Picture, to_depth, to_mask, to_pixels
 from ldm.types import DenoiseFn, OnStep
@@ -79,7 +78,9 @@ class LatentDiffusion(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
-        grid: TimeGrid | None = None,
+        convention: Rules | None = None,
+        spacing: str | None = None,
+        grid: Grid | None = None,
         seed: int | Sequence[int] = 0,
         height: int | None = None,
         width: int | None = None,
@@ -91,18 +92,20 @@ class LatentDiffusion(nn.Module):
     ) -> Images:
         """Pictures of a prompt, or of several: ``n`` (default 1) of each.
 
-        ``steps``, ``guidance``, ``sampler``, ``height`` and ``width``: None for what the card says. ``grid`` replaces steps and the card's
-        grid. ``seed``: picture i has seed s + i, or a sequence with one for each. ``latents`` (B, C, h, w): standard normal noise to start
-        from, in place of the seeds'. ``guidance`` 1 is the conditional model alone, 0 the unconditional; an empty prompt is unconditional too
-        (except in models whose unconditional is not the empty text). ``sizes``: what SDXL is told of the picture's size.
+        ``steps``, ``guidance``, ``sampler``, ``height`` and ``width``: None for what the card says. ``convention``: diffusers, compvis, sgm or
+        k, whose grids, start and noise are followed in place of the card's. ``spacing``: another one of `TimeGrid.make`. ``grid`` replaces
+        steps and spacing: one of one's own, or a list of falling timesteps. ``seed``: picture i has seed s + i, or a sequence with one for
+        each. ``latents`` (B, C, h, w): standard normal noise to start from, in place of the seeds'. ``guidance`` 1 is the conditional model
+        alone, 0 the unconditional; an empty prompt is unconditional too (except in models whose unconditional is not the empty text).
+        ``sizes``: what SDXL is told of the picture's size.
         Decoded values outside [0, 1] are clamped.
 
         Raises ValueError for a size that the autoencoder cannot hold, no pictures or no steps, an unknown sampler or option, a model that
         takes something else than text. Warns with `UnknownWords` where a prompt has words the model has never seen.
         """
         call = self._settle(
-            prompt, negative=negative, n=n, steps=steps, guidance=guidance, sampler=sampler, grid=grid, seed=seed, height=height, width=width,
-            sizes=sizes, latents=latents, progress=progress, on_step=on_step, **sampler_options,
+            prompt, negative=negative, n=n, steps=steps, guidance=guidance, sampler=sampler, convention=convention, spacing=spacing, grid=grid,
+            seed=seed, height=height, width=width, sizes=sizes, latents=latents, progress=progress, on_step=on_step, **sampler_options,
         )  # fmt: skip
         return self._sample("text_to_image", call)
 
@@ -229,17 +232,16 @@ class LatentDiffusion(nn.Module):
             z = self.encode(given)
             return self._images(task, call, z.expand(len(call.seeds), *z.shape[1:]), facts)
         noise = self._noise(call)
-        if given is None or strength == 1:
-            x = noise * self.card.grids().start_scale(call.grid)
-        else:
-            call = call.last(strength)
-            x = float(call.grid.alpha[0]) * self.encode(given) + float(call.grid.sigma[0]) * noise
+        z = None if given is None or strength == 1 else self.encode(given).expand(noise.shape)
+        rest, x = call.rules.begin(call.grid, noise, z, 1.0 if z is None else strength)
+        call = call.over(rest)
         told = conditions(self.card, self.text, call, (x.shape[-2], x.shape[-1]))
         pair = joined(told, len(x), **{k: v.to(self.device) for k, v in (extra or {}).items()})
         fn = self._guided(call, pair, image_guidance)
         with progress_bar(len(call.grid), call.progress) as bar:
             hook = both_hooks(call.on_step, lambda *_: bar.update())
-            x = call.solve(fn if wrap is None else wrap(fn), x, call.grid, noise=keyed_noise(call.seeds), on_step=hook, **call.options)
+            draw = call.rules.noise(call.seeds, call.grid, call.sampler, **call.options)
+            x = call.solve(fn if wrap is None else wrap(fn), x, call.grid, noise=draw, on_step=hook, **call.options)
         return self._images(task, call, x, facts)
 
     def _noise(self, call: Call) -> Tensor:
@@ -256,14 +258,22 @@ class LatentDiffusion(nn.Module):
     def _guided(self, call: Call, pair: Pair, image_guidance: float | None) -> DenoiseFn:
         """The denoiser under guidance, in the way that the model takes it."""
         cond, uncond = pair
+        denoiser = self._as_seen(call)
         if self.denoiser.net.config.guidance_dim is not None:  # latent consistency models: the scale is an input
-            return self.denoiser.bind(replace(cond, guidance=torch.full((len(call.seeds),), call.guidance, device=self.device)))
+            return denoiser.bind(replace(cond, guidance=torch.full((len(call.seeds),), call.guidance, device=self.device)))
         if image_guidance is None:
-            return cfg(self.denoiser, cond, uncond, call.guidance)
+            return cfg(denoiser, cond, uncond, call.guidance)
         assert uncond.concat is not None
         nothing = replace(uncond, concat=torch.zeros_like(uncond.concat))
         # e(0) + s_I·(e(image) − e(0)) + s_T·(e(image, text) − e(image)), gathered by condition
-        return compose(self.denoiser, [(cond, call.guidance), (uncond, image_guidance - call.guidance)], nothing)
+        return compose(denoiser, [(cond, call.guidance), (uncond, image_guidance - call.guidance)], nothing)
+
+    def _as_seen(self, call: Call) -> Denoiser:
+        """The denoiser as the call's convention has its network see t."""
+        own = self.denoiser
+        if own.quantize or not call.rules.quantize:
+            return own
+        return Denoiser(own.net, own.schedule, own.prediction, learned_var=own.learned_var, quantize=True)
 
     def _masked(self, pixels: Tensor, hole: Tensor) -> Tensor:
         """The channels of an inpainting model: mask and latent of the picture with a hole, grey (0 in [−1, 1]), or black in LDM's own."""

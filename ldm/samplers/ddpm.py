@@ -24,8 +24,7 @@ def ddpm(
 ) -> Tensor:
     """x' ~ N(posterior mean of (x0, x), variance), with the betas of the grid's own steps  (arXiv:2006.11239, eq. 7, algorithm 2).
 
-    ``small`` is the posterior's variance beta·sigma'²/sigma², ``large`` beta, ``learned`` lies between them in the logarithm, at the
-    network's
+    ``small`` is the posterior's variance beta·sigma'²/sigma², ``large`` beta, ``learned`` lies between them in the logarithm, at the network's
     ``var_frac`` (arXiv:2102.09672, eq. 15). A step to clean data adds no noise.
     """
     choose(variance, ("small", "large", "learned"), "variance")

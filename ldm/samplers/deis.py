@@ -25,8 +25,7 @@ def deis(
 ) -> Tensor:
     """y' = y + sum_j w_j·eps_j, w_j the integral over rho of the Lagrange polynomial in log rho  (arXiv:2204.13902, eq. 14–15).
 
-    order 1, 2 or 3; the first steps have the order that the history allows, with ``lower_order_final`` the last as well; a step to clean
-    data
+    order 1, 2 or 3; the first steps have the order that the history allows, with ``lower_order_final`` the last as well; a step to clean data
     or from pure noise is of order 1.
     """
     if order not in (1, 2, 3):

@@ -26,12 +26,9 @@ def dpm_adaptive(
 ) -> Tensor:
     """DPM-Solver of ``order`` 2 or 3 with the embedded lower order as error estimate  (arXiv:2206.00927, algorithms 1–2, appendix C).
 
-    Of the grid only the ends count: it goes from its first state to its last with noise, and a state of clean data is one first-order
-    step on.
-    The error is each sample's own, so that no image depends on its batch; an integral controller with an arctan limiter sets the next
-    step in
-    lambda. ``on_step`` is called after every attempt. Raises RuntimeError after ``max_steps`` attempts, ValueError for a grid from pure
-    noise.
+    Of the grid only the ends count: it goes from its first state to its last with noise, and a state of clean data is one first-order step on.
+    The error is each sample's own, so that no image depends on its batch; an integral controller with an arctan limiter sets the next step in
+    lambda. ``on_step`` is called after every attempt. Raises RuntimeError after ``max_steps`` attempts, ValueError for a grid from pure noise.
     """
     if order not in (2, 3):
         raise ValueError(f"order must be 2 or 3, got {order}")

@@ -22,8 +22,7 @@ def dpmpp_2m(
 ) -> Tensor:
     """x' = (sigma'/sigma)·x − alpha'·(e^(−h) − 1)·D, D from this and the last x0  (arXiv:2211.01095, algorithm 2).
 
-    The first step is of order 1, and so is one to or from an infinite lambda (clean data, zero SNR), and with ``lower_order_final`` the
-    last.
+    The first step is of order 1, and so is one to or from an infinite lambda (clean data, zero SNR), and with ``lower_order_final`` the last.
     """
     alpha, sigma = states(grid)
     lams = [lam(a, s) for a, s in zip(alpha, sigma, strict=True)]

@@ -10,11 +10,9 @@ from ldm.types import DenoiseFn, OnStep
 
 
 def ddim_invert(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, on_step: OnStep | None = None, iterations: int = 1) -> Tensor:
-    """The state 0 (B, *S) from which ``ddim`` leads to x, the grid's last state  (arXiv:2105.05233, section F; fixed point:
-    arXiv:2312.12540).
+    """The state 0 (B, *S) from which ``ddim`` leads to x, the grid's last state  (arXiv:2105.05233, section F; fixed point: arXiv:2312.12540).
 
-    Each step solves x_i = a·x_(i+1) + b·eps(x_i, t_i) by iteration from x_(i+1): once is the usual approximation, more makes it exact
-    where the
+    Each step solves x_i = a·x_(i+1) + b·eps(x_i, t_i) by iteration from x_(i+1): once is the usual approximation, more makes it exact where the
     iteration contracts. ``on_step`` is called with the index of the state reached, N − 1 … 0.
     """
     if iterations < 1:

@@ -15,8 +15,7 @@ def lms(
 ) -> Tensor:
     """y' = y + sum_j w_j·eps_j, w_j the integral from rho to rho' of the Lagrange polynomial through the last ``order`` eps.
 
-    Adams–Bashforth on steps of any length (Hairer, Nørsett, Wanner, "Solving ODEs I", III.5); the first steps have the order that the
-    history
+    Adams–Bashforth on steps of any length (Hairer, Nørsett, Wanner, "Solving ODEs I", III.5); the first steps have the order that the history
     allows.
     """
     if order not in (1, 2, 3, 4):

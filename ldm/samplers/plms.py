@@ -26,7 +26,7 @@ def plms(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, noise: NoiseFn | None
         else:
             history = [d.eps, *history][:4]
             eps = sum(w * e for w, e in zip(WEIGHTS[len(history) - 1], history, strict=True))
-            if len(history) == 1 and sigma[i + 1] > 0:
+            if len(history) == 1 and sigma[i + 1] > 0 and len(grid) > 1:
                 end = along(x, d.eps, alpha[i], rho, alpha[i + 1], rho_next)
                 eps = (d.eps + denoise(end, time_of(grid, i + 1)).eps) / 2
             x = along(x, eps, alpha[i], rho, alpha[i + 1], rho_next)

@@ -14,8 +14,7 @@ from ldm.types import Denoised, DenoiseFn, NoiseFn, OnStep
 
 
 class Restart(NamedTuple):
-    """Go back from the first state of the grid at or below ``low`` to ``high`` (sigma/alpha), ``times`` times, and down in ``steps``
-    steps."""
+    """Go back from the first state of the grid at or below ``low`` to ``high`` (sigma/alpha), ``times`` times, and down in ``steps`` steps."""
 
     low: float = 0.1
     high: float = 2.0

@@ -26,11 +26,9 @@ def unipc(
     variant: Literal["bh1", "bh2"] = "bh2",
     lower_order_final: bool = True,
 ) -> Tensor:
-    """UniP-p predicts the next state; its evaluation then corrects the state it was taken at, by UniC-p  (arXiv:2302.04867, algorithms
-    5, 7).
+    """UniP-p predicts the next state; its evaluation then corrects the state it was taken at, by UniC-p  (arXiv:2302.04867, algorithms 5, 7).
 
-    Data prediction, B(h) = h (``bh1``) or e^h − 1 (``bh2``), order p 1, 2 or 3, at most the history's length, and with
-    ``lower_order_final`` at
+    Data prediction, B(h) = h (``bh1``) or e^h − 1 (``bh2``), order p 1, 2 or 3, at most the history's length, and with ``lower_order_final`` at
     most the number of steps left; a step to clean data or from pure noise is of order 1 and stays uncorrected.
     """
     choose(variant, ("bh1", "bh2"), "variant")

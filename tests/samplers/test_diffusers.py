@@ -1,18 +1,19 @@
 """Trajectories and grids equal to diffusers' schedulers.
 
 Left out, because the peer is wrong there:
-- DDIM and DDPM with spacings whose step is not T//N (linspace; trailing where N does not divide T): ``prev_timestep = t − T//N`` is then
-not the
-  next timestep of the grid.
-- DDPM with the large variance and trailing: it adds noise unless t is 0, so sqrt(beta) of noise lands on the finished sample (t = T/N −
-1 there).
+- DDIM and DDPM with spacings whose step is not T//N (linspace; trailing where N does not divide T): ``prev_timestep = t − T//N`` is then not
+  the next timestep of the grid. For N = 3, trailing: t = 999, 666, 332, but 999 − 333 = 666, 666 − 333 = 333 and not 332.
+- DDPM with the large variance and trailing: it adds noise unless t is 0, so sqrt(beta) of noise lands on the finished sample (t = T/N − 1
+  there).
 - One step of Euler and its like on linspace, karras or exponential: np.linspace(0, 999, 1) is [0], so it starts (and takes sigma_max) at
-clean data.
-- PNDM with one step.
+  clean data.
 - UniPC bh1 to sigma 0: B(h) = −inf there, and −inf·0 is nan. With the last step to sigma_min it is compared.
-Where a grid is laid in sigma, DPM-Solver and UniPC hand the network whole t: rounded for karras, cut by a cast to int64 for exponential;
-the test does
-the same. The peer's tables are float32, and its states, so 1e-5 relative is what can be asked.
+- KDPM2 and its ancestral kind on karras: t is rounded at every other evaluation only. k-diffusion's, which they were taken from, are compared.
+
+Where a grid is laid in sigma, DPM-Solver, DEIS and UniPC hand the network whole t: rounded for karras and uniform lambda, cut by a cast to int64
+for exponential; the test does the same. DEIS then ends at sigma_min and makes a last step from there to there, an evaluation for nothing: N steps
+are N − 1 here. The peer's tables are float32, and its states, so 1e-5 relative is what can be asked; where a difference of its float32 squares
+loses digits (below), its own formulas are taken in float64.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from ldm.schedule import NoiseSchedule, broadcast
 from ldm.types import Denoised
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-NOISE = torch.randn(60, 2, 4, generator=torch.Generator().manual_seed(5))
+NOISE = torch.randn(120, 2, 4, generator=torch.Generator().manual_seed(5))
 FIRST = {"set_alpha_to_one": False}
 STEPS = [1, 5, 10, 20, 50]
 DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
 SDE = {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
+# every sampler and spacing that both have: DDIM, DDPM, PNDM, Euler, Euler ancestral, Heun, KDPM2, KDPM2 ancestral, LMS, DPMSolverSDE,
+# DPMSolverMultistep (2M, 2M SDE by midpoint and heun, third order), UniPC (order 1 to 3, bh1 and bh2), DEIS (order 1 to 3), LCM, TCD
 SIGMAS = {"karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True}}
 
 
@@ -62,10 +65,15 @@ def theirs(scheduler: Any, steps: int, x: Tensor, grid: TimeGrid, monkeypatch: p
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: next(order))
     scheduler.set_timesteps(steps)
-    if "DEIS" in type(scheduler).__name__:
-        # third order: its closed-form integrals cancel to h³ of their terms, which leaves 3e-4 in float32 at 50 steps; so in float64
+    if "DEIS" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__:
+        # DEIS of third order: its closed-form integrals cancel to h³ of their terms, which leaves 3e-4 in float32 at 50 steps; so in float64.
+        # The SDE's sigma_down² = sigma'² − sigma_up² is sigma'⁴/sigma²: where sigma'/sigma is 0.02, float32 leaves 6e-8/4e-4 of it
         scheduler.sigmas = scheduler.sigmas.double()
-    ve = "Discrete" in type(scheduler).__name__  # Euler and its like keep x/alpha
+    if "KDPM2Ancestral" in type(scheduler).__name__:
+        in_double(scheduler)
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = lambda *_: next(order)
+    ve = "Discrete" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__  # Euler and its like keep x/alpha
     x = x / float(grid.alpha[0]) if ve else x
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(x, t)
@@ -73,26 +81,50 @@ def theirs(scheduler: Any, steps: int, x: Tensor, grid: TimeGrid, monkeypatch: p
     return x
 
 
+def in_double(scheduler: Any) -> None:
+    """The tables of KDPM2Ancestral by its own formulas in float64: sigma_down² = sigma'² − sigma_up² cancels, as above, and t follows it."""
+    sigma = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()  # N + 1, the last 0
+    after = sigma.roll(-1)
+    after[-1] = 0
+    up = (after**2 * (sigma**2 - after**2) / sigma**2).sqrt()
+    down = (after**2 - up**2).sqrt()
+    down[-1] = 0
+    middle = sigma.log().lerp(down.log(), 0.5).exp()
+    middle[-2:] = 0
+    for name, value in (("sigmas", sigma), ("sigmas_interpol", middle), ("sigmas_up", up), ("sigmas_down", down)):
+        setattr(scheduler, name, torch.cat([value[:1], value[1:].repeat_interleave(2), value[-1:]]))
+    logs = scheduler.log_sigmas.double().numpy()
+    scheduler.timesteps = scheduler.timesteps.double()
+    scheduler.timesteps[1::2] = torch.tensor([float(scheduler._sigma_to_t(s, logs)) for s in middle[:-2].numpy()], dtype=torch.float64)
+
+
 # name here, peer, its options, spacing, options of the grid here, of the sampler here, of the peer's step
 Case = tuple[str, str, dict[str, Any], str, dict[str, Any], dict[str, Any], dict[str, Any]]
 CASES: list[Case] = []
 for eta in (0.0, 1.0):
-    CASES.append(("ddim", "DDIMScheduler", {"steps_offset": 1, **FIRST}, "leading", {"offset": 1, "final": "first"}, {"eta": eta},
-    {"eta": eta}))
-    CASES.append(("ddim", "DDIMScheduler", {}, "trailing", {}, {"eta": eta}, {"eta": eta}))
+    both = {"eta": eta}
+    CASES.append(("ddim", "DDIMScheduler", {"steps_offset": 1, **FIRST}, "leading", {"offset": 1, "final": "first"}, both, both))
+    CASES.append(("ddim", "DDIMScheduler", {}, "trailing", {}, both, both))
 for kind in ("small", "large"):
     for spacing in ("leading", "trailing") if kind == "small" else ("leading",):
         CASES.append(("ddpm", "DDPMScheduler", {"variance_type": f"fixed_{kind}"}, spacing, {}, {"variance": kind}, {}))
-CASES.append(("plms", "PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1, **FIRST}, "leading", {"offset": 1, "final": "first"},
-{}, {}))
-CASES.append(("plms", "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}, "trailing", {}, {}, {}))
-for name, peer in (("euler", "Euler"), ("euler_a", "EulerAncestral"), ("heun", "Heun"), ("dpm2", "KDPM2"), ("dpm2_a", "KDPM2Ancestral"),
-("lms", "LMS")):
+PLMS = {"skip_prk_steps": True}
+CASES.append(("plms", "PNDMScheduler", {**PLMS, "steps_offset": 1, **FIRST}, "leading", {"offset": 1, "final": "first"}, {}, {}))
+CASES.append(("plms", "PNDMScheduler", {**PLMS, "set_alpha_to_one": True}, "trailing", {}, {}, {}))
+DISCRETE = {"euler": "Euler", "euler_a": "EulerAncestral", "heun": "Heun", "dpm2": "KDPM2", "dpm2_a": "KDPM2Ancestral", "lms": "LMS"}
+for name, peer in DISCRETE.items():
     CASES.append((name, f"{peer}DiscreteScheduler", {"steps_offset": 1}, "leading", {"offset": 1}, {}, {}))
     CASES.append((name, f"{peer}DiscreteScheduler", {}, "linspace", {"integer": False}, {}, {}))
     CASES.append((name, f"{peer}DiscreteScheduler", {}, "trailing", {}, {}, {}))
-    if name in ("euler", "heun", "lms"):  # the peers of dpm2 round t for karras at every other evaluation: left to k-diffusion's test
+    if name in ("euler", "heun", "lms"):
         CASES += [(name, f"{peer}DiscreteScheduler", SIGMAS[s], s, {}, {}, {}) for s in SIGMAS]
+    if name in ("dpm2", "dpm2_a"):
+        CASES.append((name, f"{peer}DiscreteScheduler", SIGMAS["exponential"], "exponential", {}, {}, {}))
+SDE_PEER = "DPMSolverSDEScheduler"
+CASES.append(("dpmpp_sde", SDE_PEER, {"steps_offset": 1}, "leading", {"offset": 1}, {}, {}))
+CASES.append(("dpmpp_sde", SDE_PEER, {}, "linspace", {"integer": False}, {}, {}))
+CASES.append(("dpmpp_sde", SDE_PEER, {}, "trailing", {}, {}, {}))
+CASES += [("dpmpp_sde", SDE_PEER, SIGMAS[s], s, {}, {}, {}) for s in SIGMAS]
 for name, peer, scheduler, here in (
     ("dpmpp_2m", "DPMSolverMultistepScheduler", DPM, {}),
     ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE, {}),
@@ -119,36 +151,48 @@ for name, peer, scheduler, here in (
     CASES.append((name, peer, {**scheduler, "steps_offset": 1}, "leading", {"drop_last": True, "offset": 1}, here, {}))
     CASES.append((name, peer, scheduler, "trailing", {}, here, {}))
     CASES += [(name, peer, {**scheduler, **SIGMAS[s]}, s, {}, here, {}) for s in SIGMAS]
+    if "DPMSolver" in peer:
+        CASES.append((name, peer, {**scheduler, "use_lu_lambdas": True}, "lambda", {}, here, {}))
 for order in (1, 2, 3):
     here = {"order": order, "lower_order_final": False}
     peer_options = {"solver_order": order, "lower_order_final": False}
     CASES.append(("deis", "DEISMultistepScheduler", peer_options, "trailing", {"final": "first"}, here, {}))
-    CASES.append(("deis", "DEISMultistepScheduler", {**peer_options, "steps_offset": 1}, "leading", {"offset": 1, "final": "first",
-    "drop_last": True}, here, {}))
+    last = {"final": "first", "drop_last": True}
+    CASES.append(("deis", "DEISMultistepScheduler", {**peer_options, "steps_offset": 1}, "leading", {"offset": 1, **last}, here, {}))
+    CASES.append(("deis", "DEISMultistepScheduler", peer_options, "linspace", last, here, {}))
+    CASES += [("deis", "DEISMultistepScheduler", {**peer_options, **SIGMAS[s]}, s, {"final": "none"}, here, {}) for s in SIGMAS]
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[3]}-{len(c[2])}")
 def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     name, peer, options, spacing, grid_options, here, step_options = case
-    if steps == 1 and (name == "plms" or (spacing in ("linspace", *SIGMAS) and "Discrete" in peer)):
-        pytest.skip("the peer is wrong or fails here: see above")
-    named = {} if spacing in SIGMAS else {"timestep_spacing": spacing}
+    in_sigma = spacing in (*SIGMAS, "lambda")
+    if steps == 1 and spacing in ("linspace", *SIGMAS) and ("Discrete" in peer or peer == SDE_PEER):
+        pytest.skip("the peer starts at clean data: see above")
+    if steps == 1 and name == "deis" and in_sigma:
+        pytest.skip("the peer's only step is the one for nothing: see above")
+    named = {} if in_sigma else {"timestep_spacing": spacing}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scheduler = getattr(diffusers, peer)(**{**SD, **({"clip_sample": False} if peer in ("DDIMScheduler", "DDPMScheduler") else {}),
-        **named, **options})
+        plain = {"clip_sample": False} if peer in ("DDIMScheduler", "DDPMScheduler") else {}
+        scheduler = getattr(diffusers, peer)(**{**SD, **plain, **named, **options})
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
-    grid = TimeGrid.make(schedule, steps, spacing=spacing, **grid_options)
+    grid = TimeGrid.make(schedule, steps - (name == "deis" and in_sigma), spacing=spacing, **grid_options)
+    if name == "dpm2_a" and spacing == "linspace":
+        # its sigmas lie on chords between the table's entries, (log sigma'/sigma)²/8 = 1e-5 above ours at t = 52.6, and its midpoints follow
+        scheduler.set_timesteps(steps)
+        rho = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()
+        alpha = 1 / (1 + rho**2).sqrt()
+        grid = TimeGrid(t=grid.t, alpha=alpha, sigma=rho * alpha, log_ratio=schedule.log_ratio)
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     seen: Callable[[Tensor], Tensor] = lambda t: t  # noqa: E731
-    if spacing in SIGMAS and ("DPMSolver" in peer or "UniPC" in peer):
-        seen = torch.round if spacing == "karras" else torch.floor
+    if in_sigma and "Multistep" in peer:
+        seen = torch.floor if spacing == "exponential" else torch.round
     expected = theirs(scheduler, steps, x, grid, monkeypatch, **step_options)
     actual = ours(name, schedule, grid, x, seen=seen, **here)
     error = float((actual - expected).abs().max() / expected.abs().max())
-    # dpm2_a's peer takes the midpoint's t from float32 logarithms of sigma: 2e-5; k-diffusion's is compared at 1e-9
-    assert error < (5e-5 if name == "dpm2_a" else 1e-5), error
+    assert error < 1e-5, error
 
 
 @pytest.mark.parametrize("steps", [1, 5, 10, 20, 50])
@@ -160,6 +204,15 @@ def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
         ("unipc", "UniPCMultistepScheduler", {}),
         ("deis", "DEISMultistepScheduler", {}),
+        ("ddpm", "DDPMScheduler", {}),
+        ("plms", "PNDMScheduler", {"skip_prk_steps": True, **FIRST}),
+        ("euler_a", "EulerAncestralDiscreteScheduler", {}),
+        ("lms", "LMSDiscreteScheduler", {}),
+        ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE),
+        ("dpmpp_3m_sde", "DPMSolverMultistepScheduler", {"solver_order": 3}),
+        ("heun", "HeunDiscreteScheduler", {}),  # its timesteps stand there twice
+        ("dpm2", "KDPM2DiscreteScheduler", {}),  # its midpoints stand between
+        ("dpmpp_sde", "DPMSolverSDEScheduler", {}),
     ],
 )
 def test_convention_lays_the_peer_s_grid(sampler: str, peer: str, options: dict[str, Any], steps: int) -> None:
@@ -168,9 +221,19 @@ def test_convention_lays_the_peer_s_grid(sampler: str, peer: str, options: dict[
     scheduler.set_timesteps(steps)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     grid = get_convention("diffusers").grid(schedule, steps, sampler)
-    assert grid.t.tolist() == [float(t) for t in scheduler.timesteps]
+    times = scheduler.timesteps[::2] if sampler in ("dpm2", "dpmpp_sde") else scheduler.timesteps.unique_consecutive()
+    assert grid.t.tolist() == [float(t) for t in times]
     if hasattr(scheduler, "sigmas"):
-        torch.testing.assert_close(grid.ratio, scheduler.sigmas.double(), rtol=1e-5, atol=0)  # float32 there
+        torch.testing.assert_close(grid.ratio, scheduler.sigmas.unique_consecutive().double(), rtol=1e-5, atol=0)  # float32 there
+
+
+@pytest.mark.parametrize(("sampler", "peer"), [("lcm", "LCMScheduler"), ("tcd", "TCDScheduler")])
+def test_convention_lays_the_grid_of_distilled_models(sampler: str, peer: str) -> None:
+    scheduler = getattr(diffusers, peer)(**SD)
+    schedule = NoiseSchedule(scheduler.alphas_cumprod)
+    for steps in range(1, 51):
+        scheduler.set_timesteps(steps)
+        assert get_convention("diffusers").grid(schedule, steps, sampler).t.tolist() == [float(t) for t in scheduler.timesteps], steps
 
 
 def test_conventions_by_their_formulas() -> None:
@@ -208,14 +271,13 @@ def test_align_your_steps_against_the_peer_s_tables() -> None:
         assert len(TimeGrid.make(schedule, 25, spacing=spacing)) == 25
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize("steps", [*STEPS, 4, 8])
 @pytest.mark.parametrize(("name", "peer", "here"), [("lcm", "LCMScheduler", {}), ("tcd", "TCDScheduler", {"eta": 0.3})])
 def test_consistency_samplers(name: str, peer: str, here: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the peer's own timesteps. TCD's last step ends at alpha-bar[0] there (prev_timestep = 0), whatever set_alpha_to_one says."""
+    """On the convention's grid. TCD's last step ends at alpha-bar[0] there (prev_timestep = 0), whatever set_alpha_to_one says."""
     scheduler = getattr(diffusers, peer)(**SD, clip_sample=False)
-    scheduler.set_timesteps(steps)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
-    grid = TimeGrid.explicit(schedule, scheduler.timesteps, final="first" if name == "tcd" else "data")
+    grid = get_convention("diffusers").grid(schedule, steps, name)
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     expected = theirs(scheduler, steps, x, grid, monkeypatch, **here)
     actual = ours(name, schedule, grid, x, seen=lambda t: t, **here)
