@@ -1,4 +1,4 @@
-"""The pictures of the README: ``python benchmarks/showcase.py -o samples.png`` asks the embedded model for 32 prompts at default settings, seeds 0 to 31."""
+"""The pictures of the README: ``python benchmarks/showcase.py -o samples.png`` asks the embedded model for 32 prompts, seeds 0 to 31."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ PROMPTS = (
     "red apple", "cat face", "snowman", "rocket", "grinning face", "guitar", "sunflower", "fire engine",
     "cat face on a blue background", "snowman on a purple background", "rocket on a black background", "a pizza on a green background",
     "unicorn on a pink background", "octopus on a yellow background", "bicycle on an orange background", "ghost on a gray background",
-    "fluent red apple", "fluent cat face", "fluent rocket", "fluent guitar", "twemoji red apple", "twemoji cat face", "twemoji rocket", "twemoji guitar",
+    "fluent red apple", "fluent cat face", "fluent rocket", "fluent guitar",
+    "twemoji red apple", "twemoji cat face", "twemoji rocket", "twemoji guitar",
     "a kitty", "a small red apple on the left", "a small ghost in the top right corner on a blue background", "a snowman and a rocket side by side",
     "a dragon", "castle", "avocado", "a whale on a blue background",
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """What was decided by measurement: short trainings that differ in one thing. ``python benchmarks/trials.py text size batch kl`` (needs the data
 set, and the exports of emoji-vae, emoji-clip and emoji-draft in ``runs/``).
 
-Every trial sees the same draws for the same number of pictures. Figures: ``loss`` on fixed pictures, noise and timesteps (comparable within one latent
-space), and the mean squared error of samples against what was asked (comparable across them). A trial that has run before is read, not run again.
+Every trial sees the same draws for the same number of pictures. Figures: ``loss`` on fixed pictures, noise and timesteps (comparable within one
+latent space), and the mean squared error of samples against what was asked (comparable across them). A trial that has run before is read, not run again.
 """
 
 from __future__ import annotations

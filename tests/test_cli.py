@@ -39,7 +39,7 @@ def test_several_pictures_make_a_grid_or_files():
     assert (pixels("b-3.png") == pixels("a.png")[32:, 32:]).all()
 
 
-@pytest.mark.parametrize("options", [[], ["--sampler", "ddpm"], ["--sampler", "ddim", "--dtype", "float32", "--negative", "apple", "--guidance", "1.5"]])
+@pytest.mark.parametrize("options", [[], ["--sampler", "ddpm"], "--sampler ddim --dtype float32 --negative apple --guidance 1.5".split()])
 def test_replay_makes_the_same_bits(options):
     assert main(["a red apple", "-o", "a.png", "--n", "2", "--seed", "5", *options]) == 0
     assert main(["replay", "a.png"]) == 0

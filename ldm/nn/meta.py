@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves tensors as they are where torch.nn.init would fill them: on meta that has no effect, but some of it imports torch's compiler (seconds)."""
+    """Leaves tensors as they are where torch.nn.init would fill them: it would have no effect, but import torch's compiler (seconds)."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

@@ -24,7 +24,7 @@ def share(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; its learning rate rises linearly over ``warmup`` steps, stays, and falls linearly to ``final`` times itself over the last ``decay`` steps."""
+    """AdamW; the learning rate rises linearly over ``warmup`` steps, stays, falls to ``final`` of itself over the last ``decay`` steps."""
 
     lr: float
     warmup: int = 500

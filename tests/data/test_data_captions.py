@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ldm.data import PALETTE, Composition, Mix, caption, sample_composition, vocabulary
-from ldm.words import words
 from ldm.data.captions import _with_article
+from ldm.words import words
 
 
 @pytest.mark.parametrize(
