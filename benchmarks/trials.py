@@ -1,8 +1,10 @@
-"""What was decided by measurement: short trainings that differ in one thing. ``python benchmarks/trials.py text size batch kl`` (needs the data
-set, and the exports of emoji-vae, emoji-clip and emoji-draft in ``runs/``).
+"""What was decided by measurement: short trainings that differ in one thing, ``python benchmarks/trials.py text size batch kl``.
 
-Every trial sees the same draws for the same number of pictures. Figures: ``loss`` on fixed pictures, noise and timesteps (comparable within one
-latent space), and the mean squared error of samples against what was asked (comparable across them). A trial that has run before is read, not run again.
+This needs the data set, and the exports of emoji-vae, emoji-clip and emoji-draft in ``runs/``.
+
+Every trial sees the same draws for the same number of pictures. Figures: ``loss`` on fixed pictures, noise and timesteps (comparable within
+one latent space), and the mean squared error of samples against what was asked (comparable across them). A trial that
+has run before is read, not run again.
 """
 
 from __future__ import annotations
@@ -74,18 +76,22 @@ def change(config: dict[str, Any], changes: Changes) -> dict[str, Any]:
     return config
 
 
+def stage_config(name: str, base: str, changes: Changes, samples: int) -> dict[str, Any]:
+    """The configuration of one stage: the base's, changed, for ``samples`` pictures, its learning rate falling over the last third."""
+    config = change(yaml.safe_load((CONFIGS / f"{base}.yaml").read_text()), changes)
+    run = config["run"]
+    steps = changes.get("run.steps", samples // run["batch"])
+    often = {"validate_every": steps, "sample_every": steps, "checkpoint_every": steps, "log_every": max(1, steps // 20)}
+    run.update(name=f"{name}-{base}", steps=steps, ema=0.99, **often)
+    run["optimizer"].update(warmup=min(run["optimizer"]["warmup"], steps // 10), decay=steps // 3)
+    return config
+
+
 def run_stage(name: str, base: str, changes: Changes, samples: int) -> dict[str, float]:
     """Train one stage and export it; the last figures of its metrics, and the seconds it took."""
-    config = yaml.safe_load((CONFIGS / f"{base}.yaml").read_text())
-    config = change(config, changes)
-    config["run"]["name"] = f"{name}-{base}"
-    steps = changes.get("run.steps", samples // config["run"]["batch"])
-    rates = {"warmup": min(config["run"]["optimizer"]["warmup"], steps // 10), "decay": steps // 3}
-    config["run"].update(steps=steps, validate_every=steps, sample_every=steps, checkpoint_every=steps, log_every=max(1, steps // 20), ema=0.99)
-    config["run"]["optimizer"].update(rates)
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}-{base}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(stage_config(name, base, changes, samples)))
     run = open_run(path, runs=FOLDER)
     run.train()
     if not (run.folder / "export").is_dir():
