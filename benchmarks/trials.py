@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -33,15 +34,17 @@ def alone(changes: Changes) -> list[Stage]:
     return [("emoji-ldm", changes)]
 
 
-def chain(name: str, kl: float, samples: int) -> list[Stage]:
+def chain(kl: float, samples: int) -> list[Stage]:
     """A trial of the autoencoder's KL weight: autoencoder, draft and UNet one after the other, on one style on white."""
-    vae, draft = f"{FOLDER}/{name}-emoji-vae/export", f"{FOLDER}/{name}-emoji-draft/export"
-    plain = {"data.mix": PLAIN}
-    return [
-        ("emoji-vae", {"loss.kl": kl, "run.steps": samples // 8, **plain}),
-        ("emoji-draft", {"vae": vae, "variants": 0, "run.steps": 4 * samples // 64, **plain}),
-        ("emoji-ldm", {"vae": vae, "text.folder": draft, "variants": 0, **plain}),
-    ]
+    vae = ("emoji-vae", {"data.mix": PLAIN, "loss.kl": kl, "run.steps": samples // 8})
+    encoded = {"data.mix": PLAIN, "variants": 0, "vae": f"{FOLDER}/{stage_name(*vae, samples)}/export"}
+    draft = ("emoji-draft", {**encoded, "run.steps": 4 * samples // 64})
+    return [vae, draft, ("emoji-ldm", {**encoded, "text.folder": f"{FOLDER}/{stage_name(*draft, samples)}/export"})]
+
+
+def stage_name(base: str, changes: Changes, samples: int) -> str:
+    """The name of a stage's run, which two questions share where they ask for the same."""
+    return f"{base}-{hashlib.sha256(json.dumps([changes, samples], sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def trials(samples: int) -> dict[str, dict[str, list[Stage]]]:
@@ -60,7 +63,7 @@ def trials(samples: int) -> dict[str, dict[str, list[Stage]]]:
             "8": alone({"run.batch": 8}),
         },
         "shift": {"1": alone({}), "2": alone({"diffusion.shift": 2.0})},
-        "kl": {f"{kl:g}": chain(f"kl-{kl:g}", kl, samples) for kl in (2e-4, 2e-3, 2e-2)},
+        "kl": {f"{kl:g}": chain(kl, samples) for kl in (2e-4, 2e-3, 2e-2)},
     }
 
 
@@ -76,22 +79,23 @@ def change(config: dict[str, Any], changes: Changes) -> dict[str, Any]:
     return config
 
 
-def stage_config(name: str, base: str, changes: Changes, samples: int) -> dict[str, Any]:
+def stage_config(base: str, changes: Changes, samples: int) -> dict[str, Any]:
     """The configuration of one stage: the base's, changed, for ``samples`` pictures, its learning rate falling over the last third."""
     config = change(yaml.safe_load((CONFIGS / f"{base}.yaml").read_text()), changes)
     run = config["run"]
     steps = changes.get("run.steps", samples // run["batch"])
     often = {"validate_every": steps, "sample_every": steps, "checkpoint_every": steps, "log_every": max(1, steps // 20)}
-    run.update(name=f"{name}-{base}", steps=steps, ema=0.99, **often)
+    run.update(name=stage_name(base, changes, samples), steps=steps, ema=0.99, **often)
     run["optimizer"].update(warmup=min(run["optimizer"]["warmup"], steps // 10), decay=steps // 3)
     return config
 
 
-def run_stage(name: str, base: str, changes: Changes, samples: int) -> dict[str, float]:
+def run_stage(base: str, changes: Changes, samples: int) -> dict[str, float]:
     """Train one stage and export it; the last figures of its metrics, and the seconds it took."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{name}-{base}.yaml"
-    path.write_text(yaml.safe_dump(stage_config(name, base, changes, samples)))
+    config = stage_config(base, changes, samples)
+    path = FOLDER / f"{config['run']['name']}.yaml"
+    path.write_text(yaml.safe_dump(config))
     run = open_run(path, runs=FOLDER)
     run.train()
     if not (run.folder / "export").is_dir():
@@ -114,9 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("| question | answer | loss | samples' error | pictures a second | seconds |\n|---|---|---|---|---|---|")
     for question in options.questions:
         for answer, stages in trials(options.samples)[question].items():
-            slug = f"{question}-{answer}".replace(", ", "-").replace(" ", "-")
             for base, changes in stages:
-                figures = run_stage(slug, base, changes, options.samples)
+                figures = run_stage(base, changes, options.samples)
                 results.setdefault(question, {})[f"{answer} ({base})"] = figures
             loss, error = figures["validation/loss"], figures["validation/sample_mse"]
             pace, seconds = figures["samples_per_second"], figures["seconds"]

@@ -26,7 +26,7 @@ def test_a_configuration_is_accepted_and_runs_under_its_own_name(path):
 def test_every_trial_is_a_configuration_that_differs_from_its_base_as_it_says(question, tmp_path):
     for answer, stages in trials.trials(6400)[question].items():
         for base, changes in stages:
-            config = trials.stage_config("trial", base, changes, 6400)
+            config = trials.stage_config(base, changes, 6400)
             path = tmp_path / "trial.yaml"
             path.write_text(yaml.safe_dump(config))
             _, built = read_config(path)
