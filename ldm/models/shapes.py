@@ -7,6 +7,7 @@ from dataclasses import replace
 from ldm.models.bert import BertConfig
 from ldm.models.clip import TextConfig
 from ldm.models.labels import LabelConfig
+from ldm.models.prior import PriorConfig
 from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -97,3 +98,15 @@ TEXTS: dict[str, TextConfig] = {
 }
 
 CONDITIONERS: dict[str, TextConfig | BertConfig | LabelConfig] = {**TEXTS, **BERTS, **LABELS}
+
+# DALLE2-pytorch's priors run on tokens as CLIP's text tower gives them, each as wide as an embedding.
+DALLE2_PRIOR = PriorConfig(
+    length=256, width=768, layers=24, heads=32, blocks="cosine", timesteps=1000, normalize="unit"
+)  # fmt: skip
+PRIORS: dict[str, PriorConfig] = {
+    "karlo": PriorConfig(),
+    "kandinsky21": PriorConfig(),
+    "kandinsky22": PriorConfig(embed_dim=1280, text_dim=1280),
+    "dalle2-laion": DALLE2_PRIOR,
+    "dalle2-readme": replace(DALLE2_PRIOR, length=77, layers=12, heads=12, norm_mlp=False),
+}

@@ -26,7 +26,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class Attention(nn.Module):
-    """Multi-head attention of (B, L, D) queries over a context (B, M, D_context), or over themselves without one."""
+    """Multi-head attention of (B, L, D) queries over a context (B, M, D_context), or over themselves without one.
+
+    The mask is bool, True where a query may look: (B, M) for all of them alike, or (B, L, M).
+    """
 
     def __init__(self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -40,7 +43,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        out = attend(q, k, v, None if mask is None else rearrange(mask, "b m -> b 1 1 m"))
+        if mask is not None:
+            mask = rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
+        out = attend(q, k, v, mask)
         return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
 
 

@@ -14,6 +14,7 @@ from ldm.models.bert import BertConfig, LDMBert
 from ldm.models.clip import TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.labels import LabelConditioner, LabelConfig
+from ldm.models.prior import Prior, PriorConfig
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
@@ -23,13 +24,14 @@ from ldm.weights.bert_rules import bert_table
 from ldm.weights.clip_rules import clip_table
 from ldm.weights.io import load_strict
 from ldm.weights.keymap import IDENTITY, Section, Shape, Table, to_file, to_native
+from ldm.weights.prior_rules import prior_table
 from ldm.weights.unet_rules import unet_table
 from ldm.weights.vae_rules import DIFFUSERS, vae_table
 
 Layout = Literal["original", "diffusers"]
 NETWORKS: dict[type, type[nn.Module]] = {
     UNetConfig: UNet, VAEConfig: AutoencoderKL, VQConfig: VQModel, TinyConfig: AutoencoderTiny, TextConfig: TextTower, VisionConfig: VisionTower,
-    BertConfig: LDMBert, LabelConfig: LabelConditioner, DraftConfig: Draft,
+    BertConfig: LDMBert, LabelConfig: LabelConditioner, DraftConfig: Draft, PriorConfig: Prior,
 }  # fmt: skip
 SAME_NAMES = Table((Section("", "", IDENTITY),))
 
@@ -56,6 +58,8 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
         return replace(table, ignore=(*table.ignore, f"transformer.resblocks.{module.config.layers}.*"))
     if isinstance(module, VisionTower):
         return clip_table(names, keys)
+    if isinstance(module, Prior):
+        return prior_table(module.config, layout)
     if layout == "diffusers":
         return replace(SAME_NAMES, ignore=("to_logits.*",)) if isinstance(module, LDMBert) else DIFFUSERS
     if isinstance(module, UNet):
