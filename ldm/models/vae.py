@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import AttentionBlock
-from ldm.nn.norm import group_norm_32
+from ldm.nn.norm import group_norm_32, make_norm, normed
 from ldm.nn.resblock import Downsample, ResBlock, Upsample
 
 
@@ -84,9 +84,9 @@ class Point:
         return self.mean
 
 
-def self_attention(channels: int) -> AttentionBlock:
+def self_attention(channels: int, spatial: int | None = None) -> AttentionBlock:
     """One head of attention over the positions of a feature map, as wide as the map."""
-    return AttentionBlock(channels, heads=1, head_dim=channels, eps=1e-6)
+    return AttentionBlock(channels, heads=1, head_dim=channels, eps=1e-6, spatial=spatial)
 
 
 def check_size(x: Tensor, factor: int) -> None:
@@ -96,22 +96,25 @@ def check_size(x: Tensor, factor: int) -> None:
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, each followed by attention where asked, then a change of size."""
+    """Residual blocks at one size, each followed by attention where asked, then a change of size. ``spatial``: see `ResBlock`."""
 
-    def __init__(self, channels: int, out_channels: int, *, blocks: int, attention: bool, resample: str | None) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, *, blocks: int, attention: bool, resample: str | None, spatial: int | None = None
+    ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out_channels, out_channels, eps=1e-6) for i in range(blocks))
-        self.attentions = nn.ModuleList(self_attention(out_channels) for _ in range(blocks)) if attention else None
+        widths = [channels] + [out_channels] * (blocks - 1)
+        self.resnets = nn.ModuleList(ResBlock(width, out_channels, eps=1e-6, spatial=spatial) for width in widths)
+        self.attentions = nn.ModuleList(self_attention(out_channels, spatial) for _ in range(blocks)) if attention else None
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
         elif resample == "up":
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x)
+            x = resnet(x, z=z)
             if self.attentions is not None:
-                x = self.attentions[i](x)
+                x = self.attentions[i](x, z=z)
         for name in ("downsamplers", "upsamplers"):
             if hasattr(self, name):
                 x = getattr(self, name)[0](x)
@@ -121,16 +124,16 @@ class Level(nn.Module):
 class Mid(nn.Module):
     """Block, attention, block at the smallest size."""
 
-    def __init__(self, channels: int, *, attention: bool) -> None:
+    def __init__(self, channels: int, *, attention: bool, spatial: int | None = None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6) for _ in range(2))
-        self.attentions = nn.ModuleList([self_attention(channels)]) if attention else None
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6, spatial=spatial) for _ in range(2))
+        self.attentions = nn.ModuleList([self_attention(channels, spatial)]) if attention else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](x, z=z)
         if self.attentions is not None:
-            x = self.attentions[0](x)
-        return self.resnets[1](x)
+            x = self.attentions[0](x, z=z)
+        return self.resnets[1](x, z=z)
 
 
 class Encoder(nn.Module):
@@ -159,28 +162,29 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) to pictures (B, 3, f·h, f·w)."""
+    """Latents (B, C, h, w) to pictures (B, 3, f·h, f·w). ``spatial``: the channels of a latent that modulates every norm."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, *, spatial: int | None = None) -> None:
         super().__init__()
         first, last = config.channels[0], config.channels[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, last, 3, padding=1)
-        self.mid_block = Mid(last, attention=config.mid_attention)
+        self.mid_block = Mid(last, attention=config.mid_attention, spatial=spatial)
         self.up_blocks = nn.ModuleList()
         width = last
         for level in reversed(range(len(config.channels))):
             channels, attention = config.channels[level], level in config.attention_levels
             resample = "up" if level > 0 else None
-            self.up_blocks.append(Level(width, channels, blocks=config.blocks + 1, attention=attention, resample=resample))
+            level_up = Level(width, channels, blocks=config.blocks + 1, attention=attention, resample=resample, spatial=spatial)
+            self.up_blocks.append(level_up)
             width = channels
-        self.conv_norm_out = nn.GroupNorm(group_norm_32(first), first, eps=1e-6)
+        self.conv_norm_out = make_norm(first, eps=1e-6, spatial=spatial)
         self.conv_out = nn.Conv2d(first, config.patch_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        z = self.mid_block(self.conv_in(z))
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        x = self.mid_block(self.conv_in(x), z)
         for block in self.up_blocks:
-            z = block(z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+            x = block(x, z)
+        return self.conv_out(F.silu(normed(self.conv_norm_out, x, z)))
 
 
 class AutoencoderKL(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.nn.norm import group_norm_32
+from ldm.nn.norm import SpatialNorm, group_norm_32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -53,18 +53,25 @@ class AttentionBlock(Attention):
     """Attention of a feature map's positions (B, C, h, w) to each other, with its own norm and residual sum (Dhariwal & Nichol 2021).
 
     With a ``context_dim`` the positions attend to a context (B, M, D) as well, in the same softmax (Nichol et al. 2022, section 3).
+    ``spatial``: the channels of a latent z that modulates the norm.
     """
 
-    def __init__(self, channels: int, *, heads: int, head_dim: int, context_dim: int | None = None, eps: float = 1e-5) -> None:
+    def __init__(
+        self, channels: int, *, heads: int, head_dim: int, context_dim: int | None = None, eps: float = 1e-5, spatial: int | None = None
+    ) -> None:
         super().__init__(channels, heads=heads, head_dim=head_dim, bias=True)
-        self.group_norm = nn.GroupNorm(group_norm_32(channels), channels, eps=eps)
+        if spatial is None:
+            self.group_norm = nn.GroupNorm(group_norm_32(channels), channels, eps=eps)
+        else:
+            self.spatial_norm = SpatialNorm(channels, spatial, eps=eps)
         if context_dim is not None:
             self.add_k_proj = nn.Linear(context_dim, heads * head_dim)
             self.add_v_proj = nn.Linear(context_dim, heads * head_dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         h, w = x.shape[-2:]
-        y = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        y = self.group_norm(x) if z is None else self.spatial_norm(x, z)
+        y = rearrange(y, "b c h w -> b (h w) c")
         q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)  # (B, h·w, H·d)
         if context is None:
             mask = None

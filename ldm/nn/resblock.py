@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nn.norm import group_norm_32
+from ldm.nn.norm import make_norm, normed
 
 Resample = Literal["up", "down"]
 
@@ -17,31 +17,32 @@ class ResBlock(nn.Module):
 
     x (B, C, h, w), emb (B, D) or None → (B, C_out, h', w'). ``scale_shift``: the embedding scales and shifts the second norm
     (Dhariwal & Nichol 2021) where otherwise it is added. ``resample``: the block also halves (average) or doubles (nearest) the size.
+    ``spatial``: the channels of a latent z (B, C_z, h', w') that modulates both norms.
     """
 
     def __init__(
         self, channels: int, out_channels: int, *, emb_dim: int | None = None, eps: float = 1e-5, scale_shift: bool = False,
-        resample: Resample | None = None, dropout: float = 0.0,
+        resample: Resample | None = None, dropout: float = 0.0, spatial: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
         self.dropout = dropout
-        self.norm1 = nn.GroupNorm(group_norm_32(channels), channels, eps=eps)
+        self.norm1 = make_norm(channels, eps=eps, spatial=spatial)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         if emb_dim is not None:
             self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(group_norm_32(out_channels), out_channels, eps=eps)
+        self.norm2 = make_norm(out_channels, eps=eps, spatial=spatial)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
+    def forward(self, x: Tensor, emb: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        h = F.silu(normed(self.norm1, x, z))
         if self.resample is not None:
             x, h = resize(x, self.resample), resize(h, self.resample)
         h = self.conv1(h)  # (B, C_out, h', w')
         if emb is None:
-            h = self.norm2(h)
+            h = normed(self.norm2, h, z)
         else:
             shift = self.time_emb_proj(F.silu(emb))[:, :, None, None]
             if self.scale_shift:
