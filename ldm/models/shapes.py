@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from ldm.models.bert import BertConfig
 from ldm.models.clip import TextConfig
+from ldm.models.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.labels import LabelConfig
+from ldm.models.movq import MoVQConfig
 from ldm.models.prior import PriorConfig
 from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
@@ -82,6 +84,8 @@ VAES: dict[str, VAEConfig | VQConfig | TinyConfig] = {
     "taesdxl": TinyConfig(),
 }
 
+MOVQ = MoVQConfig(channels=VQ_F8.channels, latent_channels=4, attention_levels=(3,), codes=16384)  # Kandinsky's
+
 BERTS: dict[str, BertConfig] = {
     "text2img-large": BertConfig(),
     "text2img256": BertConfig(width=640),
@@ -110,3 +114,28 @@ PRIORS: dict[str, PriorConfig] = {
     "dalle2-laion": DALLE2_PRIOR,
     "dalle2-readme": replace(DALLE2_PRIOR, length=77, layers=12, heads=12, norm_mlp=False),
 }
+
+# Attention joins a context where the picture is halved at least once; residual blocks change sizes; the variance is learned.
+GLIDE = UNetConfig(
+    in_channels=3, out_channels=6, channels=(320, 640, 960, 1280), depth=(0, 1, 1, 1), blocks=3, heads=None, head_dim=64, context_dim=1536,
+    attention="block", resample="resblock", scale_shift=True, embedded=True,
+)  # fmt: skip
+KANDINSKY = replace(GLIDE, in_channels=4, out_channels=8, channels=(384, 768, 1152, 1536), context_dim=768)
+KANDINSKY21 = DecoderConfig(
+    unet=KANDINSKY, condition=ImageConditionConfig(tokens=10, interleaved=False, text_dim=1024, norms=("pooled",), null_image=False)
+)  # fmt: skip
+KANDINSKY22 = DecoderConfig(
+    unet=KANDINSKY,
+    condition=ImageConditionConfig(
+        embed_dim=1280, tokens=32, interleaved=False, text_dim=None, pooled_dim=None, norms=("image", "tokens"), null_image=False
+    ),
+)  # fmt: skip
+DECODERS: dict[str, DecoderConfig] = {
+    "karlo": DecoderConfig(unet=GLIDE, condition=ImageConditionConfig()),
+    "kandinsky21": KANDINSKY21,
+    "kandinsky21-inpaint": replace(KANDINSKY21, unet=replace(KANDINSKY, in_channels=9)),
+    "kandinsky22": KANDINSKY22,
+    "kandinsky22-inpaint": replace(KANDINSKY22, unet=replace(KANDINSKY, in_channels=9)),
+}
+KARLO_SR = replace(GLIDE, in_channels=6, out_channels=3, depth=(0, 0, 0, 0), mid_depth=0, context_dim=None, scale_shift=False, embedded=None)
+UPSAMPLERS: dict[str, UNetConfig] = {"karlo-sr": KARLO_SR}

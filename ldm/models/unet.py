@@ -30,7 +30,8 @@ class UNetConfig:
 
     Conditions that join the timestep's embedding: ``pooled_dim`` is the width of `Cond.pooled`; ``class_dim`` is the same under the name that Stable
     unCLIP gave it; ``classes`` is the size of a table, and `Cond.pooled` then holds one whole number a sample (B,), a class or a level of noise;
-    ``guidance_dim`` is the width of the sinusoid of `Cond.guidance` (latent consistency models).
+    ``guidance_dim`` is the width of the sinusoid of `Cond.guidance` (latent consistency models). ``embedded``: `Cond.pooled` is of the embedding's
+    own width, 4·channels[0], and is added as it is (unCLIP decoders, whose projections stand outside).
     """
 
     in_channels: int = 4
@@ -52,6 +53,7 @@ class UNetConfig:
     class_dim: int | None = None
     classes: int | None = None
     guidance_dim: int | None = None
+    embedded: bool | None = None
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -69,8 +71,9 @@ class UNetConfig:
                 if heads * head_dim != width:
                     raise ValueError(f"level {level}: {width} channels cannot be split into {heads} heads of {self.head_dim or 'equal width'}")
         self._check_attention()
-        if sum(given is not None for given in (self.pooled_dim, self.class_dim, self.classes)) > 1:
-            raise ValueError(f"expected one of pooled_dim, class_dim and classes, got {self.pooled_dim}, {self.class_dim} and {self.classes}")
+        given = (self.pooled_dim, self.class_dim, self.classes, self.embedded or None)
+        if sum(value is not None for value in given) > 1:
+            raise ValueError(f"expected one of pooled_dim, class_dim, classes and embedded, got {', '.join(map(str, given))}")
 
     def _check_attention(self) -> None:
         attends = any(self.depth) or self.mid_depth > 0
@@ -230,7 +233,7 @@ class UNet(nn.Module):
             raise ValueError("this UNet attends to a context: Cond.context is None")
         if config.guidance_dim and cond.guidance is None:
             raise ValueError("this UNet takes the guidance scale: Cond.guidance is None")
-        wanted = config.pooled_dim or config.class_dim
+        wanted = config.pooled_dim or config.class_dim or (4 * config.channels[0] if config.embedded else None)
         if (wanted or config.classes) and cond.pooled is None:
             kind = f"a pooled condition of width {wanted}" if wanted else f"one of {config.classes} classes"
             raise ValueError(f"this UNet takes {kind}: Cond.pooled is None")
@@ -248,6 +251,8 @@ class UNet(nn.Module):
         pooled, classes = cond.pooled, self.config.classes
         if pooled is None:
             return emb
+        if self.config.embedded:
+            return emb + pooled.to(dtype)
         if self.add_embedding is not None:
             return emb + self.add_embedding(pooled.to(dtype))
         assert self.class_embedding is not None

@@ -10,10 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.models.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from ldm.models.bert import BertConfig, LDMBert
 from ldm.models.clip import TextConfig, TextTower, VisionConfig, VisionTower
+from ldm.models.decoder import Decoder, DecoderConfig
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.labels import LabelConditioner, LabelConfig
+from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.prior import Prior, PriorConfig
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
 from ldm.models.unet import UNet, UNetConfig
@@ -22,6 +25,7 @@ from ldm.models.vq import VQConfig, VQModel
 from ldm.nn.meta import on_meta
 from ldm.weights.bert_rules import bert_table
 from ldm.weights.clip_rules import clip_table
+from ldm.weights.decoder_rules import decoder_table
 from ldm.weights.io import load_strict
 from ldm.weights.keymap import IDENTITY, Section, Shape, Table, to_file, to_native
 from ldm.weights.prior_rules import prior_table
@@ -32,6 +36,7 @@ Layout = Literal["original", "diffusers"]
 NETWORKS: dict[type, type[nn.Module]] = {
     UNetConfig: UNet, VAEConfig: AutoencoderKL, VQConfig: VQModel, TinyConfig: AutoencoderTiny, TextConfig: TextTower, VisionConfig: VisionTower,
     BertConfig: LDMBert, LabelConfig: LabelConditioner, DraftConfig: Draft, PriorConfig: Prior,
+    AutoregressiveConfig: AutoregressivePrior, DecoderConfig: Decoder, MoVQConfig: MoVQ,
 }  # fmt: skip
 SAME_NAMES = Table((Section("", "", IDENTITY),))
 
@@ -60,6 +65,8 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
         return clip_table(names, keys)
     if isinstance(module, Prior):
         return prior_table(module.config, layout)
+    if isinstance(module, Decoder):
+        return decoder_table(module.config, names, layout)
     if layout == "diffusers":
         return replace(SAME_NAMES, ignore=("to_logits.*",)) if isinstance(module, LDMBert) else DIFFUSERS
     if isinstance(module, UNet):
