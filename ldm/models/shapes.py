@@ -112,7 +112,7 @@ PRIORS: dict[str, PriorConfig] = {
     "kandinsky21": PriorConfig(),
     "kandinsky22": PriorConfig(embed_dim=1280, text_dim=1280),
     "dalle2-laion": DALLE2_PRIOR,
-    "dalle2-readme": replace(DALLE2_PRIOR, length=77, layers=12, heads=12, norm_mlp=False),
+    "dalle2-readme": replace(DALLE2_PRIOR, length=77, layers=12, heads=12),
 }
 
 # Attention joins a context where the picture is halved at least once; residual blocks change sizes; the variance is learned.

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.cards import ModelCard
-from ldm.config import to_dict
 from ldm.denoiser import Denoiser
 from ldm.guidance import cfg, compose, keep_known
 from ldm.images import Images
@@ -22,6 +21,7 @@ from ldm.noise import initial_noise, keyed_normal
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, both_hooks, progress_bar, settle
 from ldm.pipelines.conditions import Pair, conditions, joined
 from ldm.pipelines.pixels import Picture, to_depth, to_mask, to_pixels
+from ldm.pipelines.recipe import stamp
 from ldm.types import DenoiseFn, OnStep
 
 LOW_NOISE = 2**62  # the keyed draw that noises an upscaler's input: none that a sampler makes
@@ -303,13 +303,7 @@ class LatentDiffusion(nn.Module):
             warnings.warn(f"{self.card.name} has never seen {words}: the picture may not show it", UnknownWords, stacklevel=4)
 
     def _recipe(self, task: Mapping[str, Any], *, replayable: bool) -> dict[str, Any]:
-        import platform
-
-        from ldm import __version__
-
-        made_with = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-        where = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
-        return {"model": self.card.name, **to_dict(task), **where, "replayable": replayable, "weights": self.origin, "versions": made_with}
+        return stamp(self.card.name, task, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
 
 
 REPLAYABLE = ("text_to_image", "class_to_image", "unconditional")  # a recipe does not hold pictures

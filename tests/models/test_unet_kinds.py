@@ -170,7 +170,7 @@ def test_conditions_that_are_missing_or_not_taken_are_refused():
         ({"resample": "conv"}, "resample: expected None or"),
         ({"only_cross": (True,)}, "only_cross: expected 4"),
         ({"only_cross": (True,) * 4, "attention": "block"}, "only_cross"),
-        ({"pooled_dim": 8, "classes": 10}, "one of pooled_dim, class_dim and classes"),
+        ({"pooled_dim": 8, "classes": 10}, "one of pooled_dim, class_dim, classes and embedded"),
         ({"heads": None, "head_dim": 48}, "level 0: 320 channels cannot be split into 6 heads of 48"),
     ],
 )

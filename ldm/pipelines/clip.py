@@ -1,0 +1,97 @@
+"""CLIP as unCLIP uses it: texts and pictures into one space, and pictures judged by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.images import Images
+from ldm.models.clip import VisionTower
+from ldm.models.conditioner import TextConditioner
+from ldm.models.image_embedding import ImageEmbedding
+from ldm.types import Cond
+
+
+class ClipPair(nn.Module):
+    """Both towers of one CLIP by its name; ``text`` is read with the embedding, not of length 1, in `Cond.pooled`. Either may be absent."""
+
+    def __init__(self, name: str, *, text: TextConditioner | None, vision: VisionTower | None) -> None:
+        super().__init__()
+        if text is None and vision is None:
+            raise ValueError(f"{name!r}: expected a text tower, a vision tower, or both")
+        if text is not None and (not text.convention.pooled or text.tower.config.embed_dim is None):
+            raise ValueError(f"{name!r}: the text tower gives embeddings, expected a projection, and pooled in its convention")
+        if text is not None and vision is not None and text.tower.config.embed_dim != vision.config.embed_dim:
+            raise ValueError(f"{name!r}: embeddings {text.tower.config.embed_dim} wide of text and {vision.config.embed_dim} of pictures are no pair")
+        self.name = name
+        self.text = text
+        self.vision = vision
+
+    @property
+    def width(self) -> int:
+        """E, the width of an embedding."""
+        width = self.text.tower.config.embed_dim if self.text is not None else self._vision().config.embed_dim
+        assert width is not None
+        return width
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[str]) -> Cond:
+        """Texts as a prior and a decoder take them: token states, their mask and the embedding; ValueError without a text tower."""
+        if self.text is None:
+            raise ValueError(f"this model has no text tower of {self.name!r}: it takes pictures, not texts")
+        return self.text(prompts)
+
+    def text_embedding(self, prompts: Sequence[str]) -> ImageEmbedding:
+        """The embeddings of B texts, in the space of those of pictures."""
+        pooled = self.read(prompts).pooled
+        assert pooled is not None
+        return ImageEmbedding(vector=pooled.float(), clip=self.name)
+
+    @torch.no_grad()
+    def image_embedding(self, pixels: Tensor) -> ImageEmbedding:
+        """The embeddings of pictures (B, 3, H, W) in [0, 1]; ValueError without a vision tower."""
+        tower = self._vision()
+        weight = tower.conv1.weight
+        return ImageEmbedding(vector=tower(tower.prepare(pixels.to(weight.device)).to(weight.dtype)).pooled.float(), clip=self.name)
+
+    @torch.no_grad()
+    def black(self) -> ImageEmbedding:
+        """The embedding (1, E) of zeros as the tower's input, which Kandinsky takes for no picture."""
+        tower = self._vision()
+        size, weight = tower.config.image_size, tower.conv1.weight
+        zeros = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
+        return ImageEmbedding(vector=tower(zeros).pooled.float(), clip=self.name)
+
+    def _vision(self) -> VisionTower:
+        if self.vision is None:
+            raise ValueError(f"this model has no vision tower of {self.name!r}: it cannot look at pictures")
+        return self.vision
+
+    def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The cosine of each picture (B, 3, H, W) in [0, 1] and its prompt, (B,)."""
+        images = self.image_embedding(pixels).unit().vector
+        return F.cosine_similarity(images, self.text_embedding(prompts).vector.to(images.device), dim=-1)
+
+
+def rerank(images: Images, clip: ClipPair, *, keep: int = 1) -> Images:
+    """Of the pictures of each prompt the ``keep`` most similar to it by CLIP, best first (Ramesh et al. 2021, section 2.6).
+
+    ValueError for fewer pictures of a prompt than are to be kept.
+    """
+    scores = clip.similarity(images.tensor, images.prompts).cpu()
+    chosen: list[int] = []
+    for prompt in dict.fromkeys(images.prompts):
+        own = [i for i, p in enumerate(images.prompts) if p == prompt]
+        if not 1 <= keep <= len(own):
+            raise ValueError(f"keep: expected 1 to {len(own)}, the pictures of {prompt!r}, got {keep}")
+        chosen += sorted(own, key=lambda i: -float(scores[i]))[:keep]
+    recipe = {**images.recipe, "replayable": False, "reranked": {"of": len(images.tensor), "scores": [round(float(scores[i]), 4) for i in chosen]}}
+    flagged = None if images.flagged is None else tuple(images.flagged[i] for i in chosen)
+    return replace(
+        images, tensor=images.tensor[chosen], seeds=tuple(images.seeds[i] for i in chosen), prompts=tuple(images.prompts[i] for i in chosen),
+        recipe=recipe, flagged=flagged,
+    )  # fmt: skip

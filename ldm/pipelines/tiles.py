@@ -1,0 +1,53 @@
+"""Large pictures by a network that sees a part at a time (MultiDiffusion, Bar-Tal et al. 2023, eq. 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm.denoiser import Denoiser
+from ldm.types import Cond, Denoised, DenoiseFn
+
+
+def places(side: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along a side: at most tile − overlap apart, the last at its end."""
+    if side <= tile:
+        return [0]
+    count = -(-(side - overlap) // (tile - overlap))
+    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
+
+
+def ramp(tile: int, overlap: int) -> Tensor:
+    """The weight of a tile's pixels along one side: rising over the overlap, never 0."""
+    edge = (torch.arange(tile) + 1.0) / (overlap + 1)
+    return torch.minimum(torch.minimum(edge, edge.flip(0)), torch.ones(()))
+
+
+def tiled(denoiser: Denoiser, cond: Cond, tile: int, *, overlap: int) -> DenoiseFn:
+    """The denoiser on tiles of x_t and `Cond.concat`, blended at every step with weights that fall towards the tiles' edges.
+
+    As x0 and eps are affine in each other, blending both keeps x_t = alpha·x0 + sigma·eps.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"overlap: expected 0 to {tile - 1}, got {overlap}")
+
+    def fn(x_t: Tensor, t: Tensor) -> Denoised:
+        h, w = x_t.shape[-2:]
+        th, tw = min(tile, h), min(tile, w)
+        weight = (ramp(th, min(overlap, th - 1))[:, None] * ramp(tw, min(overlap, tw - 1))).to(x_t)  # (th, tw)
+        total = x_t.new_zeros(h, w)
+        sums: list[Tensor] | None = None
+        for top in places(h, th, min(overlap, th - 1)):
+            for left in places(w, tw, min(overlap, tw - 1)):
+                part = (..., slice(top, top + th), slice(left, left + tw))
+                inner = cond if cond.concat is None else Cond(**{**dict(cond.items()), "concat": cond.concat[part]})
+                d = denoiser(x_t[part], t, inner)
+                found = [value for value in d if value is not None]
+                sums = sums or [x_t.new_zeros(len(value), value.shape[1], h, w) for value in found]
+                for whole, value in zip(sums, found, strict=True):
+                    whole[part] += weight * value
+                total[top : top + th, left : left + tw] += weight
+        assert sums is not None
+        return Denoised(*(value / total for value in sums))
+
+    return fn

@@ -1,0 +1,286 @@
+"""unCLIP, the model behind DALL·E 2: text → image embedding → picture → larger picture (Ramesh et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.grid import TimeGrid
+from ldm.guidance import keep_known
+from ldm.images import Images
+from ldm.models.embedding_codes import EmbeddingCodes, truncate
+from ldm.models.image_embedding import ImageEmbedding, slerp
+from ldm.pipelines.call import Call
+from ldm.pipelines.clip import ClipPair, rerank
+from ldm.pipelines.pixels import Picture, to_mask, to_pixels
+from ldm.pipelines.recipe import stamp
+from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage, options_of
+from ldm.types import Cond, DenoiseFn, OnStep
+from ldm.unclip_cards import UnCLIPCard
+
+STAGE_OPTIONS = ("steps", "guidance", "sampler", "latents", "height", "width")
+
+
+class UnCLIP(nn.Module):
+    """An unCLIP model, ready to sample: ``clip``, ``prior`` (None: no texts, unless an embedding is given), ``decoder``, ``upsamplers``, ``card``."""
+
+    def __init__(
+        self, *, clip: ClipPair, prior: PriorStage | None, decoder: DecoderStage, upsamplers: Sequence[UpsamplerStage] = (), card: UnCLIPCard,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for part, name in (("CLIP", clip.name), ("prior", prior and prior.clip), ("decoder", decoder.clip)):
+            if name is not None and name != card.clip:
+                raise ValueError(f"{card.name!r} runs on embeddings of {card.clip!r}, its {part} on those of {name!r}: two CLIPs share no space")
+        widths = {"CLIP": clip.width, "decoder": decoder.width} | ({} if prior is None else {"prior": prior.net.config.embed_dim})
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"{card.name!r}: expected embeddings of one width, got {widths}")
+        self.clip, self.prior, self.decoder, self.card = clip, prior, decoder, card
+        self.upsamplers: Any = nn.ModuleList(upsamplers)
+        self.origin = dict(origin or {})
+
+    def text_to_image(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str = "",
+        n: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        grid: TimeGrid | None = None,
+        seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        candidates: int = 1,
+        embedding: ImageEmbedding | None = None,
+        progress: bool = True,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Images:
+        """Pictures of a prompt, or of several: ``n`` (default 4) of each.
+
+        ``candidates``: embeddings the prior makes for each picture, of which the one with the largest dot product with the text's is taken.
+        ``embedding``: image embeddings, one or one for each picture, in place of the prior's. ``steps``, ``guidance``, ``sampler``, ``grid``,
+        ``latents`` and ``on_step`` are the decoder's; the prior's are ``prior_steps``, ``prior_guidance``, ``prior_sampler`` and
+        ``prior_latents``, the upsamplers' ``upsampler_steps``, ``upsampler_sampler`` and ``upsampler_latents``. ``upsample`` False leaves the
+        decoder's picture. ``noise_level``: of Stable unCLIP's embedding, 0 to 999. Others are options of the decoder's sampler.
+
+        Raises ValueError for an embedding of another CLIP or width, a model without a prior, and as `LatentDiffusion.text_to_image`.
+        """
+        call = self._settle(
+            prompt, negative=negative, n=n, steps=steps, guidance=guidance, sampler=sampler, grid=grid, seed=seed, height=height, width=width,
+            latents=latents, progress=progress, on_step=on_step, **_decoders(options),
+        )  # fmt: skip
+        given = embedding is not None
+        if embedding is None:
+            embedding = self.imagine(call.prompts, negative=negative, seed=call.seeds, candidates=candidates, progress=progress, **options)
+        facts = {"candidates": candidates, **_told(options)}
+        return self._decode("text_to_image", call, embedding, options, facts, replayable=call.replayable and not given and not _held(options))
+
+    def variations(
+        self, image: Picture, *, n: int | None = None, prompt: str = "", invert: bool = False, eta: float = 1.0, **options: Any
+    ) -> Images:
+        """``n`` pictures (default 4) of a picture's embedding; options as in `text_to_image`.
+
+        ``invert``: begin from the noise that DDIM leads to the picture from, so that the embedding and it (the paper's bipartite latent, section
+        3.1) hold all of it; then ``eta`` in [0, 1] says how much is varied, 0 reconstructs it. The size is then the picture's, and the
+        upsamplers rest. ValueError for a model without a vision tower.
+        """
+        pixels = to_pixels(image)
+        embedding = self.clip.image_embedding(pixels)
+        if len(pixels) != 1:
+            raise ValueError(f"image: expected one picture, got {len(pixels)}")
+        if not invert:
+            return self._decode("variations", self._settle(prompt, n=n, **_decoders(options)), embedding, options, _told(options))
+        latents, call = self._inverted(pixels, embedding, prompt, n=n, eta=eta, **options)
+        call = replace(call, latents=latents.expand(len(call.seeds), *latents.shape[1:]))
+        return self._decode("variations", call, embedding, {**options, "upsample": False}, {"invert": True, **_told(options)})
+
+    def reconstruct(self, image: Picture, **options: Any) -> Images:
+        """A picture from its embedding and its inverted noise: `variations` that vary nothing."""
+        return self.variations(image, **{"n": 1, **options, "invert": True, "eta": 0.0})
+
+    def interpolate(self, a: Any, b: Any, *, n: int = 8, seed: int = 0, prompt: str = "", invert: bool = False, **options: Any) -> Images:
+        """``n`` pictures from a to b, each a text or a picture, both included: on the arc between their embeddings (section 3.2).
+
+        The noise is that of one seed all along; with ``invert`` (of two pictures of one size) it goes from one's inverted noise to the other's.
+        Text is ``prompt`` everywhere. Options as in `text_to_image`.
+        """
+        if not isinstance(n, int) or isinstance(n, bool) or n < 2:
+            raise ValueError(f"n: expected at least 2 pictures from a to b, got {n!r}")
+        ends = [self.embed(side, seed=seed, **_priors(options)) for side in (a, b)]
+        w = torch.linspace(0, 1, n)
+        path = replace(ends[0], vector=slerp(ends[0].vector, ends[1].vector.to(ends[0].vector.device), w))
+        call = self._settle([prompt] * n, n=1, seed=[seed] * n, **_decoders(options))
+        if invert:
+            noises = []
+            for side, end in zip((a, b), ends, strict=True):
+                latents, call = self._inverted(to_pixels(side), end, [prompt] * n, n=1, eta=0.0, seed=[seed] * n, **options)
+                noises.append(latents)
+            if noises[0].shape != noises[1].shape:
+                raise ValueError(f"invert: expected two pictures of one size, got noises of {tuple(noises[0].shape)} and {tuple(noises[1].shape)}")
+            call, options = replace(call, latents=slerp(noises[0], noises[1], w.to(noises[0].device))), {**options, "upsample": False}
+        return self._decode("interpolate", call, path, options, {"invert": invert, **_told(options)})
+
+    def text_difference(
+        self, image: Picture, source: str, target: str, *, n: int = 8, most: float = 0.5, seed: int = 0, invert: bool = True, **options: Any
+    ) -> Images:
+        """``n`` pictures from a picture (the first) towards what ``target`` has that ``source`` has not (section 3.3).
+
+        The embedding turns towards the difference of both texts' embeddings, at length 1, by up to ``most`` of the arc (the paper: 0.25 to 0.5);
+        with ``invert`` from the picture's inverted noise. Options as in `text_to_image`.
+        """
+        if not 0 <= most <= 1:
+            raise ValueError(f"most: expected a part of the arc in [0, 1], got {most}")
+        pixels = to_pixels(image)
+        start = self.clip.image_embedding(pixels)
+        texts = self.clip.text_embedding([source, target]).unit().vector
+        if torch.allclose(texts[0], texts[1], atol=1e-6):
+            raise ValueError(f"source and target: {source!r} and {target!r} have one embedding, so there is no direction between them")
+        direction = torch.nn.functional.normalize((texts[1] - texts[0])[None], dim=-1).to(start.vector.device)
+        length = start.vector.norm(dim=1, keepdim=True)
+        path = replace(start, vector=slerp(start.vector, direction * length, torch.linspace(0, most, n)))
+        call = self._settle([""] * n, n=1, seed=[seed] * n, **_decoders(options))
+        if invert:
+            latents, call = self._inverted(pixels, start, [""] * n, n=1, eta=0.0, seed=[seed] * n, **options)
+            call, options = replace(call, latents=latents.expand(n, *latents.shape[1:])), {**options, "upsample": False}
+        facts = {"source": source, "target": target, "most": most, "invert": invert, **_told(options)}
+        return self._decode("text_difference", call, path, options, facts)
+
+    def truncated(self, image: Picture, codes: EmbeddingCodes, components: Sequence[int], *, seed: int = 0, **options: Any) -> Images:
+        """Pictures of an embedding of which only the first principal components are kept, a number for each (figure 7).
+
+        ``codes``: fitted to embeddings of this CLIP (`EmbeddingCodes.fit`). One seed for all. Options as in `text_to_image`.
+        """
+        whole = self.clip.image_embedding(to_pixels(image))
+        parts = torch.cat([truncate(whole.vector.cpu(), k, codes) for k in components])
+        call = self._settle([""] * len(parts), n=1, seed=[seed] * len(parts), **_decoders(options))
+        return self._decode("truncated", call, replace(whole, vector=parts), options, {"components": list(components), **_told(options)})
+
+    def inpaint(self, prompt: str, image: Picture, mask: Picture, *, candidates: int = 1, **options: Any) -> Images:
+        """Pictures of a prompt in which the masked part (white) is made anew, of the picture's size; options as in `text_to_image`.
+
+        A model with input channels for it is given the known latent and where it is; any other keeps the known part as it is.
+        """
+        pixels = to_pixels(image)
+        hole = to_mask(mask, pixels.shape[-2:])
+        call = self._settle(prompt, **{**_decoders(options), "height": pixels.shape[-2], "width": pixels.shape[-1]})
+        embedding = self.imagine(call.prompts, negative=call.negative, seed=call.seeds, candidates=candidates, progress=call.progress, **options)
+        known = self.decoder.space.encode(pixels, self.decoder.device)
+        small = torch.nn.functional.adaptive_max_pool2d(hole, known.shape[-2:]).to(known.device)
+        options = {**options, "upsample": False}
+        if self.card.concat == "known":
+            told = torch.cat([known * (1 - small), (1 - small).expand(len(known), -1, -1, -1)], dim=1)
+            return self._decode("inpaint", call, embedding, options, {"candidates": candidates}, concat=told)
+
+        def wrap(fn: DenoiseFn) -> DenoiseFn:
+            return keep_known(fn, self.decoder.denoiser.schedule, known, small)
+
+        return self._decode("inpaint", call, embedding, options, {"candidates": candidates}, wrap=wrap)
+
+    def rerank(self, prompt: str | Sequence[str], *, of: int = 16, keep: int = 4, **options: Any) -> Images:
+        """``of`` pictures of each prompt made, the ``keep`` most similar to it by CLIP returned, best first."""
+        return rerank(self.text_to_image(prompt, n=of, **options), self.clip, keep=keep)
+
+    @torch.no_grad()
+    def imagine(
+        self, prompt: str | Sequence[str], *, n: int = 1, negative: str = "", seed: int | Sequence[int] = 0, candidates: int = 1,
+        progress: bool = True, **options: Any,
+    ) -> ImageEmbedding:  # fmt: skip
+        """The prior's image embeddings of prompts, ``n`` of each; ``prior_steps``, ``prior_guidance``, ``prior_sampler``, ``prior_latents``: its options."""
+        if self.prior is None:
+            raise ValueError(f"{self.card.name!r} has no prior: give an embedding, or call variations with a picture")
+        own = options_of("prior", options, STAGE_OPTIONS)
+        call = self.prior.settle(list(prompt) if not isinstance(prompt, str) else prompt, n=n, negative=negative, seed=seed, progress=progress, **own)
+        return self.prior(self.clip, call, candidates=candidates)
+
+    def embed(self, what: str | Picture, *, seed: int = 0, **options: Any) -> ImageEmbedding:
+        """The embedding (1, E) of a text, by the prior, or of a picture, by CLIP. A path is a picture only as a `Path`."""
+        if isinstance(what, str):
+            return self.imagine(what, seed=seed, **options)
+        found = self.clip.image_embedding(to_pixels(what))
+        if len(found) != 1:
+            raise ValueError(f"expected one text or one picture, got {len(found)} pictures")
+        return found
+
+    # What all tasks share.
+
+    def _settle(self, prompt: Any, *, n: int | None = None, **options: Any) -> Call:
+        call = self.decoder.settle(prompt, n=self.card.pictures if n is None else n, **options)
+        self.decoder.shape(call)
+        return call
+
+    def _guided(self, call: Call, embedding: ImageEmbedding, noise_level: int, concat: Tensor | None = None) -> DenoiseFn:
+        nothing = self.clip.black() if self.card.no_image == "black" else None
+        pair = self.decoder.conditions(embedding, nothing, call, noise_level=noise_level)
+        if concat is not None:
+            wide = concat.expand(len(call.seeds), *concat.shape[1:])
+            pair = tuple(Cond(**{**dict(cond.items()), "concat": wide}) for cond in pair)  # type: ignore[assignment]
+        return self.decoder.guided(*pair, call.guidance)
+
+    @torch.no_grad()
+    def _inverted(self, pixels: Tensor, embedding: ImageEmbedding, prompt: Any, *, eta: float, **options: Any) -> tuple[Tensor, Call]:
+        """The noise (1, C, h, w) that DDIM leads to a picture from, and the call that begins there; inverted without guidance, as it is then exact."""
+        own = {**_decoders(options), "sampler": "ddim", "height": pixels.shape[-2], "width": pixels.shape[-1], "eta": eta}
+        call = self._settle(prompt, **{"guidance": 1.0, **own})
+        one = replace(call, prompts=call.prompts[:1], seeds=call.seeds[:1], guidance=1.0)
+        fn = self._guided(one, embedding, options.get("noise_level", 0))
+        z = self.decoder.space.encode(pixels, self.decoder.device)
+        return self.decoder.invert(fn, z, call.grid, iterations=options.get("iterations", 1)), call
+
+    @torch.no_grad()
+    def _decode(
+        self, task: str, call: Call, embedding: ImageEmbedding, options: Mapping[str, Any], facts: Mapping[str, Any], *, replayable: bool = False,
+        concat: Tensor | None = None, wrap: Any = None,
+    ) -> Images:  # fmt: skip
+        """The pictures of embeddings, with their recipe."""
+        fn = self._guided(call, embedding, options.get("noise_level", 0), concat)
+        x = self.decoder.run(fn if wrap is None else wrap(fn), self.decoder.start(call, self.decoder.shape(call)), call)
+        pixels = self.decoder.space.decode(x)
+        if options.get("upsample", True):
+            for k, stage in enumerate(self.upsamplers):
+                own = options_of("upsampler", options, STAGE_OPTIONS if k == 0 else ("steps", "sampler"))
+                own = {"height": _grown(stage, pixels, 0, self), "width": _grown(stage, pixels, 1, self), **own}
+                pixels = stage(pixels, stage.settle(list(call.prompts), seed=call.seeds, progress=call.progress, **own), tile=options.get("tile"))
+        device, dtype = self.decoder.device, next(self.decoder.denoiser.parameters()).dtype
+        recipe = stamp(self.card.name, {**call.recipe(task), **facts}, device=device, dtype=dtype, origin=self.origin, replayable=replayable)
+        return Images(tensor=pixels, seeds=call.seeds, prompts=tuple(map(str, call.prompts)), recipe=recipe)
+
+
+def _grown(stage: UpsamplerStage, pixels: Tensor, side: int, model: UnCLIP) -> int:
+    """The side of the enlarged picture: as many times larger as the card's sizes say."""
+    cards = [model.card.decoder, *(upsampler.card for upsampler in model.upsamplers)]
+    before = cards[[id(upsampler) for upsampler in model.upsamplers].index(id(stage))].defaults
+    return pixels.shape[-2 + side] * stage.card.defaults.height // before.height
+
+
+OTHERS = ("upsample", "noise_level", "tile", "iterations")  # options of a call that are no stage's
+
+
+def _decoders(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are the decoder's."""
+    return {key: value for key, value in options.items() if not key.startswith(("prior_", "upsampler_")) and key not in OTHERS}
+
+
+def _priors(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key.startswith("prior_") or key == "progress"}
+
+
+def _told(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of the options that are not the decoder's."""
+    return {key: value for key, value in options.items() if (key.startswith(("prior_", "upsampler_")) or key in OTHERS) and not _is_tensor(value)}
+
+
+def _held(options: Mapping[str, Any]) -> bool:
+    """Whether an option is a tensor, which a recipe does not hold."""
+    return any(_is_tensor(value) for value in options.values())
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,149 @@
+"""The stages of unCLIP: the prior that makes an embedding, the decoder that makes a picture of it, the upsamplers that enlarge the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.guidance import switch
+from ldm.models.conditioner import TextConditioner
+from ldm.models.decoder import Decoder
+from ldm.models.image_embedding import ImageEmbedding
+from ldm.models.noise_augmentation import NoiseAugmentation
+from ldm.models.prior import Prior
+from ldm.noise import keyed_normal
+from ldm.pipelines.call import Call
+from ldm.pipelines.clip import ClipPair
+from ldm.pipelines.space import Space
+from ldm.pipelines.stage import STEPS, Stage, make_denoiser
+from ldm.pipelines.tiles import tiled
+from ldm.types import Cond, DenoiseFn
+from ldm.unclip_cards import StageCard
+
+UPSAMPLE, AUGMENT, PRIOR = 1, 64, 128  # numbers of stages; upsamplers and the candidates of a prior count up from theirs
+
+
+class PriorStage(Stage):
+    """Texts → image embeddings of the CLIP ``clip``."""
+
+    def __init__(self, net: Prior, card: StageCard, *, clip: str) -> None:
+        super().__init__(net, card, number=PRIOR, label="prior")
+        self.net, self.clip = net, clip
+
+    @torch.no_grad()
+    def forward(self, clip: ClipPair, call: Call, *, candidates: int = 1) -> ImageEmbedding:
+        """One embedding for each prompt of the call: of ``candidates`` the one with the largest dot product with the text's
+        (Ramesh et al. 2022, section 2.2). ValueError for texts of another CLIP.
+        """
+        if clip.name != self.clip:
+            raise ValueError(f"the prior was trained on {self.clip!r}, and the texts are read by {clip.name!r}: two CLIPs share no space")
+        if candidates < 1:
+            raise ValueError(f"candidates: expected at least 1, got {candidates}")
+        prompts = [str(prompt) for prompt in call.prompts]
+        cond = clip.read(prompts)
+        learned = self.net.config.blocks == "cosine" and not call.negative
+        uncond = self.net.unconditional(1, device=self.device) if learned else clip.read([call.negative])
+        fn = self.guided(cond, uncond.expand(len(prompts)), call.guidance)
+        made = []
+        for k in range(candidates):
+            number = self.number + k
+            x = self.run(fn, self.start(call, (self.net.config.embed_dim,), number=number), call, number=number)
+            made.append(self.net.denormalize(x))
+        if candidates == 1:
+            return ImageEmbedding(vector=made[0].float(), clip=self.clip)
+        assert cond.pooled is not None
+        stack = torch.stack(made, dim=1).float()  # (B, k, E)
+        best = torch.einsum("bke,be->bk", stack, cond.pooled.float()).argmax(1)
+        return ImageEmbedding(vector=stack[torch.arange(len(stack)), best], clip=self.clip)
+
+
+class DecoderStage(Stage):
+    """Image embeddings of the CLIP ``clip``, with texts → pictures.
+
+    ``net``: a `Decoder`, or a UNet beside an ``augmentation`` (Stable unCLIP). ``text``: what reads the texts, None where none are read.
+    """
+
+    def __init__(
+        self, net: nn.Module, card: StageCard, *, clip: str, space: Space, text: TextConditioner | None = None,
+        augmentation: NoiseAugmentation | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(net, card, number=0, label="decoder")
+        self.clip, self.space, self.text, self.augmentation = clip, space, text, augmentation
+
+    @property
+    def width(self) -> int:
+        """E of the embeddings it reads."""
+        net = self.denoiser.net
+        if self.augmentation is not None:
+            return self.augmentation.config.embed_dim
+        assert isinstance(net, Decoder)
+        return net.config.condition.embed_dim
+
+    def conditions(
+        self, embedding: ImageEmbedding, nothing: ImageEmbedding | None, call: Call, *, noise_level: int = 0
+    ) -> tuple[Cond, Cond]:
+        """What the network is told with and without the embeddings and texts of a call, both of batch B.
+
+        ``nothing``: the embedding of no picture, None for the learned one, or zeros where the condition is noised.
+        """
+        n = len(call.seeds)
+        vector = embedding.of(self.clip, self.width, by="the decoder").to(self.device)
+        vector = vector.expand(n, -1) if len(vector) == 1 else vector
+        if len(vector) != n:
+            raise ValueError(f"{len(vector)} embeddings for {n} pictures: expected one, or one for each")
+        cond, uncond = Cond(), Cond()
+        if self.text is not None:
+            cond = self.text([str(prompt) for prompt in call.prompts])
+            uncond = self.text([call.negative]).expand(n)
+        if self.augmentation is not None:
+            noise = torch.stack([keyed_normal(seed, AUGMENT * STEPS, vector.shape[1:]) for seed in call.seeds])
+            told = self.augmentation(vector, noise_level, noise.to(self.device))
+            return replace(cond, pooled=told), replace(uncond, pooled=torch.zeros_like(told))
+        net = self.denoiser.net
+        assert isinstance(net, Decoder)
+        nothing_vector = net.condition.nothing() if nothing is None else nothing.of(self.clip, self.width, by="the decoder")
+        return replace(cond, image_emb=vector), replace(uncond, image_emb=nothing_vector.to(self.device).float().expand(n, -1))
+
+    def shape(self, call: Call) -> tuple[int, int, int]:
+        """(C, h, w) of the call's pictures; ValueError for a size that cannot be held."""
+        return self.space.shape(call.height, call.width)
+
+
+class UpsamplerStage(Stage):
+    """Small pictures → large ones, by a network that is given the enlarged small one; ``last``: another network for the last step."""
+
+    def __init__(self, net: nn.Module, card: StageCard, *, index: int = 0, last: nn.Module | None = None) -> None:
+        super().__init__(net, card, number=UPSAMPLE + index, label="upsampler")
+        self.last = None if last is None else make_denoiser(last, card)
+
+    @torch.no_grad()
+    def forward(self, small: Tensor, call: Call, *, tile: int | None = None) -> Tensor:
+        """Pictures (B, 3, h, w) in [0, 1] → (B, 3, H, W) of the call's size in [0, 1]; ``tile``: see `ldm.pipelines.tiles.tiled`."""
+        size = (call.height, call.width)
+        low = enlarge(2 * small.to(self.device).float() - 1, size)
+        cond = Cond(concat=low)
+
+        def bound(denoiser: Any) -> DenoiseFn:
+            return tiled(denoiser, cond, tile, overlap=tile // 4) if tile is not None and tile < max(size) else denoiser.bind(cond)
+
+        fn = bound(self.denoiser)
+        if self.last is not None:
+            t = call.grid.t
+            fn = switch(fn, bound(self.last), float(t[-2] + t[-1]) / 2 if len(t) > 1 else float(t[-1]) + 1)
+        x = self.run(self.clamped(fn), self.start(call, (3, *size)), call)
+        return ((x + 1) / 2).clamp(0, 1).cpu()
+
+
+def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Pictures resized as upsamplers were trained: bicubic, antialiased."""
+    return F.interpolate(x, tuple(size), mode="bicubic", align_corners=False, antialias=True)
+
+
+def options_of(stage: str, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The options of a stage among those of a call: "prior_steps" becomes "steps"."""
+    return {name: options[f"{stage}_{name}"] for name in names if options.get(f"{stage}_{name}") is not None}
