@@ -85,7 +85,7 @@ KARLO = UnCLIPCard(
 )  # fmt: skip
 UNCLIP_L = UnCLIPCard(
     name="sd-v2-1-unclip-l", summary="Stable Diffusion 2.1 unCLIP on ViT-L/14, with Karlo's prior", licence="CreativeML Open RAIL++-M", clip=OPENAI_L,
-    prior=KARLO_PRIOR, condition="noised", no_image="zeros",
+    prior=replace(KARLO_PRIOR, convention=Convention(grids={"*": {"spacing": "leading"}}, quantize=True)), condition="noised", no_image="zeros",
     decoder=StageCard(
         schedule=ScheduleCard(kind="scaled_linear", beta_start=0.00085, beta_end=0.012), prediction="v", defaults=defaults(20, 10.0, 768, "ddim")
     ),

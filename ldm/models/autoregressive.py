@@ -60,7 +60,7 @@ class AutoregressivePrior(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, codes: Tensor, similarity: Tensor, cond: Cond) -> Tensor:
-        """codes (B, k) for k = 0 … K − 1 known components, similarity (B,) in buckets → logits (B, k + 1, buckets) of the components 0 … k."""
+        """codes (B, k) for k = 0 … K − 1 known components, similarity (B,) in buckets → logits (B, k + 1, buckets) of 0 … k."""
         c = self.config
         if cond.context is None or cond.pooled is None or cond.context.shape[1:] != (c.length, c.text_dim):
             raise ValueError(f"this prior reads Cond.context of shape (B, {c.length}, {c.text_dim}) and Cond.pooled of (B, {c.embed_dim})")

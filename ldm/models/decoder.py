@@ -76,7 +76,7 @@ class ImageCondition(nn.Module):
         self.norms = nn.ModuleDict({f"{name}_norm": nn.LayerNorm(widths[name]) for name in c.norms})
 
     def forward(self, cond: Cond) -> Cond:
-        """`Cond.image_emb` (B, E), and `Cond.context` (B, L, D) with its mask and `Cond.pooled` where text is read → context and pooled of the UNet."""
+        """`Cond.image_emb` (B, E), where text is read also `Cond.context` (B, L, D) and `Cond.pooled` → the context and pooled of the UNet."""
         self.check(cond)
         assert cond.image_emb is not None
         emb = self._normed("image", self.image(cond.image_emb))  # (B, 4·C)

@@ -16,6 +16,9 @@ from ldm.models.image_embedding import ImageEmbedding
 from ldm.types import Cond
 
 
+FLATTEST = 16  # sides in proportion, of a picture that is worth looking at
+
+
 class ClipPair(nn.Module):
     """Both towers of one CLIP by its name; ``text`` is read with the embedding, not of length 1, in `Cond.pooled`. Either may be absent."""
 
@@ -53,8 +56,11 @@ class ClipPair(nn.Module):
 
     @torch.no_grad()
     def image_embedding(self, pixels: Tensor) -> ImageEmbedding:
-        """The embeddings of pictures (B, 3, H, W) in [0, 1]; ValueError without a vision tower."""
+        """The embeddings of pictures (B, 3, H, W) in [0, 1]; ValueError without a vision tower, or for one of which it would see nearly nothing."""
         tower = self._vision()
+        h, w = pixels.shape[-2:]
+        if max(h, w) > FLATTEST * min(h, w):
+            raise ValueError(f"image: CLIP sees the square in the middle, next to nothing of {w}×{h}; expected sides of 1:{FLATTEST} at most")
         weight = tower.conv1.weight
         return ImageEmbedding(vector=tower(tower.prepare(pixels.to(weight.device)).to(weight.dtype)).pooled.float(), clip=self.name)
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.pipelines.eight_bit import rgba
+
 Picture = Any  # a path, a PIL image, a tensor (3, H, W) or (B, 3, H, W) in [0, 1], a uint8 array (H, W, 3), or a sequence of these of one size
 
 
 def to_pixels(image: Picture) -> Tensor:
-    """Pictures as (B, 3, H, W) float32 in [0, 1]; transparency is laid on white.
+    """Pictures as (B, 3, H, W) float32 in [0, 1]; transparency is laid on white, files are read as `rgba` says.
 
     ValueError for another shape or range, or several sizes; FileNotFoundError for a path that leads nowhere.
     """
@@ -85,11 +87,11 @@ def _array(image: Any, name: str) -> Tensor:
             raise FileNotFoundError(f"{name}: no such file: {str(path)!r}")
         try:
             with Image.open(path) as opened:
-                image = opened.convert("RGBA" if name == "image" else "L" if name == "mask" else opened.mode)
+                image = rgba(opened) if name == "image" else opened.convert("L" if name == "mask" else opened.mode)
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{name}: {str(path)!r} is not a picture that can be read: {error}") from None
     if hasattr(image, "convert"):  # a PIL image
-        image = image.convert("RGBA" if name == "image" else "L") if name != "depth" else image
+        image = rgba(image) if name == "image" else image.convert("L") if name == "mask" else image
     array = np.asarray(image)
     if name != "depth" and array.dtype != np.uint8:
         raise ValueError(f"{name}: expected 8-bit numbers, a tensor, a PIL image or a path, got {type(image).__name__} of {array.dtype}")

@@ -193,7 +193,7 @@ class UnCLIP(nn.Module):
         self, prompt: str | Sequence[str], *, n: int = 1, negative: str = "", seed: int | Sequence[int] = 0, candidates: int = 1,
         progress: bool = True, **options: Any,
     ) -> ImageEmbedding:  # fmt: skip
-        """The prior's image embeddings of prompts, ``n`` of each; ``prior_steps``, ``prior_guidance``, ``prior_sampler``, ``prior_latents``: its options."""
+        """The prior's image embeddings of prompts, ``n`` of each; options as in `text_to_image`, of which it takes those of the prior."""
         if self.prior is None:
             raise ValueError(f"{self.card.name!r} has no prior: give an embedding, or call variations with a picture")
         own = options_of("prior", options, STAGE_OPTIONS)
@@ -226,7 +226,7 @@ class UnCLIP(nn.Module):
 
     @torch.no_grad()
     def _inverted(self, pixels: Tensor, embedding: ImageEmbedding, prompt: Any, *, eta: float, **options: Any) -> tuple[Tensor, Call]:
-        """The noise (1, C, h, w) that DDIM leads to a picture from, and the call that begins there; inverted without guidance, as it is then exact."""
+        """The noise (1, C, h, w) that DDIM leads to a picture from, and the call that begins there; without guidance, unless that is asked for."""
         own = {**_decoders(options), "sampler": "ddim", "height": pixels.shape[-2], "width": pixels.shape[-1], "eta": eta}
         call = self._settle(prompt, **{"guidance": 1.0, **own})
         one = replace(call, prompts=call.prompts[:1], seeds=call.seeds[:1], guidance=1.0)

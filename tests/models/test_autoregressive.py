@@ -91,8 +91,11 @@ def test_a_sample_depends_on_its_seed_alone_and_training_makes_it_the_data():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"similarity": 1.5}, "similarity: expected a cosine"), ({"temperature": -1.0}, "temperature"), ({"seeds": [0]}, "1 seeds for a condition of batch")],
-)
+    [
+        ({"similarity": 1.5}, "similarity: expected a cosine"), ({"temperature": -1.0}, "temperature"),
+        ({"seeds": [0]}, "1 seeds for a condition of batch"),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_drawn_is_named(options, message):
     net = AutoregressivePrior(CONFIG)
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,190 @@
+"""unCLIP's tasks on tiny models: closed forms, invariants, misuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tinyunclip import E, PRIOR, net, pair, tiny_kandinsky, tiny_karlo, tiny_stable
+
+from ldm.denoiser import Denoiser
+from ldm.models.embedding_codes import EmbeddingCodes
+from ldm.models.image_embedding import ImageEmbedding, slerp
+from ldm.pipelines.clip import rerank
+from ldm.pipelines.tiles import places, tiled
+from ldm.pipelines.unclip import UnCLIP
+from ldm.pipelines.unclip_stages import PriorStage
+from ldm.schedule import NoiseSchedule
+from ldm.types import Cond
+
+
+@pytest.fixture(scope="module")
+def karlo() -> UnCLIP:
+    return tiny_karlo()
+
+
+@pytest.fixture(scope="module")
+def kandinsky() -> UnCLIP:
+    return tiny_kandinsky()
+
+
+PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+SMALL = F.interpolate(torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2)), size=(16, 16), mode="bilinear")
+FAST = {"steps": 2, "prior_steps": 2, "progress": False, "upsample": False}
+
+
+def test_four_pictures_by_default_of_the_upsamplers_size(karlo):
+    images = karlo.text_to_image("a cat", steps=2, prior_steps=2, upsampler_steps=2, progress=False)
+    assert images.tensor.shape == (4, 3, 32, 32) and images.seeds == (0, 1, 2, 3) and images.recipe["replayable"]
+    assert images.recipe["prior_steps"] == 2 and images.recipe["model"] == "karlo-v1-alpha"
+    assert karlo.text_to_image("a cat", **FAST).tensor.shape == (4, 3, 16, 16)
+
+
+def test_the_given_embedding_replaces_the_priors(karlo):
+    made = karlo.imagine("a cat", seed=5, prior_steps=2, progress=False)
+    given = karlo.text_to_image("a cat", n=1, seed=5, embedding=made, **FAST)
+    assert torch.equal(given.tensor, karlo.text_to_image("a cat", n=1, seed=5, **FAST).tensor) and not given.recipe["replayable"]
+    other = karlo.text_to_image("a cat", n=1, seed=5, embedding=replace(made, vector=-made.vector), **FAST)
+    assert not torch.allclose(other.tensor, given.tensor, atol=0.02)
+
+
+def test_best_of_k_is_the_largest_dot_product_of_k_draws(karlo):
+    text = karlo.clip.text_embedding(["a cat"]).vector[0]
+    scores = [float(karlo.imagine("a cat", candidates=k, prior_steps=2, progress=False).vector[0] @ text) for k in (1, 2, 6)]
+    assert scores[0] <= scores[1] <= scores[2] and scores[2] > scores[0]
+
+
+def test_embeddings_of_another_clip_width_or_length_are_refused(karlo):
+    good = karlo.clip.image_embedding(PICTURE)
+    run = {"n": 1, **FAST}
+    with pytest.raises(ValueError, match="reads embeddings of 'openai/ViT-L-14', got those of 'laion"):
+        karlo.text_to_image("a", embedding=replace(good, clip="laion/ViT-L-14"), **run)
+    with pytest.raises(ValueError, match=f"{E} wide, got 7"):
+        karlo.text_to_image("a", embedding=replace(good, vector=torch.zeros(1, 7)), **run)
+    with pytest.raises(ValueError, match="got ones of length 1"):
+        karlo.text_to_image("a", embedding=good.unit(), **run)
+    with pytest.raises(ValueError, match="2 embeddings for 1 pictures"):
+        karlo.text_to_image("a", embedding=good[[0, 0]], **run)
+    with pytest.raises(ValueError, match="NaN"):
+        ImageEmbedding(vector=torch.full((1, E), float("nan")), clip="x")
+
+
+def test_prior_and_decoder_of_two_clips_are_not_combined(karlo):
+    stranger = PriorStage(net(PRIOR, 3), karlo.card.prior, clip="laion/ViT-L-14")
+    with pytest.raises(ValueError, match="its prior on those of 'laion/ViT-L-14'"):
+        UnCLIP(clip=karlo.clip, prior=stranger, decoder=karlo.decoder, card=karlo.card)
+    narrow = PriorStage(net(replace(PRIOR, embed_dim=8), 3), karlo.card.prior, clip=karlo.card.clip)
+    with pytest.raises(ValueError, match="one width, got"):
+        UnCLIP(clip=karlo.clip, prior=narrow, decoder=karlo.decoder, card=karlo.card)
+    with pytest.raises(ValueError, match="the texts are read by"):
+        stranger(pair("openai/ViT-L-14"), stranger.settle("a", progress=False))
+    alone = UnCLIP(clip=karlo.clip, prior=None, decoder=karlo.decoder, card=karlo.card)
+    with pytest.raises(ValueError, match="has no prior"):
+        alone.text_to_image("a", **FAST)
+    assert alone.variations(PICTURE, n=1, **FAST).tensor.shape == (1, 3, 16, 16)
+
+
+def test_inverted_noise_and_the_embedding_reconstruct_a_picture():
+    """On a decoder whose eps is smooth in x_t: with the fixed point iterated, DDIM comes back to where it was inverted from."""
+    pipe = tiny_kandinsky()
+    with torch.no_grad():
+        pipe.decoder.denoiser.net.unet.conv_out.weight.mul_(0.05)
+    card = replace(pipe.decoder.card, clip_x0=None)
+    pipe.decoder.card = card
+    expected = pipe.decoder.space.decode(pipe.decoder.space.encode(PICTURE, torch.device("cpu")))
+    options = {"steps": 10, "iterations": 8, "progress": False}
+    again = pipe.reconstruct(PICTURE, **options)
+    assert float((again.tensor - expected).abs().max()) < 1 / 255
+    varied = pipe.variations(PICTURE, n=2, invert=True, eta=1.0, **options)
+    assert float((varied.tensor[0] - varied.tensor[1]).abs().max()) > 4 / 255
+
+
+def test_interpolation_ends_in_its_ends(kandinsky):
+    options = {"steps": 2, "prior_steps": 2, "progress": False}
+    path = kandinsky.interpolate("a cat", PICTURE, n=3, seed=4, **options)
+    first = kandinsky.text_to_image("", n=1, seed=4, embedding=kandinsky.embed("a cat", seed=4, prior_steps=2, progress=False), **options)
+    last = kandinsky.text_to_image("", n=1, seed=4, embedding=kandinsky.clip.image_embedding(PICTURE), **options)
+    assert torch.allclose(path.tensor[0], first.tensor[0], atol=1e-3) and torch.allclose(path.tensor[2], last.tensor[0], atol=1e-3)
+    assert path.seeds == (4, 4, 4) and not torch.allclose(path.tensor[1], path.tensor[0], atol=0.01)
+    with pytest.raises(ValueError, match="n: expected at least 2"):
+        kandinsky.interpolate("a", "b", n=1)
+    inverted = kandinsky.interpolate(PICTURE, PICTURE.flip(-1), n=2, invert=True, **options)
+    assert inverted.tensor.shape == (2, 3, 32, 32)
+
+
+def test_the_arc_keeps_lengths_and_turns_evenly():
+    a, b = torch.tensor([[2.0, 0, 0]]), torch.tensor([[0.0, 2, 0]])
+    path = slerp(a, b, torch.linspace(0, 1, 5))
+    assert torch.allclose(path.norm(dim=1), torch.full((5,), 2.0))
+    assert torch.allclose(torch.atan2(path[:, 1], path[:, 0]), torch.linspace(0, torch.pi / 2, 5), atol=1e-6)
+    assert torch.allclose(slerp(a, a, 0.3), a) and torch.isfinite(slerp(a, -a, 0.5)).all()
+
+
+def test_a_text_difference_begins_at_the_picture(kandinsky):
+    options = {"steps": 2, "progress": False, "invert": False}
+    images = kandinsky.text_difference(PICTURE, "a photo", "a drawing", n=3, most=0.4, seed=4, **options)
+    plain = kandinsky.variations(PICTURE, n=1, seed=4, steps=2, progress=False)
+    assert torch.allclose(images.tensor[0], plain.tensor[0], atol=1e-3) and not torch.allclose(images.tensor[2], plain.tensor[0], atol=0.01)
+    with pytest.raises(ValueError, match="one embedding"):
+        kandinsky.text_difference(PICTURE, "a photo", "a photo", **options)
+
+
+def test_truncated_embeddings_come_to_the_whole_one(kandinsky):
+    codes = EmbeddingCodes(E, E, 16)
+    codes.fit(torch.randn(100, E, generator=torch.Generator().manual_seed(0)))
+    images = kandinsky.truncated(PICTURE, codes, [0, 5, E], steps=2, progress=False)
+    whole = kandinsky.variations(PICTURE, n=1, steps=2, progress=False)
+    assert torch.allclose(images.tensor[2], whole.tensor[0], atol=1e-3) and not torch.allclose(images.tensor[0], whole.tensor[0], atol=0.01)
+
+
+def test_inpainting_keeps_what_is_not_masked(karlo):
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    images = karlo.inpaint("a cat", SMALL, mask, n=1, steps=3, prior_steps=2, progress=False)
+    assert torch.allclose(images.tensor[..., :8], SMALL[..., :8], atol=1e-5)
+    assert float((images.tensor[..., 8:] - SMALL[..., 8:]).abs().max()) > 0.1
+
+
+def test_reranking_keeps_the_most_similar(karlo):
+    images = karlo.text_to_image(["a cat", "a dog"], n=3, **FAST)
+    scores = karlo.clip.similarity(images.tensor, images.prompts)
+    best = rerank(images, karlo.clip, keep=2)
+    assert best.prompts == ("a cat", "a cat", "a dog", "a dog") and best.seeds[0] == int(scores[:3].argmax())
+    assert not best.recipe["replayable"]
+    with pytest.raises(ValueError, match="keep: expected 1 to 3"):
+        rerank(images, karlo.clip, keep=4)
+
+
+def test_stable_unclip_takes_a_level_of_noise():
+    pipe = tiny_stable()
+    with pytest.raises(ValueError, match="noise_level: expected 0 to 999, got 1000"):
+        pipe.text_to_image("a", n=1, noise_level=1000, steps=2, prior_steps=2, progress=False)
+
+
+class Pointwise(torch.nn.Module):
+    """A network that sees one pixel at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        return (self.weight * x + cond.concat).tanh()
+
+
+def test_tiles_give_what_the_whole_gives_where_pixels_stand_alone():
+    denoiser = Denoiser(Pointwise(), NoiseSchedule.cosine(), "eps")
+    x, low = torch.randn(2, 3, 20, 33), torch.randn(2, 3, 20, 33)
+    whole, parts = denoiser(x, 500, Cond(concat=low)), tiled(denoiser, Cond(concat=low), 12, overlap=4)(x, torch.tensor(500))
+    assert torch.allclose(parts.x0, whole.x0, atol=1e-5) and torch.allclose(parts.eps, whole.eps, atol=1e-5)
+    for side, tile, overlap in ((33, 12, 4), (12, 12, 3), (100, 13, 12)):
+        starts = places(side, tile, overlap)
+        assert starts[0] == 0 and starts[-1] == side - tile and all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_tiled_upsampling_runs_at_any_size(karlo):
+    stage = karlo.upsamplers[0]
+    call = stage.settle("", seed=[0], steps=2, height=48, width=64, progress=False)
+    assert stage(SMALL, call, tile=16).shape == (1, 3, 48, 64)

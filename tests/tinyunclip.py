@@ -1,0 +1,94 @@
+"""unCLIP models small enough for a test, with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ldm.models.clip import TextConfig, TextTower, VisionConfig
+from ldm.models.conditioner import TextConditioner, TextConvention
+from ldm.models.decoder import DecoderConfig, ImageConditionConfig
+from ldm.models.movq import MoVQConfig
+from ldm.models.noise_augmentation import AugmentationConfig, NoiseAugmentation
+from ldm.models.prior import PriorConfig
+from ldm.models.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
+from ldm.models.tokenizer import Tokenizer
+from ldm.models.unet import UNetConfig
+from ldm.models.vae import VAEConfig
+from ldm.pipelines.clip import ClipPair
+from ldm.pipelines.space import Space
+from ldm.pipelines.unclip import UnCLIP
+from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
+from ldm.unclip_cards import KANDINSKY22, KARLO, UNCLIP_L, UnCLIPCard, defaults
+from ldm.weights.parts import build_network, randomise
+
+E = 24
+TEXT = TextConfig(width=E, layers=2, heads=2, embed_dim=E)
+VISION = VisionConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, embed_dim=E)
+READ = TextConvention(pad=0, masked=True, pooled=True)
+PRIOR = PriorConfig(embed_dim=E, text_dim=E, width=32, layers=2, heads=4, head_dim=8)
+PIXELS = UNetConfig(
+    in_channels=3, out_channels=6, channels=(32, 64), depth=(0, 1), blocks=1, heads=None, head_dim=16, context_dim=40, attention="block",
+    resample="resblock", scale_shift=True, embedded=True,
+)  # fmt: skip
+SR = replace(PIXELS, in_channels=6, out_channels=3, depth=(0, 0), mid_depth=0, context_dim=None, scale_shift=False, embedded=None)
+
+
+def net(config, seed: int):
+    return randomise(build_network(config), seed)
+
+
+def text(seed: int, convention: TextConvention = READ, config: TextConfig = TEXT) -> TextConditioner:
+    tower = net(config, seed)
+    assert isinstance(tower, TextTower)
+    return TextConditioner(tower, Tokenizer(), convention)
+
+
+def pair(name: str) -> ClipPair:
+    return ClipPair(name, text=text(1), vision=net(VISION, 2))
+
+
+def prior(card: UnCLIPCard) -> PriorStage:
+    assert card.prior is not None
+    network = net(PRIOR, 3)
+    network.clip_mean.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(9))
+    network.clip_std.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(10))
+    return PriorStage(network, card.prior, clip=card.clip)
+
+
+def tiny_karlo() -> UnCLIP:
+    """Pixels: 16×16, and 32×32 by two upsamplers' networks."""
+    decoder = replace(KARLO.decoder, defaults=defaults(4, 3.0, 16))
+    upsampler = replace(KARLO.upsamplers[0], defaults=defaults(3, 1.0, 32))
+    card = replace(KARLO, decoder=decoder, upsamplers=(upsampler,), prior=replace(KARLO.prior, defaults=defaults(4, 2.0, 16)))
+    clip = pair(card.clip)
+    network = net(DecoderConfig(unet=PIXELS, condition=ImageConditionConfig(embed_dim=E, text_dim=E, pooled_dim=E)), 4)
+    stage = DecoderStage(network, decoder, clip=card.clip, space=Space(), text=clip.text)
+    up = UpsamplerStage(net(SR, 5), upsampler, last=net(SR, 6))
+    return UnCLIP(clip=clip, prior=prior(card), decoder=stage, upsamplers=[up], card=card).eval()
+
+
+def tiny_stable() -> UnCLIP:
+    """Stable unCLIP-l: latents, a second text tower."""
+    decoder = replace(UNCLIP_L.decoder, defaults=defaults(4, 3.0, 32, "ddim"))
+    card = replace(UNCLIP_L, decoder=decoder, prior=replace(UNCLIP_L.prior, defaults=defaults(4, 2.0, 16)))
+    unet = UNetConfig(channels=(32, 64), depth=(1, 0), blocks=1, heads=None, head_dim=16, context_dim=32, linear_projection=True, class_dim=2 * E)
+    augmentation = NoiseAugmentation(AugmentationConfig(embed_dim=E))
+    augmentation.mean.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(11))
+    augmentation.std.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(12))
+    own = text(7, TextConvention(pad=0), TextConfig(width=32, layers=2, heads=2, embed_dim=None, activation="gelu"))
+    space = Space(net(VAEConfig(channels=(32, 64), blocks=1), 8), 0.18215)
+    stage = DecoderStage(net(unet, 4), decoder, clip=card.clip, space=space, text=own, augmentation=augmentation)
+    return UnCLIP(clip=pair(card.clip), prior=prior(card), decoder=stage, card=card).eval()
+
+
+def tiny_kandinsky() -> UnCLIP:
+    """Kandinsky 2.2: MoVQ latents, no text in the decoder."""
+    decoder = replace(KANDINSKY22.decoder, defaults=defaults(4, 3.0, 32))
+    card = replace(KANDINSKY22, decoder=decoder, prior=replace(KANDINSKY22.prior, defaults=defaults(4, 2.0, 16)))
+    unet = replace(PIXELS, in_channels=4, out_channels=8)
+    network = net(DecoderConfig(unet=unet, condition=replace(KANDINSKY22_SHAPE.condition, embed_dim=E)), 4)
+    space = Space(net(MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50), 8), 1.0)
+    stage = DecoderStage(network, decoder, clip=card.clip, space=space)
+    return UnCLIP(clip=pair(card.clip), prior=prior(card), decoder=stage, card=card).eval()
