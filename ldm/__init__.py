@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Cond": "types", "Denoised": "types", "NoiseSchedule": "schedule", "TimeGrid": "grid", "Denoiser": "denoiser", "cfg": "guidance",
-    "SAMPLERS": "samplers", "Images": "images", "LatentDiffusion": "pipelines.latent", "list_models": "registry", "load": "registry",
-    "save": "registry", "register": "registry",
+    "SAMPLERS": "samplers", "Images": "images", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
+    "list_models": "registry", "load": "registry", "save": "registry", "register": "registry",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.guidance import cfg
     from ldm.images import Images
     from ldm.pipelines.latent import LatentDiffusion
+    from ldm.pipelines.unclip import UnCLIP
     from ldm.registry import list_models, load, register, save
     from ldm.samplers import SAMPLERS
     from ldm.schedule import NoiseSchedule

@@ -14,11 +14,17 @@ from ldm.training.loop import Run
 def parts() -> dict[str, tuple[type, type]]:
     """The parts that can be trained: name → (configuration, part)."""
     from ldm.training.clip import CLIPPart, CLIPTraining
+    from ldm.training.decoder import DecoderPart, DecoderTraining
     from ldm.training.draft import DraftPart, DraftTraining
     from ldm.training.ldm import LDMPart, LDMTraining
+    from ldm.training.prior import PriorPart, PriorTraining
+    from ldm.training.upsampler import UpsamplerPart, UpsamplerTraining
     from ldm.training.vae import VAEPart, VAETraining
 
-    return {"vae": (VAETraining, VAEPart), "clip": (CLIPTraining, CLIPPart), "draft": (DraftTraining, DraftPart), "ldm": (LDMTraining, LDMPart)}
+    return {
+        "vae": (VAETraining, VAEPart), "clip": (CLIPTraining, CLIPPart), "draft": (DraftTraining, DraftPart), "ldm": (LDMTraining, LDMPart),
+        "prior": (PriorTraining, PriorPart), "decoder": (DecoderTraining, DecoderPart), "upsampler": (UpsamplerTraining, UpsamplerPart),
+    }  # fmt: skip
 
 
 def read_config(path: str | Path) -> tuple[str, Any]:

@@ -1,0 +1,123 @@
+"""Training the prior: from a caption to CLIP's embedding of its picture, by diffusion or by components (Ramesh et al. 2022, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.data import Composition, caption
+from ldm.data.captions import vocabulary
+from ldm.denoiser import Denoiser
+from ldm.grid import TimeGrid
+from ldm.guidance import cfg
+from ldm.models.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from ldm.models.prior import Prior, PriorConfig
+from ldm.noise import initial_noise
+from ldm.samplers.ddim import ddim
+from ldm.training.config import DataConfig, RunConfig, at_least
+from ldm.training.data import Pictures
+from ldm.training.embeddings import embed, read_clip, statistics
+from ldm.training.ldm import Diffusion
+from ldm.training.loop import Draws
+from ldm.training.losses import diffusion_loss
+from ldm.training.vae import held_out_compositions
+from ldm.weights.native import write_part, write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining:
+    """The configuration of a prior's training: ``model`` for the diffusion prior, ``autoregressive`` for the other.
+
+    ``text`` and ``vision``: folders of CLIP's towers, which stay as they are; ``measured``: embeddings that statistics and components are of.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    text: str
+    vision: str
+    diffusion: Diffusion
+    model: PriorConfig | None = None
+    autoregressive: AutoregressiveConfig | None = None
+    measured: int = 4096
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.autoregressive is None):
+            raise ValueError("expected one of model (the diffusion prior) and autoregressive")
+        if self.diffusion.prediction != "x0":
+            raise ValueError(f"diffusion.prediction: a prior predicts x0, got {self.diffusion.prediction!r}")
+        at_least(8, measured=self.measured)
+
+
+class PriorPart:
+    """A prior in training."""
+
+    def __init__(self, config: PriorTraining, device: torch.device) -> None:
+        self.config, self.device = config, device
+        shape = config.model or config.autoregressive
+        assert shape is not None
+        self.pictures = Pictures(config.data)
+        self.clip = read_clip(config.text, config.vision, length=shape.length).to(device)
+        if self.clip.width != shape.embed_dim:
+            raise ValueError(f"embed_dim {shape.embed_dim}: the embeddings of {self.clip.name!r} are {self.clip.width} wide")
+        torch.manual_seed(config.run.seed)
+        net: Prior | AutoregressivePrior = Prior(config.model) if config.model is not None else AutoregressivePrior(config.autoregressive)  # type: ignore[arg-type]
+        seen = embed(self.clip, self.pictures, self.pictures.draw(Draws(config.run.seed, 0, stream=1).rng, config.measured)).cpu()
+        if isinstance(net, AutoregressivePrior):
+            net.codes.fit(seen)
+        elif net.config.normalize == "statistics":
+            net.clip_mean, net.clip_std = statistics(seen)
+        self.net = net.to(device)
+        self.denoiser = None if isinstance(net, AutoregressivePrior) else Denoiser(net, config.diffusion.make(), "x0")
+        self.model = nn.ModuleDict({"net": self.net})
+
+    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, drop = self.pictures.draw(draws.rng, batch), self.config.diffusion.drop
+        captions = ["" if draws.rng.random() < drop else caption(c, self.pictures.data.index, draws.rng) for c in chosen]
+        image, cond = embed(self.clip, self.pictures, chosen), self.clip.read(captions)
+        if self.denoiser is None:
+            assert isinstance(self.net, AutoregressivePrior)
+            return self.net.loss(image, cond).mean(), {}
+        assert isinstance(self.net, Prior)
+        t = self.config.diffusion.draw(batch, draws.torch).to(self.device)
+        x0, eps = self.net.normalize(image), draws.normal(*image.shape).to(self.device)
+        losses = diffusion_loss(self.denoiser, x0, cond, t, eps)
+        weight = self.config.diffusion.weight(self.denoiser.schedule.snr(t)).to(losses)
+        return (weight * losses).mean(), {}
+
+    def imagine(self, captions: Sequence[str], *, seed: int = 0, steps: int = 10, guidance: float = 1.0) -> Tensor:
+        """Image embeddings (B, E) of captions."""
+        seeds, cond = range(seed, seed + len(captions)), self.clip.read(captions)
+        if self.denoiser is None:
+            assert isinstance(self.net, AutoregressivePrior)
+            return self.net.sample(cond, list(seeds))
+        assert isinstance(self.net, Prior)
+        fn = cfg(self.denoiser, cond, self.clip.read([""]), guidance)
+        x = initial_noise(seeds, (self.net.config.embed_dim,)).to(self.device)
+        return self.net.denormalize(ddim(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing")))
+
+    def validate(self) -> dict[str, float]:
+        """Of 128 pictures that training never sees: the cosine of their embeddings and those made of their captions, and of the captions' own."""
+        chosen = held_out_compositions(self.pictures, 128)
+        return self.cosines(chosen)
+
+    def cosines(self, chosen: list[Composition]) -> dict[str, float]:
+        captions = [caption(c, self.pictures.data.index) for c in chosen]
+        true, made = embed(self.clip, self.pictures, chosen), self.imagine(captions).float()
+        text = self.clip.text_embedding(captions).vector
+        return {"cosine": float(F.cosine_similarity(made, true).mean()), "text_cosine": float(F.cosine_similarity(text, true).mean())}
+
+    def preview(self) -> np.ndarray | None:
+        return None
+
+    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
+        facts = {"clip": self.clip.name, "diffusion": self.config.diffusion, "figures": self.validate(), "training": record}
+        write_part(folder, "prior", self.net, self.net.config, **facts)
+        assert self.clip.text is not None
+        write_text(folder, self.clip.text, words=vocabulary(self.pictures.data.index), training=record)

@@ -1,0 +1,104 @@
+"""Training an upsampler: crops of pictures under their corrupted small ones (Ramesh et al. 2022, section 2.1; Saharia et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.denoiser import Denoiser
+from ldm.grid import TimeGrid
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import psnr
+from ldm.noise import initial_noise
+from ldm.pipelines.unclip_stages import enlarge
+from ldm.samplers.ddim import ddim
+from ldm.training.config import DataConfig, RunConfig, at_least
+from ldm.training.data import Pictures, picture_grid, to_uint8
+from ldm.training.degrade import Degradation
+from ldm.training.ldm import Diffusion, zero_outputs
+from ldm.training.loop import Draws
+from ldm.training.losses import diffusion_loss
+from ldm.training.vae import held_out_compositions
+from ldm.types import Cond
+from ldm.weights.native import write_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerTraining:
+    """The configuration of an upsampler's training: pictures of ``data.size``, of which crops are seen, ``factor`` times larger than what is given."""
+
+    run: RunConfig
+    data: DataConfig
+    model: UNetConfig
+    diffusion: Diffusion
+    factor: int = 2
+    crop: int = 64
+    degradation: Degradation = field(default_factory=Degradation)
+
+    def __post_init__(self) -> None:
+        at_least(2, factor=self.factor)
+        if self.model.in_channels != 6 or self.model.out_channels != 3 or self.model.takes_context:
+            raise ValueError("model: an upsampler takes picture and enlarged picture, 6 channels to 3, and no context")
+        if self.data.size % self.factor or not self.factor <= self.crop <= self.data.size or self.crop % self.model.factor:
+            raise ValueError(f"crop {self.crop}: expected a multiple of {self.model.factor} up to data.size {self.data.size}, a multiple of the factor")
+
+
+class UpsamplerPart:
+    """An upsampler in training."""
+
+    def __init__(self, config: UpsamplerTraining, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.pictures = Pictures(config.data)
+        torch.manual_seed(config.run.seed)
+        net = UNet(config.model)
+        zero_outputs(net)
+        self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
+        self.model: nn.Module = nn.ModuleDict({"net": net})
+
+    def small(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) at the small size: means over what one pixel becomes."""
+        return F.avg_pool2d(x, self.config.factor)
+
+    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        c = self.config
+        x = self.pictures.tensor(self.pictures.draw(draws.rng, batch))  # (B, 3, H, W)
+        low = self.small(x)
+        low = enlarge(c.degradation(low, draws.rng, draws.normal(*low.shape)), x.shape[-2:])
+        corners = draws.rng.integers(0, c.data.size - c.crop + 1, size=(batch, 2))
+        both = torch.cat([x, low], dim=1)
+        both = torch.stack([part[:, i : i + c.crop, j : j + c.crop] for part, (i, j) in zip(both, corners, strict=True)])
+        x0, low = both.to(self.device).chunk(2, dim=1)
+        t = c.diffusion.draw(batch, draws.torch).to(self.device)
+        losses = diffusion_loss(self.denoiser, x0, Cond(concat=low), t, draws.normal(*x0.shape).to(self.device))
+        return (c.diffusion.weight(self.denoiser.schedule.snr(t)).to(losses) * losses).mean(), {}
+
+    def enlarged(self, small: Tensor, *, steps: int = 5, seed: int = 0) -> Tensor:
+        """Small pictures (B, 3, h, w) in [−1, 1] → (B, 3, f·h, f·w)."""
+        size = [side * self.config.factor for side in small.shape[-2:]]
+        fn = self.denoiser.bind(Cond(concat=enlarge(small.to(self.device), size)))
+        x = initial_noise(range(seed, seed + len(small)), (3, *size)).to(self.device)
+        return ddim(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing")).clamp(-1, 1)
+
+    def validate(self) -> dict[str, float]:
+        """Mean PSNR over 64 pictures that training never sees, made from clean small ones; and that of bicubic enlargement."""
+        x = self.pictures.tensor(held_out_compositions(self.pictures, 64))
+        low = self.small(x)
+        made = torch.cat([self.enlarged(part).cpu() for part in low.split(16)])
+        return {"psnr": float(psnr(x, made).mean()), "bicubic_psnr": float(psnr(x, enlarge(low, x.shape[-2:]).clamp(-1, 1)).mean())}
+
+    def preview(self) -> np.ndarray:
+        """Rows of small pictures enlarged bicubically, by the network, and the truth."""
+        x = self.pictures.tensor(held_out_compositions(self.pictures, 8))
+        low = self.small(x)
+        return picture_grid(to_uint8(torch.stack([enlarge(low, x.shape[-2:]), self.enlarged(low).cpu(), x], 1).flatten(0, 1)), columns=6)
+
+    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
+        facts = {"factor": self.config.factor, "diffusion": self.config.diffusion, "figures": self.validate(), "training": record}
+        write_part(folder, "upsampler", self.denoiser.net, self.config.model, **facts)

@@ -1,0 +1,157 @@
+"""unCLIP's parts in training: refused early, resumed exactly, exported whole, and what they learn from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import configs, run, write
+
+from ldm.models.prior import Prior, PriorConfig
+from ldm.training.degrade import Degradation, blur, round_blocks
+from ldm.training.prior import PriorPart
+from ldm.training.run import open_run, read_config
+from ldm.weights.native import about_part, read_part
+
+PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
+X0 = {"prediction": "x0", "drop": 0.2}
+UNET = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "embedded": True}
+CONDITION = {"embed_dim": 16, "text_dim": 16, "pooled_dim": 16, "norms": ["image", "tokens", "text", "pooled"]}
+
+
+def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
+    """The three parts, and the second prior, over the exports of clip and vae."""
+    source = configs(data)["vae"]["data"]
+    towers = {"text": "runs/clip/export", "vision": "runs/clip/export"}
+    prior = {"part": "prior", "run": run("prior"), "data": source, **towers, "diffusion": X0, "measured": 40}
+    codes = {"components": 4, "buckets": 16, "similarities": 4}
+    return {
+        "prior": {**prior, "model": PRIOR},
+        "prior-ar": {**prior, "run": run("prior-ar"), "autoregressive": {**PRIOR, **codes}},
+        "decoder": {
+            "part": "decoder", "run": run("decoder"), "data": source, **towers, "vae": "runs/vae/export", "variants": 5, "length": 24,
+            "model": {"unet": UNET, "condition": CONDITION}, "diffusion": {"prediction": "v", "drop": 0.5},
+        },
+        "upsampler": {
+            "part": "upsampler", "run": run("upsampler"), "data": source, "crop": 16, "diffusion": {"prediction": "v", "drop": 0.0},
+            "degradation": {"blur": 0.6, "noise": 0.1, "blocks": 0.1},
+            "model": {"in_channels": 6, "out_channels": 3, "channels": [8, 16], "depth": [0, 0], "mid_depth": 0, "blocks": 1, "heads": 1,
+                      "context_dim": None, "attention": "block"},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def place(folder, tmp_path, monkeypatch):
+    """A folder to run in, with the exports that the parts begin from; the drawn data set lies beside."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("vae", "clip"):
+        made = open_run(write(configs(folder)[name], Path(f"{name}.yaml")))
+        made.train(progress=False, until=2)
+        made.export(Path(f"runs/{name}/export"))
+    return folder
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    state = torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
+    return {**state["model"], **{f"ema.{key}": value for key, value in state["ema"].items()}}
+
+
+def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
+    for name, config in unclip_configs(place).items():
+        path = write(config, Path(f"{name}.yaml"))
+        whole = open_run(path)
+        whole.train(progress=False)
+        halves = write({**config, "run": {**config["run"], "name": "halves-" + name}}, Path("halves.yaml"))
+        open_run(halves).train(progress=False, until=3)
+        open_run(halves).train(progress=False)
+        expected, got = weights(name), weights("halves-" + name)
+        assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected), name
+        whole.export(Path(f"runs/{name}/export"))
+    assert about_part("runs/prior/export", "prior")["clip"] == about_part("runs/decoder/export", "decoder")["clip"]
+    net, about = read_part("runs/prior/export", "prior", PriorConfig, Prior)
+    assert float((net.clip_std - 1).abs().max()) > 1e-3  # measured, not left at one
+    assert about["network"] == "Prior" and {"cosine", "text_cosine"} <= about["figures"].keys()
+    assert about_part("runs/prior-ar/export", "prior")["network"] == "AutoregressivePrior"
+    assert {"psnr", "bicubic_psnr"} <= about_part("runs/upsampler/export", "upsampler")["figures"].keys()
+    assert Path("runs/upsampler/samples/0000004.png").is_file()
+
+
+def test_a_prior_learns_the_embeddings_of_its_captions(place):
+    """Enough steps on six shapes: what it makes is nearer to the pictures than the captions' own embeddings are."""
+    config = unclip_configs(place)["prior"]
+    model = {**PRIOR, "width": 32, "layers": 2, "heads": 4}
+    settings = run("long", steps=150, batch=32, ema=0.5, validate_every=150, sample_every=150, checkpoint_every=150, log_every=50)
+    settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 50}
+    made = open_run(write({**config, "run": settings, "model": model}, Path("long.yaml")))
+    part = made.part
+    assert isinstance(part, PriorPart)
+    chosen = part.pictures.draw(np.random.default_rng(5), 64)
+    with torch.no_grad():
+        before = part.cosines(chosen)
+    made.train(progress=False)
+    with torch.no_grad():
+        after = part.cosines(chosen)
+    assert after["cosine"] > before["cosine"] and after["cosine"] > after["text_cosine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("prior", {"autoregressive": {**PRIOR, "components": 4}}, "one of model"),
+        ("prior", {"diffusion": {"prediction": "eps"}}, "a prior predicts x0, got 'eps'"),
+        ("decoder", {"drop_image": 1.5}, "drop_image"),
+        ("decoder", {"model": {"unet": {**UNET, "out_channels": 8}, "condition": CONDITION}}, "learns no variance"),
+        ("upsampler", {"crop": 13}, "crop 13: expected a multiple of 2"),
+        ("upsampler", {"degradation": {"share": 2.0}}, "share: expected at most 1"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused_before_any_work(folder, tmp_path, name, change, message):
+    path = write({**unclip_configs(folder)[name], **change}, tmp_path / "wrong.yaml")
+    with pytest.raises(ValueError, match=message):
+        read_config(path)
+
+
+def test_a_prior_as_wide_as_another_clip_is_refused(place):
+    config = unclip_configs(place)["prior"]
+    with pytest.raises(ValueError, match="embed_dim 12: the embeddings of 'emoji-clip/"):
+        open_run(write({**config, "model": {**PRIOR, "embed_dim": 12}}, Path("narrow.yaml")))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("emoji-*.yaml")), ids=lambda p: p.stem)
+def test_the_configurations_in_the_repository_are_whole(path):
+    name, config = read_config(path)
+    assert config.run.name == path.stem and name in path.stem
+
+
+def test_blur_of_an_impulse_is_the_gaussian():
+    x = torch.zeros(2, 1, 31, 31)
+    x[:, :, 15, 15] = 1
+    y = blur(x, torch.tensor([1.5, 0.0]))
+    line = torch.exp(-(torch.arange(31.0) - 15).square() / 4.5)
+    line[(torch.arange(31) - 15).abs() > 5] = 0  # cut at three deviations
+    line = line / line.sum()
+    assert torch.allclose(y[0, 0], line[:, None] * line, atol=1e-6) and torch.allclose(y[1], x[1], atol=1e-6)
+
+
+def test_rounded_blocks_are_the_picture_up_to_half_a_step():
+    x = torch.rand(2, 3, 19, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = round_blocks(x, torch.tensor([0.0, 0.2]).view(2, 1, 1, 1))
+    assert torch.equal(y[0], round_blocks(x, torch.zeros(2, 1, 1, 1))[0]) and torch.allclose(y[0], x[0], atol=1e-5)
+    error = (y[1] - x[1]).square().mean().sqrt()
+    assert 0.5 * 0.2 / 12**0.5 < error < 1.5 * 0.2 / 12**0.5  # an orthonormal transform keeps the deviation of rounding, step/√12
+    flat = torch.full((1, 3, 16, 16), 0.4)
+    assert torch.allclose(round_blocks(flat, torch.full((1, 1, 1, 1), 0.1)), flat, atol=0.1 / 16 + 1e-5)  # one coefficient, 8 times the value
+
+
+def test_degradation_is_keyed_and_within_range():
+    x, noise = torch.rand(4, 3, 16, 16) * 2 - 1, torch.randn(4, 3, 16, 16)
+    worse = Degradation(blur=1.0, noise=0.3, blocks=0.3)
+    a, b, c = (worse(x, np.random.default_rng(seed), noise) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and float(a.abs().max()) <= 1
+    none = replace(worse, blur=0.0, noise=0.0, blocks=0.0)
+    assert torch.equal(none(x, np.random.default_rng(1), noise), x)
