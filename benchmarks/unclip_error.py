@@ -99,7 +99,8 @@ def table(result: Mapping[str, Any]) -> str:
     label = {"image": "true image embedding", "prior": "the prior's", "text": "text embedding in its place"}
     lines = ["| embedding | cosine to the true one | mse | top-1 | top-5 | ground |", "|---|---|---|---|---|---|"]
     for name, row in result["rows"].items():
-        lines.append(f"| {label[name]} | {row['cosine']:.3f} | {row['mse']:.4f} | {row['top1']:.1f} % | {row['top5']:.1f} % | {row['ground']:.1f} % |")
+        shares = " | ".join(f"{row[what]:.1f} %" for what in ("top1", "top5", "ground"))
+        lines.append(f"| {label[name]} | {row['cosine']:.3f} | {row['mse']:.4f} | {shares} |")
     for what, parts in result["error of"].items():
         lines.append(f"\n{what}: " + ", ".join(f"{name} {value:+.4g}" for name, value in parts.items()))
     return "\n".join(lines)

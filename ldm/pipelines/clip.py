@@ -15,7 +15,6 @@ from ldm.models.conditioner import TextConditioner
 from ldm.models.image_embedding import ImageEmbedding
 from ldm.types import Cond
 
-
 FLATTEST = 16  # sides in proportion, of a picture that is worth looking at
 
 

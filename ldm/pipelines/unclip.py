@@ -79,7 +79,7 @@ class UnCLIP(nn.Module):
         )  # fmt: skip
         given = embedding is not None
         if embedding is None:
-            embedding = self.imagine(call.prompts, negative=negative, seed=call.seeds, candidates=candidates, progress=progress, **options)
+            embedding = self.imagine(call.prompts, negative=negative, seed=call.seeds, candidates=candidates, progress=progress, **_priors(options))
         facts = {"candidates": candidates, **_told(options)}
         return self._decode("text_to_image", call, embedding, options, facts, replayable=call.replayable and not given and not _held(options))
 
@@ -171,7 +171,7 @@ class UnCLIP(nn.Module):
         pixels = to_pixels(image)
         hole = to_mask(mask, pixels.shape[-2:])
         call = self._settle(prompt, **{**_decoders(options), "height": pixels.shape[-2], "width": pixels.shape[-1]})
-        embedding = self.imagine(call.prompts, negative=call.negative, seed=call.seeds, candidates=candidates, progress=call.progress, **options)
+        embedding = self.imagine(call.prompts, negative=call.negative, seed=call.seeds, candidates=candidates, **_priors(options))
         known = self.decoder.space.encode(pixels, self.decoder.device)
         small = torch.nn.functional.adaptive_max_pool2d(hole, known.shape[-2:]).to(known.device)
         options = {**options, "upsample": False}
@@ -196,6 +196,8 @@ class UnCLIP(nn.Module):
         """The prior's image embeddings of prompts, ``n`` of each; options as in `text_to_image`, of which it takes those of the prior."""
         if self.prior is None:
             raise ValueError(f"{self.card.name!r} has no prior: give an embedding, or call variations with a picture")
+        if strangers := [name for name in options if not name.startswith("prior_")]:
+            raise ValueError(f"options {strangers} are none of the prior's, which begin with 'prior_'")
         own = options_of("prior", options, STAGE_OPTIONS)
         call = self.prior.settle(list(prompt) if not isinstance(prompt, str) else prompt, n=n, negative=negative, seed=seed, progress=progress, **own)
         return self.prior(self.clip, call, candidates=candidates)
@@ -245,7 +247,8 @@ class UnCLIP(nn.Module):
         pixels = self.decoder.space.decode(x)
         if options.get("upsample", True):
             for k, stage in enumerate(self.upsamplers):
-                own = options_of("upsampler", options, STAGE_OPTIONS if k == 0 else ("steps", "sampler"))
+                own = options_of("upsampler", options, STAGE_OPTIONS)
+                own = own if k == 0 else {name: value for name, value in own.items() if name in ("steps", "sampler")}
                 own = {"height": _grown(stage, pixels, 0, self), "width": _grown(stage, pixels, 1, self), **own}
                 pixels = stage(pixels, stage.settle(list(call.prompts), seed=call.seeds, progress=call.progress, **own), tile=options.get("tile"))
         device, dtype = self.decoder.device, next(self.decoder.denoiser.parameters()).dtype

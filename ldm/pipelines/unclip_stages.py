@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config import nearest
 from ldm.guidance import switch
 from ldm.models.conditioner import TextConditioner
 from ldm.models.decoder import Decoder
@@ -145,5 +146,9 @@ def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def options_of(stage: str, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The options of a stage among those of a call: "prior_steps" becomes "steps"."""
-    return {name: options[f"{stage}_{name}"] for name in names if options.get(f"{stage}_{name}") is not None}
+    """The options of a stage among those of a call: "prior_steps" becomes "steps"; ValueError for one that it does not have."""
+    own = {name.removeprefix(f"{stage}_"): value for name, value in options.items() if name.startswith(f"{stage}_")}
+    for name in own:
+        if name not in names:
+            raise ValueError(f"the {stage} has no option {name!r}; {nearest(name, names)}")
+    return {name: value for name, value in own.items() if value is not None}

@@ -32,7 +32,7 @@ from ldm.weights.native import write_part
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerTraining:
-    """The configuration of an upsampler's training: pictures of ``data.size``, of which crops are seen, ``factor`` times larger than what is given."""
+    """The configuration of an upsampler's training: crops of pictures of ``data.size``, each ``factor`` times larger than what is given."""
 
     run: RunConfig
     data: DataConfig
@@ -47,7 +47,7 @@ class UpsamplerTraining:
         if self.model.in_channels != 6 or self.model.out_channels != 3 or self.model.takes_context:
             raise ValueError("model: an upsampler takes picture and enlarged picture, 6 channels to 3, and no context")
         if self.data.size % self.factor or not self.factor <= self.crop <= self.data.size or self.crop % self.model.factor:
-            raise ValueError(f"crop {self.crop}: expected a multiple of {self.model.factor} up to data.size {self.data.size}, a multiple of the factor")
+            raise ValueError(f"crop {self.crop}: expected a multiple of {self.model.factor}, up to data.size {self.data.size}, one of factor {self.factor}")
 
 
 class UpsamplerPart:

@@ -208,14 +208,14 @@ def test_kandinsky_22(monkeypatch, tmp_path):
     )  # fmt: skip
     for peer in (first, second):
         peer.set_progress_bar_config(disable=True)
-    # the peer has one factor, 2^(levels − 1) squared again for its rounding to 64: its height is given so that the latent is 16×16
     noises = (noise for stage in ((PRIOR, (E,), 4), (0, (4, 16, 16), 4)) for noise in draws(*stage))
     feed(monkeypatch, noises)
     embeds = first(PROMPT, num_images_per_prompt=2, num_inference_steps=4, guidance_scale=2.0)
     made = pipe.imagine(PROMPT, n=2, seed=SEEDS, progress=False)
     assert torch.allclose(made.vector, embeds.image_embeds, atol=1e-4)  # of order 1
     assert torch.allclose(pipe.clip.black().vector, embeds.negative_image_embeds[:1], atol=1e-5)
-    monkeypatch.setattr(importlib.import_module(f"diffusers.{PATCHED[4]}"), "downscale_height_and_width", lambda h, w, factor: (h // 2, w // 2))
+    # the peer rounds a latent's size up for an autoencoder of factor 8; ours here halves once
+    monkeypatch.setattr(importlib.import_module(f"diffusers.{PATCHED[4]}"), "downscale_height_and_width", lambda h, w, _: (h // 2, w // 2))
     expected = second(
         embeds.image_embeds, embeds.negative_image_embeds, height=32, width=32, num_inference_steps=4, guidance_scale=3.0, output_type="np"
     ).images  # fmt: skip

@@ -85,8 +85,8 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
     """Enough steps on six shapes: what it makes is nearer to the pictures than the captions' own embeddings are."""
     config = unclip_configs(place)["prior"]
     model = {**PRIOR, "width": 32, "layers": 2, "heads": 4}
-    settings = run("long", steps=150, batch=32, ema=0.5, validate_every=150, sample_every=150, checkpoint_every=150, log_every=50)
-    settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 50}
+    settings = run("long", steps=80, batch=16, ema=0.5, validate_every=80, sample_every=80, checkpoint_every=80, log_every=40)
+    settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 30}
     made = open_run(write({**config, "run": settings, "model": model}, Path("long.yaml")))
     part = made.part
     assert isinstance(part, PriorPart)

@@ -1,0 +1,41 @@
+"""unCLIP models in folders: written and read back to the bit, and not mixed with parts of another CLIP."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from tinyunclip import tiny_kandinsky, tiny_karlo, tiny_stable
+
+from ldm.config import to_dict
+from ldm.pipelines.unclip_folder import read_unclip, read_unclip_card, write_unclip
+from ldm.unclip_cards import UNCLIP_CARDS
+
+
+@pytest.mark.parametrize("make", [tiny_karlo, tiny_kandinsky])
+def test_a_model_comes_back_to_the_bit(make, tmp_path):
+    pipe = make()
+    write_unclip(pipe, tmp_path)
+    again = read_unclip(tmp_path)
+    options = {"n": 1, "steps": 2, "prior_steps": 2, "progress": False}
+    assert torch.equal(again.text_to_image("a cat", **options).tensor, pipe.text_to_image("a cat", **options).tensor)
+    assert again.card == pipe.card and set(again.origin) >= {"prior", "decoder", "vision"}
+
+
+def test_a_part_of_another_clip_and_a_lost_one_are_refused(tmp_path):
+    write_unclip(tiny_kandinsky(), tmp_path)
+    about = yaml.safe_load((tmp_path / "prior.yaml").read_text())
+    (tmp_path / "prior.yaml").write_text(yaml.safe_dump({**about, "clip": "another"}))
+    with pytest.raises(ValueError, match="prior in .* was trained on 'another'"):
+        read_unclip(tmp_path)
+    (tmp_path / "prior.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no prior"):
+        read_unclip(tmp_path)
+    with pytest.raises(ValueError, match="both towers of one CLIP"):
+        write_unclip(tiny_stable(), tmp_path)
+
+
+@pytest.mark.parametrize("name", UNCLIP_CARDS)
+def test_cards_survive_as_yaml(name, tmp_path):
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(to_dict(UNCLIP_CARDS[name])))
+    assert read_unclip_card(tmp_path / "card.yaml") == UNCLIP_CARDS[name]
