@@ -65,7 +65,7 @@ class Stage(nn.Module):
             noise = first_noise(call.seeds, self.number if number is None else number, shape)
         elif tuple(noise.shape) != (len(call.seeds), *shape):
             raise ValueError(f"latents of the {self.label} have shape {tuple(noise.shape)}, expected {(len(call.seeds), *shape)}")
-        return noise.to(self.device, torch.float32) * self.card.grids().start_scale(call.grid)
+        return noise.to(self.device, torch.float32) * call.rules.start_scale(call.grid)
 
     def run(self, fn: DenoiseFn, x: Tensor, call: Call, *, number: int | None = None, hook: OnStep | None = None) -> Tensor:
         """The end of the call's grid from a first state."""
