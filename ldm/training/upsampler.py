@@ -47,7 +47,8 @@ class UpsamplerTraining:
         if self.model.in_channels != 6 or self.model.out_channels != 3 or self.model.takes_context:
             raise ValueError("model: an upsampler takes picture and enlarged picture, 6 channels to 3, and no context")
         if self.data.size % self.factor or not self.factor <= self.crop <= self.data.size or self.crop % self.model.factor:
-            raise ValueError(f"crop {self.crop}: expected a multiple of {self.model.factor}, up to data.size {self.data.size}, one of factor {self.factor}")
+            most = f"up to data.size {self.data.size}, which is one of factor {self.factor}"
+            raise ValueError(f"crop {self.crop}: expected a multiple of {self.model.factor}, {most}")
 
 
 class UpsamplerPart:

@@ -190,7 +190,8 @@ def test_kandinsky_22(monkeypatch, tmp_path):
     text = text_of(pipe, tmp_path)
     first = diffusers.KandinskyV22PriorPipeline(
         prior=prior_of(pipe), image_encoder=vision,
-        scheduler=exact(diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0)), image_processor=transformers.CLIPImageProcessor(), **text,
+        scheduler=exact(diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0)),
+        image_processor=transformers.CLIPImageProcessor(), **text,
     )  # fmt: skip
     unet, state = decoder_of(
         pipe.decoder, in_channels=4, out_channels=8, encoder_hid_dim=E, encoder_hid_dim_type="image_proj", addition_embed_type="image",
