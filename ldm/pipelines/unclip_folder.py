@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ldm.config import build, read_yaml, to_dict
-from ldm.conventions import Convention
+from ldm.conventions import get_convention
 from ldm.files import write_atomically
 from ldm.models.clip import VisionTower
 from ldm.models.prior import Prior
@@ -29,7 +29,7 @@ def read_unclip_card(path: str | Path) -> UnCLIPCard:
     stages = [mapping.get("prior"), mapping.get("decoder"), *(mapping.get("upsamplers") or ())]
     for stage in stages:
         if isinstance(stage, dict) and isinstance(convention := stage.get("convention"), Mapping):
-            stage["convention"] = Convention(**convention)
+            stage["convention"] = get_convention(convention)
     try:
         return build(UnCLIPCard, mapping)
     except ValueError as error:

@@ -85,8 +85,8 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
     """Enough steps on six shapes: what it makes is nearer to the pictures than the captions' own embeddings are."""
     config = unclip_configs(place)["prior"]
     model = {**PRIOR, "width": 32, "layers": 2, "heads": 4}
-    settings = run("long", steps=80, batch=16, ema=0.5, validate_every=80, sample_every=80, checkpoint_every=80, log_every=40)
-    settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 30}
+    settings = run("long", steps=240, batch=16, ema=0.5, validate_every=240, sample_every=240, checkpoint_every=240, log_every=40)
+    settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 80}
     made = open_run(write({**config, "run": settings, "model": model}, Path("long.yaml")))
     part = made.part
     assert isinstance(part, PriorPart)
