@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,21 +83,17 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
 
 
 def test_a_prior_learns_the_embeddings_of_its_captions(place):
-    """Enough steps on six shapes: what it makes is nearer to the pictures than the captions' own embeddings are."""
+    """240 steps on six shapes: it explains more than 40 % of the embeddings' variance."""
     config = unclip_configs(place)["prior"]
     model = {**PRIOR, "width": 32, "layers": 2, "heads": 4}
     settings = run("long", steps=240, batch=16, ema=0.5, validate_every=240, sample_every=240, checkpoint_every=240, log_every=40)
     settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 80}
     made = open_run(write({**config, "run": settings, "model": model}, Path("long.yaml")))
-    part = made.part
-    assert isinstance(part, PriorPart)
-    chosen = part.pictures.draw(np.random.default_rng(5), 64)
-    with torch.no_grad():
-        before = part.cosines(chosen)
+    assert isinstance(made.part, PriorPart)
     made.train(progress=False)
-    with torch.no_grad():
-        after = part.cosines(chosen)
-    assert after["cosine"] > before["cosine"] and after["cosine"] > after["text_cosine"]
+    losses = [row["loss"] for row in map(json.loads, Path("runs/long/metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    # x0 is normalised to unit variance: the mean embedding, whatever the caption, would have a loss of 1
+    assert losses[-1] < 0.6 < 1 < losses[0]
 
 
 @pytest.mark.parametrize(
