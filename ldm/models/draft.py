@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.clip import check_positive
+
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig:
@@ -18,9 +20,7 @@ class DraftConfig:
     size: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "width", "channels", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_positive(embed_dim=self.embed_dim, width=self.width, channels=self.channels, size=self.size)
 
 
 class Draft(nn.Module):
