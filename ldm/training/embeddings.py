@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,22 +14,55 @@ from ldm.data import Composition
 from ldm.models.clip import VisionConfig, VisionTower
 from ldm.models.conditioner import TextConditioner
 from ldm.pipelines.clip import ClipPair
+from ldm.training.compositions import Compositions
+from ldm.training.config import RunConfig
 from ldm.training.data import Pictures
+from ldm.training.latents import CACHES, cache_name, write_rows
 from ldm.weights.native import EMOJI_TEXT, about_part, read_part, read_text
 
 
-def read_clip(text: str | Path, vision: str | Path, *, length: int) -> ClipPair:
-    """The CLIP of two folders, frozen, reading texts at a length. Its name holds the hash of its vision tower: that tells two trainings apart."""
+def read_clip(text: str | Path | None, vision: str | Path, *, length: int | None = None) -> ClipPair:
+    """The CLIP of two folders (``text`` None: its image tower alone), frozen, reading texts at a length (None: that of the longest in a batch).
+
+    Its name holds the hash of its vision tower: that tells two trainings apart.
+    """
     tower, _ = read_part(vision, "vision", VisionConfig, VisionTower)
     assert isinstance(tower, VisionTower)
-    read = read_text(text)
-    conditioner = TextConditioner(read.tower, read.tokenizer, replace(EMOJI_TEXT, length=length), read.words)
+    conditioner = None
+    if text is not None:
+        read = read_text(text)
+        conditioner = TextConditioner(read.tower, read.tokenizer, replace(EMOJI_TEXT, length=length), read.words)
     return ClipPair(clip_name(vision), text=conditioner, vision=tower).eval().requires_grad_(False)
 
 
 def clip_name(vision: str | Path) -> str:
     """What a CLIP trained here is called: after its vision tower's hash."""
     return f"emoji-clip/{about_part(vision, 'vision')['sha256'][:12]}"
+
+
+@dataclass(frozen=True)
+class EmbeddingCache:
+    """The image embeddings of all compositions that are kept, (N, E) float16, memory-mapped."""
+
+    vectors: np.ndarray
+    compositions: Compositions
+
+    @classmethod
+    def of_run(cls, run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int) -> EmbeddingCache:
+        """The cache of a run, shared by all that have its pictures, seed and CLIP; computed if it is not there."""
+        compositions = Compositions.of(pictures, variants=variants, seed=run.seed)
+        path = CACHES / f"embeddings-{cache_name(pictures, variants, run.seed, clip.name)}.npy"
+        if not path.exists():
+            write_rows(path, compositions.rows, pictures, (clip.width,), lambda x: clip.image_embedding(((x + 1) / 2).clamp(0, 1)).vector)
+        return cls(np.load(path, mmap_mode="r"), compositions)
+
+    def choose(self, composition: Composition, rng: np.random.Generator) -> tuple[Composition, int]:
+        """See `Compositions.choose`."""
+        return self.compositions.choose(composition, rng)
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        """The embeddings (B, E) float32 of rows."""
+        return torch.from_numpy(self.vectors[np.asarray(rows)]).float()
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.config import to_dict
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
 from ldm.denoiser import Denoiser
@@ -28,7 +27,7 @@ from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.types import Prediction
-from ldm.weights.native import read_part, read_text, write_part, write_text
+from ldm.weights.native import begin_with, read_part, read_text, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +127,7 @@ class LDMPart:
         if config.net is None:
             zero_outputs(net)
         else:
-            begun, known = read_part(config.net, "unet", UNetConfig, UNet)
-            if known["model"] != to_dict(config.model):
-                raise ValueError(f"model: the UNet in {config.net!r} has another shape: {known['model']}")
-            net.load_state_dict(begun.state_dict())
+            begin_with(net, config.net, "unet")
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": net, "text": self.text})
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)

@@ -23,7 +23,7 @@ from ldm.noise import initial_noise
 from ldm.samplers.ddim import ddim
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures
-from ldm.training.embeddings import embed, read_clip, statistics
+from ldm.training.embeddings import EmbeddingCache, embed, read_clip, statistics
 from ldm.training.ldm import Diffusion
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
@@ -35,13 +35,15 @@ from ldm.weights.native import write_part, write_text
 class PriorTraining:
     """The configuration of a prior's training: ``model`` for the diffusion prior, ``autoregressive`` for the other.
 
-    ``text`` and ``vision``: folders of CLIP's towers, which stay as they are; ``measured``: embeddings that statistics and components are of.
+    ``text`` and ``vision``: folders of CLIP's towers, which stay as they are; ``variants``: see `Compositions`; ``measured``: embeddings that
+    statistics and components are of.
     """
 
     run: RunConfig
     data: DataConfig
     text: str
     vision: str
+    variants: int
     diffusion: Diffusion
     model: PriorConfig | None = None
     autoregressive: AutoregressiveConfig | None = None
@@ -68,7 +70,9 @@ class PriorPart:
             raise ValueError(f"embed_dim {shape.embed_dim}: the embeddings of {self.clip.name!r} are {self.clip.width} wide")
         torch.manual_seed(config.run.seed)
         net: Prior | AutoregressivePrior = Prior(config.model) if config.model is not None else AutoregressivePrior(config.autoregressive)  # type: ignore[arg-type]
-        seen = embed(self.clip, self.pictures, self.pictures.draw(Draws(config.run.seed, 0, stream=1).rng, config.measured)).cpu()
+        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
+        draws = Draws(config.run.seed, 0, stream=1)
+        seen = self.embeddings[[self.embeddings.choose(c, draws.rng)[1] for c in self.pictures.draw(draws.rng, config.measured)]]
         if isinstance(net, AutoregressivePrior):
             net.codes.fit(seen)
         elif net.config.normalize == "statistics":
@@ -78,9 +82,10 @@ class PriorPart:
         self.model = nn.ModuleDict({"net": self.net})
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, drop = self.pictures.draw(draws.rng, batch), self.config.diffusion.drop
-        captions = ["" if draws.rng.random() < drop else caption(c, self.pictures.data.index, draws.rng) for c in chosen]
-        image, cond = embed(self.clip, self.pictures, chosen), self.clip.read(captions)
+        drop = self.config.diffusion.drop
+        chosen = [self.embeddings.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
+        captions = ["" if draws.rng.random() < drop else caption(c, self.pictures.data.index, draws.rng) for c, _ in chosen]
+        image, cond = self.embeddings[[row for _, row in chosen]].to(self.device), self.clip.read(captions)
         if self.denoiser is None:
             assert isinstance(self.net, AutoregressivePrior)
             return self.net.loss(image, cond).mean(), {}

@@ -92,6 +92,18 @@ def read_network(folder: str | Path, name: str, *, dtype: torch.dtype = torch.fl
     return read_part(folder, name, *kind_of(folder, name), dtype=dtype)
 
 
+def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str | None = None) -> None:
+    """Give a network the weights of a part; ``leave``: a module of the part that the network does without. ValueError if they do not fit."""
+    begun, _ = read_network(folder, name)
+    state = {key: value for key, value in begun.state_dict().items() if leave is None or not key.startswith(f"{leave}.")}
+    wanted, found = ({key: tuple(value.shape) for key, value in weights.items()} for weights in (module.state_dict(), state))
+    if wanted != found:
+        differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        raise ValueError(f"the {name} in {str(folder)!r} has another shape, first at {differing[0]!r}: expected {wanted.get(differing[0])}, "
+                         f"got {found.get(differing[0])}")  # fmt: skip
+    module.load_state_dict(state)
+
+
 def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **facts: Any) -> None:
     """Write a text tower, its draft if it has one, and vocabulary.json: the tokens that it embeds and the words that training saw."""
     for part, network in text.networks().items():

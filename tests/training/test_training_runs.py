@@ -143,7 +143,7 @@ def test_a_second_run_begins_with_the_first_ones_weights(place):
     with pytest.raises(ValueError, match="the draft in 'runs/draft/export' is"):
         wider = {**made["draft"]["model"], "width": 8}
         open_run(write({**made["draft"], "text": "runs/draft/export", "model": wider}, Path("draft-3.yaml")), runs="other")
-    with pytest.raises(ValueError, match="the UNet in 'runs/ldm/export' has another shape"):
+    with pytest.raises(ValueError, match="the unet in 'runs/ldm/export' has another shape"):
         wider = {**made["ldm"]["model"], "blocks": 2}
         open_run(write({**made["ldm"], "net": "runs/ldm/export", "model": wider}, Path("ldm-3.yaml")), runs="other")
 
