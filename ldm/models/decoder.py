@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.draft import Draft, DraftConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.types import Cond
 
@@ -45,14 +46,20 @@ class ImageConditionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder; ``unet.embedded`` and ``unet.context_dim`` must be set, as the condition is projected before it."""
+    """The shape of a decoder; ``unet.embedded`` and ``unet.context_dim`` must be set, as the condition is projected before it.
+
+    ``draft``: of a latent from the image embedding, joined to x_t (`ldm.models.draft`); None for none, as in every published decoder.
+    """
 
     unet: UNetConfig
     condition: ImageConditionConfig = field(default_factory=ImageConditionConfig)
+    draft: DraftConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.unet.embedded or not self.unet.takes_context:
             raise ValueError("unet: expected embedded=True and attention with a context_dim, which the image's vector and tokens enter")
+        if self.draft is not None and self.draft.embed_dim != self.condition.embed_dim:
+            raise ValueError(f"draft.embed_dim {self.draft.embed_dim}: the image embedding is {self.condition.embed_dim} wide")
 
     @property
     def guidance_dim(self) -> int | None:
@@ -120,7 +127,12 @@ class Decoder(nn.Module):
         assert config.unet.context_dim is not None
         self.unet = UNet(config.unet)
         self.condition = ImageCondition(config.condition, emb_dim=4 * config.unet.channels[0], context_dim=config.unet.context_dim)
+        self.draft = None if config.draft is None else Draft(config.draft)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t (B, C, h, w), t (B,) in timesteps → (B, C_out, h, w)."""
-        return self.unet(x_t, t, self.condition(cond))
+        told = self.condition(cond)
+        if self.draft is not None:
+            draft = self.draft(cond.image_emb, size=tuple(x_t.shape[-2:]))  # (B, C, h, w)
+            told = replace(told, concat=draft if told.concat is None else torch.cat([told.concat, draft], dim=1))
+        return self.unet(x_t, t, told)

@@ -21,14 +21,14 @@ from ldm.noise import initial_noise
 from ldm.samplers.dpmpp_2m import dpmpp_2m
 from ldm.training.config import DataConfig, RunConfig, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
-from ldm.training.embeddings import embed, read_clip
+from ldm.training.embeddings import EmbeddingCache, embed, read_clip
 from ldm.training.latents import LatentCache
 from ldm.training.ldm import Diffusion, zero_outputs
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.vae import held_out_compositions
 from ldm.types import Cond
-from ldm.weights.native import read_part, write_part
+from ldm.weights.native import begin_with, read_part, write_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class DecoderTraining:
     """The configuration of a latent decoder's training.
 
     ``diffusion.drop``: the share of captions made empty (the paper: half); ``drop_image``: of embeddings replaced by the learned one of no image
-    (a tenth). ``length``: tokens that captions are read at.
+    (a tenth). ``length``: tokens that captions are read at. ``net``, ``draft``: folders of a UNet and of an image's draft to begin with
+    (`image-draft` trains one), None to begin anew.
     """
 
     run: RunConfig
@@ -49,11 +50,14 @@ class DecoderTraining:
     variants: int
     drop_image: float = 0.1
     length: int = 32
+    net: str | None = None
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         share(drop_image=self.drop_image)
-        if self.model.unet.in_channels != self.model.unet.out_channels:
-            raise ValueError("model.unet: training here learns no variance, expected as many channels out as in")
+        joined = 0 if self.model.draft is None else self.model.draft.channels
+        if self.model.unet.in_channels != self.model.unet.out_channels + joined:
+            raise ValueError("model.unet: training here learns no variance, expected as many channels out as in, less those of a draft")
         if not self.model.condition.null_image:
             raise ValueError("model.condition.null_image: expected true, as the embedding of no image is learned here")
 
@@ -70,15 +74,23 @@ class DecoderPart:
         self.clip = read_clip(config.text, config.vision, length=config.length).to(device)
         if self.clip.width != config.model.condition.embed_dim:
             raise ValueError(f"model.condition.embed_dim {config.model.condition.embed_dim}: embeddings are {self.clip.width} wide")
-        if vae.config.latent_channels != config.model.unet.in_channels:
-            raise ValueError(f"model.unet.in_channels {config.model.unet.in_channels}: the latent has {vae.config.latent_channels}")
+        if vae.config.latent_channels != config.model.unet.out_channels:
+            raise ValueError(f"model.unet.out_channels {config.model.unet.out_channels}: the latent has {vae.config.latent_channels}")
         torch.manual_seed(config.run.seed)
         net = Decoder(config.model)
-        zero_outputs(net.unet)
+        if config.net is None:
+            zero_outputs(net.unet)
+        else:
+            begin_with(net.unet, config.net, "unet", leave="add_embedding")  # the vector comes from the embedding here
+        if config.draft is not None:
+            if net.draft is None:
+                raise ValueError(f"draft {config.draft!r}: model.draft says no shape for it")
+            begin_with(net.draft, config.draft, "draft")
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.net = net
         self.model: nn.Module = nn.ModuleDict({"net": net})
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
+        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
 
     def condition(self, captions: Sequence[str], image: Tensor) -> Cond:
         """What the network is told; captions are left out where it reads none."""
@@ -92,11 +104,11 @@ class DecoderPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         diffusion, schedule = self.config.diffusion, self.denoiser.schedule
         rows = [self.cache.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
-        chosen = [c for c, _ in rows]
-        x0 = self.cache.sample([row for _, row in rows], draws).to(self.device)  # (B, C, h, w)
-        captions = ["" if draws.rng.random() < diffusion.drop else caption(c, self.pictures.data.index, draws.rng) for c in chosen]
+        numbers = [row for _, row in rows]
+        x0 = self.cache.sample(numbers, draws).to(self.device)  # (B, C, h, w)
+        captions = ["" if draws.rng.random() < diffusion.drop else caption(c, self.pictures.data.index, draws.rng) for c, _ in rows]
         kept = torch.from_numpy(draws.rng.random(batch) >= self.config.drop_image).to(self.device)
-        image = torch.where(kept[:, None], embed(self.clip, self.pictures, chosen), self.net.condition.nothing())
+        image = torch.where(kept[:, None], self.embeddings[numbers].to(self.device), self.net.condition.nothing())
         t = diffusion.draw(batch, draws.torch).to(self.device)
         losses = diffusion_loss(self.denoiser, x0, self.condition(captions, image), t, draws.normal(*x0.shape).to(self.device))
         return (diffusion.weight(schedule.snr(t)).to(losses) * losses).mean(), {}

@@ -14,8 +14,10 @@ from ldm.training.loop import Run
 def parts() -> dict[str, tuple[type, type]]:
     """The parts that can be trained: name → (configuration, part)."""
     from ldm.training.clip import CLIPPart, CLIPTraining
+    from ldm.training.clip_text import CLIPTextPart, CLIPTextTraining
     from ldm.training.decoder import DecoderPart, DecoderTraining
     from ldm.training.draft import DraftPart, DraftTraining
+    from ldm.training.image_draft import ImageDraftPart, ImageDraftTraining
     from ldm.training.ldm import LDMPart, LDMTraining
     from ldm.training.prior import PriorPart, PriorTraining
     from ldm.training.upsampler import UpsamplerPart, UpsamplerTraining
@@ -23,6 +25,7 @@ def parts() -> dict[str, tuple[type, type]]:
 
     return {
         "vae": (VAETraining, VAEPart), "clip": (CLIPTraining, CLIPPart), "draft": (DraftTraining, DraftPart), "ldm": (LDMTraining, LDMPart),
+        "clip-text": (CLIPTextTraining, CLIPTextPart), "image-draft": (ImageDraftTraining, ImageDraftPart),
         "prior": (PriorTraining, PriorPart), "decoder": (DecoderTraining, DecoderPart), "upsampler": (UpsamplerTraining, UpsamplerPart),
     }  # fmt: skip
 

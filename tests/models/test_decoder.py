@@ -12,6 +12,7 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
 from ldm.models.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
+from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
 from ldm.models.unet import UNet, UNetConfig
@@ -242,3 +243,14 @@ def test_conditions_that_do_not_fit_are_named():
         UNet(SMALL_UNET)(X, T, Cond(context=torch.zeros(2, 3, 40)))
 
 
+
+
+def test_a_draft_of_the_image_is_joined_behind_what_is_joined_already():
+    unet = UNetConfig(in_channels=6, out_channels=2, channels=(8, 16), depth=(0, 1), blocks=1, heads=2, context_dim=8, embedded=True)
+    condition = ImageConditionConfig(embed_dim=6, tokens=2, text_dim=None, pooled_dim=None, norms=())
+    torch.manual_seed(0)
+    net = fill(Decoder(DecoderConfig(unet=unet, condition=condition, draft=DraftConfig(embed_dim=6, width=5, channels=2, size=4))))
+    x, t, image, known = torch.randn(3, 2, 8, 8), torch.tensor([1, 40, 900]), torch.randn(3, 6), torch.randn(3, 2, 8, 8)
+    with torch.no_grad():
+        told = replace(net.condition(Cond(image_emb=image)), concat=torch.cat([known, net.draft(image, (8, 8))], dim=1))
+        assert torch.equal(net(x, t, Cond(image_emb=image, concat=known)), net.unet(x, t, told))

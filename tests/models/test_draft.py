@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tinymodel import tiny_model
 
 from ldm.models.conditioner import TextConditioner
@@ -18,6 +19,15 @@ def test_a_draft_has_the_latents_shape_and_other_sizes_are_interpolated():
     wide = draft(embedding, (4, 12))
     assert wide.shape == (2, 3, 4, 12)
     assert torch.allclose(wide[..., 1::3], own, atol=1e-6)  # of three new columns the middle one's centre is the old column's
+
+
+def test_hidden_layers_are_as_many_as_asked_for():
+    narrow, deep = (Draft(DraftConfig(embed_dim=6, width=5, layers=layers, channels=1, size=2)) for layers in (1, 3))
+    assert {key.split(".")[0] for key in narrow.state_dict()} == {"fc1", "fc2"}
+    assert {key for key in deep.state_dict() if key.startswith("hidden")} == {f"hidden.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    by_hand = deep.fc2(F.gelu(deep.hidden[1](F.gelu(deep.hidden[0](F.gelu(deep.fc1(x)))))))
+    assert torch.allclose(deep(x), by_hand.view(3, 1, 2, 2))
 
 
 def test_the_conditioner_joins_the_draft_of_each_prompt_at_the_size_asked_for():

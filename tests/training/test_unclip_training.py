@@ -12,30 +12,45 @@ import pytest
 import torch
 from tiny import configs, run, write
 
+from ldm.models.decoder import Decoder, DecoderConfig
+from ldm.models.draft import Draft, DraftConfig
 from ldm.models.prior import Prior, PriorConfig
+from ldm.models.unet import UNet, UNetConfig
 from ldm.training.degrade import Degradation, blur, round_blocks
+from ldm.training.embeddings import embed
 from ldm.training.prior import PriorPart
 from ldm.training.run import open_run, read_config
-from ldm.weights.native import about_part, read_part
+from ldm.weights.native import about_part, read_part, read_text
 
 PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
 X0 = {"prediction": "x0", "drop": 0.2}
 UNET = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "embedded": True}
+DRAFT = {"embed_dim": 16, "width": 12, "layers": 2, "channels": 4, "size": 8}
 CONDITION = {"embed_dim": 16, "text_dim": 16, "pooled_dim": 16, "norms": ["image", "tokens", "text", "pooled"]}
 
 
 def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
-    """The three parts, and the second prior, over the exports of clip and vae."""
+    """The parts, and the second prior, over the exports of clip, vae and a UNet of emoji-ldm's kind; in the order in which they need one another."""
     source = configs(data)["vae"]["data"]
     towers = {"text": "runs/clip/export", "vision": "runs/clip/export"}
-    prior = {"part": "prior", "run": run("prior"), "data": source, **towers, "diffusion": X0, "measured": 40}
+    prior = {"part": "prior", "run": run("prior"), "data": source, **towers, "variants": 5, "diffusion": X0, "measured": 40}
+    unet, joined = {**UNET, "in_channels": 8, "out_channels": 4}, {"text": "runs/clip-text/export", "vision": "runs/clip/export"}
     codes = {"components": 4, "buckets": 16, "similarities": 4}
+    decoder = {
+        "part": "decoder", "data": source, "vae": "runs/vae/export", "variants": 5, "length": 24, "diffusion": {"prediction": "v", "drop": 0.5},
+    }  # fmt: skip
     return {
+        "clip-text": {"part": "clip-text", "run": run("clip-text"), "data": source, "variants": 5, **towers},
+        "image-draft": {
+            "part": "image-draft", "run": run("image-draft"), "data": source, "vae": "runs/vae/export", "variants": 5, "model": DRAFT,
+            "vision": "runs/clip/export", "jitter": 0.1,
+        },
         "prior": {**prior, "model": PRIOR},
         "prior-ar": {**prior, "run": run("prior-ar"), "autoregressive": {**PRIOR, **codes}},
-        "decoder": {
-            "part": "decoder", "run": run("decoder"), "data": source, **towers, "vae": "runs/vae/export", "variants": 5, "length": 24,
-            "model": {"unet": UNET, "condition": CONDITION}, "diffusion": {"prediction": "v", "drop": 0.5},
+        "decoder": {**decoder, "run": run("decoder"), **towers, "model": {"unet": UNET, "condition": CONDITION}},
+        "decoder-draft": {
+            **decoder, "run": run("decoder-draft"), **joined, "draft": "runs/image-draft/export", "net": "runs/ldm/export",
+            "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
         },
         "upsampler": {
             "part": "upsampler", "run": run("upsampler"), "data": source, "crop": 16, "diffusion": {"prediction": "v", "drop": 0.0},
@@ -50,10 +65,12 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
 def place(folder, tmp_path, monkeypatch):
     """A folder to run in, with the exports that the parts begin from; the drawn data set lies beside."""
     monkeypatch.chdir(tmp_path)
-    for name in ("vae", "clip"):
-        made = open_run(write(configs(folder)[name], Path(f"{name}.yaml")))
-        made.train(progress=False, until=2)
-        made.export(Path(f"runs/{name}/export"))
+    made = configs(folder)
+    made["ldm"]["text"] = {"folder": "runs/draft/export"}
+    for name in ("vae", "clip", "draft", "ldm"):
+        begun = open_run(write(made[name], Path(f"{name}.yaml")))
+        begun.train(progress=False, until=2)
+        begun.export(Path(f"runs/{name}/export"))
     return folder
 
 
@@ -77,6 +94,16 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
     net, about = read_part("runs/prior/export", "prior", PriorConfig, Prior)
     assert float((net.clip_std - 1).abs().max()) > 1e-3  # measured, not left at one
     assert about["network"] == "Prior" and {"cosine", "text_cosine"} <= about["figures"].keys()
+    began, learned = (read_part(f"runs/{name}/export", part, *kinds)[0].state_dict() for name, part, kinds in (
+        ("ldm", "unet", (UNetConfig, UNet)), ("decoder-draft", "decoder", (DecoderConfig, Decoder)),
+    ))  # fmt: skip
+    draft = read_part("runs/image-draft/export", "draft", DraftConfig, Draft)[0].state_dict()
+    near = {**{f"unet.{k}": v for k, v in began.items() if not k.startswith("add_embedding.")}, **{f"draft.{k}": v for k, v in draft.items()}}
+    assert near.keys() < learned.keys()  # six steps at a learning rate of 1e-3 move a weight by 0.006 at most
+    assert max(float((learned[key] - value).abs().max()) for key, value in near.items()) < 0.007
+    assert not torch.equal(learned["draft.hidden.0.weight"], draft["hidden.0.weight"])
+    assert about_part("runs/clip-text/export", "text")["clip"] == about_part("runs/decoder-draft/export", "decoder")["clip"]
+    assert read_text("runs/clip-text/export").draft is None
     assert about_part("runs/prior-ar/export", "prior")["network"] == "AutoregressivePrior"
     assert {"psnr", "bicubic_psnr"} <= about_part("runs/upsampler/export", "upsampler")["figures"].keys()
     assert Path("runs/upsampler/samples/0000004.png").is_file()
@@ -103,6 +130,9 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         ("prior", {"diffusion": {"prediction": "eps"}}, "a prior predicts x0, got 'eps'"),
         ("decoder", {"drop_image": 1.5}, "drop_image"),
         ("decoder", {"model": {"unet": {**UNET, "out_channels": 8}, "condition": CONDITION}}, "learns no variance"),
+        ("decoder", {"model": {"unet": UNET, "condition": CONDITION, "draft": DRAFT}}, "less those of a draft"),
+        ("decoder-draft", {"model": {"unet": UNET, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 8}}}, "the image embedding is 16 wide"),
+        ("image-draft", {"jitter": -1.0}, "jitter: expected at least 0, got -1.0"),
         ("upsampler", {"crop": 13}, "crop 13: expected a multiple of 2"),
         ("upsampler", {"degradation": {"share": 2.0}}, "share: expected at most 1"),
     ],
@@ -111,6 +141,22 @@ def test_configurations_that_cannot_work_are_refused_before_any_work(folder, tmp
     path = write({**unclip_configs(folder)[name], **change}, tmp_path / "wrong.yaml")
     with pytest.raises(ValueError, match=message):
         read_config(path)
+
+
+def test_what_a_decoder_begins_with_must_fit(place):
+    made = unclip_configs(place)
+    with pytest.raises(ValueError, match="draft 'runs/image-draft/export': model.draft says no shape"):
+        open_run(write({**made["decoder"], "draft": "runs/image-draft/export"}, Path("shapeless.yaml")))
+    with pytest.raises(ValueError, match="the unet in 'runs/ldm/export' has another shape, first at 'conv_in.weight': expected"):
+        open_run(write({**made["decoder"], "net": "runs/ldm/export"}, Path("narrow.yaml")))
+
+
+def test_cached_embeddings_are_those_of_the_pictures(place):
+    """Float16 keeps eleven bits: a thousandth of the largest."""
+    part = open_run(write(unclip_configs(place)["prior"], Path("prior.yaml"))).part
+    rows = [0, 7, len(part.embeddings.vectors) - 1]
+    expected = embed(part.clip, part.pictures, [part.embeddings.compositions.rows[row] for row in rows])
+    assert torch.allclose(part.embeddings[rows], expected, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_a_prior_as_wide_as_another_clip_is_refused(place):
