@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Cond": "types", "Denoised": "types", "NoiseSchedule": "schedule", "TimeGrid": "grid", "Denoiser": "denoiser", "cfg": "guidance",
     "SAMPLERS": "samplers", "Images": "images", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
-    "list_models": "registry", "load": "registry", "save": "registry", "register": "registry",
+    "list_models": "registry", "load": "registry", "save": "registry", "register": "registry", "trace": "trace",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldm.registry import list_models, load, register, save
     from ldm.samplers import SAMPLERS
     from ldm.schedule import NoiseSchedule
+    from ldm.trace import trace
     from ldm.types import Cond, Denoised
 
 

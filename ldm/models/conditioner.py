@@ -88,6 +88,14 @@ class TextConditioner(nn.Module):
             return []
         return [word for word in dict.fromkeys(words(prompt)) if word not in self.words]
 
+    def places(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words of a prompt that have tokens, and where in the context (0 … L − 1) these stand."""
+        found, at = [], 1  # the start's token is first
+        for word, ids in self.tokenizer.words(prompt):
+            found.append((word, list(range(at, at + len(ids)))))
+            at += len(ids)
+        return found
+
     def networks(self) -> dict[str, nn.Module]:
         """The tower as "text", and the draft as "draft" where there is one."""
         return {"text": self.tower} | ({} if self.draft is None else {"draft": self.draft})
@@ -123,6 +131,10 @@ class TwoTowers(nn.Module):
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that the second tower has never seen."""
         return self.second.unknown(prompt)
+
+    def places(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words of a prompt and where in the context their tokens stand: in both towers alike."""
+        return self.second.places(prompt)
 
     def networks(self) -> dict[str, nn.Module]:
         """The towers, as "text" and "text2"."""

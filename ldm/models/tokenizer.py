@@ -63,14 +63,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without those of start and end."""
-        found = []
-        for word in split(text):
-            ids = self._bpe(word)
-            if self._row is None:
-                found.extend(ids)
-            elif all(token in self._row for token in ids):
-                found.extend(self._row[token] for token in ids)
-        return found
+        return [token for _, ids in self.words(text) for token in ids]
+
+    def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
+        """The words of a text that have ids, and those ids, in order."""
+        found = [(word, self._bpe(word)) for word in split(text)]
+        if self._row is None:
+            return found
+        row = self._row
+        return [(word, tuple(row[token] for token in ids)) for word, ids in found if all(token in row for token in ids)]
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that the vocabulary lacks and `encode` leaves out, in order, each once."""

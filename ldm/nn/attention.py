@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.nn.norm import SpatialNorm, group_norm_32
+
+Control = Callable[[Tensor], Tensor | None]  # probabilities (B, H, L, M) float32 -> others in their place, or None to leave them
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -25,15 +32,70 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(d)), (B, H, L, M) float32 whatever q and k are in; arguments as in `attend`."""
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def attend_controlled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, controls: tuple[Control, ...]) -> Tensor:
+    """`attend` with the probabilities shown to ``controls``, in order, each of which may replace them for those behind it and for the product.
+
+    Where none does, the product is that of `attend`: looking changes nothing, to the bit. Replaced ones are multiplied out explicitly, which
+    differs from the fused kernel by rounding (2e-7 of a value in float32).
+    """
+    shown = probabilities(q, k, mask)
+    p = shown
+    for control in controls:
+        changed = control(p)
+        if changed is not None:
+            if changed.shape != shown.shape:
+                raise ValueError(f"attention probabilities: expected {tuple(shown.shape)} (B, H, L, M), the control gave {tuple(changed.shape)}")
+            p = changed
+    return attend(q, k, v, mask) if p is shown else p.to(v.dtype) @ v
+
+
+@contextmanager
+def attention_control(
+    network: nn.Module, fn: Callable[[str, Tensor], Tensor | None], *, of: Literal["cross", "self", "all"] = "cross"
+) -> Iterator[list[str]]:
+    """Within it, ``fn(name, probabilities)`` is called by every attention of a network, and may return others to be used in their place.
+
+    ``name`` is the attention's own in the network ("mid_block.attentions.0.transformer_blocks.0.attn2"); probabilities are (B, H, L, M) float32, L
+    positions over M tokens or positions, each row summing to 1. Under guidance the batch is that of `ldm.guidance.under`: the pictures with their
+    prompts first, then the same pictures without. ``of``: attention to a context, to the positions themselves, or all. Yields the names. Controls
+    may be nested: an inner one sees what the outer one made. ValueError where the network has none of the kind.
+    """
+    if of not in ("cross", "self", "all"):
+        raise ValueError(f"of: expected cross, self or all, got {of!r}")
+    found = {name: part for name, part in network.named_modules() if isinstance(part, Attention) and (of == "all" or part.cross == (of == "cross"))}
+    if not found:
+        raise ValueError(f"the network {type(network).__name__} has no {'' if of == 'all' else of + '-'}attention")
+    own = {name: partial(fn, name) for name in found}
+    for name, part in found.items():
+        part.controls = (*part.controls, own[name])
+    try:
+        yield list(found)
+    finally:
+        for name, part in found.items():
+            part.controls = tuple(control for control in part.controls if control is not own[name])
+
+
 class Attention(nn.Module):
     """Multi-head attention of (B, L, D) queries over a context (B, M, D_context), or over themselves without one.
 
-    The mask is bool, True where a query may look: (B, M) for all of them alike, or (B, L, M).
+    The mask is bool, True where a query may look: (B, M) for all of them alike, or (B, L, M). ``controls``: who sees the probabilities and may
+    replace them (`attention_control`); with none, the default, nothing but the product is computed.
     """
+
+    controls: tuple[Control, ...] = ()
 
     def __init__(self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.cross = context_dim is not None
         inner = heads * head_dim
         self.to_q = nn.Linear(width, inner, bias=bias)
         self.to_k = nn.Linear(context_dim or width, inner, bias=bias)
@@ -45,8 +107,11 @@ class Attention(nn.Module):
         q, k, v = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if mask is not None:
             mask = rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
-        out = attend(q, k, v, mask)
-        return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
+        return self.to_out[0](rearrange(self.product(q, k, v, mask), "b h l d -> b l (h d)"))
+
+    def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`attend`, before the eyes of the controls where there are any."""
+        return attend_controlled(q, k, v, mask, self.controls) if self.controls else attend(q, k, v, mask)
 
 
 class AttentionBlock(Attention):
@@ -64,6 +129,7 @@ class AttentionBlock(Attention):
             self.group_norm = nn.GroupNorm(group_norm_32(channels), channels, eps=eps)
         else:
             self.spatial_norm = SpatialNorm(channels, spatial, eps=eps)
+        self.cross = context_dim is not None
         if context_dim is not None:
             self.add_k_proj = nn.Linear(context_dim, heads * head_dim)
             self.add_v_proj = nn.Linear(context_dim, heads * head_dim)
@@ -79,7 +145,7 @@ class AttentionBlock(Attention):
             k, v = torch.cat([self.add_k_proj(context), k], dim=1), torch.cat([self.add_v_proj(context), v], dim=1)  # (B, M + h·w, H·d)
             mask = None if mask is None else rearrange(F.pad(mask, (0, h * w), value=True), "b m -> b 1 1 m")
         q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in (q, k, v))
-        y = attend(q, k, v, mask)
+        y = self.product(q, k, v, mask)
         y = self.to_out[0](rearrange(y, "b h l d -> b l (h d)"))
         return x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
 

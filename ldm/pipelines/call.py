@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,12 +148,13 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise ValueError(f"sampler {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}")
 
 
-def both_hooks(first: OnStep | None, second: Any) -> OnStep:
-    """A hook that calls both; the first may return a new x."""
+def all_hooks(own: OnStep | None, *others: Callable[[int, Tensor, Denoised], Any]) -> OnStep:
+    """A hook that calls all: the others look, then the caller's own, which may return a new x or stop."""
 
     def hook(i: int, x: Tensor, d: Denoised) -> Tensor | None:
-        second(i, x, d)
-        return None if first is None else first(i, x, d)
+        for other in others:
+            other(i, x, d)
+        return None if own is None else own(i, x, d)
 
     return hook
 

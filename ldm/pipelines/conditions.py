@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.cards import ModelCard
+from ldm.images import Images
 from ldm.models.conditioner import Conditioner, TextConditioner
 from ldm.models.labels import LabelConditioner
 from ldm.nn.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
-from ldm.types import Cond
+from ldm.types import Cond, Denoised
 
 Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 or B
+
+
+class Watcher(Protocol):
+    """What is told of a run: its call, its conditions, every step (the state behind it, and the prediction it took), and its pictures."""
+
+    def begin(self, call: Call) -> None: ...
+
+    def told(self, pair: Pair) -> None: ...
+
+    def step(self, i: int, x: Tensor, d: Denoised) -> None: ...
+
+    def end(self, images: Images) -> None: ...
 
 
 def conditions(card: ModelCard, text: Conditioner | None, call: Call, size: tuple[int, int]) -> Pair:

@@ -18,8 +18,8 @@ from ldm.images import Images
 from ldm.models.conditioner import Conditioner
 from ldm.models.safety import SafetyChecker
 from ldm.noise import initial_noise, keyed_normal
-from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, both_hooks, progress_bar, settle
-from ldm.pipelines.conditions import Pair, conditions, joined
+from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle
+from ldm.pipelines.conditions import Pair, Watcher, conditions, joined
 from ldm.pipelines.pixels import Picture, to_depth, to_mask, to_pixels
 from ldm.pipelines.recipe import stamp
 from ldm.types import DenoiseFn, OnStep
@@ -39,7 +39,7 @@ class LatentDiffusion(nn.Module):
     ``card``.
 
     ``text`` turns prompts (or classes) into conditions, and is None in an unconditional model. ``origin``: what a recipe says of the weights.
-    ``safety``: what looks at every picture made; None, the default, for nothing.
+    ``safety``: what looks at every picture made; None, the default, for nothing. ``watchers``: what is told of every run (`ldm.trace`).
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class LatentDiffusion(nn.Module):
         self.card = card
         self.origin = dict(origin or {})
         self.safety = safety
+        self.watchers: list[Watcher] = []
 
     @property
     def device(self) -> torch.device:
@@ -227,6 +228,8 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"{self.card.name!r} takes a picture beside the latent: call {TASKS[self.card.concat]}")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength: expected 0 to 1, got {strength}")
+        for watcher in self.watchers:
+            watcher.begin(call)
         facts = {**({} if given is None else {"strength": strength}), **(about or {})}
         if given is not None and strength == 0:
             z = self.encode(given)
@@ -238,11 +241,16 @@ class LatentDiffusion(nn.Module):
         told = conditions(self.card, self.text, call, (x.shape[-2], x.shape[-1]))
         pair = joined(told, len(x), **{k: v.to(self.device) for k, v in (extra or {}).items()})
         fn = self._guided(call, pair, image_guidance)
+        for watcher in self.watchers:
+            watcher.told(pair)
         with progress_bar(len(call.grid), call.progress) as bar:
-            hook = both_hooks(call.on_step, lambda *_: bar.update())
+            hook = all_hooks(call.on_step, lambda *_: bar.update(), *(watcher.step for watcher in self.watchers))
             draw = call.rules.noise(call.seeds, call.grid, call.sampler, **call.options)
             x = call.solve(fn if wrap is None else wrap(fn), x, call.grid, noise=draw, on_step=hook, **call.options)
-        return self._images(task, call, x, facts)
+        images = self._images(task, call, x, facts)
+        for watcher in self.watchers:
+            watcher.end(images)
+        return images
 
     def _noise(self, call: Call) -> Tensor:
         """Standard normal noise for each picture, float32 on the device: the caller's or the seeds'."""

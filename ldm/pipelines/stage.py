@@ -12,7 +12,7 @@ from ldm.denoiser import Denoiser
 from ldm.grid import TimeGrid
 from ldm.guidance import cfg, clip_x0
 from ldm.noise import initial_noise, keyed_noise, keyed_normal
-from ldm.pipelines.call import Call, both_hooks, progress_bar, settle
+from ldm.pipelines.call import Call, all_hooks, progress_bar, settle
 from ldm.samplers.invert import ddim_invert
 from ldm.types import Cond, DenoiseFn, NoiseFn, OnStep
 from ldm.unclip_cards import StageCard
@@ -71,7 +71,7 @@ class Stage(nn.Module):
         """The end of the call's grid from a first state."""
         noise = stage_noise(call.seeds, self.number if number is None else number)
         with progress_bar(len(call.grid), call.progress) as bar:
-            on_step = both_hooks(hook or call.on_step, lambda *_: bar.update())
+            on_step = all_hooks(hook or call.on_step, lambda *_: bar.update())
             return call.solve(fn, x, call.grid, noise=noise, on_step=on_step, **call.options)
 
     def invert(self, fn: DenoiseFn, x: Tensor, grid: TimeGrid, *, iterations: int = 1) -> Tensor:
