@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
 
     parser.add_argument("prompt", help="what to show; an empty text is unconditional")
     parser.add_argument("-o", "--output", default="ldm.png", help="the PNG to write (default: %(default)s)")
-    parser.add_argument("--n", type=int, default=1, help="how many pictures (default: %(default)s)")
+    parser.add_argument("--n", type=int, help="how many pictures (default: the model's, 1 or, of unCLIP, 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
@@ -46,6 +47,8 @@ def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
     args = parser.parse_args(argv)
     check_writable(args.output)
     pipe = load(args)
+    if not hasattr(pipe, "text_to_image"):
+        raise ValueError(f"{args.model!r} makes no pictures of texts: it is one network alone")
     width, height = args.size or (None, None)
     images = pipe.text_to_image(
         args.prompt, n=args.n, seed=args.seed, steps=args.steps, guidance=args.guidance, negative=args.negative, sampler=args.sampler,
@@ -167,7 +170,7 @@ COMMANDS: dict[str, Command] = {
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which model, and where it runs."""
-    parser.add_argument("--model", default="emoji-ldm", help="the model's name; `ldm models` lists them (default: %(default)s)")
+    parser.add_argument("--model", help="the model's name; `ldm models` lists them (default: that of the folder of weights, else emoji-ldm)")
     parser.add_argument("--weights", help="a single file, a folder of diffusers, one that ldm.save wrote, or `random`; in place of the model's own")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest that is safe)")
@@ -184,7 +187,7 @@ def grid_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spacing", help="leading, trailing, linspace, karras, lambda, … in place of the convention's; a wrong name lists all")
 
 
-def load(args: argparse.Namespace) -> object:
+def load(args: argparse.Namespace) -> Any:
     """The model that the options name."""
     from ldm.registry import load as load_model
 

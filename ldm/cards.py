@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 from ldm.config import build, nearest, read_yaml
 from ldm.conventions import Convention, get_convention
@@ -22,6 +22,9 @@ from ldm.samplers import get_sampler
 from ldm.schedule import NoiseSchedule
 from ldm.types import Prediction
 from ldm.weights.detect import FAMILIES
+
+if TYPE_CHECKING:
+    from ldm.unclip_cards import PriorCard, StageCard, UnCLIPCard
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
@@ -160,7 +163,7 @@ def check_family(name: str) -> None:
     if name not in FAMILIES:
         raise ValueError(f"family: {name!r}; {nearest(name, ('latent', *FAMILIES))}")
     family = FAMILIES[name]
-    if not family.parts or family.refusal:
+    if "unet" not in family.parts or family.refusal:
         raise ValueError(f"family: {name!r} ({family.title}) is known but not supported by the latent diffusion pipeline")
 
 
@@ -180,20 +183,28 @@ class AutoencoderCard:
         return shape("vae", self.vae, VAES)
 
 
-Card = ModelCard | AutoencoderCard
+Card = Union[ModelCard, AutoencoderCard, "UnCLIPCard", "PriorCard"]
 
 
-def read_card(path: str | Path) -> ModelCard:
-    """The card in a YAML file, on top of the one that its ``base`` names; ValueError says what is wrong in it."""
+def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
+    """The card in a YAML file, on top of the one that its ``base`` names; ValueError says what is wrong in it.
+
+    Its family, or its base's, says of which kind it is: an `UnCLIPCard` for those of `ldm.unclip_cards.UnCLIPFamily`, a `PriorCard` for
+    "dalle2-prior", else a `ModelCard`.
+    """
+    from ldm.unclip_cards import UNCLIP_FAMILIES, PriorCard, UnCLIPCard
+
     path = Path(path)
     mapping = dict(read_yaml(path))
     if "base" in mapping:
         base, _ = find_card(mapping.pop("base"))
-        mapping = {**vars(base), "hub": None, "folder": None, **mapping}  # its weights are not the new model's
+        own = {"parts": {}} if isinstance(base, UnCLIPCard) else {} if isinstance(base, PriorCard) else {"folder": None}
+        mapping = {**vars(base), "hub": None, **own, **mapping}  # its weights are not the new model's
     if isinstance(convention := mapping.get("convention"), Mapping):
         mapping["convention"] = Convention(**convention)
+    family = mapping.get("family")
     try:
-        return build(ModelCard, mapping)
+        return build(UnCLIPCard if family in UNCLIP_FAMILIES else PriorCard if family == "dalle2-prior" else ModelCard, mapping)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from None
 
@@ -203,22 +214,25 @@ def embedded() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/card.yaml"))}
 
 
-REGISTERED: dict[str, ModelCard] = {}
+REGISTERED: dict[str, ModelCard | UnCLIPCard | PriorCard] = {}
 
 
 def known_cards() -> dict[str, Card]:
     """The cards without embedded weights: the published families', then those that a user registered."""
     from ldm.published import CARDS
+    from ldm.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
 
-    return {**CARDS, **REGISTERED}
+    return {**CARDS, **UNCLIP_CARDS, **PRIOR_CARDS, **REGISTERED}
 
 
-def find_model(name: str) -> ModelCard:
-    """The card of a model that makes pictures; ValueError for an autoencoder alone, or an unknown name."""
+def find_model(name: str) -> ModelCard | StageCard:
+    """How a model is sampled: its card, or that of unCLIP's decoder, or of a prior alone; ValueError for an autoencoder, or an unknown name."""
+    from ldm.unclip_cards import PriorCard, UnCLIPCard
+
     card, _ = find_card(name)
     if isinstance(card, AutoencoderCard):
         raise ValueError(f"{name!r} is an autoencoder alone: it has no sampler and no schedule")
-    return card
+    return card.decoder if isinstance(card, UnCLIPCard) else card.prior if isinstance(card, PriorCard) else card
 
 
 def find_card(name: str) -> tuple[Card, Path | None]:

@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ldm.cards import AutoencoderCard, known_cards
+from ldm.cards import AutoencoderCard, Card, ModelCard, known_cards, read_card
+from ldm.unclip_cards import PriorCard
 from ldm.weights.cast import is_finite
 from ldm.weights.ckpt import scan_file
 from ldm.weights.detect import Detection, detect
 from ldm.weights.folder import PARTS, is_folder, list_variants, read_component, read_folder
 from ldm.weights.io import existing_file, sha256
 from ldm.weights.keymap import Fit, Shape, Table, fit
+from ldm.weights.native import about_part
 from ldm.weights.parts import build_network, part_table, shapes_of
 from ldm.weights.single import ema_names, read_tensors, split
 
@@ -37,9 +40,9 @@ def card_candidates(found: Detection) -> Iterable[Candidate]:
     cards: dict[object, list[str]] = {}
     shapes: dict[object, dict[str, object]] = {}
     for card in known_cards().values():
-        if card.family != found.name:
+        networks = card_networks(card, found)
+        if not networks:
             continue
-        networks = {"vae": card.config()} if isinstance(card, AutoencoderCard) else card.networks.configs() if card.networks is not None else {}
         key = tuple(networks.items())
         cards.setdefault(key, []).append(card.name)
         shapes[key] = dict(networks)
@@ -51,6 +54,29 @@ def card_candidates(found: Detection) -> Iterable[Candidate]:
             spelled = ("text_model.", "vision_model.") if hugging_face else ()
             parts[part] = (part_table(network, found.layout, spelled), shapes_of(network))
         yield Candidate(name=", ".join(names), parts=parts)
+
+
+# of files that hold one part of an unCLIP model: whose it may be
+PART_OF = {
+    "karlo-prior": ("karlo", "kandinsky21"), "karlo-decoder": ("karlo",), "karlo-sr": ("karlo",), "kandinsky21": ("kandinsky21",),
+    "kandinsky22": ("kandinsky22",), "movq": ("kandinsky21", "kandinsky22"),
+}  # fmt: skip
+STABLE_UNCLIP = {"unet": "decoder", "vae": "vae", "text": "words", "image": "vision"}  # what its parts are called in a file, and by us
+
+
+def card_networks(card: Card, found: Detection) -> dict[str, Any]:
+    """The shapes of a card's networks by the names of the detected family's parts; empty if it is of another family."""
+    if card.family not in PART_OF.get(found.name, (found.name,)):
+        return {}
+    if isinstance(card, AutoencoderCard):
+        return {"vae": card.config()}
+    if isinstance(card, PriorCard):
+        return {"prior": card.config()}
+    configs = {} if card.networks is None else card.networks.configs()
+    if isinstance(card, ModelCard):
+        return configs
+    names = STABLE_UNCLIP if card.condition == "noised" else {part: part for part in found.family.parts}
+    return {theirs: configs[ours] for theirs, ours in names.items() if ours in configs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +221,35 @@ def _bad(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(key for key, tensor in state.items() if not is_finite(tensor))
 
 
+def _native(path: Path, nan: bool, digest: bool) -> Report:
+    """A folder of ours: its card, and its parts wherever the card says they lie."""
+    problems: list[str] = []
+    try:
+        card: Any = read_card(path / "card.yaml")
+    except ValueError as error:
+        return Report(path=path, kind="folder of ldm", size=0, problems=(str(error),))
+    where = {file.stem: path for file in sorted(path.glob("*.yaml")) if file.name != "card.yaml"}
+    where |= {part: path / folder for part, folder in getattr(card, "parts", {}).items()}
+    states, files, kinds = {}, {}, {}
+    for part, folder in where.items():
+        try:
+            about, file = about_part(folder, part), folder / f"{part}.safetensors"
+            states[part], files[part], kinds[part] = read_tensors(file)[0], file, about.get("network", "")
+            if digest and sha256(file) != about["sha256"]:
+                problems.append(f"{str(file)!r} is not the file that {part}.yaml was written with: its sha256 differs")
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return Report(
+        path=path, kind=f"folder of ldm, {card.name} ({card.summary})", size=sum(file.stat().st_size for file in files.values()),
+        sha256={f"{part}.safetensors": sha256(file) for part, file in files.items()} if digest else {}, values=kinds,
+        parts=tuple(_part(part, state) for part, state in states.items()),
+        bad=tuple(f"{part}: {key}" for part, state in states.items() for key in _bad(state)) if nan else None, problems=tuple(problems),
+    )  # fmt: skip
+
+
 def _folder(path: Path, candidates: Candidates, nan: bool, digest: bool) -> Report:
+    if (path / "card.yaml").is_file():
+        return _native(path, nan, digest)
     problems: list[str] = []
     values: dict[str, object] = {}
     components = {}
@@ -240,7 +294,7 @@ def _ours(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]
 
 
 def _folder_family(parts: Mapping[str, Mapping[str, Tensor]], path: Path, problems: list[str]) -> Detection | None:
-    deciding = parts.get("unet") or (next(iter(parts.values())) if len(parts) == 1 else None)
+    deciding = parts.get("unet") or parts.get("prior") or (next(iter(parts.values())) if len(parts) == 1 else None)
     if deciding is None:
         return None
     try:

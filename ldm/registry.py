@@ -15,9 +15,13 @@ from ldm.device import dtype_of, fast_dtype, pick_device
 from ldm.pipelines.assemble import assemble
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.sources import Source, autoencoder_folder, from_file, from_folder, from_native, from_random
+from ldm.pipelines.unclip import UnCLIP
+from ldm.pipelines.unclip_folder import write_unclip
+from ldm.pipelines.unclip_load import load_prior, load_unclip
 from ldm.pipelines.write import LAYOUTS, write_diffusers, write_native, write_original
 from ldm.prediction import check_prediction
 from ldm.types import Prediction
+from ldm.unclip_cards import PriorCard, UnCLIPCard
 from ldm.weights.folder import is_folder, list_variants
 from ldm.weights.hub import download, local_path
 from ldm.weights.safety_load import load_safety
@@ -28,10 +32,10 @@ def list_models() -> list[str]:
     return sorted({*embedded(), *known_cards()})
 
 
-def register(path: str | Path) -> ModelCard:
+def register(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     """Make a model of one's own known to `load` and `list_models`, by its card in a YAML file.
 
-    The file states the fields of `ModelCard`; ``base: NAME`` takes those that it leaves out from another card. ValueError for a card that is
+    The file states the fields of `ModelCard` (or of `UnCLIPCard`, `PriorCard`); ``base: NAME`` takes those that it leaves out from another card. ValueError for a card that is
     wrong, or a name that an embedded or published model has.
     """
     card = read_card(path)
@@ -42,14 +46,15 @@ def register(path: str | Path) -> ModelCard:
 
 
 def load(
-    name: str = "emoji-ldm", *, weights: str | Path | None = None, device: str | torch.device | None = None,
+    name: str | None = None, *, weights: str | Path | None = None, device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None, ema: bool | None = None, variant: str | None = None, prediction: Prediction | None = None,
     vocabulary: str | Path | None = None, safety: str | Path | None = None, black: bool = False,
 ) -> Any:  # fmt: skip
-    """A model by name, ready to sample: a `LatentDiffusion`; for a first stage or a tiny autoencoder (kl-f8, taesd), its network alone.
+    """A model by name, ready to sample: a `LatentDiffusion` or an `UnCLIP`; for a first stage or a tiny autoencoder (kl-f8, taesd), its network
+    alone; for a prior alone, its stage.
 
-    ``weights``: a single file (.safetensors or .ckpt, which is read without executing anything), a folder in the layout of diffusers, a folder
-    that `save` wrote, or "random" for small random weights in the model's shapes. None: the embedded weights, else NAME below LDM_HOME, else
+    ``name``: None for the model whose card lies in the folder of ``weights``, else "emoji-ldm". ``weights``: a single file (.safetensors or .ckpt, which is read without executing anything), a folder in the layout of diffusers (or,
+    for Kandinsky, one that holds those of prior and decoder), a folder that `save` wrote, or "random" for small random weights in the model's shapes. None: the embedded weights, else NAME below LDM_HOME, else
     the hub. Local files never touch the network. ``device``: None for the best there is. ``dtype``: None for the fastest that is safe on the
     device, else "float32", "bfloat16" or "float16".
 
@@ -60,21 +65,46 @@ def load(
     ValueError for an unknown name (the nearest is offered), or weights that do not fit or belong to another card; FileNotFoundError for files
     that are not there.
     """
-    card, folder = find_card(name)
-    if prediction is not None and isinstance(card, ModelCard):
-        check_prediction(prediction)
-        card = replace(card, prediction=prediction)
+    card, folder = find_weighed(name, weights)
     target = pick_device(device)
     kind = fast_dtype(target) if dtype is None else dtype_of(dtype)
-    source = read_source(card, folder, weights, kind, ema=ema, variant=variant)
-    for note in source.notes:
-        warnings.warn(f"weights {str(weights)!r}: {note}", stacklevel=2)
-    if isinstance(card, AutoencoderCard):
-        return source.networks["vae"].to(target)
-    pipe = assemble(card, source, vocabulary=None if vocabulary is None else Path(vocabulary))
+    if isinstance(card, UnCLIPCard | PriorCard):
+        if prediction is not None or vocabulary is not None:
+            raise ValueError(f"{card.name!r} is of the unCLIP family: prediction and vocabulary are options of latent diffusion models")
+        path = None if weights == "random" else locate(card, folder, weights)
+        if isinstance(card, PriorCard):
+            return load_prior(card, path, kind).to(target)
+        pipe: Any = load_unclip(card, folder, path, kind, ema=ema, variant=variant)
+    else:
+        if prediction is not None and isinstance(card, ModelCard):
+            check_prediction(prediction)
+            card = replace(card, prediction=prediction)
+        source = read_source(card, folder, weights, kind, ema=ema, variant=variant)
+        for note in source.notes:
+            warnings.warn(f"weights {str(weights)!r}: {note}", stacklevel=2)
+        if isinstance(card, AutoencoderCard):
+            return source.networks["vae"].to(target)
+        pipe = assemble(card, source, vocabulary=None if vocabulary is None else Path(vocabulary))
     if safety is not None:
         pipe.safety = load_safety(safety, black=black, variant=variant, dtype=torch.float32)
     return pipe.to(target)
+
+
+def find_weighed(name: str | None, weights: str | Path | None) -> tuple[Card, Path | None]:
+    """The card of a name, or the one in the folder of weights where that is of this name or none was given; ValueError if it is of another."""
+    path = None if weights in (None, "random") else Path(weights) / "card.yaml"  # type: ignore[arg-type]
+    if path is None or not path.is_file():
+        return find_card("emoji-ldm" if name is None else name)
+    given = read_card(path)
+    if name not in (None, given.name):
+        find_card(name)  # type: ignore[arg-type]
+        raise ValueError(f"weights {str(weights)!r} are those of {given.name!r}, not of {name!r}")
+    return given, None
+
+
+def locate(card: Card, embedded_in: Path | None, weights: str | Path | None) -> Path:
+    """Where a card's weights lie: what was given, the embedded ones, those below LDM_HOME, or the hub's."""
+    return Path(weights) if weights is not None else embedded_in or local_path(card.name) or from_hub(card)
 
 
 def read_source(
@@ -83,7 +113,7 @@ def read_source(
     """A card's networks from wherever its weights are; see `load`."""
     if weights == "random":
         return from_random(card, dtype, embedded_in)
-    path = Path(weights) if weights is not None else embedded_in or local_path(card.name) or from_hub(card)
+    path = locate(card, embedded_in, weights)
     if path.is_file():
         return from_file(card, path, dtype, ema=ema)
     if not path.is_dir():
@@ -92,11 +122,7 @@ def read_source(
         return autoencoder_folder(card, path, dtype, variant=variant)
     if is_folder(path):
         return from_folder(card, path, dtype, ema=ema, variant=variant)
-    if (path / "card.yaml").is_file():
-        given = read_card(path / "card.yaml")
-        if given.name != card.name:
-            raise ValueError(f"weights {str(path)!r} are those of {given.name!r}, not of {card.name!r}")
-    elif not (path / "unet.yaml").is_file():
+    if not (path / "card.yaml").is_file() and not (path / "unet.yaml").is_file():
         what = "weights of one part alone" if list_variants(path) else "neither model_index.json (of diffusers) nor card.yaml (of ldm.save)"
         raise FileNotFoundError(f"weights {str(path)!r}: expected the folder of a model, it holds {what}")
     return from_native(card, path, dtype)
@@ -110,7 +136,7 @@ def from_hub(card: Card) -> Path:
 
 
 def save(
-    pipe: LatentDiffusion, path: str | Path, *, layout: str = "native", dtype: str | torch.dtype | None = None, **facts: Any
+    pipe: LatentDiffusion | UnCLIP, path: str | Path, *, layout: str = "native", dtype: str | torch.dtype | None = None, **facts: Any
 ) -> Path:
     """Write a model so that `load(name, weights=path)` reads it back: bit for bit, unless another ``dtype`` is asked for.
 
@@ -122,6 +148,10 @@ def save(
     path = Path(path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}; {nearest(layout, LAYOUTS)}")
+    if isinstance(pipe, UnCLIP):
+        if layout != "native":
+            raise ValueError(f"layout {layout!r}: an UnCLIP is written in the native layout alone")
+        return write_unclip(pipe, path, dtype=kind, **facts)
     if layout == "native":
         return write_native(pipe, path, kind, facts)
     if facts:

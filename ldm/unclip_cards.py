@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
-from ldm.cards import Defaults, ScheduleCard
+from ldm.cards import Defaults, Hub, ScheduleCard, shape
 from ldm.conventions import Convention, get_convention
+from ldm.models.autoregressive import AutoregressiveConfig
+from ldm.models.clip import TextConfig, VisionConfig
+from ldm.models.conditioner import TextConvention
+from ldm.models.decoder import DecoderConfig
+from ldm.models.movq import MoVQConfig
+from ldm.models.noise_augmentation import AugmentationConfig
+from ldm.models.prior import PriorConfig
+from ldm.models.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
+from ldm.models.unet import UNetConfig
+from ldm.models.vae import VAEConfig
+from ldm.models.xlmr import XLMRConfig
 from ldm.samplers import get_sampler
 from ldm.types import Prediction
+
+# "unclip": models of one's own; the others are published families, whose files have layouts of their own
+READ = TextConvention(pad=0, masked=True, pooled=True)  # as Karlo, Kandinsky and the models trained here read CLIP's text tower
+UnCLIPFamily = Literal["unclip", "karlo", "sd21-unclip-h", "sd21-unclip-l", "kandinsky21", "kandinsky22"]
+UNCLIP_FAMILIES: tuple[str, ...] = get_args(UnCLIPFamily)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +55,64 @@ class StageCard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoregressiveCard:
+    """How an autoregressive prior is sampled: for which cosine of text and image, and how far from the likeliest; see `AutoregressivePrior.sample`."""
+
+    similarity: float = 0.5
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnCLIPNetworks:
+    """The networks of a published model, each by the name of its shape (`ldm.models.shapes`) or by its own numbers; None where there is none.
+
+    ``text``, ``vision``: CLIP's towers. ``decoder``: a `Decoder`, or a UNet with ``noise``, the augmentation of its embeddings. ``words``: what the
+    decoder reads texts with, where that is not CLIP's tower. ``upsamplers``: from small to large; ``last``: whether each has another network of the
+    same shape for its last step.
+    """
+
+    text: str | TextConfig | None = None
+    vision: str | VisionConfig | None = None
+    prior: str | PriorConfig | AutoregressiveConfig | None = None
+    decoder: str | DecoderConfig | UNetConfig
+    noise: AugmentationConfig | None = None
+    words: str | TextConfig | XLMRConfig | None = None
+    vae: str | VAEConfig | MoVQConfig | None = None
+    upsamplers: tuple[str | UNetConfig, ...] = ()
+    last: bool = False
+
+    def __post_init__(self) -> None:
+        self.configs()
+
+    def configs(self) -> dict[str, Any]:
+        """The shapes by part: "decoder", and of the others those that there are; ValueError for an unknown name."""
+        tables: dict[str, Mapping[str, Any]] = {
+            "text": TEXTS, "vision": VISIONS, "prior": PRIORS, "decoder": {**DECODERS, **UNETS}, "noise": {}, "words": WORDS,
+            "vae": {**VAES, "movq": MOVQ},
+        }  # fmt: skip
+        found = {part: shape(part, getattr(self, part), table) for part, table in tables.items() if getattr(self, part) is not None}
+        for k, value in enumerate(self.upsamplers):
+            config = shape("upsamplers", value, UPSAMPLERS)
+            found |= {upsampler_name(k): config} | ({upsampler_name(k, last=True): config} if self.last else {})
+        return found
+
+
+def upsampler_name(k: int, *, last: bool = False) -> str:
+    """The name of the k-th upsampler's part, or of its network for the last step."""
+    return f"upsampler{'' if k == 0 else k + 1}{'-last' if last else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnCLIPCard:
     """An unCLIP model. ``clip``: the CLIP whose embeddings it runs on; ``prior`` None where it has none, ``upsamplers`` from small to large.
 
     ``condition``: how the embedding reaches the decoder: "tokens" (a vector and tokens of context) or "noised" (Stable unCLIP). ``no_image``: what
     stands for no image in guidance: a "learned" embedding, that of a "black" picture (zeros as the tower's input), or "zeros" for the condition.
-    ``concat``: what inpainting models have beside the latent: the known latent and the mask of what is known.
+    ``concat``: what inpainting models have beside the latent: the known latent and the mask of what is known. ``text``, ``words``: how CLIP's text
+    tower is read, and the decoder's own. ``latent_scale``: None where the weights state it, or there is no autoencoder.
+
+    ``networks``: None where each part's YAML states its shape. ``parts``: the folders of parts that lie elsewhere, below that of the card: those that
+    another embedded model has.
     """
 
     name: str
@@ -51,63 +120,43 @@ class UnCLIPCard:
     licence: str
     clip: str
     decoder: StageCard
-    prior: StageCard | None = None
+    prior: StageCard | AutoregressiveCard | None = None
     upsamplers: tuple[StageCard, ...] = ()
     condition: Literal["tokens", "noised"] = "tokens"
     no_image: Literal["learned", "black", "zeros"] = "learned"
     concat: Literal["known"] | None = None
     pictures: int = 4
+    family: UnCLIPFamily = "unclip"
+    text: TextConvention = field(default_factory=lambda: READ)
+    words: TextConvention = field(default_factory=lambda: TextConvention(pad=0))
+    latent_scale: float | None = None
+    networks: UnCLIPNetworks | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+    hub: Hub | None = None
 
     def __post_init__(self) -> None:
         if (self.condition == "noised") != (self.no_image == "zeros"):
             raise ValueError(f'no_image: "zeros" belongs to condition "noised", got {self.no_image!r} with {self.condition!r}')
+        if self.family != "unclip" and self.networks is None:
+            raise ValueError(f"a card of the family {self.family!r} must state its networks")
+        if not self.text.pooled:
+            raise ValueError("text.pooled: expected true, as the text's embedding is read with its tokens")
 
 
-COSINE = ScheduleCard(kind="cosine")
-# the grid of Karlo and Kandinsky 2.1: whole timesteps from T − 1 to 0 in equal parts
-RESPACED = Convention(grids={"*": {"spacing": "linspace"}}, quantize=True)
-LEARNED = replace(RESPACED, options={"ddpm": {"variance": "learned"}})
-KANDINSKY_BETAS = ScheduleCard(kind="linear", beta_start=0.00085, beta_end=0.012)
-OPENAI_L, LAION_H, LAION_BIGG = "openai/ViT-L-14", "laion2b_s32b_b79k/ViT-H-14", "laion2b_s39b_b160k/ViT-bigG-14"
+@dataclass(frozen=True, kw_only=True)
+class PriorCard:
+    """A diffusion prior alone, for a decoder of the same CLIP; ``text``: CLIP's text tower, which its file does not hold."""
 
+    name: str
+    family: str
+    summary: str
+    licence: str
+    clip: str
+    prior: StageCard
+    network: str | PriorConfig
+    hub: Hub | None = None
 
-def defaults(steps: int, guidance: float, side: int, sampler: str = "ddpm") -> Defaults:
-    """What a stage does where its caller says nothing, for square pictures."""
-    return Defaults(sampler=sampler, steps=steps, guidance=guidance, height=side, width=side)
+    def config(self) -> PriorConfig:
+        """Its shape."""
+        return shape("network", self.network, PRIORS)
 
-
-KARLO_PRIOR = StageCard(schedule=COSINE, prediction="x0", clip_x0=5.0, convention=RESPACED, defaults=defaults(25, 4.0, 64))
-KARLO = UnCLIPCard(
-    name="karlo-v1-alpha", summary="Karlo 1.0 alpha: unCLIP to 64×64 pixels, and to 256×256", licence="CreativeML OpenRAIL-M", clip=OPENAI_L,
-    prior=KARLO_PRIOR,
-    decoder=StageCard(schedule=COSINE, prediction="eps", learned_var=True, clip_x0=1.0, convention=LEARNED, defaults=defaults(25, 8.0, 64)),
-    upsamplers=(StageCard(schedule=COSINE, prediction="eps", clip_x0=1.0, convention=RESPACED, defaults=defaults(7, 1.0, 256)),),
-)  # fmt: skip
-UNCLIP_L = UnCLIPCard(
-    name="sd-v2-1-unclip-l", summary="Stable Diffusion 2.1 unCLIP on ViT-L/14, with Karlo's prior", licence="CreativeML Open RAIL++-M", clip=OPENAI_L,
-    prior=replace(KARLO_PRIOR, convention=Convention(grids={"*": {"spacing": "leading"}}, quantize=True)), condition="noised", no_image="zeros",
-    decoder=StageCard(
-        schedule=ScheduleCard(kind="scaled_linear", beta_start=0.00085, beta_end=0.012), prediction="v", defaults=defaults(20, 10.0, 768, "ddim")
-    ),
-)  # fmt: skip
-UNCLIP_H = replace(
-    UNCLIP_L, name="sd-v2-1-unclip-h", summary="Stable Diffusion 2.1 unCLIP on ViT-H/14: variations of pictures", clip=LAION_H, prior=None
-)  # fmt: skip
-KANDINSKY21 = UnCLIPCard(
-    name="kandinsky-2-1", summary="Kandinsky 2.1", licence="Apache-2.0", clip=OPENAI_L, prior=replace(KARLO_PRIOR, clip_x0=10.0), no_image="black",
-    decoder=StageCard(
-        schedule=KANDINSKY_BETAS, prediction="eps", learned_var=True, clip_x0=2.0, convention=LEARNED, defaults=defaults(100, 4.0, 512)
-    ),
-)  # fmt: skip
-LEADING_LEARNED = replace(LEARNED, grids={"*": {"spacing": "leading"}})
-KANDINSKY22 = replace(
-    KANDINSKY21, name="kandinsky-2-2", summary="Kandinsky 2.2", clip=LAION_BIGG,
-    decoder=replace(KANDINSKY21.decoder, convention=LEADING_LEARNED),
-)  # fmt: skip
-UNCLIP_CARDS: dict[str, UnCLIPCard] = {
-    card.name: card
-    for card in (
-        KARLO, UNCLIP_H, UNCLIP_L, KANDINSKY21, replace(KANDINSKY21, name="kandinsky-2-1-inpaint", concat="known"),
-        KANDINSKY22, replace(KANDINSKY22, name="kandinsky-2-2-inpaint", concat="known"),
-    )
-}  # fmt: skip

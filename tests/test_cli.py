@@ -86,6 +86,7 @@ def test_unknown_words_are_named_on_standard_error(capsys):
         (["cat", "--sampler", "dimm"], "did you mean 'ddim'"),
         (["cat", "--model", "emoji"], "did you mean 'emoji-ldm'"),
         (["cat", "--weights", "nowhere"], "nowhere"),
+        (["cat", "--model", "taesd", "--weights", "random"], "'taesd' makes no pictures of texts"),
         (["cat", "--dtype", "int3"], "dtype 'int3'"),
         (["replay", "absent.png"], "absent.png"),
         (["train", "absent.yaml"], "absent.yaml"),
@@ -108,6 +109,6 @@ def test_an_unwritable_output_is_found_out_before_the_model_is_loaded(monkeypatc
 def test_models_grid_and_inspect_tell(capsys, tmp_path):
     assert main(["models"]) == 0 and main(["grid", "--steps", "3"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("emoji-ldm: ") and "dpmpp_2m: 3 steps, 3 evaluations" in out
+    assert "\nemoji-ldm: " in out and "dpmpp_2m: 3 steps, 3 evaluations" in out
     assert main(["inspect", str(tmp_path / "assets" / "emoji-ldm" / "unet.safetensors")]) == 0
     assert "float32" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import ldm
 from ldm.cards import ASSETS
 from ldm.images import read_recipe
 from ldm.models.clip import VisionConfig, VisionTower
-from ldm.pipelines.latent import UnknownWords
+from ldm.pipelines.call import UnknownWords
 from ldm.weights.native import read_part
 
 

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those above it, and modules of its own line. Folders stand for all that is in them.
 ORDER = [
     "config files device words types", "schedule", "grid", "prediction", "denoiser", "guidance", "noise", "samplers",
-    "conventions oracle plan resume", "nn", "models", "weights", "cards published inspect", "unclip_cards", "images", "pipelines",
+    "conventions oracle plan resume", "nn", "models", "weights", "cards published unclip_cards published_unclip inspect", "images", "pipelines",
     "trace likelihood optimize", "registry", "replay", "data", "training", "__main__",
 ]  # fmt: skip
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line.split()}

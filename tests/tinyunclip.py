@@ -20,7 +20,8 @@ from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
-from ldm.unclip_cards import KANDINSKY22, KARLO, UNCLIP_L, UnCLIPCard, defaults
+from ldm.published_unclip import KANDINSKY22, KARLO, UNCLIP_L, defaults
+from ldm.unclip_cards import UnCLIPCard
 from ldm.weights.parts import build_network, randomise
 
 E = 24

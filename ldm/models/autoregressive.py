@@ -85,10 +85,12 @@ class AutoregressivePrior(nn.Module):
         return ((cosine + 1) / 2 * self.config.similarities).floor().long().clamp(0, self.config.similarities - 1)
 
     @torch.no_grad()
-    def sample(self, cond: Cond, seeds: Sequence[int], *, similarity: float = 0.5, temperature: float = 1.0) -> Tensor:
+    def sample(
+        self, cond: Cond, seeds: Sequence[int], *, similarity: float = 0.5, temperature: float = 1.0, first: int = 0
+    ) -> Tensor:  # fmt: skip
         """Image embeddings (B, E) for a condition of batch B, as like the text as the cosine ``similarity`` says.
 
-        Draw k of sample i depends on (seeds[i], k) alone, by the Gumbel trick. ``temperature`` 0 takes the likeliest. ValueError for a
+        Component k of sample i depends on (seeds[i], ``first`` + k) alone, by the Gumbel trick. ``temperature`` 0 takes the likeliest. ValueError for a
         similarity outside [−1, 1], or a number of seeds that is not B.
         """
         c = self.config
@@ -100,12 +102,13 @@ class AutoregressivePrior(nn.Module):
             raise ValueError(f"{len(seeds)} seeds for a condition of batch size {cond.batch}")
         device = self.position.device
         bucket = min(int((similarity + 1) / 2 * c.similarities), c.similarities - 1)
+        cond = cond.to(device, self.position.dtype)
         level = torch.full((len(seeds),), bucket, device=device)
         codes = torch.empty(len(seeds), 0, dtype=torch.long, device=device)
         for k in range(c.components):
             logits = self(codes, level, cond)[:, -1].float()
             if temperature > 0:
-                logits = logits / temperature + torch.stack([gumbel(seed, k, c.buckets) for seed in seeds]).to(device)
+                logits = logits / temperature + torch.stack([gumbel(seed, first + k, c.buckets) for seed in seeds]).to(device)
             codes = torch.cat([codes, logits.argmax(-1, keepdim=True)], dim=1)
         return self.codes.decode(codes)
 

@@ -111,6 +111,11 @@ class ImageCondition(nn.Module):
                 what = f"width {width}" if width else "none"
                 raise ValueError(f"Cond.{name}: this decoder takes {what}, got {f'width {got}' if got else 'none'}")
 
+    def taken(self, cond: Cond) -> Cond:
+        """The condition without what this decoder does not read of a text."""
+        cond = cond if self.text is not None else replace(cond, context=None, context_mask=None)
+        return cond if self.pooled is not None else replace(cond, pooled=None)
+
     def nothing(self) -> Tensor:
         """The embedding (1, E) of no image; ValueError where it is not learned."""
         if self.null_image is None:

@@ -22,10 +22,18 @@ class EmbeddingCodes(nn.Module):
         if not 1 <= components <= embed_dim or buckets < 2:
             raise ValueError(f"expected 1 to {embed_dim} components and at least 2 buckets, got {components} and {buckets}")
         self.buckets = buckets
-        self.register_buffer("mean", torch.zeros(embed_dim))
-        self.register_buffer("basis", torch.eye(components, embed_dim))
-        self.register_buffer("low", -torch.ones(components))
-        self.register_buffer("high", torch.ones(components))
+        self.register_buffer("mean", torch.empty(embed_dim))
+        self.register_buffer("basis", torch.empty(components, embed_dim))
+        self.register_buffer("low", torch.empty(components))
+        self.register_buffer("high", torch.empty(components))
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """The embedding's first entries, each between −1 and 1, for codes that are fitted to nothing."""
+        self.mean.zero_()
+        self.basis.copy_(torch.eye(*self.basis.shape))
+        self.low.fill_(-1)
+        self.high.fill_(1)
 
     @torch.no_grad()
     def fit(self, embeddings: Tensor, *, outside: float = 1e-3) -> float:

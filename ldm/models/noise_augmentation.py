@@ -35,7 +35,8 @@ class NoiseAugmentation(nn.Module):
     def __init__(self, config: AugmentationConfig) -> None:
         super().__init__()
         self.config = config
-        self.schedule = NoiseSchedule.cosine(config.timesteps)
+        with torch.device("cpu"):  # its tables are numbers wherever the network is built
+            self.schedule = NoiseSchedule.cosine(config.timesteps)
         self.register_buffer("mean", torch.empty(1, config.embed_dim))
         self.register_buffer("std", torch.empty(1, config.embed_dim))
         self.reset_buffers()

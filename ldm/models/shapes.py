@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.models.bert import BertConfig
-from ldm.models.clip import TextConfig
+from ldm.models.clip import TextConfig, VisionConfig
 from ldm.models.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.labels import LabelConfig
 from ldm.models.movq import MoVQConfig
@@ -14,6 +14,7 @@ from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.models.vq import VQConfig
+from ldm.models.xlmr import XLMRConfig
 
 SD1 = UNetConfig()
 SD2 = UNetConfig(heads=None, head_dim=64, context_dim=1024, linear_projection=True)
@@ -99,7 +100,14 @@ TEXTS: dict[str, TextConfig] = {
     "clip-l": TextConfig(embed_dim=None),
     "clip-h": TextConfig(width=1024, layers=23, heads=16, activation="gelu", embed_dim=None),
     "clip-bigg": TextConfig(width=1280, layers=32, heads=20, activation="gelu", embed_dim=1280),
+    "clip-l-projected": TextConfig(),
 }
+VISIONS: dict[str, VisionConfig] = {
+    "clip-l": VisionConfig(),
+    "clip-h": VisionConfig(width=1280, layers=32, heads=16, embed_dim=1024, activation="gelu"),
+    "clip-bigg": VisionConfig(width=1664, layers=48, heads=16, mlp_width=8192, embed_dim=1280, activation="gelu"),
+}
+WORDS: dict[str, TextConfig | XLMRConfig] = {**TEXTS, "xlm-r-large": XLMRConfig()}  # what decoders read texts with beside CLIP's tower
 
 CONDITIONERS: dict[str, TextConfig | BertConfig | LabelConfig] = {**TEXTS, **BERTS, **LABELS}
 

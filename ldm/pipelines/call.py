@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from ldm.config import build, nearest, to_dict
 from ldm.conventions import Convention, get_convention
 from ldm.grid import TimeGrid
 from ldm.images import check_seeds
+from ldm.models.conditioner import Conditioner
 from ldm.samplers import get_sampler
 from ldm.schedule import NoiseSchedule
 from ldm.types import Denoised, OnStep, Sampler
@@ -146,6 +148,19 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             raise ValueError(f"sampler {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}")
+
+
+class UnknownWords(UserWarning):
+    """A prompt has words that the model has never seen."""
+
+
+def warn_unknown(model: str, text: Conditioner | None, prompts: Sequence[Any], *, stacklevel: int) -> None:
+    """A warning that names the words of prompts which a model has never seen; none where it reads no texts, or its words are not known."""
+    texts = [] if text is None else [prompt for prompt in prompts if isinstance(prompt, str)]
+    unknown = list(dict.fromkeys(word for prompt in texts for word in text.unknown(prompt)))  # type: ignore[union-attr]
+    if unknown:
+        words = ", ".join(repr(word) for word in unknown)
+        warnings.warn(f"{model} has never seen {words}: the picture may not show it", UnknownWords, stacklevel=stacklevel)
 
 
 def all_hooks(own: OnStep | None, *others: Callable[[int, Tensor, Denoised], Any]) -> OnStep:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -18,7 +17,7 @@ from ldm.images import Images
 from ldm.models.conditioner import Conditioner
 from ldm.models.safety import SafetyChecker
 from ldm.noise import initial_noise, keyed_normal
-from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle
+from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle, warn_unknown
 from ldm.pipelines.conditions import Pair, Watcher, conditions, joined
 from ldm.pipelines.pixels import Picture, to_depth, to_mask, to_pixels
 from ldm.pipelines.recipe import stamp
@@ -28,10 +27,6 @@ LOW_NOISE = 2**62  # the keyed draw that noises an upscaler's input: none that a
 TASKS = {
     "inpaint": "inpaint", "inpaint-ldm": "inpaint", "depth": "depth_to_image", "image": "instruct", "lowres": "upscale", "lowres-noised": "upscale",
 }  # fmt: skip
-
-
-class UnknownWords(UserWarning):
-    """A prompt has words that the model has never seen."""
 
 
 class LatentDiffusion(nn.Module):
@@ -204,7 +199,7 @@ class LatentDiffusion(nn.Module):
             if value < factor or value % factor:
                 near = max(factor, round(value / factor) * factor)
                 raise ValueError(f"{side} {value}: expected a multiple of {factor}, the autoencoder's factor; the nearest is {near}")
-        self._warn(*(prompt for prompt in (*call.prompts, call.negative) if isinstance(prompt, str)))
+        warn_unknown(self.card.name, self.text, (*call.prompts, call.negative), stacklevel=4)
         return call
 
     def _with_picture(self, prompt: Any, image: Picture, options: Mapping[str, Any]) -> tuple[Tensor, Call]:
@@ -303,12 +298,6 @@ class LatentDiffusion(nn.Module):
         if self.card.concat not in kinds:
             fitting = TASKS.get(self.card.concat or "", "text_to_image")
             raise ValueError(f"{self.card.name!r} has no input channels for this task; what it does: {fitting}")
-
-    def _warn(self, *prompts: str) -> None:
-        unknown = [] if self.text is None else list(dict.fromkeys(word for prompt in prompts for word in self.text.unknown(prompt)))
-        if unknown:
-            words = ", ".join(repr(word) for word in unknown)
-            warnings.warn(f"{self.card.name} has never seen {words}: the picture may not show it", UnknownWords, stacklevel=4)
 
     def _recipe(self, task: Mapping[str, Any], *, replayable: bool) -> dict[str, Any]:
         return stamp(self.card.name, task, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)

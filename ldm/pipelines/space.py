@@ -17,6 +17,11 @@ class Space(nn.Module):
         self.scale = scale
 
     @property
+    def channels(self) -> int:
+        """Channels of what the diffusion runs on."""
+        return 3 if self.vae is None else self.vae.config.latent_channels
+
+    @property
     def factor(self) -> int:
         """Picture size over the diffusion's size."""
         return 1 if self.vae is None else self.vae.config.factor
@@ -27,7 +32,7 @@ class Space(nn.Module):
             if value < self.factor or value % self.factor:
                 near = max(self.factor, round(value / self.factor) * self.factor)
                 raise ValueError(f"{side} {value}: expected a multiple of {self.factor}, the autoencoder's factor; the nearest is {near}")
-        return 3 if self.vae is None else self.vae.config.latent_channels, height // self.factor, width // self.factor
+        return self.channels, height // self.factor, width // self.factor
 
     @torch.no_grad()
     def encode(self, x: Tensor, device: torch.device) -> Tensor:

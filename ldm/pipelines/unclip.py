@@ -14,23 +14,28 @@ from ldm.guidance import keep_known
 from ldm.images import Images
 from ldm.models.embedding_codes import EmbeddingCodes, truncate
 from ldm.models.image_embedding import ImageEmbedding, slerp
-from ldm.pipelines.call import Call
+from ldm.models.safety import SafetyChecker
+from ldm.pipelines.call import Call, warn_unknown
 from ldm.pipelines.clip import ClipPair, rerank
 from ldm.pipelines.pixels import Picture, to_mask, to_pixels
 from ldm.pipelines.recipe import stamp
+from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage, options_of
 from ldm.types import Cond, DenoiseFn, OnStep
-from ldm.unclip_cards import UnCLIPCard
+from ldm.unclip_cards import UnCLIPCard, upsampler_name
 
-STAGE_OPTIONS = ("steps", "guidance", "sampler", "latents", "height", "width")
+UPSAMPLER_OPTIONS = ("steps", "guidance", "sampler", "latents", "height", "width")
 
 
 class UnCLIP(nn.Module):
-    """An unCLIP model, ready to sample: ``clip``, ``prior`` (None: no texts, unless an embedding is given), ``decoder``, ``upsamplers``, ``card``."""
+    """An unCLIP model, ready to sample: ``clip``, ``prior`` (None: no texts, unless an embedding is given), ``decoder``, ``upsamplers``, ``card``.
+
+    ``origin``: what a recipe says of the weights. ``safety``: what looks at every picture made; None, the default, for nothing.
+    """
 
     def __init__(
-        self, *, clip: ClipPair, prior: PriorStage | None, decoder: DecoderStage, upsamplers: Sequence[UpsamplerStage] = (), card: UnCLIPCard,
-        origin: Mapping[str, Any] | None = None,
+        self, *, clip: ClipPair, prior: PriorStage | AutoregressiveStage | None, decoder: DecoderStage, upsamplers: Sequence[UpsamplerStage] = (),
+        card: UnCLIPCard, origin: Mapping[str, Any] | None = None, safety: SafetyChecker | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         for part, name in (("CLIP", clip.name), ("prior", prior and prior.clip), ("decoder", decoder.clip)):
@@ -42,6 +47,30 @@ class UnCLIP(nn.Module):
         self.clip, self.prior, self.decoder, self.card = clip, prior, decoder, card
         self.upsamplers: Any = nn.ModuleList(upsamplers)
         self.origin = dict(origin or {})
+        self.safety = safety
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder computes."""
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder computes in; the samplers' states are float32."""
+        return next(self.decoder.denoiser.parameters()).dtype
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by the name of their part: "decoder", and what else there is of "text", "vision", "prior", "noise", "words", "vae",
+        "upsampler" and "upsampler-last"."""
+        own = self.decoder.text if self.decoder.text is not self.clip.text else None
+        found = {
+            "text": self.clip.text and self.clip.text.tower, "vision": self.clip.vision, "prior": self.prior and self.prior.net,
+            "decoder": self.decoder.denoiser.net, "noise": self.decoder.augmentation, "vae": self.decoder.space.vae,
+        }  # fmt: skip
+        for k, stage in enumerate(self.upsamplers):
+            found |= {upsampler_name(k): stage.denoiser.net, upsampler_name(k, last=True): stage.last and stage.last.net}
+        found |= {} if own is None else {"words": next(iter(own.networks().values()))}
+        return {part: network for part, network in found.items() if network is not None}
 
     def text_to_image(
         self,
@@ -198,7 +227,7 @@ class UnCLIP(nn.Module):
             raise ValueError(f"{self.card.name!r} has no prior: give an embedding, or call variations with a picture")
         if strangers := [name for name in options if not name.startswith("prior_")]:
             raise ValueError(f"options {strangers} are none of the prior's, which begin with 'prior_'")
-        own = options_of("prior", options, STAGE_OPTIONS)
+        own = options_of("prior", options, self.prior.options)
         call = self.prior.settle(list(prompt) if not isinstance(prompt, str) else prompt, n=n, negative=negative, seed=seed, progress=progress, **own)
         return self.prior(self.clip, call, candidates=candidates)
 
@@ -216,6 +245,8 @@ class UnCLIP(nn.Module):
     def _settle(self, prompt: Any, *, n: int | None = None, **options: Any) -> Call:
         call = self.decoder.settle(prompt, n=self.card.pictures if n is None else n, **options)
         self.decoder.shape(call)
+        if self.clip.text is not None:
+            warn_unknown(self.card.name, self.clip.text, (*call.prompts, call.negative), stacklevel=4)
         return call
 
     def _guided(self, call: Call, embedding: ImageEmbedding, noise_level: int, concat: Tensor | None = None) -> DenoiseFn:
@@ -247,13 +278,17 @@ class UnCLIP(nn.Module):
         pixels = self.decoder.space.decode(x)
         if options.get("upsample", True):
             for k, stage in enumerate(self.upsamplers):
-                own = options_of("upsampler", options, STAGE_OPTIONS)
+                own = options_of("upsampler", options, UPSAMPLER_OPTIONS)
                 own = own if k == 0 else {name: value for name, value in own.items() if name in ("steps", "sampler")}
                 own = {"height": _grown(stage, pixels, 0, self), "width": _grown(stage, pixels, 1, self), **own}
                 pixels = stage(pixels, stage.settle(list(call.prompts), seed=call.seeds, progress=call.progress, **own), tile=options.get("tile"))
-        device, dtype = self.decoder.device, next(self.decoder.denoiser.parameters()).dtype
-        recipe = stamp(self.card.name, {**call.recipe(task), **facts}, device=device, dtype=dtype, origin=self.origin, replayable=replayable)
-        return Images(tensor=pixels, seeds=call.seeds, prompts=tuple(map(str, call.prompts)), recipe=recipe)
+        flagged = None
+        if self.safety is not None:
+            flagged = self.safety(pixels)
+            pixels = self.safety.hide(pixels, flagged)
+        told = {**call.recipe(task), **facts}
+        recipe = stamp(self.card.name, told, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
+        return Images(tensor=pixels, seeds=call.seeds, prompts=tuple(map(str, call.prompts)), recipe=recipe, flagged=flagged)
 
 
 def _grown(stage: UpsamplerStage, pixels: Tensor, side: int, model: UnCLIP) -> int:

@@ -2,106 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ldm.config import build, read_yaml, to_dict
-from ldm.conventions import get_convention
+from ldm.cards import read_card
+from ldm.config import to_dict
 from ldm.files import write_atomically
-from ldm.models.clip import VisionTower
-from ldm.models.prior import Prior
-from ldm.pipelines.clip import ClipPair
-from ldm.pipelines.space import Space
+from ldm.models.conditioner import TextConditioner
+from ldm.models.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
+from ldm.pipelines.unclip_assemble import assemble
+from ldm.pipelines.unclip_sources import from_native
 from ldm.unclip_cards import UnCLIPCard
-from ldm.weights.native import EMOJI_TEXT, read_network, read_text, write_part, write_text
-
-
-def read_unclip_card(path: str | Path) -> UnCLIPCard:
-    """The card in a YAML file; ValueError says what is wrong in it."""
-    mapping = read_yaml(path)
-    stages = [mapping.get("prior"), mapping.get("decoder"), *(mapping.get("upsamplers") or ())]
-    for stage in stages:
-        if isinstance(stage, dict) and isinstance(convention := stage.get("convention"), Mapping):
-            stage["convention"] = get_convention(convention)
-    try:
-        return build(UnCLIPCard, mapping)
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from None
+from ldm.weights.native import write_part, write_vocabulary
 
 
 def read_unclip(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UnCLIP:
-    """The model in a folder: card.yaml, text, vision, decoder, and where it has them vae, prior and upsamplers.
-
-    ValueError for a prior or decoder that was trained on another CLIP than the card names; FileNotFoundError for a part that is absent.
-    """
-    folder = Path(folder)
-    card = read_unclip_card(folder / "card.yaml")
-    origin: dict[str, str] = {}
-
-    def part(name: str) -> tuple[nn.Module, dict[str, Any]]:
-        network, about = read_network(folder, name, dtype=dtype)
-        origin[name] = about["sha256"]
-        if about.get("clip", card.clip) != card.clip:
-            raise ValueError(f"{name} in {str(folder)!r} was trained on {about['clip']!r}, the card runs on {card.clip!r}: two CLIPs share no space")
-        return network, about
-
-    prior, _ = part("prior") if card.prior is not None else (None, None)
-    length = prior.config.length if isinstance(prior, Prior) else 77
-    text = read_text(folder, replace(EMOJI_TEXT, length=length), dtype=dtype)
-    vision, _ = part("vision")
-    assert isinstance(vision, VisionTower)
-    network, _ = part("decoder")
-    vae, about = part("vae") if (folder / "vae.yaml").is_file() else (None, {})
-    decoder = DecoderStage(
-        network, card.decoder, clip=card.clip, space=Space(vae, float(about.get("latent_scale", 1.0))),
-        text=text if network.config.condition.text_dim is not None else None,
-    )  # fmt: skip
-    upsamplers = []
-    for k, stage in enumerate(card.upsamplers):
-        name = part_name(k)
-        last = part(f"{name}-last")[0] if (folder / f"{name}-last.yaml").is_file() else None
-        upsamplers.append(UpsamplerStage(part(name)[0], stage, index=k, last=last))
-    first = None
-    if card.prior is not None:
-        assert isinstance(prior, Prior)
-        first = PriorStage(prior, card.prior, clip=card.clip)
-    clip = ClipPair(card.clip, text=text, vision=vision)
-    return UnCLIP(clip=clip, prior=first, decoder=decoder, upsamplers=upsamplers, card=card, origin=origin).eval()
+    """The model in a folder of ours; ValueError if its card is of another kind of model, FileNotFoundError for a part that is absent."""
+    card = read_card(Path(folder) / "card.yaml")
+    if not isinstance(card, UnCLIPCard):
+        raise ValueError(f"{str(folder)!r} holds {card.name!r}, which is no unCLIP model")
+    return assemble(card, from_native(card, Path(folder), dtype))
 
 
-def write_unclip(pipe: UnCLIP, folder: str | Path, **facts: Any) -> Path:
-    """Write a model so that `read_unclip` reads it back bit for bit; the facts go into every part's YAML.
+def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None = None, **facts: Any) -> Path:
+    """Write a model so that `read_unclip` reads it back: bit for bit, unless another dtype is asked for; the facts go into every part's YAML.
 
-    ValueError for Stable unCLIP, whose decoder has a text tower of its own, or a model without both of CLIP's towers.
+    The folder holds every part, shared ones too.
     """
     import yaml
 
-    folder, text, vision = Path(folder), pipe.clip.text, pipe.clip.vision
-    if pipe.decoder.augmentation is not None or pipe.decoder.text not in (None, text) or text is None or vision is None:
-        raise ValueError(f"{pipe.card.name!r}: the native layout holds models with both towers of one CLIP, whose texts the decoder reads or none")
-    facts = {"clip": pipe.card.clip, **facts}
-    write_text(folder, text, words=None if text.words is None else sorted(text.words), dtype=None)  # type: ignore[arg-type]
-    write_part(folder, "vision", vision, vision.config, dtype=None)
-    networks: dict[str, nn.Module] = {"decoder": pipe.decoder.denoiser.net}
-    if pipe.prior is not None:
-        networks["prior"] = pipe.prior.net
-    for k, stage in enumerate(pipe.upsamplers):
-        networks |= {part_name(k): stage.denoiser.net} | ({} if stage.last is None else {f"{part_name(k)}-last": stage.last.net})
-    for name, network in networks.items():
-        write_part(folder, name, network, network.config, dtype=None, **facts)
-    if pipe.decoder.space.vae is not None:
-        write_part(folder, "vae", pipe.decoder.space.vae, pipe.decoder.space.vae.config, dtype=None, latent_scale=pipe.decoder.space.scale)
-    write_atomically(folder / "card.yaml", yaml.safe_dump(to_dict(pipe.card), sort_keys=False, width=140).encode())
+    folder = Path(folder)
+    for part, network in pipe.networks().items():
+        own = {"latent_scale": pipe.decoder.space.scale} if part == "vae" else {"clip": pipe.card.clip} if part in ("prior", "decoder") else {}
+        write_part(folder, part, network, network.config, dtype=dtype, **own, **facts)
+    if isinstance(text := pipe.clip.text, TextConditioner):
+        write_vocabulary(folder, text.tokenizer, text.words)
+    if isinstance(words := pipe.decoder.text, XLMRConditioner):
+        content = json.dumps(words.tokenizer.to_json(), ensure_ascii=False)
+        write_atomically(folder / "words-tokenizer.json", content.encode())
+    card = replace(pipe.card, parts={}, prior=pipe.card.prior if pipe.prior is not None else None)
+    write_atomically(folder / "card.yaml", yaml.safe_dump(to_dict(card), sort_keys=False, width=140).encode())
     return folder
-
-
-def part_name(k: int) -> str:
-    """The name of the k-th upsampler's part."""
-    return "upsampler" if k == 0 else f"upsampler{k + 1}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ldm.config import nearest
 from ldm.guidance import switch
-from ldm.models.conditioner import TextConditioner
+from ldm.models.conditioner import Conditioner
 from ldm.models.decoder import Decoder
-from ldm.models.image_embedding import ImageEmbedding
+from ldm.models.image_embedding import ImageEmbedding, Length
 from ldm.models.noise_augmentation import NoiseAugmentation
 from ldm.models.prior import Prior
+from ldm.models.unet import UNetConfig
 from ldm.noise import keyed_normal
 from ldm.pipelines.call import Call
 from ldm.pipelines.clip import ClipPair
@@ -30,7 +31,9 @@ UPSAMPLE, AUGMENT, PRIOR = 1, 64, 128  # numbers of stages; upsamplers and the c
 
 
 class PriorStage(Stage):
-    """Texts → image embeddings of the CLIP ``clip``."""
+    """Texts → image embeddings of the CLIP ``clip``, by diffusion."""
+
+    options = ("steps", "guidance", "sampler", "latents")
 
     def __init__(self, net: Prior, card: StageCard, *, clip: str) -> None:
         super().__init__(net, card, number=PRIOR, label="prior")
@@ -43,24 +46,42 @@ class PriorStage(Stage):
         """
         if clip.name != self.clip:
             raise ValueError(f"the prior was trained on {self.clip!r}, and the texts are read by {clip.name!r}: two CLIPs share no space")
-        if candidates < 1:
-            raise ValueError(f"candidates: expected at least 1, got {candidates}")
         prompts = [str(prompt) for prompt in call.prompts]
-        cond = clip.read(prompts)
+        cond = self.read(clip, prompts)
         learned = self.net.config.blocks == "cosine" and not call.negative
-        uncond = self.net.unconditional(1, device=self.device) if learned else clip.read([call.negative])
+        uncond = self.net.unconditional(1, device=self.device) if learned else self.read(clip, [call.negative])
         fn = self.guided(cond, uncond.expand(len(prompts)), call.guidance)
-        made = []
-        for k in range(candidates):
+
+        def sample(k: int) -> Tensor:
             number = self.number + k
-            x = self.run(fn, self.start(call, (self.net.config.embed_dim,), number=number), call, number=number)
-            made.append(self.net.denormalize(x))
-        if candidates == 1:
-            return ImageEmbedding(vector=made[0].float(), clip=self.clip)
-        assert cond.pooled is not None
-        stack = torch.stack(made, dim=1).float()  # (B, k, E)
-        best = torch.einsum("bke,be->bk", stack, cond.pooled.float()).argmax(1)
-        return ImageEmbedding(vector=stack[torch.arange(len(stack)), best], clip=self.clip)
+            return self.net.denormalize(self.run(fn, self.start(call, (self.net.config.embed_dim,), number=number), call, number=number))
+
+        length: Length = "unit" if self.net.config.normalize == "unit" else "clip"
+        return ImageEmbedding(vector=best_of(sample, candidates, cond), clip=self.clip, length=length)
+
+    def read(self, clip: ClipPair, prompts: Sequence[str]) -> Cond:
+        """Texts as the network takes them: a "unit" prior reads the text's embedding at length 1 too, and as many tokens as it was made for."""
+        cond, config = clip.read(prompts), self.net.config
+        if config.normalize == "statistics":
+            return cond
+        assert cond.context is not None and cond.context_mask is not None and cond.pooled is not None
+        more = config.length - cond.context.shape[1]
+        if more < 0:
+            raise ValueError(f"this prior reads {config.length} tokens, the text tower gives {cond.context.shape[1]}")
+        context, mask = F.pad(cond.context, (0, 0, 0, more)), F.pad(cond.context_mask, (0, more), value=False)
+        return replace(cond, context=context, context_mask=mask, pooled=F.normalize(cond.pooled, dim=-1))
+
+
+def best_of(sample: Callable[[int], Tensor], candidates: int, cond: Cond) -> Tensor:
+    """Of embeddings (B, E), made for k = 0 … candidates − 1, each the one with the largest dot product with the text's; float32."""
+    if candidates < 1:
+        raise ValueError(f"candidates: expected at least 1, got {candidates}")
+    stack = torch.stack([sample(k).float() for k in range(candidates)], dim=1)  # (B, k, E)
+    if candidates == 1:
+        return stack[:, 0]
+    assert cond.pooled is not None
+    best = torch.einsum("bke,be->bk", stack, cond.pooled.to(stack)).argmax(1)
+    return stack[torch.arange(len(stack)), best]
 
 
 class DecoderStage(Stage):
@@ -70,11 +91,16 @@ class DecoderStage(Stage):
     """
 
     def __init__(
-        self, net: nn.Module, card: StageCard, *, clip: str, space: Space, text: TextConditioner | None = None,
+        self, net: nn.Module, card: StageCard, *, clip: str, space: Space, text: Conditioner | None = None,
         augmentation: NoiseAugmentation | None = None,
     ) -> None:  # fmt: skip
         super().__init__(net, card, number=0, label="decoder")
-        self.clip, self.space, self.text, self.augmentation = clip, space, text, augmentation
+        unet: UNetConfig = net.config.unet if isinstance(net, Decoder) else net.config  # type: ignore[assignment]
+        if (made := unet.out_channels // (2 if card.learned_var else 1)) != space.channels:
+            where = "pixels, as there is no autoencoder," if space.vae is None else "the autoencoder's latents"
+            raise ValueError(f"the decoder makes {made} channels, {where} have {space.channels}")
+        self.clip, self.space, self.augmentation = clip, space, augmentation
+        self.text: Any = text
 
     @property
     def width(self) -> int:
@@ -103,10 +129,11 @@ class DecoderStage(Stage):
             uncond = self.text([call.negative]).expand(n)
         if self.augmentation is not None:
             noise = torch.stack([keyed_normal(seed, AUGMENT * STEPS, vector.shape[1:]) for seed in call.seeds])
-            told = self.augmentation(vector, noise_level, noise.to(self.device))
+            told = self.augmentation(vector, noise_level, noise.to(self.device)).float()
             return replace(cond, pooled=told), replace(uncond, pooled=torch.zeros_like(told))
         net = self.denoiser.net
         assert isinstance(net, Decoder)
+        cond, uncond = net.condition.taken(cond), net.condition.taken(uncond)
         nothing_vector = net.condition.nothing() if nothing is None else nothing.of(self.clip, self.width, by="the decoder")
         return replace(cond, image_emb=vector), replace(uncond, image_emb=nothing_vector.to(self.device).float().expand(n, -1))
 

@@ -28,6 +28,7 @@ STORAGES = {
         ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8), ("Byte", torch.uint8), ("Bool", torch.bool),
     )
 }  # fmt: skip
+STATES = ("state_dict", "ema_model", "model")  # Lightning's; the averaged weights and the weights of DALLE2-pytorch's trainers
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the second: torch's magic number, pickled (before 1.6)
 
 
@@ -41,7 +42,7 @@ class Checkpoint:
 
 
 def read_ckpt(path: str | Path) -> Checkpoint:
-    """The state dict of a .ckpt, .pt, .pth or .bin file, memory-mapped; the entry `state_dict` where there is one, else the top level.
+    """The state dict of a .ckpt, .pt, .pth or .bin file, memory-mapped: the first of the entries `STATES` that there is, else the top level.
 
     FileNotFoundError if absent; ValueError naming the file if it is damaged, names a global that might run code, is a zip bomb or a
     TorchScript archive, or holds no tensors.
@@ -49,15 +50,14 @@ def read_ckpt(path: str | Path) -> Checkpoint:
     content = read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r}: expected a dictionary of tensors, got {type(content).__name__}")
-    inner = content.get("state_dict")
-    state = inner if isinstance(inner, dict) else content
+    state = next((content[name] for name in STATES if isinstance(content.get(name), dict)), content)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{str(path)!r} holds no tensors at its top level or in 'state_dict'; its keys: {', '.join(map(str, list(content)[:10]))}")
     if not all(isinstance(key, str) for key in tensors):
         raise ValueError(f"{str(path)!r}: expected strings as names of tensors")
     others = {str(key): value for mapping in (content, state) for key, value in mapping.items() if not isinstance(value, Tensor)}
-    others.pop("state_dict", None)
+    others = {key: value for key, value in others.items() if key not in STATES}
     values = {key: value for key, value in others.items() if isinstance(value, int | float | str)}
     return Checkpoint(tensors=tensors, values=values, dropped=tuple(key for key in others if key not in values))
 

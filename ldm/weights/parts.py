@@ -17,11 +17,13 @@ from ldm.models.decoder import Decoder, DecoderConfig
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.labels import LabelConditioner, LabelConfig
 from ldm.models.movq import MoVQ, MoVQConfig
+from ldm.models.noise_augmentation import AugmentationConfig, NoiseAugmentation
 from ldm.models.prior import Prior, PriorConfig
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
+from ldm.models.xlmr import XLMR, XLMRConfig
 from ldm.nn.meta import on_meta
 from ldm.weights.bert_rules import bert_table
 from ldm.weights.clip_rules import clip_table
@@ -31,12 +33,14 @@ from ldm.weights.keymap import IDENTITY, Section, Shape, Table, to_file, to_nati
 from ldm.weights.prior_rules import prior_table
 from ldm.weights.unet_rules import unet_table
 from ldm.weights.vae_rules import DIFFUSERS, vae_table
+from ldm.weights.xlmr_rules import XLMR_TABLE
 
 Layout = Literal["original", "diffusers"]
 NETWORKS: dict[type, type[nn.Module]] = {
     UNetConfig: UNet, VAEConfig: AutoencoderKL, VQConfig: VQModel, TinyConfig: AutoencoderTiny, TextConfig: TextTower, VisionConfig: VisionTower,
     BertConfig: LDMBert, LabelConfig: LabelConditioner, DraftConfig: Draft, PriorConfig: Prior,
-    AutoregressiveConfig: AutoregressivePrior, DecoderConfig: Decoder, MoVQConfig: MoVQ,
+    AutoregressiveConfig: AutoregressivePrior, DecoderConfig: Decoder, MoVQConfig: MoVQ, AugmentationConfig: NoiseAugmentation,
+    XLMRConfig: XLMR,
 }  # fmt: skip
 SAME_NAMES = Table((Section("", "", IDENTITY),))
 
@@ -67,6 +71,8 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
         return prior_table(module.config, layout)
     if isinstance(module, Decoder):
         return decoder_table(module.config, names, layout)
+    if isinstance(module, XLMR):
+        return XLMR_TABLE
     if layout == "diffusers":
         return replace(SAME_NAMES, ignore=("to_logits.*",)) if isinstance(module, LDMBert) else DIFFUSERS
     if isinstance(module, UNet):

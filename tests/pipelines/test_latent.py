@@ -8,7 +8,7 @@ from tinymodel import tiny_model
 
 from ldm import SAMPLERS, TimeGrid
 from ldm.noise import initial_noise
-from ldm.pipelines.latent import UnknownWords
+from ldm.pipelines.call import UnknownWords
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,91 @@
+"""The tokenizer of XLM-R: pieces of words, of which the likeliest sequence is taken (Kudo 2018, section 3.2)."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
+SPACE = "▁"  # stands before a word
+PENALTY = 10.0  # how much less likely an unknown character is than the least likely piece
+
+
+class Unigram:
+    """Text to ids: in Unicode's NFKC form, split at spaces, each word into the pieces whose logarithmic likelihoods sum to the most."""
+
+    def __init__(self, pieces: Sequence[tuple[str, float]]) -> None:
+        self.ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+        missing = [token for token in (START, PAD, END, UNKNOWN) if token not in self.ids]
+        if missing:
+            raise ValueError(f"the vocabulary lacks {', '.join(missing)}, expected XLM-R's")
+        special = {START, PAD, END, UNKNOWN, "<mask>"}
+        self.scores = {piece: float(score) for piece, score in pieces if piece not in special}
+        self.longest = max((len(piece) for piece in self.scores), default=1)
+        self.unknown = min(self.scores.values(), default=0.0) - PENALTY
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Unigram:
+        """The tokenizer of a `tokenizer.json`, or of a folder with it; FileNotFoundError if there is none, ValueError for one of another kind."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {str(path)!r}: expected the tokenizer.json of XLM-R")
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            if model.get("type") != "Unigram":
+                raise ValueError(f"expected a Unigram model, got {model.get('type')!r}")
+            return cls([(piece, score) for piece, score in model["vocab"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(path)!r}: {error}") from None
+
+    @classmethod
+    def spelling(cls) -> Unigram:
+        """A stand-in that spells, for models with random weights."""
+        letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
+        return cls([(token, 0.0) for token in (START, PAD, END, UNKNOWN)] + [(piece, -3.0) for piece in (SPACE, *letters)])
+
+    def __call__(self, texts: Sequence[str], length: int) -> list[list[int]]:
+        """Ids of each text between start and end, padded to the length; ValueError for a text that does not fit."""
+        rows = []
+        for text in texts:
+            row = [self.ids[START], *self.encode(text), self.ids[END]]
+            if len(row) > length:
+                raise ValueError(f"{text!r} has {len(row)} tokens, expected at most {length} with those for start and end")
+            rows.append(row + [self.ids[PAD]] * (length - len(row)))
+        return rows
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without start and end."""
+        return [i for word in unicodedata.normalize("NFKC", text).split() for i in self.pieces(SPACE + word)]
+
+    def pieces(self, word: str) -> list[int]:
+        """The ids of the likeliest pieces (Viterbi 1967); unknown characters in a row are one unknown token."""
+        best: list[tuple[float, int]] = [(0.0, 0)]  # for each end: the sum of logarithms, and where the last piece begins
+        for end in range(1, len(word) + 1):
+            found = (best[end - 1][0] + self.unknown, end - 1)
+            for start in range(max(0, end - self.longest), end):
+                score = self.scores.get(word[start:end])
+                if score is not None and best[start][0] + score > found[0]:
+                    found = (best[start][0] + score, start)
+            best.append(found)
+        ids, end, unknown = [], len(word), self.ids[UNKNOWN]
+        while end > 0:
+            start = best[end][1]
+            piece = word[start:end]
+            token = self.ids[piece] if piece in self.scores else unknown
+            if token != unknown or not ids or ids[-1] != unknown:
+                ids.append(token)
+            end = start
+        return ids[::-1]
+
+    def to_json(self) -> dict[str, object]:
+        """What `from_file` reads, and Hugging Face's tokenizers."""
+        vocabulary = [[piece, self.scores.get(piece, 0.0)] for piece in self.ids]
+        space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+        return {
+            "version": "1.0", "normalizer": {"type": "NFKC"}, "decoder": space,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
+            "model": {"type": "Unigram", "unk_id": self.ids[UNKNOWN], "vocab": vocabulary},
+        }  # fmt: skip

@@ -1,0 +1,43 @@
+"""unCLIP models, and priors alone, from wherever their weights are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ldm.pipelines.unclip import UnCLIP
+from ldm.pipelines.unclip_assemble import assemble
+from ldm.pipelines.unclip_layouts import pipelines
+from ldm.pipelines.unclip_sources import UnCLIPSource, from_diffusers, from_file, from_native, from_random, prior_network
+from ldm.pipelines.unclip_stages import PriorStage
+from ldm.unclip_cards import PriorCard, UnCLIPCard
+from ldm.weights.folder import list_variants
+
+
+def load_unclip(
+    card: UnCLIPCard, embedded_in: Path | None, path: Path | None, dtype: torch.dtype, *, ema: bool | None, variant: str | None
+) -> UnCLIP:  # fmt: skip
+    """A card's model from a path, or (None) with random weights; see `ldm.registry.load`."""
+    return assemble(card, from_random(card, dtype, embedded_in) if path is None else read_source(card, path, dtype, ema=ema, variant=variant))
+
+
+def read_source(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | None, variant: str | None) -> UnCLIPSource:
+    """The networks in a single file, in a folder of ours, in a folder of diffusers or in one that holds several."""
+    if path.is_file():
+        return from_file(card, path, dtype, ema=ema)
+    if not path.is_dir():
+        raise FileNotFoundError(f"weights {str(path)!r}: expected a folder of diffusers, one that ldm.save wrote, a single file, or \"random\"")
+    if (path / "card.yaml").is_file():
+        return from_native(card, path, dtype)
+    if pipelines(path):
+        return from_diffusers(card, path, dtype, variant="non_ema" if ema is False and variant is None else variant)
+    what = "weights of one part alone" if list_variants(path) else "neither model_index.json (of diffusers, here or one folder below) nor card.yaml"
+    raise FileNotFoundError(f"weights {str(path)!r}: expected the folder of a model, it holds {what}")
+
+
+def load_prior(card: PriorCard, path: Path | None, dtype: torch.dtype) -> PriorStage:
+    """A prior alone, to be given to an `UnCLIP` of the same CLIP."""
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"weights {str(path)!r}: expected the file of a prior, or \"random\"")
+    return PriorStage(prior_network(card, path, dtype), card.prior, clip=card.clip).eval()

@@ -1,0 +1,175 @@
+"""Where an unCLIP model's networks come from: a folder of ours, folders of diffusers, a single file, or chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.noise_augmentation import NoiseAugmentation
+from ldm.models.prior import Prior
+from ldm.pipelines.sources import part_dtype
+from ldm.pipelines.unclip_layouts import Component, check_component, components
+from ldm.unclip_cards import PriorCard, UnCLIPCard, upsampler_name
+from ldm.weights.ckpt import read_pickle
+from ldm.weights.folder import read_component
+from ldm.weights.io import fingerprint
+from ldm.weights.native import about_part, read_config, read_network
+from ldm.weights.parts import build_network, fill, randomise
+from ldm.weights.prior_rules import with_statistics
+from ldm.weights.single import read_single, read_tensors
+
+STATISTICS = "ViT-L-14_stats.th"  # mean and deviation of CLIP's image embeddings, as Karlo's authors published them
+OPTIONAL = ("text", "vision", "prior")  # a model without one of these has fewer tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnCLIPSource:
+    """A model's networks by part, in their final dtype; the latent scale, and what a recipe says of the weights' origin.
+
+    ``vocabulary``: the folder whose vocabulary.json the text tower's tokenizer has, None for the full one; ``pieces``: XLM-R's tokenizer.json.
+    """
+
+    networks: Mapping[str, nn.Module]
+    latent_scale: float
+    origin: Mapping[str, str]
+    vocabulary: Path | None = None
+    pieces: Path | None = None
+
+
+def folder_of(card: UnCLIPCard, folder: Path, part: str) -> Path:
+    """Where a part of a folder of ours lies: there, or where the card says."""
+    return folder / card.parts[part] if part in card.parts else folder
+
+
+def native_parts(card: UnCLIPCard, folder: Path) -> list[str]:
+    """The parts of a folder of ours: those that the card's stages need, and of the others those that are there."""
+    upsamplers = [upsampler_name(k) for k in range(len(card.upsamplers))]
+    needed = ["decoder", *(["prior"] if card.prior is not None else []), *upsamplers, *card.parts]
+    others = ["text", "vision", "noise", "words", "vae", *(f"{name}-last" for name in upsamplers)]
+    return list(dict.fromkeys([*needed, *(name for name in others if (folder / f"{name}.yaml").is_file())]))
+
+
+def from_random(card: UnCLIPCard, dtype: torch.dtype, folder: Path | None = None) -> UnCLIPSource:
+    """Small random weights in the card's shapes, the same every time; ``folder``: an embedded model's, whose shapes and tokenizer count."""
+    if folder is not None:
+        configs = {part: read_config(folder_of(card, folder, part), part) for part in native_parts(card, folder)}
+    elif card.networks is not None:
+        configs = card.networks.configs()
+    else:
+        raise ValueError(f"the card {card.name!r} states no shapes: its weights come as a folder of ours, with a YAML for each part")
+    networks = {part: randomise(build_network(config), seed, part_dtype(part, dtype)) for seed, (part, config) in enumerate(configs.items())}
+    vocabulary = None if folder is None else folder_of(card, folder, "text")
+    return UnCLIPSource(networks=networks, latent_scale=card.latent_scale or 1.0, origin={"random": "seed 0"}, vocabulary=vocabulary)
+
+
+def from_native(card: UnCLIPCard, folder: Path, dtype: torch.dtype) -> UnCLIPSource:
+    """A folder in our own layout: a part that was trained on another CLIP than the card names raises ValueError, an absent one FileNotFoundError."""
+    networks, origin, scale = {}, {}, card.latent_scale or 1.0
+    for part in native_parts(card, folder):
+        where = folder_of(card, folder, part)
+        if (clip := about_part(where, part).get("clip", card.clip)) != card.clip:
+            raise ValueError(f"{part} in {str(where)!r} was trained on {clip!r}, the card runs on {card.clip!r}: two CLIPs share no space")
+        networks[part], about = read_network(where, part, dtype=part_dtype(part, dtype))
+        origin[part] = about["sha256"]
+        if part == "vae":
+            scale = float(about.get("latent_scale", scale))
+    vocabulary = folder_of(card, folder, "text") if "text" in networks else None
+    return UnCLIPSource(networks=networks, latent_scale=scale, origin=origin, vocabulary=vocabulary, pieces=folder / "words-tokenizer.json")
+
+
+def from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, variant: str | None) -> UnCLIPSource:
+    """A folder of diffusers, or one that holds such folders (Kandinsky's prior and decoder), all of pipelines of the card's family."""
+    if card.networks is None:
+        raise ValueError(f"{str(path)!r}: {card.name!r} is of no published family, so its weights come as a folder of ours")
+    found = components(card, path)
+    networks, origin, scale = {}, {}, card.latent_scale or 1.0
+    for part, config in card.networks.configs().items():
+        if part not in found:
+            if part in OPTIONAL:
+                continue
+            raise FileNotFoundError(f"{str(path)!r} has no {part} of {card.name!r}; it has {', '.join(found)}")
+        state, about = _read(part, found[part], config, variant, path, origin)
+        if part == "prior":
+            state = with_statistics(state, tuple(state[name] for name in ("clip_mean", "clip_std")) if "clip_mean" in state else None)
+        if part == "noise":
+            _check_noise(state, found[part][0].path)
+        if part == "vae":
+            scale = float(about.get("scaling_factor") or scale) if card.latent_scale != 1.0 else 1.0  # MoVQ's is not used
+        networks[part] = fill(build_network(config), state, "diffusers", source=found[part][0].path, dtype=part_dtype(part, dtype))
+    pieces = next((c.path.parent / "tokenizer" for c in found.get("words", ())), None)
+    return UnCLIPSource(networks=networks, latent_scale=scale, origin=origin, pieces=pieces)
+
+
+def _read(
+    part: str, sources: tuple[Component, ...], config: Any, variant: str | None, path: Path, origin: dict[str, str]
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The tensors of a part, of several components below their names, and the configuration of the first."""
+    state: dict[str, Tensor] = {}
+    first: Mapping[str, Any] = {}
+    for source in sources:
+        component = read_component(source.path, variant=variant)
+        check_component(part, config, component)
+        prefix = f"{source.name}." if len(sources) > 1 else ""
+        state |= {prefix + key: tensor for key, tensor in component.tensors.items()}
+        origin |= {str(file.relative_to(path)): fingerprint(file) for file in component.files}
+        first = first or component.config
+    return state, first
+
+
+def _check_noise(state: Mapping[str, Tensor], path: Path) -> None:
+    if lost := [name for name in ("mean", "std") if name not in state]:
+        raise ValueError(f"{str(path)!r} lacks the statistics of CLIP's image embeddings: {', '.join(lost)}")
+
+
+def from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | None) -> UnCLIPSource:
+    """A single file of Stable Diffusion 2.1 unCLIP; that on ViT-L/14 needs ViT-L-14_stats.th beside it, which ValueError says."""
+    if card.family not in ("sd21-unclip-h", "sd21-unclip-l"):
+        raise ValueError(f"{str(path)!r}: the weights of {card.name!r} come as a folder, not as a single file")
+    assert card.networks is not None
+    single = read_single(path, ema=ema, family=card.family)
+    names = {"decoder": "unet", "words": "text", "vision": "image", "vae": "vae"}
+    networks, configs = {}, card.networks.configs()
+    for part, name in names.items():
+        if name not in single.parts:
+            raise ValueError(f"{str(path)!r} holds {', '.join(single.parts)}, and no {name}, the {part} of {card.name!r}")
+        state, kind = single.parts.pop(name), part_dtype(part, dtype)
+        networks[part] = fill(build_network(configs[part]), state, single.found.layout, source=f"{path}: {name}", dtype=kind)
+    noise = NoiseAugmentation(configs["noise"])
+    if card.family == "sd21-unclip-l":
+        mean, std = read_statistics(path.with_name(STATISTICS))
+        noise.mean.copy_(mean.reshape(1, -1))
+        noise.std.copy_(std.reshape(1, -1))
+    networks["noise"] = noise.to(dtype).requires_grad_(False)
+    scale = single.scale_factor or card.latent_scale or 1.0
+    return UnCLIPSource(networks=networks, latent_scale=scale, origin={path.name: fingerprint(path)})
+
+
+def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (E,) of CLIP's image embeddings in a file of Karlo's; ValueError if it is absent, or holds something else."""
+    if not path.is_file():
+        raise ValueError(f"the statistics of CLIP's image embeddings are missing: expected {path.name} in {str(path.parent)!r}")
+    content = read_pickle(path)
+    if not isinstance(content, tuple | list) or not all(isinstance(tensor, Tensor) for tensor in content):
+        raise ValueError(f"{str(path)!r}: expected a mean and a deviation, got {type(content).__name__}")
+    state = with_statistics({}, tuple(content))
+    return state["clip_mean"][0].float(), state["clip_std"][0].float()
+
+
+def prior_network(card: PriorCard, path: Path | None, dtype: torch.dtype) -> Prior:
+    """A prior alone in DALLE2-pytorch's layout, its averaged weights where it has them; (path None) with random ones."""
+    network = build_network(card.config())
+    assert isinstance(network, Prior)
+    if path is None:
+        randomise(network, 0, dtype)
+        return network
+    tensors, _ = read_tensors(path)
+    state = {key.removeprefix("net."): value for key, value in tensors.items() if not key.startswith(("noise_scheduler.", "clip."))}
+    if not any(key.startswith("net.") for key in tensors):
+        raise ValueError(f"{str(path)!r} is no prior of DALLE2-pytorch: expected tensors below net., in ema_model, in model or at its top level")
+    fill(network, state, "original", source=path, dtype=dtype)
+    return network
