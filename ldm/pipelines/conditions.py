@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.cards import ModelCard
@@ -15,6 +16,8 @@ from ldm.models.conditioner import Conditioner, TextConditioner
 from ldm.models.labels import LabelConditioner
 from ldm.nn.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
+from ldm.pipelines.canvas import fill
+from ldm.pipelines.tiles import Part
 from ldm.types import Cond, Denoised
 
 Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 or B
@@ -86,3 +89,71 @@ def joined(pair: Pair, n: int, *, concat: Tensor | None = None, pooled: Tensor |
         return replace(cond.expand(n), **{name: value for name, value in fields.items() if value is not None})
 
     return join(pair[0]), join(pair[1])
+
+
+def cut(cond: Cond, part: Part, size: tuple[int, int]) -> Cond:
+    """The condition of a window of a latent (h, w): channels of the latent's size are cut, those of a window's, a draft of the text, serve each."""
+    if cond.concat is None or tuple(cond.concat.shape[-2:]) != size:
+        return cond
+    return replace(cond, concat=cond.concat[part])
+
+
+def between(a: Cond, b: Cond, w: Tensor) -> Cond:
+    """Conditions on straight lines from one to another, each of batch 1, at weights w (B,) in [0, 1].
+
+    Where only one has a token, the other's last one stands for it; at the ends, each is as it is.
+    """
+    fields: dict[str, Tensor] = {}
+    for name, first in a.items():
+        second = getattr(b, name)
+        if name == "context":
+            first, second = _last_repeated(a), _last_repeated(b)
+        if name == "context_mask":
+            weight = w.to(first.device)[:, None]
+            fields[name] = torch.where(weight == 0, first, torch.where(weight == 1, second, first | second))
+        elif first.is_floating_point():
+            weight = w.to(first).reshape(-1, *[1] * (first.ndim - 1))
+            fields[name] = torch.where(weight == 1, second, torch.lerp(first, second, weight))
+        else:
+            fields[name] = first.expand(len(w), *first.shape[1:])
+    return Cond(**fields)
+
+
+def _last_repeated(cond: Cond) -> Tensor:
+    """The context (1, L, D) with what the mask leaves out replaced by the last token that it does not."""
+    assert cond.context is not None
+    if cond.context_mask is None:
+        return cond.context
+    last = int(cond.context_mask[0].nonzero().max())
+    return torch.where(cond.context_mask[..., None], cond.context, cond.context[:, last : last + 1])
+
+
+def drafted(pair: Pair, known: Tensor, hole: Tensor) -> Pair:
+    """Both conditions with what is known (B or 1, C, h, w) outside the hole (1 or B, 1, h, w) in place of the text's draft, where there is one.
+
+    A draft is the mean of the latent given the text; given a part of the latent too, that part is its own mean. A draft smaller than the latent is
+    laid over the known part once, and continued smoothly around it.
+    """
+
+    def correct(cond: Cond) -> Cond:
+        if cond.concat is None:
+            return cond
+        draft, open_ = cond.concat, hole.to(cond.concat)
+        th, tw = draft.shape[-2:]
+        h, w = open_.shape[-2:]
+        top = anchor((open_ == 0).any(dim=-1).flatten(0, 1).any(dim=0), th)
+        left = anchor((open_ == 0).any(dim=-2).flatten(0, 1).any(dim=0), tw)
+        room = (left, w - tw - left, top, h - th - top)
+        bare = F.pad(torch.zeros_like(draft[:, :1]), room, value=1.0) * open_  # (B, 1, h, w) what neither says
+        whole = torch.where(open_ > 0, F.pad(draft, room), known.to(draft))
+        return replace(cond, concat=fill(whole, bare))
+
+    return correct(pair[0]), correct(pair[1])
+
+
+def anchor(known: Tensor, tile: int) -> int:
+    """Where a window begins along a side of which some is known (n,) bool: it holds all of that, or lies in it, as near to the middle as can be."""
+    side, where = len(known), known.nonzero().flatten().tolist()
+    low, high = (where[-1] + 1 - tile, where[0]) if where else (0, side - tile)
+    middle = (side - tile) // 2
+    return min(max(min(max(middle, min(low, high)), max(low, high)), 0), side - tile)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.cards import ModelCard
@@ -16,20 +15,25 @@ from ldm.guidance import cfg, compose, keep_known
 from ldm.images import Images
 from ldm.models.conditioner import Conditioner
 from ldm.models.safety import SafetyChecker
-from ldm.noise import initial_noise, keyed_normal
+from ldm.noise import initial_noise
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle, warn_unknown
-from ldm.pipelines.conditions import Pair, Watcher, conditions, joined
-from ldm.pipelines.pixels import Picture, to_depth, to_mask, to_pixels
+from ldm.pipelines.canvas import fit
+from ldm.pipelines.conditions import Pair, Watcher, conditions, cut, drafted, joined
+from ldm.pipelines.editing import Editing
+from ldm.pipelines.painting import Painting
+from ldm.pipelines.pixels import Picture, to_depth, to_pixels
 from ldm.pipelines.recipe import stamp
+from ldm.pipelines.tiles import Part, windowed
 from ldm.types import DenoiseFn, OnStep
 
-LOW_NOISE = 2**62  # the keyed draw that noises an upscaler's input: none that a sampler makes
+Tell = Callable[[tuple[int, int]], Pair]  # a latent's size → conditions
+Finish = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) as decoded → as they are given out
 TASKS = {
     "inpaint": "inpaint", "inpaint-ldm": "inpaint", "depth": "depth_to_image", "image": "instruct", "lowres": "upscale", "lowres-noised": "upscale",
 }  # fmt: skip
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(Painting, Editing, nn.Module):
     """A latent diffusion model, ready to sample: ``vae``, ``text``, ``denoiser`` (``.net``, ``.schedule``, ``.prediction``), ``latent_scale``,
     ``card``.
 
@@ -116,57 +120,20 @@ class LatentDiffusion(nn.Module):
     def image_to_image(self, prompt: str | Sequence[str], image: Picture, *, strength: float = 0.75, **options: Any) -> Images:
         """Pictures of a prompt that begin from a picture (SDEdit, Meng et al. 2022); options as in `text_to_image`, the size is the picture's.
 
-        ``image``: see `to_pixels`; one, or one for each picture. ``strength`` in [0, 1]: the part of the grid that is run; 1 begins from pure
+        ``image``: see `to_pixels`; one, or one for each picture. A size that does not fit the autoencoder is padded by repeating the last column and
+        row, with a `Padded` warning, and the result cut back. ``strength`` in [0, 1]: the part of the grid that is run; 1 begins from pure
         noise, and the picture is not looked at; 0 gives its reconstruction. ``latents`` is the noise that is added.
         """
-        pixels, call = self._with_picture(prompt, image, options)
-        return self._sample("image_to_image", call, given=pixels, strength=strength)
-
-    def inpaint(self, prompt: str | Sequence[str], image: Picture, mask: Picture, *, strength: float = 1.0, **options: Any) -> Images:
-        """Pictures in which the masked part is made anew; options as in `text_to_image`, the size is the picture's.
-
-        ``mask``: white (1) where to repaint, of the picture's size, cut at one half. A model with input channels for mask and picture is given
-        both; any other keeps the known part of the latent as it is (`keep_known`), a latent position being repainted if any of its pixels is.
-        Outside the mask, the picture is its reconstruction by the autoencoder. ``strength``: as in `image_to_image`.
-        """
-        pixels, call = self._with_picture(prompt, image, options)
-        hole = to_mask(mask, pixels.shape[-2:])
-        if self.card.concat in ("inpaint", "inpaint-ldm"):
-            extra = {"concat": self._masked(pixels, hole)}
-            return self._sample("inpaint", call, given=pixels, strength=strength, extra=extra)
-        known = self.encode(pixels)
-        small = F.adaptive_max_pool2d(hole, known.shape[-2:])
-
-        def wrap(fn: DenoiseFn) -> DenoiseFn:
-            return keep_known(fn, self.denoiser.schedule, known, small)
-
-        return self._sample("inpaint", call, given=pixels, strength=strength, wrap=wrap)
+        pixels, call, finish = self._with_picture(prompt, image, options)
+        return self._sample("image_to_image", call, given=pixels, strength=strength, finish=finish)
 
     def depth_to_image(self, prompt: str | Sequence[str], image: Picture, depth: Picture, *, strength: float = 0.8, **options: Any) -> Images:
         """`image_to_image` for a model that is also given a depth map, nearer being larger: (H, W) or (B, 1, H, W) in any unit and size."""
         self._needs("depth")
-        pixels, call = self._with_picture(prompt, image, options)
+        pixels, call, finish = self._with_picture(prompt, image, options)
         factor = self.vae.config.factor
         small = to_depth(depth, (call.height // factor, call.width // factor)).to(self.device)
-        return self._sample("depth_to_image", call, given=pixels, strength=strength, extra={"concat": small})
-
-    def upscale(self, image: Picture, prompt: str | Sequence[str] = "", *, noise_level: int = 20, **options: Any) -> Images:
-        """A picture enlarged by the autoencoder's factor (4), by a model that is given it; options as in `text_to_image`.
-
-        ``noise_level``: the timestep that the picture is first noised to, 0 to 349 (of models that are told it; others get the picture itself).
-        """
-        self._needs("lowres", "lowres-noised")
-        low = 2 * to_pixels(image).to(self.device) - 1
-        factor = self.vae.config.factor
-        call = self._settle(prompt, **{**options, "height": factor * low.shape[-2], "width": factor * low.shape[-1]})
-        extra: dict[str, Tensor] = {"concat": low}
-        if self.card.concat == "lowres-noised":
-            if not 0 <= noise_level < 350:
-                raise ValueError(f"noise_level: expected 0 to 349, got {noise_level}")
-            noise = torch.stack([keyed_normal(seed, LOW_NOISE, low.shape[1:]) for seed in call.seeds]).to(self.device)
-            low = low.expand(len(call.seeds), -1, -1, -1)
-            extra = {"concat": self.denoiser.schedule.add_noise(low, noise_level, noise), "pooled": torch.full((len(low),), noise_level)}
-        return self._sample("upscale", call, extra=extra, about={"noise_level": noise_level})
+        return self._sample("depth_to_image", call, given=pixels, strength=strength, extra={"concat": small}, finish=finish)
 
     def instruct(self, prompt: str | Sequence[str], image: Picture, *, image_guidance: float = 1.5, **options: Any) -> Images:
         """A picture changed as a sentence asks (InstructPix2Pix, Brooks et al. 2023, eq. 3); options as in `text_to_image`.
@@ -174,9 +141,9 @@ class LatentDiffusion(nn.Module):
         ``guidance`` weighs the sentence, ``image_guidance`` the picture.
         """
         self._needs("image")
-        pixels, call = self._with_picture(prompt, image, options)
-        z = self.encode(pixels) / self.latent_scale
-        return self._sample("instruct", call, extra={"concat": z}, image_guidance=image_guidance, about={"image_guidance": image_guidance})
+        pixels, call, finish = self._with_picture(prompt, image, options)
+        extra, about = {"concat": self.encode(pixels) / self.latent_scale}, {"image_guidance": image_guidance}
+        return self._sample("instruct", call, extra=extra, image_guidance=image_guidance, about=about, finish=finish)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -202,10 +169,21 @@ class LatentDiffusion(nn.Module):
         warn_unknown(self.card.name, self.text, (*call.prompts, call.negative), stacklevel=4)
         return call
 
-    def _with_picture(self, prompt: Any, image: Picture, options: Mapping[str, Any]) -> tuple[Tensor, Call]:
-        """A picture (B or 1, 3, H, W) and the call of its size."""
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture must be multiples of: the autoencoder's factor, and the UNet's where that cannot round."""
+        net = self.denoiser.net.config
+        return self.vae.config.factor * (net.factor if net.resample == "resblock" else 1)
+
+    def _with_picture(self, prompt: Any, image: Picture, options: Mapping[str, Any]) -> tuple[Tensor, Call, Finish]:
+        """A picture (B or 1, 3, H, W), padded where its size does not fit, the call of that size, and what cuts the result back."""
         pixels = to_pixels(image)
-        for name, side in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
+        h, w = pixels.shape[-2:]
+        return *self._of_size(prompt, fit(pixels, self.multiple), options, (h, w)), lambda made: made[..., :h, :w]
+
+    def _of_size(self, prompt: Any, pixels: Tensor, options: Mapping[str, Any], frame: tuple[int, int]) -> tuple[Tensor, Call]:
+        """Pictures and the call of their size; ``frame``: the part of them that was given or is wanted, which messages speak of."""
+        for name, side in zip(("height", "width"), frame, strict=True):
             if options.get(name) not in (None, side):
                 raise ValueError(f"{name} {options[name]}: the picture has {side}; resize it first")
         call = self._settle(prompt, **{**options, "height": pixels.shape[-2], "width": pixels.shape[-1]})
@@ -216,9 +194,14 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def _sample(
         self, task: str, call: Call, *, given: Tensor | None = None, strength: float = 1.0, extra: Mapping[str, Tensor] | None = None,
-        wrap: Callable[[DenoiseFn], DenoiseFn] | None = None, image_guidance: float | None = None, about: Mapping[str, Any] | None = None,
+        known: tuple[Tensor, Tensor] | None = None, draft: tuple[Tensor, Tensor] | None = None, image_guidance: float | None = None,
+        window: int | None = None, tell: Tell | None = None, finish: Finish | None = None, about: Mapping[str, Any] | None = None,
     ) -> Images:  # fmt: skip
-        """The pictures of a call: from noise, or from ``given`` ones noised to where ``strength`` begins; ``extra`` joins the conditions."""
+        """The pictures of a call: from noise, or from ``given`` ones noised to where ``strength`` begins.
+
+        ``known``: a latent, and a mask of what is to be made in it. ``finish``: what is done to the pictures at last. ``about``: what the recipe says
+        besides. Others: see `_told`.
+        """
         if self.card.concat is not None and "concat" not in (extra or {}):
             raise ValueError(f"{self.card.name!r} takes a picture beside the latent: call {TASKS[self.card.concat]}")
         if not 0 <= strength <= 1:
@@ -228,24 +211,51 @@ class LatentDiffusion(nn.Module):
         facts = {**({} if given is None else {"strength": strength}), **(about or {})}
         if given is not None and strength == 0:
             z = self.encode(given)
-            return self._images(task, call, z.expand(len(call.seeds), *z.shape[1:]), facts)
+            return self._images(task, call, z.expand(len(call.seeds), *z.shape[1:]), facts, finish)
         noise = self._noise(call)
         z = None if given is None or strength == 1 else self.encode(given).expand(noise.shape)
         rest, x = call.rules.begin(call.grid, noise, z, 1.0 if z is None else strength)
         call = call.over(rest)
-        told = conditions(self.card, self.text, call, (x.shape[-2], x.shape[-1]))
-        pair = joined(told, len(x), **{k: v.to(self.device) for k, v in (extra or {}).items()})
-        fn = self._guided(call, pair, image_guidance)
-        for watcher in self.watchers:
-            watcher.told(pair)
-        with progress_bar(len(call.grid), call.progress) as bar:
-            hook = all_hooks(call.on_step, lambda *_: bar.update(), *(watcher.step for watcher in self.watchers))
-            draw = call.rules.noise(call.seeds, call.grid, call.sampler, **call.options)
-            x = call.solve(fn if wrap is None else wrap(fn), x, call.grid, noise=draw, on_step=hook, **call.options)
-        images = self._images(task, call, x, facts)
+        fn = self._told(
+            call, (x.shape[-2], x.shape[-1]), extra=extra, draft=draft or known, image_guidance=image_guidance, window=window, tell=tell
+        )  # fmt: skip
+        fn = fn if known is None else keep_known(fn, self.denoiser.schedule, *known)
+        images = self._images(task, call, self._run(fn, x, call), facts, finish)
         for watcher in self.watchers:
             watcher.end(images)
         return images
+
+    def _run(self, fn: DenoiseFn, x: Tensor, call: Call) -> Tensor:
+        """The call's sampler over its grid, from a first state."""
+        with progress_bar(len(call.grid), call.progress) as bar:
+            hook = all_hooks(call.on_step, lambda *_: bar.update(), *(watcher.step for watcher in self.watchers))
+            draw = call.rules.noise(call.seeds, call.grid, call.sampler, **call.options)
+            return call.solve(fn, x, call.grid, noise=draw, on_step=hook, **call.options)
+
+    def _told(
+        self, call: Call, size: tuple[int, int], *, extra: Mapping[str, Tensor] | None = None, draft: tuple[Tensor, Tensor] | None = None,
+        image_guidance: float | None = None, window: int | None = None, tell: Tell | None = None,
+    ) -> DenoiseFn:  # fmt: skip
+        """The guided denoiser of a latent of a size (h, w).
+
+        ``extra`` joins the conditions, which ``tell`` makes of a size (None: those of the call's prompts). ``draft``: a latent, and a mask of where
+        the text's own draft is kept. ``window``: the side, in pixels, of what the network sees at a time, None for all.
+        """
+        tile = max(size) if window is None else max(1, window // self.vae.config.factor)
+        inner = (min(size[0], tile), min(size[1], tile))
+        told = conditions(self.card, self.text, call, inner) if tell is None else tell(inner)
+        told = joined(told, len(call.seeds), **{name: value.to(self.device) for name, value in (extra or {}).items()})
+        if draft is not None and self.card.concat is None:
+            told = drafted(told, *(value.to(self.device) for value in draft))
+
+        for watcher in self.watchers:
+            watcher.told(told)
+
+        def make(part: Part) -> DenoiseFn:
+            return self._guided(call, (cut(told[0], part, size), cut(told[1], part, size)), image_guidance)
+
+        whole = (..., slice(None), slice(None))
+        return make(whole) if tile >= max(size) else windowed(make, tile, overlap=tile // 2)
 
     def _noise(self, call: Call) -> Tensor:
         """Standard normal noise for each picture, float32 on the device: the caller's or the seeds'."""
@@ -278,16 +288,11 @@ class LatentDiffusion(nn.Module):
             return own
         return Denoiser(own.net, own.schedule, own.prediction, learned_var=own.learned_var, quantize=True)
 
-    def _masked(self, pixels: Tensor, hole: Tensor) -> Tensor:
-        """The channels of an inpainting model: mask and latent of the picture with a hole, grey (0 in [−1, 1]), or black in LDM's own."""
-        ldm_own = self.card.concat == "inpaint-ldm"
-        z = self.encode(pixels * (1 - hole) + hole * (0.0 if ldm_own else 0.5))
-        small = F.interpolate(hole, z.shape[-2:]).to(z.device).expand(len(z), -1, -1, -1)  # nearest
-        return torch.cat([z, 2 * small - 1], dim=1) if ldm_own else torch.cat([small, z], dim=1)
-
-    def _images(self, task: str, call: Call, z: Tensor, facts: Mapping[str, Any]) -> Images:
+    def _images(self, task: str, call: Call, z: Tensor, facts: Mapping[str, Any], finish: Finish | None = None) -> Images:
         """The pictures of a latent (B, C, h, w), with their recipe; flagged, and blackened if asked, where there is a safety checker."""
         pixels, flagged = self.decode(z), None
+        if finish is not None:
+            pixels = finish(pixels)
         if self.safety is not None:
             flagged = self.safety(pixels)
             pixels = self.safety.hide(pixels, flagged)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoiser
 from ldm.types import Cond, Denoised, DenoiseFn
+
+Part = tuple[Any, slice, slice]  # an index of (B, C, h, w): every sample and channel, rows, columns
 
 
 def places(side: int, tile: int, overlap: int) -> list[int]:
@@ -23,13 +29,15 @@ def ramp(tile: int, overlap: int) -> Tensor:
     return torch.minimum(torch.minimum(edge, edge.flip(0)), torch.ones(()))
 
 
-def tiled(denoiser: Denoiser, cond: Cond, tile: int, *, overlap: int) -> DenoiseFn:
-    """The denoiser on tiles of x_t and `Cond.concat`, blended at every step with weights that fall towards the tiles' edges.
+def windowed(make: Callable[[Part], DenoiseFn], tile: int, *, overlap: int) -> DenoiseFn:
+    """The denoisers of overlapping windows of x_t (B, C, h, w), blended at every step with weights that fall towards the windows' edges.
 
-    As x0 and eps are affine in each other, blending both keeps x_t = alpha·x0 + sigma·eps.
+    ``make`` gives the denoiser of a window, and is called once for each. As x0 and eps are affine in each other, blending both keeps
+    x_t = alpha·x0 + sigma·eps.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap: expected 0 to {tile - 1}, got {overlap}")
+    made: dict[tuple[int, int, int, int], DenoiseFn] = {}
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         h, w = x_t.shape[-2:]
@@ -40,9 +48,10 @@ def tiled(denoiser: Denoiser, cond: Cond, tile: int, *, overlap: int) -> Denoise
         for top in places(h, th, min(overlap, th - 1)):
             for left in places(w, tw, min(overlap, tw - 1)):
                 part = (..., slice(top, top + th), slice(left, left + tw))
-                inner = cond if cond.concat is None else Cond(**{**dict(cond.items()), "concat": cond.concat[part]})
-                d = denoiser(x_t[part], t, inner)
-                found = [value for value in d if value is not None]
+                key = (top, left, th, tw)
+                if key not in made:
+                    made[key] = make(part)
+                found = [value for value in made[key](x_t[part], t) if value is not None]
                 sums = sums or [x_t.new_zeros(len(value), value.shape[1], h, w) for value in found]
                 for whole, value in zip(sums, found, strict=True):
                     whole[part] += weight * value
@@ -51,3 +60,12 @@ def tiled(denoiser: Denoiser, cond: Cond, tile: int, *, overlap: int) -> Denoise
         return Denoised(*(value / total for value in sums))
 
     return fn
+
+
+def tiled(denoiser: Denoiser, cond: Cond, tile: int, *, overlap: int) -> DenoiseFn:
+    """The denoiser on tiles of x_t and `Cond.concat`: see `windowed`."""
+
+    def make(part: Part) -> DenoiseFn:
+        return denoiser.bind(cond if cond.concat is None else replace(cond, concat=cond.concat[part]))
+
+    return windowed(make, tile, overlap=overlap)

@@ -1,0 +1,198 @@
+"""Pictures of pictures: variations, the way between two, enlarging in windows, inversion and back, editing by inversion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.images import Images
+from ldm.models.image_embedding import slerp
+from ldm.noise import keyed_normal
+from ldm.pipelines.call import Call
+from ldm.pipelines.canvas import fit
+from ldm.pipelines.conditions import Pair, between, conditions
+from ldm.pipelines.pixels import Picture, to_pixels
+from ldm.samplers.ddim import ddim
+from ldm.samplers.invert import ddim_invert, edict, edict_invert
+from ldm.types import DenoiseFn
+
+if TYPE_CHECKING:
+    from ldm.pipelines.latent import LatentDiffusion
+
+LOW_NOISE = 2**62  # the keyed draw that noises an upscaler's input: none that a sampler makes
+
+
+class Editing:
+    """The tasks of `LatentDiffusion` that begin from a picture, or lie between two."""
+
+    def variations(
+        self: LatentDiffusion, image: Picture, *, n: int = 4, prompt: str | Sequence[str] = "", strength: float = 0.6, **options: Any
+    ) -> Images:  # fmt: skip
+        """``n`` pictures that begin from a picture: `image_to_image` at a strength, with a prompt or without; options as there.
+
+        A model that drafts the latent from the text takes the picture's own latent for the draft where there is no prompt.
+        """
+        pixels, call, finish = self._with_picture(prompt, image, {**options, "n": n})
+        draft = None if any(call.prompts) else self._itself(pixels)
+        return self._sample("variations", call, given=pixels, strength=strength, draft=draft, finish=finish)
+
+    def interpolate(
+        self: LatentDiffusion, a: Any, b: Any, *, n: int = 8, prompt: str = "", seed: int = 0, steps: int | None = None, **options: Any
+    ) -> Images:
+        """``n`` pictures from a to b, both included; options as in `text_to_image`.
+
+        Two texts: straight lines between their conditions, under the noise of one seed. Two whole numbers: the arc between the noise of these seeds,
+        under ``prompt``. Two pictures of one size (a path as a `Path`): the arc between the noise that DDIM leads to each from, at guidance 1, under
+        ``prompt``; 50 steps unless said. TypeError for a text and a number, and the like.
+        """
+        if not isinstance(n, int) or isinstance(n, bool) or n < 2:
+            raise ValueError(f"n: expected at least 2 pictures from a to b, got {n!r}")
+        kinds = [str if isinstance(end, str) else int if isinstance(end, int) and not isinstance(end, bool) else Path for end in (a, b)]
+        if kinds[0] is not kinds[1]:
+            raise TypeError(f"a and b: expected two texts, two seeds, or two pictures, got {type(a).__name__} and {type(b).__name__}")
+        w = torch.linspace(0, 1, n)
+        options = {**options, "seed": [seed] * n}
+        if kinds[0] is str:
+            call = self._settle([a] * (n - 1) + [b], steps=steps, **options)
+            ends = replace(call, prompts=(a, b), seeds=(seed, seed))
+
+            def on_the_way(size: tuple[int, int]) -> Pair:
+                cond, uncond = conditions(self.card, self.text, ends, size)
+                return between(cond[:1], cond[1:], w), uncond[:1]
+
+            about = {"prompt": [a, b], "n": n}
+            images = self._sample("interpolate", call, tell=on_the_way, about=about)
+            return replace(images, prompts=tuple(f"{a} → {b}, {part:.2f}" if 0 < part < 1 else (a, b)[part == 1] for part in w.tolist()))
+        if kinds[0] is int:
+            call = self._settle([prompt] * n, steps=steps, **{**options, "seed": [a] * (n - 1) + [b]})
+            noise = slerp(*(self._noise(replace(call, seeds=(end,))) for end in (a, b)), w.to(self.device))
+            return self._sample("interpolate", replace(call, latents=noise), about={"seed": [a, b], "n": n})
+        return self._between_pictures(a, b, w, {"prompt": [prompt] * n, "steps": 50 if steps is None else steps, **options})
+
+    @torch.no_grad()
+    def _between_pictures(self: LatentDiffusion, a: Picture, b: Picture, w: Tensor, options: Mapping[str, Any]) -> Images:
+        """Pictures on the arc between the inverted noises of two."""
+        sides = [to_pixels(a), to_pixels(b)]
+        if sides[0].shape != sides[1].shape or len(sides[0]) != 1:
+            raise ValueError(f"a and b: expected two pictures of one size, got {[tuple(side.shape) for side in sides]}")
+        h, wide = sides[0].shape[-2:]
+        pixels = fit(torch.cat(sides), self.multiple)
+        call = self._invertible(options, pixels)
+        ends = replace(call, prompts=call.prompts[:2], seeds=call.seeds[:2])
+        z = self.encode(pixels)
+        draft = self._itself(pixels)
+        noise = ddim_invert(self._plain(ends, z, draft), z, call.grid, iterations=4)
+        mixed = None if draft is None else (torch.lerp(z[:1], z[1:], w.to(z).view(-1, 1, 1, 1)), draft[1])
+        path = slerp(noise[:1], noise[1:], w.to(noise)) / call.rules.start_scale(call.grid)
+        call = replace(call, latents=path, guidance=1.0)
+        return self._sample("interpolate", call, draft=mixed, finish=lambda made: made[..., :h, :wide], about={"n": len(w)})
+
+    @torch.no_grad()
+    def reconstruct(self: LatentDiffusion, image: Picture, prompt: str = "", *, exact: bool = True, iterations: int = 4, **options: Any) -> Images:
+        """A picture from the noise that it is inverted to: there and back, at guidance 1; 50 steps unless said.
+
+        ``exact``: two coupled tracks, which are undone exactly (EDICT, Wallace et al. 2022); else DDIM, whose every step backwards is solved by
+        ``iterations``. What is lost is what the autoencoder loses, and with ``exact`` False what the iteration leaves.
+        """
+        return self._there_and_back("reconstruct", image, prompt, prompt, exact, iterations, 1.0, {"guidance": 1.0, **options})
+
+    @torch.no_grad()
+    def edit(
+        self: LatentDiffusion, image: Picture, source: str, prompt: str, *, strength: float = 0.8, exact: bool = True, iterations: int = 4,
+        **options: Any,
+    ) -> Images:  # fmt: skip
+        """A picture that ``source`` describes, changed into what ``prompt`` says: inverted under the one, sampled under the other.
+
+        ``strength`` in (0, 1]: the part of the grid that is gone back and forth, less of it keeping more of the picture. ``exact``, ``iterations``:
+        as in `reconstruct`; 50 steps unless said; ``guidance`` is that of the way back, the card's unless said.
+        """
+        return self._there_and_back("edit", image, source, prompt, exact, iterations, strength, options)
+
+    def _there_and_back(
+        self: LatentDiffusion, task: str, image: Picture, source: str, prompt: str, exact: bool, iterations: int, strength: float,
+        options: Mapping[str, Any],
+    ) -> Images:  # fmt: skip
+        """A picture inverted under one prompt without guidance, and sampled from there under another."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength: expected more than 0 and at most 1, got {strength}")
+        pixels = to_pixels(image)
+        h, w = pixels.shape[-2:]
+        call = self._invertible({"prompt": [prompt] * len(pixels), **options}, fit(pixels, self.multiple))
+        call = call.over(call.grid.tail(strength))
+        z = self.encode(fit(pixels, self.multiple)).double()
+        draft = None if source else self._itself(pixels)
+        there = self._plain(replace(call, prompts=(source,) * len(pixels)), z, draft)
+        back = there if task == "reconstruct" else self._told(call, (z.shape[-2], z.shape[-1]))
+        if exact:
+            x, _ = edict(back, *edict_invert(there, z, z, call.grid), call.grid)
+        else:
+            x = ddim(back, ddim_invert(there, z, call.grid, iterations=iterations), call.grid)
+        about = {"source": source, "exact": exact, "strength": strength} if task == "edit" else {"exact": exact}
+        return self._images(task, call, x.float(), about, lambda made: made[..., :h, :w])
+
+    def _invertible(self: LatentDiffusion, options: Mapping[str, Any], pixels: Tensor) -> Call:
+        """The call of an inversion: DDIM over 50 steps unless said, which begin where x/alpha still holds the picture."""
+        if options.get("sampler") not in (None, "ddim"):
+            raise ValueError(f"sampler {options['sampler']!r}: inversion runs ddim backwards; leave it out")
+        own = {"steps": 50, **{key: value for key, value in options.items() if key != "prompt"}, "sampler": "ddim"}
+        return self._of_size(options["prompt"], pixels, own, (pixels.shape[-2], pixels.shape[-1]))[1]
+
+    def _plain(self: LatentDiffusion, call: Call, x: Tensor, draft: tuple[Tensor, Tensor] | None) -> DenoiseFn:
+        """The denoiser of a call without guidance, for states of x's size."""
+        return self._told(replace(call, guidance=1.0), (x.shape[-2], x.shape[-1]), draft=draft)
+
+    def _itself(self: LatentDiffusion, pixels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The pictures' own latents and no hole in them, as a draft; None for a model that does not draft."""
+        if getattr(self.text, "draft", None) is None:
+            return None
+        z = self.encode(fit(pixels, self.multiple))
+        return z, torch.zeros_like(z[:1, :1])
+
+    def upscale(
+        self: LatentDiffusion, image: Picture, prompt: str | Sequence[str] = "", *, factor: int | None = None, strength: float = 0.3,
+        noise_level: int = 20, window: int | None = None, **options: Any,
+    ) -> Images:  # fmt: skip
+        """A picture enlarged; options as in `text_to_image`.
+
+        By a model that is given the small picture: by the autoencoder's factor (4). ``noise_level``: the timestep that it is first noised to, 0 to
+        349 (of models that are told it; others get the picture itself). By any other model: enlarged ``factor`` times (2 unless said, bicubic), then
+        `image_to_image` at a ``strength``. ``window``: the side in pixels of what the network sees at a time, half of which the windows share
+        (Bar-Tal et al. 2023); None for the model's own side, or for the whole picture in a model of the first kind.
+        """
+        small = to_pixels(image)
+        if self.card.concat not in ("lowres", "lowres-noised"):
+            if self.card.concat is not None:
+                self._needs("lowres", "lowres-noised")
+            return self._enlarge(small, prompt, 2 if factor is None else factor, strength, window, options)
+        low = 2 * small.to(self.device) - 1
+        own = self.vae.config.factor
+        if factor not in (None, own):
+            raise ValueError(f"factor {factor}: {self.card.name!r} enlarges {own} times")
+        call = self._settle(prompt, **{**options, "height": own * low.shape[-2], "width": own * low.shape[-1]})
+        extra: dict[str, Tensor] = {"concat": low}
+        if self.card.concat == "lowres-noised":
+            if not 0 <= noise_level < 350:
+                raise ValueError(f"noise_level: expected 0 to 349, got {noise_level}")
+            noise = torch.stack([keyed_normal(seed, LOW_NOISE, low.shape[1:]) for seed in call.seeds]).to(self.device)
+            low = low.expand(len(call.seeds), -1, -1, -1)
+            extra = {"concat": self.denoiser.schedule.add_noise(low, noise_level, noise), "pooled": torch.full((len(low),), noise_level)}
+        return self._sample("upscale", call, extra=extra, window=window, about={"noise_level": noise_level})
+
+    def _enlarge(
+        self: LatentDiffusion, small: Tensor, prompt: Any, factor: int, strength: float, window: int | None, options: Mapping[str, Any]
+    ) -> Images:
+        """A picture enlarged by interpolation, and made sharp by `image_to_image` in windows."""
+        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 2:
+            raise ValueError(f"factor: expected a whole number of at least 2, got {factor!r}")
+        size = (factor * small.shape[-2], factor * small.shape[-1])
+        large = F.interpolate(small, size, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels, call, finish = self._with_picture(prompt, large, options)
+        side = max(self.card.defaults.height, self.card.defaults.width) if window is None else window
+        about = {"factor": factor, "window": side}
+        return self._sample("upscale", call, given=pixels, strength=strength, draft=self._itself(pixels), window=side, finish=finish, about=about)
