@@ -180,8 +180,8 @@ def trace(pipe: LatentDiffusion, hooks: Mapping[str, Hook | None] | Sequence[str
 
     ``hooks``: modules by their dotted names below `LatentDiffusion.networks` ("unet.mid_block", "vae.decoder"): a list, whose outputs are
     collected in `Trace.outputs` (of both branches of guidance, at every call); or a mapping to functions as of torch's forward hooks, which may
-    return another output. The traced run's pictures are the untraced one's to the bit, as attention is looked at beside the fused kernel and not in its place.
-    Memory: one float32 (B, h, w, M) a cross-attention and step.
+    return another output. The traced run's pictures are the untraced one's to the bit, as attention is looked at beside the fused kernel and not
+    in its place. Memory: one float32 (B, h, w, M) a cross-attention and step.
 
     TypeError for what is no `LatentDiffusion`; ValueError for a module that is not there, with the nearest name.
     """

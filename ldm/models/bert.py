@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.models.wordpiece import WordPiece
+from ldm.models.prompt import parse, plain
+from ldm.models.reading import States, places, read
+from ldm.models.wordpiece import UNKNOWN, WordPiece
 from ldm.nn.attention import attend
 from ldm.types import Cond
 
@@ -112,13 +114,26 @@ class BertConditioner(nn.Module):
         return self.encoder.config.width
 
     def forward(self, prompts: Sequence[str]) -> Cond:
-        """The condition of B prompts: context (B, length, D). ValueError if a prompt has more tokens than the encoder takes."""
-        ids = self.tokenizer(prompts, self.encoder.config.length)
-        return Cond(context=self.encoder(torch.tensor(ids, device=self.encoder.model.layer_norm.weight.device)))
+        """The condition of B prompts: context (B, M, D), M the encoder's length or a multiple, and a mask if their lengths differ.
+
+        Prompts may have weights and blends (`ldm.models.prompt`), and any length (`ldm.models.reading`).
+        """
+        return read(prompts, self.tokenizer.words, self.encode, self.encoder.config.length - 2)
+
+    def encode(self, rows: list[list[int]]) -> States:
+        """The encoder's states of rows of ids, each put between start and end and padded."""
+        ids = self.tokenizer.pad(rows, self.encoder.config.length)
+        return States(self.encoder(torch.tensor(ids, device=self.encoder.model.layer_norm.weight.device)), None, None)
+
+    def places(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words of a prompt and where in the context their tokens stand; of a blend's first alternative."""
+        length = self.encoder.config.length
+        return places(parse(prompt)[0].spans, self.tokenizer.words, length - 2, length)
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that the model has never seen: not known of any."""
-        return []
+        """The words of a prompt that have no tokens but the one for unknown words."""
+        unk = self.tokenizer.vocabulary[UNKNOWN]
+        return list(dict.fromkeys(word for text in plain(prompt) for word, ids in self.tokenizer.words(text) if unk in ids))
 
     def networks(self) -> dict[str, nn.Module]:
         """The encoder, as "text"."""

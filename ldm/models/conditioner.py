@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 
 from ldm.models.clip import TextTower
 from ldm.models.draft import Draft
+from ldm.models.prompt import parse, plain, unknown_words
+from ldm.models.reading import States, places, read
 from ldm.models.tokenizer import Tokenizer
 from ldm.types import Cond
-from ldm.words import words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,37 +66,47 @@ class TextConditioner(nn.Module):
         return self.tower.config.width
 
     def forward(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Cond:
-        """The condition of B prompts: context (B, L, D), its mask where padding is left out, and pooled (B, E) where the network takes it.
+        """The condition of B prompts: context (B, M, D), its mask where padding is left out, and pooled (B, E) where the network takes it.
 
         Where the model drafts, concat (B, C, h, w) too, at the latent's ``size`` (h, w), or at the draft's own.
 
-        ValueError if a prompt has more tokens than the tower takes; tokens that a small vocabulary lacks are left out (see `unknown`).
+        Prompts may have weights and blends (`ldm.models.prompt`), and any length (`ldm.models.reading`); words that a small vocabulary lacks are
+        left out (see `unknown`).
         """
-        c = self.convention
-        ids = self.tokenizer(list(prompts), context_length=c.length, pad=c.pad)
-        limit = self.tower.config.context_length
-        if ids.shape[1] > limit:
-            raise ValueError(f"a prompt has {ids.shape[1]} tokens, expected at most {limit} with those for start and end")
-        ids = ids.to(self.tower.token_embedding.weight.device)
-        eot = (ids == self.tower.config.eot_id).int().argmax(dim=1)  # (B,) the first one
-        mask = torch.arange(ids.shape[1], device=ids.device) <= eot[:, None] if c.masked else None  # (B, L)
-        out = self.tower(ids, layer=c.layer, final_norm=c.final_norm, pooled=c.pooled or self.draft is not None)
-        draft = None if self.draft is None else self.draft(out.pooled, size)
-        return Cond(context=out.tokens, context_mask=mask, pooled=out.pooled if c.pooled else None, concat=draft)
+        cond = read(prompts, self.tokenizer.words, self.encode, self.room)
+        draft = None
+        if self.draft is not None:
+            assert cond.pooled is not None
+            draft = self.draft(cond.pooled, size)
+        return replace(cond, pooled=cond.pooled if self.convention.pooled else None, concat=draft)
 
-    def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that the model has never seen, in order; none where its words are not known."""
-        if self.words is None:
-            return []
-        return [word for word in dict.fromkeys(words(prompt)) if word not in self.words]
+    @property
+    def room(self) -> int:
+        """The tokens of a prompt that are read at once, besides start and end."""
+        return min(self.convention.length or self.tower.config.context_length, self.tower.config.context_length) - 2
+
+    def encode(self, rows: list[list[int]]) -> States:
+        """The tower's states of rows of ids, each put between start and end and padded."""
+        c = self.convention
+        ids = self.tokenizer.pad(rows, c.length, c.pad).to(self.tower.token_embedding.weight.device)
+        eot = (ids == self.tower.config.eot_id).int().argmax(dim=1)  # (R,) the first one
+        mask = torch.arange(ids.shape[1], device=ids.device) <= eot[:, None] if c.masked else None  # (R, L)
+        out = self.tower(ids, layer=c.layer, final_norm=c.final_norm, pooled=c.pooled or self.draft is not None)
+        return States(out.tokens, mask, out.pooled)
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """The words of a prompt that have tokens, and where in the context (0 … L − 1) these stand."""
-        found, at = [], 1  # the start's token is first
-        for word, ids in self.tokenizer.words(prompt):
-            found.append((word, list(range(at, at + len(ids)))))
-            at += len(ids)
-        return found
+        """The words of a prompt that have tokens, and where in the context (0 … M − 1) these stand; of a blend's first alternative."""
+        length = None if self.convention.masked else self.convention.length
+        return places(parse(prompt)[0].spans, self.tokenizer.words, self.room, length)
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that the model has never seen, in order, then what else of it is left out: signs that a small vocabulary lacks,
+        control characters. Where the words are not known, none is named."""
+        texts = plain(prompt)
+        missing = [] if self.words is None else unknown_words(prompt, self.words)
+        signs = [part for text in texts for part in self.tokenizer.unknown(text) if not any(part in word for word in missing)]
+        control = [char for text in texts for char in text if unicodedata.category(char) == "Cc" and not char.isspace()]
+        return list(dict.fromkeys([*missing, *signs, *control]))
 
     def networks(self) -> dict[str, nn.Module]:
         """The tower as "text", and the draft as "draft" where there is one."""
@@ -120,13 +132,13 @@ class TwoTowers(nn.Module):
         return self.second.width + (0 if self.first is None else self.first.width)
 
     def forward(self, prompts: Sequence[str]) -> Cond:
-        """The condition of B prompts: context (B, L, D) and pooled (B, E); ValueError if a prompt has more tokens than a tower takes."""
+        """The condition of B prompts: context (B, M, D), its mask if their lengths differ, and pooled (B, E)."""
         second = self.second(prompts)
         if self.first is None:
             return second
         first = self.first(prompts)
         assert first.context is not None and second.context is not None
-        return Cond(context=torch.cat([first.context, second.context], dim=-1), pooled=second.pooled)
+        return replace(second, context=torch.cat([first.context, second.context], dim=-1))
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that the second tower has never seen."""

@@ -98,20 +98,24 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if context_length is not None and context_length < 2:
             raise ValueError(f"context_length: expected at least 2 (start and end), got {context_length}")
-        if not 0 <= pad < len(self):
-            raise ValueError(f"pad: expected an id in [0, {len(self) - 1}], got {pad}")
-        rows = [[self.bos_id, *self.encode(text), self.eot_id] for text in texts]
-        length = context_length or max(map(len, rows), default=2)
-        result = torch.full((len(rows), length), pad, dtype=torch.long)
+        rows = [self.encode(text) for text in texts]
         for i, row in enumerate(rows):
-            if len(row) > length:
+            if context_length is not None and len(row) + 2 > context_length:
                 if not truncate:
                     raise ValueError(
-                        f"a text of {len(row)} tokens, with those for start and end, does not fit in {length}: "
+                        f"a text of {len(row) + 2} tokens, with those for start and end, does not fit in {context_length}: "
                         f"shorten it, or ask for truncate=True: {texts[i][:60]!r}"
                     )
-                row = [*row[: length - 1], self.eot_id]
-            result[i, : len(row)] = torch.tensor(row)
+                rows[i] = row[: context_length - 2]
+        return self.pad(rows, context_length, pad)
+
+    def pad(self, rows: Sequence[Sequence[int]], length: int | None, pad: int) -> Tensor:
+        """Ids (B, L) int64: start, a row's own, end, then ``pad``; ``length``: L, None for the longest. Rows must fit."""
+        if not 0 <= pad < len(self):
+            raise ValueError(f"pad: expected an id in [0, {len(self) - 1}], got {pad}")
+        result = torch.full((len(rows), length or 2 + max(map(len, rows), default=0)), pad, dtype=torch.long)
+        for i, row in enumerate(rows):
+            result[i, : len(row) + 2] = torch.tensor([self.bos_id, *row, self.eot_id])
         return result
 
     def _bpe(self, word: str) -> tuple[int, ...]:

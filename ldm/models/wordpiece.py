@@ -37,17 +37,24 @@ class WordPiece:
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> list[list[int]]:
         """Ids of each text between [CLS] and [SEP], padded with [PAD] to the length; ValueError for a text that does not fit."""
-        rows = []
-        for text in texts:
-            ids = [self.vocabulary[START], *self.encode(text), self.vocabulary[END]]
-            if len(ids) > length:
-                raise ValueError(f"{text!r} has {len(ids)} tokens, expected at most {length} with those for start and end")
-            rows.append(ids + [self.vocabulary[PAD]] * (length - len(ids)))
-        return rows
+        rows = [self.encode(text) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) + 2 > length:
+                raise ValueError(f"{text!r} has {len(row) + 2} tokens, expected at most {length} with those for start and end")
+        return self.pad(rows, length)
+
+    def pad(self, rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+        """Rows of ids between [CLS] and [SEP], padded with [PAD] to the length, which they must fit."""
+        start, end, pad = (self.vocabulary[token] for token in (START, END, PAD))
+        return [[start, *row, end] + [pad] * (length - len(row) - 2) for row in rows]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without start and end."""
-        return [self.vocabulary[piece] for word in split_words(text) for piece in self.pieces(word)]
+        return [token for _, ids in self.words(text) for token in ids]
+
+    def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
+        """The words of a text and their ids, in order."""
+        return [(word, tuple(self.vocabulary[piece] for piece in self.pieces(word))) for word in split_words(text)]
 
     def pieces(self, word: str) -> list[str]:
         """A word cut, from its beginning, into the longest pieces there are; [UNK] alone if that fails anywhere."""

@@ -40,13 +40,13 @@ class SizeCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call: a prompt (or class) and a seed for each picture, the solver with its options, rules and grid, and what happens on the way.
+    """One call: a prompt (or class) and a seed for each picture, a negative prompt for all or one for each, the solver with its options, rules and grid, and what happens on the way.
 
     ``asked``: the sampler's options and the grid's as the caller gave them, for the recipe.
     """
 
     prompts: tuple[str, ...] | tuple[int, ...]
-    negative: str
+    negative: str | tuple[str, ...]
     n: int
     seeds: tuple[int, ...]
     sampler: str
@@ -64,6 +64,11 @@ class Call:
     on_step: OnStep | None
 
     @property
+    def negatives(self) -> list[str]:
+        """The negative prompts: one, or one for each picture."""
+        return [self.negative] if isinstance(self.negative, str) else list(self.negative)
+
+    @property
     def replayable(self) -> bool:
         """Whether a recipe can hold all that the call depends on."""
         return self.latents is None and self.on_step is None
@@ -77,14 +82,15 @@ class Call:
         one = len(set(self.prompts)) == 1
         sizes = {"sizes": to_dict(self.sizes)} if self.sizes != SizeCondition() else {}
         return {
-            "task": task, "prompt": self.prompts[0] if one else list(self.prompts), "negative": self.negative,
+            "task": task, "prompt": self.prompts[0] if one else list(self.prompts),
+            "negative": self.negative if isinstance(self.negative, str) else list(self.negative),
             "n": len(self.prompts) if one else None, "seed": list(self.seeds), "steps": len(self.grid), "guidance": self.guidance,
             "sampler": self.sampler, "height": self.height, "width": self.width, **sizes, **self.asked,
         }  # fmt: skip
 
 
 def settle(
-    card: ModelCard, schedule: NoiseSchedule, prompt: Prompts, *, negative: str = "", n: int | None = None, steps: int | None = None,
+    card: ModelCard, schedule: NoiseSchedule, prompt: Prompts, *, negative: str | Sequence[str] = "", n: int | None = None, steps: int | None = None,
     guidance: float | None = None, sampler: str | None = None, convention: Rules | None = None, spacing: str | None = None,
     grid: Grid | None = None, seed: int | Sequence[int] = 0, height: int | None = None, width: int | None = None,
     sizes: SizeCondition | Mapping[str, Any] | None = None, latents: Tensor | None = None, progress: bool = True,
@@ -100,8 +106,8 @@ def settle(
     laid = lay(rules, schedule, name, steps, defaults.steps, spacing, grid)
     said = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
     return Call(
-        prompts=tuple(p for p in prompts for _ in range(each)), negative=negative, n=each, seeds=check_seeds(seed, each * len(prompts)), sampler=name,
-        solve=solve, options={**rules.options.get(name, {}), **sampler_options}, rules=rules, grid=laid,
+        prompts=tuple(p for p in prompts for _ in range(each)), negative=check_negative(negative, len(prompts), each), n=each,
+        seeds=check_seeds(seed, each * len(prompts)), sampler=name, solve=solve, options={**rules.options.get(name, {}), **sampler_options}, rules=rules, grid=laid,
         asked={**sampler_options, **{key: value for key, value in said.items() if value is not None}},
         guidance=defaults.guidance if guidance is None else float(guidance), height=height or defaults.height, width=width or defaults.width,
         sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"), latents=latents, progress=progress,
@@ -130,6 +136,16 @@ def check_prompts(prompt: Prompts) -> list[Any]:
     if kinds not in ({str}, {int}):
         raise ValueError(f"prompt: expected a text or several, got {prompt!r}")
     return prompts
+
+
+def check_negative(negative: str | Sequence[str], prompts: int, each: int) -> str | tuple[str, ...]:
+    """The negative prompt of all pictures, or one for each: a list has one for each prompt or for each picture; ValueError for another number."""
+    if isinstance(negative, str):
+        return negative
+    given = list(negative)
+    if any(not isinstance(text, str) for text in given) or len(given) not in (prompts, prompts * each):
+        raise ValueError(f"negative: expected a text, or {prompts} (one for each prompt) or {prompts * each} (for each picture), got {negative!r}")
+    return tuple(given) if len(given) == prompts * each else tuple(text for text in given for _ in range(each))
 
 
 def check_count(n: int | None) -> int:

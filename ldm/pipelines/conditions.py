@@ -42,16 +42,17 @@ def conditions(card: ModelCard, text: Conditioner | None, call: Call, size: tupl
     if any(not isinstance(prompt, str) for prompt in call.prompts):
         raise ValueError(f"{card.name!r} is not conditioned on classes, expected a text, got {call.prompts[0]!r}")
     if text is None:
-        if any(call.prompts) or call.negative or call.guidance != 1:
+        if any(call.prompts) or any(call.negatives) or call.guidance != 1:
             raise ValueError(f"{card.name!r} is conditioned on no text: expected an empty prompt and guidance 1")
         return Cond(), Cond()
     prompts = [str(prompt) for prompt in call.prompts]
     if isinstance(text, TextConditioner):
-        cond, uncond = text(prompts, size), text([call.negative], size)
+        cond, uncond = text(prompts, size), text(call.negatives, size)
     else:
-        cond, uncond = text(prompts), text([call.negative])
-    if card.zero_negative and not call.negative:
-        uncond = uncond.map(lambda value: torch.zeros_like(value) if value.is_floating_point() else value)
+        cond, uncond = text(prompts), text(call.negatives)
+    if card.zero_negative:
+        kept = torch.tensor([bool(negative) for negative in call.negatives])
+        uncond = uncond.map(lambda value: value * kept.to(value).reshape(-1, *[1] * (value.ndim - 1)) if value.is_floating_point() else value)
     if card.vector is None:
         return cond, uncond
     return with_sizes(card, cond, call), with_sizes(card, uncond, call, negative=True)

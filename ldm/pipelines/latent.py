@@ -73,7 +73,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         self,
         prompt: str | Sequence[str],
         *,
-        negative: str = "",
+        negative: str | Sequence[str] = "",
         n: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -92,6 +92,8 @@ class LatentDiffusion(Painting, Editing, nn.Module):
     ) -> Images:
         """Pictures of a prompt, or of several: ``n`` (default 1) of each.
 
+        A prompt may have weights, "(red:1.3) apple", and blends, "a {cat|dog} face" (`ldm.models.prompt`), and any length (`ldm.models.reading`).
+        ``negative``: what to turn from, one text for all, or one for each prompt or each picture.
         ``steps``, ``guidance``, ``sampler``, ``height`` and ``width``: None for what the card says. ``convention``: diffusers, compvis, sgm or
         k, whose grids, start and noise are followed in place of the card's. ``spacing``: another one of `TimeGrid.make`. ``grid`` replaces
         steps and spacing: one of one's own, or a list of falling timesteps. ``seed``: picture i has seed s + i, or a sequence with one for
@@ -166,7 +168,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
             if value < factor or value % factor:
                 near = max(factor, round(value / factor) * factor)
                 raise ValueError(f"{side} {value}: expected a multiple of {factor}, the autoencoder's factor; the nearest is {near}")
-        warn_unknown(self.card.name, self.text, (*call.prompts, call.negative), stacklevel=4)
+        warn_unknown(self.card.name, self.text, (*call.prompts, *call.negatives), stacklevel=4)
         return call
 
     @property

@@ -76,7 +76,7 @@ class UnCLIP(nn.Module):
         self,
         prompt: str | Sequence[str],
         *,
-        negative: str = "",
+        negative: str | Sequence[str] = "",
         n: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -219,7 +219,7 @@ class UnCLIP(nn.Module):
 
     @torch.no_grad()
     def imagine(
-        self, prompt: str | Sequence[str], *, n: int = 1, negative: str = "", seed: int | Sequence[int] = 0, candidates: int = 1,
+        self, prompt: str | Sequence[str], *, n: int = 1, negative: str | Sequence[str] = "", seed: int | Sequence[int] = 0, candidates: int = 1,
         progress: bool = True, **options: Any,
     ) -> ImageEmbedding:  # fmt: skip
         """The prior's image embeddings of prompts, ``n`` of each; options as in `text_to_image`, of which it takes those of the prior."""

@@ -48,8 +48,8 @@ class PriorStage(Stage):
             raise ValueError(f"the prior was trained on {self.clip!r}, and the texts are read by {clip.name!r}: two CLIPs share no space")
         prompts = [str(prompt) for prompt in call.prompts]
         cond = self.read(clip, prompts)
-        learned = self.net.config.blocks == "cosine" and not call.negative
-        uncond = self.net.unconditional(1, device=self.device) if learned else self.read(clip, [call.negative])
+        learned = self.net.config.blocks == "cosine" and not any(call.negatives)
+        uncond = self.net.unconditional(1, device=self.device) if learned else self.read(clip, call.negatives)
         fn = self.guided(cond, uncond.expand(len(prompts)), call.guidance)
 
         def sample(k: int) -> Tensor:
@@ -126,7 +126,7 @@ class DecoderStage(Stage):
         cond, uncond = Cond(), Cond()
         if self.text is not None:
             cond = self.text([str(prompt) for prompt in call.prompts])
-            uncond = self.text([call.negative]).expand(n)
+            uncond = self.text(call.negatives).expand(n)
         if self.augmentation is not None:
             noise = torch.stack([keyed_normal(seed, AUGMENT * STEPS, vector.shape[1:]) for seed in call.seeds])
             told = self.augmentation(vector, noise_level, noise.to(self.device)).float()

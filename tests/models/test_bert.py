@@ -80,8 +80,7 @@ def test_prompts_become_conditions(tokenizer):
     cond = conditioner(["the cat", ""])
     assert cond.context.shape == (2, 9, 16) and cond.context_mask is None and cond.pooled is None
     assert torch.allclose(cond.context[1:], conditioner([""]).context, atol=1e-6)  # whatever else is in the batch
-    with pytest.raises(ValueError, match="expected at most 9"):
-        conditioner(["the cat " * 4])
+    assert conditioner(["the cat " * 4]).context.shape == (1, 18, 16)  # in windows, none cut off
     with pytest.raises(ValueError, match="expected at most 9"):
         conditioner.encoder(torch.zeros(1, 10, dtype=torch.long))
     with pytest.raises(ValueError, match="the encoder 5"):

@@ -113,7 +113,8 @@ def test_unknown_words_are_named_in_a_warning(pipe):
         ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
         ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents have shape \(1, 4, 3, 3\), expected \(1, 4, 8, 8\)"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": "cat " * 100}, "102 tokens"),
+        ({"prompt": "(cat:much)"}, r"weight 'much': expected a number from 0 to 10, as in \(red:1.3\)"),
+        ({"negative": ["cat", "cat"]}, "negative: expected a text, or 1 .one for each prompt. or 1 .for each picture."),
     ],
 )
 def test_wrong_input_is_refused_with_what_was_expected(pipe, options, message):
