@@ -6,8 +6,8 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ class Images:
 
     ``tensor`` (B, 3, H, W) float32 in [0, 1]; ``seeds`` and ``prompts`` one for each picture; ``recipe`` every option of the call, with the
     hashes of the weights and the versions of the software, as JSON can hold it. ``flagged``: what the safety checker said of each picture, None
-    where there was none.
+    where there was none. ``steps`` (N, B, 3, H, W): what each step of the sampler took the pictures to be, where a call was asked to keep them.
     """
 
     tensor: Tensor
@@ -34,6 +34,7 @@ class Images:
     prompts: tuple[str, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     flagged: tuple[bool, ...] | None = None
+    steps: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tensor.ndim != 4 or self.tensor.shape[1] != 3:
@@ -42,6 +43,8 @@ class Images:
             raise ValueError(f"{len(self.tensor)} pictures with {len(self.seeds)} seeds and {len(self.prompts)} prompts")
         if self.flagged is not None and len(self.flagged) != len(self.tensor):
             raise ValueError(f"{len(self.tensor)} pictures with {len(self.flagged)} verdicts of the safety checker")
+        if self.steps is not None and (self.steps.ndim != 5 or self.steps.shape[1:] != self.tensor.shape):
+            raise ValueError(f"steps have shape {tuple(self.steps.shape)}, expected (N, {', '.join(map(str, self.tensor.shape))})")
         if not torch.isfinite(self.tensor).all():
             raise ValueError("a picture holds NaN or infinity: the model overflowed; try dtype='float32'")
 
@@ -63,17 +66,30 @@ class Images:
 
     def grid(self, columns: int | None = None) -> Image:
         """All pictures in one, row by row, as near to a square as it goes unless ``columns`` is given."""
-        from PIL import Image
+        return sheet_of(self.pil(), columns)
 
+    def captioned(self, columns: int | None = None) -> Image:
+        """The grid with prompt and seed under each picture; a prompt that needs more than three lines ends in "…"."""
         pictures = self.pil()
-        columns = columns or -(-len(pictures) // max(1, round(len(pictures) ** 0.5)))
-        if columns < 1:
-            raise ValueError(f"columns: expected at least 1, got {columns}")
-        w, h = pictures[0].size
-        sheet = Image.new("RGB", (w * min(columns, len(pictures)), h * -(-len(pictures) // columns)), "white")
-        for i, picture in enumerate(pictures):
-            sheet.paste(picture, (w * (i % columns), h * (i // columns)))
-        return sheet
+        return sheet_of([captioned(*row) for row in zip(pictures, self.prompts, self.seeds, strict=True)], columns)
+
+    def animate(self, path: str | Path, *, seconds: float = 0.12, hold: float = 1.5, columns: int | None = None) -> Path:
+        """Write a GIF of the denoising: the grid as each step took it to be, then the pictures; ``seconds`` a step, ``hold`` for the last frame.
+
+        Returns the path. ValueError for pictures whose steps were not kept, a name that does not end in .gif, or times below 0.02 seconds, which
+        viewers do not keep to; the file is whole or not there.
+        """
+        if self.steps is None:
+            raise ValueError("these pictures have no steps to animate: make them with keep_steps=True")
+        if not min(seconds, hold) >= 0.02:
+            raise ValueError(f"seconds and hold: expected at least 0.02, got {seconds} and {hold}")
+        path = check_writable(path, ".gif")
+        frames = [replace(self, tensor=step, steps=None).grid(columns) for step in (*self.steps, self.tensor)]
+        times = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
+        # no frame is the difference from the last one, so that none is dropped where two are equal
+        options = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": times, "loop": 0, "disposal": 2}
+        _write_whole(path, lambda target: frames[0].save(target, **options))
+        return path
 
     def save(self, path: str | Path, *, separate: bool = False) -> list[Path]:
         """Write a PNG with the recipe inside: one file (a grid where there are several), or NAME-SEED.png for each with ``separate``.
@@ -93,7 +109,7 @@ class Images:
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.grid().save(buffer, format="PNG")
+        self.captioned().save(buffer, format="PNG")
         return buffer.getvalue()
 
     def __repr__(self) -> str:
@@ -102,16 +118,66 @@ class Images:
         return f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts {list(dict.fromkeys(self.prompts))}{flagged})"
 
 
+CAPTION, LINES = 11, 3  # of a caption: the height of its letters in pixels, and the most lines of a prompt
+
+
+def sheet_of(pictures: Sequence[Image], columns: int | None = None) -> Image:
+    """Pictures of one width in one, row by row on white, as near to a square as it goes unless ``columns`` is given."""
+    from PIL import Image
+
+    columns = columns or -(-len(pictures) // max(1, round(len(pictures) ** 0.5)))
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
+    w, h = pictures[0].width, max(picture.height for picture in pictures)
+    sheet = Image.new("RGB", (w * min(columns, len(pictures)), h * -(-len(pictures) // columns)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (w * (i % columns), h * (i // columns)))
+    return sheet
+
+
+def captioned(picture: Image, prompt: str, seed: int) -> Image:
+    """A picture with its prompt and seed below, at least 120 pixels wide."""
+    from PIL import Image, ImageFont
+
+    font = ImageFont.load_default(CAPTION)
+    width = max(picture.width, 120)
+    lines = [""]
+    for word in prompt.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width - 6:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    lines = [line for line in lines if line]
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], f"{lines[LINES - 1]} …"]
+    return _below(Image, font, picture, width, [*lines, f"seed {seed}"])
+
+
+def _below(image: Any, font: Any, picture: Image, width: int, lines: Sequence[str]) -> Image:
+    from PIL import ImageDraw
+
+    step = CAPTION + 3
+    out = image.new("RGB", (width, picture.height + step * len(lines) + 8), "white")
+    out.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(out)
+    for i, line in enumerate(lines):
+        while len(line) > 1 and font.getlength(line) > width - 4:  # one word wider than the picture
+            line = f"{line.rstrip('…')[:-1]}…"
+        draw.text((width / 2, picture.height + 2 + step * i), line, fill="black" if i < len(lines) - 1 else "gray", font=font, anchor="ma")
+    return out
+
+
 def to_bytes(tensor: Tensor) -> Any:
     """(B, 3, H, W) in [0, 1] to (B, H, W, 3) uint8, rounded to nearest."""
     return (tensor.detach().float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def check_writable(path: str | Path) -> Path:
-    """The path, if a PNG can be written there: found out before any work; ValueError or an OSError that names it otherwise."""
+def check_writable(path: str | Path, suffix: str = ".png") -> Path:
+    """The path, if a PNG (or GIF) can be written there: found out before any work; ValueError or an OSError that names it otherwise."""
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{str(path)!r}: pictures are written as PNG, expected a name that ends in .png")
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{str(path)!r}: {suffix[1:].upper()} is written, expected a name that ends in {suffix}")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
     if not path.parent.is_dir():
@@ -132,9 +198,14 @@ def _write_png(path: Path, image: Image, recipe: Mapping[str, Any]) -> None:
     check_writable(path)
     info = PngInfo()
     info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
+    _write_whole(path, lambda target: image.save(target, format="PNG", pnginfo=info))
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write to a temporary name, then rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        image.save(temporary, format="PNG", pnginfo=info)
+        write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -76,6 +76,41 @@ def test_a_notebook_shows_the_pictures():
     assert json.dumps(dict(made.recipe))
 
 
+def test_a_notebook_shows_prompt_and_seed_below_each_picture():
+    made = Images(tensor=torch.zeros(2, 3, 128, 128), seeds=(3, 4), prompts=("red apple", "a " * 200))
+    sheet = np.asarray(made.captioned(columns=2))
+    assert sheet.shape[1] == 256 and (sheet[:128] == 0).all()
+    below = sheet[128:] < 128
+    assert below[:14, :128].any() and below[14:28, :128].any()  # a line of prompt, a line of seed
+    other = Images(tensor=made.tensor, seeds=(5, 4), prompts=made.prompts).captioned(columns=2)
+    changed = (np.asarray(other) != sheet).any(-1)
+    assert changed[142:156, :128].any() and not changed[:, 128:].any() and not changed[:142].any()  # the seed of the first alone
+    for prompt in ("", "🍎 שלום", "x" * 500, "\x00\n"):
+        assert Images(tensor=torch.zeros(1, 3, 8, 8), seeds=(0,), prompts=(prompt,)).captioned().width == 120
+
+
+def test_an_animation_has_a_frame_for_each_step_and_the_pictures_last(tmp_path):
+    steps = torch.stack([torch.full((2, 3, 8, 8), v) for v in (0.0, 0.5, 0.5)])
+    made = Images(tensor=torch.ones(2, 3, 8, 8), seeds=(0, 1), prompts=("a", "b"), steps=steps)
+    assert made.animate(tmp_path / "a.gif", seconds=0.1, hold=1.0) == tmp_path / "a.gif"
+    with Image.open(tmp_path / "a.gif") as gif:
+        frames, times = [], []
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            frames.append(int(np.asarray(gif.convert("RGB"))[0, 0, 0]))
+            times.append(gif.info["duration"])
+    assert sum(times) == 1300 and frames[0] == 0 and frames[-1] == 255 and abs(frames[1] - 128) <= 1 and times[-1] == 1000
+    with pytest.raises(ValueError, match="keep_steps=True"):
+        images().animate(tmp_path / "b.gif")
+    with pytest.raises(ValueError, match=r"ends in \.gif"):
+        made.animate(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="at least 0.02, got 0 and 1.5"):
+        made.animate(tmp_path / "b.gif", seconds=0)
+    with pytest.raises(ValueError, match=r"steps have shape \(3, 1, 3, 8, 8\), expected \(N, 2, 3, 8, 8\)"):
+        Images(tensor=made.tensor, seeds=(0, 1), prompts=("a", "b"), steps=steps[:, :1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif"]
+
+
 def test_shapes_and_nan_are_checked():
     with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\)"):
         Images(tensor=torch.zeros(1, 4, 8, 8), seeds=(0,), prompts=("",))

@@ -40,7 +40,8 @@ class SizeCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call: a prompt (or class) and a seed for each picture, a negative prompt for all or one for each, the solver with its options, rules and grid, and what happens on the way.
+    """One call: a prompt (or class) and a seed for each picture, a negative prompt for all or one for each, the solver with its options, rules and
+    grid, and what happens on the way.
 
     ``asked``: the sampler's options and the grid's as the caller gave them, for the recipe.
     """
@@ -62,6 +63,7 @@ class Call:
     latents: Tensor | None
     progress: bool
     on_step: OnStep | None
+    keep_steps: bool = False
 
     @property
     def negatives(self) -> list[str]:
@@ -94,7 +96,7 @@ def settle(
     guidance: float | None = None, sampler: str | None = None, convention: Rules | None = None, spacing: str | None = None,
     grid: Grid | None = None, seed: int | Sequence[int] = 0, height: int | None = None, width: int | None = None,
     sizes: SizeCondition | Mapping[str, Any] | None = None, latents: Tensor | None = None, progress: bool = True,
-    on_step: OnStep | None = None, **sampler_options: Any,
+    on_step: OnStep | None = None, keep_steps: bool = False, **sampler_options: Any,
 ) -> Call:  # fmt: skip
     """The call of some options; None for what the card says. ValueError names what is wrong."""
     defaults = card.defaults
@@ -107,11 +109,11 @@ def settle(
     said = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
     return Call(
         prompts=tuple(p for p in prompts for _ in range(each)), negative=check_negative(negative, len(prompts), each), n=each,
-        seeds=check_seeds(seed, each * len(prompts)), sampler=name, solve=solve, options={**rules.options.get(name, {}), **sampler_options}, rules=rules, grid=laid,
-        asked={**sampler_options, **{key: value for key, value in said.items() if value is not None}},
+        seeds=check_seeds(seed, each * len(prompts)), sampler=name, solve=solve, options={**rules.options.get(name, {}), **sampler_options},
+        rules=rules, grid=laid, asked={**sampler_options, **{key: value for key, value in said.items() if value is not None}},
         guidance=defaults.guidance if guidance is None else float(guidance), height=height or defaults.height, width=width or defaults.width,
         sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"), latents=latents, progress=progress,
-        on_step=on_step,
+        on_step=on_step, keep_steps=keep_steps,
     )  # fmt: skip
 
 

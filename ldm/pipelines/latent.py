@@ -24,7 +24,7 @@ from ldm.pipelines.painting import Painting
 from ldm.pipelines.pixels import Picture, to_depth, to_pixels
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.tiles import Part, windowed
-from ldm.types import DenoiseFn, OnStep
+from ldm.types import Denoised, DenoiseFn, OnStep
 
 Tell = Callable[[tuple[int, int]], Pair]  # a latent's size → conditions
 Finish = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) as decoded → as they are given out
@@ -88,6 +88,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         latents: Tensor | None = None,
         progress: bool = True,
         on_step: OnStep | None = None,
+        keep_steps: bool = False,
         **sampler_options: Any,
     ) -> Images:
         """Pictures of a prompt, or of several: ``n`` (default 1) of each.
@@ -99,7 +100,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         steps and spacing: one of one's own, or a list of falling timesteps. ``seed``: picture i has seed s + i, or a sequence with one for
         each. ``latents`` (B, C, h, w): standard normal noise to start from, in place of the seeds'. ``guidance`` 1 is the conditional model
         alone, 0 the unconditional; an empty prompt is unconditional too (except in models whose unconditional is not the empty text).
-        ``sizes``: what SDXL is told of the picture's size.
+        ``sizes``: what SDXL is told of the picture's size. ``keep_steps``: whether the prediction of every step is decoded too (`Images.animate`).
         Decoded values outside [0, 1] are clamped.
 
         Raises ValueError for a size that the autoencoder cannot hold, no pictures or no steps, an unknown sampler or option, a model that
@@ -107,7 +108,8 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         """
         call = self._settle(
             prompt, negative=negative, n=n, steps=steps, guidance=guidance, sampler=sampler, convention=convention, spacing=spacing, grid=grid,
-            seed=seed, height=height, width=width, sizes=sizes, latents=latents, progress=progress, on_step=on_step, **sampler_options,
+            seed=seed, height=height, width=width, sizes=sizes, latents=latents, progress=progress, on_step=on_step,
+            keep_steps=keep_steps, **sampler_options,
         )  # fmt: skip
         return self._sample("text_to_image", call)
 
@@ -222,15 +224,19 @@ class LatentDiffusion(Painting, Editing, nn.Module):
             call, (x.shape[-2], x.shape[-1]), extra=extra, draft=draft or known, image_guidance=image_guidance, window=window, tell=tell
         )  # fmt: skip
         fn = fn if known is None else keep_known(fn, self.denoiser.schedule, *known)
-        images = self._images(task, call, self._run(fn, x, call), facts, finish)
+        kept: list[Tensor] = []
+        x = self._run(fn, x, call, *([lambda i, x, d: kept.append(d.x0)] if call.keep_steps else []))
+        images = self._images(task, call, x, facts, finish)
+        if kept:
+            images = replace(images, steps=torch.stack([self.decode(x0) for x0 in kept]))
         for watcher in self.watchers:
             watcher.end(images)
         return images
 
-    def _run(self, fn: DenoiseFn, x: Tensor, call: Call) -> Tensor:
-        """The call's sampler over its grid, from a first state."""
+    def _run(self, fn: DenoiseFn, x: Tensor, call: Call, *looks: Callable[[int, Tensor, Denoised], Any]) -> Tensor:
+        """The call's sampler over its grid, from a first state; ``looks`` are shown each step."""
         with progress_bar(len(call.grid), call.progress) as bar:
-            hook = all_hooks(call.on_step, lambda *_: bar.update(), *(watcher.step for watcher in self.watchers))
+            hook = all_hooks(call.on_step, lambda *_: bar.update(), *looks, *(watcher.step for watcher in self.watchers))
             draw = call.rules.noise(call.seeds, call.grid, call.sampler, **call.options)
             return call.solve(fn, x, call.grid, noise=draw, on_step=hook, **call.options)
 

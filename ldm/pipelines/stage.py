@@ -47,7 +47,9 @@ class Stage(nn.Module):
         return next(self.denoiser.parameters()).device
 
     def settle(self, prompt: Any, **options: Any) -> Call:
-        """The call of some options, None for what the card says: see `ldm.pipelines.call.settle`."""
+        """The call of some options, None for what the card says: see `ldm.pipelines.call.settle`; its steps are not kept."""
+        if options.pop("keep_steps", False):
+            raise ValueError("keep_steps: an unCLIP model keeps no steps; on_step sees the decoder's")
         return settle(cast(Any, self.card), self.denoiser.schedule, prompt, **options)
 
     def guided(self, cond: Cond, uncond: Cond, scale: float) -> DenoiseFn:

@@ -93,6 +93,16 @@ def test_on_step_sees_every_step_can_change_x_and_can_stop(pipe):
     assert seen == [0]
 
 
+def test_steps_are_kept_when_asked_for(pipe, tmp_path):
+    plain = run(pipe, n=2)
+    made = run(pipe, n=2, keep_steps=True)
+    assert torch.equal(made.tensor, plain.tensor) and plain.steps is None and made.recipe == plain.recipe
+    assert made.steps.shape == (4, 2, 3, 32, 32) and torch.allclose(made.steps[-1], made.tensor, atol=1e-6)  # its last step takes x0 as the data
+    assert made.animate(tmp_path / "x.gif").stat().st_size > 0
+    again = pipe.image_to_image("cat", torch.rand(3, 32, 32), strength=0.5, progress=False, keep_steps=True)
+    assert again.steps.shape == (2, 1, 3, 32, 32)
+
+
 def test_unknown_words_are_named_in_a_warning(pipe):
     with pytest.warns(UnknownWords, match="never seen 'zeppelin', 'azure'"):
         run(pipe, "a zeppelin on azure zeppelin background")
