@@ -246,7 +246,7 @@ class UnCLIP(nn.Module):
         call = self.decoder.settle(prompt, n=self.card.pictures if n is None else n, **options)
         self.decoder.shape(call)
         if self.clip.text is not None:
-            warn_unknown(self.card.name, self.clip.text, (*call.prompts, call.negative), stacklevel=4)
+            warn_unknown(self.card.name, self.clip.text, (*call.prompts, *call.negatives), stacklevel=4)
         return call
 
     def _guided(self, call: Call, embedding: ImageEmbedding, noise_level: int, concat: Tensor | None = None) -> DenoiseFn:
