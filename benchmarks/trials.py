@@ -53,6 +53,7 @@ def trials(samples: int) -> dict[str, dict[str, list[Stage]]]:
         "text": {"frozen": alone({}), "tuned": alone({"text.tuned": True, "text.prior": 1.0})},
         "size": {
             "64-128-224": alone({}),
+            "64-128-224, twice the pictures": alone({"run.steps": 2 * samples // 16}),  # in about the time that the larger ones take
             "96-160-192": alone({"model.channels": [96, 160, 192]}),
             "64-128-192, 2 blocks": alone({"model.channels": [64, 128, 192], "model.blocks": 2}),
         },
