@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,15 +13,18 @@ from ldm.models.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.movq import MoVQConfig
 from ldm.models.noise_augmentation import AugmentationConfig, NoiseAugmentation
 from ldm.models.prior import PriorConfig
+from ldm.models.shapes import KANDINSKY21 as KANDINSKY21_SHAPE
 from ldm.models.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
+from ldm.models.unigram import END, PAD, SPACE, START, UNKNOWN, Unigram
 from ldm.models.vae import VAEConfig
+from ldm.models.xlmr import XLMRConditioner, XLMRConfig
 from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
-from ldm.published_unclip import KANDINSKY22, KARLO, UNCLIP_L, defaults
+from ldm.published_unclip import KANDINSKY21, KANDINSKY22, KARLO, UNCLIP_L, defaults
 from ldm.unclip_cards import UnCLIPCard
 from ldm.weights.parts import build_network, randomise
 
@@ -84,12 +88,30 @@ def tiny_stable() -> UnCLIP:
     return UnCLIP(clip=pair(card.clip), prior=prior(card), decoder=stage, card=card).eval()
 
 
-def tiny_kandinsky() -> UnCLIP:
-    """Kandinsky 2.2: MoVQ latents, no text in the decoder."""
-    decoder = replace(KANDINSKY22.decoder, defaults=defaults(4, 3.0, 32))
-    card = replace(KANDINSKY22, decoder=decoder, prior=replace(KANDINSKY22.prior, defaults=defaults(4, 2.0, 16)))
-    unet = replace(PIXELS, in_channels=4, out_channels=8)
-    network = net(DecoderConfig(unet=unet, condition=replace(KANDINSKY22_SHAPE.condition, embed_dim=E)), 4)
-    space = Space(net(MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50), 8), 1.0)
-    stage = DecoderStage(network, decoder, clip=card.clip, space=space)
+MOVQ = MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50)
+PIECES = [
+    *((token, 0.0) for token in (START, PAD, END, UNKNOWN)), (SPACE, -3.0), (f"{SPACE}a", -2.5), (f"{SPACE}ap", -3.3), (f"{SPACE}red", -3.2), ("ple", -3.0),
+    *((letter, -4.0 - i / 100) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")),
+]  # fmt: skip
+
+
+def kandinsky(card: UnCLIPCard, condition: ImageConditionConfig, words: XLMRConditioner | None = None, **changes: Any) -> UnCLIP:
+    decoder = replace(card.decoder, defaults=defaults(4, 3.0, 32))
+    card = replace(card, decoder=decoder, prior=replace(card.prior, defaults=defaults(4, 2.0, 16)))
+    unet = replace(PIXELS, **{"in_channels": 4, "out_channels": 8, **changes})
+    network = net(DecoderConfig(unet=unet, condition=condition), 4)
+    stage = DecoderStage(network, decoder, clip=card.clip, space=Space(net(MOVQ, 8), 1.0), text=words)
     return UnCLIP(clip=pair(card.clip), prior=prior(card), decoder=stage, card=card).eval()
+
+
+def tiny_kandinsky(in_channels: int = 4) -> UnCLIP:
+    """Kandinsky 2.2: MoVQ latents, no text in the decoder."""
+    card = KANDINSKY22 if in_channels == 4 else replace(KANDINSKY22, concat="known")
+    return kandinsky(card, replace(KANDINSKY22_SHAPE.condition, embed_dim=E), in_channels=in_channels)
+
+
+def tiny_kandinsky21() -> UnCLIP:
+    """Kandinsky 2.1: a text encoder of its own for the decoder. The peer has one width for CLIP, that encoder's projection and the UNet's context."""
+    words = XLMRConditioner(net(XLMRConfig(vocabulary=40, width=32, layers=2, heads=2, mlp_width=48, positions=80, embed_dim=E), 9), Unigram(PIECES))
+    condition = replace(KANDINSKY21_SHAPE.condition, embed_dim=E, text_dim=32, pooled_dim=E)
+    return kandinsky(KANDINSKY21, condition, words, context_dim=E)

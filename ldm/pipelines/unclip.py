@@ -195,7 +195,7 @@ class UnCLIP(nn.Module):
     def inpaint(self, prompt: str, image: Picture, mask: Picture, *, candidates: int = 1, **options: Any) -> Images:
         """Pictures of a prompt in which the masked part (white) is made anew, of the picture's size; options as in `text_to_image`.
 
-        A model with input channels for it is given the known latent and where it is; any other keeps the known part as it is.
+        What is known of the latent is kept as it is; a model with input channels for it is also given it, and where it is.
         """
         pixels = to_pixels(image)
         hole = to_mask(mask, pixels.shape[-2:])
@@ -203,15 +203,15 @@ class UnCLIP(nn.Module):
         embedding = self.imagine(call.prompts, negative=call.negative, seed=call.seeds, candidates=candidates, **_priors(options))
         known = self.decoder.space.encode(pixels, self.decoder.device)
         small = torch.nn.functional.adaptive_max_pool2d(hole, known.shape[-2:]).to(known.device)
-        options = {**options, "upsample": False}
+        options, told = {**options, "upsample": False}, None
         if self.card.concat == "known":
+            small = widened(small)
             told = torch.cat([known * (1 - small), (1 - small).expand(len(known), -1, -1, -1)], dim=1)
-            return self._decode("inpaint", call, embedding, options, {"candidates": candidates}, concat=told)
 
         def wrap(fn: DenoiseFn) -> DenoiseFn:
             return keep_known(fn, self.decoder.denoiser.schedule, known, small)
 
-        return self._decode("inpaint", call, embedding, options, {"candidates": candidates}, wrap=wrap)
+        return self._decode("inpaint", call, embedding, options, {"candidates": candidates}, concat=told, wrap=wrap)
 
     def rerank(self, prompt: str | Sequence[str], *, of: int = 16, keep: int = 4, **options: Any) -> Images:
         """``of`` pictures of each prompt made, the ``keep`` most similar to it by CLIP returned, best first."""
@@ -289,6 +289,14 @@ class UnCLIP(nn.Module):
         told = {**call.recipe(task), **facts}
         recipe = stamp(self.card.name, told, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
         return Images(tensor=pixels, seeds=call.seeds, prompts=tuple(map(str, call.prompts)), recipe=recipe, flagged=flagged)
+
+
+def widened(hole: Tensor) -> Tensor:
+    """A hole (B, 1, h, w) and its neighbours, but those to the upper right and the lower left: where Kandinsky's models know nothing."""
+    seen = torch.nn.functional.pad(hole, (1, 1, 1, 1))
+    h, w = hole.shape[-2:]
+    shifts = ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2))
+    return torch.stack([seen[..., i : i + h, j : j + w] for i, j in shifts]).amax(0)
 
 
 def _grown(stage: UpsamplerStage, pixels: Tensor, side: int, model: UnCLIP) -> int:
