@@ -11,11 +11,13 @@ _PUBLIC = {
     "Cond": "types", "Denoised": "types", "NoiseSchedule": "schedule", "TimeGrid": "grid", "Denoiser": "denoiser", "cfg": "guidance",
     "SAMPLERS": "samplers", "Images": "images", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
     "list_models": "registry", "load": "registry", "save": "registry", "register": "registry", "trace": "trace",
+    "optimize": "fast.optimize",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from ldm.denoiser import Denoiser
+    from ldm.fast.optimize import optimize
     from ldm.grid import TimeGrid
     from ldm.guidance import cfg
     from ldm.images import Images

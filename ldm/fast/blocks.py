@@ -1,0 +1,60 @@
+"""The blocks of the networks with fused norms and the attention kernel: the same parameters and functions, only other ways through memory."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.fast.ops import Plain
+from ldm.fast.packed import with_grad
+from ldm.nn.attention import Attention, AttentionBlock
+from ldm.nn.norm import SpatialNorm
+from ldm.nn.resblock import ResBlock, resize
+
+
+class FastGroupNorm(nn.GroupNorm):
+    """Group norm of a map, channels last."""
+
+    ops: Plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if with_grad(x) or x.ndim != 4 else self.ops.group_norm(x, self)
+
+
+class FastResBlock(ResBlock):
+    """A residual block whose SiLUs are part of the norms."""
+
+    ops: Plain
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        if with_grad(x) or self.training or isinstance(self.norm1, SpatialNorm):
+            return super().forward(x, emb, z)
+        h = self.ops.group_norm(x, self.norm1, silu=True)
+        if self.resample is not None:
+            x, h = resize(x, self.resample), resize(h, self.resample)
+        h = self.conv1(h)  # (B, C_out, h', w')
+        if emb is None:
+            h = self.ops.group_norm(h, self.norm2, silu=True)
+        else:
+            shift = self.time_emb_proj(F.silu(emb))
+            if self.scale_shift:
+                gain, offset = shift.chunk(2, dim=1)
+                h = self.ops.group_norm(h, self.norm2, silu=True, gain=gain, offset=offset)
+            else:
+                h = self.ops.group_norm(h, self.norm2, silu=True, add=shift)
+        return self.conv2(h).add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class FastAttention(Attention):
+    """Attention by the kernel; by the plain product where someone looks at the probabilities, or a gradient is wanted."""
+
+    ops: Plain
+
+    def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if with_grad(q) or with_grad(k) or getattr(self, "controls", ()):
+            return super().product(q, k, v, mask)
+        return self.ops.attention(q, k, v, mask)
+
+
+class FastAttentionBlock(FastAttention, AttentionBlock):
+    """Attention of a map's positions by the kernel."""

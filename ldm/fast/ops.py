@@ -1,0 +1,120 @@
+"""The two operators that have kernels of their own, by PyTorch (`Plain`) and by the compiled kernels (`Native`): the same functions."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.fast.build import library
+
+CHANNELS_LAST = torch.channels_last
+
+
+class Plain:
+    """By PyTorch's own operators, anywhere."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q kᵀ / sqrt(d)) v; arguments as in `ldm.nn.attention.attend`."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def group_norm(
+        self, x: Tensor, norm: nn.GroupNorm, *, silu: bool = False, add: Tensor | None = None, gain: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """silu(norm(x + add) · (1 + gain) + offset) of a map (B, C, h, w); add, gain and offset (B, C), each may be absent."""
+        y = F.group_norm(x if add is None else x + add[:, :, None, None], norm.num_groups, norm.weight, norm.bias, norm.eps)
+        if gain is not None:
+            y = y * (1 + gain[:, :, None, None])
+        if offset is not None:
+            y = y + offset[:, :, None, None]
+        return F.silu(y) if silu else y
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sum of squared deviations of each channel of a map (B, C, h, w): (B, C) float64 each."""
+        wide = x.flatten(2).float()
+        var, mean = torch.var_mean(wide, dim=2, correction=0)
+        return mean.double(), var.double() * wide.shape[2]
+
+    def affine(self, x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool) -> Tensor:
+        """x·scale + shift, and SiLU behind it if asked; scale and shift (B, C) float32."""
+        y = torch.addcmul(shift[:, :, None, None], x.float(), scale[:, :, None, None])
+        return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+class Native(Plain):
+    """By the compiled kernels, on CPU tensors of float32 or bfloat16; by PyTorch where they cannot. NoKernels if there are none."""
+
+    def __init__(self) -> None:
+        self.lib = library()
+        self.dtypes = (torch.float32, torch.bfloat16) if self.lib.has_bf16() else (torch.float32,)
+
+    def __reduce__(self) -> tuple[type[Native], tuple[()]]:
+        return Native, ()
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels take a tensor."""
+        return x.device.type == "cpu" and x.dtype in self.dtypes and x.numel() > 0
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        dim, keys = q.shape[-1], k.shape[-2]
+        kinds = {t.dtype for t in (q, k, v)}
+        simple = mask is None or (mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool)  # of keys alone
+        wide = q.dtype == torch.float32 and dim >= 128  # there PyTorch's is as fast
+        if not simple or not self.takes(q) or len(kinds) > 1 or dim % 8 or wide or v.shape[-1] != dim or keys == 0:
+            return super().attention(q, k, v, mask)
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        batch, heads, rows = q.shape[:3]
+        out = q.new_empty(batch, rows, heads, dim).transpose(1, 2)  # (B, H, L, d) over (B, L, H, d)
+        strides = (ctypes.c_int64 * 12)(*(s for t in (q, k, v, out) for s in t.stride()[:3]))
+        byte = None if mask is None else mask.expand(batch, 1, 1, keys).reshape(batch, keys).contiguous().view(torch.uint8)
+        self.lib.ldm_attention(
+            _code(q), _at(q), _at(k), _at(v), _at(byte), _at(out), strides, batch, heads, rows, keys, dim, torch.get_num_threads()
+        )
+        return out
+
+    def group_norm(
+        self, x: Tensor, norm: nn.GroupNorm, *, silu: bool = False, add: Tensor | None = None, gain: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if not self.takes(x) or norm.weight is None:
+            return super().group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset)
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        batch, channels, h, w = x.shape
+        y = torch.empty_like(x)
+        small = [None if t is None else t.float().contiguous() for t in (norm.weight, norm.bias, add, gain, offset)]
+        self.lib.ldm_group_norm(
+            _code(x), _at(x), *map(_at, small), _at(y), batch, ctypes.c_int64(h * w), channels, norm.num_groups, ctypes.c_double(norm.eps),
+            int(silu), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.takes(x):
+            return super().moments(x)
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        batch, channels, h, w = x.shape
+        mean, m2 = torch.empty(2, batch, channels, dtype=torch.float64)
+        self.lib.ldm_moments(_code(x), _at(x), _at(mean), _at(m2), batch, ctypes.c_int64(h * w), channels, torch.get_num_threads())
+        return mean, m2
+
+    def affine(self, x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool) -> Tensor:
+        if not self.takes(x):
+            return super().affine(x, scale, shift, silu=silu)
+        x, scale, shift = x.contiguous(memory_format=CHANNELS_LAST), scale.float().contiguous(), shift.float().contiguous()
+        batch, channels, h, w = x.shape
+        y = torch.empty_like(x)
+        threads = torch.get_num_threads()
+        self.lib.ldm_affine(_code(x), _at(x), _at(scale), _at(shift), _at(y), batch, ctypes.c_int64(h * w), channels, int(silu), threads)
+        return y
+
+
+def _code(x: Tensor) -> int:
+    return int(x.dtype == torch.bfloat16)
+
+
+def _at(x: Tensor | None) -> Any:
+    return None if x is None else ctypes.c_void_p(x.data_ptr())

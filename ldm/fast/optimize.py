@@ -1,0 +1,52 @@
+"""Speed: `optimize` exchanges the layers of a pipeline's networks for faster ones that compute the same."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, FastResBlock
+from ldm.fast.build import NoKernels
+from ldm.fast.ops import Native, Plain
+from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, PackedConv2d, PackedLinear
+from ldm.nn.attention import GEGLU, Attention, AttentionBlock
+from ldm.nn.resblock import ResBlock, Upsample
+
+P = TypeVar("P", bound=nn.Module)
+
+EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.GroupNorm: FastGroupNorm, GEGLU: FastGEGLU, ResBlock: FastResBlock,
+    Attention: FastAttention, AttentionBlock: FastAttentionBlock, Upsample: FoldedUpsample,
+}  # fmt: skip
+
+
+def optimize(pipe: P, *, kernels: bool = True) -> P:
+    """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its dtype.
+
+    Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
+    ``pipe.optimizations`` names what was done. ``kernels``: whether attention and group norm may be compiled with the machine's C++ compiler
+    (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations`` says why.
+    On other devices than the CPU the layers compute as before.
+    """
+    ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
+    if kernels:
+        try:
+            ops, note = Native(), "attention and group norm with SiLU: compiled kernels"
+        except NoKernels as error:
+            note = f"attention and group norm: PyTorch's operators, as kernels cannot be built ({error})"
+    for part in list(pipe.modules()):
+        if type(part) is Attention and part.to_k.in_features != part.to_q.in_features:
+            part.to_k.__class__ = part.to_v.__class__ = ContextLinear
+        if type(part) is GEGLU:
+            part.proj.__class__ = HalvedLinear
+        if type(part) in EXCHANGED:
+            part.__class__ = EXCHANGED[type(part)]
+        if isinstance(part, FastAttention | FastGroupNorm | FastResBlock):
+            part.ops = ops
+    pipe.optimizations = (
+        note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
+        "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
+        "keys and values of the context: once a prompt",
+    )  # fmt: skip
+    return pipe

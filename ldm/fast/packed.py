@@ -1,0 +1,199 @@
+"""Linear and convolution layers whose weights are kept in the order that oneDNN multiplies in, so that no call puts them in order again."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nn.attention import GEGLU
+from ldm.nn.meta import on_meta
+from ldm.nn.resblock import Upsample
+
+CHANNELS_LAST = torch.channels_last
+mkldnn = torch.ops.mkldnn
+
+
+def packable(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and packs weights of a dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
+
+
+def with_grad(x: Tensor) -> bool:
+    """Whether a gradient must flow through x, which packed layers and kernels have none for."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+class Packed(nn.Module):
+    """A layer whose weight is packed at the first call, in the place of the plain one; a state dict still holds the plain one.
+
+    Moving, loading, copying and gradients go by the plain weight.
+    """
+
+    packed: list[Tensor] | None = None
+    parts = 1  # the packed weights are the plain one's equal parts along the outputs
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The plain weight."""
+        own = self._parameters.get("weight")
+        if own is not None or self.packed is None:
+            return own  # type: ignore[return-value]
+        return torch.cat([part.to_dense() for part in self.packed])
+
+    def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
+        """A weight in the order that is best for an input."""
+        raise NotImplementedError
+
+    def packs(self, x: Tensor) -> list[Tensor] | None:
+        """The packed weights, made now if need be; None where the plain one must serve."""
+        if with_grad(x):
+            return None
+        if self.packed is None:
+            weight = self._parameters["weight"]
+            if weight is None or {x.device.type, weight.device.type} != {"cpu"} or weight.dtype != x.dtype or not packable(x.dtype):
+                return None
+            if torch.is_grad_enabled() and weight.requires_grad:
+                return None
+            self.packed = [self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)]
+            self._parameters["weight"] = None
+        return self.packed if self.packed[0].dtype == x.dtype else None
+
+    def unpack(self) -> None:
+        """Back to the plain weight."""
+        if self.packed is not None:
+            weight, self.packed = self.weight, None
+            self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return self.__dict__.copy()
+
+
+class PackedLinear(Packed, nn.Linear):
+    """A linear layer."""
+
+    def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
+        return mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.packs(x)
+        return F.linear(x, self.weight, self.bias) if packed is None else mkldnn._linear_pointwise(x, packed[0], self.bias, "none", [], "")
+
+
+class ContextLinear(PackedLinear):
+    """The keys or values of a context, computed once while the context is the very same tensor: once a prompt, not once a step."""
+
+    seen: tuple[Any, int, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.is_inference():
+            return super().forward(x)
+        if self.seen is None or self.seen[0]() is not x or self.seen[1] != x._version:
+            self.seen = (weakref.ref(x), x._version, super().forward(x))
+        return self.seen[2]
+
+    def unpack(self) -> None:
+        self.seen = None
+        super().unpack()
+
+
+class HalvedLinear(PackedLinear):
+    """A linear layer whose outputs are two halves, each with a weight of its own: GEGLU's value and gate."""
+
+    parts = 2
+
+
+class FastGEGLU(GEGLU):
+    """value · gelu(gate), both inside the products that make them: the pair of them, twice as wide as the result, is never in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.proj.packs(x) if isinstance(self.proj, HalvedLinear) else None
+        if packed is None:
+            value, gate = F.linear(x, self.proj.weight, self.proj.bias).chunk(2, dim=-1)
+            return value * F.gelu(gate)
+        value_bias, gate_bias = self.proj.bias.chunk(2)
+        gate = mkldnn._linear_pointwise(x, packed[1], gate_bias, "gelu", [], "none")
+        return mkldnn._linear_pointwise.binary(x, gate, packed[0], value_bias, "mul")
+
+
+class PackedConv2d(Packed, nn.Conv2d):
+    """A convolution of channels-last maps."""
+
+    def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
+        return mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        packed = self.packs(x)
+        if packed is None:
+            return self._conv_forward(x, self.weight, self.bias)
+        return mkldnn._convolution_pointwise(x, packed[0], self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
+
+
+class FoldedUpsample(Upsample):
+    """Doubling and the 3×3 convolution in one: each of the four pixels that a pixel becomes sees 2×2 pixels of the small map, so four 2×2
+    convolutions, whose weights are sums of the 3×3 one's, give the same with 4/9 of the products.
+    """
+
+    folded: list[PackedConv2d] | None = None
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        h, w = x.shape[-2:]
+        if with_grad(x) or (size is not None and tuple(size) != (2 * h, 2 * w)):
+            return super().forward(x, size)
+        if self.folded is None or self.folded[0].bias.dtype != x.dtype or self.folded[0].bias.device != x.device:
+            self.__dict__["folded"] = fold(self.conv)  # not a child: a state dict holds the 3×3 convolution alone
+        assert self.folded is not None
+        out = x.new_empty(len(x), h, 2, w, 2, self.conv.out_channels)
+        for i, conv in enumerate(self.folded):
+            down, right = divmod(i, 2)
+            out[:, :, down, :, right] = conv(x).permute(0, 2, 3, 1)[:, down : down + h, right : right + w]
+        return out.view(len(x), 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.pop("folded", None)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("folded", None)
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def fold(conv: nn.Conv2d) -> list[PackedConv2d]:
+    """The 2×2 convolutions of the pixels above left, above right, below left and below right; each gives (h + 1) × (w + 1) outputs.
+
+    Above, the first row of weights meets the row before and the other two the pixel's own; below, the first two its own and the last the next.
+    """
+    weight = conv.weight.detach().float()
+    rows = (torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2), torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], 2))
+    convs: list[PackedConv2d] = []
+    for row in rows:
+        for kernel in (
+            torch.stack([row[..., 0], row[..., 1] + row[..., 2]], 3),
+            torch.stack([row[..., 0] + row[..., 1], row[..., 2]], 3),
+        ):
+            with on_meta():
+                made = nn.Conv2d(conv.in_channels, conv.out_channels, 2, padding=1)
+            made.__class__ = PackedConv2d
+            made._parameters["weight"] = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
+            made._parameters["bias"] = nn.Parameter(conv.bias.detach(), requires_grad=False)
+            convs.append(cast(PackedConv2d, made))
+    return convs
