@@ -7,7 +7,7 @@ import torch
 from tinymodel import tiny_model
 
 import ldm
-from ldm.pipelines.latent import UnknownWords
+from ldm.pipelines.call import UnknownWords
 
 
 @pytest.fixture(scope="module")
