@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
-    """Make pictures of a prompt. (Also: ldm replay, models, train, export, grid, inspect. `--` before a prompt that is one of these words.)"""
+    """Make pictures of a prompt. (Also: ldm replay, models, train, export, assemble, grid, inspect. `--` before a prompt that is one of these words.)"""
     from ldm.images import check_writable
 
     parser.add_argument("prompt", help="what to show; an empty text is unconditional")
@@ -130,6 +130,17 @@ def export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     return None
 
 
+def assemble(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
+    """Make the folder of an unCLIP model from its card and the exports of its trainings."""
+    parser.add_argument("card", help="a YAML file such as configs/cards/emoji-unclip.yaml: the card, and where each part was exported to")
+    parser.add_argument("folder", help="the folder to write, which --weights and ldm.load take")
+    args = parser.parse_args(argv)
+    from ldm.pipelines.unclip_gather import gather
+
+    print(gather(args.card, args.folder))
+    return None
+
+
 def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Print what a sampler will do: t, alpha-bar, sigma/alpha, lambda, evaluations."""
     from ldm.cards import find_model
@@ -164,7 +175,7 @@ def inspect(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 Command = Callable[[argparse.ArgumentParser, Sequence[str]], "int | None"]
 COMMANDS: dict[str, Command] = {
-    "generate": generate, "replay": replay, "models": models, "train": train, "export": export, "grid": grid, "inspect": inspect,
+    "generate": generate, "replay": replay, "models": models, "train": train, "export": export, "assemble": assemble, "grid": grid, "inspect": inspect,
 }  # fmt: skip
 
 

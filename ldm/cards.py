@@ -192,10 +192,14 @@ def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     Its family, or its base's, says of which kind it is: an `UnCLIPCard` for those of `ldm.unclip_cards.UnCLIPFamily`, a `PriorCard` for
     "dalle2-prior", else a `ModelCard`.
     """
+    return parse_card(read_yaml(path), path)
+
+
+def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
+    """The card of a mapping; ``source``: the file that it is from, for messages. See `read_card`."""
     from ldm.unclip_cards import UNCLIP_FAMILIES, PriorCard, UnCLIPCard
 
-    path = Path(path)
-    mapping = dict(read_yaml(path))
+    mapping = dict(mapping)
     if "base" in mapping:
         base, _ = find_card(mapping.pop("base"))
         own = {"parts": {}} if isinstance(base, UnCLIPCard) else {} if isinstance(base, PriorCard) else {"folder": None}
@@ -206,7 +210,7 @@ def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     try:
         return build(UnCLIPCard if family in UNCLIP_FAMILIES else PriorCard if family == "dalle2-prior" else ModelCard, mapping)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from None
+        raise ValueError(f"{str(source)!r}: {error}") from None
 
 
 def embedded() -> dict[str, Path]:
