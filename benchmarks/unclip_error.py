@@ -109,7 +109,7 @@ def table(result: Mapping[str, Any]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; impossible ones are refused."""
     parser = argparse.ArgumentParser(description="Attribute unCLIP's error to prior and decoder.")
-    parser.add_argument("--model", default="emoji-unclip")
+    parser.add_argument("--model", default=None, help="default: the one in the folder of weights, else emoji-unclip")
     parser.add_argument("--weights", default=None, help="weights to judge in place of the model's own")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
     parser.add_argument("--n", type=int, default=100, help="prompts, half with a ground (default: %(default)s)")
@@ -127,7 +127,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    pipe = ldm.load(options.model, weights=options.weights)
+    pipe = ldm.load(options.model or (None if options.weights else "emoji-unclip"), weights=options.weights)
     start = time.perf_counter()
     result = measure(pipe, EmojiData.open(options.data), options)
     print(table(result))

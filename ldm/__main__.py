@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
-    """Make pictures of a prompt. (Also: ldm replay, models, train, export, assemble, grid, inspect. `--` before a prompt that is one of these words.)"""
+    """Make pictures of a prompt. (Also: ldm replay, models, train, export, assemble, grid, inspect. `--` before a prompt that is such a word.)"""
     from ldm.images import check_writable
 
     parser.add_argument("prompt", help="what to show; an empty text is unconditional")
@@ -175,7 +175,8 @@ def inspect(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 Command = Callable[[argparse.ArgumentParser, Sequence[str]], "int | None"]
 COMMANDS: dict[str, Command] = {
-    "generate": generate, "replay": replay, "models": models, "train": train, "export": export, "assemble": assemble, "grid": grid, "inspect": inspect,
+    "generate": generate, "replay": replay, "models": models, "train": train, "export": export, "assemble": assemble, "grid": grid,
+    "inspect": inspect,
 }  # fmt: skip
 
 

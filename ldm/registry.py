@@ -35,8 +35,8 @@ def list_models() -> list[str]:
 def register(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     """Make a model of one's own known to `load` and `list_models`, by its card in a YAML file.
 
-    The file states the fields of `ModelCard` (or of `UnCLIPCard`, `PriorCard`); ``base: NAME`` takes those that it leaves out from another card. ValueError for a card that is
-    wrong, or a name that an embedded or published model has.
+    The file states the fields of `ModelCard` (or of `UnCLIPCard`, `PriorCard`); ``base: NAME`` takes those that it leaves out from another card.
+    ValueError for a card that is wrong, or a name that an embedded or published model has.
     """
     card = read_card(path)
     if card.name in embedded() or (card.name in known_cards() and card.name not in REGISTERED):
@@ -53,9 +53,10 @@ def load(
     """A model by name, ready to sample: a `LatentDiffusion` or an `UnCLIP`; for a first stage or a tiny autoencoder (kl-f8, taesd), its network
     alone; for a prior alone, its stage.
 
-    ``name``: None for the model whose card lies in the folder of ``weights``, else "emoji-ldm". ``weights``: a single file (.safetensors or .ckpt, which is read without executing anything), a folder in the layout of diffusers (or,
-    for Kandinsky, one that holds those of prior and decoder), a folder that `save` wrote, or "random" for small random weights in the model's shapes. None: the embedded weights, else NAME below LDM_HOME, else
-    the hub. Local files never touch the network. ``device``: None for the best there is. ``dtype``: None for the fastest that is safe on the
+    ``name``: None for the model whose card lies in the folder of ``weights``, else "emoji-ldm". ``weights``: a single file (.safetensors or .ckpt,
+    which is read without executing anything), a folder in the layout of diffusers (or, for Kandinsky, one that holds those of prior and decoder),
+    a folder that `save` wrote, or "random" for small random weights in the model's shapes. None: the embedded weights, else NAME below LDM_HOME,
+    else the hub. Local files never touch the network. ``device``: None for the best there is. ``dtype``: None for the fastest that is safe on the
     device, else "float32", "bfloat16" or "float16".
 
     ``ema``: the averaged weights, where a file has both (None: if it has them). ``variant``: of a folder's files, such as "fp16". ``prediction``:

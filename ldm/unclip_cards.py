@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ldm.cards import Defaults, Hub, ScheduleCard, shape
@@ -56,7 +56,7 @@ class StageCard:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveCard:
-    """How an autoregressive prior is sampled: for which cosine of text and image, and how far from the likeliest; see `AutoregressivePrior.sample`."""
+    """How an autoregressive prior is sampled: for which cosine of text and image, how far from the likeliest; see `AutoregressivePrior.sample`."""
 
     similarity: float = 0.5
     temperature: float = 1.0

@@ -90,7 +90,8 @@ def tiny_stable() -> UnCLIP:
 
 MOVQ = MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50)
 PIECES = [
-    *((token, 0.0) for token in (START, PAD, END, UNKNOWN)), (SPACE, -3.0), (f"{SPACE}a", -2.5), (f"{SPACE}ap", -3.3), (f"{SPACE}red", -3.2), ("ple", -3.0),
+    *((token, 0.0) for token in (START, PAD, END, UNKNOWN)), (SPACE, -3.0), (f"{SPACE}a", -2.5), (f"{SPACE}ap", -3.3), (f"{SPACE}red", -3.2),
+    ("ple", -3.0),
     *((letter, -4.0 - i / 100) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")),
 ]  # fmt: skip
 

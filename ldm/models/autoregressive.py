@@ -90,8 +90,8 @@ class AutoregressivePrior(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Image embeddings (B, E) for a condition of batch B, as like the text as the cosine ``similarity`` says.
 
-        Component k of sample i depends on (seeds[i], ``first`` + k) alone, by the Gumbel trick. ``temperature`` 0 takes the likeliest. ValueError for a
-        similarity outside [−1, 1], or a number of seeds that is not B.
+        Component k of sample i depends on (seeds[i], ``first`` + k) alone, by the Gumbel trick. ``temperature`` 0 takes the likeliest.
+        ValueError for a similarity outside [−1, 1], or a number of seeds that is not B.
         """
         c = self.config
         if not -1 <= similarity <= 1:

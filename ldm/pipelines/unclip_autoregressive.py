@@ -39,7 +39,8 @@ class AutoregressiveStage(nn.Module):
         self.net, self.card, self.clip = net, card, clip
 
     def settle(
-        self, prompt: str | Sequence[str], *, n: int | None = None, negative: str = "", seed: int | Sequence[int] = 0, progress: bool = True, **own: Any
+        self, prompt: str | Sequence[str], *, n: int | None = None, negative: str = "", seed: int | Sequence[int] = 0, progress: bool = True,
+        **own: Any,
     ) -> AutoregressiveCall:
         """The call of some options, None for what the card says; a ``negative`` prompt raises ValueError, as there is no guidance."""
         if negative:

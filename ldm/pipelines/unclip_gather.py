@@ -60,7 +60,7 @@ def _all_parts(card: UnCLIPCard) -> list[str]:
 
 
 def check_parts(card: UnCLIPCard, folder: Path) -> None:
-    """ValueError where a part's YAML says of its training what the card says otherwise: the CLIP, the schedule, what is predicted, the enlargement."""
+    """ValueError where a part's YAML says of its training what the card says otherwise: CLIP, schedule, what is predicted, enlargement."""
     stages: dict[str, Any] = {"prior": card.prior, "decoder": card.decoder}
     sizes = [card.decoder, *card.upsamplers]
     stages |= {upsampler_name(k): stage for k, stage in enumerate(card.upsamplers)}

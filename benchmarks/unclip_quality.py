@@ -1,0 +1,196 @@
+"""How good are the parts of an emoji unCLIP? ``python benchmarks/unclip_quality.py --model emoji-unclip``
+
+prior            cosine of its embeddings and the true pictures' on captions that no training saw, against that of the text's own embedding
+variations       of held-out pictures, four each: how often at least one is of the same name, by the judge of ``emoji_quality.py``
+reconstruction   PSNR of a picture from its embedding and its inverted noise, against that of the autoencoder alone
+upsampler        PSNR of held-out pictures made from their halves, against bicubic enlargement, with a side-by-side picture
+
+Whose the errors of text-to-image are, ``unclip_error.py`` tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from emoji_judge import EmojiJudge
+from emoji_quality import draw_held_out_pairs, draw_held_out_pictures, mean_psnr, real
+from torch import Tensor
+
+import ldm
+from ldm.data import Composition, EmojiData, caption
+from ldm.pipelines.unclip_assemble import prior_stage
+from ldm.pipelines.unclip_stages import enlarge
+from ldm.unclip_cards import AutoregressiveCard
+from ldm.weights.native import about_part, read_network
+
+BATCH = 10
+Figures = dict[str, float]
+
+
+def in_parts(make: Callable[[slice], Tensor], n: int, batch: int = BATCH) -> Tensor:
+    """What ``make`` gives for the slices of n things, joined."""
+    return torch.cat([make(slice(i, min(i + batch, n))) for i in range(0, n, batch)])
+
+
+def held_out(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
+    """Up to n pictures that no training saw, every other one on a ground."""
+    drawn = draw_held_out_pictures(data, rng)
+    return [drawn[i] for i in rng.permutation(len(drawn))[:n]]
+
+
+def prior_cosines(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> dict[str, Figures]:
+    """Mean cosines on held-out (name, ground) pairs and on held-out pictures: of the prior's embedding, and of the text's, to the picture's."""
+    rows = {}
+    for name, chosen in (("held-out pairs", draw_held_out_pairs(data, options.n, rng)), ("held-out pictures", held_out(data, options.n, rng))):
+        prompts = [caption(c, data.index) for c in chosen]
+        true = pipe.clip.image_embedding(real(chosen, data, pipe.card.decoder.defaults.height)).vector.cpu()
+        seeds = list(range(options.seed, options.seed + len(chosen)))
+        made = pipe.imagine(prompts, seed=seeds, candidates=options.candidates, progress=False).vector.cpu()
+        text = pipe.clip.text_embedding(prompts).vector.cpu()
+        cosine = {key: float(F.cosine_similarity(value, true).mean()) for key, value in (("prior", made), ("text", text))}
+        rows[name] = {"n": len(chosen), **cosine, "gain": cosine["prior"] - cosine["text"]}
+    return rows
+
+
+def variations(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> Figures:
+    """Of held-out pictures, four variations each: the shares, in per cent, of pictures and of variations whose name is the judge's first."""
+    chosen, judge = held_out(data, options.pictures, rng), EmojiJudge(data)
+    truth = real(chosen, data, pipe.card.decoder.defaults.height)
+    hits = []
+    for k, (picture, composition) in enumerate(zip(truth, chosen, strict=True)):
+        made = pipe.variations(picture, n=4, seed=options.seed + 4 * k, upsample=False, progress=False).tensor
+        verdicts = judge(made, [data.index[composition.picture].name] * 4, [composition.ground] * 4)
+        hits.append([verdict.rank == 0 for verdict in verdicts])
+    found = np.array(hits)
+    return {"n": len(found), "one of four": 100 * float(found.any(1).mean()), "each": 100 * float(found.mean())}
+
+
+def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> Figures:
+    """Mean PSNR in dB of held-out pictures from embedding and inverted noise, of the autoencoder alone, and what is lost between."""
+    truth = real(held_out(data, options.pictures, rng), data, pipe.card.decoder.defaults.height)
+    space = pipe.decoder.space
+    alone = in_parts(lambda at: space.decode(space.encode(truth[at], pipe.device)), len(truth))
+    settings = {"steps": options.invert_steps, "iterations": options.iterations, "progress": False}
+    again = torch.cat([pipe.reconstruct(picture, **settings).tensor for picture in truth])
+    figures = {"reconstruction": mean_psnr(again, truth), "autoencoder": mean_psnr(alone, truth)}
+    return {"n": len(truth), **figures, "lost": figures["autoencoder"] - figures["reconstruction"]}
+
+
+def upsampler(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> tuple[Figures, Tensor]:
+    """Mean PSNR in dB of held-out pictures from their halves, and of bicubic enlargement; rows of half, bicubic, ours and truth."""
+    stage, side = pipe.upsamplers[0], options.side
+    truth = real(held_out(data, options.pictures, rng), data, side)
+    factor = pipe.card.upsamplers[0].defaults.height // pipe.card.decoder.defaults.height
+    small = F.avg_pool2d(truth, factor)
+
+    def enlarged(at: slice) -> Tensor:
+        part = small[at]
+        call = stage.settle([""] * len(part), seed=list(range(at.start, at.stop)), height=side, width=side, progress=False)
+        return stage(part, call)
+
+    made, bicubic = in_parts(enlarged, len(truth)), enlarge(small, (side, side)).clamp(0, 1)
+    figures = {"upsampler": mean_psnr(made, truth), "bicubic": mean_psnr(bicubic, truth)}
+    shown = torch.stack([F.interpolate(small, (side, side)), bicubic, made, truth], dim=1)[:8].flatten(0, 1)
+    return {"n": len(truth), **figures, "gain": figures["upsampler"] - figures["bicubic"]}, shown
+
+
+def other_prior(pipe: Any, folder: Path) -> None:
+    """Put the prior in a folder of an export in the model's own's place; it must be of the same CLIP."""
+    network, about = read_network(folder, "prior")
+    clip = about_part(folder, "prior").get("clip", pipe.card.clip)
+    if clip != pipe.card.clip:
+        raise ValueError(f"the prior in {str(folder)!r} was trained on {clip!r}, the model runs on {pipe.card.clip!r}")
+    card = AutoregressiveCard() if about["network"] == "AutoregressivePrior" else pipe.card.prior
+    pipe.prior = prior_stage(network, card, clip=clip).eval()
+
+
+def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor | None]:
+    """The figures asked for, each over pictures drawn anew from the seed; and the rows of the upsampler's picture."""
+    result: dict[str, Any] = {}
+    shown = None
+    for name in options.only:
+        rng, start = np.random.default_rng(options.seed), time.perf_counter()
+        if name == "prior":
+            result[name] = prior_cosines(pipe, data, options, rng)
+        elif name == "variations":
+            result[name] = variations(pipe, data, options, rng)
+        elif name == "reconstruction":
+            result[name] = reconstruction(pipe, data, options, rng)
+        else:
+            result[name], shown = upsampler(pipe, data, options, rng)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return result, shown
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown, with the bar that each is held to."""
+    lines = ["| what | figure | against | difference | bar |", "|---|---|---|---|---|"]
+    for name, row in result.get("prior", {}).items():
+        lines.append(f"| prior, {name}: cosine | {row['prior']:.4f} | text embedding {row['text']:.4f} | {row['gain']:+.4f} | higher |")
+    if row := result.get("variations"):
+        lines.append(f"| variations: one of four has the name | {row['one of four']:.0f} % | of each {row['each']:.0f} % | | at least 70 % |")
+    for name, better, against, sign in (("reconstruction", "reconstruction", "autoencoder", "lost"), ("upsampler", "upsampler", "bicubic", "gain")):
+        if row := result.get(name):
+            bar = "at most 3 dB lost" if sign == "lost" else "at least +1 dB"
+            lines.append(f"| {name}: PSNR | {row[better]:.2f} dB | {against} {row[against]:.2f} dB | {sign} {row[sign]:+.2f} dB | {bar} |")
+    return "\n".join(lines)
+
+
+def save_rows(path: Path, shown: Tensor) -> None:
+    """Half, bicubic, ours, truth: four columns."""
+    ldm.Images(tensor=shown, seeds=(0,) * len(shown), prompts=("",) * len(shown)).grid(columns=4).save(path)
+
+
+NAMES = ("prior", "variations", "reconstruction", "upsampler")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; impossible ones are refused."""
+    parser = argparse.ArgumentParser(description="Judge the parts of an emoji unCLIP.")
+    parser.add_argument("--model", default=None, help="default: the one in the folder of weights, else emoji-unclip")
+    parser.add_argument("--weights", default=None, help="weights to judge in place of the model's own")
+    parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="which figures (default: all)")
+    parser.add_argument("--prior", type=Path, default=None, help="folder of another prior's export, such as the autoregressive one's")
+    parser.add_argument("--n", type=int, default=200, help="captions of each set (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=50, help="held-out pictures (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=1, help="embeddings the prior chooses from (default: %(default)s)")
+    parser.add_argument("--invert-steps", type=int, default=50, help="of DDIM and its inversion (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=3, help="of the inversion's fixed point (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=128, help="pixels of the upsampler's pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    parser.add_argument("--picture", type=Path, default=None, help="write the upsampler's side-by-side picture here")
+    options = parser.parse_args(arguments)
+    if min(options.n, options.pictures, options.candidates, options.invert_steps, options.iterations, options.side) < 1:
+        parser.error("numbers of things must be at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    name = options.model or (None if options.weights else "emoji-unclip")
+    pipe = ldm.load(name, weights=options.weights)
+    if options.prior is not None:
+        other_prior(pipe, options.prior)
+    result, shown = measure(pipe, EmojiData.open(options.data), options)
+    print(table(result))
+    if shown is not None and options.picture is not None:
+        save_rows(options.picture, shown)
+    if options.json is not None:
+        temporary = options.json.with_name(f".{options.json.name}.tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, options.json)
+
+
+if __name__ == "__main__":
+    main()
