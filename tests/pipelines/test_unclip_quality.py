@@ -75,7 +75,8 @@ def test_variations_are_counted_by_picture_and_by_variation(drawn):
 
 def test_an_upsampler_that_is_bicubic_gains_nothing_and_a_perfect_one_much(drawn):
     truth = real(benchmark.held_out(drawn, 2, np.random.default_rng(0)), drawn, 32)
-    card = SimpleNamespace(upsamplers=[SimpleNamespace(defaults=SimpleNamespace(height=32))], decoder=SimpleNamespace(defaults=SimpleNamespace(height=16)))
+    large, small = (SimpleNamespace(defaults=SimpleNamespace(height=side)) for side in (32, 16))
+    card = SimpleNamespace(upsamplers=[large], decoder=small)
 
     class Stage:
         def __init__(self, made):
