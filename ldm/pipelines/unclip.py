@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,24 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from ldm.grid import TimeGrid
-from ldm.guidance import keep_known
 from ldm.images import Images
 from ldm.models.embedding_codes import EmbeddingCodes, truncate
 from ldm.models.image_embedding import ImageEmbedding, slerp
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.call import Call, warn_unknown
 from ldm.pipelines.clip import ClipPair, rerank
-from ldm.pipelines.pixels import Picture, to_mask, to_pixels
+from ldm.pipelines.conditions import cut
+from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.recipe import stamp
+from ldm.pipelines.tiles import Part, windowed
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
+from ldm.pipelines.unclip_options import decoders, held, priors, told
+from ldm.pipelines.unclip_painting import UnCLIPPainting
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage, options_of
-from ldm.types import Cond, DenoiseFn, OnStep
+from ldm.types import DenoiseFn, OnStep
 from ldm.unclip_cards import UnCLIPCard, upsampler_name
 
+Finish = Callable[[Tensor], Tensor]
 UPSAMPLER_OPTIONS = ("steps", "guidance", "sampler", "latents", "height", "width")
 
 
-class UnCLIP(nn.Module):
+class UnCLIP(UnCLIPPainting, nn.Module):
     """An unCLIP model, ready to sample: ``clip``, ``prior`` (None: no texts, unless an embedding is given), ``decoder``, ``upsamplers``, ``card``.
 
     ``origin``: what a recipe says of the weights. ``safety``: what looks at every picture made; None, the default, for nothing.
@@ -104,13 +108,14 @@ class UnCLIP(nn.Module):
         """
         call = self._settle(
             prompt, negative=negative, n=n, steps=steps, guidance=guidance, sampler=sampler, grid=grid, seed=seed, height=height, width=width,
-            latents=latents, progress=progress, on_step=on_step, **_decoders(options),
+            latents=latents, progress=progress, on_step=on_step, **decoders(options),
         )  # fmt: skip
         given = embedding is not None
         if embedding is None:
-            embedding = self.imagine(call.prompts, negative=negative, seed=call.seeds, candidates=candidates, progress=progress, **_priors(options))
-        facts = {"candidates": candidates, **_told(options)}
-        return self._decode("text_to_image", call, embedding, options, facts, replayable=call.replayable and not given and not _held(options))
+            asked = {"negative": call.negative, "seed": call.seeds, "candidates": candidates, "progress": progress}
+            embedding = self.imagine(call.prompts, **{**priors(options), **asked})
+        facts = {"candidates": candidates, **told(options)}
+        return self._decode("text_to_image", call, embedding, options, facts, replayable=call.replayable and not given and not held(options))
 
     def variations(
         self, image: Picture, *, n: int | None = None, prompt: str = "", invert: bool = False, eta: float = 1.0, **options: Any
@@ -126,10 +131,10 @@ class UnCLIP(nn.Module):
         if len(pixels) != 1:
             raise ValueError(f"image: expected one picture, got {len(pixels)}")
         if not invert:
-            return self._decode("variations", self._settle(prompt, n=n, **_decoders(options)), embedding, options, _told(options))
+            return self._decode("variations", self._settle(prompt, n=n, **decoders(options)), embedding, options, told(options))
         latents, call = self._inverted(pixels, embedding, prompt, n=n, eta=eta, **options)
         call = replace(call, latents=latents.expand(len(call.seeds), *latents.shape[1:]))
-        return self._decode("variations", call, embedding, {**options, "upsample": False}, {"invert": True, **_told(options)})
+        return self._decode("variations", call, embedding, {**options, "upsample": False}, {"invert": True, **told(options)})
 
     def reconstruct(self, image: Picture, **options: Any) -> Images:
         """A picture from its embedding and its inverted noise: `variations` that vary nothing."""
@@ -143,10 +148,10 @@ class UnCLIP(nn.Module):
         """
         if not isinstance(n, int) or isinstance(n, bool) or n < 2:
             raise ValueError(f"n: expected at least 2 pictures from a to b, got {n!r}")
-        ends = [self.embed(side, seed=seed, **_priors(options)) for side in (a, b)]
+        ends = [self.embed(side, seed=seed, **priors(options)) for side in (a, b)]
         w = torch.linspace(0, 1, n)
         path = replace(ends[0], vector=slerp(ends[0].vector, ends[1].vector.to(ends[0].vector.device), w))
-        call = self._settle([prompt] * n, n=1, seed=[seed] * n, **_decoders(options))
+        call = self._settle([prompt] * n, n=1, seed=[seed] * n, **decoders(options))
         if invert:
             noises = []
             for side, end in zip((a, b), ends, strict=True):
@@ -155,7 +160,7 @@ class UnCLIP(nn.Module):
             if noises[0].shape != noises[1].shape:
                 raise ValueError(f"invert: expected two pictures of one size, got noises of {tuple(noises[0].shape)} and {tuple(noises[1].shape)}")
             call, options = replace(call, latents=slerp(noises[0], noises[1], w.to(noises[0].device))), {**options, "upsample": False}
-        return self._decode("interpolate", call, path, options, {"invert": invert, **_told(options)})
+        return self._decode("interpolate", call, path, options, {"invert": invert, **told(options)})
 
     def text_difference(
         self, image: Picture, source: str, target: str, *, n: int = 8, most: float = 0.5, seed: int = 0, invert: bool = True, **options: Any
@@ -175,11 +180,11 @@ class UnCLIP(nn.Module):
         direction = torch.nn.functional.normalize((texts[1] - texts[0])[None], dim=-1).to(start.vector.device)
         length = start.vector.norm(dim=1, keepdim=True)
         path = replace(start, vector=slerp(start.vector, direction * length, torch.linspace(0, most, n)))
-        call = self._settle([""] * n, n=1, seed=[seed] * n, **_decoders(options))
+        call = self._settle([""] * n, n=1, seed=[seed] * n, **decoders(options))
         if invert:
             latents, call = self._inverted(pixels, start, [""] * n, n=1, eta=0.0, seed=[seed] * n, **options)
             call, options = replace(call, latents=latents.expand(n, *latents.shape[1:])), {**options, "upsample": False}
-        facts = {"source": source, "target": target, "most": most, "invert": invert, **_told(options)}
+        facts = {"source": source, "target": target, "most": most, "invert": invert, **told(options)}
         return self._decode("text_difference", call, path, options, facts)
 
     def truncated(self, image: Picture, codes: EmbeddingCodes, components: Sequence[int], *, seed: int = 0, **options: Any) -> Images:
@@ -189,29 +194,8 @@ class UnCLIP(nn.Module):
         """
         whole = self.clip.image_embedding(to_pixels(image))
         parts = torch.cat([truncate(whole.vector.cpu(), k, codes) for k in components])
-        call = self._settle([""] * len(parts), n=1, seed=[seed] * len(parts), **_decoders(options))
-        return self._decode("truncated", call, replace(whole, vector=parts), options, {"components": list(components), **_told(options)})
-
-    def inpaint(self, prompt: str, image: Picture, mask: Picture, *, candidates: int = 1, **options: Any) -> Images:
-        """Pictures of a prompt in which the masked part (white) is made anew, of the picture's size; options as in `text_to_image`.
-
-        What is known of the latent is kept as it is; a model with input channels for it is also given it, and where it is.
-        """
-        pixels = to_pixels(image)
-        hole = to_mask(mask, pixels.shape[-2:])
-        call = self._settle(prompt, **{**_decoders(options), "height": pixels.shape[-2], "width": pixels.shape[-1]})
-        embedding = self.imagine(call.prompts, negative=call.negative, seed=call.seeds, candidates=candidates, **_priors(options))
-        known = self.decoder.space.encode(pixels, self.decoder.device)
-        small = torch.nn.functional.adaptive_max_pool2d(hole, known.shape[-2:]).to(known.device)
-        options, told = {**options, "upsample": False}, None
-        if self.card.concat == "known":
-            small = widened(small)
-            told = torch.cat([known * (1 - small), (1 - small).expand(len(known), -1, -1, -1)], dim=1)
-
-        def wrap(fn: DenoiseFn) -> DenoiseFn:
-            return keep_known(fn, self.decoder.denoiser.schedule, known, small)
-
-        return self._decode("inpaint", call, embedding, options, {"candidates": candidates}, concat=told, wrap=wrap)
+        call = self._settle([""] * len(parts), n=1, seed=[seed] * len(parts), **decoders(options))
+        return self._decode("truncated", call, replace(whole, vector=parts), options, {"components": list(components), **told(options)})
 
     def rerank(self, prompt: str | Sequence[str], *, of: int = 16, keep: int = 4, **options: Any) -> Images:
         """``of`` pictures of each prompt made, the ``keep`` most similar to it by CLIP returned, best first."""
@@ -249,18 +233,29 @@ class UnCLIP(nn.Module):
             warn_unknown(self.card.name, self.clip.text, (*call.prompts, *call.negatives), stacklevel=4)
         return call
 
-    def _guided(self, call: Call, embedding: ImageEmbedding, noise_level: int, concat: Tensor | None = None) -> DenoiseFn:
+    def _guided(
+        self, call: Call, embedding: ImageEmbedding, noise_level: int, concat: Tensor | None = None, window: int | None = None
+    ) -> DenoiseFn:  # fmt: skip
+        """The decoder under guidance, with channels beside the latent; ``window``: the side, in pixels, of what it sees at a time, None for all."""
         nothing = self.clip.black() if self.card.no_image == "black" else None
         pair = self.decoder.conditions(embedding, nothing, call, noise_level=noise_level)
         if concat is not None:
             wide = concat.expand(len(call.seeds), *concat.shape[1:])
-            pair = tuple(Cond(**{**dict(cond.items()), "concat": wide}) for cond in pair)  # type: ignore[assignment]
-        return self.decoder.guided(*pair, call.guidance)
+            pair = (replace(pair[0], concat=wide), replace(pair[1], concat=wide))
+        size = self.decoder.shape(call)[1:]
+        tile = max(size) if window is None else max(1, window // self.decoder.space.factor)
+        if tile >= max(size):
+            return self.decoder.guided(*pair, call.guidance)
+
+        def make(part: Part) -> DenoiseFn:
+            return self.decoder.guided(cut(pair[0], part, size), cut(pair[1], part, size), call.guidance)
+
+        return windowed(make, tile, overlap=tile // 2)
 
     @torch.no_grad()
     def _inverted(self, pixels: Tensor, embedding: ImageEmbedding, prompt: Any, *, eta: float, **options: Any) -> tuple[Tensor, Call]:
         """The noise (1, C, h, w) that DDIM leads to a picture from, and the call that begins there; without guidance, unless that is asked for."""
-        own = {**_decoders(options), "sampler": "ddim", "height": pixels.shape[-2], "width": pixels.shape[-1], "eta": eta}
+        own = {**decoders(options), "sampler": "ddim", "height": pixels.shape[-2], "width": pixels.shape[-1], "eta": eta}
         call = self._settle(prompt, **{"guidance": 1.0, **own})
         one = replace(call, prompts=call.prompts[:1], seeds=call.seeds[:1], guidance=1.0)
         fn = self._guided(one, embedding, options.get("noise_level", 0))
@@ -270,12 +265,12 @@ class UnCLIP(nn.Module):
     @torch.no_grad()
     def _decode(
         self, task: str, call: Call, embedding: ImageEmbedding, options: Mapping[str, Any], facts: Mapping[str, Any], *, replayable: bool = False,
-        concat: Tensor | None = None, wrap: Any = None,
+        concat: Tensor | None = None, wrap: Any = None, finish: Finish | None = None, window: int | None = None,
     ) -> Images:  # fmt: skip
-        """The pictures of embeddings, with their recipe."""
-        fn = self._guided(call, embedding, options.get("noise_level", 0), concat)
+        """The pictures of embeddings, with their recipe; ``finish``: what is done to them before they are enlarged."""
+        fn = self._guided(call, embedding, options.get("noise_level", 0), concat, window)
         x = self.decoder.run(fn if wrap is None else wrap(fn), self.decoder.start(call, self.decoder.shape(call)), call)
-        pixels = self.decoder.space.decode(x)
+        pixels = self.decoder.space.decode(x) if finish is None else finish(self.decoder.space.decode(x))
         if options.get("upsample", True):
             for k, stage in enumerate(self.upsamplers):
                 own = options_of("upsampler", options, UPSAMPLER_OPTIONS)
@@ -286,17 +281,9 @@ class UnCLIP(nn.Module):
         if self.safety is not None:
             flagged = self.safety(pixels)
             pixels = self.safety.hide(pixels, flagged)
-        told = {**call.recipe(task), **facts}
-        recipe = stamp(self.card.name, told, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
+        said = {**call.recipe(task), **facts}
+        recipe = stamp(self.card.name, said, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
         return Images(tensor=pixels, seeds=call.seeds, prompts=tuple(map(str, call.prompts)), recipe=recipe, flagged=flagged)
-
-
-def widened(hole: Tensor) -> Tensor:
-    """A hole (B, 1, h, w) and its neighbours, but those to the upper right and the lower left: where Kandinsky's models know nothing."""
-    seen = torch.nn.functional.pad(hole, (1, 1, 1, 1))
-    h, w = hole.shape[-2:]
-    shifts = ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2))
-    return torch.stack([seen[..., i : i + h, j : j + w] for i, j in shifts]).amax(0)
 
 
 def _grown(stage: UpsamplerStage, pixels: Tensor, side: int, model: UnCLIP) -> int:
@@ -304,29 +291,3 @@ def _grown(stage: UpsamplerStage, pixels: Tensor, side: int, model: UnCLIP) -> i
     cards = [model.card.decoder, *(upsampler.card for upsampler in model.upsamplers)]
     before = cards[[id(upsampler) for upsampler in model.upsamplers].index(id(stage))].defaults
     return pixels.shape[-2 + side] * stage.card.defaults.height // before.height
-
-
-OTHERS = ("upsample", "noise_level", "tile", "iterations")  # options of a call that are no stage's
-
-
-def _decoders(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are the decoder's."""
-    return {key: value for key, value in options.items() if not key.startswith(("prior_", "upsampler_")) and key not in OTHERS}
-
-
-def _priors(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key.startswith("prior_") or key == "progress"}
-
-
-def _told(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says of the options that are not the decoder's."""
-    return {key: value for key, value in options.items() if (key.startswith(("prior_", "upsampler_")) or key in OTHERS) and not _is_tensor(value)}
-
-
-def _held(options: Mapping[str, Any]) -> bool:
-    """Whether an option is a tensor, which a recipe does not hold."""
-    return any(_is_tensor(value) for value in options.values())
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

@@ -39,11 +39,11 @@ class AutoregressiveStage(nn.Module):
         self.net, self.card, self.clip = net, card, clip
 
     def settle(
-        self, prompt: str | Sequence[str], *, n: int | None = None, negative: str = "", seed: int | Sequence[int] = 0, progress: bool = True,
-        **own: Any,
+        self, prompt: str | Sequence[str], *, n: int | None = None, negative: str | Sequence[str] = "", seed: int | Sequence[int] = 0,
+        progress: bool = True, **own: Any,
     ) -> AutoregressiveCall:
         """The call of some options, None for what the card says; a ``negative`` prompt raises ValueError, as there is no guidance."""
-        if negative:
+        if any(negative):
             raise ValueError(f"negative {negative!r}: an autoregressive prior has no guidance, which would turn away from it")
         each, texts = check_count(n), [str(text) for text in check_prompts(prompt)]
         settings = {name: getattr(self.card, name) if own.get(name) is None else float(own[name]) for name in self.options}

@@ -99,8 +99,13 @@ class DecoderStage(Stage):
         if (made := unet.out_channels // (2 if card.learned_var else 1)) != space.channels:
             where = "pixels, as there is no autoencoder," if space.vae is None else "the autoencoder's latents"
             raise ValueError(f"the decoder makes {made} channels, {where} have {space.channels}")
-        self.clip, self.space, self.augmentation = clip, space, augmentation
+        self.clip, self.space, self.augmentation, self.unet_config = clip, space, augmentation, unet
         self.text: Any = text
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture must be multiples of: the autoencoder's factor, and the UNet's where that cannot round."""
+        return self.space.factor * (self.unet_config.factor if self.unet_config.resample == "resblock" else 1)
 
     @property
     def width(self) -> int:

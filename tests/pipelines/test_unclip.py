@@ -146,12 +146,36 @@ def test_truncated_embeddings_come_to_the_whole_one(kandinsky):
     assert torch.allclose(images.tensor[2], whole.tensor[0], atol=1e-3) and not torch.allclose(images.tensor[0], whole.tensor[0], atol=0.01)
 
 
-def test_inpainting_keeps_what_is_not_masked(karlo):
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., 8:] = 1
-    images = karlo.inpaint("a cat", SMALL, mask, n=1, steps=3, prior_steps=2, progress=False)
-    assert torch.allclose(images.tensor[..., :8], SMALL[..., :8], atol=1e-5)
-    assert float((images.tensor[..., 8:] - SMALL[..., 8:]).abs().max()) > 0.1
+HOLE = F.pad(torch.ones(1, 1, 16, 8), (8, 0))
+PAINT = {"n": 2, "steps": 3, "prior_steps": 2, "progress": False}
+
+
+@pytest.mark.parametrize("name", ["karlo", "kandinsky"])
+def test_inpainting_keeps_every_pixel_that_is_not_masked(name, request):
+    pipe = request.getfixturevalue(name)
+    images = pipe.inpaint("a cat", SMALL, HOLE, seed=3, **PAINT)
+    assert torch.equal(images.tensor[..., :8], SMALL[..., :8].expand(2, -1, -1, -1))
+    assert float((images.tensor[..., 8:] - SMALL[..., 8:]).abs().max()) > 0.1 and images.recipe["task"] == "inpaint"
+    hidden = torch.where(HOLE > 0, 1 - SMALL, SMALL)  # what is under the mask is not looked at
+    assert torch.allclose(pipe.inpaint("a cat", hidden, HOLE, seed=3, **PAINT).tensor, images.tensor, atol=1e-3)
+    again = pipe.inpaint("a cat", SMALL, HOLE, seed=3, resample=2, jump=2, **PAINT)
+    assert torch.equal(again.tensor[..., :8], images.tensor[..., :8]) and not torch.allclose(again.tensor, images.tensor, atol=0.01)
+    with pytest.raises(ValueError, match="black all over"):
+        pipe.inpaint("a cat", SMALL, 0 * HOLE, **PAINT)
+    with pytest.raises(ValueError, match="3 pictures for 2 to be made"):
+        pipe.inpaint("a cat", SMALL.expand(3, -1, -1, -1), HOLE, **PAINT)
+
+
+def test_outpainting_keeps_the_picture_and_makes_what_is_around_it(kandinsky):
+    images = kandinsky.outpaint("a cat", SMALL, left=6, bottom=20, seam=0, **PAINT)
+    assert images.tensor.shape == (2, 3, 36, 22) and torch.equal(images.tensor[..., :16, 6:], SMALL.expand(2, -1, -1, -1))
+    assert (images.recipe["left"], images.recipe["bottom"], images.recipe["window"]) == (6, 20, 32)
+    whole = kandinsky.outpaint("a cat", SMALL, left=6, bottom=20, seam=0, window=64, **PAINT)
+    assert not torch.allclose(images.tensor, whole.tensor, atol=0.01)  # 36 rows, in windows of 32
+    with pytest.raises(ValueError, match="nothing to outpaint"):
+        kandinsky.outpaint("a cat", SMALL, **PAINT)
+    with pytest.raises(ValueError, match="height 16: the picture has 26"):
+        kandinsky.outpaint("a cat", SMALL, top=10, height=16, **PAINT)
 
 
 def test_reranking_keeps_the_most_similar(karlo):
