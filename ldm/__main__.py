@@ -6,7 +6,9 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from ldm.cli.options import grid_options
+from ldm.cli.tasks import TASKS, generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,40 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
-    """Make pictures of a prompt. (Also: ldm replay, models, train, export, assemble, grid, inspect. `--` before a prompt that is such a word.)"""
-    from ldm.images import check_writable
-
-    parser.add_argument("prompt", help="what to show; an empty text is unconditional")
-    parser.add_argument("-o", "--output", default="ldm.png", help="the PNG to write (default: %(default)s)")
-    parser.add_argument("--n", type=int, help="how many pictures (default: the model's, 1 or, of unCLIP, 4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
-    parser.add_argument("--negative", default="", help="what not to show")
-    parser.add_argument("--sampler", help="sampling method (default: the model's)")
-    grid_options(parser)
-    parser.add_argument("--size", type=size, help="SIDE or WIDTHxHEIGHT in pixels (default: the model's)")
-    parser.add_argument("--separate", action="store_true", help="one file a picture, named by seed, in place of a grid")
-    model_options(parser)
-    args = parser.parse_args(argv)
-    check_writable(args.output)
-    pipe = load(args)
-    if not hasattr(pipe, "text_to_image"):
-        raise ValueError(f"{args.model!r} makes no pictures of texts: it is one network alone")
-    width, height = args.size or (None, None)
-    images = pipe.text_to_image(
-        args.prompt, n=args.n, seed=args.seed, steps=args.steps, guidance=args.guidance, negative=args.negative, sampler=args.sampler,
-        height=height, width=width, convention=args.convention, spacing=args.spacing,
-    )  # fmt: skip
-    if images.flagged is not None and any(images.flagged):
-        seeds = ", ".join(str(seed) for seed, flag in zip(images.seeds, images.flagged, strict=True) if flag)
-        print(f"warning: the safety checker flagged the pictures of seeds {seeds}", file=sys.stderr)
-    for path in images.save(args.output, separate=args.separate):
-        print(path)
-    return None
 
 
 def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
@@ -175,46 +143,9 @@ def inspect(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 Command = Callable[[argparse.ArgumentParser, Sequence[str]], "int | None"]
 COMMANDS: dict[str, Command] = {
-    "generate": generate, "replay": replay, "models": models, "train": train, "export": export, "assemble": assemble, "grid": grid,
+    "generate": generate, **TASKS, "replay": replay, "models": models, "train": train, "export": export, "assemble": assemble, "grid": grid,
     "inspect": inspect,
 }  # fmt: skip
-
-
-def model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model, and where it runs."""
-    parser.add_argument("--model", help="the model's name; `ldm models` lists them (default: that of the folder of weights, else emoji-ldm)")
-    parser.add_argument("--weights", help="a single file, a folder of diffusers, one that ldm.save wrote, or `random`; in place of the model's own")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest that is safe)")
-    parser.add_argument("--variant", help="of a folder's files, such as fp16")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a file that has both (default: if it has them)")
-    parser.add_argument("--prediction", choices=("eps", "v"), help="what the network predicts, where keys cannot tell (default: the model's)")
-    parser.add_argument("--safety", help="the safety checker's file or folder; flagged pictures are named on standard error")
-    parser.add_argument("--black", action="store_true", help="make flagged pictures black")
-
-
-def grid_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how the timesteps are laid."""
-    parser.add_argument("--convention", help="lay the grid, start and draw noise as diffusers, compvis, sgm or k does (default: the model's)")
-    parser.add_argument("--spacing", help="leading, trailing, linspace, karras, lambda, … in place of the convention's; a wrong name lists all")
-
-
-def load(args: argparse.Namespace) -> Any:
-    """The model that the options name."""
-    from ldm.registry import load as load_model
-
-    return load_model(
-        args.model, weights=args.weights, device=args.device, dtype=args.dtype, variant=args.variant, ema=args.ema, prediction=args.prediction,
-        safety=args.safety, black=args.black,
-    )  # fmt: skip
-
-
-def size(text: str) -> tuple[int, int]:
-    """SIDE or WIDTHxHEIGHT as (width, height)."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected SIDE or WIDTHxHEIGHT in pixels, such as 128 or 128x192")
-    return int(sides[0]), int(sides[-1])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "config files device words types", "schedule", "grid", "prediction", "denoiser", "guidance", "noise", "samplers",
     "conventions oracle plan resume", "nn", "models", "weights", "cards published unclip_cards published_unclip inspect", "images", "pipelines",
-    "trace likelihood fast", "registry", "replay", "data", "training", "__main__",
+    "trace likelihood fast", "registry", "replay", "data", "training", "cli", "__main__",
 ]  # fmt: skip
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line.split()}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.guidance import both, lerp
 from ldm.images import Images
 from ldm.models.image_embedding import slerp
 from ldm.noise import keyed_normal
+from ldm.pipelines.attention_control import Control, align
 from ldm.pipelines.call import Call
 from ldm.pipelines.canvas import fit
-from ldm.pipelines.conditions import Pair, between, conditions
+from ldm.pipelines.conditions import Pair, between, conditions, joined
 from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.samplers.ddim import ddim
 from ldm.samplers.invert import ddim_invert, edict, edict_invert
-from ldm.types import DenoiseFn
+from ldm.types import Denoised, DenoiseFn
 
 if TYPE_CHECKING:
     from ldm.pipelines.latent import LatentDiffusion
 
 LOW_NOISE = 2**62  # the keyed draw that noises an upscaler's input: none that a sampler makes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inverted:
+    """Pictures led back to noise: the denoiser that did it, the states of one track or two, the call of the way back, and the pictures' size."""
+
+    call: Call
+    there: DenoiseFn
+    tracks: Sequence[Tensor]
+    frame: tuple[int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) of the states."""
+        return self.tracks[0].shape[-2], self.tracks[0].shape[-1]
 
 
 class Editing:
@@ -83,7 +101,7 @@ class Editing:
             raise ValueError(f"a and b: expected two pictures of one size, got {[tuple(side.shape) for side in sides]}")
         h, wide = sides[0].shape[-2:]
         pixels = fit(torch.cat(sides), self.multiple)
-        call = self._invertible(options, pixels)
+        call = self._invertible(options, pixels[:1])
         ends = replace(call, prompts=call.prompts[:2], seeds=call.seeds[:2])
         z = self.encode(pixels)
         draft = self._itself(pixels)
@@ -94,47 +112,96 @@ class Editing:
         return self._sample("interpolate", call, draft=mixed, finish=lambda made: made[..., :h, :wide], about={"n": len(w)})
 
     @torch.no_grad()
-    def reconstruct(self: LatentDiffusion, image: Picture, prompt: str = "", *, exact: bool = True, iterations: int = 4, **options: Any) -> Images:
+    def reconstruct(self: LatentDiffusion, image: Picture, *, prompt: str = "", exact: bool = True, iterations: int = 4, **options: Any) -> Images:
         """A picture from the noise that it is inverted to: there and back, at guidance 1; 50 steps unless said.
 
         ``exact``: two coupled tracks, which are undone exactly (EDICT, Wallace et al. 2022); else DDIM, whose every step backwards is solved by
         ``iterations``. What is lost is what the autoencoder loses, and with ``exact`` False what the iteration leaves.
         """
-        return self._there_and_back("reconstruct", image, prompt, prompt, exact, iterations, 1.0, {"guidance": 1.0, **options})
+        inverted = self._inverted(image, prompt, prompt, exact, iterations, 1.0, {"guidance": 1.0, **options})
+        return self._back("reconstruct", inverted, inverted.there, {"exact": exact})
 
     @torch.no_grad()
     def edit(
-        self: LatentDiffusion, image: Picture, source: str, prompt: str, *, strength: float = 0.8, exact: bool = True, iterations: int = 4,
-        **options: Any,
+        self: LatentDiffusion, source: str, prompt: str, *, image: Picture | None = None, cross: float | None = None, within: float | None = None,
+        weights: Mapping[str, float] | None = None, strength: float = 0.8, exact: bool = True, iterations: int = 4, **options: Any,
     ) -> Images:  # fmt: skip
-        """A picture that ``source`` describes, changed into what ``prompt`` says: inverted under the one, sampled under the other.
+        """A picture that ``source`` describes, changed into what ``prompt`` says; options as in `text_to_image`.
 
-        ``strength`` in (0, 1]: the part of the grid that is gone back and forth, less of it keeping more of the picture. ``exact``, ``iterations``:
-        as in `reconstruct`; 50 steps unless said; ``guidance`` is that of the way back, the card's unless said.
+        Without an ``image``, it is what the seed makes of the source. With one, that is inverted under the source, at guidance 1, and sampled from
+        there: ``exact`` and ``iterations`` as in `reconstruct`, 50 steps unless said; ``strength`` in (0, 1] is the part of the grid that is gone
+        back and forth, less of it keeping more of the picture.
+        Attention holds the picture together (Prompt-to-Prompt, Hertz et al. 2022): for a share ``cross`` of the run, attention to the words that
+        both texts have, or that stand for each other, is the source's; for a share ``within``, attention between positions is. None: 0.8 and 0.4
+        without an image, else 0. ``weights``: attend so many times as much to a word of the prompt.
         """
-        return self._there_and_back("edit", image, source, prompt, exact, iterations, strength, options)
+        cross, within = (usual if share is None else share for share, usual in ((cross, 0.8 * (image is None)), (within, 0.4 * (image is None))))
+        for name, share in (("cross", cross), ("within", within)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: expected a share of the run in [0, 1], got {share}")
+        led, about = bool(cross or within or weights), {"source": source, "cross": cross, "within": within, "weights": dict(weights or {})}
+        if image is None:
+            call = self._settle(prompt, **options)
+            noise = self._noise(call) * call.rules.start_scale(call.grid)
+            with self._led(call, source, noise, cross, within, weights or {}) as (pair, fn):
+                x = self._run(fn, torch.cat([noise, noise]), pair)[len(noise) :]
+            return self._images("edit", call, x, about)
+        about = {**about, "strength": strength, "exact": exact}
+        inverted = self._inverted(image, source, prompt, exact, iterations, strength, options)
+        if not led:
+            return self._back("edit", inverted, self._told(inverted.call, inverted.size), about)
+        with self._led(inverted.call, source, inverted.tracks[0], cross, within, weights or {}, given=True) as (_, fn):
+            return self._back("edit", replace(inverted, tracks=[torch.cat([x, x]) for x in inverted.tracks]), fn, about)
 
-    def _there_and_back(
-        self: LatentDiffusion, task: str, image: Picture, source: str, prompt: str, exact: bool, iterations: int, strength: float,
-        options: Mapping[str, Any],
-    ) -> Images:  # fmt: skip
-        """A picture inverted under one prompt without guidance, and sampled from there under another."""
+    @contextmanager
+    def _led(
+        self: LatentDiffusion, call: Call, source: str, x: Tensor, cross: float, within: float, weights: Mapping[str, float], *, given: bool = False
+    ) -> Iterator[tuple[Call, DenoiseFn]]:
+        """The call of a source and of its pictures behind it, and its denoiser, led by the source's attention; the source of a ``given`` picture is
+        not guided."""
+        if not hasattr(self.text, "places"):
+            raise ValueError(f"{self.card.name!r} does not read words that can be found again, so attention cannot be controlled: cross=0, within=0")
+        n = len(call.seeds)
+        pair = replace(call, prompts=(source,) * n + tuple(map(str, call.prompts)), seeds=call.seeds * 2)
+        cond, uncond = joined(conditions(self.card, self.text, pair, (x.shape[-2], x.shape[-1])), 2 * n)
+        assert cond.context is not None
+        if len(set(call.prompts)) > 1:
+            raise ValueError(f"prompt: expected one text to change the source into, got {list(call.prompts)}")
+        alignment = align(self.text.places(source), self.text.places(str(call.prompts[0])), cond.context.shape[1], weights)
+        control = Control(alignment=alignment, pictures=n, cross=cross, within=within)
+        scale = torch.full((2 * n, 1, 1, 1), call.guidance, device=self.device)
+        if given:
+            scale[:n] = 1.0
+        denoiser = self._as_seen(call)
+
+        def fn(x_t: Tensor, t: Tensor) -> Denoised:
+            with_words, without = both(denoiser, x_t, t, cond, uncond)
+            return lerp(without, with_words, scale.to(x_t.dtype))
+
+        with control.over(self.denoiser.net):
+            yield pair, control.watch(fn, call.grid.t)
+
+    def _inverted(
+        self: LatentDiffusion, image: Picture, source: str, prompt: str, exact: bool, iterations: int, strength: float, options: Mapping[str, Any]
+    ) -> Inverted:
+        """A picture inverted under one prompt without guidance, and the call of the way back under another."""
         if not 0 < strength <= 1:
             raise ValueError(f"strength: expected more than 0 and at most 1, got {strength}")
         pixels = to_pixels(image)
-        h, w = pixels.shape[-2:]
-        call = self._invertible({"prompt": [prompt] * len(pixels), **options}, fit(pixels, self.multiple))
+        frame = (pixels.shape[-2], pixels.shape[-1])
+        pixels = fit(pixels, self.multiple)
+        call = self._invertible({"prompt": [prompt] * len(pixels), **options}, pixels)
         call = call.over(call.grid.tail(strength))
-        z = self.encode(fit(pixels, self.multiple)).double()
-        draft = None if source else self._itself(pixels)
-        there = self._plain(replace(call, prompts=(source,) * len(pixels)), z, draft)
-        back = there if task == "reconstruct" else self._told(call, (z.shape[-2], z.shape[-1]))
-        if exact:
-            x, _ = edict(back, *edict_invert(there, z, z, call.grid), call.grid)
-        else:
-            x = ddim(back, ddim_invert(there, z, call.grid, iterations=iterations), call.grid)
-        about = {"source": source, "exact": exact, "strength": strength} if task == "edit" else {"exact": exact}
-        return self._images(task, call, x.float(), about, lambda made: made[..., :h, :w])
+        z = self.encode(pixels).double()  # what two tracks amplify, rounding begins
+        there = self._plain(replace(call, prompts=(source,) * len(pixels)), z, None if source else self._itself(pixels))
+        tracks = list(edict_invert(there, z, z, call.grid)) if exact else [ddim_invert(there, z, call.grid, iterations=iterations)]
+        return Inverted(call=call, there=there, tracks=tracks, frame=frame)
+
+    def _back(self: LatentDiffusion, task: str, inverted: Inverted, fn: DenoiseFn, about: Mapping[str, Any]) -> Images:
+        """The pictures that a denoiser leads to from inverted ones; of a batch that has their sources before them, those behind."""
+        call, tracks, (h, w) = inverted.call, inverted.tracks, inverted.frame
+        x = edict(fn, *tracks, call.grid)[0] if len(tracks) == 2 else ddim(fn, tracks[0], call.grid)
+        return self._images(task, call, x[-len(call.seeds) :].float(), about, lambda made: made[..., :h, :w])
 
     def _invertible(self: LatentDiffusion, options: Mapping[str, Any], pixels: Tensor) -> Call:
         """The call of an inversion: DDIM over 50 steps unless said, which begin where x/alpha still holds the picture."""

@@ -1,0 +1,121 @@
+"""Canvases: what is known stays to the bit, holes are filled from their borders alone, corrections are harmonic, sizes are made to fit aloud."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.pipelines.canvas import Canvas, Padded, border_correction, fill, paste, soft
+
+
+def picture(h: int = 12, w: int = 10, seed: int = 0) -> Tensor:
+    return torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def right_half(h: int = 12, w: int = 10) -> Tensor:
+    mask = torch.zeros(1, 1, h, w)
+    mask[..., w // 2 :] = 1
+    return mask
+
+
+@pytest.mark.parametrize(("seam", "feather"), [(0.0, 0), (4.0, 0), (0.0, 3), (5.0, 2)])
+def test_known_pixels_are_the_given_ones_to_the_bit(seam: float, feather: int) -> None:
+    given, made, hole = picture(), picture(seed=1), right_half()
+    got = paste(made, given, hole, seam=seam, feather=feather)
+    assert torch.equal(got[..., :5], given[..., :5]) and not torch.equal(got[..., 5:], given[..., 5:])
+    assert 0 <= got.min() and got.max() <= 1
+    if feather == 0 and seam == 0:
+        assert torch.equal(got[..., 5:], made[..., 5:])
+
+
+def test_feathered_weights_rise_inside_the_hole_alone() -> None:
+    weight = soft(right_half(), 3)[0, 0, 4]
+    assert torch.allclose(weight, torch.tensor([0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]))
+    assert torch.equal(soft(torch.ones(1, 1, 4, 4), 2), torch.ones(1, 1, 4, 4))  # the canvas' edge is no border
+
+
+def test_a_constant_difference_is_carried_as_the_screened_equation_says() -> None:
+    difference, hole, reach = torch.full((1, 1, 3, 60), 0.3), torch.zeros(1, 1, 3, 60), 4.0
+    hole[..., 1:] = 1
+    got = border_correction(difference, hole, reach)[0, 0]
+    # c(x+1) − 2c(x) + c(x−1) = c(x)/reach² has c = 0.3·q^x with q + 1/q = 2 + 1/reach²
+    k = 2 + reach**-2
+    q = (k - math.sqrt(k * k - 4)) / 2
+    assert torch.allclose(got[:, 1:40], (0.3 * q ** torch.arange(1.0, 40)).expand(3, -1), atol=1e-4)
+    assert bool((got[:, 0] == 0).all())  # nothing outside the hole
+
+
+def test_without_a_screen_a_linear_difference_between_two_borders_is_continued() -> None:
+    ramp = torch.linspace(-1, 1, 21).expand(1, 2, 5, 21)
+    hole = torch.zeros(1, 1, 5, 21)
+    hole[..., 3:17] = 1
+    assert torch.allclose(border_correction(ramp * (1 - hole), hole, 1e6) + ramp * (1 - hole), ramp, atol=1e-3)
+
+
+def test_the_step_across_the_border_becomes_the_one_that_was_made() -> None:
+    y, x = torch.meshgrid(torch.linspace(0, 3, 40), torch.linspace(0, 3, 40), indexing="ij")
+    given, hole = (0.5 + 0.3 * torch.sin(y + 2 * x)).expand(1, 3, 40, 40), right_half(40, 40)
+    made = given * 0.6 + 0.1  # an offset and less contrast, as an autoencoder may leave
+    got = paste(made, given, hole, seam=10.0)
+    wanted = made[..., 20] - made[..., 19]
+    plain = paste(made, given, hole)
+    error, before = ((x[..., 20] - x[..., 19] - wanted).abs().mean() for x in (got, plain))
+    assert error < 0.2 * before  # all but what fades within one pixel of ten
+
+
+def test_a_hole_is_filled_from_its_border_whatever_is_under_it() -> None:
+    image, hole = picture(), right_half()
+    other = image.clone()
+    other[..., 5:] = 0.123
+    assert torch.equal(fill(image, hole), fill(other, hole)) and torch.equal(fill(image, hole)[..., :5], image[..., :5])
+    flat = torch.full((2, 4, 9, 7), 0.7)
+    island = torch.ones(1, 1, 9, 7)
+    island[..., 4, 3] = 0
+    assert torch.allclose(fill(flat, island), flat, atol=1e-6)
+    assert torch.equal(fill(flat, torch.ones(1, 1, 9, 7)), torch.full_like(flat, 0.5))
+
+
+def test_margins_and_sizes() -> None:
+    image = picture()
+    canvas = Canvas.extended(image, left=3, top=2, right=1, bottom=0, multiple=8)
+    assert canvas.size == (16, 16) and canvas.frame == (14, 14)
+    assert torch.equal(canvas.pixels[..., 2:14, 3:13], image) and float(canvas.hole.sum()) == 16 * 16 - 12 * 10
+    assert bool((canvas.hole[..., 2:14, 3:13] == 0).all())
+    done = canvas.finish(torch.rand(2, 3, 16, 16), seam=2.0)
+    assert done.shape == (2, 3, 14, 14) and torch.equal(done[:, :, 2:, 3:13], image.expand(2, -1, -1, -1))
+    with pytest.warns(Padded, match="10×12 is no multiple of 8: padded to 16×16"):
+        canvas = Canvas.masked(image, right_half(), multiple=8)
+    assert canvas.size == (16, 16) and canvas.frame == (12, 10)
+    assert bool((canvas.hole[..., 10:] == 1).all()) and torch.equal(canvas.pixels[..., :12, 15], image[..., 9])  # the last column, repeated
+
+
+def test_a_latent_position_is_made_anew_if_any_of_its_pixels_is() -> None:
+    hole = torch.zeros(1, 1, 8, 8)
+    hole[..., 3, 5] = 1
+    small = Canvas(pixels=torch.zeros(1, 3, 8, 8), hole=hole, frame=(8, 8)).small((2, 2))
+    assert torch.equal(small[0, 0], torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Canvas.masked(picture(), torch.zeros(12, 10)), "black all over"),
+        (lambda: Canvas.masked(picture(), torch.ones(12, 9)), "picture's size 12×10, got 12×9"),
+        (lambda: Canvas.masked(picture(), torch.zeros(12, 10), multiple=8), "black all over"),
+        (lambda: Canvas.masked(picture(), torch.full((12, 10), 3.0)), r"expected \[0, 1\]"),
+        (lambda: Canvas.masked(picture().repeat(2, 1, 1, 1), torch.ones(3, 1, 12, 10)), "3 masks for 2 pictures"),
+        (lambda: Canvas.extended(picture(), left=-1), "left: expected a number of pixels of at least 0, got -1"),
+        (lambda: Canvas.extended(picture(), top=1.5), "top: expected a number of pixels"),  # type: ignore[arg-type]
+        (lambda: Canvas.extended(picture()), "nothing to outpaint"),
+        (lambda: Canvas.extended("absent.png", left=1), "absent"),
+        (lambda: paste(picture(), picture(), right_half(), feather=-1), "feather: expected"),
+        (lambda: paste(picture(), picture(), right_half(), seam=-1.0), "seam: expected"),
+    ],
+)
+def test_what_makes_no_canvas_is_refused(call: Any, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call()
