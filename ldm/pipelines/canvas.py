@@ -99,7 +99,8 @@ def fill(pixels: Tensor, hole: Tensor) -> Tensor:
     """Pictures or latents (B, C, H, W) continued into a hole (B or 1, 1, H, W) from its border inwards: ring by ring, each position is the mean of
     those of its eight neighbours that are filled. What is hole all over becomes 0.5.
     """
-    known = 1 - hole.expand(len(pixels), -1, -1, -1)
+    n = max(len(pixels), len(hole))
+    known, pixels = 1 - hole.expand(n, -1, -1, -1), pixels.expand(n, -1, -1, -1)
     none = known.flatten(1).amax(dim=1) == 0
     known = torch.where(none[:, None, None, None], torch.ones_like(known), known)
     pixels = torch.where(none[:, None, None, None], torch.full_like(pixels, 0.5), pixels) * known

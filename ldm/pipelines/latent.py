@@ -249,7 +249,10 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         ``extra`` joins the conditions, which ``tell`` makes of a size (None: those of the call's prompts). ``draft``: a latent, and a mask of where
         the text's own draft is kept. ``window``: the side, in pixels, of what the network sees at a time, None for all.
         """
-        tile = max(size) if window is None else max(1, window // self.vae.config.factor)
+        factor = self.vae.config.factor
+        if window is not None and window < factor:
+            raise ValueError(f"window: expected a side of at least {factor} pixels, got {window}")
+        tile = max(size) if window is None else window // factor
         inner = (min(size[0], tile), min(size[1], tile))
         told = conditions(self.card, self.text, call, inner) if tell is None else tell(inner)
         told = joined(told, len(call.seeds), **{name: value.to(self.device) for name, value in (extra or {}).items()})

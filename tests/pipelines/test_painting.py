@@ -1,0 +1,172 @@
+"""Inpainting and outpainting: known pixels exact in every kind of model, hidden pixels unseen, drafts corrected, windows blended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import family
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tinymodel import tiny_model
+from torch import Tensor
+
+from ldm.pipelines.canvas import Padded
+from ldm.pipelines.conditions import anchor, drafted
+from ldm.types import Cond
+
+OPTIONS: dict[str, Any] = {"progress": False, "steps": 3, "sampler": "ddim"}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_model()
+
+
+def picture(h: int = 32, w: int = 32, seed: int = 0) -> Tensor:
+    return torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def hole(h: int = 32, w: int = 32) -> Tensor:
+    mask = torch.zeros(h, w)
+    mask[5:17, 6:21] = 1
+    return mask
+
+
+def outside(x: Tensor, mask: Tensor) -> Tensor:
+    return x * (1 - mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"seam": 0}, {"feather": 3}, {"resample": 2, "jump": 2}, {"strength": 0.5}, {"window": 16}])
+def test_known_pixels_are_exact(pipe: Any, options: dict[str, Any]) -> None:
+    image, mask = picture(), hole()
+    made = pipe.inpaint("cat", image, mask, n=2, **OPTIONS, **options)
+    assert made.tensor.shape == (2, 3, 32, 32)
+    assert torch.equal(outside(made.tensor, mask), outside(image, mask).expand(2, -1, -1, -1))
+    assert float((made.tensor - image).mul(mask).abs().max()) > 0.05
+    for key, value in options.items():
+        assert made.recipe[key] == value
+    assert not made.recipe["replayable"]
+
+
+@pytest.mark.parametrize("base", ["sd-v1-5", "sd-v1-5-inpainting", "ldm-inpainting-big", "ldm-celebahq"])
+def test_known_pixels_are_exact_in_published_families(base: str, tmp_path: Any) -> None:
+    model = family.load(family.register(base, tmp_path).name)
+    image, mask = picture(), hole()
+    prompt = "a cat" if base.startswith("sd") else ""
+    for made in (model.inpaint(prompt, image, mask, **OPTIONS), model.inpaint(prompt, image, mask, **OPTIONS, seam=0)):
+        assert torch.equal(outside(made.tensor, mask), outside(image, mask))
+    wide = model.outpaint(prompt, image, right=24, top=7, **OPTIONS)
+    assert wide.tensor.shape == (1, 3, 39, 56) and torch.equal(wide.tensor[..., 7:, :32], image)
+
+
+def test_what_the_mask_hides_is_not_seen(pipe: Any) -> None:
+    image, mask = picture(), hole()
+    other = outside(image, mask) + mask * 0.9
+    one, two = (pipe.inpaint("cat", given, mask, **OPTIONS) for given in (image, other))
+    assert torch.equal(one.tensor, two.tensor)
+    begun = [pipe.inpaint("cat", given, mask, strength=0.5, **OPTIONS) for given in (image, other)]
+    assert not torch.equal(begun[0].tensor, begun[1].tensor)
+
+
+def test_files_arrays_and_pictures_are_taken_alike(pipe: Any, tmp_path: Any) -> None:
+    array = (picture()[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    mask = (hole().numpy() * 255).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    kinds = [(array, mask), (Image.fromarray(array), Image.fromarray(mask)), (tmp_path / "a.png", str(tmp_path / "m.png"))]
+    made = [pipe.inpaint("cat", *kind, **OPTIONS).tensor for kind in kinds]
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    known = (made[0] * 255).round().byte()[0].permute(1, 2, 0).numpy()[mask == 0]
+    assert (known == array[mask == 0]).all()
+
+
+def test_a_size_that_does_not_fit_is_padded_aloud_and_cut_back(pipe: Any) -> None:
+    image, mask = picture(31, 29), hole(31, 29)
+    with pytest.warns(Padded, match="29×31 is no multiple of 4: padded to 32×32"):
+        made = pipe.inpaint("cat", image, mask, **OPTIONS).tensor
+    assert made.shape == image.shape and torch.equal(outside(made, mask), outside(image, mask))
+    with pytest.warns(Padded):
+        assert pipe.image_to_image("cat", image, **OPTIONS).tensor.shape == image.shape
+
+
+@pytest.mark.parametrize("margins", [{"right": 32}, {"left": 5, "bottom": 3}, {"left": 40, "right": 41, "top": 33}])
+def test_outpainting_keeps_the_picture_where_it_was(pipe: Any, margins: dict[str, int]) -> None:
+    image = picture()
+    made = pipe.outpaint("cat", image, n=2, **margins, **OPTIONS)
+    left, top = margins.get("left", 0), margins.get("top", 0)
+    h, w = 32 + top + margins.get("bottom", 0), 32 + left + margins.get("right", 0)
+    assert made.tensor.shape == (2, 3, h, w)
+    assert torch.equal(made.tensor[..., top : top + 32, left : left + 32], image.expand(2, -1, -1, -1))
+    assert all(made.recipe[side] == width for side, width in margins.items())
+
+
+def test_windows_are_the_whole_where_one_holds_it(pipe: Any) -> None:
+    image, sizes = picture(32, 16), []
+    hook = pipe.denoiser.net.register_forward_hook(lambda net, inputs, output: sizes.append(tuple(inputs[0].shape[-2:])))
+    one = pipe.outpaint("cat", image, right=16, **OPTIONS)
+    again = pipe.outpaint("cat", image, right=16, window=32, **OPTIONS)
+    assert torch.equal(one.tensor, again.tensor) and set(sizes) == {(8, 8)}
+    sizes.clear()
+    pipe.outpaint("cat", image, right=48, **OPTIONS)
+    hook.remove()
+    assert set(sizes) == {(8, 8)}  # a canvas of 8×16 is seen by the model at its own size
+
+
+def test_a_draft_gives_way_to_what_is_known_and_is_laid_once() -> None:
+    draft = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 2, 4, 4)  # rises from left to right
+    known, empty = torch.full((1, 2, 4, 10), 9.0), torch.ones(1, 1, 4, 10)
+    empty[..., :2] = 0  # two columns known at the left
+    cond, uncond = drafted((Cond(concat=draft), Cond(context=torch.zeros(1, 1, 1))), known, empty)
+    assert cond.concat is not None and uncond.concat is None
+    assert torch.equal(cond.concat[0, 0, 0], torch.tensor([9.0, 9, 2, 3, 3, 3, 3, 3, 3, 3]))  # known, draft, its edge continued
+    same = drafted((Cond(concat=draft), Cond()), known[..., :4], torch.ones(1, 1, 4, 4))[0].concat
+    assert torch.equal(same, draft)
+
+
+@pytest.mark.parametrize(
+    ("known", "side", "tile", "begin"),
+    [((0, 4), 10, 6, 0), ((6, 10), 10, 6, 4), ((4, 6), 10, 6, 2), ((1, 9), 10, 6, 2), ((0, 8), 16, 6, 2), ((0, 0), 10, 6, 2), ((0, 10), 10, 10, 0)],
+)
+def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(known: tuple[int, int], side: int, tile: int, begin: int) -> None:
+    where = torch.zeros(side, dtype=torch.bool)
+    where[known[0] : known[1]] = True
+    assert anchor(where, tile) == begin
+
+
+def test_all_white_repaints_all(pipe: Any) -> None:
+    made = pipe.inpaint("cat", picture(), torch.ones(32, 32), seam=0, **OPTIONS)
+    assert torch.allclose(made.tensor, pipe.text_to_image("cat", **OPTIONS).tensor, atol=1e-4)  # eps is derived again: rounding
+
+
+def test_stopping_and_seeds(pipe: Any) -> None:
+    image, mask = picture(), hole()
+    four = pipe.inpaint("cat", image, mask, n=3, seed=5, **OPTIONS)
+    assert torch.allclose(four.tensor[2:], pipe.inpaint("cat", image, mask, seed=7, **OPTIONS).tensor, atol=1e-4)
+    masks = torch.stack([mask, mask.T])[:, None]
+    two = pipe.inpaint("cat", image, masks, n=2, **OPTIONS).tensor
+    assert torch.equal(outside(two[:1], mask), outside(image, mask)) and torch.equal(outside(two[1:], mask.T), outside(image, mask.T))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.inpaint("cat", picture(), torch.zeros(32, 32)), "black all over"),
+        (lambda p: p.inpaint("cat", picture(), torch.ones(32, 30)), "picture's size 32×32, got 32×30"),
+        (lambda p: p.inpaint("cat", picture(), torch.ones(3, 1, 32, 32), n=2), "3 masks for 2 pictures to be made"),
+        (lambda p: p.inpaint("cat", picture(), hole(), strength=2), "strength: expected 0 to 1, got 2"),
+        (lambda p: p.inpaint("cat", picture(), hole(), resample=0), "times and jump must be at least 1"),
+        (lambda p: p.inpaint("cat", picture(), hole(), feather=-3), "feather: expected"),
+        (lambda p: p.inpaint("cat", picture(), hole(), window=0), "window: expected"),
+        (lambda p: p.inpaint("cat", np.zeros((4, 4, 2), dtype=np.uint8), hole()), r"\(4, 4, 2\)"),
+        (lambda p: p.inpaint("cat", picture(), "absent.png"), "mask: no such file"),
+        (lambda p: p.outpaint("cat", picture(), left=-4), "left: expected a number of pixels of at least 0, got -4"),
+        (lambda p: p.outpaint("cat", picture()), "nothing to outpaint"),
+        (lambda p: p.outpaint("cat", picture(), left=4, width=64), "width 64: the picture has 36"),
+        (lambda p: p.outpaint("cat", __file__, left=4), "not a picture that can be read"),
+    ],
+)
+def test_wrong_input_is_refused(pipe: Any, call: Any, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call(pipe)
