@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -52,14 +53,26 @@ def both(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -
 def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> list[Denoised]:
     """The denoiser under K conditions, each (B, *S): one batch of K·B where the conditions can be joined, else K calls."""
     n, k = len(x_t), len(conds)
-    wide = [cond.expand(n) for cond in conds]
-    if k == 1 or not Cond.can_cat(wide):
+    learned = torch.is_grad_enabled() and any(value.requires_grad for cond in conds for _, value in cond.items())
+    join = joined.__wrapped__ if learned else joined  # a graph serves one backward pass
+    whole = None if k == 1 else join(tuple(conds), n, x_t.device, denoiser.dtype)
+    if whole is None:
         return [denoiser(x_t, t, cond) for cond in conds]
     t = torch.as_tensor(t)
     t = torch.cat([t] * k) if t.ndim == 1 and len(t) == n else t  # (K·B,) or shared
-    result = denoiser(torch.cat([x_t] * k), t, Cond.cat(wide))
+    result = denoiser(torch.cat([x_t] * k), t, whole)
     parts = [[None] * k if value is None else value.chunk(k) for value in result]
     return [Denoised(*(part[i] for part in parts)) for i in range(k)]
+
+
+@lru_cache(maxsize=4)
+def joined(conds: tuple[Cond, ...], n: int, device: torch.device, dtype: torch.dtype | None) -> Cond | None:
+    """Conditions as one of batch K·n, where a network computes; None if they cannot be joined.
+
+    The same conditions give the very same tensors at every step, so that a network may keep what it derives from them.
+    """
+    wide = [cond.expand(n) for cond in conds]
+    return Cond.cat(wide).to(device, dtype) if Cond.can_cat(wide) else None
 
 
 def lerp(a: Denoised, b: Denoised, weight: float | Tensor) -> Denoised:

@@ -51,7 +51,7 @@ class FastAttention(Attention):
     ops: Plain
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if with_grad(q) or with_grad(k) or getattr(self, "controls", ()):
+        if with_grad(q) or with_grad(k) or self.controls:
             return super().product(q, k, v, mask)
         return self.ops.attention(q, k, v, mask)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+HERE = Path(__file__).parent
+SOURCES = ("attention.cpp", "norm.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 TIMEOUT = 120  # seconds; it takes three
 
@@ -44,7 +45,8 @@ def folder() -> Path:
 def _built(compiler: str) -> Path:
     """The shared library of this source, compiler and processor, from the cache or new; whole or not there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False).stdout
-    facts = "\n".join((SOURCE.read_text(encoding="utf-8"), version, *FLAGS, _processor()))
+    texts = (path.read_text(encoding="utf-8") for path in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h"))))
+    facts = "\n".join((*texts, version, *FLAGS, _processor()))
     path = folder() / f"kernels-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
     if path.is_file():
         return path
@@ -52,7 +54,8 @@ def _built(compiler: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             made = Path(temporary) / path.name
-            done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            command = [compiler, *FLAGS, *(str(HERE / name) for name in SOURCES), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
             if done.returncode:
                 raise NoKernels(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
             os.replace(made, path)

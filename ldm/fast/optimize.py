@@ -10,6 +10,8 @@ from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, Fa
 from ldm.fast.build import NoKernels
 from ldm.fast.ops import Native, Plain
 from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, PackedConv2d, PackedLinear
+from ldm.fast.strips import StripDecoder
+from ldm.models.vae import Decoder
 from ldm.nn.attention import GEGLU, Attention, AttentionBlock
 from ldm.nn.resblock import ResBlock, Upsample
 
@@ -21,12 +23,13 @@ EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def optimize(pipe: P, *, kernels: bool = True) -> P:
+def optimize(pipe: P, *, kernels: bool = True, memory: bool = False) -> P:
     """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its dtype.
 
     Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
     ``pipe.optimizations`` names what was done. ``kernels``: whether attention and group norm may be compiled with the machine's C++ compiler
     (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations`` says why.
+    ``memory``: the least memory, at some cost of time: autoencoders decode in strips of rows, with the seams of the whole picture.
     On other devices than the CPU the layers compute as before.
     """
     ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
@@ -36,17 +39,21 @@ def optimize(pipe: P, *, kernels: bool = True) -> P:
         except NoKernels as error:
             note = f"attention and group norm: PyTorch's operators, as kernels cannot be built ({error})"
     for part in list(pipe.modules()):
-        if type(part) is Attention and part.to_k.in_features != part.to_q.in_features:
+        if type(part) is Attention and part.cross:
             part.to_k.__class__ = part.to_v.__class__ = ContextLinear
         if type(part) is GEGLU:
             part.proj.__class__ = HalvedLinear
         if type(part) in EXCHANGED:
             part.__class__ = EXCHANGED[type(part)]
-        if isinstance(part, FastAttention | FastGroupNorm | FastResBlock):
+        if memory and type(part) is Decoder:
+            part.__class__ = StripDecoder
+        if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder):
             part.ops = ops
+    strips = ("decoding: in strips of rows",) if memory else ()
     pipe.optimizations = (
         note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
         "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
         "keys and values of the context: once a prompt",
+        *strips,
     )  # fmt: skip
     return pipe

@@ -1,89 +1,18 @@
-// The inner loops that PyTorch's own operators leave slow on a CPU with AVX-512: attention, and group normalisation of channels-last maps.
+// Attention of a CPU with AVX-512, where PyTorch's own runs at a third of the processor's rate.
 //
-// Attention follows FlashAttention (Dao et al. 2022, algorithm 1) with blocks that fit the L2 cache: 48 queries against 512 keys. Keys and values are
-// packed once a head, so that the inner loops are products of registers: one instruction multiplies 16 columns, in bfloat16 pairs of them.
-#include <immintrin.h>
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+// It follows FlashAttention (Dao et al. 2022, algorithm 1) with blocks that fit the L2 cache: 48 queries against 512 keys. Keys and values are packed
+// once a head, so that the inner loops are products of registers: one instruction multiplies 16 columns, in bfloat16 pairs of them.
+#include "simd.h"
 
 namespace {
 
 constexpr int ROWS = 48, KEYS = 512;  // of one block of scores: 96 KiB in float32
 constexpr float LOWEST = -1e30f;      // the score of a key that does not count
 
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> buffer(size_t n) {
-    return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)));
-}
-
-// 2^x for |x| <= 126: the polynomial of least relative error on |f| <= 1/2 (7e-5 of degree 3, 2e-9 of degree 6), and the whole part to the exponent.
-template <int DEGREE>
-inline __m512 exp2_(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(12582912.f);  // 1.5·2^23: adding it rounds to whole numbers
-    __m512 t = _mm512_add_ps(x, magic), f = _mm512_sub_ps(x, _mm512_sub_ps(t, magic));
-    __m512 p;
-    if constexpr (DEGREE == 3) {  // a twentieth of what rounding to bfloat16 adds
-        p = _mm512_set1_ps(0.05517166f);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24261116f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69326099f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992807f));
-    } else {
-        p = _mm512_set1_ps(1.53458109e-4f);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33999318e-3f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61848897e-3f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55032878e-2f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240226470f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693147206f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-    }
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
-}
-
-// What differs between the dtypes. A word is what one lane multiplies: a float, or a pair of bfloat16.
-struct F32 {
-    using Elem = float;
-    static constexpr int PAIR = 1, DEGREE = 6;
-    static __m512 dot(__m512 acc, __m512i a, __m512i b) { return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), acc); }
-    static __m256 dot(__m256 acc, __m256i a, __m256i b) { return _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), acc); }
-    static __m512 divide(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
-    static __m512 load(const Elem* p, __mmask16 m = 0xffff) { return _mm512_maskz_loadu_ps(m, p); }
-    static void store(Elem* p, __m512 x, __mmask16 m = 0xffff) { _mm512_mask_storeu_ps(p, m, x); }
-    static void store_p(uint32_t* p, __m512 a, __m512 b) { _mm512_storeu_ps(p, a), _mm512_storeu_ps(p + 16, b); }
-};
-
-#ifdef __AVX512BF16__
-struct BF16 {
-    using Elem = uint16_t;
-    static constexpr int PAIR = 2, DEGREE = 3;
-    static __m512 dot(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
-    static __m256 dot(__m256 acc, __m256i a, __m256i b) { return _mm256_dpbf16_ps(acc, (__m256bh)a, (__m256bh)b); }
-    static __m512 divide(__m512 a, __m512 b) { return _mm512_mul_ps(a, _mm512_rcp14_ps(b)); }
-    static __m512 load(const Elem* p, __mmask16 m = 0xffff) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
-    }
-    static void store(Elem* p, __m512 x, __mmask16 m = 0xffff) { _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x)); }
-    static void store_p(uint32_t* p, __m512 a, __m512 b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a)); }
-};
-#endif
-
 struct View {  // (B, H, L, d) of elements, d contiguous
     const void* data;
     int64_t batch, head, row;
 };
-
-inline __mmask16 tail(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u << std::max(left, 0)) - 1); }
 
 // The keys of a head as [M/16][d words][16 keys].
 template <class T>
@@ -286,120 +215,7 @@ void attention(const View& q, const View& k, const View& v, const uint8_t* mask,
     }
 }
 
-// Adds to sums the differences, and their squares (lanes further on), of positions begin to end to position 0, for V·16 channels.
-template <class T, int V>
-inline void part_moments(const typename T::Elem* x, int64_t begin, int64_t end, int C, __mmask16 in, double* sums, int64_t lanes) {
-    __m512 first[V], one[V], two[V];
-    for (int v = 0; v < V; v++) first[v] = T::load(x + 16 * v, in), one[v] = two[v] = _mm512_setzero_ps();
-    for (int64_t n = begin; n < end; n++)
-        for (int v = 0; v < V; v++) {
-            const __m512 y = _mm512_sub_ps(T::load(x + n * C + 16 * v, in), first[v]);
-            one[v] = _mm512_add_ps(one[v], y), two[v] = _mm512_fmadd_ps(y, y, two[v]);
-        }
-    for (int v = 0; v < V; v++, sums += 16)
-        for (int half = 0; half < 2; half++) {
-            const __m256 a = half ? _mm512_extractf32x8_ps(one[v], 1) : _mm512_castps512_ps256(one[v]);
-            const __m256 b = half ? _mm512_extractf32x8_ps(two[v], 1) : _mm512_castps512_ps256(two[v]);
-            double *to = sums + 8 * half, *squares = to + lanes;
-            _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), _mm512_cvtps_pd(a)));
-            _mm512_storeu_pd(squares, _mm512_add_pd(_mm512_loadu_pd(squares), _mm512_cvtps_pd(b)));
-        }
-}
-
-// Mean and sum of squared deviations of each channel of a map (B, N, C), from parts of 64 positions each; differences to the first position keep
-// a large mean from costing digits.
-template <class T>
-void moments(const typename T::Elem* x, double* mean, double* m2, int B, int64_t N, int C, int threads) {
-    const int64_t part = 64, parts = (N + part - 1) / part, lanes = (C + 15) / 16 * 16;
-    const int teams = (int)std::min<int64_t>(threads, parts);
-    auto sums = buffer<double>((size_t)teams * 2 * lanes);
-    for (int b = 0; b < B; b++) {
-        const auto* from = x + b * N * C;
-        std::fill(sums.get(), sums.get() + (size_t)teams * 2 * lanes, 0.0);
-#pragma omp parallel num_threads(teams)
-        {
-            double* own = sums.get() + (size_t)omp_get_thread_num() * 2 * lanes;
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < parts; i++) {
-                const int64_t end = std::min(N, (i + 1) * part);
-                int c = 0;
-                for (; c + 64 <= C; c += 64) part_moments<T, 4>(from + c, i * part, end, C, 0xffff, own + c, lanes);
-                for (; c < C; c += 16) part_moments<T, 1>(from + c, i * part, end, C, tail(C - c), own + c, lanes);
-            }
-        }
-        alignas(64) float first[16];
-        for (int c = 0; c < C; c++) {
-            double one = 0, two = 0;
-            for (int t = 0; t < teams; t++) one += sums[(size_t)t * 2 * lanes + c], two += sums[(size_t)t * 2 * lanes + lanes + c];
-            if (c % 16 == 0) _mm512_store_ps(first, T::load(from + c, tail(C - c)));
-            mean[(size_t)b * C + c] = first[c % 16] + one / N;
-            m2[(size_t)b * C + c] = two - one * one / N;
-        }
-    }
-}
-
-template <class T, int V>
-inline void part_affine(const typename T::Elem* x, const float* scale, const float* shift, typename T::Elem* y, int64_t rows, int C, __mmask16 in,
-                        bool silu) {
-    const __m512 minus = _mm512_set1_ps(-1.4426950408889634f), one = _mm512_set1_ps(1.f), most = _mm512_set1_ps(126.f);
-    __m512 a[V], s[V];
-    for (int v = 0; v < V; v++) a[v] = _mm512_maskz_loadu_ps(in, scale + 16 * v), s[v] = _mm512_maskz_loadu_ps(in, shift + 16 * v);
-    for (int64_t n = 0; n < rows; n++)
-        for (int v = 0; v < V; v++) {
-            __m512 z = _mm512_fmadd_ps(T::load(x + n * C + 16 * v, in), a[v], s[v]);
-            if (silu) {
-                const __m512 e = _mm512_min_ps(most, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), most), _mm512_mul_ps(z, minus)));
-                z = T::divide(z, _mm512_add_ps(one, exp2_<T::DEGREE>(e)));
-            }
-            T::store(y + n * C + 16 * v, z, in);
-        }
-}
-
-// y = x·scale + shift of each channel of each sample, and SiLU behind it if asked.
-template <class T>
-void affine(const typename T::Elem* x, const float* scale, const float* shift, typename T::Elem* y, int B, int64_t N, int C, bool silu, int threads) {
-    const int64_t part = std::max<int64_t>(1, 16384 / C), parts = (N + part - 1) / part;
-#pragma omp parallel for num_threads((int)std::min<int64_t>(threads, B * parts)) schedule(static)
-    for (int64_t i = 0; i < B * parts; i++) {
-        const int64_t b = i / parts, begin = b * N + i % parts * part, end = std::min((b + 1) * N, begin + part);
-        const auto* from = x + begin * C;
-        auto* to = y + begin * C;
-        int c = 0;
-        for (; c + 64 <= C; c += 64) part_affine<T, 4>(from + c, scale + b * C + c, shift + b * C + c, to + c, end - begin, C, 0xffff, silu);
-        for (; c < C; c += 16) part_affine<T, 1>(from + c, scale + b * C + c, shift + b * C + c, to + c, end - begin, C, tail(C - c), silu);
-    }
-}
-
-template <class T>
-void group_norm(const typename T::Elem* x, const float* weight, const float* bias, const float* add, const float* gain, const float* offset,
-                typename T::Elem* y, int B, int64_t N, int C, int groups, double eps, bool silu, int threads) {
-    auto mean = buffer<double>((size_t)B * C), m2 = buffer<double>((size_t)B * C);
-    auto scale = buffer<float>((size_t)B * C), shift = buffer<float>((size_t)B * C);
-    moments<T>(x, mean.get(), m2.get(), B, N, C, threads);
-    const int width = C / groups;
-    for (int g = 0; g < B * groups; g++) {
-        const size_t from = (size_t)g * width;  // (b, c) in one index
-        double mu = 0, var = 0;
-        for (size_t i = from; i < from + width; i++) mu += (mean[i] += add ? add[i] : 0.f);
-        mu /= width;
-        for (size_t i = from; i < from + width; i++) var += m2[i] + N * (mean[i] - mu) * (mean[i] - mu);
-        const double rstd = 1 / std::sqrt(var / ((double)N * width) + eps);
-        for (size_t i = from; i < from + width; i++) {
-            const int c = i % C;
-            const double a = rstd * weight[c], s = bias[c] + ((add ? add[i] : 0.f) - mu) * a, k = gain ? 1.0 + gain[i] : 1.0;
-            scale[i] = (float)(a * k), shift[i] = (float)(s * k + (offset ? offset[i] : 0.f));
-        }
-    }
-    affine<T>(x, scale.get(), shift.get(), y, B, N, C, silu, threads);
-}
-
 }  // namespace
-
-#ifdef __AVX512BF16__
-#define EACH(bf16, call_bf16, call_f32) (bf16) ? (call_bf16) : (call_f32)
-#else
-#define EACH(bf16, call_bf16, call_f32) (bf16) ? std::abort() : (call_f32)
-#endif
 
 extern "C" {
 
@@ -417,21 +233,5 @@ void ldm_attention(int bf16, const void* q, const void* k, const void* v, const 
     const int64_t* s = strides;
     const View Q{q, s[0], s[1], s[2]}, K{k, s[3], s[4], s[5]}, V{v, s[6], s[7], s[8]}, O{out, s[9], s[10], s[11]};
     EACH(bf16, attention<BF16>(Q, K, V, mask, O, B, H, L, M, d, threads), attention<F32>(Q, K, V, mask, O, B, H, L, M, d, threads));
-}
-
-// x and y (B, N, C); weight and bias (C,); add (before the norm), gain and offset (behind it: times 1 + gain, plus offset) (B, C), or null.
-void ldm_group_norm(int bf16, const void* x, const float* weight, const float* bias, const float* add, const float* gain, const float* offset, void* y,
-                    int B, int64_t N, int C, int groups, double eps, int silu, int threads) {
-    EACH(bf16, group_norm<BF16>((const uint16_t*)x, weight, bias, add, gain, offset, (uint16_t*)y, B, N, C, groups, eps, silu, threads),
-         group_norm<F32>((const float*)x, weight, bias, add, gain, offset, (float*)y, B, N, C, groups, eps, silu, threads));
-}
-
-void ldm_moments(int bf16, const void* x, double* mean, double* m2, int B, int64_t N, int C, int threads) {
-    EACH(bf16, moments<BF16>((const uint16_t*)x, mean, m2, B, N, C, threads), moments<F32>((const float*)x, mean, m2, B, N, C, threads));
-}
-
-void ldm_affine(int bf16, const void* x, const float* scale, const float* shift, void* y, int B, int64_t N, int C, int silu, int threads) {
-    EACH(bf16, affine<BF16>((const uint16_t*)x, scale, shift, (uint16_t*)y, B, N, C, silu, threads),
-         affine<F32>((const float*)x, scale, shift, (float*)y, B, N, C, silu, threads));
 }
 }

@@ -1,0 +1,116 @@
+"""Decoding large pictures in little memory: every layer by strips of rows, with the seams of the whole picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ldm.fast.ops import Plain
+from ldm.fast.packed import with_grad
+from ldm.models.vae import Decoder
+from ldm.nn.norm import SpatialNorm
+from ldm.nn.resblock import ResBlock, Upsample
+
+STRIP = 2**25  # numbers of a map in one strip
+LARGE = 2**28  # numbers from which on a doubled map is not kept, but made again for each use
+Affine = tuple[Tensor, Tensor]  # scale and shift of each channel (B, C)
+
+
+class Map:
+    """A map (B, C, h, w) that is read by rows: a tensor, or the double of one by an `Upsample`, which is then never whole in memory."""
+
+    def __init__(self, x: Tensor, upsample: Upsample | None = None) -> None:
+        self.x, self.upsample = x, upsample
+        factor = 1 if upsample is None else 2
+        self.batch, self.channels = len(x), x.shape[1]
+        self.height, self.width = factor * x.shape[2], factor * x.shape[3]
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """Rows from top to below bottom: (B, C, bottom − top, w)."""
+        if self.upsample is None:
+            return self.x[:, :, top:bottom]
+        first, last = max(0, top // 2 - 1), min(self.x.shape[2], (bottom + 1) // 2 + 1)  # a doubled row sees the rows beside its own
+        return self.upsample(self.x[:, :, first:last])[:, :, top - 2 * first : bottom - 2 * first]
+
+    def strips(self) -> Iterator[tuple[int, int]]:
+        """(top, bottom) of each strip."""
+        step = max(8, STRIP // (self.batch * self.channels * self.width) // 2 * 2)
+        for top in range(0, self.height, step):
+            yield top, min(self.height, top + step)
+
+    def empty(self, channels: int) -> Tensor:
+        """A map of this size, channels last, to be filled."""
+        return torch.empty(self.batch, channels, self.height, self.width, dtype=self.x.dtype, memory_format=torch.channels_last)
+
+
+def statistics(ops: Plain, source: Map, norm: nn.GroupNorm) -> Affine:
+    """What a group norm multiplies and adds, by the statistics of the whole map, put together from strips (Chan et al. 1979, eq. 2.1)."""
+    parts = []
+    for top, bottom in source.strips():
+        mean, m2 = ops.moments(source.rows(top, bottom))
+        parts.append((float((bottom - top) * source.width), mean, m2))
+    count = sum(n for n, _, _ in parts)
+    mean = torch.stack([n * mean for n, mean, _ in parts]).sum(0) / count  # (B, C)
+    m2 = torch.stack([part + n * (own - mean).square() for n, own, part in parts]).sum(0)
+    grouped = mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C/G)
+    mu = grouped.mean(2, keepdim=True)
+    var = (m2.unflatten(1, (norm.num_groups, -1)) / count + (grouped - mu).square()).mean(2, keepdim=True)
+    scale = (var + norm.eps).rsqrt().expand_as(grouped).flatten(1) * norm.weight.double()
+    shift = norm.bias.double() - mu.expand_as(grouped).flatten(1) * scale
+    return scale.float(), shift.float()
+
+
+def normed_conv(ops: Plain, source: Map, affine: Affine, conv: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Norm, SiLU and a 3×3 convolution by strips: (top, bottom, the source's rows, the result's rows).
+
+    A strip is read with a row more on either side, so that its own rows see what they see in the whole map.
+    """
+    for top, bottom in source.strips():
+        above, below = min(top, 1), min(source.height - bottom, 1)
+        x = source.rows(top - above, bottom + below)
+        y = conv(ops.affine(x, *affine, silu=True))
+        inner = slice(above, above + bottom - top)
+        yield top, bottom, x[:, :, inner], y[:, :, inner]
+
+
+def res_block(ops: Plain, block: ResBlock, source: Map) -> Tensor:
+    """A residual block without embedding; where its input is a tensor of as many channels, that becomes the output."""
+    channels, shortcut = block.conv1.out_channels, block.conv_shortcut
+    h = source.empty(channels)
+    in_place = shortcut is None and source.upsample is None
+    out = source.x if in_place else source.empty(channels)
+    for top, bottom, x, y in normed_conv(ops, source, statistics(ops, source, block.norm1), block.conv1):
+        h[:, :, top:bottom] = y
+        if not in_place:
+            out[:, :, top:bottom] = x if shortcut is None else shortcut(x)
+    middle = Map(h)
+    for top, bottom, _, y in normed_conv(ops, middle, statistics(ops, middle, block.norm2), block.conv2):
+        out[:, :, top:bottom] += y
+    return out
+
+
+class StripDecoder(Decoder):
+    """The autoencoder's decoder, layer by layer in strips: at any moment two maps of the largest layer are in memory."""
+
+    ops: Plain
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        if with_grad(x) or isinstance(self.conv_norm_out, SpatialNorm) or x.device.type != "cpu":
+            return super().forward(x, z)
+        x = self.mid_block(self.conv_in(x)).contiguous(memory_format=torch.channels_last)
+        source = Map(x)
+        del x
+        for level in self.up_blocks:
+            for i, resnet in enumerate(level.resnets):
+                source = Map(res_block(self.ops, resnet, source))
+                if level.attentions is not None:
+                    source = Map(level.attentions[i](source.x))
+            if hasattr(level, "upsamplers"):  # large maps are doubled when their rows are read
+                doubled = Map(source.x, level.upsamplers[0])
+                source = doubled if 4 * source.x.numel() >= LARGE else Map(doubled.rows(0, doubled.height))
+        out = source.empty(self.conv_out.out_channels)
+        for top, bottom, _, y in normed_conv(self.ops, source, statistics(self.ops, source, self.conv_norm_out), self.conv_out):
+            out[:, :, top:bottom] = y
+        return out

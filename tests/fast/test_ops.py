@@ -1,0 +1,115 @@
+"""The kernels and PyTorch's operators give the same functions: each against float64, in every shape the networks have in kind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldm.fast import build
+from ldm.fast.ops import Native, Plain
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the output's deviation: the project's bars for exact gains
+
+
+@pytest.fixture(params=["plain", "native"])
+def ops(request):
+    if request.param == "plain":
+        return Plain()
+    try:
+        return Native()
+    except build.NoKernels as error:
+        pytest.skip(str(error))
+
+
+def error(got, expected):
+    return float((got.double() - expected).square().mean().sqrt() / expected.std())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "rows", "keys", "dim"),
+    [(3, 50, 77, 40), (1, 100, 1000, 80), (2, 49, 530, 160), (1, 7, 600, 512), (2, 130, 16, 8), (1, 1, 1, 64), (1, 48, 513, 96), (1, 96, 80, 88)],
+)
+def test_attention(ops, dtype, heads, rows, keys, dim):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = ((1.5 * torch.randn(2, n, heads, dim, generator=generator)).to(dtype).transpose(1, 2) for n in (rows, keys, keys))
+    some = torch.rand(2, 1, 1, keys, generator=generator) > 0.3
+    some[..., 0] = True
+    for mask in (None, some, some.expand(2, 1, rows, keys)):
+        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+        got = ops.attention(q, k, v, mask)
+        assert got.dtype == dtype and error(got, expected) < DTYPES[dtype]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_holds_for_scores_that_overflow_an_exponential(ops, dtype):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, n, 40, generator=generator) for n in (60, 700, 700))
+    q = q * torch.logspace(-2, 2, 60)[:, None]  # the last rows attend to one key alone, whose score is in the hundreds
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert error(ops.attention(q, k, v), expected) < DTYPES[dtype]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "groups", "size"), [(320, 32, (9, 8)), (48, 16, (13, 7)), (24, 8, (1, 3)), (8, 8, (20, 20))])
+def test_group_norm(ops, dtype, channels, groups, size):
+    generator = torch.Generator().manual_seed(2)
+    x = (torch.randn(2, channels, *size, generator=generator) * 2 + 20).to(dtype).to(memory_format=torch.channels_last)  # a mean of ten deviations
+    norm = nn.GroupNorm(groups, channels).to(dtype)
+    nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -1, 1)
+    exact = copy.deepcopy(norm).double()
+    add, gain, offset = torch.randn(3, 2, channels, generator=generator).to(dtype)
+    wide = [t.double()[:, :, None, None] for t in (add, gain, offset)]
+    for silu in (False, True):
+        last = F.silu if silu else (lambda y: y)
+        # float32 rounds x itself to 2e-6 of its deviation here; bfloat16's sum x + add, where PyTorch takes it, to a twentieth
+        bar = DTYPES[dtype] if isinstance(ops, Native) else 8 * DTYPES[dtype]
+        assert error(ops.group_norm(x, norm, silu=silu), last(exact(x.double()))) < bar
+        everything = last(exact(x.double() + wide[0]) * (1 + wide[1]) + wide[2])
+        assert error(ops.group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset), everything) < bar
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_and_affine_are_a_group_norm_taken_apart(ops, dtype):
+    x = (torch.randn(2, 40, 11, 9, generator=torch.Generator().manual_seed(3)) + 3).to(dtype).to(memory_format=torch.channels_last)
+    mean, m2 = ops.moments(x)
+    wide = x.double().flatten(2)
+    assert torch.allclose(mean, wide.mean(2), rtol=1e-6) and torch.allclose(m2, wide.var(2, correction=0) * 99, rtol=1e-5)
+    scale, shift = torch.rand(2, 2, 40)
+    got = ops.affine(x, scale, shift, silu=True)
+    assert error(got, F.silu(x.double() * scale[:, :, None, None] + shift[:, :, None, None])) < DTYPES[dtype] / 2
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_extremes_of_silu(ops):
+    x = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 1e4]).view(1, 1, 1, 6)
+    got = ops.affine(x, torch.ones(1, 1), torch.zeros(1, 1), silu=True)
+    assert torch.allclose(got, F.silu(x), atol=1e-6)
+
+
+def test_why_there_are_no_kernels_is_said(monkeypatch, tmp_path):
+    build.library.cache_clear()
+    try:
+        monkeypatch.setenv("LDM_HOME", str(tmp_path))
+        monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        with pytest.raises(build.NoKernels, match="AVX2"):
+            build.library()
+        monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
+        with pytest.raises(build.NoKernels, match="no C\\+\\+ compiler"):
+            build.library()
+        monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/false")
+        with pytest.raises(build.NoKernels, match="false failed"):
+            build.library()
+        assert not list((tmp_path / "kernels").iterdir())  # nothing half made
+    finally:
+        build.library.cache_clear()

@@ -1,0 +1,189 @@
+"""`ldm.optimize` changes how networks compute, and not what."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tinymodel import tiny_model
+from torch import nn
+
+import ldm
+from ldm.fast import optimize as module
+from ldm.fast.build import NoKernels
+from ldm.fast.packed import ContextLinear, FoldedUpsample, PackedConv2d
+from ldm.fast.strips import Map, StripDecoder
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.nn.attention import attention_control
+from ldm.nn.resblock import Upsample
+from ldm.types import Cond
+from ldm.weights.parts import randomise
+
+BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+UNETS = {
+    "sd": UNetConfig(channels=(32, 64), depth=(1, 1), blocks=1, heads=4, context_dim=24),
+    "linear": UNetConfig(channels=(32, 64), depth=(0, 2), blocks=1, heads=None, head_dim=8, context_dim=24, linear_projection=True, pooled_dim=12),
+    "decoder": UNetConfig(channels=(32, 64), depth=(0, 1), blocks=1, heads=None, head_dim=8, context_dim=24, attention="block", scale_shift=True,
+                          resample="resblock"),
+}  # fmt: skip
+
+
+def rms(a, b):
+    return float((a.double() - b.double()).square().mean().sqrt() / b.double().std())
+
+
+def without_kernels(monkeypatch):
+    def native():
+        raise NoKernels("a test")
+
+    monkeypatch.setattr(module, "Native", native)
+
+
+def make(config, dtype=torch.float32):
+    with torch.device("meta"):
+        net = UNet(config) if isinstance(config, UNetConfig) else AutoencoderKL(config)
+    return randomise(net, dtype=dtype)
+
+
+def inputs(config, dtype, batch=2):
+    g = torch.Generator().manual_seed(5)
+    pooled = torch.randn(batch, config.pooled_dim, generator=g).to(dtype) if config.pooled_dim else None
+    cond = Cond(context=torch.randn(batch, 7, 24, generator=g).to(dtype), context_mask=torch.arange(7).expand(batch, 7) < 5, pooled=pooled)
+    return torch.randn(batch, 4, 12, 10, generator=g).to(dtype), torch.tensor([10.0, 700.0])[:batch], cond
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_computes_the_same(name, kernels):
+    config = UNETS[name]
+    plain = make(config)
+    x, t, cond = inputs(config, torch.float32)
+    expected = plain(x, t, cond)
+    fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels)
+    assert rms(fast(x, t, cond), expected) < BARS[torch.float32]
+    half = ldm.optimize(copy.deepcopy(plain).to(torch.bfloat16), kernels=kernels)
+    assert half is ldm.optimize(half)  # once more changes nothing
+    own = rms(copy.deepcopy(plain).to(torch.bfloat16)(*inputs(config, torch.bfloat16)), expected)
+    assert rms(half(*inputs(config, torch.bfloat16)), expected) < max(BARS[torch.bfloat16], 1.2 * own)  # no more than bfloat16 itself costs
+
+
+@torch.no_grad()
+def test_an_optimised_network_saves_loads_copies_and_moves_as_before():
+    plain = make(UNETS["sd"])
+    fast = ldm.optimize(copy.deepcopy(plain))
+    args = inputs(UNETS["sd"], torch.float32)
+    expected = fast(*args)
+    assert isinstance(fast.conv_in, PackedConv2d) and fast.conv_in.packed is not None
+    state = fast.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+    assert torch.equal(copy.deepcopy(fast)(*args), expected)
+    assert torch.equal(fast.double().float()(*args), expected)
+    other = {key: 0.5 * value for key, value in state.items()}
+    fast.load_state_dict(other), plain.load_state_dict(other)
+    assert rms(fast(*args), plain(*args)) < 1e-5
+
+
+def test_gradients_flow_as_before():
+    plain = make(UNETS["sd"])
+    fast = ldm.optimize(copy.deepcopy(plain))
+    x, t, cond = inputs(UNETS["sd"], torch.float32)
+    with torch.no_grad():
+        fast(x, t, cond)  # packs
+    slopes = []
+    for net in (plain, fast):
+        y = x.clone().requires_grad_()
+        net(y, t, cond).square().sum().backward()
+        slopes.append(y.grad)
+    assert rms(slopes[1], slopes[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_attention_can_still_be_looked_at():
+    fast = ldm.optimize(make(UNETS["sd"]))
+    args = inputs(UNETS["sd"], torch.float32)
+    expected, seen = fast(*args), []
+    with attention_control(fast, lambda name, p: seen.append(p.sum(-1)) or None):
+        assert rms(fast(*args), expected) < 1e-5
+    assert len(seen) == 7 and all(torch.allclose(s, torch.ones(()), atol=1e-5) for s in seen)
+
+
+@torch.no_grad()
+def test_keys_and_values_are_computed_once_for_a_context(monkeypatch):
+    layer = nn.Linear(24, 8).requires_grad_(False)
+    layer.__class__ = ContextLinear
+    context = torch.randn(2, 7, 24)
+    first = layer(context)
+    assert layer(context) is first
+    context.mul_(2)  # the same tensor, other numbers
+    assert not torch.equal(layer(context), first)
+    assert layer(context.clone()) is not layer(context)
+
+
+@torch.no_grad()
+def test_guidance_gives_the_network_the_same_context_at_every_step():
+    pipe, seen = tiny_model(), []
+    pipe.denoiser.net.register_forward_pre_hook(lambda module, args: seen.append(args[2].context))
+    pipe.text_to_image("a red cat", steps=3, progress=False)
+    assert len(seen) == 3 and all(context is seen[0] for context in seen)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(5, 6), (1, 1), (8, 3)])
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_folded_upsampling_is_the_same_convolution(size, dtype):
+    plain = Upsample(32).to(dtype).requires_grad_(False)
+    folded = copy.deepcopy(plain)
+    folded.__class__ = FoldedUpsample
+    x = torch.randn(2, 32, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = copy.deepcopy(plain).double()(x.double())
+    assert rms(folded(x), expected) < BARS[dtype] / 2
+    odd = (2 * size[0] - 1, 2 * size[1])  # where halving had rounded up
+    assert torch.equal(folded(x, odd), plain(x, odd))
+    folded.conv.weight.mul_(2), folded.conv.bias.mul_(2)
+    folded.to(torch.float64).to(dtype)  # moving folds anew
+    assert rms(folded(x), 2 * expected) < BARS[dtype] / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("config", [VAEConfig(channels=(16, 32, 32), blocks=1), VAEConfig(channels=(16, 32), blocks=1, attention_levels=(0,), patch=2)])
+def test_strips_have_the_seams_of_the_whole_picture(config, kernels, monkeypatch):
+    from ldm.fast import strips
+
+    plain = make(config)
+    z = torch.randn(2, 4, 20, 13, generator=torch.Generator().manual_seed(0)) + 1
+    expected = plain.decode(z)
+    fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels, memory=True)
+    assert isinstance(fast.decoder, StripDecoder)
+    for strip, large in ((1, 2**28), (2**25, 2**28), (1, 1)):  # strips of eight rows; one strip; strips, and no doubled map whole
+        monkeypatch.setattr(strips, "STRIP", strip), monkeypatch.setattr(strips, "LARGE", large)
+        assert rms(fast.decode(z), expected) < 1e-5
+    half = fast.to(torch.bfloat16)
+    assert rms(half.decode(z.to(torch.bfloat16)), expected) < 2.5e-2
+    assert rms(fast.encode(expected.to(torch.bfloat16).clamp(-1, 1)).mean, plain.encode(expected.clamp(-1, 1)).mean) < 2e-2
+
+
+def test_rows_of_a_doubled_map_are_those_of_the_whole():
+    up = Upsample(4).requires_grad_(False)
+    x = torch.randn(1, 4, 7, 5)
+    whole = up(x)
+    source = Map(x, up)
+    assert (source.height, source.width) == (14, 10)
+    for top, bottom in ((0, 14), (0, 3), (5, 6), (6, 11), (13, 14)):
+        assert torch.allclose(source.rows(top, bottom), whole[:, :, top:bottom], atol=1e-5)
+
+
+def test_a_pipeline_says_what_was_done(monkeypatch):
+    pipe = tiny_model()
+    whole = pipe.text_to_image("a red cat", steps=2, progress=False).tensor
+    assert ldm.optimize(pipe) is pipe
+    assert any("packed" in line for line in pipe.optimizations)
+    assert (pipe.text_to_image("a red cat", steps=2, progress=False).tensor - whole).abs().max() < 1e-4
+    without_kernels(monkeypatch)
+    assert "PyTorch's operators, as kernels cannot be built (a test)" in ldm.optimize(tiny_model()).optimizations[0]
+    assert "kernels=False" in ldm.optimize(tiny_model(), kernels=False).optimizations[0]
+    assert any("strips" in line for line in ldm.optimize(tiny_model(), memory=True).optimizations)
