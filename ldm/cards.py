@@ -205,7 +205,7 @@ def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | Un
         own = {"parts": {}} if isinstance(base, UnCLIPCard) else {} if isinstance(base, PriorCard) else {"folder": None}
         mapping = {**vars(base), "hub": None, **own, **mapping}  # its weights are not the new model's
     if isinstance(convention := mapping.get("convention"), Mapping):
-        mapping["convention"] = Convention(**convention)
+        mapping["convention"] = build(Convention, convention, "convention")
     family = mapping.get("family")
     try:
         return build(UnCLIPCard if family in UNCLIP_FAMILIES else PriorCard if family == "dalle2-prior" else ModelCard, mapping)
