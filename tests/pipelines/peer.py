@@ -108,5 +108,12 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= STEP, f"largest difference {float((ours - theirs).abs().max()) * 255:.3f} of 255"
 
 
+def assert_filled(ours: Tensor, theirs: Tensor, given: Tensor, mask: Tensor) -> None:
+    """In the hole ours are the peer's; around it they are the given pixels, where the peer leaves the autoencoder's."""
+    known = (mask < 0.5).expand_as(ours)
+    assert torch.equal(ours[known], given.expand_as(ours)[known])
+    assert_equal(torch.where(known, theirs, ours), theirs)
+
+
 def differ(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() > 10 * STEP)

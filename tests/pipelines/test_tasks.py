@@ -136,8 +136,8 @@ def test_upscalers(models: Any) -> None:
         pipe.upscale(low, noise_level=350)
     sr = models("ldm-bsr-sr").upscale(low, **(OPTIONS | {"sampler": None}))
     assert sr.tensor.shape == (1, 3, 32, 32) and sr.recipe["sampler"] == "ddim"
-    with pytest.raises(ValueError, match="no input channels for this task; what it does: text_to_image"):
-        models("sd-v1-5").upscale(low)
+    with pytest.raises(ValueError, match="no input channels for this task; what it does: instruct"):
+        models("instruct-pix2pix").upscale(low)
 
 
 def test_depth(models: Any) -> None:
