@@ -36,8 +36,9 @@ class DecoderTraining:
     """The configuration of a latent decoder's training.
 
     ``diffusion.drop``: the share of captions made empty (the paper: half); ``drop_image``: of embeddings replaced by the learned one of no image
-    (a tenth). ``length``: tokens that captions are read at. ``net``, ``draft``: folders of a UNet and of an image's draft to begin with
-    (`image-draft` trains one), None to begin anew.
+    (a tenth). ``length``: tokens that captions are read at. ``net``: the folder of a UNet to begin with, ``draft``: that of an
+    image's draft, which stays as it is (`image-draft` trains it); None to begin anew. Without the squared error of its own a draft drifts away from
+    what it was trained to be.
     """
 
     run: RunConfig
@@ -86,6 +87,7 @@ class DecoderPart:
             if net.draft is None:
                 raise ValueError(f"draft {config.draft!r}: model.draft says no shape for it")
             begin_with(net.draft, config.draft, "draft")
+            net.draft.requires_grad_(False)
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.net = net
         self.model: nn.Module = nn.ModuleDict({"net": net})
