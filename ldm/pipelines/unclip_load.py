@@ -9,7 +9,8 @@ import torch
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_layouts import pipelines
-from ldm.pipelines.unclip_sources import UnCLIPSource, from_diffusers, from_file, from_native, from_random, prior_network
+from ldm.pipelines.unclip_originals import from_file, from_files, is_original, prior_network
+from ldm.pipelines.unclip_sources import UnCLIPSource, from_diffusers, from_native, from_random
 from ldm.pipelines.unclip_stages import PriorStage
 from ldm.unclip_cards import PriorCard, UnCLIPCard
 from ldm.weights.folder import list_variants
@@ -23,7 +24,7 @@ def load_unclip(
 
 
 def read_source(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | None, variant: str | None) -> UnCLIPSource:
-    """The networks in a single file, in a folder of ours, in a folder of diffusers or in one that holds several."""
+    """The networks in a single file, in a folder of ours, of diffusers (or in one that holds several of these), or of their authors' files."""
     if path.is_file():
         return from_file(card, path, dtype, ema=ema)
     if not path.is_dir():
@@ -32,7 +33,10 @@ def read_source(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool |
         return from_native(card, path, dtype)
     if pipelines(path):
         return from_diffusers(card, path, dtype, variant="non_ema" if ema is False and variant is None else variant)
-    what = "weights of one part alone" if list_variants(path) else "neither model_index.json (of diffusers, here or one folder below) nor card.yaml"
+    if is_original(card, path):
+        return from_files(card, path, dtype)
+    nothing = "neither model_index.json (of diffusers, here or one folder below) nor card.yaml (of ldm.save) nor the files of its authors"
+    what = "weights of one part alone" if list_variants(path) else nothing
     raise FileNotFoundError(f"weights {str(path)!r}: expected the folder of a model, it holds {what}")
 
 

@@ -1,4 +1,4 @@
-"""Where an unCLIP model's networks come from: a folder of ours, folders of diffusers, a single file, or chance."""
+"""Where an unCLIP model's networks come from: a folder of ours, folders of diffusers, or chance (`unclip_originals`: their authors' files)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.noise_augmentation import NoiseAugmentation
-from ldm.models.prior import Prior
 from ldm.pipelines.sources import part_dtype
 from ldm.pipelines.unclip_layouts import Component, check_component, components
-from ldm.unclip_cards import PriorCard, UnCLIPCard, upsampler_name
-from ldm.weights.ckpt import read_pickle
+from ldm.unclip_cards import UnCLIPCard, upsampler_name
 from ldm.weights.folder import read_component
 from ldm.weights.io import fingerprint
 from ldm.weights.native import about_part, read_config, read_network
 from ldm.weights.parts import build_network, fill, randomise
 from ldm.weights.prior_rules import with_statistics
-from ldm.weights.single import read_single, read_tensors
 
-STATISTICS = "ViT-L-14_stats.th"  # mean and deviation of CLIP's image embeddings, as Karlo's authors published them
 OPTIONAL = ("text", "vision", "prior")  # a model without one of these has fewer tasks
 
 
@@ -124,52 +119,3 @@ def _read(
 def _check_noise(state: Mapping[str, Tensor], path: Path) -> None:
     if lost := [name for name in ("mean", "std") if name not in state]:
         raise ValueError(f"{str(path)!r} lacks the statistics of CLIP's image embeddings: {', '.join(lost)}")
-
-
-def from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | None) -> UnCLIPSource:
-    """A single file of Stable Diffusion 2.1 unCLIP; that on ViT-L/14 needs ViT-L-14_stats.th beside it, which ValueError says."""
-    if card.family not in ("sd21-unclip-h", "sd21-unclip-l"):
-        raise ValueError(f"{str(path)!r}: the weights of {card.name!r} come as a folder, not as a single file")
-    assert card.networks is not None
-    single = read_single(path, ema=ema, family=card.family)
-    names = {"decoder": "unet", "words": "text", "vision": "image", "vae": "vae"}
-    networks, configs = {}, card.networks.configs()
-    for part, name in names.items():
-        if name not in single.parts:
-            raise ValueError(f"{str(path)!r} holds {', '.join(single.parts)}, and no {name}, the {part} of {card.name!r}")
-        state, kind = single.parts.pop(name), part_dtype(part, dtype)
-        networks[part] = fill(build_network(configs[part]), state, single.found.layout, source=f"{path}: {name}", dtype=kind)
-    noise = NoiseAugmentation(configs["noise"])
-    if card.family == "sd21-unclip-l":
-        mean, std = read_statistics(path.with_name(STATISTICS))
-        noise.mean.copy_(mean.reshape(1, -1))
-        noise.std.copy_(std.reshape(1, -1))
-    networks["noise"] = noise.to(dtype).requires_grad_(False)
-    scale = single.scale_factor or card.latent_scale or 1.0
-    return UnCLIPSource(networks=networks, latent_scale=scale, origin={path.name: fingerprint(path)})
-
-
-def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (E,) of CLIP's image embeddings in a file of Karlo's; ValueError if it is absent, or holds something else."""
-    if not path.is_file():
-        raise ValueError(f"the statistics of CLIP's image embeddings are missing: expected {path.name} in {str(path.parent)!r}")
-    content = read_pickle(path)
-    if not isinstance(content, tuple | list) or not all(isinstance(tensor, Tensor) for tensor in content):
-        raise ValueError(f"{str(path)!r}: expected a mean and a deviation, got {type(content).__name__}")
-    state = with_statistics({}, tuple(content))
-    return state["clip_mean"][0].float(), state["clip_std"][0].float()
-
-
-def prior_network(card: PriorCard, path: Path | None, dtype: torch.dtype) -> Prior:
-    """A prior alone in DALLE2-pytorch's layout, its averaged weights where it has them; (path None) with random ones."""
-    network = build_network(card.config())
-    assert isinstance(network, Prior)
-    if path is None:
-        randomise(network, 0, dtype)
-        return network
-    tensors, _ = read_tensors(path)
-    state = {key.removeprefix("net."): value for key, value in tensors.items() if not key.startswith(("noise_scheduler.", "clip."))}
-    if not any(key.startswith("net.") for key in tensors):
-        raise ValueError(f"{str(path)!r} is no prior of DALLE2-pytorch: expected tensors below net., in ema_model, in model or at its top level")
-    fill(network, state, "original", source=path, dtype=dtype)
-    return network

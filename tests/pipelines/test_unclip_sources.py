@@ -14,7 +14,7 @@ import pytest
 import torch
 import unclippeers as peers
 from packaging.version import Version
-from tinyunclip import tiny_karlo, tiny_stable
+from tinyunclip import tiny_kandinsky21, tiny_karlo, tiny_stable
 
 import ldm
 from ldm.__main__ import main
@@ -131,6 +131,49 @@ def test_a_single_file_of_stable_unclip_needs_its_statistics(tmp_path: Path) -> 
     torch.save((pipe.decoder.augmentation.mean[0], -pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th")
     with pytest.raises(ValueError, match="deviation of an embedding's entry is not positive"):
         familyunclip.load(name, weights=path)
+
+
+def originals(pipe: UnCLIP, folder: Path) -> Path:
+    """Karlo, or Kandinsky 2.1, as their authors publish them; CLIP as a file of tensors."""
+    folder.mkdir()
+
+    def layout(part: str, prefix: str) -> dict[str, torch.Tensor]:
+        state = to_layout(pipe.networks()[part], "original", hugging_face=False)
+        return {f"{prefix}{key}": value.clone() for key, value in state.items() if not key.startswith(("clip_mean", "clip_std"))}
+
+    write_safetensors(folder / "ViT-L-14.safetensors", {**layout("text", ""), **layout("vision", "visual."), "logit_scale": torch.zeros(())})
+    torch.save({"state_dict": layout("prior", "model."), "global_step": 3}, folder / "prior-ckpt-step=1.ckpt")
+    torch.save((pipe.prior.net.clip_mean[0].clone(), pipe.prior.net.clip_std[0].clone()), folder / "ViT-L-14_stats.th")
+    if pipe.upsamplers:
+        torch.save({"state_dict": layout("decoder", "model.")}, folder / "decoder-ckpt-step=1.ckpt")
+        both = {**layout("upsampler", "model_first_steps."), **layout("upsampler-last", "model_last_step.")}
+        torch.save({"state_dict": both}, folder / "improved-sr-ckpt-step=1.2M.ckpt")
+    else:
+        torch.save(layout("decoder", ""), folder / "decoder_fp16.ckpt")
+        torch.save(layout("vae", ""), folder / "movq_final.ckpt")
+        for part in peers.words_of(pipe).values():
+            part.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.mark.parametrize("make", [tiny_karlo, tiny_kandinsky21])
+def test_the_authors_own_files_are_read_to_the_bit(make: Any, tmp_path: Path) -> None:
+    pipe = make()
+    path, before = originals(pipe, tmp_path / "files"), pipe.state_dict()
+    again = peers.loaded(pipe, path).state_dict()
+    assert again.keys() == before.keys() and all(torch.equal(before[key], value) for key, value in again.items())
+    (path / "ViT-L-14_stats.th").rename(tmp_path / "stats.th")
+    with pytest.raises(ValueError, match=r"statistics of CLIP's image embeddings are missing: expected ViT-L-14_stats\.th in"):
+        peers.loaded(pipe, path)
+    (tmp_path / "stats.th").rename(path / "ViT-L-14_stats.th")
+    decoder = next(path.glob("decoder*"))
+    shutil.copy(decoder, path / "decoder-other.ckpt")
+    with pytest.raises(ValueError, match=r"expected one file decoder\*\.ckpt with the decoder of .* there is decoder"):
+        peers.loaded(pipe, path)
+    (path / "decoder-other.ckpt").unlink()
+    next(path.glob("*sr*" if pipe.upsamplers else "movq*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected one file .*there is none"):
+        peers.loaded(pipe, path)
 
 
 def dalle2_file(stage: PriorStage, path: Path) -> Path:
