@@ -165,7 +165,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=50, help="held-out pictures (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=1, help="embeddings the prior chooses from (default: %(default)s)")
     parser.add_argument("--invert-steps", type=int, default=50, help="of DDIM and its inversion (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=3, help="of the inversion's fixed point (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=4, help="of the inversion's fixed point (default: %(default)s)")
     parser.add_argument("--side", type=int, default=128, help="pixels of the upsampler's pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")

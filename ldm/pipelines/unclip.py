@@ -123,8 +123,8 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         """``n`` pictures (default 4) of a picture's embedding; options as in `text_to_image`.
 
         ``invert``: begin from the noise that DDIM leads to the picture from, so that the embedding and it (the paper's bipartite latent, section
-        3.1) hold all of it; then ``eta`` in [0, 1] says how much is varied, 0 reconstructs it. The size is then the picture's, and the
-        upsamplers rest. ValueError for a model without a vision tower.
+        3.1) hold all of it; then ``eta`` in [0, 1] says how much is varied, 0 reconstructs it. The size is then the picture's, the steps are 50
+        unless said, each solved backwards by ``iterations`` (4), and the upsamplers rest. ValueError for a model without a vision tower.
         """
         pixels = to_pixels(image)
         embedding = self.clip.image_embedding(pixels)
@@ -255,12 +255,15 @@ class UnCLIP(UnCLIPPainting, nn.Module):
     @torch.no_grad()
     def _inverted(self, pixels: Tensor, embedding: ImageEmbedding, prompt: Any, *, eta: float, **options: Any) -> tuple[Tensor, Call]:
         """The noise (1, C, h, w) that DDIM leads to a picture from, and the call that begins there; without guidance, unless that is asked for."""
-        own = {**decoders(options), "sampler": "ddim", "height": pixels.shape[-2], "width": pixels.shape[-1], "eta": eta}
+        asked = {name: value for name, value in decoders(options).items() if value is not None}
+        if asked.get("sampler", "ddim") != "ddim":
+            raise ValueError(f"sampler {asked['sampler']!r}: inversion runs ddim backwards; leave it out")
+        own = {"steps": 50, **asked, "sampler": "ddim", "height": pixels.shape[-2], "width": pixels.shape[-1], "eta": eta}
         call = self._settle(prompt, **{"guidance": 1.0, **own})
         one = replace(call, prompts=call.prompts[:1], seeds=call.seeds[:1], guidance=1.0)
         fn = self._guided(one, embedding, options.get("noise_level", 0))
         z = self.decoder.space.encode(pixels, self.decoder.device)
-        return self.decoder.invert(fn, z, call.grid, iterations=options.get("iterations", 1)), call
+        return self.decoder.invert(fn, z, call.grid, iterations=options.get("iterations", 4)), call
 
     @torch.no_grad()
     def _decode(

@@ -104,6 +104,8 @@ def test_inverted_noise_and_the_embedding_reconstruct_a_picture():
     options = {"steps": 10, "iterations": 12, "progress": False}
     again = pipe.reconstruct(PICTURE, **options)
     assert float((again.tensor - expected).abs().max()) < 1 / 255
+    with pytest.raises(ValueError, match="sampler 'euler': inversion runs ddim backwards"):
+        pipe.reconstruct(PICTURE, sampler="euler")
     varied = pipe.variations(PICTURE, n=2, invert=True, eta=1.0, **options)
     assert float((varied.tensor[0] - varied.tensor[1]).abs().max()) > 4 / 255
 

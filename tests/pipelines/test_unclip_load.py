@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import familyunclip
@@ -65,13 +66,19 @@ def test_the_names_and_how_they_are_sampled(capsys: pytest.CaptureFixture[str]) 
         ldm.load("karlo-v1-alfa")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_command_line_makes_four_pictures_and_makes_them_again(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, and tiny-unclip among the embedded models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ldm.cards.ASSETS", tmp_path / "assets")
     pipe = tiny_karlo()
-    pipe.card = pipe.card.__class__(**{**vars(pipe.card), "name": "tiny-unclip", "family": "unclip", "networks": None})
+    pipe.card = replace(pipe.card, name="tiny-unclip", family="unclip", networks=None)
     ldm.save(pipe, tmp_path / "assets" / "tiny-unclip")
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_command_line_makes_four_pictures_and_makes_them_again(dtype: str, tiny: Path) -> None:
     assert "tiny-unclip" in ldm.list_models()
     assert main(["a red apple", "--model", "tiny-unclip", "--dtype", dtype, "-o", "grid.png"]) == 0
     recipe = read_recipe("grid.png")
@@ -81,6 +88,23 @@ def test_the_command_line_makes_four_pictures_and_makes_them_again(dtype: str, t
     assert (np.asarray(Image.open("grid.png")) == np.asarray(Image.open("grid-replay.png"))).all()
     assert main(["cat", "--model", "tiny-unclip", "--n", "1", "--steps", "2", "--guidance", "1", "--sampler", "ddim", "-o", "one.png"]) == 0
     assert read_recipe("one.png")["sampler"] == "ddim"
+
+
+def test_every_task_has_its_command(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", "tiny-unclip", "--dtype", "float32", "--steps", "2", "-o", "out.png"]
+    Image.fromarray((PICTURE[0, :, :16, :16] * 255).byte().permute(1, 2, 0).numpy()).save("picture.png")
+    Image.fromarray(np.pad(np.full((16, 8), 255, np.uint8), ((0, 0), (8, 0)))).save("mask.png")
+    for arguments, task, shape in (
+        (["vary", "picture.png"], "variations", (64, 64, 3)),
+        (["inpaint", "a cat", "picture.png", "mask.png", "--n", "1"], "inpaint", (16, 16, 3)),
+        (["outpaint", "a cat", "picture.png", "--right", "8", "--n", "1"], "outpaint", (16, 24, 3)),
+        (["interpolate", "a cat", "a dog", "--n", "3", "--seed", "2"], "interpolate", (64, 64, 3)),
+        (["reconstruct", "picture.png", "--prompt", ""], "variations", (16, 16, 3)),
+    ):
+        assert main([*arguments, *common]) == 0, capsys.readouterr().err
+        recipe = read_recipe("out.png")
+        assert recipe["task"] == task and not recipe["replayable"] and np.asarray(Image.open("out.png")).shape == shape
+    assert main(["edit", "a cat", "a dog", *common]) == 2 and "makes no pictures by edit" in capsys.readouterr().err
 
 
 def test_weights_that_are_anothers_or_of_another_kind_are_refused(tmp_path: Path) -> None:
