@@ -66,8 +66,8 @@ class Editing:
         """``n`` pictures from a to b, both included; options as in `text_to_image`.
 
         Two texts: straight lines between their conditions, under the noise of one seed. Two whole numbers: the arc between the noise of these seeds,
-        under ``prompt``. Two pictures of one size (a path as a `Path`): the arc between the noise that DDIM leads to each from, at guidance 1, under
-        ``prompt``; 50 steps unless said. TypeError for a text and a number, and the like.
+        under ``prompt``. Two pictures of one size (a path as a `Path`): the arc between what they are inverted to, as in `reconstruct`, under
+        ``prompt``, so that the ends are the pictures as the autoencoder gives them. TypeError for a text and a number, and the like.
         """
         if not isinstance(n, int) or isinstance(n, bool) or n < 2:
             raise ValueError(f"n: expected at least 2 pictures from a to b, got {n!r}")
@@ -91,25 +91,22 @@ class Editing:
             call = self._settle([prompt] * n, steps=steps, **{**options, "seed": [a] * (n - 1) + [b]})
             noise = slerp(*(self._noise(replace(call, seeds=(end,))) for end in (a, b)), w.to(self.device))
             return self._sample("interpolate", replace(call, latents=noise), about={"seed": [a, b], "n": n})
-        return self._between_pictures(a, b, w, {"prompt": [prompt] * n, "steps": 50 if steps is None else steps, **options})
+        return self._between_pictures(a, b, w, prompt, {**options, **({} if steps is None else {"steps": steps})})
 
     @torch.no_grad()
-    def _between_pictures(self: LatentDiffusion, a: Picture, b: Picture, w: Tensor, options: Mapping[str, Any]) -> Images:
-        """Pictures on the arc between the inverted noises of two."""
+    def _between_pictures(self: LatentDiffusion, a: Picture, b: Picture, w: Tensor, prompt: str, options: Mapping[str, Any]) -> Images:
+        """Pictures on the arcs between the states that two are inverted to; in a model that drafts, without a prompt, between their latents as drafts."""
         sides = [to_pixels(a), to_pixels(b)]
         if sides[0].shape != sides[1].shape or len(sides[0]) != 1:
             raise ValueError(f"a and b: expected two pictures of one size, got {[tuple(side.shape) for side in sides]}")
-        h, wide = sides[0].shape[-2:]
-        pixels = fit(torch.cat(sides), self.multiple)
-        call = self._invertible(options, pixels[:1])
-        ends = replace(call, prompts=call.prompts[:2], seeds=call.seeds[:2])
-        z = self.encode(pixels)
-        draft = self._itself(pixels)
-        noise = ddim_invert(self._plain(ends, z, draft), z, call.grid, iterations=4)
-        mixed = None if draft is None else (torch.lerp(z[:1], z[1:], w.to(z).view(-1, 1, 1, 1)), draft[1])
-        path = slerp(noise[:1], noise[1:], w.to(noise)) / call.rules.start_scale(call.grid)
-        call = replace(call, latents=path, guidance=1.0)
-        return self._sample("interpolate", call, draft=mixed, finish=lambda made: made[..., :h, :wide], about={"n": len(w)})
+        ends = torch.cat(sides)
+        two = self._inverted(ends, prompt, prompt, True, 1, 1.0, {"guidance": 1.0, **options, "seed": options["seed"][:2]})
+        call = replace(two.call, prompts=(prompt,) * len(w), seeds=tuple(options["seed"]))
+        arcs = [slerp(track[:1], track[1:], w.to(track)) for track in two.tracks]
+        draft = None if prompt else self._itself(ends)
+        if draft is not None:
+            draft = (torch.lerp(draft[0][:1], draft[0][1:], w.to(draft[0]).view(-1, 1, 1, 1)), draft[1])
+        return self._back("interpolate", replace(two, call=call, tracks=arcs), self._plain(call, arcs[0], draft), {"n": len(w)})
 
     @torch.no_grad()
     def reconstruct(self: LatentDiffusion, image: Picture, *, prompt: str = "", exact: bool = True, iterations: int = 4, **options: Any) -> Images:

@@ -1,0 +1,176 @@
+"""What the tasks on pictures are held to, measured on held-out pictures: inpainting, outpainting, image-to-image, inversion.
+
+Inpainting: the right half of held-out pictures hidden; is what is made nearer to the truth (squared error over that half) than the mean picture of
+the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the
+object, made twice as wide; is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1; reconstruction by
+inversion, against the autoencoder's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ldm
+from ldm.data import Composition, EmojiData, caption, render_batch
+from ldm.files import write_atomically
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji-ldm")
+    parser.add_argument("--weights", help="weights to judge in place of the model's own")
+    parser.add_argument("--dtype", help="what to compute in (default: the fastest that is safe)")
+    parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
+    parser.add_argument("--only", choices=("inpaint", "outpaint", "image", "reconstruct"), nargs="+", help="(default: all)")
+    parser.add_argument("--n", type=int, default=50, help="held-out pictures to inpaint (default: %(default)s)")
+    parser.add_argument("--m", type=int, default=20, help="pictures of each other task (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=10, help="pictures made at once (default: %(default)s)")
+    parser.add_argument("--resample", type=int, nargs="+", default=[1], help="RePaint: how often each stretch is taken (default: %(default)s)")
+    parser.add_argument("--jump", type=int, default=5, help="the steps of a stretch (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--sheet", type=Path, help="write a PNG here: truth, what is known, and what was made, in rows")
+    options = parser.parse_args()
+    data = EmojiData.open(options.data)
+    pipe = ldm.load(options.model, weights=options.weights, dtype=options.dtype)
+    start, figures, rows = time.perf_counter(), {}, []
+    measures = {"inpaint": inpainting, "outpaint": outpainting, "image": image_to_image, "reconstruct": reconstruction}
+    for name in options.only or measures:
+        figures[name] = measures[name](pipe, data, options, rows)
+        print(f"{name}: {json.dumps(figures[name], indent=1)}", flush=True)
+    print(f"{torch.get_num_threads()} threads, {pipe.dtype}, {time.perf_counter() - start:.0f} s, beside other work or not")
+    if options.json is not None:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+        report = {"settings": settings, "versions": versions, "data": data.manifest.get("sha256"), "figures": figures}
+        write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
+    if options.sheet is not None and rows:
+        save_sheet(options.sheet, rows)
+
+
+def pictures(data: EmojiData, rows: np.ndarray) -> tuple[Tensor, list[str]]:
+    """Pictures (B, 3, 128, 128) in [0, 1] of some rows on white, and their captions."""
+    shown = [Composition(picture=int(row)) for row in rows]
+    x = torch.from_numpy(render_batch(shown, data.pictures)).permute(0, 3, 1, 2).float() / 255
+    return x, [caption(c, data.index) for c in shown]
+
+
+def batches(task: Any, n: int, size: int) -> Tensor:
+    """What ``task(slice)`` makes of n pictures, some at a time."""
+    return torch.cat([task(slice(i, min(i + size, n))).tensor for i in range(0, n, size)])
+
+
+def inpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+    """Held-out pictures with their right half hidden."""
+    chosen = np.random.default_rng(options.seed).permutation(data.held_out)[: options.n]
+    x, captions = pictures(data, chosen)
+    n, half = len(x), x.shape[-1] // 2
+    mask = torch.zeros(1, 1, *x.shape[-2:])
+    mask[..., half:] = 1
+    hidden = x * (1 - mask)  # black under the mask, so that nothing can be seen there
+    mean = pictures(data, data.train)[0].mean(0, keepdim=True)
+    own = {"progress": False}
+    rivals = {
+        "mean picture": mean.expand_as(x),
+        "random sample": batches(lambda s: pipe.text_to_image([""] * len(x[s]), seed=[10_000 + i for i in range(n)][s], **own), n, options.batch),
+        "sample of the prompt": batches(lambda s: pipe.text_to_image(captions[s], seed=[20_000 + i for i in range(n)][s], **own), n, options.batch),
+    }
+
+    def error(y: Tensor) -> Tensor:
+        return (y - x)[..., half:].square().flatten(1).mean(1)  # (n,)
+
+    found: dict[str, Any] = {"n": n, "rivals' mse": {name: round(float(error(y).mean()), 4) for name, y in rivals.items()}}
+    found["autoencoder's mse"] = round(float(error(batches_of_ae(pipe, x)).mean()), 4)
+    rows += [x, rivals["sample of the prompt"]]
+    for times in options.resample:
+        made = batches(
+            lambda s, times=times: pipe.inpaint(
+                captions[s], hidden[s], mask, resample=times, jump=options.jump, seed=[options.seed + i for i in range(n)][s], **own
+            ),
+            n, options.batch,
+        )  # fmt: skip
+        rows.append(made)
+        found[f"resample {times}"] = {
+            "known pixels exact": bool(torch.equal(made[..., :half], x[..., :half])), "mse": round(float(error(made).mean()), 4),
+            **{f"nearer than the {name}, %": round(100 * float((error(made) < error(y)).float().mean()), 1) for name, y in rivals.items()},
+        }  # fmt: skip
+    return found
+
+
+def batches_of_ae(pipe: Any, x: Tensor) -> Tensor:
+    """What the autoencoder leaves of pictures."""
+    return torch.cat([pipe.decode(pipe.encode(part)) for part in x.split(16)])
+
+
+def outpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+    """Pictures cut through their object, made twice as wide."""
+    chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: options.m]
+    x, captions = pictures(data, chosen)
+    half = x.shape[-1] // 2
+    given = x[..., :half]
+    found: dict[str, Any] = {"n": len(x)}
+    for name, seam in (("as made", 0.0), ("corrected", None)):
+        made = batches(lambda s, seam=seam: pipe.outpaint(captions[s], given[s], right=half, seam=seam, progress=False), len(x), options.batch)
+        step = (made[..., half] - made[..., half - 1]).abs().mean(1)  # (n, H)
+        own = (given[..., 1:] - given[..., :-1]).abs().mean(1).flatten(1).quantile(0.95, dim=1)  # (n,)
+        found[name] = {
+            "known pixels exact": bool(torch.equal(made[..., :half], given)),
+            "mean step across the border": round(float(step.mean()), 4), "its 95th percentile": round(float(step.quantile(0.95, dim=1).mean()), 4),
+            "the picture's 95th percentile": round(float(own.mean()), 4),
+            "mean step within it, %": round(100 * float((step.mean(1) <= own).float().mean()), 1),
+            "95th percentile within it, %": round(100 * float((step.quantile(0.95, dim=1) <= own).float().mean()), 1),
+        }  # fmt: skip
+    rows += [x, made]
+    return found
+
+
+def image_to_image(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+    """Strength 0 against the autoencoder, strength 1 against text-to-image."""
+    x, captions = pictures(data, data.held_out[:4])
+    zero, one = (pipe.image_to_image(captions, x, strength=strength, progress=False).tensor for strength in (0, 1))
+    text = pipe.text_to_image(captions, progress=False).tensor
+    return {
+        "strength 0 against the autoencoder, largest difference": float((zero - pipe.decode(pipe.encode(x))).abs().max()),
+        "strength 1 against text-to-image, largest difference": float((one - text).abs().max()),
+    }
+
+
+def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+    """Inversion and back over 50 steps, against the autoencoder alone."""
+    chosen = np.random.default_rng(options.seed).permutation(data.held_out)[: options.m]
+    x, _ = pictures(data, chosen)
+
+    def psnr(y: Tensor) -> Tensor:
+        return -10 * (y - x).square().flatten(1).mean(1).log10()
+
+    alone = psnr(batches_of_ae(pipe, x))
+    found: dict[str, Any] = {"n": len(x), "autoencoder, dB": round(float(alone.mean()), 2)}
+    for name, own in (("exact", {}), ("ddim, 4 iterations", {"exact": False}), ("ddim, 1 iteration", {"exact": False, "iterations": 1})):
+        made = batches(lambda s, own=own: pipe.reconstruct(x[s], progress=False, **own), len(x), options.batch)
+        rows.append(made)
+        lost = alone - psnr(made)
+        found[name] = {"dB": round(float(psnr(made).mean()), 2), "lost by inversion, largest, dB": round(float(lost.max()), 3)}
+    return found
+
+
+def save_sheet(path: Path, rows: list[Tensor]) -> None:
+    """The pictures, a row for each tensor, the first 20 of each."""
+    from PIL import Image
+
+    width = max(min(len(row), 20) for row in rows)
+    blank = [torch.nn.functional.pad(torch.cat(list(row[:20]), dim=-1), (0, 128 * (width - min(len(row), 20))), value=1.0) for row in rows]
+    sheet = (torch.cat(blank, dim=-2).permute(1, 2, 0) * 255).round().byte().numpy()
+    Image.fromarray(sheet).save(path, format="PNG")
+
+
+if __name__ == "__main__":
+    main()
