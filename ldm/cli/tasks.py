@@ -99,10 +99,10 @@ def edit(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--strength", type=float, help="of the inversion: less keeps more of the picture (default: 0.8)")
     parser.add_argument("--cross", type=float, help="share of the run with the source's attention to the words of both (default: 0.8; 0 of a file)")
     parser.add_argument("--within", type=float, help="share of the run with the source's attention between positions (default: 0.4; 0 of a file)")
-    parser.add_argument("--weight", type=weight, action=Weights, dest="weights", metavar="WORD=FACTOR", help="attend more or less to a word")
+    parser.add_argument("--emphasis", type=emphasis, action=Gather, metavar="WORD=FACTOR", help="attend so many times as much to a word; repeatable")
     inversion_options(parser)
     picture_options(parser, "sampler")
-    run("edit", parser, argv, lambda args: [args.source, args.prompt], "image", "strength", "cross", "within", "weights", "exact")
+    run("edit", parser, argv, lambda args: [args.source, args.prompt], "image", "strength", "cross", "within", "emphasis", "exact")
 
 
 def reconstruct(parser: Parser, argv: Sequence[str]) -> None:
@@ -126,7 +126,7 @@ def upscale(parser: Parser, argv: Sequence[str]) -> None:
     run("upscale", parser, argv, lambda args: [args.image], "prompt", "factor", "strength", "noise_level", "window")
 
 
-def weight(text: str) -> tuple[str, float]:
+def emphasis(text: str) -> tuple[str, float]:
     """WORD=FACTOR."""
     word, _, factor = text.partition("=")
     try:
@@ -135,8 +135,8 @@ def weight(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected WORD=FACTOR, such as red=2") from None
 
 
-class Weights(argparse.Action):
-    """Gathers weights in a mapping."""
+class Gather(argparse.Action):
+    """Gathers pairs in a mapping."""
 
     def __call__(self, parser: Parser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), values[0]: values[1]})

@@ -28,11 +28,11 @@ class Alignment:
     scale: Tensor
 
 
-def align(source: Words, prompt: Words, tokens: int, weights: Mapping[str, float]) -> Alignment:
+def align(source: Words, prompt: Words, tokens: int, emphasis: Mapping[str, float]) -> Alignment:
     """The alignment of two prompts in contexts of M = ``tokens``: words that both have, in order, take the attention of the source's (section 3,
     "adding a new phrase"); so do words that stand in the place of as many others ("word swap"), and what is before and behind all words.
 
-    ValueError for a weight of a word that the prompt does not have.
+    ValueError for an emphasis on a word that the prompt does not have.
     """
     taken, scale = torch.zeros(tokens, tokens), torch.ones(tokens)
     ours, theirs = [word for word, _ in prompt], [word for word, _ in source]
@@ -47,10 +47,10 @@ def align(source: Words, prompt: Words, tokens: int, weights: Mapping[str, float
     end, other_end = (1 + max((place for _, places in side for place in places), default=0) for side in (source, prompt))
     for place in range(other_end, tokens):  # the end of text, and padding
         taken[min(place - other_end + end, tokens - 1), place] = 1
-    for word, factor in weights.items():
+    for word, factor in emphasis.items():
         places = [place for own, own_places in prompt if own == word.lower() for place in own_places]
         if not places:
-            raise ValueError(f"weights: the prompt has no word {word!r}; {nearest(word, ours)}")
+            raise ValueError(f"emphasis: the prompt has no word {word!r}; {nearest(word, ours)}")
         scale[places] = float(factor)
     return Alignment(taken=taken, shared=(taken.sum(0) > 0).float(), scale=scale)
 

@@ -95,7 +95,7 @@ class Editing:
 
     @torch.no_grad()
     def _between_pictures(self: LatentDiffusion, a: Picture, b: Picture, w: Tensor, prompt: str, options: Mapping[str, Any]) -> Images:
-        """Pictures on the arcs between the states that two are inverted to; in a model that drafts, without a prompt, between their latents as drafts."""
+        """Pictures on the arcs between the states that two are inverted to; without a prompt, a model that drafts has their latents' mean for one."""
         sides = [to_pixels(a), to_pixels(b)]
         if sides[0].shape != sides[1].shape or len(sides[0]) != 1:
             raise ValueError(f"a and b: expected two pictures of one size, got {[tuple(side.shape) for side in sides]}")
@@ -121,7 +121,7 @@ class Editing:
     @torch.no_grad()
     def edit(
         self: LatentDiffusion, source: str, prompt: str, *, image: Picture | None = None, cross: float | None = None, within: float | None = None,
-        weights: Mapping[str, float] | None = None, strength: float = 0.8, exact: bool = True, iterations: int = 4, **options: Any,
+        emphasis: Mapping[str, float] | None = None, strength: float = 0.8, exact: bool = True, iterations: int = 4, **options: Any,
     ) -> Images:  # fmt: skip
         """A picture that ``source`` describes, changed into what ``prompt`` says; options as in `text_to_image`.
 
@@ -130,29 +130,29 @@ class Editing:
         back and forth, less of it keeping more of the picture.
         Attention holds the picture together (Prompt-to-Prompt, Hertz et al. 2022): for a share ``cross`` of the run, attention to the words that
         both texts have, or that stand for each other, is the source's; for a share ``within``, attention between positions is. None: 0.8 and 0.4
-        without an image, else 0. ``weights``: attend so many times as much to a word of the prompt.
+        without an image, else 0. ``emphasis``: attend so many times as much to a word of the prompt.
         """
         cross, within = (usual if share is None else share for share, usual in ((cross, 0.8 * (image is None)), (within, 0.4 * (image is None))))
         for name, share in (("cross", cross), ("within", within)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}: expected a share of the run in [0, 1], got {share}")
-        led, about = bool(cross or within or weights), {"source": source, "cross": cross, "within": within, "weights": dict(weights or {})}
+        led, about = bool(cross or within or emphasis), {"source": source, "cross": cross, "within": within, "emphasis": dict(emphasis or {})}
         if image is None:
             call = self._settle(prompt, **options)
             noise = self._noise(call) * call.rules.start_scale(call.grid)
-            with self._led(call, source, noise, cross, within, weights or {}) as (pair, fn):
+            with self._led(call, source, noise, cross, within, emphasis or {}) as (pair, fn):
                 x = self._run(fn, torch.cat([noise, noise]), pair)[len(noise) :]
             return self._images("edit", call, x, about)
         about = {**about, "strength": strength, "exact": exact}
         inverted = self._inverted(image, source, prompt, exact, iterations, strength, options)
         if not led:
             return self._back("edit", inverted, self._told(inverted.call, inverted.size), about)
-        with self._led(inverted.call, source, inverted.tracks[0], cross, within, weights or {}, given=True) as (_, fn):
+        with self._led(inverted.call, source, inverted.tracks[0], cross, within, emphasis or {}, given=True) as (_, fn):
             return self._back("edit", replace(inverted, tracks=[torch.cat([x, x]) for x in inverted.tracks]), fn, about)
 
     @contextmanager
     def _led(
-        self: LatentDiffusion, call: Call, source: str, x: Tensor, cross: float, within: float, weights: Mapping[str, float], *, given: bool = False
+        self: LatentDiffusion, call: Call, source: str, x: Tensor, cross: float, within: float, emphasis: Mapping[str, float], *, given: bool = False
     ) -> Iterator[tuple[Call, DenoiseFn]]:
         """The call of a source and of its pictures behind it, and its denoiser, led by the source's attention; the source of a ``given`` picture is
         not guided."""
@@ -164,7 +164,7 @@ class Editing:
         assert cond.context is not None
         if len(set(call.prompts)) > 1:
             raise ValueError(f"prompt: expected one text to change the source into, got {list(call.prompts)}")
-        alignment = align(self.text.places(source), self.text.places(str(call.prompts[0])), cond.context.shape[1], weights)
+        alignment = align(self.text.places(source), self.text.places(str(call.prompts[0])), cond.context.shape[1], emphasis)
         control = Control(alignment=alignment, pictures=n, cross=cross, within=within)
         scale = torch.full((2 * n, 1, 1, 1), call.guidance, device=self.device)
         if given:

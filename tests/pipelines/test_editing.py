@@ -118,7 +118,7 @@ def test_attention_of_the_source_leads(name: str, request: pytest.FixtureRequest
     led = model.edit("red apple", "red cat", n=2, cross=1.0, within=1.0, **OPTIONS)
     assert not near(led.tensor, target, 1e-6) and led.seeds == (0, 1) and led.prompts == ("red cat",) * 2
     assert all(part.controls == () for part in model.denoiser.net.modules() if hasattr(part, "controls"))
-    assert not near(model.edit("red cat", "red cat", weights={"cat": 4.0}, **OPTIONS).tensor, target[:1], 1e-6)
+    assert not near(model.edit("red cat", "red cat", emphasis={"cat": 4.0}, **OPTIONS).tensor, target[:1], 1e-6)
 
 
 def test_the_maps_are_the_source_s_where_words_are_shared(published: Any) -> None:
@@ -161,7 +161,7 @@ def test_enlarging_by_windows(pipe: Any, published: Any) -> None:
         (lambda p: p.edit("cat", "apple", image=picture(), strength=0), "strength: expected more than 0"),
         (lambda p: p.edit("cat", "apple", image=picture(), strength=2), "strength: expected more than 0"),
         (lambda p: p.edit("cat", "apple", cross=1.5), "cross: expected a share"),
-        (lambda p: p.edit("cat", "apple", weights={"dog": 2}), "no word 'dog'"),
+        (lambda p: p.edit("cat", "apple", emphasis={"dog": 2}), "no word 'dog'"),
         (lambda p: p.edit("cat", ["apple", "cat"]), "prompt: expected one text"),
         (lambda p: p.upscale(picture(), factor=1), "factor: expected a whole number of at least 2, got 1"),
         (lambda p: p.upscale(picture(), factor=1.5), "factor: expected"),

@@ -1,0 +1,123 @@
+"""The commands that make pictures of pictures, in this process on a tiny model: each writes what the library makes; wrong input is one line."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from tinymodel import tiny_model
+
+import ldm
+from ldm.__main__ import COMMANDS, main
+from ldm.cli.tasks import TASKS
+from ldm.images import read_recipe
+
+FAST = ["--steps", "2", "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        ldm.save(tiny_model(), folder / "assets" / "emoji-ldm")
+        patch.setattr("ldm.cards.ASSETS", folder / "assets")
+        patch.chdir(folder)
+        rng = np.random.default_rng(0)
+        for name in ("a.png", "b.png"):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(name)
+        mask = np.zeros((32, 32), dtype=np.uint8)
+        mask[8:20, 8:20] = 255
+        Image.fromarray(mask).save("mask.png")
+        Image.fromarray(mask * 0).save("black.png")
+        (folder / "text.png").write_text("no picture")
+        yield
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "task", "size"),
+    [
+        (["image", "cat", "a.png", "--strength", "0.5"], "image_to_image", (32, 32)),
+        (["inpaint", "cat", "a.png", "mask.png", "--resample", "2", "--jump", "1", "--feather", "2", "--seam", "4"], "inpaint", (32, 32)),
+        (["outpaint", "cat", "a.png", "--left", "8", "--bottom", "5"], "outpaint", (37, 40)),
+        (["vary", "a.png", "--n", "2", "--strength", "0.5"], "variations", (32, 64)),
+        (["interpolate", "cat", "red apple", "--n", "3"], "interpolate", (64, 64)),
+        (["interpolate", "1", "2", "--between", "seeds", "--n", "2", "--prompt", "cat"], "interpolate", (32, 64)),
+        (["interpolate", "a.png", "b.png", "--between", "pictures", "--n", "2"], "interpolate", (32, 64)),
+        (["edit", "cat", "red apple", "--emphasis", "red=2", "--emphasis", "apple=0.5"], "edit", (32, 32)),
+        (["edit", "cat", "red apple", "--image", "a.png", "--strength", "0.5", "--no-exact"], "edit", (32, 32)),
+        (["reconstruct", "a.png", "--prompt", "cat"], "reconstruct", (32, 32)),
+        (["upscale", "a.png", "--factor", "2", "--window", "32"], "upscale", (64, 64)),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_each_command_writes_a_picture_with_its_recipe(arguments, task, size, capsys):
+    assert main([*arguments, "-o", "out.png", *FAST]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.strip() == "out.png"
+    assert pixels("out.png").shape == (*size, 3)
+    assert read_recipe("out.png")["task"] == task
+
+
+def test_the_commands_are_the_library(capsys):
+    assert main(["inpaint", "cat", "a.png", "mask.png", "-o", "in.png", "--seed", "3", *FAST]) == 0
+    pipe = ldm.load("emoji-ldm", dtype="float32")
+    made = pipe.inpaint("cat", "a.png", "mask.png", seed=3, steps=2, progress=False)
+    assert (pixels("in.png") == made.numpy()[0]).all()
+    known = pixels("mask.png") == 0
+    assert (pixels("in.png")[known] == pixels("a.png")[known]).all()
+    assert main(["edit", "red apple", "red cat", "--emphasis", "cat=3", "-o", "e.png", *FAST]) == 0
+    assert (pixels("e.png") == pipe.edit("red apple", "red cat", emphasis={"cat": 3.0}, steps=2, progress=False).numpy()[0]).all()
+
+
+def test_a_size_that_does_not_fit_is_told_on_standard_error(capsys):
+    Image.fromarray(pixels("a.png")[:30, :29]).save("odd.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["image", "cat", "odd.png", "-o", "out.png", *FAST]) == 0
+    assert "warning: 29×30 is no multiple of 4: padded to 32×32" in capsys.readouterr().err
+    assert pixels("out.png").shape == (30, 29, 3)
+
+
+def test_what_was_made_of_pictures_cannot_be_replayed(capsys):
+    assert main(["vary", "a.png", "--n", "1", "-o", "v.png", *FAST]) == 0
+    assert main(["replay", "v.png"]) == 2 and "a recipe does not hold pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inpaint", "cat", "a.png", "black.png"], "black all over"),
+        (["inpaint", "cat", "absent.png", "mask.png"], "absent.png"),
+        (["inpaint", "cat", "text.png", "mask.png"], "not a picture that can be read"),
+        (["image", "cat", "a.png", "--strength", "2"], "strength: expected 0 to 1, got 2"),
+        (["outpaint", "cat", "a.png"], "nothing to outpaint"),
+        (["outpaint", "cat", "a.png", "--left", "-3"], "left: expected a number of pixels of at least 0, got -3"),
+        (["vary", "a.png", "--n", "0"], "n: expected"),
+        (["interpolate", "one", "2", "--between", "seeds"], "invalid literal"),
+        (["edit", "cat", "apple", "--emphasis", "dog=2"], "no word 'dog'"),
+        (["upscale", "a.png", "--factor", "1"], "factor: expected"),
+        (["reconstruct", "a.png", "-o", "out.jpg"], ".png"),
+    ],
+)
+def test_wrong_input_is_one_line_on_standard_error(arguments, message, capsys):
+    assert main([*arguments, *FAST] if "-o" in arguments else [*arguments, "-o", "none.png", *FAST]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
+
+
+@pytest.mark.parametrize("name", [*COMMANDS])
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"] if name != "generate" else ["--help"])
+    assert end.value.code == 0 and len(capsys.readouterr().out) > 100
+    assert set(TASKS) <= set(COMMANDS)
+
+
+def test_an_emphasis_is_a_word_and_a_number():
+    with pytest.raises(SystemExit):
+        main(["edit", "cat", "apple", "--emphasis", "red"])
