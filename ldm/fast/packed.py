@@ -183,13 +183,9 @@ def fold(conv: nn.Conv2d) -> list[PackedConv2d]:
     Above, the first row of weights meets the row before and the other two the pixel's own; below, the first two its own and the last the next.
     """
     weight = conv.weight.detach().float()
-    rows = (torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2), torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], 2))
     convs: list[PackedConv2d] = []
-    for row in rows:
-        for kernel in (
-            torch.stack([row[..., 0], row[..., 1] + row[..., 2]], 3),
-            torch.stack([row[..., 0] + row[..., 1], row[..., 2]], 3),
-        ):
+    for rows in _pairs(weight, 2):
+        for kernel in _pairs(rows, 3):
             with on_meta():
                 made = nn.Conv2d(conv.in_channels, conv.out_channels, 2, padding=1)
             made.__class__ = PackedConv2d
@@ -197,3 +193,9 @@ def fold(conv: nn.Conv2d) -> list[PackedConv2d]:
             made._parameters["bias"] = nn.Parameter(conv.bias.detach(), requires_grad=False)
             convs.append(cast(PackedConv2d, made))
     return convs
+
+
+def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three weights along a dimension as the two that the first and the second pixel of a doubled one see."""
+    before, own, behind = weight.unbind(dim)
+    return torch.stack([before, own + behind], dim), torch.stack([before + own, behind], dim)

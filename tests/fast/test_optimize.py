@@ -150,7 +150,11 @@ def test_folded_upsampling_is_the_same_convolution(size, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("config", [VAEConfig(channels=(16, 32, 32), blocks=1), VAEConfig(channels=(16, 32), blocks=1, attention_levels=(0,), patch=2)])
+@pytest.mark.parametrize(
+    "config",
+    [VAEConfig(channels=(16, 32, 32), blocks=1), VAEConfig(channels=(16, 32), blocks=1, attention_levels=(0,), patch=2)],
+    ids=["three", "two"],
+)
 def test_strips_have_the_seams_of_the_whole_picture(config, kernels, monkeypatch):
     from ldm.fast import strips
 

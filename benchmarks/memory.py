@@ -1,0 +1,86 @@
+"""How much memory does a whole call take, and decoding a large picture? The peak of resident memory, each run in a process of its own.
+
+    python benchmarks/memory.py --json memory.json                     # text to image, 512×512
+    python benchmarks/memory.py --decode --size 2048 --json decode.json
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DTYPES, report, settle
+from peers import vaes
+from text_to_image import call, options, ours, prepare, theirs
+
+import ldm
+
+
+def peak() -> float:
+    """The largest resident memory of this process so far, in GB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def forget() -> None:
+    """Begin to look for the largest anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def child(who: str, args: Any) -> None:
+    """In a process of its own: prepare, run, and say what the run's peak was."""
+    settle(args)
+    if args.decode:
+        mine, peers = vaes("small" if args.small else "kl-f8", DTYPES[args.dtype])
+        if who != "diffusers":
+            ldm.optimize(mine, memory=who == "ldm")
+        z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(DTYPES[args.dtype])
+        run = (lambda: peers.decode(z).sample) if who == "diffusers" else (lambda: mine.decode(z))
+        if who == "diffusers":
+            del mine
+        else:
+            del peers
+    else:
+        path = prepare(args.folder, args.card, args.dtype)
+        pipe = theirs(path, args.dtype) if who == "diffusers" else ours(path, args.card, args.dtype, memory=who == "ldm")
+        run = lambda: call(pipe, who[:3] if who != "diffusers" else who, args.size, args.steps, args.guidance)  # noqa: E731
+    forget()
+    result = run()
+    print(json.dumps({"peak": peak(), "mean": float(result.float().mean()) if torch.is_tensor(result) else None}))
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0], 1)
+    parser.add_argument("--decode", action="store_true", help="decode one latent instead")
+    parser.add_argument("--small", action="store_true", help="an autoencoder of a quarter of the channels, for a quick look")
+    parser.add_argument("--sides", nargs="+", default=["ldm", "ldm, whole", "diffusers"], help="ldm is with memory=True, 'ldm, whole' without")
+    parser.add_argument("--child")
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not args.decode:
+            prepare(folder, args.card, args.dtype)
+        peaks: dict[str, list[float]] = {who: [] for who in args.sides}
+        for _ in range(args.repeats):
+            for who in args.sides:
+                command = [sys.executable, __file__, *sys.argv[1:], "--child", who, "--folder", str(folder)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
+                peaks[who].append(json.loads(done.stdout.splitlines()[-1])["peak"])
+    settings = {"dtype": args.dtype, "size": args.size, **({} if args.decode else {"card": args.card, "steps": args.steps})}
+    bars = {} if args.decode else {"diffusers": 0.70}
+    extra = {"bar": "under 4 GB at 2048×2048, under 3 hoped for"} if args.decode else {}
+    report("peak memory of decoding" if args.decode else "peak memory of a call", settings, peaks, args, bars=bars, extra=extra, unit="GB")
+
+
+if __name__ == "__main__":
+    main()

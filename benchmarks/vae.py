@@ -1,0 +1,51 @@
+"""How long does decoding a latent take, against diffusers (in its default memory format) and OpenVINO, with the same weights?
+
+    python benchmarks/vae.py --size 512 --dtype bf16 --json vae.json
+"""
+
+from __future__ import annotations
+
+import torch
+from common import DTYPES, difference, measure, parser, report, settle
+from peers import openvino_module, vaes
+
+import ldm
+
+
+class _Decode(torch.nn.Module):
+    """Only the decoder of a peer, for OpenVINO."""
+
+    def __init__(self, vae: torch.nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(z).sample
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0], repeats=5)
+    options.add_argument("--size", type=int, default=512, help="side of the picture")
+    options.add_argument("--dtype", choices=DTYPES, default="bf16")
+    options.add_argument("--small", action="store_true", help="a quarter of the channels, for a quick look")
+    options.add_argument("--memory", action="store_true", help="ours in strips: ldm.optimize(memory=True)")
+    options.add_argument("--no-openvino", action="store_true")
+    args = options.parse_args()
+    settle(args)
+    dtype = DTYPES[args.dtype]
+    ours, theirs = vaes("small" if args.small else "kl-f8", dtype)
+    z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sides = {"ldm": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
+    compiled = None if args.no_openvino else openvino_module(_Decode(theirs), {"z": z}, dtype, args.threads)
+    if compiled is not None:
+        sides["openvino"] = compiled
+    ldm.optimize(ours, memory=args.memory)
+    wrong = difference(sides["ldm"](), sides["diffusers"]())
+    seconds = measure(sides, args.repeats, args.clock)
+    settings = {"size": args.size, "dtype": args.dtype, "small": args.small, "strips": args.memory}
+    extra = {"difference from diffusers (rms / deviation)": wrong}
+    report("VAE decode", settings, seconds, args, bars={"diffusers": 0.65, "openvino": 1.0}, extra=extra)
+
+
+if __name__ == "__main__":
+    main()
