@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from common import DTYPES, measure, parser, report, settle
+from load import name_of
 
 import ldm
 
@@ -20,6 +21,7 @@ PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse", "blurry"
 
 def prepare(folder: Path, card: str, dtype: str) -> Path:
     """A folder in diffusers' layout with random weights, made where it is not there."""
+    card = name_of(card)
     path = folder / f"{card}-{dtype}"
     if not (path / "model_index.json").is_file():
         ldm.save(ldm.load(card, weights="random", device="cpu", dtype=dtype), path, layout="diffusers")
@@ -28,7 +30,7 @@ def prepare(folder: Path, card: str, dtype: str) -> Path:
 
 def ours(path: Path, card: str, dtype: str, *, memory: bool = False) -> Any:
     """Our pipeline, optimised."""
-    return ldm.optimize(ldm.load(card, weights=path, device="cpu", dtype=dtype), memory=memory)
+    return ldm.optimize(ldm.load(name_of(card), weights=path, device="cpu", dtype=dtype), memory=memory)
 
 
 def theirs(path: Path, dtype: str) -> Any:
@@ -53,7 +55,7 @@ def call(pipe: Any, who: str, size: int, steps: int, guidance: float) -> Any:
 def options(description: str, repeats: int) -> Any:
     """The options that the benchmarks of a whole call share."""
     made = parser(description, repeats=repeats)
-    made.add_argument("--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family")
+    made.add_argument("--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family, or the YAML of one")
     made.add_argument("--dtype", choices=DTYPES, default="bf16")
     made.add_argument("--size", type=int, default=512)
     made.add_argument("--steps", type=int, default=20)

@@ -10,6 +10,7 @@ from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, Fa
 from ldm.fast.build import NoKernels
 from ldm.fast.ops import Native, Plain
 from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, PackedConv2d, PackedLinear
+from ldm.fast.spill import take_turns
 from ldm.fast.strips import StripDecoder
 from ldm.models.vae import Decoder
 from ldm.nn.attention import GEGLU, Attention, AttentionBlock
@@ -29,7 +30,8 @@ def optimize(pipe: P, *, kernels: bool = True, memory: bool = False) -> P:
     Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
     ``pipe.optimizations`` names what was done. ``kernels``: whether attention and group norm may be compiled with the machine's C++ compiler
     (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations`` says why.
-    ``memory``: the least memory, at some cost of time: autoencoders decode in strips of rows, with the seams of the whole picture.
+    ``memory``: the least memory, at some cost of time (Linux): autoencoders decode in strips of rows, with the seams of the whole picture, and the
+    networks take turns, the weights of those that rest lying in a file below LDM_HOME that ends with the process.
     On other devices than the CPU the layers compute as before.
     """
     ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
@@ -49,11 +51,13 @@ def optimize(pipe: P, *, kernels: bool = True, memory: bool = False) -> P:
             part.__class__ = StripDecoder
         if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder):
             part.ops = ops
-    strips = ("decoding: in strips of rows",) if memory else ()
+    if memory:
+        take_turns(pipe.networks().values() if hasattr(pipe, "networks") else [pipe])
+    thrift = ("decoding: in strips of rows", "networks at rest: in a file") if memory else ()
     pipe.optimizations = (
         note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
         "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
         "keys and values of the context: once a prompt",
-        *strips,
+        *thrift,
     )  # fmt: skip
     return pipe

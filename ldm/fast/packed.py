@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ class Packed(nn.Module):
     """
 
     packed: list[Tensor] | None = None
+    evict: Callable[[Tensor], None] | None = None  # lets the plain weight leave memory, where it lies in a file; else it is given up
     parts = 1  # the packed weights are the plain one's equal parts along the outputs
 
     @property
@@ -61,14 +63,18 @@ class Packed(nn.Module):
             if torch.is_grad_enabled() and weight.requires_grad:
                 return None
             self.packed = [self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)]
-            self._parameters["weight"] = None
+            if self.evict is not None:
+                self.evict(weight)
+            else:
+                self._parameters["weight"] = None
         return self.packed if self.packed[0].dtype == x.dtype else None
 
     def unpack(self) -> None:
         """Back to the plain weight."""
         if self.packed is not None:
             weight, self.packed = self.weight, None
-            self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            if self._parameters["weight"] is None:
+                self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.unpack()

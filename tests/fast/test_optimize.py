@@ -191,3 +191,36 @@ def test_a_pipeline_says_what_was_done(monkeypatch):
     assert "PyTorch's operators, as kernels cannot be built (a test)" in ldm.optimize(tiny_model()).optimizations[0]
     assert "kernels=False" in ldm.optimize(tiny_model(), kernels=False).optimizations[0]
     assert any("strips" in line for line in ldm.optimize(tiny_model(), memory=True).optimizations)
+
+
+def mapped(network):
+    """Bytes of a process's memory that are pages of spilled weights."""
+    lines, total, inside = open("/proc/self/smaps").read().splitlines(), 0, False
+    begin = network.storage.data_ptr()
+    for line in lines:
+        if "-" in line.split()[0] and not line.split()[0].endswith(":"):
+            low, high = (int(v, 16) for v in line.split()[0].split("-"))
+            inside = low <= begin < high
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
+    from ldm.fast import spill
+
+    monkeypatch.setenv("LDM_HOME", str(tmp_path))
+    pipe, other = tiny_model(), tiny_model()
+    whole = pipe.text_to_image("a red cat", steps=2, progress=False).tensor
+    state = other.state_dict()
+    spilled = spill.take_turns(ldm.optimize(pipe).networks().values())
+    assert not list((tmp_path / "kernels").glob("tmp*"))  # the file has no name any more
+    assert all(torch.equal(value, state[key]) for key, value in pipe.state_dict().items())
+    for own in spilled:
+        own.rest()
+    assert all(mapped(own) == 0 for own in spilled)
+    for _ in range(2):
+        assert (pipe.text_to_image("a red cat", steps=2, progress=False).tensor - whole).abs().max() < 1e-4
+        assert pipe.vae.decoder.conv_in.packed is not None and pipe.denoiser.net.conv_in.packed is None  # the last to compute, and one that rests
+        unet = next(own for own in spilled if own.network is pipe.denoiser.net)
+        assert mapped(unet) == 0

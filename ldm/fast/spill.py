@@ -1,0 +1,91 @@
+"""Weights that leave memory while their network is not in use: they lie in a file, and are mapped."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.fast.build import folder
+from ldm.fast.packed import FoldedUpsample, Packed
+
+DONTNEED = 4  # of madvise: the pages leave memory; a shared mapping's data stay in the file
+
+
+class Spilled:
+    """A network whose weights were moved to a file, which has no name any more and ends with the process.
+
+    Linux only: RuntimeError elsewhere. OSError where there is no room on the disk.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        parameters = [p for p in network.parameters() if p.device.type == "cpu"]
+        starts, end = [], 0
+        for p in parameters:
+            starts.append(end)
+            end += -(-p.numel() * p.element_size() // 64) * 64
+        folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder()) as file:
+            file.truncate(max(end, 1))
+            self.storage = torch.UntypedStorage.from_file(file.name, True, max(end, 1))
+        for p, start in zip(parameters, starts, strict=True):
+            view = torch.empty(0, dtype=p.dtype).set_(self.storage, start // p.element_size(), p.shape)  # type: ignore[call-overload]
+            p.data = view.copy_(p.data)
+        for part in network.modules():
+            if isinstance(part, Packed):
+                part.evict = self.evict
+        self.rest()
+
+    def evict(self, weight: Tensor | None = None) -> None:
+        """Let the pages of a weight, or of all, leave memory; they are read again when used."""
+        begin, size = self.storage.data_ptr(), self.storage.nbytes()
+        if weight is not None:
+            end = weight.data_ptr() + weight.numel() * weight.element_size()
+            begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, which hold nothing else
+            size = max(0, end // mmap.PAGESIZE * mmap.PAGESIZE - begin)
+        if size:
+            _madvise(begin, size)
+
+    def rest(self) -> None:
+        """Let all that the network holds leave memory, packed weights too."""
+        for part in self.network.modules():
+            if isinstance(part, Packed):
+                part.unpack()
+            elif isinstance(part, FoldedUpsample):
+                part.__dict__.pop("folded", None)
+        self.evict()
+
+
+def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
+    """Spill networks, so that at most one is in memory: as one begins to compute, the one before rests."""
+    spilled = [Spilled(network) for network in networks]
+    awake: list[Spilled] = []
+
+    def wake(own: Spilled) -> None:
+        if own not in awake:
+            for other in awake:
+                other.rest()
+            awake[:] = [own]
+
+    for own in spilled:
+        for part in (own.network, *own.network.children()):  # some are called by their parts: an autoencoder's encoder, its decoder
+
+            def hook(module: nn.Module, args: Any, own: Spilled = own) -> None:
+                wake(own)
+
+            part.register_forward_pre_hook(hook)
+    return spilled
+
+
+def _madvise(begin: int, size: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "madvise"):
+        raise RuntimeError("memory=True needs madvise, which this system lacks")
+    if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise")
