@@ -18,7 +18,7 @@ class FastGroupNorm(nn.GroupNorm):
     ops: Plain
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if with_grad(x) or x.ndim != 4 else self.ops.group_norm(x, self)
+        return super().forward(x) if x.ndim != 4 else self.ops.group_norm(x, self)
 
 
 class FastResBlock(ResBlock):
@@ -27,7 +27,7 @@ class FastResBlock(ResBlock):
     ops: Plain
 
     def forward(self, x: Tensor, emb: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        if with_grad(x) or self.training or isinstance(self.norm1, SpatialNorm):
+        if isinstance(self.norm1, SpatialNorm):
             return super().forward(x, emb, z)
         h = self.ops.group_norm(x, self.norm1, silu=True)
         if self.resample is not None:
@@ -42,7 +42,8 @@ class FastResBlock(ResBlock):
                 h = self.ops.group_norm(h, self.norm2, silu=True, gain=gain, offset=offset)
             else:
                 h = self.ops.group_norm(h, self.norm2, silu=True, add=shift)
-        return self.conv2(h).add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv2(F.dropout(h, self.dropout, self.training))
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class FastAttention(Attention):

@@ -48,6 +48,12 @@ class Packed(nn.Module):
             return own  # type: ignore[return-value]
         return torch.cat([part.to_dense() for part in self.packed])
 
+    @property
+    def learns(self) -> bool:
+        """Whether the weight is being trained: an optimiser holds it, and changes it."""
+        own = self._parameters.get("weight")
+        return own is not None and own.requires_grad
+
     def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
         """A weight in the order that is best for an input."""
         raise NotImplementedError
@@ -60,7 +66,7 @@ class Packed(nn.Module):
             weight = self._parameters["weight"]
             if weight is None or {x.device.type, weight.device.type} != {"cpu"} or weight.dtype != x.dtype or not packable(x.dtype):
                 return None
-            if torch.is_grad_enabled() and weight.requires_grad:
+            if self.learns:
                 return None
             self.packed = [self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)]
             if self.evict is not None:
@@ -110,7 +116,7 @@ class ContextLinear(PackedLinear):
     seen: tuple[Any, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.is_inference():
+        if torch.is_grad_enabled() or x.is_inference() or self.learns:
             return super().forward(x)
         if self.seen is None or self.seen[0]() is not x or self.seen[1] != x._version:
             self.seen = (weakref.ref(x), x._version, super().forward(x))
@@ -163,7 +169,7 @@ class FoldedUpsample(Upsample):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         h, w = x.shape[-2:]
-        if with_grad(x) or (size is not None and tuple(size) != (2 * h, 2 * w)):
+        if with_grad(x) or self.conv.weight.requires_grad or (size is not None and tuple(size) != (2 * h, 2 * w)):
             return super().forward(x, size)
         if self.folded is None or self.folded[0].bias.dtype != x.dtype or self.folded[0].bias.device != x.device:
             self.__dict__["folded"] = fold(self.conv)  # not a child: a state dict holds the 3×3 convolution alone

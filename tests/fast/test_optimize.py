@@ -83,7 +83,8 @@ def test_an_optimised_network_saves_loads_copies_and_moves_as_before():
     assert torch.equal(copy.deepcopy(fast)(*args), expected)
     assert torch.equal(fast.double().float()(*args), expected)
     other = {key: 0.5 * value for key, value in state.items()}
-    fast.load_state_dict(other), plain.load_state_dict(other)
+    fast.load_state_dict(other)
+    plain.load_state_dict(other)
     assert rms(fast(*args), plain(*args)) < 1e-5
 
 
@@ -99,6 +100,25 @@ def test_gradients_flow_as_before():
         net(y, t, cond).square().sum().backward()
         slopes.append(y.grad)
     assert rms(slopes[1], slopes[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_training_goes_as_before_with_looks_in_between(kernels):
+    plain = make(UNETS["linear"]).requires_grad_(True)
+    fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels)
+    args = inputs(UNETS["linear"], torch.float32)
+    looks = []
+    for net in (plain, fast):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for _ in range(3):
+            with torch.no_grad():
+                looks.append(net(*args))
+            net(*args).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert looks[2].square().mean() < 0.9 * looks[0].square().mean()  # it learns
+    for expected, got in zip(looks[:3], looks[3:], strict=True):
+        assert rms(got, expected) < 2e-5  # three steps of rounding
 
 
 @torch.no_grad()
