@@ -70,8 +70,9 @@ class UpsamplerPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
         x = self.pictures.tensor(self.pictures.draw(draws.rng, batch))  # (B, 3, H, W)
-        low = self.small(x)
-        low = enlarge(c.degradation(low, draws.rng, draws.normal(*low.shape)), x.shape[-2:])
+        with torch.autocast(x.device.type, enabled=False):  # the data, which is no part of the network
+            low = self.small(x)
+            low = enlarge(c.degradation(low, draws.rng, draws.normal(*low.shape)), x.shape[-2:])
         corners = draws.rng.integers(0, c.data.size - c.crop + 1, size=(batch, 2))
         both = torch.cat([x, low], dim=1)
         both = torch.stack([part[:, i : i + c.crop, j : j + c.crop] for part, (i, j) in zip(both, corners, strict=True)])

@@ -110,6 +110,15 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
     assert Path("runs/upsampler/samples/0000004.png").is_file()
 
 
+def test_every_part_takes_a_step_in_bfloat16(place):
+    for name, config in unclip_configs(place).items():
+        made = open_run(write({**config, "run": {**config["run"], "precision": "bfloat16", "steps": 1}}, Path(f"{name}.yaml")))
+        made.train(progress=False)
+        if name in ("clip-text", "image-draft"):
+            made.export(Path(f"runs/{name}/export"))
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.part.model.parameters()), name
+
+
 def test_a_prior_learns_the_embeddings_of_its_captions(place):
     """240 steps on six shapes: it explains more than 40 % of the embeddings' variance."""
     config = unclip_configs(place)["prior"]
