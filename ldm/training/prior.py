@@ -28,7 +28,7 @@ from ldm.training.ldm import Diffusion
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.vae import held_out_compositions
-from ldm.weights.native import write_part, write_text
+from ldm.weights.native import begin_with, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class PriorTraining:
     """The configuration of a prior's training: ``model`` for the diffusion prior, ``autoregressive`` for the other.
 
     ``text`` and ``vision``: folders of CLIP's towers, which stay as they are; ``variants``: see `Compositions`; ``measured``: embeddings that
-    statistics and components are of.
+    statistics and components are of; ``net``: the folder of a prior to begin with, statistics included, None to begin anew.
     """
 
     run: RunConfig
@@ -48,6 +48,7 @@ class PriorTraining:
     model: PriorConfig | None = None
     autoregressive: AutoregressiveConfig | None = None
     measured: int = 4096
+    net: str | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.autoregressive is None):
@@ -77,6 +78,8 @@ class PriorPart:
             net.codes.fit(seen)
         elif net.config.normalize == "statistics":
             net.clip_mean, net.clip_std = statistics(seen)
+        if config.net is not None:
+            begin_with(net, config.net, "prior")
         self.net = net.to(device)
         self.denoiser = None if isinstance(net, AutoregressivePrior) else Denoiser(net, config.diffusion.make(), "x0")
         self.model = nn.ModuleDict({"net": self.net})

@@ -169,6 +169,16 @@ def test_cached_embeddings_are_those_of_the_pictures(place):
     assert torch.allclose(part.embeddings[rows], expected, atol=1e-3 * float(expected.abs().max()))
 
 
+def test_a_second_prior_begins_with_the_first_ones_weights(place):
+    made = unclip_configs(place)["prior"]
+    train = open_run(write(made, Path("prior.yaml")))
+    train.train(progress=False)
+    train.export(Path("runs/prior/export"))
+    first, _ = read_part("runs/prior/export", "prior", PriorConfig, Prior)
+    again = open_run(write({**made, "run": {**made["run"], "name": "prior-2"}, "net": "runs/prior/export"}, Path("prior-2.yaml"))).part.net
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in first.state_dict().items())
+
+
 def test_a_prior_as_wide_as_another_clip_is_refused(place):
     config = unclip_configs(place)["prior"]
     with pytest.raises(ValueError, match="embed_dim 12: the embeddings of 'emoji-clip/"):
