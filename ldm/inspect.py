@@ -234,7 +234,8 @@ def _native(path: Path, nan: bool, digest: bool) -> Report:
     for part, folder in where.items():
         try:
             about, file = about_part(folder, part), folder / f"{part}.safetensors"
-            states[part], files[part], kinds[part] = read_tensors(file)[0], file, about.get("network", "")
+            states[part], files[part] = read_tensors(file)[0], file
+            kinds |= {part: about["network"]} if "network" in about else {}
             if digest and sha256(file) != about["sha256"]:
                 problems.append(f"{str(file)!r} is not the file that {part}.yaml was written with: its sha256 differs")
         except (ValueError, OSError) as error:

@@ -75,7 +75,7 @@ def read_part(
 def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
     """The configuration's and the network's class of a part, as its YAML states them (the first exports state none)."""
     kinds = {network.__name__: (config, network) for config, network in NETWORKS.items()}
-    usual = {"vae": "AutoencoderKL", "unet": "UNet", "text": "TextTower", "draft": "Draft"}
+    usual = {"vae": "AutoencoderKL", "unet": "UNet", "text": "TextTower", "vision": "VisionTower", "draft": "Draft"}
     kind = about_part(folder, name).get("network", usual.get(name))
     if kind not in kinds:
         raise ValueError(f"{name}.yaml in {str(folder)!r}: network {kind!r}; {nearest(kind, kinds)}")

@@ -13,7 +13,7 @@ from tinyunclip import TEXT, VISION, E, net
 
 import ldm
 from ldm.__main__ import main
-from ldm.cards import parse_card
+from ldm.cards import ASSETS, parse_card
 from ldm.config import read_yaml
 from ldm.models.autoregressive import AutoregressiveConfig
 from ldm.models.conditioner import TextConditioner
@@ -24,7 +24,7 @@ from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.unclip_cards import UnCLIPCard
-from ldm.weights.native import EMOJI_TEXT, write_part, write_text
+from ldm.weights.native import EMOJI_TEXT, about_part, read_network, write_part, write_text
 
 LENGTH = 16
 SETTINGS = {"schedule": "cosine", "timesteps": 1000, "drop": 0.1}
@@ -77,6 +77,15 @@ def test_the_repositorys_card_is_whole() -> None:
     assert mapping.pop("exports")
     card = parse_card(mapping, CARD)
     assert isinstance(card, UnCLIPCard) and card.pictures == 4 and card.upsamplers[0].defaults.height == 256
+
+
+def test_the_embedded_parts_that_it_shares_are_what_the_card_says() -> None:
+    """The image tower of emoji-clip by its name's hash, and the autoencoder of emoji-ldm, as the loader reads parts."""
+    card, vision = read_yaml(CARD), about_part(ASSETS / "emoji-clip", "vision")
+    assert card["clip"] == f"emoji-clip/{vision['sha256'][:12]}" and card["parts"] == {"vae": "../emoji-ldm", "vision": "../emoji-clip"}
+    tower, _ = read_network(ASSETS / "emoji-clip", "vision")
+    vae, about = read_network(ASSETS / "emoji-ldm", "vae")
+    assert tower.config.embed_dim == 256 and vae.config.factor * 16 == 128 and about["latent_scale"] > 0
 
 
 def test_a_folder_is_made_of_the_exports_and_makes_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
