@@ -79,10 +79,14 @@ def inpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: li
     hidden = x * (1 - mask)  # black under the mask, so that nothing can be seen there
     mean = pictures(data, data.train)[0].mean(0, keepdim=True)
     own = {"progress": False}
+
+    def seeds(first: int) -> list[int]:
+        return list(range(first, first + n))
+
     rivals = {
         "mean picture": mean.expand_as(x),
-        "random sample": batches(lambda s: pipe.text_to_image([""] * len(x[s]), seed=[10_000 + i for i in range(n)][s], **own), n, options.batch),
-        "sample of the prompt": batches(lambda s: pipe.text_to_image(captions[s], seed=[20_000 + i for i in range(n)][s], **own), n, options.batch),
+        "random sample": batches(lambda s: pipe.text_to_image([""] * len(x[s]), guidance=1.0, seed=seeds(10_000)[s], **own), n, options.batch),
+        "sample of the prompt": batches(lambda s: pipe.text_to_image(captions[s], seed=seeds(20_000)[s], **own), n, options.batch),
     }
 
     def error(y: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def inpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: li
     for times in options.resample:
         made = batches(
             lambda s, times=times: pipe.inpaint(
-                captions[s], hidden[s], mask, resample=times, jump=options.jump, seed=[options.seed + i for i in range(n)][s], **own
+                captions[s], hidden[s], mask, resample=times, jump=options.jump, seed=seeds(options.seed)[s], **own
             ),
             n, options.batch,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.cards import ModelCard
 from ldm.images import Images
 from ldm.models.conditioner import Conditioner, TextConditioner
+from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
 from ldm.nn.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
@@ -129,27 +130,32 @@ def _last_repeated(cond: Cond) -> Tensor:
     return torch.where(cond.context_mask[..., None], cond.context, cond.context[:, last : last + 1])
 
 
-def drafted(pair: Pair, known: Tensor, hole: Tensor) -> Pair:
+def drafted(pair: Pair, known: Tensor, hole: Tensor, draft: Draft | None = None) -> Pair:
     """Both conditions with what is known (B or 1, C, h, w) outside the hole (1 or B, 1, h, w) in place of the text's draft, where there is one.
 
-    A draft is the mean of the latent given the text; given a part of the latent too, that part is its own mean. A draft smaller than the latent is
-    laid over the known part once, and continued smoothly around it.
+    A draft is the mean of the latent given the text; given a part of the latent too, that part is its own mean, and the rest is drafted again to
+    agree with it (`Draft.agreeing`; by ``draft``, where the condition has the text's embedding). A draft smaller than the latent is laid over the
+    known part once, and continued smoothly around it.
     """
 
-    def correct(cond: Cond) -> Cond:
+    def correct(cond: Cond, again: bool) -> Cond:
         if cond.concat is None:
             return cond
-        draft, open_ = cond.concat, hole.to(cond.concat)
-        th, tw = draft.shape[-2:]
+        drawn, open_ = cond.concat, hole.to(cond.concat)
+        th, tw = drawn.shape[-2:]
         h, w = open_.shape[-2:]
         top = anchor((open_ == 0).any(dim=-1).flatten(0, 1).any(dim=0), th)
         left = anchor((open_ == 0).any(dim=-2).flatten(0, 1).any(dim=0), tw)
         room = (left, w - tw - left, top, h - th - top)
-        bare = F.pad(torch.zeros_like(draft[:, :1]), room, value=1.0) * open_  # (B, 1, h, w) what neither says
-        whole = torch.where(open_ > 0, F.pad(draft, room), known.to(draft))
+        part = (..., slice(top, top + th), slice(left, left + tw))
+        if again and draft is not None and cond.pooled is not None and (th, tw) == (draft.config.size,) * 2 and 0 < float(open_[part].mean()) < 1:
+            n = len(cond.pooled)
+            drawn = draft.agreeing(cond.pooled, known[part].expand(n, -1, -1, -1), open_[part].expand(n, -1, -1, -1)).to(drawn)
+        bare = F.pad(torch.zeros_like(drawn[:, :1]), room, value=1.0) * open_  # (B, 1, h, w) what neither says
+        whole = torch.where(open_ > 0, F.pad(drawn, room), known.to(drawn))
         return replace(cond, concat=fill(whole, bare))
 
-    return correct(pair[0]), correct(pair[1])
+    return correct(pair[0], True), correct(pair[1], False)
 
 
 def anchor(known: Tensor, tile: int) -> int:

@@ -257,7 +257,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         told = conditions(self.card, self.text, call, inner) if tell is None else tell(inner)
         told = joined(told, len(call.seeds), **{name: value.to(self.device) for name, value in (extra or {}).items()})
         if draft is not None and self.card.concat is None:
-            told = drafted(told, *(value.to(self.device) for value in draft))
+            told = drafted(told, *(value.to(self.device) for value in draft), getattr(self.text, "draft", None))
 
         for watcher in self.watchers:
             watcher.told(told)

@@ -46,3 +46,25 @@ def test_numbers_that_no_draft_has_are_refused():
     text = tiny_model().text
     with pytest.raises(ValueError, match="embeddings 6 wide, the text tower's are 16"):
         TextConditioner(text.tower, text.tokenizer, text.convention, draft=Draft(DraftConfig(embed_dim=6)))
+
+
+def test_a_draft_is_drawn_again_to_agree_with_what_is_known():
+    torch.manual_seed(0)
+    draft = Draft(DraftConfig(embed_dim=16, width=64, channels=2, size=8))
+    text = torch.randn(3, 16)
+    truth = draft(text + 0.3 * torch.randn(3, 16)).detach()
+    hole = torch.zeros(3, 1, 8, 8)
+    hole[..., 4:] = 1
+
+    def error(x, part):
+        return (x - truth)[..., part].square().flatten(1).mean(1)
+
+    plain = draft(text).detach()
+    shown, hidden = slice(0, 4), slice(4, 8)
+    got = draft.agreeing(text, torch.where(hole > 0, torch.full_like(truth, 7.0), truth), hole, tie=0.001)  # what the hole hides is not seen
+    assert bool((error(got, shown) < 0.3 * error(plain, shown)).all())
+    assert float(error(got, hidden).mean()) < float(error(plain, hidden).mean())
+    assert torch.allclose(draft.agreeing(text, truth, hole, tie=1e6), plain, atol=2e-2)  # tied to the text: within Adam's last step of it
+    alone = draft.agreeing(text[1:2], truth[1:2], hole[1:2], tie=0.001)
+    assert torch.allclose(alone, got[1:2], atol=1e-3)  # each sample by itself; products of another batch round differently
+    assert all(p.grad is None for p in draft.parameters())
