@@ -149,7 +149,7 @@ BORDER = ("resample", "jump", "seam", "feather", "window")
 def border_options(parser: Parser) -> None:
     """The options of what is made beside what is known."""
     parser.add_argument("--resample", type=int, help="how often each stretch of steps is taken (RePaint; default: once)")
-    parser.add_argument("--jump", type=int, help="the steps of such a stretch (default: 10)")
+    parser.add_argument("--jump", type=int, help="the steps of such a stretch (default: 5)")
     parser.add_argument("--seam", type=float, help="pixels over which new and known are made to meet (default: an eighth of the model's side)")
     parser.add_argument("--feather", type=int, help="pixels inside the mask over which the old picture passes into the new (default: 0)")
     parser.add_argument("--window", type=int, help="the side in pixels of what the network sees at a time")

@@ -26,7 +26,7 @@ class Painting:
 
     def inpaint(
         self: LatentDiffusion, prompt: str | Sequence[str], image: Picture, mask: Picture, *, strength: float = 1.0, resample: int = 1,
-        jump: int = 10, seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,
+        jump: int = 5, seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Pictures in which the masked part is made anew and every other pixel equals the given one; options as in `text_to_image`.
 
@@ -46,7 +46,7 @@ class Painting:
 
     def outpaint(
         self: LatentDiffusion, prompt: str | Sequence[str], image: Picture, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0,
-        resample: int = 1, jump: int = 10, seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,
+        resample: int = 1, jump: int = 5, seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Pictures with more around them, by so many pixels at each side, the given pixels unchanged; options as in `inpaint`.
 

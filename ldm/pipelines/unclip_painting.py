@@ -27,7 +27,7 @@ class UnCLIPPainting:
     """The tasks of `UnCLIP` that fill a hole; the upsamplers rest."""
 
     def inpaint(
-        self: UnCLIP, prompt: str | Sequence[str], image: Picture, mask: Picture, *, candidates: int = 1, resample: int = 1, jump: int = 10,
+        self: UnCLIP, prompt: str | Sequence[str], image: Picture, mask: Picture, *, candidates: int = 1, resample: int = 1, jump: int = 5,
         seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Pictures of a prompt in which the masked part (white) is made anew and every other pixel equals the given one.
@@ -40,7 +40,7 @@ class UnCLIPPainting:
 
     def outpaint(
         self: UnCLIP, prompt: str | Sequence[str], image: Picture, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0,
-        candidates: int = 1, resample: int = 1, jump: int = 10, seam: float | None = None, feather: int = 0, window: int | None = None,
+        candidates: int = 1, resample: int = 1, jump: int = 5, seam: float | None = None, feather: int = 0, window: int | None = None,
         **options: Any,
     ) -> Images:  # fmt: skip
         """Pictures of a prompt with more around a given one, by so many pixels at each side, its pixels unchanged; options as in `inpaint`.
