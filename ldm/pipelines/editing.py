@@ -159,7 +159,8 @@ class Editing:
         if not hasattr(self.text, "places"):
             raise ValueError(f"{self.card.name!r} does not read words that can be found again, so attention cannot be controlled: cross=0, within=0")
         n = len(call.seeds)
-        pair = replace(call, prompts=(source,) * n + tuple(map(str, call.prompts)), seeds=call.seeds * 2)
+        negative = call.negative if isinstance(call.negative, str) else call.negative * 2
+        pair = replace(call, prompts=(source,) * n + tuple(map(str, call.prompts)), negative=negative, seeds=call.seeds * 2)
         cond, uncond = joined(conditions(self.card, self.text, pair, (x.shape[-2], x.shape[-1])), 2 * n)
         assert cond.context is not None
         if len(set(call.prompts)) > 1:

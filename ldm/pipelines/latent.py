@@ -228,7 +228,8 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         x = self._run(fn, x, call, *([lambda i, x, d: kept.append(d.x0)] if call.keep_steps else []))
         images = self._images(task, call, x, facts, finish)
         if kept:
-            images = replace(images, steps=torch.stack([self.decode(x0) for x0 in kept]))
+            shown = (self.decode(x0) for x0 in kept)
+            images = replace(images, steps=torch.stack([made if finish is None else finish(made) for made in shown]))
         for watcher in self.watchers:
             watcher.end(images)
         return images

@@ -115,6 +115,8 @@ def test_attention_of_the_source_leads(name: str, request: pytest.FixtureRequest
     source, target = (model.text_to_image(p, n=2, **OPTIONS).tensor for p in ("red apple", "red cat"))
     assert near(model.edit("red apple", "red cat", n=2, cross=0.0, within=0.0, **OPTIONS).tensor, target)
     assert near(model.edit("red apple", "red apple", n=2, cross=1.0, within=1.0, **OPTIONS).tensor, source)
+    turned = model.text_to_image("red cat", n=2, negative=["apple", "blue"], **OPTIONS)
+    assert near(model.edit("red apple", "red cat", n=2, cross=0.0, within=0.0, negative=["apple", "blue"], **OPTIONS).tensor, turned.tensor)
     led = model.edit("red apple", "red cat", n=2, cross=1.0, within=1.0, **OPTIONS)
     assert not near(led.tensor, target, 1e-6) and led.seeds == (0, 1) and led.prompts == ("red cat",) * 2
     assert all(part.controls == () for part in model.denoiser.net.modules() if hasattr(part, "controls"))

@@ -140,6 +140,12 @@ def test_all_white_repaints_all(pipe: Any) -> None:
     assert torch.allclose(made.tensor, pipe.text_to_image("cat", **OPTIONS).tensor, atol=1e-4)  # eps is derived again: rounding
 
 
+def test_the_steps_kept_have_the_known_pixels_and_the_picture_s_size(pipe: Any) -> None:
+    image = picture()
+    made = pipe.outpaint("cat", image, right=6, keep_steps=True, **OPTIONS)
+    assert made.steps.shape == (3, *made.tensor.shape) and torch.equal(made.steps[..., :32], image.expand(3, 1, -1, -1, -1))
+
+
 def test_stopping_and_seeds(pipe: Any) -> None:
     image, mask = picture(), hole()
     four = pipe.inpaint("cat", image, mask, n=3, seed=5, **OPTIONS)
