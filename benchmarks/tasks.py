@@ -122,8 +122,12 @@ def outpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: l
     half = x.shape[-1] // 2
     given = x[..., :half]
     found: dict[str, Any] = {"n": len(x)}
-    for name, seam in (("as made", 0.0), ("corrected", None)):
-        made = batches(lambda s, seam=seam: pipe.outpaint(captions[s], given[s], right=half, seam=seam, progress=False), len(x), options.batch)
+    for name, own_options in (("the uncut picture", None), ("as made", {"seam": 0.0}), ("corrected", {})):
+        made = x
+        if own_options is not None:
+            made = batches(
+                lambda s, o=own_options: pipe.outpaint(captions[s], given[s], right=half, progress=False, **o), len(x), options.batch
+            )  # fmt: skip
         step = (made[..., half] - made[..., half - 1]).abs().mean(1)  # (n, H)
         own = (given[..., 1:] - given[..., :-1]).abs().mean(1).flatten(1).quantile(0.95, dim=1)  # (n,)
         found[name] = {
