@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import json
 import os
@@ -137,9 +139,9 @@ def sheet_of(pictures: Sequence[Image], columns: int | None = None) -> Image:
 
 def captioned(picture: Image, prompt: str, seed: int) -> Image:
     """A picture with its prompt and seed below, at least 120 pixels wide."""
-    from PIL import Image, ImageFont
+    from PIL import Image
 
-    font = ImageFont.load_default(CAPTION)
+    font = caption_font()
     width = max(picture.width, 120)
     lines = [""]
     for word in prompt.split():
@@ -152,6 +154,19 @@ def captioned(picture: Image, prompt: str, seed: int) -> Image:
     if len(lines) > LINES:
         lines = [*lines[: LINES - 1], f"{lines[LINES - 1]} …"]
     return _below(Image, font, picture, width, [*lines, f"seed {seed}"])
+
+
+@functools.cache
+def caption_font() -> Any:
+    """DejaVu Sans, which has most alphabets, where matplotlib is installed, which brings it; else the small font of PIL."""
+    from PIL import ImageFont
+
+    spec = importlib.util.find_spec("matplotlib")  # finds the folder and imports nothing
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.is_file():
+            return ImageFont.truetype(str(path), CAPTION)
+    return ImageFont.load_default(CAPTION)
 
 
 def _below(image: Any, font: Any, picture: Image, width: int, lines: Sequence[str]) -> Image:

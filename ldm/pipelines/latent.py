@@ -228,8 +228,8 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         x = self._run(fn, x, call, *([lambda i, x, d: kept.append(d.x0)] if call.keep_steps else []))
         images = self._images(task, call, x, facts, finish)
         if kept:
-            shown = (self.decode(x0) for x0 in kept)
-            images = replace(images, steps=torch.stack([made if finish is None else finish(made) for made in shown]))
+            steps = [self.decode(x0) for x0 in kept]
+            images = replace(images, steps=torch.stack(steps if finish is None else [finish(step) for step in steps]))
         for watcher in self.watchers:
             watcher.end(images)
         return images

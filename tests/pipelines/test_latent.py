@@ -9,6 +9,7 @@ from tinymodel import tiny_model
 from ldm import SAMPLERS, TimeGrid
 from ldm.noise import initial_noise
 from ldm.pipelines.call import UnknownWords
+from ldm.pipelines.canvas import Padded
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,9 @@ def test_steps_are_kept_when_asked_for(pipe, tmp_path):
     assert made.animate(tmp_path / "x.gif").stat().st_size > 0
     again = pipe.image_to_image("cat", torch.rand(3, 32, 32), strength=0.5, progress=False, keep_steps=True)
     assert again.steps.shape == (2, 1, 3, 32, 32)
+    with pytest.warns(Padded):
+        cut = pipe.image_to_image("cat", torch.rand(3, 30, 32), strength=0.5, progress=False, keep_steps=True)
+    assert cut.steps.shape == (2, 1, 3, 30, 32)
 
 
 def test_unknown_words_are_named_in_a_warning(pipe):
