@@ -33,9 +33,12 @@ setup(
         "regex>=2023.1.1",
     ],
     extras_require={
-        "test": ["pytest>=8", "diffusers>=0.31", "transformers>=4.45", "accelerate>=0.30", "k-diffusion>=0.1.1"],
+        "test": [
+            "pytest>=8", "diffusers>=0.31", "transformers>=4.45", "accelerate>=0.30", "k-diffusion>=0.1.1",
+            "nbclient>=0.10", "ipykernel>=6", "matplotlib>=3.8",
+        ],
         "data": ["resvg-py>=0.1"],
-        "notebooks": ["jupyter", "matplotlib", "nbclient"],
+        "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],
         "bench": ["openvino"],
     },
     entry_points={"console_scripts": ["ldm = ldm.__main__:main"]},
