@@ -62,14 +62,11 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--latent", type=int, default=16, help="side of the latent")
     options.add_argument("--tokens", type=int, default=12)
-    options.add_argument("--plain", action="store_true", help="ours without ldm.optimize")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     config = read_config(Path(ldm.__file__).parent / "assets" / "emoji-ldm", "unet")
     torch.manual_seed(0)
     ours, theirs = UNet(config).train(), peer(config).train()
-    if not args.plain:
-        ldm.optimize(ours)
     counts = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]
     if counts[0] != counts[1]:
         raise RuntimeError(f"not the same architecture: {counts[0]} and {counts[1]} parameters")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,13 +13,18 @@ from ldm.nn.norm import SpatialNorm
 from ldm.nn.resblock import ResBlock, resize
 
 
+def learning(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a gradient must flow through a map or to a norm's weights."""
+    return with_grad(x) or (torch.is_grad_enabled() and any(p.requires_grad for p in norm.parameters()))
+
+
 class FastGroupNorm(nn.GroupNorm):
     """Group norm of a map, channels last."""
 
     ops: Plain
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.ndim != 4 else self.ops.group_norm(x, self)
+        return super().forward(x) if learning(self, x) or x.ndim != 4 else self.ops.group_norm(x, self)
 
 
 class FastResBlock(ResBlock):
@@ -27,7 +33,7 @@ class FastResBlock(ResBlock):
     ops: Plain
 
     def forward(self, x: Tensor, emb: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        if isinstance(self.norm1, SpatialNorm):
+        if learning(self.norm1, x) or self.training or isinstance(self.norm1, SpatialNorm):
             return super().forward(x, emb, z)
         h = self.ops.group_norm(x, self.norm1, silu=True)
         if self.resample is not None:
@@ -42,8 +48,7 @@ class FastResBlock(ResBlock):
                 h = self.ops.group_norm(h, self.norm2, silu=True, gain=gain, offset=offset)
             else:
                 h = self.ops.group_norm(h, self.norm2, silu=True, add=shift)
-        h = self.conv2(F.dropout(h, self.dropout, self.training))
-        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(h).add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class FastAttention(Attention):

@@ -110,59 +110,6 @@ void group_norm(const typename T::Elem* x, const float* weight, const float* bia
     affine<T>(x, scale.get(), shift.get(), y, B, N, C, silu, threads);
 }
 
-// The gradient of y = silu(z), z = x̂·gain + offset, x̂ = x·rstd + centre (rstd, centre, gain and offset of each channel of each sample): with dz = dy·silu'(z),
-// first the sums of dz and dz·x̂ over positions, then dx = p·dz + q·x̂ + r.
-struct Coefficients {
-    const float *rstd, *centre, *gain, *offset;
-};
-
-template <class T>
-inline void gradient(const typename T::Elem* x, const typename T::Elem* dy, const Coefficients& k, int64_t at, __mmask16 in, bool silu, __m512& hat,
-                     __m512& dz) {
-    const __m512 one = _mm512_set1_ps(1.f), most = _mm512_set1_ps(126.f), minus = _mm512_set1_ps(-1.4426950408889634f);
-    auto coefficient = [&](const float* p) { return _mm512_maskz_loadu_ps(in, p + at); };
-    hat = _mm512_fmadd_ps(T::load(x, in), coefficient(k.rstd), coefficient(k.centre));
-    dz = T::load(dy, in);
-    if (!silu) return;
-    const __m512 z = _mm512_fmadd_ps(hat, coefficient(k.gain), coefficient(k.offset));
-    const __m512 e = _mm512_min_ps(most, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), most), _mm512_mul_ps(z, minus)));
-    const __m512 s = T::divide(one, _mm512_add_ps(one, exp2_<T::DEGREE>(e)));
-    dz = _mm512_mul_ps(dz, _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one)));
-}
-
-template <class T>
-void gradient_sums(const typename T::Elem* x, const typename T::Elem* dy, const Coefficients& k, float* sum, float* product, int B, int64_t N, int C,
-                   bool silu, int threads) {
-    const int blocks = (C + 15) / 16;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-    for (int b = 0; b < B; b++)
-        for (int block = 0; block < blocks; block++) {
-            const int c = 16 * block;
-            const __mmask16 in = tail(C - c);
-            __m512 one = _mm512_setzero_ps(), two = one, hat, dz;
-            for (int64_t n = b * N; n < (b + 1) * N; n++) {
-                gradient<T>(x + n * C + c, dy + n * C + c, k, (int64_t)b * C + c, in, silu, hat, dz);
-                one = _mm512_add_ps(one, dz), two = _mm512_fmadd_ps(dz, hat, two);
-            }
-            _mm512_mask_storeu_ps(sum + (int64_t)b * C + c, in, one), _mm512_mask_storeu_ps(product + (int64_t)b * C + c, in, two);
-        }
-}
-
-template <class T>
-void gradient_of_x(const typename T::Elem* x, const typename T::Elem* dy, const Coefficients& k, const float* p, const float* q, const float* r,
-                   typename T::Elem* dx, int B, int64_t N, int C, bool silu, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < B * N; n++)
-        for (int c = 0; c < C; c += 16) {
-            const __mmask16 in = tail(C - c);
-            const int64_t at = n / N * C + c;
-            __m512 hat, dz;
-            gradient<T>(x + n * C + c, dy + n * C + c, k, at, in, silu, hat, dz);
-            const __m512 rest = _mm512_fmadd_ps(hat, _mm512_maskz_loadu_ps(in, q + at), _mm512_maskz_loadu_ps(in, r + at));
-            T::store(dx + n * C + c, _mm512_fmadd_ps(dz, _mm512_maskz_loadu_ps(in, p + at), rest), in);
-        }
-}
-
 }  // namespace
 
 extern "C" {
@@ -181,20 +128,5 @@ void ldm_moments(int bf16, const void* x, double* mean, double* m2, int B, int64
 void ldm_affine(int bf16, const void* x, const float* scale, const float* shift, void* y, int B, int64_t N, int C, int silu, int threads) {
     EACH(bf16, affine<BF16>((const uint16_t*)x, scale, shift, (uint16_t*)y, B, N, C, silu, threads),
          affine<F32>((const float*)x, scale, shift, (float*)y, B, N, C, silu, threads));
-}
-
-// rstd, centre, gain, offset, sum, product, p, q and r: (B, C).
-void ldm_gradient_sums(int bf16, const void* x, const void* dy, const float* rstd, const float* centre, const float* gain, const float* offset,
-                       float* sum, float* product, int B, int64_t N, int C, int silu, int threads) {
-    const Coefficients k{rstd, centre, gain, offset};
-    EACH(bf16, gradient_sums<BF16>((const uint16_t*)x, (const uint16_t*)dy, k, sum, product, B, N, C, silu, threads),
-         gradient_sums<F32>((const float*)x, (const float*)dy, k, sum, product, B, N, C, silu, threads));
-}
-
-void ldm_gradient_of_x(int bf16, const void* x, const void* dy, const float* rstd, const float* centre, const float* gain, const float* offset,
-                       const float* p, const float* q, const float* r, void* dx, int B, int64_t N, int C, int silu, int threads) {
-    const Coefficients k{rstd, centre, gain, offset};
-    EACH(bf16, gradient_of_x<BF16>((const uint16_t*)x, (const uint16_t*)dy, k, p, q, r, (uint16_t*)dx, B, N, C, silu, threads),
-         gradient_of_x<F32>((const float*)x, (const float*)dy, k, p, q, r, (float*)dx, B, N, C, silu, threads));
 }
 }

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.fast.build import library
-from ldm.fast.grad import GroupNormGrad, gradients
 
 CHANNELS_LAST = torch.channels_last
 
@@ -83,9 +82,6 @@ class Native(Plain):
     ) -> Tensor:  # fmt: skip
         if not self.takes(x) or norm.weight is None:
             return super().group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, norm.weight, add, gain, offset)):
-            y: Tensor = GroupNormGrad.apply(self, x, norm.weight, norm.bias, add, gain, offset, norm, silu)
-            return y
         x = x.contiguous(memory_format=CHANNELS_LAST)
         batch, channels, h, w = x.shape
         y = torch.empty_like(x)
@@ -95,10 +91,6 @@ class Native(Plain):
             int(silu), torch.get_num_threads(),
         )  # fmt: skip
         return y
-
-    def gradients(self, x: Tensor, dy: Tensor, small: list[Tensor], silu: bool) -> Any:
-        """See `ldm.fast.grad`."""
-        return gradients(self.lib, x, dy, small, silu)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.takes(x):

@@ -153,10 +153,10 @@ class PackedConv2d(Packed, nn.Conv2d):
         return mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=CHANNELS_LAST)
         packed = self.packs(x)
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
+        x = x.contiguous(memory_format=CHANNELS_LAST)
         return mkldnn._convolution_pointwise(x, packed[0], self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
 
 
