@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from common import DTYPES, report, settle
-from peers import vaes
+from pairs import vaes
 from text_to_image import call, options, ours, prepare, theirs
 
 import ldm

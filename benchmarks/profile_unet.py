@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import DTYPES, measure, parser, settle, where, write
-from peers import MODELS, unet_inputs, unets
+from pairs import MODELS, unet_inputs, unets
 from torch import nn
 
 import ldm

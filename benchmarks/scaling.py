@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import DTYPES, measure, parser, settle, where, write
 from memory import forget, peak
-from peers import MODELS, unet_inputs, unets, vaes
+from pairs import MODELS, unet_inputs, unets, vaes
 
 import ldm
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 
 from common import DTYPES, difference, measure, parser, report, settle
-from peers import MODELS, openvino_module, unet_inputs, unets
+from pairs import MODELS, openvino_module, unet_inputs, unets
 
 import ldm
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from common import DTYPES, difference, measure, parser, report, settle
-from peers import openvino_module, vaes
+from pairs import openvino_module, vaes
 
 import ldm
 

@@ -47,7 +47,7 @@ def test_the_exponent_of_a_power_is_found():
 
 def test_the_profile_counts_the_products_of_every_operator():
     import torch
-    from peers import unet_inputs
+    from pairs import unet_inputs
     from profile_unet import Clock
 
     import ldm

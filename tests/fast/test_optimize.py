@@ -202,7 +202,7 @@ def test_rows_of_a_doubled_map_are_those_of_the_whole():
 
 
 def test_a_pipeline_says_what_was_done(monkeypatch):
-    pipe = tiny_model()
+    pipe = tiny_model().requires_grad_(False)
     whole = pipe.text_to_image("a red cat", steps=2, progress=False).tensor
     assert ldm.optimize(pipe) is pipe
     assert any("packed" in line for line in pipe.optimizations)
@@ -230,7 +230,7 @@ def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
     from ldm.fast import spill
 
     monkeypatch.setenv("LDM_HOME", str(tmp_path))
-    pipe, other = tiny_model(), tiny_model()
+    pipe, other = tiny_model().requires_grad_(False), tiny_model()
     whole = pipe.text_to_image("a red cat", steps=2, progress=False).tensor
     state = other.state_dict()
     spilled = spill.take_turns(ldm.optimize(pipe).networks().values())
