@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ldm.files import write_atomically
+
 Side = Callable[[], Any]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -94,9 +96,7 @@ def report(
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """JSON, whole or not there."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor
 import ldm
 from ldm.cards import ASSETS
 from ldm.data import PALETTE, Composition, EmojiData, Mix, caption, held_out_pair, render_batch, sample_composition
+from ldm.files import write_atomically
 from ldm.models.clip import VisionConfig, VisionTower
 from ldm.weights.native import read_part
 
@@ -251,9 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
             "figures": result,
             "verdicts": [{"prompt": prompt, **dataclasses.asdict(verdict)} for prompt, verdict in zip(prompts, verdicts, strict=True)],
         }
-        temporary = options.json.with_name(f".{options.json.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_atomically(options.json, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 
 import ldm
 from ldm.config import nearest
+from ldm.files import write_atomically
 from ldm.grid import SPACINGS
 from ldm.samplers import SAMPLERS
 
@@ -145,9 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["settings"] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         versions = {"ldm": ldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
         report["versions"] = {**versions, "threads": torch.get_num_threads()}
-        temporary = options.json.with_name(f".{options.json.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_atomically(options.json, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import argparse
 import copy
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ldm.files import write_atomically
 from ldm.training.run import open_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -126,9 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
             pace, seconds = figures["samples_per_second"], figures["seconds"]
             print(f"| {question} | {answer} | {loss:.4f} | {error:.4f} | {pace:.0f} | {seconds:.0f} |", flush=True)
     if options.json is not None:
-        temporary = options.json.with_name(f".{options.json.name}.tmp")
-        temporary.write_text(json.dumps({"samples": options.samples, "figures": results}, indent=1) + "\n")
-        os.replace(temporary, options.json)
+        write_atomically(options.json, (json.dumps({"samples": options.samples, "figures": results}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from torch import Tensor
 
 import ldm
 from ldm.data import EmojiData, caption
+from ldm.files import write_atomically
 from ldm.models.image_embedding import ImageEmbedding
 
 ROWS = ("image", "prior", "text")  # whose embedding the decoder is given
@@ -133,9 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(result))
     print(f"\n{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s")
     if options.json is not None:
-        temporary = options.json.with_name(f".{options.json.name}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

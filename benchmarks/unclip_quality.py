@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 import ldm
 from ldm.data import Composition, EmojiData, caption
+from ldm.files import write_atomically
 from ldm.pipelines.unclip_assemble import prior_stage
 from ldm.pipelines.unclip_stages import enlarge
 from ldm.unclip_cards import AutoregressiveCard
@@ -187,9 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if shown is not None and options.picture is not None:
         save_rows(options.picture, shown)
     if options.json is not None:
-        temporary = options.json.with_name(f".{options.json.name}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,20 +17,12 @@ from tinyunclip import tiny_karlo
 
 import ldm
 from ldm.__main__ import main
-from ldm.cards import REGISTERED, find_card, find_model
+from ldm.cards import find_card, find_model
 from ldm.images import read_recipe
 from ldm.pipelines.unclip import UnCLIP
 from ldm.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
 
 
 @pytest.mark.parametrize("base", familyunclip.NETWORKS)

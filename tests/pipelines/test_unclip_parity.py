@@ -12,7 +12,6 @@ import torch
 import unclippeers as peers
 from tinyunclip import E, tiny_kandinsky, tiny_kandinsky21, tiny_karlo, tiny_stable
 
-from ldm.cards import REGISTERED
 from ldm.pipelines.stage import STEPS, first_noise, stage_noise
 from ldm.pipelines.unclip_stages import AUGMENT, PRIOR, UPSAMPLE
 
@@ -25,14 +24,6 @@ PATCHED = (
     "pipelines.stable_diffusion.pipeline_stable_unclip_img2img",
 )  # fmt: skip
 PICTURE = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2)), size=(32, 32), mode="bilinear")
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
 
 
 def feed(monkeypatch, noises: Iterator[torch.Tensor]) -> None:

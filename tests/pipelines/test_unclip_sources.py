@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from tinyunclip import tiny_kandinsky21, tiny_karlo, tiny_stable
 
 import ldm
 from ldm.__main__ import main
-from ldm.cards import REGISTERED
 from ldm.inspect import inspect
 from ldm.models.image_embedding import ImageEmbedding
 from ldm.pipelines.unclip import UnCLIP
@@ -27,14 +25,6 @@ from ldm.weights.io import read_safetensors, write_safetensors
 from ldm.weights.parts import to_layout
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
 
 
 @pytest.fixture(scope="module")
