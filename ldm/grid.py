@@ -155,6 +155,16 @@ class TimeGrid:
             raise ValueError(f"expected 1 to {len(self)} steps, got {steps}")
         return replace(self, t=self.t[-steps:], alpha=self.alpha[-steps - 1 :], sigma=self.sigma[-steps - 1 :])
 
+    def from_ratio(self, ratio: float) -> TimeGrid:
+        """The grid begun at sigma/alpha of at most ``ratio``: noisier states give way to one, at the table's last timestep that is not noisier."""
+        if self.ratio[0] <= ratio:
+            return self
+        first = float(self.time(math.log(ratio)).floor())
+        alpha, sigma = self.state(first)
+        keep = int((self.t >= first).sum())
+        begun = {"t": first, "alpha": alpha, "sigma": sigma}
+        return replace(self, **{name: torch.cat([self.t.new_tensor([value]), getattr(self, name)[keep:]]) for name, value in begun.items()})
+
 
 def _leading(T: int, n: int, offset: int, integer: bool) -> Tensor:
     step = T // n

@@ -165,6 +165,17 @@ def test_tail() -> None:
             grid.tail(wrong)
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, NoiseSchedule.cosine(1000), SCHEDULE.zero_terminal_snr()])
+@pytest.mark.parametrize("steps", [4, 50, 1000])
+def test_a_grid_begun_where_the_data_can_still_be_seen(schedule: NoiseSchedule, steps: int) -> None:
+    whole = TimeGrid.make(schedule, steps, spacing="trailing")
+    begun = whole.from_ratio(10.0)
+    assert float(begun.ratio[0]) <= 10.0 < float(schedule.log_ratio[int(begun.t[0]) + 1].exp())
+    assert len(begun) == 1 + int((whole.t < begun.t[0]).sum()) < len(whole) + (steps < 1000)
+    assert torch.equal(begun.t[1:], whole.t[-(len(begun) - 1) :]) and torch.equal(begun.alpha[1:], whole.alpha[-(len(begun) - 1) - 1 :])
+    assert begun.from_ratio(10.0) is begun and whole.from_ratio(float("inf")) is whole
+
+
 def test_zero_terminal_snr() -> None:
     zero = SCHEDULE.zero_terminal_snr()
     grid = TimeGrid.make(zero, 10, spacing="trailing")

@@ -28,6 +28,7 @@ from ldm.types import Denoised, DenoiseFn
 if TYPE_CHECKING:
     from ldm.pipelines.latent import LatentDiffusion
 
+NOISIEST = 20.0  # Stable Diffusion begins at 14.6; a rounding of the network is seen so many times as large in the end
 LOW_NOISE = 2**62  # the keyed draw that noises an upscaler's input: none that a sampler makes
 
 
@@ -202,11 +203,12 @@ class Editing:
         return self._images(task, call, x[-len(call.seeds) :].float(), about, lambda made: made[..., :h, :w])
 
     def _invertible(self: LatentDiffusion, options: Mapping[str, Any], pixels: Tensor) -> Call:
-        """The call of an inversion: DDIM over 50 steps unless said, which begin where x/alpha still holds the picture."""
+        """The call of an inversion: DDIM over 50 steps unless said, which begin where x/alpha still holds the picture (see `NOISIEST`)."""
         if options.get("sampler") not in (None, "ddim"):
             raise ValueError(f"sampler {options['sampler']!r}: inversion runs ddim backwards; leave it out")
         own = {"steps": 50, **{key: value for key, value in options.items() if key != "prompt"}, "sampler": "ddim"}
-        return self._of_size(options["prompt"], pixels, own, (pixels.shape[-2], pixels.shape[-1]))[1]
+        call = self._of_size(options["prompt"], pixels, own, (pixels.shape[-2], pixels.shape[-1]))[1]
+        return call.over(call.grid.from_ratio(NOISIEST))
 
     def _plain(self: LatentDiffusion, call: Call, x: Tensor, draft: tuple[Tensor, Tensor] | None) -> DenoiseFn:
         """The denoiser of a call without guidance, for states of x's size."""
