@@ -22,6 +22,7 @@ from ldm.samplers.dpmpp_2m import dpmpp_2m
 from ldm.training.config import DataConfig, RunConfig, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.embeddings import EmbeddingCache, embed, read_clip
+from ldm.training.imagined import Imagined
 from ldm.training.latents import LatentCache
 from ldm.training.ldm import Diffusion, zero_outputs
 from ldm.training.loop import Draws
@@ -36,9 +37,9 @@ class DecoderTraining:
     """The configuration of a latent decoder's training.
 
     ``diffusion.drop``: the share of captions made empty (the paper: half); ``drop_image``: of embeddings replaced by the learned one of no image
-    (a tenth). ``length``: tokens that captions are read at. ``net``: the folder of a UNet to begin with, ``draft``: that of an
-    image's draft, which stays as it is (`image-draft` trains it); None to begin anew. Without the squared error of its own a draft drifts away from
-    what it was trained to be.
+    (a tenth). ``length``: tokens that captions are read at. ``net``: the folder of a UNet or a whole decoder to begin with, ``draft``: that of an
+    image's draft, which stays as it is (`image-draft` trains it); None to begin anew. Without the squared error of its own a draft drifts away
+    from what it was trained to be. ``imagined``: a prior whose embeddings are learnt from beside the pictures'.
     """
 
     run: RunConfig
@@ -53,6 +54,7 @@ class DecoderTraining:
     length: int = 32
     net: str | None = None
     draft: str | None = None
+    imagined: Imagined | None = None
 
     def __post_init__(self) -> None:
         share(drop_image=self.drop_image)
@@ -81,6 +83,8 @@ class DecoderPart:
         net = Decoder(config.model)
         if config.net is None:
             zero_outputs(net.unet)
+        elif (Path(config.net) / "decoder.yaml").is_file():
+            begin_with(net, config.net, "decoder")
         else:
             begin_with(net.unet, config.net, "unet", leave="add_embedding")  # the vector comes from the embedding here
         if config.draft is not None:
@@ -92,7 +96,7 @@ class DecoderPart:
         self.net = net
         self.model: nn.Module = nn.ModuleDict({"net": net})
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
-        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
+        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants, config.imagined)
 
     def condition(self, captions: Sequence[str], image: Tensor) -> Cond:
         """What the network is told; captions are left out where it reads none."""
@@ -110,7 +114,7 @@ class DecoderPart:
         x0 = self.cache.sample(numbers, draws).to(self.device)  # (B, C, h, w)
         captions = ["" if draws.rng.random() < diffusion.drop else caption(c, self.pictures.data.index, draws.rng) for c, _ in rows]
         kept = torch.from_numpy(draws.rng.random(batch) >= self.config.drop_image).to(self.device)
-        image = torch.where(kept[:, None], self.embeddings[numbers].to(self.device), self.net.condition.nothing())
+        image = torch.where(kept[:, None], self.embeddings.draw(numbers, draws.rng).to(self.device), self.net.condition.nothing())
         t = diffusion.draw(batch, draws.torch).to(self.device)
         losses = diffusion_loss(self.denoiser, x0, self.condition(captions, image), t, draws.normal(*x0.shape).to(self.device))
         return (diffusion.weight(schedule.snr(t)).to(losses) * losses).mean(), {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data import Composition
+from ldm.data import Composition, caption
 from ldm.models.clip import VisionConfig, VisionTower
 from ldm.models.conditioner import TextConditioner
 from ldm.pipelines.clip import ClipPair
 from ldm.training.compositions import Compositions
 from ldm.training.config import RunConfig
 from ldm.training.data import Pictures
+from ldm.training.imagined import Imagined
 from ldm.training.latents import CACHES, cache_name, write_rows
 from ldm.weights.native import EMOJI_TEXT, about_part, read_part, read_text
 
@@ -42,27 +43,48 @@ def clip_name(vision: str | Path) -> str:
 
 @dataclass(frozen=True)
 class EmbeddingCache:
-    """The image embeddings of all compositions that are kept, (N, E) float16, memory-mapped."""
+    """The image embeddings of all compositions that are kept, (N, E) float16, memory-mapped; and as many that a prior makes, of which ``share`` are
+    drawn."""
 
     vectors: np.ndarray
     compositions: Compositions
+    imagined: np.ndarray | None = None
+    share: float = 0.0
 
     @classmethod
-    def of_run(cls, run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int) -> EmbeddingCache:
-        """The cache of a run, shared by all that have its pictures, seed and CLIP; computed if it is not there."""
+    def of_run(cls, run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int, imagined: Imagined | None = None) -> EmbeddingCache:
+        """The cache of a run, shared by all that have its pictures, seed and CLIP (and prior, which reads a caption of each composition by
+        ``clip``); computed if it is not there."""
         compositions = Compositions.of(pictures, variants=variants, seed=run.seed)
-        path = CACHES / f"embeddings-{cache_name(pictures, variants, run.seed, clip.name)}.npy"
-        if not path.exists():
-            write_rows(path, compositions.rows, pictures, (clip.width,), lambda x: clip.image_embedding(((x + 1) / 2).clamp(0, 1)).vector)
-        return cls(np.load(path, mmap_mode="r"), compositions)
+
+        def computed(key: str, compute: Callable[[Sequence[Composition]], Tensor]) -> np.ndarray:
+            path = CACHES / f"embeddings-{cache_name(pictures, variants, run.seed, key)}.npy"
+            if not path.exists():
+                write_rows(path, compositions.rows, (clip.width,), compute)
+            return np.load(path, mmap_mode="r")
+
+        own = computed(clip.name, lambda part: embed(clip, pictures, part))
+        if imagined is None:
+            return cls(own, compositions)
+        made, rng = imagined.maker(clip), np.random.default_rng(run.seed)
+        from_text = computed(imagined.key, lambda part: made([caption(c, pictures.data.index, rng) for c in part]))
+        return cls(own, compositions, from_text, imagined.share)
 
     def choose(self, composition: Composition, rng: np.random.Generator) -> tuple[Composition, int]:
         """See `Compositions.choose`."""
         return self.compositions.choose(composition, rng)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """The embeddings (B, E) float32 of rows."""
+        """The embeddings (B, E) float32 of rows, the pictures' own."""
         return torch.from_numpy(self.vectors[np.asarray(rows)]).float()
+
+    def draw(self, rows: Sequence[int], rng: np.random.Generator) -> Tensor:
+        """The embeddings (B, E) float32 of rows, each the picture's own or, by ``share``, the prior's."""
+        own = self[rows]
+        if self.imagined is None:
+            return own
+        chosen = torch.from_numpy(rng.random(len(rows)) < self.share)
+        return torch.where(chosen[:, None], torch.from_numpy(self.imagined[np.asarray(rows)]).float(), own)
 
 
 @torch.no_grad()

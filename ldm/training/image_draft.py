@@ -17,10 +17,11 @@ from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.embeddings import EmbeddingCache, embed, read_clip
+from ldm.training.imagined import Imagined
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
 from ldm.training.vae import held_out_compositions
-from ldm.weights.native import read_part, write_part
+from ldm.weights.native import begin_with, read_part, write_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class ImageDraftTraining:
     """The configuration of an image draft's training. ``vision``: the folder of CLIP's image tower, which stays as it is.
 
     ``jitter``: the standard deviation of noise added to embeddings, as a share of each component's own, so that what a prior makes of a caption,
-    which is not quite the picture's embedding, is understood too.
+    which is not quite the picture's embedding, is understood too. ``imagined``: the prior itself, whose embeddings are learnt from beside the
+    pictures', its captions read by the tower in folder ``text``; ``net``: the folder of a draft to begin with. None for neither.
     """
 
     run: RunConfig
@@ -38,8 +40,13 @@ class ImageDraftTraining:
     model: DraftConfig
     variants: int
     jitter: float = 0.0
+    text: str | None = None
+    imagined: Imagined | None = None
+    net: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.text is None) != (self.imagined is None):
+            raise ValueError("text and imagined: a prior reads captions by a text tower, expected both or neither")
         if not self.jitter >= 0:
             raise ValueError(f"jitter: expected at least 0, got {self.jitter}")
 
@@ -53,7 +60,7 @@ class ImageDraftPart:
         vae, about = read_part(config.vae, "vae", VAEConfig, AutoencoderKL)
         assert isinstance(vae, AutoencoderKL)
         self.vae = vae.to(device)
-        self.clip = read_clip(None, config.vision).to(device)
+        self.clip = read_clip(config.text, config.vision, length=None if config.imagined is None else config.imagined.length).to(device)
         if self.clip.width != config.model.embed_dim:
             raise ValueError(f"model.embed_dim {config.model.embed_dim}: embeddings are {self.clip.width} wide")
         latent = (vae.config.latent_channels, config.data.size // vae.config.factor)
@@ -61,15 +68,17 @@ class ImageDraftPart:
             raise ValueError(f"model: expected {latent[0]} channels of size {latent[1]}, got {config.model.channels} of {config.model.size}")
         torch.manual_seed(config.run.seed)
         self.net = Draft(config.model).to(device)
+        if config.net is not None:
+            begin_with(self.net, config.net, "draft")
         self.model: nn.Module = nn.ModuleDict({"net": self.net})
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
-        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
+        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants, config.imagined)
         self.spread = torch.from_numpy(self.embeddings.vectors[::37].astype(np.float32)).std(0).to(device)  # (E,)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         rows = [self.cache.choose(c, draws.rng)[1] for c in self.pictures.draw(draws.rng, batch)]
         x0 = self.cache.sample(rows, draws).to(self.device)  # (B, C, h, w)
-        image = self.embeddings[rows].to(self.device)
+        image = self.embeddings.draw(rows, draws.rng).to(self.device)
         image = image + self.config.jitter * self.spread * draws.normal(*image.shape).to(self.device)
         return (self.net(image) - x0).square().mean(), {}
 

@@ -69,27 +69,25 @@ def encode_all(path: Path, compositions: Sequence[Composition], pictures: Pictur
     """Write the moments of all the compositions."""
     side = pictures.config.size // vae.config.factor
 
-    def moments(x: Tensor) -> Tensor:
-        posterior = vae.encode(x.to(next(vae.parameters()).device))
+    def moments(part: Sequence[Composition]) -> Tensor:
+        posterior = vae.encode(pictures.tensor(part).to(next(vae.parameters()).device))
         return torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], 1)
 
-    write_rows(path, compositions, pictures, (2, vae.config.latent_channels, side, side), moments)
+    write_rows(path, compositions, (2, vae.config.latent_channels, side, side), moments)
 
 
 @torch.no_grad()
 def write_rows(
-    path: Path, compositions: Sequence[Composition], pictures: Pictures, shape: tuple[int, ...], compute: Callable[[Tensor], Tensor], batch: int = 32
+    path: Path, compositions: Sequence[Composition], shape: tuple[int, ...], compute: Callable[[Sequence[Composition]], Tensor], batch: int = 32
 ) -> None:
-    """Write what ``compute`` makes of pictures (B, 3, H, W) in [−1, 1], (B, *shape), for all compositions, in float16, whole or not at all."""
+    """Write what ``compute`` makes of some compositions, (B, *shape), for all of them, in float16, whole or not at all."""
     from tqdm import tqdm
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part.npy")
     out = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(compositions), *shape))
     for start in tqdm(range(0, len(compositions), batch), desc=f"compute {path.name}", disable=None):
-        x = pictures.tensor(compositions[start : start + batch])
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
-            out[start : start + batch] = compute(x).half().cpu().numpy()
+        out[start : start + batch] = compute(compositions[start : start + batch]).half().cpu().numpy()
     out.flush()
     os.replace(temporary, path)
 

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
 from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import cfg
 from ldm.models.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from ldm.models.prior import Prior, PriorConfig
-from ldm.noise import initial_noise
-from ldm.samplers.ddim import ddim
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures
 from ldm.training.embeddings import EmbeddingCache, embed, read_clip, statistics
+from ldm.training.imagined import imagine
 from ldm.training.ldm import Diffusion
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
@@ -101,14 +98,10 @@ class PriorPart:
 
     def imagine(self, captions: Sequence[str], *, seed: int = 0, steps: int = 10, guidance: float = 1.0) -> Tensor:
         """Image embeddings (B, E) of captions."""
-        seeds, cond = range(seed, seed + len(captions)), self.clip.read(captions)
         if self.denoiser is None:
             assert isinstance(self.net, AutoregressivePrior)
-            return self.net.sample(cond, list(seeds))
-        assert isinstance(self.net, Prior)
-        fn = cfg(self.denoiser, cond, self.clip.read([""]), guidance)
-        x = initial_noise(seeds, (self.net.config.embed_dim,)).to(self.device)
-        return self.net.denormalize(ddim(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing")))
+            return self.net.sample(self.clip.read(captions), list(range(seed, seed + len(captions))))
+        return imagine(self.denoiser, self.clip, captions, seed=seed, steps=steps, guidance=guidance)
 
     def validate(self) -> dict[str, float]:
         """Of 128 pictures that training never sees: the cosine of their embeddings and those made of their captions, and of the captions' own."""

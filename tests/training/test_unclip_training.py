@@ -16,8 +16,9 @@ from ldm.models.decoder import Decoder, DecoderConfig
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
+from ldm.training.compositions import Compositions
 from ldm.training.degrade import Degradation, blur, round_blocks
-from ldm.training.embeddings import embed
+from ldm.training.embeddings import EmbeddingCache, embed
 from ldm.training.prior import PriorPart
 from ldm.training.run import open_run, read_config
 from ldm.weights.native import about_part, read_part, read_text
@@ -51,6 +52,14 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
         "decoder-draft": {
             **decoder, "run": run("decoder-draft"), **joined, "draft": "runs/image-draft/export", "net": "runs/ldm/export",
             "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
+        },
+        "image-draft-imagined": {
+            "part": "image-draft", "run": run("image-draft-imagined"), "data": source, "vae": "runs/vae/export", "variants": 5, "model": DRAFT,
+            **towers, "net": "runs/image-draft/export", "imagined": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
+        },
+        "decoder-imagined": {
+            **decoder, "run": run("decoder-imagined"), **towers, "draft": "runs/image-draft-imagined/export", "net": "runs/decoder-draft/export",
+            "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT}, "imagined": {"prior": "runs/prior/export", "steps": 1},
         },
         "upsampler": {
             "part": "upsampler", "run": run("upsampler"), "data": source, "crop": 16, "diffusion": {"prediction": "v", "drop": 0.0},
@@ -114,7 +123,7 @@ def test_every_part_takes_a_step_in_bfloat16(place):
     for name, config in unclip_configs(place).items():
         made = open_run(write({**config, "run": {**config["run"], "precision": "bfloat16", "steps": 1}}, Path(f"{name}.yaml")))
         made.train(progress=False)
-        if name in ("clip-text", "image-draft"):
+        if name != "upsampler":
             made.export(Path(f"runs/{name}/export"))
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.part.model.parameters()), name
 
@@ -143,6 +152,9 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         ("decoder", {"model": {"unet": UNET, "condition": CONDITION, "draft": DRAFT}}, "less those of a draft"),
         ("decoder-draft", {"model": {"unet": UNET, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 8}}}, "the image embedding is 16 wide"),
         ("image-draft", {"jitter": -1.0}, "jitter: expected at least 0, got -1.0"),
+        ("image-draft", {"imagined": {"prior": "runs/prior/export"}}, "text and imagined"),
+        ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "share": 0.0}}, "share: expected more than 0"),
+        ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "steps": 0}}, "steps: expected at least 1"),
         ("upsampler", {"crop": 13}, "crop 13: expected a multiple of 2"),
         ("upsampler", {"degradation": {"share": 2.0}}, "share: expected at most 1"),
     ],
@@ -218,3 +230,30 @@ def test_degradation_is_keyed_and_within_range():
     assert torch.equal(a, b) and not torch.equal(a, c) and float(a.abs().max()) <= 1
     none = replace(worse, blur=0.0, noise=0.0, blocks=0.0)
     assert torch.equal(none(x, np.random.default_rng(1), noise), x)
+
+
+def test_embeddings_are_drawn_from_the_pictures_and_from_the_prior_by_share() -> None:
+    own, made = np.zeros((8, 4), np.float16), np.ones((8, 4), np.float16)
+    cache = EmbeddingCache(own, Compositions((), {}, 0), made, 0.25)
+    drawn = cache.draw([0, 7] * 2000, np.random.default_rng(0))
+    assert set(drawn.unique().tolist()) == {0.0, 1.0} and bool((drawn == drawn[:, :1]).all())  # whole embeddings
+    assert abs(float(drawn.mean()) - 0.25) < 0.03  # 4.4 standard errors of 4,000 draws
+    assert bool((cache[[3, 4]] == 0).all())  # what is asked for by row is the picture's own
+
+
+def test_embeddings_of_a_prior_of_another_clip_are_refused(place) -> None:
+    config = unclip_configs(place)["prior"]
+    made = open_run(write(config, Path("prior.yaml")))
+    made.train(progress=False, until=1)
+    made.export(Path("runs/prior/export"))
+    other = replace_clip(Path("runs/prior/export/prior.yaml"))
+    imagined = {**unclip_configs(place)["image-draft-imagined"], "net": None}
+    with pytest.raises(ValueError, match=f"embeddings of {other!r}, expected 'emoji-clip/"):
+        open_run(write(imagined, Path("imagined.yaml")))
+
+
+def replace_clip(about: Path, name: str = "emoji-clip/0123") -> str:
+    """Say in a prior's YAML that it belongs to another CLIP."""
+    lines = about.read_text().splitlines()
+    about.write_text("".join(f"clip: {name}\n" if line.startswith("clip: ") else f"{line}\n" for line in lines))
+    return name
