@@ -32,22 +32,25 @@ UNCLIP_FAMILIES: tuple[str, ...] = get_args(UnCLIPFamily)
 class StageCard:
     """One diffusion of several: its schedule, what its network predicts, and how it is sampled.
 
-    ``learned_var``: the network gives a variance too. ``clip_x0``: what x0 is clamped to, ± this; None for nothing. ``defaults``: height and
-    width mean nothing to a prior, and are the picture's for a decoder, in pixels.
+    ``learned_var``: the network gives a variance too. ``clip_x0``: what x0 is clamped to, ± this; None for nothing. ``residual``: of an upsampler
+    that makes the difference to the picture enlarged by interpolation, the deviation that this is in units of; None where it makes the picture
+    (SRDiff, Li et al. 2021). ``defaults``: height and width mean nothing to a prior, and are the picture's for a decoder, in pixels.
     """
 
     schedule: ScheduleCard
     prediction: Prediction
     learned_var: bool = False
     clip_x0: float | None = None
+    residual: float | None = None
     convention: str | Convention = "diffusers"
     defaults: Defaults
 
     def __post_init__(self) -> None:
         get_sampler(self.defaults.sampler)
         self.grids()
-        if self.clip_x0 is not None and self.clip_x0 <= 0:
-            raise ValueError(f"clip_x0: expected a positive limit or None, got {self.clip_x0}")
+        for name, value in (("clip_x0", self.clip_x0), ("residual", self.residual)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number or None, got {value}")
 
     def grids(self) -> Convention:
         """The grid of every sampler."""

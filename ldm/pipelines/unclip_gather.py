@@ -60,7 +60,7 @@ def _all_parts(card: UnCLIPCard) -> list[str]:
 
 
 def check_parts(card: UnCLIPCard, folder: Path) -> None:
-    """ValueError where a part's YAML says of its training what the card says otherwise: CLIP, schedule, what is predicted, enlargement."""
+    """ValueError where a part's YAML says of its training what the card says otherwise: CLIP, schedule, what is predicted, what it enlarges."""
     stages: dict[str, Any] = {"prior": card.prior, "decoder": card.decoder}
     sizes = [card.decoder, *card.upsamplers]
     stages |= {upsampler_name(k): stage for k, stage in enumerate(card.upsamplers)}
@@ -73,6 +73,8 @@ def check_parts(card: UnCLIPCard, folder: Path) -> None:
             said = {"schedule": stage.schedule.kind, "timesteps": stage.schedule.timesteps, "prediction": stage.prediction}
             if wrong := [f"{key} {trained[key]!r}, the card says {said[key]!r}" for key in said if trained.get(key, said[key]) != said[key]]:
                 raise ValueError(f"{part}: it was trained with {'; '.join(wrong)}")
+        if isinstance(stage, StageCard) and stage.residual != (learnt := about.get("residual")):
+            raise ValueError(f"{part}: it was trained with residual {learnt!r}, the card says {stage.residual!r}")
         if (factor := about.get("factor")) is not None and isinstance(stage, StageCard):
             before = sizes[sizes.index(stage) - 1].defaults.height
             if stage.defaults.height != factor * before:

@@ -169,6 +169,8 @@ class UpsamplerStage(Stage):
             t = call.grid.t
             fn = switch(fn, bound(self.last), float(t[-2] + t[-1]) / 2 if len(t) > 1 else float(t[-1]) + 1)
         x = self.run(self.clamped(fn), self.start(call, (3, *size)), call)
+        if self.card.residual is not None:
+            x = low + self.card.residual * x
         return ((x + 1) / 2).clamp(0, 1).cpu()
 
 

@@ -32,7 +32,10 @@ from ldm.weights.native import write_part
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerTraining:
-    """The configuration of an upsampler's training: crops of pictures of ``data.size``, each ``factor`` times larger than what is given."""
+    """The configuration of an upsampler's training: crops of pictures of ``data.size``, each ``factor`` times larger than what is given.
+
+    ``residual``: what is learnt is the difference to the enlarged small picture, in units of this deviation (about its own); None for the picture.
+    """
 
     run: RunConfig
     data: DataConfig
@@ -40,10 +43,13 @@ class UpsamplerTraining:
     diffusion: Diffusion
     factor: int = 2
     crop: int = 64
+    residual: float | None = None
     degradation: Degradation = field(default_factory=Degradation)
 
     def __post_init__(self) -> None:
         at_least(2, factor=self.factor)
+        if self.residual is not None and not self.residual > 0:
+            raise ValueError(f"residual: expected a positive number or None, got {self.residual}")
         if self.model.in_channels != 6 or self.model.out_channels != 3 or self.model.takes_context:
             raise ValueError("model: an upsampler takes picture and enlarged picture, 6 channels to 3, and no context")
         if self.data.size % self.factor or not self.factor <= self.crop <= self.data.size or self.crop % self.model.factor:
@@ -77,6 +83,8 @@ class UpsamplerPart:
         both = torch.cat([x, low], dim=1)
         both = torch.stack([part[:, i : i + c.crop, j : j + c.crop] for part, (i, j) in zip(both, corners, strict=True)])
         x0, low = both.to(self.device).chunk(2, dim=1)
+        if c.residual is not None:
+            x0 = (x0 - low) / c.residual
         t = c.diffusion.draw(batch, draws.torch).to(self.device)
         losses = diffusion_loss(self.denoiser, x0, Cond(concat=low), t, draws.normal(*x0.shape).to(self.device))
         return (c.diffusion.weight(self.denoiser.schedule.snr(t)).to(losses) * losses).mean(), {}
@@ -84,9 +92,10 @@ class UpsamplerPart:
     def enlarged(self, small: Tensor, *, steps: int = 5, seed: int = 0) -> Tensor:
         """Small pictures (B, 3, h, w) in [−1, 1] → (B, 3, f·h, f·w)."""
         size = [side * self.config.factor for side in small.shape[-2:]]
-        fn = self.denoiser.bind(Cond(concat=enlarge(small.to(self.device), size)))
+        low = enlarge(small.to(self.device), size)
         x = initial_noise(range(seed, seed + len(small)), (3, *size)).to(self.device)
-        return ddim(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing")).clamp(-1, 1)
+        x = ddim(self.denoiser.bind(Cond(concat=low)), x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing"))
+        return (x if self.config.residual is None else low + self.config.residual * x).clamp(-1, 1)
 
     def validate(self) -> dict[str, float]:
         """Mean PSNR over 64 pictures that training never sees, made from clean small ones; and that of bicubic enlargement."""
@@ -102,5 +111,6 @@ class UpsamplerPart:
         return picture_grid(to_uint8(torch.stack([enlarge(low, x.shape[-2:]), self.enlarged(low).cpu(), x], 1).flatten(0, 1)), columns=6)
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        facts = {"factor": self.config.factor, "diffusion": self.config.diffusion, "figures": self.validate(), "training": record}
-        write_part(folder, "upsampler", self.denoiser.net, self.config.model, **facts)
+        c = self.config
+        facts = {"factor": c.factor, "residual": c.residual, "diffusion": c.diffusion, "figures": self.validate(), "training": record}
+        write_part(folder, "upsampler", self.denoiser.net, c.model, **facts)

@@ -15,7 +15,7 @@ from ldm.models.image_embedding import ImageEmbedding, slerp
 from ldm.pipelines.clip import rerank
 from ldm.pipelines.tiles import places, tiled
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_stages import PriorStage
+from ldm.pipelines.unclip_stages import PriorStage, enlarge
 from ldm.schedule import NoiseSchedule
 from ldm.types import Cond
 
@@ -215,6 +215,20 @@ def test_tiles_give_what_the_whole_gives_where_pixels_stand_alone():
     for side, tile, overlap in ((33, 12, 4), (12, 12, 3), (100, 13, 12)):
         starts = places(side, tile, overlap)
         assert starts[0] == 0 and starts[-1] == side - tile and all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_an_upsampler_of_residuals_adds_them_to_the_enlarged_picture(karlo):
+    stage = karlo.upsamplers[0]
+    call = stage.settle("", seed=[0], steps=2, height=48, width=64, progress=False)
+    low = enlarge(2 * SMALL - 1, (48, 64))
+    card, whole = stage.card, 2 * stage(SMALL, call) - 1
+    try:
+        stage.card = replace(card, residual=1e-3)
+        made = 2 * stage(SMALL, call) - 1
+    finally:
+        stage.card = card
+    inside = (low.abs() < 0.99) & (whole.abs() < 1)  # what the picture's range does not cut off
+    assert float((made - low - 1e-3 * whole)[inside].abs().max()) < 1e-5 and float(inside.float().mean()) > 0.1
 
 
 def test_tiled_upsampling_runs_at_any_size(karlo):

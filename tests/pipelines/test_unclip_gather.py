@@ -53,7 +53,7 @@ def exports(place: Path, *, autoregressive: bool = False) -> tuple[dict[str, str
     write_part(place / "decoder", "decoder", net(decoder, 4), decoder, clip=clip, diffusion={**SETTINGS, "prediction": "v"})
     vae = VAEConfig(channels=(32, 64), blocks=1)
     write_part(place / "vae", "vae", net(vae, 5), vae, latent_scale=0.5)
-    write_part(place / "upsampler", "upsampler", net(SR, 6), SR, factor=2, diffusion={**SETTINGS, "prediction": "v"})
+    write_part(place / "upsampler", "upsampler", net(SR, 6), SR, factor=2, residual=0.06, diffusion={**SETTINGS, "prediction": "v"})
     return {part: str(place / part) for part in ("text", "prior", "decoder", "upsampler")} | {"vision": str(place / "clip")}, clip
 
 
@@ -164,4 +164,7 @@ def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -
     defaults = {**card["upsamplers"][0]["defaults"], "height": 64}
     path.write_text(yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "defaults": defaults}]}))
     with pytest.raises(ValueError, match="enlarge 2 times, the card says from 16 to 64"):
+        gather(path, tmp_path / "model")
+    path.write_text(yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "residual": None}]}))
+    with pytest.raises(ValueError, match="upsampler: it was trained with residual 0.06, the card says None"):
         gather(path, tmp_path / "model")

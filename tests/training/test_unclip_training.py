@@ -155,6 +155,7 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         ("image-draft", {"imagined": {"prior": "runs/prior/export"}}, "text and imagined"),
         ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "share": 0.0}}, "share: expected more than 0"),
         ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "steps": 0}}, "steps: expected at least 1"),
+        ("upsampler", {"residual": 0.0}, "residual: expected a positive number or None, got 0.0"),
         ("upsampler", {"crop": 13}, "crop 13: expected a multiple of 2"),
         ("upsampler", {"degradation": {"share": 2.0}}, "share: expected at most 1"),
     ],
