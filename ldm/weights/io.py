@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,9 +239,9 @@ def load_strict(
     )  # fmt: skip
     if wrong:
         raise ValueError(f"{str(source)!r} does not fit {type(module).__name__}: {wrong}")
-    ready = cast({key: state[key] for key in want}, dtype)
-    if not allow_nan:
-        _check_finite(ready, state, source)
+    ready, bad = cast({key: state[key] for key in want}, dtype)
+    if bad and not allow_nan:
+        raise ValueError(f"{str(source)!r}{_unsound(bad, ready, state)}")
     module.load_state_dict(ready, strict=True, assign=True)
     for part in module.modules():
         if any(buffer.is_meta for buffer in part.buffers(recurse=False)) and hasattr(part, "reset_buffers"):
@@ -251,12 +251,10 @@ def load_strict(
         raise RuntimeError(f"{type(module).__name__}: {len(left)} tensors are in no state dict and have no data ({', '.join(left[:5])})")
 
 
-def _check_finite(ready: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
-    bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
-    if not bad:
-        return
+def _unsound(bad: Sequence[str], ready: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What is wrong with tensors that are not finite: what they were made of, or the dtype that they were made into."""
     overflown = [key for key in bad if is_finite(state[key])]
     if overflown:
         wide, narrow = state[overflown[0]].dtype, ready[overflown[0]].dtype
-        raise ValueError(f"{str(source)!r}: {narrow} cannot hold the {wide} values of {len(overflown)} tensors ({', '.join(overflown[:5])})")
-    raise ValueError(f"{str(source)!r}: NaN or infinity in {len(bad)} tensors ({', '.join(bad[:5])}); the weights are damaged")
+        return f": {narrow} cannot hold the {wide} values of {len(overflown)} tensors ({', '.join(overflown[:5])})"
+    return f": NaN or infinity in {len(bad)} tensors ({', '.join(bad[:5])}); the weights are damaged"

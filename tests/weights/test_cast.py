@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from ldm.weights import cast as module
 from ldm.weights.cast import CHUNK, cast, is_finite
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -23,7 +22,9 @@ def test_bitwise_what_torch_gives(source: torch.dtype, target: torch.dtype) -> N
     pattern = every_half()
     values = pattern.view(source) if source.itemsize == 2 else pattern.view(torch.float16).to(source)
     tensors = {"all": values.view(256, 256), "transposed": values.view(2, -1).t(), "scalar": values[5].clone(), "empty": values[:0]}
-    for name, made in cast(tensors, target).items():
+    ready, bad = cast(tensors, target)
+    assert bad == [name for name in tensors if not is_finite(tensors[name].to(target))]
+    for name, made in ready.items():
         wanted = tensors[name].to(target)
         finite = ~wanted.isnan()
         assert made.dtype == target
@@ -34,16 +35,22 @@ def test_bitwise_what_torch_gives(source: torch.dtype, target: torch.dtype) -> N
         assert torch.equal(made[finite].signbit(), wanted[finite].signbit())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGE", 1000)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_chunks_change_nothing_and_hide_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
-    tensors = {str(i): torch.randn(CHUNK + 100 * i, generator=generator).to(torch.float16) for i in range(7)}
+    tensors = {str(i): torch.randn(CHUNK + 100 * i, generator=generator).to(torch.float16) for i in range(4)}
     for target in (torch.bfloat16, torch.float32, None):
-        made = cast(tensors, target)
-        assert list(made) == list(tensors)
+        made, bad = cast(tensors, target)
+        assert list(made) == list(tensors) and not bad
         assert all(torch.equal(made[name], tensor.to(target or tensor.dtype)) for name, tensor in tensors.items())
+    for place, value in ((0, float("nan")), (CHUNK - 1, float("inf")), (CHUNK + 50, -float("inf"))):
+        for source, target in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+            wrong = tensors["1"].to(source, copy=True)
+            wrong[place] = value
+            assert cast({"sound": tensors["2"].to(source), "wrong": wrong}, target)[1] == ["wrong"]
+    largest = torch.full((2 * CHUNK,), 65504.0, dtype=torch.float16)  # whose sum float16 could not hold
+    assert cast({"largest": largest}, torch.bfloat16)[1] == []
+    beyond = torch.full((3,), 1e6, dtype=torch.bfloat16)
+    assert cast({"beyond": beyond}, torch.float16)[1] == ["beyond"] and is_finite(beyond)
 
 
 def test_what_is_not_finite_is_found_wherever_it_stands() -> None:
@@ -55,6 +62,6 @@ def test_what_is_not_finite_is_found_wherever_it_stands() -> None:
 
 def test_nothing_is_copied_in_vain() -> None:
     tensors = {"same": torch.ones(3, dtype=torch.bfloat16), "whole": torch.arange(3)}
-    made = cast(tensors, torch.bfloat16)
+    made, _ = cast(tensors, torch.bfloat16)
     assert all(made[name].data_ptr() == tensors[name].data_ptr() for name in tensors)
-    assert cast({"x": torch.ones(2)}, None)["x"].dtype == torch.float32
+    assert cast({"x": torch.ones(2)}, None)[0]["x"].dtype == torch.float32
