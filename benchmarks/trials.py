@@ -29,15 +29,15 @@ Changes = dict[str, Any]  # "run.batch": 8
 Stage = tuple[str, Changes]  # a configuration's name, and what is changed in it
 
 
-def alone(changes: Changes) -> list[Stage]:
+def alone(changes: Changes, again: Changes) -> list[Stage]:
     """A trial of the UNet's training alone, on the draft and the autoencoder that stand."""
-    return [("emoji-ldm", changes)]
+    return [("emoji-ldm", {**changes, **again})]
 
 
-def chain(kl: float, samples: int) -> list[Stage]:
+def chain(kl: float, samples: int, again: Changes) -> list[Stage]:
     """A trial of the autoencoder's KL weight: autoencoder, draft and UNet one after the other, on one style on white."""
-    vae = ("emoji-vae", {"data.mix": PLAIN, "loss.kl": kl, "run.steps": samples // 8})
-    encoded = {"data.mix": PLAIN, "variants": 0, "vae": f"{FOLDER}/{stage_name(*vae, samples)}/export"}
+    vae = ("emoji-vae", {"data.mix": PLAIN, "loss.kl": kl, "run.steps": samples // 8, **again})
+    encoded = {"data.mix": PLAIN, "variants": 0, **again, "vae": f"{FOLDER}/{stage_name(*vae, samples)}/export"}
     draft = ("emoji-draft", {**encoded, "run.steps": 4 * samples // 64})
     return [vae, draft, ("emoji-ldm", {**encoded, "text.folder": f"{FOLDER}/{stage_name(*draft, samples)}/export"})]
 
@@ -47,24 +47,25 @@ def stage_name(base: str, changes: Changes, samples: int) -> str:
     return f"{base}-{hashlib.sha256(json.dumps([changes, samples], sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def trials(samples: int) -> dict[str, dict[str, list[Stage]]]:
-    """Question → answers → stages."""
+def trials(samples: int, seed: int = 0) -> dict[str, dict[str, list[Stage]]]:
+    """Question → answers → stages; seed 0 is the configurations' own."""
+    again: Changes = {"run.seed": seed} if seed else {}
     return {
-        "text": {"frozen": alone({}), "tuned": alone({"text.tuned": True, "text.prior": 1.0})},
+        "text": {"frozen": alone({}, again), "tuned": alone({"text.tuned": True, "text.prior": 1.0}, again)},
         "size": {
-            "64-128-224": alone({}),
-            "64-128-224, twice the pictures": alone({"run.steps": 2 * samples // 16}),  # in about the time that the larger ones take
-            "96-160-192": alone({"model.channels": [96, 160, 192]}),
-            "64-128-192, 2 blocks": alone({"model.channels": [64, 128, 192], "model.blocks": 2}),
+            "64-128-224": alone({}, again),
+            "64-128-224, twice the pictures": alone({"run.steps": 2 * samples // 16}, again),  # in about the time that the larger ones take
+            "96-160-192": alone({"model.channels": [96, 160, 192]}, again),
+            "64-128-192, 2 blocks": alone({"model.channels": [64, 128, 192], "model.blocks": 2}, again),
         },
         "batch": {
-            "16": alone({}),
-            "32": alone({"run.batch": 32}),
-            "32, lr halved": alone({"run.batch": 32, "run.optimizer.lr": 6e-4}),
-            "8": alone({"run.batch": 8}),
+            "16": alone({}, again),
+            "32": alone({"run.batch": 32}, again),
+            "32, lr halved": alone({"run.batch": 32, "run.optimizer.lr": 6e-4}, again),
+            "8": alone({"run.batch": 8}, again),
         },
-        "shift": {"1": alone({}), "2": alone({"diffusion.shift": 2.0})},
-        "kl": {f"{kl:g}": chain(kl, samples) for kl in (2e-4, 2e-3, 2e-2)},
+        "shift": {"1": alone({}, again), "2": alone({"diffusion.shift": 2.0}, again)},
+        "kl": {f"{kl:g}": chain(kl, samples, again) for kl in (2e-4, 2e-3, 2e-2)},
     }
 
 
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Short trainings that differ in one thing.")
     parser.add_argument("questions", nargs="+", choices=list(trials(0)), help="what to decide")
     parser.add_argument("--samples", type=int, default=12800, help="pictures that each UNet is trained on (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, draws and noise (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     options = parser.parse_args(arguments)
     if options.samples < 640:
@@ -118,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
     print("| question | answer | loss | samples' error | pictures a second | seconds |\n|---|---|---|---|---|---|")
     for question in options.questions:
-        for answer, stages in trials(options.samples)[question].items():
+        for answer, stages in trials(options.samples, options.seed)[question].items():
             for base, changes in stages:
                 figures = run_stage(base, changes, options.samples)
                 results.setdefault(question, {})[f"{answer} ({base})"] = figures
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
             pace, seconds = figures["samples_per_second"], figures["seconds"]
             print(f"| {question} | {answer} | {loss:.4f} | {error:.4f} | {pace:.0f} | {seconds:.0f} |", flush=True)
     if options.json is not None:
-        write_atomically(options.json, (json.dumps({"samples": options.samples, "figures": results}, indent=1) + "\n").encode())
+        write_atomically(options.json, (json.dumps({"samples": options.samples, "seed": options.seed, "figures": results}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
