@@ -22,13 +22,12 @@ from ldm.pipelines.canvas import fit
 from ldm.pipelines.conditions import Pair, between, conditions, joined
 from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.samplers.ddim import ddim
-from ldm.samplers.invert import ddim_invert, edict, edict_invert
+from ldm.samplers.invert import NOISIEST, ddim_invert, edict, edict_invert
 from ldm.types import Denoised, DenoiseFn
 
 if TYPE_CHECKING:
     from ldm.pipelines.latent import LatentDiffusion
 
-NOISIEST = 20.0  # Stable Diffusion begins at 14.6; a rounding of the network is seen so many times as large in the end
 LOW_NOISE = 2**62  # the keyed draw that noises an upscaler's input: none that a sampler makes
 
 

@@ -24,6 +24,7 @@ from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.pipelines.unclip_options import decoders, held, priors, told
 from ldm.pipelines.unclip_painting import UnCLIPPainting
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage, options_of
+from ldm.samplers.invert import NOISIEST
 from ldm.types import DenoiseFn, OnStep
 from ldm.unclip_cards import UnCLIPCard, upsampler_name
 
@@ -260,6 +261,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
             raise ValueError(f"sampler {asked['sampler']!r}: inversion runs ddim backwards; leave it out")
         own = {"steps": 50, **asked, "sampler": "ddim", "height": pixels.shape[-2], "width": pixels.shape[-1], "eta": eta}
         call = self._settle(prompt, **{"guidance": 1.0, **own})
+        call = call.over(call.grid.from_ratio(NOISIEST))
         one = replace(call, prompts=call.prompts[:1], seeds=call.seeds[:1], guidance=1.0)
         fn = self._guided(one, embedding, options.get("noise_level", 0))
         z = self.decoder.space.encode(pixels, self.decoder.device)

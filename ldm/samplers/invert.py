@@ -8,6 +8,8 @@ from ldm.grid import TimeGrid
 from ldm.samplers.common import after, states, within
 from ldm.types import DenoiseFn, OnStep
 
+NOISIEST = 20.0  # sigma/alpha to invert to: a rounding of the network is seen so many times as large in the end; Stable Diffusion begins at 14.6
+
 
 def ddim_invert(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, on_step: OnStep | None = None, iterations: int = 1) -> Tensor:
     """The state 0 (B, *S) from which ``ddim`` leads to x, the grid's last state  (arXiv:2105.05233, section F; fixed point: arXiv:2312.12540).
