@@ -1,7 +1,8 @@
 """How good are the parts of an emoji unCLIP? ``python benchmarks/unclip_quality.py --model emoji-unclip``
 
 prior            cosine of its embeddings and the true pictures' on captions that no training saw, against that of the text's own embedding
-variations       of held-out pictures, four each: how often at least one is of the same name, by the judge of ``emoji_quality.py``
+variations       of held-out pictures, four each: how often at least one is of the same name, by the judge of ``emoji_quality.py``; from embedding and
+                 inverted noise (the paper's bipartite latent, varied by DDIM's ``--eta``), and from the embedding alone
 reconstruction   PSNR of a picture from its embedding and its inverted noise, against that of the autoencoder alone
 upsampler        PSNR of held-out pictures made from their halves, against bicubic enlargement, with a side-by-side picture
 
@@ -61,17 +62,24 @@ def prior_cosines(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: 
     return rows
 
 
-def variations(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> Figures:
-    """Of held-out pictures, four variations each: the shares, in per cent, of pictures and of variations whose name is the judge's first."""
+def variations(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> dict[str, Figures]:
+    """Of held-out pictures, four variations each, from the bipartite latent and from the embedding alone: the shares, in per cent, of pictures and of
+    variations whose name is the judge's first; and the mean PSNR in dB between variations of one picture, which says how much they vary."""
     chosen, judge = held_out(data, options.pictures, rng), EmojiJudge(data)
     truth = real(chosen, data, pipe.card.decoder.defaults.height)
-    hits = []
-    for k, (picture, composition) in enumerate(zip(truth, chosen, strict=True)):
-        made = pipe.variations(picture, n=4, seed=options.seed + 4 * k, upsample=False, progress=False).tensor
-        verdicts = judge(made, [data.index[composition.picture].name] * 4, [composition.ground] * 4)
-        hits.append([verdict.rank == 0 for verdict in verdicts])
-    found = np.array(hits)
-    return {"n": len(found), "one of four": 100 * float(found.any(1).mean()), "each": 100 * float(found.mean())}
+    rows = {}
+    inverted = {"invert": True, "eta": options.eta, "steps": options.invert_steps, "iterations": options.iterations}
+    for name, settings in ((f"embedding and inverted noise, eta {options.eta:g}", inverted), ("embedding alone", {"upsample": False})):
+        hits, between = [], []
+        for k, (picture, composition) in enumerate(zip(truth, chosen, strict=True)):
+            made = pipe.variations(picture, n=4, seed=options.seed + 4 * k, progress=False, **settings).tensor
+            verdicts = judge(made, [data.index[composition.picture].name] * 4, [composition.ground] * 4)
+            hits.append([verdict.rank == 0 for verdict in verdicts])
+            between.append(mean_psnr(made[:2], made[2:]))
+        found = np.array(hits)
+        shares = {"one of four": 100 * float(found.any(1).mean()), "each": 100 * float(found.mean())}
+        rows[name] = {"n": len(found), **shares, "between": float(np.mean(between))}
+    return rows
 
 
 def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> Figures:
@@ -136,8 +144,10 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| what | figure | against | difference | bar |", "|---|---|---|---|---|"]
     for name, row in result.get("prior", {}).items():
         lines.append(f"| prior, {name}: cosine | {row['prior']:.4f} | text embedding {row['text']:.4f} | {row['gain']:+.4f} | higher |")
-    if row := result.get("variations"):
-        lines.append(f"| variations: one of four has the name | {row['one of four']:.0f} % | of each {row['each']:.0f} % | | at least 70 % |")
+    for name, row in result.get("variations", {}).items():
+        against = f"of each {row['each']:.0f} %; {row['between']:.1f} dB between two"
+        bar = "" if name == "embedding alone" else "at least 70 %"
+        lines.append(f"| variations from {name}: one of four has the name | {row['one of four']:.0f} % | {against} | | {bar} |")
     for name, better, against, sign in (("reconstruction", "reconstruction", "autoencoder", "lost"), ("upsampler", "upsampler", "bicubic", "gain")):
         if row := result.get(name):
             bar = "at most 3 dB lost" if sign == "lost" else "at least +1 dB"
@@ -164,6 +174,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=200, help="captions of each set (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=50, help="held-out pictures (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=1, help="embeddings the prior chooses from (default: %(default)s)")
+    parser.add_argument("--eta", type=float, default=0.25, help="of variations from inverted noise (default: %(default)s)")
     parser.add_argument("--invert-steps", type=int, default=50, help="of DDIM and its inversion (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=4, help="of the inversion's fixed point (default: %(default)s)")
     parser.add_argument("--side", type=int, default=128, help="pixels of the upsampler's pictures (default: %(default)s)")
