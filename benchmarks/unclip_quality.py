@@ -64,7 +64,7 @@ def prior_cosines(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: 
 
 def variations(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> dict[str, Figures]:
     """Of held-out pictures, four variations each, from the bipartite latent and from the embedding alone: the shares, in per cent, of pictures and of
-    variations whose name is the judge's first; and the mean PSNR in dB between variations of one picture, which says how much they vary."""
+    variations whose name is the judge's first; and the mean PSNR in dB between two of one picture, which says how much they vary."""
     chosen, judge = held_out(data, options.pictures, rng), EmojiJudge(data)
     truth = real(chosen, data, pipe.card.decoder.defaults.height)
     rows = {}
@@ -75,7 +75,7 @@ def variations(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.
             made = pipe.variations(picture, n=4, seed=options.seed + 4 * k, progress=False, **settings).tensor
             verdicts = judge(made, [data.index[composition.picture].name] * 4, [composition.ground] * 4)
             hits.append([verdict.rank == 0 for verdict in verdicts])
-            between.append(mean_psnr(made[:2], made[2:]))
+            between.append(mean_psnr(made[:1], made[1:2]))
         found = np.array(hits)
         shares = {"one of four": 100 * float(found.any(1).mean()), "each": 100 * float(found.mean())}
         rows[name] = {"n": len(found), **shares, "between": float(np.mean(between))}
