@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tinymodel import tiny_model
 
@@ -39,23 +44,26 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "task", "size"),
-    [
-        (["image", "cat", "a.png", "--strength", "0.5"], "image_to_image", (32, 32)),
-        (["inpaint", "cat", "a.png", "mask.png", "--resample", "2", "--jump", "1", "--feather", "2", "--seam", "4"], "inpaint", (32, 32)),
-        (["outpaint", "cat", "a.png", "--left", "8", "--bottom", "5"], "outpaint", (37, 40)),
-        (["vary", "a.png", "--n", "2", "--strength", "0.5"], "variations", (32, 64)),
-        (["interpolate", "cat", "red apple", "--n", "3"], "interpolate", (64, 64)),
-        (["interpolate", "1", "2", "--between", "seeds", "--n", "2", "--prompt", "cat"], "interpolate", (32, 64)),
-        (["interpolate", "a.png", "b.png", "--between", "pictures", "--n", "2"], "interpolate", (32, 64)),
-        (["edit", "cat", "red apple", "--emphasis", "red=2", "--emphasis", "apple=0.5"], "edit", (32, 32)),
-        (["edit", "cat", "red apple", "--image", "a.png", "--strength", "0.5", "--no-exact"], "edit", (32, 32)),
-        (["reconstruct", "a.png", "--prompt", "cat"], "reconstruct", (32, 32)),
-        (["upscale", "a.png", "--factor", "2", "--window", "32"], "upscale", (64, 64)),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
+CASES = [
+    (["image", "cat", "a.png", "--strength", "0.5"], "image_to_image", (32, 32)),
+    (["inpaint", "cat", "a.png", "mask.png", "--resample", "2", "--jump", "1", "--feather", "2", "--seam", "4"], "inpaint", (32, 32)),
+    (["outpaint", "cat", "a.png", "--left", "8", "--bottom", "5"], "outpaint", (37, 40)),
+    (["vary", "a.png", "--n", "2", "--strength", "0.5"], "variations", (32, 64)),
+    (["interpolate", "cat", "red apple", "--n", "3"], "interpolate", (64, 64)),
+    (["interpolate", "1", "2", "--between", "seeds", "--n", "2", "--prompt", "cat"], "interpolate", (32, 64)),
+    (["interpolate", "a.png", "b.png", "--between", "pictures", "--n", "2"], "interpolate", (32, 64)),
+    (["edit", "cat", "red apple", "--emphasis", "red=2", "--emphasis", "apple=0.5"], "edit", (32, 32)),
+    (["edit", "cat", "red apple", "--image", "a.png", "--strength", "0.5", "--no-exact"], "edit", (32, 32)),
+    (["reconstruct", "a.png", "--prompt", "cat"], "reconstruct", (32, 32)),
+    (["upscale", "a.png", "--factor", "2", "--window", "32"], "upscale", (64, 64)),
+]
+
+
+def named(value):
+    return value[0] if isinstance(value, list) else None
+
+
+@pytest.mark.parametrize(("arguments", "task", "size"), CASES, ids=named)
 def test_each_command_writes_a_picture_with_its_recipe(arguments, task, size, capsys):
     assert main([*arguments, "-o", "out.png", *FAST]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip() == "out.png"
@@ -83,9 +91,54 @@ def test_a_size_that_does_not_fit_is_told_on_standard_error(capsys):
     assert pixels("out.png").shape == (30, 29, 3)
 
 
-def test_what_was_made_of_pictures_cannot_be_replayed(capsys):
-    assert main(["vary", "a.png", "--n", "1", "-o", "v.png", *FAST]) == 0
-    assert main(["replay", "v.png"]) == 2 and "a recipe does not hold pictures" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [case[0] for case in CASES], ids=named)
+def test_what_was_made_of_files_is_replayed_to_the_bit(arguments, capsys):
+    assert main([*arguments, "--seed" if "seeds" not in arguments else "--guidance", "3", "-o", "made.png", *FAST]) == 0
+    assert main(["replay", "made.png"]) == 0
+    assert not capsys.readouterr().err
+    assert (pixels("made.png") == pixels("made-replay.png")).all() and read_recipe("made.png") == read_recipe("made-replay.png")
+
+
+def test_one_file_of_several_is_replayed_from_another_grid_and_convention():
+    assert main(["vary", "a.png", "--n", "2", "--separate", "--convention", "k", "--spacing", "karras", "-o", "v.png", *FAST]) == 0
+    assert main(["replay", "v-1.png", "-o", "again.png"]) == 0
+    assert (pixels("v-1.png") == pixels("again.png")).all() and (pixels("v-0.png") != pixels("again.png")).any()
+
+
+@pytest.mark.parametrize("changed", ["given.png", "hole.png"])
+def test_a_file_that_is_gone_or_another_is_refused(changed, capsys):
+    for copy, source in (("given.png", "a.png"), ("hole.png", "mask.png")):
+        shutil.copy(source, copy)
+    assert main(["inpaint", "cat", "given.png", "hole.png", "-o", "in.png", *FAST]) == 0
+    held = read_recipe("in.png")["arguments"]
+    assert held["image"] == {"path": "given.png", "sha256": hashlib.sha256(Path("a.png").read_bytes()).hexdigest()}
+    capsys.readouterr()
+    shutil.copy("b.png", changed)
+    assert main(["replay", "in.png"]) == 2
+    name = {"given.png": "image", "hole.png": "mask"}[changed]
+    assert capsys.readouterr().err.startswith(f"error: {name}: {changed!r} is not the file that the picture was made of")
+    Path(changed).unlink()
+    assert main(["replay", "in.png", "-o", "none.png"]) == 2
+    assert f"error: {name}: no such file: {changed!r}" in capsys.readouterr().err and not Path("none.png").exists()
+
+
+def test_pictures_in_memory_are_not_replayed_and_the_recipe_says_so(capsys):
+    pipe = ldm.load("emoji-ldm", dtype="float32")
+    for given, kind in ((pixels("a.png"), "ndarray"), (torch.zeros(3, 32, 32), "Tensor"), (Image.open("a.png"), "PngImageFile")):
+        made = pipe.image_to_image("cat", given, steps=2, progress=False)
+        assert not made.recipe["replayable"] and "arguments" not in made.recipe
+        made.save("memory.png")
+        assert main(["replay", "memory.png"]) == 2
+        assert f"cannot be made again: its image was given as {kind}, which a recipe does not hold" in capsys.readouterr().err
+    hooked = pipe.image_to_image("cat", "a.png", steps=2, progress=False, on_step=lambda *_: None)
+    assert not hooked.recipe["replayable"] and "on_step" in hooked.recipe["because"]
+
+
+def test_a_recipe_calls_no_other_method(capsys):
+    pipe = ldm.load("emoji-ldm", dtype="float32")
+    made = pipe.image_to_image("cat", "a.png", steps=2, progress=False)
+    replace(made, recipe={**made.recipe, "task": "requires_grad_", "arguments": {}}).save("odd.png")
+    assert main(["replay", "odd.png"]) == 2 and "has no task of this name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

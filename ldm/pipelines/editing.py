@@ -21,6 +21,7 @@ from ldm.pipelines.call import Call
 from ldm.pipelines.canvas import fit
 from ldm.pipelines.conditions import Pair, between, conditions, joined
 from ldm.pipelines.pixels import Picture, to_pixels
+from ldm.pipelines.replayable import replayable
 from ldm.samplers.ddim import ddim
 from ldm.samplers.invert import NOISIEST, ddim_invert, edict, edict_invert
 from ldm.types import Denoised, DenoiseFn
@@ -49,6 +50,7 @@ class Inverted:
 class Editing:
     """The tasks of `LatentDiffusion` that begin from a picture, or lie between two."""
 
+    @replayable
     def variations(
         self: LatentDiffusion, image: Picture, *, n: int = 4, prompt: str | Sequence[str] = "", strength: float = 0.6, **options: Any
     ) -> Images:  # fmt: skip
@@ -60,6 +62,7 @@ class Editing:
         draft = None if any(call.prompts) else self._itself(pixels)
         return self._sample("variations", call, given=pixels, strength=strength, draft=draft, finish=finish)
 
+    @replayable
     def interpolate(
         self: LatentDiffusion, a: Any, b: Any, *, n: int = 8, prompt: str = "", seed: int = 0, steps: int | None = None, **options: Any
     ) -> Images:
@@ -108,6 +111,7 @@ class Editing:
             draft = (torch.lerp(draft[0][:1], draft[0][1:], w.to(draft[0]).view(-1, 1, 1, 1)), draft[1])
         return self._back("interpolate", replace(two, call=call, tracks=arcs), self._plain(call, arcs[0], draft), {"n": len(w)})
 
+    @replayable
     @torch.no_grad()
     def reconstruct(self: LatentDiffusion, image: Picture, *, prompt: str = "", exact: bool = True, iterations: int = 4, **options: Any) -> Images:
         """A picture from the noise that it is inverted to: there and back, at guidance 1; 50 steps unless said.
@@ -118,6 +122,7 @@ class Editing:
         inverted = self._inverted(image, prompt, prompt, exact, iterations, 1.0, {"guidance": 1.0, **options})
         return self._back("reconstruct", inverted, inverted.there, {"exact": exact})
 
+    @replayable
     @torch.no_grad()
     def edit(
         self: LatentDiffusion, source: str, prompt: str, *, image: Picture | None = None, cross: float | None = None, within: float | None = None,
@@ -220,6 +225,7 @@ class Editing:
         z = self.encode(fit(pixels, self.multiple))
         return z, torch.zeros_like(z[:1, :1])
 
+    @replayable
     def upscale(
         self: LatentDiffusion, image: Picture, prompt: str | Sequence[str] = "", *, factor: int | None = None, strength: float = 0.3,
         noise_level: int = 20, window: int | None = None, **options: Any,

@@ -23,6 +23,7 @@ from ldm.pipelines.editing import Editing
 from ldm.pipelines.painting import Painting
 from ldm.pipelines.pixels import Picture, to_depth, to_pixels
 from ldm.pipelines.recipe import stamp
+from ldm.pipelines.replayable import replayable
 from ldm.pipelines.tiles import Part, windowed
 from ldm.types import Denoised, DenoiseFn, OnStep
 
@@ -121,6 +122,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         """``n`` pictures of a model that is conditioned on nothing; options as in `text_to_image`."""
         return self._sample("unconditional", self._settle("", n=n, **options))
 
+    @replayable
     def image_to_image(self, prompt: str | Sequence[str], image: Picture, *, strength: float = 0.75, **options: Any) -> Images:
         """Pictures of a prompt that begin from a picture (SDEdit, Meng et al. 2022); options as in `text_to_image`, the size is the picture's.
 
@@ -131,6 +133,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         pixels, call, finish = self._with_picture(prompt, image, options)
         return self._sample("image_to_image", call, given=pixels, strength=strength, finish=finish)
 
+    @replayable
     def depth_to_image(self, prompt: str | Sequence[str], image: Picture, depth: Picture, *, strength: float = 0.8, **options: Any) -> Images:
         """`image_to_image` for a model that is also given a depth map, nearer being larger: (H, W) or (B, 1, H, W) in any unit and size."""
         self._needs("depth")
@@ -139,6 +142,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         small = to_depth(depth, (call.height // factor, call.width // factor)).to(self.device)
         return self._sample("depth_to_image", call, given=pixels, strength=strength, extra={"concat": small}, finish=finish)
 
+    @replayable
     def instruct(self, prompt: str | Sequence[str], image: Picture, *, image_guidance: float = 1.5, **options: Any) -> Images:
         """A picture changed as a sentence asks (InstructPix2Pix, Brooks et al. 2023, eq. 3); options as in `text_to_image`.
 
@@ -320,4 +324,4 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         return stamp(self.card.name, task, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
 
 
-REPLAYABLE = ("text_to_image", "class_to_image", "unconditional")  # a recipe does not hold pictures
+REPLAYABLE = ("text_to_image", "class_to_image", "unconditional")  # of whose arguments the recipe says all; others: `replayable`

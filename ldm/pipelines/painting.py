@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.images import Images
 from ldm.pipelines.canvas import Canvas, check_border
 from ldm.pipelines.pixels import Picture
+from ldm.pipelines.replayable import replayable
 from ldm.samplers.repaint import repaint
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ REACH = 8  # the correction at a border reaches an eighth of the model's side
 class Painting:
     """The tasks of `LatentDiffusion` that fill a hole."""
 
+    @replayable
     def inpaint(
         self: LatentDiffusion, prompt: str | Sequence[str], image: Picture, mask: Picture, *, strength: float = 1.0, resample: int = 1,
         jump: int = 5, seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,
@@ -44,6 +46,7 @@ class Painting:
         canvas = Canvas.masked(image, mask, multiple=self.multiple)
         return self._paint("inpaint", prompt, canvas, options, strength, resample, jump, seam, feather, window)
 
+    @replayable
     def outpaint(
         self: LatentDiffusion, prompt: str | Sequence[str], image: Picture, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0,
         resample: int = 1, jump: int = 5, seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,

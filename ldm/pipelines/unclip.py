@@ -19,6 +19,7 @@ from ldm.pipelines.clip import ClipPair, rerank
 from ldm.pipelines.conditions import cut
 from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.recipe import stamp
+from ldm.pipelines.replayable import replayable
 from ldm.pipelines.tiles import Part, windowed
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.pipelines.unclip_options import decoders, held, priors, told
@@ -118,6 +119,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         facts = {"candidates": candidates, **told(options)}
         return self._decode("text_to_image", call, embedding, options, facts, replayable=call.replayable and not given and not held(options))
 
+    @replayable
     def variations(
         self, image: Picture, *, n: int | None = None, prompt: str = "", invert: bool = False, eta: float = 1.0, **options: Any
     ) -> Images:
@@ -137,10 +139,12 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         call = replace(call, latents=latents.expand(len(call.seeds), *latents.shape[1:]))
         return self._decode("variations", call, embedding, {**options, "upsample": False}, {"invert": True, **told(options)})
 
+    @replayable
     def reconstruct(self, image: Picture, **options: Any) -> Images:
         """A picture from its embedding and its inverted noise: `variations` that vary nothing."""
         return self.variations(image, **{"n": 1, **options, "invert": True, "eta": 0.0})
 
+    @replayable
     def interpolate(self, a: Any, b: Any, *, n: int = 8, seed: int = 0, prompt: str = "", invert: bool = False, **options: Any) -> Images:
         """``n`` pictures from a to b, each a text or a picture, both included: on the arc between their embeddings (section 3.2).
 
@@ -163,6 +167,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
             call, options = replace(call, latents=slerp(noises[0], noises[1], w.to(noises[0].device))), {**options, "upsample": False}
         return self._decode("interpolate", call, path, options, {"invert": invert, **told(options)})
 
+    @replayable
     def text_difference(
         self, image: Picture, source: str, target: str, *, n: int = 8, most: float = 0.5, seed: int = 0, invert: bool = True, **options: Any
     ) -> Images:
@@ -188,6 +193,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         facts = {"source": source, "target": target, "most": most, "invert": invert, **told(options)}
         return self._decode("text_difference", call, path, options, facts)
 
+    @replayable
     def truncated(self, image: Picture, codes: EmbeddingCodes, components: Sequence[int], *, seed: int = 0, **options: Any) -> Images:
         """Pictures of an embedding of which only the first principal components are kept, a number for each (figure 7).
 

@@ -15,6 +15,7 @@ from ldm.images import Images
 from ldm.pipelines.canvas import Canvas, check_border
 from ldm.pipelines.painting import REACH
 from ldm.pipelines.pixels import Picture
+from ldm.pipelines.replayable import replayable
 from ldm.pipelines.unclip_options import decoders, priors, told
 from ldm.samplers.repaint import repaint
 from ldm.types import DenoiseFn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 class UnCLIPPainting:
     """The tasks of `UnCLIP` that fill a hole; the upsamplers rest."""
 
+    @replayable
     def inpaint(
         self: UnCLIP, prompt: str | Sequence[str], image: Picture, mask: Picture, *, candidates: int = 1, resample: int = 1, jump: int = 5,
         seam: float | None = None, feather: int = 0, window: int | None = None, **options: Any,
@@ -38,6 +40,7 @@ class UnCLIPPainting:
         canvas = Canvas.masked(image, mask, multiple=self.decoder.multiple)
         return self._paint("inpaint", prompt, canvas, options, candidates, resample, jump, seam, feather, window)
 
+    @replayable
     def outpaint(
         self: UnCLIP, prompt: str | Sequence[str], image: Picture, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0,
         candidates: int = 1, resample: int = 1, jump: int = 5, seam: float | None = None, feather: int = 0, window: int | None = None,

@@ -94,7 +94,9 @@ def test_every_task_has_its_command(tiny: Path, capsys: pytest.CaptureFixture[st
     ):
         assert main([*arguments, *common]) == 0, capsys.readouterr().err
         recipe = read_recipe("out.png")
-        assert recipe["task"] == task and not recipe["replayable"] and np.asarray(Image.open("out.png")).shape == shape
+        assert recipe["task"] == task and np.asarray(Image.open("out.png")).shape == shape
+        assert main(["replay", "out.png"]) == 0, capsys.readouterr().err
+        assert (np.asarray(Image.open("out.png")) == np.asarray(Image.open("out-replay.png"))).all()
     assert main(["edit", "a cat", "a dog", *common]) == 2 and "makes no pictures by edit" in capsys.readouterr().err
 
 
