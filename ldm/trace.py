@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ldm.nn.attention import AttentionBlock, SpatialTransformer, attention_contr
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair
 from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.unclip import UnCLIP
 from ldm.types import Denoised
 
 RED, OPAQUE = (0.9, 0.1, 0.1), 0.8  # of a heat map: its colour, and how much of it hides the picture where it is full
@@ -41,9 +42,12 @@ class Step:
 
 @dataclass(kw_only=True)
 class Trace:
-    """What `trace` recorded of the last task that ran: ``steps``, ``images`` and ``prompts``, and ``outputs`` of hooked modules, a list for each."""
+    """What `trace` recorded of the last task that ran: ``steps``, ``images`` and ``prompts``, and ``outputs`` of hooked modules, a list for each.
 
-    pipe: LatentDiffusion
+    Of an unCLIP model it is the run of the decoder, before it is enlarged, and without maps: what asks for attention to words raises ValueError.
+    """
+
+    pipe: LatentDiffusion | UnCLIP
     steps: list[Step] = field(default_factory=list)
     images: Images | None = None
     prompts: tuple[str, ...] = ()
@@ -57,7 +61,8 @@ class Trace:
     def x0(self) -> list[Images]:
         """The predictions of the clean picture, decoded: one `Images` a step."""
         images = self._made()
-        return [Images(tensor=self.pipe.decode(step.x0.to(self.pipe.device)), seeds=images.seeds, prompts=images.prompts) for step in self.steps]
+        decode = self.pipe.decoder.space.decode if isinstance(self.pipe, UnCLIP) else self.pipe.decode
+        return [Images(tensor=decode(step.x0.to(self.pipe.device)), seeds=images.seeds, prompts=images.prompts) for step in self.steps]
 
     def norms(self) -> dict[str, Tensor]:
         """Root mean squares over the run, each (N, B): "x" behind each step, "x0" and "eps" as predicted in it."""
@@ -66,13 +71,14 @@ class Trace:
 
     def levels(self) -> list[Size]:
         """The sizes (h, w) at which the network attends to the prompt, largest first."""
+        self._latent()
         self._made()
         return sorted({(m.shape[1], m.shape[2]) for m in self.steps[0].attention.values()}, reverse=True)
 
     def words(self, image: int = 0) -> list[str]:
         """The words of a picture's prompt that have tokens, in order."""
         self._made()
-        return [word for word, _ in self.pipe.text.places(self.prompts[image])]
+        return [word for word, _ in self._worded().text.places(self.prompts[image])]
 
     def attention(self, word: str, *, steps: Sequence[int] | None = None, level: Size | None = None) -> Tensor:
         """How much each position attends to a word, (B, H, W) at the latent's size: the sum over its tokens, the mean over layers and steps.
@@ -86,7 +92,7 @@ class Trace:
         chosen = self.steps if steps is None else [self.steps[i] for i in steps]
         if not chosen:
             raise ValueError("steps: expected at least one")
-        factor = self.pipe.vae.config.factor
+        factor = self._latent().vae.config.factor
         size = (made.tensor.shape[-2] // factor, made.tensor.shape[-1] // factor)
         total, count = torch.zeros(len(self.prompts), *size), 0
         for step in chosen:
@@ -112,14 +118,27 @@ class Trace:
 
     def _places(self, word: str, prompt: str) -> list[int]:
         """The places in the context of all tokens of a word, wherever the prompt has it."""
-        if self.pipe.text is None or not hasattr(self.pipe.text, "places"):
-            raise ValueError(f"{self.pipe.card.name!r} is not conditioned on words, so none can be looked for")
-        own = self.pipe.text.places(prompt)
-        there, wanted = [w for w, _ in own], [w for w, _ in self.pipe.text.places(word)] or [word.lower()]
+        text = self._worded().text
+        own = text.places(prompt)
+        there, wanted = [w for w, _ in own], [w for w, _ in text.places(word)] or [word.lower()]
         starts = [i for i in range(len(there)) if there[i : i + len(wanted)] == wanted]
         if not starts:
             raise ValueError(f"word {word!r}: expected one of the prompt's that have tokens, {', '.join(map(repr, there)) or 'of which it has none'}")
         return [place for i in starts for _, places in own[i : i + len(wanted)] for place in places]
+
+    def _latent(self) -> LatentDiffusion:
+        """The model, if maps are recorded of its kind; ValueError otherwise."""
+        if isinstance(self.pipe, UnCLIP):
+            raise ValueError(
+                f"{self.pipe.card.name!r}: attention is recorded of LatentDiffusion alone; of unCLIP's decoder, predictions, norms, modules' outputs"
+            )
+        return self.pipe
+
+    def _worded(self) -> LatentDiffusion:
+        """The model, if it is conditioned on words that can be found; ValueError otherwise."""
+        if not hasattr(self._latent().text, "places"):
+            raise ValueError(f"{self.pipe.card.name!r} is not conditioned on words, so none can be looked for")
+        return self._latent()
 
     def _made(self) -> Images:
         if self.images is None or not self.steps:
@@ -175,30 +194,40 @@ class Trace:
 
 
 @contextmanager
-def trace(pipe: LatentDiffusion, hooks: Mapping[str, Hook | None] | Sequence[str] = ()) -> Iterator[Trace]:
-    """Within it, every task of a model is recorded; what is recorded of the last one stays when it is left.
+def trace(pipe: LatentDiffusion | UnCLIP, hooks: Mapping[str, Hook | None] | Sequence[str] = ()) -> Iterator[Trace]:
+    """Within it, every task of a model is recorded; what is recorded of the last one stays when it is left. Of `UnCLIP`, see `Trace`.
 
-    ``hooks``: modules by their dotted names below `LatentDiffusion.networks` ("unet.mid_block", "vae.decoder"): a list, whose outputs are
+    ``hooks``: modules by their dotted names below the model's `networks` ("unet.mid_block", "vae.decoder"): a list, whose outputs are
     collected in `Trace.outputs` (of both branches of guidance, at every call); or a mapping to functions as of torch's forward hooks, which may
     return another output. The traced run's pictures are the untraced one's to the bit, as attention is looked at beside the fused kernel and not
     in its place. Memory: one float32 (B, h, w, M) a cross-attention and step.
 
-    TypeError for what is no `LatentDiffusion`; ValueError for a module that is not there, with the nearest name.
+    TypeError for what is neither a `LatentDiffusion` nor an `UnCLIP`; ValueError for a module that is not there, with the nearest name.
     """
-    if not isinstance(pipe, LatentDiffusion):
-        raise TypeError(f"trace: expected a LatentDiffusion, got {type(pipe).__name__}")
+    if not isinstance(pipe, LatentDiffusion | UnCLIP):
+        raise TypeError(f"trace: expected a LatentDiffusion or an UnCLIP, got {type(pipe).__name__}")
     record = Trace(pipe=pipe)
     named = {f"{part}.{name}".rstrip("."): module for part, network in pipe.networks().items() for name, module in network.named_modules()}
     wanted = hooks if isinstance(hooks, Mapping) else dict.fromkeys(hooks)
     for name in wanted:
         if name not in named:
             raise ValueError(f"no module {name!r}; {nearest(name, list(named))}")
-    net: Any = pipe.denoiser.net
+    net: Any = (pipe.decoder if isinstance(pipe, UnCLIP) else pipe).denoiser.net
     with ExitStack() as stack:
         for name, fn in wanted.items():
             collect: Hook = fn or (lambda module, inputs, output, name=name: record.outputs[name].append(_kept(output)))
             stack.callback(named[name].register_forward_hook(collect).remove)
         stack.callback(net.register_forward_pre_hook(record.saw_inputs).remove)
+        stack.enter_context(_maps(net, record) if isinstance(pipe, LatentDiffusion) else nullcontext())
+        pipe.watchers.append(record)
+        stack.callback(pipe.watchers.remove, record)
+        yield record
+
+
+@contextmanager
+def _maps(net: nn.Module, record: Trace) -> Iterator[None]:
+    """Within it, a trace sees what a network's cross-attentions attend to."""
+    with ExitStack() as stack:
         attends = [(name, part) for name, part in net.named_modules() if isinstance(part, SpatialTransformer | AttentionBlock)]
         for name, part in attends:
             def note(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
@@ -207,9 +236,7 @@ def trace(pipe: LatentDiffusion, hooks: Mapping[str, Hook | None] | Sequence[str
             stack.callback(part.register_forward_pre_hook(note).remove)
         if any(getattr(part, "cross", False) for part in net.modules()):
             stack.enter_context(attention_control(net, record.saw_attention))
-        pipe.watchers.append(record)
-        stack.callback(pipe.watchers.remove, record)
-        yield record
+        yield
 
 
 def _kept(output: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tinymodel import tiny_model
+from tinyunclip import tiny_karlo, tiny_stable
 
 import ldm
 from ldm.nn.attention import Attention, attention_control
@@ -139,6 +140,24 @@ def test_other_tasks_are_traced_too(pipe):
     assert len(t.steps) == 2 and t.attention("apple").shape == (1, 8, 8)
 
 
+@pytest.mark.parametrize(("make", "shape", "side"), [(tiny_karlo, (2, 3, 16, 16), 16), (tiny_stable, (2, 4, 16, 16), 32)])
+def test_an_unclip_s_decoder_is_traced_without_maps(make, shape, side):
+    model, options = make(), {"n": 2, "steps": 3, "prior_steps": 2, "progress": False, "upsample": False}
+    plain = model.text_to_image("a cat", **options)
+    with ldm.trace(model, ["decoder.mid_block" if make is tiny_stable else "decoder.unet.mid_block"]) as t:
+        traced = model.text_to_image("a cat", **options)
+    assert torch.equal(traced.tensor, plain.tensor) and t.images is traced and model.watchers == [] and t.prompts == ("a cat", "a cat")
+    assert [step.index for step in t.steps] == [0, 1, 2] and all(step.x0.shape == shape and step.attention == {} for step in t.steps)
+    assert t.x0()[0].tensor.shape == (2, 3, side, side) and t.norms()["eps"].shape == (3, 2)
+    assert [len(outputs) for outputs in t.outputs.values()] == [3]
+    for asked in (t.levels, t.words, lambda: t.attention("cat"), lambda: t.heatmap("cat")):
+        with pytest.raises(ValueError, match="attention is recorded of LatentDiffusion alone"):
+            asked()
+    with ldm.trace(model) as t:
+        model.text_to_image("a cat", **options, on_step=lambda i, x, d: x + i)  # the caller's own hook is called still
+    assert not torch.equal(t.images.tensor, plain.tensor)
+
+
 def test_what_is_asked_wrongly_is_said(pipe):
     with ldm.trace(pipe) as t:
         with pytest.raises(ValueError, match="nothing was recorded yet"):
@@ -152,5 +171,5 @@ def test_what_is_asked_wrongly_is_said(pipe):
         t.heatmap("apple", level=(8, 8))
     with pytest.raises(ValueError, match="steps"):
         t.attention("apple", steps=[])
-    with pytest.raises(TypeError, match="expected a LatentDiffusion, got int"), ldm.trace(3):
+    with pytest.raises(TypeError, match="expected a LatentDiffusion or an UnCLIP, got int"), ldm.trace(3):
         pass

@@ -14,9 +14,9 @@ from ldm.images import Images
 from ldm.models.embedding_codes import EmbeddingCodes, truncate
 from ldm.models.image_embedding import ImageEmbedding, slerp
 from ldm.models.safety import SafetyChecker
-from ldm.pipelines.call import Call, warn_unknown
+from ldm.pipelines.call import Call, all_hooks, warn_unknown
 from ldm.pipelines.clip import ClipPair, rerank
-from ldm.pipelines.conditions import cut
+from ldm.pipelines.conditions import Watcher, cut
 from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
@@ -36,7 +36,8 @@ UPSAMPLER_OPTIONS = ("steps", "guidance", "sampler", "latents", "height", "width
 class UnCLIP(UnCLIPPainting, nn.Module):
     """An unCLIP model, ready to sample: ``clip``, ``prior`` (None: no texts, unless an embedding is given), ``decoder``, ``upsamplers``, ``card``.
 
-    ``origin``: what a recipe says of the weights. ``safety``: what looks at every picture made; None, the default, for nothing.
+    ``origin``: what a recipe says of the weights. ``safety``: what looks at every picture made; None, the default, for nothing. ``watchers``: what
+    is told of every run of the decoder (`ldm.trace`).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         self.upsamplers: Any = nn.ModuleList(upsamplers)
         self.origin = dict(origin or {})
         self.safety = safety
+        self.watchers: list[Watcher] = []
 
     @property
     def device(self) -> torch.device:
@@ -279,8 +281,11 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         concat: Tensor | None = None, wrap: Any = None, finish: Finish | None = None, window: int | None = None,
     ) -> Images:  # fmt: skip
         """The pictures of embeddings, with their recipe; ``finish``: what is done to them before they are enlarged."""
+        for watcher in self.watchers:
+            watcher.begin(call)
         fn = self._guided(call, embedding, options.get("noise_level", 0), concat, window)
-        x = self.decoder.run(fn if wrap is None else wrap(fn), self.decoder.start(call, self.decoder.shape(call)), call)
+        hook = all_hooks(call.on_step, *(watcher.step for watcher in self.watchers))
+        x = self.decoder.run(fn if wrap is None else wrap(fn), self.decoder.start(call, self.decoder.shape(call)), call, hook=hook)
         pixels = self.decoder.space.decode(x) if finish is None else finish(self.decoder.space.decode(x))
         if options.get("upsample", True):
             for k, stage in enumerate(self.upsamplers):
@@ -294,7 +299,10 @@ class UnCLIP(UnCLIPPainting, nn.Module):
             pixels = self.safety.hide(pixels, flagged)
         said = {**call.recipe(task), **facts}
         recipe = stamp(self.card.name, said, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
-        return Images(tensor=pixels, seeds=call.seeds, prompts=tuple(map(str, call.prompts)), recipe=recipe, flagged=flagged)
+        images = Images(tensor=pixels, seeds=call.seeds, prompts=tuple(map(str, call.prompts)), recipe=recipe, flagged=flagged)
+        for watcher in self.watchers:
+            watcher.end(images)
+        return images
 
 
 def _grown(stage: UpsamplerStage, pixels: Tensor, side: int, model: UnCLIP) -> int:
