@@ -64,7 +64,34 @@ def test_a_draft_is_drawn_again_to_agree_with_what_is_known():
     got = draft.agreeing(text, torch.where(hole > 0, torch.full_like(truth, 7.0), truth), hole, tie=0.001)  # what the hole hides is not seen
     assert bool((error(got, shown) < 0.3 * error(plain, shown)).all())
     assert float(error(got, hidden).mean()) < float(error(plain, hidden).mean())
-    assert torch.allclose(draft.agreeing(text, truth, hole, tie=1e6), plain, atol=2e-2)  # tied to the text: within Adam's last step of it
+    tied = draft.agreeing(text, truth, hole, tie=1e6, ridge=1e9)
+    assert torch.allclose(tied, plain, atol=2e-2)  # to the text: within Adam's last step of it
     alone = draft.agreeing(text[1:2], truth[1:2], hole[1:2], tie=0.001)
     assert torch.allclose(alone, got[1:2], atol=1e-3)  # each sample by itself; products of another batch round differently
     assert all(p.grad is None for p in draft.parameters())
+
+
+def test_what_the_embedding_cannot_say_is_drawn_from_the_hidden_layer():
+    torch.manual_seed(0)
+    draft = Draft(DraftConfig(embed_dim=4, width=24, channels=2, size=6))
+    text = torch.randn(2, 4)
+    hidden = F.gelu(draft.fc1(text)) + torch.randn(2, 24)
+    truth = draft.fc2(hidden).view(2, 2, 6, 6).detach()
+    hole = torch.zeros(2, 1, 6, 6)
+    hole[0, ..., 3:], hole[1, :, :4] = 1, 1
+    by_text = draft.agreeing(text, truth, hole, ridge=1e9)
+    drawn = draft.agreeing(text, truth, hole, ridge=0.1)
+    errors = [((x - truth).square() * hole).sum() / hole.sum() for x in (draft(text), by_text, drawn)]
+    assert errors[2] < 0.6 * errors[1] < 0.6 * errors[0], errors
+    # with e at rest it is ridge regression of the hidden layer on what is known, each sample's own
+    still = draft.agreeing(text, truth, hole, steps=0, ridge=0.5)
+    for i in range(2):
+        seen = (hole[i].expand(2, -1, -1) == 0).flatten()
+        weight = draft.fc2.weight.detach()
+        noise = 0.5 * weight[seen].square().sum(1).mean()
+        gram = weight[seen].T @ weight[seen] + noise * torch.eye(24)
+        moved = torch.linalg.solve(gram, weight[seen].T @ (truth - draft(text).detach())[i].flatten()[seen])
+        assert torch.allclose(still[i].flatten(), draft(text).detach()[i].flatten() + weight @ moved, atol=1e-5)
+    open_all = torch.ones(2, 1, 6, 6)
+    open_all[0] = hole[0]
+    assert torch.allclose(draft.agreeing(text, truth, open_all)[1], draft(text).detach()[1], atol=1e-5)  # nothing known: the text's own
