@@ -50,7 +50,7 @@ class Draft(nn.Module):
         return x if size in (None, (c.size, c.size)) else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
     def agreeing(self, embedding: Tensor, known: Tensor, hole: Tensor, *, tie: float = 3.0, steps: int = 100, ridge: float = 1.0) -> Tensor:
-        """Drafts (B, C, s, s) of embeddings (B, E) moved so that they agree with what is known (B, C, s, s) of the latent outside a hole (B, 1, s, s).
+        """Drafts (B, C, s, s) of embeddings (B, E) moved so that they agree with what is known (B, C, s, s) of a latent outside a hole (B, 1, s, s).
 
         First e moves, to the least of mean |draft(e) − known|² + tie·|e − embedding|²/(E·var(embedding)), by ``steps`` of Adam: the likeliest e
         under a normal prior around the text's. Then the last hidden layer does, which holds more than a text can say: `_kriged` with ``ridge``.
