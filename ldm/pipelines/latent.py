@@ -221,12 +221,14 @@ class LatentDiffusion(Painting, Editing, nn.Module):
             z = self.encode(given)
             return self._images(task, call, z.expand(len(call.seeds), *z.shape[1:]), facts, finish)
         noise = self._noise(call)
+        size = (noise.shape[-2], noise.shape[-1])
+        told = self._conditions(call, size, extra=extra, draft=draft or known, window=window, tell=tell)
         z = None if given is None or strength == 1 else self.encode(given).expand(noise.shape)
+        if z is None and known is not None and self._drafts(size) and not bool(known[1].all()):
+            z, strength = cast(Tensor, told[0].concat).float(), DRAFTED
         rest, x = call.rules.begin(call.grid, noise, z, 1.0 if z is None else strength)
         call = call.over(rest)
-        fn = self._told(
-            call, (x.shape[-2], x.shape[-1]), extra=extra, draft=draft or known, image_guidance=image_guidance, window=window, tell=tell
-        )  # fmt: skip
+        fn = self._seen(call, told, size, image_guidance=image_guidance, window=window)
         fn = fn if known is None else keep_known(fn, self.denoiser.schedule, *known)
         kept: list[Tensor] = []
         x = self._run(fn, x, call, *([lambda i, x, d: kept.append(d.x0)] if call.keep_steps else []))
@@ -245,11 +247,20 @@ class LatentDiffusion(Painting, Editing, nn.Module):
             draw = call.rules.noise(call.seeds, call.grid, call.sampler, **call.options)
             return call.solve(fn, x, call.grid, noise=draw, on_step=hook, **call.options)
 
-    def _told(
+    def _drafts(self, size: tuple[int, int]) -> bool:
+        """Whether the model drafts latents of a size (h, w) whole."""
+        draft = getattr(self.text, "draft", None)
+        return draft is not None and self.card.concat is None and size == (draft.config.size,) * 2
+
+    def _told(self, call: Call, size: tuple[int, int], *, draft: tuple[Tensor, Tensor] | None = None) -> DenoiseFn:
+        """The guided denoiser of a latent of a size (h, w): see `_conditions`."""
+        return self._seen(call, self._conditions(call, size, draft=draft), size)
+
+    def _conditions(
         self, call: Call, size: tuple[int, int], *, extra: Mapping[str, Tensor] | None = None, draft: tuple[Tensor, Tensor] | None = None,
-        image_guidance: float | None = None, window: int | None = None, tell: Tell | None = None,
-    ) -> DenoiseFn:  # fmt: skip
-        """The guided denoiser of a latent of a size (h, w).
+        window: int | None = None, tell: Tell | None = None,
+    ) -> Pair:  # fmt: skip
+        """What the network is told where the latent has a size (h, w), of which watchers hear.
 
         ``extra`` joins the conditions, which ``tell`` makes of a size (None: those of the call's prompts). ``draft``: a latent, and a mask of where
         the text's own draft is kept. ``window``: the side, in pixels, of what the network sees at a time, None for all.
@@ -257,7 +268,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         factor = self.vae.config.factor
         if window is not None and window < factor:
             raise ValueError(f"window: expected a side of at least {factor} pixels, got {window}")
-        tile = max(size) if window is None else window // factor
+        tile = self._tile(size, window)
         inner = (min(size[0], tile), min(size[1], tile))
         told = conditions(self.card, self.text, call, inner) if tell is None else tell(inner)
         told = joined(told, len(call.seeds), **{name: value.to(self.device) for name, value in (extra or {}).items()})
@@ -266,6 +277,17 @@ class LatentDiffusion(Painting, Editing, nn.Module):
 
         for watcher in self.watchers:
             watcher.told(told)
+        return told
+
+    def _tile(self, size: tuple[int, int], window: int | None) -> int:
+        """The side of what the network sees at a time of a latent (h, w)."""
+        return max(size) if window is None else window // self.vae.config.factor
+
+    def _seen(
+        self, call: Call, told: Pair, size: tuple[int, int], *, image_guidance: float | None = None, window: int | None = None
+    ) -> DenoiseFn:
+        """The guided denoiser of a latent of a size (h, w) under conditions, whole or in windows."""
+        tile = self._tile(size, window)
 
         def make(part: Part) -> DenoiseFn:
             return self._guided(call, (cut(told[0], part, size), cut(told[1], part, size)), image_guidance)
@@ -324,4 +346,5 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         return stamp(self.card.name, task, device=self.device, dtype=self.dtype, origin=self.origin, replayable=replayable)
 
 
+DRAFTED = 0.5  # of the grid is run where a hole begins from its draft, which agrees with what is known: more forgets it, less leaves it blurred
 REPLAYABLE = ("text_to_image", "class_to_image", "unconditional")  # of whose arguments the recipe says all; others: `replayable`

@@ -36,7 +36,8 @@ class Painting:
         half, and not black all over; white all over repaints all. A size that does not fit is padded by repeating the last column and row, with a
         `Padded` warning.
         A model with input channels for mask and picture is given both; any other keeps the known part of the latent (`keep_known`), a latent
-        position being repainted if any of its pixels is. What the mask hides is not looked at, unless ``strength`` (as in `image_to_image`)
+        position being repainted if any of its pixels is; one that drafts begins from the draft of the hole, half of the grid being run, where the
+        draft covers the picture. What the mask hides is not looked at, unless ``strength`` (as in `image_to_image`)
         is below 1.
         ``resample``: how often each stretch of ``jump`` steps is taken (RePaint, Lugmayr et al. 2022), 1 for once.
         ``seam``: over how many pixels the new part is corrected to meet the known one, None for an eighth of the model's side, 0 for not at all.

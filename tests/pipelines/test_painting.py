@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.pipelines.canvas import Padded
 from ldm.pipelines.conditions import anchor, drafted
+from ldm.pipelines.latent import DRAFTED
 from ldm.types import Cond
 
 OPTIONS: dict[str, Any] = {"progress": False, "steps": 3, "sampler": "ddim"}
@@ -138,6 +139,30 @@ def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(known:
 def test_all_white_repaints_all(pipe: Any) -> None:
     made = pipe.inpaint("cat", picture(), torch.ones(32, 32), seam=0, **OPTIONS)
     assert torch.allclose(made.tensor, pipe.text_to_image("cat", **OPTIONS).tensor, atol=1e-4)  # eps is derived again: rounding
+
+
+def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -> None:
+    seen: dict[str, list[Tensor]] = {}
+
+    def made(name: str, task: Any, *args: Any, **options: Any) -> Any:
+        seen[name] = []
+        return task("cat", *args, **{**OPTIONS, "steps": 10, **options}, on_step=lambda i, x, d: seen[name].append(x.clone()))
+
+    one = made("one", pipe.inpaint, picture(), hole())
+    made("other noise", pipe.inpaint, picture(), hole(), seed=1)
+    made("text", pipe.text_to_image)
+    made("other text", pipe.text_to_image, seed=1)
+    made("all", pipe.inpaint, picture(), torch.ones(32, 32))
+    made("wide", pipe.outpaint, picture(), right=16)
+    taken = round(10 * DRAFTED)
+    assert {name: len(states) for name, states in seen.items()} == {
+        "one": taken, "other noise": taken, "text": 10, "other text": 10, "all": 10, "wide": 10,
+    }  # fmt: skip
+    repainted = pipe.encode(torch.zeros(1, 3, 32, 32)).new_zeros(1, 1, 8, 8)
+    repainted[..., 1:5, 1:6] = 1  # the latent positions of the hole: other noise matters less there than where nothing is begun from
+    by_noise = [((a[-1] - b[-1]) * repainted).square().mean() for a, b in ((seen["one"], seen["other noise"]), (seen["text"], seen["other text"]))]
+    assert 0 < float(by_noise[0]) < 0.6 * float(by_noise[1])
+    assert one.recipe["strength"] == 1 and one.recipe["steps"] == taken
 
 
 def test_the_steps_kept_have_the_known_pixels_and_the_picture_s_size(pipe: Any) -> None:
