@@ -6,12 +6,14 @@ from typing import TypeVar
 
 from torch import nn
 
+from ldm.fast.approximate import merge_tokens, reuse_features
 from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, FastResBlock
 from ldm.fast.build import NoKernels
 from ldm.fast.ops import Native, Plain
 from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, PackedConv2d, PackedLinear
 from ldm.fast.spill import take_turns
 from ldm.fast.strips import StripDecoder
+from ldm.fast.substitute import restore
 from ldm.models.vae import Decoder
 from ldm.nn.attention import GEGLU, Attention, AttentionBlock
 from ldm.nn.resblock import ResBlock, Upsample
@@ -24,7 +26,7 @@ EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def optimize(pipe: P, *, kernels: bool = True, memory: bool = False) -> P:
+def optimize(pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int = 1, branch: int = 0, merge: float = 0.0) -> P:
     """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its dtype.
 
     Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
@@ -33,7 +35,15 @@ def optimize(pipe: P, *, kernels: bool = True, memory: bool = False) -> P:
     ``memory``: the least memory, at some cost of time (Linux): autoencoders decode in strips of rows, with the seams of the whole picture, and the
     networks take turns, the weights of those that rest lying in a file below LDM_HOME that ends with the process.
     On other devices than the CPU the layers compute as before.
+
+    Two gains change the result, on any device, and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is
+    computed in one step of this many, and used again in the others (`ldm.fast.approximate.Reuse`), which compute the last ``branch`` + 1 blocks
+    of the way up, and what these are joined with. ``merge``: the part of the positions, from 0 to 0.75, that are merged with another in the
+    largest self-attentions (`ldm.fast.approximate.Merge`). The last call says what holds: without them the network is exact again. A third
+    one is guidance's: `ldm.guidance.cfg` with an ``interval``. ValueError for a number that cannot be, or no UNet to act on.
     """
+    restore(pipe)
+    reused, merged = reuse_features(pipe, reuse, branch), merge_tokens(pipe, merge)
     ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
     if kernels:
         try:
@@ -58,6 +68,6 @@ def optimize(pipe: P, *, kernels: bool = True, memory: bool = False) -> P:
         note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
         "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
         "keys and values of the context: once a prompt",
-        *thrift,
+        *thrift, *((reused,) if reuse > 1 else ()), *((merged,) if merge else ()),
     )  # fmt: skip
     return pipe
