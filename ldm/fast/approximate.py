@@ -212,7 +212,7 @@ def unets(pipe: nn.Module) -> list[UNet]:
     return found
 
 
-def reuse_features(pipe: nn.Module, interval: int, branch: int) -> str:
+def reuse_features(pipe: nn.Module, interval: int, branch: int) -> tuple[str, ...]:
     """Have the UNets of a pipeline reuse features; says what was done. ValueError for an interval or a branch that is not there."""
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f"reuse: expected a whole number of steps, 1 or more (1: none are reused), got {interval!r}")
@@ -221,10 +221,11 @@ def reuse_features(pipe: nn.Module, interval: int, branch: int) -> str:
         if isinstance(branch, bool) or not isinstance(branch, int) or not 0 <= branch <= most:
             raise ValueError(f"branch: expected a whole number from 0 to {most}, the blocks of this UNet's way up but one, got {branch!r}")
         Reuse(net, interval, branch)
-    return f"reuse: the deep part of the UNet computed in one step of {interval}, the last {branch + 1} blocks in all (approximate)"
+    done = f"reuse: the deep part of the UNet computed in one step of {interval}, the last {branch + 1} blocks in all (approximate)"
+    return (done,) if interval > 1 else ()
 
 
-def merge_tokens(pipe: nn.Module, ratio: float) -> str:
+def merge_tokens(pipe: nn.Module, ratio: float) -> tuple[str, ...]:
     """Have the self-attentions of the UNets' largest attending level merge tokens; says what was done. ValueError for a ratio outside [0, 0.75]."""
     if not 0 <= ratio <= 0.75:
         raise ValueError(f"merge: expected a part of the positions from 0 (none) to 0.75 (all that can be), got {ratio!r}")
@@ -236,4 +237,5 @@ def merge_tokens(pipe: nn.Module, ratio: float) -> str:
                     for block in transformer.transformer_blocks:
                         Merge(block.attn1, ratio)
                     Sized(transformer)
-    return f"merge: {ratio:g} of the positions merged in self-attention where it is largest (approximate)"
+    done = f"merge: {ratio:g} of the positions merged in self-attention where it is largest (approximate)"
+    return (done,) if ratio else ()

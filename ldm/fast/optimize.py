@@ -9,6 +9,7 @@ from torch import nn
 from ldm.fast.approximate import merge_tokens, reuse_features
 from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, FastResBlock
 from ldm.fast.build import NoKernels
+from ldm.fast.int8 import check_int8, eight_bits
 from ldm.fast.ops import Native, Plain
 from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, PackedConv2d, PackedLinear
 from ldm.fast.spill import take_turns
@@ -26,7 +27,9 @@ EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def optimize(pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int = 1, branch: int = 0, merge: float = 0.0) -> P:
+def optimize(
+    pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int = 1, branch: int = 0, merge: float = 0.0, int8: bool = False
+) -> P:  # fmt: skip
     """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its dtype.
 
     Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
@@ -36,14 +39,34 @@ def optimize(pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int 
     networks take turns, the weights of those that rest lying in a file below LDM_HOME that ends with the process.
     On other devices than the CPU the layers compute as before.
 
-    Two gains change the result, on any device, and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is
-    computed in one step of this many, and used again in the others (`ldm.fast.approximate.Reuse`), which compute the last ``branch`` + 1 blocks
-    of the way up, and what these are joined with. ``merge``: the part of the positions, from 0 to 0.75, that are merged with another in the
-    largest self-attentions (`ldm.fast.approximate.Merge`). The last call says what holds: without them the network is exact again. A third
-    one is guidance's: `ldm.guidance.cfg` with an ``interval``. ValueError for a number that cannot be, or no UNet to act on.
+    Three gains change the result and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is computed in one
+    step of this many, and used again in the others (`ldm.fast.approximate.Reuse`), which compute the last ``branch`` + 1 blocks of the way up and
+    what these are joined with. ``merge``: the part of the positions, 0 to 0.75, that are merged with another in the largest self-attentions
+    (`ldm.fast.approximate.Merge`). ``int8``: the UNet's products in 8 bits (`ldm.fast.int8`). Guidance has a fourth: `ldm.guidance.cfg` with an
+    ``interval``. The last call says what holds: without them the network is exact again.
+
+    Raises ValueError for a number that cannot be, or no UNet to act on; RuntimeError where there are no 8-bit products.
     """
+    if int8:
+        check_int8(pipe)
     restore(pipe)
-    reused, merged = reuse_features(pipe, reuse, branch), merge_tokens(pipe, merge)
+    gains = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
+    note = exchange(pipe, kernels, memory)
+    gains += eight_bits(pipe) if int8 else ()
+    if memory:
+        take_turns(pipe.networks().values() if hasattr(pipe, "networks") else [pipe])
+    thrift = ("decoding: in strips of rows", "networks at rest: in a file") if memory else ()
+    pipe.optimizations = (
+        note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
+        "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
+        "keys and values of the context: once a prompt",
+        *thrift, *gains,
+    )  # fmt: skip
+    return pipe
+
+
+def exchange(pipe: nn.Module, kernels: bool, memory: bool) -> str:
+    """Exchange the layers of a pipeline for fast ones; says what computes attention and group norm."""
     ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
     if kernels:
         try:
@@ -61,13 +84,4 @@ def optimize(pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int 
             part.__class__ = StripDecoder
         if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder):
             part.ops = ops
-    if memory:
-        take_turns(pipe.networks().values() if hasattr(pipe, "networks") else [pipe])
-    thrift = ("decoding: in strips of rows", "networks at rest: in a file") if memory else ()
-    pipe.optimizations = (
-        note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
-        "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
-        "keys and values of the context: once a prompt",
-        *thrift, *((reused,) if reuse > 1 else ()), *((merged,) if merge else ()),
-    )  # fmt: skip
-    return pipe
+    return note

@@ -1,0 +1,110 @@
+"""What do the gains that change the result cost and give, against the exact run?
+
+    python benchmarks/approximate.py --clock cpu --threads 1 --json approximate.json      # the embedded model: whole pictures
+    python benchmarks/approximate.py --model sd1 --latent 32 --steps 6                    # random weights: time, error of the final latent
+
+Error: the root mean square difference from the exact run of the same seeds; of pictures in levels of 255, of latents as a part of their deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from common import DTYPES, difference, measure, parser, settle, where, write
+from pairs import MODELS
+from showcase import PROMPTS
+from torch import Tensor
+
+import ldm
+from ldm.denoiser import Denoiser
+from ldm.grid import TimeGrid
+from ldm.guidance import cfg
+from ldm.models.shapes import UNETS
+from ldm.models.unet import UNetConfig
+from ldm.samplers import SAMPLERS
+from ldm.schedule import NoiseSchedule
+from ldm.types import Cond
+from ldm.weights.parts import build_network, randomise
+
+INTERVAL = (0.28, 5.42)  # of sigma/alpha, Kynkäänniemi et al. 2024's for SDXL
+GAINS: dict[str, dict[str, Any]] = {
+    "exact": {}, "reuse=2": {"reuse": 2}, "reuse=3": {"reuse": 3}, "reuse=5": {"reuse": 5}, "reuse=3, branch=2": {"reuse": 3, "branch": 2},
+    "merge=0.25": {"merge": 0.25}, "merge=0.5": {"merge": 0.5}, "merge=0.75": {"merge": 0.75}, "int8": {"int8": True},
+    "reuse=3, merge=0.5, int8": {"reuse": 3, "merge": 0.5, "int8": True},
+    "interval=(0.28, 5.42)": {"interval": INTERVAL},
+}  # fmt: skip
+Run = Callable[[], Tensor]
+
+
+def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
+    """The embedded model: pictures of the first prompts of the showcase, at the card's settings."""
+    pipe = ldm.load("emoji-ldm", device="cpu", dtype=args.dtype)
+
+    def side(options: Mapping[str, Any]) -> Run:
+        options = dict(options)
+        interval = options.pop("interval", None)
+        ldm.optimize(pipe, **options)
+        pipe.__dict__.pop("_guided", None)
+        if interval is not None:
+            pipe._guided = lambda call, pair, _: cfg(pipe.denoiser, *pair, call.guidance, interval=interval)
+        return lambda: pipe.text_to_image(PROMPTS[: args.batch], steps=args.steps, progress=False).tensor
+
+    return side
+
+
+def random_weights(args: Any) -> Callable[[Mapping[str, Any]], Run]:
+    """A UNet of random weights under DDIM and guidance: its final latent."""
+    config = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1) if args.model == "small" else UNETS[args.model]
+    net, g = randomise(build_network(config), dtype=DTYPES[args.dtype]), torch.Generator().manual_seed(0)
+    denoiser = Denoiser(net, NoiseSchedule.scaled_linear(1000, 0.00085, 0.012), "eps")
+    x = torch.randn(args.batch, config.in_channels, args.latent, args.latent, generator=g)
+    pair = [Cond(context=torch.randn(args.batch, 77, config.context_dim, generator=g)) for _ in range(2)]
+    grid = TimeGrid.make(denoiser.schedule, args.steps or 6)
+
+    def side(options: Mapping[str, Any]) -> Run:
+        options = dict(options)
+        fn = cfg(denoiser, *pair, 2.0, interval=options.pop("interval", None))
+        ldm.optimize(net, **options)
+        return lambda: SAMPLERS["ddim"](fn, x, grid)
+
+    return side
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0], repeats=3)
+    options.add_argument("--model", choices=("emoji", *(name for name in MODELS if name != "sdxl")), default="emoji")
+    options.add_argument("--dtype", choices=DTYPES, default="bf16")
+    options.add_argument("--batch", type=int, default=1, help="pictures a call; of the embedded model the first prompts of showcase.py")
+    options.add_argument("--latent", type=int, default=32, help="side of the latent of random weights")
+    options.add_argument("--steps", type=int, help="default: the card's, or 6")
+    options.add_argument("--only", nargs="+", choices=GAINS, default=list(GAINS), help="these alone, beside the exact run")
+    args = options.parse_args()
+    settle(args)
+    side = (emoji if args.model == "emoji" else random_weights)(args)
+    exact = side({})
+    expected, rows = exact(), []
+    print(f"{args.model}, {args.dtype}, batch {args.batch}, {args.threads} threads, {args.clock} clock, torch {torch.__version__}")
+    for name in args.only:
+        if name == "exact":
+            continue
+        rows.append({"gain": name, **against(side, GAINS[name], expected, args)})
+        print("| `{gain}` | {error:.3g} | {seconds:.3f} s | {ratio:.2f} |".format(**rows[-1]), flush=True)
+    if args.json:
+        about = {key: str(value) if key == "json" else value for key, value in vars(args).items()}
+        write(args.json, {"question": "approximate", "settings": about, "rows": rows, "where": where(args.threads)})
+
+
+def against(side: Callable[[Mapping[str, Any]], Run], options: Mapping[str, Any], expected: Tensor, args: Any) -> dict[str, float]:
+    """A gain's error, seconds, and ratio to the exact run's, both the least of several measured next to each other."""
+    exact = min(measure({"exact": side({})}, args.repeats, args.clock)["exact"])
+    run = side(options)
+    got = run()
+    error = float((got - expected).square().mean().sqrt() * 255) if args.model == "emoji" else difference(got, expected)
+    seconds = min(measure({"gain": run}, args.repeats, args.clock)["gain"])
+    return {"error": error, "seconds": seconds, "exact": exact, "ratio": seconds / exact}
+
+
+if __name__ == "__main__":
+    main()
