@@ -1,11 +1,21 @@
-"""The pictures of the README: ``python benchmarks/showcase.py -o samples.png`` asks the embedded model for 32 prompts, seeds 0 to 31."""
+"""The pictures of the README: ``python benchmarks/showcase.py -o samples.png`` asks the embedded model for 32 prompts, seeds 0 to 31;
+``python benchmarks/showcase.py --tasks -o tasks.png`` does with pictures what can be done, each of them made by the same model, seed 0."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import ldm
+from ldm.images import caption_font, to_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PROMPTS = (
     "red apple", "cat face", "snowman", "rocket", "grinning face", "guitar", "sunflower", "fire engine",
@@ -16,20 +26,73 @@ PROMPTS = (
     "a kitty", "a small red apple on the left", "a small ghost in the top right corner on a blue background", "a snowman and a rocket side by side",
     "a dragon", "castle", "avocado", "a whale on a blue background",
 )  # fmt: skip
+LABEL, GAP, COLUMNS = 20, 8, 6  # of the sheet of tasks, in pixels: the line above a cell, the space between pictures; how many there are in a row
+Cell = tuple[str, list[Tensor]]  # what is done, and pictures (3, 128, 128) of it from left to right
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A sheet of prompts, eight a row.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("samples.png"))
+    parser.add_argument("--tasks", action="store_true", help="what is done with pictures, in place of the prompts")
     parser.add_argument("--model", default="emoji-ldm")
     parser.add_argument("--weights", default=None, help="weights in place of the model's own")
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--steps", type=int, default=None)
     options = parser.parse_args(arguments)
     pipe = ldm.load(options.model, weights=options.weights)
-    images = pipe.text_to_image(PROMPTS, seed=0, guidance=options.guidance, steps=options.steps)
-    images.grid(columns=8).save(options.output)
+    own = {"guidance": options.guidance, "steps": options.steps}
+    if options.tasks:
+        # 128 colours: a quarter of the bytes, and the pictures hardly differ
+        sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None})).quantize(128).save(options.output, optimize=True)
+    else:
+        pipe.text_to_image(PROMPTS, seed=0, **own).grid(columns=8).save(options.output)
     print(options.output)
+
+
+def tasks(pipe: Any, options: dict[str, Any]) -> list[Cell]:
+    """Every task once, on pictures that the model makes of texts, at default settings but for the strengths that are named."""
+    cat, apple, car = pipe.text_to_image(["cat face", "red apple", "police car"], seed=[0, 0, 0], **options).tensor
+    side = cat.shape[-1]
+    mask = torch.zeros(side, side)
+    mask[:, side // 2 :] = 1
+    hidden, cut = cat * (1 - mask) + 0.6 * mask, car[..., : side // 2]
+    large = pipe.upscale(cat, "cat face", factor=2, **options).tensor[0]
+    quarter = F.interpolate(cat[None, :, : side // 2, : side // 2], scale_factor=2, mode="nearest")[0]
+    varied = pipe.variations(apple, n=2, strength=0.8, **options).tensor
+    wide = pipe.outpaint("police car", cut, right=side // 2, **options).tensor[0]
+    between = pipe.interpolate("cat face", "red apple", n=6, **options).tensor
+    return [
+        ("text to image: cat face, red apple, police car", [cat, apple, car]),
+        ("variations of the apple, strength 0.8", [apple, *varied]),
+        ("inpaint: the grey half is made anew", [hidden, pipe.inpaint("cat face", cat, mask, **options).tensor[0]]),
+        ("outpaint: police car, to the right", [F.pad(cut, (0, side // 2), value=1.0), wide]),
+        ("image to image: tiger face, strength 0.6", [cat, pipe.image_to_image("tiger face", cat, strength=0.6, **options).tensor[0]]),
+        ("interpolate: from cat face to red apple", list(between)),
+        ("edit: red apple into green apple", [apple, pipe.edit("red apple", "green apple", image=apple, **options).tensor[0]]),
+        ("upscale: a quarter, and of twice the size", [quarter, large[:, :side, :side]]),
+        ("reconstruct: inverted and back", [cat, pipe.reconstruct(cat).tensor[0]]),
+    ]
+
+
+def sheet(cells: list[Cell]) -> Image:
+    """The cells with their labels above them, row after row of `COLUMNS` pictures."""
+    from PIL import Image, ImageDraw
+
+    side = cells[0][1][0].shape[-1]
+    places, row, column = [], 0, 0
+    for _, pictures in cells:
+        if column + len(pictures) > COLUMNS:
+            row, column = row + 1, 0
+        places.append((row, column))
+        column += len(pictures)
+    made = Image.new("RGB", (COLUMNS * (side + GAP) - GAP, (row + 1) * (side + LABEL)), "white")
+    draw = ImageDraw.Draw(made)
+    for (label, pictures), (row, column) in zip(cells, places, strict=True):
+        left, top = column * (side + GAP), row * (side + LABEL)
+        draw.text((left + 2, top + 2), label, fill="black", font=caption_font())
+        for i, picture in enumerate(to_bytes(torch.stack(pictures))):
+            made.paste(Image.fromarray(picture), (left + i * (side + GAP), top + LABEL))
+    return made
 
 
 if __name__ == "__main__":
