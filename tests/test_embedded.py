@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import ldm
 from ldm.cards import ASSETS
@@ -27,7 +28,7 @@ def run(pipe, prompt="red apple on a blue background", **options):
     return pipe.text_to_image(prompt, progress=False, steps=8, **options)
 
 
-@pytest.mark.parametrize(("folders", "limit"), [(["emoji-ldm", "emoji-clip"], 48e6)])
+@pytest.mark.parametrize(("folders", "limit"), [(["emoji-ldm", "emoji-clip"], 48e6), (["emoji-unclip"], 64e6)])
 def test_a_model_keeps_within_its_megabytes_and_carries_its_notices(folders, limit):
     files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]
     assert 1e6 < sum(path.stat().st_size for path in files) <= limit
@@ -69,19 +70,35 @@ def test_the_image_tower_loads():
     assert tower(tower.prepare(torch.rand(2, 3, 128, 128))).pooled.shape == (2, 256)
 
 
-def test_the_first_command_works_without_a_network(tmp_path):
+@pytest.mark.parametrize(("options", "side", "name"), [([], 128, "x.png"), (["--model", "emoji-unclip"], 512, "four.png")])
+def test_the_first_command_works_without_a_network(tmp_path, options, side, name):
     code = (
         "import socket, sys\n"
         "def refuse(*_, **__): raise OSError('no network in this test')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
         "from ldm.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "red apple", "-o", str(tmp_path / "x.png"), "--steps", "4"]
+    command = [sys.executable, "-c", code, "red apple", "-o", str(tmp_path / name), "--steps", "4", *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(ldm.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "x.png") and done.stderr == ""
-    assert read_recipe(tmp_path / "x.png")["prompt"] == "red apple"
+    assert done.stdout.strip() == str(tmp_path / name) and done.stderr == ""
+    assert read_recipe(tmp_path / name)["prompt"] == "red apple"
+    with Image.open(tmp_path / name) as image:
+        assert image.width == image.height == side  # one picture, or a grid of four of 256
+
+
+def test_the_prior_s_embedding_is_nearer_to_the_picture_s_than_to_other_texts():
+    model = ldm.load("emoji-unclip", device="cpu", dtype="float32")
+    prompts = ["red apple", "cat face", "rocket", "sunflower on a blue background"]
+    with torch.no_grad():
+        made, texts = model.imagine(prompts, progress=False).unit().vector, model.clip.text_embedding(prompts).unit().vector
+    assert (made @ texts.T).argmax(1).tolist() == [0, 1, 2, 3]
+    images = model.text_to_image(prompts, n=1, upsample=False, progress=False)
+    seen = model.clip.image_embedding(images.tensor).unit().vector
+    assert (seen @ made.T).argmax(1).tolist() == [0, 1, 2, 3]
+    corner = images.tensor[3, :, :6, :6].mean((1, 2)) * 255
+    assert (corner - torch.tensor([50.0, 100.0, 210.0])).norm() < 60
 
 
 def test_a_traced_picture_is_the_untraced_one_and_its_maps_are_probabilities(pipe):
