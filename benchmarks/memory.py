@@ -58,7 +58,7 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0], 1)
     parser.add_argument("--decode", action="store_true", help="decode one latent instead")
     parser.add_argument("--small", action="store_true", help="an autoencoder of a quarter of the channels, for a quick look")
-    parser.add_argument("--sides", nargs="+", default=["ldm", "ldm, whole", "diffusers"], help="ldm is with memory=True, 'ldm, whole' without")
+    parser.add_argument("--sides", nargs="+", default=["ldm", "ldm, resident", "diffusers"], help="ldm is with memory=True, 'ldm, resident' without")
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:

@@ -28,7 +28,6 @@ def main() -> None:
     options.add_argument("--size", type=int, default=512, help="side of the picture")
     options.add_argument("--dtype", choices=DTYPES, default="bf16")
     options.add_argument("--small", action="store_true", help="a quarter of the channels, for a quick look")
-    options.add_argument("--memory", action="store_true", help="ours in strips: ldm.optimize(memory=True)")
     options.add_argument("--no-openvino", action="store_true")
     args = options.parse_args()
     settle(args)
@@ -39,10 +38,10 @@ def main() -> None:
     compiled = None if args.no_openvino else openvino_module(_Decode(theirs), {"z": z}, dtype, args.threads)
     if compiled is not None:
         sides["openvino"] = compiled
-    ldm.optimize(ours, memory=args.memory)
+    ldm.optimize(ours)
     wrong = difference(sides["ldm"](), sides["diffusers"]())
     seconds = measure(sides, args.repeats, args.clock)
-    settings = {"size": args.size, "dtype": args.dtype, "small": args.small, "strips": args.memory}
+    settings = {"size": args.size, "dtype": args.dtype, "small": args.small}
     extra = {"difference from diffusers (rms / deviation)": wrong}
     report("VAE decode", settings, seconds, args, bars={"diffusers": 0.65, "openvino": 1.0}, extra=extra)
 

@@ -23,7 +23,7 @@ P = TypeVar("P", bound=nn.Module)
 
 EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.GroupNorm: FastGroupNorm, GEGLU: FastGEGLU, ResBlock: FastResBlock,
-    Attention: FastAttention, AttentionBlock: FastAttentionBlock, Upsample: FoldedUpsample,
+    Attention: FastAttention, AttentionBlock: FastAttentionBlock, Upsample: FoldedUpsample, Decoder: StripDecoder,
 }  # fmt: skip
 
 
@@ -35,8 +35,8 @@ def optimize(
     Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
     ``pipe.optimizations`` names what was done. ``kernels``: whether attention and group norm may be compiled with the machine's C++ compiler
     (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations`` says why.
-    ``memory``: the least memory, at some cost of time (Linux): autoencoders decode in strips of rows, with the seams of the whole picture, and the
-    networks take turns, the weights of those that rest lying in a file below LDM_HOME that ends with the process.
+    ``memory``: the least memory, at some cost of time (Linux): the networks take turns, the weights of those that rest lying in a file below
+    LDM_HOME that ends with the process.
     On other devices than the CPU the layers compute as before.
 
     Three gains change the result and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is computed in one
@@ -51,21 +51,21 @@ def optimize(
         check_int8(pipe)
     restore(pipe)
     gains = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
-    note = exchange(pipe, kernels, memory)
+    note = exchange(pipe, kernels)
     gains += eight_bits(pipe) if int8 else ()
     if memory:
         take_turns(pipe.networks().values() if hasattr(pipe, "networks") else [pipe])
-    thrift = ("decoding: in strips of rows", "networks at rest: in a file") if memory else ()
+    thrift = ("networks at rest: in a file",) if memory else ()
     pipe.optimizations = (
         note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
         "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
-        "keys and values of the context: once a prompt",
+        "keys and values of the context: once a prompt", "decoding: large maps in strips of rows",
         *thrift, *gains,
     )  # fmt: skip
     return pipe
 
 
-def exchange(pipe: nn.Module, kernels: bool, memory: bool) -> str:
+def exchange(pipe: nn.Module, kernels: bool) -> str:
     """Exchange the layers of a pipeline for fast ones; says what computes attention and group norm."""
     ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
     if kernels:
@@ -80,8 +80,6 @@ def exchange(pipe: nn.Module, kernels: bool, memory: bool) -> str:
             part.proj.__class__ = HalvedLinear
         if type(part) in EXCHANGED:
             part.__class__ = EXCHANGED[type(part)]
-        if memory and type(part) is Decoder:
-            part.__class__ = StripDecoder
         if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder):
             part.ops = ops
     return note

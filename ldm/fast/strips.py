@@ -1,4 +1,6 @@
-"""Decoding large pictures in little memory: every layer by strips of rows, with the seams of the whole picture."""
+"""Decoding large pictures by strips of rows, layer by layer, with the seams of the whole picture: in little memory, which is used again and again
+rather than asked for anew, and so a little sooner than whole maps.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ldm.fast.blocks import learning
 from ldm.fast.ops import Plain
-from ldm.fast.packed import with_grad
 from ldm.models.vae import Decoder
 from ldm.nn.norm import SpatialNorm
 from ldm.nn.resblock import ResBlock, Upsample
 
-STRIP = 2**25  # numbers of a map in one strip
+STRIP = 2**24  # bytes of a map in one strip: below what the C library's allocator gives back to the system at once
 LARGE = 2**28  # numbers from which on a doubled map is not kept, but made again for each use
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel (B, C)
 
@@ -27,6 +29,11 @@ class Map:
         self.batch, self.channels = len(x), x.shape[1]
         self.height, self.width = factor * x.shape[2], factor * x.shape[3]
 
+    @property
+    def small(self) -> bool:
+        """Whether it is a tensor that fits into one strip."""
+        return self.upsample is None and self.x.numel() * self.x.element_size() <= STRIP
+
     def rows(self, top: int, bottom: int) -> Tensor:
         """Rows from top to below bottom: (B, C, bottom − top, w)."""
         if self.upsample is None:
@@ -36,7 +43,7 @@ class Map:
 
     def strips(self) -> Iterator[tuple[int, int]]:
         """(top, bottom) of each strip."""
-        step = max(8, STRIP // (self.batch * self.channels * self.width) // 2 * 2)
+        step = max(8, STRIP // (self.batch * self.channels * self.width * self.x.element_size()) // 2 * 2)
         for top in range(0, self.height, step):
             yield top, min(self.height, top + step)
 
@@ -75,38 +82,49 @@ def normed_conv(ops: Plain, source: Map, affine: Affine, conv: Callable[[Tensor]
         yield top, bottom, x[:, :, inner], y[:, :, inner]
 
 
-def res_block(ops: Plain, block: ResBlock, source: Map) -> Tensor:
-    """A residual block without embedding; where its input is a tensor of as many channels, that becomes the output."""
-    channels, shortcut = block.conv1.out_channels, block.conv_shortcut
-    h = source.empty(channels)
-    in_place = shortcut is None and source.upsample is None
-    out = source.x if in_place else source.empty(channels)
+def res_block(ops: Plain, block: ResBlock, source: Map, inner: Tensor) -> Tensor:
+    """A residual block without embedding; ``inner``: a map of its output's size, to be overwritten.
+
+    Where its input is a tensor of as many channels, that becomes the output.
+    """
+    in_place = block.conv_shortcut is None and source.upsample is None
+    out = source.x if in_place else source.empty(block.conv1.out_channels)
     for top, bottom, x, y in normed_conv(ops, source, statistics(ops, source, block.norm1), block.conv1):
-        h[:, :, top:bottom] = y
+        inner[:, :, top:bottom] = y
         if not in_place:
-            out[:, :, top:bottom] = x if shortcut is None else shortcut(x)
-    middle = Map(h)
+            out[:, :, top:bottom] = x if block.conv_shortcut is None else block.conv_shortcut(x)
+    middle = Map(inner)
     for top, bottom, _, y in normed_conv(ops, middle, statistics(ops, middle, block.norm2), block.conv2):
         out[:, :, top:bottom] += y
     return out
 
 
 class StripDecoder(Decoder):
-    """The autoencoder's decoder, layer by layer in strips: at any moment two maps of the largest layer are in memory."""
+    """The autoencoder's decoder; maps beyond the size of a strip by strips, so that at any moment two maps of the largest layer are in memory.
+
+    Whole where a gradient is wanted, a latent modulates the norms, off the CPU, and where hooks look at single layers.
+    """
 
     ops: Plain
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        if with_grad(x) or isinstance(self.conv_norm_out, SpatialNorm) or x.device.type != "cpu":
+        whole = learning(self.conv_norm_out, x) or self.training or isinstance(self.conv_norm_out, SpatialNorm) or x.device.type != "cpu"
+        if whole or any(part._forward_hooks or part._forward_pre_hooks for part in self.modules() if part is not self):
             return super().forward(x, z)
         x = self.mid_block(self.conv_in(x)).contiguous(memory_format=torch.channels_last)
         source = Map(x)
         del x
         for level in self.up_blocks:
+            inner = None
             for i, resnet in enumerate(level.resnets):
-                source = Map(res_block(self.ops, resnet, source))
+                if source.small:
+                    source = Map(resnet(source.x))
+                else:
+                    inner = source.empty(resnet.conv1.out_channels) if inner is None else inner
+                    source = Map(res_block(self.ops, resnet, source, inner))
                 if level.attentions is not None:
                     source = Map(level.attentions[i](source.x))
+            del inner
             if hasattr(level, "upsamplers"):  # large maps are doubled when their rows are read
                 doubled = Map(source.x, level.upsamplers[0])
                 source = doubled if 4 * source.x.numel() >= LARGE else Map(doubled.rows(0, doubled.height))

@@ -181,11 +181,15 @@ def test_strips_have_the_seams_of_the_whole_picture(config, kernels, monkeypatch
     plain = make(config)
     z = torch.randn(2, 4, 20, 13, generator=torch.Generator().manual_seed(0)) + 1
     expected = plain.decode(z)
-    fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels, memory=True)
+    fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels)
     assert isinstance(fast.decoder, StripDecoder)
     for strip, large in ((1, 2**28), (2**25, 2**28), (1, 1)):  # strips of eight rows; one strip; strips, and no doubled map whole
         monkeypatch.setattr(strips, "STRIP", strip), monkeypatch.setattr(strips, "LARGE", large)
         assert rms(fast.decode(z), expected) < 1e-5
+    seen = []
+    hook = fast.decoder.up_blocks[-1].resnets[0].register_forward_hook(lambda block, x, y: seen.append(y.shape))
+    assert rms(fast.decode(z), expected) < 1e-5 and len(seen) == 1  # who looks at a layer sees it
+    hook.remove()
     half = fast.to(torch.bfloat16)
     assert rms(half.decode(z.to(torch.bfloat16)), expected) < 2.5e-2
     assert rms(fast.encode(expected.to(torch.bfloat16).clamp(-1, 1)).mean, plain.encode(expected.clamp(-1, 1)).mean) < 2e-2
@@ -210,7 +214,8 @@ def test_a_pipeline_says_what_was_done(monkeypatch):
     without_kernels(monkeypatch)
     assert "PyTorch's operators, as kernels cannot be built (a test)" in ldm.optimize(tiny_model()).optimizations[0]
     assert "kernels=False" in ldm.optimize(tiny_model(), kernels=False).optimizations[0]
-    assert any("strips" in line for line in ldm.optimize(tiny_model(), memory=True).optimizations)
+    assert any("strips" in line for line in ldm.optimize(tiny_model()).optimizations)
+    assert any("in a file" in line for line in ldm.optimize(tiny_model(), memory=True).optimizations)
 
 
 def mapped(network):
