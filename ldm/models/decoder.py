@@ -49,17 +49,22 @@ class DecoderConfig:
     """The shape of a decoder; ``unet.embedded`` and ``unet.context_dim`` must be set, as the condition is projected before it.
 
     ``draft``: of a latent from the image embedding, joined to x_t (`ldm.models.draft`); None for none, as in every published decoder.
+    ``draft_text``: whether the draft reads the text's embedding too, behind the image's.
     """
 
     unet: UNetConfig
     condition: ImageConditionConfig = field(default_factory=ImageConditionConfig)
     draft: DraftConfig | None = None
+    draft_text: bool = False
 
     def __post_init__(self) -> None:
         if not self.unet.embedded or not self.unet.takes_context:
             raise ValueError("unet: expected embedded=True and attention with a context_dim, which the image's vector and tokens enter")
-        if self.draft is not None and self.draft.embed_dim != self.condition.embed_dim:
-            raise ValueError(f"draft.embed_dim {self.draft.embed_dim}: the image embedding is {self.condition.embed_dim} wide")
+        if self.draft_text and (self.draft is None or self.condition.pooled_dim is None):
+            raise ValueError("draft_text: expected a draft, and condition.pooled_dim, the width of the text's embedding")
+        read = self.condition.embed_dim + (self.condition.pooled_dim or 0 if self.draft_text else 0)
+        if self.draft is not None and self.draft.embed_dim != read:
+            raise ValueError(f"draft.embed_dim {self.draft.embed_dim}: the embedding that it reads is {read} wide")
 
     @property
     def guidance_dim(self) -> int | None:
@@ -138,6 +143,7 @@ class Decoder(nn.Module):
         """x_t (B, C, h, w), t (B,) in timesteps → (B, C_out, h, w)."""
         told = self.condition(cond)
         if self.draft is not None:
-            draft = self.draft(cond.image_emb, size=tuple(x_t.shape[-2:]))  # (B, C, h, w)
+            read = torch.cat([cond.image_emb, cond.pooled], dim=-1) if self.config.draft_text else cond.image_emb
+            draft = self.draft(read, size=tuple(x_t.shape[-2:]))  # (B, C, h, w)
             told = replace(told, concat=draft if told.concat is None else torch.cat([told.concat, draft], dim=1))
         return self.unet(x_t, t, told)

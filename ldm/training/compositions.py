@@ -52,5 +52,5 @@ def draw_variants(pictures: Pictures, n: int, seed: int) -> list[Composition]:
         raise ValueError("variants 0: the mix has small or double pictures, so expected at least 1")
     rng, drawn = np.random.default_rng(seed), []
     while len(drawn) < n:
-        drawn += [c for c in pictures.draw(rng, n) if c.second is not None or c.size == "small"]
+        drawn += [c for c in pictures.draw(rng, n, mix) if c.second is not None or c.size == "small"]
     return drawn[:n]

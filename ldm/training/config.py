@@ -49,11 +49,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures, at which size, composed in which shares."""
+    """Which pictures, at which size, composed in which shares: by ``mix`` in what is computed once, by ``drawn`` in training (None: ``mix``)."""
 
     folder: str = "data/emoji"
     size: int = 128
     mix: Mix = field(default_factory=Mix)
+    drawn: Mix | None = None
 
     def __post_init__(self) -> None:
         at_least(8, size=self.size)

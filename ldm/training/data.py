@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import PALETTE, Composition, EmojiData, render_batch, sample_composition
+from ldm.data.mix import Mix
 from ldm.training.config import DataConfig
 
 
@@ -21,9 +22,10 @@ class Pictures:
         self.config = config
         self.data = EmojiData.open(config.folder)
 
-    def draw(self, rng: np.random.Generator, n: int) -> list[Composition]:
-        """n compositions in the shares of the configuration's mix; none is held out."""
-        return [sample_composition(rng, self.data.index, self.config.mix) for _ in range(n)]
+    def draw(self, rng: np.random.Generator, n: int, mix: Mix | None = None) -> list[Composition]:
+        """n compositions in the shares of a mix, by default the one that the configuration draws by; none is held out."""
+        mix = mix or self.config.drawn or self.config.mix
+        return [sample_composition(rng, self.data.index, mix) for _ in range(n)]
 
     def tensor(self, compositions: Sequence[Composition]) -> Tensor:
         """Their pictures, (B, 3, H, W) float32 in [−1, 1]."""

@@ -84,7 +84,7 @@ class DecoderPart:
         if config.net is None:
             zero_outputs(net.unet)
         elif (Path(config.net) / "decoder.yaml").is_file():
-            begin_with(net, config.net, "decoder")
+            begin_with(net, config.net, "decoder", leave=None if config.draft is None else "draft")
         else:
             begin_with(net.unet, config.net, "unet", leave="add_embedding")  # the vector comes from the embedding here
         if config.draft is not None:

@@ -87,6 +87,22 @@ class EmbeddingCache:
         return torch.where(chosen[:, None], torch.from_numpy(self.imagined[np.asarray(rows)]).float(), own)
 
 
+def caption_embeddings(run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int, text: str | Path) -> np.ndarray:
+    """The text embeddings of each kept composition's plain caption and of one that is drawn, (N, 2, E) float16, memory-mapped; computed if they are
+    not there. ``text``: the folder of the tower by which ``clip`` reads.
+    """
+    path = CACHES / f"captions-{cache_name(pictures, variants, run.seed, about_part(text, 'text')['sha256'])}.npy"
+    if not path.exists():
+        index, rng = pictures.data.index, np.random.default_rng(run.seed)
+
+        def compute(part: Sequence[Composition]) -> Tensor:
+            captions = [words for c in part for words in (caption(c, index), caption(c, index, rng))]
+            return clip.text_embedding(captions).vector.view(len(part), 2, -1)
+
+        write_rows(path, Compositions.of(pictures, variants=variants, seed=run.seed).rows, (2, clip.width), compute)
+    return np.load(path, mmap_mode="r")
+
+
 @torch.no_grad()
 def embed(clip: ClipPair, pictures: Pictures, compositions: Sequence[Composition], *, batch: int = 64) -> Tensor:
     """The image embeddings of compositions, (B, E) float32, not of length 1."""

@@ -93,15 +93,17 @@ def read_network(folder: str | Path, name: str, *, dtype: torch.dtype = torch.fl
 
 
 def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str | None = None) -> None:
-    """Give a network the weights of a part; ``leave``: a module of the part that the network does without. ValueError if they do not fit."""
+    """Give a network the weights of a part; ``leave``: a module that stays as it is, there or not. ValueError if they do not fit."""
     begun, _ = read_network(folder, name)
-    state = {key: value for key, value in begun.state_dict().items() if leave is None or not key.startswith(f"{leave}.")}
-    wanted, found = ({key: tuple(value.shape) for key, value in weights.items()} for weights in (module.state_dict(), state))
+    own, state = (
+        {key: value for key, value in net.state_dict().items() if leave is None or not key.startswith(f"{leave}.")} for net in (module, begun)
+    )
+    wanted, found = ({key: tuple(value.shape) for key, value in weights.items()} for weights in (own, state))
     if wanted != found:
         differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         raise ValueError(f"the {name} in {str(folder)!r} has another shape, first at {differing[0]!r}: expected {wanted.get(differing[0])}, "
                          f"got {found.get(differing[0])}")  # fmt: skip
-    module.load_state_dict(state)
+    module.load_state_dict({**module.state_dict(), **state})
 
 
 def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **facts: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import configs, run, write
 
+from ldm.data import caption
 from ldm.models.decoder import Decoder, DecoderConfig
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.prior import Prior, PriorConfig
@@ -19,6 +20,8 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.training.compositions import Compositions
 from ldm.training.degrade import Degradation, blur, round_blocks
 from ldm.training.embeddings import EmbeddingCache, embed
+from ldm.training.image_draft import whiten
+from ldm.training.loop import Draws
 from ldm.training.prior import PriorPart
 from ldm.training.run import open_run, read_config
 from ldm.weights.native import about_part, read_part, read_text
@@ -30,12 +33,17 @@ DRAFT = {"embed_dim": 16, "width": 12, "layers": 2, "channels": 4, "size": 8}
 CONDITION = {"embed_dim": 16, "text_dim": 16, "pooled_dim": 16, "norms": ["image", "tokens", "text", "pooled"]}
 
 
+def unet_in(channels: int) -> dict[str, Any]:
+    """The decoders' UNet with some channels joined to the latent's."""
+    return {**UNET, "in_channels": channels, "out_channels": 4}
+
+
 def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
     """The parts, and the second prior, over the exports of clip, vae and a UNet of emoji-ldm's kind; in the order in which they need one another."""
     source = configs(data)["vae"]["data"]
     towers = {"text": "runs/clip/export", "vision": "runs/clip/export"}
     prior = {"part": "prior", "run": run("prior"), "data": source, **towers, "variants": 5, "diffusion": X0, "measured": 40}
-    unet, joined = {**UNET, "in_channels": 8, "out_channels": 4}, {"text": "runs/clip-text/export", "vision": "runs/clip/export"}
+    unet, joined = unet_in(8), {"text": "runs/clip-text/export", "vision": "runs/clip/export"}
     codes = {"components": 4, "buckets": 16, "similarities": 4}
     decoder = {
         "part": "decoder", "data": source, "vae": "runs/vae/export", "variants": 5, "length": 24, "diffusion": {"prediction": "v", "drop": 0.5},
@@ -56,6 +64,14 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
         "image-draft-imagined": {
             "part": "image-draft", "run": run("image-draft-imagined"), "data": source, "vae": "runs/vae/export", "variants": 5, "model": DRAFT,
             **towers, "net": "runs/image-draft/export", "imagined": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
+        },
+        "image-draft-text": {
+            "part": "image-draft", "run": run("image-draft-text"), "data": {**source, "drawn": {"ground": 0.9}}, "vae": "runs/vae/export",
+            "variants": 5, "model": {**DRAFT, "embed_dim": 32}, **towers, "reads_text": True, "whitened": True,
+        },
+        "decoder-text": {
+            **decoder, "run": run("decoder-text"), **towers, "draft": "runs/image-draft-text/export", "net": "runs/decoder-draft/export",
+            "model": {"unet": unet, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 32}, "draft_text": True},
         },
         "decoder-imagined": {
             **decoder, "run": run("decoder-imagined"), **towers, "draft": "runs/image-draft-imagined/export", "net": "runs/decoder-draft/export",
@@ -111,6 +127,10 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
     assert near.keys() < learned.keys()  # six steps at a learning rate of 1e-3 move a weight by 0.006 at most
     assert max(float((learned[key] - value).abs().max()) for key, value in near.items()) < 0.007
     assert all(torch.equal(learned[f"draft.{key}"], value) for key, value in draft.items())  # the draft stays as it is
+    text_draft = read_part("runs/image-draft-text/export", "draft", DraftConfig, Draft)[0].state_dict()
+    by_text = read_part("runs/decoder-text/export", "decoder", DecoderConfig, Decoder)[0].state_dict()  # begun as another, but for its draft
+    assert all(torch.equal(by_text[f"draft.{key}"], value) for key, value in text_draft.items())
+    assert max(float((by_text[key] - value).abs().max()) for key, value in learned.items() if not key.startswith("draft.")) < 0.007
     assert not torch.equal(learned["unet.conv_in.weight"], began["conv_in.weight"])
     assert about_part("runs/clip-text/export", "text")["clip"] == about_part("runs/decoder-draft/export", "decoder")["clip"]
     assert read_text("runs/clip-text/export").draft is None
@@ -150,9 +170,14 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         ("decoder", {"drop_image": 1.5}, "drop_image"),
         ("decoder", {"model": {"unet": {**UNET, "out_channels": 8}, "condition": CONDITION}}, "learns no variance"),
         ("decoder", {"model": {"unet": UNET, "condition": CONDITION, "draft": DRAFT}}, "less those of a draft"),
-        ("decoder-draft", {"model": {"unet": UNET, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 8}}}, "the image embedding is 16 wide"),
+        ("decoder-draft", {"model": {"unet": UNET, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 8}}}, "that it reads is 16 wide"),
+        ("decoder-draft", {"model": {"unet": unet_in(8), "condition": CONDITION, "draft": DRAFT, "draft_text": True}}, "that it reads is 32 wide"),
+        ("decoder", {"model": {"unet": UNET, "condition": CONDITION, "draft_text": True}}, "draft_text: expected a draft"),
+        ("image-draft", {"reads_text": True}, "text: the folder of a tower"),
+        ("image-draft-text", {"drop": 1.0}, "drop: expected a share"),
+        ("image-draft-text", {"net": "runs/image-draft/export"}, "whitened: expected false"),
         ("image-draft", {"jitter": -1.0}, "jitter: expected at least 0, got -1.0"),
-        ("image-draft", {"imagined": {"prior": "runs/prior/export"}}, "text and imagined"),
+        ("image-draft", {"imagined": {"prior": "runs/prior/export"}}, "text: the folder of a tower where a prior"),
         ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "share": 0.0}}, "share: expected more than 0"),
         ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "steps": 0}}, "steps: expected at least 1"),
         ("upsampler", {"residual": 0.0}, "residual: expected a positive number or None, got 0.0"),
@@ -240,6 +265,35 @@ def test_embeddings_are_drawn_from_the_pictures_and_from_the_prior_by_share() ->
     assert set(drawn.unique().tolist()) == {0.0, 1.0} and bool((drawn == drawn[:, :1]).all())  # whole embeddings
     assert abs(float(drawn.mean()) - 0.25) < 0.03  # 4.4 standard errors of 4,000 draws
     assert bool((cache[[3, 4]] == 0).all())  # what is asked for by row is the picture's own
+
+
+def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
+    made = unclip_configs(place)
+    part = open_run(write(made["image-draft-text"], Path("text.yaml"))).part
+    rows = list(range(0, len(part.embeddings.vectors), 2))
+    read = part.embedding(rows, Draws(0, 5))
+    none = part.clip.text_embedding([""]).vector
+    plain = part.clip.text_embedding([caption(part.embeddings.compositions.rows[row], part.pictures.data.index) for row in rows]).vector
+    assert torch.allclose(read[:, :16], part.embeddings[rows], atol=1e-6)
+    is_none = torch.isclose(read[:, 16:], none, atol=1e-5).all(1)
+    is_plain = torch.isclose(read[:, 16:], plain, atol=2e-3 * float(plain.abs().max())).all(1)
+    assert 0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7  # shares 0.3, and 0.35 or so
+    counts = [c.ground is not None for c in part.pictures.draw(np.random.default_rng(0), 400)]
+    assert np.mean(counts) > 0.75  # drawn by 0.9, where the cache's mix has 0.5
+
+
+def test_a_whitened_draft_sees_all_directions_alike() -> None:
+    """The singular values of 400×8 normal numbers lie within √400 ± √8 or so: their squares within 1.8 of each other."""
+    embeddings = 3 + torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1.5, 8)
+    torch.manual_seed(0)
+    net = Draft(DraftConfig(embed_dim=8, width=400, channels=1, size=2))
+    seen = [torch.linalg.eigvalsh(torch.cov(net.fc1(embeddings).detach().T))[-8:]]
+    whiten(net, embeddings)
+    first = net.fc1(embeddings).detach()
+    seen.append(torch.linalg.eigvalsh(torch.cov(first.T))[-8:])
+    blind, white = (float(values[-1] / values[0]) for values in seen)
+    assert white < 2 < 200 < blind
+    assert float(first.mean(0).abs().max()) < 1e-4 and 0.8 < float(first.std()) < 1.25
 
 
 def test_embeddings_of_a_prior_of_another_clip_are_refused(place) -> None:
