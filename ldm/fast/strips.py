@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.blocks import learning
+from ldm.fast.blocks import learning, watched
 from ldm.fast.ops import Plain
 from ldm.models.vae import Decoder
 from ldm.nn.norm import SpatialNorm
@@ -109,7 +109,7 @@ class StripDecoder(Decoder):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         whole = learning(self.conv_norm_out, x) or self.training or isinstance(self.conv_norm_out, SpatialNorm) or x.device.type != "cpu"
-        if whole or any(part._forward_hooks or part._forward_pre_hooks for part in self.modules() if part is not self):
+        if whole or watched(self):
             return super().forward(x, z)
         x = self.mid_block(self.conv_in(x)).contiguous(memory_format=torch.channels_last)
         source = Map(x)

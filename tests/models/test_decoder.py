@@ -246,8 +246,8 @@ def test_conditions_that_do_not_fit_are_named():
 
 
 def test_a_draft_reads_the_text_behind_the_image():
-    unet = UNetConfig(in_channels=6, out_channels=4, channels=(32, 64), depth=(0, 1), blocks=1, heads=2, context_dim=8, embedded=True)
-    condition = ImageConditionConfig(embed_dim=6, text_dim=None, pooled_dim=5)
+    unet = UNetConfig(in_channels=6, out_channels=4, channels=(8, 16), depth=(0, 1), blocks=1, heads=2, context_dim=8, embedded=True)
+    condition = ImageConditionConfig(embed_dim=6, text_dim=None, pooled_dim=5, norms=())
     draft = DraftConfig(embed_dim=11, width=5, channels=2, size=4)
     net = fill(Decoder(DecoderConfig(unet=unet, condition=condition, draft=draft, draft_text=True)))
     x, t, image, text = torch.randn(2, 4, 4, 4), torch.tensor([3.0, 500.0]), torch.randn(2, 6), torch.randn(2, 5)
