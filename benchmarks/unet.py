@@ -12,6 +12,7 @@ from common import DTYPES, difference, measure, parser, report, settle
 from pairs import MODELS, openvino_module, unet_inputs, unets
 
 import ldm
+from ldm.fast.backends import BACKENDS
 
 BARS = {"bf16": {"diffusers": 0.75, "openvino": 1.0}, "fp32": {"diffusers": 0.75, "openvino": 1.05}, "sdxl": {"diffusers": 0.80}}
 
@@ -23,7 +24,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=2)
     options.add_argument("--latent", type=int, default=64, help="side of the latent")
     options.add_argument("--tokens", type=int, default=77)
-    options.add_argument("--plain", action="store_true", help="also our networks without ldm.optimize")
+    options.add_argument("--also", nargs="*", choices=("plain", *BACKENDS), default=[], help="our UNet without ldm.optimize, or by a backend")
     options.add_argument("--no-kernels", action="store_true", help="ldm.optimize without compiled kernels")
     options.add_argument("--no-openvino", action="store_true")
     args = options.parse_args()
@@ -32,9 +33,9 @@ def main() -> None:
     ours, theirs = unets(args.model, dtype)
     given, named = unet_inputs(ours, args.batch, args.latent, args.tokens, dtype)
     sides = {"ldm": lambda: ours(*given), "diffusers": lambda: theirs(**named).sample}
-    if args.plain:
-        plain = copy.deepcopy(ours)
-        sides["ldm, plain"] = lambda: plain(*given)
+    for how in args.also:
+        other = copy.deepcopy(ours) if how == "plain" else ldm.optimize(copy.deepcopy(ours), backend=how)
+        sides[f"ldm, {how}"] = lambda other=other: other(*given)
     ldm.optimize(ours, kernels=not args.no_kernels)
     compiled = None if args.no_openvino or args.model == "sdxl" else openvino_module(theirs, named, dtype, args.threads)
     if compiled is not None:

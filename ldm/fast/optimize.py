@@ -7,11 +7,12 @@ from typing import TypeVar
 from torch import nn
 
 from ldm.fast.approximate import merge_tokens, reuse_features
+from ldm.fast.backends import check_backend, leave, networks, use
 from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastFeedForward, FastGroupNorm, FastResBlock
 from ldm.fast.build import NoKernels
 from ldm.fast.int8 import check_int8, eight_bits
 from ldm.fast.ops import Native, Plain
-from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, PackedConv2d, PackedLinear
+from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, Packed, PackedConv2d, PackedLinear
 from ldm.fast.spill import take_turns
 from ldm.fast.strips import StripDecoder
 from ldm.fast.substitute import restore
@@ -26,10 +27,14 @@ EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
     Attention: FastAttention, AttentionBlock: FastAttentionBlock, Upsample: FoldedUpsample, Decoder: StripDecoder,
     FeedForward: FastFeedForward,
 }  # fmt: skip
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    **{fast: plain for plain, fast in EXCHANGED.items()}, ContextLinear: nn.Linear, HalvedLinear: nn.Linear,
+}  # fmt: skip
 
 
 def optimize(
-    pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int = 1, branch: int = 0, merge: float = 0.0, int8: bool = False
+    pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int = 1, branch: int = 0, merge: float = 0.0, int8: bool = False,
+    backend: str | None = None,
 ) -> P:  # fmt: skip
     """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its dtype.
 
@@ -46,11 +51,24 @@ def optimize(
     (`ldm.fast.approximate.Merge`). ``int8``: the UNet's products in 8 bits (`ldm.fast.int8`). Guidance has a fourth: `ldm.guidance.cfg` with an
     ``interval``. The last call says what holds: without them the network is exact again.
 
-    Raises ValueError for a number that cannot be, or no UNet to act on; RuntimeError where there are no 8-bit products.
+    ``backend``: "compile" (torch.compile) or "openvino" (a package of its own) compute UNets and decoders in place of ldm's layers.
+
+    Raises ValueError for a number that cannot be, what does not go together, or no UNet to act on; ImportError or RuntimeError where a backend or
+    8-bit products are missing.
     """
+    check_backend(backend)
+    if backend is not None and (memory or reuse != 1 or merge or int8):
+        raise ValueError(f"backend {backend!r}: memory, reuse, merge and int8 act on ldm's own layers, expected backend=None with them")
     if int8:
         check_int8(pipe)
+    if backend is not None:
+        networks(pipe)
     restore(pipe)
+    leave(pipe)
+    if backend is not None:
+        plain(pipe)
+        pipe.optimizations = (use(pipe, backend),)
+        return pipe
     gains = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
     note = exchange(pipe, kernels)
     gains += eight_bits(pipe) if int8 else ()
@@ -84,3 +102,14 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
         if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder):
             part.ops = ops
     return note
+
+
+def plain(pipe: nn.Module) -> None:
+    """Exchange the layers back."""
+    for part in list(pipe.modules()):
+        if type(part) in PLAIN:
+            if isinstance(part, Packed):
+                part.unpack()
+            for own in ("ops", "folded", "packed", "seen"):
+                part.__dict__.pop(own, None)
+            part.__class__ = PLAIN[type(part)]
