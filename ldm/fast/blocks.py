@@ -8,21 +8,14 @@ from torch import Tensor, nn
 
 from ldm.fast.ops import Plain
 from ldm.fast.packed import with_grad
-from ldm.nn.attention import Attention, AttentionBlock, FeedForward
+from ldm.nn.attention import Attention, AttentionBlock
 from ldm.nn.norm import SpatialNorm
 from ldm.nn.resblock import ResBlock, resize
 
-HIDDEN = 3 * 2**22  # bytes of a feed-forward's hidden layer at a time
 
-
-def learning(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a gradient must flow through a map or to a norm's weights."""
-    return with_grad(x) or (torch.is_grad_enabled() and any(p.requires_grad for p in norm.parameters()))
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether hooks look at parts of a module, which must then be called whole and once."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module)
+def learning(module: nn.Module, x: Tensor) -> bool:
+    """Whether a gradient must flow through a map or to a module's weights."""
+    return with_grad(x) or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
 class FastGroupNorm(nn.GroupNorm):
@@ -56,21 +49,6 @@ class FastResBlock(ResBlock):
             else:
                 h = self.ops.group_norm(h, self.norm2, silu=True, add=shift)
         return self.conv2(h).add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class FastFeedForward(FeedForward):
-    """A feed-forward of as many rows at a time as leave the hidden layer in the processor's cache."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = max(1, HIDDEN // (self.net[2].in_features * x.element_size()))
-        flat = x.reshape(-1, x.shape[-1])
-        if len(flat) <= rows or x.device.type != "cpu" or learning(self, x) or watched(self):
-            return super().forward(x)
-        out = torch.empty_like(flat)
-        parts = -(-len(flat) // rows)
-        for part, place in zip(flat.chunk(parts), out.chunk(parts), strict=True):
-            place.copy_(super().forward(part))
-        return out.view_as(x)
 
 
 class FastAttention(Attention):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm.fast.approximate import merge_tokens, reuse_features
 from ldm.fast.backends import check_backend, leave, networks, use
-from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastFeedForward, FastGroupNorm, FastResBlock
+from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, FastResBlock
 from ldm.fast.build import NoKernels
 from ldm.fast.int8 import check_int8, eight_bits
 from ldm.fast.ops import Native, Plain
@@ -17,7 +17,7 @@ from ldm.fast.spill import take_turns
 from ldm.fast.strips import StripDecoder
 from ldm.fast.substitute import restore
 from ldm.models.vae import Decoder
-from ldm.nn.attention import GEGLU, Attention, AttentionBlock, FeedForward
+from ldm.nn.attention import GEGLU, Attention, AttentionBlock
 from ldm.nn.resblock import ResBlock, Upsample
 
 P = TypeVar("P", bound=nn.Module)
@@ -25,7 +25,6 @@ P = TypeVar("P", bound=nn.Module)
 EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.GroupNorm: FastGroupNorm, GEGLU: FastGEGLU, ResBlock: FastResBlock,
     Attention: FastAttention, AttentionBlock: FastAttentionBlock, Upsample: FoldedUpsample, Decoder: StripDecoder,
-    FeedForward: FastFeedForward,
 }  # fmt: skip
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     **{fast: plain for plain, fast in EXCHANGED.items()}, ContextLinear: nn.Linear, HalvedLinear: nn.Linear,
@@ -77,7 +76,7 @@ def optimize(
     thrift = ("networks at rest: in a file",) if memory else ()
     pipe.optimizations = (
         note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
-        "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products, by rows that fit the cache",
+        "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
         "keys and values of the context: once a prompt", "decoding: large maps in strips of rows",
         *thrift, *gains,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.blocks import learning, watched
+from ldm.fast.blocks import learning
 from ldm.fast.ops import Plain
 from ldm.models.vae import Decoder
 from ldm.nn.norm import SpatialNorm
@@ -97,6 +97,11 @@ def res_block(ops: Plain, block: ResBlock, source: Map, inner: Tensor) -> Tensor
     for top, bottom, _, y in normed_conv(ops, middle, statistics(ops, middle, block.norm2), block.conv2):
         out[:, :, top:bottom] += y
     return out
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks look at parts of a module, which must then be called each, with whole maps."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module)
 
 
 class StripDecoder(Decoder):
