@@ -76,7 +76,7 @@ def optimize(
     thrift = ("networks at rest: in a file",) if memory else ()
     pipe.optimizations = (
         note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
-        "doubling and 3×3 convolution: folded into four 2×2 convolutions", "GEGLU: inside its two products",
+        *(() if memory else ("doubling and 3×3 convolution: folded into four 2×2 convolutions",)), "GEGLU: inside its two products",
         "keys and values of the context: once a prompt", "decoding: large maps in strips of rows",
         *thrift, *gains,
     )  # fmt: skip

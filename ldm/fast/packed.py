@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ldm.nn.attention import GEGLU
 from ldm.nn.meta import on_meta
 from ldm.nn.resblock import Upsample
+
+if TYPE_CHECKING:
+    from ldm.fast.spill import Spilled
 
 CHANNELS_LAST = torch.channels_last
 mkldnn = torch.ops.mkldnn
@@ -37,7 +40,7 @@ class Packed(nn.Module):
     """
 
     packed: list[Tensor] | None = None
-    evict: Callable[[Tensor], None] | None = None  # lets the plain weight leave memory, where it lies in a file; else it is given up
+    spilled: Spilled | None = None  # where the plain weight lies in a file, and is let leave memory; else it is given up
     parts = 1  # the packed weights are the plain one's equal parts along the outputs
 
     @property
@@ -68,9 +71,10 @@ class Packed(nn.Module):
                 return None
             if self.learns:
                 return None
-            self.packed = [self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)]
-            if self.evict is not None:
-                self.evict(weight)
+            with nullcontext() if self.spilled is None else self.spilled.apart():
+                self.packed = [self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)]
+            if self.spilled is not None:
+                self.spilled.evict(weight)
             else:
                 self._parameters["weight"] = None
         return self.packed if self.packed[0].dtype == x.dtype else None
@@ -119,7 +123,12 @@ class ContextLinear(PackedLinear):
         if torch.is_grad_enabled() or x.is_inference() or self.learns:
             return super().forward(x)
         if self.seen is None or self.seen[0]() is not x or self.seen[1] != x._version:
-            self.seen = (weakref.ref(x), x._version, super().forward(x))
+            if self.spilled is None:
+                made = super().forward(x)
+            else:  # used once a prompt: read from the file as it is
+                made = F.linear(x, self.weight, self.bias)
+                self.spilled.evict(self.weight)
+            self.seen = (weakref.ref(x), x._version, made)
         return self.seen[2]
 
     def unpack(self) -> None:
@@ -162,14 +171,16 @@ class PackedConv2d(Packed, nn.Conv2d):
 
 class FoldedUpsample(Upsample):
     """Doubling and the 3×3 convolution in one: each of the four pixels that a pixel becomes sees 2×2 pixels of the small map, so four 2×2
-    convolutions, whose weights are sums of the 3×3 one's, give the same with 4/9 of the products.
+    convolutions, whose weights are sums of the 3×3 one's, give the same with 4/9 of the products, and are 16/9 as large: not where memory is to be
+    spared.
     """
 
     folded: list[PackedConv2d] | None = None
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         h, w = x.shape[-2:]
-        if with_grad(x) or self.conv.weight.requires_grad or (size is not None and tuple(size) != (2 * h, 2 * w)):
+        spared = isinstance(self.conv, Packed) and self.conv.spilled is not None
+        if spared or with_grad(x) or self.conv.weight.requires_grad or (size is not None and tuple(size) != (2 * h, 2 * w)):
             return super().forward(x, size)
         if self.folded is None or self.folded[0].bias.dtype != x.dtype or self.folded[0].bias.device != x.device:
             self.__dict__["folded"] = fold(self.conv)  # not a child: a state dict holds the 3×3 convolution alone

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ldm.fast.build import folder
 from ldm.fast.packed import FoldedUpsample, Packed
 
 DONTNEED = 4  # of madvise: the pages leave memory; a shared mapping's data stay in the file
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt: free bytes from which on the heap shrinks; size from which on a block has its own pages
 
 
 class Spilled:
@@ -25,7 +27,11 @@ class Spilled:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        parameters = [p for p in network.parameters() if p.device.type == "cpu"]
+        own = [p for p in network.parameters() if p.device.type == "cpu"]
+        parameters = [p for p in own if p.dim() > 1]
+        for p in own:
+            if p.dim() <= 1:  # norms and biases stay: reading one in the file would bring back the weights beside it
+                p.data = p.data.clone()
         starts, end = [], 0
         for p in parameters:
             starts.append(end)
@@ -39,8 +45,20 @@ class Spilled:
             p.data = view.copy_(p.data)
         for part in network.modules():
             if isinstance(part, Packed):
-                part.evict = self.evict
+                part.spilled = self
         self.rest()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Blocks made inside have pages of their own (glibc), which go back to the system with them: weights between the results of layers would
+        leave the heap full of holes. Afterwards only blocks beyond 32 MB do, as by malloc's own rule once such a block was freed.
+        """
+        _glibc("mallopt", MMAP_THRESHOLD, 1 << 16)
+        try:
+            yield
+        finally:
+            _glibc("mallopt", MMAP_THRESHOLD, 1 << 25)
+            _glibc("mallopt", TRIM_THRESHOLD, 1 << 26)
 
     def evict(self, weight: Tensor | None = None) -> None:
         """Let the pages of a weight, or of all, leave memory; they are read again when used."""
@@ -60,6 +78,7 @@ class Spilled:
             elif isinstance(part, FoldedUpsample):
                 part.__dict__.pop("folded", None)
         self.evict()
+        _glibc("malloc_trim", 0)
 
 
 def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
@@ -80,7 +99,14 @@ def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
                 wake(own)
 
             part.register_forward_pre_hook(hook)
+        own.network.register_forward_hook(lambda module, args, result, own=own: own.evict())
     return spilled
+
+
+def _glibc(function: str, *numbers: int) -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, function):  # other libraries place blocks by rules of their own
+        getattr(libc, function)(*numbers)
 
 
 def _madvise(begin: int, size: int) -> None:
