@@ -246,8 +246,13 @@ def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
     for own in spilled:
         own.rest()
     assert all(mapped(own) == 0 for own in spilled)
+    unet = next(own for own in spilled if own.network is pipe.denoiser.net)
+    begin, end = unet.storage.data_ptr(), unet.storage.data_ptr() + unet.storage.nbytes()
+    assert all((begin <= p.data_ptr() < end) == (p.dim() > 1) for p in unet.network.parameters())  # a norm in the file would keep weights about it
+    between = []
     for _ in range(2):
-        assert (pipe.text_to_image("a red cat", steps=2, progress=False).tensor - whole).abs().max() < 1e-4
+        made = pipe.text_to_image("a red cat", steps=2, progress=False, on_step=lambda i, x, d: between.append(mapped(unet)))
+        assert (made.tensor - whole).abs().max() < 1e-4
+        assert between and not any(between)  # packed: the plain weights are gone
         assert pipe.vae.decoder.conv_in.packed is not None and pipe.denoiser.net.conv_in.packed is None  # the last to compute, and one that rests
-        unet = next(own for own in spilled if own.network is pipe.denoiser.net)
         assert mapped(unet) == 0
