@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def paste(made: Tensor, given: Tensor, hole: Tensor, *, seam: float = 0.0, feath
     """
     check_border(seam, feather)
     if seam > 0:
-        made = (made + border_correction(given - made, hole, seam)).clamp(0, 1)
+        made = (made + border_correction(made, given, hole, seam)).clamp(0, 1)
     weight = soft(hole, feather)
     return torch.where(weight > 0, given + weight * (made - given) if feather else made, given)
 
@@ -142,14 +143,15 @@ def soft(hole: Tensor, feather: int) -> Tensor:
     return total / (feather + 1)
 
 
-def border_correction(difference: Tensor, hole: Tensor, reach: float) -> Tensor:
-    """The difference (B, C, H, W) that known pixels have at the border of a hole (B or 1, 1, H, W), carried into it, fading within ``reach`` pixels.
+def border_correction(made: Tensor, given: Tensor, hole: Tensor, reach: float) -> Tensor:
+    """What to add to ``made`` (B, C, H, W) in a hole (B or 1, 1, H, W), so that it meets ``given`` at the border; it fades within ``reach`` pixels.
 
-    It solves (∇² − 1/reach²) c = 0 in the hole with c = difference at the border and no slope at the canvas' edge: Poisson image editing (Pérez
-    et al. 2003, eq. 4) with a screen, by conjugate gradients. So the step across the border becomes the one that was made there.
+    It solves (∇² − 1/reach²) c = 0 in the hole with c = given − made at the border and no slope at the canvas' edge: Poisson image editing (Pérez
+    et al. 2003, eq. 4) with a screen, by conjugate gradients. So the step across the border becomes the one that was made there; or, where that is
+    larger than 90 % of the steps in the given picture, as large as those (`border_limit`): an edge just there would be seen as a seam.
     """
-    b, c, h, w = difference.shape
-    kernel = NEIGHBOURS.to(difference)
+    b, c, h, w = torch.broadcast_shapes(made.shape, given.shape)
+    kernel = NEIGHBOURS.to(made)
 
     def around(x: Tensor) -> Tensor:
         return F.conv2d(x.reshape(-1, 1, h, w), kernel, padding=1).view(x.shape)
@@ -160,8 +162,14 @@ def border_correction(difference: Tensor, hole: Tensor, reach: float) -> Tensor:
     def operator(x: Tensor) -> Tensor:
         return inside * (diagonal * x - around(x))
 
-    x = torch.zeros_like(difference)
-    residual = inside * around((1 - inside) * difference)
+    x, residual = torch.zeros_like(inside), torch.zeros_like(inside)
+    for dim in (-1, -2):
+        limit = border_limit(given, hole, dim)
+        for sign in (1, -1):
+            known, other, there = (_beside(part, dim, sign) for part in (1 - hole, made, given))
+            step = made - other
+            seen = (limit / step.abs().mean(1, keepdim=True).clamp_min(1e-12)).clamp_max(1)  # of the step, which share stays
+            residual = residual + inside * known * (there + seen * step - made)
     direction, energy = residual, residual.square().sum()
     goal = 1e-10 * energy
     for _ in range(10 * (h + w)):
@@ -173,3 +181,19 @@ def border_correction(difference: Tensor, hole: Tensor, reach: float) -> Tensor:
         before, energy = energy, residual.square().sum()
         direction = residual + energy / before * direction
     return x
+
+
+def border_limit(given: Tensor, hole: Tensor, dim: int, share: float = 0.9) -> Tensor:
+    """The size (B, 1, 1, 1) that this ``share`` of the steps between known neighbours along an axis keep within, means over channels; infinite where
+    there are none."""
+    size = given.diff(dim=dim).abs().mean(1).flatten(1)
+    known = (1 - hole).unfold(dim, 2, 1).amin(-1).flatten(1) > 0  # both of a pair
+    limits = []
+    for own in (steps[pairs] for steps, pairs in zip(*torch.broadcast_tensors(size, known), strict=True)):
+        limits.append(own.kthvalue(math.ceil(share * len(own))).values if len(own) else size.new_tensor(float("inf")))
+    return torch.stack(limits).view(-1, 1, 1, 1)
+
+
+def _beside(x: Tensor, dim: int, sign: int) -> Tensor:
+    """For each position its neighbour before (1) or behind (-1) along an axis; 0 beyond the edge."""
+    return F.pad(x, (sign, -sign) if dim == -1 else (0, 0, sign, -sign))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.pipelines.canvas import Canvas, Padded, border_correction, fill, paste, soft
+from ldm.pipelines.canvas import Canvas, Padded, border_correction, border_limit, fill, paste, soft
 
 
 def picture(h: int = 12, w: int = 10, seed: int = 0) -> Tensor:
@@ -41,7 +41,7 @@ def test_feathered_weights_rise_inside_the_hole_alone() -> None:
 def test_a_constant_difference_is_carried_as_the_screened_equation_says() -> None:
     difference, hole, reach = torch.full((1, 1, 3, 60), 0.3), torch.zeros(1, 1, 3, 60), 4.0
     hole[..., 1:] = 1
-    got = border_correction(difference, hole, reach)[0, 0]
+    got = border_correction(torch.zeros_like(difference), difference, hole, reach)[0, 0]
     # c(x+1) − 2c(x) + c(x−1) = c(x)/reach² has c = 0.3·q^x with q + 1/q = 2 + 1/reach²
     k = 2 + reach**-2
     q = (k - math.sqrt(k * k - 4)) / 2
@@ -53,7 +53,7 @@ def test_without_a_screen_a_linear_difference_between_two_borders_is_continued()
     ramp = torch.linspace(-1, 1, 21).expand(1, 2, 5, 21)
     hole = torch.zeros(1, 1, 5, 21)
     hole[..., 3:17] = 1
-    assert torch.allclose(border_correction(ramp * (1 - hole), hole, 1e6) + ramp * (1 - hole), ramp, atol=1e-3)
+    assert torch.allclose(border_correction(torch.zeros_like(ramp), ramp * (1 - hole), hole, 1e6) + ramp * (1 - hole), ramp, atol=1e-3)
 
 
 def test_the_step_across_the_border_becomes_the_one_that_was_made() -> None:
@@ -65,6 +65,29 @@ def test_the_step_across_the_border_becomes_the_one_that_was_made() -> None:
     plain = paste(made, given, hole)
     error, before = ((x[..., 20] - x[..., 19] - wanted).abs().mean() for x in (got, plain))
     assert error < 0.2 * before  # all but what fades within one pixel of ten
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_step_across_the_border_that_would_be_a_seam_is_limited_to_the_pictures_own(across: bool) -> None:
+    """Steps of the given picture: 0.01 along the axis; made: 0.4 where the hole begins, on half of the border."""
+    given = 0.2 + 0.01 * torch.arange(40.0).expand(1, 3, 40, 40)
+    hole, made = right_half(40, 40), given.clone()
+    made[:, :, :20, 20:] += 0.4
+    if across:
+        given, hole, made = (x.transpose(-1, -2) for x in (given, hole, made))
+    steps = {}
+    for name, got in {"plain": paste(made, given, hole), "corrected": paste(made, given, hole, seam=10.0)}.items():
+        got = got.transpose(-1, -2) if across else got
+        steps[name] = (got[..., 20] - got[..., 19])[0, 0]
+    assert (steps["plain"][:20] - 0.41).abs().max() < 1e-5
+    assert steps["corrected"].abs().mean() < 0.06  # of the 0.41, what a reach of ten lets fade within one pixel, 0.04, and the step of 0.01
+    assert (steps["corrected"][30:] - 0.01).abs().max() < 0.01  # far from it the border stays as it was made
+
+
+def test_without_two_known_neighbours_no_step_is_too_large() -> None:
+    hole = torch.ones(1, 1, 8, 8)
+    hole[..., ::2, ::2] = 0  # every known pixel stands alone
+    assert border_limit(picture(h=8, w=8), hole, -1).isinf().all() and border_limit(picture(h=8, w=8), hole, -2).isinf().all()
 
 
 def test_a_hole_is_filled_from_its_border_whatever_is_under_it() -> None:
