@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.data.compose import PLACES, Composition, Place, Size
+from ldm.data.compose import PLACES, THINGS, Area, Composition, Place, Size
 from ldm.data.index import STYLES, PictureIndex
 from ldm.data.palette import PALETTE
 from ldm.words import words
+
+Pieces = list[tuple[str, Area | None]]
 
 # How a caption varies (shares of captions drawn with a generator).
 ARTICLE, NOTO_SAID, LABEL, TAG, MIDDLE_SAID = 0.5, 0.25, 0.25, 0.08, 0.25
@@ -33,18 +36,30 @@ def caption(composition: Composition, index: PictureIndex, rng: np.random.Genera
     a blue background"). With one, articles come and go, the name may give way to emojibase's label or a tag, noto may be said, and so may
     the middle of a small picture. Changes and the styles other than noto are always said; a white ground that is None never is.
     """
+    return spoken([pieces(composition, index, rng)])[0]
+
+
+def spoken(said: Sequence[Pieces]) -> list[str]:
+    """The captions that pieces make."""
+    return [" ".join(text for text, _ in pieces) for pieces in said]
+
+
+def pieces(composition: Composition, index: PictureIndex, rng: np.random.Generator | None = None) -> Pieces:
+    """The pieces of a composition's `caption`, each with the area of the picture that it tells of (see `areas`), None for such as tell of none."""
     article = rng is not None and rng.random() < ARTICLE
     say_noto = rng is not None and rng.random() < NOTO_SAID
     shown = [i for i in (composition.picture, composition.second) if i is not None]
     things = [_thing(i, composition.size, index, say_noto, rng) for i in shown]
-    text = " and ".join(_with_article(thing) if article else thing for thing in things)
+    made: Pieces = []
+    for area, thing in zip(THINGS, things, strict=False):
+        made += ([("and", None)] if made else []) + ([(_article(thing), None)] if article else []) + [(thing, area)]
     if composition.second is not None:
-        text += " side by side"
+        made.append(("side by side", None))
     elif composition.place != "centre" or (composition.size == "small" and rng is not None and rng.random() < MIDDLE_SAID):
-        text += " " + _WHERE[composition.place]
+        made.append((_WHERE[composition.place], None))
     if composition.ground is not None:
-        text += f" on {_with_article(composition.ground)} background"
-    return text
+        made += [("on", None), (_article(composition.ground), None), (f"{composition.ground} background", "ground")]
+    return made
 
 
 def vocabulary(index: PictureIndex) -> set[str]:
@@ -75,5 +90,5 @@ _AN = re.compile(r"[aio8]|e(?!u|we)|u(?!ni[^nm]|s|t|r[aeiou]|k|fo)|hour|honest|h
 _A = re.compile(r"onc?e\b")
 
 
-def _with_article(phrase: str) -> str:
-    return f"{'an' if _AN.match(phrase) and not _A.match(phrase) else 'a'} {phrase}"
+def _article(phrase: str) -> str:
+    return "an" if _AN.match(phrase) and not _A.match(phrase) else "a"

@@ -13,6 +13,8 @@ from ldm.data.palette import PALETTE
 
 Size = Literal["full", "small"]
 Place = Literal["centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right"]
+Area = Literal["first", "second", "ground"]
+THINGS: tuple[Area, Area] = ("first", "second")
 SIZES: tuple[Size, ...] = get_args(Size)
 PLACES: tuple[Place, ...] = get_args(Place)
 
@@ -62,22 +64,35 @@ def render_batch(compositions: Sequence[Composition], pictures: np.ndarray, size
     return out
 
 
+def areas(composition: Composition, pictures: np.ndarray, size: int = 128) -> dict[Area, np.ndarray]:
+    """How much of each pixel of a composition's image is the first picture, the second where there is one, and the ground: each (size, size) float32
+    in [0, 1], together 1. Arguments as of ``render``."""
+    shown = {}
+    for area, (row, top, left, shrink) in zip(THINGS, _placed(composition, size), strict=False):
+        white = pictures[row].copy()
+        white[..., :3] = 255
+        side = size // shrink
+        shown[area] = np.zeros((size, size), dtype=np.float32)
+        shown[area][top : top + side, left : left + side] = _blend(white, (0, 0, 0), shrink * pictures.shape[1] // size)[..., 0] / np.float32(255)
+    return {**shown, "ground": 1 - sum(shown.values())}
+
+
 def _draw(image: np.ndarray, composition: Composition, pictures: np.ndarray) -> None:
-    size = len(image)
-    ground = PALETTE[composition.ground or "white"]
-    factor = pictures.shape[1] // size
-    if composition.second is None and composition.size == "full":
-        image[:] = _blend(pictures[composition.picture], ground, factor)
-        return
+    size, ground = len(image), PALETTE[composition.ground or "white"]
     image[:] = ground
-    half = size // 2
+    for row, top, left, shrink in _placed(composition, size):
+        side = size // shrink
+        image[top : top + side, left : left + side] = _blend(pictures[row], ground, shrink * pictures.shape[1] // size)
+
+
+def _placed(composition: Composition, size: int) -> list[tuple[int, int, int, int]]:
+    """Each picture of a composition: its row, its (top, left) pixel, and the factor by which it is smaller than the image."""
     if composition.second is not None:
-        top = (size - half) // 2
-        image[top : top + half, :half] = _blend(pictures[composition.picture], ground, 2 * factor)
-        image[top : top + half, half : 2 * half] = _blend(pictures[composition.second], ground, 2 * factor)
-        return
-    top, left = corner_of(composition.place, size)
-    image[top : top + half, left : left + half] = _blend(pictures[composition.picture], ground, 2 * factor)
+        top = (size - size // 2) // 2
+        return [(composition.picture, top, 0, 2), (composition.second, top, size // 2, 2)]
+    if composition.size == "small":
+        return [(composition.picture, *corner_of(composition.place, size), 2)]
+    return [(composition.picture, 0, 0, 1)]
 
 
 def corner_of(place: Place, size: int) -> tuple[int, int]:

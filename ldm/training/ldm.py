@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data import Composition, caption
-from ldm.data.captions import vocabulary
+from ldm.data.captions import Pieces, pieces, spoken, vocabulary
 from ldm.denoiser import Denoiser
 from ldm.grid import TimeGrid
 from ldm.guidance import cfg
@@ -23,6 +24,7 @@ from ldm.samplers.dpmpp_2m import dpmpp_2m
 from ldm.schedule import NoiseSchedule
 from ldm.training.config import DataConfig, RunConfig, at_least, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
+from ldm.training.grounding import Grounding, attended, grounding_loss, learn_where_to_look, named
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
@@ -91,7 +93,7 @@ class TextSource:
 @dataclass(frozen=True, kw_only=True)
 class LDMTraining:
     """The configuration of a latent diffusion model's training. ``variants``: how many small and double pictures the latent cache holds;
-    ``net``: the folder of a UNet of this shape to begin with, None to begin anew.
+    ``net``: the folder of a UNet of this shape to begin with, None to begin anew; ``grounding``: whether attention learns where things are drawn.
     """
 
     run: RunConfig
@@ -102,6 +104,11 @@ class LDMTraining:
     diffusion: Diffusion
     variants: int
     net: str | None = None
+    grounding: Grounding | None = None
+
+    def __post_init__(self) -> None:
+        if self.grounding is not None and self.grounding.only and (self.text.tuned or self.net is None):
+            raise ValueError("grounding.only: expected a net to begin with and a text that is not tuned, for nothing but where it looks is learnt")
 
 
 class LDMPart:
@@ -128,6 +135,8 @@ class LDMPart:
             zero_outputs(net)
         else:
             begin_with(net, config.net, "unet")
+        if config.grounding is not None and config.grounding.only:
+            learn_where_to_look(net)
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": net, "text": self.text})
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
@@ -136,22 +145,31 @@ class LDMPart:
         diffusion, schedule = self.config.diffusion, self.denoiser.schedule
         chosen = [self.cache.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
         x0 = self.cache.sample([row for _, row in chosen], draws).to(self.device)  # (B, C, h, w)
-        captions = ["" if draws.rng.random() < diffusion.drop else self.caption(c, draws.rng) for c, _ in chosen]
+        compositions = [c for c, _ in chosen]
+        said = [[] if draws.rng.random() < diffusion.drop else pieces(c, self.pictures.data.index, draws.rng) for c in compositions]
         t = diffusion.draw(batch, draws.torch).to(self.device)
         eps = draws.normal(*x0.shape).to(self.device)
-        cond = self.text(captions)
-        losses = diffusion_loss(self.denoiser, x0, cond, t, eps)  # (B,)
+        cond = self.text(spoken(said))
+        with self.watched() as maps:
+            losses = diffusion_loss(self.denoiser, x0, cond, t, eps)  # (B,)
         loss = (diffusion.weight(schedule.snr(t)).to(losses) * losses).mean()
         high = t >= len(schedule) // 2
         figures = {"loss_high_t": losses[high].mean(), "loss_low_t": losses[~high].mean()}
         if cond.concat is not None:
             prior = (cond.concat.float() - x0).square().mean()
             loss, figures = loss + self.config.text.prior * prior, {**figures, "prior": prior}
+        if self.config.grounding is not None:
+            grounding = self.grounding(maps, said, compositions)
+            loss, figures = loss + self.config.grounding.weight * grounding, {**figures, "grounding": grounding}
         return loss, figures
 
-    def caption(self, composition: Composition, rng: np.random.Generator) -> str:
-        """What training calls a composition."""
-        return caption(composition, self.pictures.data.index, rng)
+    def watched(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """`attended` where that is learnt from, else nothing."""
+        return nullcontext({}) if self.config.grounding is None else attended(self.denoiser.net)
+
+    def grounding(self, maps: Mapping[str, Tensor], said: Sequence[Pieces], compositions: Sequence[Composition]) -> Tensor:
+        """How far the attention to what captions name is from where it is: `grounding_loss`."""
+        return grounding_loss(maps.values(), named(said, compositions, self.pictures.data.pictures, self.text, self.config.data.size))
 
     def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
         """Pictures (B, 3, H, W) in about [−1, 1] of prompts."""
@@ -161,7 +179,8 @@ class LDMPart:
         return self.vae.decode(dpmpp_2m(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing")) / self.cache.scale)
 
     def validate(self) -> dict[str, float]:
-        """Over 64 plain pictures: the loss at fixed timesteps and noise, and the mean squared error between samples and what was asked."""
+        """Over 64 plain pictures: the loss at fixed timesteps and noise, and the mean squared error between samples and what was asked;
+        and where attention learns to lie where things are, how far it is from that, over 64 pairs side by side."""
         rng = np.random.default_rng(7)
         chosen = [Composition(picture=int(row)) for row in rng.permutation(self.pictures.data.index.train_of["noto"])[:64]]
         captions = [caption(c, self.pictures.data.index) for c in chosen]
@@ -171,7 +190,19 @@ class LDMPart:
             t, eps = self.config.diffusion.draw(len(x0), draws.torch).to(self.device), draws.normal(*x0.shape).to(self.device)
             losses.append(diffusion_loss(self.denoiser, x0, self.text(captions[part]), t, eps).cpu())
             errors.append((x[part] - self.sample(captions[part], steps=10).cpu()).square().flatten(1).mean(1))
-        return {"loss": float(torch.cat(losses).mean()), "sample_mse": float(torch.cat(errors).mean())}
+        figures = {"loss": float(torch.cat(losses).mean()), "sample_mse": float(torch.cat(errors).mean())}
+        return figures | ({} if self.config.grounding is None else {"pairs_grounding": self.pairs_grounding()})
+
+    def pairs_grounding(self) -> float:
+        """`grounding_loss` over 64 pairs side by side at fixed timesteps and noise."""
+        rows = np.random.default_rng(8).permutation(self.pictures.data.index.train_of["noto"])[:128].tolist()
+        compositions = [Composition(picture=first, second=second) for first, second in zip(rows[::2], rows[1::2], strict=False)]
+        said, draws = [pieces(c, self.pictures.data.index) for c in compositions], Draws(8, 0)
+        x0 = self.cache.scale * self.vae.encode(self.pictures.tensor(compositions).to(self.device)).mean
+        t, eps = self.config.diffusion.draw(len(x0), draws.torch).to(self.device), draws.normal(*x0.shape).to(self.device)
+        with self.watched() as maps:
+            diffusion_loss(self.denoiser, x0, self.text(spoken(said)), t, eps)
+        return float(self.grounding(maps, said, compositions))
 
     def preview(self) -> np.ndarray:
         index = self.pictures.data.index

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm.data import PALETTE, Composition, Mix, caption, sample_composition, vocabulary
-from ldm.data.captions import _with_article
+from ldm.data.captions import _article, pieces
 from ldm.words import words
 
 
@@ -77,9 +77,19 @@ def test_words():
 
 @pytest.mark.parametrize("phrase", "apple,orange,umbrella,unamused face,hourglass,onion,8ball,x ray,eye,elf".split(","))
 def test_an(phrase):
-    assert _with_article(phrase) == f"an {phrase}"
+    assert _article(phrase) == "an"
 
 
 @pytest.mark.parametrize("phrase", "bee,unicorn,ewe,euro,one piece swimsuit,house,ufo,yo yo,wheel,xylophone,100".split(","))
 def test_a(phrase):
-    assert _with_article(phrase) == f"a {phrase}"
+    assert _article(phrase) == "a"
+
+
+def test_pieces_say_what_they_tell_of(drawn):
+    both = Composition(picture=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"), ground="orange")
+    assert pieces(both, drawn.index) == [
+        ("fluent ring", "first"), ("and", None), ("fluent red disc", "second"), ("side by side", None), ("on", None), ("an", None),
+        ("orange background", "ground"),
+    ]  # fmt: skip
+    small = pieces(Composition(picture=drawn.find("ring"), size="small", place="left"), drawn.index)
+    assert small == [("small ring", "first"), ("on the left", None)]

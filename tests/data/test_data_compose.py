@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ldm.data import PALETTE, Composition, render, render_batch
+from ldm.data.compose import areas
 
 
 def blend(rgba: np.ndarray, ground: tuple[int, int, int]) -> np.ndarray:
@@ -91,3 +92,19 @@ def test_a_size_that_does_not_divide_is_refused(noise, size):
 def test_impossible_compositions_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Composition(picture=0, **wrong)
+
+
+@pytest.mark.parametrize("made", [{}, {"size": "small", "place": "bottom left"}, {"second": 2}])
+@pytest.mark.parametrize("size", [64, 32])
+def test_areas_say_what_each_pixel_is_of(noise, made, size):
+    """Of white pictures on black, red where they are the first: the image itself says it."""
+    got = areas(Composition(picture=1, **made), noise, size)
+    assert set(got) == {"first", "ground"} | ({"second"} if "second" in made else set())
+    assert np.abs(sum(got.values()) - 1).max() < 1e-6 and all(area.min() >= 0 for area in got.values())
+    painted = noise.copy()
+    painted[..., :3] = 0
+    painted[1, ..., 0] = painted[2, ..., 1] = 255
+    image = render(Composition(picture=1, ground="blue", **made), painted, size).astype(float)
+    assert np.abs(image[..., 2] - 210 * got["ground"]).max() <= 1.5 and np.abs(image[..., 0] - 255 * got["first"] - 50 * got["ground"]).max() <= 1.5
+    if "second" in made:
+        assert np.abs(image[..., 1] - 255 * got["second"] - 100 * got["ground"]).max() <= 1.5
