@@ -1,4 +1,4 @@
-"""The two operators that have kernels of their own, by PyTorch (`Plain`) and by the compiled kernels (`Native`): the same functions."""
+"""The operators that have kernels of their own, by PyTorch (`Plain`) and by the compiled kernels (`Native`): the same functions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.fast.build import library
 
 CHANNELS_LAST = torch.channels_last
+BLOCK = 2**23  # bytes of tiles that go through Winograd's products at once: they stay in the cache between
 
 
 class Plain:
@@ -43,6 +44,12 @@ class Plain:
         """x·scale + shift, and SiLU behind it if asked; scale and shift (B, C) float32."""
         y = torch.addcmul(shift[:, :, None, None], x.float(), scale[:, :, None, None])
         return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def winograd(weight: Tensor) -> Tensor:
+    """Weights (C', C, 3, 3) → G g Gᵀ of F(2×2, 3×3) (Lavin and Gray 2016, eq. 10), (16, C, C'): 16 products for four pixels, not 36."""
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    return torch.stack([torch.einsum("ab,ocab->co", torch.outer(row, column), weight.double()) for row in g for column in g]).to(weight.dtype)
 
 
 class Native(Plain):
@@ -109,6 +116,26 @@ class Native(Plain):
         y = torch.empty_like(x)
         threads = torch.get_num_threads()
         self.lib.ldm_affine(_code(x), _at(x), _at(scale), _at(shift), _at(y), batch, ctypes.c_int64(h * w), channels, int(silu), threads)
+        return y
+
+    def conv3x3(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        """A 3×3 convolution of a float32 map (B, C, h, w), one pixel of zeros around it, by weights that `winograd` makes; the channels are
+        multiples of 16."""
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        batch, channels, h, w = x.shape
+        made = weights.shape[2]
+        y = torch.empty(batch, made, h, w, memory_format=CHANNELS_LAST)
+        tiles = batch * -(-h // 2) * -(-w // 2)
+        step = min(tiles, max(64, BLOCK // (64 * channels)))
+        before, behind = x.new_empty(16 * step * channels), x.new_empty(16 * step * made)
+        threads = torch.get_num_threads()
+        for first in range(0, tiles, step):
+            n = min(step, tiles - first)
+            v, m = before[: 16 * n * channels].view(16, n, channels), behind[: 16 * n * made].view(16, n, made)
+            own = ctypes.c_int64(first), ctypes.c_int64(n), threads
+            self.lib.ldm_winograd_in(_at(x), _at(v), h, w, channels, *own)
+            torch.bmm(v, weights, out=m)
+            self.lib.ldm_winograd_out(_at(m), _at(bias), _at(y), h, w, made, *own)
         return y
 
 

@@ -88,7 +88,7 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
     ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
     if kernels:
         try:
-            ops, note = Native(), "attention and group norm with SiLU: compiled kernels"
+            ops, note = Native(), "attention, group norm with SiLU, and 3×3 convolutions of large maps in float32: compiled kernels"
         except NoKernels as error:
             note = f"attention and group norm: PyTorch's operators, as kernels cannot be built ({error})"
     for part in list(pipe.modules()):
@@ -98,7 +98,7 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
             part.proj.__class__ = HalvedLinear
         if type(part) in EXCHANGED:
             part.__class__ = EXCHANGED[type(part)]
-        if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder):
+        if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder | PackedConv2d):
             part.ops = ops
     return note
 
@@ -109,6 +109,6 @@ def plain(pipe: nn.Module) -> None:
         if type(part) in PLAIN:
             if isinstance(part, Packed):
                 part.unpack()
-            for own in ("ops", "folded", "packed", "seen"):
+            for own in ("ops", "folded", "packed", "seen", "transformed"):
                 part.__dict__.pop(own, None)
             part.__class__ = PLAIN[type(part)]

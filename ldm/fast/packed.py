@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.fast.ops import Native, Plain, winograd
 from ldm.nn.attention import GEGLU
 from ldm.nn.meta import on_meta
 from ldm.nn.resblock import Upsample
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 CHANNELS_LAST = torch.channels_last
 mkldnn = torch.ops.mkldnn
+WIDE, POSITIONS = 128, 1024  # channels, and pixels of all maps together, from which on Winograd's way is taken in float32
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -156,7 +158,10 @@ class FastGEGLU(GEGLU):
 
 
 class PackedConv2d(Packed, nn.Conv2d):
-    """A convolution of channels-last maps."""
+    """A convolution of channels-last maps; in float32, of 3×3 and large maps, by Winograd's way where kernels are compiled."""
+
+    ops: Plain | None = None
+    transformed: Tensor | None = None  # Winograd's weights; the packed ones stay beside them, for they alone give the plain ones back to the bit
 
     def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
         return mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape))
@@ -166,7 +171,22 @@ class PackedConv2d(Packed, nn.Conv2d):
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
         x = x.contiguous(memory_format=CHANNELS_LAST)
+        if isinstance(self.ops, Native) and self.winograds(x):
+            if self.transformed is None:
+                self.transformed = winograd(self.weight)
+            return self.ops.conv3x3(x, self.transformed, self.bias)
         return mkldnn._convolution_pointwise(x, packed[0], self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
+
+    def winograds(self, x: Tensor) -> bool:
+        """Whether Winograd's way is there for this convolution of a map, and the sooner one."""
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        wide = min(self.in_channels, self.out_channels) >= WIDE and self.in_channels % 16 == self.out_channels % 16 == 0
+        large = x.numel() >= POSITIONS * self.in_channels
+        return x.dtype == torch.float32 and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and wide and large and self.spilled is None
+
+    def unpack(self) -> None:
+        self.transformed = None
+        super().unpack()
 
 
 class FoldedUpsample(Upsample):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.fast import build
+from ldm.fast import ops as module
 from ldm.fast.ops import Native, Plain
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the output's deviation: the project's bars for exact gains
@@ -88,6 +89,26 @@ def test_moments_and_affine_are_a_group_norm_taken_apart(ops, dtype):
     got = ops.affine(x, scale, shift, silu=True)
     assert error(got, F.silu(x.double() * scale[:, :, None, None] + shift[:, :, None, None])) < DTYPES[dtype] / 2
     assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+SHAPES = [(2, 320, 32, (9, 8)), (1, 16, 48, (13, 7)), (3, 128, 128, (1, 1)), (1, 32, 640, (64, 66))]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("batch", "channels", "made", "size"), SHAPES)
+@pytest.mark.parametrize("block", [2**23, 1])
+def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, size, block):
+    """Odd sides, blocks that end within a row, and maps of one pixel among them; the largest error, not the mean one, is held to the bar."""
+    if not isinstance(ops, Native):
+        pytest.skip("a kernel of its own; without it oneDNN convolves")
+    monkeypatch.setattr(module, "BLOCK", block)  # of the least, 64 tiles
+    conv = nn.Conv2d(channels, made, 3, padding=1)
+    x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1)) + 0.5
+    for bias in (conv.bias.detach(), None):
+        expected = F.conv2d(x.double(), conv.weight.double(), None if bias is None else bias.double(), padding=1)
+        got = ops.conv3x3(x, module.winograd(conv.weight.detach()), bias)
+        assert got.shape == expected.shape and got.is_contiguous(memory_format=torch.channels_last)
+        assert (got - expected).abs().max() / expected.square().mean().sqrt() < 1e-5
 
 
 def test_extremes_of_silu(ops):

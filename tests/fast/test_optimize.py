@@ -11,7 +11,8 @@ from torch import nn
 
 import ldm
 from ldm.fast import optimize as module
-from ldm.fast.build import NoKernels
+from ldm.fast import packed
+from ldm.fast.build import NoKernels, library
 from ldm.fast.packed import ContextLinear, FoldedUpsample, PackedConv2d
 from ldm.fast.strips import Map, StripDecoder
 from ldm.models.unet import UNet, UNetConfig
@@ -34,11 +35,24 @@ def rms(a, b):
     return float((a.double() - b.double()).square().mean().sqrt() / b.double().std())
 
 
+def has_kernels():
+    try:
+        return bool(library())
+    except NoKernels:
+        return False
+
+
 def without_kernels(monkeypatch):
     def native():
         raise NoKernels("a test")
 
     monkeypatch.setattr(module, "Native", native)
+
+
+def small_maps_by_winograd(monkeypatch):
+    """As if narrow and small maps were worth it."""
+    monkeypatch.setattr(packed, "WIDE", 16)
+    monkeypatch.setattr(packed, "POSITIONS", 1)
 
 
 def make(config, dtype=torch.float32):
@@ -55,9 +69,11 @@ def inputs(config, dtype, batch=2):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("kernels", "winograd"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("name", UNETS)
-def test_a_unet_computes_the_same(name, kernels):
+def test_a_unet_computes_the_same(monkeypatch, name, kernels, winograd):
+    if winograd:
+        small_maps_by_winograd(monkeypatch)
     config = UNETS[name]
     plain = make(config)
     x, t, cond = inputs(config, torch.float32)
@@ -65,18 +81,24 @@ def test_a_unet_computes_the_same(name, kernels):
     fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels)
     assert rms(fast(x, t, cond), expected) < BARS[torch.float32]
     half = ldm.optimize(copy.deepcopy(plain).to(torch.bfloat16), kernels=kernels)
+    went = [part for part in fast.modules() if isinstance(part, PackedConv2d) and part.transformed is not None]
+    assert bool(went) == (kernels and winograd and has_kernels())
     assert half is ldm.optimize(half)  # once more changes nothing
     own = rms(copy.deepcopy(plain).to(torch.bfloat16)(*inputs(config, torch.bfloat16)), expected)
     assert rms(half(*inputs(config, torch.bfloat16)), expected) < max(BARS[torch.bfloat16], 1.2 * own)  # no more than bfloat16 itself costs
 
 
 @torch.no_grad()
-def test_an_optimised_network_saves_loads_copies_and_moves_as_before():
+@pytest.mark.parametrize("winograd", [False, True])
+def test_an_optimised_network_saves_loads_copies_and_moves_as_before(monkeypatch, winograd):
+    if winograd:
+        small_maps_by_winograd(monkeypatch)
     plain = make(UNETS["sd"])
     fast = ldm.optimize(copy.deepcopy(plain))
     args = inputs(UNETS["sd"], torch.float32)
     expected = fast(*args)
     assert isinstance(fast.conv_in, PackedConv2d) and fast.conv_in.packed is not None
+    assert any(isinstance(part, PackedConv2d) and part.transformed is not None for part in fast.modules()) == (winograd and has_kernels())
     state = fast.state_dict()
     assert state.keys() == plain.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
