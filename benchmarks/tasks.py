@@ -1,9 +1,9 @@
-"""What the tasks on pictures are held to, measured on held-out pictures: inpainting, outpainting, image-to-image, inversion.
+"""What the tasks on pictures are held to, measured on held-out pictures: inpainting, outpainting, image-to-image, inversion; and attention's maps.
 
 Inpainting: the right half of held-out pictures hidden; is what is made nearer to the truth (squared error over that half) than the mean picture of
 the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the
 object, made twice as wide; is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1; reconstruction by
-inversion, against the autoencoder's.
+inversion, against the autoencoder's. Attention: of two things side by side, does each one's map lie on its own half?
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--weights", help="weights to judge in place of the model's own")
     parser.add_argument("--dtype", help="what to compute in (default: the fastest that is safe)")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
-    parser.add_argument("--only", choices=("inpaint", "outpaint", "image", "reconstruct"), nargs="+", help="(default: all)")
-    parser.add_argument("--n", type=int, default=50, help="held-out pictures to inpaint (default: %(default)s)")
+    parser.add_argument("--only", choices=("inpaint", "outpaint", "image", "reconstruct", "attention"), nargs="+", help="(default: all)")
+    parser.add_argument("--n", type=int, default=50, help="held-out pictures to inpaint, and pairs to attend to (default: %(default)s)")
     parser.add_argument("--m", type=int, default=20, help="pictures of each other task (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=10, help="pictures made at once (default: %(default)s)")
@@ -43,7 +43,9 @@ def main() -> None:
     data = EmojiData.open(options.data)
     pipe = ldm.load(options.model, weights=options.weights, dtype=options.dtype)
     start, figures, rows = time.perf_counter(), {}, []
-    measures = {"inpaint": inpainting, "outpaint": outpainting, "image": image_to_image, "reconstruct": reconstruction}
+    measures = {
+        "inpaint": inpainting, "outpaint": outpainting, "image": image_to_image, "reconstruct": reconstruction, "attention": attention,
+    }  # fmt: skip
     for name in options.only or measures:
         figures[name] = measures[name](pipe, data, options, rows)
         print(f"{name}: {json.dumps(figures[name], indent=1)}", flush=True)
@@ -173,6 +175,27 @@ def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rows
         lost = alone - psnr(made)
         found[name] = {"dB": round(float(psnr(made).mean()), 2), "lost by inversion, largest, dB": round(float(lost.max()), 3)}
     return found
+
+
+def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+    """Pairs of names side by side: how much of each one's map lies on the left half of the picture."""
+    chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: 2 * options.n]
+    shares, heat = [], []
+    for i, (first, second) in enumerate(chosen.reshape(-1, 2)):
+        pair = Composition(picture=int(first), second=int(second))
+        with ldm.trace(pipe) as trace:
+            made = pipe.text_to_image(caption(pair, data.index), seed=options.seed + i, progress=False).tensor
+        names = [data.index[int(row)].phrase for row in (first, second)]
+        maps = torch.cat([trace.attention(name) for name in names])  # (2, h, w)
+        shares.append(maps[..., : maps.shape[-1] // 2].sum((1, 2)) / maps.sum((1, 2)))
+        heat.append(torch.cat([made, *(trace.heatmap(name).tensor for name in names)]))
+    left = torch.stack(shares)  # (n, 2)
+    rows += torch.stack(heat, dim=1)
+    return {
+        "n": len(left), "left share of the first and of the second": [round(float(share), 3) for share in left.mean(0)],
+        "maps on their own half, %": round(50 * float((left[:, 0] > 0.5).float().mean() + (left[:, 1] < 0.5).float().mean()), 1),
+        "the first left of the second, %": round(100 * float((left[:, 0] > left[:, 1]).float().mean()), 1),
+    }  # fmt: skip
 
 
 def save_sheet(path: Path, rows: list[Tensor]) -> None:
