@@ -1,6 +1,7 @@
 """How long does a training step of emoji-ldm's UNet take, against diffusers' UNet2DConditionModel of the same architecture?
 
     python benchmarks/train.py --json train.json
+    python benchmarks/train.py --profile                 # where the time of either side goes
 
 The step is that of `ldm.training`: autocast to bfloat16 where the processor has it, forward, backward, clipping, AdamW; on both sides.
 """
@@ -57,11 +58,27 @@ def step(net: torch.nn.Module, predict: Any, target: torch.Tensor, dtype: torch.
     return run
 
 
+def profile(run: Any, steps: int = 5, most: int = 12) -> None:
+    """Print the operators that take most of a step's time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
+
+    with recorded(activities=[ProfilerActivity.CPU]) as record:
+        for _ in range(steps):
+            run()
+    rows = sorted(record.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    for row in rows[:most]:
+        print(f"  {row.key:<58} {row.self_cpu_time_total / steps / 1e3:8.1f} ms {100 * row.self_cpu_time_total / total:6.1f} %")
+    print(f"  {'all':<58} {total / steps / 1e3:8.1f} ms")
+
+
 def main() -> None:
     options = parser(__doc__.splitlines()[0], repeats=9)
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--latent", type=int, default=16, help="side of the latent")
     options.add_argument("--tokens", type=int, default=12)
+    options.add_argument("--profile", action="store_true", help="then print the operators that take the time")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     config = read_config(Path(ldm.__file__).parent / "assets" / "emoji-ldm", "unet")
@@ -81,6 +98,9 @@ def main() -> None:
     }
     seconds = measure(sides, args.repeats, args.clock)
     settings = {"batch": b, "latent": args.latent, "dtype": str(dtype).removeprefix("torch."), "parameters": counts[0]}
+    for name, run in sides.items() if args.profile else ():
+        print(name)
+        profile(run)
     report("training step", settings, seconds, args, bars={"diffusers": 0.8})
 
 
