@@ -42,20 +42,28 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sided = [(f"{r['question']}\n{r['settings'].get('model', '')} {r['settings'].get('dtype', '')}", r["ratios"]) for r in results if "sides" in r]
+    colours = {"ldm": "C0", "diffusers": "C1", "openvino": "C2"}
+    sided = [result for result in results if "sides" in result]
     scaling = next((r for r in results if r["question"] == "scaling"), None)
     series = [key for key, value in (scaling or {}).items() if isinstance(value, dict) and "rows" in value]
-    figure, axes = plt.subplots(1, 1 + len(series), figsize=(5 * (1 + len(series)), 4), squeeze=False)
-    names = [(what, peer, ratio) for what, ratios in sided for peer, ratio in ratios.items()]
-    axes[0][0].barh([f"{what} / {peer}" for what, peer, _ in names], [ratio for *_, ratio in names])
-    axes[0][0].axvline(1, color="black", linewidth=0.8)
-    axes[0][0].set_xlabel("ldm / peer (lower is better)")
+    figure, axes = plt.subplots(1, 1 + len(series), figsize=(5 + 4 * len(series), 4), squeeze=False, width_ratios=[1.2, *[1.0] * len(series)])
+    ratios = axes[0][0]
+    bars = [(result, peer, ratio) for result in reversed(sided) for peer, ratio in result["ratios"].items()]
+    for i, (result, peer, ratio) in enumerate(bars):
+        ratios.barh(i, ratio, color=colours.get(peer, "C3"))
+        if (bar := result["bars"].get(peer)) is not None:
+            ratios.plot([bar, bar], [i - 0.4, i + 0.4], color="black", linewidth=1.5)
+    named = (" ".join(filter(None, (r["question"], r["settings"].get("model"), r["settings"].get("dtype"), f"/ {peer}"))) for r, peer, _ in bars)
+    ratios.set_yticks(range(len(bars)), list(named), fontsize=8)
+    ratios.axvline(1, color="gray", linewidth=0.8)
+    ratios.set_xlabel("ldm / peer (lower is better); black: the bar")
     for axis, key in zip(axes[0][1:], series, strict=True):
         for who, side in scaling[key]["rows"].items():
-            axis.loglog([row["x"] for row in side], [row["seconds"] for row in side], "o-", label=f"{who}, s")
-            axis.loglog([row["x"] for row in side], [row["memory"] for row in side], "x--", label=f"{who}, GB")
+            axis.loglog([row["x"] for row in side], [row["seconds"] for row in side], "o-", color=colours[who], label=f"{who}, s")
+            axis.loglog([row["x"] for row in side], [row["memory"] for row in side], "x--", color=colours[who], label=f"{who}, GB")
         axis.set_title(key)
-        axis.legend()
+        axis.set_xlabel("pictures" if key.endswith("batch") else "pixels of a picture")
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -110,8 +110,22 @@ def test_a_traced_picture_is_the_untraced_one_and_its_maps_are_probabilities(pip
 
 
 def test_of_two_things_side_by_side_each_words_effect_lies_on_its_own_half(pipe):
-    # attention does not: in this model the draft says where things are, and the maps are near chance (notebooks/07)
     for a, b in (("rocket", "pizza"), ("dog face", "banana"), ("cactus", "star")):
         made = run(pipe, [f"{a} and {b} side by side", f"({a}:0) and {b} side by side", f"{a} and ({b}:0) side by side"], seed=[1, 1, 1]).tensor
         first, second = ((made[i] - made[0]).abs().mean(0) for i in (1, 2))
         assert first[:, :64].sum() > 1.2 * first[:, 64:].sum() and second[:, 64:].sum() > 1.2 * second[:, :64].sum()
+
+
+def test_attention_lies_where_the_word_is_drawn(pipe):
+    """As it was taught; before, the maps of these pairs were as often on the other half."""
+    for a, b in (("rocket", "pizza"), ("dog face", "banana"), ("cactus", "star")):
+        with ldm.trace(pipe) as t:
+            run(pipe, f"{a} and {b} side by side", seed=1)
+        for word, half in ((a, slice(None, 8)), (b, slice(8, None))):
+            seen = t.attention(word)[0]
+            assert seen[:, half].sum() > 0.5 * seen.sum(), word
+    with ldm.trace(pipe) as t:
+        run(pipe)
+    thing, ground = (t.attention(word)[0] for word in ("apple", "background"))
+    middle, edge = (slice(5, 11), slice(5, 11)), [0, -1]
+    assert thing[middle].mean() > 1.5 * thing[edge][:, edge].mean() and ground[edge][:, edge].mean() > 1.5 * ground[middle].mean()
