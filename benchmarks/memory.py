@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from common import DTYPES, report, settle
-from pairs import vaes
+from pairs import our_vae, vaes
 from text_to_image import call, options, ours, prepare, theirs
 
 import ldm
@@ -36,15 +36,14 @@ def child(who: str, args: Any) -> None:
     """In a process of its own: prepare, run, and say what the run's peak was."""
     settle(args)
     if args.decode:
-        mine, peers = vaes("small" if args.small else "kl-f8", DTYPES[args.dtype])
-        if who != "diffusers":
-            ldm.optimize(mine, memory=who == "ldm")
-        z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(DTYPES[args.dtype])
-        run = (lambda: peers.decode(z).sample) if who == "diffusers" else (lambda: mine.decode(z))
+        model, dtype = "small" if args.small else "kl-f8", DTYPES[args.dtype]
+        z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(dtype)
         if who == "diffusers":
-            del mine
+            peer = vaes(model, dtype)[1]
+            run = lambda: peer.decode(z).sample  # noqa: E731
         else:
-            del peers
+            mine = ldm.optimize(our_vae(model, dtype), memory=who == "ldm")
+            run = lambda: mine.decode(z)  # noqa: E731
     else:
         path = prepare(args.folder, args.card, args.dtype)
         pipe = theirs(path, args.dtype) if who == "diffusers" else ours(path, args.card, args.dtype, memory=who == "ldm")

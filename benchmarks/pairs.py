@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.models.shapes import UNETS, VAES
 from ldm.models.unet import UNetConfig
+from ldm.models.vae import AutoencoderKL
 from ldm.nn.embeddings import vector_condition
 from ldm.types import Cond
 from ldm.weights.diffusers_config import unet_config, vae_config
@@ -29,14 +30,20 @@ def unets(model: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     return ours, _peer(getattr(diffusers, name), about, ours)
 
 
-def vaes(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(ours, diffusers') with the same random weights; "small": a quarter of the channels."""
+def our_vae(model: str, dtype: torch.dtype) -> AutoencoderKL:
+    """An autoencoder of ours with random weights; "small": a quarter of the channels."""
+    base = VAES["kl-f8"]
+    made = randomise(build_network(replace(base, channels=(32, 64, 128, 128)) if model == "small" else base), dtype=dtype)
+    assert isinstance(made, AutoencoderKL)
+    return made
+
+
+def vaes(model: str, dtype: torch.dtype) -> tuple[AutoencoderKL, Any]:
+    """(ours, diffusers') with the same random weights; models as in `our_vae`."""
     import diffusers
 
-    base = VAES["kl-f8"]
-    config = replace(base, channels=(32, 64, 128, 128)) if model == "small" else base
-    ours = randomise(build_network(config), dtype=dtype)
-    name, about = vae_config(config, 0.18215)
+    ours = our_vae(model, dtype)
+    name, about = vae_config(ours.config, 0.18215)
     return ours, _peer(getattr(diffusers, name), about, ours)
 
 

@@ -41,7 +41,7 @@ def optimize(
     ``pipe.optimizations`` names what was done. ``kernels``: whether attention and group norm may be compiled with the machine's C++ compiler
     (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations`` says why.
     ``memory``: the least memory, at some cost of time (Linux): the networks take turns, the weights of those that rest lying in a file below
-    LDM_HOME that ends with the process.
+    LDM_HOME that ends with the process, and decoding of very large pictures keeps one map where it would keep two.
     On other devices than the CPU the layers compute as before.
 
     Three gains change the result and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is computed in one
@@ -71,6 +71,9 @@ def optimize(
     gains = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
     note = exchange(pipe, kernels)
     gains += eight_bits(pipe) if int8 else ()
+    for part in pipe.modules():
+        if isinstance(part, StripDecoder):
+            part.spare = memory
     if memory:
         take_turns(pipe.networks().values() if hasattr(pipe, "networks") else [pipe])
     thrift = ("networks at rest: in a file",) if memory else ()
@@ -109,6 +112,6 @@ def plain(pipe: nn.Module) -> None:
         if type(part) in PLAIN:
             if isinstance(part, Packed):
                 part.unpack()
-            for own in ("ops", "folded", "packed", "seen", "transformed"):
+            for own in ("ops", "folded", "packed", "seen", "transformed", "spare"):
                 part.__dict__.pop(own, None)
             part.__class__ = PLAIN[type(part)]

@@ -5,6 +5,8 @@ rather than asked for anew, and so a little sooner than whole maps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from ldm.nn.resblock import ResBlock, Upsample
 
 STRIP = 2**24  # bytes of a map in one strip: below what the C library's allocator gives back to the system at once
 LARGE = 2**28  # numbers from which on a doubled map is not kept, but made again for each use
+T = TypeVar("T")
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel (B, C)
 
 
@@ -52,6 +55,20 @@ class Map:
         return torch.empty(self.batch, channels, self.height, self.width, dtype=self.x.dtype, memory_format=torch.channels_last)
 
 
+class Convolved(Map):
+    """A map that is norm, SiLU and a 3×3 convolution of another, made anew whenever its rows are read, and so never whole in memory."""
+
+    def __init__(self, ops: Plain, source: Map, affine: Affine, conv: nn.Conv2d) -> None:
+        super().__init__(source.x)
+        self.ops, self.source, self.affine, self.conv = ops, source, affine, conv
+        self.channels, self.height, self.width = conv.out_channels, source.height, source.width
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        above, below = min(top, 1), min(self.height - bottom, 1)
+        y = self.conv(self.ops.affine(self.source.rows(top - above, bottom + below), *self.affine, silu=True))
+        return y[:, :, above : above + bottom - top]
+
+
 def statistics(ops: Plain, source: Map, norm: nn.GroupNorm) -> Affine:
     """What a group norm multiplies and adds, by the statistics of the whole map, put together from strips (Chan et al. 1979, eq. 2.1)."""
     parts = []
@@ -82,21 +99,41 @@ def normed_conv(ops: Plain, source: Map, affine: Affine, conv: Callable[[Tensor]
         yield top, bottom, x[:, :, inner], y[:, :, inner]
 
 
-def res_block(ops: Plain, block: ResBlock, source: Map, inner: Tensor) -> Tensor:
-    """A residual block without embedding; ``inner``: a map of its output's size, to be overwritten.
+def res_block(ops: Plain, block: ResBlock, source: Map, inner: Tensor | None) -> Tensor:
+    """A residual block without embedding; ``inner``: a map of its output's size, to be overwritten, or None: what lies between the convolutions is
+    made twice in place of being kept.
 
     Where its input is a tensor of as many channels, that becomes the output.
     """
     in_place = block.conv_shortcut is None and source.upsample is None
     out = source.x if in_place else source.empty(block.conv1.out_channels)
-    for top, bottom, x, y in normed_conv(ops, source, statistics(ops, source, block.norm1), block.conv1):
-        inner[:, :, top:bottom] = y
-        if not in_place:
-            out[:, :, top:bottom] = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    middle = Map(inner)
-    for top, bottom, _, y in normed_conv(ops, middle, statistics(ops, middle, block.norm2), block.conv2):
+    first = statistics(ops, source, block.norm1)
+    if inner is None:
+        middle: Map = Convolved(ops, source, first, block.conv1)
+    else:
+        for top, bottom, x, y in normed_conv(ops, source, first, block.conv1):
+            inner[:, :, top:bottom] = y
+            if not in_place:
+                out[:, :, top:bottom] = shortcut(block, x)
+        middle = Map(inner)
+    strips = normed_conv(ops, middle, statistics(ops, middle, block.norm2), block.conv2)
+    for top, bottom, _, y in strips if inner is not None else delayed(strips):
+        if inner is None and not in_place:
+            out[:, :, top:bottom] = shortcut(block, source.rows(top, bottom))
         out[:, :, top:bottom] += y
     return out
+
+
+def shortcut(block: ResBlock, x: Tensor) -> Tensor:
+    """What a residual block adds its convolutions to."""
+    return x if block.conv_shortcut is None else block.conv_shortcut(x)
+
+
+def delayed(strips: Iterator[T]) -> Iterator[T]:
+    """Each when the next is made: a strip is not written before the one behind it has seen the rows that it replaces."""
+    for before, _ in pairwise(chain(strips, [None])):
+        assert before is not None
+        yield before
 
 
 def watched(module: nn.Module) -> bool:
@@ -105,12 +142,14 @@ def watched(module: nn.Module) -> bool:
 
 
 class StripDecoder(Decoder):
-    """The autoencoder's decoder; maps beyond the size of a strip by strips, so that at any moment two maps of the largest layer are in memory.
+    """The autoencoder's decoder; maps beyond the size of a strip by strips, so that at any moment two maps of the largest layer are in memory; one
+    where ``spare`` is set (`ldm.optimize` with memory=True), for maps beyond LARGE, at the cost of computing some convolutions twice.
 
     Whole where a gradient is wanted, a latent modulates the norms, off the CPU, and where hooks look at single layers.
     """
 
     ops: Plain
+    spare: bool = False
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         whole = learning(self.conv_norm_out, x) or self.training or isinstance(self.conv_norm_out, SpatialNorm) or x.device.type != "cpu"
@@ -125,7 +164,8 @@ class StripDecoder(Decoder):
                 if source.small:
                     source = Map(resnet(source.x))
                 else:
-                    inner = source.empty(resnet.conv1.out_channels) if inner is None else inner
+                    if not (self.spare and source.height * source.width * source.batch * resnet.conv1.out_channels > LARGE):
+                        inner = source.empty(resnet.conv1.out_channels) if inner is None else inner
                     source = Map(res_block(self.ops, resnet, source, inner))
                 if level.attentions is not None:
                     source = Map(level.attentions[i](source.x))

@@ -205,9 +205,16 @@ def test_strips_have_the_seams_of_the_whole_picture(config, kernels, monkeypatch
     expected = plain.decode(z)
     fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels)
     assert isinstance(fast.decoder, StripDecoder)
-    for strip, large in ((1, 2**28), (2**25, 2**28), (1, 1)):  # strips of eight rows; one strip; strips, and no doubled map whole
+    kept = []
+    block = strips.res_block
+    monkeypatch.setattr(strips, "res_block", lambda ops, own, source, inner: kept.append(inner is not None) or block(ops, own, source, inner))
+    # strips of eight rows; one strip; strips, and no doubled map whole; and nothing kept between the convolutions of a block
+    for strip, large, spare in ((1, 2**28, False), (2**25, 2**28, False), (1, 1, False), (1, 1, True), (2**12, 1, True)):
         monkeypatch.setattr(strips, "STRIP", strip), monkeypatch.setattr(strips, "LARGE", large)
+        fast.decoder.spare = spare
+        kept.clear()
         assert rms(fast.decode(z), expected) < 1e-5
+        assert set(kept) <= {not spare} and (kept or strip == 2**25)
     seen = []
     hook = fast.decoder.up_blocks[-1].resnets[0].register_forward_hook(lambda block, x, y: seen.append(y.shape))
     assert rms(fast.decode(z), expected) < 1e-5 and len(seen) == 1  # who looks at a layer sees it
