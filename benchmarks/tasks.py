@@ -1,4 +1,5 @@
-"""What the tasks on pictures are held to, measured on held-out pictures: inpainting, outpainting, image-to-image, inversion; and attention's maps.
+"""What the tasks on pictures are held to: inpainting, image-to-image and inversion on held-out pictures, outpainting and attention's maps on those of
+the training set, whose names the model knows.
 
 Inpainting: the right half of held-out pictures hidden; is what is made nearer to the truth (squared error over that half) than the mean picture of
 the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the

@@ -55,9 +55,7 @@ def render(composition: Composition, pictures: np.ndarray, size: int = 128) -> n
 
 def render_batch(compositions: Sequence[Composition], pictures: np.ndarray, size: int = 128) -> np.ndarray:
     """The images of several compositions, (B, size, size, 3) uint8; see ``render``."""
-    side = pictures.shape[1]
-    if size < 1 or side % size or (side // size > 1 and size % 2):
-        raise ValueError(f"size {size}: expected an even divisor of the pictures' {side} pixels")
+    _check_size(size, pictures)
     out = np.empty((len(compositions), size, size, 3), dtype=np.uint8)
     for image, composition in zip(out, compositions, strict=True):
         _draw(image, composition, pictures)
@@ -66,7 +64,8 @@ def render_batch(compositions: Sequence[Composition], pictures: np.ndarray, size
 
 def areas(composition: Composition, pictures: np.ndarray, size: int = 128) -> dict[Area, np.ndarray]:
     """How much of each pixel of a composition's image is the first picture, the second where there is one, and the ground: each (size, size) float32
-    in [0, 1], together 1. Arguments as of ``render``."""
+    in [0, 1], together 1. Arguments and errors as of ``render``."""
+    _check_size(size, pictures)
     shown = {}
     for area, (row, top, left, shrink) in zip(THINGS, _placed(composition, size), strict=False):
         white = pictures[row].copy()
@@ -75,6 +74,12 @@ def areas(composition: Composition, pictures: np.ndarray, size: int = 128) -> di
         shown[area] = np.zeros((size, size), dtype=np.float32)
         shown[area][top : top + side, left : left + side] = _blend(white, (0, 0, 0), shrink * pictures.shape[1] // size)[..., 0] / np.float32(255)
     return {**shown, "ground": 1 - sum(shown.values())}
+
+
+def _check_size(size: int, pictures: np.ndarray) -> None:
+    side = pictures.shape[1]
+    if size < 1 or side % size or (side // size > 1 and size % 2):
+        raise ValueError(f"size {size}: expected an even divisor of the pictures' {side} pixels")
 
 
 def _draw(image: np.ndarray, composition: Composition, pictures: np.ndarray) -> None:

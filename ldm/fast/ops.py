@@ -124,7 +124,7 @@ class Native(Plain):
         x = x.contiguous(memory_format=CHANNELS_LAST)
         batch, channels, h, w = x.shape
         made = weights.shape[2]
-        y = torch.empty(batch, made, h, w, memory_format=CHANNELS_LAST)
+        y = torch.empty(batch, made, h, w, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
         tiles = batch * -(-h // 2) * -(-w // 2)
         step = min(tiles, max(64, BLOCK // (64 * channels)))
         before, behind = x.new_empty(16 * step * channels), x.new_empty(16 * step * made)

@@ -13,7 +13,7 @@ from ldm.fast.build import NoKernels
 from ldm.fast.int8 import check_int8, eight_bits
 from ldm.fast.ops import Native, Plain
 from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, Packed, PackedConv2d, PackedLinear
-from ldm.fast.spill import take_turns
+from ldm.fast.spill import leave_turns, take_turns
 from ldm.fast.strips import StripDecoder
 from ldm.fast.substitute import restore
 from ldm.models.vae import Decoder
@@ -21,6 +21,7 @@ from ldm.nn.attention import GEGLU, Attention, AttentionBlock
 from ldm.nn.resblock import ResBlock, Upsample
 
 P = TypeVar("P", bound=nn.Module)
+COMPILED = "attention and group norm with SiLU: compiled kernels"
 
 EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.GroupNorm: FastGroupNorm, GEGLU: FastGEGLU, ResBlock: FastResBlock,
@@ -38,8 +39,9 @@ def optimize(
     """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its dtype.
 
     Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
-    ``pipe.optimizations`` names what was done. ``kernels``: whether attention and group norm may be compiled with the machine's C++ compiler
-    (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations`` says why.
+    ``pipe.optimizations`` names what was done. ``kernels``: whether attention, group norm and large convolutions may be compiled with the machine's
+    C++ compiler (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations``
+    says why.
     ``memory``: the least memory, at some cost of time (Linux): the networks take turns, the weights of those that rest lying in a file below
     LDM_HOME that ends with the process, and decoding of very large pictures keeps one map where it would keep two.
     On other devices than the CPU the layers compute as before.
@@ -64,6 +66,7 @@ def optimize(
         networks(pipe)
     restore(pipe)
     leave(pipe)
+    leave_turns(pipe)
     if backend is not None:
         plain(pipe)
         pipe.optimizations = (use(pipe, backend),)
@@ -76,10 +79,12 @@ def optimize(
             part.spare = memory
     if memory:
         take_turns(pipe.networks().values() if hasattr(pipe, "networks") else [pipe])
-    thrift = ("networks at rest: in a file",) if memory else ()
+    folds = "doubling and 3×3 convolution: folded into four 2×2 convolutions"
+    winograds = ("3×3 convolutions of large maps in float32: Winograd's, compiled kernels",) if note == COMPILED else ()
+    thrift = ("networks at rest: in a file",) if memory else (folds, *winograds)
     pipe.optimizations = (
         note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
-        *(() if memory else ("doubling and 3×3 convolution: folded into four 2×2 convolutions",)), "GEGLU: inside its two products",
+        "GEGLU: inside its two products",
         "keys and values of the context: once a prompt", "decoding: large maps in strips of rows",
         *thrift, *gains,
     )  # fmt: skip
@@ -91,7 +96,7 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
     ops, note = Plain(), "attention and group norm: PyTorch's operators (kernels=False)"
     if kernels:
         try:
-            ops, note = Native(), "attention, group norm with SiLU, and 3×3 convolutions of large maps in float32: compiled kernels"
+            ops, note = Native(), COMPILED
         except NoKernels as error:
             note = f"attention and group norm: PyTorch's operators, as kernels cannot be built ({error})"
     for part in list(pipe.modules()):

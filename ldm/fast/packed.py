@@ -167,11 +167,11 @@ class PackedConv2d(Packed, nn.Conv2d):
         return mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.packs(x)
+        packed = self.packs(x) if self.padding_mode == "zeros" else None
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
         x = x.contiguous(memory_format=CHANNELS_LAST)
-        if isinstance(self.ops, Native) and self.winograds(x):
+        if isinstance(self.ops, Native) and self.ops.takes(x) and self.winograds(x):
             if self.transformed is None:
                 self.transformed = winograd(self.weight)
             return self.ops.conv3x3(x, self.transformed, self.bias)

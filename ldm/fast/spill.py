@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ldm.fast.build import folder
 from ldm.fast.packed import FoldedUpsample, Packed
@@ -27,6 +28,10 @@ class Spilled:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
+        self.handles: list[RemovableHandle] = []
+        for part in network.modules():
+            if isinstance(part, Packed):
+                part.unpack()
         own = [p for p in network.parameters() if p.device.type == "cpu"]
         parameters = [p for p in own if p.dim() > 1]
         for p in own:
@@ -64,6 +69,8 @@ class Spilled:
         """Let the pages of a weight, or of all, leave memory; they are read again when used."""
         begin, size = self.storage.data_ptr(), self.storage.nbytes()
         if weight is not None:
+            if not begin <= weight.data_ptr() < begin + size:
+                return  # it was moved, converted or loaded anew since, and lies elsewhere
             end = weight.data_ptr() + weight.numel() * weight.element_size()
             begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, which hold nothing else
             size = max(0, end // mmap.PAGESIZE * mmap.PAGESIZE - begin)
@@ -79,6 +86,25 @@ class Spilled:
                 part.__dict__.pop("folded", None)
         self.evict()
         _glibc("malloc_trim", 0)
+
+    def leave(self) -> None:
+        """Take the weights out of the file, and the network out of the turns."""
+        for handle in self.handles:
+            handle.remove()
+        for part in self.network.modules():
+            if isinstance(part, Packed):
+                part.unpack()
+                part.spilled = None
+        begin, size = self.storage.data_ptr(), self.storage.nbytes()
+        for p in self.network.parameters():
+            if begin <= p.data_ptr() < begin + size:
+                p.data = p.data.clone()
+
+
+def leave_turns(pipe: nn.Module) -> None:
+    """Undo `take_turns`, where it was done."""
+    for own in {part.spilled for part in pipe.modules() if isinstance(part, Packed) and part.spilled is not None}:
+        own.leave()
 
 
 def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
@@ -98,8 +124,8 @@ def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
             def hook(module: nn.Module, args: Any, own: Spilled = own) -> None:
                 wake(own)
 
-            part.register_forward_pre_hook(hook)
-        own.network.register_forward_hook(lambda module, args, result, own=own: own.evict())
+            own.handles.append(part.register_forward_pre_hook(hook))
+        own.handles.append(own.network.register_forward_hook(lambda module, args, result, own=own: own.evict()))
     return spilled
 
 

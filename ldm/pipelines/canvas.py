@@ -120,8 +120,8 @@ def paste(made: Tensor, given: Tensor, hole: Tensor, *, seam: float = 0.0, feath
     ``feather``: over that many pixels inside the hole, the given picture passes over into the new one.
     """
     check_border(seam, feather)
-    if seam > 0:
-        made = (made + border_correction(made, given, hole, seam)).clamp(0, 1)
+    for _ in range(2 if seam > 0 else 0):  # once more for what is left of too large steps: a border's neighbours smooth each other's correction
+        made = torch.where(hole > 0, (made + border_correction(made, given, hole, seam)).clamp(0, 1), given)
     weight = soft(hole, feather)
     return torch.where(weight > 0, given + weight * (made - given) if feather else made, given)
 
@@ -148,7 +148,7 @@ def border_correction(made: Tensor, given: Tensor, hole: Tensor, reach: float) -
 
     It solves (∇² − 1/reach²) c = 0 in the hole with c = given − made at the border and no slope at the canvas' edge: Poisson image editing (Pérez
     et al. 2003, eq. 4) with a screen, by conjugate gradients. So the step across the border becomes the one that was made there; or, where that is
-    larger than 90 % of the steps in the given picture, as large as those (`border_limit`): an edge just there would be seen as a seam.
+    larger than the given picture's own, as large as those (`border_limit`): an edge just there would be seen as a seam.
     """
     b, c, h, w = torch.broadcast_shapes(made.shape, given.shape)
     kernel = NEIGHBOURS.to(made)
@@ -168,7 +168,7 @@ def border_correction(made: Tensor, given: Tensor, hole: Tensor, reach: float) -
         for sign in (1, -1):
             known, other, there = (_beside(part, dim, sign) for part in (1 - hole, made, given))
             step = made - other
-            seen = (limit / step.abs().mean(1, keepdim=True).clamp_min(1e-12)).clamp_max(1)  # of the step, which share stays
+            seen = (limit / step.abs().mean(1, keepdim=True).clamp_min(torch.finfo(step.dtype).tiny)).clamp_max(1)  # of the step, which share stays
             residual = residual + inside * known * (there + seen * step - made)
     direction, energy = residual, residual.square().sum()
     goal = 1e-10 * energy
@@ -183,14 +183,19 @@ def border_correction(made: Tensor, given: Tensor, hole: Tensor, reach: float) -
     return x
 
 
-def border_limit(given: Tensor, hole: Tensor, dim: int, share: float = 0.9) -> Tensor:
-    """The size (B, 1, 1, 1) that this ``share`` of the steps between known neighbours along an axis keep within, means over channels; infinite where
-    there are none."""
+def border_limit(given: Tensor, hole: Tensor, dim: int) -> Tensor:
+    """The largest step (B, 1, 1, 1) across the border, a mean over channels: three quarters, as the correction fades with every pixel, of what 95 %
+    of the steps between known neighbours along an axis keep within. Infinite where there are none, and where those are less than a level of 255: a
+    flat picture is no reason to have no edges."""
+    none = given.new_tensor(float("inf"))
+    if given.shape[dim] < 2:
+        return none.expand(len(given), 1, 1, 1)
     size = given.diff(dim=dim).abs().mean(1).flatten(1)
     known = (1 - hole).unfold(dim, 2, 1).amin(-1).flatten(1) > 0  # both of a pair
     limits = []
     for own in (steps[pairs] for steps, pairs in zip(*torch.broadcast_tensors(size, known), strict=True)):
-        limits.append(own.kthvalue(math.ceil(share * len(own))).values if len(own) else size.new_tensor(float("inf")))
+        most = own.kthvalue(math.ceil(0.95 * len(own))).values if len(own) else none
+        limits.append(0.75 * most if most > 1 / 255 else none)
     return torch.stack(limits).view(-1, 1, 1, 1)
 
 

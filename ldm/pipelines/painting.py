@@ -41,7 +41,7 @@ class Painting:
         is below 1.
         ``resample``: how often each stretch of ``jump`` steps is taken (RePaint, Lugmayr et al. 2022), 1 for once.
         ``seam``: over how many pixels the new part is corrected to meet the known one, None for an eighth of the model's side, 0 for not at all;
-        where the step made across the border is larger than 90 % of the given picture's own, it is brought down to them.
+        where the step made across the border is larger than the given picture's own, it is brought down to them.
         ``feather``: over so many pixels inside the mask, the given picture passes over into the new one.
         ``window``: the side in pixels of what the network sees at a time, None for the whole picture.
         """

@@ -17,7 +17,7 @@ from ldm.data import Composition
 from ldm.data.captions import Pieces, spoken
 from ldm.data.compose import areas
 from ldm.models.conditioner import TextConditioner
-from ldm.nn.attention import Attention, attention_control
+from ldm.nn.attention import Attention, AttentionBlock, attention_control
 from ldm.training.config import at_least
 
 LEAST = 0.01  # of a picture: what covers less of it is not looked for
@@ -98,4 +98,4 @@ def learn_where_to_look(network: nn.Module) -> None:
     for part in network.modules():
         if isinstance(part, Attention) and part.cross:
             part.to_q.requires_grad_(True)
-            part.to_k.requires_grad_(True)
+            (part.add_k_proj if isinstance(part, AttentionBlock) else part.to_k).requires_grad_(True)  # of the context

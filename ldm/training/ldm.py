@@ -108,7 +108,8 @@ class LDMTraining:
 
     def __post_init__(self) -> None:
         if self.grounding is not None and self.grounding.only and (self.text.tuned or self.net is None):
-            raise ValueError("grounding.only: expected a net to begin with and a text that is not tuned, for nothing but where it looks is learnt")
+            got = f"net {self.net!r} and text.tuned {self.text.tuned}"
+            raise ValueError(f"grounding.only: expected a net to begin with and a text that is not tuned, as nothing else is learnt; got {got}")
 
 
 class LDMPart:
@@ -169,7 +170,8 @@ class LDMPart:
 
     def grounding(self, maps: Mapping[str, Tensor], said: Sequence[Pieces], compositions: Sequence[Composition]) -> Tensor:
         """How far the attention to what captions name is from where it is: `grounding_loss`."""
-        return grounding_loss(maps.values(), named(said, compositions, self.pictures.data.pictures, self.text, self.config.data.size))
+        wanted = named(said, compositions, self.pictures.data.pictures, self.text, self.config.data.size)
+        return grounding_loss(maps.values(), wanted).to(self.device)
 
     def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
         """Pictures (B, 3, H, W) in about [−1, 1] of prompts."""
@@ -194,7 +196,7 @@ class LDMPart:
         return figures | ({} if self.config.grounding is None else {"pairs_grounding": self.pairs_grounding()})
 
     def pairs_grounding(self) -> float:
-        """`grounding_loss` over 64 pairs side by side at fixed timesteps and noise."""
+        """`grounding_loss` over 64 pairs of training pictures side by side, at fixed timesteps and noise."""
         rows = np.random.default_rng(8).permutation(self.pictures.data.index.train_of["noto"])[:128].tolist()
         compositions = [Composition(picture=first, second=second) for first, second in zip(rows[::2], rows[1::2], strict=False)]
         said, draws = [pieces(c, self.pictures.data.index) for c in compositions], Draws(8, 0)

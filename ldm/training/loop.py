@@ -165,7 +165,8 @@ def thinned(metrics: Path, n: int = 100) -> str:
     """At most n of a file's lines of losses, evenly spaced with the last among them, and all its lines of validations."""
     rows = metrics.read_text().splitlines() if metrics.exists() else []
     losses = [i for i, row in enumerate(rows) if "validation/" not in row]
-    kept = {losses[-1 - round(k * (len(losses) - 1) / max(n - 1, 1))] for k in range(min(n, len(losses)))}
+    n = min(n, len(losses))
+    kept = {losses[-1 - round(k * (len(losses) - 1) / max(n - 1, 1))] for k in range(n)}
     return "".join(row + "\n" for i, row in enumerate(rows) if i in kept or "validation/" in row)
 
 

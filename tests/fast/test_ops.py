@@ -106,8 +106,12 @@ def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, si
     x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1)) + 0.5
     for bias in (conv.bias.detach(), None):
         expected = F.conv2d(x.double(), conv.weight.double(), None if bias is None else bias.double(), padding=1)
-        got = ops.conv3x3(x, module.winograd(conv.weight.detach()), bias)
-        assert got.shape == expected.shape and got.is_contiguous(memory_format=torch.channels_last)
+        torch.set_default_dtype(torch.float64)  # the result's is the map's, whatever the default is
+        try:
+            got = ops.conv3x3(x, module.winograd(conv.weight.detach()), bias)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert got.dtype == x.dtype and got.shape == expected.shape and got.is_contiguous(memory_format=torch.channels_last)
         assert (got - expected).abs().max() / expected.square().mean().sqrt() < 1e-5
 
 

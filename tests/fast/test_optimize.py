@@ -110,6 +110,38 @@ def test_an_optimised_network_saves_loads_copies_and_moves_as_before(monkeypatch
     assert rms(fast(*args), plain(*args)) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("before", [False, True])
+def test_memory_can_be_had_after_a_run_left_again_and_converted_under(before):
+    """Weights that lie elsewhere than in the file are none that may be let leave memory."""
+    plain = make(UNETS["sd"])
+    args = inputs(UNETS["sd"], torch.float32)
+    expected, fast = plain(*args), ldm.optimize(copy.deepcopy(plain))
+    if before:
+        fast(*args)  # packs
+    ldm.optimize(fast, memory=True)
+    for _ in range(2):
+        assert rms(fast(*args), expected) < 1e-5
+    storage = fast.conv_in.spilled.storage
+    assert fast.conv_in.weight.untyped_storage().data_ptr() == storage.data_ptr()
+    fast.double().float()
+    for _ in range(2):
+        assert rms(fast(*args), expected) < 1e-5
+    ldm.optimize(fast, memory=True)
+    ldm.optimize(fast)
+    assert fast.conv_in.spilled is None and not fast._forward_hooks and not any("at rest" in line for line in fast.optimizations)
+    for _ in range(2):
+        assert rms(fast(*args), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_convolution_that_wraps_around_still_does(monkeypatch):
+    small_maps_by_winograd(monkeypatch)
+    conv = nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular").requires_grad_(False)
+    x = torch.randn(1, 16, 9, 8)
+    assert rms(ldm.optimize(nn.Sequential(copy.deepcopy(conv)))(x), conv(x)) < 1e-5
+
+
 def test_gradients_flow_as_before():
     plain = make(UNETS["sd"])
     fast = ldm.optimize(copy.deepcopy(plain))

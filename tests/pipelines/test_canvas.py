@@ -84,6 +84,16 @@ def test_a_step_across_the_border_that_would_be_a_seam_is_limited_to_the_picture
     assert (steps["corrected"][30:] - 0.01).abs().max() < 0.01  # far from it the border stays as it was made
 
 
+def test_what_is_made_on_a_flat_picture_keeps_its_edges() -> None:
+    """A grey thing that begins at the border of the hole of a white picture, which has no step that its own could be held to."""
+    given, hole = torch.ones(1, 3, 40, 40), right_half(40, 40)
+    made = given.clone()
+    made[..., 20:] = 0.2
+    assert (paste(made, given, hole, seam=10.0) - made).abs().max() < 1e-5
+    alone = paste(torch.rand(1, 3, 1, 10), torch.rand(1, 3, 1, 10), right_half(1, 10), seam=4.0)  # one pixel high: nothing above or below
+    assert alone.isfinite().all()
+
+
 def test_without_two_known_neighbours_no_step_is_too_large() -> None:
     hole = torch.ones(1, 1, 8, 8)
     hole[..., ::2, ::2] = 0  # every known pixel stands alone

@@ -15,6 +15,7 @@ import torch
 from tiny import configs, write
 
 from ldm.training.ldm import Diffusion
+from ldm.training.loop import thinned
 from ldm.training.run import open_run, read_config
 from ldm.weights.io import read_safetensors
 from ldm.weights.native import about_part, read_text
@@ -91,6 +92,14 @@ def test_a_run_killed_at_any_moment_gives_the_same_weights_bit_for_bit(place):
     train(path)
     expected, got = weights("whole"), weights("vae")
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_short_curve_is_kept_whole_and_a_long_one_thinned_evenly(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for n in (7, 100, 1000):
+        path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, n + 1)))
+        steps = [json.loads(line)["step"] for line in thinned(path).splitlines()]
+        assert len(steps) == min(n, 100) and steps[0] == 1 and steps[-1] == n
 
 
 def test_training_learns(place):
