@@ -3,7 +3,8 @@
     python benchmarks/train.py --json train.json
     python benchmarks/train.py --profile                 # where the time of either side goes
 
-The step is that of `ldm.training`: autocast to bfloat16 where the processor has it, forward, backward, clipping, AdamW; on both sides.
+The step is that of `ldm.training`: autocast to bfloat16 where the processor has it, forward, backward, clipping, AdamW, on both sides; on ours the
+network is made ready by `for_training`, as there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from common import measure, parser, report
 
 import ldm
 from ldm.device import fast_dtype
+from ldm.fast.optimize import for_training
 from ldm.models.unet import UNet, UNetConfig
 from ldm.types import Cond
 from ldm.weights.native import read_config
@@ -83,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = read_config(Path(ldm.__file__).parent / "assets" / "emoji-ldm", "unet")
     torch.manual_seed(0)
-    ours, theirs = UNet(config).train(), peer(config).train()
+    ours, theirs = for_training(UNet(config)).train(), peer(config).train()
     counts = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]
     if counts[0] != counts[1]:
         raise RuntimeError(f"not the same architecture: {counts[0]} and {counts[1]} parameters")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,18 +12,13 @@ from ldm.nn.norm import SpatialNorm
 from ldm.nn.resblock import ResBlock, resize
 
 
-def learning(module: nn.Module, x: Tensor) -> bool:
-    """Whether a gradient must flow through a map or to a module's weights."""
-    return with_grad(x) or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
-
-
 class FastGroupNorm(nn.GroupNorm):
     """Group norm of a map, channels last."""
 
     ops: Plain
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if learning(self, x) or x.ndim != 4 else self.ops.group_norm(x, self)
+        return super().forward(x) if x.ndim != 4 else self.ops.group_norm(x, self)
 
 
 class FastResBlock(ResBlock):
@@ -33,7 +27,7 @@ class FastResBlock(ResBlock):
     ops: Plain
 
     def forward(self, x: Tensor, emb: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        if learning(self.norm1, x) or self.training or isinstance(self.norm1, SpatialNorm):
+        if (self.training and self.dropout) or isinstance(self.norm1, SpatialNorm):
             return super().forward(x, emb, z)
         h = self.ops.group_norm(x, self.norm1, silu=True)
         if self.resample is not None:

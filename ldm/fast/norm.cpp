@@ -3,6 +3,12 @@
 
 namespace {
 
+// sums += x, 16 lanes.
+inline void add_wide(double* sums, __m512 x) {
+    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(_mm512_castps512_ps256(x))));
+    _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))));
+}
+
 // Adds to sums the differences, and their squares (lanes further on), of positions begin to end to position 0, for V·16 channels.
 template <class T, int V>
 inline void part_moments(const typename T::Elem* x, int64_t begin, int64_t end, int C, __mmask16 in, double* sums, int64_t lanes) {
@@ -13,44 +19,54 @@ inline void part_moments(const typename T::Elem* x, int64_t begin, int64_t end, 
             const __m512 y = _mm512_sub_ps(T::load(x + n * C + 16 * v, in), first[v]);
             one[v] = _mm512_add_ps(one[v], y), two[v] = _mm512_fmadd_ps(y, y, two[v]);
         }
-    for (int v = 0; v < V; v++, sums += 16)
-        for (int half = 0; half < 2; half++) {
-            const __m256 a = half ? _mm512_extractf32x8_ps(one[v], 1) : _mm512_castps512_ps256(one[v]);
-            const __m256 b = half ? _mm512_extractf32x8_ps(two[v], 1) : _mm512_castps512_ps256(two[v]);
-            double *to = sums + 8 * half, *squares = to + lanes;
-            _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), _mm512_cvtps_pd(a)));
-            _mm512_storeu_pd(squares, _mm512_add_pd(_mm512_loadu_pd(squares), _mm512_cvtps_pd(b)));
-        }
+    for (int v = 0; v < V; v++) add_wide(sums + 16 * v, one[v]), add_wide(sums + lanes + 16 * v, two[v]);
 }
 
-// Mean and sum of squared deviations of each channel of a map (B, N, C), from parts of 64 positions each; differences to the first position keep
-// a large mean from costing digits.
-template <class T>
-void moments(const typename T::Elem* x, double* mean, double* m2, int B, int64_t N, int C, int threads) {
-    const int64_t part = 64, parts = (N + part - 1) / part, lanes = (C + 15) / 16 * 16;
+// Sums over the positions of each sample, (B, 2, lanes), of what add(b, begin, end, sums) adds for a part of them; samples are shared among the threads, or
+// where they are too few the parts of each.
+template <class Add>
+void totals(int B, int64_t N, int64_t lanes, int threads, double* sums, Add add) {
+    const int64_t part = 64, parts = (N + part - 1) / part;
+    std::fill(sums, sums + B * 2 * lanes, 0.0);
+    if (B >= threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int b = 0; b < B; b++)
+            for (int64_t i = 0; i < parts; i++) add(b, i * part, std::min(N, (i + 1) * part), sums + b * 2 * lanes);
+        return;
+    }
     const int teams = (int)std::min<int64_t>(threads, parts);
-    auto sums = buffer<double>((size_t)teams * 2 * lanes);
+    auto shares = buffer<double>((size_t)teams * 2 * lanes);
     for (int b = 0; b < B; b++) {
-        const auto* from = x + b * N * C;
-        std::fill(sums.get(), sums.get() + (size_t)teams * 2 * lanes, 0.0);
+        std::fill(shares.get(), shares.get() + (size_t)teams * 2 * lanes, 0.0);
 #pragma omp parallel num_threads(teams)
         {
-            double* own = sums.get() + (size_t)omp_get_thread_num() * 2 * lanes;
+            double* own = shares.get() + (size_t)omp_get_thread_num() * 2 * lanes;
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < parts; i++) {
-                const int64_t end = std::min(N, (i + 1) * part);
-                int c = 0;
-                for (; c + 64 <= C; c += 64) part_moments<T, 4>(from + c, i * part, end, C, 0xffff, own + c, lanes);
-                for (; c < C; c += 16) part_moments<T, 1>(from + c, i * part, end, C, tail(C - c), own + c, lanes);
-            }
+            for (int64_t i = 0; i < parts; i++) add(b, i * part, std::min(N, (i + 1) * part), own);
         }
+        for (int t = 0; t < teams; t++)
+            for (int64_t j = 0; j < 2 * lanes; j++) sums[b * 2 * lanes + j] += shares[(size_t)t * 2 * lanes + j];
+    }
+}
+
+// Mean and sum of squared deviations of each channel of a map (B, N, C); differences to the first position keep a large mean from costing digits.
+template <class T>
+void moments(const typename T::Elem* x, double* mean, double* m2, int B, int64_t N, int C, int threads) {
+    const int64_t lanes = (C + 15) / 16 * 16;
+    auto sums = buffer<double>((size_t)B * 2 * lanes);
+    totals(B, N, lanes, threads, sums.get(), [=](int b, int64_t begin, int64_t end, double* own) {
+        const auto* from = x + b * N * C;
+        int c = 0;
+        for (; c + 64 <= C; c += 64) part_moments<T, 4>(from + c, begin, end, C, 0xffff, own + c, lanes);
+        for (; c < C; c += 16) part_moments<T, 1>(from + c, begin, end, C, tail(C - c), own + c, lanes);
+    });
+    for (int b = 0; b < B; b++) {
         alignas(64) float first[16];
+        const double* one = sums.get() + b * 2 * lanes;
         for (int c = 0; c < C; c++) {
-            double one = 0, two = 0;
-            for (int t = 0; t < teams; t++) one += sums[(size_t)t * 2 * lanes + c], two += sums[(size_t)t * 2 * lanes + lanes + c];
-            if (c % 16 == 0) _mm512_store_ps(first, T::load(from + c, tail(C - c)));
-            mean[(size_t)b * C + c] = first[c % 16] + one / N;
-            m2[(size_t)b * C + c] = two - one * one / N;
+            if (c % 16 == 0) _mm512_store_ps(first, T::load(x + b * N * C + c, tail(C - c)));
+            mean[(size_t)b * C + c] = first[c % 16] + one[c] / N;
+            m2[(size_t)b * C + c] = one[lanes + c] - one[c] * one[c] / N;
         }
     }
 }
@@ -87,38 +103,157 @@ void affine(const typename T::Elem* x, const float* scale, const float* shift, t
     }
 }
 
-template <class T>
-void group_norm(const typename T::Elem* x, const float* weight, const float* bias, const float* add, const float* gain, const float* offset,
-                typename T::Elem* y, int B, int64_t N, int C, int groups, double eps, bool silu, int threads) {
-    auto mean = buffer<double>((size_t)B * C), m2 = buffer<double>((size_t)B * C);
-    auto scale = buffer<float>((size_t)B * C), shift = buffer<float>((size_t)B * C);
-    moments<T>(x, mean.get(), m2.get(), B, N, C, threads);
-    const int width = C / groups;
-    for (int g = 0; g < B * groups; g++) {
-        const size_t from = (size_t)g * width;  // (b, c) in one index
-        double mu = 0, var = 0;
-        for (size_t i = from; i < from + width; i++) mu += (mean[i] += add ? add[i] : 0.f);
-        mu /= width;
-        for (size_t i = from; i < from + width; i++) var += m2[i] + N * (mean[i] - mu) * (mean[i] - mu);
-        const double rstd = 1 / std::sqrt(var / ((double)N * width) + eps);
-        for (size_t i = from; i < from + width; i++) {
-            const int c = i % C;
-            const double a = rstd * weight[c], s = bias[c] + ((add ? add[i] : 0.f) - mu) * a, k = gain ? 1.0 + gain[i] : 1.0;
+// What a norm is made of: weight and bias (C,); add (before the norm), gain and offset (behind it: times 1 + gain, plus offset) (B, C), or null.
+struct Norm {
+    const float *weight, *bias, *add, *gain, *offset;
+    int B, C, groups;
+    int64_t N;
+
+    int width() const { return C / groups; }
+
+    // scale and shift (B, C) such that the norm's result is x·scale + shift, from the mean and 1 / deviation of each group of x + add.
+    void coefficients(const double* mu, const double* rstd, float* scale, float* shift) const {
+        for (int i = 0; i < B * C; i++) {
+            const int c = i % C, g = i / width();
+            const double a = rstd[g] * weight[c], s = bias[c] + ((add ? add[i] : 0.f) - mu[g]) * a, k = gain ? 1.0 + gain[i] : 1.0;
             scale[i] = (float)(a * k), shift[i] = (float)(s * k + (offset ? offset[i] : 0.f));
         }
     }
+};
+
+// y; and each channel's mean (B, C), each group's mean and 1 / deviation (B, groups), of x + add.
+template <class T>
+void group_norm(const typename T::Elem* x, const Norm& norm, typename T::Elem* y, double* mean, double* mu, double* rstd, double eps, bool silu,
+                int threads) {
+    const int B = norm.B, C = norm.C, width = norm.width();
+    const int64_t N = norm.N;
+    auto m2 = buffer<double>((size_t)B * C);
+    auto scale = buffer<float>((size_t)B * C), shift = buffer<float>((size_t)B * C);
+    moments<T>(x, mean, m2.get(), B, N, C, threads);
+    for (int g = 0; g < B * norm.groups; g++) {
+        const size_t from = (size_t)g * width;  // (b, c) in one index
+        double sum = 0, var = 0;
+        for (size_t i = from; i < from + width; i++) sum += (mean[i] += norm.add ? norm.add[i] : 0.f);
+        mu[g] = sum / width;
+        for (size_t i = from; i < from + width; i++) var += m2[i] + N * (mean[i] - mu[g]) * (mean[i] - mu[g]);
+        rstd[g] = 1 / std::sqrt(var / ((double)N * width) + eps);
+    }
+    norm.coefficients(mu, rstd, scale.get(), shift.get());
     affine<T>(x, scale.get(), shift.get(), y, B, N, C, silu, threads);
+}
+
+// The gradient of SiLU's input from that of its output.
+template <class T>
+inline __m512 silu_gradient(__m512 z, __m512 dy) {
+    const __m512 one = _mm512_set1_ps(1.f), most = _mm512_set1_ps(126.f);
+    const __m512 minus = _mm512_mul_ps(z, _mm512_set1_ps(-1.4426950408889634f));
+    const __m512 e = _mm512_min_ps(most, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), most), minus));
+    const __m512 s = T::divide(one, _mm512_add_ps(one, exp2_<T::DEGREE>(e)));  // s·(1 + z·(1 - s))
+    return _mm512_mul_ps(dy, _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one)));
+}
+
+// For V·16 channels of some positions: adds the sums of dz and of dz·(x - centre) to sums, or with WRITE sets dx = dz·scale + x·slope + level.
+template <class T, int V, bool WRITE>
+inline void part_gradient(const typename T::Elem* x, const typename T::Elem* dy, const float* scale, const float* shift, const float* slope,
+                          const float* level, typename T::Elem* dx, double* sums, int64_t lanes, int64_t rows, int C, __mmask16 in, bool silu) {
+    __m512 a[V], s[V], p[V], q[V], one[V], two[V];
+    for (int v = 0; v < V; v++) {
+        a[v] = _mm512_maskz_loadu_ps(in, scale + 16 * v), s[v] = _mm512_maskz_loadu_ps(in, shift + 16 * v);
+        p[v] = _mm512_maskz_loadu_ps(in, slope + 16 * v), q[v] = WRITE ? _mm512_maskz_loadu_ps(in, level + 16 * v) : _mm512_setzero_ps();
+        one[v] = two[v] = _mm512_setzero_ps();
+    }
+    for (int64_t n = 0; n < rows; n++)
+        for (int v = 0; v < V; v++) {
+            const __m512 from = T::load(x + n * C + 16 * v, in);
+            __m512 dz = T::load(dy + n * C + 16 * v, in);
+            if (silu) dz = silu_gradient<T>(_mm512_fmadd_ps(from, a[v], s[v]), dz);
+            if constexpr (WRITE)
+                T::store(dx + n * C + 16 * v, _mm512_fmadd_ps(dz, a[v], _mm512_fmadd_ps(from, p[v], q[v])), in);
+            else
+                one[v] = _mm512_add_ps(one[v], dz), two[v] = _mm512_fmadd_ps(dz, _mm512_sub_ps(from, p[v]), two[v]);
+        }
+    if constexpr (!WRITE)
+        for (int v = 0; v < V; v++) add_wide(sums + 16 * v, one[v]), add_wide(sums + lanes + 16 * v, two[v]);
+}
+
+// The gradients of everything that goes into a norm: dx; dweight and dbias (C,); dadd, dgain and doffset (B, C).
+template <class T>
+void group_norm_gradient(const typename T::Elem* x, const typename T::Elem* dy, const Norm& norm, const double* mean, const double* mu,
+                         const double* rstd, typename T::Elem* dx, float* dweight, float* dbias, float* dadd, float* dgain, float* doffset, bool silu,
+                         int threads) {
+    const int B = norm.B, C = norm.C, width = norm.width();
+    const int64_t N = norm.N, lanes = (C + 15) / 16 * 16;
+    auto scale = buffer<float>((size_t)B * C), shift = buffer<float>((size_t)B * C), slope = buffer<float>((size_t)B * C);
+    auto level = buffer<float>((size_t)B * C);
+    auto sums = buffer<double>((size_t)B * 2 * lanes);
+    norm.coefficients(mu, rstd, scale.get(), shift.get());
+    float *a = scale.get(), *s = shift.get(), *p = slope.get(), *q = level.get();
+    for (int i = 0; i < B * C; i++) p[i] = (float)(mean[i] - (norm.add ? norm.add[i] : 0.f));
+    totals(B, N, lanes, threads, sums.get(), [=](int b, int64_t begin, int64_t end, double* own) {
+        const int64_t at = (b * N + begin) * C, i = (int64_t)b * C;
+        int c = 0;
+        for (; c + 32 <= C; c += 32)
+            part_gradient<T, 2, false>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, nullptr, nullptr, own + c, lanes, end - begin, C,
+                                       0xffff, silu);
+        for (; c < C; c += 16)
+            part_gradient<T, 1, false>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, nullptr, nullptr, own + c, lanes, end - begin, C,
+                                       tail(C - c), silu);
+    });
+    std::fill(dweight, dweight + C, 0.f), std::fill(dbias, dbias + C, 0.f);
+    for (int g = 0; g < B * norm.groups; g++) {
+        const size_t from = (size_t)g * width;
+        double one = 0, two = 0;  // sums over the group of the gradient of x̂, and of that times x̂
+        for (size_t i = from; i < from + width; i++) {
+            const int c = i % C;
+            const double* own = sums.get() + i / C * 2 * lanes + c;
+            const double dz = own[0], dzx = (own[lanes] + dz * (mean[i] - mu[g])) * rstd[g], k = norm.gain ? 1.0 + norm.gain[i] : 1.0;  // Σ dz·x̂
+            one += norm.weight[c] * k * dz, two += norm.weight[c] * k * dzx;
+            dweight[c] += (float)(k * dzx), dbias[c] += (float)(k * dz);
+            if (norm.gain) dgain[i] = (float)(norm.weight[c] * dzx + norm.bias[c] * dz);
+            if (norm.offset) doffset[i] = (float)dz;
+        }
+        const double n = (double)N * width, m = rstd[g] * rstd[g] * two / n;
+        for (size_t i = from; i < from + width; i++) {
+            const double put = norm.add ? norm.add[i] : 0.f, l = -rstd[g] * one / n - m * (put - mu[g]);
+            p[i] = (float)-m, q[i] = (float)l;
+            if (norm.add) dadd[i] = (float)(a[i] * sums[i / C * 2 * lanes + i % C] - m * N * (mean[i] - put) + l * N);
+        }
+    }
+    const int64_t part = std::max<int64_t>(1, 16384 / C), parts = (N + part - 1) / part;
+#pragma omp parallel for num_threads((int)std::min<int64_t>(threads, B * parts)) schedule(static)
+    for (int64_t j = 0; j < B * parts; j++) {
+        const int64_t b = j / parts, begin = b * N + j % parts * part, end = std::min((b + 1) * N, begin + part), at = begin * C, i = b * C;
+        int c = 0;
+        for (; c + 32 <= C; c += 32)
+            part_gradient<T, 2, true>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, q + i + c, dx + at + c, nullptr, 0, end - begin, C,
+                                      0xffff, silu);
+        for (; c < C; c += 16)
+            part_gradient<T, 1, true>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, q + i + c, dx + at + c, nullptr, 0, end - begin, C,
+                                      tail(C - c), silu);
+    }
 }
 
 }  // namespace
 
 extern "C" {
 
-// x and y (B, N, C); weight and bias (C,); add (before the norm), gain and offset (behind it: times 1 + gain, plus offset) (B, C), or null.
+// x and y (B, N, C); what the norm is made of: `Norm`; mean (B, C), mu and rstd (B, groups): as `group_norm` gives them.
 void ldm_group_norm(int bf16, const void* x, const float* weight, const float* bias, const float* add, const float* gain, const float* offset, void* y,
-                    int B, int64_t N, int C, int groups, double eps, int silu, int threads) {
-    EACH(bf16, group_norm<BF16>((const uint16_t*)x, weight, bias, add, gain, offset, (uint16_t*)y, B, N, C, groups, eps, silu, threads),
-         group_norm<F32>((const float*)x, weight, bias, add, gain, offset, (float*)y, B, N, C, groups, eps, silu, threads));
+                    double* mean, double* mu, double* rstd, int B, int64_t N, int C, int groups, double eps, int silu, int threads) {
+    const Norm norm{weight, bias, add, gain, offset, B, C, groups, N};
+    EACH(bf16, group_norm<BF16>((const uint16_t*)x, norm, (uint16_t*)y, mean, mu, rstd, eps, silu, threads),
+         group_norm<F32>((const float*)x, norm, (float*)y, mean, mu, rstd, eps, silu, threads));
+}
+
+// The gradients of what goes into it, from that of y.
+void ldm_group_norm_gradient(int bf16, const void* x, const void* dy, const float* weight, const float* bias, const float* add, const float* gain,
+                             const float* offset, const double* mean, const double* mu, const double* rstd, void* dx, float* dweight, float* dbias,
+                             float* dadd, float* dgain, float* doffset, int B, int64_t N, int C, int groups, int silu, int threads) {
+    const Norm norm{weight, bias, add, gain, offset, B, C, groups, N};
+    EACH(bf16, group_norm_gradient<BF16>((const uint16_t*)x, (const uint16_t*)dy, norm, mean, mu, rstd, (uint16_t*)dx, dweight, dbias, dadd, dgain,
+                                         doffset, silu, threads),
+         group_norm_gradient<F32>((const float*)x, (const float*)dy, norm, mean, mu, rstd, (float*)dx, dweight, dbias, dadd, dgain, doffset, silu,
+                                  threads));
 }
 
 void ldm_moments(int bf16, const void* x, double* mean, double* m2, int B, int64_t N, int C, int threads) {

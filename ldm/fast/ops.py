@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ldm.fast.build import library
 
@@ -89,15 +90,8 @@ class Native(Plain):
     ) -> Tensor:  # fmt: skip
         if not self.takes(x) or norm.weight is None:
             return super().group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset)
-        x = x.contiguous(memory_format=CHANNELS_LAST)
-        batch, channels, h, w = x.shape
-        y = torch.empty_like(x)
-        small = [None if t is None else t.float().contiguous() for t in (norm.weight, norm.bias, add, gain, offset)]
-        self.lib.ldm_group_norm(
-            _code(x), _at(x), *map(_at, small), _at(y), batch, ctypes.c_int64(h * w), channels, norm.num_groups, ctypes.c_double(norm.eps),
-            int(silu), torch.get_num_threads(),
-        )  # fmt: skip
-        return y
+        small = (norm.weight, norm.bias, add, gain, offset)
+        return _GroupNorm.apply(self.lib, norm.num_groups, norm.eps, silu, x.contiguous(memory_format=CHANNELS_LAST), *small)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.takes(x):
@@ -137,6 +131,36 @@ class Native(Plain):
             torch.bmm(v, weights, out=m)
             self.lib.ldm_winograd_out(_at(m), _at(bias), _at(y), h, w, made, *own)
         return y
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The compiled group norm with the gradients of all that goes into it."""
+
+    @staticmethod
+    def forward(ctx: Any, lib: ctypes.CDLL, groups: int, eps: float, silu: bool, x: Tensor, *small: Tensor | None) -> Tensor:
+        batch, channels, h, w = x.shape
+        y = torch.empty_like(x)
+        mean, stats = x.new_empty(batch, channels, dtype=torch.float64), x.new_empty(2, batch, groups, dtype=torch.float64)
+        wide = [None if t is None else t.float().contiguous() for t in small]
+        ctx.sizes = batch, ctypes.c_int64(h * w), channels, groups
+        lib.ldm_group_norm(
+            _code(x), _at(x), *map(_at, wide), _at(y), *map(_at, (mean, *stats)), *ctx.sizes, ctypes.c_double(eps), int(silu), torch.get_num_threads()
+        )
+        ctx.lib, ctx.silu = lib, silu
+        ctx.save_for_backward(x, mean, stats, *small)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, stats, *small = ctx.saved_tensors
+        dy, dx = dy.contiguous(memory_format=CHANNELS_LAST), torch.empty_like(x)
+        wide = [None if t is None else t.float().contiguous() for t in small]
+        grads = [None if t is None else torch.empty_like(t) for t in wide]
+        at = (*map(_at, wide), *map(_at, (mean, *stats)), _at(dx), *map(_at, grads))
+        ctx.lib.ldm_group_norm_gradient(_code(x), _at(x), _at(dy), *at, *ctx.sizes, int(ctx.silu), torch.get_num_threads())
+        back = (None if t is None else made.to(t.dtype) for t, made in zip(small, grads, strict=True))
+        return None, None, None, None, dx, *back
 
 
 def _code(x: Tensor) -> int:

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.blocks import learning
 from ldm.fast.ops import Plain
+from ldm.fast.packed import with_grad
 from ldm.models.vae import Decoder
 from ldm.nn.norm import SpatialNorm
 from ldm.nn.resblock import ResBlock, Upsample
@@ -134,6 +134,11 @@ def delayed(strips: Iterator[T]) -> Iterator[T]:
     for before, _ in pairwise(chain(strips, [None])):
         assert before is not None
         yield before
+
+
+def learning(module: nn.Module, x: Tensor) -> bool:
+    """Whether a gradient must flow through a map or to a module's weights."""
+    return with_grad(x) or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
 def watched(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.config import to_dict
 from ldm.device import dtype_of, fast_dtype
+from ldm.fast.optimize import for_training
 from ldm.files import write_atomically
 from ldm.training.checkpoint import load_checkpoint, save_checkpoint
 from ldm.training.config import RunConfig
@@ -59,6 +60,8 @@ class Run:
     def __init__(self, part: Part, config: RunConfig, full_config: Any, folder: Path, device: torch.device) -> None:
         self.part, self.config, self.folder, self.device = part, config, folder, device
         self.full_config = to_dict(full_config)
+        if device.type == "cpu":
+            for_training(part.model)
         self.parameters = [p for p in part.model.parameters() if p.requires_grad]
         self.ema = EMA(part.model, config.ema)
         opt = config.optimizer
@@ -75,6 +78,7 @@ class Run:
         self.part.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        lie_as_weights(self.optimizer)
         self.step, self.seconds = state["step"], state["seconds"]
         metrics = self.folder / "metrics.jsonl"  # lines behind the checkpoint will be written again
         if metrics.exists():
@@ -159,6 +163,15 @@ class Run:
         with torch.no_grad(), self.ema.swapped():
             self.part.export(folder, record)
         write_atomically(folder / f"{self.config.name}.jsonl", thinned(self.folder / "metrics.jsonl").encode())
+
+
+def lie_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Lay an optimiser's state out in memory as its weights are: the fused AdamW reads both in the order of memory, whatever their strides, and what
+    was saved from a network with other strides would be taken for another weight's, in silence."""
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def thinned(metrics: Path, n: int = 100) -> str:

@@ -78,6 +78,29 @@ def test_group_norm(ops, dtype, channels, groups, size):
         assert error(ops.group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset), everything) < bar
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "channels", "groups", "size"), [(1, 320, 32, (9, 8)), (5, 48, 16, (13, 7)), (2, 20, 4, (1, 3))])
+@pytest.mark.parametrize("behind", [(), ("add",), ("gain", "offset"), ("add", "gain", "offset")], ids=str)
+def test_gradients_of_group_norm(ops, dtype, batch, channels, groups, size, behind):
+    """Of the map, the norm's weights, and what is added and multiplied, each against float64's; fewer samples than threads, and more, among them."""
+    generator = torch.Generator().manual_seed(4)
+    x, dy = (torch.randn(batch, channels, *size, generator=generator).add(1).to(dtype) for _ in range(2))
+    extra = {name: torch.randn(batch, channels, generator=generator).to(dtype) for name in behind}
+    norm = nn.GroupNorm(groups, channels)
+    nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -1, 1)
+
+    def gradients(ops, norm, silu, wide):
+        inputs = [wide(t).detach().requires_grad_() for t in (x, *extra.values())]
+        y = ops.group_norm(inputs[0], norm, silu=silu, **dict(zip(extra, inputs[1:], strict=True)))
+        return torch.autograd.grad(y, [*inputs, norm.weight, norm.bias], wide(dy))
+
+    for silu in (False, True):
+        expected = gradients(Plain(), copy.deepcopy(norm).double(), silu, torch.Tensor.double)
+        got = gradients(ops, norm, silu, lambda t: t)
+        assert [t.dtype for t in got] == [dtype] * (1 + len(extra)) + [torch.float32] * 2
+        assert max(error(a, b) for a, b in zip(got, expected, strict=True)) < DTYPES[dtype]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_and_affine_are_a_group_norm_taken_apart(ops, dtype):

@@ -18,7 +18,7 @@ from ldm.fast.strips import Map, StripDecoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.nn.attention import attention_control
-from ldm.nn.resblock import Upsample
+from ldm.nn.resblock import ResBlock, Upsample
 from ldm.types import Cond
 from ldm.weights.parts import randomise
 
@@ -317,3 +317,41 @@ def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
         assert between and not any(between)  # packed: the plain weights are gone
         assert pipe.vae.decoder.conv_in.packed is not None and pipe.denoiser.net.conv_in.packed is None  # the last to compute, and one that rests
         assert mapped(unet) == 0
+
+
+def in_memory(x):
+    return x.as_strided((x.numel(),), (1,))
+
+
+@pytest.mark.parametrize("config", [*UNETS.values(), VAEConfig(channels=(32, 64), blocks=1, latent_channels=4)], ids=[*UNETS, "vae"])
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_a_network_made_for_training_has_the_same_gradients(config, dtype):
+    """Against the plain network in float64; under autocast as in training, where the plain one itself is up to 0.03 away."""
+    if not has_kernels():
+        pytest.skip("without kernels the network stays as it is")
+    nets = {"exact": make(config, torch.float64), "plain": make(config)}
+    nets["fast"] = module.for_training(copy.deepcopy(nets["plain"]))
+    assert not any(type(part) in (nn.GroupNorm, ResBlock) for part in nets["fast"].modules())
+    found = {}
+    for who, net in nets.items():
+        net.train().requires_grad_(True)
+        own = torch.float64 if who == "exact" else torch.float32
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16 and who != "exact"):
+            if isinstance(config, UNetConfig):
+                x, t, cond = inputs(config, own)
+                loss = net(x, t, cond).to(own).square().mean()
+            else:
+                loss = net.decode(net.encode(torch.linspace(-1, 1, 3 * 32 * 24, dtype=own).view(1, 3, 32, 24)).mean.to(own)).to(own).square().mean()
+        loss.backward()
+        found[who] = torch.cat([p.grad.flatten() for p in net.parameters()])
+        for p in net.parameters():  # the fused AdamW reads both by their places in memory
+            assert torch.equal(in_memory(p.grad), in_memory(torch.empty_like(p).copy_(p.grad)))
+    fast, plain = (rms(found[who], found["exact"]) for who in ("fast", "plain"))
+    assert fast < max(BARS[dtype], 1.2 * plain)
+
+
+def test_a_network_made_for_training_is_made_plain_again():
+    net = make(UNETS["sd"])
+    kinds = [type(part) for part in net.modules()]
+    module.plain(module.for_training(net))
+    assert [type(part) for part in net.modules()] == kinds and not any(hasattr(part, "ops") for part in net.modules())

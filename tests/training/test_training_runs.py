@@ -15,7 +15,7 @@ import torch
 from tiny import configs, write
 
 from ldm.training.ldm import Diffusion
-from ldm.training.loop import thinned
+from ldm.training.loop import lie_as_weights, thinned
 from ldm.training.run import open_run, read_config
 from ldm.weights.io import read_safetensors
 from ldm.weights.native import about_part, read_text
@@ -73,6 +73,26 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(place, name):
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
     lines = [json.loads(line) for line in Path("runs/halves/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_state_saved_from_other_strides_is_laid_out_as_the_weights_lie():
+    """A run may go on on a machine with kernels that was begun on one without: the fused AdamW would take one weight's moments for another's."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(3, 8, 4, 3, 3, generator=generator)
+    found = []
+    for layouts in ((torch.contiguous_format,) * 2, (torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)):
+        state, weight = None, start
+        for layout, gradient in zip(layouts, gradients, strict=True):
+            p = torch.nn.Parameter(weight.clone(memory_format=layout))
+            optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
+            if state is not None:
+                optimizer.load_state_dict(state)
+                lie_as_weights(optimizer)
+            p.grad = gradient.clone(memory_format=layout)
+            optimizer.step()
+            state, weight = optimizer.state_dict(), p.detach().clone()
+        found.append(weight)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_a_run_killed_at_any_moment_gives_the_same_weights_bit_for_bit(place):
