@@ -145,10 +145,15 @@ def read_safetensors(path: str | Path, *, device: str | torch.device = "cpu") ->
 
     FileNotFoundError if absent; ValueError naming the file if it is no safetensors file, is truncated or has a header that lies.
     """
+    return {name: tensor.to(device) for name, tensor in map_safetensors(path)[0].items()}
+
+
+def map_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_safetensors` on the CPU, and the metadata beside the tensors."""
     path = existing_file(path)
-    infos, _ = read_header(path)
+    infos, metadata = read_header(path)
     data = map_file(path)
-    return {name: mapped_tensor(data, info.dtype, info.shape, info.begin).to(device) for name, info in infos.items()}
+    return {name: mapped_tensor(data, info.dtype, info.shape, info.begin) for name, info in infos.items()}, metadata
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.weights.ckpt import read_ckpt
 from ldm.weights.detect import Detection, detect, expect, require
-from ldm.weights.io import existing_file, mismatch, read_header, read_safetensors
+from ldm.weights.io import existing_file, map_safetensors, mismatch
 from ldm.weights.keymap import below
 
 # Buffers of training programs, which follow from the card, and markers. `scale_factor` is not among them: it overrides the card.
@@ -45,8 +45,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | f
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:9] == b"{" or path.suffix == ".safetensors":
-        tensors = read_safetensors(path)
-        return tensors, dict(read_header(path)[1])
+        tensors, metadata = map_safetensors(path)
+        return tensors, dict(metadata)
     checkpoint = read_ckpt(path)
     return checkpoint.tensors, checkpoint.values
 
