@@ -4,7 +4,8 @@ the training set, whose names the model knows.
 Inpainting: the right half of held-out pictures hidden; is what is made nearer to the truth (squared error over that half) than the mean picture of
 the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the
 object, made twice as wide; is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1; reconstruction by
-inversion, against the autoencoder's. Attention: of two things side by side, does each one's map lie on its own half?
+inversion, against the autoencoder's. Attention: of two things side by side, does each one's map lie on its own half? Over all pairs, and over those
+that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other.
 """
 
 from __future__ import annotations
@@ -63,8 +64,12 @@ def main() -> None:
 def pictures(data: EmojiData, rows: np.ndarray) -> tuple[Tensor, list[str]]:
     """Pictures (B, 3, 128, 128) in [0, 1] of some rows on white, and their captions."""
     shown = [Composition(picture=int(row)) for row in rows]
-    x = torch.from_numpy(render_batch(shown, data.pictures)).permute(0, 3, 1, 2).float() / 255
-    return x, [caption(c, data.index) for c in shown]
+    return real(data, shown), [caption(c, data.index) for c in shown]
+
+
+def real(data: EmojiData, compositions: list[Composition]) -> Tensor:
+    """The data's own images of compositions, (B, 3, 128, 128) in [0, 1]."""
+    return torch.from_numpy(render_batch(compositions, data.pictures)).permute(0, 3, 1, 2).float() / 255
 
 
 def batches(task: Any, n: int, size: int) -> Tensor:
@@ -181,7 +186,7 @@ def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rows
 def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
     """Pairs of names side by side: how much of each one's map lies on the left half of the picture."""
     chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: 2 * options.n]
-    shares, heat = [], []
+    shares, drawn, heat = [], [], []
     for i, (first, second) in enumerate(chosen.reshape(-1, 2)):
         pair = Composition(picture=int(first), second=int(second))
         with ldm.trace(pipe) as trace:
@@ -189,13 +194,17 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
         names = [data.index[int(row)].phrase for row in (first, second)]
         maps = torch.cat([trace.attention(name) for name in names])  # (2, h, w)
         shares.append(maps[..., : maps.shape[-1] // 2].sum((1, 2)) / maps.sum((1, 2)))
+        halves, true = made[0].chunk(2, dim=-1), real(data, [pair])[0].chunk(2, dim=-1)
+        drawn.append(all((halves[i] - true[i]).square().mean() < (halves[i] - true[1 - i]).square().mean() for i in (0, 1)))
         heat.append(torch.cat([made, *(trace.heatmap(name).tensor for name in names)]))
-    left = torch.stack(shares)  # (n, 2)
+    left, asked = torch.stack(shares), torch.tensor(drawn)  # (n, 2), (n,)
+    own = torch.stack([left[:, 0] > 0.5, left[:, 1] < 0.5], dim=1).float()
     rows += torch.stack(heat, dim=1)
     return {
         "n": len(left), "left share of the first and of the second": [round(float(share), 3) for share in left.mean(0)],
-        "maps on their own half, %": round(50 * float((left[:, 0] > 0.5).float().mean() + (left[:, 1] < 0.5).float().mean()), 1),
+        "maps on their own half, %": round(100 * float(own.mean()), 1),
         "the first left of the second, %": round(100 * float((left[:, 0] > left[:, 1]).float().mean()), 1),
+        "pairs drawn as asked": int(asked.sum()), "their maps on their own half, %": round(100 * float(own[asked].mean()), 1),
     }  # fmt: skip
 
 

@@ -33,8 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)), (B, H, L, M) float32 whatever q and k are in; arguments as in `attend`."""
-    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+    """softmax(q kᵀ / sqrt(d)), (B, H, L, M), computed in float32 whatever q and k are in, under autocast too; arguments as in `attend`."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1)

@@ -74,6 +74,8 @@ def test_the_probabilities_are_softmax_of_the_scaled_products():
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 3, 8)
     expected = (torch.einsum("bhld,bhmd->bhlm", q.double(), k.double()) / 8**0.5).softmax(-1)
     assert torch.allclose(probabilities(q, k).double(), expected, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(probabilities(q, k).double(), expected, atol=1e-6)
 
 
 def test_what_cannot_be_controlled_is_refused(net, call):
