@@ -5,7 +5,8 @@ Inpainting: the right half of held-out pictures hidden; is what is made nearer t
 the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the
 object, made twice as wide; is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1; reconstruction by
 inversion, against the autoencoder's. Attention: of two things side by side, does each one's map lie on its own half? Over all pairs, and over those
-that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other.
+that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other. It knows a pair if the judge of
+`emoji_quality.py` has the names of both halves among its first five.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from emoji_judge import EmojiJudge
 from torch import Tensor
 
 import ldm
@@ -186,16 +188,20 @@ def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rows
 def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
     """Pairs of names side by side: how much of each one's map lies on the left half of the picture."""
     chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: 2 * options.n]
-    shares, drawn, heat = [], [], []
+    judge, shares, drawn, known, heat = EmojiJudge(data), [], [], [], []
     for i, (first, second) in enumerate(chosen.reshape(-1, 2)):
         pair = Composition(picture=int(first), second=int(second))
         with ldm.trace(pipe) as trace:
             made = pipe.text_to_image(caption(pair, data.index), seed=options.seed + i, progress=False).tensor
-        names = [data.index[int(row)].phrase for row in (first, second)]
+        about = [data.index[int(row)] for row in (first, second)]
+        names = [one.phrase for one in about]
         maps = torch.cat([trace.attention(name) for name in names])  # (2, h, w)
         shares.append(maps[..., : maps.shape[-1] // 2].sum((1, 2)) / maps.sum((1, 2)))
         halves, true = made[0].chunk(2, dim=-1), real(data, [pair])[0].chunk(2, dim=-1)
         drawn.append(all((halves[i] - true[i]).square().mean() < (halves[i] - true[1 - i]).square().mean() for i in (0, 1)))
+        side = made.shape[-1] // 2  # each thing stands in a square of half the side
+        squares = torch.cat(made[..., side // 2 : side // 2 + side, :].float().cpu().split(side, dim=-1))
+        known.append(all(verdict.rank < 5 for verdict in judge(squares, [one.name for one in about], [None, None])))
         heat.append(torch.cat([made, *(trace.heatmap(name).tensor for name in names)]))
     left, asked = torch.stack(shares), torch.tensor(drawn)  # (n, 2), (n,)
     own = torch.stack([left[:, 0] > 0.5, left[:, 1] < 0.5], dim=1).float()
@@ -204,6 +210,7 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
         "n": len(left), "left share of the first and of the second": [round(float(share), 3) for share in left.mean(0)],
         "maps on their own half, %": round(100 * float(own.mean()), 1),
         "the first left of the second, %": round(100 * float((left[:, 0] > left[:, 1]).float().mean()), 1),
+        "pairs the model knows": sum(known),
         "pairs drawn as asked": int(asked.sum()), "their maps on their own half, %": round(100 * float(own[asked].mean()), 1),
     }  # fmt: skip
 
