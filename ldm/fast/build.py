@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.cpp", "norm.cpp", "winograd.cpp")
+SOURCES = ("attention.cpp", "convert.cpp", "norm.cpp", "winograd.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 TIMEOUT = 120  # seconds; it takes three
 

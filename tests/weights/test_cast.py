@@ -7,9 +7,34 @@ import itertools
 import pytest
 import torch
 
+from ldm.fast.build import NoKernels, library
 from ldm.weights.cast import CHUNK, cast, is_finite
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(params=("compiled", "by PyTorch"))
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled kernel, though there be little to do for it, and without it."""
+    monkeypatch.setattr("ldm.weights.cast.MANY", 1)
+
+    def missing() -> None:
+        raise NoKernels("not wanted here")
+
+    if request.param == "by PyTorch":
+        monkeypatch.setattr("ldm.weights.cast.library", missing)
+    else:
+        try:
+            library()
+        except NoKernels as error:
+            pytest.skip(str(error))
+
+
+def same(made: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Bitwise the same but for the payload of NaN."""
+    finite = ~wanted.isnan()
+    signs = torch.equal(made[finite].signbit(), wanted[finite].signbit())
+    return torch.equal(made.isnan(), wanted.isnan()) and torch.equal(made[finite], wanted[finite]) and signs
 
 
 def every_half() -> torch.Tensor:
@@ -17,6 +42,7 @@ def every_half() -> torch.Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(FLOATS, FLOATS)))
 def test_bitwise_what_torch_gives(source: torch.dtype, target: torch.dtype) -> None:
     pattern = every_half()
@@ -26,15 +52,25 @@ def test_bitwise_what_torch_gives(source: torch.dtype, target: torch.dtype) -> N
     assert bad == [name for name in tensors if not is_finite(tensors[name].to(target))]
     for name, made in ready.items():
         wanted = tensors[name].to(target)
-        finite = ~wanted.isnan()
         assert made.dtype == target
         assert made.shape == wanted.shape
         assert made.is_contiguous()
-        assert torch.equal(made.isnan(), wanted.isnan())
-        assert torch.equal(made[finite], wanted[finite])
-        assert torch.equal(made[finite].signbit(), wanted[finite].signbit())
+        assert same(made, wanted)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16])
+def test_every_kind_of_float32_is_rounded_as_torch_does(target: torch.dtype) -> None:
+    """Subnormal numbers, ties and what overflows among them: all the upper halves of the pattern with some of the lower."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int64)[:, None]
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    values = (upper * 2**16 + lower).to(torch.int32).view(torch.float32).flatten()
+    finite = values[values.to(target).isfinite()]
+    ready, bad = cast({"all": values, "finite": finite}, target)
+    assert same(ready["all"], values.to(target)) and same(ready["finite"], finite.to(target)) and bad == ["all"]
+
+
+@pytest.mark.usefixtures("way")
 def test_chunks_change_nothing_and_hide_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {str(i): torch.randn(CHUNK + 100 * i, generator=generator).to(torch.float16) for i in range(4)}
