@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -48,6 +48,21 @@ class Draft(nn.Module):
             x = F.gelu(layer(x))  # (B, width)
         x = self.fc2(x).view(-1, c.channels, c.size, c.size)
         return x if size in (None, (c.size, c.size)) else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def widened(self, width: int) -> Draft:
+        """The same function with more hidden units: random weights go into the new ones and zeros come out (after Net2Net, Chen et al. 2016).
+
+        ValueError for a smaller width.
+        """
+        if width < self.config.width:
+            raise ValueError(f"width {width}: expected at least the draft's own, {self.config.width}")
+        wide, own = Draft(replace(self.config, width=width)), dict(self.named_parameters())
+        for name, p in wide.named_parameters():
+            old = own[name]
+            p[: len(old)] = 0
+            p[tuple(map(slice, old.shape))] = old
+        return wide
 
     def agreeing(self, embedding: Tensor, known: Tensor, hole: Tensor, *, tie: float = 3.0, steps: int = 100, ridge: float = 1.0) -> Tensor:
         """Drafts (B, C, s, s) of embeddings (B, E) moved so that they agree with what is known (B, C, s, s) of a latent outside a hole (B, 1, s, s).

@@ -30,6 +30,19 @@ def test_hidden_layers_are_as_many_as_asked_for():
     assert torch.allclose(deep(x), by_hand.view(3, 1, 2, 2))
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_widened_draft_is_the_same_function_with_units_that_can_learn(layers: int):
+    draft = Draft(DraftConfig(embed_dim=6, width=5, layers=layers, channels=1, size=2))
+    wide = draft.widened(9)
+    assert wide.config == DraftConfig(embed_dim=6, width=9, layers=layers, channels=1, size=2)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(wide(x), draft(x), atol=1e-6)
+    wide(x).square().sum().backward()
+    assert wide.fc2.weight.grad[:, 5:].abs().min() > 0
+    with pytest.raises(ValueError, match="width 4: expected at least the draft's own, 5"):
+        draft.widened(4)
+
+
 def test_the_conditioner_joins_the_draft_of_each_prompt_at_the_size_asked_for():
     text = tiny_model().text
     cond = text(["a red apple", ""], (8, 12))

@@ -170,8 +170,14 @@ def test_a_second_run_begins_with_the_first_ones_weights(place):
             before, after = (read_safetensors(f"runs/{folder}/export/{file}.safetensors") for folder in (name, f"{name}-2"))
             assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     with pytest.raises(ValueError, match="the draft in 'runs/draft/export' is"):
-        wider = {**made["draft"]["model"], "width": 8}
-        open_run(write({**made["draft"], "text": "runs/draft/export", "model": wider}, Path("draft-3.yaml")), runs="other")
+        narrower = {**made["draft"]["model"], "width": 8}
+        open_run(write({**made["draft"], "text": "runs/draft/export", "model": narrower}, Path("draft-3.yaml")), runs="other")
+    wider = {**made["draft"]["model"], "width": 1030}
+    wide, own = (
+        open_run(write({**made["draft"], "text": "runs/draft/export", "model": model}, Path("draft-4.yaml")), runs="other").part.text
+        for model in (wider, made["draft"]["model"])
+    )
+    assert wide.draft.config.width == 1030 and torch.allclose(wide(["a cat"]).concat, own(["a cat"]).concat, atol=1e-6)
     with pytest.raises(ValueError, match="the unet in 'runs/ldm/export' has another shape"):
         wider = {**made["ldm"]["model"], "blocks": 2}
         open_run(write({**made["ldm"], "net": "runs/ldm/export", "model": wider}, Path("ldm-3.yaml")), runs="other")
