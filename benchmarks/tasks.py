@@ -140,7 +140,7 @@ def outpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: l
                 lambda s, o=own_options: pipe.outpaint(captions[s], given[s], right=half, progress=False, **o), len(x), options.batch
             )  # fmt: skip
         step = (made[..., half] - made[..., half - 1]).abs().mean(1)  # (n, H)
-        own = (given[..., 1:] - given[..., :-1]).abs().mean(1).flatten(1).quantile(0.95, dim=1)  # (n,)
+        own, whole = ((y[..., 1:] - y[..., :-1]).abs().mean(1).flatten(1).quantile(0.95, dim=1) for y in (given, made))  # (n,) each
         within = step.mean(1) <= own
         if own_options is None:
             seamless = within
@@ -150,6 +150,7 @@ def outpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: l
             "the picture's 95th percentile": round(float(own.mean()), 4),
             "mean step within it, %": round(100 * float(within.float().mean()), 1),
             "the same, of those whose uncut picture's is": f"{int((within & seamless).sum())} of {int(seamless.sum())}",
+            "mean step within the whole picture's 95th percentile, %": round(100 * float((step.mean(1) <= whole).float().mean()), 1),
             "95th percentile within it, %": round(100 * float((step.quantile(0.95, dim=1) <= own).float().mean()), 1),
         }  # fmt: skip
     rows += [x, made]
