@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ldm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A module may import those above it, and modules of its own line. Folders stand for all that is in them.
+# A module may import those above it, and modules of its own line. Folders stand for all that is in them but what is listed by itself: the compiled
+# kernels are built by a file that needs nothing of the library, and read weights as well as run networks.
 ORDER = [
-    "config files device words types", "schedule", "grid", "prediction", "denoiser", "guidance", "noise", "samplers",
+    "config files device words types fast.build", "schedule", "grid", "prediction", "denoiser", "guidance", "noise", "samplers",
     "conventions oracle plan resume", "nn", "models", "weights", "cards published unclip_cards published_unclip inspect", "images", "pipelines",
     "trace likelihood fast", "registry", "replay", "data", "training", "cli", "__main__",
 ]  # fmt: skip
@@ -24,7 +25,7 @@ RANK = {name: rank for rank, line in enumerate(ORDER) for name in line.split()}
 
 def place(module: str) -> str:
     """The name in ORDER of a dotted module below ldm."""
-    return module.split(".")[0]
+    return module if module in RANK else module.split(".")[0]
 
 
 def imports(path: Path) -> list[str]:
