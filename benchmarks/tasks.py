@@ -5,8 +5,8 @@ Inpainting: the right half of held-out pictures hidden; is what is made nearer t
 the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the
 object, made twice as wide; is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1; reconstruction by
 inversion, against the autoencoder's. Attention: of two things side by side, does each one's map lie on its own half? Over all pairs, and over those
-that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other. It knows a pair if the judge of
-`emoji_quality.py` has the names of both halves among its first five.
+that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other; and over those that it knows: the
+judge of `emoji_quality.py` has the names of both halves among its first five.
 """
 
 from __future__ import annotations
@@ -204,15 +204,20 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
         squares = torch.cat(made[..., side // 2 : side // 2 + side, :].float().cpu().split(side, dim=-1))
         known.append(all(verdict.rank < 5 for verdict in judge(squares, [one.name for one in about], [None, None])))
         heat.append(torch.cat([made, *(trace.heatmap(name).tensor for name in names)]))
-    left, asked = torch.stack(shares), torch.tensor(drawn)  # (n, 2), (n,)
+    left = torch.stack(shares)  # (n, 2)
     own = torch.stack([left[:, 0] > 0.5, left[:, 1] < 0.5], dim=1).float()
     rows += torch.stack(heat, dim=1)
+
+    def of(chosen: list[bool]) -> str:
+        maps = own[torch.tensor(chosen)]
+        return f"{int(maps.sum())} of {maps.numel()}"
+
     return {
         "n": len(left), "left share of the first and of the second": [round(float(share), 3) for share in left.mean(0)],
         "maps on their own half, %": round(100 * float(own.mean()), 1),
         "the first left of the second, %": round(100 * float((left[:, 0] > left[:, 1]).float().mean()), 1),
-        "pairs the model knows": sum(known),
-        "pairs drawn as asked": int(asked.sum()), "their maps on their own half, %": round(100 * float(own[asked].mean()), 1),
+        "pairs drawn as asked": sum(drawn), "their maps on their own half": of(drawn),
+        "pairs the model knows": sum(known), "their maps on their own half, of those": of(known),
     }  # fmt: skip
 
 
