@@ -5,8 +5,8 @@ Inpainting: the right half of held-out pictures hidden; is what is made nearer t
 the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the
 object, made twice as wide; is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1; reconstruction by
 inversion, against the autoencoder's. Attention: of two things side by side, does each one's map lie on its own half? Over all pairs, and over those
-that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other; and over those that it knows: the
-judge of `emoji_quality.py` has the names of both halves among its first five.
+that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other; and over those that it knows:
+the judge of `emoji_quality.py` has the names of both halves among its first five.
 """
 
 from __future__ import annotations
