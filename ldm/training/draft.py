@@ -27,7 +27,7 @@ from ldm.weights.native import read_part, read_text, write_text
 @dataclass(frozen=True, kw_only=True)
 class DraftTraining:
     """The configuration of a draft's training. ``text``: the folder of the tower to begin with, and of its draft if it has one already, which may
-    be less wide; ``drop``: the share of captions made empty.
+    be less wide or lack its `Finish`; ``drop``: the share of captions made empty.
     """
 
     run: RunConfig
@@ -60,9 +60,10 @@ class DraftPart:
         if text.draft is None:
             text = TextConditioner(text.tower, text.tokenizer, text.convention, text.words, Draft(config.model))
         elif text.draft.config != config.model:
-            if replace(text.draft.config, width=config.model.width) != config.model or config.model.width < text.draft.config.width:
-                raise ValueError(f"model: the draft in {config.text!r} is {text.draft.config}, expected {config.model} or one less wide")
-            text.draft = text.draft.widened(config.model.width)
+            try:
+                text.draft = text.draft.grown(config.model)
+            except ValueError as error:
+                raise ValueError(f"model: in {config.text!r}, {error}") from None
         self.text = text.to(device).requires_grad_(True)
         self.model: nn.Module = self.text
         self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tinymodel import tiny_model
 
+from ldm.fast.optimize import optimize
 from ldm.models.conditioner import TextConditioner
 from ldm.models.draft import Draft, DraftConfig
 
@@ -33,14 +36,50 @@ def test_hidden_layers_are_as_many_as_asked_for():
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_widened_draft_is_the_same_function_with_units_that_can_learn(layers: int):
     draft = Draft(DraftConfig(embed_dim=6, width=5, layers=layers, channels=1, size=2))
-    wide = draft.widened(9)
+    wide = draft.grown(replace(draft.config, width=9))
     assert wide.config == DraftConfig(embed_dim=6, width=9, layers=layers, channels=1, size=2)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(wide(x), draft(x), atol=1e-6)
     wide(x).square().sum().backward()
     assert wide.fc2.weight.grad[:, 5:].abs().min() > 0
-    with pytest.raises(ValueError, match="width 4: expected at least the draft's own, 5"):
-        draft.widened(4)
+    for other in ({"width": 4}, {"width": 9, "channels": 2}):
+        with pytest.raises(ValueError, match="this draft is .*width=5.* expected more width, or finish where it is None, got .*"):
+            draft.grown(replace(draft.config, **other))
+
+
+def finished(seed: int = 0, **config: int) -> Draft:
+    """A draft whose convolutions do something."""
+    torch.manual_seed(seed)
+    draft = Draft(DraftConfig(finish=7, **config))
+    for p in draft.finish.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return draft
+
+
+def test_a_finish_begins_as_nothing_and_can_be_added_to_a_draft():
+    draft = Draft(DraftConfig(embed_dim=6, width=5, channels=2, size=4))
+    grown = draft.grown(replace(draft.config, width=9, finish=7))
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(grown(x), draft(x), atol=1e-6)
+    grown(x).square().sum().backward()
+    assert grown.finish.conv_out.weight.grad.abs().min() > 0
+    with pytest.raises(ValueError, match="finish where it is None"):
+        grown.grown(replace(grown.config, finish=None))
+    with pytest.raises(ValueError, match="finish: expected at least 1, got 0"):
+        DraftConfig(embed_dim=6, finish=0)
+
+
+def test_the_embedding_scales_and_shifts_the_channels_of_the_finish():
+    finish = finished(embed_dim=6, channels=2, size=4).finish
+    x, e = torch.randn(3, 2, 4, 4), torch.randn(3, 6)
+    film = finish.film(e)
+    for i in range(3):  # each sample by the weights that its embedding makes
+        scale_in, shift_in, scale, shift = film[i].chunk(4)
+        h = F.conv2d(x[i : i + 1], finish.conv_in.weight * (1 + scale_in)[:, None, None, None], padding=1)
+        h = F.gelu(h + (finish.conv_in.bias * (1 + scale_in) + shift_in)[:, None, None])
+        h = F.conv2d(h, finish.conv.weight * (1 + scale)[:, None, None, None], padding=1)
+        h = F.gelu(h + (finish.conv.bias * (1 + scale) + shift)[:, None, None])
+        assert torch.allclose(finish(x, e)[i : i + 1], x[i : i + 1] + finish.conv_out(h), atol=1e-5)
 
 
 def test_the_conditioner_joins_the_draft_of_each_prompt_at_the_size_asked_for():
@@ -82,6 +121,40 @@ def test_a_draft_is_drawn_again_to_agree_with_what_is_known():
     alone = draft.agreeing(text[1:2], truth[1:2], hole[1:2], tie=0.001)
     assert torch.allclose(alone, got[1:2], atol=1e-3)  # each sample by itself; products of another batch round differently
     assert all(p.grad is None for p in draft.parameters())
+
+
+def test_a_finished_draft_agrees_by_what_the_hidden_layer_does_behind_its_convolutions():
+    draft = finished(embed_dim=4, width=24, channels=2, size=6)
+    text, hidden = torch.randn(1, 4), torch.randn(24)
+    unit = 1e-3
+
+    def moved(by: torch.Tensor) -> torch.Tensor:
+        begun = draft._begun(text) + (draft.fc2.weight @ by).view(1, 2, 6, 6)
+        return draft.finish(begun, text).detach()
+
+    step = (moved(unit * hidden) - moved(-unit * hidden)).flatten() / (2 * unit)
+    assert torch.allclose(draft._directions(text) @ hidden, step, atol=2e-3)  # float32's rounding over the step: 1e-7·10/1e-3
+    truth = moved(0.3 * hidden)
+    hole = torch.zeros(1, 1, 6, 6)
+    hole[..., 3:] = 1
+    drawn = draft.agreeing(text, truth, hole, steps=0, ridge=0.01)
+    errors = [float(((x - truth).square() * hole).sum()) for x in (draft(text).detach(), drawn)]
+    assert errors[1] < 0.6 * errors[0], errors
+
+
+@pytest.mark.parametrize("finish", [None, 7])
+def test_a_draft_of_packed_layers_agrees_as_the_plain_one_does(finish: int | None):
+    torch.manual_seed(0)
+    draft = Draft(DraftConfig(embed_dim=4, width=24, channels=2, size=6, finish=finish)).requires_grad_(False).eval()
+    text, known, hole = torch.randn(2, 4), torch.randn(2, 2, 6, 6), torch.zeros(2, 1, 6, 6)
+    hole[..., 3:] = 1
+    plain = draft.agreeing(text, known, hole)
+    optimize(draft)
+    draft(text)  # weights are packed at the first call
+    assert torch.allclose(draft.agreeing(text, known, hole), plain, atol=1e-5)
+    with torch.inference_mode():
+        draft(text)
+        assert torch.allclose(draft.agreeing(text, known, hole), plain, atol=1e-5)
 
 
 def test_what_the_embedding_cannot_say_is_drawn_from_the_hidden_layer():

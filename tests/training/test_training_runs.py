@@ -169,10 +169,10 @@ def test_a_second_run_begins_with_the_first_ones_weights(place):
         for file in ("text", "draft", *(["unet"] if name == "ldm" else [])):
             before, after = (read_safetensors(f"runs/{folder}/export/{file}.safetensors") for folder in (name, f"{name}-2"))
             assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    with pytest.raises(ValueError, match="the draft in 'runs/draft/export' is"):
+    with pytest.raises(ValueError, match="in 'runs/draft/export', this draft is"):
         narrower = {**made["draft"]["model"], "width": 8}
         open_run(write({**made["draft"], "text": "runs/draft/export", "model": narrower}, Path("draft-3.yaml")), runs="other")
-    wider = {**made["draft"]["model"], "width": 1030}
+    wider = {**made["draft"]["model"], "width": 1030, "finish": 8}
     wide, own = (
         open_run(write({**made["draft"], "text": "runs/draft/export", "model": model}, Path("draft-4.yaml")), runs="other").part.text
         for model in (wider, made["draft"]["model"])
