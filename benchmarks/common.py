@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ldm.files import write_atomically
+from ldm.support.files import write_atomically
 
 Side = Callable[[], Any]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -25,8 +25,8 @@ from torch import Tensor
 import ldm
 from ldm.cards import ASSETS
 from ldm.data import PALETTE, Composition, EmojiData, Mix, caption, held_out_pair, render_batch, sample_composition
-from ldm.files import write_atomically
 from ldm.models.clip import VisionConfig, VisionTower
+from ldm.support.files import write_atomically
 from ldm.weights.native import read_part
 
 GROUNDS = tuple(colour for colour in PALETTE if colour != "white")

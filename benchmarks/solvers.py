@@ -20,10 +20,10 @@ import solver_oracle
 import torch
 
 import ldm
-from ldm.config import nearest
-from ldm.files import write_atomically
 from ldm.grid import SPACINGS
 from ldm.samplers import SAMPLERS
+from ldm.support.config import nearest
+from ldm.support.files import write_atomically
 
 PROMPTS = (
     "red apple",

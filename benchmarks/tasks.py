@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ldm
 from ldm.data import Composition, EmojiData, caption, render_batch
-from ldm.files import write_atomically
+from ldm.support.files import write_atomically
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ldm.files import write_atomically
+from ldm.support.files import write_atomically
 from ldm.training.run import open_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import ldm
 from ldm.data import EmojiData, caption
-from ldm.files import write_atomically
 from ldm.models.image_embedding import ImageEmbedding
+from ldm.support.files import write_atomically
 
 ROWS = ("image", "prior", "text")  # whose embedding the decoder is given
 Make = Callable[[ImageEmbedding, Sequence[str], Sequence[int]], Tensor]

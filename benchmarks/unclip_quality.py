@@ -27,9 +27,9 @@ from torch import Tensor
 
 import ldm
 from ldm.data import Composition, EmojiData, caption
-from ldm.files import write_atomically
 from ldm.pipelines.unclip_assemble import prior_stage
 from ldm.pipelines.unclip_stages import enlarge
+from ldm.support.files import write_atomically
 from ldm.unclip_cards import AutoregressiveCard
 from ldm.weights.native import about_part, read_network
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
-from ldm.config import build, nearest, read_yaml
 from ldm.conventions import Convention, get_convention
 from ldm.models.bert import BertConfig
 from ldm.models.clip import TextConfig
@@ -20,6 +19,7 @@ from ldm.models.vae import VAEConfig
 from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.schedule import NoiseSchedule
+from ldm.support.config import build, nearest, read_yaml
 from ldm.types import Prediction
 from ldm.weights.detect import FAMILIES
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ldm.config import build, nearest
 from ldm.grid import TimeGrid
 from ldm.noise import brownian_noise, keyed_noise
 from ldm.samplers import get_sampler
 from ldm.schedule import NoiseSchedule
+from ldm.support.config import build, nearest
 from ldm.types import NoiseFn
 
 Options = Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ldm.config import nearest
 from ldm.schedule import NoiseSchedule
+from ldm.support.config import nearest
 
 Final = Literal["data", "first", "none"]
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from ldm.config import nearest
+from ldm.support.config import nearest
 from ldm.types import Denoised, Prediction
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)

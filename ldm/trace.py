@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from ldm.config import nearest
 from ldm.images import Images
 from ldm.nn.attention import AttentionBlock, SpatialTransformer, attention_control
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
+from ldm.support.config import nearest
 from ldm.types import Denoised
 
 RED, OPAQUE = (0.9, 0.1, 0.1), 0.8  # of a heat map: its colour, and how much of it hides the picture where it is full

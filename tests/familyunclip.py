@@ -10,7 +10,7 @@ import yaml
 
 import ldm
 from ldm.cards import REGISTERED, known_cards
-from ldm.config import to_dict
+from ldm.support.config import to_dict
 from ldm.unclip_cards import PriorCard, StageCard, UnCLIPCard
 
 E = 24

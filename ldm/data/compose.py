@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ldm.config import nearest
 from ldm.data.palette import PALETTE
+from ldm.support.config import nearest
 
 Size = Literal["full", "small"]
 Place = Literal["centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right"]

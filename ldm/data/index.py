@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ldm.config import nearest
 from ldm.data.palette import PALETTE
+from ldm.support.config import nearest
 
 Style = Literal["noto", "fluent", "twemoji"]
 STYLES: tuple[Style, ...] = get_args(Style)

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ldm.cards import ModelCard
-from ldm.config import build, nearest, to_dict
 from ldm.conventions import Convention, get_convention
 from ldm.grid import TimeGrid
 from ldm.images import check_seeds
 from ldm.models.conditioner import Conditioner
 from ldm.samplers import get_sampler
 from ldm.schedule import NoiseSchedule
+from ldm.support.config import build, nearest, to_dict
 from ldm.types import Denoised, OnStep, Sampler
 
 Prompts = str | int | Sequence[str] | Sequence[int]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldm.config import to_dict
+from ldm.support.config import to_dict
 
 
 def stamp(

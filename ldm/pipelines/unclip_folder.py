@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ldm.cards import read_card
-from ldm.config import to_dict
-from ldm.files import write_atomically
 from ldm.models.conditioner import TextConditioner
 from ldm.models.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_sources import from_native
+from ldm.support.config import to_dict
+from ldm.support.files import write_atomically
 from ldm.unclip_cards import UnCLIPCard
 from ldm.weights.native import write_part, write_vocabulary
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config import nearest
 from ldm.models.clip import TextConfig, VisionConfig
 from ldm.models.decoder import DecoderConfig
 from ldm.models.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.xlmr import XLMRConfig
+from ldm.support.config import nearest
 from ldm.unclip_cards import StageCard, UnCLIPCard
 from ldm.weights import folder
 from ldm.weights.diffusers_config import conflicts, text_config, training_facts, unet_config

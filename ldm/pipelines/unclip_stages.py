@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import nearest
 from ldm.guidance import switch
 from ldm.models.conditioner import Conditioner
 from ldm.models.decoder import Decoder
@@ -24,6 +23,7 @@ from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.stage import STEPS, Stage, make_denoiser
 from ldm.pipelines.tiles import tiled
+from ldm.support.config import nearest
 from ldm.types import Cond, DenoiseFn
 from ldm.unclip_cards import StageCard
 

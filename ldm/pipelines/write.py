@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.config import to_dict
-from ldm.files import write_atomically
 from ldm.models.bert import BertConditioner, BertConfig
 from ldm.models.clip import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner
 from ldm.models.tokenizer import EOT, all_symbols, merges
 from ldm.models.unet import UNetConfig
 from ldm.pipelines.latent import LatentDiffusion
+from ldm.support.config import to_dict
+from ldm.support.files import write_atomically
 from ldm.weights.detect import COND, FAMILIES
 from ldm.weights.diffusers_config import bert_config, scheduler_config, text_config, training_facts, unet_config, vae_config
 from ldm.weights.io import write_safetensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ldm.config import nearest
 from ldm.samplers.ddim import ddim
 from ldm.samplers.ddpm import ddpm
 from ldm.samplers.deis import deis
@@ -23,6 +22,7 @@ from ldm.samplers.plms import plms
 from ldm.samplers.restart import restart
 from ldm.samplers.tcd import tcd
 from ldm.samplers.unipc import unipc
+from ldm.support.config import nearest
 from ldm.types import Sampler
 
 SAMPLERS: dict[str, Sampler] = {

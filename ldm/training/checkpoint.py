@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ldm.files import write_atomically
+from ldm.support.files import write_atomically
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

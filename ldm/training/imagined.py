@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.config import build
 from ldm.denoiser import Denoiser
 from ldm.grid import TimeGrid
 from ldm.guidance import cfg
@@ -16,6 +15,7 @@ from ldm.models.prior import Prior, PriorConfig
 from ldm.noise import initial_noise
 from ldm.pipelines.clip import ClipPair
 from ldm.samplers.ddim import ddim
+from ldm.support.config import build
 from ldm.training.config import at_least
 from ldm.training.ldm import Diffusion
 from ldm.weights.native import about_part, read_part

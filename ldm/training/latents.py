@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config import to_dict
 from ldm.data import Composition
 from ldm.models.vae import AutoencoderKL
+from ldm.support.config import to_dict
 from ldm.training.compositions import Compositions
 from ldm.training.config import RunConfig
 from ldm.training.data import Pictures

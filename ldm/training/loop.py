@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.config import to_dict
-from ldm.device import dtype_of, fast_dtype
 from ldm.fast.optimize import for_training
-from ldm.files import write_atomically
+from ldm.support.config import to_dict
+from ldm.support.device import dtype_of, fast_dtype
+from ldm.support.files import write_atomically
 from ldm.training.checkpoint import load_checkpoint, save_checkpoint
 from ldm.training.config import RunConfig
 from ldm.training.ema import EMA

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldm.config import build, nearest, read_yaml
+from ldm.support.config import build, nearest, read_yaml
 from ldm.training.loop import Run
 
 

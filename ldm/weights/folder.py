@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.config import nearest
+from ldm.support.config import nearest
 from ldm.weights.detect import Detection, detect
 from ldm.weights.io import mismatch
 from ldm.weights.single import read_tensors

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from towers import TEXT, VISION, close, ids_for, randomize
 
-from ldm.config import build, to_dict
 from ldm.models.clip import CLIP, CLIPConfig, TextTower
 from ldm.models.clip_pixels import MEAN, STD, prepare
+from ldm.support.config import build, to_dict
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from tinyunclip import tiny_kandinsky, tiny_karlo, tiny_stable
 
 import ldm
 from ldm.cards import read_card
-from ldm.config import to_dict
 from ldm.pipelines.unclip_folder import read_unclip
 from ldm.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
+from ldm.support.config import to_dict
 
 
 @pytest.mark.parametrize("make", [tiny_karlo, tiny_kandinsky, tiny_stable])

@@ -14,7 +14,6 @@ from tinyunclip import TEXT, VISION, E, net
 import ldm
 from ldm.__main__ import main
 from ldm.cards import ASSETS, parse_card
-from ldm.config import read_yaml
 from ldm.models.autoregressive import AutoregressiveConfig
 from ldm.models.conditioner import TextConditioner
 from ldm.models.decoder import DecoderConfig, ImageConditionConfig
@@ -23,6 +22,7 @@ from ldm.models.prior import PriorConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
+from ldm.support.config import read_yaml
 from ldm.unclip_cards import UnCLIPCard
 from ldm.weights.native import EMOJI_TEXT, about_part, read_network, write_part, write_text
 

@@ -42,7 +42,7 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
         name = str(name).removeprefix("torch.")
     short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if short.get(name, name) not in DTYPES:
-        from ldm.config import nearest
+        from ldm.support.config import nearest
 
         raise ValueError(f"dtype {name!r}; {nearest(name, DTYPES)}")
     return DTYPES[short.get(name, name)]

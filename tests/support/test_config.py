@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from ldm.config import build, nearest, read_yaml, to_dict
+from ldm.support.config import build, nearest, read_yaml, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
