@@ -18,14 +18,14 @@ from showcase import PROMPTS
 from torch import Tensor
 
 import ldm
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import cfg
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.shapes import UNETS
 from ldm.models.unet import UNetConfig
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Cond
 from ldm.weights.parts import build_network, randomise
 
 INTERVAL = (0.28, 5.42)  # of sigma/alpha, Kynkäänniemi et al. 2024's for SDXL

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.oracle import DETERMINISTIC, STOCHASTIC, Options, mixture, planar, settled_slope, slope, solver_bias, solver_error
 from ldm.samplers import get_sampler
-from ldm.schedule import NoiseSchedule
 
 STEPS = (20, 40, 80, 160, 320, 640)
 SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear, "linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}

@@ -20,7 +20,7 @@ import solver_oracle
 import torch
 
 import ldm
-from ldm.grid import SPACINGS
+from ldm.diffusion.grid import SPACINGS
 from ldm.samplers import SAMPLERS
 from ldm.support.config import nearest
 from ldm.support.files import write_atomically

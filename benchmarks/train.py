@@ -16,10 +16,10 @@ import torch
 from common import measure, parser, report
 
 import ldm
+from ldm.diffusion.interfaces import Cond
 from ldm.fast.optimize import for_training
 from ldm.models.unet import UNet, UNetConfig
 from ldm.support.device import fast_dtype
-from ldm.types import Cond
 from ldm.weights.native import read_config
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Cond": "types", "Denoised": "types", "NoiseSchedule": "schedule", "TimeGrid": "grid", "Denoiser": "denoiser", "cfg": "guidance",
+    "Cond": "diffusion.interfaces", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
     "SAMPLERS": "samplers", "Images": "images", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
     "list_models": "registry", "load": "registry", "save": "registry", "register": "registry", "trace": "trace",
     "optimize": "fast.optimize",
@@ -16,18 +16,18 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from ldm.denoiser import Denoiser
+    from ldm.diffusion.denoiser import Denoiser
+    from ldm.diffusion.grid import TimeGrid
+    from ldm.diffusion.guidance import cfg
+    from ldm.diffusion.interfaces import Cond, Denoised
+    from ldm.diffusion.schedule import NoiseSchedule
     from ldm.fast.optimize import optimize
-    from ldm.grid import TimeGrid
-    from ldm.guidance import cfg
     from ldm.images import Images
     from ldm.pipelines.latent import LatentDiffusion
     from ldm.pipelines.unclip import UnCLIP
     from ldm.registry import list_models, load, register, save
     from ldm.samplers import SAMPLERS
-    from ldm.schedule import NoiseSchedule
     from ldm.trace import trace
-    from ldm.types import Cond, Denoised
 
 
 def __getattr__(name: str) -> Any:

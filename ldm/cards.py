@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 from ldm.conventions import Convention, get_convention
+from ldm.diffusion.interfaces import Prediction
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.bert import BertConfig
 from ldm.models.clip import TextConfig
 from ldm.models.conditioner import TextConvention
@@ -18,9 +20,7 @@ from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
-from ldm.schedule import NoiseSchedule
 from ldm.support.config import build, nearest, read_yaml
-from ldm.types import Prediction
 from ldm.weights.detect import FAMILIES
 
 if TYPE_CHECKING:

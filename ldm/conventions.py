@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.noise import brownian_noise, keyed_noise
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import NoiseFn
+from ldm.diffusion.noise import brownian_noise, keyed_noise
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import get_sampler
-from ldm.schedule import NoiseSchedule
 from ldm.support.config import build, nearest
-from ldm.types import NoiseFn
 
 Options = Mapping[str, Any]
 

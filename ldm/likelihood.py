@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.schedule import broadcast
-from ldm.types import DenoiseFn, NoiseFn
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn
+from ldm.diffusion.schedule import broadcast
 
 
 class Bits(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.grid import TimeGrid
-from ldm.prediction import target
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn, NoiseFn, Prediction
+from ldm.diffusion.prediction import target
+from ldm.diffusion.schedule import NoiseSchedule, broadcast
 from ldm.samplers import get_sampler
-from ldm.schedule import NoiseSchedule, broadcast
-from ldm.types import Cond, Denoised, DenoiseFn, NoiseFn, Prediction
 
 Options = Mapping[str, Any]
 CHURN = {"s_churn": 10.0, "s_max": 5.0, "s_min": 0.1}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised
 from ldm.samplers import get_sampler
-from ldm.types import Denoised
 
 ADAPTIVE = ("dpm_adaptive",)  # evaluations depend on the network
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ldm.cards import REGISTERED, AutoencoderCard, Card, ModelCard, embedded, find_card, known_cards, read_card
+from ldm.diffusion.interfaces import Prediction
+from ldm.diffusion.prediction import check_prediction
 from ldm.pipelines.assemble import assemble
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.sources import Source, autoencoder_folder, from_file, from_folder, from_native, from_random
@@ -17,10 +19,8 @@ from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_folder import write_unclip
 from ldm.pipelines.unclip_load import load_prior, load_unclip
 from ldm.pipelines.write import LAYOUTS, write_diffusers, write_native, write_original
-from ldm.prediction import check_prediction
 from ldm.support.config import nearest
 from ldm.support.device import dtype_of, fast_dtype, pick_device
-from ldm.types import Prediction
 from ldm.unclip_cards import PriorCard, UnCLIPCard
 from ldm.weights.folder import is_folder, list_variants
 from ldm.weights.hub import download, local_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.types import Denoised, DenoiseFn
+from ldm.diffusion.interfaces import Denoised, DenoiseFn
 
 Journal = list[tuple[Tensor, Denoised]]  # (t, answer) of every evaluation, in order
 

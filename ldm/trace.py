@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Denoised
 from ldm.images import Images
 from ldm.nn.attention import AttentionBlock, SpatialTransformer, attention_control
 from ldm.pipelines.call import Call
@@ -20,7 +21,6 @@ from ldm.pipelines.conditions import Pair
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
 from ldm.support.config import nearest
-from ldm.types import Denoised
 
 RED, OPAQUE = (0.9, 0.1, 0.1), 0.8  # of a heat map: its colour, and how much of it hides the picture where it is full
 Size = tuple[int, int]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from analytic import mixture
 
-from ldm.grid import SPACINGS, TimeGrid
+from ldm.diffusion.grid import SPACINGS, TimeGrid
+from ldm.diffusion.interfaces import Denoised
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.plan import describe, evaluations
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Denoised
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 # evaluations of N steps whose last goes to clean data

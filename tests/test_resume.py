@@ -9,12 +9,12 @@ import torch
 from analytic import gaussian
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.noise import initial_noise, keyed_noise
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised, DenoiseFn
+from ldm.diffusion.noise import initial_noise, keyed_noise
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.resume import Journal, journaled
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Denoised, DenoiseFn
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 

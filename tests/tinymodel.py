@@ -6,7 +6,7 @@ import torch
 
 from ldm.cards import Defaults, ModelCard, ScheduleCard
 from ldm.conventions import Convention
-from ldm.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner
 from ldm.models.draft import Draft, DraftConfig

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.fast.substitute import Substitute
 from ldm.models.unet import UNet
 from ldm.nn.attention import Attention, SpatialTransformer
-from ldm.types import Cond
 
 MOST = 16  # evaluations of a step, each with its own features, that `Reuse` keeps
 

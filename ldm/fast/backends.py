@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.fast.packed import with_grad
 from ldm.fast.substitute import Substitute
 from ldm.models.unet import UNet
 from ldm.models.vae import Decoder
 from ldm.support.config import nearest
-from ldm.types import Cond
 
 BACKENDS = ("compile", "openvino")
 

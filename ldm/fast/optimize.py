@@ -50,7 +50,7 @@ def optimize(
     Three gains change the result and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is computed in one
     step of this many, and used again in the others (`ldm.fast.approximate.Reuse`), which compute the last ``branch`` + 1 blocks of the way up and
     what these are joined with. ``merge``: the part of the positions, 0 to 0.75, that are merged with another in the largest self-attentions
-    (`ldm.fast.approximate.Merge`). ``int8``: the UNet's products in 8 bits (`ldm.fast.int8`). Guidance has a fourth: `ldm.guidance.cfg` with an
+    (`ldm.fast.approximate.Merge`). ``int8``: the UNet's products in 8 bits (`ldm.fast.int8`). Guidance has a fourth: `ldm.diffusion.guidance.cfg` with an
     ``interval``. The last call says what holds: without them the network is exact again.
 
     ``backend``: "compile" (torch.compile) or "openvino" (a package of its own) compute UNets and decoders in place of ldm's layers.

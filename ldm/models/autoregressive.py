@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.noise import keyed_normal
 from ldm.models.embedding_codes import EmbeddingCodes
 from ldm.models.prior_blocks import PlainStack
-from ldm.noise import keyed_normal
-from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)

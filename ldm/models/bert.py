@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.prompt import parse, plain
 from ldm.models.reading import States, places, read
 from ldm.models.wordpiece import UNKNOWN, WordPiece
 from ldm.nn.attention import attend
-from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.clip import TextTower
 from ldm.models.draft import Draft
 from ldm.models.prompt import parse, plain, unknown_words
 from ldm.models.reading import States, places, read
 from ldm.models.tokenizer import Tokenizer
-from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.unet import UNet, UNetConfig
-from ldm.types import Cond
 
 Norm = Literal["image", "tokens", "text", "pooled"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.nn.embeddings import sinusoid
-from ldm.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

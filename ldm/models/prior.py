@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.prior_blocks import CosineStack, PlainStack
 from ldm.nn.embeddings import VectorMLP, sinusoid
-from ldm.types import Cond
 
 EXTRA = 4  # tokens behind the text: text embedding, time, noisy image embedding, learned query
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.nn.attention import AttentionBlock, SpatialTransformer
 from ldm.nn.embeddings import VectorMLP, guidance_sinusoid, sinusoid
 from ldm.nn.norm import group_norm_32
 from ldm.nn.resblock import Downsample, Resample, ResBlock, Upsample
-from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)

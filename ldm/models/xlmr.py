@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.unigram import PAD, Unigram
-from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def attention_control(
     """Within it, ``fn(name, probabilities)`` is called by every attention of a network, and may return others to be used in their place.
 
     ``name`` is the attention's own in the network ("mid_block.attentions.0.transformer_blocks.0.attn2"); probabilities are (B, H, L, M) float32, L
-    positions over M tokens or positions, each row summing to 1. Under guidance the batch is that of `ldm.guidance.under`: the pictures with their
+    positions over M tokens or positions, each row summing to 1. Under guidance the batch is that of `ldm.diffusion.guidance.under`: the pictures with their
     prompts first, then the same pictures without. ``of``: attention to a context, to the positions themselves, or all. Yields the names. Controls
     may be nested: an inner one sees what the outer one made. ValueError where the network has none of the kind.
     """

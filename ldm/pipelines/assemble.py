@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ldm.cards import ModelCard
-from ldm.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser
 from ldm.models.bert import BertConditioner, LDMBert
 from ldm.models.clip import TextTower
 from ldm.models.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers

@@ -10,9 +10,9 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.nn.attention import attention_control
 from ldm.support.config import nearest
-from ldm.types import Denoised, DenoiseFn
 
 Words = Sequence[tuple[str, Sequence[int]]]  # the words of a prompt, and where in the context their tokens stand
 

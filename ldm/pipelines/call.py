@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ldm.cards import ModelCard
 from ldm.conventions import Convention, get_convention
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised, OnStep, Sampler
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.images import check_seeds
 from ldm.models.conditioner import Conditioner
 from ldm.samplers import get_sampler
-from ldm.schedule import NoiseSchedule
 from ldm.support.config import build, nearest, to_dict
-from ldm.types import Denoised, OnStep, Sampler
 
 Prompts = str | int | Sequence[str] | Sequence[int]
 Rules = str | Convention | Mapping[str, Any]  # a convention by name, one's own, or as a recipe holds it

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.cards import ModelCard
+from ldm.diffusion.interfaces import Cond, Denoised
 from ldm.images import Images
 from ldm.models.conditioner import Conditioner, TextConditioner
 from ldm.models.draft import Draft
@@ -19,7 +20,6 @@ from ldm.nn.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
 from ldm.pipelines.canvas import fill
 from ldm.pipelines.tiles import Part
-from ldm.types import Cond, Denoised
 
 Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 or B
 

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.guidance import both, lerp
+from ldm.diffusion.guidance import both, lerp
+from ldm.diffusion.interfaces import Denoised, DenoiseFn
+from ldm.diffusion.noise import keyed_normal
 from ldm.images import Images
 from ldm.models.image_embedding import slerp
-from ldm.noise import keyed_normal
 from ldm.pipelines.attention_control import Control, align
 from ldm.pipelines.call import Call
 from ldm.pipelines.canvas import fit
@@ -24,7 +25,6 @@ from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.replayable import replayable
 from ldm.samplers.ddim import ddim
 from ldm.samplers.invert import NOISIEST, ddim_invert, edict, edict_invert
-from ldm.types import Denoised, DenoiseFn
 
 if TYPE_CHECKING:
     from ldm.pipelines.latent import LatentDiffusion

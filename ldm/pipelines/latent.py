@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.cards import ModelCard
-from ldm.denoiser import Denoiser
-from ldm.guidance import cfg, compose, keep_known
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import cfg, compose, keep_known
+from ldm.diffusion.interfaces import Denoised, DenoiseFn, OnStep
+from ldm.diffusion.noise import initial_noise
 from ldm.images import Images
 from ldm.models.conditioner import Conditioner
 from ldm.models.safety import SafetyChecker
-from ldm.noise import initial_noise
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle, warn_unknown
 from ldm.pipelines.canvas import fit
 from ldm.pipelines.conditions import Pair, Watcher, conditions, cut, drafted, joined
@@ -25,7 +26,6 @@ from ldm.pipelines.pixels import Picture, to_depth, to_pixels
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.tiles import Part, windowed
-from ldm.types import Denoised, DenoiseFn, OnStep
 
 Tell = Callable[[tuple[int, int]], Pair]  # a latent's size → conditions
 Finish = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) as decoded → as they are given out

@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import cfg, clip_x0
-from ldm.noise import initial_noise, keyed_noise, keyed_normal
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import cfg, clip_x0
+from ldm.diffusion.interfaces import Cond, DenoiseFn, NoiseFn, OnStep
+from ldm.diffusion.noise import initial_noise, keyed_noise, keyed_normal
 from ldm.pipelines.call import Call, all_hooks, progress_bar, settle
 from ldm.samplers.invert import ddim_invert
-from ldm.types import Cond, DenoiseFn, NoiseFn, OnStep
 from ldm.unclip_cards import StageCard
 
 STEPS = 2**40  # draws kept for each stage (and each candidate of the prior), so that no two share any

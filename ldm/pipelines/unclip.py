@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, OnStep
 from ldm.images import Images
 from ldm.models.embedding_codes import EmbeddingCodes, truncate
 from ldm.models.image_embedding import ImageEmbedding, slerp
@@ -26,7 +27,6 @@ from ldm.pipelines.unclip_options import decoders, held, priors, told
 from ldm.pipelines.unclip_painting import UnCLIPPainting
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage, options_of
 from ldm.samplers.invert import NOISIEST
-from ldm.types import DenoiseFn, OnStep
 from ldm.unclip_cards import UnCLIPCard, upsampler_name
 
 Finish = Callable[[Tensor], Tensor]

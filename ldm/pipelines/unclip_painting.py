@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.guidance import keep_known
+from ldm.diffusion.guidance import keep_known
+from ldm.diffusion.interfaces import DenoiseFn
 from ldm.images import Images
 from ldm.pipelines.canvas import Canvas, check_border
 from ldm.pipelines.painting import REACH
@@ -18,7 +19,6 @@ from ldm.pipelines.pixels import Picture
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.unclip_options import decoders, priors, told
 from ldm.samplers.repaint import repaint
-from ldm.types import DenoiseFn
 
 if TYPE_CHECKING:
     from ldm.pipelines.unclip import UnCLIP

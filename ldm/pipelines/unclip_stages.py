@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.guidance import switch
+from ldm.diffusion.guidance import switch
+from ldm.diffusion.interfaces import Cond, DenoiseFn
+from ldm.diffusion.noise import keyed_normal
 from ldm.models.conditioner import Conditioner
 from ldm.models.decoder import Decoder
 from ldm.models.image_embedding import ImageEmbedding, Length
 from ldm.models.noise_augmentation import NoiseAugmentation
 from ldm.models.prior import Prior
 from ldm.models.unet import UNetConfig
-from ldm.noise import keyed_normal
 from ldm.pipelines.call import Call
 from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.stage import STEPS, Stage, make_denoiser
 from ldm.pipelines.tiles import tiled
 from ldm.support.config import nearest
-from ldm.types import Cond, DenoiseFn
 from ldm.unclip_cards import StageCard
 
 UPSAMPLE, AUGMENT, PRIOR = 1, 64, 128  # numbers of stages; upsamplers and the candidates of a prior count up from theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ldm.diffusion.interfaces import Sampler
 from ldm.samplers.ddim import ddim
 from ldm.samplers.ddpm import ddpm
 from ldm.samplers.deis import deis
@@ -23,7 +24,6 @@ from ldm.samplers.restart import restart
 from ldm.samplers.tcd import tcd
 from ldm.samplers.unipc import unipc
 from ldm.support.config import nearest
-from ldm.types import Sampler
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,

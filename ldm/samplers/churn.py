@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import NoiseFn
 from ldm.samplers.common import demand, of_ratio, ratio
-from ldm.types import NoiseFn
 
 
 class Churn:

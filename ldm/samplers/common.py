@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.types import Denoised, NoiseFn, OnStep
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised, NoiseFn, OnStep
 
 
 def states(grid: TimeGrid) -> tuple[list[float], list[float]]:
@@ -71,7 +71,7 @@ def after(on_step: OnStep | None, i: int, x: Tensor, d: Denoised) -> tuple[Tenso
 def demand(noise: NoiseFn | None, sampler: str) -> NoiseFn:
     """The noise, or ValueError if there is none."""
     if noise is None:
-        raise ValueError(f"{sampler} draws noise at its steps: give noise, e.g. ldm.noise.keyed_noise(seeds)")
+        raise ValueError(f"{sampler} draws noise at its steps: give noise, e.g. ldm.diffusion.noise.keyed_noise(seeds)")
     return noise
 
 

@@ -6,10 +6,10 @@ import math
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.churn import Churn
 from ldm.samplers.common import after, along, of_ratio, ratio, states, time_of, toward
-from ldm.types import DenoiseFn, NoiseFn, OnStep
 
 
 def dpm2(

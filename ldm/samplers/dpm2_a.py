@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, ancestral, demand, ratio, states, toward, within
 from ldm.samplers.dpm2 import midpoint
-from ldm.types import DenoiseFn, NoiseFn, OnStep
 
 
 def dpm2_a(

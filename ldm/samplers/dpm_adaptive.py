@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, states, toward
-from ldm.types import Denoised, DenoiseFn, NoiseFn, OnStep
 
 
 def dpm_adaptive(

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, choose, demand, lam, states
-from ldm.types import DenoiseFn, NoiseFn, OnStep
 
 
 def dpmpp_2m_sde(

@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, ancestral, demand, of_ratio, ratio, states, toward, within
-from ldm.types import DenoiseFn, NoiseFn, OnStep
 
 
 def dpmpp_sde(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, ancestral, demand, ratio, states, toward, within
-from ldm.types import DenoiseFn, NoiseFn, OnStep
 
 
 def euler_a(

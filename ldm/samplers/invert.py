@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, OnStep
 from ldm.samplers.common import after, states, within
-from ldm.types import DenoiseFn, OnStep
 
 NOISIEST = 20.0  # sigma/alpha to invert to: a rounding of the network is seen so many times as large in the end; Stable Diffusion begins at 14.6
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, ratio, states, toward
 from ldm.samplers.quadrature import lagrange_weights
-from ldm.types import DenoiseFn, NoiseFn, OnStep
 
 
 def lms(

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, OnStep, Sampler
 from ldm.samplers.common import demand, states
-from ldm.types import Denoised, DenoiseFn, NoiseFn, OnStep, Sampler
 
 
 def repaint(solve: Sampler, *, times: int = 10, jump: int = 10) -> Sampler:

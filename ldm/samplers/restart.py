@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, along, demand, of_ratio, ratio, states, time_of, toward
-from ldm.types import Denoised, DenoiseFn, NoiseFn, OnStep
 
 
 class Restart(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, choose, lam, states
-from ldm.types import DenoiseFn, NoiseFn, OnStep
 
 History = list[tuple[float, Tensor]]  # (lambda, x0), the newest first
 

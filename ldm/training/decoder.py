@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data import Composition, caption
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import cfg
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.noise import initial_noise
 from ldm.models.decoder import Decoder, DecoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.noise import initial_noise
 from ldm.samplers.dpmpp_2m import dpmpp_2m
 from ldm.training.config import DataConfig, RunConfig, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
@@ -28,7 +29,6 @@ from ldm.training.ldm import Diffusion, zero_outputs
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.vae import held_out_compositions
-from ldm.types import Cond
 from ldm.weights.native import begin_with, read_part, write_part
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import cfg
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.noise import initial_noise
 from ldm.models.prior import Prior, PriorConfig
-from ldm.noise import initial_noise
 from ldm.pipelines.clip import ClipPair
 from ldm.samplers.ddim import ddim
 from ldm.support.config import build

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from ldm.data import Composition, caption
 from ldm.data.captions import Pieces, pieces, spoken, vocabulary
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import cfg
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.interfaces import Prediction
+from ldm.diffusion.noise import initial_noise
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.noise import initial_noise
 from ldm.samplers.dpmpp_2m import dpmpp_2m
-from ldm.schedule import NoiseSchedule
 from ldm.training.config import DataConfig, RunConfig, at_least, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.grounding import Grounding, attended, grounding_loss, learn_where_to_look, named
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
-from ldm.types import Prediction
 from ldm.weights.native import begin_with, read_part, read_text, write_part, write_text
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.denoiser import Denoiser
-from ldm.prediction import target
-from ldm.schedule import broadcast
-from ldm.types import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.prediction import target
+from ldm.diffusion.schedule import broadcast
 
 
 def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:

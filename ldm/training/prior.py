@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
-from ldm.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser
 from ldm.models.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from ldm.models.prior import Prior, PriorConfig
 from ldm.training.config import DataConfig, RunConfig, at_least

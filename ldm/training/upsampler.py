@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.noise import initial_noise
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import psnr
-from ldm.noise import initial_noise
 from ldm.pipelines.unclip_stages import enlarge
 from ldm.samplers.ddim import ddim
 from ldm.training.config import DataConfig, RunConfig, at_least
@@ -26,7 +27,6 @@ from ldm.training.ldm import Diffusion, zero_outputs
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.vae import held_out_compositions
-from ldm.types import Cond
 from ldm.weights.native import write_part
 
 

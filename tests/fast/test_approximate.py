@@ -10,15 +10,15 @@ from test_optimize import UNETS, inputs, make, rms
 from tinymodel import tiny_model
 
 import ldm
-from ldm.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import lerp
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.fast.approximate import MOST, Reuse, assign, means, rises, take
-from ldm.grid import TimeGrid
-from ldm.guidance import lerp
 from ldm.models.unet import UNetConfig
 from ldm.nn.attention import attention_control
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Cond
 
 DEEP = UNetConfig(channels=(32, 32, 64), depth=(0, 1, 1), blocks=2, heads=4, context_dim=24)
 PROMPTS = ["a red cat", "apple on blue background"]

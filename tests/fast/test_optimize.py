@@ -10,6 +10,7 @@ from tinymodel import tiny_model
 from torch import nn
 
 import ldm
+from ldm.diffusion.interfaces import Cond
 from ldm.fast import optimize as module
 from ldm.fast import packed
 from ldm.fast.build import NoKernels, library
@@ -19,7 +20,6 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.nn.attention import attention_control
 from ldm.nn.resblock import ResBlock, Upsample
-from ldm.types import Cond
 from ldm.weights.parts import randomise
 
 BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -11,12 +11,12 @@ from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
 from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
 from ldm.models.unet import UNet, UNetConfig
-from ldm.types import Cond
 from ldm.weights.decoder_rules import decoder_table
 from ldm.weights.keymap import file_shapes, to_file, to_native
 from ldm.weights.parts import build_network, part_table, shapes_of

@@ -15,11 +15,11 @@ from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
 import ldm.models.vae
 import ldm.models.vq
+from ldm.diffusion.interfaces import Cond
 from ldm.models.bert import LDMBert
 from ldm.models.shapes import BERTS, UNETS, VAES
 from ldm.models.unet import UNet
 from ldm.nn.embeddings import vector_condition
-from ldm.types import Cond
 
 
 def up(types: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,15 +10,15 @@ import torch
 from diffusers import PriorTransformer
 from twins import TOLERANCE, VISIBLE, error, fill
 
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import cfg, clip_x0
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import cfg, clip_x0
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.noise import initial_noise, keyed_noise
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.prior import Prior, PriorConfig
 from ldm.models.shapes import PRIORS
-from ldm.noise import initial_noise, keyed_noise
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Cond
 from ldm.weights.keymap import file_shapes, to_file, to_native
 from ldm.weights.parts import build_network, randomise, shapes_of
 from ldm.weights.prior_rules import prior_table, with_statistics

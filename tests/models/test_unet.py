@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel as Peer
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.unet import UNet, UNetConfig
-from ldm.types import Cond
 
 
 def on_meta(**config) -> UNet:

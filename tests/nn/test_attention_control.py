@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ldm.diffusion.interfaces import Cond
 from ldm.models.unet import UNet, UNetConfig
 from ldm.nn.attention import Attention, attention_control, probabilities
-from ldm.types import Cond
 
 
 @pytest.fixture(scope="module")

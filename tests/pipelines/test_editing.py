@@ -10,10 +10,10 @@ import torch
 from tinymodel import tiny_model
 from torch import Tensor
 
+from ldm.diffusion.interfaces import Cond
 from ldm.nn.attention import attention_control
 from ldm.pipelines.attention_control import align
 from ldm.pipelines.conditions import between
-from ldm.types import Cond
 
 OPTIONS: dict[str, Any] = {"progress": False, "steps": 4, "sampler": "ddim"}
 OWN: dict[str, Any] = {"progress": False, "steps": 4}

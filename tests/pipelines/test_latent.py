@@ -7,7 +7,7 @@ import torch
 from tinymodel import tiny_model
 
 from ldm import SAMPLERS, TimeGrid
-from ldm.noise import initial_noise
+from ldm.diffusion.noise import initial_noise
 from ldm.pipelines.call import UnknownWords
 from ldm.pipelines.canvas import Padded
 

@@ -12,10 +12,10 @@ from PIL import Image
 from tinymodel import tiny_model
 from torch import Tensor
 
+from ldm.diffusion.interfaces import Cond
 from ldm.pipelines.canvas import Padded
 from ldm.pipelines.conditions import anchor, drafted
 from ldm.pipelines.latent import DRAFTED
-from ldm.types import Cond
 
 OPTIONS: dict[str, Any] = {"progress": False, "steps": 3, "sampler": "ddim"}
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.guidance import cfg
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.interfaces import Cond
 from ldm.pipelines.call import SizeCondition
 from ldm.pipelines.canvas import Canvas
 from ldm.pipelines.pixels import to_depth, to_mask, to_pixels
-from ldm.types import Cond
 
 
 @pytest.fixture(scope="module")

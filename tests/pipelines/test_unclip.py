@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from tinyunclip import PRIOR, E, net, pair, tiny_kandinsky, tiny_karlo, tiny_stable
 
-from ldm.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.embedding_codes import EmbeddingCodes
 from ldm.models.image_embedding import ImageEmbedding, slerp
 from ldm.pipelines.clip import rerank
 from ldm.pipelines.tiles import places, tiled
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import PriorStage, enlarge
-from ldm.schedule import NoiseSchedule
-from ldm.types import Cond
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import torch
 from analytic import gaussian
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.noise import keyed_noise
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised
+from ldm.diffusion.noise import keyed_noise
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import SAMPLERS, get_sampler
 from ldm.samplers.ddim import ddim
 from ldm.samplers.ddpm import ddpm
-from ldm.schedule import NoiseSchedule
-from ldm.types import Denoised
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 

@@ -5,10 +5,10 @@ import torch
 from analytic import gaussian, mixture
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers.ddim import ddim
 from ldm.samplers.invert import ddim_invert, edict, edict_invert
-from ldm.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 X = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)[:, None]

@@ -10,10 +10,10 @@ import torch
 from peers import k_sampling
 from torch import Tensor
 
-from ldm.grid import TimeGrid
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised
+from ldm.diffusion.schedule import NoiseSchedule, broadcast
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule, broadcast
-from ldm.types import Denoised
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 NOISE = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from analytic import AnalyticNet, flow_error, mixture, settled_slope, slope
 
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.noise import keyed_noise
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.noise import keyed_noise
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.oracle import DETERMINISTIC, Options, solver_error
-from ldm.prediction import PREDICTIONS
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Cond
 
 SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear(), "linear": NoiseSchedule.linear(), "cosine": NoiseSchedule.cosine()}
 STEPS = [20, 40, 80, 160, 320, 640]

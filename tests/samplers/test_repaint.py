@@ -5,14 +5,14 @@ import torch
 from analytic import gaussian
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.noise import keyed_noise
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised
+from ldm.diffusion.noise import keyed_noise
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers.ddim import ddim
 from ldm.samplers.ddpm import ddpm
 from ldm.samplers.dpmpp_2m import dpmpp_2m
 from ldm.samplers.repaint import repaint
-from ldm.schedule import NoiseSchedule
-from ldm.types import Denoised
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 GRID = TimeGrid.make(SCHEDULE, 40, spacing="trailing")

@@ -10,12 +10,12 @@ import torch
 from analytic import gaussian, mixture, slope
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.noise import brownian, brownian_noise, initial_noise, keyed_noise
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import Denoised
+from ldm.diffusion.noise import brownian, brownian_noise, initial_noise, keyed_noise
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.oracle import STOCHASTIC, Options, planar, solver_bias
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Denoised
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 DATA = planar()

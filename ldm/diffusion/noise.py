@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.grid import TimeGrid
-from ldm.types import NoiseFn
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.interfaces import NoiseFn
 
 
 def _check(seeds: Sequence[int]) -> list[int]:

@@ -3,24 +3,13 @@ import torch
 from analytic import AnalyticNet, gaussian
 from torch import Tensor
 
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import (
-    apg,
-    autoguidance,
-    cfg,
-    clip_x0,
-    compose,
-    dynamic_threshold,
-    gradient,
-    keep_known,
-    perp_neg,
-    switch,
-)
-from ldm.prediction import PREDICTIONS
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import apg, autoguidance, cfg, clip_x0, compose, dynamic_threshold, gradient, keep_known, perp_neg, switch
+from ldm.diffusion.interfaces import Cond, Denoised
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Cond, Denoised
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 T = torch.tensor(400.0)
@@ -90,8 +79,8 @@ def test_contexts_of_different_lengths_go_in_one_masked_batch() -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_rescale_gives_the_conditional_deviation(prediction: str) -> None:
-    from ldm.prediction import target
-    from ldm.schedule import broadcast
+    from ldm.diffusion.prediction import target
+    from ldm.diffusion.schedule import broadcast
 
     denoiser, x = make(prediction, 500), state(3, 500)
     cond = Cond(pooled=torch.linspace(-2, 2, 500, dtype=torch.float64)[None])

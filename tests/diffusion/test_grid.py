@@ -10,8 +10,8 @@ import pytest
 import torch
 from peers import k_sampling
 
-from ldm.grid import SPACINGS, TimeGrid
-from ldm.schedule import NoiseSchedule
+from ldm.diffusion.grid import SPACINGS, TimeGrid
+from ldm.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 T = 1000

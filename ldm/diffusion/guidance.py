@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Denoiser
-from ldm.prediction import denoised, target
-from ldm.schedule import NoiseSchedule, broadcast
-from ldm.types import Cond, Denoised, DenoiseFn
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn
+from ldm.diffusion.prediction import denoised, target
+from ldm.diffusion.schedule import NoiseSchedule, broadcast
 
 
 def cfg(

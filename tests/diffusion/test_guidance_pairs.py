@@ -9,12 +9,12 @@ import torch
 from analytic import AnalyticNet, gaussian
 from torch import Tensor
 
-from ldm.denoiser import Denoiser
-from ldm.grid import TimeGrid
-from ldm.guidance import apg, autoguidance, between, cfg, clip_x0, compose, dynamic_threshold, gradient, keep_known, perp_neg, switch
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import apg, autoguidance, between, cfg, clip_x0, compose, dynamic_threshold, gradient, keep_known, perp_neg, switch
+from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn
+from ldm.diffusion.schedule import NoiseSchedule, broadcast
 from ldm.samplers import SAMPLERS
-from ldm.schedule import NoiseSchedule, broadcast
-from ldm.types import Cond, Denoised, DenoiseFn
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 DIMS = 6

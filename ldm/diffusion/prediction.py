@@ -6,8 +6,8 @@ from typing import get_args
 
 from torch import Tensor
 
+from ldm.diffusion.interfaces import Denoised, Prediction
 from ldm.support.config import nearest
-from ldm.types import Denoised, Prediction
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 

@@ -3,10 +3,10 @@ import torch
 from analytic import AnalyticNet, gaussian
 from torch import Tensor, nn
 
-from ldm.denoiser import Denoiser
-from ldm.prediction import PREDICTIONS
-from ldm.schedule import NoiseSchedule
-from ldm.types import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.schedule import NoiseSchedule
 
 
 class Stub(nn.Module):

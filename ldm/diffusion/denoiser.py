@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.prediction import check_prediction, denoised
-from ldm.schedule import NoiseSchedule, broadcast
-from ldm.types import Cond, Denoised, DenoiseFn, Prediction
+from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn, Prediction
+from ldm.diffusion.prediction import check_prediction, denoised
+from ldm.diffusion.schedule import NoiseSchedule, broadcast
 
 
 class Denoiser(nn.Module):

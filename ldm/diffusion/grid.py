@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ldm.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.support.config import nearest
 
 Final = Literal["data", "first", "none"]

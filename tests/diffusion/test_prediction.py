@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ldm.prediction import PREDICTIONS, denoised, target
-from ldm.schedule import NoiseSchedule, broadcast
+from ldm.diffusion.prediction import PREDICTIONS, denoised, target
+from ldm.diffusion.schedule import NoiseSchedule, broadcast
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule
 
 SCHEDULES = {
     "linear": NoiseSchedule.linear(1000),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ldm.grid import TimeGrid
+    from ldm.diffusion.grid import TimeGrid
 
 Prediction = Literal["eps", "x0", "v"]  # v = alpha·eps − sigma·x0
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.noise import initial_noise, keyed_noise, keyed_normal
+from ldm.diffusion.noise import initial_noise, keyed_noise, keyed_normal
 
 
 def test_initial_noise_is_torch_s_own() -> None:
