@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.conventions import Convention
 from ldm.plan import evaluations
+from ldm.samplers.conventions import Convention
 
 # Two families with a limit each: the probability flow, and the stochastic equation along one Brownian path.
 FLOW = ("ddim", "euler", "heun", "dpm2", "plms", "lms", "dpmpp_2m", "unipc", "deis", "dpm_adaptive")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
-from ldm.conventions import Convention, get_convention
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.bert import BertConfig
@@ -20,6 +19,7 @@ from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
+from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import build, nearest, read_yaml
 from ldm.weights.detect import FAMILIES
 
@@ -122,7 +122,7 @@ class ModelCard:
     ``text``, ``text2``: how the towers are read. ``vector``: what joins the pooled text in `Cond.pooled`: "sizes" (original, crop, target) or
     "aesthetic" (original, crop, score). ``zero_negative``: an empty negative prompt is zeros in place of the encoded empty text.
     ``null_class``: the class that stands for none. ``concat``: what is joined to x_t. ``convention``: a program's name (see
-    `ldm.conventions`), or grids by sampler.
+    `ldm.samplers.conventions`), or grids by sampler.
     """
 
     name: str

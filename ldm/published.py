@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.cards import AutoencoderCard, Card, Defaults, Hub, ModelCard, Networks, ScheduleCard
-from ldm.conventions import CONVENTIONS, Convention
 from ldm.models.conditioner import TextConvention
+from ldm.samplers.conventions import CONVENTIONS, Convention
 
 MIT = "MIT (code); its publishers state no other licence for the weights"
 OPENRAIL, OPENRAIL_PP = "CreativeML OpenRAIL-M", "CreativeML Open RAIL++-M"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.cards import Defaults, Hub, ScheduleCard
-from ldm.conventions import Convention
 from ldm.models.noise_augmentation import AugmentationConfig
+from ldm.samplers.conventions import Convention
 from ldm.unclip_cards import PriorCard, StageCard, UnCLIPCard, UnCLIPNetworks
 
 COSINE = ScheduleCard(kind="cosine")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ldm.cards import Defaults, Hub, ScheduleCard, shape
-from ldm.conventions import Convention, get_convention
 from ldm.diffusion.interfaces import Prediction
 from ldm.models.autoregressive import AutoregressiveConfig
 from ldm.models.clip import TextConfig, VisionConfig
@@ -21,6 +20,7 @@ from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.models.xlmr import XLMRConfig
 from ldm.samplers import get_sampler
+from ldm.samplers.conventions import Convention, get_convention
 
 # "unclip": models of one's own; the others are published families, whose files have layouts of their own
 READ = TextConvention(pad=0, masked=True, pooled=True)  # as Karlo, Kandinsky and the models trained here read CLIP's text tower

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ldm.cards import Defaults, ModelCard, ScheduleCard
-from ldm.conventions import Convention
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner
@@ -14,6 +13,7 @@ from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.pipelines.latent import LatentDiffusion
+from ldm.samplers.conventions import Convention
 from ldm.weights.native import EMOJI_TEXT
 
 WORDS = ("a", "red", "apple", "cat", "on", "blue", "background")

@@ -23,8 +23,8 @@ from ldm.pipelines.canvas import fit
 from ldm.pipelines.conditions import Pair, between, conditions, joined
 from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.replayable import replayable
-from ldm.samplers.ddim import ddim
 from ldm.samplers.invert import NOISIEST, ddim_invert, edict, edict_invert
+from ldm.samplers.ode.ddim import ddim
 
 if TYPE_CHECKING:
     from ldm.pipelines.latent import LatentDiffusion

@@ -19,7 +19,7 @@ from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import initial_noise
 from ldm.models.decoder import Decoder, DecoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.samplers.dpmpp_2m import dpmpp_2m
+from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
 from ldm.training.config import DataConfig, RunConfig, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.embeddings import EmbeddingCache, embed, read_clip

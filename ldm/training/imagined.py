@@ -14,7 +14,7 @@ from ldm.diffusion.guidance import cfg
 from ldm.diffusion.noise import initial_noise
 from ldm.models.prior import Prior, PriorConfig
 from ldm.pipelines.clip import ClipPair
-from ldm.samplers.ddim import ddim
+from ldm.samplers.ode.ddim import ddim
 from ldm.support.config import build
 from ldm.training.config import at_least
 from ldm.training.ldm import Diffusion

@@ -22,7 +22,7 @@ from ldm.diffusion.noise import initial_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.samplers.dpmpp_2m import dpmpp_2m
+from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
 from ldm.training.config import DataConfig, RunConfig, at_least, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.grounding import Grounding, attended, grounding_loss, learn_where_to_look, named

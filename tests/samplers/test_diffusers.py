@@ -27,11 +27,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.conventions import CONVENTIONS, get_convention
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
 from ldm.samplers import SAMPLERS
+from ldm.samplers.conventions import CONVENTIONS, get_convention
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 NOISE = torch.randn(120, 2, 4, generator=torch.Generator().manual_seed(5))

@@ -12,8 +12,8 @@ from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.noise import keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import SAMPLERS, get_sampler
-from ldm.samplers.ddim import ddim
-from ldm.samplers.ddpm import ddpm
+from ldm.samplers.ode.ddim import ddim
+from ldm.samplers.sde.ddpm import ddpm
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 

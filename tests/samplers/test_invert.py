@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.samplers.ddim import ddim
 from ldm.samplers.invert import ddim_invert, edict, edict_invert
+from ldm.samplers.ode.ddim import ddim
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 X = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)[:, None]

@@ -9,10 +9,10 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.noise import keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.samplers.ddim import ddim
-from ldm.samplers.ddpm import ddpm
-from ldm.samplers.dpmpp_2m import dpmpp_2m
+from ldm.samplers.ode.ddim import ddim
+from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
 from ldm.samplers.repaint import repaint
+from ldm.samplers.sde.ddpm import ddpm
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 GRID = TimeGrid.make(SCHEDULE, 40, spacing="trailing")

@@ -13,13 +13,13 @@ from tinymodel import tiny_model
 
 import ldm
 from ldm.__main__ import main
-from ldm.conventions import CONVENTIONS, Convention, get_convention
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.noise import brownian_noise, initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.images import read_recipe
 from ldm.plan import evaluations
 from ldm.samplers import SAMPLERS
+from ldm.samplers.conventions import CONVENTIONS, Convention, get_convention
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 # every number of steps that divides, nearly divides or does not divide 1000 in its own way

@@ -7,7 +7,7 @@ from torch import Tensor
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, ancestral, demand, ratio, states, toward, within
-from ldm.samplers.dpm2 import midpoint
+from ldm.samplers.ode.dpm2 import midpoint
 
 
 def dpm2_a(
