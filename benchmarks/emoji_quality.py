@@ -25,7 +25,7 @@ from torch import Tensor
 import ldm
 from ldm.cards import ASSETS
 from ldm.data import PALETTE, Composition, EmojiData, Mix, caption, held_out_pair, render_batch, sample_composition
-from ldm.models.clip import VisionConfig, VisionTower
+from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import write_atomically
 from ldm.weights.native import read_part
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
+from ldm.models.layers.embeddings import vector_condition
 from ldm.models.shapes import UNETS, VAES
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import AutoencoderKL
-from ldm.nn.embeddings import vector_condition
 from ldm.weights.diffusers_config import unet_config, vae_config
 from ldm.weights.parts import build_network, randomise, to_layout
 

@@ -22,8 +22,8 @@ from pairs import MODELS, unet_inputs, unets
 from torch import nn
 
 import ldm
-from ldm.nn.attention import GEGLU, Attention
-from ldm.nn.resblock import ResBlock, Upsample
+from ldm.models.layers.attention import GEGLU, Attention
+from ldm.models.layers.resblock import ResBlock, Upsample
 
 CONVOLUTIONS = ("convolution 3×3", "convolution 1×1", "upsampling")
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.bert import BertConfig
-from ldm.models.clip import TextConfig
+from ldm.models.clip.towers import TextConfig
 from ldm.models.conditioner import TextConvention
 from ldm.models.labels import LabelConfig
 from ldm.models.shapes import CONDITIONERS, TEXTS, UNETS, VAES
+from ldm.models.text.bert import BertConfig
 from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig

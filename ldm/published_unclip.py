@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.cards import Defaults, Hub, ScheduleCard
-from ldm.models.noise_augmentation import AugmentationConfig
+from ldm.models.unclip.noise_augmentation import AugmentationConfig
 from ldm.samplers.conventions import Convention
 from ldm.unclip_cards import PriorCard, StageCard, UnCLIPCard, UnCLIPNetworks
 

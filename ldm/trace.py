@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Denoised
 from ldm.images import Images
-from ldm.nn.attention import AttentionBlock, SpatialTransformer, attention_control
+from ldm.models.layers.attention import AttentionBlock, SpatialTransformer, attention_control
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair
 from ldm.pipelines.latent import LatentDiffusion

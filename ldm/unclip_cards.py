@@ -8,17 +8,17 @@ from typing import Any, Literal, get_args
 
 from ldm.cards import Defaults, Hub, ScheduleCard, shape
 from ldm.diffusion.interfaces import Prediction
-from ldm.models.autoregressive import AutoregressiveConfig
-from ldm.models.clip import TextConfig, VisionConfig
+from ldm.models.clip.towers import TextConfig, VisionConfig
 from ldm.models.conditioner import TextConvention
-from ldm.models.decoder import DecoderConfig
 from ldm.models.movq import MoVQConfig
-from ldm.models.noise_augmentation import AugmentationConfig
-from ldm.models.prior import PriorConfig
 from ldm.models.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
+from ldm.models.text.xlmr import XLMRConfig
+from ldm.models.unclip.autoregressive import AutoregressiveConfig
+from ldm.models.unclip.decoder import DecoderConfig
+from ldm.models.unclip.noise_augmentation import AugmentationConfig
+from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
-from ldm.models.xlmr import XLMRConfig
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 

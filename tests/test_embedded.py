@@ -14,7 +14,7 @@ from PIL import Image
 import ldm
 from ldm.cards import ASSETS
 from ldm.images import read_recipe
-from ldm.models.clip import VisionConfig, VisionTower
+from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.pipelines.call import UnknownWords
 from ldm.weights.native import read_part
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tinymodel import tiny_model
 
-from ldm.models.clip import VisionConfig
+from ldm.models.clip.towers import VisionConfig
+from ldm.models.meta import on_meta
 from ldm.models.safety import SafetyChecker, SafetyConfig
-from ldm.nn.meta import on_meta
 from ldm.weights.io import write_safetensors
 from ldm.weights.parts import randomise, shapes_of
 from ldm.weights.safety_load import load_safety

@@ -8,7 +8,7 @@ from tinymodel import tiny_model
 from tinyunclip import tiny_karlo, tiny_stable
 
 import ldm
-from ldm.nn.attention import Attention, attention_control
+from ldm.models.layers.attention import Attention, attention_control
 
 PROMPT = "a red apple"
 

@@ -6,10 +6,10 @@ import torch
 
 from ldm.cards import Defaults, ModelCard, ScheduleCard
 from ldm.diffusion.denoiser import Denoiser
-from ldm.models.clip import TextConfig, TextTower
+from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.tokenizer import Tokenizer
+from ldm.models.text.bpe import Tokenizer
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.pipelines.latent import LatentDiffusion

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from ldm.models.clip import TextConfig, TextTower, VisionConfig
+from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig
 from ldm.models.conditioner import TextConditioner, TextConvention
-from ldm.models.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.movq import MoVQConfig
-from ldm.models.noise_augmentation import AugmentationConfig, NoiseAugmentation
-from ldm.models.prior import PriorConfig
 from ldm.models.shapes import KANDINSKY21 as KANDINSKY21_SHAPE
 from ldm.models.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
-from ldm.models.tokenizer import Tokenizer
+from ldm.models.text.bpe import Tokenizer
+from ldm.models.text.unigram import END, PAD, SPACE, START, UNKNOWN, Unigram
+from ldm.models.text.xlmr import XLMRConditioner, XLMRConfig
+from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
+from ldm.models.unclip.noise_augmentation import AugmentationConfig, NoiseAugmentation
+from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
-from ldm.models.unigram import END, PAD, SPACE, START, UNKNOWN, Unigram
 from ldm.models.vae import VAEConfig
-from ldm.models.xlmr import XLMRConditioner, XLMRConfig
 from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.unclip import UnCLIP

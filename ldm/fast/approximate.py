@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
 from ldm.fast.substitute import Substitute
+from ldm.models.layers.attention import Attention, SpatialTransformer
 from ldm.models.unet import UNet
-from ldm.nn.attention import Attention, SpatialTransformer
 
 MOST = 16  # evaluations of a step, each with its own features, that `Reuse` keeps
 
@@ -140,7 +140,7 @@ class Merge(Substitute):
     rows and columns, is merged with it, as the mean, before the attention, and gets its result behind it.
 
     The paper draws one position of each 2×2 at random; here it is the first, so that a picture stays a function of its seed. Where someone looks at
-    the probabilities (`ldm.nn.attention.attention_control`), or a gradient is wanted, nothing is merged.
+    the probabilities (`ldm.models.layers.attention.attention_control`), or a gradient is wanted, nothing is merged.
     """
 
     def __init__(self, attention: Attention, ratio: float) -> None:

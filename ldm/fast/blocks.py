@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ldm.fast.ops import Plain
 from ldm.fast.packed import with_grad
-from ldm.nn.attention import Attention, AttentionBlock
-from ldm.nn.norm import SpatialNorm
-from ldm.nn.resblock import ResBlock, resize
+from ldm.models.layers.attention import Attention, AttentionBlock
+from ldm.models.layers.norm import SpatialNorm
+from ldm.models.layers.resblock import ResBlock, resize
 
 
 class FastGroupNorm(nn.GroupNorm):

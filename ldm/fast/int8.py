@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ldm.fast.approximate import unets
 from ldm.fast.packed import ContextLinear, Packed, with_grad
 from ldm.fast.substitute import Substitute
-from ldm.nn.attention import GEGLU, SpatialTransformer
-from ldm.nn.resblock import Upsample
+from ldm.models.layers.attention import GEGLU, SpatialTransformer
+from ldm.models.layers.resblock import Upsample
 
 
 class Quantised:

@@ -20,7 +20,7 @@ class Plain:
     """By PyTorch's own operators, anywhere."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q kᵀ / sqrt(d)) v; arguments as in `ldm.nn.attention.attend`."""
+        """softmax(q kᵀ / sqrt(d)) v; arguments as in `ldm.models.layers.attention.attend`."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def group_norm(

@@ -17,9 +17,9 @@ from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLine
 from ldm.fast.spill import leave_turns, take_turns
 from ldm.fast.strips import StripDecoder
 from ldm.fast.substitute import restore
+from ldm.models.layers.attention import GEGLU, Attention, AttentionBlock
+from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.vae import Decoder
-from ldm.nn.attention import GEGLU, Attention, AttentionBlock
-from ldm.nn.resblock import ResBlock, Upsample
 
 P = TypeVar("P", bound=nn.Module)
 COMPILED = "attention and group norm with SiLU: compiled kernels"

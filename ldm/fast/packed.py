@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.fast.ops import Native, Plain, winograd
-from ldm.nn.attention import GEGLU
-from ldm.nn.meta import on_meta
-from ldm.nn.resblock import Upsample
+from ldm.models.layers.attention import GEGLU
+from ldm.models.layers.resblock import Upsample
+from ldm.models.meta import on_meta
 
 if TYPE_CHECKING:
     from ldm.fast.spill import Spilled

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ldm.fast.ops import Plain
 from ldm.fast.packed import with_grad
+from ldm.models.layers.norm import SpatialNorm
+from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.vae import Decoder
-from ldm.nn.norm import SpatialNorm
-from ldm.nn.resblock import ResBlock, Upsample
 
 STRIP = 2**24  # bytes of a map in one strip: below what the C library's allocator gives back to the system at once
 LARGE = 2**28  # numbers from which on a doubled map is not kept, but made again for each use

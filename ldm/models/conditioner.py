@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ldm.diffusion.interfaces import Cond
-from ldm.models.clip import TextTower
+from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
 from ldm.models.prompt import parse, plain, unknown_words
 from ldm.models.reading import States, places, read
-from ldm.models.tokenizer import Tokenizer
+from ldm.models.text.bpe import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.clip import check_positive
+from ldm.models.clip.towers import check_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.clip import VisionConfig, VisionTower
+from ldm.models.clip.towers import VisionConfig, VisionTower
 
 SPECIAL_CARE = 0.01  # what a picture near a special vector has added to every score that follows
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.models.bert import BertConfig
-from ldm.models.clip import TextConfig, VisionConfig
-from ldm.models.decoder import DecoderConfig, ImageConditionConfig
+from ldm.models.clip.towers import TextConfig, VisionConfig
 from ldm.models.labels import LabelConfig
 from ldm.models.movq import MoVQConfig
-from ldm.models.prior import PriorConfig
+from ldm.models.text.bert import BertConfig
+from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.tiny import TinyConfig
+from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
+from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.models.vq import VQConfig
-from ldm.models.xlmr import XLMRConfig
 
 SD1 = UNetConfig()
 SD2 = UNetConfig(heads=None, head_dim=64, context_dim=1024, linear_projection=True)

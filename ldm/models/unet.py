@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
-from ldm.nn.attention import AttentionBlock, SpatialTransformer
-from ldm.nn.embeddings import VectorMLP, guidance_sinusoid, sinusoid
-from ldm.nn.norm import group_norm_32
-from ldm.nn.resblock import Downsample, Resample, ResBlock, Upsample
+from ldm.models.layers.attention import AttentionBlock, SpatialTransformer
+from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
+from ldm.models.layers.norm import group_norm_32
+from ldm.models.layers.resblock import Downsample, Resample, ResBlock, Upsample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nn.attention import AttentionBlock
-from ldm.nn.norm import group_norm_32, make_norm, normed
-from ldm.nn.resblock import Downsample, ResBlock, Upsample
+from ldm.models.layers.attention import AttentionBlock
+from ldm.models.layers.norm import group_norm_32, make_norm, normed
+from ldm.models.layers.resblock import Downsample, ResBlock, Upsample
 
 
 @dataclass(frozen=True, kw_only=True)

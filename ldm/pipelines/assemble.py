@@ -9,13 +9,13 @@ from torch import nn
 
 from ldm.cards import ModelCard
 from ldm.diffusion.denoiser import Denoiser
-from ldm.models.bert import BertConditioner, LDMBert
-from ldm.models.clip import TextTower
+from ldm.models.clip.towers import TextTower
 from ldm.models.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
-from ldm.models.tokenizer import Tokenizer
-from ldm.models.wordpiece import END, PAD, START, UNKNOWN, WordPiece
+from ldm.models.text.bert import BertConditioner, LDMBert
+from ldm.models.text.bpe import Tokenizer
+from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.sources import Source
 from ldm.weights.native import read_vocabulary

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
-from ldm.nn.attention import attention_control
+from ldm.models.layers.attention import attention_control
 from ldm.support.config import nearest
 
 Words = Sequence[tuple[str, Sequence[int]]]  # the words of a prompt, and where in the context their tokens stand

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
 from ldm.images import Images
-from ldm.models.clip import VisionTower
+from ldm.models.clip.towers import VisionTower
 from ldm.models.conditioner import TextConditioner
 from ldm.models.image_embedding import ImageEmbedding
 

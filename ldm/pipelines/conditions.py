@@ -16,7 +16,7 @@ from ldm.images import Images
 from ldm.models.conditioner import Conditioner, TextConditioner
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
-from ldm.nn.embeddings import vector_condition
+from ldm.models.layers.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
 from ldm.pipelines.canvas import fill
 from ldm.pipelines.tiles import Part

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, OnStep
 from ldm.images import Images
-from ldm.models.embedding_codes import EmbeddingCodes, truncate
 from ldm.models.image_embedding import ImageEmbedding, slerp
 from ldm.models.safety import SafetyChecker
+from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
 from ldm.pipelines.call import Call, all_hooks, warn_unknown
 from ldm.pipelines.clip import ClipPair, rerank
 from ldm.pipelines.conditions import Watcher, cut

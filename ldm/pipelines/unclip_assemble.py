@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.models.autoregressive import AutoregressivePrior
-from ldm.models.clip import TextTower, VisionTower
+from ldm.models.clip.towers import TextTower, VisionTower
 from ldm.models.conditioner import TextConditioner
-from ldm.models.decoder import Decoder
-from ldm.models.prior import Prior
-from ldm.models.tokenizer import Tokenizer
-from ldm.models.unigram import Unigram
-from ldm.models.xlmr import XLMR, XLMRConditioner
+from ldm.models.text.bpe import Tokenizer
+from ldm.models.text.unigram import Unigram
+from ldm.models.text.xlmr import XLMR, XLMRConditioner
+from ldm.models.unclip.autoregressive import AutoregressivePrior
+from ldm.models.unclip.decoder import Decoder
+from ldm.models.unclip.prior import Prior
 from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.unclip import UnCLIP

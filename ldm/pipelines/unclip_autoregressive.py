@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ldm.images import check_seeds
-from ldm.models.autoregressive import AutoregressivePrior
 from ldm.models.image_embedding import ImageEmbedding
+from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.pipelines.call import check_count, check_prompts
 from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.stage import STEPS

@@ -11,7 +11,7 @@ import torch
 
 from ldm.cards import read_card
 from ldm.models.conditioner import TextConditioner
-from ldm.models.xlmr import XLMRConditioner
+from ldm.models.text.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_sources import from_native

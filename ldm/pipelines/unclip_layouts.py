@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.models.clip import TextConfig, VisionConfig
-from ldm.models.decoder import DecoderConfig
-from ldm.models.prior import PriorConfig
+from ldm.models.clip.towers import TextConfig, VisionConfig
+from ldm.models.text.xlmr import XLMRConfig
+from ldm.models.unclip.decoder import DecoderConfig
+from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
-from ldm.models.xlmr import XLMRConfig
 from ldm.support.config import nearest
 from ldm.unclip_cards import StageCard, UnCLIPCard
 from ldm.weights import folder

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.noise_augmentation import NoiseAugmentation
-from ldm.models.prior import Prior
+from ldm.models.unclip.noise_augmentation import NoiseAugmentation
+from ldm.models.unclip.prior import Prior
 from ldm.pipelines.sources import part_dtype
 from ldm.pipelines.unclip_sources import OPTIONAL, UnCLIPSource
 from ldm.unclip_cards import PriorCard, UnCLIPCard

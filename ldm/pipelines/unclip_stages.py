@@ -14,10 +14,10 @@ from ldm.diffusion.guidance import switch
 from ldm.diffusion.interfaces import Cond, DenoiseFn
 from ldm.diffusion.noise import keyed_normal
 from ldm.models.conditioner import Conditioner
-from ldm.models.decoder import Decoder
 from ldm.models.image_embedding import ImageEmbedding, Length
-from ldm.models.noise_augmentation import NoiseAugmentation
-from ldm.models.prior import Prior
+from ldm.models.unclip.decoder import Decoder
+from ldm.models.unclip.noise_augmentation import NoiseAugmentation
+from ldm.models.unclip.prior import Prior
 from ldm.models.unet import UNetConfig
 from ldm.pipelines.call import Call
 from ldm.pipelines.clip import ClipPair

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.bert import BertConditioner, BertConfig
-from ldm.models.clip import TextConfig, TextTower
+from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner
-from ldm.models.tokenizer import EOT, all_symbols, merges
+from ldm.models.text.bert import BertConditioner, BertConfig
+from ldm.models.text.bpe import EOT, all_symbols, merges
 from ldm.models.unet import UNetConfig
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.support.config import to_dict

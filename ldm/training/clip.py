@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
-from ldm.models.clip import CLIP, CLIPConfig
+from ldm.models.clip.towers import CLIP, CLIPConfig
 from ldm.models.conditioner import TextConditioner
-from ldm.models.tokenizer import Tokenizer
+from ldm.models.text.bpe import Tokenizer
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.data import Pictures
 from ldm.training.loop import Draws

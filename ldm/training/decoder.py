@@ -17,7 +17,7 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import initial_noise
-from ldm.models.decoder import Decoder, DecoderConfig
+from ldm.models.unclip.decoder import Decoder, DecoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
 from ldm.training.config import DataConfig, RunConfig, share

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import Composition, caption
-from ldm.models.clip import VisionConfig, VisionTower
+from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.models.conditioner import TextConditioner
 from ldm.pipelines.clip import ClipPair
 from ldm.training.compositions import Compositions

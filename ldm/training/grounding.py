@@ -17,7 +17,7 @@ from ldm.data import Composition
 from ldm.data.captions import Pieces, spoken
 from ldm.data.compose import areas
 from ldm.models.conditioner import TextConditioner
-from ldm.nn.attention import Attention, AttentionBlock, attention_control
+from ldm.models.layers.attention import Attention, AttentionBlock, attention_control
 from ldm.training.config import at_least
 
 LEAST = 0.01  # of a picture: what covers less of it is not looked for

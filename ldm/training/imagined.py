@@ -12,7 +12,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.noise import initial_noise
-from ldm.models.prior import Prior, PriorConfig
+from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.pipelines.clip import ClipPair
 from ldm.samplers.ode.ddim import ddim
 from ldm.support.config import build

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
 from ldm.diffusion.denoiser import Denoiser
-from ldm.models.autoregressive import AutoregressiveConfig, AutoregressivePrior
-from ldm.models.prior import Prior, PriorConfig
+from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures
 from ldm.training.embeddings import EmbeddingCache, embed, read_clip, statistics

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ldm.models.clip import CLIP, Activation, CLIPConfig, TextConfig, VisionConfig
-from ldm.nn.meta import on_meta
+from ldm.models.clip.towers import CLIP, Activation, CLIPConfig, TextConfig, VisionConfig
+from ldm.models.meta import on_meta
 from ldm.support.config import nearest
 from ldm.weights.clip_rules import to_clip
 from ldm.weights.io import load_strict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ldm.models.decoder import DecoderConfig
+from ldm.models.unclip.decoder import DecoderConfig
 from ldm.weights.keymap import IDENTITY, Rule, Section, Table, rename
 from ldm.weights.unet_rules import unet_table
 

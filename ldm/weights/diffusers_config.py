@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.models.bert import BertConfig
-from ldm.models.clip import TextConfig
+from ldm.models.clip.towers import TextConfig
+from ldm.models.text.bert import BertConfig
 from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.models.clip import TextConfig, TextTower
+from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner, TextConvention
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.tokenizer import Tokenizer
-from ldm.nn.meta import on_meta
+from ldm.models.meta import on_meta
+from ldm.models.text.bpe import Tokenizer
 from ldm.support.config import build, nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
 from ldm.weights.io import load_strict, read_safetensors, sha256, write_safetensors

@@ -10,21 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.models.autoregressive import AutoregressiveConfig, AutoregressivePrior
-from ldm.models.bert import BertConfig, LDMBert
-from ldm.models.clip import TextConfig, TextTower, VisionConfig, VisionTower
-from ldm.models.decoder import Decoder, DecoderConfig
+from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.labels import LabelConditioner, LabelConfig
+from ldm.models.meta import on_meta
 from ldm.models.movq import MoVQ, MoVQConfig
-from ldm.models.noise_augmentation import AugmentationConfig, NoiseAugmentation
-from ldm.models.prior import Prior, PriorConfig
+from ldm.models.text.bert import BertConfig, LDMBert
+from ldm.models.text.xlmr import XLMR, XLMRConfig
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
+from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from ldm.models.unclip.decoder import Decoder, DecoderConfig
+from ldm.models.unclip.noise_augmentation import AugmentationConfig, NoiseAugmentation
+from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
-from ldm.models.xlmr import XLMR, XLMRConfig
-from ldm.nn.meta import on_meta
 from ldm.weights.bert_rules import bert_table
 from ldm.weights.clip_rules import clip_table
 from ldm.weights.decoder_rules import decoder_table

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ldm.models.prior import PriorConfig
+from ldm.models.unclip.prior import PriorConfig
 from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, rename
 
 STATISTICS = ("clip_mean", "clip_std")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ldm.models.meta import on_meta
 from ldm.models.safety import SafetyChecker, SafetyConfig
-from ldm.nn.meta import on_meta
 from ldm.weights.clip_rules import to_clip
 from ldm.weights.folder import read_component
 from ldm.weights.io import load_strict

@@ -11,8 +11,8 @@ from torch import nn
 
 import ldm
 from ldm.fast.int8 import Int8, quantise
+from ldm.models.layers.attention import GEGLU
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.nn.attention import GEGLU
 
 
 def test_eight_bits_hold_a_range_to_half_a_step():

@@ -16,10 +16,10 @@ from ldm.fast import packed
 from ldm.fast.build import NoKernels, library
 from ldm.fast.packed import ContextLinear, FoldedUpsample, PackedConv2d
 from ldm.fast.strips import Map, StripDecoder
+from ldm.models.layers.attention import attention_control
+from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.nn.attention import attention_control
-from ldm.nn.resblock import ResBlock, Upsample
 from ldm.weights.parts import randomise
 
 BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

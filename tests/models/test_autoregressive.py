@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ldm.diffusion.interfaces import Cond
-from ldm.models.autoregressive import AutoregressiveConfig, AutoregressivePrior, gumbel
-from ldm.models.embedding_codes import EmbeddingCodes, truncate
+from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior, gumbel
+from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
 
 CONFIG = AutoregressiveConfig(
     embed_dim=12, text_dim=10, length=5, width=16, layers=2, heads=2, head_dim=8, components=4, buckets=32, similarities=8

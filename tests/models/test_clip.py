@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from towers import TEXT, VISION, close, ids_for, randomize
 
-from ldm.models.clip import CLIP, CLIPConfig, TextTower
-from ldm.models.clip_pixels import MEAN, STD, prepare
+from ldm.models.clip.pixels import MEAN, STD, prepare
+from ldm.models.clip.towers import CLIP, CLIPConfig, TextTower
 from ldm.support.config import build, to_dict
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from towers import FULL, TEXT, VISION, close, ids_for, randomize, scaled
 
-from ldm.models.clip import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
-from ldm.models.clip_pixels import prepare
+from ldm.models.clip.pixels import prepare
+from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
 
 
 def peer_clip(config: CLIPConfig) -> Any:

@@ -12,10 +12,10 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
 from ldm.diffusion.interfaces import Cond
-from ldm.models.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
 from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
+from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.decoder_rules import decoder_table
 from ldm.weights.keymap import file_shapes, to_file, to_native

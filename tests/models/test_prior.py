@@ -16,8 +16,8 @@ from ldm.diffusion.guidance import cfg, clip_x0
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.prior import Prior, PriorConfig
 from ldm.models.shapes import PRIORS
+from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.samplers import SAMPLERS
 from ldm.weights.keymap import file_shapes, to_file, to_native
 from ldm.weights.parts import build_network, randomise, shapes_of

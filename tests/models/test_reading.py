@@ -6,13 +6,13 @@ import pytest
 import torch
 from tinymodel import tiny_model
 
-from ldm.models.bert import BertConditioner, BertConfig, LDMBert
-from ldm.models.clip import TextConfig, TextTower
+from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.conditioner import TextConditioner, TextConvention, TwoTowers
 from ldm.models.prompt import Span
 from ldm.models.reading import windows
-from ldm.models.tokenizer import Tokenizer
-from ldm.models.wordpiece import END, PAD, START, UNKNOWN, WordPiece
+from ldm.models.text.bert import BertConditioner, BertConfig, LDMBert
+from ldm.models.text.bpe import Tokenizer
+from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
 
 PADDED = TextConvention(length=12, pad=49407, pooled=True)
 MASKED = TextConvention(length=None, pad=0, masked=True, pooled=True)

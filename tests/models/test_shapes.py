@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.models.bert import LDMBert
 from ldm.models.labels import LabelConditioner
+from ldm.models.meta import on_meta
 from ldm.models.shapes import BERTS, LABELS, UNETS, VAES
+from ldm.models.text.bert import LDMBert
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
-from ldm.nn.meta import on_meta
 from ldm.support.config import build, to_dict
 from ldm.weights.bert_rules import bert_table
 from ldm.weights.keymap import file_shapes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.models.tokenizer import BOS, EOT, SIZE, Tokenizer, all_symbols, byte_symbols
+from ldm.models.text.bpe import BOS, EOT, SIZE, Tokenizer, all_symbols, byte_symbols
 
 STRINGS = [
     "", " ", "\n\t ", "a red apple", "A  Red\tAPPLE\n", "it's they're I've I'm he'll she'd CAN'T '", "'s'S's'", "a&b",
@@ -146,7 +146,7 @@ def test_vocabulary_is_checked():
 
 def test_plain_text_imports_neither_open_clip_nor_unicode_tables():
     code = (
-        "import sys; from ldm.models.tokenizer import Tokenizer; t = Tokenizer(); t('a red apple, it\\'s on a blue background');"
+        "import sys; from ldm.models.text.bpe import Tokenizer; t = Tokenizer(); t('a red apple, it\\'s on a blue background');"
         "bad = {'open_clip', 'ftfy', 'regex', 'torchvision'} & set(sys.modules); assert not bad, bad; t('\\u00e9\\u00e9');"
         "assert 'ftfy' in sys.modules and 'open_clip' not in sys.modules"
     )

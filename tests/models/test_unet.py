@@ -65,7 +65,7 @@ def test_padding_that_the_mask_leaves_out_does_not_count():
 
 
 def test_gradients_equal_those_of_the_fused_attention():
-    from ldm.nn.attention import attend
+    from ldm.models.layers.attention import attend
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))

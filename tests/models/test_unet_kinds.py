@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
 from ldm.diffusion.interfaces import Cond
+from ldm.models.layers.embeddings import guidance_sinusoid, sinusoid, vector_condition
 from ldm.models.unet import UNet, UNetConfig
-from ldm.nn.embeddings import guidance_sinusoid, sinusoid, vector_condition
 
 CROSS = {
     "block_out_channels": (32, 64, 64), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.models.clip import TextConfig, VisionConfig
+from ldm.models.clip.towers import TextConfig, VisionConfig
 
 TEXT = TextConfig(vocab_size=310, context_length=20, width=64, layers=3, heads=4, embed_dim=48, activation="gelu", bos_id=298, eot_id=299)
 VISION = VisionConfig(image_size=32, patch_size=8, width=96, layers=3, heads=3, mlp_width=288, embed_dim=48, activation="gelu")

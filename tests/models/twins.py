@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.nn.meta import on_meta
+from ldm.models.meta import on_meta
 
 # float32 on both sides: the same sums in another order, through tens of layers, stay below this part of the output's rms
 TOLERANCE = 1e-4

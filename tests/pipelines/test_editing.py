@@ -11,7 +11,7 @@ from tinymodel import tiny_model
 from torch import Tensor
 
 from ldm.diffusion.interfaces import Cond
-from ldm.nn.attention import attention_control
+from ldm.models.layers.attention import attention_control
 from ldm.pipelines.attention_control import align
 from ldm.pipelines.conditions import between
 

@@ -12,8 +12,8 @@ from tinyunclip import PRIOR, E, net, pair, tiny_kandinsky, tiny_karlo, tiny_sta
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.embedding_codes import EmbeddingCodes
 from ldm.models.image_embedding import ImageEmbedding, slerp
+from ldm.models.unclip.embedding_codes import EmbeddingCodes
 from ldm.pipelines.clip import rerank
 from ldm.pipelines.tiles import places, tiled
 from ldm.pipelines.unclip import UnCLIP

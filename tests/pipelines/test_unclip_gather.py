@@ -14,12 +14,12 @@ from tinyunclip import TEXT, VISION, E, net
 import ldm
 from ldm.__main__ import main
 from ldm.cards import ASSETS, parse_card
-from ldm.models.autoregressive import AutoregressiveConfig
 from ldm.models.conditioner import TextConditioner
-from ldm.models.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.draft import DraftConfig
-from ldm.models.prior import PriorConfig
-from ldm.models.tokenizer import Tokenizer
+from ldm.models.text.bpe import Tokenizer
+from ldm.models.unclip.autoregressive import AutoregressiveConfig
+from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
+from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.support.config import read_yaml

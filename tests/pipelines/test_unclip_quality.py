@@ -20,8 +20,8 @@ from emoji_quality import real
 from tinyunclip import pair, prior, tiny_karlo
 
 import ldm
-from ldm.models.autoregressive import AutoregressiveConfig
 from ldm.models.image_embedding import ImageEmbedding
+from ldm.models.unclip.autoregressive import AutoregressiveConfig
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.weights.native import write_part
 from ldm.weights.parts import build_network, randomise

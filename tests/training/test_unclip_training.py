@@ -13,9 +13,9 @@ import torch
 from tiny import configs, run, write
 
 from ldm.data import caption
-from ldm.models.decoder import Decoder, DecoderConfig
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.prior import Prior, PriorConfig
+from ldm.models.unclip.decoder import Decoder, DecoderConfig
+from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.compositions import Compositions
 from ldm.training.degrade import Degradation, blur, round_blocks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.models.clip import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
+from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.weights.clip_load import hf_text_config, hf_vision_config, load_open_clip, open_clip_config
 from ldm.weights.clip_rules import clip_table, to_clip
 from ldm.weights.io import write_safetensors

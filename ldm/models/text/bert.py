@@ -11,10 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
+from ldm.models.layers.attention import attend
 from ldm.models.prompt import parse, plain
 from ldm.models.reading import States, places, read
-from ldm.models.wordpiece import UNKNOWN, WordPiece
-from ldm.nn.attention import attend
+from ldm.models.text.wordpiece import UNKNOWN, WordPiece
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import keyed_normal
-from ldm.models.embedding_codes import EmbeddingCodes
-from ldm.models.prior_blocks import PlainStack
+from ldm.models.unclip.embedding_codes import EmbeddingCodes
+from ldm.models.unclip.prior_blocks import PlainStack
 
 
 @dataclass(frozen=True, kw_only=True)

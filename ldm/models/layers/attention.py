@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.nn.norm import SpatialNorm, group_norm_32
+from ldm.models.layers.norm import SpatialNorm, group_norm_32
 
 Control = Callable[[Tensor], Tensor | None]  # probabilities (B, H, L, M) float32 -> others in their place, or None to leave them
 

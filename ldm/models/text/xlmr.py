@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
-from ldm.models.unigram import PAD, Unigram
+from ldm.models.text.unigram import PAD, Unigram
 
 
 @dataclass(frozen=True, kw_only=True)

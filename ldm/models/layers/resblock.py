@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nn.norm import make_norm, normed
+from ldm.models.layers.norm import make_norm, normed
 
 Resample = Literal["up", "down"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.nn.embeddings import sinusoid
+from ldm.models.layers.embeddings import sinusoid
 
 
 @dataclass(frozen=True, kw_only=True)

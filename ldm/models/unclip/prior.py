@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
-from ldm.models.prior_blocks import CosineStack, PlainStack
-from ldm.nn.embeddings import VectorMLP, sinusoid
+from ldm.models.layers.embeddings import VectorMLP, sinusoid
+from ldm.models.unclip.prior_blocks import CosineStack, PlainStack
 
 EXTRA = 4  # tokens behind the text: text embedding, time, noisy image embedding, learned query
 

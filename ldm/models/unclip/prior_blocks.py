@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.nn.attention import Attention
+from ldm.models.layers.attention import Attention
 
 
 class GELU(nn.Module):

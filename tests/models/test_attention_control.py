@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ldm.diffusion.interfaces import Cond
+from ldm.models.layers.attention import Attention, attention_control, probabilities
 from ldm.models.unet import UNet, UNetConfig
-from ldm.nn.attention import Attention, attention_control, probabilities
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.models.clip_pixels import MEAN, STD, prepare
-from ldm.nn.attention import attend
-from ldm.nn.meta import on_meta
+from ldm.models.clip.pixels import MEAN, STD, prepare
+from ldm.models.layers.attention import attend
+from ldm.models.meta import on_meta
 
 Activation = Literal["gelu", "quick_gelu"]
 
