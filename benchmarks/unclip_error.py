@@ -24,8 +24,8 @@ from emoji_quality import draw_training, real, score
 from torch import Tensor
 
 import ldm
+from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.data import EmojiData, caption
-from ldm.models.image_embedding import ImageEmbedding
 from ldm.support.files import write_atomically
 
 ROWS = ("image", "prior", "text")  # whose embedding the decoder is given

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.clip.towers import TextConfig
-from ldm.models.conditioner import TextConvention
 from ldm.models.labels import LabelConfig
 from ldm.models.shapes import CONDITIONERS, TEXTS, UNETS, VAES
 from ldm.models.text.bert import BertConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.cards import AutoencoderCard, Card, Defaults, Hub, ModelCard, Networks, ScheduleCard
-from ldm.models.conditioner import TextConvention
+from ldm.conditioning.conditioner import TextConvention
 from ldm.samplers.conventions import CONVENTIONS, Convention
 
 MIT = "MIT (code); its publishers state no other licence for the weights"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ldm.cards import Defaults, Hub, ScheduleCard, shape
+from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.interfaces import Prediction
 from ldm.models.clip.towers import TextConfig, VisionConfig
-from ldm.models.conditioner import TextConvention
 from ldm.models.movq import MoVQConfig
 from ldm.models.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
 from ldm.models.text.xlmr import XLMRConfig

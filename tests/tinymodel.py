@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ldm.cards import Defaults, ModelCard, ScheduleCard
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextConfig, TextTower
-from ldm.models.conditioner import TextConditioner
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.unet import UNet, UNetConfig

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.conditioner import TextConditioner, TextConvention
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig
-from ldm.models.conditioner import TextConditioner, TextConvention
 from ldm.models.movq import MoVQConfig
 from ldm.models.shapes import KANDINSKY21 as KANDINSKY21_SHAPE
 from ldm.models.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
@@ -20,7 +21,6 @@ from ldm.models.unclip.noise_augmentation import AugmentationConfig, NoiseAugmen
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
-from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage

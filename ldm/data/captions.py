@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ldm.conditioning.words import words
 from ldm.data.compose import PLACES, THINGS, Area, Composition, Place, Size
 from ldm.data.index import STYLES, PictureIndex
 from ldm.data.palette import PALETTE
-from ldm.words import words
 
 Pieces = list[tuple[str, Area | None]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from ldm.cards import ModelCard
+from ldm.conditioning.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextTower
-from ldm.models.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
 from ldm.models.text.bert import BertConditioner, LDMBert

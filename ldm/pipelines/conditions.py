@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.cards import ModelCard
+from ldm.conditioning.conditioner import Conditioner, TextConditioner
 from ldm.diffusion.interfaces import Cond, Denoised
 from ldm.images import Images
-from ldm.models.conditioner import Conditioner, TextConditioner
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition

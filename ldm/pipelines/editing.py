@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.conditioning.image_embedding import slerp
 from ldm.diffusion.guidance import both, lerp
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.noise import keyed_normal
 from ldm.images import Images
-from ldm.models.image_embedding import slerp
 from ldm.pipelines.attention_control import Control, align
 from ldm.pipelines.call import Call
 from ldm.pipelines.canvas import fit

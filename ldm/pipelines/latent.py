@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.cards import ModelCard
+from ldm.conditioning.conditioner import Conditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg, compose, keep_known
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise
 from ldm.images import Images
-from ldm.models.conditioner import Conditioner
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle, warn_unknown
 from ldm.pipelines.canvas import fit
@@ -94,7 +94,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
     ) -> Images:
         """Pictures of a prompt, or of several: ``n`` (default 1) of each.
 
-        A prompt may have weights, "(red:1.3) apple", and blends, "a {cat|dog} face" (`ldm.models.prompt`), and any length (`ldm.models.reading`).
+        A prompt may have weights, "(red:1.3) apple", and blends, "a {cat|dog} face" (`ldm.conditioning.prompt`), and any length (`ldm.conditioning.reading`).
         ``negative``: what to turn from, one text for all, or one for each prompt or each picture.
         ``steps``, ``guidance``, ``sampler``, ``height`` and ``width``: None for what the card says. ``convention``: diffusers, compvis, sgm or
         k, whose grids, start and noise are followed in place of the card's. ``spacing``: another one of `TimeGrid.make`. ``grid`` replaces

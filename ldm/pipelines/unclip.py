@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.clip import ClipPair, rerank
+from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, OnStep
 from ldm.images import Images
-from ldm.models.image_embedding import ImageEmbedding, slerp
 from ldm.models.safety import SafetyChecker
 from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
 from ldm.pipelines.call import Call, all_hooks, warn_unknown
-from ldm.pipelines.clip import ClipPair, rerank
 from ldm.pipelines.conditions import Watcher, cut
 from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.recipe import stamp

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.clip.towers import TextTower, VisionTower
-from ldm.models.conditioner import TextConditioner
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.unigram import Unigram
 from ldm.models.text.xlmr import XLMR, XLMRConditioner
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.models.unclip.decoder import Decoder
 from ldm.models.unclip.prior import Prior
-from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.images import check_seeds
-from ldm.models.image_embedding import ImageEmbedding
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.pipelines.call import check_count, check_prompts
-from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.stage import STEPS
 from ldm.pipelines.unclip_stages import PRIOR, best_of
 from ldm.unclip_cards import AutoregressiveCard

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ldm.cards import read_card
-from ldm.models.conditioner import TextConditioner
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.text.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_assemble import assemble

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.image_embedding import ImageEmbedding, Length
 from ldm.diffusion.guidance import switch
 from ldm.diffusion.interfaces import Cond, DenoiseFn
 from ldm.diffusion.noise import keyed_normal
-from ldm.models.conditioner import Conditioner
-from ldm.models.image_embedding import ImageEmbedding, Length
 from ldm.models.unclip.decoder import Decoder
 from ldm.models.unclip.noise_augmentation import NoiseAugmentation
 from ldm.models.unclip.prior import Prior
 from ldm.models.unet import UNetConfig
 from ldm.pipelines.call import Call
-from ldm.pipelines.clip import ClipPair
 from ldm.pipelines.space import Space
 from ldm.pipelines.stage import STEPS, Stage, make_denoiser
 from ldm.pipelines.tiles import tiled

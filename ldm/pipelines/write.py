@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.clip.towers import TextConfig, TextTower
-from ldm.models.conditioner import TextConditioner
 from ldm.models.text.bert import BertConditioner, BertConfig
 from ldm.models.text.bpe import EOT, all_symbols, merges
 from ldm.models.unet import UNetConfig

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
 from ldm.models.clip.towers import CLIP, CLIPConfig
-from ldm.models.conditioner import TextConditioner
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.data import Pictures

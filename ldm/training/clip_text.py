@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
-from ldm.models.conditioner import TextConditioner
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.data import Pictures
 from ldm.training.embeddings import EmbeddingCache, read_clip

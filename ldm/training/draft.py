@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption, held_out_pair
 from ldm.data.captions import vocabulary
 from ldm.data.palette import PALETTE
-from ldm.models.conditioner import TextConditioner
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.training.config import DataConfig, RunConfig, share

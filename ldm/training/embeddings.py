@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption
 from ldm.models.clip.towers import VisionConfig, VisionTower
-from ldm.models.conditioner import TextConditioner
-from ldm.pipelines.clip import ClipPair
 from ldm.training.compositions import Compositions
 from ldm.training.config import RunConfig
 from ldm.training.data import Pictures

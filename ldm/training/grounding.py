@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition
 from ldm.data.captions import Pieces, spoken
 from ldm.data.compose import areas
-from ldm.models.conditioner import TextConditioner
 from ldm.models.layers.attention import Attention, AttentionBlock, attention_control
 from ldm.training.config import at_least
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.conditioning.clip import ClipPair
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.noise import initial_noise
 from ldm.models.unclip.prior import Prior, PriorConfig
-from ldm.pipelines.clip import ClipPair
 from ldm.samplers.ode.ddim import ddim
 from ldm.support.config import build
 from ldm.training.config import at_least

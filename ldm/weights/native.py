@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.conditioning.conditioner import TextConditioner, TextConvention
 from ldm.models.clip.towers import TextConfig, TextTower
-from ldm.models.conditioner import TextConditioner, TextConvention
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.meta import on_meta
 from ldm.models.text.bpe import Tokenizer

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from ldm.conditioning.words import words
 from ldm.data import PALETTE, Composition, Mix, caption, sample_composition, vocabulary
 from ldm.data.captions import _article, pieces
-from ldm.words import words
 
 
 @pytest.mark.parametrize(

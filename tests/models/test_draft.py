@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from tinymodel import tiny_model
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.fast.optimize import optimize
-from ldm.models.conditioner import TextConditioner
 from ldm.models.draft import Draft, DraftConfig
 
 

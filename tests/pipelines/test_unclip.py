@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from tinyunclip import PRIOR, E, net, pair, tiny_kandinsky, tiny_karlo, tiny_stable
 
+from ldm.conditioning.clip import rerank
+from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.image_embedding import ImageEmbedding, slerp
 from ldm.models.unclip.embedding_codes import EmbeddingCodes
-from ldm.pipelines.clip import rerank
 from ldm.pipelines.tiles import places, tiled
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import PriorStage, enlarge

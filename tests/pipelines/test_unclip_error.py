@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import unclip_error as benchmark
 from tinyunclip import tiny_kandinsky
 
-from ldm.models.image_embedding import ImageEmbedding
+from ldm.conditioning.image_embedding import ImageEmbedding
 
 G = torch.Generator().manual_seed(0)
 TRUE = ImageEmbedding(vector=torch.randn(40, 48, generator=G), clip="x")

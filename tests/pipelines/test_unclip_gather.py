@@ -14,7 +14,7 @@ from tinyunclip import TEXT, VISION, E, net
 import ldm
 from ldm.__main__ import main
 from ldm.cards import ASSETS, parse_card
-from ldm.models.conditioner import TextConditioner
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.draft import DraftConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.unclip.autoregressive import AutoregressiveConfig

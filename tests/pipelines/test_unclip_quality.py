@@ -20,7 +20,7 @@ from emoji_quality import real
 from tinyunclip import pair, prior, tiny_karlo
 
 import ldm
-from ldm.models.image_embedding import ImageEmbedding
+from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.models.unclip.autoregressive import AutoregressiveConfig
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.weights.native import write_part

@@ -17,8 +17,8 @@ from tinyunclip import tiny_kandinsky21, tiny_karlo, tiny_stable
 
 import ldm
 from ldm.__main__ import main
+from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.inspect import inspect
-from ldm.models.image_embedding import ImageEmbedding
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import PriorStage
 from ldm.weights.io import read_safetensors, write_safetensors

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.conditioning.prompt import parse, plain
+from ldm.conditioning.reading import States, places, read
 from ldm.diffusion.interfaces import Cond
 from ldm.models.layers.attention import attend
-from ldm.models.prompt import parse, plain
-from ldm.models.reading import States, places, read
 from ldm.models.text.wordpiece import UNKNOWN, WordPiece
 
 
@@ -116,7 +116,7 @@ class BertConditioner(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Cond:
         """The condition of B prompts: context (B, M, D), M the encoder's length or a multiple, and a mask if their lengths differ.
 
-        Prompts may have weights and blends (`ldm.models.prompt`), and any length (`ldm.models.reading`).
+        Prompts may have weights and blends (`ldm.conditioning.prompt`), and any length (`ldm.conditioning.reading`).
         """
         return read(prompts, self.tokenizer.words, self.encode, self.encoder.config.length - 2)
 

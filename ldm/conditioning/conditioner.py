@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ldm.conditioning.prompt import parse, plain, unknown_words
+from ldm.conditioning.reading import States, places, read
 from ldm.diffusion.interfaces import Cond
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
-from ldm.models.prompt import parse, plain, unknown_words
-from ldm.models.reading import States, places, read
 from ldm.models.text.bpe import Tokenizer
 
 
@@ -70,7 +70,7 @@ class TextConditioner(nn.Module):
 
         Where the model drafts, concat (B, C, h, w) too, at the latent's ``size`` (h, w), or at the draft's own.
 
-        Prompts may have weights and blends (`ldm.models.prompt`), and any length (`ldm.models.reading`); words that a small vocabulary lacks are
+        Prompts may have weights and blends (`ldm.conditioning.prompt`), and any length (`ldm.conditioning.reading`); words that a small vocabulary lacks are
         left out (see `unknown`).
         """
         cond = read(prompts, self.tokenizer.words, self.encode, self.room)

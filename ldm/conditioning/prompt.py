@@ -17,7 +17,7 @@ import itertools
 import re
 from dataclasses import dataclass
 
-from ldm.words import words
+from ldm.conditioning.words import words
 
 ESCAPED = "(){}|:\\"
 MOST, BRANCHES = 10.0, 64  # the largest weight, and the most alternatives that a prompt may come to

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.conditioning.prompt import Span, parse
 from ldm.diffusion.interfaces import Cond
-from ldm.models.prompt import Span, parse
 
 Words = list[tuple[str, tuple[int, ...]]]  # the words of a text that have tokens, and their ids
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tinymodel import tiny_model
 
+from ldm.conditioning.conditioner import TextConditioner, TextConvention, TwoTowers
+from ldm.conditioning.prompt import Span
+from ldm.conditioning.reading import windows
 from ldm.models.clip.towers import TextConfig, TextTower
-from ldm.models.conditioner import TextConditioner, TextConvention, TwoTowers
-from ldm.models.prompt import Span
-from ldm.models.reading import windows
 from ldm.models.text.bert import BertConditioner, BertConfig, LDMBert
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.interfaces import Cond
 from ldm.images import Images
 from ldm.models.clip.towers import VisionTower
-from ldm.models.conditioner import TextConditioner
-from ldm.models.image_embedding import ImageEmbedding
 
 FLATTEST = 16  # sides in proportion, of a picture that is worth looking at
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.models.prompt import parse, plain
+from ldm.conditioning.prompt import parse, plain
 
 
 def said(prompt):
