@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ldm.cards import ASSETS
+from ldm.catalog.cards import ASSETS
 
 
 def main(arguments: list[str] | None = None) -> None:

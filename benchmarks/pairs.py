@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.catalog.shapes import UNETS, VAES
 from ldm.diffusion.interfaces import Cond
 from ldm.models.layers.embeddings import vector_condition
-from ldm.models.shapes import UNETS, VAES
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import AutoencoderKL
 from ldm.weights.diffusers_config import unet_config, vae_config

@@ -26,11 +26,11 @@ from emoji_quality import draw_held_out_pairs, draw_held_out_pictures, mean_psnr
 from torch import Tensor
 
 import ldm
+from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.data import Composition, EmojiData, caption
 from ldm.pipelines.unclip_assemble import prior_stage
 from ldm.pipelines.unclip_stages import enlarge
 from ldm.support.files import write_atomically
-from ldm.unclip_cards import AutoregressiveCard
 from ldm.weights.native import about_part, read_network
 
 BATCH = 10

@@ -49,7 +49,7 @@ def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 def models(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """List the models that can be loaded by name."""
-    from ldm.cards import find_card
+    from ldm.catalog.cards import find_card
     from ldm.registry import list_models
 
     parser.parse_args(argv)
@@ -111,7 +111,7 @@ def assemble(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
 
 def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Print what a sampler will do: t, alpha-bar, sigma/alpha, lambda, evaluations."""
-    from ldm.cards import find_model
+    from ldm.catalog.cards import find_model
     from ldm.plan import describe
     from ldm.samplers.conventions import get_convention
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.cards import AutoencoderCard, Card, ModelCard, known_cards, read_card
-from ldm.unclip_cards import PriorCard
+from ldm.catalog.cards import AutoencoderCard, Card, ModelCard, known_cards, read_card
+from ldm.catalog.unclip_cards import PriorCard
 from ldm.weights.cast import is_finite
 from ldm.weights.ckpt import scan_file
 from ldm.weights.detect import Detection, detect

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ldm.cards import REGISTERED, AutoencoderCard, Card, ModelCard, embedded, find_card, known_cards, read_card
+from ldm.catalog.cards import REGISTERED, AutoencoderCard, Card, ModelCard, embedded, find_card, known_cards, read_card
+from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.prediction import check_prediction
 from ldm.pipelines.assemble import assemble
@@ -21,7 +22,6 @@ from ldm.pipelines.unclip_load import load_prior, load_unclip
 from ldm.pipelines.write import LAYOUTS, write_diffusers, write_native, write_original
 from ldm.support.config import nearest
 from ldm.support.device import dtype_of, fast_dtype, pick_device
-from ldm.unclip_cards import PriorCard, UnCLIPCard
 from ldm.weights.folder import is_folder, list_variants
 from ldm.weights.hub import download, local_path
 from ldm.weights.safety_load import load_safety

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 import ldm
-from ldm.cards import REGISTERED, known_cards
+from ldm.catalog.cards import REGISTERED, known_cards
+from ldm.catalog.unclip_cards import PriorCard, StageCard, UnCLIPCard
 from ldm.support.config import to_dict
-from ldm.unclip_cards import PriorCard, StageCard, UnCLIPCard
 
 E = 24
 TEXT = {"width": E, "layers": 2, "heads": 2, "embed_dim": E}

@@ -15,7 +15,7 @@ from ldm.images import read_recipe
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     ldm.save(tiny_model(), tmp_path / "assets" / "emoji-ldm")
-    monkeypatch.setattr("ldm.cards.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("ldm.catalog.cards.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
 
 

@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         ldm.save(tiny_model(), folder / "assets" / "emoji-ldm")
-        patch.setattr("ldm.cards.ASSETS", folder / "assets")
+        patch.setattr("ldm.catalog.cards.ASSETS", folder / "assets")
         patch.chdir(folder)
         rng = np.random.default_rng(0)
         for name in ("a.png", "b.png"):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.cards import ASSETS
+from ldm.catalog.cards import ASSETS
 from ldm.images import read_recipe
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.pipelines.call import UnknownWords

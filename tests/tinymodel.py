@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldm.cards import Defaults, ModelCard, ScheduleCard
+from ldm.catalog.cards import Defaults, ModelCard, ScheduleCard
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextConfig, TextTower

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from ldm.catalog.published_unclip import KANDINSKY21, KANDINSKY22, KARLO, UNCLIP_L, defaults
+from ldm.catalog.shapes import KANDINSKY21 as KANDINSKY21_SHAPE
+from ldm.catalog.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
+from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner, TextConvention
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig
 from ldm.models.movq import MoVQConfig
-from ldm.models.shapes import KANDINSKY21 as KANDINSKY21_SHAPE
-from ldm.models.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.unigram import END, PAD, SPACE, START, UNKNOWN, Unigram
 from ldm.models.text.xlmr import XLMRConditioner, XLMRConfig
@@ -24,8 +26,6 @@ from ldm.models.vae import VAEConfig
 from ldm.pipelines.space import Space
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
-from ldm.published_unclip import KANDINSKY21, KANDINSKY22, KARLO, UNCLIP_L, defaults
-from ldm.unclip_cards import UnCLIPCard
 from ldm.weights.parts import build_network, randomise
 
 E = 24

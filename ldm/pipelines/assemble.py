@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ldm.cards import ModelCard
+from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextTower

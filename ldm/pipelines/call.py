@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.cards import ModelCard
+from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised, OnStep, Sampler

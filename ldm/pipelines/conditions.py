@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.cards import ModelCard
+from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner, TextConditioner
 from ldm.diffusion.interfaces import Cond, Denoised
 from ldm.images import Images

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.cards import ModelCard
+from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg, compose, keep_known

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.cards import AutoencoderCard, Card, ModelCard, known_cards
+from ldm.catalog.cards import AutoencoderCard, Card, ModelCard, known_cards
 from ldm.models.unet import UNetConfig
 from ldm.weights.detect import WrongFamily
 from ldm.weights.diffusers_config import conflicts, training_facts, unet_config

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ldm.catalog.unclip_cards import StageCard
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg, clip_x0
@@ -15,7 +16,6 @@ from ldm.diffusion.interfaces import Cond, DenoiseFn, NoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise, keyed_noise, keyed_normal
 from ldm.pipelines.call import Call, all_hooks, progress_bar, settle
 from ldm.samplers.invert import ddim_invert
-from ldm.unclip_cards import StageCard
 
 STEPS = 2**40  # draws kept for each stage (and each candidate of the prior), so that no two share any
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
 from ldm.conditioning.clip import ClipPair, rerank
 from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.diffusion.grid import TimeGrid
@@ -27,7 +28,6 @@ from ldm.pipelines.unclip_options import decoders, held, priors, told
 from ldm.pipelines.unclip_painting import UnCLIPPainting
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage, options_of
 from ldm.samplers.invert import NOISIEST
-from ldm.unclip_cards import UnCLIPCard, upsampler_name
 
 Finish = Callable[[Tensor], Tensor]
 UPSAMPLER_OPTIONS = ("steps", "guidance", "sampler", "latents", "height", "width")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm.catalog.unclip_cards import AutoregressiveCard, StageCard, UnCLIPCard, upsampler_name
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.clip.towers import TextTower, VisionTower
@@ -18,7 +19,6 @@ from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.pipelines.unclip_sources import UnCLIPSource
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
-from ldm.unclip_cards import AutoregressiveCard, StageCard, UnCLIPCard, upsampler_name
 from ldm.weights.native import read_vocabulary
 
 

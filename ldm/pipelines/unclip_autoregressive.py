@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.images import check_seeds
@@ -16,7 +17,6 @@ from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.pipelines.call import check_count, check_prompts
 from ldm.pipelines.stage import STEPS
 from ldm.pipelines.unclip_stages import PRIOR, best_of
-from ldm.unclip_cards import AutoregressiveCard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ldm.cards import read_card
+from ldm.catalog.cards import read_card
+from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.text.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
@@ -17,7 +18,6 @@ from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_sources import from_native
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
-from ldm.unclip_cards import UnCLIPCard
 from ldm.weights.native import write_part, write_vocabulary
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.cards import parse_card
+from ldm.catalog.cards import parse_card
+from ldm.catalog.unclip_cards import StageCard, UnCLIPCard, upsampler_name
 from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_sources import folder_of, from_native, native_parts
 from ldm.support.config import nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
-from ldm.unclip_cards import StageCard, UnCLIPCard, upsampler_name
 from ldm.weights.native import about_part
 
 

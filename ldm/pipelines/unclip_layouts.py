@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.catalog.unclip_cards import StageCard, UnCLIPCard
 from ldm.models.clip.towers import TextConfig, VisionConfig
 from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.decoder import DecoderConfig
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.support.config import nearest
-from ldm.unclip_cards import StageCard, UnCLIPCard
 from ldm.weights import folder
 from ldm.weights.diffusers_config import conflicts, text_config, training_facts, unet_config
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.models.unclip.noise_augmentation import NoiseAugmentation
 from ldm.models.unclip.prior import Prior
 from ldm.pipelines.sources import part_dtype
 from ldm.pipelines.unclip_sources import OPTIONAL, UnCLIPSource
-from ldm.unclip_cards import PriorCard, UnCLIPCard
 from ldm.weights.ckpt import read_pickle
 from ldm.weights.folder import read_component
 from ldm.weights.io import fingerprint

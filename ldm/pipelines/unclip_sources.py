@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
 from ldm.pipelines.sources import part_dtype
 from ldm.pipelines.unclip_layouts import Component, check_component, components
-from ldm.unclip_cards import UnCLIPCard, upsampler_name
 from ldm.weights.folder import read_component
 from ldm.weights.io import fingerprint
 from ldm.weights.native import about_part, read_config, read_network

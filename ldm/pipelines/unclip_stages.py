@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.catalog.unclip_cards import StageCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.image_embedding import ImageEmbedding, Length
@@ -25,7 +26,6 @@ from ldm.pipelines.space import Space
 from ldm.pipelines.stage import STEPS, Stage, make_denoiser
 from ldm.pipelines.tiles import tiled
 from ldm.support.config import nearest
-from ldm.unclip_cards import StageCard
 
 UPSAMPLE, AUGMENT, PRIOR = 1, 64, 128  # numbers of stages; upsamplers and the candidates of a prior count up from theirs
 

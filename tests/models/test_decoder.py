@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
+from ldm.catalog.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
 from ldm.diffusion.interfaces import Cond
 from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
-from ldm.models.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
 from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.decoder_rules import decoder_table

@@ -10,13 +10,13 @@ import torch
 from diffusers import PriorTransformer
 from twins import TOLERANCE, VISIBLE, error, fill
 
+from ldm.catalog.shapes import PRIORS
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg, clip_x0
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.shapes import PRIORS
 from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.samplers import SAMPLERS
 from ldm.weights.keymap import file_shapes, to_file, to_native

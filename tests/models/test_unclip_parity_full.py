@@ -21,9 +21,9 @@ from test_parity_full import SD2
 from torch import nn
 from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
+from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, UNETS, UPSAMPLERS
 from ldm.diffusion.interfaces import Cond
 from ldm.models.movq import MoVQ
-from ldm.models.shapes import DECODERS, MOVQ, PRIORS, UNETS, UPSAMPLERS
 from ldm.models.unet import UNet
 from ldm.weights.keymap import Table, to_native
 from ldm.weights.parts import build_network, part_table, shapes_of

@@ -8,9 +8,9 @@ import yaml
 from tinyunclip import tiny_kandinsky, tiny_karlo, tiny_stable
 
 import ldm
-from ldm.cards import read_card
+from ldm.catalog.cards import read_card
+from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
 from ldm.pipelines.unclip_folder import read_unclip
-from ldm.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
 from ldm.support.config import to_dict
 
 

@@ -13,7 +13,8 @@ from tinyunclip import TEXT, VISION, E, net
 
 import ldm
 from ldm.__main__ import main
-from ldm.cards import ASSETS, parse_card
+from ldm.catalog.cards import ASSETS, parse_card
+from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.draft import DraftConfig
 from ldm.models.text.bpe import Tokenizer
@@ -23,7 +24,6 @@ from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.support.config import read_yaml
-from ldm.unclip_cards import UnCLIPCard
 from ldm.weights.native import EMOJI_TEXT, about_part, read_network, write_part, write_text
 
 LENGTH = 16

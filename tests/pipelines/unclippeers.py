@@ -15,12 +15,12 @@ from peer import twin
 from tinyunclip import MOVQ, PIECES, PIXELS, SR, VISION, E
 
 import ldm
-from ldm.cards import REGISTERED
+from ldm.catalog.cards import REGISTERED
+from ldm.catalog.unclip_cards import UnCLIPNetworks
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.pipelines.stage import Stage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.write import write_clip_tokenizer
-from ldm.unclip_cards import UnCLIPNetworks
 from ldm.weights.decoder_rules import decoder_table
 from ldm.weights.keymap import to_file
 from ldm.weights.parts import shapes_of, to_layout

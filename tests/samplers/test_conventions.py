@@ -167,7 +167,7 @@ def test_wrong_names_are_refused_with_the_nearest(pipe, options, message):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     ldm.save(tiny_model(), tmp_path / "assets" / "emoji-ldm")
-    monkeypatch.setattr("ldm.cards.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("ldm.catalog.cards.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
 
 

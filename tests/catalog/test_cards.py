@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import ldm
-from ldm.cards import REGISTERED, AutoencoderCard, ModelCard, find_card, find_model, known_cards, read_card
-from ldm.published import AUTOENCODERS, CARDS, MODELS
+from ldm.catalog.cards import REGISTERED, AutoencoderCard, ModelCard, find_card, find_model, known_cards, read_card
+from ldm.catalog.published import AUTOENCODERS, CARDS, MODELS
 from ldm.support.config import build, to_dict
 from ldm.weights.detect import FAMILIES
 from ldm.weights.parts import build_network, shapes_of

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from ldm.catalog.shapes import CONDITIONERS, TEXTS, UNETS, VAES
 from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.clip.towers import TextConfig
 from ldm.models.labels import LabelConfig
-from ldm.models.shapes import CONDITIONERS, TEXTS, UNETS, VAES
 from ldm.models.text.bert import BertConfig
 from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
@@ -24,7 +24,7 @@ from ldm.support.config import build, nearest, read_yaml
 from ldm.weights.detect import FAMILIES
 
 if TYPE_CHECKING:
-    from ldm.unclip_cards import PriorCard, StageCard, UnCLIPCard
+    from ldm.catalog.unclip_cards import PriorCard, StageCard, UnCLIPCard
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
@@ -33,7 +33,7 @@ C = TypeVar("C")
 # latent of the picture to change; "lowres" the picture to enlarge, at the latent's size, "lowres-noised" the same with noise of a level.
 Concat = Literal["inpaint", "inpaint-ldm", "depth", "image", "lowres", "lowres-noised"]
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The networks of a model, each by the name of a published shape (`ldm.models.shapes`) or by its own numbers.
+    """The networks of a model, each by the name of a published shape (`ldm.catalog.shapes`) or by its own numbers.
 
     ``text``: the first text tower, BERT or table of classes; ``text2``: SDXL's second tower, which gives the pooled text; None where there is none.
     """
@@ -189,7 +189,7 @@ Card = Union[ModelCard, AutoencoderCard, "UnCLIPCard", "PriorCard"]
 def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     """The card in a YAML file, on top of the one that its ``base`` names; ValueError says what is wrong in it.
 
-    Its family, or its base's, says of which kind it is: an `UnCLIPCard` for those of `ldm.unclip_cards.UnCLIPFamily`, a `PriorCard` for
+    Its family, or its base's, says of which kind it is: an `UnCLIPCard` for those of `ldm.catalog.unclip_cards.UnCLIPFamily`, a `PriorCard` for
     "dalle2-prior", else a `ModelCard`.
     """
     return parse_card(read_yaml(path), path)
@@ -197,7 +197,7 @@ def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
 
 def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     """The card of a mapping; ``source``: the file that it is from, for messages. See `read_card`."""
-    from ldm.unclip_cards import UNCLIP_FAMILIES, PriorCard, UnCLIPCard
+    from ldm.catalog.unclip_cards import UNCLIP_FAMILIES, PriorCard, UnCLIPCard
 
     mapping = dict(mapping)
     if "base" in mapping:
@@ -223,15 +223,15 @@ REGISTERED: dict[str, ModelCard | UnCLIPCard | PriorCard] = {}
 
 def known_cards() -> dict[str, Card]:
     """The cards without embedded weights: the published families', then those that a user registered."""
-    from ldm.published import CARDS
-    from ldm.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
+    from ldm.catalog.published import CARDS
+    from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
 
     return {**CARDS, **UNCLIP_CARDS, **PRIOR_CARDS, **REGISTERED}
 
 
 def find_model(name: str) -> ModelCard | StageCard:
     """How a model is sampled: its card, or that of unCLIP's decoder, or of a prior alone; ValueError for an autoencoder, or an unknown name."""
-    from ldm.unclip_cards import PriorCard, UnCLIPCard
+    from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 
     card, _ = find_card(name)
     if isinstance(card, AutoencoderCard):

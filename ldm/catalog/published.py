@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.cards import AutoencoderCard, Card, Defaults, Hub, ModelCard, Networks, ScheduleCard
+from ldm.catalog.cards import AutoencoderCard, Card, Defaults, Hub, ModelCard, Networks, ScheduleCard
 from ldm.conditioning.conditioner import TextConvention
 from ldm.samplers.conventions import CONVENTIONS, Convention
 

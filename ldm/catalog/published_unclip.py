@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.cards import Defaults, Hub, ScheduleCard
+from ldm.catalog.cards import Defaults, Hub, ScheduleCard
+from ldm.catalog.unclip_cards import PriorCard, StageCard, UnCLIPCard, UnCLIPNetworks
 from ldm.models.unclip.noise_augmentation import AugmentationConfig
 from ldm.samplers.conventions import Convention
-from ldm.unclip_cards import PriorCard, StageCard, UnCLIPCard, UnCLIPNetworks
 
 COSINE = ScheduleCard(kind="cosine")
 # the grid of Karlo and Kandinsky 2.1: whole timesteps from T − 1 to 0 in equal parts

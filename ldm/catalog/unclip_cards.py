@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ldm.cards import Defaults, Hub, ScheduleCard, shape
+from ldm.catalog.cards import Defaults, Hub, ScheduleCard, shape
+from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
 from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.interfaces import Prediction
 from ldm.models.clip.towers import TextConfig, VisionConfig
 from ldm.models.movq import MoVQConfig
-from ldm.models.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
 from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.autoregressive import AutoregressiveConfig
 from ldm.models.unclip.decoder import DecoderConfig
@@ -67,7 +67,7 @@ class AutoregressiveCard:
 
 @dataclass(frozen=True, kw_only=True)
 class UnCLIPNetworks:
-    """The networks of a published model, each by the name of its shape (`ldm.models.shapes`) or by its own numbers; None where there is none.
+    """The networks of a published model, each by the name of its shape (`ldm.catalog.shapes`) or by its own numbers; None where there is none.
 
     ``text``, ``vision``: CLIP's towers. ``decoder``: a `Decoder`, or a UNet with ``noise``, the augmentation of its embeddings. ``words``: what the
     decoder reads texts with, where that is not CLIP's tower. ``upsamplers``: from small to large; ``last``: whether each has another network of the

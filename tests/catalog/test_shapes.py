@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.catalog.shapes import BERTS, LABELS, UNETS, VAES
 from ldm.models.labels import LabelConditioner
 from ldm.models.meta import on_meta
-from ldm.models.shapes import BERTS, LABELS, UNETS, VAES
 from ldm.models.text.bert import LDMBert
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
 from ldm.models.unet import UNet
