@@ -27,7 +27,7 @@ from ldm.catalog.cards import ASSETS
 from ldm.data import PALETTE, Composition, EmojiData, Mix, caption, held_out_pair, render_batch, sample_composition
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import write_atomically
-from ldm.weights.native import read_part
+from ldm.weights.formats.native_folder import read_part
 
 GROUNDS = tuple(colour for colour in PALETTE if colour != "white")
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds -> (B, 3, H, W) in [0, 1]

@@ -14,7 +14,7 @@ from ldm.diffusion.interfaces import Cond
 from ldm.models.layers.embeddings import vector_condition
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import AutoencoderKL
-from ldm.weights.diffusers_config import unet_config, vae_config
+from ldm.weights.formats.diffusers_config import unet_config, vae_config
 from ldm.weights.parts import build_network, randomise, to_layout
 
 MODELS = ("sd1", "sd2", "sdxl", "small")

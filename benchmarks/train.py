@@ -20,7 +20,7 @@ from ldm.diffusion.interfaces import Cond
 from ldm.fast.optimize import for_training
 from ldm.models.unet import UNet, UNetConfig
 from ldm.support.device import fast_dtype
-from ldm.weights.native import read_config
+from ldm.weights.formats.native_folder import read_config
 
 
 def peer(c: UNetConfig) -> Any:

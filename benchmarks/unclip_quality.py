@@ -31,7 +31,7 @@ from ldm.data import Composition, EmojiData, caption
 from ldm.pipelines.unclip_assemble import prior_stage
 from ldm.pipelines.unclip_stages import enlarge
 from ldm.support.files import write_atomically
-from ldm.weights.native import about_part, read_network
+from ldm.weights.formats.native_folder import about_part, read_network
 
 BATCH = 10
 Figures = dict[str, float]

@@ -14,14 +14,14 @@ from torch import Tensor
 from ldm.catalog.cards import AutoencoderCard, Card, ModelCard, known_cards, read_card
 from ldm.catalog.unclip_cards import PriorCard
 from ldm.weights.cast import is_finite
-from ldm.weights.ckpt import scan_file
-from ldm.weights.detect import Detection, detect
-from ldm.weights.folder import PARTS, is_folder, list_variants, read_component, read_folder
-from ldm.weights.io import existing_file, sha256
+from ldm.weights.detection import Detection, detect
+from ldm.weights.formats.diffusers_folder import PARTS, is_folder, list_variants, read_component, read_folder
+from ldm.weights.formats.native_folder import about_part
+from ldm.weights.formats.pickles import scan_file
+from ldm.weights.formats.safetensors import existing_file, sha256
+from ldm.weights.formats.single_file import ema_names, read_tensors, split
 from ldm.weights.keymap import Fit, Shape, Table, fit
-from ldm.weights.native import about_part
 from ldm.weights.parts import build_network, part_table, shapes_of
-from ldm.weights.single import ema_names, read_tensors, split
 
 
 @dataclass(frozen=True, kw_only=True)

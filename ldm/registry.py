@@ -22,9 +22,9 @@ from ldm.pipelines.unclip_load import load_prior, load_unclip
 from ldm.pipelines.write import LAYOUTS, write_diffusers, write_native, write_original
 from ldm.support.config import nearest
 from ldm.support.device import dtype_of, fast_dtype, pick_device
-from ldm.weights.folder import is_folder, list_variants
-from ldm.weights.hub import download, local_path
-from ldm.weights.safety_load import load_safety
+from ldm.weights.formats.diffusers_folder import is_folder, list_variants
+from ldm.weights.formats.hub import download, local_path
+from ldm.weights.safety import load_safety
 
 
 def list_models() -> list[str]:

@@ -16,7 +16,7 @@ from ldm.catalog.cards import ASSETS
 from ldm.images import read_recipe
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.pipelines.call import UnknownWords
-from ldm.weights.native import read_part
+from ldm.weights.formats.native_folder import read_part
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from sparse import sd1_file, sparse  # noqa: E402
 
 from ldm.inspect import Candidate, inspect  # noqa: E402
 from ldm.models.unet import UNet, UNetConfig  # noqa: E402
-from ldm.weights.detect import Detection  # noqa: E402
-from ldm.weights.io import sha256, write_safetensors  # noqa: E402
-from ldm.weights.unet_rules import unet_table  # noqa: E402
+from ldm.weights.detection import Detection  # noqa: E402
+from ldm.weights.formats.safetensors import sha256, write_safetensors  # noqa: E402
+from ldm.weights.rules.unet import unet_table  # noqa: E402
 
 
 def cards(found: Detection) -> list[Candidate]:

@@ -15,7 +15,7 @@ import torch
 import ldm
 from ldm.__main__ import main
 from ldm.catalog.cards import REGISTERED
-from ldm.weights.io import read_safetensors, write_safetensors
+from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent / "weights"))
 import hostile  # noqa: E402

@@ -9,8 +9,8 @@ import torch
 from tinymodel import tiny_model
 
 import ldm
-from ldm.weights.io import read_safetensors, write_safetensors
-from ldm.weights.native import about_part
+from ldm.weights.formats.native_folder import about_part
+from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 
 @pytest.fixture(scope="module")

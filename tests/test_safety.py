@@ -12,9 +12,9 @@ from tinymodel import tiny_model
 from ldm.models.clip.towers import VisionConfig
 from ldm.models.meta import on_meta
 from ldm.models.safety import SafetyChecker, SafetyConfig
-from ldm.weights.io import write_safetensors
+from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import randomise, shapes_of
-from ldm.weights.safety_load import load_safety
+from ldm.weights.safety import load_safety
 
 sys.path.insert(0, str(Path(__file__).parent / "weights"))
 

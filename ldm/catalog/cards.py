@@ -21,7 +21,7 @@ from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import build, nearest, read_yaml
-from ldm.weights.detect import FAMILIES
+from ldm.weights.detection import FAMILIES
 
 if TYPE_CHECKING:
     from ldm.catalog.unclip_cards import PriorCard, StageCard, UnCLIPCard

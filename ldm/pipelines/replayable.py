@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ldm.images import Images
-from ldm.weights.io import sha256
+from ldm.weights.formats.safetensors import sha256
 
 Task = TypeVar("Task", bound=Callable[..., Images])
 PICTURES = ("image", "mask", "depth")  # arguments of which a text is a path; of all others a `Path` is

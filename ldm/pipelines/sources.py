@@ -12,13 +12,13 @@ from torch import nn
 
 from ldm.catalog.cards import AutoencoderCard, Card, ModelCard, known_cards
 from ldm.models.unet import UNetConfig
-from ldm.weights.detect import WrongFamily
-from ldm.weights.diffusers_config import conflicts, training_facts, unet_config
-from ldm.weights.folder import Folder, read_component, read_folder
-from ldm.weights.io import fingerprint
-from ldm.weights.native import read_config, read_network
+from ldm.weights.detection import WrongFamily
+from ldm.weights.formats.diffusers_config import conflicts, training_facts, unet_config
+from ldm.weights.formats.diffusers_folder import Folder, read_component, read_folder
+from ldm.weights.formats.native_folder import read_config, read_network
+from ldm.weights.formats.safetensors import fingerprint
+from ldm.weights.formats.single_file import read_single
 from ldm.weights.parts import build_network, fill, randomise
-from ldm.weights.single import read_single
 
 TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
 BASE_STEP = 875_000  # the `global_step` that Stable Diffusion 2's base (eps) checkpoints hold

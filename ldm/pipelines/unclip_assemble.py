@@ -19,7 +19,7 @@ from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.pipelines.unclip_sources import UnCLIPSource
 from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
-from ldm.weights.native import read_vocabulary
+from ldm.weights.formats.native_folder import read_vocabulary
 
 
 def assemble(card: UnCLIPCard, source: UnCLIPSource) -> UnCLIP:

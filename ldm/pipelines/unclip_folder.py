@@ -18,7 +18,7 @@ from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_sources import from_native
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.native import write_part, write_vocabulary
+from ldm.weights.formats.native_folder import write_part, write_vocabulary
 
 
 def read_unclip(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UnCLIP:

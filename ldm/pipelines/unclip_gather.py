@@ -16,7 +16,7 @@ from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_sources import folder_of, from_native, native_parts
 from ldm.support.config import nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.native import about_part
+from ldm.weights.formats.native_folder import about_part
 
 
 def gather(config: str | Path, folder: str | Path) -> Path:

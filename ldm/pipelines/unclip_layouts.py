@@ -14,8 +14,8 @@ from ldm.models.unclip.decoder import DecoderConfig
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.support.config import nearest
-from ldm.weights import folder
-from ldm.weights.diffusers_config import conflicts, text_config, training_facts, unet_config
+from ldm.weights.formats import diffusers_folder as folder
+from ldm.weights.formats.diffusers_config import conflicts, text_config, training_facts, unet_config
 
 # class of the pipeline: component → part; a scheduler's is the stage that it serves
 UPSAMPLED = {

@@ -13,7 +13,7 @@ from ldm.pipelines.unclip_layouts import pipelines
 from ldm.pipelines.unclip_originals import from_file, from_files, is_original, prior_network
 from ldm.pipelines.unclip_sources import UnCLIPSource, from_diffusers, from_native, from_random
 from ldm.pipelines.unclip_stages import PriorStage
-from ldm.weights.folder import list_variants
+from ldm.weights.formats.diffusers_folder import list_variants
 
 
 def load_unclip(

@@ -13,13 +13,13 @@ from ldm.models.unclip.noise_augmentation import NoiseAugmentation
 from ldm.models.unclip.prior import Prior
 from ldm.pipelines.sources import part_dtype
 from ldm.pipelines.unclip_sources import OPTIONAL, UnCLIPSource
-from ldm.weights.ckpt import read_pickle
-from ldm.weights.folder import read_component
-from ldm.weights.io import fingerprint
+from ldm.weights.formats.diffusers_folder import read_component
+from ldm.weights.formats.pickles import read_pickle
+from ldm.weights.formats.safetensors import fingerprint
+from ldm.weights.formats.single_file import read_single, read_tensors
 from ldm.weights.keymap import below
 from ldm.weights.parts import build_network, fill, randomise
-from ldm.weights.prior_rules import with_statistics
-from ldm.weights.single import read_single, read_tensors
+from ldm.weights.rules.prior import with_statistics
 
 STATISTICS = "ViT-L-14_stats.th"  # mean and deviation of CLIP's image embeddings, as Karlo's authors published them
 STABLE = {"decoder": "unet", "words": "text", "vision": "image", "vae": "vae"}  # our parts: those of a single file

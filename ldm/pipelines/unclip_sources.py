@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
 from ldm.pipelines.sources import part_dtype
 from ldm.pipelines.unclip_layouts import Component, check_component, components
-from ldm.weights.folder import read_component
-from ldm.weights.io import fingerprint
-from ldm.weights.native import about_part, read_config, read_network
+from ldm.weights.formats.diffusers_folder import read_component
+from ldm.weights.formats.native_folder import about_part, read_config, read_network
+from ldm.weights.formats.safetensors import fingerprint
 from ldm.weights.parts import build_network, fill, randomise
-from ldm.weights.prior_rules import with_statistics
+from ldm.weights.rules.prior import with_statistics
 
 OPTIONAL = ("text", "vision", "prior")  # a model without one of these has fewer tasks
 

@@ -18,10 +18,10 @@ from ldm.models.unet import UNetConfig
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.detect import COND, FAMILIES
-from ldm.weights.diffusers_config import bert_config, scheduler_config, text_config, training_facts, unet_config, vae_config
-from ldm.weights.io import write_safetensors
-from ldm.weights.native import narrow, write_part, write_vocabulary
+from ldm.weights.detection import COND, FAMILIES
+from ldm.weights.formats.diffusers_config import bert_config, scheduler_config, text_config, training_facts, unet_config, vae_config
+from ldm.weights.formats.native_folder import narrow, write_part, write_vocabulary
+from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import to_layout
 
 LAYOUTS = ("native", "original", "diffusers")

@@ -25,7 +25,7 @@ from ldm.training.ldm import Diffusion
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.vae import held_out_compositions
-from ldm.weights.native import begin_with, write_part, write_text
+from ldm.weights.formats.native_folder import begin_with, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from ldm.training.ldm import Diffusion, zero_outputs
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.vae import held_out_compositions
-from ldm.weights.native import write_part
+from ldm.weights.formats.native_folder import write_part
 
 
 @dataclass(frozen=True, kw_only=True)

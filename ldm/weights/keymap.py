@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.weights.io import mismatch
+from ldm.weights.formats.safetensors import mismatch
 
 Shape = tuple[int, ...]
 

@@ -25,15 +25,15 @@ from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
-from ldm.weights.bert_rules import bert_table
-from ldm.weights.clip_rules import clip_table
-from ldm.weights.decoder_rules import decoder_table
-from ldm.weights.io import load_strict
+from ldm.weights.formats.safetensors import load_strict
 from ldm.weights.keymap import IDENTITY, Section, Shape, Table, to_file, to_native
-from ldm.weights.prior_rules import prior_table
-from ldm.weights.unet_rules import unet_table
-from ldm.weights.vae_rules import DIFFUSERS, vae_table
-from ldm.weights.xlmr_rules import XLMR_TABLE
+from ldm.weights.rules.bert import bert_table
+from ldm.weights.rules.clip import clip_table
+from ldm.weights.rules.decoder import decoder_table
+from ldm.weights.rules.prior import prior_table
+from ldm.weights.rules.unet import unet_table
+from ldm.weights.rules.vae import DIFFUSERS, vae_table
+from ldm.weights.rules.xlmr import XLMR_TABLE
 
 Layout = Literal["original", "diffusers"]
 NETWORKS: dict[type, type[nn.Module]] = {

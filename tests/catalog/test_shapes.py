@@ -19,10 +19,10 @@ from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
 from ldm.support.config import build, to_dict
-from ldm.weights.bert_rules import bert_table
 from ldm.weights.keymap import file_shapes
-from ldm.weights.unet_rules import unet_table
-from ldm.weights.vae_rules import vae_table
+from ldm.weights.rules.bert import bert_table
+from ldm.weights.rules.unet import unet_table
+from ldm.weights.rules.vae import vae_table
 
 # name: parameters, and tensors in the original layout where that is known
 UNET_COUNTS = {

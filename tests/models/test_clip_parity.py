@@ -76,7 +76,7 @@ def test_small_models_equal_transformers():
         projection_dim=48, hidden_act="gelu", bos_token_id=298, eos_token_id=299, pad_token_id=0,
     )  # fmt: skip
     peer = transformers.CLIPTextModelWithProjection(config).eval()
-    from ldm.weights.clip_rules import to_clip
+    from ldm.weights.rules.clip import to_clip
 
     tower = TextTower(TEXT).eval()
     randomize(peer)

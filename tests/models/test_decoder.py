@@ -17,10 +17,10 @@ from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
 from ldm.models.unet import UNet, UNetConfig
-from ldm.weights.decoder_rules import decoder_table
 from ldm.weights.keymap import file_shapes, to_file, to_native
 from ldm.weights.parts import build_network, part_table, shapes_of
-from ldm.weights.vae_rules import vae_table
+from ldm.weights.rules.decoder import decoder_table
+from ldm.weights.rules.vae import vae_table
 
 COUNTS = {
     "karlo": (893_318_086, 595), "kandinsky21": (1_228_661_768, 594), "kandinsky21-inpaint": (1_228_679_048, 594),

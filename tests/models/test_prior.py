@@ -21,7 +21,7 @@ from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.samplers import SAMPLERS
 from ldm.weights.keymap import file_shapes, to_file, to_native
 from ldm.weights.parts import build_network, randomise, shapes_of
-from ldm.weights.prior_rules import prior_table, with_statistics
+from ldm.weights.rules.prior import prior_table, with_statistics
 
 COUNTS = {
     "karlo": (1_022_028_544, 256), "kandinsky21": (1_022_028_544, 256), "kandinsky22": (1_026_225_920, None), "dalle2-laion": (249_416_704, 272),

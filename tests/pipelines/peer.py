@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.write import describe, write_clip_tokenizer
-from ldm.weights.diffusers_config import scheduler_config, training_facts
+from ldm.weights.formats.diffusers_config import scheduler_config, training_facts
 from ldm.weights.parts import to_layout
 
 STEP = 1 / 255

@@ -13,7 +13,7 @@ from family import NETWORKS
 import ldm
 from ldm.inspect import inspect
 from ldm.pipelines.write import PIPELINES
-from ldm.weights.io import read_header, read_safetensors, write_safetensors
+from ldm.weights.formats.safetensors import read_header, read_safetensors, write_safetensors
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -23,7 +23,7 @@ import ldm
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.models.unclip.autoregressive import AutoregressiveConfig
 from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
-from ldm.weights.native import write_part
+from ldm.weights.formats.native_folder import write_part
 from ldm.weights.parts import build_network, randomise
 
 DEFAULTS = {"n": 4, "pictures": 2, "candidates": 1, "seed": 0, "invert_steps": 2, "iterations": 1, "eta": 0.25, "side": 32, "only": benchmark.NAMES}

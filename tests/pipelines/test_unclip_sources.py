@@ -21,7 +21,7 @@ from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.inspect import inspect
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_stages import PriorStage
-from ldm.weights.io import read_safetensors, write_safetensors
+from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 from ldm.weights.parts import to_layout
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

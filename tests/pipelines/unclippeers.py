@@ -21,9 +21,9 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.pipelines.stage import Stage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.write import write_clip_tokenizer
-from ldm.weights.decoder_rules import decoder_table
 from ldm.weights.keymap import to_file
 from ldm.weights.parts import shapes_of, to_layout
+from ldm.weights.rules.decoder import decoder_table
 
 TYPES = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
 UNET = {

@@ -16,7 +16,7 @@ from ldm.data.captions import pieces, spoken
 from ldm.training.grounding import Grounding, Named, attended, grounding_loss, named
 from ldm.training.loop import Draws
 from ldm.training.run import open_run, read_config
-from ldm.weights.io import read_safetensors
+from ldm.weights.formats.safetensors import read_safetensors
 
 QUARTER = torch.zeros(4, 4)
 QUARTER[:2, :2] = 1

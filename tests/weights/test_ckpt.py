@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.weights.ckpt import LEGACY, StandIn, read_ckpt, read_pickle
-from ldm.weights.pickle_scan import HIDDEN, scan_pickle
+from ldm.weights.formats.pickle_scan import HIDDEN, scan_pickle
+from ldm.weights.formats.pickles import LEGACY, StandIn, read_ckpt, read_pickle
 
 
 def good_state() -> dict[str, torch.Tensor]:

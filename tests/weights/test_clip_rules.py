@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
-from ldm.weights.clip_load import hf_text_config, hf_vision_config, load_open_clip, open_clip_config
-from ldm.weights.clip_rules import clip_table, to_clip
-from ldm.weights.io import write_safetensors
+from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.keymap import fit, to_file
+from ldm.weights.open_clip import hf_text_config, hf_vision_config, load_open_clip, open_clip_config
+from ldm.weights.rules.clip import clip_table, to_clip
 
 TEXT = TextConfig(vocab_size=300, context_length=20, width=64, layers=2, heads=4, embed_dim=48, activation="gelu", bos_id=298, eot_id=299)
 VISION = VisionConfig(image_size=32, patch_size=8, width=96, layers=2, heads=3, embed_dim=48, activation="gelu")
@@ -218,7 +218,7 @@ def test_wrong_open_clip_names():
 def small(monkeypatch) -> CLIPConfig:
     """A small shape under a published name."""
     config = CLIPConfig(text=TEXT, vision=VISION)
-    monkeypatch.setattr("ldm.weights.clip_load.open_clip_config", lambda name: config)
+    monkeypatch.setattr("ldm.weights.open_clip.open_clip_config", lambda name: config)
     return config
 
 

@@ -10,8 +10,8 @@ import hostile
 import pytest
 import torch
 
-from ldm.weights.folder import is_folder, read_component, read_folder
-from ldm.weights.io import write_safetensors
+from ldm.weights.formats.diffusers_folder import is_folder, read_component, read_folder
+from ldm.weights.formats.safetensors import write_safetensors
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ldm.weights.hub import UnexpectedHash, download, local_path
+from ldm.weights.formats.hub import UnexpectedHash, download, local_path
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 CONTENT = b"weights"

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ldm.weights import io
+from ldm.weights.formats import safetensors as io
 
 DTYPES = [dtype for dtype in io.NAMES if dtype not in (torch.uint16, torch.uint32, torch.uint64)]
 

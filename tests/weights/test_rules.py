@@ -10,10 +10,10 @@ import pytest
 import torch
 from originals import UNETS, VAES, UNetSpec, VAESpec
 
-from ldm.weights.bert_rules import bert_table
 from ldm.weights.keymap import Shape, Table, file_shapes, fit, to_file, to_native
-from ldm.weights.unet_rules import unet_table
-from ldm.weights.vae_rules import DIFFUSERS, vae_table
+from ldm.weights.rules.bert import bert_table
+from ldm.weights.rules.unet import unet_table
+from ldm.weights.rules.vae import DIFFUSERS, vae_table
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, Shape]:

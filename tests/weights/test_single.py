@@ -11,10 +11,10 @@ from originals import UNETS
 from sparse import sd1_file, sparse
 
 from ldm.models.unet import UNet, UNetConfig
-from ldm.weights.io import load_strict, write_safetensors
+from ldm.weights.formats.safetensors import load_strict, write_safetensors
+from ldm.weights.formats.single_file import choose_ema, ema_names, read_single, read_tensors
 from ldm.weights.keymap import to_native
-from ldm.weights.single import choose_ema, ema_names, read_single, read_tensors
-from ldm.weights.unet_rules import unet_table
+from ldm.weights.rules.unet import unet_table
 
 
 def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ldm.weights.io import existing_file, map_file, mapped_tensor
-from ldm.weights.pickle_scan import MAX_PICKLE, PickleScan, permitted, scan_pickle
+from ldm.weights.formats.pickle_scan import MAX_PICKLE, PickleScan, permitted, scan_pickle
+from ldm.weights.formats.safetensors import existing_file, map_file, mapped_tensor
 
 STORAGES = {
     f"torch.{kind}Storage": dtype for kind, dtype in (

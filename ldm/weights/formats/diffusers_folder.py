@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ldm.support.config import nearest
-from ldm.weights.detect import Detection, detect
-from ldm.weights.io import mismatch
-from ldm.weights.single import read_tensors
+from ldm.weights.detection import Detection, detect
+from ldm.weights.formats.safetensors import mismatch
+from ldm.weights.formats.single_file import read_tensors
 
 # sub-folder: our name of the part
 PARTS = {"unet": "unet", "vae": "vae", "vqvae": "vae", "movq": "vae", "text_encoder": "text", "bert": "text", "text_encoder_2": "text2",

@@ -8,11 +8,11 @@ import torch
 
 from ldm.models.meta import on_meta
 from ldm.models.safety import SafetyChecker, SafetyConfig
-from ldm.weights.clip_rules import to_clip
-from ldm.weights.folder import read_component
-from ldm.weights.io import load_strict
+from ldm.weights.formats.diffusers_folder import read_component
+from ldm.weights.formats.safetensors import load_strict
+from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.parts import randomise
-from ldm.weights.single import read_tensors
+from ldm.weights.rules.clip import to_clip
 
 OWN = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.weights.ckpt import read_ckpt
-from ldm.weights.detect import Detection, detect, expect, require
-from ldm.weights.io import existing_file, map_safetensors, mismatch
+from ldm.weights.detection import Detection, detect, expect, require
+from ldm.weights.formats.pickles import read_ckpt
+from ldm.weights.formats.safetensors import existing_file, map_safetensors, mismatch
 from ldm.weights.keymap import below
 
 # Buffers of training programs, which follow from the card, and markers. `scale_factor` is not among them: it overrides the card.

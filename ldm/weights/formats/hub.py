@@ -6,8 +6,8 @@ import os
 import warnings
 from pathlib import Path
 
-from ldm.weights.folder import is_folder, list_variants, read_folder
-from ldm.weights.io import sha256 as digest
+from ldm.weights.formats.diffusers_folder import is_folder, list_variants, read_folder
+from ldm.weights.formats.safetensors import sha256 as digest
 
 # of a folder of diffusers: configurations, tokenizers and each part's plain weights, but not the single files that may lie beside them
 CONFIGURATIONS, SAFETENSORS, PICKLES = ["*.json", "*.txt"], ["*/*.safetensors", "diffusion_pytorch_model.safetensors"], ["*/*.bin"]

@@ -14,9 +14,9 @@ import torch
 from ldm.models.clip.towers import CLIP, Activation, CLIPConfig, TextConfig, VisionConfig
 from ldm.models.meta import on_meta
 from ldm.support.config import nearest
-from ldm.weights.clip_rules import to_clip
-from ldm.weights.io import load_strict
-from ldm.weights.single import read_tensors
+from ldm.weights.formats.safetensors import load_strict
+from ldm.weights.formats.single_file import read_tensors
+from ldm.weights.rules.clip import to_clip
 
 TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 VISION_KEYS = {"image_size", "patch_size", "width", "head_width", "layers", "mlp_ratio"}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ldm.models.unclip.decoder import DecoderConfig
 from ldm.weights.keymap import IDENTITY, Rule, Section, Table, rename
-from ldm.weights.unet_rules import unet_table
+from ldm.weights.rules.unet import unet_table
 
 KARLO = (
     Rule(("null_image",), ("cf_param",)),

@@ -17,7 +17,7 @@ from ldm.models.meta import on_meta
 from ldm.models.text.bpe import Tokenizer
 from ldm.support.config import build, nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.io import load_strict, read_safetensors, sha256, write_safetensors
+from ldm.weights.formats.safetensors import load_strict, read_safetensors, sha256, write_safetensors
 from ldm.weights.parts import NETWORKS
 
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)  # how the models trained here read their text tower
