@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Cond": "diffusion.interfaces", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
-    "SAMPLERS": "samplers", "Images": "images", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
+    "SAMPLERS": "samplers", "Images": "images.result", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
     "list_models": "registry", "load": "registry", "save": "registry", "register": "registry", "trace": "trace",
     "optimize": "fast.optimize",
 }  # fmt: skip
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm.diffusion.interfaces import Cond, Denoised
     from ldm.diffusion.schedule import NoiseSchedule
     from ldm.fast.optimize import optimize
-    from ldm.images import Images
+    from ldm.images.result import Images
     from ldm.pipelines.latent import LatentDiffusion
     from ldm.pipelines.unclip import UnCLIP
     from ldm.registry import list_models, load, register, save

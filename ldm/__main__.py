@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Make a picture again from the recipe in its PNG, bit for bit on the same machine."""
-    from ldm.images import check_writable, read_recipe
+    from ldm.images.result import check_writable, read_recipe
     from ldm.replay import replay as again
 
     parser.add_argument("picture", help="a PNG that ldm has written")

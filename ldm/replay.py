@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.images import Images
+from ldm.images.result import Images
 from ldm.pipelines.latent import REPLAYABLE
 from ldm.pipelines.replayable import restored
 from ldm.registry import load

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Denoised
-from ldm.images import Images
+from ldm.images.result import Images
 from ldm.models.layers.attention import AttentionBlock, SpatialTransformer, attention_control
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair

@@ -9,7 +9,7 @@ from tinymodel import tiny_model
 
 import ldm
 from ldm.__main__ import main
-from ldm.images import read_recipe
+from ldm.images.result import read_recipe
 
 
 @pytest.fixture(autouse=True)

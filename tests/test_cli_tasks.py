@@ -17,7 +17,7 @@ from tinymodel import tiny_model
 import ldm
 from ldm.__main__ import COMMANDS, main
 from ldm.cli.tasks import TASKS
-from ldm.images import read_recipe
+from ldm.images.result import read_recipe
 
 FAST = ["--steps", "2", "--dtype", "float32"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import ldm
 from ldm.catalog.cards import ASSETS
-from ldm.images import read_recipe
+from ldm.images.result import read_recipe
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.pipelines.call import UnknownWords
 from ldm.weights.formats.native_folder import read_part

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.images import Images
+    from ldm.images.result import Images
 
 SAMPLING = ("n", "seed", "steps", "guidance", "negative", "sampler", "convention", "spacing")
 

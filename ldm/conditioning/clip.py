@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.interfaces import Cond
-from ldm.images import Images
+from ldm.images.result import Images
 from ldm.models.clip.towers import VisionTower
 
 FLATTEST = 16  # sides in proportion, of a picture that is worth looking at

@@ -13,12 +13,12 @@ from torch import Tensor
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner, TextConditioner
 from ldm.diffusion.interfaces import Cond, Denoised
-from ldm.images import Images
+from ldm.images.canvas import fill
+from ldm.images.result import Images
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
-from ldm.pipelines.canvas import fill
 from ldm.pipelines.tiles import Part
 
 Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 or B

@@ -16,12 +16,12 @@ from ldm.conditioning.image_embedding import slerp
 from ldm.diffusion.guidance import both, lerp
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.noise import keyed_normal
-from ldm.images import Images
+from ldm.images.canvas import fit
+from ldm.images.pixels import Picture, to_pixels
+from ldm.images.result import Images
 from ldm.pipelines.attention_control import Control, align
 from ldm.pipelines.call import Call
-from ldm.pipelines.canvas import fit
 from ldm.pipelines.conditions import Pair, between, conditions, joined
-from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.replayable import replayable
 from ldm.samplers.invert import NOISIEST, ddim_invert, edict, edict_invert
 from ldm.samplers.ode.ddim import ddim

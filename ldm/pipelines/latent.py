@@ -15,14 +15,14 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg, compose, keep_known
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise
-from ldm.images import Images
+from ldm.images.canvas import fit
+from ldm.images.pixels import Picture, to_depth, to_pixels
+from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle, warn_unknown
-from ldm.pipelines.canvas import fit
 from ldm.pipelines.conditions import Pair, Watcher, conditions, cut, drafted, joined
 from ldm.pipelines.editing import Editing
 from ldm.pipelines.painting import Painting
-from ldm.pipelines.pixels import Picture, to_depth, to_pixels
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.tiles import Part, windowed

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.images import Images
-from ldm.pipelines.canvas import Canvas, check_border
-from ldm.pipelines.pixels import Picture
+from ldm.images.canvas import Canvas, check_border
+from ldm.images.pixels import Picture
+from ldm.images.result import Images
 from ldm.pipelines.replayable import replayable
 from ldm.samplers.repaint import repaint
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ldm.images import Images
+from ldm.images.result import Images
 from ldm.weights.formats.safetensors import sha256
 
 Task = TypeVar("Task", bound=Callable[..., Images])

@@ -14,12 +14,12 @@ from ldm.conditioning.clip import ClipPair, rerank
 from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, OnStep
-from ldm.images import Images
+from ldm.images.pixels import Picture, to_pixels
+from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
 from ldm.pipelines.call import Call, all_hooks, warn_unknown
 from ldm.pipelines.conditions import Watcher, cut
-from ldm.pipelines.pixels import Picture, to_pixels
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.tiles import Part, windowed

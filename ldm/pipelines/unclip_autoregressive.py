@@ -12,7 +12,7 @@ from torch import nn
 from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.image_embedding import ImageEmbedding
-from ldm.images import check_seeds
+from ldm.images.result import check_seeds
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.pipelines.call import check_count, check_prompts
 from ldm.pipelines.stage import STEPS

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import keep_known
 from ldm.diffusion.interfaces import DenoiseFn
-from ldm.images import Images
-from ldm.pipelines.canvas import Canvas, check_border
+from ldm.images.canvas import Canvas, check_border
+from ldm.images.pixels import Picture
+from ldm.images.result import Images
 from ldm.pipelines.painting import REACH
-from ldm.pipelines.pixels import Picture
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.unclip_options import decoders, priors, told
 from ldm.samplers.repaint import repaint

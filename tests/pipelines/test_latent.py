@@ -8,8 +8,8 @@ from tinymodel import tiny_model
 
 from ldm import SAMPLERS, TimeGrid
 from ldm.diffusion.noise import initial_noise
+from ldm.images.canvas import Padded
 from ldm.pipelines.call import UnknownWords
-from ldm.pipelines.canvas import Padded
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tinymodel import tiny_model
 from torch import Tensor
 
 from ldm.diffusion.interfaces import Cond
-from ldm.pipelines.canvas import Padded
+from ldm.images.canvas import Padded
 from ldm.pipelines.conditions import anchor, drafted
 from ldm.pipelines.latent import DRAFTED
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.interfaces import Cond
+from ldm.images.canvas import Canvas
+from ldm.images.pixels import to_depth, to_mask, to_pixels
 from ldm.pipelines.call import SizeCondition
-from ldm.pipelines.canvas import Canvas
-from ldm.pipelines.pixels import to_depth, to_mask, to_pixels
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import ldm
 from ldm.__main__ import main
 from ldm.catalog.cards import find_card, find_model
 from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
-from ldm.images import read_recipe
+from ldm.images.result import read_recipe
 from ldm.pipelines.unclip import UnCLIP
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))

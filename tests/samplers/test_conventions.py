@@ -16,7 +16,7 @@ from ldm.__main__ import main
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.noise import brownian_noise, initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.images import read_recipe
+from ldm.images.result import read_recipe
 from ldm.plan import evaluations
 from ldm.samplers import SAMPLERS
 from ldm.samplers.conventions import CONVENTIONS, Convention, get_convention

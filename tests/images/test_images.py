@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images import Images, check_seeds, check_writable, read_recipe
+from ldm.images.result import Images, check_seeds, check_writable, read_recipe
 
 
 def images(n=3, **recipe):

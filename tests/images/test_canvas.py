@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.pipelines.canvas import Canvas, Padded, border_correction, border_limit, fill, paste, soft
+from ldm.images.canvas import Canvas, Padded, border_correction, border_limit, fill, paste, soft
 
 
 def picture(h: int = 12, w: int = 10, seed: int = 0) -> Tensor:

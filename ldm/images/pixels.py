@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.pipelines.eight_bit import rgba
+from ldm.images.eight_bit import rgba
 
 Picture = Any  # a path, a PIL image, a tensor (3, H, W) or (B, 3, H, W) in [0, 1], a uint8 array (H, W, 3), or a sequence of these of one size
 

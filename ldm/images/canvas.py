@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.pipelines.pixels import Picture, to_mask, to_pixels
+from ldm.images.pixels import Picture, to_mask, to_pixels
 
 NEIGHBOURS = torch.tensor([[[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]]])
 MARGINS = ("left", "right", "top", "bottom")
