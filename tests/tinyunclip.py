@@ -23,9 +23,9 @@ from ldm.models.unclip.noise_augmentation import AugmentationConfig, NoiseAugmen
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
-from ldm.pipelines.space import Space
+from ldm.pipelines.stages.space import Space
+from ldm.pipelines.stages.unclip import DecoderStage, PriorStage, UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
 from ldm.weights.parts import build_network, randomise
 
 E = 24

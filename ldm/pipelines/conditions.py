@@ -19,7 +19,7 @@ from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
-from ldm.pipelines.tiles import Part
+from ldm.pipelines.windows import Part
 
 Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 or B
 

@@ -25,7 +25,7 @@ from ldm.pipelines.editing import Editing
 from ldm.pipelines.painting import Painting
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
-from ldm.pipelines.tiles import Part, windowed
+from ldm.pipelines.windows import Part, windowed
 
 Tell = Callable[[tuple[int, int]], Pair]  # a latent's size → conditions
 Finish = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) as decoded → as they are given out

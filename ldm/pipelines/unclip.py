@@ -22,11 +22,11 @@ from ldm.pipelines.call import Call, all_hooks, warn_unknown
 from ldm.pipelines.conditions import Watcher, cut
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
-from ldm.pipelines.tiles import Part, windowed
-from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
+from ldm.pipelines.stages.autoregressive import AutoregressiveStage
+from ldm.pipelines.stages.unclip import DecoderStage, PriorStage, UpsamplerStage, options_of
 from ldm.pipelines.unclip_options import decoders, held, priors, told
 from ldm.pipelines.unclip_painting import UnCLIPPainting
-from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage, options_of
+from ldm.pipelines.windows import Part, windowed
 from ldm.samplers.invert import NOISIEST
 
 Finish = Callable[[Tensor], Tensor]

@@ -14,11 +14,11 @@ from ldm.models.text.xlmr import XLMR, XLMRConditioner
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.models.unclip.decoder import Decoder
 from ldm.models.unclip.prior import Prior
-from ldm.pipelines.space import Space
+from ldm.pipelines.stages.autoregressive import AutoregressiveStage
+from ldm.pipelines.stages.space import Space
+from ldm.pipelines.stages.unclip import DecoderStage, PriorStage, UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
 from ldm.pipelines.unclip_sources import UnCLIPSource
-from ldm.pipelines.unclip_stages import DecoderStage, PriorStage, UpsamplerStage
 from ldm.weights.formats.native_folder import read_vocabulary
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
+from ldm.pipelines.stages.unclip import PriorStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.unclip_assemble import assemble
 from ldm.pipelines.unclip_layouts import pipelines
 from ldm.pipelines.unclip_originals import from_file, from_files, is_original, prior_network
 from ldm.pipelines.unclip_sources import UnCLIPSource, from_diffusers, from_native, from_random
-from ldm.pipelines.unclip_stages import PriorStage
 from ldm.weights.formats.diffusers_folder import list_variants
 
 

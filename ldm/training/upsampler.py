@@ -18,7 +18,7 @@ from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import initial_noise
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import psnr
-from ldm.pipelines.unclip_stages import enlarge
+from ldm.pipelines.stages.unclip import enlarge
 from ldm.samplers.ode.ddim import ddim
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures, picture_grid, to_uint8

@@ -15,9 +15,9 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unclip.embedding_codes import EmbeddingCodes
-from ldm.pipelines.tiles import places, tiled
+from ldm.pipelines.stages.unclip import PriorStage, enlarge
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_stages import PriorStage, enlarge
+from ldm.pipelines.windows import places, tiled
 
 
 @pytest.fixture(scope="module")

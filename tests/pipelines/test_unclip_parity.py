@@ -12,8 +12,8 @@ import torch
 import unclippeers as peers
 from tinyunclip import E, tiny_kandinsky, tiny_kandinsky21, tiny_karlo, tiny_stable
 
-from ldm.pipelines.stage import STEPS, first_noise, stage_noise
-from ldm.pipelines.unclip_stages import AUGMENT, PRIOR, UPSAMPLE
+from ldm.pipelines.stages.stage import STEPS, first_noise, stage_noise
+from ldm.pipelines.stages.unclip import AUGMENT, PRIOR, UPSAMPLE
 
 SEEDS, PROMPT = (3, 4), "a red apple"
 PATCHED = (

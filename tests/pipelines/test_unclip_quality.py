@@ -22,7 +22,7 @@ from tinyunclip import pair, prior, tiny_karlo
 import ldm
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.models.unclip.autoregressive import AutoregressiveConfig
-from ldm.pipelines.unclip_autoregressive import AutoregressiveStage
+from ldm.pipelines.stages.autoregressive import AutoregressiveStage
 from ldm.weights.formats.native_folder import write_part
 from ldm.weights.parts import build_network, randomise
 

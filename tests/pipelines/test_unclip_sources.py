@@ -19,8 +19,8 @@ import ldm
 from ldm.__main__ import main
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.inspect import inspect
+from ldm.pipelines.stages.unclip import PriorStage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_stages import PriorStage
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 from ldm.weights.parts import to_layout
 

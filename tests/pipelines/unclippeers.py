@@ -18,7 +18,7 @@ import ldm
 from ldm.catalog.cards import REGISTERED
 from ldm.catalog.unclip_cards import UnCLIPNetworks
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.pipelines.stage import Stage
+from ldm.pipelines.stages.stage import Stage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.write import write_clip_tokenizer
 from ldm.weights.keymap import to_file

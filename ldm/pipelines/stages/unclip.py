@@ -22,9 +22,9 @@ from ldm.models.unclip.noise_augmentation import NoiseAugmentation
 from ldm.models.unclip.prior import Prior
 from ldm.models.unet import UNetConfig
 from ldm.pipelines.call import Call
-from ldm.pipelines.space import Space
-from ldm.pipelines.stage import STEPS, Stage, make_denoiser
-from ldm.pipelines.tiles import tiled
+from ldm.pipelines.stages.space import Space
+from ldm.pipelines.stages.stage import STEPS, Stage, make_denoiser
+from ldm.pipelines.windows import tiled
 from ldm.support.config import nearest
 
 UPSAMPLE, AUGMENT, PRIOR = 1, 64, 128  # numbers of stages; upsamplers and the candidates of a prior count up from theirs
@@ -156,7 +156,7 @@ class UpsamplerStage(Stage):
 
     @torch.no_grad()
     def forward(self, small: Tensor, call: Call, *, tile: int | None = None) -> Tensor:
-        """Pictures (B, 3, h, w) in [0, 1] → (B, 3, H, W) of the call's size in [0, 1]; ``tile``: see `ldm.pipelines.tiles.tiled`."""
+        """Pictures (B, 3, h, w) in [0, 1] → (B, 3, H, W) of the call's size in [0, 1]; ``tile``: see `ldm.pipelines.windows.tiled`."""
         size = (call.height, call.width)
         low = enlarge(2 * small.to(self.device).float() - 1, size)
         cond = Cond(concat=low)

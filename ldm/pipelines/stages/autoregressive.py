@@ -15,8 +15,8 @@ from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.images.result import check_seeds
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.pipelines.call import check_count, check_prompts
-from ldm.pipelines.stage import STEPS
-from ldm.pipelines.unclip_stages import PRIOR, best_of
+from ldm.pipelines.stages.stage import STEPS
+from ldm.pipelines.stages.unclip import PRIOR, best_of
 
 
 @dataclass(frozen=True, kw_only=True)
