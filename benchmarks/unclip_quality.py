@@ -29,7 +29,7 @@ import ldm
 from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.data import Composition, EmojiData, caption
 from ldm.pipelines.stages.unclip import enlarge
-from ldm.pipelines.unclip_assemble import prior_stage
+from ldm.registry.unclip.assembly import prior_stage
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import about_part, read_network
 

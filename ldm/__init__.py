@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Cond": "diffusion.interfaces", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
     "SAMPLERS": "samplers", "Images": "images.result", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
-    "list_models": "registry", "load": "registry", "save": "registry", "register": "registry", "trace": "trace",
+    "list_models": "registry.loading", "load": "registry.loading", "save": "registry.loading", "register": "registry.loading", "trace": "trace",
     "optimize": "fast.optimize",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm.images.result import Images
     from ldm.pipelines.latent import LatentDiffusion
     from ldm.pipelines.unclip import UnCLIP
-    from ldm.registry import list_models, load, register, save
+    from ldm.registry.loading import list_models, load, register, save
     from ldm.samplers import SAMPLERS
     from ldm.trace import trace
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Make a picture again from the recipe in its PNG, bit for bit on the same machine."""
     from ldm.images.result import check_writable, read_recipe
-    from ldm.replay import replay as again
+    from ldm.registry.replaying import replay as again
 
     parser.add_argument("picture", help="a PNG that ldm has written")
     parser.add_argument("-o", "--output", help="where to write it (default: NAME-replay.png)")
@@ -50,7 +50,7 @@ def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 def models(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """List the models that can be loaded by name."""
     from ldm.catalog.cards import find_card
-    from ldm.registry import list_models
+    from ldm.registry.loading import list_models
 
     parser.parse_args(argv)
     for name in list_models():
@@ -103,7 +103,7 @@ def assemble(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
     parser.add_argument("card", help="a YAML file such as configs/cards/emoji-unclip.yaml: the card, and where each part was exported to")
     parser.add_argument("folder", help="the folder to write, which --weights and ldm.load take")
     args = parser.parse_args(argv)
-    from ldm.pipelines.unclip_gather import gather
+    from ldm.registry.unclip.bundle import gather
 
     print(gather(args.card, args.folder))
     return None
@@ -130,7 +130,7 @@ def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 def inspect(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Tell what is in a file of weights, from its headers alone; nothing in it is executed."""
-    from ldm.inspect import inspect as look
+    from ldm.registry.inspection import inspect as look
 
     parser.add_argument("path", help="a .safetensors, .ckpt or .pt file, or a folder")
     parser.add_argument("--nan", action="store_true", help="look for NaN and infinity, which reads every tensor")

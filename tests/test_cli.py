@@ -102,7 +102,7 @@ def test_wrong_input_is_one_line_on_standard_error_and_writes_nothing(arguments,
 
 
 def test_an_unwritable_output_is_found_out_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("ldm.registry.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("ldm.registry.loading.load", lambda *_, **__: pytest.fail("loaded"))
     assert main(["cat", "-o", "none/a.png"]) == 2
 
 

@@ -63,7 +63,7 @@ def grid_options(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> Any:
     """The model that the options name."""
-    from ldm.registry import load as load_model
+    from ldm.registry.loading import load as load_model
 
     return load_model(
         args.model, weights=args.weights, device=args.device, dtype=args.dtype, variant=args.variant, ema=args.ema, prediction=args.prediction,

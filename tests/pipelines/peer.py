@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.pipelines.write import describe, write_clip_tokenizer
+from ldm.registry.latent.writing import describe, write_clip_tokenizer
 from ldm.weights.formats.diffusers_config import scheduler_config, training_facts
 from ldm.weights.parts import to_layout
 

@@ -20,7 +20,7 @@ from ldm.catalog.unclip_cards import UnCLIPNetworks
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.pipelines.stages.stage import Stage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.write import write_clip_tokenizer
+from ldm.registry.latent.writing import write_clip_tokenizer
 from ldm.weights.keymap import to_file
 from ldm.weights.parts import shapes_of, to_layout
 from ldm.weights.rules.decoder import decoder_table

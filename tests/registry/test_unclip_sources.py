@@ -18,9 +18,9 @@ from tinyunclip import tiny_kandinsky21, tiny_karlo, tiny_stable
 import ldm
 from ldm.__main__ import main
 from ldm.conditioning.image_embedding import ImageEmbedding
-from ldm.inspect import inspect
 from ldm.pipelines.stages.unclip import PriorStage
 from ldm.pipelines.unclip import UnCLIP
+from ldm.registry.inspection import inspect
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 from ldm.weights.parts import to_layout
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
-from ldm.pipelines.sources import part_dtype
-from ldm.pipelines.unclip_layouts import Component, check_component, components
+from ldm.registry.latent.sources import part_dtype
+from ldm.registry.unclip.layouts import Component, check_component, components
 from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.formats.native_folder import about_part, read_config, read_network
 from ldm.weights.formats.safetensors import fingerprint

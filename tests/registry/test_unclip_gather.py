@@ -142,7 +142,7 @@ def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
-    from ldm.pipelines.unclip_gather import gather
+    from ldm.registry.unclip.bundle import gather
 
     with pytest.raises(error, match=message):
         gather(config(tmp_path, **change), tmp_path / "model")
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, change:
 
 
 def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -> None:
-    from ldm.pipelines.unclip_gather import gather
+    from ldm.registry.unclip.bundle import gather
 
     path = config(tmp_path)
     card = yaml.safe_load(path.read_text())

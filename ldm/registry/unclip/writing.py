@@ -14,8 +14,8 @@ from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.text.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_assemble import assemble
-from ldm.pipelines.unclip_sources import from_native
+from ldm.registry.unclip.assembly import assemble
+from ldm.registry.unclip.sources import from_native
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import write_part, write_vocabulary

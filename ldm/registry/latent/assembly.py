@@ -17,7 +17,7 @@ from ldm.models.text.bert import BertConditioner, LDMBert
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.pipelines.sources import Source
+from ldm.registry.latent.sources import Source
 from ldm.weights.formats.native_folder import read_vocabulary
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"

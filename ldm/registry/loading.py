@@ -13,13 +13,13 @@ from ldm.catalog.cards import REGISTERED, AutoencoderCard, Card, ModelCard, embe
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.prediction import check_prediction
-from ldm.pipelines.assemble import assemble
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.pipelines.sources import Source, autoencoder_folder, from_file, from_folder, from_native, from_random
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_folder import write_unclip
-from ldm.pipelines.unclip_load import load_prior, load_unclip
-from ldm.pipelines.write import LAYOUTS, write_diffusers, write_native, write_original
+from ldm.registry.latent.assembly import assemble
+from ldm.registry.latent.sources import Source, autoencoder_folder, from_file, from_folder, from_native, from_random
+from ldm.registry.latent.writing import LAYOUTS, write_diffusers, write_native, write_original
+from ldm.registry.unclip.reading import load_prior, load_unclip
+from ldm.registry.unclip.writing import write_unclip
 from ldm.support.config import nearest
 from ldm.support.device import dtype_of, fast_dtype, pick_device
 from ldm.weights.formats.diffusers_folder import is_folder, list_variants

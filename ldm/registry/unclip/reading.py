@@ -9,17 +9,17 @@ import torch
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.pipelines.stages.unclip import PriorStage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_assemble import assemble
-from ldm.pipelines.unclip_layouts import pipelines
-from ldm.pipelines.unclip_originals import from_file, from_files, is_original, prior_network
-from ldm.pipelines.unclip_sources import UnCLIPSource, from_diffusers, from_native, from_random
+from ldm.registry.unclip.assembly import assemble
+from ldm.registry.unclip.layouts import pipelines
+from ldm.registry.unclip.originals import from_file, from_files, is_original, prior_network
+from ldm.registry.unclip.sources import UnCLIPSource, from_diffusers, from_native, from_random
 from ldm.weights.formats.diffusers_folder import list_variants
 
 
 def load_unclip(
     card: UnCLIPCard, embedded_in: Path | None, path: Path | None, dtype: torch.dtype, *, ema: bool | None, variant: str | None
 ) -> UnCLIP:  # fmt: skip
-    """A card's model from a path, or (None) with random weights; see `ldm.registry.load`."""
+    """A card's model from a path, or (None) with random weights; see `ldm.registry.loading.load`."""
     return assemble(card, from_random(card, dtype, embedded_in) if path is None else read_source(card, path, dtype, ema=ema, variant=variant))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ldm.images.result import Images
 from ldm.pipelines.latent import REPLAYABLE
 from ldm.pipelines.replayable import restored
-from ldm.registry import load
+from ldm.registry.loading import load
 
 ABOUT = ("task", "prompt", "model", "device", "dtype", "replayable", "weights", "versions", "index")
 

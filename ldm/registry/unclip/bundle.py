@@ -12,8 +12,8 @@ import yaml
 
 from ldm.catalog.cards import parse_card
 from ldm.catalog.unclip_cards import StageCard, UnCLIPCard, upsampler_name
-from ldm.pipelines.unclip_assemble import assemble
-from ldm.pipelines.unclip_sources import folder_of, from_native, native_parts
+from ldm.registry.unclip.assembly import assemble
+from ldm.registry.unclip.sources import folder_of, from_native, native_parts
 from ldm.support.config import nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import about_part

@@ -18,7 +18,7 @@ from ldm.pipelines.stages.autoregressive import AutoregressiveStage
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.stages.unclip import DecoderStage, PriorStage, UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.unclip_sources import UnCLIPSource
+from ldm.registry.unclip.sources import UnCLIPSource
 from ldm.weights.formats.native_folder import read_vocabulary
 
 

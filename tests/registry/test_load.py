@@ -17,7 +17,7 @@ from ldm.__main__ import main
 from ldm.catalog.cards import REGISTERED
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
-sys.path.insert(0, str(Path(__file__).parent / "weights"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 import hostile  # noqa: E402
 import originals  # noqa: E402
 from sparse import sd1_file, sparse  # noqa: E402

@@ -16,7 +16,7 @@ from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import randomise, shapes_of
 from ldm.weights.safety import load_safety
 
-sys.path.insert(0, str(Path(__file__).parent / "weights"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 
 VISION = VisionConfig(image_size=28, patch_size=14, width=32, layers=2, heads=2, embed_dim=16)
 SMALL = SafetyConfig(vision=VISION, concepts=5, special=3)

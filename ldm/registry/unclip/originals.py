@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.models.unclip.noise_augmentation import NoiseAugmentation
 from ldm.models.unclip.prior import Prior
-from ldm.pipelines.sources import part_dtype
-from ldm.pipelines.unclip_sources import OPTIONAL, UnCLIPSource
+from ldm.registry.latent.sources import part_dtype
+from ldm.registry.unclip.sources import OPTIONAL, UnCLIPSource
 from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.formats.pickles import read_pickle
 from ldm.weights.formats.safetensors import fingerprint

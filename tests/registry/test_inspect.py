@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "weights"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 import hostile  # noqa: E402
 import originals  # noqa: E402
 from sparse import sd1_file, sparse  # noqa: E402
 
-from ldm.inspect import Candidate, inspect  # noqa: E402
 from ldm.models.unet import UNet, UNetConfig  # noqa: E402
+from ldm.registry.inspection import Candidate, inspect  # noqa: E402
 from ldm.weights.detection import Detection  # noqa: E402
 from ldm.weights.formats.safetensors import sha256, write_safetensors  # noqa: E402
 from ldm.weights.rules.unet import unet_table  # noqa: E402

@@ -11,8 +11,8 @@ import torch
 from family import NETWORKS
 
 import ldm
-from ldm.inspect import inspect
-from ldm.pipelines.write import PIPELINES
+from ldm.registry.inspection import inspect
+from ldm.registry.latent.writing import PIPELINES
 from ldm.weights.formats.safetensors import read_header, read_safetensors, write_safetensors
 
 
