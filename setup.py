@@ -17,7 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*"]),
-    package_data={"ldm": ["assets/**/*", "fast/*.cpp", "fast/*.h"]},
+    package_data={"ldm": ["assets/**/*", "speed/kernels/*.cpp", "speed/kernels/*.h"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",  # open_clip imports it

@@ -9,9 +9,9 @@ import torch
 from common import measure, parser, settle
 from torch import nn
 
-from ldm.fast.int8 import Int8, quantise
-from ldm.fast.packed import PackedConv2d, PackedLinear
-from ldm.fast.substitute import restore
+from ldm.speed.int8 import Int8, quantise
+from ldm.speed.packed import PackedConv2d, PackedLinear
+from ldm.speed.substitute import restore
 
 SHAPES = {
     "convolution 320→320, 2×64²": (nn.Conv2d, (320, 320, 3), (2, 320, 64, 64)),

@@ -17,8 +17,8 @@ from common import measure, parser, report
 
 import ldm
 from ldm.diffusion.interfaces import Cond
-from ldm.fast.optimize import for_training
 from ldm.models.unet import UNet, UNetConfig
+from ldm.speed.optimization import for_training
 from ldm.support.device import fast_dtype
 from ldm.weights.formats.native_folder import read_config
 

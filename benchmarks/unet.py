@@ -12,7 +12,7 @@ from common import DTYPES, difference, measure, parser, report, settle
 from pairs import MODELS, openvino_module, unet_inputs, unets
 
 import ldm
-from ldm.fast.backends import BACKENDS
+from ldm.speed.backends import BACKENDS
 
 BARS = {"bf16": {"diffusers": 0.75, "openvino": 1.0}, "fp32": {"diffusers": 0.75, "openvino": 1.05}, "sdxl": {"diffusers": 0.80}}
 

@@ -11,7 +11,7 @@ _PUBLIC = {
     "Cond": "diffusion.interfaces", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
     "SAMPLERS": "samplers", "Images": "images.result", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
     "list_models": "registry.loading", "load": "registry.loading", "save": "registry.loading", "register": "registry.loading", "trace": "trace",
-    "optimize": "fast.optimize",
+    "optimize": "speed.optimization",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from ldm.diffusion.guidance import cfg
     from ldm.diffusion.interfaces import Cond, Denoised
     from ldm.diffusion.schedule import NoiseSchedule
-    from ldm.fast.optimize import optimize
     from ldm.images.result import Images
     from ldm.pipelines.latent import LatentDiffusion
     from ldm.pipelines.unclip import UnCLIP
     from ldm.registry.loading import list_models, load, register, save
     from ldm.samplers import SAMPLERS
+    from ldm.speed.optimization import optimize
     from ldm.trace import trace
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.optimize import for_training
+from ldm.speed.optimization import for_training
 from ldm.support.config import to_dict
 from ldm.support.device import dtype_of, fast_dtype
 from ldm.support.files import write_atomically

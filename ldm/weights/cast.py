@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ldm.fast.build import NoKernels, library
+from ldm.speed.kernels.build import NoKernels, library
 
 CHUNK = 2**19  # elements: two cores' caches hold them in three dtypes
 MANY = 2**24  # elements: for fewer it would not pay to compile the kernel, if that is still to be done

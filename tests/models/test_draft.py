@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from tinymodel import tiny_model
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.fast.optimize import optimize
 from ldm.models.draft import Draft, DraftConfig
+from ldm.speed.optimization import optimize
 
 
 def test_a_draft_has_the_latents_shape_and_other_sizes_are_interpolated():

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ldm.fast.build import NoKernels, library
+from ldm.speed.kernels.build import NoKernels, library
 from ldm.weights.cast import CHUNK, cast, is_finite
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -7,19 +7,19 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ldm.fast.approximate import merge_tokens, reuse_features
-from ldm.fast.backends import check_backend, leave, networks, use
-from ldm.fast.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, FastResBlock
-from ldm.fast.build import NoKernels
-from ldm.fast.int8 import check_int8, eight_bits
-from ldm.fast.ops import Native, Plain
-from ldm.fast.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, Packed, PackedConv2d, PackedLinear
-from ldm.fast.spill import leave_turns, take_turns
-from ldm.fast.strips import StripDecoder
-from ldm.fast.substitute import restore
 from ldm.models.layers.attention import GEGLU, Attention, AttentionBlock
 from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.vae import Decoder
+from ldm.speed.approximate import merge_tokens, reuse_features
+from ldm.speed.backends import check_backend, leave, networks, use
+from ldm.speed.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, FastResBlock
+from ldm.speed.int8 import check_int8, eight_bits
+from ldm.speed.kernels.build import NoKernels
+from ldm.speed.kernels.ops import Native, Plain
+from ldm.speed.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, Packed, PackedConv2d, PackedLinear
+from ldm.speed.spill import leave_turns, take_turns
+from ldm.speed.strips import StripDecoder
+from ldm.speed.substitute import restore
 
 P = TypeVar("P", bound=nn.Module)
 COMPILED = "attention and group norm with SiLU: compiled kernels"
@@ -48,9 +48,9 @@ def optimize(
     On other devices than the CPU the layers compute as before.
 
     Three gains change the result and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is computed in one
-    step of this many, and used again in the others (`ldm.fast.approximate.Reuse`), which compute the last ``branch`` + 1 blocks of the way up and
+    step of this many, and used again in the others (`ldm.speed.approximate.Reuse`), which compute the last ``branch`` + 1 blocks of the way up and
     what these are joined with. ``merge``: the part of the positions, 0 to 0.75, that are merged with another in the largest self-attentions
-    (`ldm.fast.approximate.Merge`). ``int8``: the UNet's products in 8 bits (`ldm.fast.int8`). Guidance has a fourth: `ldm.diffusion.guidance.cfg` with an
+    (`ldm.speed.approximate.Merge`). ``int8``: the UNet's products in 8 bits (`ldm.speed.int8`). Guidance has a fourth: `ldm.diffusion.guidance.cfg` with an
     ``interval``. The last call says what holds: without them the network is exact again.
 
     ``backend``: "compile" (torch.compile) or "openvino" (a package of its own) compute UNets and decoders in place of ldm's layers.
@@ -97,7 +97,7 @@ def for_training(network: P) -> P:
     SiLU has compiled kernels forwards and backwards.
 
     To be called before an optimiser is made: convolutions' weights are laid out anew, and the fused AdamW wants its moments as the weights lie
-    (`ldm.training.loop.lie_as_weights`). Gradients of gradients are not to be had. Without kernels (`ldm.fast.build`) the network stays as it is.
+    (`ldm.training.loop.lie_as_weights`). Gradients of gradients are not to be had. Without kernels (`ldm.speed.kernels.build`) the network stays as it is.
     """
     try:
         ops = Native()

@@ -15,10 +15,10 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import lerp
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.fast.approximate import MOST, Reuse, assign, means, rises, take
 from ldm.models.layers.attention import attention_control
 from ldm.models.unet import UNetConfig
 from ldm.samplers import SAMPLERS
+from ldm.speed.approximate import MOST, Reuse, assign, means, rises, take
 
 DEEP = UNetConfig(channels=(32, 32, 64), depth=(0, 1, 1), blocks=2, heads=4, context_dim=24)
 PROMPTS = ["a red cat", "apple on blue background"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast.ops import Plain
-from ldm.fast.packed import with_grad
 from ldm.models.layers.attention import Attention, AttentionBlock
 from ldm.models.layers.norm import SpatialNorm
 from ldm.models.layers.resblock import ResBlock, resize
+from ldm.speed.kernels.ops import Plain
+from ldm.speed.packed import with_grad
 
 
 class FastGroupNorm(nn.GroupNorm):

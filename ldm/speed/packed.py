@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast.ops import Native, Plain, winograd
 from ldm.models.layers.attention import GEGLU
 from ldm.models.layers.resblock import Upsample
 from ldm.models.meta import on_meta
+from ldm.speed.kernels.ops import Native, Plain, winograd
 
 if TYPE_CHECKING:
-    from ldm.fast.spill import Spilled
+    from ldm.speed.spill import Spilled
 
 CHANNELS_LAST = torch.channels_last
 mkldnn = torch.ops.mkldnn

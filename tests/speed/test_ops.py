@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.fast import build
-from ldm.fast import ops as module
-from ldm.fast.ops import Native, Plain
+from ldm.speed.kernels import build
+from ldm.speed.kernels import ops as module
+from ldm.speed.kernels.ops import Native, Plain
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the output's deviation: the project's bars for exact gains
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ldm.fast.build import library
+from ldm.speed.kernels.build import library
 
 CHANNELS_LAST = torch.channels_last
 BLOCK = 2**23  # bytes of tiles that go through Winograd's products at once: they stay in the cache between

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
-from ldm.fast.packed import with_grad
-from ldm.fast.substitute import Substitute
 from ldm.models.unet import UNet
 from ldm.models.vae import Decoder
+from ldm.speed.packed import with_grad
+from ldm.speed.substitute import Substitute
 from ldm.support.config import nearest
 
 BACKENDS = ("compile", "openvino")

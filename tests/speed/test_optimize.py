@@ -11,15 +11,15 @@ from torch import nn
 
 import ldm
 from ldm.diffusion.interfaces import Cond
-from ldm.fast import optimize as module
-from ldm.fast import packed
-from ldm.fast.build import NoKernels, library
-from ldm.fast.packed import ContextLinear, FoldedUpsample, PackedConv2d
-from ldm.fast.strips import Map, StripDecoder
 from ldm.models.layers.attention import attention_control
 from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.speed import optimization as module
+from ldm.speed import packed
+from ldm.speed.kernels.build import NoKernels, library
+from ldm.speed.packed import ContextLinear, FoldedUpsample, PackedConv2d
+from ldm.speed.strips import Map, StripDecoder
 from ldm.weights.parts import randomise
 
 BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -230,7 +230,7 @@ def test_folded_upsampling_is_the_same_convolution(size, dtype):
     ids=["three", "two"],
 )
 def test_strips_have_the_seams_of_the_whole_picture(config, kernels, monkeypatch):
-    from ldm.fast import strips
+    from ldm.speed import strips
 
     plain = make(config)
     z = torch.randn(2, 4, 20, 13, generator=torch.Generator().manual_seed(0)) + 1
@@ -295,7 +295,7 @@ def mapped(network):
 
 
 def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
-    from ldm.fast import spill
+    from ldm.speed import spill
 
     monkeypatch.setenv("LDM_HOME", str(tmp_path))
     pipe, other = tiny_model().requires_grad_(False), tiny_model()

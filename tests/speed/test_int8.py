@@ -10,9 +10,9 @@ from test_optimize import UNETS, inputs, make, rms
 from torch import nn
 
 import ldm
-from ldm.fast.int8 import Int8, quantise
 from ldm.models.layers.attention import GEGLU
 from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.speed.int8 import Int8, quantise
 
 
 def test_eight_bits_hold_a_range_to_half_a_step():

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Cond
-from ldm.fast.substitute import Substitute
 from ldm.models.layers.attention import Attention, SpatialTransformer
 from ldm.models.unet import UNet
+from ldm.speed.substitute import Substitute
 
 MOST = 16  # evaluations of a step, each with its own features, that `Reuse` keeps
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm.fast.build import folder
-from ldm.fast.packed import FoldedUpsample, Packed
+from ldm.speed.kernels.build import folder
+from ldm.speed.packed import FoldedUpsample, Packed
 
 DONTNEED = 4  # of madvise: the pages leave memory; a shared mapping's data stay in the file
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt: free bytes from which on the heap shrinks; size from which on a block has its own pages

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.approximate import unets
-from ldm.fast.packed import ContextLinear, Packed, with_grad
-from ldm.fast.substitute import Substitute
 from ldm.models.layers.attention import GEGLU, SpatialTransformer
 from ldm.models.layers.resblock import Upsample
+from ldm.speed.approximate import unets
+from ldm.speed.packed import ContextLinear, Packed, with_grad
+from ldm.speed.substitute import Substitute
 
 
 class Quantised:

@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.ops import Plain
-from ldm.fast.packed import with_grad
 from ldm.models.layers.norm import SpatialNorm
 from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.vae import Decoder
+from ldm.speed.kernels.ops import Plain
+from ldm.speed.packed import with_grad
 
 STRIP = 2**24  # bytes of a map in one strip: below what the C library's allocator gives back to the system at once
 LARGE = 2**28  # numbers from which on a doubled map is not kept, but made again for each use
