@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.plan import evaluations
+from ldm.analysis.plan import evaluations
 from ldm.samplers.conventions import Convention
 
 # Two families with a limit each: the probability flow, and the stochastic equation along one Brownian path.

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ldm.analysis.oracle import DETERMINISTIC, STOCHASTIC, Options, mixture, planar, settled_slope, slope, solver_bias, solver_error
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.oracle import DETERMINISTIC, STOCHASTIC, Options, mixture, planar, settled_slope, slope, solver_bias, solver_error
 from ldm.samplers import get_sampler
 
 STEPS = (20, 40, 80, 160, 320, 640)

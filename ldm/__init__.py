@@ -10,12 +10,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Cond": "diffusion.interfaces", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
     "SAMPLERS": "samplers", "Images": "images.result", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
-    "list_models": "registry.loading", "load": "registry.loading", "save": "registry.loading", "register": "registry.loading", "trace": "trace",
+    "list_models": "registry.loading", "load": "registry.loading", "save": "registry.loading", "register": "registry.loading", "trace": "analysis.tracing",
     "optimize": "speed.optimization",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from ldm.analysis.tracing import trace
     from ldm.diffusion.denoiser import Denoiser
     from ldm.diffusion.grid import TimeGrid
     from ldm.diffusion.guidance import cfg
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ldm.registry.loading import list_models, load, register, save
     from ldm.samplers import SAMPLERS
     from ldm.speed.optimization import optimize
-    from ldm.trace import trace
 
 
 def __getattr__(name: str) -> Any:

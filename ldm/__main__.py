@@ -111,8 +111,8 @@ def assemble(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
 
 def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Print what a sampler will do: t, alpha-bar, sigma/alpha, lambda, evaluations."""
+    from ldm.analysis.plan import describe
     from ldm.catalog.cards import find_model
-    from ldm.plan import describe
     from ldm.samplers.conventions import get_convention
 
     parser.add_argument("--model", default="emoji-ldm", help="the model whose schedule and conventions count (default: %(default)s)")

@@ -13,11 +13,11 @@ from tinymodel import tiny_model
 
 import ldm
 from ldm.__main__ import main
+from ldm.analysis.plan import evaluations
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.noise import brownian_noise, initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.images.result import read_recipe
-from ldm.plan import evaluations
 from ldm.samplers import SAMPLERS
 from ldm.samplers.conventions import CONVENTIONS, Convention, get_convention
 

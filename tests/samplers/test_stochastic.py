@@ -10,11 +10,11 @@ import torch
 from analytic import gaussian, mixture, slope
 from torch import Tensor
 
+from ldm.analysis.oracle import STOCHASTIC, Options, planar, solver_bias
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.noise import brownian, brownian_noise, initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.oracle import STOCHASTIC, Options, planar, solver_bias
 from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()

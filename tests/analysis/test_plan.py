@@ -7,10 +7,10 @@ import pytest
 import torch
 from analytic import mixture
 
+from ldm.analysis.plan import describe, evaluations
 from ldm.diffusion.grid import SPACINGS, TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.plan import describe, evaluations
 from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -9,11 +9,11 @@ import torch
 from analytic import gaussian
 from torch import Tensor
 
+from ldm.analysis.journal import Journal, journaled
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.noise import initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.resume import Journal, journaled
 from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -6,13 +6,13 @@ import pytest
 import torch
 from analytic import AnalyticNet, Mixture, gaussian, mixture
 
+from ldm.analysis.likelihood import bound_bits, flow_bits
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import keyed_noise
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.likelihood import bound_bits, flow_bits
 
 # DDPM's own schedule: alpha_T = 0.006, so that N(0, 1) is what the data become (scaled_linear ends at 0.07, worth 0.03 bits a sample)
 SCHEDULE = NoiseSchedule.linear()
