@@ -17,7 +17,7 @@ from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.samplers.ode.ddim import ddim
 from ldm.support.config import build
 from ldm.training.config import at_least
-from ldm.training.ldm import Diffusion
+from ldm.training.parts.latent_diffusion import Diffusion
 from ldm.weights.formats.native_folder import about_part, read_part
 
 

@@ -13,15 +13,15 @@ from ldm.training.loop import Run
 
 def parts() -> dict[str, tuple[type, type]]:
     """The parts that can be trained: name → (configuration, part)."""
-    from ldm.training.clip import CLIPPart, CLIPTraining
-    from ldm.training.clip_text import CLIPTextPart, CLIPTextTraining
-    from ldm.training.decoder import DecoderPart, DecoderTraining
-    from ldm.training.draft import DraftPart, DraftTraining
-    from ldm.training.image_draft import ImageDraftPart, ImageDraftTraining
-    from ldm.training.ldm import LDMPart, LDMTraining
-    from ldm.training.prior import PriorPart, PriorTraining
-    from ldm.training.upsampler import UpsamplerPart, UpsamplerTraining
-    from ldm.training.vae import VAEPart, VAETraining
+    from ldm.training.parts.clip import CLIPPart, CLIPTraining
+    from ldm.training.parts.clip_text import CLIPTextPart, CLIPTextTraining
+    from ldm.training.parts.decoder import DecoderPart, DecoderTraining
+    from ldm.training.parts.draft import DraftPart, DraftTraining
+    from ldm.training.parts.image_draft import ImageDraftPart, ImageDraftTraining
+    from ldm.training.parts.latent_diffusion import LDMPart, LDMTraining
+    from ldm.training.parts.prior import PriorPart, PriorTraining
+    from ldm.training.parts.upsampler import UpsamplerPart, UpsamplerTraining
+    from ldm.training.parts.vae import VAEPart, VAETraining
 
     return {
         "vae": (VAETraining, VAEPart), "clip": (CLIPTraining, CLIPPart), "draft": (DraftTraining, DraftPart), "ldm": (LDMTraining, LDMPart),

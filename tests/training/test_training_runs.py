@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny import configs, write
 
-from ldm.training.ldm import Diffusion
 from ldm.training.loop import lie_as_weights, thinned
+from ldm.training.parts.latent_diffusion import Diffusion
 from ldm.training.run import open_run, read_config
 from ldm.weights.formats.native_folder import about_part, read_text
 from ldm.weights.formats.safetensors import read_safetensors

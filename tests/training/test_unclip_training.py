@@ -20,9 +20,9 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.training.compositions import Compositions
 from ldm.training.degrade import Degradation, blur, round_blocks
 from ldm.training.embeddings import EmbeddingCache, embed
-from ldm.training.image_draft import whiten
 from ldm.training.loop import Draws
-from ldm.training.prior import PriorPart
+from ldm.training.parts.image_draft import whiten
+from ldm.training.parts.prior import PriorPart
 from ldm.training.run import open_run, read_config
 from ldm.weights.formats.native_folder import about_part, read_part, read_text
 

@@ -21,10 +21,10 @@ from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures
 from ldm.training.embeddings import EmbeddingCache, embed, read_clip, statistics
 from ldm.training.imagined import imagine
-from ldm.training.ldm import Diffusion
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
-from ldm.training.vae import held_out_compositions
+from ldm.training.parts.latent_diffusion import Diffusion
+from ldm.training.parts.vae import held_out_compositions
 from ldm.weights.formats.native_folder import begin_with, write_part, write_text
 
 

@@ -20,7 +20,7 @@ from ldm.training.embeddings import EmbeddingCache, caption_embeddings, embed, r
 from ldm.training.imagined import Imagined
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
-from ldm.training.vae import held_out_compositions
+from ldm.training.parts.vae import held_out_compositions
 from ldm.weights.formats.native_folder import begin_with, read_part, write_part
 
 

@@ -25,10 +25,10 @@ from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.embeddings import EmbeddingCache, embed, read_clip
 from ldm.training.imagined import Imagined
 from ldm.training.latents import LatentCache
-from ldm.training.ldm import Diffusion, zero_outputs
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
-from ldm.training.vae import held_out_compositions
+from ldm.training.parts.latent_diffusion import Diffusion, zero_outputs
+from ldm.training.parts.vae import held_out_compositions
 from ldm.weights.formats.native_folder import begin_with, read_part, write_part
 
 

@@ -23,10 +23,10 @@ from ldm.samplers.ode.ddim import ddim
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.degrade import Degradation
-from ldm.training.ldm import Diffusion, zero_outputs
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
-from ldm.training.vae import held_out_compositions
+from ldm.training.parts.latent_diffusion import Diffusion, zero_outputs
+from ldm.training.parts.vae import held_out_compositions
 from ldm.weights.formats.native_folder import write_part
 
 
