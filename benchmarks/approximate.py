@@ -19,10 +19,10 @@ from torch import Tensor
 
 import ldm
 from ldm.catalog.shapes import UNETS
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unet import UNetConfig
 from ldm.samplers import SAMPLERS

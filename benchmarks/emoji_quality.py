@@ -23,7 +23,7 @@ from emoji_judge import EmojiJudge, Verdict
 from torch import Tensor
 
 import ldm
-from ldm.catalog.cards import ASSETS
+from ldm.catalog.lookup import ASSETS
 from ldm.data import PALETTE, Composition, EmojiData, Mix, caption, held_out_pair, render_batch, sample_composition
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import write_atomically

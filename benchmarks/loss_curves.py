@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ldm.catalog.cards import ASSETS
+from ldm.catalog.lookup import ASSETS
 
 
 def main(arguments: list[str] | None = None) -> None:

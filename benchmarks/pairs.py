@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.catalog.shapes import UNETS, VAES
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.embeddings import vector_condition
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import AutoencoderKL

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ldm
-from ldm.images.result import caption_font, to_bytes
+from ldm.images.sheets import caption_font, to_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

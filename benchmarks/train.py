@@ -16,7 +16,7 @@ import torch
 from common import measure, parser, report
 
 import ldm
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet, UNetConfig
 from ldm.speed.optimization import for_training
 from ldm.support.device import fast_dtype

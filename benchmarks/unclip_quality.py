@@ -28,7 +28,7 @@ from torch import Tensor
 import ldm
 from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.data import Composition, EmojiData, caption
-from ldm.pipelines.stages.unclip import enlarge
+from ldm.pipelines.stages.upsampler import enlarge
 from ldm.registry.unclip.assembly import prior_stage
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import about_part, read_network

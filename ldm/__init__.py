@@ -8,24 +8,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Cond": "diffusion.interfaces", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
+    "Cond": "diffusion.cond", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
     "SAMPLERS": "samplers", "Images": "images.result", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
-    "list_models": "registry.loading", "load": "registry.loading", "save": "registry.loading", "register": "registry.loading", "trace": "analysis.tracing",
+    "list_models": "registry.names", "load": "registry.loading", "save": "registry.saving", "register": "registry.names", "trace": "analysis.tracing",
     "optimize": "speed.optimization",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from ldm.analysis.tracing import trace
+    from ldm.diffusion.cond import Cond
     from ldm.diffusion.denoiser import Denoiser
     from ldm.diffusion.grid import TimeGrid
     from ldm.diffusion.guidance import cfg
-    from ldm.diffusion.interfaces import Cond, Denoised
+    from ldm.diffusion.interfaces import Denoised
     from ldm.diffusion.schedule import NoiseSchedule
     from ldm.images.result import Images
     from ldm.pipelines.latent import LatentDiffusion
     from ldm.pipelines.unclip import UnCLIP
-    from ldm.registry.loading import list_models, load, register, save
+    from ldm.registry.loading import load
+    from ldm.registry.names import list_models, register
+    from ldm.registry.saving import save
     from ldm.samplers import SAMPLERS
     from ldm.speed.optimization import optimize
 

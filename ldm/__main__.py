@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Make a picture again from the recipe in its PNG, bit for bit on the same machine."""
-    from ldm.images.result import check_writable, read_recipe
+    from ldm.images.files import check_writable, read_recipe
     from ldm.registry.replaying import replay as again
 
     parser.add_argument("picture", help="a PNG that ldm has written")
@@ -49,8 +49,8 @@ def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 def models(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """List the models that can be loaded by name."""
-    from ldm.catalog.cards import find_card
-    from ldm.registry.loading import list_models
+    from ldm.catalog.lookup import find_card
+    from ldm.registry.names import list_models
 
     parser.parse_args(argv)
     for name in list_models():
@@ -112,7 +112,7 @@ def assemble(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
 def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Print what a sampler will do: t, alpha-bar, sigma/alpha, lambda, evaluations."""
     from ldm.analysis.plan import describe
-    from ldm.catalog.cards import find_model
+    from ldm.catalog.lookup import find_model
     from ldm.samplers.conventions import get_convention
 
     parser.add_argument("--model", default="emoji-ldm", help="the model whose schedule and conventions count (default: %(default)s)")

@@ -9,7 +9,8 @@ import yaml
 
 import ldm
 import ldm.catalog.cards
-from ldm.catalog.cards import REGISTERED, ModelCard
+from ldm.catalog.cards import ModelCard
+from ldm.catalog.lookup import REGISTERED
 
 VAE = {"channels": [32, 64], "blocks": 1}
 VQ = {"channels": [32, 64], "blocks": 1, "codes": 48}
@@ -60,7 +61,7 @@ SIDE = 32
 def register(base: str, folder: Path, **changes: Any) -> ModelCard:
     """The card of a family at reduced width, registered under the name tiny-BASE."""
     name = f"tiny-{base}"
-    card = ldm.catalog.cards.known_cards()[base]
+    card = ldm.catalog.lookup.known_cards()[base]
     assert isinstance(card, ModelCard)
     defaults = {"sampler": card.defaults.sampler, "steps": 3, "guidance": card.defaults.guidance, "height": SIDE, "width": SIDE}
     path = folder / f"{name}.yaml"

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 import ldm
-from ldm.catalog.cards import REGISTERED, known_cards
+from ldm.catalog.lookup import REGISTERED, known_cards
 from ldm.catalog.unclip_cards import PriorCard, StageCard, UnCLIPCard
 from ldm.support.config import to_dict
 

@@ -9,13 +9,13 @@ from tinymodel import tiny_model
 
 import ldm
 from ldm.__main__ import main
-from ldm.images.result import read_recipe
+from ldm.images.files import read_recipe
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     ldm.save(tiny_model(), tmp_path / "assets" / "emoji-ldm")
-    monkeypatch.setattr("ldm.catalog.cards.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
 
 

@@ -17,7 +17,7 @@ from tinymodel import tiny_model
 import ldm
 from ldm.__main__ import COMMANDS, main
 from ldm.cli.tasks import TASKS
-from ldm.images.result import read_recipe
+from ldm.images.files import read_recipe
 
 FAST = ["--steps", "2", "--dtype", "float32"]
 
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         ldm.save(tiny_model(), folder / "assets" / "emoji-ldm")
-        patch.setattr("ldm.catalog.cards.ASSETS", folder / "assets")
+        patch.setattr("ldm.catalog.lookup.ASSETS", folder / "assets")
         patch.chdir(folder)
         rng = np.random.default_rng(0)
         for name in ("a.png", "b.png"):

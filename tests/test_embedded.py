@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.catalog.cards import ASSETS
-from ldm.images.result import read_recipe
+from ldm.catalog.lookup import ASSETS
+from ldm.images.files import read_recipe
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.pipelines.call import UnknownWords
 from ldm.weights.formats.native_folder import read_part

@@ -13,18 +13,21 @@ from ldm.catalog.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
 from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner, TextConvention
+from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig
 from ldm.models.movq import MoVQConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.unigram import END, PAD, SPACE, START, UNKNOWN, Unigram
-from ldm.models.text.xlmr import XLMRConditioner, XLMRConfig
+from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.unclip.noise_augmentation import AugmentationConfig, NoiseAugmentation
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
+from ldm.pipelines.stages.decoder import DecoderStage
+from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.stages.space import Space
-from ldm.pipelines.stages.unclip import DecoderStage, PriorStage, UpsamplerStage
+from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.weights.parts import build_network, randomise
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn, NoiseFn, Prediction
+from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, Prediction
 from ldm.diffusion.prediction import target
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
 from ldm.samplers import get_sampler

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.catalog.cards import AutoencoderCard, Card, Defaults, Hub, ModelCard, Networks, ScheduleCard
+from ldm.catalog.cards import AutoencoderCard, Defaults, Hub, ModelCard, Networks, ScheduleCard
+from ldm.catalog.lookup import Card
 from ldm.conditioning.conditioner import TextConvention
 from ldm.samplers.conventions import CONVENTIONS, Convention
 

@@ -14,7 +14,7 @@ Parser = argparse.ArgumentParser
 
 def run(task: str, parser: Parser, argv: Sequence[str], arguments: Callable[[argparse.Namespace], Sequence[Any]], *options: str) -> None:
     """Parse, load the model that is asked for, call its method ``task`` with ``arguments`` and the ``options`` given, and write the pictures."""
-    from ldm.images.result import check_writable
+    from ldm.images.files import check_writable
 
     args = parser.parse_args(argv)
     check_writable(args.output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.image_embedding import ImageEmbedding
-from ldm.diffusion.interfaces import Cond
-from ldm.images.result import Images
+from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import VisionTower
 
 FLATTEST = 16  # sides in proportion, of a picture that is worth looking at
@@ -82,21 +80,3 @@ class ClipPair(nn.Module):
         return F.cosine_similarity(images, self.text_embedding(prompts).vector.to(images.device), dim=-1)
 
 
-def rerank(images: Images, clip: ClipPair, *, keep: int = 1) -> Images:
-    """Of the pictures of each prompt the ``keep`` most similar to it by CLIP, best first (Ramesh et al. 2021, section 2.6).
-
-    ValueError for fewer pictures of a prompt than are to be kept.
-    """
-    scores = clip.similarity(images.tensor, images.prompts).cpu()
-    chosen: list[int] = []
-    for prompt in dict.fromkeys(images.prompts):
-        own = [i for i, p in enumerate(images.prompts) if p == prompt]
-        if not 1 <= keep <= len(own):
-            raise ValueError(f"keep: expected 1 to {len(own)}, the pictures of {prompt!r}, got {keep}")
-        chosen += sorted(own, key=lambda i: -float(scores[i]))[:keep]
-    recipe = {**images.recipe, "replayable": False, "reranked": {"of": len(images.tensor), "scores": [round(float(scores[i]), 4) for i in chosen]}}
-    flagged = None if images.flagged is None else tuple(images.flagged[i] for i in chosen)
-    return replace(
-        images, tensor=images.tensor[chosen], seeds=tuple(images.seeds[i] for i in chosen), prompts=tuple(images.prompts[i] for i in chosen),
-        recipe=recipe, flagged=flagged,
-    )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.conditioning.prompt import parse, plain, unknown_words
 from ldm.conditioning.reading import States, places, read
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
 from ldm.models.text.bpe import Tokenizer

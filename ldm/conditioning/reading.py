@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.prompt import Span, parse
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 
 Words = list[tuple[str, tuple[int, ...]]]  # the words of a text that have tokens, and their ids
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn, Prediction
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.interfaces import Denoised, DenoiseFn, Prediction
 from ldm.diffusion.prediction import check_prediction, denoised
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import io
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.images.files import _write_png, _write_whole, check_writable
+from ldm.images.sheets import captioned, sheet_of, to_bytes
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-RECIPE_KEY = "ldm"  # the PNG text chunk that holds the recipe, as JSON
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,143 +117,23 @@ class Images:
         return f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts {list(dict.fromkeys(self.prompts))}{flagged})"
 
 
-CAPTION, LINES = 11, 3  # of a caption: the height of its letters in pixels, and the most lines of a prompt
 
 
-def sheet_of(pictures: Sequence[Image], columns: int | None = None) -> Image:
-    """Pictures of one width in one, row by row on white, as near to a square as it goes unless ``columns`` is given."""
-    from PIL import Image
-
-    columns = columns or -(-len(pictures) // max(1, round(len(pictures) ** 0.5)))
-    if columns < 1:
-        raise ValueError(f"columns: expected at least 1, got {columns}")
-    w, h = pictures[0].width, max(picture.height for picture in pictures)
-    sheet = Image.new("RGB", (w * min(columns, len(pictures)), h * -(-len(pictures) // columns)), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (w * (i % columns), h * (i // columns)))
-    return sheet
 
 
-def captioned(picture: Image, prompt: str, seed: int) -> Image:
-    """A picture with its prompt and seed below, at least 120 pixels wide."""
-    from PIL import Image
-
-    font = caption_font()
-    width = max(picture.width, 120)
-    lines = [""]
-    for word in prompt.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width - 6:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    lines = [line for line in lines if line]
-    if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], f"{lines[LINES - 1]} …"]
-    return _below(Image, font, picture, width, [*lines, f"seed {seed}"])
 
 
-@functools.cache
-def caption_font() -> Any:
-    """DejaVu Sans, which has most alphabets, where matplotlib is installed, which brings it; else the small font of PIL."""
-    from PIL import ImageFont
-
-    spec = importlib.util.find_spec("matplotlib")  # finds the folder and imports nothing
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if path.is_file():
-            return ImageFont.truetype(str(path), CAPTION)
-    return ImageFont.load_default(CAPTION)
 
 
-def _below(image: Any, font: Any, picture: Image, width: int, lines: Sequence[str]) -> Image:
-    from PIL import ImageDraw
-
-    step = CAPTION + 3
-    out = image.new("RGB", (width, picture.height + step * len(lines) + 8), "white")
-    out.paste(picture, ((width - picture.width) // 2, 0))
-    draw = ImageDraw.Draw(out)
-    for i, line in enumerate(lines):
-        while len(line) > 1 and font.getlength(line) > width - 4:  # one word wider than the picture
-            line = f"{line.rstrip('…')[:-1]}…"
-        draw.text((width / 2, picture.height + 2 + step * i), line, fill="black" if i < len(lines) - 1 else "gray", font=font, anchor="ma")
-    return out
 
 
-def to_bytes(tensor: Tensor) -> Any:
-    """(B, 3, H, W) in [0, 1] to (B, H, W, 3) uint8, rounded to nearest."""
-    return (tensor.detach().float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def check_writable(path: str | Path, suffix: str = ".png") -> Path:
-    """The path, if a PNG (or GIF) can be written there: found out before any work; ValueError or an OSError that names it otherwise."""
-    path = Path(path)
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"{str(path)!r}: {suffix[1:].upper()} is written, expected a name that ends in {suffix}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{str(path)!r} cannot be written")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise PermissionError(f"{str(path)!r} cannot be written: {error.strerror}") from None
-    return path
 
 
-def _write_png(path: Path, image: Image, recipe: Mapping[str, Any]) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    check_writable(path)
-    info = PngInfo()
-    info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
-    _write_whole(path, lambda target: image.save(target, format="PNG", pnginfo=info))
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe inside a PNG; FileNotFoundError, or ValueError if the file is no picture or has none."""
-    from PIL import Image, UnidentifiedImageError
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {str(path)!r}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text = getattr(image, "text", {}).get(RECIPE_KEY)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{str(path)!r} is not a picture that can be read: {error}") from None
-    if text is None:
-        raise ValueError(f"{str(path)!r} has no recipe inside: it was not made by ldm, or its metadata was removed")
-    try:
-        recipe = json.loads(text)
-    except ValueError:
-        recipe = None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe in {str(path)!r} cannot be read: it is no JSON mapping")
-    return recipe
 
 
-def check_seeds(seed: int | Sequence[int], n: int) -> tuple[int, ...]:
-    """n seeds: seed, seed + 1, … for a number; as given for a sequence of n. ValueError if they do not fit."""
-    if isinstance(seed, int):
-        if not 0 <= seed <= 2**63 - n:
-            raise ValueError(f"seed: expected 0 to 2**63 - {n}, got {seed}")
-        return tuple(range(seed, seed + n))
-    seeds = tuple(int(s) for s in seed)
-    if len(seeds) != n:
-        raise ValueError(f"seed: {len(seeds)} seeds for {n} pictures")
-    return seeds

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import AttentionBlock, SpatialTransformer
 from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
 from ldm.models.layers.norm import group_norm_32

@@ -15,7 +15,7 @@ from ldm.conditioning.conditioner import Conditioner
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised, OnStep, Sampler
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.images.result import check_seeds
+from ldm.diffusion.seeds import check_seeds
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import build, nearest, to_dict

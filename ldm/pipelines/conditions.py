@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner, TextConditioner
-from ldm.diffusion.interfaces import Cond, Denoised
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.interfaces import Denoised
 from ldm.images.canvas import fill
 from ldm.images.result import Images
 from ldm.models.draft import Draft

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner
+from ldm.diffusion.constraints import keep_known
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import cfg, compose, keep_known
+from ldm.diffusion.guidance import cfg, compose
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise
 from ldm.images.canvas import fit

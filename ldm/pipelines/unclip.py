@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
-from ldm.conditioning.clip import ClipPair, rerank
+from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, OnStep
@@ -23,7 +23,11 @@ from ldm.pipelines.conditions import Watcher, cut
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.stages.autoregressive import AutoregressiveStage
-from ldm.pipelines.stages.unclip import DecoderStage, PriorStage, UpsamplerStage, options_of
+from ldm.pipelines.stages.decoder import DecoderStage
+from ldm.pipelines.stages.prior import PriorStage
+from ldm.pipelines.stages.unclip import options_of
+from ldm.pipelines.stages.upsampler import UpsamplerStage
+from ldm.pipelines.tasks.rerank import rerank
 from ldm.pipelines.unclip_options import decoders, held, priors, told
 from ldm.pipelines.unclip_painting import UnCLIPPainting
 from ldm.pipelines.windows import Part, windowed

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.diffusion.guidance import keep_known
+from ldm.diffusion.constraints import keep_known
 from ldm.diffusion.interfaces import DenoiseFn
 from ldm.images.canvas import Canvas, check_border
 from ldm.images.pixels import Picture

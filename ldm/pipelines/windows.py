@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn
+from ldm.diffusion.interfaces import Denoised, DenoiseFn
 
 Part = tuple[Any, slice, slice]  # an index of (B, C, h, w): every sample and channel, rows, columns
 

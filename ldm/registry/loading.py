@@ -9,40 +9,18 @@ from typing import Any
 
 import torch
 
-from ldm.catalog.cards import REGISTERED, AutoencoderCard, Card, ModelCard, embedded, find_card, known_cards, read_card
+from ldm.catalog.cards import AutoencoderCard, ModelCard
+from ldm.catalog.lookup import Card, find_card, read_card
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.prediction import check_prediction
-from ldm.pipelines.latent import LatentDiffusion
-from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.latent.assembly import assemble
 from ldm.registry.latent.sources import Source, autoencoder_folder, from_file, from_folder, from_native, from_random
-from ldm.registry.latent.writing import LAYOUTS, write_diffusers, write_native, write_original
 from ldm.registry.unclip.reading import load_prior, load_unclip
-from ldm.registry.unclip.writing import write_unclip
-from ldm.support.config import nearest
 from ldm.support.device import dtype_of, fast_dtype, pick_device
 from ldm.weights.formats.diffusers_folder import is_folder, list_variants
 from ldm.weights.formats.hub import download, local_path
 from ldm.weights.safety import load_safety
-
-
-def list_models() -> list[str]:
-    """The names that `load` knows, sorted: the embedded models, the published ones, and those that were registered."""
-    return sorted({*embedded(), *known_cards()})
-
-
-def register(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
-    """Make a model of one's own known to `load` and `list_models`, by its card in a YAML file.
-
-    The file states the fields of `ModelCard` (or of `UnCLIPCard`, `PriorCard`); ``base: NAME`` takes those that it leaves out from another card.
-    ValueError for a card that is wrong, or a name that an embedded or published model has.
-    """
-    card = read_card(path)
-    if card.name in embedded() or (card.name in known_cards() and card.name not in REGISTERED):
-        raise ValueError(f"{str(path)!r}: the name {card.name!r} is taken by a model of the library")
-    REGISTERED[card.name] = card
-    return card
 
 
 def load(
@@ -136,27 +114,3 @@ def from_hub(card: Card) -> Path:
     return download(card.name, card.hub.repo, card.hub.file, sha256=card.hub.sha256, stated=card.hub.stated)
 
 
-def save(
-    pipe: LatentDiffusion | UnCLIP, path: str | Path, *, layout: str = "native", dtype: str | torch.dtype | None = None, **facts: Any
-) -> Path:
-    """Write a model so that `load(name, weights=path)` reads it back: bit for bit, unless another ``dtype`` is asked for.
-
-    ``layout``: "native", a folder of ours with a YAML for each part (the facts go into it); "original", a single .safetensors file as the model's
-    authors published theirs; "diffusers", a folder of diffusers. The last two are for models of published families; ValueError for others, or
-    for a network that the layout cannot hold. Writing is whole or not at all, file by file.
-    """
-    kind = None if dtype is None else dtype_of(dtype)
-    path = Path(path)
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r}; {nearest(layout, LAYOUTS)}")
-    if isinstance(pipe, UnCLIP):
-        if layout != "native":
-            raise ValueError(f"layout {layout!r}: an UnCLIP is written in the native layout alone")
-        return write_unclip(pipe, path, dtype=kind, **facts)
-    if layout == "native":
-        return write_native(pipe, path, kind, facts)
-    if facts:
-        raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
-    if pipe.card.family == "latent":
-        raise ValueError(f"layout {layout!r} is for models of published families, {pipe.card.name!r} is of none: use 'native'")
-    return write_original(pipe, path, kind) if layout == "original" else write_diffusers(pipe, path, kind)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import Attention, SpatialTransformer
 from ldm.models.unet import UNet
 from ldm.speed.substitute import Substitute

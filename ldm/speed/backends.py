@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet
 from ldm.models.vae import Decoder
 from ldm.speed.packed import with_grad

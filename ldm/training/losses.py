@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.prediction import target
 from ldm.diffusion.schedule import broadcast
 

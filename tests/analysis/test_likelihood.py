@@ -7,9 +7,9 @@ import torch
 from analytic import AnalyticNet, Mixture, gaussian, mixture
 
 from ldm.analysis.likelihood import bound_bits, flow_bits
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import keyed_noise
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule

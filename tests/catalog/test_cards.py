@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 import ldm
-from ldm.catalog.cards import REGISTERED, AutoencoderCard, ModelCard, find_card, find_model, known_cards, read_card
+from ldm.catalog.cards import AutoencoderCard, ModelCard
+from ldm.catalog.families import FAMILIES
+from ldm.catalog.lookup import REGISTERED, find_card, find_model, known_cards, read_card
 from ldm.catalog.published import AUTOENCODERS, CARDS, MODELS
 from ldm.support.config import build, to_dict
-from ldm.weights.detection import FAMILIES
 from ldm.weights.parts import build_network, shapes_of
 
 KL8, L, H, G = 83_653_863, 123_060_480, 340_387_840, 694_659_840

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tinymodel import tiny_model
 
+from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import TextConditioner, TextConvention, TwoTowers
 from ldm.conditioning.prompt import Span
 from ldm.conditioning.reading import windows
 from ldm.models.clip.towers import TextConfig, TextTower
-from ldm.models.text.bert import BertConditioner, BertConfig, LDMBert
+from ldm.models.text.bert import BertConfig, LDMBert
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
 

@@ -3,8 +3,8 @@ import torch
 from analytic import AnalyticNet, gaussian
 from torch import Tensor, nn
 
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
 

@@ -3,10 +3,12 @@ import torch
 from analytic import AnalyticNet, gaussian
 from torch import Tensor
 
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.constraints import clip_x0, dynamic_threshold, keep_known
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.guidance import apg, autoguidance, cfg, clip_x0, compose, dynamic_threshold, gradient, keep_known, perp_neg, switch
-from ldm.diffusion.interfaces import Cond, Denoised
+from ldm.diffusion.guidance import apg, autoguidance, cfg, compose, gradient, perp_neg, switch
+from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import SAMPLERS

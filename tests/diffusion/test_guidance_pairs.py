@@ -9,10 +9,12 @@ import torch
 from analytic import AnalyticNet, gaussian
 from torch import Tensor
 
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.constraints import clip_x0, dynamic_threshold, keep_known
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.guidance import apg, autoguidance, between, cfg, clip_x0, compose, dynamic_threshold, gradient, keep_known, perp_neg, switch
-from ldm.diffusion.interfaces import Cond, Denoised, DenoiseFn
+from ldm.diffusion.guidance import apg, autoguidance, between, cfg, compose, gradient, perp_neg, switch
+from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
 from ldm.samplers import SAMPLERS
 

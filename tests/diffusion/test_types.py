@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 
 
 def test_cat_pads_contexts_and_masks_the_padding() -> None:

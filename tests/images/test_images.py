@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images.result import Images, check_seeds, check_writable, read_recipe
+from ldm.diffusion.seeds import check_seeds
+from ldm.images.files import check_writable, read_recipe
+from ldm.images.result import Images
 
 
 def images(n=3, **recipe):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import Attention, attention_control, probabilities
 from ldm.models.unet import UNet, UNetConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior, gumbel
 from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
-from ldm.models.text.bert import BertConditioner, BertConfig, LDMBert
+from ldm.conditioning.bert import BertConditioner
+from ldm.models.text.bert import BertConfig, LDMBert
 from ldm.models.text.wordpiece import WordPiece
 
 LETTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()]

@@ -12,7 +12,7 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
 from ldm.catalog.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig

@@ -16,7 +16,7 @@ from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 import ldm.models.vae
 import ldm.models.vq
 from ldm.catalog.shapes import BERTS, UNETS, VAES
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.embeddings import vector_condition
 from ldm.models.text.bert import LDMBert
 from ldm.models.unet import UNet

@@ -11,10 +11,11 @@ from diffusers import PriorTransformer
 from twins import TOLERANCE, VISIBLE, error, fill
 
 from ldm.catalog.shapes import PRIORS
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.constraints import clip_x0
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.guidance import cfg, clip_x0
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.guidance import cfg
 from ldm.diffusion.noise import initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unclip.prior import Prior, PriorConfig

@@ -22,7 +22,7 @@ from torch import nn
 from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
 from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, UNETS, UPSAMPLERS
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.movq import MoVQ
 from ldm.models.unet import UNet
 from ldm.weights.keymap import Table, to_native

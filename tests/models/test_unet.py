@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel as Peer
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet, UNetConfig
 
 

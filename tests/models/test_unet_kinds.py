@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.embeddings import guidance_sinusoid, sinusoid, vector_condition
 from ldm.models.unet import UNet, UNetConfig
 

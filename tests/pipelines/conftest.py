@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ldm.catalog.cards import REGISTERED  # noqa: E402
+from ldm.catalog.lookup import REGISTERED  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

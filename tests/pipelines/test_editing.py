@@ -10,7 +10,7 @@ import torch
 from tinymodel import tiny_model
 from torch import Tensor
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import attention_control
 from ldm.pipelines.attention_control import align
 from ldm.pipelines.conditions import between

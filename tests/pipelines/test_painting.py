@@ -12,7 +12,7 @@ from PIL import Image
 from tinymodel import tiny_model
 from torch import Tensor
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.images.canvas import Padded
 from ldm.pipelines.conditions import anchor, drafted
 from ldm.pipelines.latent import DRAFTED

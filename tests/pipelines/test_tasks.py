@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.interfaces import Cond
 from ldm.images.canvas import Canvas
 from ldm.images.pixels import to_depth, to_mask, to_pixels
 from ldm.pipelines.call import SizeCondition

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from tinyunclip import PRIOR, E, net, pair, tiny_kandinsky, tiny_karlo, tiny_stable
 
-from ldm.conditioning.clip import rerank
 from ldm.conditioning.image_embedding import ImageEmbedding, slerp
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unclip.embedding_codes import EmbeddingCodes
-from ldm.pipelines.stages.unclip import PriorStage, enlarge
+from ldm.pipelines.stages.prior import PriorStage
+from ldm.pipelines.stages.upsampler import enlarge
+from ldm.pipelines.tasks.rerank import rerank
 from ldm.pipelines.unclip import UnCLIP
 from ldm.pipelines.windows import places, tiled
 

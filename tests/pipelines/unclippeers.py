@@ -15,7 +15,7 @@ from peer import twin
 from tinyunclip import MOVQ, PIECES, PIXELS, SR, VISION, E
 
 import ldm
-from ldm.catalog.cards import REGISTERED
+from ldm.catalog.lookup import REGISTERED
 from ldm.catalog.unclip_cards import UnCLIPNetworks
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.pipelines.stages.stage import Stage

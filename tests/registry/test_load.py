@@ -14,7 +14,7 @@ import torch
 
 import ldm
 from ldm.__main__ import main
-from ldm.catalog.cards import REGISTERED
+from ldm.catalog.lookup import REGISTERED
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))

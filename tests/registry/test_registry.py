@@ -25,7 +25,7 @@ def saved(tmp_path_factory):
 def assets(saved, tmp_path, monkeypatch):
     """A copy of it, in the place of the package's own."""
     shutil.copytree(saved, tmp_path / "assets")
-    monkeypatch.setattr("ldm.catalog.cards.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     return tmp_path / "assets"
 
 

@@ -8,7 +8,7 @@ import yaml
 from tinyunclip import tiny_kandinsky, tiny_karlo, tiny_stable
 
 import ldm
-from ldm.catalog.cards import read_card
+from ldm.catalog.lookup import read_card
 from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
 from ldm.registry.unclip.writing import read_unclip
 from ldm.support.config import to_dict

@@ -13,7 +13,7 @@ from tinyunclip import TEXT, VISION, E, net
 
 import ldm
 from ldm.__main__ import main
-from ldm.catalog.cards import ASSETS, parse_card
+from ldm.catalog.lookup import ASSETS, parse_card
 from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.draft import DraftConfig

@@ -17,9 +17,9 @@ from tinyunclip import tiny_karlo
 
 import ldm
 from ldm.__main__ import main
-from ldm.catalog.cards import find_card, find_model
+from ldm.catalog.lookup import find_card, find_model
 from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
-from ldm.images.result import read_recipe
+from ldm.images.files import read_recipe
 from ldm.pipelines.unclip import UnCLIP
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_the_names_and_how_they_are_sampled(capsys: pytest.CaptureFixture[str]) 
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, and tiny-unclip among the embedded models."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.catalog.cards.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     pipe = tiny_karlo()
     pipe.card = replace(pipe.card, name="tiny-unclip", family="unclip", networks=None)
     ldm.save(pipe, tmp_path / "assets" / "tiny-unclip")

@@ -18,7 +18,7 @@ from tinyunclip import tiny_kandinsky21, tiny_karlo, tiny_stable
 import ldm
 from ldm.__main__ import main
 from ldm.conditioning.image_embedding import ImageEmbedding
-from ldm.pipelines.stages.unclip import PriorStage
+from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.inspection import inspect
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors

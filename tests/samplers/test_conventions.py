@@ -17,7 +17,7 @@ from ldm.analysis.plan import evaluations
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.noise import brownian_noise, initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.images.result import read_recipe
+from ldm.images.files import read_recipe
 from ldm.samplers import SAMPLERS
 from ldm.samplers.conventions import CONVENTIONS, Convention, get_convention
 
@@ -167,7 +167,7 @@ def test_wrong_names_are_refused_with_the_nearest(pipe, options, message):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     ldm.save(tiny_model(), tmp_path / "assets" / "emoji-ldm")
-    monkeypatch.setattr("ldm.catalog.cards.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
 
 

@@ -10,10 +10,10 @@ from test_optimize import UNETS, inputs, make, rms
 from tinymodel import tiny_model
 
 import ldm
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import lerp
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.layers.attention import attention_control
 from ldm.models.unet import UNetConfig

@@ -10,7 +10,7 @@ from tinymodel import tiny_model
 from torch import nn
 
 import ldm
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import attention_control
 from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.unet import UNet, UNetConfig

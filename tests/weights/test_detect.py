@@ -7,7 +7,8 @@ import pytest
 from originals import UNETS, VAES
 from test_rules import peer_unet, peer_vae
 
-from ldm.weights.detection import FAMILIES, detect, require
+from ldm.catalog.families import FAMILIES
+from ldm.weights.detection import detect, require
 
 NAMES = {
     "sd1": "sd1", "sd1-inpaint": "sd1-inpainting", "instruct-pix2pix": "instruct-pix2pix", "sd2": "sd2", "sd2-inpaint": "sd2-inpainting",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-
-from ldm.diffusion.interfaces import Cond
-from ldm.models.text.unigram import PAD, Unigram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +75,3 @@ class XLMR(nn.Module):
         return x, self.projection((x * weight).sum(1) / weight.sum(1))
 
 
-class XLMRConditioner(nn.Module):
-    """Prompts in, `Cond` out: context (B, length, D), padding attended to, and pooled (B, E)."""
-
-    def __init__(self, encoder: XLMR, tokenizer: Unigram) -> None:
-        super().__init__()
-        self.encoder, self.tokenizer = encoder, tokenizer
-        if len(tokenizer.ids) > encoder.config.vocabulary:
-            raise ValueError(f"the vocabulary has {len(tokenizer.ids)} tokens, the encoder {encoder.config.vocabulary}")
-
-    def forward(self, prompts: Sequence[str]) -> Cond:
-        """The condition of B prompts; ValueError if a prompt has more tokens than the encoder takes."""
-        ids = torch.tensor(self.tokenizer(prompts, self.encoder.config.length), device=self.encoder.kind.device)
-        states, pooled = self.encoder(ids, ids != self.tokenizer.ids[PAD])
-        return Cond(context=states, pooled=pooled)
-
-    def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that the model has never seen: not known of any."""
-        return []
-
-    def networks(self) -> dict[str, nn.Module]:
-        """The encoder, as "words"."""
-        return {"words": self.encoder}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.noise import keyed_normal
 from ldm.models.unclip.embedding_codes import EmbeddingCodes
 from ldm.models.unclip.prior_blocks import PlainStack

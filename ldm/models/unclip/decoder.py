@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.unet import UNet, UNetConfig
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.interfaces import Cond
+from ldm.diffusion.cond import Cond
 from ldm.models.layers.embeddings import VectorMLP, sinusoid
 from ldm.models.unclip.prior_blocks import CosineStack, PlainStack
 

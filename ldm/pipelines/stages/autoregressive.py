@@ -12,11 +12,11 @@ from torch import nn
 from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.image_embedding import ImageEmbedding
-from ldm.images.result import check_seeds
+from ldm.diffusion.seeds import check_seeds
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.pipelines.call import check_count, check_prompts
-from ldm.pipelines.stages.stage import STEPS
-from ldm.pipelines.stages.unclip import PRIOR, best_of
+from ldm.pipelines.stages.prior import best_of
+from ldm.pipelines.stages.stage import PRIOR, STEPS
 
 
 @dataclass(frozen=True, kw_only=True)

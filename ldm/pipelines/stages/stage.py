@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import StageCard
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.constraints import clip_x0
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.guidance import cfg, clip_x0
-from ldm.diffusion.interfaces import Cond, DenoiseFn, NoiseFn, OnStep
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise, keyed_noise, keyed_normal
 from ldm.pipelines.call import Call, all_hooks, progress_bar, settle
 from ldm.samplers.invert import ddim_invert
 
 STEPS = 2**40  # draws kept for each stage (and each candidate of the prior), so that no two share any
+UPSAMPLE, AUGMENT, PRIOR = 1, 64, 128  # numbers of stages; upsamplers and the candidates of a prior count up from theirs
 
 
 def stage_noise(seeds: Sequence[int], stage: int) -> NoiseFn:

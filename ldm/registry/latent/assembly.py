@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from ldm.catalog.cards import ModelCard
+from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
-from ldm.models.text.bert import BertConditioner, LDMBert
+from ldm.models.text.bert import LDMBert
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
 from ldm.pipelines.latent import LatentDiffusion

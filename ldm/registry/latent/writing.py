@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.catalog.families import COND, FAMILIES
+from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.clip.towers import TextConfig, TextTower
-from ldm.models.text.bert import BertConditioner, BertConfig
+from ldm.models.text.bert import BertConfig
 from ldm.models.text.bpe import EOT, all_symbols, merges
 from ldm.models.unet import UNetConfig
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.detection import COND, FAMILIES
 from ldm.weights.formats.diffusers_config import bert_config, scheduler_config, text_config, training_facts, unet_config, vae_config
 from ldm.weights.formats.native_folder import narrow, write_part, write_vocabulary
 from ldm.weights.formats.safetensors import write_safetensors

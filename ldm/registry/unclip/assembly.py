@@ -7,16 +7,19 @@ from typing import Any
 from ldm.catalog.unclip_cards import AutoregressiveCard, StageCard, UnCLIPCard, upsampler_name
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.models.clip.towers import TextTower, VisionTower
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.unigram import Unigram
-from ldm.models.text.xlmr import XLMR, XLMRConditioner
+from ldm.models.text.xlmr import XLMR
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.models.unclip.decoder import Decoder
 from ldm.models.unclip.prior import Prior
 from ldm.pipelines.stages.autoregressive import AutoregressiveStage
+from ldm.pipelines.stages.decoder import DecoderStage
+from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.stages.space import Space
-from ldm.pipelines.stages.unclip import DecoderStage, PriorStage, UpsamplerStage
+from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.unclip.sources import UnCLIPSource
 from ldm.weights.formats.native_folder import read_vocabulary

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.catalog.cards import parse_card
+from ldm.catalog.lookup import parse_card
 from ldm.catalog.unclip_cards import StageCard, UnCLIPCard, upsampler_name
 from ldm.registry.unclip.assembly import assemble
 from ldm.registry.unclip.sources import folder_of, from_native, native_parts

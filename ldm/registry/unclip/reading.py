@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
-from ldm.pipelines.stages.unclip import PriorStage
+from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.unclip.assembly import assemble
 from ldm.registry.unclip.layouts import pipelines

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ldm.catalog.cards import read_card
+from ldm.catalog.lookup import read_card
 from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.models.text.xlmr import XLMRConditioner
+from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.unclip.assembly import assemble
 from ldm.registry.unclip.sources import from_native

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data import Composition, caption
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import initial_noise
 from ldm.models.unclip.decoder import Decoder, DecoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig

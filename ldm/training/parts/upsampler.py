@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.interfaces import Cond
 from ldm.diffusion.noise import initial_noise
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import psnr
-from ldm.pipelines.stages.unclip import enlarge
+from ldm.pipelines.stages.upsampler import enlarge
 from ldm.samplers.ode.ddim import ddim
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures, picture_grid, to_uint8
