@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
+from ldm.catalog.cards import AutoencoderCard, ModelCard
 from ldm.catalog.families import FAMILIES
+from ldm.catalog.published import CARDS
+from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
+from ldm.catalog.unclip_cards import UNCLIP_FAMILIES, PriorCard, StageCard, UnCLIPCard
 from ldm.samplers.conventions import Convention
 from ldm.support.config import build, nearest, read_yaml
 
-if TYPE_CHECKING:
-    from ldm.catalog.unclip_cards import PriorCard, StageCard, UnCLIPCard
-from ldm.catalog.cards import AutoencoderCard, ModelCard
-
 ASSETS = Path(__file__).parents[1] / "assets"
-
-
-Card = Union[ModelCard, AutoencoderCard, "UnCLIPCard", "PriorCard"]
+Card = ModelCard | AutoencoderCard | UnCLIPCard | PriorCard
 
 
 def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
@@ -31,8 +29,6 @@ def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
 
 def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     """The card of a mapping; ``source``: the file that it is from, for messages. See `read_card`."""
-    from ldm.catalog.unclip_cards import UNCLIP_FAMILIES, PriorCard, UnCLIPCard
-
     mapping = dict(mapping)
     if "base" in mapping:
         base, _ = find_card(mapping.pop("base"))
@@ -57,16 +53,11 @@ REGISTERED: dict[str, ModelCard | UnCLIPCard | PriorCard] = {}
 
 def known_cards() -> dict[str, Card]:
     """The cards without embedded weights: the published families', then those that a user registered."""
-    from ldm.catalog.published import CARDS
-    from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
-
     return {**CARDS, **UNCLIP_CARDS, **PRIOR_CARDS, **REGISTERED}
 
 
 def find_model(name: str) -> ModelCard | StageCard:
     """How a model is sampled: its card, or that of unCLIP's decoder, or of a prior alone; ValueError for an autoencoder, or an unknown name."""
-    from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
-
     card, _ = find_card(name)
     if isinstance(card, AutoencoderCard):
         raise ValueError(f"{name!r} is an autoencoder alone: it has no sampler and no schedule")

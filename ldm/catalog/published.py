@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.catalog.cards import AutoencoderCard, Defaults, Hub, ModelCard, Networks, ScheduleCard
-from ldm.catalog.lookup import Card
 from ldm.conditioning.conditioner import TextConvention
 from ldm.samplers.conventions import CONVENTIONS, Convention
 
@@ -219,4 +218,4 @@ AUTOENCODERS = (
     autoencoder("taesdxl", "tiny-autoencoder", "TAESDXL, quick previews for Stable Diffusion XL", Hub(repo="madebyollin/taesdxl")),
 )
 
-CARDS: dict[str, Card] = {card.name: card for card in (*MODELS, *AUTOENCODERS)}
+CARDS: dict[str, ModelCard | AutoencoderCard] = {card.name: card for card in (*MODELS, *AUTOENCODERS)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,6 @@ from ldm.models.layers.attention import GEGLU
 from ldm.models.layers.resblock import Upsample
 from ldm.models.meta import on_meta
 from ldm.speed.kernels.ops import Native, Plain, winograd
-
-if TYPE_CHECKING:
-    from ldm.speed.spill import Spilled
 
 CHANNELS_LAST = torch.channels_last
 mkldnn = torch.ops.mkldnn
@@ -35,6 +32,16 @@ def with_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+class WeightFile(Protocol):
+    """A file that holds plain weights, so that their pages may leave memory (`ldm.speed.spill.Spilled`)."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Give blocks that are allocated inside pages of their own."""
+
+    def evict(self, weight: Tensor) -> None:
+        """Let the pages of a weight leave memory."""
+
+
 class Packed(nn.Module):
     """A layer whose weight is packed at the first call, in the place of the plain one; a state dict still holds the plain one.
 
@@ -42,7 +49,7 @@ class Packed(nn.Module):
     """
 
     packed: list[Tensor] | None = None
-    spilled: Spilled | None = None  # where the plain weight lies in a file, and is let leave memory; else it is given up
+    spilled: WeightFile | None = None  # where the plain weight lies in a file, and is let leave memory; else it is given up
     parts = 1  # the packed weights are the plain one's equal parts along the outputs
 
     @property
