@@ -6,12 +6,16 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ldm" / "__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION = re.search(
+    r'__version__ = "(.+?)"', (HERE / "ldm" / "__init__.py").read_text(encoding="utf-8")
+).group(1)
 
 setup(
     name="ldm",
     version=VERSION,
-    description="Latent diffusion and unCLIP from scratch: readable, exact, and alive straight after pip install",
+    description=(
+        "Latent diffusion and unCLIP from scratch: readable, exact, and alive straight after pip install"
+    ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -34,8 +38,14 @@ setup(
     ],
     extras_require={
         "test": [
-            "pytest>=8", "diffusers>=0.31", "transformers>=4.45", "accelerate>=0.30", "k-diffusion>=0.1.1",
-            "nbclient>=0.10", "ipykernel>=6", "matplotlib>=3.8",
+            "pytest>=8",
+            "diffusers>=0.31",
+            "transformers>=4.45",
+            "accelerate>=0.30",
+            "k-diffusion>=0.1.1",
+            "nbclient>=0.10",
+            "ipykernel>=6",
+            "matplotlib>=3.8",
         ],
         "data": ["resvg-py>=0.1"],
         "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],

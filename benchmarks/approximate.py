@@ -1,9 +1,12 @@
 """What do the gains that change the result cost and give, against the exact run?
 
-    python benchmarks/approximate.py --clock cpu --threads 1 --json approximate.json      # the embedded model: whole pictures
-    python benchmarks/approximate.py --model sd1 --latent 32 --steps 6                    # random weights: time, error of the final latent
+    # the embedded model: whole pictures
+    python benchmarks/approximate.py --clock cpu --threads 1 --json approximate.json
+    # random weights: time, error of the final latent
+    python benchmarks/approximate.py --model sd1 --latent 32 --steps 6
 
-Error: the root mean square difference from the exact run of the same seeds; of pictures in levels of 255, of latents as a part of their deviation.
+Error: the root mean square difference from the exact run of the same seeds; of pictures in levels of 255, of
+latents as a part of their deviation.
 """
 
 from __future__ import annotations
@@ -30,11 +33,18 @@ from ldm.weights.parts import build_network, randomise
 
 INTERVAL = (0.28, 5.42)  # of sigma/alpha, Kynkäänniemi et al. 2024's for SDXL
 GAINS: dict[str, dict[str, Any]] = {
-    "exact": {}, "reuse=2": {"reuse": 2}, "reuse=3": {"reuse": 3}, "reuse=5": {"reuse": 5}, "reuse=3, branch=2": {"reuse": 3, "branch": 2},
-    "merge=0.25": {"merge": 0.25}, "merge=0.5": {"merge": 0.5}, "merge=0.75": {"merge": 0.75}, "int8": {"int8": True},
+    "exact": {},
+    "reuse=2": {"reuse": 2},
+    "reuse=3": {"reuse": 3},
+    "reuse=5": {"reuse": 5},
+    "reuse=3, branch=2": {"reuse": 3, "branch": 2},
+    "merge=0.25": {"merge": 0.25},
+    "merge=0.5": {"merge": 0.5},
+    "merge=0.75": {"merge": 0.75},
+    "int8": {"int8": True},
     "reuse=3, merge=0.5, int8": {"reuse": 3, "merge": 0.5, "int8": True},
     "interval=(0.28, 5.42)": {"interval": INTERVAL},
-}  # fmt: skip
+}
 Run = Callable[[], Tensor]
 
 
@@ -56,7 +66,11 @@ def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
 
 def random_weights(args: Any) -> Callable[[Mapping[str, Any]], Run]:
     """A UNet of random weights under DDIM and guidance: its final latent."""
-    config = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1) if args.model == "small" else UNETS[args.model]
+    config = (
+        UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1)
+        if args.model == "small"
+        else UNETS[args.model]
+    )
     net, g = randomise(build_network(config), dtype=DTYPES[args.dtype]), torch.Generator().manual_seed(0)
     denoiser = Denoiser(net, NoiseSchedule.scaled_linear(1000, 0.00085, 0.012), "eps")
     x = torch.randn(args.batch, config.in_channels, args.latent, args.latent, generator=g)
@@ -74,18 +88,30 @@ def random_weights(args: Any) -> Callable[[Mapping[str, Any]], Run]:
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0], repeats=3)
-    options.add_argument("--model", choices=("emoji", *(name for name in MODELS if name != "sdxl")), default="emoji")
+    options.add_argument(
+        "--model", choices=("emoji", *(name for name in MODELS if name != "sdxl")), default="emoji"
+    )
     options.add_argument("--dtype", choices=DTYPES, default="bf16")
-    options.add_argument("--batch", type=int, default=1, help="pictures a call; of the embedded model the first prompts of showcase.py")
+    options.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        help="pictures a call; of the embedded model the first prompts of showcase.py",
+    )
     options.add_argument("--latent", type=int, default=32, help="side of the latent of random weights")
     options.add_argument("--steps", type=int, help="default: the card's, or 6")
-    options.add_argument("--only", nargs="+", choices=GAINS, default=list(GAINS), help="these alone, beside the exact run")
+    options.add_argument(
+        "--only", nargs="+", choices=GAINS, default=list(GAINS), help="these alone, beside the exact run"
+    )
     args = options.parse_args()
     settle(args)
     side = (emoji if args.model == "emoji" else random_weights)(args)
     exact = side({})
     expected, rows = exact(), []
-    print(f"{args.model}, {args.dtype}, batch {args.batch}, {args.threads} threads, {args.clock} clock, torch {torch.__version__}")
+    print(
+        f"{args.model}, {args.dtype}, batch {args.batch}, {args.threads} threads, {args.clock} clock, torch"
+        f" {torch.__version__}"
+    )
     for name in args.only:
         if name == "exact":
             continue
@@ -93,15 +119,25 @@ def main() -> None:
         print("| `{gain}` | {error:.3g} | {seconds:.3f} s | {ratio:.2f} |".format(**rows[-1]), flush=True)
     if args.json:
         about = {key: str(value) if key == "json" else value for key, value in vars(args).items()}
-        write(args.json, {"question": "approximate", "settings": about, "rows": rows, "where": where(args.threads)})
+        write(
+            args.json,
+            {"question": "approximate", "settings": about, "rows": rows, "where": where(args.threads)},
+        )
 
 
-def against(side: Callable[[Mapping[str, Any]], Run], options: Mapping[str, Any], expected: Tensor, args: Any) -> dict[str, float]:
-    """A gain's error, seconds, and ratio to the exact run's, both the least of several measured next to each other."""
+def against(
+    side: Callable[[Mapping[str, Any]], Run], options: Mapping[str, Any], expected: Tensor, args: Any
+) -> dict[str, float]:
+    """A gain's error, seconds, and ratio to the exact run's, both the least of several measured next to each
+    other."""
     exact = min(measure({"exact": side({})}, args.repeats, args.clock)["exact"])
     run = side(options)
     got = run()
-    error = float((got - expected).square().mean().sqrt() * 255) if args.model == "emoji" else difference(got, expected)
+    error = (
+        float((got - expected).square().mean().sqrt() * 255)
+        if args.model == "emoji"
+        else difference(got, expected)
+    )
     seconds = min(measure({"gain": run}, args.repeats, args.clock)["gain"])
     return {"error": error, "seconds": seconds, "exact": exact, "ratio": seconds / exact}
 

@@ -23,10 +23,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def parser(description: str, *, repeats: int = 7) -> argparse.ArgumentParser:
     """The options of every benchmark."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--repeats", type=int, default=repeats, help="runs of each side, in turns, after one that warms up")
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument(
+        "--repeats", type=int, default=repeats, help="runs of each side, in turns, after one that warms up"
+    )
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every side")
-    made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, with one thread on a busy machine")
+    made.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, with one thread on a busy machine",
+    )
     made.add_argument("--json", type=Path, help="write the figures here")
     return made
 
@@ -59,8 +68,17 @@ def where(threads: int) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "capability": torch.backends.cpu.get_cpu_capability(), **versions}
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        **versions,
+    }
 
 
 def _lines(path: str) -> list[str]:
@@ -68,27 +86,48 @@ def _lines(path: str) -> list[str]:
 
 
 def report(
-    question: str, settings: Mapping[str, Any], seconds: Mapping[str, list[float]], args: argparse.Namespace, *,
-    bars: Mapping[str, float] | None = None, extra: Mapping[str, Any] | None = None, unit: str = "s",
-) -> dict[str, Any]:  # fmt: skip
+    question: str,
+    settings: Mapping[str, Any],
+    seconds: Mapping[str, list[float]],
+    args: argparse.Namespace,
+    *,
+    bars: Mapping[str, float] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    unit: str = "s",
+) -> dict[str, Any]:
     """Print medians, spreads and the ratio of ldm to each peer with its bar; write them as JSON if asked."""
     sides = {
-        who: {"median": statistics.median(runs), "low": min(runs), "high": max(runs), "runs": runs} for who, runs in seconds.items() if runs
+        who: {"median": statistics.median(runs), "low": min(runs), "high": max(runs), "runs": runs}
+        for who, runs in seconds.items()
+        if runs
     }
     ratios = {who: sides["ldm"]["median"] / side["median"] for who, side in sides.items() if who != "ldm"}
     where_ = where(args.threads)
-    print(f"{question}: {', '.join(f'{k} {v}' for k, v in settings.items())}; {args.threads} threads, {where_['cpu']}, {args.clock} clock")
+    print(
+        f"{question}: {', '.join(f'{k} {v}' for k, v in settings.items())}; {args.threads} threads,"
+        f" {where_['cpu']}, {args.clock} clock"
+    )
     for who, side in sides.items():
         print(f"  {who:<18} {side['median']:9.3f} {unit}  ({side['low']:.3f} to {side['high']:.3f})")
     for who, ratio in ratios.items():
         bar = (bars or {}).get(who)
-        print(f"  ldm / {who:<12} {ratio:9.3f}" + ("" if bar is None else f"    bar {bar}: {'met' if ratio <= bar else 'NOT met'}"))
+        print(
+            f"  ldm / {who:<12} {ratio:9.3f}"
+            + ("" if bar is None else f"    bar {bar}: {'met' if ratio <= bar else 'NOT met'}")
+        )
     for name, value in (extra or {}).items():
         print(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
     result = {
-        "question": question, "settings": dict(settings), "unit": unit, "clock": args.clock, "sides": sides, "ratios": ratios,
-        "bars": dict(bars or {}), "extra": dict(extra or {}), "where": where_,
-    }  # fmt: skip
+        "question": question,
+        "settings": dict(settings),
+        "unit": unit,
+        "clock": args.clock,
+        "sides": sides,
+        "ratios": ratios,
+        "bars": dict(bars or {}),
+        "extra": dict(extra or {}),
+        "where": where_,
+    }
     if args.json:
         write(args.json, result)
     return result

@@ -1,8 +1,9 @@
-"""The judge of emoji models: which of the data set's pictures an image is nearest to, and what colour its ground has.
+"""The judge of emoji models: which of the data set's pictures an image is nearest to, and what colour its
+ground has.
 
-A plain rule instead of a network: mean squared error against every picture of the data set composed on the ground that was asked for,
-at 64×64, the least over shifts of the image by up to ±3 pixels and scalings by 0.9 to 1.1. What a shift or a scaling uncovers is filled
-with that ground's colour.
+A plain rule instead of a network: mean squared error against every picture of the data set composed on the
+ground that was asked for, at 64×64, the least over shifts of the image by up to ±3 pixels and scalings by 0.9
+to 1.1. What a shift or a scaling uncovers is filled with that ground's colour.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ SIZE, SHIFT, SCALES = 64, 3, (0.9, 0.95, 1.0, 1.05, 1.1)
 class Verdict:
     """What the judge says of one image that was to show ``name`` on ``ground`` (None: white).
 
-    ``rank``: how many pictures are nearer to the image than the nearest one of that name (any style); 0 is a hit, below 5 in the top five.
-    ``nearest``, ``nearest_style``, ``mse``: the nearest picture of all, and its mean squared error on [0, 1].
-    ``ground_seen``: the palette's colour nearest to the corners.
+    ``rank``: how many pictures are nearer to the image than the nearest one of that name (any style); 0 is a
+    hit, below 5 in the top five. ``nearest``, ``nearest_style``, ``mse``: the nearest picture of all, and its
+    mean squared error on [0, 1]. ``ground_seen``: the palette's colour nearest to the corners.
     """
 
     name: str
@@ -46,7 +47,11 @@ class EmojiJudge:
 
     def __init__(self, data: EmojiData) -> None:
         self.index = data.index
-        pictures = torch.from_numpy(data.pictures[:]) if data.pictures.flags.writeable else torch.from_numpy(data.pictures.copy())
+        pictures = (
+            torch.from_numpy(data.pictures[:])
+            if data.pictures.flags.writeable
+            else torch.from_numpy(data.pictures.copy())
+        )
         colours, alphas = [], []
         for part in pictures.split(256):
             rgba = part.permute(0, 3, 1, 2).float() / 255  # (n, 4, P, P), straight alpha
@@ -54,7 +59,10 @@ class EmojiJudge:
             rgba = F.interpolate(rgba, size=(SIZE, SIZE), mode="area")
             colours.append(rgba[:, :3])
             alphas.append(rgba[:, 3:])
-        self._colour, self._alpha = torch.cat(colours), torch.cat(alphas)  # (N, 3, 64, 64) times alpha, (N, 1, 64, 64)
+        self._colour, self._alpha = (
+            torch.cat(colours),
+            torch.cat(alphas),
+        )  # (N, 3, 64, 64) times alpha, (N, 1, 64, 64)
         rows: dict[str, list[int]] = {}
         for i, row in enumerate(self.index):
             rows.setdefault(row.name, []).append(i)
@@ -62,9 +70,13 @@ class EmojiJudge:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, names: Sequence[str], grounds: Sequence[str | None]) -> list[Verdict]:
-        """One verdict an image (B, 3, H, W) in [0, 1]; asked of each were a name ("red-apple") and a ground of the palette, or None."""
+        """One verdict an image (B, 3, H, W) in [0, 1]; asked of each were a name ("red-apple") and a ground
+        of the palette, or None."""
         if images.ndim != 4 or images.shape[1] != 3 or not len(images) == len(names) == len(grounds):
-            raise ValueError(f"expected (B, 3, H, W) with B names and grounds, got {tuple(images.shape)}, {len(names)} and {len(grounds)}")
+            raise ValueError(
+                f"expected (B, 3, H, W) with B names and grounds, got {tuple(images.shape)}, {len(names)} and"
+                f" {len(grounds)}"
+            )
         unknown = [name for name in names if name not in self._rows_of]
         if unknown:
             raise ValueError(f"names that the data set does not have: {unknown[:5]}")
@@ -79,13 +91,18 @@ class EmojiJudge:
         return [verdicts[i] for i in range(len(images))]
 
     def _gallery(self, ground: str | None) -> Tensor:
-        """The pictures composed on a ground, less the ground: (N, 3, 64, 64). The differences stay, and float32 rounds less near zero."""
+        """The pictures composed on a ground, less the ground: (N, 3, 64, 64). The differences stay, and
+        float32 rounds less near zero."""
         return self._colour - _colour(ground) * self._alpha
 
-    def _distances(self, image: Tensor, name: str, ground: str | None, gallery: Tensor, coarse: Tensor) -> Tensor:
-        """(N,) least mean squared error of an image's copies to each picture: exact up to the asked name's, infinite where surely larger.
+    def _distances(
+        self, image: Tensor, name: str, ground: str | None, gallery: Tensor, coarse: Tensor
+    ) -> Tensor:
+        """(N,) least mean squared error of an image's copies to each picture: exact up to the asked name's,
+        infinite where surely larger.
 
-        The error between box means is never above that between the images (Jensen), so that most pictures need no look at full size.
+        The error between box means is never above that between the images (Jensen), so that most pictures
+        need no look at full size.
         """
         copies = shifted_and_scaled(image - _colour(ground))  # (K, 3, 64, 64)
         distance = torch.full((len(gallery),), torch.inf)
@@ -113,9 +130,12 @@ class EmojiJudge:
 
 
 def least_mse(copies: Tensor, gallery: Tensor) -> Tensor:
-    """(N,) least mean squared error of copies (K, C, h, w) to each picture (N, C, h, w): |a − b|² = |a|² − 2ab + |b|²."""
+    """(N,) least mean squared error of copies (K, C, h, w) to each picture (N, C, h, w): |a − b|² = |a|² −
+    2ab + |b|²."""
     copies, gallery = copies.flatten(1), gallery.flatten(1)
-    products = torch.addmm(copies.square().sum(1).expand(len(gallery), -1), gallery, copies.T, alpha=-2)  # (N, K)
+    products = torch.addmm(
+        copies.square().sum(1).expand(len(gallery), -1), gallery, copies.T, alpha=-2
+    )  # (N, K)
     return (products.amin(1) + gallery.square().sum(1)).clamp_min(0) / gallery.shape[1]
 
 
@@ -124,13 +144,18 @@ def _pool(images: Tensor) -> Tensor:
 
 
 def shifted_and_scaled(image: Tensor) -> Tensor:
-    """All copies of an image (3, H, W), less its ground, that the judge compares: (5·7·7, 3, 64, 64), filled up with 0."""
-    picture = F.interpolate(image[None], size=(SIZE, SIZE), mode="area" if image.shape[-1] >= SIZE else "bilinear")
+    """All copies of an image (3, H, W), less its ground, that the judge compares: (5·7·7, 3, 64, 64), filled
+    up with 0."""
+    picture = F.interpolate(
+        image[None], size=(SIZE, SIZE), mode="area" if image.shape[-1] >= SIZE else "bilinear"
+    )
     copies = []
     for scale in SCALES:
         theta = torch.tensor([[[1 / scale, 0, 0], [0, 1 / scale, 0]]])
         scaled = (
-            F.grid_sample(picture, F.affine_grid(theta, list(picture.shape), align_corners=False), align_corners=False)
+            F.grid_sample(
+                picture, F.affine_grid(theta, list(picture.shape), align_corners=False), align_corners=False
+            )
             if scale != 1
             else picture
         )
@@ -141,10 +166,13 @@ def shifted_and_scaled(image: Tensor) -> Tensor:
 
 
 def ground_of(image: Tensor) -> str:
-    """The palette's colour nearest to the median of the four corners (each a 32nd of the width) of an image (3, H, W) in [0, 1]."""
+    """The palette's colour nearest to the median of the four corners (each a 32nd of the width) of an image
+    (3, H, W) in [0, 1]."""
     patch = max(1, image.shape[-1] // 32)
     ends = [slice(0, patch), slice(-patch, None)]
-    corners = torch.cat([image[:, rows, columns].flatten(1) for rows in ends for columns in ends], dim=1).float()  # (3, pixels)
+    corners = torch.cat(
+        [image[:, rows, columns].flatten(1) for rows in ends for columns in ends], dim=1
+    ).float()  # (3, pixels)
     median = corners.quantile(0.5, dim=1)
     return min(PALETTE, key=lambda name: float((median - _colour(name).flatten()).square().sum()))
 

@@ -1,8 +1,10 @@
-"""How good is an emoji model? ``python benchmarks/emoji_quality.py`` loads it anew, makes pictures and judges them by rule.
+"""How good is an emoji model? ``python benchmarks/emoji_quality.py`` loads it anew, makes pictures and judges
+them by rule.
 
-Rows (the rule is ``emoji_judge``): names drawn at random, half of them on a random ground; held-out (name, ground) pairs; the ground's
-colour; the autoencoder on held-out pictures; and the Fréchet distance to the data (Heusel et al. 2017, with the model's own CLIP image
-tower in Inception's place) of samples, of reconstructions and of other images of the data.
+Rows (the rule is ``emoji_judge``): names drawn at random, half of them on a random ground; held-out (name,
+ground) pairs; the ground's colour; the autoencoder on held-out pictures; and the Fréchet distance to the data
+(Heusel et al. 2017, with the model's own CLIP image tower in Inception's place) of samples, of
+reconstructions and of other images of the data.
 """
 
 from __future__ import annotations
@@ -24,7 +26,16 @@ from torch import Tensor
 
 import ldm
 from ldm.catalog.lookup import ASSETS
-from ldm.data import PALETTE, Composition, EmojiData, Mix, caption, held_out_pair, render_batch, sample_composition
+from ldm.data import (
+    PALETTE,
+    Composition,
+    EmojiData,
+    Mix,
+    caption,
+    held_out_pair,
+    render_batch,
+    sample_composition,
+)
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import read_part
@@ -34,26 +45,42 @@ Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds ->
 
 
 def draw_training(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
-    """n noto names that training has seen, without repeats; every other one on a random ground whose pair it was allowed to see."""
+    """n noto names that training has seen, without repeats; every other one on a random ground whose pair it
+    was allowed to see."""
     names = rng.permutation(data.index.names("noto", held_out=False))[:n]
     drawn = []
     for i, name in enumerate(names):
         allowed = [ground for ground in GROUNDS if not held_out_pair(name, ground)]
-        drawn.append(Composition(picture=data.find(name), ground=allowed[rng.integers(len(allowed))] if i % 2 else None))
+        drawn.append(
+            Composition(
+                picture=data.find(name), ground=allowed[rng.integers(len(allowed))] if i % 2 else None
+            )
+        )
     return drawn
 
 
 def draw_held_out_pairs(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
     """n of the held-out (name, ground) pairs whose picture itself training has seen."""
-    pairs = [(name, ground) for name in data.index.names("noto", held_out=False) for ground in GROUNDS if held_out_pair(name, ground)]
-    return [Composition(picture=data.find(pairs[i][0]), ground=pairs[i][1]) for i in rng.permutation(len(pairs))[:n]]
+    pairs = [
+        (name, ground)
+        for name in data.index.names("noto", held_out=False)
+        for ground in GROUNDS
+        if held_out_pair(name, ground)
+    ]
+    return [
+        Composition(picture=data.find(pairs[i][0]), ground=pairs[i][1])
+        for i in rng.permutation(len(pairs))[:n]
+    ]
 
 
 def draw_held_out_pictures(data: EmojiData, rng: np.random.Generator) -> list[Composition]:
     """Every held-out picture once, every other one on a random ground of the ten."""
     colours = tuple(PALETTE)
     grounds = [colours[rng.integers(len(colours))] if i % 2 else None for i in range(len(data.held_out))]
-    return [Composition(picture=int(picture), ground=ground) for picture, ground in zip(data.held_out, grounds, strict=True)]
+    return [
+        Composition(picture=int(picture), ground=ground)
+        for picture, ground in zip(data.held_out, grounds, strict=True)
+    ]
 
 
 def real(compositions: Sequence[Composition], data: EmojiData, size: int) -> Tensor:
@@ -73,7 +100,8 @@ def score(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 @torch.inference_mode()
 def reconstruct(pipe: Any, images: Tensor, batch: int = 16) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] through the autoencoder and back, by the posterior's mode, clamped to [0, 1]."""
+    """Images (B, 3, H, W) in [0, 1] through the autoencoder and back, by the posterior's mode, clamped to [0,
+    1]."""
     like = next(pipe.vae.parameters())
     latents = (pipe.vae.encode((part * 2 - 1).to(like)).mode() for part in images.split(batch))
     parts = [pipe.vae.decode(latent.to(like)).float().cpu() for latent in latents]
@@ -106,7 +134,8 @@ def features(images: Tensor, folder: Path, batch: int = 100) -> np.ndarray:
 def frechet_rows(
     pipe: Any, generate: Generate, data: EmojiData, n: int, size: int, rng: np.random.Generator, clip: Path
 ) -> dict[str, float]:
-    """Fréchet distances to n images of the data: of n samples, n reconstructions, and n other images of the data (what chance gives)."""
+    """Fréchet distances to n images of the data: of n samples, n reconstructions, and n other images of the
+    data (what chance gives)."""
     mix = Mix()
     reference, asked = ([sample_composition(rng, data.index, mix) for _ in range(n)] for _ in range(2))
     to = features(real(reference, data, size), clip)
@@ -118,24 +147,33 @@ def frechet_rows(
 
 def generator(pipe: Any, options: argparse.Namespace) -> Generate:
     """The model as a function, at its default settings but for those given."""
-    settings = {key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None}
+    settings = {
+        key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None
+    }
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         parts = []
         for start in range(0, len(prompts), options.batch):
             chosen = slice(start, start + options.batch)
-            made = pipe.text_to_image(list(prompts[chosen]), seed=list(seeds[chosen]), progress=False, **settings)
+            made = pipe.text_to_image(
+                list(prompts[chosen]), seed=list(seeds[chosen]), progress=False, **settings
+            )
             parts.append(made.tensor.float().cpu())
         return torch.cat(parts)
 
     return generate
 
 
-def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor, list[Verdict], list[str]]:
+def measure(
+    pipe: Any, data: EmojiData, options: argparse.Namespace
+) -> tuple[dict[str, Any], Tensor, list[Verdict], list[str]]:
     """All figures; and the images that were judged, with their verdicts and prompts."""
     rng = np.random.default_rng(options.seed)
     generate, judge = generator(pipe, options), EmojiJudge(data)
-    sets = {"training": draw_training(data, options.n, rng), "held_out_pairs": draw_held_out_pairs(data, options.n, rng)}
+    sets = {
+        "training": draw_training(data, options.n, rng),
+        "held_out_pairs": draw_held_out_pairs(data, options.n, rng),
+    }
     result: dict[str, Any] = {}
     all_images, all_verdicts, all_prompts = [], [], []
     for name, compositions in sets.items():
@@ -143,7 +181,9 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[di
         start = time.perf_counter()
         images = generate(prompts, range(options.seed, options.seed + len(prompts)))
         seconds = (time.perf_counter() - start) / len(prompts)
-        verdicts = judge(images, [data.index[c.picture].name for c in compositions], [c.ground for c in compositions])
+        verdicts = judge(
+            images, [data.index[c.picture].name for c in compositions], [c.ground for c in compositions]
+        )
         result[name] = {"n": len(prompts), **score(verdicts), "seconds_an_image": seconds}
         if name == "training":
             result["training_on_ground"] = score([verdict for verdict in verdicts if verdict.ground])
@@ -155,7 +195,10 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[di
     held_out = real(draw_held_out_pictures(data, rng), data, size)
     result["autoencoder"] = {"n": len(held_out), "psnr": mean_psnr(reconstruct(pipe, held_out), held_out)}
     if not options.skip_frechet:
-        result["frechet"] = {"n": options.frechet_n, **frechet_rows(pipe, generate, data, options.frechet_n, size, rng, options.clip)}
+        result["frechet"] = {
+            "n": options.frechet_n,
+            **frechet_rows(pipe, generate, data, options.frechet_n, size, rng, options.clip),
+        }
     return {"size": size, **result}, torch.cat(all_images), all_verdicts, all_prompts
 
 
@@ -165,27 +208,61 @@ def table(result: dict[str, Any]) -> str:
     drop = training["top1"] - pairs["top1"]
     psnr, bar = result["autoencoder"]["psnr"], 25 if result["size"] >= 128 else 28
     rows = [
-        (f"nearest picture has the asked name, top-1 (n = {training['n']})", f"{training['top1']:.1f} %", "≥ 60 %", training["top1"] >= 60),
+        (
+            f"nearest picture has the asked name, top-1 (n = {training['n']})",
+            f"{training['top1']:.1f} %",
+            "≥ 60 %",
+            training["top1"] >= 60,
+        ),
         ("the same, top-5", f"{training['top5']:.1f} %", "≥ 80 %", training["top5"] >= 80),
         ("top-1 on white, unsaid", f"{result['training_on_white']['top1']:.1f} %", "", None),
         ("top-1 on a ground that was said", f"{result['training_on_ground']['top1']:.1f} %", "", None),
-        ("the ground has the asked colour", f"{training['ground']:.1f} %", "≥ 95 %", training["ground"] >= 95),
-        (f"held-out (name, ground) pairs, top-1 (n = {pairs['n']})", f"{pairs['top1']:.1f} %", "≤ 10 points below", drop <= 10),
+        (
+            "the ground has the asked colour",
+            f"{training['ground']:.1f} %",
+            "≥ 95 %",
+            training["ground"] >= 95,
+        ),
+        (
+            f"held-out (name, ground) pairs, top-1 (n = {pairs['n']})",
+            f"{pairs['top1']:.1f} %",
+            "≤ 10 points below",
+            drop <= 10,
+        ),
         ("the same, top-5", f"{pairs['top5']:.1f} %", "", None),
         ("the same, ground", f"{pairs['ground']:.1f} %", "", None),
-        (f"autoencoder, held-out pictures, mean PSNR (n = {result['autoencoder']['n']})", f"{psnr:.2f} dB", f"≥ {bar} dB", psnr >= bar),
+        (
+            f"autoencoder, held-out pictures, mean PSNR (n = {result['autoencoder']['n']})",
+            f"{psnr:.2f} dB",
+            f"≥ {bar} dB",
+            psnr >= bar,
+        ),
     ]
     if "frechet" in result:
         n = result["frechet"]["n"]
         for name in ("samples", "reconstructions", "data"):
             label = "other data" if name == "data" else name
-            rows.append((f"Fréchet distance of CLIP features to the data, {label} (n = {n})", f"{result['frechet'][name]:.4f}", "", None))
+            rows.append(
+                (
+                    f"Fréchet distance of CLIP features to the data, {label} (n = {n})",
+                    f"{result['frechet'][name]:.4f}",
+                    "",
+                    None,
+                )
+            )
     lines = ["| what | figure | bar | |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {a} | {b} | {c} | {'' if ok is None else 'met' if ok else 'NOT MET'} |" for a, b, c, ok in rows])
+    return "\n".join(
+        lines
+        + [
+            f"| {a} | {b} | {c} | {'' if ok is None else 'met' if ok else 'NOT MET'} |"
+            for a, b, c, ok in rows
+        ]
+    )
 
 
 def save_grid(path: Path, images: Tensor, verdicts: Sequence[Verdict], prompts: Sequence[str]) -> None:
-    """A sheet of what was judged: the prompt below each image, and what a missed one was nearest to, in red."""
+    """A sheet of what was judged: the prompt below each image, and what a missed one was nearest to, in
+    red."""
     import textwrap
 
     from PIL import Image, ImageDraw
@@ -197,7 +274,9 @@ def save_grid(path: Path, images: Tensor, verdicts: Sequence[Verdict], prompts: 
     for i, (picture, verdict, prompt) in enumerate(zip(pixels, verdicts, prompts, strict=True)):
         x, y = i % columns * cell + 4, i // columns * (cell + text) + 4
         sheet.paste(Image.fromarray(picture), (x, y))
-        draw.multiline_text((x, y + cell - 6), "\n".join(textwrap.wrap(prompt, cell // 6)[:3]), fill="black", spacing=1)
+        draw.multiline_text(
+            (x, y + cell - 6), "\n".join(textwrap.wrap(prompt, cell // 6)[:3]), fill="black", spacing=1
+        )
         missed = ([f"#{verdict.rank + 1}, {verdict.nearest}"] if verdict.rank else []) + (
             [] if verdict.ground_right else [verdict.ground_seen]
         )
@@ -213,14 +292,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="emoji-ldm")
     parser.add_argument("--weights", default=None, help="weights to judge in place of the model's own")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
-    parser.add_argument("--n", type=int, default=100, help="images of each of the two sets (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the first image (default: %(default)s)")
+    parser.add_argument(
+        "--n", type=int, default=100, help="images of each of the two sets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is drawn, and of the first image (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=None, help="sampling steps (default: the model card's)")
-    parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the model card's)")
+    parser.add_argument(
+        "--guidance", type=float, default=None, help="guidance scale (default: the model card's)"
+    )
     parser.add_argument("--batch", type=int, default=10, help="images made at once (default: %(default)s)")
-    parser.add_argument("--frechet-n", type=int, default=2000, help="images of each set of the Fréchet distance (default: %(default)s)")
+    parser.add_argument(
+        "--frechet-n",
+        type=int,
+        default=2000,
+        help="images of each set of the Fréchet distance (default: %(default)s)",
+    )
     parser.add_argument("--skip-frechet", action="store_true")
-    parser.add_argument("--clip", type=Path, default=ASSETS / "emoji-clip", help="folder of the image tower whose features are compared")
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        default=ASSETS / "emoji-clip",
+        help="folder of the image tower whose features are compared",
+    )
     parser.add_argument("--json", type=Path, default=None, help="write the figures and every verdict here")
     parser.add_argument("--grid", type=Path, default=None, help="write a PNG of the judged images here")
     options = parser.parse_args(arguments)
@@ -240,17 +335,27 @@ def main(arguments: list[str] | None = None) -> None:
     result, images, verdicts, prompts = measure(pipe, data, options)
     print(table(result))
     print(
-        f"\n{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s; {result['training']['seconds_an_image']:.2f} s an image"
+        f"\n{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s;"
+        f" {result['training']['seconds_an_image']:.2f} s an image"
     )
     if options.grid is not None:
         save_grid(options.grid, images, verdicts, prompts)
     if options.json is not None:
         report = {
-            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-            "versions": {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()},
+            "settings": {
+                key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+            },
+            "versions": {
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "threads": torch.get_num_threads(),
+            },
             "data": data.manifest.get("sha256"),
             "figures": result,
-            "verdicts": [{"prompt": prompt, **dataclasses.asdict(verdict)} for prompt, verdict in zip(prompts, verdicts, strict=True)],
+            "verdicts": [
+                {"prompt": prompt, **dataclasses.asdict(verdict)}
+                for prompt, verdict in zip(prompts, verdicts, strict=True)
+            ],
         }
         write_atomically(options.json, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
 

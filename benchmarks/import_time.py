@@ -1,6 +1,7 @@
-"""How long does importing take, until a pipeline could be loaded, against diffusers, OpenVINO's runtime and torch alone?
+"""How long does importing take, until a pipeline could be loaded, against diffusers, OpenVINO's runtime and
+torch alone?
 
-    python benchmarks/import_time.py --json import.json
+python benchmarks/import_time.py --json import.json
 """
 
 from __future__ import annotations
@@ -22,8 +23,14 @@ CODE = {
 def main() -> None:
     args = parser(__doc__.splitlines()[0], repeats=5).parse_args()
     if args.clock == "cpu":
-        raise SystemExit("--clock cpu: each import runs in a process of its own, only the wall can be measured")
-    sides = {who: (lambda code=code: subprocess.run([sys.executable, "-c", code], check=True)) for who, code in CODE.items() if find_spec(who)}
+        raise SystemExit(
+            "--clock cpu: each import runs in a process of its own, only the wall can be measured"
+        )
+    sides = {
+        who: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True)
+        for who, code in CODE.items()
+        if find_spec(who)
+    }
     report("import", {"processes": "new, files in the page cache"}, measure(sides, args.repeats), args)
 
 

@@ -1,6 +1,7 @@
-"""How long do the products of Stable Diffusion 1's UNet take in 8 bits, with what rounds their input, against packed bf16?
+"""How long do the products of Stable Diffusion 1's UNet take in 8 bits, with what rounds their input, against
+packed bf16?
 
-    python benchmarks/int8.py --clock cpu --threads 1
+python benchmarks/int8.py --clock cpu --threads 1
 """
 
 from __future__ import annotations
@@ -25,16 +26,27 @@ def main() -> None:
     args = parser(__doc__.splitlines()[0], repeats=3).parse_args()
     settle(args)
     for name, (kind, sizes, shape) in SHAPES.items():
-        layer = kind(*sizes, **({"padding": 1} if kind is nn.Conv2d else {})).to(torch.bfloat16).requires_grad_(False)
+        layer = (
+            kind(*sizes, **({"padding": 1} if kind is nn.Conv2d else {}))
+            .to(torch.bfloat16)
+            .requires_grad_(False)
+        )
         layer.__class__ = PackedConv2d if kind is nn.Conv2d else PackedLinear
         x = torch.randn(shape, dtype=torch.bfloat16)
         x = x.contiguous(memory_format=torch.channels_last) if kind is nn.Conv2d else x
         seconds = measure({"bf16": lambda layer=layer, x=x: layer(x)}, args.repeats, args.clock)
         Int8(layer)
         layer(x)
-        seconds |= measure({"int8": lambda layer=layer, x=x: layer(x), "rounding": lambda x=x: quantise(x)}, args.repeats, args.clock)
+        seconds |= measure(
+            {"int8": lambda layer=layer, x=x: layer(x), "rounding": lambda x=x: quantise(x)},
+            args.repeats,
+            args.clock,
+        )
         restore(layer)
-        print(f"{name}: " + ", ".join(f"{who} {1e3 * min(runs):.2f} ms" for who, runs in seconds.items()), flush=True)
+        print(
+            f"{name}: " + ", ".join(f"{who} {1e3 * min(runs):.2f} ms" for who, runs in seconds.items()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How long does it take to load a single file of Stable Diffusion 1.5's size in half precision and be ready in bfloat16, and with how much memory?
+"""How long does it take to load a single file of Stable Diffusion 1.5's size in half precision and be ready
+in bfloat16, and with how much memory?
 
     python benchmarks/load.py --json load.json
 
-Against diffusers' `from_single_file`, in turns and in processes of their own, on a file of random weights (2.1 GB, made first). Time counts from the
-imported library to the pipeline; memory is what stands above that after the imports, by the kernel's count of anonymous pages (RssAnon), read from
-outside every 2 ms. The file is in the page cache for both. Bars: half of the peer's time, 1.15 times the model's own size.
+Against diffusers' `from_single_file`, in turns and in processes of their own, on a file of random weights
+(2.1 GB, made first). Time counts from the imported library to the pipeline; memory is what stands above that
+after the imports, by the kernel's count of anonymous pages (RssAnon), read from outside every 2 ms. The file
+is in the page cache for both. Bars: half of the peer's time, 1.15 times the model's own size.
 """
 
 from __future__ import annotations
@@ -46,18 +48,29 @@ def child(who: str, weights: Path, config: Path, threads: int, card: str) -> Non
 
         def load() -> Any:
             return ldm.load(name, weights=weights, device="cpu", dtype="bfloat16")
+
     else:
         import accelerate  # noqa: F401
         import diffusers.models
         import transformers
 
-        transformers.CLIPTextModel, transformers.CLIPTokenizer, diffusers.AutoencoderKL, diffusers.UNet2DConditionModel  # noqa: B018  (imports them)
+        _ = (  # so that its lazy modules are imported before the clock starts
+            transformers.CLIPTextModel,
+            transformers.CLIPTokenizer,
+            diffusers.AutoencoderKL,
+            diffusers.UNet2DConditionModel,
+        )
         diffusers.utils.logging.disable_progress_bar()
 
         def load() -> Any:
             return diffusers.StableDiffusionPipeline.from_single_file(
-                str(weights), config=str(config), torch_dtype=torch.bfloat16, safety_checker=None, local_files_only=True
+                str(weights),
+                config=str(config),
+                torch_dtype=torch.bfloat16,
+                safety_checker=None,
+                local_files_only=True,
             )
+
     print("imported", flush=True)
     sys.stdin.readline()
     begin = time.perf_counter()
@@ -68,9 +81,12 @@ def child(who: str, weights: Path, config: Path, threads: int, card: str) -> Non
     net = pipe.denoiser.net if who == "ldm" else pipe.unet
     sample = net.conv_in.weight.detach().float().sum().item()  # both must hold the same numbers
     report = {
-        "seconds": seconds, "parameters": sum(p.numel() for p in tensors), "bytes": sum(p.numel() * p.element_size() for p in tensors),
-        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in tensors}), "conv_in": sample,
-    }  # fmt: skip
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in tensors),
+        "bytes": sum(p.numel() * p.element_size() for p in tensors),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in tensors}),
+        "conv_in": sample,
+    }
     print(json.dumps(report), flush=True)
     sys.stdin.readline()
 
@@ -85,10 +101,23 @@ def anonymous(pid: int) -> int:
 
 def measure(who: str, weights: Path, config: Path, threads: int, card: str) -> dict[str, Any]:
     """One run of one side in a new process."""
-    command = [sys.executable, __file__, "--child", who, "--weights", str(weights), "--config", str(config), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        who,
+        "--weights",
+        str(weights),
+        "--config",
+        str(config),
+        "--threads",
+        str(threads),
+    ]
     command += ["--card", card]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         if process.stdout.readline().strip() != "imported":
             raise RuntimeError(f"{who} could not be imported: {process.stderr.read()[-2000:]}")
@@ -108,7 +137,8 @@ def measure(who: str, weights: Path, config: Path, threads: int, card: str) -> d
 
 
 def prepare(folder: Path, card: str) -> tuple[Path, Path]:
-    """The file, and a folder of configurations and tokenizers that the peer needs beside it; made where they are not there."""
+    """The file, and a folder of configurations and tokenizers that the peer needs beside it; made where they
+    are not there."""
     weights, config = folder / "random-fp16.safetensors", folder / "config"
     if not weights.is_file() or not (config / "model_index.json").is_file():
         import ldm
@@ -127,10 +157,23 @@ def prepare(folder: Path, card: str) -> tuple[Path, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of loading, against diffusers.")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side, in turns (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of torch on either side (default: all)")
-    parser.add_argument("--folder", type=Path, help="where the file is made and kept (default: a temporary folder)")
-    parser.add_argument("--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family, or the YAML of one (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="runs of each side, in turns (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="threads of torch on either side (default: all)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the file is made and kept (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--card",
+        default="sd-v1-5",
+        help="a card of Stable Diffusion 1's family, or the YAML of one (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
@@ -141,7 +184,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         weights, config = prepare(args.folder or Path(temporary), args.card)
-        runs = [measure(who, weights, config, args.threads, args.card) for _ in range(args.rounds + 1) for who in WHO]
+        runs = [
+            measure(who, weights, config, args.threads, args.card)
+            for _ in range(args.rounds + 1)
+            for who in WHO
+        ]
         size = weights.stat().st_size
     report = summary(runs[len(WHO) :], size, args.threads)  # the first round warms up
     print_table(report)
@@ -158,12 +205,21 @@ def summary(runs: list[dict[str, Any]], size: int, threads: int) -> dict[str, An
     sides = {
         who: {
             "seconds": statistics.median(run["seconds"] for run in runs if run["who"] == who),
-            "peak": max(run["peak"] for run in runs if run["who"] == who), "bytes": next(run["bytes"] for run in runs if run["who"] == who),
+            "peak": max(run["peak"] for run in runs if run["who"] == who),
+            "bytes": next(run["bytes"] for run in runs if run["who"] == who),
         }
         for who in WHO
-    }  # fmt: skip
-    ratios = {"time": sides["ldm"]["seconds"] / sides["diffusers"]["seconds"], "memory": sides["ldm"]["peak"] / sides["ldm"]["bytes"]}
-    where = {"threads": threads, "machine": platform.processor() or platform.machine(), "torch": torch.__version__, "cores": os.cpu_count()}
+    }
+    ratios = {
+        "time": sides["ldm"]["seconds"] / sides["diffusers"]["seconds"],
+        "memory": sides["ldm"]["peak"] / sides["ldm"]["bytes"],
+    }
+    where = {
+        "threads": threads,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+    }
     met = {"time": ratios["time"] <= TIME_BAR, "memory": ratios["memory"] <= MEMORY_BAR}
     return {"file_bytes": size, "sides": sides, "ratios": ratios, "met": met, "where": where, "runs": runs}
 
@@ -173,10 +229,16 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"a file of {report['file_bytes'] / 1e9:.2f} GB to bfloat16, {report['where']['threads']} threads")
     print(f"{'':<10} {'seconds (median)':>17} {'peak anonymous':>15} {'/ model':>8}")
     for who, side in report["sides"].items():
-        print(f"{who:<10} {side['seconds']:>17.2f} {side['peak'] / 1e9:>12.2f} GB {side['peak'] / side['bytes']:>8.2f}")
+        print(
+            f"{who:<10} {side['seconds']:>17.2f} {side['peak'] / 1e9:>12.2f} GB"
+            f" {side['peak'] / side['bytes']:>8.2f}"
+        )
     for name, bar in (("time", TIME_BAR), ("memory", MEMORY_BAR)):
         what = "ldm / diffusers" if name == "time" else "ldm's peak / model"
-        print(f"{name:<10} {what}: {report['ratios'][name]:.2f} (bar {bar}: {'met' if report['met'][name] else 'NOT met'})")
+        print(
+            f"{name:<10} {what}: {report['ratios'][name]:.2f} (bar {bar}:"
+            f" {'met' if report['met'][name] else 'NOT met'})"
+        )
 
 
 if __name__ == "__main__":

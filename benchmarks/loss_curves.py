@@ -1,4 +1,5 @@
-"""Plot how the parts of the embedded models learnt: ``python benchmarks/loss_curves.py -o curves.png`` (needs matplotlib)."""
+"""Plot how the parts of the embedded models learnt: ``python benchmarks/loss_curves.py -o curves.png`` (needs
+matplotlib)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from ldm.catalog.lookup import ASSETS
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Loss and validation against samples seen, one panel a run.")
-    parser.add_argument("metrics", nargs="*", type=Path, help="metrics as JSON lines (default: those exported with the embedded models)")
+    parser.add_argument(
+        "metrics",
+        nargs="*",
+        type=Path,
+        help="metrics as JSON lines (default: those exported with the embedded models)",
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("curves.png"))
     options = parser.parse_args(arguments)
     paths = options.metrics or sorted(ASSETS.glob("*/*.jsonl"))
@@ -32,7 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
         other = axis.twinx()
         for name in names:
             shown = [row for row in rows if name in row]
-            other.plot([row["samples"] for row in shown], [row[name] for row in shown], "C1.-", label=name.removeprefix("validation/"))
+            other.plot(
+                [row["samples"] for row in shown],
+                [row[name] for row in shown],
+                "C1.-",
+                label=name.removeprefix("validation/"),
+            )
         axis.legend(loc="upper left")
         other.legend(loc="upper right")
         axis.grid(alpha=0.3)

@@ -1,7 +1,8 @@
-"""How much memory does a whole call take, and decoding a large picture? The peak of resident memory, each run in a process of its own.
+"""How much memory does a whole call take, and decoding a large picture? The peak of resident memory, each run
+in a process of its own.
 
-    python benchmarks/memory.py --json memory.json                     # text to image, 512×512
-    python benchmarks/memory.py --decode --size 2048 --json decode.json
+python benchmarks/memory.py --json memory.json                     # text to image, 512×512 python
+benchmarks/memory.py --decode --size 2048 --json decode.json
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import ldm
 
 def peak() -> float:
     """The largest resident memory of this process so far, in GB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024 / 1e9
 
 
@@ -37,7 +40,9 @@ def child(who: str, args: Any) -> None:
     settle(args)
     if args.decode:
         model, dtype = "small" if args.small else "kl-f8", DTYPES[args.dtype]
-        z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(
+            dtype
+        )
         if who == "diffusers":
             peer = vaes(model, dtype)[1]
             run = lambda: peer.decode(z).sample  # noqa: E731
@@ -46,18 +51,33 @@ def child(who: str, args: Any) -> None:
             run = lambda: mine.decode(z)  # noqa: E731
     else:
         path = prepare(args.folder, args.card, args.dtype)
-        pipe = theirs(path, args.dtype) if who == "diffusers" else ours(path, args.card, args.dtype, memory=who == "ldm")
+        pipe = (
+            theirs(path, args.dtype)
+            if who == "diffusers"
+            else ours(path, args.card, args.dtype, memory=who == "ldm")
+        )
         run = lambda: call(pipe, who[:3] if who != "diffusers" else who, args.size, args.steps, args.guidance)  # noqa: E731
     forget()
     result = run()
-    print(json.dumps({"peak": peak(), "mean": float(result.float().mean()) if torch.is_tensor(result) else None}))
+    print(
+        json.dumps(
+            {"peak": peak(), "mean": float(result.float().mean()) if torch.is_tensor(result) else None}
+        )
+    )
 
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0], 1)
     parser.add_argument("--decode", action="store_true", help="decode one latent instead")
-    parser.add_argument("--small", action="store_true", help="an autoencoder of a quarter of the channels, for a quick look")
-    parser.add_argument("--sides", nargs="+", default=["ldm", "ldm, resident", "diffusers"], help="ldm is with memory=True, 'ldm, resident' without")
+    parser.add_argument(
+        "--small", action="store_true", help="an autoencoder of a quarter of the channels, for a quick look"
+    )
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=["ldm", "ldm, resident", "diffusers"],
+        help="ldm is with memory=True, 'ldm, resident' without",
+    )
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
@@ -75,10 +95,22 @@ def main() -> None:
                 if done.returncode:
                     raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
                 peaks[who].append(json.loads(done.stdout.splitlines()[-1])["peak"])
-    settings = {"dtype": args.dtype, "size": args.size, **({} if args.decode else {"card": args.card, "steps": args.steps})}
+    settings = {
+        "dtype": args.dtype,
+        "size": args.size,
+        **({} if args.decode else {"card": args.card, "steps": args.steps}),
+    }
     bars = {} if args.decode else {"diffusers": 0.70}
     extra = {"bar": "under 4 GB at 2048×2048, under 3 hoped for"} if args.decode else {}
-    report("peak memory of decoding" if args.decode else "peak memory of a call", settings, peaks, args, bars=bars, extra=extra, unit="GB")
+    report(
+        "peak memory of decoding" if args.decode else "peak memory of a call",
+        settings,
+        peaks,
+        args,
+        bars=bars,
+        extra=extra,
+        unit="GB",
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ MODELS = ("sd1", "sd2", "sdxl", "small")
 
 
 def unets(model: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """(ours, diffusers') with the same random weights; "small": two levels of Stable Diffusion 1's widths, for a quick look."""
+    """(ours, diffusers') with the same random weights; "small": two levels of Stable Diffusion 1's widths,
+    for a quick look."""
     import diffusers
 
     config = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1) if model == "small" else UNETS[model]
@@ -33,7 +34,9 @@ def unets(model: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 def our_vae(model: str, dtype: torch.dtype) -> AutoencoderKL:
     """An autoencoder of ours with random weights; "small": a quarter of the channels."""
     base = VAES["kl-f8"]
-    made = randomise(build_network(replace(base, channels=(32, 64, 128, 128)) if model == "small" else base), dtype=dtype)
+    made = randomise(
+        build_network(replace(base, channels=(32, 64, 128, 128)) if model == "small" else base), dtype=dtype
+    )
     assert isinstance(made, AutoencoderKL)
     return made
 
@@ -54,31 +57,47 @@ def _peer(kind: Any, about: dict[str, Any], ours: nn.Module) -> nn.Module:
     return theirs.eval().requires_grad_(False)
 
 
-def unet_inputs(ours: nn.Module, batch: int, latent: int, tokens: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def unet_inputs(
+    ours: nn.Module, batch: int, latent: int, tokens: int, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same inputs in our words and in the peer's."""
     g = torch.Generator().manual_seed(0)
     config = ours.config
     x = torch.randn(batch, config.in_channels, latent, latent, generator=g).to(dtype)
-    t, context = torch.full((batch,), 500.0), torch.randn(batch, tokens, config.context_dim, generator=g).to(dtype)
+    t, context = (
+        torch.full((batch,), 500.0),
+        torch.randn(batch, tokens, config.context_dim, generator=g).to(dtype),
+    )
     theirs: dict[str, Any] = {"sample": x, "timestep": t, "encoder_hidden_states": context}
     pooled: Tensor | None = None
     if config.pooled_dim:
-        text, numbers = torch.randn(batch, 1280, generator=g).to(dtype), torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * batch)
+        text, numbers = (
+            torch.randn(batch, 1280, generator=g).to(dtype),
+            torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * batch),
+        )
         theirs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": numbers}
         pooled = vector_condition(text, numbers)
     return (x, t, Cond(context=context, pooled=pooled)), theirs
 
 
 def openvino_module(module: nn.Module, example: dict[str, Any], dtype: torch.dtype, threads: int) -> Any:
-    """The peer's network compiled by OpenVINO, as a function of its inputs; None where OpenVINO is not installed."""
+    """The peer's network compiled by OpenVINO, as a function of its inputs; None where OpenVINO is not
+    installed."""
     try:
         import openvino as ov
     except ImportError:
         return None
-    wide = {key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value for key, value in example.items()}
+    wide = {
+        key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in example.items()
+    }
     model = ov.convert_model(copy.deepcopy(module).float(), example_input=wide)
     hint = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
-    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     compiled = ov.Core().compile_model(model, "CPU", options)
     given = [value.numpy() for value in wide.values()]
     return lambda: torch.from_numpy(next(iter(compiled(given).values())))

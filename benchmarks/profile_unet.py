@@ -1,11 +1,13 @@
-"""Where does the time of one evaluation of a UNet go, and how near is each operator to what the machine can do?
+"""Where does the time of one evaluation of a UNet go, and how near is each operator to what the machine can
+do?
 
     python benchmarks/profile_unet.py                      # optimised
     python benchmarks/profile_unet.py --plain              # the networks as they are written
     python benchmarks/profile_unet.py --model small --latent 16 --repeats 2 --ceiling 1024
 
-The ceilings are measured in the same run: a product of two square matrices, and a 3×3 convolution 320→320 on 2×64×64. "Ideal" is the time of the
-products at the ceilings' rates and of everything else at none; a folded upsampling counts the 3×3 convolution's products at 4/9.
+The ceilings are measured in the same run: a product of two square matrices, and a 3×3 convolution 320→320 on
+2×64×64. "Ideal" is the time of the products at the ceilings' rates and of everything else at none; a folded
+upsampling counts the 3×3 convolution's products at 4/9.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ CONVOLUTIONS = ("convolution 3×3", "convolution 1×1", "upsampling")
 
 
 class Clock:
-    """Seconds and operations by kind of operator, from hooks; what runs inside a timed operator counts for it alone."""
+    """Seconds and operations by kind of operator, from hooks; what runs inside a timed operator counts for it
+    alone."""
 
     def __init__(self, read: Any) -> None:
         self.read, self.depth = read, 0
@@ -56,16 +59,26 @@ class Clock:
         """Time every operator of a network."""
         for part in net.modules():
             if isinstance(part, Attention):
-                part.product = self.wrap(part.product, "cross-attention" if part.cross else "self-attention", _attention)
+                part.product = self.wrap(
+                    part.product, "cross-attention" if part.cross else "self-attention", _attention
+                )
             elif isinstance(part, GEGLU | Upsample):
                 kind = "linear" if isinstance(part, GEGLU) else "upsampling"
-                part.forward = self.wrap(part.forward, kind, _of(part.proj if isinstance(part, GEGLU) else part.conv, part))
+                part.forward = self.wrap(
+                    part.forward, kind, _of(part.proj if isinstance(part, GEGLU) else part.conv, part)
+                )
             elif isinstance(part, nn.Conv2d):
-                part.forward = self.wrap(part.forward, f"convolution {part.kernel_size[0]}×{part.kernel_size[1]}", _of(part, part))
+                part.forward = self.wrap(
+                    part.forward, f"convolution {part.kernel_size[0]}×{part.kernel_size[1]}", _of(part, part)
+                )
             elif isinstance(part, nn.Linear):
                 part.forward = self.wrap(part.forward, "linear", _of(part, part))
             elif isinstance(part, nn.GroupNorm | nn.LayerNorm):
-                part.forward = self.wrap(part.forward, type(part).__name__.removeprefix("Fast"), lambda args, y: (str(tuple(y.shape)), 0.0))
+                part.forward = self.wrap(
+                    part.forward,
+                    type(part).__name__.removeprefix("Fast"),
+                    lambda args, y: (str(tuple(y.shape)), 0.0),
+                )
             elif isinstance(part, ResBlock) and hasattr(part, "ops") and not isinstance(part.ops, _Timed):
                 part.ops = _Timed(part.ops, self)
 
@@ -74,7 +87,9 @@ class _Timed:
     """The operators of a residual block, timed."""
 
     def __init__(self, ops: Any, clock: Clock) -> None:
-        self.group_norm = clock.wrap(ops.group_norm, "GroupNorm with SiLU", lambda args, y: (str(tuple(y.shape)), 0.0))
+        self.group_norm = clock.wrap(
+            ops.group_norm, "GroupNorm with SiLU", lambda args, y: (str(tuple(y.shape)), 0.0)
+        )
 
 
 def _attention(args: Any, result: Any) -> tuple[str, float]:
@@ -85,10 +100,20 @@ def _attention(args: Any, result: Any) -> tuple[str, float]:
 def _of(layer: nn.Linear | nn.Conv2d, part: nn.Module) -> Any:
     def describe(args: Any, y: Any) -> tuple[str, float]:
         if isinstance(layer, nn.Linear):
-            return f"{args[0].numel() // layer.in_features} × {layer.in_features} → {layer.out_features}", 2.0 * args[0].numel() * layer.out_features
-        area = layer.kernel_size[0] * layer.kernel_size[1] * (4 / 9 if hasattr(part, "folded") and part.folded else 1)
+            return (
+                f"{args[0].numel() // layer.in_features} × {layer.in_features} → {layer.out_features}",
+                2.0 * args[0].numel() * layer.out_features,
+            )
+        area = (
+            layer.kernel_size[0]
+            * layer.kernel_size[1]
+            * (4 / 9 if hasattr(part, "folded") and part.folded else 1)
+        )
         size = "×".join(map(str, y.shape[2:]))
-        return f"{layer.in_channels} → {layer.out_channels}, {len(y)}×{size}", 2.0 * y.numel() * layer.in_channels * area
+        return (
+            f"{layer.in_channels} → {layer.out_channels}, {len(y)}×{size}",
+            2.0 * y.numel() * layer.in_channels * area,
+        )
 
     return describe
 
@@ -98,7 +123,9 @@ def ceilings(dtype: torch.dtype, side: int, args: Any) -> dict[str, float]:
     a, b = torch.randn(2, side, side).to(dtype)
     x = torch.randn(2, 320, 64, 64).to(dtype).to(memory_format=torch.channels_last)
     w = torch.randn(320, 320, 3, 3).to(dtype).to(memory_format=torch.channels_last)
-    seconds = measure({"product": lambda: a @ b, "convolution": lambda: F.conv2d(x, w, padding=1)}, args.repeats, args.clock)
+    seconds = measure(
+        {"product": lambda: a @ b, "convolution": lambda: F.conv2d(x, w, padding=1)}, args.repeats, args.clock
+    )
     work = {"product": 2.0 * side**3, "convolution": 2.0 * 9 * 320 * x.numel()}
     return {name: work[name] / min(runs) / 1e9 for name, runs in seconds.items()}
 
@@ -132,7 +159,15 @@ def main() -> None:
     result = summary(clock, statistics.mean(totals), args.repeats, top)
     show(result, args.rows)
     if args.json:
-        write(args.json, {"question": "profile", "settings": vars(args) | {"json": None}, **result, "where": where(args.threads)})
+        write(
+            args.json,
+            {
+                "question": "profile",
+                "settings": vars(args) | {"json": None},
+                **result,
+                "where": where(args.threads),
+            },
+        )
 
 
 def summary(clock: Clock, total: float, repeats: int, top: dict[str, float]) -> dict[str, Any]:
@@ -141,13 +176,36 @@ def summary(clock: Clock, total: float, repeats: int, top: dict[str, float]) -> 
     for (kind, shape), (calls, seconds, work) in clock.rows.items():
         ceiling = top["convolution" if kind in CONVOLUTIONS else "product"]
         rate = work / seconds / 1e9
-        rows.append({"kind": kind, "shape": shape, "calls": calls / repeats, "seconds": seconds / repeats, "gflops": rate, "share": rate / ceiling,
-                     "ideal": work / repeats / ceiling / 1e9})  # fmt: skip
+        rows.append(
+            {
+                "kind": kind,
+                "shape": shape,
+                "calls": calls / repeats,
+                "seconds": seconds / repeats,
+                "gflops": rate,
+                "share": rate / ceiling,
+                "ideal": work / repeats / ceiling / 1e9,
+            }
+        )
     rows.sort(key=lambda row: -row["seconds"])
-    kinds = {kind: {key: sum(row[key] for row in rows if row["kind"] == kind) for key in ("calls", "seconds", "ideal")} for kind in
-             dict.fromkeys(row["kind"] for row in rows)}  # fmt: skip
-    kinds["everything else"] = {"calls": 0, "seconds": total - sum(row["seconds"] for row in rows), "ideal": 0.0}
-    return {"ceilings": top, "total": total, "ideal": sum(row["ideal"] for row in rows), "kinds": kinds, "rows": rows}
+    kinds = {
+        kind: {
+            key: sum(row[key] for row in rows if row["kind"] == kind) for key in ("calls", "seconds", "ideal")
+        }
+        for kind in dict.fromkeys(row["kind"] for row in rows)
+    }
+    kinds["everything else"] = {
+        "calls": 0,
+        "seconds": total - sum(row["seconds"] for row in rows),
+        "ideal": 0.0,
+    }
+    return {
+        "ceilings": top,
+        "total": total,
+        "ideal": sum(row["ideal"] for row in rows),
+        "kinds": kinds,
+        "rows": rows,
+    }
 
 
 def show(result: dict[str, Any], rows: int) -> None:
@@ -156,11 +214,20 @@ def show(result: dict[str, Any], rows: int) -> None:
     print(f"{'operator':<22} {'calls':>6} {'ms':>9} {'of all':>7} {'of its ceiling':>15}")
     for kind, row in sorted(result["kinds"].items(), key=lambda item: -item[1]["seconds"]):
         share = f"{row['ideal'] / row['seconds']:.0%}" if row["ideal"] else ""
-        print(f"{kind:<22} {row['calls']:>6.0f} {1e3 * row['seconds']:>9.1f} {row['seconds'] / result['total']:>7.1%} {share:>15}")
-    print(f"{'all':<22} {'':>6} {1e3 * result['total']:>9.1f} {'':>7} {result['ideal'] / result['total']:>15.0%}   (bar: at least 80 %)")
+        print(
+            f"{kind:<22} {row['calls']:>6.0f} {1e3 * row['seconds']:>9.1f}"
+            f" {row['seconds'] / result['total']:>7.1%} {share:>15}"
+        )
+    print(
+        f"{'all':<22} {'':>6} {1e3 * result['total']:>9.1f} {'':>7}"
+        f" {result['ideal'] / result['total']:>15.0%}   (bar: at least 80 %)"
+    )
     for row in result["rows"][:rows]:
         rate = f"{row['gflops']:7.0f} GFLOP/s {row['share']:5.0%}" if row["gflops"] else ""
-        print(f"  {row['kind']:<22} {row['shape']:<34} {row['calls']:4.0f} × {1e3 * row['seconds'] / row['calls']:8.2f} ms {rate}")
+        print(
+            f"  {row['kind']:<22} {row['shape']:<34} {row['calls']:4.0f} ×"
+            f" {1e3 * row['seconds'] / row['calls']:8.2f} ms {rate}"
+        )
 
 
 if __name__ == "__main__":

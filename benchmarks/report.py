@@ -1,6 +1,6 @@
 """The README's table of speed, and plots, from the JSON files that the other benchmarks wrote.
 
-    python benchmarks/report.py results/*.json --plot speed.png
+python benchmarks/report.py results/*.json --plot speed.png
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 
 def rows(result: dict[str, Any]) -> list[str]:
     """Table rows of one file: a peer each."""
-    what = f"{result['question']}: " + ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (False, None))
+    what = f"{result['question']}: " + ", ".join(
+        f"{key} {value}" for key, value in result["settings"].items() if value not in (False, None)
+    )
     ours, unit = result["sides"]["ldm"], result["unit"]
     made = []
     for peer, ratio in result["ratios"].items():
@@ -27,12 +29,19 @@ def rows(result: dict[str, Any]) -> list[str]:
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table of all that has sides, and the machines they ran on."""
     sided = [result for result in results if "sides" in result]
-    lines = ["| what | ldm | peer | ratio | bar |", "|---|---|---|---|---|", *(row for result in sided for row in rows(result))]
+    lines = [
+        "| what | ldm | peer | ratio | bar |",
+        "|---|---|---|---|---|",
+        *(row for result in sided for row in rows(result)),
+    ]
     machines = dict.fromkeys(
-        f"{w['threads']} threads, {w['cpu']}, " + ", ".join(f"{name} {w[name]}" for name in ("torch", "diffusers", "openvino") if w[name])
+        f"{w['threads']} threads, {w['cpu']}, "
+        + ", ".join(f"{name} {w[name]}" for name in ("torch", "diffusers", "openvino") if w[name])
         for w in (result["where"] for result in results)
     )
-    return "\n".join([*lines, "", *(f"*Median (lowest–highest) of alternating runs; {machine}.*" for machine in machines)])
+    return "\n".join(
+        [*lines, "", *(f"*Median (lowest–highest) of alternating runs; {machine}.*" for machine in machines)]
+    )
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -46,21 +55,44 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     sided = [result for result in results if "sides" in result]
     scaling = next((r for r in results if r["question"] == "scaling"), None)
     series = [key for key, value in (scaling or {}).items() if isinstance(value, dict) and "rows" in value]
-    figure, axes = plt.subplots(1, 1 + len(series), figsize=(5 + 4 * len(series), 4), squeeze=False, width_ratios=[1.2, *[1.0] * len(series)])
+    figure, axes = plt.subplots(
+        1,
+        1 + len(series),
+        figsize=(5 + 4 * len(series), 4),
+        squeeze=False,
+        width_ratios=[1.2, *[1.0] * len(series)],
+    )
     ratios = axes[0][0]
     bars = [(result, peer, ratio) for result in reversed(sided) for peer, ratio in result["ratios"].items()]
     for i, (result, peer, ratio) in enumerate(bars):
         ratios.barh(i, ratio, color=colours.get(peer, "C3"))
         if (bar := result["bars"].get(peer)) is not None:
             ratios.plot([bar, bar], [i - 0.4, i + 0.4], color="black", linewidth=1.5)
-    named = (" ".join(filter(None, (r["question"], r["settings"].get("model"), r["settings"].get("dtype"), f"/ {peer}"))) for r, peer, _ in bars)
+    named = (
+        " ".join(
+            filter(None, (r["question"], r["settings"].get("model"), r["settings"].get("dtype"), f"/ {peer}"))
+        )
+        for r, peer, _ in bars
+    )
     ratios.set_yticks(range(len(bars)), list(named), fontsize=8)
     ratios.axvline(1, color="gray", linewidth=0.8)
     ratios.set_xlabel("ldm / peer (lower is better); black: the bar")
     for axis, key in zip(axes[0][1:], series, strict=True):
         for who, side in scaling[key]["rows"].items():
-            axis.loglog([row["x"] for row in side], [row["seconds"] for row in side], "o-", color=colours[who], label=f"{who}, s")
-            axis.loglog([row["x"] for row in side], [row["memory"] for row in side], "x--", color=colours[who], label=f"{who}, GB")
+            axis.loglog(
+                [row["x"] for row in side],
+                [row["seconds"] for row in side],
+                "o-",
+                color=colours[who],
+                label=f"{who}, s",
+            )
+            axis.loglog(
+                [row["x"] for row in side],
+                [row["memory"] for row in side],
+                "x--",
+                color=colours[who],
+                label=f"{who}, GB",
+            )
         axis.set_title(key)
         axis.set_xlabel("pictures" if key.endswith("batch") else "pixels of a picture")
         axis.legend(fontsize=8)

@@ -3,8 +3,9 @@
     python benchmarks/scaling.py --json scaling.json
     python benchmarks/scaling.py --model small --sizes 128 256 --batches 1 2 --repeats 1
 
-A row is one evaluation of the UNet, or one decoding; memory is what the run added to the resident memory before it. The exponent is the slope of a
-straight line through the logarithms: of time and memory over the number of pixels, or over the batch; 1 is proportional.
+A row is one evaluation of the UNet, or one decoding; memory is what the run added to the resident memory
+before it. The exponent is the slope of a straight line through the logarithms: of time and memory over the
+number of pixels, or over the batch; 1 is proportional.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def resident() -> float:
 
 
 def one(run: Any, args: Any) -> dict[str, float]:
-    """Median seconds, and the memory that a run adds at its peak: what the allocator kept of earlier runs is first given back to the system."""
+    """Median seconds, and the memory that a run adds at its peak: what the allocator kept of earlier runs is
+    first given back to the system."""
     run()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -45,7 +47,10 @@ def one(run: Any, args: Any) -> dict[str, float]:
     forget()
     run()
     added = peak() - before
-    return {"seconds": statistics.median(measure({"it": run}, args.repeats, args.clock)["it"]), "memory": added}
+    return {
+        "seconds": statistics.median(measure({"it": run}, args.repeats, args.clock)["it"]),
+        "memory": added,
+    }
 
 
 def main() -> None:
@@ -71,7 +76,10 @@ def main() -> None:
         z = torch.randn(batch, 4, size // 8, size // 8).to(dtype)
         return {"ldm": lambda: vae.decode(z), "diffusers": lambda: peer_vae.decode(z)}
 
-    series = [(f"{name}, size", runs, [(size, 1, size * size) for size in args.sizes]) for name, runs in (("unet", unet_runs), ("decode", vae_runs))]
+    series = [
+        (f"{name}, size", runs, [(size, 1, size * size) for size in args.sizes])
+        for name, runs in (("unet", unet_runs), ("decode", vae_runs))
+    ]
     series.append(("unet, batch", unet_runs, [(args.batch_size, batch, batch) for batch in args.batches]))
     result: dict[str, Any] = {}
     for name, runs, points in series:
@@ -79,14 +87,31 @@ def main() -> None:
         for size, batch, x in points:
             for who, run in runs(size, batch).items():
                 rows[who].append({"size": size, "batch": batch, "x": x, **one(run, args)})
-                print(f"{name:<14} {who:<10} size {size:>5} batch {batch:>3} {rows[who][-1]['seconds']:9.3f} s {rows[who][-1]['memory']:7.3f} GB")
+                print(
+                    f"{name:<14} {who:<10} size {size:>5} batch {batch:>3} {rows[who][-1]['seconds']:9.3f} s"
+                    f" {rows[who][-1]['memory']:7.3f} GB"
+                )
         xs = [row["x"] for row in rows["ldm"]]
-        exponents = {who: {key: slope(xs, [row[key] for row in side]) for key in ("seconds", "memory")} for who, side in rows.items()}
+        exponents = {
+            who: {key: slope(xs, [row[key] for row in side]) for key in ("seconds", "memory")}
+            for who, side in rows.items()
+        }
         for who, exponent in exponents.items():
-            print(f"{name:<14} {who:<10} time ~ x^{exponent['seconds']:.2f}, memory ~ x^{exponent['memory']:.2f}")
+            print(
+                f"{name:<14} {who:<10} time ~ x^{exponent['seconds']:.2f}, memory ~"
+                f" x^{exponent['memory']:.2f}"
+            )
         result[name] = {"rows": rows, "exponents": exponents}
     if args.json:
-        write(args.json, {"question": "scaling", "settings": {"model": args.model, "dtype": args.dtype}, **result, "where": where(args.threads)})
+        write(
+            args.json,
+            {
+                "question": "scaling",
+                "settings": {"model": args.model, "dtype": args.dtype},
+                **result,
+                "where": where(args.threads),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""The pictures of the README: ``python benchmarks/showcase.py -o samples.png`` asks the embedded model for 32 prompts, seeds 0 to 31;
-``python benchmarks/showcase.py --tasks -o tasks.png`` does with pictures what can be done, each of them made by the same model, seed 0."""
+"""The pictures of the README: ``python benchmarks/showcase.py -o samples.png`` asks the embedded model for 32
+prompts, seeds 0 to 31; ``python benchmarks/showcase.py --tasks -o tasks.png`` does with pictures what can be
+done, each of them made by the same model, seed 0.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,57 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROMPTS = (
-    "red apple", "cat face", "snowman", "rocket", "grinning face", "guitar", "sunflower", "fire engine",
-    "cat face on a blue background", "snowman on a purple background", "rocket on a black background", "a pizza on a green background",
-    "unicorn on a pink background", "octopus on a yellow background", "bicycle on an orange background", "ghost on a gray background",
-    "fluent red apple", "fluent cat face", "fluent rocket", "fluent guitar",
-    "twemoji red apple", "twemoji cat face", "twemoji rocket", "twemoji guitar",
-    "a kitty", "a small red apple on the left", "a small ghost in the top right corner on a blue background", "a snowman and a rocket side by side",
-    "a dragon", "castle", "avocado", "a whale on a blue background",
-)  # fmt: skip
-LABEL, GAP, COLUMNS = 20, 8, 6  # of the sheet of tasks, in pixels: the line above a cell, the space between pictures; how many there are in a row
+    "red apple",
+    "cat face",
+    "snowman",
+    "rocket",
+    "grinning face",
+    "guitar",
+    "sunflower",
+    "fire engine",
+    "cat face on a blue background",
+    "snowman on a purple background",
+    "rocket on a black background",
+    "a pizza on a green background",
+    "unicorn on a pink background",
+    "octopus on a yellow background",
+    "bicycle on an orange background",
+    "ghost on a gray background",
+    "fluent red apple",
+    "fluent cat face",
+    "fluent rocket",
+    "fluent guitar",
+    "twemoji red apple",
+    "twemoji cat face",
+    "twemoji rocket",
+    "twemoji guitar",
+    "a kitty",
+    "a small red apple on the left",
+    "a small ghost in the top right corner on a blue background",
+    "a snowman and a rocket side by side",
+    "a dragon",
+    "castle",
+    "avocado",
+    "a whale on a blue background",
+)
+LABEL, GAP, COLUMNS = (
+    20,
+    8,
+    6,
+    # of the sheet of tasks, in pixels: the line above a cell, the space between pictures; how many there are
+    # in a row
+)
 Cell = tuple[str, list[Tensor]]  # what is done, and pictures (3, 128, 128) of it from left to right
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("samples.png"))
-    parser.add_argument("--tasks", action="store_true", help="what is done with pictures, in place of the prompts")
+    parser.add_argument(
+        "--tasks", action="store_true", help="what is done with pictures, in place of the prompts"
+    )
     parser.add_argument("--model", default="emoji-ldm")
     parser.add_argument("--weights", default=None, help="weights in place of the model's own")
     parser.add_argument("--guidance", type=float, default=None)
@@ -43,15 +80,20 @@ def main(arguments: list[str] | None = None) -> None:
     own = {"guidance": options.guidance, "steps": options.steps}
     if options.tasks:
         # 128 colours: a quarter of the bytes, and the pictures hardly differ
-        sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None})).quantize(128).save(options.output, optimize=True)
+        sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None})).quantize(
+            128
+        ).save(options.output, optimize=True)
     else:
         pipe.text_to_image(PROMPTS, seed=0, **own).grid(columns=8).save(options.output)
     print(options.output)
 
 
 def tasks(pipe: Any, options: dict[str, Any]) -> list[Cell]:
-    """Every task once, on pictures that the model makes of texts, at default settings but for the strengths that are named."""
-    cat, apple, car = pipe.text_to_image(["cat face", "red apple", "police car"], seed=[0, 0, 0], **options).tensor
+    """Every task once, on pictures that the model makes of texts, at default settings but for the strengths
+    that are named."""
+    cat, apple, car = pipe.text_to_image(
+        ["cat face", "red apple", "police car"], seed=[0, 0, 0], **options
+    ).tensor
     side = cat.shape[-1]
     mask = torch.zeros(side, side)
     mask[:, side // 2 :] = 1
@@ -64,11 +106,20 @@ def tasks(pipe: Any, options: dict[str, Any]) -> list[Cell]:
     return [
         ("text to image: cat face, red apple, police car", [cat, apple, car]),
         ("variations of the apple, strength 0.8", [apple, *varied]),
-        ("inpaint: the grey half is made anew", [hidden, pipe.inpaint("cat face", cat, mask, **options).tensor[0]]),
+        (
+            "inpaint: the grey half is made anew",
+            [hidden, pipe.inpaint("cat face", cat, mask, **options).tensor[0]],
+        ),
         ("outpaint: police car, to the right", [F.pad(cut, (0, side // 2), value=1.0), wide]),
-        ("image to image: tiger face, strength 0.6", [cat, pipe.image_to_image("tiger face", cat, strength=0.6, **options).tensor[0]]),
+        (
+            "image to image: tiger face, strength 0.6",
+            [cat, pipe.image_to_image("tiger face", cat, strength=0.6, **options).tensor[0]],
+        ),
         ("interpolate: from cat face to red apple", list(between)),
-        ("edit: red apple into green apple", [apple, pipe.edit("red apple", "green apple", image=apple, **options).tensor[0]]),
+        (
+            "edit: red apple into green apple",
+            [apple, pipe.edit("red apple", "green apple", image=apple, **options).tensor[0]],
+        ),
         ("upscale: a quarter, and of twice the size", [quarter, large[:, :side, :side]]),
         ("reconstruct: inverted and back", [cat, pipe.reconstruct(cat).tensor[0]]),
     ]

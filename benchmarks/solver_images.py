@@ -1,4 +1,5 @@
-"""What the solvers do on a model: how far a picture is from the one that 1,000 steps make, against the evaluations it took."""
+"""What the solvers do on a model: how far a picture is from the one that 1,000 steps make, against the
+evaluations it took."""
 
 from __future__ import annotations
 
@@ -16,16 +17,27 @@ from ldm.samplers.conventions import Convention
 # Two families with a limit each: the probability flow, and the stochastic equation along one Brownian path.
 FLOW = ("ddim", "euler", "heun", "dpm2", "plms", "lms", "dpmpp_2m", "unipc", "deis", "dpm_adaptive")
 PATH = ("ddpm", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
-# restart, lcm and tcd have no common limit: the first goes up again with noise of its own, the others are for distilled models.
+# restart, lcm and tcd have no common limit: the first goes up again with noise of its own, the others are for
+# distilled models.
 REFERENCE = {"flow": "dpmpp_2m", "path": "dpmpp_2m_sde"}
 TOLERANCES = ((0.5, 0.08), (0.2, 0.03), (0.05, 0.0078), (0.01, 0.0016))  # rtol, atol of dpm_adaptive
 Row = dict[str, Any]
 
 
 class Bench:
-    """A model with the prompts and seeds that it is asked for; ``calls`` counts evaluations of the network."""
+    """A model with the prompts and seeds that it is asked for; ``calls`` counts evaluations of the
+    network."""
 
-    def __init__(self, pipe: Any, prompts: Sequence[str], seeds: int, *, batch: int, guidance: float | None, reference_steps: int) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        seeds: int,
+        *,
+        batch: int,
+        guidance: float | None,
+        reference_steps: int,
+    ) -> None:
         self.pipe, self.batch, self.guidance = pipe, batch, guidance
         self.prompts = [prompt for prompt in prompts for _ in range(seeds)]
         self.seeds = [seed for _ in prompts for seed in range(seeds)]
@@ -37,15 +49,24 @@ class Bench:
     def _count(self, *_: Any) -> None:
         self.calls += 1
 
-    def make(self, sampler: str, steps: int, spacing: str | None = None, **options: Any) -> tuple[Tensor, float]:
+    def make(
+        self, sampler: str, steps: int, spacing: str | None = None, **options: Any
+    ) -> tuple[Tensor, float]:
         """The pictures (B, 3, H, W) in [0, 1], and the evaluations of each batch, averaged."""
         self.calls, parts = 0, []
         for i in range(0, len(self.prompts), self.batch):
             chosen = slice(i, i + self.batch)
             images = self.pipe.text_to_image(
-                self.prompts[chosen], seed=self.seeds[chosen], sampler=sampler, steps=steps, spacing=spacing, convention=self.rules,
-                guidance=self.guidance, progress=False, **options,
-            )  # fmt: skip
+                self.prompts[chosen],
+                seed=self.seeds[chosen],
+                sampler=sampler,
+                steps=steps,
+                spacing=spacing,
+                convention=self.rules,
+                guidance=self.guidance,
+                progress=False,
+                **options,
+            )
             parts.append(images.tensor)
         return torch.cat(parts), self.calls / len(parts)
 
@@ -54,11 +75,14 @@ class Bench:
         return self.make(REFERENCE[kind], self.reference_steps, "trailing")[0]
 
     def steps_within(self, budget: int, sampler: str, spacing: str | None) -> tuple[int, int] | None:
-        """The most steps whose evaluations fit into the budget, and those evaluations; None where no number of steps does."""
+        """The most steps whose evaluations fit into the budget, and those evaluations; None where no number
+        of steps does."""
         changes = {} if spacing is None else {"spacing": spacing}
         for steps in range(budget, 0, -1):
             try:
-                count = evaluations(self.rules.grid(self.pipe.denoiser.schedule, steps, sampler, **changes), sampler)
+                count = evaluations(
+                    self.rules.grid(self.pipe.denoiser.schedule, steps, sampler, **changes), sampler
+                )
             except ValueError:  # a number of steps that the spacing refuses
                 continue
             if count is not None and count <= budget:
@@ -67,16 +91,30 @@ class Bench:
 
 
 def distance(images: Tensor, reference: Tensor) -> tuple[float, float]:
-    """The mean over pictures of each one's root mean square difference, in levels of 255, and its standard error."""
+    """The mean over pictures of each one's root mean square difference, in levels of 255, and its standard
+    error."""
     each = 255 * (images - reference).square().flatten(1).mean(1).sqrt()
     return float(each.mean()), float(each.std() / math.sqrt(len(each))) if len(each) > 1 else math.nan
 
 
-def curve(bench: Bench, sampler: str, budgets: Sequence[int], reference: Tensor, *, kind: str, spacing: str | None = None) -> list[Row]:
-    """Distance against evaluations for one sampler on one spacing (None: the model's), a row for each budget that gives other steps."""
-    if sampler == "dpm_adaptive":  # of its grid only the ends count: the last level with noise is the table's first
+def curve(
+    bench: Bench,
+    sampler: str,
+    budgets: Sequence[int],
+    reference: Tensor,
+    *,
+    kind: str,
+    spacing: str | None = None,
+) -> list[Row]:
+    """Distance against evaluations for one sampler on one spacing (None: the model's), a row for each budget
+    that gives other steps."""
+    if (
+        sampler == "dpm_adaptive"
+    ):  # of its grid only the ends count: the last level with noise is the table's first
         spacing = "trailing"
-        runs: list[tuple[int, dict[str, Any]]] = [(bench.reference_steps, {"rtol": rtol, "atol": atol}) for rtol, atol in TOLERANCES]
+        runs: list[tuple[int, dict[str, Any]]] = [
+            (bench.reference_steps, {"rtol": rtol, "atol": atol}) for rtol, atol in TOLERANCES
+        ]
     else:
         found = [bench.steps_within(budget, sampler, spacing) for budget in budgets]
         runs = [(steps, {}) for steps in dict.fromkeys(item[0] for item in found if item is not None)]
@@ -89,8 +127,11 @@ def curve(bench: Bench, sampler: str, budgets: Sequence[int], reference: Tensor,
     return rows
 
 
-def measure(bench: Bench, samplers: Sequence[str], budgets: Sequence[int], spacings: Sequence[str]) -> dict[str, list[Row]]:
-    """Curves of every sampler against its family's limit, and of the model's default sampler on every spacing against the flow's."""
+def measure(
+    bench: Bench, samplers: Sequence[str], budgets: Sequence[int], spacings: Sequence[str]
+) -> dict[str, list[Row]]:
+    """Curves of every sampler against its family's limit, and of the model's default sampler on every spacing
+    against the flow's."""
     result: dict[str, list[Row]] = {"flow": [], "path": [], "spacing": []}
     default = bench.pipe.card.defaults.sampler
     for kind, members in (("flow", FLOW), ("path", PATH)):
@@ -106,21 +147,35 @@ def measure(bench: Bench, samplers: Sequence[str], budgets: Sequence[int], spaci
 
 
 def recommend(rows: dict[str, list[Row]], tolerance: float) -> Row | None:
-    """The rule: of all that follow the flow, the fewest evaluations at a mean distance of at most ``tolerance`` levels; then the nearest.
+    """The rule: of all that follow the flow, the fewest evaluations at a mean distance of at most
+    ``tolerance`` levels; then the nearest.
 
-    An adaptive sampler is left out, as its evaluations are not known beforehand. None where nothing comes as near.
+    An adaptive sampler is left out, as its evaluations are not known beforehand. None where nothing comes as
+    near.
     """
-    near = [row for row in [*rows["flow"], *rows["spacing"]] if row["distance"] <= tolerance and row["sampler"] != "dpm_adaptive"]
+    near = [
+        row
+        for row in [*rows["flow"], *rows["spacing"]]
+        if row["distance"] <= tolerance and row["sampler"] != "dpm_adaptive"
+    ]
     return min(near, key=lambda row: (row["evaluations"], row["distance"]), default=None)
 
 
 def table(rows: Sequence[Row], budgets: Sequence[int], by: str) -> str:
-    """Markdown: for each curve the distance at the most evaluations that fit into each budget, in brackets where they are fewer."""
-    lines = [f"| {by} | " + " | ".join(f"{budget} evaluations" for budget in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
+    """Markdown: for each curve the distance at the most evaluations that fit into each budget, in brackets
+    where they are fewer."""
+    lines = [
+        f"| {by} | " + " | ".join(f"{budget} evaluations" for budget in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
     for name in dict.fromkeys(row[by] for row in rows):
         cells, mine = [], [row for row in rows if row[by] == name]
         for budget in budgets:
-            last = max((row for row in mine if row["evaluations"] <= budget), key=lambda row: row["evaluations"], default=None)
+            last = max(
+                (row for row in mine if row["evaluations"] <= budget),
+                key=lambda row: row["evaluations"],
+                default=None,
+            )
             fewer = "" if last is None or last["evaluations"] == budget else f" ({last['evaluations']:.0f})"
             cells.append("–" if last is None else f"{last['distance']:.2f}{fewer}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -1,4 +1,5 @@
-"""What the solvers do where the answer is known: errors on a Gaussian mixture's exact flow, and biases of the stochastic ones."""
+"""What the solvers do where the answer is known: errors on a Gaussian mixture's exact flow, and biases of the
+stochastic ones."""
 
 from __future__ import annotations
 
@@ -8,32 +9,60 @@ from typing import Any
 
 import torch
 
-from ldm.analysis.oracle import DETERMINISTIC, STOCHASTIC, Options, mixture, planar, settled_slope, slope, solver_bias, solver_error
+from ldm.analysis.oracle import (
+    DETERMINISTIC,
+    STOCHASTIC,
+    Options,
+    mixture,
+    planar,
+    settled_slope,
+    slope,
+    solver_bias,
+    solver_error,
+)
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import get_sampler
 
 STEPS = (20, 40, 80, 160, 320, 640)
-SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear, "linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
+SCHEDULES = {
+    "scaled_linear": NoiseSchedule.scaled_linear,
+    "linear": NoiseSchedule.linear,
+    "cosine": NoiseSchedule.cosine,
+}
 
 
 def label(sampler: str, options: Options) -> str:
     """The sampler with its options, short."""
-    return sampler + "".join(f", {key} {value}" for key, value in options.items() if key not in ("lower_order_final", "s_max", "s_min"))
+    return sampler + "".join(
+        f", {key} {value}"
+        for key, value in options.items()
+        if key not in ("lower_order_final", "s_max", "s_min")
+    )
 
 
-def deterministic_rows(schedule: str, steps: Sequence[int], samplers: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Errors of every deterministic method (of ``samplers``, or all) by grid and number of steps, and the slopes where they are asymptotic.
+def deterministic_rows(
+    schedule: str, steps: Sequence[int], samplers: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Errors of every deterministic method (of ``samplers``, or all) by grid and number of steps, and the
+    slopes where they are asymptotic.
 
-    ``lambda`` and ``karras``: sigma_max to sigma_min, the first three steps on the exact flow. The others are as a user has them, from the
-    method's own start: ``leading`` and ``trailing`` without the last step, ``karras to 0`` with it. A number of steps that a grid refuses
-    is None.
+    ``lambda`` and ``karras``: sigma_max to sigma_min, the first three steps on the exact flow. The others are
+    as a user has them, from the method's own start: ``leading`` and ``trailing`` without the last step,
+    ``karras to 0`` with it. A number of steps that a grid refuses is None.
     """
     table, data, rows = SCHEDULES[schedule](), mixture(), []
     for sampler, options, order in DETERMINISTIC:
         if samplers is not None and sampler not in samplers:
             continue
-        row: dict[str, Any] = {"sampler": sampler, "options": dict(options), "order": order, "schedule": schedule, "errors": {}, "slopes": {}}
+        row: dict[str, Any] = {
+            "sampler": sampler,
+            "options": dict(options),
+            "order": order,
+            "schedule": schedule,
+            "errors": {},
+            "slopes": {},
+        }
         for name, spacing, final, start in (
             ("lambda", "lambda", "none", 3),
             ("karras", "karras", "none", 3),
@@ -50,7 +79,14 @@ def deterministic_rows(schedule: str, steps: Sequence[int], samplers: Sequence[s
 
 
 def one_error(
-    sampler: str, options: Options, table: NoiseSchedule, spacing: str, final: Any, n: int, start: int, data: Any
+    sampler: str,
+    options: Options,
+    table: NoiseSchedule,
+    spacing: str,
+    final: Any,
+    n: int,
+    start: int,
+    data: Any,
 ) -> float | None:
     """The error of n steps; None where the grid refuses n."""
     try:
@@ -61,9 +97,11 @@ def one_error(
 
 
 def stochastic_rows(samples: int, samplers: Sequence[str] | None) -> list[dict[str, Any]]:
-    """The bias of every stochastic method, exact for one Gaussian, in standard errors of ``samples``, and how it falls.
+    """The bias of every stochastic method, exact for one Gaussian, in standard errors of ``samples``, and how
+    it falls.
 
-    Beside it the largest deviation, in standard errors, of mean, covariance and weights of ``samples`` samples of a mixture in the plane.
+    Beside it the largest deviation, in standard errors, of mean, covariance and weights of ``samples``
+    samples of a mixture in the plane.
     """
     table, rows = NoiseSchedule.scaled_linear(), []
     for sampler, options, order, steps in STOCHASTIC:
@@ -77,17 +115,29 @@ def stochastic_rows(samples: int, samplers: Sequence[str] | None) -> list[dict[s
             "options": dict(options),
             "steps": steps,
             "bias_mean": max(abs(mean) / truth for mean, _, truth in biases) * math.sqrt(samples),
-            "bias_deviation": max(abs(deviation) / truth for _, deviation, truth in biases) * math.sqrt(2 * samples),
+            "bias_deviation": (
+                max(abs(deviation) / truth for _, deviation, truth in biases) * math.sqrt(2 * samples)
+            ),
             "weak_order": order,
             "weak_slope": slope((160, 320), pair) if order is not None else None,
         }
         scores = sampled_scores(sampler, options, table, grids[steps], samples)
-        rows.append({**row, "samples": samples, "scores": scores, "largest_score": max(abs(score) for score in scores.values())})
+        rows.append(
+            {
+                **row,
+                "samples": samples,
+                "scores": scores,
+                "largest_score": max(abs(score) for score in scores.values()),
+            }
+        )
     return rows
 
 
-def sampled_scores(sampler: str, options: Options, table: NoiseSchedule, grid: TimeGrid, samples: int) -> dict[str, float]:
-    """Standard errors between what the sampler makes, from the exact first state, and the truth at the grid's end."""
+def sampled_scores(
+    sampler: str, options: Options, table: NoiseSchedule, grid: TimeGrid, samples: int
+) -> dict[str, float]:
+    """Standard errors between what the sampler makes, from the exact first state, and the truth at the grid's
+    end."""
     data, g = planar(), torch.Generator().manual_seed(11)
 
     def normal(like: torch.Tensor) -> torch.Tensor:
@@ -100,10 +150,17 @@ def sampled_scores(sampler: str, options: Options, table: NoiseSchedule, grid: T
 
 
 def deterministic_table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
-    """Markdown: slopes with the number of steps they have settled from, and errors at the fewest and the most steps that every grid has."""
+    """Markdown: slopes with the number of steps they have settled from, and errors at the fewest and the most
+    steps that every grid has."""
     few, many = steps[0], max((n for n in steps if n <= 320), default=steps[-1])
     grids = ("karras", "leading", "trailing", "karras to 0")
-    head = ["sampler", "order", "slope, uniform λ", "slope, karras", *(f"{grid}, {n}" for grid in grids for n in dict.fromkeys((few, many)))]
+    head = [
+        "sampler",
+        "order",
+        "slope, uniform λ",
+        "slope, karras",
+        *(f"{grid}, {n}" for grid in grids for n in dict.fromkeys((few, many))),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         slopes = [row["slopes"].get(grid) for grid in ("lambda", "karras")]
@@ -122,10 +179,28 @@ def told(error: float | None) -> str:
 
 def stochastic_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: biases in standard errors, weak slope, largest deviation of the samples."""
-    head = ["sampler", "steps", "bias of the mean", "bias of the deviation", "weak order", "slope, 160 to 320", "largest deviation of samples"]
+    head = [
+        "sampler",
+        "steps",
+        "bias of the mean",
+        "bias of the deviation",
+        "weak order",
+        "slope, 160 to 320",
+        "largest deviation of samples",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        weak = ["its own steps", ""] if row["weak_order"] is None else [str(row["weak_order"]), f"{row['weak_slope']:.2f}"]
-        cells = [label(row["sampler"], row["options"]), str(row["steps"]), f"{row['bias_mean']:.2f}", f"{row['bias_deviation']:.2f}", *weak]
+        weak = (
+            ["its own steps", ""]
+            if row["weak_order"] is None
+            else [str(row["weak_order"]), f"{row['weak_slope']:.2f}"]
+        )
+        cells = [
+            label(row["sampler"], row["options"]),
+            str(row["steps"]),
+            f"{row['bias_mean']:.2f}",
+            f"{row['bias_deviation']:.2f}",
+            *weak,
+        ]
         lines.append("| " + " | ".join([*cells, f"{row['largest_score']:.2f}"]) + " |")
     return "\n".join(lines)

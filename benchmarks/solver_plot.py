@@ -9,8 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TITLES = {"flow": "deterministic samplers", "path": "stochastic samplers, one Brownian path", "spacing": "the default sampler by spacing"}
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#444444", "#56b4e9", "#b2182b", "#6a3d9a", "#1b9e77")
+TITLES = {
+    "flow": "deterministic samplers",
+    "path": "stochastic samplers, one Brownian path",
+    "spacing": "the default sampler by spacing",
+}
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#8c6d00",
+    "#444444",
+    "#56b4e9",
+    "#b2182b",
+    "#6a3d9a",
+    "#1b9e77",
+)
 Row = dict[str, Any]
 
 
@@ -43,20 +58,41 @@ def draw(axis: Any, rows: Sequence[Row], by: str, title: str, tolerance: float) 
     ends = {name: math.log10(max(mine[-1]["distance"], 1e-3)) for name, mine in curves.items()}
     least, greatest = (f(max(row["distance"], 1e-3) for row in rows) for f in (min, max))
     gap = max(math.log10(greatest / least), 0.3) / 22
-    for i, ((name, mine), height) in enumerate(zip(curves.items(), spread(list(ends.values()), gap), strict=True)):
+    for i, ((name, mine), height) in enumerate(
+        zip(curves.items(), spread(list(ends.values()), gap), strict=True)
+    ):
         colour, dash = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
         x, y = [row["evaluations"] for row in mine], [max(row["distance"], 1e-3) for row in mine]
         axis.plot(x, y, dash, color=colour, marker="o", markersize=3, linewidth=1.4)
         axis.annotate(
-            name, (x[-1], y[-1]), xytext=(1.04, 10**height), textcoords=("axes fraction", "data"), color=colour, fontsize=8, va="center",
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
-        )  # fmt: skip
+            name,
+            (x[-1], y[-1]),
+            xytext=(1.04, 10**height),
+            textcoords=("axes fraction", "data"),
+            color=colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+        )
     axis.axhline(tolerance, color="#999999", linewidth=0.8, linestyle=":")
     axis.annotate(
-        f"{tolerance:g} levels", (1, tolerance), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right",
-        fontsize=7, color="#777777",
-    )  # fmt: skip
-    axis.set(title=title, xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="distance to the reference, levels of 255")
+        f"{tolerance:g} levels",
+        (1, tolerance),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=7,
+        color="#777777",
+    )
+    axis.set(
+        title=title,
+        xscale="log",
+        yscale="log",
+        xlabel="evaluations of the network",
+        ylabel="distance to the reference, levels of 255",
+    )
     ticks = sorted({round(row["evaluations"]) for row in rows})
     axis.set_xticks(thinned(ticks), labels=[str(tick) for tick in thinned(ticks)])
     axis.minorticks_off()
@@ -86,7 +122,13 @@ def plot(path: Path, models: dict[str, dict[str, list[Row]]], tolerance: float) 
         for axis in line[len(kinds) :]:
             axis.set_axis_off()
         for axis, kind in zip(line, kinds, strict=False):
-            draw(axis, rows[kind], "spacing" if kind == "spacing" else "sampler", f"{name}: {TITLES[kind]}", tolerance)
+            draw(
+                axis,
+                rows[kind],
+                "spacing" if kind == "spacing" else "sampler",
+                f"{name}: {TITLES[kind]}",
+                tolerance,
+            )
     figure.tight_layout(w_pad=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")

@@ -1,8 +1,9 @@
 """How near does each sampler come, and at what cost? ``python benchmarks/solvers.py`` answers twice.
 
-On an oracle (``--part oracle``): errors against the exact flow of a Gaussian mixture by grid and number of steps, the slopes where they
-are asymptotic, and the biases of the stochastic samplers. On models (``--part images``): the distance to the picture that 1,000 steps make,
-against evaluations, for each sampler, and for the default sampler on each spacing; and what follows for the default.
+On an oracle (``--part oracle``): errors against the exact flow of a Gaussian mixture by grid and number of
+steps, the slopes where they are asymptotic, and the biases of the stochastic samplers. On models (``--part
+images``): the distance to the picture that 1,000 steps make, against evaluations, for each sampler, and for
+the default sampler on each spacing; and what follows for the default.
 """
 
 from __future__ import annotations
@@ -59,51 +60,122 @@ def images(options: argparse.Namespace) -> dict[str, Any]:
     for model in options.models:
         pipe = ldm.load(model, dtype=options.dtype)
         bench = solver_images.Bench(
-            pipe, options.prompts, options.seeds, batch=options.batch, guidance=options.guidance, reference_steps=options.reference_steps
+            pipe,
+            options.prompts,
+            options.seeds,
+            batch=options.batch,
+            guidance=options.guidance,
+            reference_steps=options.reference_steps,
         )
-        rows = solver_images.measure(bench, options.samplers or [*solver_images.FLOW, *solver_images.PATH], options.budgets, options.spacings)
+        rows = solver_images.measure(
+            bench,
+            options.samplers or [*solver_images.FLOW, *solver_images.PATH],
+            options.budgets,
+            options.spacings,
+        )
         chosen = solver_images.recommend(rows, options.tolerance)
-        print(f"\n{model}: distance to the {bench.reference_steps}-step picture, levels of 255, mean of {len(bench.prompts)} pictures")
+        print(
+            f"\n{model}: distance to the {bench.reference_steps}-step picture, levels of 255, mean of"
+            f" {len(bench.prompts)} pictures"
+        )
         for kind, by in (("flow", "sampler"), ("path", "sampler"), ("spacing", "spacing")):
             if rows[kind]:
                 print(f"\n{solver_images.table(rows[kind], options.budgets, by)}")
         print(f"\n{advice(pipe.card.defaults, rows, chosen, options.tolerance)}")
-        result[model] = {"rows": rows, "recommended": chosen, "pictures": len(bench.prompts), "reference_steps": bench.reference_steps}
+        result[model] = {
+            "rows": rows,
+            "recommended": chosen,
+            "pictures": len(bench.prompts),
+            "reference_steps": bench.reference_steps,
+        }
     return result
 
 
-def advice(defaults: Any, rows: dict[str, list[dict[str, Any]]], chosen: dict[str, Any] | None, tolerance: float) -> str:
+def advice(
+    defaults: Any, rows: dict[str, list[dict[str, Any]]], chosen: dict[str, Any] | None, tolerance: float
+) -> str:
     """The rule and what it gives, in a sentence."""
-    rule = f"Fewest evaluations at a mean distance of at most {tolerance:g} levels of 255 among the deterministic samplers"
+    rule = (
+        f"Fewest evaluations at a mean distance of at most {tolerance:g} levels of 255 among the"
+        " deterministic samplers"
+    )
     if chosen is None:
         best = min([*rows["flow"], *rows["spacing"]], key=lambda row: row["distance"], default=None)
-        nearest = "" if best is None else f"; the nearest is {best['sampler']} with {best['steps']} steps, {best['distance']:.2f}"
+        nearest = (
+            ""
+            if best is None
+            else f"; the nearest is {best['sampler']} with {best['steps']} steps, {best['distance']:.2f}"
+        )
         return f"{rule}: none{nearest}."
     spacing = "" if chosen["spacing"] is None else f" on {chosen['spacing']}"
     return (
-        f"{rule}: {chosen['sampler']}{spacing}, {chosen['steps']} steps, {chosen['evaluations']:.0f} evaluations, {chosen['distance']:.2f} "
-        f"± {chosen['error']:.2f}. The card says {defaults.sampler}, {defaults.steps} steps."
+        f"{rule}: {chosen['sampler']}{spacing}, {chosen['steps']} steps, {chosen['evaluations']:.0f}"
+        f" evaluations, {chosen['distance']:.2f} ± {chosen['error']:.2f}. The card says {defaults.sampler},"
+        f" {defaults.steps} steps."
     )
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options; impossible ones are refused."""
-    parser = argparse.ArgumentParser(description="Errors of the samplers on an oracle, and their distance to the limit on a model.")
+    parser = argparse.ArgumentParser(
+        description="Errors of the samplers on an oracle, and their distance to the limit on a model."
+    )
     parser.add_argument("--part", choices=("oracle", "images", "both"), default="both")
     parser.add_argument("--samplers", nargs="+", help="which samplers (default: every one that has a limit)")
-    parser.add_argument("--schedules", nargs="+", choices=tuple(solver_oracle.SCHEDULES), default=["scaled_linear"], help="of the oracle")
-    parser.add_argument("--oracle-steps", nargs="+", type=int, default=list(solver_oracle.STEPS), help="rising (default: 20 … 640)")
-    parser.add_argument("--samples", type=int, default=20_000, help="samples of the stochastic table, 0 to leave it out (default: %(default)s)")
-    parser.add_argument("--models", nargs="+", default=["emoji-ldm"], help="names of models (default: emoji-ldm)")
-    parser.add_argument("--budgets", nargs="+", type=int, default=[5, 8, 10, 15, 20, 30, 50], help="evaluations (default: 5 … 50)")
-    parser.add_argument("--spacings", nargs="*", default=[s for s in SPACINGS if s != "exponential"], help="for the default sampler (default: all)")
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=tuple(solver_oracle.SCHEDULES),
+        default=["scaled_linear"],
+        help="of the oracle",
+    )
+    parser.add_argument(
+        "--oracle-steps",
+        nargs="+",
+        type=int,
+        default=list(solver_oracle.STEPS),
+        help="rising (default: 20 … 640)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=20_000,
+        help="samples of the stochastic table, 0 to leave it out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["emoji-ldm"], help="names of models (default: emoji-ldm)"
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=int,
+        default=[5, 8, 10, 15, 20, 30, 50],
+        help="evaluations (default: 5 … 50)",
+    )
+    parser.add_argument(
+        "--spacings",
+        nargs="*",
+        default=[s for s in SPACINGS if s != "exponential"],
+        help="for the default sampler (default: all)",
+    )
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the card's)")
-    parser.add_argument("--reference-steps", type=int, default=1000, help="steps of the reference (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=4.0, help="of the recommendation, in levels of 255 (default: %(default)s)")
+    parser.add_argument(
+        "--reference-steps", type=int, default=1000, help="steps of the reference (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=4.0,
+        help="of the recommendation, in levels of 255 (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=int, default=16, help="pictures made at once (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="what the model computes in (default: %(default)s, so that rounding is no part of it)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="what the model computes in (default: %(default)s, so that rounding is no part of it)",
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--plot", type=Path, help="write a PNG of the second part here (needs matplotlib)")
     options = parser.parse_args(arguments)
@@ -113,11 +185,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends with a message where the options cannot work."""
-    for what, names, choices in (("sampler", options.samplers or (), SAMPLERS), ("spacing", options.spacings, SPACINGS)):
+    for what, names, choices in (
+        ("sampler", options.samplers or (), SAMPLERS),
+        ("spacing", options.spacings, SPACINGS),
+    ):
         for name in names:
             if name not in choices:
                 parser.error(f"unknown {what} {name!r}; {nearest(name, choices)}")
-    if min(*options.budgets, *options.oracle_steps, options.seeds, options.batch, options.reference_steps) < 1 or options.tolerance <= 0:
+    if (
+        min(*options.budgets, *options.oracle_steps, options.seeds, options.batch, options.reference_steps)
+        < 1
+        or options.tolerance <= 0
+    ):
         parser.error("budgets, steps, seeds, batch and tolerance must be positive")
     if sorted(set(options.oracle_steps)) != options.oracle_steps:
         parser.error("--oracle-steps must rise")
@@ -140,9 +219,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot is not None:
         from solver_plot import plot
 
-        plot(options.plot, {model: part["rows"] for model, part in report["images"].items()}, options.tolerance)
+        plot(
+            options.plot, {model: part["rows"] for model, part in report["images"].items()}, options.tolerance
+        )
     if options.json is not None:
-        report["settings"] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        report["settings"] = {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+        }
         versions = {"ldm": ldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
         report["versions"] = {**versions, "threads": torch.get_num_threads()}
         write_atomically(options.json, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())

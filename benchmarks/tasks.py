@@ -1,12 +1,14 @@
-"""What the tasks on pictures are held to: inpainting, image-to-image and inversion on held-out pictures, outpainting and attention's maps on those of
-the training set, whose names the model knows.
+"""What the tasks on pictures are held to: inpainting, image-to-image and inversion on held-out pictures,
+outpainting and attention's maps on those of the training set, whose names the model knows.
 
-Inpainting: the right half of held-out pictures hidden; is what is made nearer to the truth (squared error over that half) than the mean picture of
-the training set, than a random sample of the model, and than its sample of the same prompt? Outpainting: the left half of pictures, cut through the
-object, made twice as wide; is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1; reconstruction by
-inversion, against the autoencoder's. Attention: of two things side by side, does each one's map lie on its own half? Over all pairs, and over those
-that the model draws as asked: each half of the picture is nearer (squared error) to its own thing than to the other; and over those that it knows:
-the judge of `emoji_quality.py` has the names of both halves among its first five.
+Inpainting: the right half of held-out pictures hidden; is what is made nearer to the truth (squared error
+over that half) than the mean picture of the training set, than a random sample of the model, and than its
+sample of the same prompt? Outpainting: the left half of pictures, cut through the object, made twice as wide;
+is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1;
+reconstruction by inversion, against the autoencoder's. Attention: of two things side by side, does each one's
+map lie on its own half? Over all pairs, and over those that the model draws as asked: each half of the
+picture is nearer (squared error) to its own thing than to the other; and over those that it knows: the judge
+of `emoji_quality.py` has the names of both halves among its first five.
 """
 
 from __future__ import annotations
@@ -29,35 +31,75 @@ from ldm.support.files import write_atomically
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="emoji-ldm")
     parser.add_argument("--weights", help="weights to judge in place of the model's own")
     parser.add_argument("--dtype", help="what to compute in (default: the fastest that is safe)")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
-    parser.add_argument("--only", choices=("inpaint", "outpaint", "image", "reconstruct", "attention"), nargs="+", help="(default: all)")
-    parser.add_argument("--n", type=int, default=50, help="held-out pictures to inpaint, and pairs to attend to (default: %(default)s)")
-    parser.add_argument("--m", type=int, default=20, help="pictures of each other task (default: %(default)s)")
+    parser.add_argument(
+        "--only",
+        choices=("inpaint", "outpaint", "image", "reconstruct", "attention"),
+        nargs="+",
+        help="(default: all)",
+    )
+    parser.add_argument(
+        "--n",
+        type=int,
+        default=50,
+        help="held-out pictures to inpaint, and pairs to attend to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--m", type=int, default=20, help="pictures of each other task (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=10, help="pictures made at once (default: %(default)s)")
-    parser.add_argument("--resample", type=int, nargs="+", default=[1], help="RePaint: how often each stretch is taken (default: %(default)s)")
+    parser.add_argument(
+        "--resample",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="RePaint: how often each stretch is taken (default: %(default)s)",
+    )
     parser.add_argument("--jump", type=int, default=5, help="the steps of a stretch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--sheet", type=Path, help="write a PNG here: truth, what is known, and what was made, in rows")
+    parser.add_argument(
+        "--sheet", type=Path, help="write a PNG here: truth, what is known, and what was made, in rows"
+    )
     options = parser.parse_args()
     data = EmojiData.open(options.data)
     pipe = ldm.load(options.model, weights=options.weights, dtype=options.dtype)
     start, figures, rows = time.perf_counter(), {}, []
     measures = {
-        "inpaint": inpainting, "outpaint": outpainting, "image": image_to_image, "reconstruct": reconstruction, "attention": attention,
-    }  # fmt: skip
+        "inpaint": inpainting,
+        "outpaint": outpainting,
+        "image": image_to_image,
+        "reconstruct": reconstruction,
+        "attention": attention,
+    }
     for name in options.only or measures:
         figures[name] = measures[name](pipe, data, options, rows)
         print(f"{name}: {json.dumps(figures[name], indent=1)}", flush=True)
-    print(f"{torch.get_num_threads()} threads, {pipe.dtype}, {time.perf_counter() - start:.0f} s, beside other work or not")
+    print(
+        f"{torch.get_num_threads()} threads, {pipe.dtype}, {time.perf_counter() - start:.0f} s, beside other"
+        " work or not"
+    )
     if options.json is not None:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-        report = {"settings": settings, "versions": versions, "data": data.manifest.get("sha256"), "figures": figures}
+        settings = {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+        }
+        versions = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
+        report = {
+            "settings": settings,
+            "versions": versions,
+            "data": data.manifest.get("sha256"),
+            "figures": figures,
+        }
         write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
     if options.sheet is not None and rows:
         save_sheet(options.sheet, rows)
@@ -95,28 +137,48 @@ def inpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: li
 
     rivals = {
         "mean picture": mean.expand_as(x),
-        "random sample": batches(lambda s: pipe.text_to_image([""] * len(x[s]), guidance=1.0, seed=seeds(10_000)[s], **own), n, options.batch),
-        "sample of the prompt": batches(lambda s: pipe.text_to_image(captions[s], seed=seeds(20_000)[s], **own), n, options.batch),
+        "random sample": batches(
+            lambda s: pipe.text_to_image([""] * len(x[s]), guidance=1.0, seed=seeds(10_000)[s], **own),
+            n,
+            options.batch,
+        ),
+        "sample of the prompt": batches(
+            lambda s: pipe.text_to_image(captions[s], seed=seeds(20_000)[s], **own), n, options.batch
+        ),
     }
 
     def error(y: Tensor) -> Tensor:
         return (y - x)[..., half:].square().flatten(1).mean(1)  # (n,)
 
-    found: dict[str, Any] = {"n": n, "rivals' mse": {name: round(float(error(y).mean()), 4) for name, y in rivals.items()}}
+    found: dict[str, Any] = {
+        "n": n,
+        "rivals' mse": {name: round(float(error(y).mean()), 4) for name, y in rivals.items()},
+    }
     found["autoencoder's mse"] = round(float(error(batches_of_ae(pipe, x)).mean()), 4)
     rows += [x, rivals["sample of the prompt"]]
     for times in options.resample:
         made = batches(
             lambda s, times=times: pipe.inpaint(
-                captions[s], hidden[s], mask, resample=times, jump=options.jump, seed=seeds(options.seed)[s], **own
+                captions[s],
+                hidden[s],
+                mask,
+                resample=times,
+                jump=options.jump,
+                seed=seeds(options.seed)[s],
+                **own,
             ),
-            n, options.batch,
-        )  # fmt: skip
+            n,
+            options.batch,
+        )
         rows.append(made)
         found[f"resample {times}"] = {
-            "known pixels exact": bool(torch.equal(made[..., :half], x[..., :half])), "mse": round(float(error(made).mean()), 4),
-            **{f"nearer than the {name}, %": round(100 * float((error(made) < error(y)).float().mean()), 1) for name, y in rivals.items()},
-        }  # fmt: skip
+            "known pixels exact": bool(torch.equal(made[..., :half], x[..., :half])),
+            "mse": round(float(error(made).mean()), 4),
+            **{
+                f"nearer than the {name}, %": round(100 * float((error(made) < error(y)).float().mean()), 1)
+                for name, y in rivals.items()
+            },
+        }
     return found
 
 
@@ -125,50 +187,75 @@ def batches_of_ae(pipe: Any, x: Tensor) -> Tensor:
     return torch.cat([pipe.decode(pipe.encode(part)) for part in x.split(16)])
 
 
-def outpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+def outpainting(
+    pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]
+) -> dict[str, Any]:
     """Pictures cut through their object, made twice as wide."""
     chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: options.m]
     x, captions = pictures(data, chosen)
     half = x.shape[-1] // 2
     given = x[..., :half]
     found: dict[str, Any] = {"n": len(x)}
-    seamless = torch.ones(len(x), dtype=torch.bool)  # by this measure, the pictures that were never cut: flat ones have a 95th percentile of 0
+    seamless = torch.ones(
+        len(x), dtype=torch.bool
+    )  # by this measure, the pictures that were never cut: flat ones have a 95th percentile of 0
     for name, own_options in (("the uncut picture", None), ("as made", {"seam": 0.0}), ("corrected", {})):
         made = x
         if own_options is not None:
             made = batches(
-                lambda s, o=own_options: pipe.outpaint(captions[s], given[s], right=half, progress=False, **o), len(x), options.batch
-            )  # fmt: skip
+                lambda s, o=own_options: pipe.outpaint(
+                    captions[s], given[s], right=half, progress=False, **o
+                ),
+                len(x),
+                options.batch,
+            )
         step = (made[..., half] - made[..., half - 1]).abs().mean(1)  # (n, H)
-        own, whole = ((y[..., 1:] - y[..., :-1]).abs().mean(1).flatten(1).quantile(0.95, dim=1) for y in (given, made))  # (n,) each
+        own, whole = (
+            (y[..., 1:] - y[..., :-1]).abs().mean(1).flatten(1).quantile(0.95, dim=1) for y in (given, made)
+        )  # (n,) each
         within = step.mean(1) <= own
         if own_options is None:
             seamless = within
         found[name] = {
             "known pixels exact": bool(torch.equal(made[..., :half], given)),
-            "mean step across the border": round(float(step.mean()), 4), "its 95th percentile": round(float(step.quantile(0.95, dim=1).mean()), 4),
+            "mean step across the border": round(float(step.mean()), 4),
+            "its 95th percentile": round(float(step.quantile(0.95, dim=1).mean()), 4),
             "the picture's 95th percentile": round(float(own.mean()), 4),
             "mean step within it, %": round(100 * float(within.float().mean()), 1),
-            "the same, of those whose uncut picture's is": f"{int((within & seamless).sum())} of {int(seamless.sum())}",
-            "mean step within the whole picture's 95th percentile, %": round(100 * float((step.mean(1) <= whole).float().mean()), 1),
-            "95th percentile within it, %": round(100 * float((step.quantile(0.95, dim=1) <= own).float().mean()), 1),
-        }  # fmt: skip
+            "the same, of those whose uncut picture's is": (
+                f"{int((within & seamless).sum())} of {int(seamless.sum())}"
+            ),
+            "mean step within the whole picture's 95th percentile, %": round(
+                100 * float((step.mean(1) <= whole).float().mean()), 1
+            ),
+            "95th percentile within it, %": round(
+                100 * float((step.quantile(0.95, dim=1) <= own).float().mean()), 1
+            ),
+        }
     rows += [x, made]
     return found
 
 
-def image_to_image(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+def image_to_image(
+    pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]
+) -> dict[str, Any]:
     """Strength 0 against the autoencoder, strength 1 against text-to-image."""
     x, captions = pictures(data, data.held_out[:4])
-    zero, one = (pipe.image_to_image(captions, x, strength=strength, progress=False).tensor for strength in (0, 1))
+    zero, one = (
+        pipe.image_to_image(captions, x, strength=strength, progress=False).tensor for strength in (0, 1)
+    )
     text = pipe.text_to_image(captions, progress=False).tensor
     return {
-        "strength 0 against the autoencoder, largest difference": float((zero - pipe.decode(pipe.encode(x))).abs().max()),
+        "strength 0 against the autoencoder, largest difference": float(
+            (zero - pipe.decode(pipe.encode(x))).abs().max()
+        ),
         "strength 1 against text-to-image, largest difference": float((one - text).abs().max()),
     }
 
 
-def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
+def reconstruction(
+    pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]
+) -> dict[str, Any]:
     """Inversion and back over 50 steps, against the autoencoder alone."""
     chosen = np.random.default_rng(options.seed).permutation(data.held_out)[: options.m]
     x, _ = pictures(data, chosen)
@@ -178,11 +265,20 @@ def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rows
 
     alone = psnr(batches_of_ae(pipe, x))
     found: dict[str, Any] = {"n": len(x), "autoencoder, dB": round(float(alone.mean()), 2)}
-    for name, own in (("exact", {}), ("ddim, 4 iterations", {"exact": False}), ("ddim, 1 iteration", {"exact": False, "iterations": 1})):
-        made = batches(lambda s, own=own: pipe.reconstruct(x[s], progress=False, **own), len(x), options.batch)
+    for name, own in (
+        ("exact", {}),
+        ("ddim, 4 iterations", {"exact": False}),
+        ("ddim, 1 iteration", {"exact": False, "iterations": 1}),
+    ):
+        made = batches(
+            lambda s, own=own: pipe.reconstruct(x[s], progress=False, **own), len(x), options.batch
+        )
         rows.append(made)
         lost = alone - psnr(made)
-        found[name] = {"dB": round(float(psnr(made).mean()), 2), "lost by inversion, largest, dB": round(float(lost.max()), 3)}
+        found[name] = {
+            "dB": round(float(psnr(made).mean()), 2),
+            "lost by inversion, largest, dB": round(float(lost.max()), 3),
+        }
     return found
 
 
@@ -199,10 +295,17 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
         maps = torch.cat([trace.attention(name) for name in names])  # (2, h, w)
         shares.append(maps[..., : maps.shape[-1] // 2].sum((1, 2)) / maps.sum((1, 2)))
         halves, true = made[0].chunk(2, dim=-1), real(data, [pair])[0].chunk(2, dim=-1)
-        drawn.append(all((halves[i] - true[i]).square().mean() < (halves[i] - true[1 - i]).square().mean() for i in (0, 1)))
+        drawn.append(
+            all(
+                (halves[i] - true[i]).square().mean() < (halves[i] - true[1 - i]).square().mean()
+                for i in (0, 1)
+            )
+        )
         side = made.shape[-1] // 2  # each thing stands in a square of half the side
         squares = torch.cat(made[..., side // 2 : side // 2 + side, :].float().cpu().split(side, dim=-1))
-        known.append(all(verdict.rank < 5 for verdict in judge(squares, [one.name for one in about], [None, None])))
+        known.append(
+            all(verdict.rank < 5 for verdict in judge(squares, [one.name for one in about], [None, None]))
+        )
         heat.append(torch.cat([made, *(trace.heatmap(name).tensor for name in names)]))
     left = torch.stack(shares)  # (n, 2)
     own = torch.stack([left[:, 0] > 0.5, left[:, 1] < 0.5], dim=1).float()
@@ -213,12 +316,15 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
         return f"{int(maps.sum())} of {maps.numel()}"
 
     return {
-        "n": len(left), "left share of the first and of the second": [round(float(share), 3) for share in left.mean(0)],
+        "n": len(left),
+        "left share of the first and of the second": [round(float(share), 3) for share in left.mean(0)],
         "maps on their own half, %": round(100 * float(own.mean()), 1),
         "the first left of the second, %": round(100 * float((left[:, 0] > left[:, 1]).float().mean()), 1),
-        "pairs drawn as asked": sum(drawn), "their maps on their own half": of(drawn),
-        "pairs the model knows": sum(known), "their maps on their own half, of those": of(known),
-    }  # fmt: skip
+        "pairs drawn as asked": sum(drawn),
+        "their maps on their own half": of(drawn),
+        "pairs the model knows": sum(known),
+        "their maps on their own half, of those": of(known),
+    }
 
 
 def save_sheet(path: Path, rows: list[Tensor]) -> None:
@@ -226,7 +332,12 @@ def save_sheet(path: Path, rows: list[Tensor]) -> None:
     from PIL import Image
 
     width = max(min(len(row), 20) for row in rows)
-    blank = [torch.nn.functional.pad(torch.cat(list(row[:20]), dim=-1), (0, 128 * (width - min(len(row), 20))), value=1.0) for row in rows]
+    blank = [
+        torch.nn.functional.pad(
+            torch.cat(list(row[:20]), dim=-1), (0, 128 * (width - min(len(row), 20))), value=1.0
+        )
+        for row in rows
+    ]
     sheet = (torch.cat(blank, dim=-2).permute(1, 2, 0) * 255).round().byte().numpy()
     Image.fromarray(sheet).save(path, format="PNG")
 

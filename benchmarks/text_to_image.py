@@ -1,7 +1,8 @@
-"""How long does a whole call take, from the prompt to the picture, against diffusers with the same (random) weights?
+"""How long does a whole call take, from the prompt to the picture, against diffusers with the same (random)
+weights?
 
-    python benchmarks/text_to_image.py --json text-to-image.json
-    python benchmarks/text_to_image.py --size 128 --steps 2 --repeats 1
+python benchmarks/text_to_image.py --json text-to-image.json python benchmarks/text_to_image.py --size 128
+--steps 2 --repeats 1
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def theirs(path: Path, dtype: str) -> Any:
     """Diffusers' pipeline with DPM++ 2M."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[dtype], safety_checker=None, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        path, torch_dtype=DTYPES[dtype], safety_checker=None, local_files_only=True
+    )
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -47,20 +50,39 @@ def call(pipe: Any, who: str, size: int, steps: int, guidance: float) -> Any:
     """One call of either side."""
     options = {"height": size, "width": size}
     if who == "ldm":
-        return pipe.text_to_image(PROMPT, negative=NEGATIVE, steps=steps, guidance=guidance, sampler="dpmpp_2m", progress=False, **options)
+        return pipe.text_to_image(
+            PROMPT,
+            negative=NEGATIVE,
+            steps=steps,
+            guidance=guidance,
+            sampler="dpmpp_2m",
+            progress=False,
+            **options,
+        )
     generator = torch.Generator().manual_seed(0)
-    return pipe(PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=guidance, generator=generator, **options)
+    return pipe(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generator,
+        **options,
+    )
 
 
 def options(description: str, repeats: int) -> Any:
     """The options that the benchmarks of a whole call share."""
     made = parser(description, repeats=repeats)
-    made.add_argument("--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family, or the YAML of one")
+    made.add_argument(
+        "--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family, or the YAML of one"
+    )
     made.add_argument("--dtype", choices=DTYPES, default="bf16")
     made.add_argument("--size", type=int, default=512)
     made.add_argument("--steps", type=int, default=20)
     made.add_argument("--guidance", type=float, default=7.5)
-    made.add_argument("--folder", type=Path, help="where the weights are made and kept, 2 GB (default: a temporary folder)")
+    made.add_argument(
+        "--folder", type=Path, help="where the weights are made and kept, 2 GB (default: a temporary folder)"
+    )
     return made
 
 
@@ -71,10 +93,17 @@ def main() -> None:
         path = prepare(args.folder or Path(temporary), args.card, args.dtype)
         pipes = {"ldm": ours(path, args.card, args.dtype), "diffusers": theirs(path, args.dtype)}
         sides = {
-            who: (lambda who=who, pipe=pipe: call(pipe, who, args.size, args.steps, args.guidance)) for who, pipe in pipes.items()
+            who: lambda who=who, pipe=pipe: call(pipe, who, args.size, args.steps, args.guidance)
+            for who, pipe in pipes.items()
         }
         seconds = measure(sides, args.repeats, args.clock)
-    settings = {"card": args.card, "dtype": args.dtype, "size": args.size, "steps": args.steps, "guidance": args.guidance}
+    settings = {
+        "card": args.card,
+        "dtype": args.dtype,
+        "size": args.size,
+        "steps": args.steps,
+        "guidance": args.guidance,
+    }
     report("text to image", settings, seconds, args, bars={"diffusers": 0.75})
 
 

@@ -1,10 +1,11 @@
-"""How long does a training step of emoji-ldm's UNet take, against diffusers' UNet2DConditionModel of the same architecture?
+"""How long does a training step of emoji-ldm's UNet take, against diffusers' UNet2DConditionModel of the same
+architecture?
 
     python benchmarks/train.py --json train.json
     python benchmarks/train.py --profile                 # where the time of either side goes
 
-The step is that of `ldm.training`: autocast to bfloat16 where the processor has it, forward, backward, clipping, AdamW, on both sides; on ours the
-network is made ready by `for_training`, as there.
+The step is that of `ldm.training`: autocast to bfloat16 where the processor has it, forward, backward,
+clipping, AdamW, on both sides; on ours the network is made ready by `for_training`, as there.
 """
 
 from __future__ import annotations
@@ -31,17 +32,30 @@ def peer(c: UNetConfig) -> Any:
     down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in c.depth)
     heads = [c.split(level)[0] if c.depth[level] else 1 for level in range(len(c.channels))]
     net = UNet2DConditionModel(
-        in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=c.channels, down_block_types=down,
-        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)), layers_per_block=c.blocks, cross_attention_dim=c.context_dim,
-        attention_head_dim=heads, transformer_layers_per_block=[max(depth, 1) for depth in c.depth], use_linear_projection=c.linear_projection,
-        resnet_time_scale_shift="scale_shift" if c.scale_shift else "default", mid_block_type="UNetMidBlock2D", class_embed_type="projection",
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        block_out_channels=c.channels,
+        down_block_types=down,
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        layers_per_block=c.blocks,
+        cross_attention_dim=c.context_dim,
+        attention_head_dim=heads,
+        transformer_layers_per_block=[max(depth, 1) for depth in c.depth],
+        use_linear_projection=c.linear_projection,
+        resnet_time_scale_shift="scale_shift" if c.scale_shift else "default",
+        mid_block_type="UNetMidBlock2D",
+        class_embed_type="projection",
         projection_class_embeddings_input_dim=c.pooled_dim,
-    )  # fmt: skip
+    )
     assert not c.mid_depth  # UNet2DConditionModel gives such a middle one residual block, ours has two
     net.mid_block = UNetMidBlock2D(
-        c.channels[-1], 4 * c.channels[0], num_layers=1, add_attention=False, resnet_eps=1e-5,
+        c.channels[-1],
+        4 * c.channels[0],
+        num_layers=1,
+        add_attention=False,
+        resnet_eps=1e-5,
         resnet_time_scale_shift="scale_shift" if c.scale_shift else "default",
-    )  # fmt: skip
+    )
     return net
 
 
@@ -71,7 +85,10 @@ def profile(run: Any, steps: int = 5, most: int = 12) -> None:
     rows = sorted(record.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
     for row in rows[:most]:
-        print(f"  {row.key:<58} {row.self_cpu_time_total / steps / 1e3:8.1f} ms {100 * row.self_cpu_time_total / total:6.1f} %")
+        print(
+            f"  {row.key:<58} {row.self_cpu_time_total / steps / 1e3:8.1f} ms"
+            f" {100 * row.self_cpu_time_total / total:6.1f} %"
+        )
     print(f"  {'all':<58} {total / steps / 1e3:8.1f} ms")
 
 
@@ -90,16 +107,33 @@ def main() -> None:
     if counts[0] != counts[1]:
         raise RuntimeError(f"not the same architecture: {counts[0]} and {counts[1]} parameters")
     b, dtype = args.batch, fast_dtype("cpu")
-    x, target = torch.randn(b, config.in_channels, args.latent, args.latent), torch.randn(b, config.out_channels, args.latent, args.latent)
-    t, context, pooled = torch.randint(0, 1000, (b,)), torch.randn(b, args.tokens, config.context_dim), torch.randn(b, config.pooled_dim)
+    x, target = (
+        torch.randn(b, config.in_channels, args.latent, args.latent),
+        torch.randn(b, config.out_channels, args.latent, args.latent),
+    )
+    t, context, pooled = (
+        torch.randint(0, 1000, (b,)),
+        torch.randn(b, args.tokens, config.context_dim),
+        torch.randn(b, config.pooled_dim),
+    )
     mask = torch.arange(args.tokens).expand(b, -1) < torch.randint(4, args.tokens + 1, (b, 1))
     cond = Cond(context=context, context_mask=mask, pooled=pooled)
     sides = {
         "ldm": step(ours, lambda: ours(x, t.float(), cond), target, dtype),
-        "diffusers": step(theirs, lambda: theirs(x, t, context, class_labels=pooled, encoder_attention_mask=mask).sample, target, dtype),
+        "diffusers": step(
+            theirs,
+            lambda: theirs(x, t, context, class_labels=pooled, encoder_attention_mask=mask).sample,
+            target,
+            dtype,
+        ),
     }
     seconds = measure(sides, args.repeats, args.clock)
-    settings = {"batch": b, "latent": args.latent, "dtype": str(dtype).removeprefix("torch."), "parameters": counts[0]}
+    settings = {
+        "batch": b,
+        "latent": args.latent,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": counts[0],
+    }
     for name, run in sides.items() if args.profile else ():
         print(name)
         profile(run)

@@ -1,12 +1,14 @@
 """How good are the parts of an emoji unCLIP? ``python benchmarks/unclip_quality.py --model emoji-unclip``
 
-prior            cosine of its embeddings and the true pictures' on captions that no training saw, against that of the text's own embedding
-variations       of held-out pictures, four each: how often at least one is of the same name, by the judge of ``emoji_quality.py``; from embedding and
-                 inverted noise (the paper's bipartite latent, varied by DDIM's ``--eta``), and from the embedding alone
-reconstruction   PSNR of a picture from its embedding and its inverted noise, against that of the autoencoder alone
-upsampler        PSNR of held-out pictures made from their halves, against bicubic enlargement, with a side-by-side picture
-
-Whose the errors of text-to-image are, ``unclip_error.py`` tells.
+- prior: cosine of its embeddings and the true images' on captions that no training saw, against that of the
+  text's own embedding.
+- variations: of held-out images, four each: how often at least one has the same name, by the judge of
+  ``emoji_quality.py``; from embedding and inverted noise (the paper's bipartite latent, varied by DDIM's
+  ``--eta``), and from the embedding alone.
+- reconstruction: PSNR of an image from its embedding and its inverted noise, against that of the autoencoder
+  alone.
+- upsampler: PSNR of held-out images made from their halves, against bicubic enlargement, with a side-by-side
+  image.
 """
 
 from __future__ import annotations
@@ -48,28 +50,49 @@ def held_out(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composit
     return [drawn[i] for i in rng.permutation(len(drawn))[:n]]
 
 
-def prior_cosines(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> dict[str, Figures]:
-    """Mean cosines on held-out (name, ground) pairs and on held-out pictures: of the prior's embedding, and of the text's, to the picture's."""
+def prior_cosines(
+    pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
+) -> dict[str, Figures]:
+    """Mean cosines on held-out (name, ground) pairs and on held-out pictures: of the prior's embedding, and
+    of the text's, to the picture's."""
     rows = {}
-    for name, chosen in (("held-out pairs", draw_held_out_pairs(data, options.n, rng)), ("held-out pictures", held_out(data, options.n, rng))):
+    for name, chosen in (
+        ("held-out pairs", draw_held_out_pairs(data, options.n, rng)),
+        ("held-out pictures", held_out(data, options.n, rng)),
+    ):
         prompts = [caption(c, data.index) for c in chosen]
         true = pipe.clip.image_embedding(real(chosen, data, pipe.card.decoder.defaults.height)).vector.cpu()
         seeds = list(range(options.seed, options.seed + len(chosen)))
         made = pipe.imagine(prompts, seed=seeds, candidates=options.candidates, progress=False).vector.cpu()
         text = pipe.clip.text_embedding(prompts).vector.cpu()
-        cosine = {key: float(F.cosine_similarity(value, true).mean()) for key, value in (("prior", made), ("text", text))}
+        cosine = {
+            key: float(F.cosine_similarity(value, true).mean())
+            for key, value in (("prior", made), ("text", text))
+        }
         rows[name] = {"n": len(chosen), **cosine, "gain": cosine["prior"] - cosine["text"]}
     return rows
 
 
-def variations(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> dict[str, Figures]:
-    """Of held-out pictures, four variations each, from the bipartite latent and from the embedding alone: the shares, in per cent, of pictures and of
-    variations whose name is the judge's first; and the mean PSNR in dB between two of one picture, which says how much they vary."""
+def variations(
+    pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
+) -> dict[str, Figures]:
+    """Of held-out pictures, four variations each, from the bipartite latent and from the embedding alone: the
+    shares, in per cent, of pictures and of variations whose name is the judge's first; and the mean PSNR in
+    dB between two of one picture, which says how much they vary.
+    """
     chosen, judge = held_out(data, options.pictures, rng), EmojiJudge(data)
     truth = real(chosen, data, pipe.card.decoder.defaults.height)
     rows = {}
-    inverted = {"invert": True, "eta": options.eta, "steps": options.invert_steps, "iterations": options.iterations}
-    for name, settings in ((f"embedding and inverted noise, eta {options.eta:g}", inverted), ("embedding alone", {"upsample": False})):
+    inverted = {
+        "invert": True,
+        "eta": options.eta,
+        "steps": options.invert_steps,
+        "iterations": options.iterations,
+    }
+    for name, settings in (
+        (f"embedding and inverted noise, eta {options.eta:g}", inverted),
+        ("embedding alone", {"upsample": False}),
+    ):
         hits, between = [], []
         for k, (picture, composition) in enumerate(zip(truth, chosen, strict=True)):
             made = pipe.variations(picture, n=4, seed=options.seed + 4 * k, progress=False, **settings).tensor
@@ -82,8 +105,11 @@ def variations(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.
     return rows
 
 
-def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> Figures:
-    """Mean PSNR in dB of held-out pictures from embedding and inverted noise, of the autoencoder alone, and what is lost between."""
+def reconstruction(
+    pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
+) -> Figures:
+    """Mean PSNR in dB of held-out pictures from embedding and inverted noise, of the autoencoder alone, and
+    what is lost between."""
     truth = real(held_out(data, options.pictures, rng), data, pipe.card.decoder.defaults.height)
     space = pipe.decoder.space
     alone = in_parts(lambda at: space.decode(space.encode(truth[at], pipe.device)), len(truth))
@@ -93,8 +119,11 @@ def reconstruction(pipe: Any, data: EmojiData, options: argparse.Namespace, rng:
     return {"n": len(truth), **figures, "lost": figures["autoencoder"] - figures["reconstruction"]}
 
 
-def upsampler(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator) -> tuple[Figures, Tensor]:
-    """Mean PSNR in dB of held-out pictures from their halves, and of bicubic enlargement; rows of half, bicubic, ours and truth."""
+def upsampler(
+    pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
+) -> tuple[Figures, Tensor]:
+    """Mean PSNR in dB of held-out pictures from their halves, and of bicubic enlargement; rows of half,
+    bicubic, ours and truth."""
     stage, side = pipe.upsamplers[0], options.side
     truth = real(held_out(data, options.pictures, rng), data, side)
     factor = pipe.card.upsamplers[0].defaults.height // pipe.card.decoder.defaults.height
@@ -102,7 +131,9 @@ def upsampler(pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.r
 
     def enlarged(at: slice) -> Tensor:
         part = small[at]
-        call = stage.settle([""] * len(part), seed=list(range(at.start, at.stop)), height=side, width=side, progress=False)
+        call = stage.settle(
+            [""] * len(part), seed=list(range(at.start, at.stop)), height=side, width=side, progress=False
+        )
         return stage(part, call)
 
     made, bicubic = in_parts(enlarged, len(truth)), enlarge(small, (side, side)).clamp(0, 1)
@@ -116,13 +147,16 @@ def other_prior(pipe: Any, folder: Path) -> None:
     network, about = read_network(folder, "prior")
     clip = about_part(folder, "prior").get("clip", pipe.card.clip)
     if clip != pipe.card.clip:
-        raise ValueError(f"the prior in {str(folder)!r} was trained on {clip!r}, the model runs on {pipe.card.clip!r}")
+        raise ValueError(
+            f"the prior in {str(folder)!r} was trained on {clip!r}, the model runs on {pipe.card.clip!r}"
+        )
     card = AutoregressiveCard() if about["network"] == "AutoregressivePrior" else pipe.card.prior
     pipe.prior = prior_stage(network, card, clip=clip).eval()
 
 
 def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor | None]:
-    """The figures asked for, each over pictures drawn anew from the seed; and the rows of the upsampler's picture."""
+    """The figures asked for, each over pictures drawn anew from the seed; and the rows of the upsampler's
+    picture."""
     result: dict[str, Any] = {}
     shown = None
     for name in options.only:
@@ -143,15 +177,27 @@ def table(result: dict[str, Any]) -> str:
     """The figures as Markdown, with the bar that each is held to."""
     lines = ["| what | figure | against | difference | bar |", "|---|---|---|---|---|"]
     for name, row in result.get("prior", {}).items():
-        lines.append(f"| prior, {name}: cosine | {row['prior']:.4f} | text embedding {row['text']:.4f} | {row['gain']:+.4f} | higher |")
+        lines.append(
+            f"| prior, {name}: cosine | {row['prior']:.4f} | text embedding {row['text']:.4f} |"
+            f" {row['gain']:+.4f} | higher |"
+        )
     for name, row in result.get("variations", {}).items():
         against = f"of each {row['each']:.0f} %; {row['between']:.1f} dB between two"
         bar = "" if name == "embedding alone" else "at least 70 %"
-        lines.append(f"| variations from {name}: one of four has the name | {row['one of four']:.0f} % | {against} | | {bar} |")
-    for name, better, against, sign in (("reconstruction", "reconstruction", "autoencoder", "lost"), ("upsampler", "upsampler", "bicubic", "gain")):
+        lines.append(
+            f"| variations from {name}: one of four has the name | {row['one of four']:.0f} % | {against} | |"
+            f" {bar} |"
+        )
+    for name, better, against, sign in (
+        ("reconstruction", "reconstruction", "autoencoder", "lost"),
+        ("upsampler", "upsampler", "bicubic", "gain"),
+    ):
         if row := result.get(name):
             bar = "at most 3 dB lost" if sign == "lost" else "at least +1 dB"
-            lines.append(f"| {name}: PSNR | {row[better]:.2f} dB | {against} {row[against]:.2f} dB | {sign} {row[sign]:+.2f} dB | {bar} |")
+            lines.append(
+                f"| {name}: PSNR | {row[better]:.2f} dB | {against} {row[against]:.2f} dB | {sign}"
+                f" {row[sign]:+.2f} dB | {bar} |"
+            )
     return "\n".join(lines)
 
 
@@ -166,23 +212,54 @@ NAMES = ("prior", "variations", "reconstruction", "upsampler")
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options; impossible ones are refused."""
     parser = argparse.ArgumentParser(description="Judge the parts of an emoji unCLIP.")
-    parser.add_argument("--model", default=None, help="default: the one in the folder of weights, else emoji-unclip")
+    parser.add_argument(
+        "--model", default=None, help="default: the one in the folder of weights, else emoji-unclip"
+    )
     parser.add_argument("--weights", default=None, help="weights to judge in place of the model's own")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="which figures (default: all)")
-    parser.add_argument("--prior", type=Path, default=None, help="folder of another prior's export, such as the autoregressive one's")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, help="which figures (default: all)"
+    )
+    parser.add_argument(
+        "--prior",
+        type=Path,
+        default=None,
+        help="folder of another prior's export, such as the autoregressive one's",
+    )
     parser.add_argument("--n", type=int, default=200, help="captions of each set (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=50, help="held-out pictures (default: %(default)s)")
-    parser.add_argument("--candidates", type=int, default=1, help="embeddings the prior chooses from (default: %(default)s)")
-    parser.add_argument("--eta", type=float, default=0.25, help="of variations from inverted noise (default: %(default)s)")
-    parser.add_argument("--invert-steps", type=int, default=50, help="of DDIM and its inversion (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=4, help="of the inversion's fixed point (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=128, help="pixels of the upsampler's pictures (default: %(default)s)")
+    parser.add_argument(
+        "--candidates", type=int, default=1, help="embeddings the prior chooses from (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--eta", type=float, default=0.25, help="of variations from inverted noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--invert-steps", type=int, default=50, help="of DDIM and its inversion (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=4, help="of the inversion's fixed point (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--side", type=int, default=128, help="pixels of the upsampler's pictures (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
-    parser.add_argument("--picture", type=Path, default=None, help="write the upsampler's side-by-side picture here")
+    parser.add_argument(
+        "--picture", type=Path, default=None, help="write the upsampler's side-by-side picture here"
+    )
     options = parser.parse_args(arguments)
-    if min(options.n, options.pictures, options.candidates, options.invert_steps, options.iterations, options.side) < 1:
+    if (
+        min(
+            options.n,
+            options.pictures,
+            options.candidates,
+            options.invert_steps,
+            options.iterations,
+            options.side,
+        )
+        < 1
+    ):
         parser.error("numbers of things must be at least 1")
     return options
 

@@ -1,6 +1,7 @@
-"""How long does decoding a latent take, against diffusers (in its default memory format) and OpenVINO, with the same weights?
+"""How long does decoding a latent take, against diffusers (in its default memory format) and OpenVINO, with
+the same weights?
 
-    python benchmarks/vae.py --size 512 --dtype bf16 --json vae.json
+python benchmarks/vae.py --size 512 --dtype bf16 --json vae.json
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def main() -> None:
     settle(args)
     dtype = DTYPES[args.dtype]
     ours, theirs = vaes("small" if args.small else "kl-f8", dtype)
-    z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z = torch.randn(1, 4, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0)).to(
+        dtype
+    )
     sides = {"ldm": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
     compiled = None if args.no_openvino else openvino_module(_Decode(theirs), {"z": z}, dtype, args.threads)
     if compiled is not None:

@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Cond": "diffusion.cond", "Denoised": "diffusion.interfaces", "NoiseSchedule": "diffusion.schedule", "TimeGrid": "diffusion.grid", "Denoiser": "diffusion.denoiser", "cfg": "diffusion.guidance",
-    "SAMPLERS": "samplers", "Images": "images.result", "LatentDiffusion": "pipelines.latent", "UnCLIP": "pipelines.unclip",
-    "list_models": "registry.names", "load": "registry.loading", "save": "registry.saving", "register": "registry.names", "trace": "analysis.tracing",
+    "Cond": "diffusion.cond",
+    "Denoised": "diffusion.interfaces",
+    "NoiseSchedule": "diffusion.schedule",
+    "TimeGrid": "diffusion.grid",
+    "Denoiser": "diffusion.denoiser",
+    "cfg": "diffusion.guidance",
+    "SAMPLERS": "samplers",
+    "Images": "images.result",
+    "LatentDiffusion": "pipelines.latent",
+    "UnCLIP": "pipelines.unclip",
+    "list_models": "registry.names",
+    "load": "registry.loading",
+    "save": "registry.saving",
+    "register": "registry.names",
+    "trace": "analysis.tracing",
     "optimize": "speed.optimization",
-}  # fmt: skip
+}
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:

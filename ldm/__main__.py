@@ -12,14 +12,16 @@ from ldm.cli.tasks import TASKS, generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for wrong input, told in one line on standard error, or 1 for a file in
-    which `inspect` finds damage, NaN or code."""
+    """Run the command line; returns the exit status: 0, 2 for wrong input, told in one line on standard
+    error, or 1 for a file in which `inspect` finds damage, NaN or code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else "generate"
     if name != "generate":
         argv = argv[1:]
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    parser = argparse.ArgumentParser(prog="ldm" if name == "generate" else f"ldm {name}", description=COMMANDS[name].__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ldm" if name == "generate" else f"ldm {name}", description=COMMANDS[name].__doc__
+    )
     try:
         return COMMANDS[name](parser, argv) or 0
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
@@ -37,7 +39,9 @@ def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
     parser.add_argument("picture", help="a PNG that ldm has written")
     parser.add_argument("-o", "--output", help="where to write it (default: NAME-replay.png)")
-    parser.add_argument("--weights", help="weights in place of the embedded ones, if the picture was made with such")
+    parser.add_argument(
+        "--weights", help="weights in place of the embedded ones, if the picture was made with such"
+    )
     args = parser.parse_args(argv)
     recipe = read_recipe(args.picture)
     output = check_writable(args.output or f"{args.picture.removesuffix('.png')}-replay.png")
@@ -71,7 +75,10 @@ def train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     try:
         run.train(until=args.until)
     except KeyboardInterrupt:
-        print(f"interrupted at step {run.step}; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"interrupted at step {run.step}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     if run.step == run.config.steps:
         run.export(run.folder / "export")
@@ -100,7 +107,13 @@ def export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 def assemble(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Make the folder of an unCLIP model from its card and the exports of its trainings."""
-    parser.add_argument("card", help="a YAML file such as configs/cards/emoji-unclip.yaml: the card, and where each part was exported to")
+    parser.add_argument(
+        "card",
+        help=(
+            "a YAML file such as configs/cards/emoji-unclip.yaml: the card, and where each part was"
+            " exported to"
+        ),
+    )
     parser.add_argument("folder", help="the folder to write, which --weights and ldm.load take")
     args = parser.parse_args(argv)
     from ldm.registry.unclip.bundle import gather
@@ -115,7 +128,11 @@ def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     from ldm.catalog.lookup import find_model
     from ldm.samplers.conventions import get_convention
 
-    parser.add_argument("--model", default="emoji-ldm", help="the model whose schedule and conventions count (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default="emoji-ldm",
+        help="the model whose schedule and conventions count (default: %(default)s)",
+    )
     parser.add_argument("--sampler", help="sampling method (default: the model's)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     grid_options(parser)
@@ -123,8 +140,17 @@ def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     card = find_model(args.model)
     rules = get_convention(args.convention) if args.convention else card.grids()
     changes = {"spacing": args.spacing} if args.spacing else {}
-    sampler, steps = args.sampler or card.defaults.sampler, card.defaults.steps if args.steps is None else args.steps
-    print(describe(rules.grid(card.schedule.make(), steps, sampler, **changes), sampler, **rules.options.get(sampler, {})))
+    sampler, steps = (
+        args.sampler or card.defaults.sampler,
+        (card.defaults.steps if args.steps is None else args.steps),
+    )
+    print(
+        describe(
+            rules.grid(card.schedule.make(), steps, sampler, **changes),
+            sampler,
+            **rules.options.get(sampler, {}),
+        )
+    )
     return None
 
 
@@ -133,8 +159,12 @@ def inspect(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     from ldm.registry.inspection import inspect as look
 
     parser.add_argument("path", help="a .safetensors, .ckpt or .pt file, or a folder")
-    parser.add_argument("--nan", action="store_true", help="look for NaN and infinity, which reads every tensor")
-    parser.add_argument("--no-hash", action="store_true", help="leave the SHA-256 out, which reads every byte")
+    parser.add_argument(
+        "--nan", action="store_true", help="look for NaN and infinity, which reads every tensor"
+    )
+    parser.add_argument(
+        "--no-hash", action="store_true", help="leave the SHA-256 out, which reads every byte"
+    )
     args = parser.parse_args(argv)
     report = look(args.path, nan=args.nan, digest=not args.no_hash)
     print(report.text())
@@ -143,9 +173,16 @@ def inspect(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
 
 Command = Callable[[argparse.ArgumentParser, Sequence[str]], "int | None"]
 COMMANDS: dict[str, Command] = {
-    "generate": generate, **TASKS, "replay": replay, "models": models, "train": train, "export": export, "assemble": assemble, "grid": grid,
+    "generate": generate,
+    **TASKS,
+    "replay": replay,
+    "models": models,
+    "train": train,
+    "export": export,
+    "assemble": assemble,
+    "grid": grid,
     "inspect": inspect,
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

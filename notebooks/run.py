@@ -1,4 +1,5 @@
-"""Execute the notebooks and keep their outputs in the files: ``python notebooks/run.py`` for all, ``python notebooks/run.py 01 07`` for some."""
+"""Execute the notebooks and keep their outputs in the files: ``python notebooks/run.py`` for all, ``python
+notebooks/run.py 01 07`` for some."""
 
 from __future__ import annotations
 
@@ -27,8 +28,11 @@ def notebooks() -> list[Path]:
     return sorted(FOLDER.glob("[0-9][0-9]-*.ipynb"))
 
 
-def execute(path: Path, folder: Path, *, timeout: int = 600, environment: Mapping[str, str] | None = None) -> Any:
-    """The notebook with its outputs: run from top to bottom in a fresh kernel of this Python, with ``folder`` as the current one.
+def execute(
+    path: Path, folder: Path, *, timeout: int = 600, environment: Mapping[str, str] | None = None
+) -> Any:
+    """The notebook with its outputs: run from top to bottom in a fresh kernel of this Python, with ``folder``
+    as the current one.
 
     ``environment``: variables that the kernel has besides its parent's. An error in a cell is raised.
     """
@@ -37,24 +41,35 @@ def execute(path: Path, folder: Path, *, timeout: int = 600, environment: Mappin
         spec = Path(kernels) / "kernels" / KERNEL
         spec.mkdir(parents=True)
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        own = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), **(environment or {})}
-        (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": KERNEL, "language": "python", "env": own}))
+        own = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            **(environment or {}),
+        }
+        (spec / "kernel.json").write_text(
+            json.dumps({"argv": command, "display_name": KERNEL, "language": "python", "env": own})
+        )
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [kernels, before]))
         try:
             place = {"metadata": {"path": str(folder)}}
-            NotebookClient(notebook, timeout=timeout, kernel_name=KERNEL, resources=place, record_timing=False).execute()
+            NotebookClient(
+                notebook, timeout=timeout, kernel_name=KERNEL, resources=place, record_timing=False
+            ).execute()
         finally:
             if before is None:
                 del os.environ["JUPYTER_PATH"]
             else:
                 os.environ["JUPYTER_PATH"] = before
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     return notebook
 
 
 def shrink(notebook: Any) -> None:
-    """Pictures in the outputs made small, so that a file can be read in a browser: drawings with 256 colours of their own, others as JPEG."""
+    """Pictures in the outputs made small, so that a file can be read in a browser: drawings with 256 colours
+    of their own, others as JPEG."""
     from PIL import Image, ImageChops, ImageStat
 
     for data in (output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])):
@@ -64,7 +79,9 @@ def shrink(notebook: Any) -> None:
         picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
         drawn = picture.quantize(256, dither=Image.Dither.NONE)
         small = io.BytesIO()
-        if max(ImageStat.Stat(ImageChops.difference(picture, drawn.convert("RGB"))).rms) < 1.5:  # levels of 255
+        if (
+            max(ImageStat.Stat(ImageChops.difference(picture, drawn.convert("RGB"))).rms) < 1.5
+        ):  # levels of 255
             drawn.save(small, "PNG", optimize=True)
             kind = "image/png"
         else:
@@ -90,7 +107,10 @@ def main() -> None:
         temporary = path.with_suffix(".tmp")
         nbformat.write(notebook, temporary)
         os.replace(temporary, path)
-        spent = f"{time.monotonic() - start:.0f} s, {sum(os.times()[2:4]) - computed:.0f} s of them on a processor"
+        spent = (
+            f"{time.monotonic() - start:.0f} s, {sum(os.times()[2:4]) - computed:.0f} s of them on a"
+            " processor"
+        )
         print(f"{path.name}: {spent}, {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 

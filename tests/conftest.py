@@ -1,10 +1,12 @@
-"""A data set that the tests draw: six shapes in three styles, 64×64."""
+"""What all tests share: a data set that they draw, six shapes in three styles, 64×64; a clean registry."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
+from ldm.catalog.lookup import REGISTERED
 from ldm.data import EmojiData, Picture, PictureIndex, held_out_picture
 
 SIDE = 64
@@ -37,10 +39,18 @@ def drawn() -> EmojiData:
     tags = {"cat-face": ("kitty", "cat"), "red-disc": ("round", "cat-face")}
     labels = {"ring": "hoop", "cat-face": "cat face"}
     rows = [
-        Picture(name=name, style=style, label=labels.get(name), tags=tags.get(name, ()), held_out=(name, style) == ("ring", "fluent"))
+        Picture(
+            name=name,
+            style=style,
+            label=labels.get(name),
+            tags=tags.get(name, ()),
+            held_out=(name, style) == ("ring", "fluent"),
+        )
         for name, style in kinds
     ]
-    return EmojiData(pictures=np.stack([draw(*kind) for kind in kinds]), index=PictureIndex(rows), manifest={})
+    return EmojiData(
+        pictures=np.stack([draw(*kind) for kind in kinds]), index=PictureIndex(rows), manifest={}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +58,9 @@ def many() -> PictureIndex:
     """An index of 600 invented names in three styles, held out as the builder does it."""
     names = [f"thing-{i}" for i in range(600)]
     return PictureIndex(
-        Picture(name=name, style=style, held_out=held_out_picture(name, style)) for style in ("noto", "fluent", "twemoji") for name in names
+        Picture(name=name, style=style, held_out=held_out_picture(name, style))
+        for style in ("noto", "fluent", "twemoji")
+        for name in names
     )
 
 
@@ -60,3 +72,11 @@ def folder(drawn, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(rows))
     (tmp_path / "manifest.json").write_text("{}")
     return tmp_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_registered_cards() -> Iterator[None]:
+    before = dict(REGISTERED)
+    yield
+    REGISTERED.clear()
+    REGISTERED.update(before)

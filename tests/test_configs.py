@@ -1,19 +1,17 @@
-"""The configurations in the repository, and those of the trials: all of them are ones that training accepts."""
+"""The configurations in the repository, and those of the trials: all of them are ones that training
+accepts."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+import trials
 import yaml
 
 from ldm.training.run import read_config
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import trials  # noqa: E402
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -28,7 +28,9 @@ def run(pipe, prompt="red apple on a blue background", **options):
     return pipe.text_to_image(prompt, progress=False, steps=8, **options)
 
 
-@pytest.mark.parametrize(("folders", "limit"), [(["emoji-ldm", "emoji-clip"], 48e6), (["emoji-unclip"], 64e6)])
+@pytest.mark.parametrize(
+    ("folders", "limit"), [(["emoji-ldm", "emoji-clip"], 48e6), (["emoji-unclip"], 64e6)]
+)
 def test_a_model_keeps_within_its_megabytes_and_carries_its_notices(folders, limit):
     files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]
     assert 1e6 < sum(path.stat().st_size for path in files) <= limit
@@ -42,7 +44,9 @@ def test_picture_i_of_a_batch_is_that_of_its_seed_within_two_levels(dtype):
     batch = run(pipe, n=4, seed=11).numpy().astype(int)
     for i in range(4):
         alone = run(pipe, seed=11 + i).numpy().astype(int)
-        assert abs(batch[i] - alone[0]).max() <= 2  # the noise is the same to the bit; products of another batch size round differently
+        assert (
+            abs(batch[i] - alone[0]).max() <= 2
+        )  # the noise is the same to the bit; products of another batch size round differently
 
 
 def test_a_picture_has_its_ground_and_no_warning(pipe, recwarn):
@@ -56,12 +60,19 @@ def test_a_picture_has_its_ground_and_no_warning(pipe, recwarn):
 
 
 def test_the_words_of_the_data_set_are_known(pipe):
-    for prompt in ("a kitty", "fluent rocket", "twemoji cat face on an orange background", "a small red apple at the top and a dog side by side"):
+    for prompt in (
+        "a kitty",
+        "fluent rocket",
+        "twemoji cat face on an orange background",
+        "a small red apple at the top and a dog side by side",
+    ):
         assert pipe.text.unknown(prompt) == []
 
 
 def test_latents_have_unit_variance(pipe):
-    x = torch.rand(4, 3, 1, 1).expand(4, 3, 128, 128)  # plain grounds: far fewer than training saw, so only the order of magnitude
+    x = torch.rand(4, 3, 1, 1).expand(
+        4, 3, 128, 128
+    )  # plain grounds: far fewer than training saw, so only the order of magnitude
     assert 0.2 < float(pipe.encode(x).std()) < 3
 
 
@@ -70,7 +81,9 @@ def test_the_image_tower_loads():
     assert tower(tower.prepare(torch.rand(2, 3, 128, 128))).pooled.shape == (2, 256)
 
 
-@pytest.mark.parametrize(("options", "side", "name"), [([], 128, "x.png"), (["--model", "emoji-unclip"], 512, "four.png")])
+@pytest.mark.parametrize(
+    ("options", "side", "name"), [([], 128, "x.png"), (["--model", "emoji-unclip"], 512, "four.png")]
+)
 def test_the_first_command_works_without_a_network(tmp_path, options, side, name):
     code = (
         "import socket, sys\n"
@@ -92,7 +105,10 @@ def test_the_prior_s_embedding_is_nearer_to_the_picture_s_than_to_other_texts():
     model = ldm.load("emoji-unclip", device="cpu", dtype="float32")
     prompts = ["red apple", "cat face", "rocket", "sunflower on a blue background"]
     with torch.no_grad():
-        made, texts = model.imagine(prompts, progress=False).unit().vector, model.clip.text_embedding(prompts).unit().vector
+        made, texts = (
+            model.imagine(prompts, progress=False).unit().vector,
+            model.clip.text_embedding(prompts).unit().vector,
+        )
     assert (made @ texts.T).argmax(1).tolist() == [0, 1, 2, 3]
     images = model.text_to_image(prompts, n=1, upsample=False, progress=False)
     seen = model.clip.image_embedding(images.tensor).unit().vector
@@ -111,9 +127,16 @@ def test_a_traced_picture_is_the_untraced_one_and_its_maps_are_probabilities(pip
 
 def test_of_two_things_side_by_side_each_words_effect_lies_on_its_own_half(pipe):
     for a, b in (("rocket", "pizza"), ("dog face", "banana"), ("cactus", "star")):
-        made = run(pipe, [f"{a} and {b} side by side", f"({a}:0) and {b} side by side", f"{a} and ({b}:0) side by side"], seed=[1, 1, 1]).tensor
+        made = run(
+            pipe,
+            [f"{a} and {b} side by side", f"({a}:0) and {b} side by side", f"{a} and ({b}:0) side by side"],
+            seed=[1, 1, 1],
+        ).tensor
         first, second = ((made[i] - made[0]).abs().mean(0) for i in (1, 2))
-        assert first[:, :64].sum() > 1.2 * first[:, 64:].sum() and second[:, 64:].sum() > 1.2 * second[:, :64].sum()
+        assert (
+            first[:, :64].sum() > 1.2 * first[:, 64:].sum()
+            and second[:, 64:].sum() > 1.2 * second[:, :64].sum()
+        )
 
 
 def test_attention_lies_where_the_word_is_drawn(pipe):
@@ -128,4 +151,7 @@ def test_attention_lies_where_the_word_is_drawn(pipe):
         run(pipe)
     thing, ground = (t.attention(word)[0] for word in ("apple", "background"))
     middle, edge = (slice(5, 11), slice(5, 11)), [0, -1]
-    assert thing[middle].mean() > 1.5 * thing[edge][:, edge].mean() and ground[edge][:, edge].mean() > 1.5 * ground[middle].mean()
+    assert (
+        thing[middle].mean() > 1.5 * thing[edge][:, edge].mean()
+        and ground[edge][:, edge].mean() > 1.5 * ground[middle].mean()
+    )

@@ -1,11 +1,11 @@
-"""The notebooks: executed from top to bottom in a clean folder, and kept with outputs that can be read on a code host.
+"""The notebooks: executed from top to bottom in a clean folder, and kept with outputs that can be read on a
+code host.
 
 All with what they say in full: ``python notebooks/run.py``. Here 09 trains for a fiftieth of its minute.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,22 @@ pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 pytest.importorskip("matplotlib")
 import nbformat  # noqa: E402
+from run import execute, notebooks  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-sys.path.insert(0, str(FOLDER))
-from run import execute, notebooks  # noqa: E402
 
 SHORT = {"LDM_NOTEBOOK_MINUTES": "0.02"}
 
 
 def pictures(notebook):
     """How many pictures a notebook's outputs hold, cell by cell."""
-    return [sum(bool({"image/png", "image/jpeg"} & {*output.get("data", {})}) for output in cell.get("outputs", [])) for cell in notebook.cells]
+    return [
+        sum(
+            bool({"image/png", "image/jpeg"} & {*output.get("data", {})})
+            for output in cell.get("outputs", [])
+        )
+        for cell in notebook.cells
+    ]
 
 
 def test_there_are_ten():
@@ -47,11 +52,17 @@ def test_a_notebook_is_kept_with_outputs_small_enough_to_be_read_in_a_browser(pa
     assert path.stat().st_size <= 500_000
     cells = [cell for cell in kept.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not any(output.output_type == "error" or output.get("name") == "stderr" for cell in cells for output in cell.outputs)
+    assert not any(
+        output.output_type == "error" or output.get("name") == "stderr"
+        for cell in cells
+        for output in cell.outputs
+    )
     assert kept.cells[0].cell_type == "markdown" and "?" in kept.cells[0].source  # its question
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
 def test_a_notebook_imports_the_library_and_redefines_nothing_of_it(path):
-    source = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    source = "\n".join(
+        cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+    )
     assert "import ldm\n" in source and "class " not in source and "http" not in source

@@ -20,14 +20,24 @@ class Bits(NamedTuple):
     error: Tensor
 
 
-def flow_bits(denoise: DenoiseFn, x0: Tensor, grid: TimeGrid, *, noise: NoiseFn, probes: int = 1, bin_width: float | None = None) -> Bits:
-    """Bits per dimension of x0 (B, *S) by the probability-flow ODE  (Song et al., arXiv:2011.13456, eq. 39–40).
+def flow_bits(
+    denoise: DenoiseFn,
+    x0: Tensor,
+    grid: TimeGrid,
+    *,
+    noise: NoiseFn,
+    probes: int = 1,
+    bin_width: float | None = None,
+) -> Bits:
+    """Bits per dimension of x0 (B, *S) by the probability-flow ODE  (Song et al., arXiv:2011.13456, eq.
+    39–40).
 
-    With y = x/alpha, rho = sigma/alpha: dy/drho = eps and dlog p/drho = −div eps, from rho of the grid's last state with noise to its first, by
-    the classical Runge–Kutta method in log rho over the grid's own steps (4 evaluations and 4·probes gradients each); there x is taken for
-    standard normal. Hutchinson's estimate of the divergence takes ``probes`` vectors of ±1, the signs of draws 0, 1, … of ``noise``; the error
-    is over them (nan for one probe). ``bin_width``: the data are the bins' dequantised values (2/255 for 8-bit pixels in [−1, 1]) and the bits
-    are those of the bin.
+    With y = x/alpha, rho = sigma/alpha: dy/drho = eps and dlog p/drho = −div eps, from rho of the grid's last
+    state with noise to its first, by the classical Runge–Kutta method in log rho over the grid's own steps (4
+    evaluations and 4·probes gradients each); there x is taken for standard normal. Hutchinson's estimate of
+    the divergence takes ``probes`` vectors of ±1, the signs of draws 0, 1, … of ``noise``; the error is over
+    them (nan for one probe). ``bin_width``: the data are the bins' dequantised values (2/255 for 8-bit pixels
+    in [−1, 1]) and the bits are those of the bin.
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
@@ -49,10 +59,14 @@ def flow_bits(denoise: DenoiseFn, x0: Tensor, grid: TimeGrid, *, noise: NoiseFn,
     prior = -0.5 * _square(y) / variance - 0.5 * dims * math.log(2 * math.pi * variance)
     scale = dims * math.log(2)
     bits = -(prior + trace.mean(0)) / scale - (0 if bin_width is None else math.log2(bin_width))
-    return Bits(bits, trace.std(0) / math.sqrt(probes) / scale if probes > 1 else torch.full_like(bits, math.nan))
+    return Bits(
+        bits, trace.std(0) / math.sqrt(probes) / scale if probes > 1 else torch.full_like(bits, math.nan)
+    )
 
 
-def _slope(denoise: DenoiseFn, y: Tensor, level: float, grid: TimeGrid, signs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _slope(
+    denoise: DenoiseFn, y: Tensor, level: float, grid: TimeGrid, signs: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """dy/dlog rho (B, *S) and the estimates of its divergence (probes, B), at log rho = level."""
     rho = math.exp(level)
     with torch.inference_mode(False), torch.enable_grad():
@@ -62,18 +76,28 @@ def _slope(denoise: DenoiseFn, y: Tensor, level: float, grid: TimeGrid, signs: l
         traces = []
         for k, v in enumerate(signs):
             (pulled,) = torch.autograd.grad((eps * v).sum(), x, retain_graph=k + 1 < len(signs))
-            traces.append((pulled * v).flatten(1).sum(1).to("cpu", torch.float64) * (rho / math.sqrt(1 + rho**2)))
+            traces.append(
+                (pulled * v).flatten(1).sum(1).to("cpu", torch.float64) * (rho / math.sqrt(1 + rho**2))
+            )
     return rho * eps.detach(), torch.stack(traces)
 
 
 def bound_bits(
-    denoise: DenoiseFn, x0: Tensor, grid: TimeGrid, *, noise: NoiseFn, samples: int = 100, bin_width: float | None = None
+    denoise: DenoiseFn,
+    x0: Tensor,
+    grid: TimeGrid,
+    *,
+    noise: NoiseFn,
+    samples: int = 100,
+    bin_width: float | None = None,
 ) -> Bits:
-    """The variational bound on x0's (B, *S) bits per dimension in continuous time  (VDM, arXiv:2107.00630, eq. 11–15).
+    """The variational bound on x0's (B, *S) bits per dimension in continuous time  (VDM, arXiv:2107.00630,
+    eq. 11–15).
 
-    KL(q(x_T | x0) | N(0, 1)) + (lambda_max − lambda_min)·E ‖eps − eps_hat‖² + E[−log N(x0; y_0, rho_min²)], between the grid's first state and
-    its last with noise, where y_0 = x0 + rho_min·eps. lambda is drawn from ``samples`` equal strata; draw 2k of ``noise`` makes the k-th eps,
-    draw 2k + 1 its place in the stratum. The error is from the differences of neighbouring strata. ``bin_width`` as for ``flow_bits``.
+    KL(q(x_T | x0) | N(0, 1)) + (lambda_max − lambda_min)·E ‖eps − eps_hat‖² + E[−log N(x0; y_0, rho_min²)],
+    between the grid's first state and its last with noise, where y_0 = x0 + rho_min·eps. lambda is drawn from
+    ``samples`` equal strata; draw 2k of ``noise`` makes the k-th eps, draw 2k + 1 its place in the stratum.
+    The error is from the differences of neighbouring strata. ``bin_width`` as for ``flow_bits``.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
@@ -84,12 +108,15 @@ def bound_bits(
     losses = []
     for k in range(samples):
         eps = noise(2 * k, x0)
-        place = torch.special.ndtr(noise(2 * k + 1, x0).flatten(1)[:, 0].to("cpu", torch.float64))  # (B,) uniform
+        place = torch.special.ndtr(
+            noise(2 * k + 1, x0).flatten(1)[:, 0].to("cpu", torch.float64)
+        )  # (B,) uniform
         level = -(low + (k + place) / samples * (high - low))  # log rho
         alpha, sigma = (broadcast(torch.sigmoid(sign * 2 * level).sqrt(), x0) for sign in (-1, 1))
         with torch.no_grad():
             guess = denoise(alpha * x0 + sigma * eps, grid.time(level)).eps
-        # ‖eps‖² has mean D: subtracted with any weight it leaves the mean, and with alpha⁴ (the best for N(0, 1)) much of the spread goes
+        # ‖eps‖² has mean D: subtracted with any weight it leaves the mean, and with alpha⁴ (the best for N(0,
+        # 1)) much of the spread goes
         excess = _square(eps) - x0[0].numel()
         losses.append((_square(eps - guess) - torch.sigmoid(-2 * level).square() * excess) * (high - low))
     loss = torch.stack(losses)  # (samples, B)
@@ -98,7 +125,9 @@ def bound_bits(
     prior = 0.5 * (alpha**2 * _square(x0) + dims * (sigma**2 - 1 - 2 * math.log(sigma)))
     reconstruction = 0.5 * dims * (1 + math.log(2 * math.pi) - 2 * high)
     scale = dims * math.log(2)
-    bits = (prior + loss.mean(0) + reconstruction) / scale - (0 if bin_width is None else math.log2(bin_width))
+    bits = (prior + loss.mean(0) + reconstruction) / scale - (
+        0 if bin_width is None else math.log2(bin_width)
+    )
     spread = (loss.diff(dim=0).square().mean(0) / 2).sqrt()  # within strata, by neighbours
     return Bits(bits, spread / math.sqrt(samples) / scale)
 

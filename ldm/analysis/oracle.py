@@ -1,4 +1,5 @@
-"""Denoisers in closed form: Gaussian mixtures, whose score and probability flow are known exactly. What a solver does is measured against them."""
+"""Denoisers in closed form: Gaussian mixtures, whose score and probability flow are known exactly. What a
+solver does is measured against them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from ldm.samplers import get_sampler
 
 Options = Mapping[str, Any]
 CHURN = {"s_churn": 10.0, "s_max": 5.0, "s_min": 0.1}
-# Sampler, options, order of its error. UniPC's corrector gives one order more than UniP-p. PLMS takes equal steps for granted: the second is left.
+# Sampler, options, order of its error. UniPC's corrector gives one order more than UniP-p. PLMS takes equal
+# steps for granted: the second is left.
 DETERMINISTIC: tuple[tuple[str, Options, int], ...] = (
     ("ddim", {}, 1),
     ("euler", {}, 1),
@@ -50,7 +52,8 @@ DETERMINISTIC: tuple[tuple[str, Options, int], ...] = (
     ("unipc", {"order": 3, "lower_order_final": False}, 4),
     ("unipc", {"order": 3, "lower_order_final": False, "variant": "bh1"}, 4),
 )
-# Sampler, options, weak order (None: it has steps of its own), and steps that bring the bias below a standard error of 20,000 samples.
+# Sampler, options, weak order (None: it has steps of its own), and steps that bring the bias below a standard
+# error of 20,000 samples.
 STOCHASTIC: tuple[tuple[str, Options, int | None, int], ...] = (
     ("ddpm", {"variance": "small"}, 1, 1000),
     ("ddpm", {"variance": "large"}, 1, 1000),
@@ -82,7 +85,9 @@ class Mixture:
         """(n, D) float64."""
         g = torch.Generator().manual_seed(seed)
         k = torch.multinomial(self.weights, n, replacement=True, generator=g)
-        return self.means[k] + self.stds[k, None] * torch.randn(n, self.means.shape[1], generator=g, dtype=torch.float64)
+        return self.means[k] + self.stds[k, None] * torch.randn(
+            n, self.means.shape[1], generator=g, dtype=torch.float64
+        )
 
     def x0(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """E[x0 | x_t = x], (B, D); alpha and sigma broadcast against x."""
@@ -90,7 +95,9 @@ class Mixture:
         var = a**2 * self.stds**2 + s**2  # (1 or B, K)
         delta = x[:, None, :] - a[..., None] * self.means  # (B, K, D)
         logit = self.weights.log() - 0.5 * delta.square().sum(-1) / var - 0.5 * x.shape[1] * var.log()
-        means = self.means + (a * self.stds**2 / var)[..., None] * delta  # of each component's posterior, (B, K, D)
+        means = (
+            self.means + (a * self.stds**2 / var)[..., None] * delta
+        )  # of each component's posterior, (B, K, D)
         return (logit.softmax(1)[..., None] * means).sum(1)
 
     def denoise(self, schedule: NoiseSchedule) -> DenoiseFn:
@@ -107,7 +114,9 @@ class Mixture:
         """log density of x_t, (B,) in nats."""
         var = alpha**2 * self.stds**2 + sigma**2  # (K,)
         square = (x[:, None, :] - alpha * self.means).square().sum(-1)  # (B, K)
-        return (self.weights.log() - 0.5 * square / var - 0.5 * x.shape[1] * (2 * math.pi * var).log()).logsumexp(1)
+        return (
+            self.weights.log() - 0.5 * square / var - 0.5 * x.shape[1] * (2 * math.pi * var).log()
+        ).logsumexp(1)
 
     def moments(self, alpha: float = 1.0, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of x_t."""
@@ -118,12 +127,15 @@ class Mixture:
         return mean, torch.einsum("k,ki,kj->ij", self.weights, delta, delta) + spread
 
     def z_scores(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> dict[str, float]:
-        """How many standard errors the mean, covariance and components' weights of samples x (B, D) of x_t are from the truth.
+        """How many standard errors the mean, covariance and components' weights of samples x (B, D) of x_t
+        are from the truth.
 
         The weights are counted by the nearest component: for components that lie well apart.
         """
         n, (mean, cov) = len(x), self.moments(alpha, sigma)
-        scores = {f"mean {i}": float((x[:, i].mean() - mean[i]) / (cov[i, i] / n).sqrt()) for i in range(x.shape[1])}
+        scores = {
+            f"mean {i}": float((x[:, i].mean() - mean[i]) / (cov[i, i] / n).sqrt()) for i in range(x.shape[1])
+        }
         centred = x - mean
         for i in range(x.shape[1]):
             for j in range(i, x.shape[1]):
@@ -136,7 +148,8 @@ class Mixture:
         return scores
 
     def flow(self, x: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
-        """The probability flow's exact map of x (B, 1) from state (alpha, sigma) to another: in one dimension it keeps the quantile."""
+        """The probability flow's exact map of x (B, 1) from state (alpha, sigma) to another: in one dimension
+        it keeps the quantile."""
         wanted = self._logit_cdf(x, *start)
         width = float(40 * (abs(self.means).max() + self.stds.max() + 1))
         low, high = torch.full_like(x, -width), torch.full_like(x, width)
@@ -180,7 +193,8 @@ def planar() -> Mixture:
 
 
 class AnalyticNet(nn.Module):
-    """The network that a perfect training of ``prediction`` would give; Cond.pooled (B, D), where set, shifts the data. ``calls`` counts."""
+    """The network that a perfect training of ``prediction`` would give; Cond.pooled (B, D), where set, shifts
+    the data. ``calls`` counts."""
 
     def __init__(self, data: Mixture, schedule: NoiseSchedule, prediction: Prediction) -> None:
         super().__init__()
@@ -194,14 +208,25 @@ class AnalyticNet(nn.Module):
         return target(x0, (x - alpha * x0) / sigma, alpha, sigma, self.prediction)
 
 
-def flow_error(data: Mixture, schedule: NoiseSchedule, grid: TimeGrid, run: Callable[[DenoiseFn, Tensor], Tensor]) -> float:
-    """Root mean square of a solver's error against the exact flow from the grid's first state to its last, over 9 starting points."""
+def flow_error(
+    data: Mixture, schedule: NoiseSchedule, grid: TimeGrid, run: Callable[[DenoiseFn, Tensor], Tensor]
+) -> float:
+    """Root mean square of a solver's error against the exact flow from the grid's first state to its last,
+    over 9 starting points."""
     x = torch.linspace(-1.6, 1.6, 9, dtype=torch.float64)[:, None]
-    return float((run(data.denoise(schedule), x) - data.flow(x, _state(grid, 0), _state(grid, -1))).square().mean().sqrt())
+    return float(
+        (run(data.denoise(schedule), x) - data.flow(x, _state(grid, 0), _state(grid, -1)))
+        .square()
+        .mean()
+        .sqrt()
+    )
 
 
-def solver_error(sampler: str, options: Options, data: Mixture, schedule: NoiseSchedule, grid: TimeGrid, *, start: int = 0) -> float:
-    """``flow_error`` of a sampler, its first ``start`` steps put on the exact flow: a multistep method shows its order once its history is right."""
+def solver_error(
+    sampler: str, options: Options, data: Mixture, schedule: NoiseSchedule, grid: TimeGrid, *, start: int = 0
+) -> float:
+    """``flow_error`` of a sampler, its first ``start`` steps put on the exact flow: a multistep method shows
+    its order once its history is right."""
 
     def run(fn: DenoiseFn, x: Tensor) -> Tensor:
         def exact(i: int, x_i: Tensor, d: Denoised) -> Tensor | None:
@@ -222,11 +247,13 @@ def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
     return -float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def settled_slope(steps: Sequence[int], errors: Sequence[float], *, change: float = 0.05) -> tuple[float, int]:
+def settled_slope(
+    steps: Sequence[int], errors: Sequence[float], *, change: float = 0.05
+) -> tuple[float, int]:
     """The slope where it is asymptotic, and from which number of steps on that is.
 
-    From the finest pair backwards, for as long as the slope of a pair differs by at most ``change`` from that of the next finer one. The
-    rule does not look at the order that is expected.
+    From the finest pair backwards, for as long as the slope of a pair differs by at most ``change`` from that
+    of the next finer one. The rule does not look at the order that is expected.
     """
     local = [slope(steps[i : i + 2], errors[i : i + 2]) for i in range(len(steps) - 1)]
     first = len(local) - 1
@@ -235,11 +262,14 @@ def settled_slope(steps: Sequence[int], errors: Sequence[float], *, change: floa
     return slope(steps[first:], errors[first:]), steps[first]
 
 
-def affine_moments(run: Callable[[Tensor, NoiseFn], Tensor], draws: int, mean: float, std: float) -> tuple[float, float]:
-    """Mean and deviation of what a stochastic solver makes of N(mean, std²) where its denoiser is affine (one Gaussian): exact, no sampling.
+def affine_moments(
+    run: Callable[[Tensor, NoiseFn], Tensor], draws: int, mean: float, std: float
+) -> tuple[float, float]:
+    """Mean and deviation of what a stochastic solver makes of N(mean, std²) where its denoiser is affine (one
+    Gaussian): exact, no sampling.
 
-    The result is c + a·x + sum_k b_k·z_k. ``run(x (B, 1), noise)`` is called once with a batch of x = 0, x = 1 and every unit draw, so c, a and
-    b_k are read off; ``draws`` bounds the number of draws.
+    The result is c + a·x + sum_k b_k·z_k. ``run(x (B, 1), noise)`` is called once with a batch of x = 0, x =
+    1 and every unit draw, so c, a and b_k are read off; ``draws`` bounds the number of draws.
     """
     x = torch.zeros(draws + 2, 1, dtype=torch.float64)
     x[1] = 1
@@ -256,8 +286,11 @@ def affine_moments(run: Callable[[Tensor, NoiseFn], Tensor], draws: int, mean: f
     return float(c + a * mean), float((a**2 * std**2 + b.square().sum()).sqrt())
 
 
-def solver_bias(sampler: str, options: Options, std: float, schedule: NoiseSchedule, grid: TimeGrid) -> tuple[float, float, float]:
-    """A stochastic sampler's exact errors of mean and deviation at the grid's end, and the true deviation there, for the data N(1, std²).
+def solver_bias(
+    sampler: str, options: Options, std: float, schedule: NoiseSchedule, grid: TimeGrid
+) -> tuple[float, float, float]:
+    """A stochastic sampler's exact errors of mean and deviation at the grid's end, and the true deviation
+    there, for the data N(1, std²).
 
     From the exact state at the grid's beginning; no sampling (``affine_moments``).
     """

@@ -15,7 +15,8 @@ ADAPTIVE = ("dpm_adaptive",)  # evaluations depend on the network
 
 
 def evaluations(grid: TimeGrid, sampler: str, **options: Any) -> int | None:
-    """How often the sampler will call the denoiser on the grid, counted on a stand-in; None where that depends on the network."""
+    """How often the sampler will call the denoiser on the grid, counted on a stand-in; None where that
+    depends on the network."""
     if sampler in ADAPTIVE:
         return None
     return len(visits(grid, sampler, **options))
@@ -29,14 +30,21 @@ def visits(grid: TimeGrid, sampler: str, **options: Any) -> list[float]:
         seen.append(float(torch.as_tensor(t).reshape(-1)[0]))
         return Denoised(x * 0, x, x * 0)
 
-    get_sampler(sampler)(denoise, torch.zeros(1, 1), grid, noise=lambda k, like: torch.zeros_like(like), **options)
+    get_sampler(sampler)(
+        denoise, torch.zeros(1, 1), grid, noise=lambda k, like: torch.zeros_like(like), **options
+    )
     return seen
 
 
 def describe(grid: TimeGrid, sampler: str, **options: Any) -> str:
-    """A table of the grid's states: step, t, alpha-bar, sigma, sigma/alpha, lambda; above it the sampler, its options and its evaluations."""
+    """A table of the grid's states: step, t, alpha-bar, sigma, sigma/alpha, lambda; above it the sampler, its
+    options and its evaluations."""
     count = evaluations(grid, sampler, **options)
-    told = "evaluations: as its error tolerance asks" if count is None else f"{count} evaluation{'s' * (count != 1)}"
+    told = (
+        "evaluations: as its error tolerance asks"
+        if count is None
+        else f"{count} evaluation{'s' * (count != 1)}"
+    )
     chosen = "".join(f", {name} {value}" for name, value in options.items())
     lines = [f"{sampler}{chosen}: {len(grid)} step{'s' * (len(grid) != 1)}, {told}"]
     lines.append(f"{'step':>4} {'t':>9} {'alpha-bar':>10} {'sigma':>8} {'sigma/alpha':>11} {'lambda':>9}")

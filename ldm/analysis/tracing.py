@@ -1,4 +1,5 @@
-"""Looking inside a run: attention to each word, predictions of the clean picture, norms, and what any module gives."""
+"""Looking inside a run: attention to each word, predictions of the clean picture, norms, and what any module
+gives."""
 
 from __future__ import annotations
 
@@ -22,16 +23,27 @@ from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
 from ldm.support.config import nearest
 
-RED, OPAQUE = (0.9, 0.1, 0.1), 0.8  # of a heat map: its colour, and how much of it hides the picture where it is full
+RED, OPAQUE = (
+    (
+        0.9,
+        0.1,
+        0.1,
+    ),
+    0.8,
+)  # of a heat map: its colour, and how much of it hides the picture where it is full
 Size = tuple[int, int]
-Hook = Callable[[nn.Module, Any, Any], Any]  # (module, its inputs, its output) -> another output, or None to leave it
+Hook = Callable[
+    [nn.Module, Any, Any], Any
+]  # (module, its inputs, its output) -> another output, or None to leave it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: its index, the timestep ``t`` of its last evaluation, the prediction ``x0`` (B, C, h, w) under guidance, and root mean squares (B,)
-    of the state behind the step, of x0 and of eps. ``attention``: by the name of each cross-attention (B, h, w, M), the mean over heads (and over
-    evaluations, where the step has several) of the probabilities of the conditional branch; over M tokens each sums to 1."""
+    """One step: its index, the timestep ``t`` of its last evaluation, the prediction ``x0`` (B, C, h, w)
+    under guidance, and root mean squares (B,) of the state behind the step, of x0 and of eps. ``attention``:
+    by the name of each cross-attention (B, h, w, M), the mean over heads (and over evaluations, where the
+    step has several) of the probabilities of the conditional branch; over M tokens each sums to 1.
+    """
 
     index: int
     t: float
@@ -42,9 +54,11 @@ class Step:
 
 @dataclass(kw_only=True)
 class Trace:
-    """What `trace` recorded of the last task that ran: ``steps``, ``images`` and ``prompts``, and ``outputs`` of hooked modules, a list for each.
+    """What `trace` recorded of the last task that ran: ``steps``, ``images`` and ``prompts``, and ``outputs``
+    of hooked modules, a list for each.
 
-    Of an unCLIP model it is the run of the decoder, before it is enlarged, and without maps: what asks for attention to words raises ValueError.
+    Of an unCLIP model it is the run of the decoder, before it is enlarged, and without maps: what asks for
+    attention to words raises ValueError.
     """
 
     pipe: LatentDiffusion | UnCLIP
@@ -62,10 +76,14 @@ class Trace:
         """The predictions of the clean picture, decoded: one `Images` a step."""
         images = self._made()
         decode = self.pipe.decoder.space.decode if isinstance(self.pipe, UnCLIP) else self.pipe.decode
-        return [Images(tensor=decode(step.x0.to(self.pipe.device)), seeds=images.seeds, prompts=images.prompts) for step in self.steps]
+        return [
+            Images(tensor=decode(step.x0.to(self.pipe.device)), seeds=images.seeds, prompts=images.prompts)
+            for step in self.steps
+        ]
 
     def norms(self) -> dict[str, Tensor]:
-        """Root mean squares over the run, each (N, B): "x" behind each step, "x0" and "eps" as predicted in it."""
+        """Root mean squares over the run, each (N, B): "x" behind each step, "x0" and "eps" as predicted in
+        it."""
         self._made()
         return {name: torch.stack([step.norms[name] for step in self.steps]) for name in self.steps[0].norms}
 
@@ -80,11 +98,15 @@ class Trace:
         self._made()
         return [word for word, _ in self._worded().text.places(self.prompts[image])]
 
-    def attention(self, word: str, *, steps: Sequence[int] | None = None, level: Size | None = None) -> Tensor:
-        """How much each position attends to a word, (B, H, W) at the latent's size: the sum over its tokens, the mean over layers and steps.
+    def attention(
+        self, word: str, *, steps: Sequence[int] | None = None, level: Size | None = None
+    ) -> Tensor:
+        """How much each position attends to a word, (B, H, W) at the latent's size: the sum over its tokens,
+        the mean over layers and steps.
 
-        ``word``: one of the prompt, or several that stand together ("red apple"). ``steps``: indices into the run, None for all. ``level``: one of
-        `levels`, None for all, enlarged bilinearly. ValueError for a word that a prompt does not have, which names those it has, or another level.
+        ``word``: one of the prompt, or several that stand together ("red apple"). ``steps``: indices into the
+        run, None for all. ``level``: one of `levels`, None for all, enlarged bilinearly. ValueError for a
+        word that a prompt does not have, which names those it has, or another level.
         """
         made, places = self._made(), [self._places(word, prompt) for prompt in self.prompts]
         if level is not None and tuple(level) not in self.levels():
@@ -98,13 +120,16 @@ class Trace:
         for step in chosen:
             for probabilities in step.attention.values():
                 if level is None or probabilities.shape[1:3] == tuple(level):
-                    own = torch.stack([probabilities[b, :, :, place].sum(-1) for b, place in enumerate(places)])  # (B, h, w)
+                    own = torch.stack(
+                        [probabilities[b, :, :, place].sum(-1) for b, place in enumerate(places)]
+                    )  # (B, h, w)
                     total += F.interpolate(own[:, None], size, mode="bilinear", align_corners=False)[:, 0]
                     count += 1
         return total / count
 
     def heatmap(self, word: str, *, steps: Sequence[int] | None = None, level: Size | None = None) -> Images:
-        """The pictures in grey with the attention to a word laid over them in red: none where it is least in the picture, full where it is most.
+        """The pictures in grey with the attention to a word laid over them in red: none where it is least in
+        the picture, full where it is most.
 
         Arguments and errors as in `attention`; the values are enlarged to the picture's size bilinearly.
         """
@@ -114,7 +139,9 @@ class Trace:
         values = F.interpolate(values, made.tensor.shape[-2:], mode="bilinear", align_corners=False)
         grey, red = reduce(made.tensor, "b c h w -> b 1 h w", "mean"), torch.tensor(RED)[:, None, None]
         tensor = grey + OPAQUE * values * (red - grey)
-        return Images(tensor=tensor, seeds=made.seeds, prompts=tuple(f"{word} in: {prompt}" for prompt in made.prompts))
+        return Images(
+            tensor=tensor, seeds=made.seeds, prompts=tuple(f"{word} in: {prompt}" for prompt in made.prompts)
+        )
 
     def _places(self, word: str, prompt: str) -> list[int]:
         """The places in the context of all tokens of a word, wherever the prompt has it."""
@@ -123,21 +150,27 @@ class Trace:
         there, wanted = [w for w, _ in own], [w for w, _ in text.places(word)] or [word.lower()]
         starts = [i for i in range(len(there)) if there[i : i + len(wanted)] == wanted]
         if not starts:
-            raise ValueError(f"word {word!r}: expected one of the prompt's that have tokens, {', '.join(map(repr, there)) or 'of which it has none'}")
+            raise ValueError(
+                f"word {word!r}: expected one of the prompt's that have tokens,"
+                f" {', '.join(map(repr, there)) or 'of which it has none'}"
+            )
         return [place for i in starts for _, places in own[i : i + len(wanted)] for place in places]
 
     def _latent(self) -> LatentDiffusion:
         """The model, if maps are recorded of its kind; ValueError otherwise."""
         if isinstance(self.pipe, UnCLIP):
             raise ValueError(
-                f"{self.pipe.card.name!r}: attention is recorded of LatentDiffusion alone; of unCLIP's decoder, predictions, norms, modules' outputs"
+                f"{self.pipe.card.name!r}: attention is recorded of LatentDiffusion alone; of unCLIP's"
+                " decoder, predictions, norms, modules' outputs"
             )
         return self.pipe
 
     def _worded(self) -> LatentDiffusion:
         """The model, if it is conditioned on words that can be found; ValueError otherwise."""
         if not hasattr(self._latent().text, "places"):
-            raise ValueError(f"{self.pipe.card.name!r} is not conditioned on words, so none can be looked for")
+            raise ValueError(
+                f"{self.pipe.card.name!r} is not conditioned on words, so none can be looked for"
+            )
         return self._latent()
 
     def _made(self) -> Images:
@@ -159,7 +192,10 @@ class Trace:
 
     def step(self, i: int, x: Tensor, d: Denoised) -> None:
         """The end of a step."""
-        norms = {name: reduce(value.float().square(), "b ... -> b", "mean").sqrt().cpu() for name, value in (("x", x), ("x0", d.x0), ("eps", d.eps))}
+        norms = {
+            name: reduce(value.float().square(), "b ... -> b", "mean").sqrt().cpu()
+            for name, value in (("x", x), ("x0", d.x0), ("eps", d.eps))
+        }
         attention = {name: torch.stack(seen).mean(0) for name, seen in self._now.items()}
         self.steps.append(Step(index=i, t=self._t, x0=d.x0.float().cpu(), norms=norms, attention=attention))
         self._now.clear()
@@ -190,24 +226,35 @@ class Trace:
         owner = next(owner for owner in self._sizes if name == owner or name.startswith(f"{owner}."))
         h, w = self._sizes[owner]
         mean = reduce(probabilities[self._rows].detach().float(), "b heads l m -> b l m", "mean")
-        self._now[name].append(rearrange(mean[..., : self._told.shape[1]], "b (h w) m -> b h w m", h=h, w=w).cpu())
+        self._now[name].append(
+            rearrange(mean[..., : self._told.shape[1]], "b (h w) m -> b h w m", h=h, w=w).cpu()
+        )
 
 
 @contextmanager
-def trace(pipe: LatentDiffusion | UnCLIP, hooks: Mapping[str, Hook | None] | Sequence[str] = ()) -> Iterator[Trace]:
-    """Within it, every task of a model is recorded; what is recorded of the last one stays when it is left. Of `UnCLIP`, see `Trace`.
+def trace(
+    pipe: LatentDiffusion | UnCLIP, hooks: Mapping[str, Hook | None] | Sequence[str] = ()
+) -> Iterator[Trace]:
+    """Within it, every task of a model is recorded; what is recorded of the last one stays when it is left.
+    Of `UnCLIP`, see `Trace`.
 
-    ``hooks``: modules by their dotted names below the model's `networks` ("unet.mid_block", "vae.decoder"): a list, whose outputs are
-    collected in `Trace.outputs` (of both branches of guidance, at every call); or a mapping to functions as of torch's forward hooks, which may
-    return another output. The traced run's pictures are the untraced one's to the bit, as attention is looked at beside the fused kernel and not
-    in its place. Memory: one float32 (B, h, w, M) a cross-attention and step.
+    ``hooks``: modules by their dotted names below the model's `networks` ("unet.mid_block", "vae.decoder"): a
+    list, whose outputs are collected in `Trace.outputs` (of both branches of guidance, at every call); or a
+    mapping to functions as of torch's forward hooks, which may return another output. The traced run's
+    pictures are the untraced one's to the bit, as attention is looked at beside the fused kernel and not in
+    its place. Memory: one float32 (B, h, w, M) a cross-attention and step.
 
-    TypeError for what is neither a `LatentDiffusion` nor an `UnCLIP`; ValueError for a module that is not there, with the nearest name.
+    TypeError for what is neither a `LatentDiffusion` nor an `UnCLIP`; ValueError for a module that is not
+    there, with the nearest name.
     """
     if not isinstance(pipe, LatentDiffusion | UnCLIP):
         raise TypeError(f"trace: expected a LatentDiffusion or an UnCLIP, got {type(pipe).__name__}")
     record = Trace(pipe=pipe)
-    named = {f"{part}.{name}".rstrip("."): module for part, network in pipe.networks().items() for name, module in network.named_modules()}
+    named = {
+        f"{part}.{name}".rstrip("."): module
+        for part, network in pipe.networks().items()
+        for name, module in network.named_modules()
+    }
     wanted = hooks if isinstance(hooks, Mapping) else dict.fromkeys(hooks)
     for name in wanted:
         if name not in named:
@@ -215,7 +262,9 @@ def trace(pipe: LatentDiffusion | UnCLIP, hooks: Mapping[str, Hook | None] | Seq
     net: Any = (pipe.decoder if isinstance(pipe, UnCLIP) else pipe).denoiser.net
     with ExitStack() as stack:
         for name, fn in wanted.items():
-            collect: Hook = fn or (lambda module, inputs, output, name=name: record.outputs[name].append(_kept(output)))
+            collect: Hook = fn or (
+                lambda module, inputs, output, name=name: record.outputs[name].append(_kept(output))
+            )
             stack.callback(named[name].register_forward_hook(collect).remove)
         stack.callback(net.register_forward_pre_hook(record.saw_inputs).remove)
         stack.enter_context(_maps(net, record) if isinstance(pipe, LatentDiffusion) else nullcontext())
@@ -228,8 +277,13 @@ def trace(pipe: LatentDiffusion | UnCLIP, hooks: Mapping[str, Hook | None] | Seq
 def _maps(net: nn.Module, record: Trace) -> Iterator[None]:
     """Within it, a trace sees what a network's cross-attentions attend to."""
     with ExitStack() as stack:
-        attends = [(name, part) for name, part in net.named_modules() if isinstance(part, SpatialTransformer | AttentionBlock)]
+        attends = [
+            (name, part)
+            for name, part in net.named_modules()
+            if isinstance(part, SpatialTransformer | AttentionBlock)
+        ]
         for name, part in attends:
+
             def note(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
                 record._sizes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
 

@@ -1,4 +1,5 @@
-"""Model cards: what a model is made of and how it wants to be used, so that a swapped sampler never inherits a wrong setting."""
+"""Model cards: what a model is made of and how it wants to be used, so that a swapped sampler never inherits
+a wrong setting."""
 
 from __future__ import annotations
 
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
 C = TypeVar("C")
-# What stands in `Cond.concat`: "inpaint" mask and masked latent, "inpaint-ldm" masked latent and mask in [−1, 1]; "depth"; "image" the unscaled
-# latent of the picture to change; "lowres" the picture to enlarge, at the latent's size, "lowres-noised" the same with noise of a level.
+# What stands in `Cond.concat`: "inpaint" mask and masked latent, "inpaint-ldm" masked latent and mask in [−1,
+# 1]; "depth"; "image" the unscaled latent of the picture to change; "lowres" the picture to enlarge, at the
+# latent's size, "lowres-noised" the same with noise of a level.
 Concat = Literal["inpaint", "inpaint-ldm", "depth", "image", "lowres", "lowres-noised"]
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,11 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The networks of a model, each by the name of a published shape (`ldm.catalog.shapes`) or by its own numbers.
+    """The networks of a model, each by the name of a published shape (`ldm.catalog.shapes`) or by its own
+    numbers.
 
-    ``text``: the first text tower, BERT or table of classes; ``text2``: SDXL's second tower, which gives the pooled text; None where there is none.
+    ``text``: the first text tower, BERT or table of classes; ``text2``: SDXL's second tower, which gives the
+    pooled text; None where there is none.
     """
 
     unet: str | UNetConfig
@@ -78,7 +81,8 @@ class Networks:
         self.configs()
 
     def configs(self) -> dict[str, UNetConfig | Autoencoder | Conditioning]:
-        """The shapes by part: "unet", "vae", and "text", "text2" or "class"; ValueError for an unknown name."""
+        """The shapes by part: "unet", "vae", and "text", "text2" or "class"; ValueError for an unknown
+        name."""
         found: dict[str, Any] = {"unet": shape("unet", self.unet, UNETS), "vae": shape("vae", self.vae, VAES)}
         if self.text is not None:
             config = shape("text", self.text, CONDITIONERS)
@@ -89,7 +93,8 @@ class Networks:
 
 
 def shape(part: str, value: str | C, table: Mapping[str, C]) -> C:
-    """A network's numbers, from the table if a name stands for them; ValueError with the nearest name otherwise."""
+    """A network's numbers, from the table if a name stands for them; ValueError with the nearest name
+    otherwise."""
     if not isinstance(value, str):
         return value
     if value not in table:
@@ -99,9 +104,11 @@ def shape(part: str, value: str | C, table: Mapping[str, C]) -> C:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """Where the weights are published: a repository, and a single ``file`` in it, or None for its folder in the layout of diffusers.
+    """Where the weights are published: a repository, and a single ``file`` in it, or None for its folder in
+    the layout of diffusers.
 
-    ``sha256``: the file's; ``stated``: by its publisher, so that another file is refused; else it is only warned of.
+    ``sha256``: the file's; ``stated``: by its publisher, so that another file is refused; else it is only
+    warned of.
     """
 
     repo: str
@@ -114,12 +121,13 @@ class Hub:
 class ModelCard:
     """A model: its name, what stands for it in words, and every convention that sampling needs.
 
-    ``family``: "latent" for models of one's own; else the published family whose files and layouts it has. ``latent_scale``: None where the
-    weights state it. ``networks``: None where each part's YAML states its shape. ``folder``: where the weights of an embedded model lie, below
-    the package's assets; None for weights that a user brings.
-    ``text``, ``text2``: how the towers are read. ``vector``: what joins the pooled text in `Cond.pooled`: "sizes" (original, crop, target) or
-    "aesthetic" (original, crop, score). ``zero_negative``: an empty negative prompt is zeros in place of the encoded empty text.
-    ``null_class``: the class that stands for none. ``concat``: what is joined to x_t. ``convention``: a program's name (see
+    ``family``: "latent" for models of one's own; else the published family whose files and layouts it has.
+    ``latent_scale``: None where the weights state it. ``networks``: None where each part's YAML states its
+    shape. ``folder``: where the weights of an embedded model lie, below the package's assets; None for
+    weights that a user brings. ``text``, ``text2``: how the towers are read. ``vector``: what joins the
+    pooled text in `Cond.pooled`: "sizes" (original, crop, target) or "aesthetic" (original, crop, score).
+    ``zero_negative``: an empty negative prompt is zeros in place of the encoded empty text. ``null_class``:
+    the class that stands for none. ``concat``: what is joined to x_t. ``convention``: a program's name (see
     `ldm.samplers.conventions`), or grids by sampler.
     """
 
@@ -162,7 +170,9 @@ def check_family(name: str) -> None:
         raise ValueError(f"family: {name!r}; {nearest(name, ('latent', *FAMILIES))}")
     family = FAMILIES[name]
     if "unet" not in family.parts or family.refusal:
-        raise ValueError(f"family: {name!r} ({family.title}) is known but not supported by the latent diffusion pipeline")
+        raise ValueError(
+            f"family: {name!r} ({family.title}) is known but not supported by the latent diffusion pipeline"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,19 +189,3 @@ class AutoencoderCard:
     def config(self) -> Autoencoder:
         """Its shape."""
         return shape("vae", self.vae, VAES)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

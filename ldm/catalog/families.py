@@ -10,9 +10,11 @@ UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family: what it is, where its parts stand in a single file (part: prefix), and what the keys cannot tell.
+    """A family: what it is, where its parts stand in a single file (part: prefix), and what the keys cannot
+    tell.
 
-    ``refusal``: why `ldm.load` does not take such a file, empty if it may. ``unneeded``: patterns of keys that hold nothing new.
+    ``refusal``: why `ldm.load` does not take such a file, empty if it may. ``unneeded``: patterns of keys
+    that hold nothing new.
     """
 
     title: str
@@ -28,7 +30,12 @@ CLIP_L = {"unet": UNET, "vae": VAE, "text": f"{COND}transformer."}
 CLIP_H = {"unet": UNET, "vae": VAE, "text": f"{COND}model."}
 
 
-SDXL = {"unet": UNET, "vae": VAE, "text": "conditioner.embedders.0.transformer.", "text2": "conditioner.embedders.1.model."}
+SDXL = {
+    "unet": UNET,
+    "vae": VAE,
+    "text": "conditioner.embedders.0.transformer.",
+    "text2": "conditioner.embedders.1.model.",
+}
 
 
 UNCLIP = CLIP_H | {"image": "embedder.model.", "noise": "noise_augmentor."}
@@ -51,37 +58,85 @@ FAMILIES: dict[str, Family] = {
     "sd2": Family(title="Stable Diffusion 2.x, or SD-Turbo", parts=CLIP_H, note=EPS_OR_V),
     "sd2-inpainting": Family(title="Stable Diffusion 2 inpainting", parts=CLIP_H),
     "sd2-depth": Family(title="Stable Diffusion 2 depth", parts=CLIP_H, unneeded=("depth_model.*",)),
-    "sd-x4-upscaler": Family(title="Stable Diffusion x4 upscaler", parts=CLIP_H, unneeded=("low_scale_model.*",)),
+    "sd-x4-upscaler": Family(
+        title="Stable Diffusion x4 upscaler", parts=CLIP_H, unneeded=("low_scale_model.*",)
+    ),
     "sd21-unclip-h": Family(title="Stable Diffusion 2.1 unCLIP, ViT-H", parts=UNCLIP),
     "sd21-unclip-l": Family(title="Stable Diffusion 2.1 unCLIP, ViT-L", parts=UNCLIP),
-    "sdxl": Family(title="Stable Diffusion XL, or SDXL-Turbo", parts=SDXL, note="keys cannot tell SDXL from SDXL-Turbo: say which"),
+    "sdxl": Family(
+        title="Stable Diffusion XL, or SDXL-Turbo",
+        parts=SDXL,
+        note="keys cannot tell SDXL from SDXL-Turbo: say which",
+    ),
     "sdxl-inpainting": Family(title="Stable Diffusion XL inpainting", parts=SDXL),
     "sdxl-lcm": Family(title="latent consistency model on Stable Diffusion XL", parts=SDXL),
-    "sdxl-refiner": Family(title="Stable Diffusion XL refiner", parts={"unet": UNET, "vae": VAE, "text2": "conditioner.embedders.0.model."}),
+    "sdxl-refiner": Family(
+        title="Stable Diffusion XL refiner",
+        parts={"unet": UNET, "vae": VAE, "text2": "conditioner.embedders.0.model."},
+    ),
     "ldm-text2img-large": Family(title="LDM text2img-large", parts=CLIP_L),
     "ldm-text2img256": Family(title="LDM text2img256", parts=CLIP_L),
-    "ldm-uncond256": Family(title="LDM celebahq, ffhq or lsun beds", parts=ALONE, note="keys cannot tell celebahq, ffhq and lsun beds apart"),
+    "ldm-uncond256": Family(
+        title="LDM celebahq, ffhq or lsun beds",
+        parts=ALONE,
+        note="keys cannot tell celebahq, ffhq and lsun beds apart",
+    ),
     "ldm-churches256": Family(title="LDM lsun churches", parts=ALONE),
     "ldm-cin256": Family(title="LDM cin256", parts=ALONE | {"class": COND}),
     "ldm-cin256-v2": Family(title="LDM cin256-v2", parts=ALONE | {"class": COND}),
-    "ldm-inpainting-big": Family(title="LDM inpainting-big", parts=ALONE, unneeded=(f"{COND}*",)),  # there the first stage stands once more
+    "ldm-inpainting-big": Family(
+        title="LDM inpainting-big", parts=ALONE, unneeded=(f"{COND}*",)
+    ),  # there the first stage stands once more
     "ldm-bsr-sr": Family(title="LDM bsr-sr", parts=ALONE),
-    "ldm-semantic": Family(title="LDM semantic synthesis", parts=ALONE | {"cond": COND}, refusal="is known but not supported"),
+    "ldm-semantic": Family(
+        title="LDM semantic synthesis", parts=ALONE | {"cond": COND}, refusal="is known but not supported"
+    ),
     "ldm-layout2img": Family(title="LDM layout2img", parts=CLIP_L, refusal="is known but not supported"),
-    "rdm768": Family(title="retrieval-augmented diffusion (RDM 768)", parts=ALONE, refusal="is known but not supported"),
-    "first-stage-kl": Family(title="KL autoencoder", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
-    "first-stage-vq": Family(title="VQ autoencoder", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
-    "movq": Family(title="MoVQ autoencoder (Kandinsky)", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
-    "tiny-autoencoder": Family(title="tiny autoencoder (TAESD)", parts={"vae": ""}, refusal="is an autoencoder alone, without a diffusion model"),
-    "karlo-prior": Family(title="Karlo or Kandinsky prior", parts={"prior": "model."}, note="Karlo and Kandinsky 2.1 have the same keys"),
+    "rdm768": Family(
+        title="retrieval-augmented diffusion (RDM 768)", parts=ALONE, refusal="is known but not supported"
+    ),
+    "first-stage-kl": Family(
+        title="KL autoencoder",
+        parts={"vae": ""},
+        refusal="is an autoencoder alone, without a diffusion model",
+    ),
+    "first-stage-vq": Family(
+        title="VQ autoencoder",
+        parts={"vae": ""},
+        refusal="is an autoencoder alone, without a diffusion model",
+    ),
+    "movq": Family(
+        title="MoVQ autoencoder (Kandinsky)",
+        parts={"vae": ""},
+        refusal="is an autoencoder alone, without a diffusion model",
+    ),
+    "tiny-autoencoder": Family(
+        title="tiny autoencoder (TAESD)",
+        parts={"vae": ""},
+        refusal="is an autoencoder alone, without a diffusion model",
+    ),
+    "karlo-prior": Family(
+        title="Karlo or Kandinsky prior",
+        parts={"prior": "model."},
+        note="Karlo and Kandinsky 2.1 have the same keys",
+    ),
     "karlo-decoder": Family(title="Karlo decoder", parts={"decoder": "model."}),
-    "karlo-sr": Family(title="Karlo super-resolution", parts={"upsampler": "model_first_steps.", "upsampler-last": "model_last_step."}),
+    "karlo-sr": Family(
+        title="Karlo super-resolution",
+        parts={"upsampler": "model_first_steps.", "upsampler-last": "model_last_step."},
+    ),
     "kandinsky21": Family(title="Kandinsky 2.1 UNet", parts={"decoder": ""}),
     "kandinsky22": Family(title="Kandinsky 2.2 UNet", parts={"decoder": ""}),
-    "dalle2-prior": Family(title="DALLE2-pytorch prior", parts={"prior": "net."}, unneeded=("noise_scheduler.*", "clip.*")),
+    "dalle2-prior": Family(
+        title="DALLE2-pytorch prior", parts={"prior": "net."}, unneeded=("noise_scheduler.*", "clip.*")
+    ),
     "dalle2-decoder": Family(title="DALLE2-pytorch decoder", refusal="is known but not supported"),
-    "dalle-mini-encoder": Family(title="DALL·E mini or mega encoder", refusal="is known but not supported: it is no diffusion model"),
-    "dalle-mini-decoder": Family(title="DALL·E mini or mega decoder", refusal="is known but not supported: it is no diffusion model"),
+    "dalle-mini-encoder": Family(
+        title="DALL·E mini or mega encoder", refusal="is known but not supported: it is no diffusion model"
+    ),
+    "dalle-mini-decoder": Family(
+        title="DALL·E mini or mega decoder", refusal="is known but not supported: it is no diffusion model"
+    ),
     "controlnet": Family(title="ControlNet", refusal=ADDED),
     "lora": Family(title="LoRA", refusal=ADDED),
     "textual-inversion": Family(title="textual inversion", refusal=ADDED),

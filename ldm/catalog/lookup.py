@@ -19,10 +19,11 @@ Card = ModelCard | AutoencoderCard | UnCLIPCard | PriorCard
 
 
 def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
-    """The card in a YAML file, on top of the one that its ``base`` names; ValueError says what is wrong in it.
+    """The card in a YAML file, on top of the one that its ``base`` names; ValueError says what is wrong in
+    it.
 
-    Its family, or its base's, says of which kind it is: an `UnCLIPCard` for those of `ldm.catalog.unclip_cards.UnCLIPFamily`, a `PriorCard` for
-    "dalle2-prior", else a `ModelCard`.
+    Its family, or its base's, says of which kind it is: an `UnCLIPCard` for those of
+    `ldm.catalog.unclip_cards.UnCLIPFamily`, a `PriorCard` for "dalle2-prior", else a `ModelCard`.
     """
     return parse_card(read_yaml(path), path)
 
@@ -32,13 +33,22 @@ def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | Un
     mapping = dict(mapping)
     if "base" in mapping:
         base, _ = find_card(mapping.pop("base"))
-        own = {"parts": {}} if isinstance(base, UnCLIPCard) else {} if isinstance(base, PriorCard) else {"folder": None}
+        own = (
+            {"parts": {}}
+            if isinstance(base, UnCLIPCard)
+            else {}
+            if isinstance(base, PriorCard)
+            else {"folder": None}
+        )
         mapping = {**vars(base), "hub": None, **own, **mapping}  # its weights are not the new model's
     if isinstance(convention := mapping.get("convention"), Mapping):
         mapping["convention"] = build(Convention, convention, "convention")
     family = mapping.get("family")
     try:
-        return build(UnCLIPCard if family in UNCLIP_FAMILIES else PriorCard if family == "dalle2-prior" else ModelCard, mapping)
+        return build(
+            UnCLIPCard if family in UNCLIP_FAMILIES else PriorCard if family == "dalle2-prior" else ModelCard,
+            mapping,
+        )
     except ValueError as error:
         raise ValueError(f"{str(source)!r}: {error}") from None
 
@@ -57,15 +67,19 @@ def known_cards() -> dict[str, Card]:
 
 
 def find_model(name: str) -> ModelCard | StageCard:
-    """How a model is sampled: its card, or that of unCLIP's decoder, or of a prior alone; ValueError for an autoencoder, or an unknown name."""
+    """How a model is sampled: its card, or that of unCLIP's decoder, or of a prior alone; ValueError for an
+    autoencoder, or an unknown name."""
     card, _ = find_card(name)
     if isinstance(card, AutoencoderCard):
         raise ValueError(f"{name!r} is an autoencoder alone: it has no sampler and no schedule")
-    return card.decoder if isinstance(card, UnCLIPCard) else card.prior if isinstance(card, PriorCard) else card
+    return (
+        card.decoder if isinstance(card, UnCLIPCard) else card.prior if isinstance(card, PriorCard) else card
+    )
 
 
 def find_card(name: str) -> tuple[Card, Path | None]:
-    """The card of a model and the folder of its embedded weights, None if it has none; ValueError with the nearest name if there is no such model."""
+    """The card of a model and the folder of its embedded weights, None if it has none; ValueError with the
+    nearest name if there is no such model."""
     models = embedded()
     if name in models:
         return read_card(models[name] / "card.yaml"), models[name]
@@ -73,5 +87,8 @@ def find_card(name: str) -> tuple[Card, Path | None]:
     if name in cards:
         return cards[name], None
     if name in FAMILIES:
-        raise ValueError(f"{name!r} ({FAMILIES[name].title}) is a family of files that is known, but there is no model of it to load")
+        raise ValueError(
+            f"{name!r} ({FAMILIES[name].title}) is a family of files that is known, but there is no model of"
+            " it to load"
+        )
     raise ValueError(f"unknown model {name!r}; {nearest(name, (*models, *cards))}")

@@ -23,7 +23,9 @@ from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 
 # "unclip": models of one's own; the others are published families, whose files have layouts of their own
-READ = TextConvention(pad=0, masked=True, pooled=True)  # as Karlo, Kandinsky and the models trained here read CLIP's text tower
+READ = TextConvention(
+    pad=0, masked=True, pooled=True
+)  # as Karlo, Kandinsky and the models trained here read CLIP's text tower
 UnCLIPFamily = Literal["unclip", "karlo", "sd21-unclip-h", "sd21-unclip-l", "kandinsky21", "kandinsky22"]
 UNCLIP_FAMILIES: tuple[str, ...] = get_args(UnCLIPFamily)
 
@@ -32,9 +34,10 @@ UNCLIP_FAMILIES: tuple[str, ...] = get_args(UnCLIPFamily)
 class StageCard:
     """One diffusion of several: its schedule, what its network predicts, and how it is sampled.
 
-    ``learned_var``: the network gives a variance too. ``clip_x0``: what x0 is clamped to, ± this; None for nothing. ``residual``: of an upsampler
-    that makes the difference to the picture enlarged by interpolation, the deviation that this is in units of; None where it makes the picture
-    (SRDiff, Li et al. 2021). ``defaults``: height and width mean nothing to a prior, and are the picture's for a decoder, in pixels.
+    ``learned_var``: the network gives a variance too. ``clip_x0``: what x0 is clamped to, ± this; None for
+    nothing. ``residual``: of an upsampler that makes the difference to the picture enlarged by interpolation,
+    the deviation that this is in units of; None where it makes the picture (SRDiff, Li et al. 2021).
+    ``defaults``: height and width mean nothing to a prior, and are the picture's for a decoder, in pixels.
     """
 
     schedule: ScheduleCard
@@ -59,7 +62,8 @@ class StageCard:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveCard:
-    """How an autoregressive prior is sampled: for which cosine of text and image, how far from the likeliest; see `AutoregressivePrior.sample`."""
+    """How an autoregressive prior is sampled: for which cosine of text and image, how far from the likeliest;
+    see `AutoregressivePrior.sample`."""
 
     similarity: float = 0.5
     temperature: float = 1.0
@@ -67,11 +71,13 @@ class AutoregressiveCard:
 
 @dataclass(frozen=True, kw_only=True)
 class UnCLIPNetworks:
-    """The networks of a published model, each by the name of its shape (`ldm.catalog.shapes`) or by its own numbers; None where there is none.
+    """The networks of a published model, each by the name of its shape (`ldm.catalog.shapes`) or by its own
+    numbers; None where there is none.
 
-    ``text``, ``vision``: CLIP's towers. ``decoder``: a `Decoder`, or a UNet with ``noise``, the augmentation of its embeddings. ``words``: what the
-    decoder reads texts with, where that is not CLIP's tower. ``upsamplers``: from small to large; ``last``: whether each has another network of the
-    same shape for its last step.
+    ``text``, ``vision``: CLIP's towers. ``decoder``: a `Decoder`, or a UNet with ``noise``, the augmentation
+    of its embeddings. ``words``: what the decoder reads texts with, where that is not CLIP's tower.
+    ``upsamplers``: from small to large; ``last``: whether each has another network of the same shape for its
+    last step.
     """
 
     text: str | TextConfig | None = None
@@ -88,15 +94,27 @@ class UnCLIPNetworks:
         self.configs()
 
     def configs(self) -> dict[str, Any]:
-        """The shapes by part: "decoder", and of the others those that there are; ValueError for an unknown name."""
+        """The shapes by part: "decoder", and of the others those that there are; ValueError for an unknown
+        name."""
         tables: dict[str, Mapping[str, Any]] = {
-            "text": TEXTS, "vision": VISIONS, "prior": PRIORS, "decoder": {**DECODERS, **UNETS}, "noise": {}, "words": WORDS,
+            "text": TEXTS,
+            "vision": VISIONS,
+            "prior": PRIORS,
+            "decoder": {**DECODERS, **UNETS},
+            "noise": {},
+            "words": WORDS,
             "vae": {**VAES, "movq": MOVQ},
-        }  # fmt: skip
-        found = {part: shape(part, getattr(self, part), table) for part, table in tables.items() if getattr(self, part) is not None}
+        }
+        found = {
+            part: shape(part, getattr(self, part), table)
+            for part, table in tables.items()
+            if getattr(self, part) is not None
+        }
         for k, value in enumerate(self.upsamplers):
             config = shape("upsamplers", value, UPSAMPLERS)
-            found |= {upsampler_name(k): config} | ({upsampler_name(k, last=True): config} if self.last else {})
+            found |= {upsampler_name(k): config} | (
+                {upsampler_name(k, last=True): config} if self.last else {}
+            )
         return found
 
 
@@ -107,15 +125,18 @@ def upsampler_name(k: int, *, last: bool = False) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class UnCLIPCard:
-    """An unCLIP model. ``clip``: the CLIP whose embeddings it runs on; ``prior`` None where it has none, ``upsamplers`` from small to large.
+    """An unCLIP model. ``clip``: the CLIP whose embeddings it runs on; ``prior`` None where it has none,
+    ``upsamplers`` from small to large.
 
-    ``condition``: how the embedding reaches the decoder: "tokens" (a vector and tokens of context) or "noised" (Stable unCLIP). ``no_image``: what
-    stands for no image in guidance: a "learned" embedding, that of a "black" picture (zeros as the tower's input), or "zeros" for the condition.
-    ``concat``: what inpainting models have beside the latent: the known latent and the mask of what is known. ``text``, ``words``: how CLIP's text
-    tower is read, and the decoder's own. ``latent_scale``: None where the weights state it, or there is no autoencoder.
+    ``condition``: how the embedding reaches the decoder: "tokens" (a vector and tokens of context) or
+    "noised" (Stable unCLIP). ``no_image``: what stands for no image in guidance: a "learned" embedding, that
+    of a "black" picture (zeros as the tower's input), or "zeros" for the condition. ``concat``: what
+    inpainting models have beside the latent: the known latent and the mask of what is known. ``text``,
+    ``words``: how CLIP's text tower is read, and the decoder's own. ``latent_scale``: None where the weights
+    state it, or there is no autoencoder.
 
-    ``networks``: None where each part's YAML states its shape. ``parts``: the folders of parts that lie elsewhere, below that of the card: those that
-    another embedded model has.
+    ``networks``: None where each part's YAML states its shape. ``parts``: the folders of parts that lie
+    elsewhere, below that of the card: those that another embedded model has.
     """
 
     name: str
@@ -139,7 +160,10 @@ class UnCLIPCard:
 
     def __post_init__(self) -> None:
         if (self.condition == "noised") != (self.no_image == "zeros"):
-            raise ValueError(f'no_image: "zeros" belongs to condition "noised", got {self.no_image!r} with {self.condition!r}')
+            raise ValueError(
+                f'no_image: "zeros" belongs to condition "noised", got {self.no_image!r} with'
+                f" {self.condition!r}"
+            )
         if self.family != "unclip" and self.networks is None:
             raise ValueError(f"a card of the family {self.family!r} must state its networks")
         if not self.text.pooled:
@@ -148,7 +172,8 @@ class UnCLIPCard:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorCard:
-    """A diffusion prior alone, for a decoder of the same CLIP; ``text``: CLIP's text tower, which its file does not hold."""
+    """A diffusion prior alone, for a decoder of the same CLIP; ``text``: CLIP's text tower, which its file
+    does not hold."""
 
     name: str
     family: str
@@ -162,4 +187,3 @@ class PriorCard:
     def config(self) -> PriorConfig:
         """Its shape."""
         return shape("network", self.network, PRIORS)
-

@@ -1,4 +1,5 @@
-"""CLIP's image embeddings, with where they come from: those of two CLIPs have nothing in common but perhaps their width."""
+"""CLIP's image embeddings, with where they come from: those of two CLIPs have nothing in common but perhaps
+their width."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ Length = Literal["clip", "unit"]
 class ImageEmbedding:
     """Image embeddings (B, E), float32.
 
-    ``clip``: the name of the CLIP whose space they lie in, whether it made them or a prior did. ``length``: "clip", as long as CLIP makes them,
-    or "unit", of length 1, from which the first cannot be had back.
+    ``clip``: the name of the CLIP whose space they lie in, whether it made them or a prior did. ``length``:
+    "clip", as long as CLIP makes them, or "unit", of length 1, from which the first cannot be had back.
     """
 
     vector: Tensor
@@ -26,7 +27,9 @@ class ImageEmbedding:
 
     def __post_init__(self) -> None:
         if self.vector.ndim != 2 or not self.vector.is_floating_point():
-            raise ValueError(f"vector: expected floating-point (B, E), got {self.vector.dtype} {tuple(self.vector.shape)}")
+            raise ValueError(
+                f"vector: expected floating-point (B, E), got {self.vector.dtype} {tuple(self.vector.shape)}"
+            )
         if self.length not in ("clip", "unit"):
             raise ValueError(f'length: expected "clip" or "unit", got {self.length!r}')
         if not bool(torch.isfinite(self.vector).all()):
@@ -45,12 +48,15 @@ class ImageEmbedding:
         return replace(self, vector=F.normalize(self.vector, dim=-1), length="unit")
 
     def of(self, clip: str, width: int, length: Length = "clip", *, by: str = "this network") -> Tensor:
-        """The vectors (B, E) for a network that reads embeddings of a CLIP, a width and a length; "clip" is shortened to "unit" where that is read.
+        """The vectors (B, E) for a network that reads embeddings of a CLIP, a width and a length; "clip" is
+        shortened to "unit" where that is read.
 
         ValueError for those of another CLIP, of another width, or of length 1 where CLIP's own is read.
         """
         if self.clip != clip:
-            raise ValueError(f"{by} reads embeddings of {clip!r}, got those of {self.clip!r}: two CLIPs share no space")
+            raise ValueError(
+                f"{by} reads embeddings of {clip!r}, got those of {self.clip!r}: two CLIPs share no space"
+            )
         if self.vector.shape[1] != width:
             raise ValueError(f"{by} reads embeddings {width} wide, got {self.vector.shape[1]}")
         if length == "unit":
@@ -61,9 +67,11 @@ class ImageEmbedding:
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
-    """From a to b (B, *S) on the arc between their directions, their lengths in proportion; weight () or (B,): 0 is a, 1 is b (Shoemake 1985).
+    """From a to b (B, *S) on the arc between their directions, their lengths in proportion; weight () or
+    (B,): 0 is a, 1 is b (Shoemake 1985).
 
-    Directions that are nearly the same, or nearly opposite (where the arc is not defined), are joined by a straight line.
+    Directions that are nearly the same, or nearly opposite (where the arc is not defined), are joined by a
+    straight line.
     """
     shape, a, b = a.shape, a.flatten(1), b.flatten(1)
     w = torch.as_tensor(weight, dtype=a.dtype, device=a.device).reshape(-1, 1)

@@ -2,13 +2,16 @@ r"""What a prompt says: texts with weights, and blends of several.
 
 Syntax, of which nothing is needed for a plain prompt:
 
-- ``(red:1.3) apple``: "red" with weight 1.3, a number from 0 to 10. Weights nest by multiplication: ``((red:1.2) apple:1.5)`` is "red" with 1.8 and
-  " apple" with 1.5. Weight 1 is no weight. Parentheses without a weight are text: ``apple (fruit)``.
-- ``a {cat:3|dog} face``: a blend of "a cat face" and "a dog face" with the shares 3/4 and 1/4; an alternative without a number has 1. Several braces
-  make every combination, with the product of their shares. Braces without a bar are text; blends do not nest.
+- ``(red:1.3) apple``: "red" with weight 1.3, a number from 0 to 10. Weights nest by multiplication:
+  ``((red:1.2) apple:1.5)`` is "red" with 1.8 and " apple" with 1.5. Weight 1 changes nothing. Parentheses
+  without a weight are text: ``apple (fruit)``.
+- ``a {cat:3|dog} face``: a blend of "a cat face" and "a dog face" with the shares 3/4 and 1/4; an alternative
+  without a number has 1. Several braces make every combination, with the product of their shares. Braces
+  without a bar are text; blends do not nest.
 - ``\( \) \{ \} \| \: \\`` are these characters themselves; before anything else a backslash is text.
 
-ValueError where a parenthesis or brace that holds a weight or a bar is not closed or not opened, or a weight is no number in its range.
+ValueError where a parenthesis or brace that holds a weight or a bar is not closed or not opened, or a weight
+is no number in its range.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """One of a prompt's alternatives: its share (those of a prompt sum to 1) and its spans, neighbours of which differ in weight."""
+    """One of a prompt's alternatives: its share (those of a prompt sum to 1) and its spans, neighbours of
+    which differ in weight."""
 
     share: float
     spans: tuple[Span, ...]
@@ -50,7 +54,9 @@ def parse(prompt: str) -> tuple[Branch, ...]:
     if not any(char in prompt for char in ESCAPED):
         return (Branch(share=1.0, spans=(Span(text=prompt),)),)
     try:
-        branches = [Branch(share=share, spans=_spans(chars)) for share, chars in _alternatives(_unescape(prompt))]
+        branches = [
+            Branch(share=share, spans=_spans(chars)) for share, chars in _alternatives(_unescape(prompt))
+        ]
     except ValueError as error:
         raise ValueError(f"prompt {prompt!r}: {error}") from None
     return tuple(branches)
@@ -133,7 +139,8 @@ def _split(chars: Chars) -> list[Chars]:
 
 
 def _weighed(chars: Chars, what: str) -> tuple[float, int | None]:
-    """The number behind the last colon, and where that colon stands; 1 and None where there is none, or words stand behind it."""
+    """The number behind the last colon, and where that colon stands; 1 and None where there is none, or words
+    stand behind it."""
     colon = max((i for i, char in enumerate(chars) if char == (":", False)), default=None)
     if colon is None or (")", False) in chars[colon:]:
         return 1.0, None
@@ -142,7 +149,10 @@ def _weighed(chars: Chars, what: str) -> tuple[float, int | None]:
         return float(text), colon
     if text[:1].isspace() and not re.match(r"\s*[-+.]?\d", text):
         return 1.0, None  # "note: blue"
-    raise ValueError(rf"{what} {text.strip()!r}: expected a number from 0 to {MOST:g}, as in (red:1.3), or \: for a colon that is text")
+    raise ValueError(
+        rf"{what} {text.strip()!r}: expected a number from 0 to {MOST:g}, as in (red:1.3), or \: for a colon"
+        r" that is text"
+    )
 
 
 def _spans(chars: Chars) -> tuple[Span, ...]:
@@ -163,11 +173,14 @@ def _spans(chars: Chars) -> tuple[Span, ...]:
 
     walk(0, len(chars), 1.0)
     runs = itertools.groupby(pieces, key=lambda piece: piece[1])
-    return tuple(Span(text="".join(char for char, _ in run), weight=weight) for weight, run in runs) or (Span(text=""),)
+    return tuple(Span(text="".join(char for char, _ in run), weight=weight) for weight, run in runs) or (
+        Span(text=""),
+    )
 
 
 def _groups(chars: Chars) -> dict[int, tuple[int, float, int]]:
-    """The parentheses that hold a weight: where each opens → (where it closes, its weight, where its text ends)."""
+    """The parentheses that hold a weight: where each opens → (where it closes, its weight, where its text
+    ends)."""
     found: dict[int, tuple[int, float, int]] = {}
     stack, text = [], ["\\" if escaped else char for char, escaped in chars]  # what is escaped is no syntax
     for i, char in enumerate(text):
@@ -180,7 +193,10 @@ def _groups(chars: Chars) -> dict[int, tuple[int, float, int]]:
                 found[start] = (i, weight, start + 1 + own)
                 text[start : i + 1] = " " * (i + 1 - start)
         elif char == ")" and re.search(r":\s*[\d.]+\s*$", "".join(text[:i])):
-            raise ValueError(r"a weight has no opening parenthesis: expected (red:1.3), or \) for a parenthesis that is text")
+            raise ValueError(
+                r"a weight has no opening parenthesis: expected (red:1.3), or \) for a parenthesis that is"
+                r" text"
+            )
     if stack and re.search(r":\s*\d", "".join(text[stack[0] + 1 :])):
         raise ValueError(r"a weight is not closed: expected (red:1.3), or \( for a parenthesis that is text")
     return found
@@ -188,4 +204,8 @@ def _groups(chars: Chars) -> dict[int, tuple[int, float, int]]:
 
 def unknown_words(prompt: str, known: frozenset[str]) -> list[str]:
     """The words of a prompt that are not among the known ones, in order, each once."""
-    return [word for word in dict.fromkeys(word for text in plain(prompt) for word in words(text)) if word not in known]
+    return [
+        word
+        for word in dict.fromkeys(word for text in plain(prompt) for word in words(text))
+        if word not in known
+    ]

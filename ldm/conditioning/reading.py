@@ -1,4 +1,5 @@
-"""Prompts of any length, with weights and blends, through a text tower that reads a window of tokens at a time."""
+"""Prompts of any length, with weights and blends, through a text tower that reads a window of tokens at a
+time."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ Words = list[tuple[str, tuple[int, ...]]]  # the words of a text that have token
 
 
 class States(NamedTuple):
-    """What a tower says of R rows of tokens, each between its start and end: tokens (R, L, D), which of them count (R, L) (None: all), and pooled
-    (R, E), where it is asked for."""
+    """What a tower says of R rows of tokens, each between its start and end: tokens (R, L, D), which of them
+    count (R, L) (None: all), and pooled (R, E), where it is asked for."""
 
     tokens: Tensor
     mask: Tensor | None
@@ -41,7 +42,8 @@ class Window:
 
 
 def windows(spans: Sequence[Span], words: Callable[[str], Words], room: int) -> list[Window]:
-    """The tokens of a text in windows of at most ``room``, at least one window; a word is divided only if it is longer than a window."""
+    """The tokens of a text in windows of at most ``room``, at least one window; a word is divided only if it
+    is longer than a window."""
     found = [Window(ids=[], weights=[])]
     for _, ids, weight, new in _laid(spans, words, room):
         if new:
@@ -51,8 +53,11 @@ def windows(spans: Sequence[Span], words: Callable[[str], Words], room: int) -> 
     return found
 
 
-def places(spans: Sequence[Span], words: Callable[[str], Words], room: int, length: int | None) -> list[tuple[str, list[int]]]:
-    """The words of a text that have tokens, and where in the context these stand; windows are ``length`` wide, or None: as long as they are."""
+def places(
+    spans: Sequence[Span], words: Callable[[str], Words], room: int, length: int | None
+) -> list[tuple[str, list[int]]]:
+    """The words of a text that have tokens, and where in the context these stand; windows are ``length``
+    wide, or None: as long as they are."""
     found: list[tuple[str, list[int]]] = []
     at, start = 1, 0  # a window's first place is its start's
     for word, ids, _, new in _laid(spans, words, room):
@@ -68,8 +73,11 @@ def places(spans: Sequence[Span], words: Callable[[str], Words], room: int, leng
     return found
 
 
-def _laid(spans: Sequence[Span], words: Callable[[str], Words], room: int) -> list[tuple[str | None, tuple[int, ...], float, bool]]:
-    """(word, ids, weight, whether a window begins with it) of every word; one longer than a window is divided, and its later parts have None."""
+def _laid(
+    spans: Sequence[Span], words: Callable[[str], Words], room: int
+) -> list[tuple[str | None, tuple[int, ...], float, bool]]:
+    """(word, ids, weight, whether a window begins with it) of every word; one longer than a window is
+    divided, and its later parts have None."""
     found: list[tuple[str | None, tuple[int, ...], float, bool]] = []
     left = room
     for span in spans:
@@ -83,12 +91,15 @@ def _laid(spans: Sequence[Span], words: Callable[[str], Words], room: int) -> li
 
 
 def read(prompts: Sequence[str], words: Callable[[str], Words], encode: Encode, room: int) -> Cond:
-    """The condition of B prompts: context (B, M, D), its mask where something is to be left out, and pooled (B, E) where ``encode`` gives it.
+    """The condition of B prompts: context (B, M, D), its mask where something is to be left out, and pooled
+    (B, E) where ``encode`` gives it.
 
-    Windows follow each other in the context, each with its own start and end; pooled is their mean, weighted by their tokens. A token with weight w
-    becomes e + w·(z − e), z being its state and e the state in the same place of the empty prompt (in its last place, where it is shorter). Pooled
-    becomes p + (w − 1)·(p − p'), where p' is read without the tokens of that weight, for each run of them. A blend is the mean of its alternatives
-    by their shares. What a prompt comes to does not depend on the others. A prompt of one window without weights is what the tower gives.
+    Windows follow each other in the context, each with its own start and end; pooled is their mean, weighted
+    by their tokens. A token with weight w becomes e + w·(z − e), z being its state and e the state in the
+    same place of the empty prompt (in its last place, where it is shorter). Pooled becomes p + (w − 1)·(p −
+    p'), where p' is read without the tokens of that weight, for each run of them. A blend is the mean of its
+    alternatives by their shares. What a prompt comes to does not depend on the others. A prompt of one window
+    without weights is what the tower gives.
     """
     branches = [parse(prompt) for prompt in prompts]
     cut = [[windows(branch.spans, words, room) for branch in of_prompt] for of_prompt in branches]
@@ -105,10 +116,16 @@ def read(prompts: Sequence[str], words: Callable[[str], Words], encode: Encode, 
         for of_branch in of_branches:
             own = range(at, at + len(of_branch))
             at += len(of_branch)
-            parts.append(torch.cat([tokens[r] if states.mask is None else tokens[r][states.mask[r]] for r in own]))  # (M, D)
+            parts.append(
+                torch.cat([tokens[r] if states.mask is None else tokens[r][states.mask[r]] for r in own])
+            )  # (M, D)
             if pooled is not None:
                 counts = torch.tensor([max(1, len(window.ids)) for window in of_branch], device=pooled.device)
-                vectors.append(pooled[own[0]] if len(own) == 1 else (pooled[list(own)] * counts[:, None]).sum(0) / counts.sum())
+                vectors.append(
+                    pooled[own[0]]
+                    if len(own) == 1
+                    else (pooled[list(own)] * counts[:, None]).sum(0) / counts.sum()
+                )
         shares = [branch.share for branch in of_prompt]
         contexts.append(mean(extended(parts, empty), shares))
         if vectors:
@@ -149,12 +166,17 @@ def _runs(weights: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def extended(parts: list[Tensor], empty: States) -> list[Tensor]:
-    """Contexts (M, D) at the longest's length: by empty windows, or by their last state where padding is left out."""
+    """Contexts (M, D) at the longest's length: by empty windows, or by their last state where padding is left
+    out."""
     length = max(len(part) for part in parts)
     found = []
     for part in parts:
         missing = length - len(part)
-        tail = part[-1:].expand(missing, -1) if empty.mask is not None else empty.tokens[0].repeat(missing // empty.tokens.shape[1], 1)
+        tail = (
+            part[-1:].expand(missing, -1)
+            if empty.mask is not None
+            else empty.tokens[0].repeat(missing // empty.tokens.shape[1], 1)
+        )
         found.append(torch.cat([part, tail]))
     return found
 
@@ -163,7 +185,11 @@ def mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """The mean by shares that sum to 1; one value stays as it is."""
     if len(values) == 1:
         return values[0]
-    return torch.stack([share * value.float() for value, share in zip(values, shares, strict=True)]).sum(0).to(values[0].dtype)
+    return (
+        torch.stack([share * value.float() for value, share in zip(values, shares, strict=True)])
+        .sum(0)
+        .to(values[0].dtype)
+    )
 
 
 def joined(contexts: Sequence[Tensor], *, masked: bool) -> tuple[Tensor, Tensor | None]:

@@ -19,11 +19,15 @@ class XLMRConditioner(nn.Module):
         super().__init__()
         self.encoder, self.tokenizer = encoder, tokenizer
         if len(tokenizer.ids) > encoder.config.vocabulary:
-            raise ValueError(f"the vocabulary has {len(tokenizer.ids)} tokens, the encoder {encoder.config.vocabulary}")
+            raise ValueError(
+                f"the vocabulary has {len(tokenizer.ids)} tokens, the encoder {encoder.config.vocabulary}"
+            )
 
     def forward(self, prompts: Sequence[str]) -> Cond:
         """The condition of B prompts; ValueError if a prompt has more tokens than the encoder takes."""
-        ids = torch.tensor(self.tokenizer(prompts, self.encoder.config.length), device=self.encoder.kind.device)
+        ids = torch.tensor(
+            self.tokenizer(prompts, self.encoder.config.length), device=self.encoder.kind.device
+        )
         states, pooled = self.encoder(ids, ids != self.tokenizer.ids[PAD])
         return Cond(context=states, pooled=pooled)
 

@@ -32,9 +32,10 @@ _WHERE: dict[Place, str] = {
 def caption(composition: Composition, index: PictureIndex, rng: np.random.Generator | None = None) -> str:
     """What a composition shows, in words.
 
-    Without a generator the canonical caption: name, style first unless it is noto, and every change made ("small red apple on the left on
-    a blue background"). With one, articles come and go, the name may give way to emojibase's label or a tag, noto may be said, and so may
-    the middle of a small picture. Changes and the styles other than noto are always said; a white ground that is None never is.
+    Without a generator the canonical caption: name, style first unless it is noto, and every change made
+    ("small red apple on the left on a blue background"). With one, articles come and go, the name may give
+    way to emojibase's label or a tag, noto may be said, and so may the middle of a small picture. Changes and
+    the styles other than noto are always said; a white ground that is None never is.
     """
     return spoken([pieces(composition, index, rng)])[0]
 
@@ -45,20 +46,31 @@ def spoken(said: Sequence[Pieces]) -> list[str]:
 
 
 def pieces(composition: Composition, index: PictureIndex, rng: np.random.Generator | None = None) -> Pieces:
-    """The pieces of a composition's `caption`, each with the area of the picture that it tells of (see `areas`), None for such as tell of none."""
+    """The pieces of a composition's `caption`, each with the area of the picture that it tells of (see
+    `areas`), None for such as tell of none."""
     article = rng is not None and rng.random() < ARTICLE
     say_noto = rng is not None and rng.random() < NOTO_SAID
     shown = [i for i in (composition.picture, composition.second) if i is not None]
     things = [_thing(i, composition.size, index, say_noto, rng) for i in shown]
     made: Pieces = []
     for area, thing in zip(THINGS, things, strict=False):
-        made += ([("and", None)] if made else []) + ([(_article(thing), None)] if article else []) + [(thing, area)]
+        made += (
+            ([("and", None)] if made else [])
+            + ([(_article(thing), None)] if article else [])
+            + [(thing, area)]
+        )
     if composition.second is not None:
         made.append(("side by side", None))
-    elif composition.place != "centre" or (composition.size == "small" and rng is not None and rng.random() < MIDDLE_SAID):
+    elif composition.place != "centre" or (
+        composition.size == "small" and rng is not None and rng.random() < MIDDLE_SAID
+    ):
         made.append((_WHERE[composition.place], None))
     if composition.ground is not None:
-        made += [("on", None), (_article(composition.ground), None), (f"{composition.ground} background", "ground")]
+        made += [
+            ("on", None),
+            (_article(composition.ground), None),
+            (f"{composition.ground} background", "ground"),
+        ]
     return made
 
 
@@ -68,7 +80,11 @@ def vocabulary(index: PictureIndex) -> set[str]:
     for place in PLACES:
         found.update(words(_WHERE[place]))
     for i in index.train:
-        found.update(word for noun in (index[i].phrase, index[i].label or "", *index.said_tags[i]) for word in words(noun))
+        found.update(
+            word
+            for noun in (index[i].phrase, index[i].label or "", *index.said_tags[i])
+            for word in words(noun)
+        )
     return found
 
 

@@ -12,7 +12,9 @@ from ldm.data.palette import PALETTE
 from ldm.support.config import nearest
 
 Size = Literal["full", "small"]
-Place = Literal["centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right"]
+Place = Literal[
+    "centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right"
+]
 Area = Literal["first", "second", "ground"]
 THINGS: tuple[Area, Area] = ("first", "second")
 SIZES: tuple[Size, ...] = get_args(Size)
@@ -21,11 +23,13 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """What an image shows. The defaults are the source's own: one picture, full size, centred, on white unsaid.
+    """What an image shows. The defaults are the source's own: one picture, full size, centred, on white
+    unsaid.
 
-    ``picture`` and ``second`` are rows of the index; with a second one, the two stand side by side (``picture`` on the left), each at half
-    size. ``ground`` is a colour of the palette, or None for white that the caption leaves out. A ``small`` picture has half the width and
-    half the height, and may have a ``place`` other than the centre.
+    ``picture`` and ``second`` are rows of the index; with a second one, the two stand side by side
+    (``picture`` on the left), each at half size. ``ground`` is a colour of the palette, or None for white
+    that the caption leaves out. A ``small`` picture has half the width and half the height, and may have a
+    ``place`` other than the centre.
     """
 
     picture: int
@@ -35,20 +39,28 @@ class Composition:
     place: Place = "centre"
 
     def __post_init__(self) -> None:
-        for field, value, choices in (("ground", self.ground, (None, *PALETTE)), ("size", self.size, SIZES), ("place", self.place, PLACES)):
+        for field, value, choices in (
+            ("ground", self.ground, (None, *PALETTE)),
+            ("size", self.size, SIZES),
+            ("place", self.place, PLACES),
+        ):
             if value not in choices:
                 raise ValueError(f"{field} {value!r}; {nearest(value, choices)}")
         if self.place != "centre" and self.size != "small":
-            raise ValueError(f"place {self.place!r}: only a small picture can be placed off the centre, got size {self.size!r}")
+            raise ValueError(
+                f"place {self.place!r}: only a small picture can be placed off the centre, got size"
+                f" {self.size!r}"
+            )
         if self.second is not None and self.size != "full":
             raise ValueError("two pictures side by side have a size of their own: leave size at 'full'")
 
 
 def render(composition: Composition, pictures: np.ndarray, size: int = 128) -> np.ndarray:
-    """The image of a composition, (size, size, 3) uint8 sRGB, from pictures (N, P, P, 4) uint8 RGBA with straight alpha.
+    """The image of a composition, (size, size, 3) uint8 sRGB, from pictures (N, P, P, 4) uint8 RGBA with
+    straight alpha.
 
-    ``size``: P, or an even divisor of it (ValueError otherwise); smaller images are means over boxes. Blending is
-    x·alpha + ground·(1 − alpha) on sRGB values, rounded once.
+    ``size``: P, or an even divisor of it (ValueError otherwise); smaller images are means over boxes.
+    Blending is x·alpha + ground·(1 − alpha) on sRGB values, rounded once.
     """
     return render_batch([composition], pictures, size)[0]
 
@@ -63,8 +75,8 @@ def render_batch(compositions: Sequence[Composition], pictures: np.ndarray, size
 
 
 def areas(composition: Composition, pictures: np.ndarray, size: int = 128) -> dict[Area, np.ndarray]:
-    """How much of each pixel of a composition's image is the first picture, the second where there is one, and the ground: each (size, size) float32
-    in [0, 1], together 1. Arguments and errors as of ``render``."""
+    """How much of each pixel of a composition's image is the first picture, the second where there is one,
+    and the ground: each (size, size) float32 in [0, 1], together 1. Arguments and errors as of ``render``."""
     _check_size(size, pictures)
     shown = {}
     for area, (row, top, left, shrink) in zip(THINGS, _placed(composition, size), strict=False):
@@ -72,7 +84,9 @@ def areas(composition: Composition, pictures: np.ndarray, size: int = 128) -> di
         white[..., :3] = 255
         side = size // shrink
         shown[area] = np.zeros((size, size), dtype=np.float32)
-        shown[area][top : top + side, left : left + side] = _blend(white, (0, 0, 0), shrink * pictures.shape[1] // size)[..., 0] / np.float32(255)
+        shown[area][top : top + side, left : left + side] = _blend(
+            white, (0, 0, 0), shrink * pictures.shape[1] // size
+        )[..., 0] / np.float32(255)
     return {**shown, "ground": 1 - sum(shown.values())}
 
 
@@ -87,11 +101,14 @@ def _draw(image: np.ndarray, composition: Composition, pictures: np.ndarray) -> 
     image[:] = ground
     for row, top, left, shrink in _placed(composition, size):
         side = size // shrink
-        image[top : top + side, left : left + side] = _blend(pictures[row], ground, shrink * pictures.shape[1] // size)
+        image[top : top + side, left : left + side] = _blend(
+            pictures[row], ground, shrink * pictures.shape[1] // size
+        )
 
 
 def _placed(composition: Composition, size: int) -> list[tuple[int, int, int, int]]:
-    """Each picture of a composition: its row, its (top, left) pixel, and the factor by which it is smaller than the image."""
+    """Each picture of a composition: its row, its (top, left) pixel, and the factor by which it is smaller
+    than the image."""
     if composition.second is not None:
         top = (size - size // 2) // 2
         return [(composition.picture, top, 0, 2), (composition.second, top, size // 2, 2)]
@@ -110,12 +127,15 @@ def corner_of(place: Place, size: int) -> tuple[int, int]:
 
 
 def _blend(rgba: np.ndarray, ground: tuple[int, int, int], factor: int) -> np.ndarray:
-    """RGBA (P, P, 4) uint8 on a ground, made smaller by a whole factor: (P/factor, P/factor, 3) uint8, rounded to nearest."""
+    """RGBA (P, P, 4) uint8 on a ground, made smaller by a whole factor: (P/factor, P/factor, 3) uint8,
+    rounded to nearest."""
     alpha = rgba[..., 3].astype(np.uint16)
     clear = 255 - alpha
     side = len(rgba) // factor
     out = np.empty((side, side, 3), dtype=np.uint8)
-    for channel, colour in enumerate(ground):  # one plane at a time: long inner loops are what numpy is fast at
+    for channel, colour in enumerate(
+        ground
+    ):  # one plane at a time: long inner loops are what numpy is fast at
         mixed = rgba[..., channel] * alpha  # at most 255² = 65,025: fits 16 bits
         mixed += clear * np.uint16(colour)
         if factor == 1:

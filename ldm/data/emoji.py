@@ -1,8 +1,8 @@
 """Builds the emoji data set: ``python -m ldm.data.emoji [--out data/emoji] [--size 128]``.
 
-Three pinned npm packages give the pictures as SVG, a fourth their labels and tags. What is written: ``pictures.npy``, uint8
-(N, size, size, 4), RGBA with straight (not premultiplied) alpha, fit for memory mapping; ``index.json``, one row for each picture in the
-same order; ``manifest.json``.
+Three pinned npm packages give the pictures as SVG, a fourth their labels and tags. What is written:
+``pictures.npy``, uint8 (N, size, size, 4), RGBA with straight (not premultiplied) alpha, fit for memory
+mapping; ``index.json``, one row for each picture in the same order; ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -70,32 +70,45 @@ LABELS = Package(
     sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
     licence="MIT",
 )
-LEFT_OUT = re.compile(  # skin tones, flags, keys, clocks, letters, families: hundreds of near-copies, or pictures of text
+# skin tones, flags, keys, clocks, letters, families: hundreds of near-copies, or pictures of text
+LEFT_OUT = re.compile(
     r"skin-tone|flag|-button|o-clock|oclock|clock-face|keycap|thirty|^[0-9a-z*#]$|letter|squared|ideograph|symbol|regional|tag-|tone-?\d"
     r"|-(light|medium|dark)|family-|couple|kiss-|copyright|registered|trade-mark"
 )
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's tarball in the cache, fetched with ``npm pack`` unless it is there; ValueError if its SHA-256 is not the pinned one."""
+    """The package's tarball in the cache, fetched with ``npm pack`` unless it is there; ValueError if its
+    SHA-256 is not the pinned one."""
     path = cache / package.file_name
     if not path.is_file():
         npm = shutil.which("npm")
         if npm is None:
             raise FileNotFoundError(
-                f"npm is needed to fetch {package.name}@{package.version} (install Node.js), or put {path.name!r} into {str(cache)!r}"
+                f"npm is needed to fetch {package.name}@{package.version} (install Node.js), or put"
+                f" {path.name!r} into {str(cache)!r}"
             )
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             done = subprocess.run(
-                [npm, "pack", "--silent", f"{package.name}@{package.version}"], cwd=folder, capture_output=True, text=True, check=False
+                [npm, "pack", "--silent", f"{package.name}@{package.version}"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if done.returncode:
-                raise RuntimeError(f"npm pack {package.name}@{package.version} failed: {done.stderr.strip() or done.stdout.strip()}")
+                raise RuntimeError(
+                    f"npm pack {package.name}@{package.version} failed:"
+                    f" {done.stderr.strip() or done.stdout.strip()}"
+                )
             os.replace(Path(folder) / package.file_name, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != package.sha256:
-        raise ValueError(f"{str(path)!r}: SHA-256 is {digest}, expected {package.sha256}; remove the file to fetch it again")
+        raise ValueError(
+            f"{str(path)!r}: SHA-256 is {digest}, expected {package.sha256}; remove the file to fetch it"
+            " again"
+        )
     return path
 
 
@@ -109,7 +122,8 @@ def read_json(tarball: Path, member: str) -> Any:
 
 
 def kept_icons(icons: dict[str, Any]) -> dict[str, str]:
-    """SVG documents by name, of an Iconify set's square icons that are not left out; its aliases only repeat pictures under other names."""
+    """SVG documents by name, of an Iconify set's square icons that are not left out; its aliases only repeat
+    pictures under other names."""
     documents = {}
     for name, icon in icons["icons"].items():
         width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
@@ -138,13 +152,15 @@ def _render_job(job: tuple[str, int]) -> np.ndarray:
 
 
 def plain(text: str) -> str:
-    """A label or tag as captions write it: lower-case, ASCII letters, without colons, quotation marks or commas."""
+    """A label or tag as captions write it: lower-case, ASCII letters, without colons, quotation marks or
+    commas."""
     text = unicodedata.normalize("NFKD", text.lower().replace("’", "'")).encode("ascii", "ignore").decode()
     return " ".join(re.sub(r"[^a-z0-9'&+.\-]+", " ", text).split())
 
 
 class LabelTable:
-    """Emojibase's label and tags of an icon, found by code points (of any icon set that has the name), else by the label's spelling."""
+    """Emojibase's label and tags of an icon, found by code points (of any icon set that has the name), else
+    by the label's spelling."""
 
     def __init__(self, entries: Iterable[dict[str, Any]], names_by_code: Iterable[dict[str, str]]) -> None:
         entries = list(entries)
@@ -173,22 +189,33 @@ def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain(label).replace("'", "")).strip("-")
 
 
-def build_emoji(out: str | Path = "data/emoji", size: int = 128, *, workers: int | None = None, progress: bool = False) -> dict[str, Any]:
-    """Fetch, render and write the data set into ``out`` (tarballs are kept in ``<out>-packages``); returns the manifest.
+def build_emoji(
+    out: str | Path = "data/emoji", size: int = 128, *, workers: int | None = None, progress: bool = False
+) -> dict[str, Any]:
+    """Fetch, render and write the data set into ``out`` (tarballs are kept in ``<out>-packages``); returns
+    the manifest.
 
-    Files are written under a temporary name and renamed, the manifest last: a folder with a manifest is whole.
+    Files are written under a temporary name and renamed, the manifest last: a folder with a manifest is
+    whole.
     """
     if size < 8 or size % 2:
         raise ValueError(f"size {size}: expected an even number of pixels, at least 8")
     out = Path(out)
     cache = out.with_name(out.name + "-packages")
     tarballs = {style: fetch(package, cache) for style, package in ICONS.items()}
-    labels = LabelTable(read_json(fetch(LABELS, cache), "en/data.json"), (read_json(path, "chars.json") for path in tarballs.values()))
+    labels = LabelTable(
+        read_json(fetch(LABELS, cache), "en/data.json"),
+        (read_json(path, "chars.json") for path in tarballs.values()),
+    )
     rows, documents = [], []
     for style, tarball in tarballs.items():
         for name, svg in kept_icons(read_json(tarball, "icons.json")).items():
             label, tags = labels.find(name)
-            rows.append(Picture(name=name, style=style, label=label, tags=tags, held_out=held_out_picture(name, style)))
+            rows.append(
+                Picture(
+                    name=name, style=style, label=label, tags=tags, held_out=held_out_picture(name, style)
+                )
+            )
             documents.append(svg)
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST_FILE).unlink(missing_ok=True)
@@ -200,13 +227,17 @@ def build_emoji(out: str | Path = "data/emoji", size: int = 128, *, workers: int
     return manifest
 
 
-def _render_all(path: Path, documents: list[str], shape: tuple[int, ...], workers: int | None, progress: bool) -> None:
+def _render_all(
+    path: Path, documents: list[str], shape: tuple[int, ...], workers: int | None, progress: bool
+) -> None:
     from tqdm import tqdm
 
     pictures = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     with ProcessPoolExecutor(workers) as pool:
         results = pool.map(_render_job, ((svg, shape[1]) for svg in documents), chunksize=32)
-        for i, picture in enumerate(tqdm(results, total=len(documents), desc="rendering", disable=not progress)):
+        for i, picture in enumerate(
+            tqdm(results, total=len(documents), desc="rendering", disable=not progress)
+        ):
             pictures[i] = picture
     pictures.flush()
 
@@ -216,7 +247,12 @@ def _manifest(rows: list[Picture], shape: tuple[int, ...], out: Path) -> dict[st
 
     return {
         "packages": {
-            key: {"name": package.name, "version": package.version, "sha256": package.sha256, "licence": package.licence}
+            key: {
+                "name": package.name,
+                "version": package.version,
+                "sha256": package.sha256,
+                "licence": package.licence,
+            }
             for key, package in (*ICONS.items(), ("labels", LABELS))
         },
         "renderer": f"resvg {resvg_py.__resvg_version__}",
@@ -235,7 +271,12 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    _replace(
+        path,
+        lambda temporary: temporary.write_text(
+            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        ),
+    )
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -250,15 +291,20 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of the builder."""
-    parser = argparse.ArgumentParser(prog="python -m ldm.data.emoji", description="Fetch, render and index the emoji data set.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ldm.data.emoji", description="Fetch, render and index the emoji data set."
+    )
     parser.add_argument("--out", default="data/emoji", help="folder to write (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="width and height in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=128, help="width and height in pixels (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
     options = parser.parse_args(arguments)
     manifest = build_emoji(options.out, options.size, workers=options.workers, progress=True)
     counts = ", ".join(f"{count} {style}" for style, count in manifest["counts"].items())
     print(
-        f"{options.out}: {manifest['shape'][0]} pictures ({counts}), {manifest['held_out']} held out, {manifest['labelled']} with a label"
+        f"{options.out}: {manifest['shape'][0]} pictures ({counts}), {manifest['held_out']} held out,"
+        f" {manifest['labelled']} with a label"
     )
 
 

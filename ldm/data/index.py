@@ -49,7 +49,8 @@ def held_out_pair(name: str, ground: str | None) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One row of the index: a picture's name ("red-apple"), style, and emojibase's label and tags where it has them."""
+    """One row of the index: a picture's name ("red-apple"), style, and emojibase's label and tags where it
+    has them."""
 
     name: str
     style: Style
@@ -66,7 +67,8 @@ class Picture:
 class PictureIndex:
     """The rows of a data set in the order of its pictures, with look-ups.
 
-    ``train`` and ``held_out`` (int arrays) part all rows; ``train_of[style]`` is the training rows of one style.
+    ``train`` and ``held_out`` (int arrays) part all rows; ``train_of[style]`` is the training rows of one
+    style.
     """
 
     def __init__(self, rows: Iterable[Picture]) -> None:
@@ -75,16 +77,23 @@ class PictureIndex:
         self.train: np.ndarray = np.flatnonzero(~held)
         self.held_out: np.ndarray = np.flatnonzero(held)
         self.train_of: dict[str, np.ndarray] = {
-            style: np.array([i for i in self.train if self.rows[i].style == style], dtype=np.int64) for style in STYLES
+            style: np.array([i for i in self.train if self.rows[i].style == style], dtype=np.int64)
+            for style in STYLES
         }
         self._at = {(row.name, row.style): i for i, row in enumerate(self.rows)}
         if len(self._at) != len(self.rows):
-            twice = [key for key, count in Counter((row.name, row.style) for row in self.rows).items() if count > 1]
+            twice = [
+                key for key, count in Counter((row.name, row.style) for row in self.rows).items() if count > 1
+            ]
             raise ValueError(f"the index has a (name, style) more than once: {twice[:5]}")
         names = {row.phrase for row in self.rows} | {row.label for row in self.rows if row.label}
         carriers = Counter(tag for _, tag in {(row.name, tag) for row in self.rows for tag in row.tags})
-        said = {tag for tag, count in carriers.items() if count <= TAG_NAMES and len(tag) > 2 and tag not in names}
-        self.said_tags = tuple(tuple(tag for tag in row.tags if tag in said) for row in self.rows)  # those precise enough to say alone
+        said = {
+            tag for tag, count in carriers.items() if count <= TAG_NAMES and len(tag) > 2 and tag not in names
+        }
+        self.said_tags = tuple(
+            tuple(tag for tag in row.tags if tag in said) for row in self.rows
+        )  # those precise enough to say alone
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,7 +105,8 @@ class PictureIndex:
         return iter(self.rows)
 
     def find(self, name: str, style: str = "noto") -> int:
-        """The row of a name ("red-apple" or "red apple") in a style; ValueError with the nearest name if there is none."""
+        """The row of a name ("red-apple" or "red apple") in a style; ValueError with the nearest name if
+        there is none."""
         key = (name.replace(" ", "-"), style)
         if key in self._at:
             return self._at[key]  # type: ignore[index]
@@ -105,21 +115,25 @@ class PictureIndex:
         import difflib
 
         close = difflib.get_close_matches(key[0], [row.name for row in self.rows if row.style == style], n=3)
-        raise ValueError(f"no picture named {name!r} in style {style!r}; nearest: {', '.join(close) or 'none'}")
+        raise ValueError(
+            f"no picture named {name!r} in style {style!r}; nearest: {', '.join(close) or 'none'}"
+        )
 
     def has(self, name: str, style: str = "noto") -> bool:
         """Whether there is a picture of this name in this style."""
         return (name.replace(" ", "-"), style) in self._at
 
     def names(self, style: str | None = None, *, held_out: bool | None = None) -> list[str]:
-        """The names, each once and sorted; of one style or all, of held-out pictures (True), training ones (False) or both."""
+        """The names, each once and sorted; of one style or all, of held-out pictures (True), training ones
+        (False) or both."""
         rows = (row for row in self.rows if style in (None, row.style) and held_out in (None, row.held_out))
         return sorted({row.name for row in rows})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiData:
-    """The emoji data set: ``pictures`` (N, P, P, 4) uint8 RGBA with straight alpha, memory-mapped, and their index."""
+    """The emoji data set: ``pictures`` (N, P, P, 4) uint8 RGBA with straight alpha, memory-mapped, and their
+    index."""
 
     pictures: np.ndarray
     index: PictureIndex
@@ -127,23 +141,38 @@ class EmojiData:
 
     @classmethod
     def open(cls, folder: str | Path = "data/emoji") -> EmojiData:
-        """The data set in a folder; FileNotFoundError says the command that builds it, ValueError what does not fit."""
+        """The data set in a folder; FileNotFoundError says the command that builds it, ValueError what does
+        not fit."""
         folder = Path(folder)
         for name in (PICTURES_FILE, INDEX_FILE, MANIFEST_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"no emoji data set in {str(folder)!r} ({name} is absent): build it with `{BUILD_COMMAND} --out {folder}`"
+                    f"no emoji data set in {str(folder)!r} ({name} is absent): build it with `{BUILD_COMMAND}"
+                    f" --out {folder}`"
                 )
         pictures = np.load(folder / PICTURES_FILE, mmap_mode="r", allow_pickle=False)
         rows = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         index = PictureIndex(Picture(**{**row, "tags": tuple(row["tags"])}) for row in rows)
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 4 or pictures.shape[1] != pictures.shape[2]:
-            raise ValueError(f"{str(folder / PICTURES_FILE)!r}: expected uint8 (N, P, P, 4), got {pictures.dtype} {pictures.shape}")
+        if (
+            pictures.dtype != np.uint8
+            or pictures.ndim != 4
+            or pictures.shape[3] != 4
+            or pictures.shape[1] != pictures.shape[2]
+        ):
+            raise ValueError(
+                f"{str(folder / PICTURES_FILE)!r}: expected uint8 (N, P, P, 4), got {pictures.dtype}"
+                f" {pictures.shape}"
+            )
         if len(pictures) != len(index):
             raise ValueError(
-                f"{str(folder)!r}: {len(pictures)} pictures but {len(index)} rows in the index; build it again with `{BUILD_COMMAND}`"
+                f"{str(folder)!r}: {len(pictures)} pictures but {len(index)} rows in the index; build it"
+                f" again with `{BUILD_COMMAND}`"
             )
-        return cls(pictures=pictures, index=index, manifest=json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")))
+        return cls(
+            pictures=pictures,
+            index=index,
+            manifest=json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")),
+        )
 
     @property
     def train(self) -> np.ndarray:

@@ -19,8 +19,9 @@ _OFF_CENTRE = tuple(place for place in PLACES if place != "centre")
 class Mix:
     """The shares of what is drawn: weights of the styles (any scale) and probabilities of each change.
 
-    ``ground``: a colour said, of ten with equal chance. ``small``: one picture at half size, off the centre in a share ``placed`` of these.
-    ``two``: two pictures of one style side by side. ``small`` and ``two`` exclude each other.
+    ``ground``: a colour said, of ten with equal chance. ``small``: one picture at half size, off the centre
+    in a share ``placed`` of these. ``two``: two pictures of one style side by side. ``small`` and ``two``
+    exclude each other.
     """
 
     noto: float = 2.0
@@ -46,7 +47,8 @@ class Mix:
 
 
 def sample_composition(rng: np.random.Generator, index: PictureIndex, mix: Mix) -> Composition:
-    """A composition of training pictures, drawn with ``rng`` alone; never a held-out picture or (name, ground) pair."""
+    """A composition of training pictures, drawn with ``rng`` alone; never a held-out picture or (name,
+    ground) pair."""
     rows = index.train_of[_style(rng, index, mix)]
     picture = int(rows[rng.integers(len(rows))])
     kind = rng.random()
@@ -58,9 +60,13 @@ def sample_composition(rng: np.random.Generator, index: PictureIndex, mix: Mix) 
     ground = None
     if rng.random() < mix.ground:
         names = [index[i].name for i in (picture, second) if i is not None]
-        allowed = [colour for colour in _GROUNDS if not any(held_out_pair(name, colour) for name in names)]  # white always is
+        allowed = [
+            colour for colour in _GROUNDS if not any(held_out_pair(name, colour) for name in names)
+        ]  # white always is
         ground = allowed[rng.integers(len(allowed))]
-    return Composition(picture=picture, second=second, ground=ground, size="small" if small else "full", place=place)
+    return Composition(
+        picture=picture, second=second, ground=ground, size="small" if small else "full", place=place
+    )
 
 
 def _style(rng: np.random.Generator, index: PictureIndex, mix: Mix) -> str:
@@ -72,4 +78,6 @@ def _style(rng: np.random.Generator, index: PictureIndex, mix: Mix) -> str:
         draw -= weight
         if draw < 0:
             return style
-    return next(style for style, weight in zip(STYLES, weights, strict=True) if weight > 0)  # a rounding error away from the sum
+    return next(
+        style for style, weight in zip(STYLES, weights, strict=True) if weight > 0
+    )  # a rounding error away from the sum

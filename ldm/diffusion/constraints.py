@@ -27,8 +27,11 @@ def clip_x0(denoise: DenoiseFn, schedule: NoiseSchedule, limit: float = 1.0) -> 
     return fn
 
 
-def dynamic_threshold(denoise: DenoiseFn, schedule: NoiseSchedule, quantile: float = 0.995, *, most: float | None = None) -> DenoiseFn:
-    """x0 clamped to ±s and divided by s, s = max(1, quantile of |x0|) of each sample  (Imagen, arXiv:2205.11487, section 2.3).
+def dynamic_threshold(
+    denoise: DenoiseFn, schedule: NoiseSchedule, quantile: float = 0.995, *, most: float | None = None
+) -> DenoiseFn:
+    """x0 clamped to ±s and divided by s, s = max(1, quantile of |x0|) of each sample  (Imagen,
+    arXiv:2205.11487, section 2.3).
 
     ``most`` bounds s from above (None: nothing does).
     """
@@ -39,7 +42,9 @@ def dynamic_threshold(denoise: DenoiseFn, schedule: NoiseSchedule, quantile: flo
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         d = denoise(x_t, t)
-        s = torch.stack([_quantile(sample.abs().flatten(), quantile) for sample in d.x0]).clamp(min=1, max=most)  # (B,)
+        s = torch.stack([_quantile(sample.abs().flatten(), quantile) for sample in d.x0]).clamp(
+            min=1, max=most
+        )  # (B,)
         s = broadcast(s, d.x0)
         return with_x0(schedule, x_t, t, d.x0.clamp(-s, s) / s, d)
 
@@ -55,10 +60,11 @@ def _quantile(values: Tensor, q: float) -> Tensor:
 
 
 def keep_known(denoise: DenoiseFn, schedule: NoiseSchedule, known: Tensor, mask: Tensor) -> DenoiseFn:
-    """x0 replaced by ``known`` (B or 1, C, h, w) where ``mask`` (broadcast against it, in [0, 1]) is 0; 1 means repaint.
+    """x0 replaced by ``known`` (B or 1, C, h, w) where ``mask`` (broadcast against it, in [0, 1]) is 0; 1
+    means repaint.
 
-    With eps derived again, every sampler then carries the known region to ``known`` noised to the level that its step arrives at, and to
-    ``known`` itself at clean data.
+    With eps derived again, every sampler then carries the known region to ``known`` noised to the level that
+    its step arrives at, and to ``known`` itself at clean data.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:

@@ -18,9 +18,11 @@ Final = Literal["data", "first", "none"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TimeGrid:
-    """N evaluations at t (N,), from state 0 to state N; alpha and sigma (N + 1,) are the states', sigma/alpha falling strictly.
+    """N evaluations at t (N,), from state 0 to state N; alpha and sigma (N + 1,) are the states', sigma/alpha
+    falling strictly.
 
-    All float64 on the CPU. ``log_ratio`` (T,) is the schedule's table of log(sigma/alpha), which ``time`` reads backwards.
+    All float64 on the CPU. ``log_ratio`` (T,) is the schedule's table of log(sigma/alpha), which ``time``
+    reads backwards.
     """
 
     t: Tensor
@@ -31,11 +33,20 @@ class TimeGrid:
     def __post_init__(self) -> None:
         n = len(self.t)
         if n < 1 or self.alpha.shape != (n + 1,) or self.sigma.shape != (n + 1,):
-            raise ValueError(f"{n} steps need alpha and sigma of shape ({n + 1},), got {self.alpha.shape} and {self.sigma.shape}")
+            raise ValueError(
+                f"{n} steps need alpha and sigma of shape ({n + 1},), got {self.alpha.shape} and"
+                f" {self.sigma.shape}"
+            )
         if not bool(((self.t >= 0) & (self.t <= len(self.log_ratio) - 1)).all()):
-            raise ValueError(f"t must lie in [0, {len(self.log_ratio) - 1}], got {float(self.t.min())} to {float(self.t.max())}")
+            raise ValueError(
+                f"t must lie in [0, {len(self.log_ratio) - 1}], got {float(self.t.min())} to"
+                f" {float(self.t.max())}"
+            )
         if not bool((self.t.diff() < 0).all()) or not bool((self.ratio.diff() < 0).all()):
-            raise ValueError("t and the noise level sigma/alpha must fall strictly from step to step: a step is repeated or goes back")
+            raise ValueError(
+                "t and the noise level sigma/alpha must fall strictly from step to step: a step is repeated"
+                " or goes back"
+            )
 
     def __len__(self) -> int:
         """N, the number of steps."""
@@ -67,20 +78,27 @@ class TimeGrid:
     ) -> TimeGrid:
         """A grid of ``steps`` steps.
 
-        Spacings in t, for a schedule of T entries: ``leading`` i·(T//N) + offset; ``trailing`` T − i·T/N − 1; ``linspace`` from T − 1 to 0;
-        ``sgm`` T − 1 − i·(T − 1)/N, rounded down; ``lcm`` N of the 50 timesteps that consistency models are distilled at, k·(T//50) − 1.
-        They are rounded to table entries unless ``integer`` is False (leading is whole anyway).
-        Spacings in sigma/alpha from ``sigma_max`` to ``sigma_min`` (by default the table's ends): ``karras`` (arXiv:2206.00364, eq. 5, rho 7),
-        ``exponential`` (uniform in its logarithm), ``polyexponential`` (rho 1), and ``lambda``, another name of exponential.
-        ``ays_sd1``, ``ays_sdxl``: Align Your Steps' tables (arXiv:2404.14507), which end in a level that is left out (as by ``drop_last``).
-        ``final``: after the last evaluation the state is ``data`` (alpha 1, sigma 0), ``first`` (alpha-bar[0]), or ``none``: the spacing lays
-        one node more, which is the final state, and no step leads further. ``drop_last`` lays one node more and leaves it out.
+        Spacings in t, for a schedule of T entries: ``leading`` i·(T//N) + offset; ``trailing`` T − i·T/N − 1;
+        ``linspace`` from T − 1 to 0; ``sgm`` T − 1 − i·(T − 1)/N, rounded down; ``lcm`` N of the 50 timesteps
+        that consistency models are distilled at, k·(T//50) − 1. They are rounded to table entries unless
+        ``integer`` is False (leading is whole anyway). Spacings in sigma/alpha from ``sigma_max`` to
+        ``sigma_min`` (by default the table's ends): ``karras`` (arXiv:2206.00364, eq. 5, rho 7),
+        ``exponential`` (uniform in its logarithm), ``polyexponential`` (rho 1), and ``lambda``, another name
+        of exponential. ``ays_sd1``, ``ays_sdxl``: Align Your Steps' tables (arXiv:2404.14507), which end in a
+        level that is left out (as by ``drop_last``). ``final``: after the last evaluation the state is
+        ``data`` (alpha 1, sigma 0), ``first`` (alpha-bar[0]), or ``none``: the spacing lays one node more,
+        which is the final state, and no step leads further. ``drop_last`` lays one node more and leaves it
+        out.
 
-        Raises ValueError for a number of steps that the spacing cannot serve, naming the nearest one that it can.
+        Raises ValueError for a number of steps that the spacing cannot serve, naming the nearest one that it
+        can.
         """
         _check_names(spacing, final)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= len(schedule):
-            raise ValueError(f"steps must be a whole number from 1 to {len(schedule)} (the schedule's length), got {steps!r}")
+            raise ValueError(
+                f"steps must be a whole number from 1 to {len(schedule)} (the schedule's length), got"
+                f" {steps!r}"
+            )
 
         drop_last = drop_last or (spacing.startswith("ays") and final != "none")
 
@@ -90,7 +108,9 @@ class TimeGrid:
                 low, high = _sigma_range(schedule, sigma_min, sigma_max)
                 log_ratio = SIGMA_SPACINGS[spacing](low, high, count, rho)
                 log_ratio[-1], log_ratio[0] = low, high  # to the last bit; a single node is the noisiest
-                return TimeGrid.from_log_ratio(schedule, log_ratio[:n] if drop_last else log_ratio, final=final)
+                return TimeGrid.from_log_ratio(
+                    schedule, log_ratio[:n] if drop_last else log_ratio, final=final
+                )
             t = TIME_SPACINGS[spacing](len(schedule), count, offset, integer)
             return TimeGrid.explicit(schedule, t[:n] if drop_last else t, final=final)
 
@@ -98,23 +118,35 @@ class TimeGrid:
             return build(steps)
         except ValueError as error:
             works = _nearest_working(build, steps, len(schedule))
-            advice = f"the nearest number of steps that works is {works}" if works else "no number of steps works with these settings"
-            raise ValueError(f"spacing {spacing!r} with {steps} steps, offset {offset}, final {final!r}: {error}; {advice}") from None
+            advice = (
+                f"the nearest number of steps that works is {works}"
+                if works
+                else "no number of steps works with these settings"
+            )
+            raise ValueError(
+                f"spacing {spacing!r} with {steps} steps, offset {offset}, final {final!r}: {error}; {advice}"
+            ) from None
 
     @staticmethod
     def explicit(schedule: NoiseSchedule, t: Sequence[float] | Tensor, *, final: Final = "data") -> TimeGrid:
-        """The grid of a list of falling timesteps, which may be fractional; with final ``none`` the last is the final state."""
+        """The grid of a list of falling timesteps, which may be fractional; with final ``none`` the last is
+        the final state."""
         times = torch.as_tensor(t, dtype=torch.float64)
         alpha, sigma = schedule.alpha_sigma(times)
         return _finish(schedule, times, alpha, sigma, final)
 
     @staticmethod
-    def from_log_ratio(schedule: NoiseSchedule, log_ratio: Sequence[float] | Tensor, *, final: Final = "data") -> TimeGrid:
-        """The grid of a list of falling log(sigma/alpha); t is interpolated between table entries; final as in ``explicit``."""
+    def from_log_ratio(
+        schedule: NoiseSchedule, log_ratio: Sequence[float] | Tensor, *, final: Final = "data"
+    ) -> TimeGrid:
+        """The grid of a list of falling log(sigma/alpha); t is interpolated between table entries; final as
+        in ``explicit``."""
         levels = torch.as_tensor(log_ratio, dtype=torch.float64)
         t = _interpolate_time(schedule.log_ratio, levels)
         # alpha² = 1/(1 + e^(2r)), sigma² = 1/(1 + e^(−2r))
-        return _finish(schedule, t, torch.sigmoid(-2 * levels).sqrt(), torch.sigmoid(2 * levels).sqrt(), final)
+        return _finish(
+            schedule, t, torch.sigmoid(-2 * levels).sqrt(), torch.sigmoid(2 * levels).sqrt(), final
+        )
 
     def to_dict(self) -> dict[str, list[float]]:
         """t, alpha and sigma as plain lists, which ``from_dict`` reads back to the bit."""
@@ -129,11 +161,13 @@ class TimeGrid:
         return TimeGrid(t=t, alpha=alpha, sigma=sigma, log_ratio=schedule.log_ratio)
 
     def time(self, log_sigma_over_alpha: Tensor | float) -> Tensor:
-        """t (fractional, float64) of log(sigma/alpha), linear between table entries; ValueError outside the table."""
+        """t (fractional, float64) of log(sigma/alpha), linear between table entries; ValueError outside the
+        table."""
         return _interpolate_time(self.log_ratio, torch.as_tensor(log_sigma_over_alpha, dtype=torch.float64))
 
     def state(self, t: float) -> tuple[float, float]:
-        """(alpha, sigma) of the schedule at t in [0, T − 1], log(sigma/alpha) being linear between table entries."""
+        """(alpha, sigma) of the schedule at t in [0, T − 1], log(sigma/alpha) being linear between table
+        entries."""
         if not 0 <= t <= len(self.log_ratio) - 1:
             raise ValueError(f"t must lie in [0, {len(self.log_ratio) - 1}], got {t}")
         low = int(t)
@@ -153,25 +187,38 @@ class TimeGrid:
         """The last ``steps`` steps, from 1 to N."""
         if not 1 <= steps <= len(self):
             raise ValueError(f"expected 1 to {len(self)} steps, got {steps}")
-        return replace(self, t=self.t[-steps:], alpha=self.alpha[-steps - 1 :], sigma=self.sigma[-steps - 1 :])
+        return replace(
+            self, t=self.t[-steps:], alpha=self.alpha[-steps - 1 :], sigma=self.sigma[-steps - 1 :]
+        )
 
     def from_ratio(self, ratio: float) -> TimeGrid:
-        """The grid begun at sigma/alpha of at most ``ratio``: noisier states give way to one, at the table's last timestep that is not noisier."""
+        """The grid begun at sigma/alpha of at most ``ratio``: noisier states give way to one, at the table's
+        last timestep that is not noisier."""
         if self.ratio[0] <= ratio:
             return self
         first = float(self.time(math.log(ratio)).floor())
         alpha, sigma = self.state(first)
         keep = int((self.t >= first).sum())
         begun = {"t": first, "alpha": alpha, "sigma": sigma}
-        return replace(self, **{name: torch.cat([self.t.new_tensor([value]), getattr(self, name)[keep:]]) for name, value in begun.items()})
+        return replace(
+            self,
+            **{
+                name: torch.cat([self.t.new_tensor([value]), getattr(self, name)[keep:]])
+                for name, value in begun.items()
+            },
+        )
 
 
 def _leading(T: int, n: int, offset: int, integer: bool) -> Tensor:
     step = T // n
     if T - n * step > T // 10:
-        raise ValueError(f"steps of {T}//{n} = {step} would leave the noisiest {T - (n - 1) * step} of {T} timesteps out")
+        raise ValueError(
+            f"steps of {T}//{n} = {step} would leave the noisiest {T - (n - 1) * step} of {T} timesteps out"
+        )
     if (n - 1) * step + offset > T - 1:
-        raise ValueError(f"the first timestep would be {(n - 1) * step + offset}, beyond the schedule's last, {T - 1}")
+        raise ValueError(
+            f"the first timestep would be {(n - 1) * step + offset}, beyond the schedule's last, {T - 1}"
+        )
     return torch.arange(n - 1, -1, -1, dtype=torch.float64) * step + offset
 
 
@@ -255,12 +302,17 @@ def _check_names(spacing: str, final: str) -> None:
         raise ValueError(f"unknown final {final!r}; {nearest(final, get_args(Final))}")
 
 
-def _sigma_range(schedule: NoiseSchedule, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+def _sigma_range(
+    schedule: NoiseSchedule, sigma_min: float | None, sigma_max: float | None
+) -> tuple[float, float]:
     table = schedule.log_ratio
     low = float(table[0]) if sigma_min is None else math.log(sigma_min)
     high = float(table[-1]) if sigma_max is None else math.log(sigma_max)
     if math.isinf(high):
-        raise ValueError("the schedule has zero terminal SNR, so its largest sigma is infinite: give sigma_max, or use trailing")
+        raise ValueError(
+            "the schedule has zero terminal SNR, so its largest sigma is infinite: give sigma_max, or use"
+            " trailing"
+        )
     if low >= high:
         raise ValueError(f"sigma_min {math.exp(low):.6g} must be below sigma_max {math.exp(high):.6g}")
     return low, high
@@ -272,7 +324,9 @@ def _finish(schedule: NoiseSchedule, t: Tensor, alpha: Tensor, sigma: Tensor, fi
         return TimeGrid(t=t[:-1], alpha=alpha, sigma=sigma, log_ratio=schedule.log_ratio)
     bar = schedule.alphas_cumprod[0] if final == "first" else torch.ones((), dtype=torch.float64)
     if final == "first" and float(t[-1]) <= 0:
-        raise ValueError("the last timestep is 0 already, so final 'first' would repeat it: use final 'data' or an offset")
+        raise ValueError(
+            "the last timestep is 0 already, so final 'first' would repeat it: use final 'data' or an offset"
+        )
     alpha = torch.cat([alpha, bar.sqrt()[None]])
     sigma = torch.cat([sigma, (1 - bar).sqrt()[None]])
     return TimeGrid(t=t, alpha=alpha, sigma=sigma, log_ratio=schedule.log_ratio)
@@ -284,15 +338,22 @@ def _interpolate_time(table: Tensor, log_ratio: Tensor) -> Tensor:
     low, high = float(table[0]), float(table[-1])
     if not bool(((log_ratio >= low - slack) & (log_ratio <= high + slack)).all()):
         found = f"from {math.exp(float(log_ratio.min())):.6g} to {math.exp(float(log_ratio.max())):.6g}"
-        raise ValueError(f"sigma/alpha must lie in the schedule's [{math.exp(low):.6g}, {math.exp(high):.6g}], got {found}")
+        raise ValueError(
+            f"sigma/alpha must lie in the schedule's [{math.exp(low):.6g}, {math.exp(high):.6g}], got {found}"
+        )
     if len(table) == 1:
         return torch.zeros_like(log_ratio)
     value = log_ratio.clamp(low, high)
     index = torch.searchsorted(table, value, right=True).clamp(max=len(table) - 1) - 1
     below, above = table[index], table[index + 1]
     if bool((above.isinf() & value.isfinite() & (value > below)).any()):
-        raise ValueError("sigma/alpha lies between the last two entries of a zero-terminal-SNR schedule, where t is not defined")
-    fraction = torch.where(value == below, 0.0, torch.where(value == above, 1.0, (value - below) / (above - below)))
+        raise ValueError(
+            "sigma/alpha lies between the last two entries of a zero-terminal-SNR schedule, where t is not"
+            " defined"
+        )
+    fraction = torch.where(
+        value == below, 0.0, torch.where(value == above, 1.0, (value - below) / (above - below))
+    )
     return index + fraction
 
 

@@ -18,14 +18,22 @@ from ldm.diffusion.schedule import NoiseSchedule, broadcast
 
 
 def cfg(
-    denoiser: Denoiser, cond: Cond, uncond: Cond, scale: float, *, rescale: float = 0.0, interval: tuple[float, float] | None = None
+    denoiser: Denoiser,
+    cond: Cond,
+    uncond: Cond,
+    scale: float,
+    *,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
 ) -> DenoiseFn:
-    """Classifier-free guidance: x0 = x0_uncond + scale·(x0_cond − x0_uncond), and eps alike  (arXiv:2207.12598, eq. 6, with scale = 1 + w).
+    """Classifier-free guidance: x0 = x0_uncond + scale·(x0_cond − x0_uncond), and eps alike
+    (arXiv:2207.12598, eq. 6, with scale = 1 + w).
 
-    Scale 1 is the conditional model at its own cost, scale 0 the unconditional; else both go through the network in one batch where their
-    shapes allow. ``rescale`` in [0, 1] brings the per-sample deviation of the prediction back to the conditional one's (arXiv:2305.08891,
-    eq. 15–16). ``interval`` (low, high] of sigma/alpha guides there alone, and is conditional elsewhere (arXiv:2404.07724).
-    The learned variance is the conditional branch's.
+    Scale 1 is the conditional model at its own cost, scale 0 the unconditional; else both go through the
+    network in one batch where their shapes allow. ``rescale`` in [0, 1] brings the per-sample deviation of
+    the prediction back to the conditional one's (arXiv:2305.08891, eq. 15–16). ``interval`` (low, high] of
+    sigma/alpha guides there alone, and is conditional elsewhere (arXiv:2404.07724). The learned variance is
+    the conditional branch's.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
@@ -47,15 +55,19 @@ def cfg(
 
 
 def both(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Denoised, Denoised]:
-    """The denoiser under two conditions, each (B, *S): one batch of 2B where the conditions can be joined, else two calls."""
+    """The denoiser under two conditions, each (B, *S): one batch of 2B where the conditions can be joined,
+    else two calls."""
     first, second = under(denoiser, x_t, t, [cond, uncond])
     return first, second
 
 
 def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> list[Denoised]:
-    """The denoiser under K conditions, each (B, *S): one batch of K·B where the conditions can be joined, else K calls."""
+    """The denoiser under K conditions, each (B, *S): one batch of K·B where the conditions can be joined,
+    else K calls."""
     n, k = len(x_t), len(conds)
-    learned = torch.is_grad_enabled() and any(value.requires_grad for cond in conds for _, value in cond.items())
+    learned = torch.is_grad_enabled() and any(
+        value.requires_grad for cond in conds for _, value in cond.items()
+    )
     join = joined.__wrapped__ if learned else joined  # a graph serves one backward pass
     whole = None if k == 1 else join(tuple(conds), n, x_t.device, denoiser.dtype)
     if whole is None:
@@ -71,14 +83,16 @@ def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> 
 def joined(conds: tuple[Cond, ...], n: int, device: torch.device, dtype: torch.dtype | None) -> Cond | None:
     """Conditions as one of batch K·n, where a network computes; None if they cannot be joined.
 
-    The same conditions give the very same tensors at every step, so that a network may keep what it derives from them.
+    The same conditions give the very same tensors at every step, so that a network may keep what it derives
+    from them.
     """
     wide = [cond.expand(n) for cond in conds]
     return Cond.cat(wide).to(device, dtype) if Cond.can_cat(wide) else None
 
 
 def lerp(a: Denoised, b: Denoised, weight: float | Tensor) -> Denoised:
-    """a + weight·(b − a) in x0 and eps: the same straight line, as both are affine in each other at one x_t."""
+    """a + weight·(b − a) in x0 and eps: the same straight line, as both are affine in each other at one
+    x_t."""
     return Denoised(a.x0 + weight * (b.x0 - a.x0), a.eps + weight * (b.eps - a.eps))
 
 
@@ -90,8 +104,11 @@ def _inside(schedule: NoiseSchedule, t: Tensor, interval: tuple[float, float] | 
     return (interval[0] < sigma / alpha) & (sigma / alpha <= interval[1])
 
 
-def _rescale(denoiser: Denoiser, x_t: Tensor, t: Tensor, guided: Denoised, cond: Denoised, amount: float) -> Denoised:
-    """The guided prediction with its per-sample deviation drawn towards the conditional one's, in the network's own prediction type."""
+def _rescale(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, guided: Denoised, cond: Denoised, amount: float
+) -> Denoised:
+    """The guided prediction with its per-sample deviation drawn towards the conditional one's, in the
+    network's own prediction type."""
     x_t = x_t.to(guided.x0.dtype)
     alpha, sigma = (broadcast(value, x_t) for value in denoiser.schedule.alpha_sigma(t))
     raw = target(guided.x0, guided.eps, alpha, sigma, denoiser.prediction)
@@ -102,13 +119,13 @@ def _rescale(denoiser: Denoiser, x_t: Tensor, t: Tensor, guided: Denoised, cond:
     return denoised(raw, x_t, alpha, sigma, denoiser.prediction)._replace(var_frac=guided.var_frac)
 
 
-
-
 def compose(denoiser: Denoiser, prompts: Sequence[tuple[Cond, float]], uncond: Cond) -> DenoiseFn:
-    """Several conditions with weights: eps_u + sum_i w_i·(eps_i − eps_u)  (composable diffusion, arXiv:2206.01714, eq. 11).
+    """Several conditions with weights: eps_u + sum_i w_i·(eps_i − eps_u)  (composable diffusion,
+    arXiv:2206.01714, eq. 11).
 
-    One condition of weight w is ``cfg`` with scale w; a negative weight turns away from its condition. What has no weight is not evaluated:
-    the unconditional where the weights sum to 1, a condition where its weight is 0.
+    One condition of weight w is ``cfg`` with scale w; a negative weight turns away from its condition. What
+    has no weight is not evaluated: the unconditional where the weights sum to 1, a condition where its weight
+    is 0.
     """
     if not prompts:
         raise ValueError("compose needs at least one (condition, weight)")
@@ -125,8 +142,11 @@ def compose(denoiser: Denoiser, prompts: Sequence[tuple[Cond, float]], uncond: C
     return fn
 
 
-def perp_neg(denoiser: Denoiser, cond: Cond, negatives: Sequence[tuple[Cond, float]], uncond: Cond, scale: float) -> DenoiseFn:
-    """eps_u + scale·(p − sum_i w_i·n_i⊥), p and n_i the differences from eps_u, n_i⊥ the part of n_i across p  (arXiv:2304.04968, eq. 8).
+def perp_neg(
+    denoiser: Denoiser, cond: Cond, negatives: Sequence[tuple[Cond, float]], uncond: Cond, scale: float
+) -> DenoiseFn:
+    """eps_u + scale·(p − sum_i w_i·n_i⊥), p and n_i the differences from eps_u, n_i⊥ the part of n_i across p
+    (arXiv:2304.04968, eq. 8).
 
     Without negatives it is ``cfg``; scale 0 is the unconditional model at one evaluation.
     """
@@ -136,14 +156,20 @@ def perp_neg(denoiser: Denoiser, cond: Cond, negatives: Sequence[tuple[Cond, flo
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         if scale == 0 or not terms:
             return plain(x_t, t)
-        positive, *others, base = under(denoiser, x_t, t, [cond, *(negative for negative, _ in terms), uncond])
+        positive, *others, base = under(
+            denoiser, x_t, t, [cond, *(negative for negative, _ in terms), uncond]
+        )
         p = positive.x0 - base.x0
-        # n − (share of p)·p, where the share is the same for x0 and eps, whose differences are parallel; x0's are defined at alpha 0 too
+        # n − (share of p)·p, where the share is the same for x0 and eps, whose differences are parallel; x0's
+        # are defined at alpha 0 too
         along, x0, eps = 1.0, base.x0, base.eps
         for other, (_, weight) in zip(others, terms, strict=True):
             share = broadcast(_share(other.x0 - base.x0, p), p)
             along = along + weight * share
-            x0, eps = x0 - scale * weight * (other.x0 - base.x0), eps - scale * weight * (other.eps - base.eps)
+            x0, eps = (
+                x0 - scale * weight * (other.x0 - base.x0),
+                eps - scale * weight * (other.eps - base.eps),
+            )
         x0, eps = x0 + scale * along * p, eps + scale * along * (positive.eps - base.eps)
         return Denoised(x0, eps, positive.var_frac)
 
@@ -153,10 +179,12 @@ def perp_neg(denoiser: Denoiser, cond: Cond, negatives: Sequence[tuple[Cond, flo
 def apg(
     denoiser: Denoiser, cond: Cond, uncond: Cond, scale: float, *, eta: float = 0.0, norm: float | None = None
 ) -> DenoiseFn:
-    """Adaptive projected guidance: x0_c + (scale − 1)·(d⊥ + eta·d∥), d = x0_c − x0_u split along x0_c  (arXiv:2410.02416, algorithm 1).
+    """Adaptive projected guidance: x0_c + (scale − 1)·(d⊥ + eta·d∥), d = x0_c − x0_u split along x0_c
+    (arXiv:2410.02416, algorithm 1).
 
-    ``norm`` bounds the length of each sample's d first. eta 1 without norm is ``cfg``; scale 1 is the conditional model at one evaluation.
-    The paper's momentum is left out: it would be a memory between steps, which a DenoiseFn does not have.
+    ``norm`` bounds the length of each sample's d first. eta 1 without norm is ``cfg``; scale 1 is the
+    conditional model at one evaluation. The paper's momentum is left out: it would be a memory between steps,
+    which a DenoiseFn does not have.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
@@ -168,7 +196,9 @@ def apg(
             length = d.flatten(1).norm(dim=1)
             d = d * broadcast((norm / length.clamp(min=1e-12)).clamp(max=1), d)
         across = _across(d, with_cond.x0)
-        return with_x0(denoiser.schedule, x_t, t, with_cond.x0 + (scale - 1) * (across + eta * (d - across)), with_cond)
+        return with_x0(
+            denoiser.schedule, x_t, t, with_cond.x0 + (scale - 1) * (across + eta * (d - across)), with_cond
+        )
 
     return fn
 
@@ -184,7 +214,8 @@ def _share(a: Tensor, b: Tensor) -> Tensor:
 
 
 def autoguidance(good: DenoiseFn, bad: DenoiseFn, scale: float) -> DenoiseFn:
-    """bad + scale·(good − bad), ``bad`` being a smaller or less trained model of the same task  (arXiv:2406.02507, eq. 3).
+    """bad + scale·(good − bad), ``bad`` being a smaller or less trained model of the same task
+    (arXiv:2406.02507, eq. 3).
 
     Scale 1 evaluates ``good`` alone, scale 0 ``bad`` alone.
     """
@@ -198,8 +229,11 @@ def autoguidance(good: DenoiseFn, bad: DenoiseFn, scale: float) -> DenoiseFn:
     return fn
 
 
-def between(guided: DenoiseFn, plain: DenoiseFn, schedule: NoiseSchedule, low: float, high: float) -> DenoiseFn:
-    """``guided`` where low < sigma/alpha <= high, each sample by its own t, and ``plain`` elsewhere  (arXiv:2404.07724, eq. 5).
+def between(
+    guided: DenoiseFn, plain: DenoiseFn, schedule: NoiseSchedule, low: float, high: float
+) -> DenoiseFn:
+    """``guided`` where low < sigma/alpha <= high, each sample by its own t, and ``plain`` elsewhere
+    (arXiv:2404.07724, eq. 5).
 
     The interval of ``cfg`` for every other guidance; only what some sample needs is evaluated.
     """
@@ -214,20 +248,27 @@ def between(guided: DenoiseFn, plain: DenoiseFn, schedule: NoiseSchedule, low: f
             return plain(x_t, t)
         a, b = guided(x_t, t), plain(x_t, t)
         chosen = broadcast(inside, a.x0).bool()
-        var = None if a.var_frac is None or b.var_frac is None else torch.where(chosen, a.var_frac, b.var_frac)
+        var = (
+            None if a.var_frac is None or b.var_frac is None else torch.where(chosen, a.var_frac, b.var_frac)
+        )
         return Denoised(torch.where(chosen, a.x0, b.x0), torch.where(chosen, a.eps, b.eps), var)
 
     return fn
 
 
 def gradient(
-    denoise: DenoiseFn, schedule: NoiseSchedule, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0, *, of_x0: bool = False
+    denoise: DenoiseFn,
+    schedule: NoiseSchedule,
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    scale: float = 1.0,
+    *,
+    of_x0: bool = False,
 ) -> DenoiseFn:
     """eps − scale·sigma·∇ log p(y | x_t): classifier guidance (arXiv:2105.05233, algorithm 2), by autograd.
 
-    ``log_prob(x_t, t) -> (B,)`` sees the noisy state; with ``of_x0`` it sees the network's x0 and the gradient goes through the network,
-    as for CLIP and reconstruction guidance (arXiv:2209.14687). Scale 0 is ``denoise`` alone. Raises ValueError at alpha 0, where a change of
-    eps moves x0 without bound.
+    ``log_prob(x_t, t) -> (B,)`` sees the noisy state; with ``of_x0`` it sees the network's x0 and the
+    gradient goes through the network, as for CLIP and reconstruction guidance (arXiv:2209.14687). Scale 0 is
+    ``denoise`` alone. Raises ValueError at alpha 0, where a change of eps moves x0 without bound.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
@@ -248,16 +289,10 @@ def with_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, eps: Tensor, like:
     """The Denoised of a changed eps, x0 derived again; ValueError at alpha 0."""
     alpha, sigma = (broadcast(value, eps) for value in schedule.alpha_sigma(t))
     if not bool((alpha > 0).all()):
-        raise ValueError("guidance of eps is not defined at alpha 0 (zero terminal SNR): start one step later, or guide x0")
+        raise ValueError(
+            "guidance of eps is not defined at alpha 0 (zero terminal SNR): start one step later, or guide x0"
+        )
     return like._replace(x0=(x_t - sigma * eps) / alpha, eps=eps)
-
-
-
-
-
-
-
-
 
 
 def switch(first: DenoiseFn, second: DenoiseFn, below: float) -> DenoiseFn:

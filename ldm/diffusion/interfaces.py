@@ -14,7 +14,8 @@ Prediction = Literal["eps", "x0", "v"]  # v = alpha·eps − sigma·x0
 
 
 class Denoised(NamedTuple):
-    """What a network says about x_t: clean data and noise, and (learned range) where log variance lies in [0, 1]. Each (B, *S)."""
+    """What a network says about x_t: clean data and noise, and (learned range) where log variance lies in [0,
+    1]. Each (B, *S)."""
 
     x0: Tensor
     eps: Tensor
@@ -22,17 +23,25 @@ class Denoised(NamedTuple):
 
 
 DenoiseFn = Callable[[Tensor, Tensor], Denoised]  # (x_t (B, *S), t () or (B,), may be fractional)
-NoiseFn = Callable[[int, Tensor], Tensor]  # (index of the draw, like) -> standard normal of like's shape, dtype and device
-OnStep = Callable[[int, Tensor, Denoised], Tensor | None]  # may return a new x; raising StopIteration ends the run
+NoiseFn = Callable[
+    [int, Tensor], Tensor
+]  # (index of the draw, like) -> standard normal of like's shape, dtype and device
+OnStep = Callable[
+    [int, Tensor, Denoised], Tensor | None
+]  # may return a new x; raising StopIteration ends the run
 
 
 class Sampler(Protocol):
-    """Solves the reverse process over a grid; x (B, *S) is the state at grid entry 0, the result the state at entry N."""
+    """Solves the reverse process over a grid; x (B, *S) is the state at grid entry 0, the result the state at
+    entry N."""
 
     def __call__(
-        self, denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, noise: NoiseFn | None = None, on_step: OnStep | None = None, **options: Any
+        self,
+        denoise: DenoiseFn,
+        x: Tensor,
+        grid: TimeGrid,
+        *,
+        noise: NoiseFn | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
     ) -> Tensor: ...
-
-
-
-

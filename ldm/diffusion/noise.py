@@ -21,37 +21,52 @@ def _check(seeds: Sequence[int]) -> list[int]:
 
 
 def initial_noise(
-    seeds: Sequence[int], shape: Sequence[int], *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal (len(seeds), *shape): sample i is ``torch.Generator().manual_seed(seeds[i])``'s, drawn on the CPU in float32."""
-    drawn = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in _check(seeds)]
+    """Standard normal (len(seeds), *shape): sample i is ``torch.Generator().manual_seed(seeds[i])``'s, drawn
+    on the CPU in float32."""
+    drawn = [
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        for seed in _check(seeds)
+    ]
     return torch.stack(drawn).to(device, dtype)
 
 
 def keyed_noise(seeds: Sequence[int]) -> NoiseFn:
     """A NoiseFn whose draw k for sample i depends on (seeds[i], k) alone.
 
-    Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) takes the pair as its 128-bit key, so no two pairs
-    share a stream; torch's own CPU generator would keep 32 bits of a seed. Drawn in float32 on the CPU.
+    Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) takes the pair as its
+    128-bit key, so no two pairs share a stream; torch's own CPU generator would keep 32 bits of a seed. Drawn
+    in float32 on the CPU.
     """
     seeds = _check(seeds)
 
     def noise(k: int, like: Tensor) -> Tensor:
         if len(like) != len(seeds):
             raise ValueError(f"noise for {len(seeds)} seeds was asked for a batch of {len(like)}")
-        return torch.stack([keyed_normal(seed, k, like.shape[1:]) for seed in seeds]).to(like.device, like.dtype)
+        return torch.stack([keyed_normal(seed, k, like.shape[1:]) for seed in seeds]).to(
+            like.device, like.dtype
+        )
 
     return noise
 
 
 def keyed_normal(seed: int, k: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal of a shape, float32 on the CPU, from the Philox stream with key (seed, k), both in [0, 2**64)."""
+    """Standard normal of a shape, float32 on the CPU, from the Philox stream with key (seed, k), both in [0,
+    2**64)."""
     key = np.array([seed, k], dtype=np.uint64)
     values = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(np.asarray(values))
 
 
-LEVELS = (-16.0, 16.0)  # lambda between which a Brownian path is bisected; before it the path starts, behind it nobody asks
+LEVELS = (
+    -16.0,
+    16.0,
+)  # lambda between which a Brownian path is bisected; before it the path starts, behind it nobody asks
 DEPTH = 24  # bisections: 2e-6 in lambda, a ten-thousandth of the shortest step
 NODES = 2**63  # Philox keys of the path, apart from those of keyed_noise
 
@@ -59,10 +74,11 @@ NODES = 2**63  # Philox keys of the path, apart from those of keyed_noise
 def brownian_noise(seeds: Sequence[int], grid: TimeGrid, *, inner: float | None = None) -> NoiseFn:
     """A NoiseFn of Brownian increments, so that one seed on grids of different length takes the same path.
 
-    Draw i is (W(s') − W(s))/sqrt(s' − s) between states i and i + 1, with s = alpha²/sigma², the time in which the noise of a step of a
-    variance-preserving SDE is exactly Brownian: sigma'·sqrt(1 − e^(−2h))·z = sigma'²/alpha'·(W(s') − W(s)). With ``inner`` = r (0 < r <= 1; for
-    dpmpp_sde) draw 2i leads from state i to the inner level and draw 2i + 1 to state i + 1. Drawn in float32 on the CPU, summed in float64: W
-    is a tree of midpoints keyed by (seed, node)  (Kidger et al., arXiv:2105.13493, section 4).
+    Draw i is (W(s') − W(s))/sqrt(s' − s) between states i and i + 1, with s = alpha²/sigma², the time in
+    which the noise of a step of a variance-preserving SDE is exactly Brownian: sigma'·sqrt(1 − e^(−2h))·z =
+    sigma'²/alpha'·(W(s') − W(s)). With ``inner`` = r (0 < r <= 1; for dpmpp_sde) draw 2i leads from state i
+    to the inner level and draw 2i + 1 to state i + 1. Drawn in float32 on the CPU, summed in float64: W is a
+    tree of midpoints keyed by (seed, node)  (Kidger et al., arXiv:2105.13493, section 4).
     """
     seeds = _check(seeds)
     lams = grid.lam.tolist()
@@ -77,14 +93,18 @@ def brownian_noise(seeds: Sequence[int], grid: TimeGrid, *, inner: float | None 
         if math.isinf(end):
             raise ValueError(f"step {i} ends at clean data, where no noise is added")
         length = math.sqrt(math.exp(2 * end) - math.exp(2 * start))
-        drawn = [(brownian(seed, end, like.shape[1:]) - brownian(seed, start, like.shape[1:])) / length for seed in seeds]
+        drawn = [
+            (brownian(seed, end, like.shape[1:]) - brownian(seed, start, like.shape[1:])) / length
+            for seed in seeds
+        ]
         return torch.stack(drawn).to(like.device, like.dtype)
 
     return noise
 
 
 def brownian(seed: int, lam: float, shape: Sequence[int]) -> Tensor:
-    """W at time e^(2·lam) of the path of a seed, float64 on the CPU; W(0) = 0 at lam −inf. Bisected in lam, bridged in time."""
+    """W at time e^(2·lam) of the path of a seed, float64 on the CPU; W(0) = 0 at lam −inf. Bisected in lam,
+    bridged in time."""
     if lam == -math.inf:
         return torch.zeros(tuple(shape), dtype=torch.float64)
     low, high = LEVELS

@@ -19,7 +19,8 @@ def check_prediction(prediction: str) -> None:
 
 
 def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction) -> Tensor:
-    """What the network should have said: (B, *S); alpha and sigma broadcast against x0  (v: arXiv:2202.00512, appendix D)."""
+    """What the network should have said: (B, *S); alpha and sigma broadcast against x0  (v: arXiv:2202.00512,
+    appendix D)."""
     check_prediction(prediction)
     if prediction == "eps":
         return eps
@@ -29,7 +30,8 @@ def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: Pr
 
 
 def denoised(raw: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction) -> Denoised:
-    """x0 and eps (B, *S) from what the network said; alpha and sigma broadcast against x_t; eps needs alpha > 0, x0 sigma > 0."""
+    """x0 and eps (B, *S) from what the network said; alpha and sigma broadcast against x_t; eps needs alpha >
+    0, x0 sigma > 0."""
     check_prediction(prediction)
     if prediction == "eps":
         return Denoised((x_t - sigma * raw) / alpha, raw)

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def check_seeds(seed: int | Sequence[int], n: int) -> tuple[int, ...]:
-    """n seeds: seed, seed + 1, … for a number; as given for a sequence of n. ValueError if they do not fit."""
+    """n seeds: seed, seed + 1, … for a number; as given for a sequence of n. ValueError if they do not
+    fit."""
     if isinstance(seed, int):
         if not 0 <= seed <= 2**63 - n:
             raise ValueError(f"seed: expected 0 to 2**63 - {n}, got {seed}")

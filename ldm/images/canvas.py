@@ -1,4 +1,5 @@
-"""The canvas of inpainting and outpainting: sizes that fit, a hole, its borders, and the given pixels put back to the bit."""
+"""The canvas of inpainting and outpainting: sizes that fit, a hole, its borders, and the given pixels put
+back to the bit."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ class Padded(UserWarning):
 class Canvas:
     """Pictures with a hole.
 
-    ``pixels`` (B, 3, H, W) in [0, 1], H and W being multiples of what the model asks for; ``hole`` (B or 1, 1, H, W), 1 where pixels are to be made,
-    0 where they are known; ``frame`` (height, width) of the upper left part that is wanted, the rest being padding.
+    ``pixels`` (B, 3, H, W) in [0, 1], H and W being multiples of what the model asks for; ``hole`` (B or 1,
+    1, H, W), 1 where pixels are to be made, 0 where they are known; ``frame`` (height, width) of the upper
+    left part that is wanted, the rest being padding.
     """
 
     pixels: Tensor
@@ -35,28 +37,47 @@ class Canvas:
 
     @classmethod
     def masked(cls, image: Picture, mask: Picture, *, multiple: int = 1) -> Canvas:
-        """Pictures under a mask of their size, white where to repaint. A size that is no multiple is padded at the right and below by repeating
-        the last column and row, of the mask too, with a warning; ValueError for a mask of another size, or one that is black all over.
+        """Pictures under a mask of their size, white where to repaint. A size that is no multiple is padded
+        at the right and below by repeating the last column and row, of the mask too, with a warning;
+        ValueError for a mask of another size, or one that is black all over.
         """
         pixels = to_pixels(image)
         hole = to_mask(mask, pixels.shape[-2:])
         if len(hole) not in (1, len(pixels)) and len(pixels) != 1:
-            raise ValueError(f"mask: {len(hole)} masks for {len(pixels)} pictures; expected one, or one for each")
+            raise ValueError(
+                f"mask: {len(hole)} masks for {len(pixels)} pictures; expected one, or one for each"
+            )
         if not bool(hole.flatten(1).any(dim=1).all()):
-            raise ValueError("mask: black all over, so there is nothing to repaint; white is where the picture is made anew")
-        return cls(pixels=fit(pixels, multiple), hole=pad(hole, multiple), frame=(pixels.shape[-2], pixels.shape[-1]))
+            raise ValueError(
+                "mask: black all over, so there is nothing to repaint; white is where the picture is made"
+                " anew"
+            )
+        return cls(
+            pixels=fit(pixels, multiple), hole=pad(hole, multiple), frame=(pixels.shape[-2], pixels.shape[-1])
+        )
 
     @classmethod
-    def extended(cls, image: Picture, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0, multiple: int = 1) -> Canvas:
-        """Pictures with new room around them, in pixels. Where the sum is no multiple, more is made at the right and below, and cut off.
-        ValueError for negative margins, or none at all.
+    def extended(
+        cls,
+        image: Picture,
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        multiple: int = 1,
+    ) -> Canvas:
+        """Pictures with new room around them, in pixels. Where the sum is no multiple, more is made at the
+        right and below, and cut off. ValueError for negative margins, or none at all.
         """
         margins = dict(zip(MARGINS, (left, right, top, bottom), strict=True))
         for side, width in margins.items():
             if not isinstance(width, int) or isinstance(width, bool) or width < 0:
                 raise ValueError(f"{side}: expected a number of pixels of at least 0, got {width!r}")
         if not any(margins.values()):
-            raise ValueError("nothing to outpaint: expected at least one of left, right, top and bottom to be positive")
+            raise ValueError(
+                "nothing to outpaint: expected at least one of left, right, top and bottom to be positive"
+            )
         pixels = to_pixels(image)
         h, w = top + pixels.shape[-2] + bottom, left + pixels.shape[-1] + right
         room = (left, right + -w % multiple, top, bottom + -h % multiple)
@@ -69,7 +90,8 @@ class Canvas:
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
     def filled(self) -> Tensor:
-        """The pictures with the hole filled smoothly from what surrounds it, so that an encoder sees nothing of what the hole hides."""
+        """The pictures with the hole filled smoothly from what surrounds it, so that an encoder sees nothing
+        of what the hole hides."""
         return fill(self.pixels, self.hole)
 
     def small(self, size: Sequence[int]) -> Tensor:
@@ -77,7 +99,8 @@ class Canvas:
         return F.adaptive_max_pool2d(self.hole, tuple(size))
 
     def finish(self, made: Tensor, *, seam: float = 0.0, feather: int = 0) -> Tensor:
-        """What was made (B, 3, H, W) in [0, 1] with the known pixels put back to the bit, cut to the frame: see `paste`."""
+        """What was made (B, 3, H, W) in [0, 1] with the known pixels put back to the bit, cut to the frame:
+        see `paste`."""
         h, w = self.frame
         return paste(made, self.pixels.to(made), self.hole.to(made), seam=seam, feather=feather)[..., :h, :w]
 
@@ -92,13 +115,19 @@ def fit(pixels: Tensor, multiple: int) -> Tensor:
     padded = pad(pixels, multiple)
     if padded.shape != pixels.shape:
         given, now = (f"{x.shape[-1]}×{x.shape[-2]}" for x in (pixels, padded))
-        warnings.warn(f"{given} is no multiple of {multiple}: padded to {now} by its last column and row, then cut back", Padded, stacklevel=4)
+        warnings.warn(
+            f"{given} is no multiple of {multiple}: padded to {now} by its last column and row, then cut"
+            " back",
+            Padded,
+            stacklevel=4,
+        )
     return padded
 
 
 def fill(pixels: Tensor, hole: Tensor) -> Tensor:
-    """Pictures or latents (B, C, H, W) continued into a hole (B or 1, 1, H, W) from its border inwards: ring by ring, each position is the mean of
-    those of its eight neighbours that are filled. What is hole all over becomes 0.5.
+    """Pictures or latents (B, C, H, W) continued into a hole (B or 1, 1, H, W) from its border inwards: ring
+    by ring, each position is the mean of those of its eight neighbours that are filled. What is hole all over
+    becomes 0.5.
     """
     n = max(len(pixels), len(hole))
     known, pixels = 1 - hole.expand(n, -1, -1, -1), pixels.expand(n, -1, -1, -1)
@@ -114,13 +143,17 @@ def fill(pixels: Tensor, hole: Tensor) -> Tensor:
 
 
 def paste(made: Tensor, given: Tensor, hole: Tensor, *, seam: float = 0.0, feather: int = 0) -> Tensor:
-    """``given`` outside the hole, to the bit, and inside it what was ``made``, each (B or 1, C, H, W) in [0, 1].
+    """``given`` outside the hole, to the bit, and inside it what was ``made``, each (B or 1, C, H, W) in [0,
+    1].
 
-    ``seam``: what was made is first brought to meet the given pixels at the border: `border_correction` with that reach, in pixels.
-    ``feather``: over that many pixels inside the hole, the given picture passes over into the new one.
+    ``seam``: what was made is first brought to meet the given pixels at the border: `border_correction` with
+    that reach, in pixels. ``feather``: over that many pixels inside the hole, the given picture passes over
+    into the new one.
     """
     check_border(seam, feather)
-    for _ in range(2 if seam > 0 else 0):  # once more for what is left of too large steps: a border's neighbours smooth each other's correction
+    for _ in range(
+        2 if seam > 0 else 0
+    ):  # once more for what is left of too large steps: a border's neighbours smooth each other's correction
         made = torch.where(hole > 0, (made + border_correction(made, given, hole, seam)).clamp(0, 1), given)
     weight = soft(hole, feather)
     return torch.where(weight > 0, given + weight * (made - given) if feather else made, given)
@@ -135,7 +168,8 @@ def check_border(seam: float, feather: int) -> None:
 
 
 def soft(hole: Tensor, feather: int) -> Tensor:
-    """A hole (B, 1, H, W) whose weights rise from 1/(feather + 1) at its border to 1 at ``feather`` pixels inside; 0 outside."""
+    """A hole (B, 1, H, W) whose weights rise from 1/(feather + 1) at its border to 1 at ``feather`` pixels
+    inside; 0 outside."""
     total, known = hole, 1 - hole
     for _ in range(feather):
         known = F.max_pool2d(known, 3, stride=1, padding=1)
@@ -144,11 +178,13 @@ def soft(hole: Tensor, feather: int) -> Tensor:
 
 
 def border_correction(made: Tensor, given: Tensor, hole: Tensor, reach: float) -> Tensor:
-    """What to add to ``made`` (B, C, H, W) in a hole (B or 1, 1, H, W), so that it meets ``given`` at the border; it fades within ``reach`` pixels.
+    """What to add to ``made`` (B, C, H, W) in a hole (B or 1, 1, H, W), so that it meets ``given`` at the
+    border; it fades within ``reach`` pixels.
 
-    It solves (∇² − 1/reach²) c = 0 in the hole with c = given − made at the border and no slope at the canvas' edge: Poisson image editing (Pérez
-    et al. 2003, eq. 4) with a screen, by conjugate gradients. So the step across the border becomes the one that was made there; or, where that is
-    larger than the given picture's own, as large as those (`border_limit`): an edge just there would be seen as a seam.
+    It solves (∇² − 1/reach²) c = 0 in the hole with c = given − made at the border and no slope at the
+    canvas' edge: Poisson image editing (Pérez et al. 2003, eq. 4) with a screen, by conjugate gradients. So
+    the step across the border becomes the one that was made there; or, where that is larger than the given
+    picture's own, as large as those (`border_limit`): an edge just there would be seen as a seam.
     """
     b, c, h, w = torch.broadcast_shapes(made.shape, given.shape)
     kernel = NEIGHBOURS.to(made)
@@ -168,7 +204,9 @@ def border_correction(made: Tensor, given: Tensor, hole: Tensor, reach: float) -
         for sign in (1, -1):
             known, other, there = (_beside(part, dim, sign) for part in (1 - hole, made, given))
             step = made - other
-            seen = (limit / step.abs().mean(1, keepdim=True).clamp_min(torch.finfo(step.dtype).tiny)).clamp_max(1)  # of the step, which share stays
+            seen = (
+                limit / step.abs().mean(1, keepdim=True).clamp_min(torch.finfo(step.dtype).tiny)
+            ).clamp_max(1)  # of the step, which share stays
             residual = residual + inside * known * (there + seen * step - made)
     direction, energy = residual, residual.square().sum()
     goal = 1e-10 * energy
@@ -184,9 +222,10 @@ def border_correction(made: Tensor, given: Tensor, hole: Tensor, reach: float) -
 
 
 def border_limit(given: Tensor, hole: Tensor, dim: int) -> Tensor:
-    """The largest step (B, 1, 1, 1) across the border, a mean over channels: three quarters, as the correction fades with every pixel, of what 95 %
-    of the steps between known neighbours along an axis keep within. Infinite where there are none, and where those are less than a level of 255: a
-    flat picture is no reason to have no edges."""
+    """The largest step (B, 1, 1, 1) across the border, a mean over channels: three quarters, as the
+    correction fades with every pixel, of what 95 % of the steps between known neighbours along an axis keep
+    within. Infinite where there are none, and where those are less than a level of 255: a flat picture is no
+    reason to have no edges."""
     none = given.new_tensor(float("inf"))
     if given.shape[dim] < 2:
         return none.expand(len(given), 1, 1, 1)

@@ -8,7 +8,8 @@ SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def rgba(image: Any) -> Any:
-    """A PIL image as RGBA, turned as its EXIF data says; grey, palettes, CMYK and other colour spaces are converted, 16 bits scaled to 8.
+    """A PIL image as RGBA, turned as its EXIF data says; grey, palettes, CMYK and other colour spaces are
+    converted, 16 bits scaled to 8.
 
     ValueError for numbers whose range is not known (32-bit ones beyond 16 bits, and floats).
     """
@@ -28,8 +29,12 @@ def _scaled(image: Any) -> Any:
 
     values = np.asarray(image)
     if image.mode == "F":
-        raise ValueError("image: a picture of floating-point numbers does not say its range; give a tensor in [0, 1]")
+        raise ValueError(
+            "image: a picture of floating-point numbers does not say its range; give a tensor in [0, 1]"
+        )
     values = values.astype(np.int64)
     if values.size and not 0 <= values.min() <= values.max() <= 65_535:
-        raise ValueError(f"image: expected numbers of 16 bits, 0 to 65535, got {values.min()} to {values.max()}")
+        raise ValueError(
+            f"image: expected numbers of 16 bits, 0 to 65535, got {values.min()} to {values.max()}"
+        )
     return ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 · 257, rounded

@@ -17,10 +17,13 @@ RECIPE_KEY = "ldm"  # the PNG text chunk that holds the recipe, as JSON
 
 
 def check_writable(path: str | Path, suffix: str = ".png") -> Path:
-    """The path, if a PNG (or GIF) can be written there: found out before any work; ValueError or an OSError that names it otherwise."""
+    """The path, if a PNG (or GIF) can be written there: found out before any work; ValueError or an OSError
+    that names it otherwise."""
     path = Path(path)
     if path.suffix.lower() != suffix:
-        raise ValueError(f"{str(path)!r}: {suffix[1:].upper()} is written, expected a name that ends in {suffix}")
+        raise ValueError(
+            f"{str(path)!r}: {suffix[1:].upper()} is written, expected a name that ends in {suffix}"
+        )
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
     if not path.parent.is_dir():
@@ -68,7 +71,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{str(path)!r} is not a picture that can be read: {error}") from None
     if text is None:
-        raise ValueError(f"{str(path)!r} has no recipe inside: it was not made by ldm, or its metadata was removed")
+        raise ValueError(
+            f"{str(path)!r} has no recipe inside: it was not made by ldm, or its metadata was removed"
+        )
     try:
         recipe = json.loads(text)
     except ValueError:

@@ -12,18 +12,23 @@ from torch import Tensor
 
 from ldm.images.eight_bit import rgba
 
-Picture = Any  # a path, a PIL image, a tensor (3, H, W) or (B, 3, H, W) in [0, 1], a uint8 array (H, W, 3), or a sequence of these of one size
+# a path, a PIL image, a tensor (3, H, W) or (B, 3, H, W) in [0, 1], a uint8 array (H, W, 3), or a sequence of
+# these of one size
+Picture = Any
 
 
 def to_pixels(image: Picture) -> Tensor:
-    """Pictures as (B, 3, H, W) float32 in [0, 1]; transparency is laid on white, files are read as `rgba` says.
+    """Pictures as (B, 3, H, W) float32 in [0, 1]; transparency is laid on white, files are read as `rgba`
+    says.
 
     ValueError for another shape or range, or several sizes; FileNotFoundError for a path that leads nowhere.
     """
     if isinstance(image, Sequence) and not isinstance(image, str):
         parts = [to_pixels(part) for part in image]
         if not parts or len({part.shape[1:] for part in parts}) > 1:
-            raise ValueError(f"image: expected pictures of one size, got {[tuple(part.shape) for part in parts]}")
+            raise ValueError(
+                f"image: expected pictures of one size, got {[tuple(part.shape) for part in parts]}"
+            )
         return torch.cat(parts)
     if isinstance(image, Tensor):
         return _checked(image[None] if image.ndim == 3 else image, 3, "image")
@@ -45,18 +50,28 @@ def to_mask(mask: Picture, size: Sequence[int]) -> Tensor:
     """
     if isinstance(mask, Tensor):
         values = mask.float()
-        values = values.reshape(1, 1, *values.shape) if values.ndim == 2 else values[None] if values.ndim == 3 else values
+        values = (
+            values.reshape(1, 1, *values.shape)
+            if values.ndim == 2
+            else values[None]
+            if values.ndim == 3
+            else values
+        )
         values = _checked(values, 1, "mask")
     else:
         array = _array(mask, "mask").float() / 255
         values = (array if array.ndim == 2 else array[..., :3].mean(-1))[None, None]
     if tuple(values.shape[-2:]) != tuple(size):
-        raise ValueError(f"mask: expected the picture's size {size[0]}×{size[1]}, got {values.shape[-2]}×{values.shape[-1]}")
+        raise ValueError(
+            f"mask: expected the picture's size {size[0]}×{size[1]}, got"
+            f" {values.shape[-2]}×{values.shape[-1]}"
+        )
     return (values >= 0.5).float()
 
 
 def to_depth(depth: Picture, size: Sequence[int]) -> Tensor:
-    """Depth maps, (H, W) or (B, 1, H, W) in any unit, as (B, 1, h, w) in [−1, 1]: resized (bicubic), then each drawn to its own range."""
+    """Depth maps, (H, W) or (B, 1, H, W) in any unit, as (B, 1, h, w) in [−1, 1]: resized (bicubic), then
+    each drawn to its own range."""
     values = depth.float() if isinstance(depth, Tensor) else _array(depth, "depth").float()
     if values.ndim == 2:
         values = values[None, None]
@@ -69,9 +84,14 @@ def to_depth(depth: Picture, size: Sequence[int]) -> Tensor:
 
 def _checked(values: Tensor, channels: int, name: str) -> Tensor:
     if values.ndim != 4 or values.shape[1] != channels or not values.is_floating_point():
-        raise ValueError(f"{name}: expected floating-point (B, {channels}, H, W) in [0, 1], got {values.dtype} {tuple(values.shape)}")
+        raise ValueError(
+            f"{name}: expected floating-point (B, {channels}, H, W) in [0, 1], got {values.dtype}"
+            f" {tuple(values.shape)}"
+        )
     if values.numel() and not -0.01 <= float(values.min()) <= float(values.max()) <= 1.01:
-        raise ValueError(f"{name}: expected [0, 1], got [{float(values.min()):.3g}, {float(values.max()):.3g}]")
+        raise ValueError(
+            f"{name}: expected [0, 1], got [{float(values.min()):.3g}, {float(values.max()):.3g}]"
+        )
     return values.float()
 
 
@@ -87,12 +107,19 @@ def _array(image: Any, name: str) -> Tensor:
             raise FileNotFoundError(f"{name}: no such file: {str(path)!r}")
         try:
             with Image.open(path) as opened:
-                image = rgba(opened) if name == "image" else opened.convert("L" if name == "mask" else opened.mode)
+                image = (
+                    rgba(opened)
+                    if name == "image"
+                    else opened.convert("L" if name == "mask" else opened.mode)
+                )
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{name}: {str(path)!r} is not a picture that can be read: {error}") from None
     if hasattr(image, "convert"):  # a PIL image
         image = rgba(image) if name == "image" else image.convert("L") if name == "mask" else image
     array = np.asarray(image)
     if name != "depth" and array.dtype != np.uint8:
-        raise ValueError(f"{name}: expected 8-bit numbers, a tensor, a PIL image or a path, got {type(image).__name__} of {array.dtype}")
+        raise ValueError(
+            f"{name}: expected 8-bit numbers, a tensor, a PIL image or a path, got {type(image).__name__} of"
+            f" {array.dtype}"
+        )
     return torch.from_numpy(array.copy())

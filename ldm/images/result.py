@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Images:
     """Pictures and where they come from.
 
-    ``tensor`` (B, 3, H, W) float32 in [0, 1]; ``seeds`` and ``prompts`` one for each picture; ``recipe`` every option of the call, with the
-    hashes of the weights and the versions of the software, as JSON can hold it. ``flagged``: what the safety checker said of each picture, None
-    where there was none. ``steps`` (N, B, 3, H, W): what each step of the sampler took the pictures to be, where a call was asked to keep them.
+    ``tensor`` (B, 3, H, W) float32 in [0, 1]; ``seeds`` and ``prompts`` one for each picture; ``recipe``
+    every option of the call, with the hashes of the weights and the versions of the software, as JSON can
+    hold it. ``flagged``: what the safety checker said of each picture, None where there was none. ``steps``
+    (N, B, 3, H, W): what each step of the sampler took the pictures to be, where a call was asked to keep
+    them.
     """
 
     tensor: Tensor
@@ -39,11 +40,18 @@ class Images:
         if self.tensor.ndim != 4 or self.tensor.shape[1] != 3:
             raise ValueError(f"tensor has shape {tuple(self.tensor.shape)}, expected (B, 3, H, W)")
         if not len(self.tensor) == len(self.seeds) == len(self.prompts):
-            raise ValueError(f"{len(self.tensor)} pictures with {len(self.seeds)} seeds and {len(self.prompts)} prompts")
+            raise ValueError(
+                f"{len(self.tensor)} pictures with {len(self.seeds)} seeds and {len(self.prompts)} prompts"
+            )
         if self.flagged is not None and len(self.flagged) != len(self.tensor):
-            raise ValueError(f"{len(self.tensor)} pictures with {len(self.flagged)} verdicts of the safety checker")
+            raise ValueError(
+                f"{len(self.tensor)} pictures with {len(self.flagged)} verdicts of the safety checker"
+            )
         if self.steps is not None and (self.steps.ndim != 5 or self.steps.shape[1:] != self.tensor.shape):
-            raise ValueError(f"steps have shape {tuple(self.steps.shape)}, expected (N, {', '.join(map(str, self.tensor.shape))})")
+            raise ValueError(
+                f"steps have shape {tuple(self.steps.shape)}, expected (N,"
+                f" {', '.join(map(str, self.tensor.shape))})"
+            )
         if not torch.isfinite(self.tensor).all():
             raise ValueError("a picture holds NaN or infinity: the model overflowed; try dtype='float32'")
 
@@ -68,15 +76,21 @@ class Images:
         return sheet_of(self.pil(), columns)
 
     def captioned(self, columns: int | None = None) -> Image:
-        """The grid with prompt and seed under each picture; a prompt that needs more than three lines ends in "…"."""
+        """The grid with prompt and seed under each picture; a prompt that needs more than three lines ends in
+        "…"."""
         pictures = self.pil()
-        return sheet_of([captioned(*row) for row in zip(pictures, self.prompts, self.seeds, strict=True)], columns)
+        return sheet_of(
+            [captioned(*row) for row in zip(pictures, self.prompts, self.seeds, strict=True)], columns
+        )
 
-    def animate(self, path: str | Path, *, seconds: float = 0.12, hold: float = 1.5, columns: int | None = None) -> Path:
-        """Write a GIF of the denoising: the grid as each step took it to be, then the pictures; ``seconds`` a step, ``hold`` for the last frame.
+    def animate(
+        self, path: str | Path, *, seconds: float = 0.12, hold: float = 1.5, columns: int | None = None
+    ) -> Path:
+        """Write a GIF of the denoising: the grid as each step took it to be, then the pictures; ``seconds`` a
+        step, ``hold`` for the last frame.
 
-        Returns the path. ValueError for pictures whose steps were not kept, a name that does not end in .gif, or times below 0.02 seconds, which
-        viewers do not keep to; the file is whole or not there.
+        Returns the path. ValueError for pictures whose steps were not kept, a name that does not end in .gif,
+        or times below 0.02 seconds, which viewers do not keep to; the file is whole or not there.
         """
         if self.steps is None:
             raise ValueError("these pictures have no steps to animate: make them with keep_steps=True")
@@ -86,12 +100,20 @@ class Images:
         frames = [replace(self, tensor=step, steps=None).grid(columns) for step in (*self.steps, self.tensor)]
         times = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
         # no frame is the difference from the last one, so that none is dropped where two are equal
-        options = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": times, "loop": 0, "disposal": 2}
+        options = {
+            "format": "GIF",
+            "save_all": True,
+            "append_images": frames[1:],
+            "duration": times,
+            "loop": 0,
+            "disposal": 2,
+        }
         _write_whole(path, lambda target: frames[0].save(target, **options))
         return path
 
     def save(self, path: str | Path, *, separate: bool = False) -> list[Path]:
-        """Write a PNG with the recipe inside: one file (a grid where there are several), or NAME-SEED.png for each with ``separate``.
+        """Write a PNG with the recipe inside: one file (a grid where there are several), or NAME-SEED.png for
+        each with ``separate``.
 
         Returns the paths. ValueError for a name that does not end in .png; the file is whole or not there.
         """
@@ -114,26 +136,7 @@ class Images:
     def __repr__(self) -> str:
         b, _, h, w = self.tensor.shape
         flagged = f", {sum(self.flagged)} flagged by the safety checker" if self.flagged is not None else ""
-        return f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts {list(dict.fromkeys(self.prompts))}{flagged})"
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+        return (
+            f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts"
+            f" {list(dict.fromkeys(self.prompts))}{flagged})"
+        )

@@ -18,7 +18,8 @@ CAPTION, LINES = 11, 3  # of a caption: the height of its letters in pixels, and
 
 
 def sheet_of(pictures: Sequence[Image], columns: int | None = None) -> Image:
-    """Pictures of one width in one, row by row on white, as near to a square as it goes unless ``columns`` is given."""
+    """Pictures of one width in one, row by row on white, as near to a square as it goes unless ``columns`` is
+    given."""
     from PIL import Image
 
     columns = columns or -(-len(pictures) // max(1, round(len(pictures) ** 0.5)))
@@ -52,7 +53,8 @@ def captioned(picture: Image, prompt: str, seed: int) -> Image:
 
 @functools.cache
 def caption_font() -> Any:
-    """DejaVu Sans, which has most alphabets, where matplotlib is installed, which brings it; else the small font of PIL."""
+    """DejaVu Sans, which has most alphabets, where matplotlib is installed, which brings it; else the small
+    font of PIL."""
     from PIL import ImageFont
 
     spec = importlib.util.find_spec("matplotlib")  # finds the folder and imports nothing
@@ -73,7 +75,13 @@ def _below(image: Any, font: Any, picture: Image, width: int, lines: Sequence[st
     for i, line in enumerate(lines):
         while len(line) > 1 and font.getlength(line) > width - 4:  # one word wider than the picture
             line = f"{line.rstrip('…')[:-1]}…"
-        draw.text((width / 2, picture.height + 2 + step * i), line, fill="black" if i < len(lines) - 1 else "gray", font=font, anchor="ma")
+        draw.text(
+            (width / 2, picture.height + 2 + step * i),
+            line,
+            fill="black" if i < len(lines) - 1 else "gray",
+            font=font,
+            anchor="ma",
+        )
     return out
 
 

@@ -13,7 +13,8 @@ from ldm.diffusion.cond import Cond
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """``classes`` tokens of a ``width``; where the model knows an unconditional class (cin256-v2: the last), it is one of them."""
+    """``classes`` tokens of a ``width``; where the model knows an unconditional class (cin256-v2: the last),
+    it is one of them."""
 
     classes: int = 1001
     width: int = 512
@@ -32,7 +33,8 @@ class LabelConditioner(nn.Module):
         self.embedding = nn.Embedding(config.classes, config.width)
 
     def forward(self, labels: Sequence[int]) -> Cond:
-        """The condition of B classes: a context of one token, (B, 1, D); ValueError for a class that there is not."""
+        """The condition of B classes: a context of one token, (B, 1, D); ValueError for a class that there is
+        not."""
         for label in labels:
             if not 0 <= label < self.config.classes:
                 raise ValueError(f"class {label}: expected 0 to {self.config.classes - 1}")

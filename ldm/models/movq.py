@@ -1,4 +1,5 @@
-"""MoVQ, the autoencoder of Kandinsky (Zheng et al. 2022): a VQ model whose latent modulates every norm of its decoder."""
+"""MoVQ, the autoencoder of Kandinsky (Zheng et al. 2022): a VQ model whose latent modulates every norm of its
+decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class MoVQConfig(VQConfig):
 
 
 class MoVQ(VQModel):
-    """Pictures in [−1, 1] to latents and back. Kandinsky decodes its latents as they are, without taking them to their nearest codes."""
+    """Pictures in [−1, 1] to latents and back. Kandinsky decodes its latents as they are, without taking them
+    to their nearest codes."""
 
     def __init__(self, config: MoVQConfig) -> None:
         super().__init__(config)

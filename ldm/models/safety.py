@@ -1,4 +1,5 @@
-"""The safety checker published with Stable Diffusion 1: a CLIP vision tower and vectors that pictures must not come near to."""
+"""The safety checker published with Stable Diffusion 1: a CLIP vision tower and vectors that pictures must
+not come near to."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ SPECIAL_CARE = 0.01  # what a picture near a special vector has added to every s
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
-    """The shape of a checker; the defaults are the published one's (ViT-L/14, 17 concepts, 3 special ones)."""
+    """The shape of a checker; the defaults are the published one's (ViT-L/14, 17 concepts, 3 special
+    ones)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     concepts: int = 17
@@ -28,7 +30,8 @@ class SafetyConfig:
 
 
 class SafetyChecker(nn.Module):
-    """Pictures to whether they are flagged. ``black``: whether `hide` blackens the flagged ones; nothing is hidden unless asked."""
+    """Pictures to whether they are flagged. ``black``: whether `hide` blackens the flagged ones; nothing is
+    hidden unless asked."""
 
     def __init__(self, config: SafetyConfig, *, black: bool = False) -> None:
         super().__init__()
@@ -43,21 +46,30 @@ class SafetyChecker(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[bool, ...]:
-        """Pictures (B, 3, H, W) in [0, 1], seen in 8 bits as they will be stored → whether each is flagged."""
+        """Pictures (B, 3, H, W) in [0, 1], seen in 8 bits as they will be stored → whether each is
+        flagged."""
         pixels = (pixels * 255).round() / 255
         weight = self.vision.conv1.weight
         return self.flags(self.vision.prepare(pixels.to(weight.device)).to(weight.dtype))
 
     @torch.no_grad()
     def flags(self, prepared: Tensor) -> tuple[bool, ...]:
-        """Prepared pixels (B, 3, S, S) → whether each is flagged: a concept's cosine exceeds its threshold, to three digits."""
+        """Prepared pixels (B, 3, S, S) → whether each is flagged: a concept's cosine exceeds its threshold,
+        to three digits."""
         image = self.vision(prepared).pooled  # (B, E)
-        special, concepts = similarity(image, self.special_care_embeds), similarity(image, self.concept_embeds)
+        special, concepts = (
+            similarity(image, self.special_care_embeds),
+            similarity(image, self.concept_embeds),
+        )
         added = torch.zeros(len(image))
-        for k, threshold in enumerate(self.special_care_embeds_weights.float().cpu()):  # in order: one that is near counts for those after it
+        for k, threshold in enumerate(
+            self.special_care_embeds_weights.float().cpu()
+        ):  # in order: one that is near counts for those after it
             near = torch.round(special[:, k] - threshold + added, decimals=3) > 0
             added = torch.where(near, SPECIAL_CARE, added)
-        scores = torch.round(concepts - self.concept_embeds_weights.float().cpu() + added[:, None], decimals=3)  # (B, concepts)
+        scores = torch.round(
+            concepts - self.concept_embeds_weights.float().cpu() + added[:, None], decimals=3
+        )  # (B, concepts)
         return tuple(bool(flag) for flag in (scores > 0).any(dim=1))
 
     def hide(self, pixels: Tensor, flagged: Sequence[bool]) -> Tensor:

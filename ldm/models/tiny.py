@@ -1,4 +1,5 @@
-"""The tiny autoencoder TAESD: small convolutions in the place of the large first stages, for previews and slow machines (Bohan 2023)."""
+"""The tiny autoencoder TAESD: small convolutions in the place of the large first stages, for previews and
+slow machines (Bohan 2023)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from ldm.models.vae import Point, check_size
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """The shape of a tiny autoencoder; the defaults are those of TAESD and TAESDXL. ``encoder`` and ``decoder``: blocks at each size, in order.
+    """The shape of a tiny autoencoder; the defaults are those of TAESD and TAESDXL. ``encoder`` and
+    ``decoder``: blocks at each size, in order.
 
     Its latents have the diffusion model's own scale: what it encodes and decodes is not to be scaled again.
     """
@@ -25,8 +27,15 @@ class TinyConfig:
     picture_channels: int = 3
 
     def __post_init__(self) -> None:
-        if not self.encoder or len(self.encoder) != len(self.decoder) or min(*self.encoder, *self.decoder) < 0:
-            raise ValueError(f"encoder and decoder: expected as many numbers of blocks in both, got {self.encoder} and {self.decoder}")
+        if (
+            not self.encoder
+            or len(self.encoder) != len(self.decoder)
+            or min(*self.encoder, *self.decoder) < 0
+        ):
+            raise ValueError(
+                f"encoder and decoder: expected as many numbers of blocks in both, got {self.encoder} and"
+                f" {self.decoder}"
+            )
         for name in ("width", "latent_channels", "picture_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -93,7 +102,8 @@ class AutoencoderTiny(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, x: Tensor) -> Point:
-        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → latents (B, C, H/f, W/f); ValueError otherwise."""
+        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → latents (B, C, H/f, W/f); ValueError
+        otherwise."""
         check_size(x, self.config.factor)
         return Point(self.encoder(x).float())
 

@@ -1,4 +1,5 @@
-"""The UNet of latent diffusion and its relatives (Rombach et al. 2022, section 3.3; Dhariwal & Nichol 2021; Ronneberger et al. 2015)."""
+"""The UNet of latent diffusion and its relatives (Rombach et al. 2022, section 3.3; Dhariwal & Nichol 2021;
+Ronneberger et al. 2015)."""
 
 from __future__ import annotations
 
@@ -20,18 +21,22 @@ from ldm.models.layers.resblock import Downsample, Resample, ResBlock, Upsample
 class UNetConfig:
     """The shape of a UNet; the defaults are Stable Diffusion 1's.
 
-    ``channels`` and ``depth`` have one entry a level: its width, and the transformer blocks behind each of its residual blocks (0: none).
-    Either ``heads`` (one number a level, or one for all) or ``head_dim`` (channels of a head, at every level) says how attention is split.
-    ``blocks``: residual blocks a level on the way down; one more on the way up.
+    ``channels`` and ``depth`` have one entry a level: its width, and the transformer blocks behind each of
+    its residual blocks (0: none). Either ``heads`` (one number a level, or one for all) or ``head_dim``
+    (channels of a head, at every level) says how attention is split. ``blocks``: residual blocks a level on
+    the way down; one more on the way up.
 
-    ``attention``: None for transformers, "block" for AttentionBlocks, at most one behind a residual block, with a context only if there is a
-    ``context_dim``. ``only_cross``: the levels whose transformers have no self-attention (both attend to the context). ``resample``: None for
-    convolutions, "resblock" to change sizes inside residual blocks. ``scale_shift``: the embedding scales and shifts their second norm.
+    ``attention``: None for transformers, "block" for AttentionBlocks, at most one behind a residual block,
+    with a context only if there is a ``context_dim``. ``only_cross``: the levels whose transformers have no
+    self-attention (both attend to the context). ``resample``: None for convolutions, "resblock" to change
+    sizes inside residual blocks. ``scale_shift``: the embedding scales and shifts their second norm.
 
-    Conditions that join the timestep's embedding: ``pooled_dim`` is the width of `Cond.pooled`; ``class_dim`` is the same under the name that Stable
-    unCLIP gave it; ``classes`` is the size of a table, and `Cond.pooled` then holds one whole number a sample (B,), a class or a level of noise;
-    ``guidance_dim`` is the width of the sinusoid of `Cond.guidance` (latent consistency models). ``embedded``: `Cond.pooled` is of the embedding's
-    own width, 4·channels[0], and is added as it is (unCLIP decoders, whose projections stand outside).
+    Conditions that join the timestep's embedding: ``pooled_dim`` is the width of `Cond.pooled`; ``class_dim``
+    is the same under the name that Stable unCLIP gave it; ``classes`` is the size of a table, and
+    `Cond.pooled` then holds one whole number a sample (B,), a class or a level of noise; ``guidance_dim`` is
+    the width of the sinusoid of `Cond.guidance` (latent consistency models). ``embedded``: `Cond.pooled` is
+    of the embedding's own width, 4·channels[0], and is added as it is (unCLIP decoders, whose projections
+    stand outside).
     """
 
     in_channels: int = 4
@@ -60,20 +65,30 @@ class UNetConfig:
         if not levels or min(self.channels) < 1:
             raise ValueError(f"channels: expected one positive number a level, got {self.channels}")
         if len(self.depth) != levels or min(self.depth) < 0 or self.mid_depth < 0:
-            raise ValueError(f"depth: expected {levels} numbers of 0 or more, one for each of channels, got {self.depth}")
+            raise ValueError(
+                f"depth: expected {levels} numbers of 0 or more, one for each of channels, got {self.depth}"
+            )
         if (self.heads is None) == (self.head_dim is None):
-            raise ValueError(f"expected one of heads and head_dim, got heads={self.heads}, head_dim={self.head_dim}")
+            raise ValueError(
+                f"expected one of heads and head_dim, got heads={self.heads}, head_dim={self.head_dim}"
+            )
         if isinstance(self.heads, tuple) and len(self.heads) != levels:
             raise ValueError(f"heads: expected {levels} numbers, got {self.heads}")
         for level, width in enumerate(self.channels):
             if self.depth[level] or (level == levels - 1 and self.mid_depth):
                 heads, head_dim = self.split(level)
                 if heads * head_dim != width:
-                    raise ValueError(f"level {level}: {width} channels cannot be split into {heads} heads of {self.head_dim or 'equal width'}")
+                    raise ValueError(
+                        f"level {level}: {width} channels cannot be split into {heads} heads of"
+                        f" {self.head_dim or 'equal width'}"
+                    )
         self._check_attention()
         given = (self.pooled_dim, self.class_dim, self.classes, self.embedded or None)
         if sum(value is not None for value in given) > 1:
-            raise ValueError(f"expected one of pooled_dim, class_dim, classes and embedded, got {', '.join(map(str, given))}")
+            raise ValueError(
+                "expected one of pooled_dim, class_dim, classes and embedded, got"
+                f" {', '.join(map(str, given))}"
+            )
 
     def _check_attention(self) -> None:
         attends = any(self.depth) or self.mid_depth > 0
@@ -82,11 +97,22 @@ class UNetConfig:
         if self.resample not in (None, "resblock"):
             raise ValueError(f'resample: expected None or "resblock", got {self.resample!r}')
         if self.attention == "block" and max(*self.depth, self.mid_depth) > 1:
-            raise ValueError(f"depth: AttentionBlocks do not stack, expected 0 or 1, got {self.depth} and mid_depth {self.mid_depth}")
+            raise ValueError(
+                f"depth: AttentionBlocks do not stack, expected 0 or 1, got {self.depth} and mid_depth"
+                f" {self.mid_depth}"
+            )
         if self.attention is None and attends and self.context_dim is None:
-            raise ValueError('context_dim: transformers attend to a context, expected its width; attention="block" can do without')
-        if self.only_cross is not None and (len(self.only_cross) != len(self.channels) or self.attention is not None):
-            raise ValueError(f"only_cross: expected {len(self.channels)} truth values for transformers, got {self.only_cross}")
+            raise ValueError(
+                'context_dim: transformers attend to a context, expected its width; attention="block" can do'
+                " without"
+            )
+        if self.only_cross is not None and (
+            len(self.only_cross) != len(self.channels) or self.attention is not None
+        ):
+            raise ValueError(
+                f"only_cross: expected {len(self.channels)} truth values for transformers, got"
+                f" {self.only_cross}"
+            )
 
     def split(self, level: int) -> tuple[int, int]:
         """(number of heads, channels of a head) of the attention at a level."""
@@ -109,21 +135,34 @@ class UNetConfig:
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, each followed by attention if the level has any, and a change of size behind them."""
+    """Residual blocks at one size, each followed by attention if the level has any, and a change of size
+    behind them."""
 
-    def __init__(self, config: UNetConfig, level: int, widths: list[int], emb_dim: int, resample: Resample | None) -> None:
+    def __init__(
+        self, config: UNetConfig, level: int, widths: list[int], emb_dim: int, resample: Resample | None
+    ) -> None:
         super().__init__()
         width = config.channels[level]
         self.resnets = nn.ModuleList(
-            ResBlock(w, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout) for w in widths
+            ResBlock(w, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout)
+            for w in widths
         )
         only_cross = config.only_cross is not None and config.only_cross[level]
         depth = config.depth[level]
-        self.attentions = nn.ModuleList(attention(config, level, depth, only_cross) for _ in widths) if depth else None
+        self.attentions = (
+            nn.ModuleList(attention(config, level, depth, only_cross) for _ in widths) if depth else None
+        )
         if resample is not None:
             resize: nn.Module
             if config.resample == "resblock":
-                resize = ResBlock(width, width, emb_dim=emb_dim, scale_shift=config.scale_shift, resample=resample, dropout=config.dropout)
+                resize = ResBlock(
+                    width,
+                    width,
+                    emb_dim=emb_dim,
+                    scale_shift=config.scale_shift,
+                    resample=resample,
+                    dropout=config.dropout,
+                )
             else:
                 resize = Downsample(width) if resample == "down" else Upsample(width)
             setattr(self, f"{resample}samplers", nn.ModuleList([resize]))
@@ -141,9 +180,12 @@ class Mid(nn.Module):
         super().__init__()
         width, last = config.channels[-1], len(config.channels) - 1
         self.resnets = nn.ModuleList(
-            ResBlock(width, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout) for _ in range(2)
+            ResBlock(width, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout)
+            for _ in range(2)
         )
-        self.attentions = nn.ModuleList([attention(config, last, config.mid_depth)]) if config.mid_depth else None
+        self.attentions = (
+            nn.ModuleList([attention(config, last, config.mid_depth)]) if config.mid_depth else None
+        )
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.resnets[0](x, emb)
@@ -159,7 +201,13 @@ def attention(config: UNetConfig, level: int, depth: int, only_cross: bool = Fal
         return AttentionBlock(width, heads=heads, head_dim=head_dim, context_dim=config.context_dim)
     assert config.context_dim is not None
     return SpatialTransformer(
-        width, heads=heads, head_dim=head_dim, depth=depth, context_dim=config.context_dim, linear=config.linear_projection, only_cross=only_cross
+        width,
+        heads=heads,
+        head_dim=head_dim,
+        depth=depth,
+        context_dim=config.context_dim,
+        linear=config.linear_projection,
+        only_cross=only_cross,
     )
 
 
@@ -175,7 +223,11 @@ class UNet(nn.Module):
         self.add_embedding = VectorMLP(config.pooled_dim, emb_dim) if config.pooled_dim else None
         self.class_embedding: nn.Module | None = None
         if config.class_dim or config.classes:
-            self.class_embedding = VectorMLP(config.class_dim, emb_dim) if config.class_dim else nn.Embedding(config.classes or 0, emb_dim)
+            self.class_embedding = (
+                VectorMLP(config.class_dim, emb_dim)
+                if config.class_dim
+                else nn.Embedding(config.classes or 0, emb_dim)
+            )
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
@@ -199,7 +251,8 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t (B, C, h, w); t (B,) in timesteps; `Cond.context` (B, L, D) with its mask, `Cond.pooled`, `Cond.concat` → (B, C_out, h, w)."""
+        """x_t (B, C, h, w); t (B,) in timesteps; `Cond.context` (B, L, D) with its mask, `Cond.pooled`,
+        `Cond.concat` → (B, C_out, h, w)."""
         x = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)
         self.check(x, cond)
         emb = self.embed(t, cond, x_t.dtype)  # (B, 4·channels[0])
@@ -212,7 +265,11 @@ class UNet(nn.Module):
                 x = level.block(i, x, emb, context, mask)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
-                x = level.downsamplers[0](x) if self.config.resample is None else level.downsamplers[0](x, emb)
+                x = (
+                    level.downsamplers[0](x)
+                    if self.config.resample is None
+                    else level.downsamplers[0](x, emb)
+                )
                 skips.append(x)
         x = self.mid_block(x, emb, context, mask)
         for level in self.up_blocks:
@@ -223,27 +280,44 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def check(self, x: Tensor, cond: Cond) -> None:
-        """ValueError for an input (x_t and `Cond.concat`) or a condition that this network cannot take, or a condition that it lacks."""
+        """ValueError for an input (x_t and `Cond.concat`) or a condition that this network cannot take, or a
+        condition that it lacks."""
         config = self.config
         if x.shape[1] != config.in_channels:
-            raise ValueError(f"input has {x.shape[1]} channels, this UNet takes {config.in_channels} (x_t and Cond.concat together)")
+            raise ValueError(
+                f"input has {x.shape[1]} channels, this UNet takes {config.in_channels} (x_t and Cond.concat"
+                " together)"
+            )
         if config.resample == "resblock" and (x.shape[-2] % config.factor or x.shape[-1] % config.factor):
-            raise ValueError(f"input size {x.shape[-2]}×{x.shape[-1]}: this UNet halves by averages, expected multiples of {config.factor}")
+            raise ValueError(
+                f"input size {x.shape[-2]}×{x.shape[-1]}: this UNet halves by averages, expected multiples of"
+                f" {config.factor}"
+            )
         if config.takes_context and cond.context is None:
             raise ValueError("this UNet attends to a context: Cond.context is None")
         if config.guidance_dim and cond.guidance is None:
             raise ValueError("this UNet takes the guidance scale: Cond.guidance is None")
-        wanted = config.pooled_dim or config.class_dim or (4 * config.channels[0] if config.embedded else None)
+        wanted = (
+            config.pooled_dim or config.class_dim or (4 * config.channels[0] if config.embedded else None)
+        )
         if (wanted or config.classes) and cond.pooled is None:
             kind = f"a pooled condition of width {wanted}" if wanted else f"one of {config.classes} classes"
             raise ValueError(f"this UNet takes {kind}: Cond.pooled is None")
-        unused = {"context": config.takes_context, "pooled": wanted or config.classes, "guidance": config.guidance_dim}
+        unused = {
+            "context": config.takes_context,
+            "pooled": wanted or config.classes,
+            "guidance": config.guidance_dim,
+        }
         for name, taken in unused.items():
             if not taken and getattr(cond, name) is not None:
-                raise ValueError(f"this UNet takes no Cond.{name}, expected None, got shape {tuple(getattr(cond, name).shape)}")
+                raise ValueError(
+                    f"this UNet takes no Cond.{name}, expected None, got shape"
+                    f" {tuple(getattr(cond, name).shape)}"
+                )
 
     def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-        """The embedding that every residual block receives: the timestep's, and those of the conditions that join it; (B, 4·channels[0])."""
+        """The embedding that every residual block receives: the timestep's, and those of the conditions that
+        join it; (B, 4·channels[0])."""
         guidance = None
         if self.config.guidance_dim is not None and cond.guidance is not None:
             guidance = guidance_sinusoid(cond.guidance, self.config.guidance_dim).to(dtype)
@@ -259,7 +333,10 @@ class UNet(nn.Module):
         if classes is None:
             return emb + self.class_embedding(pooled.to(dtype))
         if pooled.ndim != 1 or pooled.is_floating_point():
-            raise ValueError(f"Cond.pooled: this UNet takes classes, expected whole numbers (B,), got {pooled.dtype} {tuple(pooled.shape)}")
+            raise ValueError(
+                f"Cond.pooled: this UNet takes classes, expected whole numbers (B,), got {pooled.dtype}"
+                f" {tuple(pooled.shape)}"
+            )
         if pooled.numel() and not 0 <= int(pooled.min()) <= int(pooled.max()) < classes:
             raise ValueError(f"Cond.pooled: expected classes from 0 to {classes - 1}, got {pooled.tolist()}")
         return emb + self.class_embedding(pooled)

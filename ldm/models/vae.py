@@ -15,10 +15,12 @@ from ldm.models.layers.resblock import Downsample, ResBlock, Upsample
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """The shape of an autoencoder. ``channels`` has one entry a level; each level but the last halves the picture.
+    """The shape of an autoencoder. ``channels`` has one entry a level; each level but the last halves the
+    picture.
 
-    ``patch``: the picture is first cut into patches of patch × patch pixels, each one position of the first level, and the decoder
-    puts them back. 1 in every published model; 2 spares small models the convolutions at full size, most of their time.
+    ``patch``: the picture is first cut into patches of patch × patch pixels, each one position of the first
+    level, and the decoder puts them back. 1 in every published model; 2 spares small models the convolutions
+    at full size, most of their time.
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -36,7 +38,10 @@ class VAEConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if any(not 0 <= level < len(self.channels) for level in self.attention_levels):
-            raise ValueError(f"attention_levels: expected levels 0 to {len(self.channels) - 1}, got {self.attention_levels}")
+            raise ValueError(
+                f"attention_levels: expected levels 0 to {len(self.channels) - 1}, got"
+                f" {self.attention_levels}"
+            )
 
     @property
     def factor(self) -> int:
@@ -71,7 +76,8 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Point:
-    """A latent without spread, from autoencoders that have no posterior: ``mean`` (B, C, h, w); it answers as a `Posterior` does."""
+    """A latent without spread, from autoencoders that have no posterior: ``mean`` (B, C, h, w); it answers as
+    a `Posterior` does."""
 
     mean: Tensor
 
@@ -96,15 +102,27 @@ def check_size(x: Tensor, factor: int) -> None:
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, each followed by attention where asked, then a change of size. ``spatial``: see `ResBlock`."""
+    """Residual blocks at one size, each followed by attention where asked, then a change of size.
+    ``spatial``: see `ResBlock`."""
 
     def __init__(
-        self, channels: int, out_channels: int, *, blocks: int, attention: bool, resample: str | None, spatial: int | None = None
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        blocks: int,
+        attention: bool,
+        resample: str | None,
+        spatial: int | None = None,
     ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * (blocks - 1)
-        self.resnets = nn.ModuleList(ResBlock(width, out_channels, eps=1e-6, spatial=spatial) for width in widths)
-        self.attentions = nn.ModuleList(self_attention(out_channels, spatial) for _ in range(blocks)) if attention else None
+        self.resnets = nn.ModuleList(
+            ResBlock(width, out_channels, eps=1e-6, spatial=spatial) for width in widths
+        )
+        self.attentions = (
+            nn.ModuleList(self_attention(out_channels, spatial) for _ in range(blocks)) if attention else None
+        )
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
         elif resample == "up":
@@ -126,7 +144,9 @@ class Mid(nn.Module):
 
     def __init__(self, channels: int, *, attention: bool, spatial: int | None = None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6, spatial=spatial) for _ in range(2))
+        self.resnets = nn.ModuleList(
+            ResBlock(channels, channels, eps=1e-6, spatial=spatial) for _ in range(2)
+        )
         self.attentions = nn.ModuleList([self_attention(channels, spatial)]) if attention else None
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -148,7 +168,9 @@ class Encoder(nn.Module):
         for level, channels in enumerate(config.channels):
             resample = "down" if level < len(config.channels) - 1 else None
             attention = level in config.attention_levels
-            self.down_blocks.append(Level(width, channels, blocks=config.blocks, attention=attention, resample=resample))
+            self.down_blocks.append(
+                Level(width, channels, blocks=config.blocks, attention=attention, resample=resample)
+            )
             width = channels
         self.mid_block = Mid(last, attention=config.mid_attention)
         self.conv_norm_out = nn.GroupNorm(group_norm_32(last), last, eps=1e-6)
@@ -162,7 +184,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) to pictures (B, 3, f·h, f·w). ``spatial``: the channels of a latent that modulates every norm."""
+    """Latents (B, C, h, w) to pictures (B, 3, f·h, f·w). ``spatial``: the channels of a latent that modulates
+    every norm."""
 
     def __init__(self, config: VAEConfig, *, spatial: int | None = None) -> None:
         super().__init__()
@@ -174,7 +197,14 @@ class Decoder(nn.Module):
         for level in reversed(range(len(config.channels))):
             channels, attention = config.channels[level], level in config.attention_levels
             resample = "up" if level > 0 else None
-            level_up = Level(width, channels, blocks=config.blocks + 1, attention=attention, resample=resample, spatial=spatial)
+            level_up = Level(
+                width,
+                channels,
+                blocks=config.blocks + 1,
+                attention=attention,
+                resample=resample,
+                spatial=spatial,
+            )
             self.up_blocks.append(level_up)
             width = channels
         self.conv_norm_out = make_norm(first, eps=1e-6, spatial=spatial)
@@ -188,7 +218,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures in [−1, 1] to a Gaussian over latents, and back. The latents are not scaled here: the pipeline does that."""
+    """Pictures in [−1, 1] to a Gaussian over latents, and back. The latents are not scaled here: the pipeline
+    does that."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -200,7 +231,8 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, x: Tensor) -> Posterior:
-        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → the posterior over (B, C, H/f, W/f); ValueError otherwise."""
+        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → the posterior over (B, C, H/f, W/f);
+        ValueError otherwise."""
         check_size(x, self.config.factor)
         x = F.pixel_unshuffle(x, self.config.patch)  # (B, 3·p², H/p, W/p)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
@@ -211,7 +243,8 @@ class AutoencoderKL(nn.Module):
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """The reconstruction from a sampled latent, and the posterior it came from: one training step's worth."""
+        """The reconstruction from a sampled latent, and the posterior it came from: one training step's
+        worth."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(noise)), posterior
 

@@ -1,4 +1,5 @@
-"""The vector-quantised autoencoder of latent diffusion (van den Oord et al. 2017; Esser et al. 2021; Rombach et al. 2022, section 3.1)."""
+"""The vector-quantised autoencoder of latent diffusion (van den Oord et al. 2017; Esser et al. 2021; Rombach
+et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -34,11 +35,14 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w) → the index of the nearest vector at each position, (B, h, w); distances are in float32 whatever z is."""
+        """z (B, C, h, w) → the index of the nearest vector at each position, (B, h, w); distances are in
+        float32 whatever z is."""
         table = self.embedding.weight.float()  # (K, C)
         rows = z.float().movedim(1, -1).flatten(0, 2)  # (B·h·w, C)
         squares = table.square().sum(1)  # |z − e|² = |z|² − 2 z·e + |e|², where |z|² decides nothing
-        indices = [torch.addmm(squares, part, table.T, alpha=-2).argmin(1) for part in rows.split(4096)]  # 4096: memory stays bounded
+        indices = [
+            torch.addmm(squares, part, table.T, alpha=-2).argmin(1) for part in rows.split(4096)
+        ]  # 4096: memory stays bounded
         return torch.cat(indices).view(len(z), *z.shape[-2:])
 
     def vectors(self, indices: Tensor) -> Tensor:
@@ -47,7 +51,8 @@ class Codebook(nn.Module):
 
 
 class VQModel(nn.Module):
-    """Pictures in [−1, 1] to latents and back. Diffusion runs on the continuous latents; decoding first takes each to its nearest code."""
+    """Pictures in [−1, 1] to latents and back. Diffusion runs on the continuous latents; decoding first takes
+    each to its nearest code."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -60,7 +65,8 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, x: Tensor) -> Point:
-        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → the latent (B, C, H/f, W/f) before quantisation; ValueError otherwise."""
+        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → the latent (B, C, H/f, W/f) before
+        quantisation; ValueError otherwise."""
         check_size(x, self.config.factor)
         x = F.pixel_unshuffle(x, self.config.patch)
         return Point(self.quant_conv(self.encoder(x)).float())
@@ -75,4 +81,6 @@ class VQModel(nn.Module):
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """The indices of codes (B, h, w) → pictures (B, 3, f·h, f·w), about [−1, 1]."""
-        return F.pixel_shuffle(self.decoder(self.post_quant_conv(self.quantize.vectors(indices))), self.config.patch)
+        return F.pixel_shuffle(
+            self.decoder(self.post_quant_conv(self.quantize.vectors(indices))), self.config.patch
+        )

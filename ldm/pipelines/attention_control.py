@@ -1,4 +1,5 @@
-"""Prompt-to-Prompt: a picture is changed by its words while the source's attention holds it together (Hertz et al. 2022)."""
+"""Prompt-to-Prompt: a picture is changed by its words while the source's attention holds it together (Hertz
+et al. 2022)."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.models.layers.attention import attention_control
 from ldm.support.config import nearest
 
-Words = Sequence[tuple[str, Sequence[int]]]  # the words of a prompt, and where in the context their tokens stand
+Words = Sequence[
+    tuple[str, Sequence[int]]
+]  # the words of a prompt, and where in the context their tokens stand
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Alignment:
-    """How the M tokens of a prompt stand to those of its source: ``taken`` (M, M) mixes the source's attention, column j for token j, where
-    ``shared`` (M,) is 1; ``scale`` (M,) is what the attention to each token is multiplied by.
+    """How the M tokens of a prompt stand to those of its source: ``taken`` (M, M) mixes the source's
+    attention, column j for token j, where ``shared`` (M,) is 1; ``scale`` (M,) is what the attention to each
+    token is multiplied by.
     """
 
     taken: Tensor
@@ -29,8 +33,9 @@ class Alignment:
 
 
 def align(source: Words, prompt: Words, tokens: int, emphasis: Mapping[str, float]) -> Alignment:
-    """The alignment of two prompts in contexts of M = ``tokens``: words that both have, in order, take the attention of the source's (section 3,
-    "adding a new phrase"); so do words that stand in the place of as many others ("word swap"), and what is before and behind all words.
+    """The alignment of two prompts in contexts of M = ``tokens``: words that both have, in order, take the
+    attention of the source's (section 3, "adding a new phrase"); so do words that stand in the place of as
+    many others ("word swap"), and what is before and behind all words.
 
     ValueError for an emphasis on a word that the prompt does not have.
     """
@@ -44,7 +49,9 @@ def align(source: Words, prompt: Words, tokens: int, emphasis: Mapping[str, floa
                     last = max(first + 1, (k + 1) * len(there) // len(here))
                     taken[list(there[first:last]), place] = 1 / (last - first)
     taken[0, 0] = 1  # the start of text
-    end, other_end = (1 + max((place for _, places in side for place in places), default=0) for side in (source, prompt))
+    end, other_end = (
+        1 + max((place for _, places in side for place in places), default=0) for side in (source, prompt)
+    )
     for place in range(other_end, tokens):  # the end of text, and padding
         taken[min(place - other_end + end, tokens - 1), place] = 1
     for word, factor in emphasis.items():
@@ -57,10 +64,11 @@ def align(source: Words, prompt: Words, tokens: int, emphasis: Mapping[str, floa
 
 @dataclass(kw_only=True)
 class Control:
-    """Attention of pictures (the second half of those that are made) led by that of their sources (the first half).
+    """Attention of pictures (the second half of those that are made) led by that of their sources (the first
+    half).
 
-    ``cross``: the share of the run, from its beginning, in which attention to shared words is the source's; ``within``: the same of attention
-    between positions. ``progress``: the share that is run.
+    ``cross``: the share of the run, from its beginning, in which attention to shared words is the source's;
+    ``within``: the same of attention between positions. ``progress``: the share that is run.
     """
 
     alignment: Alignment

@@ -22,14 +22,16 @@ from ldm.support.config import build, nearest, to_dict
 
 Prompts = str | int | Sequence[str] | Sequence[int]
 Rules = str | Convention | Mapping[str, Any]  # a convention by name, one's own, or as a recipe holds it
-Grid = TimeGrid | Sequence[float] | Mapping[str, Sequence[float]]  # one of one's own, a list of falling timesteps, or as a recipe holds it
+Grid = (
+    TimeGrid | Sequence[float] | Mapping[str, Sequence[float]]
+)  # one of one's own, a list of falling timesteps, or as a recipe holds it
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeCondition:
-    """What SDXL is told of a picture, in pixels (Podell et al. 2023, section 2.2): its size before it was scaled, what was cropped off its top and
-    left, and the size wanted, each (height, width), None for the size of the picture that is made; for the refiner its aesthetic score in place
-    of the last."""
+    """What SDXL is told of a picture, in pixels (Podell et al. 2023, section 2.2): its size before it was
+    scaled, what was cropped off its top and left, and the size wanted, each (height, width), None for the
+    size of the picture that is made; for the refiner its aesthetic score in place of the last."""
 
     original: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
@@ -40,8 +42,8 @@ class SizeCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call: a prompt (or class) and a seed for each picture, a negative prompt for all or one for each, the solver with its options, rules and
-    grid, and what happens on the way.
+    """One call: a prompt (or class) and a seed for each picture, a negative prompt for all or one for each,
+    the solver with its options, rules and grid, and what happens on the way.
 
     ``asked``: the sampler's options and the grid's as the caller gave them, for the recipe.
     """
@@ -84,20 +86,44 @@ class Call:
         one = len(set(self.prompts)) == 1
         sizes = {"sizes": to_dict(self.sizes)} if self.sizes != SizeCondition() else {}
         return {
-            "task": task, "prompt": self.prompts[0] if one else list(self.prompts),
+            "task": task,
+            "prompt": self.prompts[0] if one else list(self.prompts),
             "negative": self.negative if isinstance(self.negative, str) else list(self.negative),
-            "n": len(self.prompts) if one else None, "seed": list(self.seeds), "steps": len(self.grid), "guidance": self.guidance,
-            "sampler": self.sampler, "height": self.height, "width": self.width, **sizes, **self.asked,
-        }  # fmt: skip
+            "n": len(self.prompts) if one else None,
+            "seed": list(self.seeds),
+            "steps": len(self.grid),
+            "guidance": self.guidance,
+            "sampler": self.sampler,
+            "height": self.height,
+            "width": self.width,
+            **sizes,
+            **self.asked,
+        }
 
 
 def settle(
-    card: ModelCard, schedule: NoiseSchedule, prompt: Prompts, *, negative: str | Sequence[str] = "", n: int | None = None, steps: int | None = None,
-    guidance: float | None = None, sampler: str | None = None, convention: Rules | None = None, spacing: str | None = None,
-    grid: Grid | None = None, seed: int | Sequence[int] = 0, height: int | None = None, width: int | None = None,
-    sizes: SizeCondition | Mapping[str, Any] | None = None, latents: Tensor | None = None, progress: bool = True,
-    on_step: OnStep | None = None, keep_steps: bool = False, **sampler_options: Any,
-) -> Call:  # fmt: skip
+    card: ModelCard,
+    schedule: NoiseSchedule,
+    prompt: Prompts,
+    *,
+    negative: str | Sequence[str] = "",
+    n: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    convention: Rules | None = None,
+    spacing: str | None = None,
+    grid: Grid | None = None,
+    seed: int | Sequence[int] = 0,
+    height: int | None = None,
+    width: int | None = None,
+    sizes: SizeCondition | Mapping[str, Any] | None = None,
+    latents: Tensor | None = None,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+    keep_steps: bool = False,
+    **sampler_options: Any,
+) -> Call:
     """The call of some options; None for what the card says. ValueError names what is wrong."""
     defaults = card.defaults
     prompts = check_prompts(prompt)
@@ -108,31 +134,58 @@ def settle(
     laid = lay(rules, schedule, name, steps, defaults.steps, spacing, grid)
     said = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
     return Call(
-        prompts=tuple(p for p in prompts for _ in range(each)), negative=check_negative(negative, len(prompts), each), n=each,
-        seeds=check_seeds(seed, each * len(prompts)), sampler=name, solve=solve, options={**rules.options.get(name, {}), **sampler_options},
-        rules=rules, grid=laid, asked={**sampler_options, **{key: value for key, value in said.items() if value is not None}},
-        guidance=defaults.guidance if guidance is None else float(guidance), height=height or defaults.height, width=width or defaults.width,
-        sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"), latents=latents, progress=progress,
-        on_step=on_step, keep_steps=keep_steps,
-    )  # fmt: skip
+        prompts=tuple(p for p in prompts for _ in range(each)),
+        negative=check_negative(negative, len(prompts), each),
+        n=each,
+        seeds=check_seeds(seed, each * len(prompts)),
+        sampler=name,
+        solve=solve,
+        options={**rules.options.get(name, {}), **sampler_options},
+        rules=rules,
+        grid=laid,
+        asked={**sampler_options, **{key: value for key, value in said.items() if value is not None}},
+        guidance=defaults.guidance if guidance is None else float(guidance),
+        height=height or defaults.height,
+        width=width or defaults.width,
+        sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"),
+        latents=latents,
+        progress=progress,
+        on_step=on_step,
+        keep_steps=keep_steps,
+    )
 
 
 def lay(
-    rules: Convention, schedule: NoiseSchedule, sampler: str, steps: int | None, usual: int, spacing: str | None, grid: Grid | None
+    rules: Convention,
+    schedule: NoiseSchedule,
+    sampler: str,
+    steps: int | None,
+    usual: int,
+    spacing: str | None,
+    grid: Grid | None,
 ) -> TimeGrid:
-    """The caller's grid, or the convention's with the caller's spacing; ``usual``: the card's number of steps."""
+    """The caller's grid, or the convention's with the caller's spacing; ``usual``: the card's number of
+    steps."""
     if grid is None:
-        return rules.grid(schedule, usual if steps is None else steps, sampler, **({} if spacing is None else {"spacing": spacing}))
+        return rules.grid(
+            schedule,
+            usual if steps is None else steps,
+            sampler,
+            **({} if spacing is None else {"spacing": spacing}),
+        )
     if isinstance(grid, Mapping):
         grid = TimeGrid.from_dict(schedule, grid)
     laid = grid if isinstance(grid, TimeGrid) else TimeGrid.explicit(schedule, grid)
     if spacing is not None or steps not in (None, len(laid)):
-        raise ValueError(f"grid says all of its {len(laid)} steps: leave spacing ({spacing!r}) and steps ({steps!r}) out")
+        raise ValueError(
+            f"grid says all of its {len(laid)} steps: leave spacing ({spacing!r}) and steps ({steps!r}) out"
+        )
     return laid
 
 
 def check_prompts(prompt: Prompts) -> list[Any]:
-    """The prompts as a list; ValueError if there is none, or it holds anything but texts alone or classes alone."""
+    """The prompts as a list; ValueError if there is none, or it holds anything but texts alone or classes
+    alone."""
     prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
     kinds = {type(p) for p in prompts}
     if kinds not in ({str}, {int}):
@@ -141,13 +194,19 @@ def check_prompts(prompt: Prompts) -> list[Any]:
 
 
 def check_negative(negative: str | Sequence[str], prompts: int, each: int) -> str | tuple[str, ...]:
-    """The negative prompt of all pictures, or one for each: a list has one for each prompt or for each picture; ValueError for another number."""
+    """The negative prompt of all pictures, or one for each: a list has one for each prompt or for each
+    picture; ValueError for another number."""
     if isinstance(negative, str):
         return negative
     given = list(negative)
     if any(not isinstance(text, str) for text in given) or len(given) not in (prompts, prompts * each):
-        raise ValueError(f"negative: expected a text, or {prompts} (one for each prompt) or {prompts * each} (for each picture), got {negative!r}")
-    return tuple(given) if len(given) == prompts * each else tuple(text for text in given for _ in range(each))
+        raise ValueError(
+            f"negative: expected a text, or {prompts} (one for each prompt) or {prompts * each} (for each"
+            f" picture), got {negative!r}"
+        )
+    return (
+        tuple(given) if len(given) == prompts * each else tuple(text for text in given for _ in range(each))
+    )
 
 
 def check_count(n: int | None) -> int:
@@ -165,7 +224,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     known = [key for key in parameters if key not in ("denoise", "x", "grid", "noise", "on_step")]
     for key in options:
         if key not in known:
-            raise ValueError(f"sampler {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}")
+            raise ValueError(
+                f"sampler {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}"
+            )
 
 
 class UnknownWords(UserWarning):
@@ -173,12 +234,17 @@ class UnknownWords(UserWarning):
 
 
 def warn_unknown(model: str, text: Conditioner | None, prompts: Sequence[Any], *, stacklevel: int) -> None:
-    """A warning that names the words of prompts which a model has never seen; none where it reads no texts, or its words are not known."""
+    """A warning that names the words of prompts which a model has never seen; none where it reads no texts,
+    or its words are not known."""
     texts = [] if text is None else [prompt for prompt in prompts if isinstance(prompt, str)]
     unknown = list(dict.fromkeys(word for prompt in texts for word in text.unknown(prompt)))  # type: ignore[union-attr]
     if unknown:
         words = ", ".join(repr(word) for word in unknown)
-        warnings.warn(f"{model} has never seen {words}: the picture may not show it", UnknownWords, stacklevel=stacklevel)
+        warnings.warn(
+            f"{model} has never seen {words}: the picture may not show it",
+            UnknownWords,
+            stacklevel=stacklevel,
+        )
 
 
 def all_hooks(own: OnStep | None, *others: Callable[[int, Tensor, Denoised], Any]) -> OnStep:

@@ -1,4 +1,5 @@
-"""What the network is told in a call: texts or classes, SDXL's vector of sizes, and channels beside the latent."""
+"""What the network is told in a call: texts or classes, SDXL's vector of sizes, and channels beside the
+latent."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 o
 
 
 class Watcher(Protocol):
-    """What is told of a run: its call, its conditions, every step (the state behind it, and the prediction it took), and its pictures."""
+    """What is told of a run: its call, its conditions, every step (the state behind it, and the prediction it
+    took), and its pictures."""
 
     def begin(self, call: Call) -> None: ...
 
@@ -38,14 +40,19 @@ class Watcher(Protocol):
 
 
 def conditions(card: ModelCard, text: Conditioner | None, call: Call, size: tuple[int, int]) -> Pair:
-    """The conditions of a call's prompts or classes, where the latent has a ``size`` (h, w); ValueError for a prompt of a kind not taken."""
+    """The conditions of a call's prompts or classes, where the latent has a ``size`` (h, w); ValueError for a
+    prompt of a kind not taken."""
     if isinstance(text, LabelConditioner):
         return _classes(card, text, call)
     if any(not isinstance(prompt, str) for prompt in call.prompts):
-        raise ValueError(f"{card.name!r} is not conditioned on classes, expected a text, got {call.prompts[0]!r}")
+        raise ValueError(
+            f"{card.name!r} is not conditioned on classes, expected a text, got {call.prompts[0]!r}"
+        )
     if text is None:
         if any(call.prompts) or any(call.negatives) or call.guidance != 1:
-            raise ValueError(f"{card.name!r} is conditioned on no text: expected an empty prompt and guidance 1")
+            raise ValueError(
+                f"{card.name!r} is conditioned on no text: expected an empty prompt and guidance 1"
+            )
         return Cond(), Cond()
     prompts = [str(prompt) for prompt in call.prompts]
     if isinstance(text, TextConditioner):
@@ -54,7 +61,13 @@ def conditions(card: ModelCard, text: Conditioner | None, call: Call, size: tupl
         cond, uncond = text(prompts), text(call.negatives)
     if card.zero_negative:
         kept = torch.tensor([bool(negative) for negative in call.negatives])
-        uncond = uncond.map(lambda value: value * kept.to(value).reshape(-1, *[1] * (value.ndim - 1)) if value.is_floating_point() else value)
+        uncond = uncond.map(
+            lambda value: (
+                value * kept.to(value).reshape(-1, *[1] * (value.ndim - 1))
+                if value.is_floating_point()
+                else value
+            )
+        )
     if card.vector is None:
         return cond, uncond
     return with_sizes(card, cond, call), with_sizes(card, uncond, call, negative=True)
@@ -63,29 +76,38 @@ def conditions(card: ModelCard, text: Conditioner | None, call: Call, size: tupl
 def _classes(card: ModelCard, labels: LabelConditioner, call: Call) -> Pair:
     wanted = [prompt for prompt in call.prompts if isinstance(prompt, int)]
     if len(wanted) != len(call.prompts):
-        raise ValueError(f"{card.name!r} is conditioned on classes: expected a number from 0 to {labels.config.classes - 1}, got {call.prompts[0]!r}")
+        raise ValueError(
+            f"{card.name!r} is conditioned on classes: expected a number from 0 to"
+            f" {labels.config.classes - 1}, got {call.prompts[0]!r}"
+        )
     cond = labels(wanted)
     if card.null_class is not None:
         return cond, labels([card.null_class])
     if call.guidance != 1:
-        raise ValueError(f"{card.name!r} knows no unconditional class: expected guidance 1, got {call.guidance}")
+        raise ValueError(
+            f"{card.name!r} knows no unconditional class: expected guidance 1, got {call.guidance}"
+        )
     return cond, cond
 
 
 def with_sizes(card: ModelCard, cond: Cond, call: Call, *, negative: bool = False) -> Cond:
-    """The condition with SDXL's vector: the pooled text, then the sinusoids of the sizes (and, in the refiner, of the score)."""
+    """The condition with SDXL's vector: the pooled text, then the sinusoids of the sizes (and, in the
+    refiner, of the score)."""
     sizes: SizeCondition = call.sizes
     own = (call.height, call.width)
     last: Sequence[float] = sizes.target or own
     if card.vector == "aesthetic":
         last = (sizes.negative_aesthetic if negative else sizes.aesthetic,)
     assert cond.pooled is not None
-    numbers = torch.tensor([[*(sizes.original or own), *sizes.crop, *last]], dtype=torch.float32, device=cond.pooled.device)
+    numbers = torch.tensor(
+        [[*(sizes.original or own), *sizes.crop, *last]], dtype=torch.float32, device=cond.pooled.device
+    )
     return replace(cond, pooled=vector_condition(cond.pooled, numbers.expand(len(cond.pooled), -1)))
 
 
 def joined(pair: Pair, n: int, *, concat: Tensor | None = None, pooled: Tensor | None = None) -> Pair:
-    """Both conditions at batch n, with channels beside x_t, (B or 1, C', h, w), and levels (n,) where given."""
+    """Both conditions at batch n, with channels beside x_t, (B or 1, C', h, w), and levels (n,) where
+    given."""
 
     def join(cond: Cond) -> Cond:
         fields = {"concat": None if concat is None else concat.expand(n, *concat.shape[1:]), "pooled": pooled}
@@ -95,7 +117,8 @@ def joined(pair: Pair, n: int, *, concat: Tensor | None = None, pooled: Tensor |
 
 
 def cut(cond: Cond, part: Part, size: tuple[int, int]) -> Cond:
-    """The condition of a window of a latent (h, w): channels of the latent's size are cut, those of a window's, a draft of the text, serve each."""
+    """The condition of a window of a latent (h, w): channels of the latent's size are cut, those of a
+    window's, a draft of the text, serve each."""
     if cond.concat is None or tuple(cond.concat.shape[-2:]) != size:
         return cond
     return replace(cond, concat=cond.concat[part])
@@ -132,11 +155,13 @@ def _last_repeated(cond: Cond) -> Tensor:
 
 
 def drafted(pair: Pair, known: Tensor, hole: Tensor, draft: Draft | None = None) -> Pair:
-    """Both conditions with what is known (B or 1, C, h, w) outside the hole (1 or B, 1, h, w) in place of the text's draft, where there is one.
+    """Both conditions with what is known (B or 1, C, h, w) outside the hole (1 or B, 1, h, w) in place of the
+    text's draft, where there is one.
 
-    A draft is the mean of the latent given the text; given a part of the latent too, that part is its own mean, and the rest is drafted again to
-    agree with it (`Draft.agreeing`; by ``draft``, where the condition has the text's embedding). A draft smaller than the latent is laid over the
-    known part once, and continued smoothly around it.
+    A draft is the mean of the latent given the text; given a part of the latent too, that part is its own
+    mean, and the rest is drafted again to agree with it (`Draft.agreeing`; by ``draft``, where the condition
+    has the text's embedding). A draft smaller than the latent is laid over the known part once, and continued
+    smoothly around it.
     """
 
     def correct(cond: Cond, again: bool) -> Cond:
@@ -149,10 +174,20 @@ def drafted(pair: Pair, known: Tensor, hole: Tensor, draft: Draft | None = None)
         left = anchor((open_ == 0).any(dim=-2).flatten(0, 1).any(dim=0), tw)
         room = (left, w - tw - left, top, h - th - top)
         part = (..., slice(top, top + th), slice(left, left + tw))
-        if again and draft is not None and cond.pooled is not None and (th, tw) == (draft.config.size,) * 2 and 0 < float(open_[part].mean()) < 1:
+        if (
+            again
+            and draft is not None
+            and cond.pooled is not None
+            and (th, tw) == (draft.config.size,) * 2
+            and 0 < float(open_[part].mean()) < 1
+        ):
             n = len(cond.pooled)
-            drawn = draft.agreeing(cond.pooled, known[part].expand(n, -1, -1, -1), open_[part].expand(n, -1, -1, -1)).to(drawn)
-        bare = F.pad(torch.zeros_like(drawn[:, :1]), room, value=1.0) * open_  # (B, 1, h, w) what neither says
+            drawn = draft.agreeing(
+                cond.pooled, known[part].expand(n, -1, -1, -1), open_[part].expand(n, -1, -1, -1)
+            ).to(drawn)
+        bare = (
+            F.pad(torch.zeros_like(drawn[:, :1]), room, value=1.0) * open_
+        )  # (B, 1, h, w) what neither says
         whole = torch.where(open_ > 0, F.pad(drawn, room), known.to(drawn))
         return replace(cond, concat=fill(whole, bare))
 
@@ -160,7 +195,8 @@ def drafted(pair: Pair, known: Tensor, hole: Tensor, draft: Draft | None = None)
 
 
 def anchor(known: Tensor, tile: int) -> int:
-    """Where a window begins along a side of which some is known (n,) bool: it holds all of that, or lies in it, as near to the middle as can be."""
+    """Where a window begins along a side of which some is known (n,) bool: it holds all of that, or lies in
+    it, as near to the middle as can be."""
     side, where = len(known), known.nonzero().flatten().tolist()
     low, high = (where[-1] + 1 - tile, where[0]) if where else (0, side - tile)
     middle = (side - tile) // 2

@@ -11,13 +11,32 @@ from ldm.support.config import to_dict
 
 
 def stamp(
-    model: str, task: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype, origin: Mapping[str, Any], replayable: bool
+    model: str,
+    task: Mapping[str, Any],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    origin: Mapping[str, Any],
+    replayable: bool,
 ) -> dict[str, Any]:
-    """The recipe of a task: the model, where and in what it was computed, the hashes of its weights and the versions of the software."""
+    """The recipe of a task: the model, where and in what it was computed, the hashes of its weights and the
+    versions of the software."""
     import platform
 
     from ldm import __version__
 
-    made_with = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    made_with = {
+        "ldm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
     where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    return {"model": model, **to_dict(task), **where, "replayable": replayable, "weights": dict(origin), "versions": made_with}
+    return {
+        "model": model,
+        **to_dict(task),
+        **where,
+        "replayable": replayable,
+        "weights": dict(origin),
+        "versions": made_with,
+    }

@@ -31,10 +31,11 @@ def ramp(tile: int, overlap: int) -> Tensor:
 
 
 def windowed(make: Callable[[Part], DenoiseFn], tile: int, *, overlap: int) -> DenoiseFn:
-    """The denoisers of overlapping windows of x_t (B, C, h, w), blended at every step with weights that fall towards the windows' edges.
+    """The denoisers of overlapping windows of x_t (B, C, h, w), blended at every step with weights that fall
+    towards the windows' edges.
 
-    ``make`` gives the denoiser of a window, and is called once for each. As x0 and eps are affine in each other, blending both keeps
-    x_t = alpha·x0 + sigma·eps.
+    ``make`` gives the denoiser of a window, and is called once for each. As x0 and eps are affine in each
+    other, blending both keeps x_t = alpha·x0 + sigma·eps.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap: expected 0 to {tile - 1}, got {overlap}")
@@ -43,7 +44,9 @@ def windowed(make: Callable[[Part], DenoiseFn], tile: int, *, overlap: int) -> D
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         h, w = x_t.shape[-2:]
         th, tw = min(tile, h), min(tile, w)
-        weight = (ramp(th, min(overlap, th - 1))[:, None] * ramp(tw, min(overlap, tw - 1))).to(x_t)  # (th, tw)
+        weight = (ramp(th, min(overlap, th - 1))[:, None] * ramp(tw, min(overlap, tw - 1))).to(
+            x_t
+        )  # (th, tw)
         total = x_t.new_zeros(h, w)
         sums: list[Tensor] | None = None
         for top in places(h, th, min(overlap, th - 1)):

@@ -27,7 +27,8 @@ from ldm.weights.parts import build_network, part_table, shapes_of
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A card to compare a file with: for each part the rule table of the file's layout and the network's own names and shapes."""
+    """A card to compare a file with: for each part the rule table of the file's layout and the network's own
+    names and shapes."""
 
     name: str
     parts: Mapping[str, tuple[Table, Mapping[str, Shape]]]
@@ -37,7 +38,8 @@ Candidates = Callable[[Detection], Iterable[Candidate]]  # the cards that a dete
 
 
 def card_candidates(found: Detection) -> Iterable[Candidate]:
-    """The library's cards of a family, those with the same networks together, and the tables of the layout found."""
+    """The library's cards of a family, those with the same networks together, and the tables of the layout
+    found."""
     cards: dict[object, list[str]] = {}
     shapes: dict[object, dict[str, object]] = {}
     for card in known_cards().values():
@@ -59,14 +61,24 @@ def card_candidates(found: Detection) -> Iterable[Candidate]:
 
 # of files that hold one part of an unCLIP model: whose it may be
 PART_OF = {
-    "karlo-prior": ("karlo", "kandinsky21"), "karlo-decoder": ("karlo",), "karlo-sr": ("karlo",), "kandinsky21": ("kandinsky21",),
-    "kandinsky22": ("kandinsky22",), "movq": ("kandinsky21", "kandinsky22"),
-}  # fmt: skip
-STABLE_UNCLIP = {"unet": "decoder", "vae": "vae", "text": "words", "image": "vision"}  # what its parts are called in a file, and by us
+    "karlo-prior": ("karlo", "kandinsky21"),
+    "karlo-decoder": ("karlo",),
+    "karlo-sr": ("karlo",),
+    "kandinsky21": ("kandinsky21",),
+    "kandinsky22": ("kandinsky22",),
+    "movq": ("kandinsky21", "kandinsky22"),
+}
+STABLE_UNCLIP = {
+    "unet": "decoder",
+    "vae": "vae",
+    "text": "words",
+    "image": "vision",
+}  # what its parts are called in a file, and by us
 
 
 def card_networks(card: Card, found: Detection) -> dict[str, Any]:
-    """The shapes of a card's networks by the names of the detected family's parts; empty if it is of another family."""
+    """The shapes of a card's networks by the names of the detected family's parts; empty if it is of another
+    family."""
     if card.family not in PART_OF.get(found.name, (found.name,)):
         return {}
     if isinstance(card, AutoencoderCard):
@@ -94,8 +106,9 @@ class PartReport:
 class Report:
     """What `inspect` found; `text()` says it in lines.
 
-    ``averaged``: tensors that have an averaged (EMA) copy. ``fits``: candidate → part → how its keys fit. ``bad``: tensors with NaN or infinity,
-    None if not asked for. ``unsafe``: globals of a pickle that are refused. ``problems``: why the file cannot be loaded as it is.
+    ``averaged``: tensors that have an averaged (EMA) copy. ``fits``: candidate → part → how its keys fit.
+    ``bad``: tensors with NaN or infinity, None if not asked for. ``unsafe``: globals of a pickle that are
+    refused. ``problems``: why the file cannot be loaded as it is.
     """
 
     path: Path
@@ -118,14 +131,28 @@ class Report:
         rows += [("sha256", f"{value}  {name}") for name, value in self.sha256.items()]
         if self.found is not None:
             family = self.found.family
-            rows.append(("family", f"{self.found.name}: {family.title}, {self.found.layout} layout ({self.found.evidence})"))
+            rows.append(
+                (
+                    "family",
+                    f"{self.found.name}: {family.title}, {self.found.layout} layout ({self.found.evidence})",
+                )
+            )
             rows += [("", f"it {family.refusal}")] if family.refusal else []
             rows += [("note", family.note)] if family.note else []
         for part in self.parts:
             dtypes = ", ".join(f"{name} × {count}" for name, count in part.dtypes.items())
-            rows.append(("part", f"{part.name:<8} {part.tensors:>5} tensors  {part.parameters:>13,} parameters  {dtypes}"))
-        rows.append(("averages", f"EMA copies of {self.averaged} tensors" if self.averaged else "no EMA copies"))
-        rows += [("stored", f"{key} = {textwrap.shorten(str(value), 80)}") for key, value in self.values.items()]
+            rows.append(
+                (
+                    "part",
+                    f"{part.name:<8} {part.tensors:>5} tensors  {part.parameters:>13,} parameters  {dtypes}",
+                )
+            )
+        rows.append(
+            ("averages", f"EMA copies of {self.averaged} tensors" if self.averaged else "no EMA copies")
+        )
+        rows += [
+            ("stored", f"{key} = {textwrap.shorten(str(value), 80)}") for key, value in self.values.items()
+        ]
         for name, parts in self.fits.items():
             rows += [("card", f"{name}, {part}: {result}") for part, result in parts.items()]
         fitting = [name for name, parts in self.fits.items() if all(parts.values())]
@@ -135,17 +162,28 @@ class Report:
             rows.append(("pickle", f"names {', '.join(self.globals)}"))
             rows.append(("", f"UNSAFE: {', '.join(self.unsafe)}" if self.unsafe else "nothing unsafe"))
         if self.bad is not None:
-            rows.append(("NaN", f"NaN or infinity in {len(self.bad)} tensors: {', '.join(self.bad[:8])}" if self.bad else "none, no infinity either"))
+            rows.append(
+                (
+                    "NaN",
+                    (
+                        f"NaN or infinity in {len(self.bad)} tensors: {', '.join(self.bad[:8])}"
+                        if self.bad
+                        else "none, no infinity either"
+                    ),
+                )
+            )
         rows += [("PROBLEM", problem) for problem in self.problems]
         return "\n".join(f"{name:<9} {value}" for name, value in rows)
 
 
-def inspect(path: str | Path, *, candidates: Candidates = card_candidates, nan: bool = False, digest: bool = True) -> Report:
+def inspect(
+    path: str | Path, *, candidates: Candidates = card_candidates, nan: bool = False, digest: bool = True
+) -> Report:
     """What is in a single file or a diffusers folder, without loading and without executing anything.
 
-    candidates: the cards to compare with, given the detected family; by default the library's. nan: look for NaN and infinity (reads every
-    tensor). digest: SHA-256 (reads every byte). FileNotFoundError if there is nothing at ``path``; what is wrong with a file is in
-    `Report.problems`.
+    candidates: the cards to compare with, given the detected family; by default the library's. nan: look for
+    NaN and infinity (reads every tensor). digest: SHA-256 (reads every byte). FileNotFoundError if there is
+    nothing at ``path``; what is wrong with a file is in `Report.problems`.
     """
     path = Path(path)
     if path.is_dir():
@@ -167,12 +205,24 @@ def inspect(path: str | Path, *, candidates: Candidates = card_candidates, nan: 
         problems.append(str(error))
     found, parts, left = _take_apart(state, path, problems)
     if left:
-        problems.append(f"{len(left)} tensors belong to no part: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}")
+        problems.append(
+            f"{len(left)} tensors belong to no part: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}"
+        )
     return Report(
-        path=path, kind=kind, size=path.stat().st_size, sha256={path.name: sha256(path)} if digest else {}, found=found,
-        parts=tuple(_part(name, part) for name, part in parts.items()), averaged=len(ema_names(state)), values=values,
-        fits=_fits(candidates, found, parts), bad=_bad(state) if nan else None, globals=names, unsafe=unsafe, problems=tuple(problems),
-    )  # fmt: skip
+        path=path,
+        kind=kind,
+        size=path.stat().st_size,
+        sha256={path.name: sha256(path)} if digest else {},
+        found=found,
+        parts=tuple(_part(name, part) for name, part in parts.items()),
+        averaged=len(ema_names(state)),
+        values=values,
+        fits=_fits(candidates, found, parts),
+        bad=_bad(state) if nan else None,
+        globals=names,
+        unsafe=unsafe,
+        problems=tuple(problems),
+    )
 
 
 def _kind(path: Path) -> str:
@@ -213,7 +263,9 @@ def _fits(
         return {}
     have = {name: {key: tuple(tensor.shape) for key, tensor in part.items()} for name, part in parts.items()}
     return {
-        candidate.name: {name: fit(table, have.get(name, {}), shapes) for name, (table, shapes) in candidate.parts.items()}
+        candidate.name: {
+            name: fit(table, have.get(name, {}), shapes) for name, (table, shapes) in candidate.parts.items()
+        }
         for candidate in candidates(found)
     }
 
@@ -238,15 +290,21 @@ def _native(path: Path, nan: bool, digest: bool) -> Report:
             states[part], files[part] = read_tensors(file)[0], file
             kinds |= {part: about["network"]} if "network" in about else {}
             if digest and sha256(file) != about["sha256"]:
-                problems.append(f"{str(file)!r} is not the file that {part}.yaml was written with: its sha256 differs")
+                problems.append(
+                    f"{str(file)!r} is not the file that {part}.yaml was written with: its sha256 differs"
+                )
         except (ValueError, OSError) as error:
             problems.append(str(error))
     return Report(
-        path=path, kind=f"folder of ldm, {card.name} ({card.summary})", size=sum(file.stat().st_size for file in files.values()),
-        sha256={f"{part}.safetensors": sha256(file) for part, file in files.items()} if digest else {}, values=kinds,
+        path=path,
+        kind=f"folder of ldm, {card.name} ({card.summary})",
+        size=sum(file.stat().st_size for file in files.values()),
+        sha256={f"{part}.safetensors": sha256(file) for part, file in files.items()} if digest else {},
+        values=kinds,
         parts=tuple(_part(part, state) for part, state in states.items()),
-        bad=tuple(f"{part}: {key}" for part, state in states.items() for key in _bad(state)) if nan else None, problems=tuple(problems),
-    )  # fmt: skip
+        bad=tuple(f"{part}: {key}" for part, state in states.items() for key in _bad(state)) if nan else None,
+        problems=tuple(problems),
+    )
 
 
 def _folder(path: Path, candidates: Candidates, nan: bool, digest: bool) -> Report:
@@ -261,7 +319,11 @@ def _folder(path: Path, candidates: Candidates, nan: bool, digest: bool) -> Repo
             values = {"class": top.class_name, **top.options}
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    subfolders = [path] if list_variants(path) else sorted(folder for folder in path.iterdir() if folder.is_dir() and list_variants(folder))
+    subfolders = (
+        [path]
+        if list_variants(path)
+        else sorted(folder for folder in path.iterdir() if folder.is_dir() and list_variants(folder))
+    )
     if not subfolders and not problems:
         problems.append(f"{str(path)!r} holds no weights that are known by name")
     names, unsafe = dict[str, None](), dict[str, None]()
@@ -283,20 +345,31 @@ def _folder(path: Path, candidates: Candidates, nan: bool, digest: bool) -> Repo
     found = _folder_family(parts, path, problems)
     files = [file for component in components.values() for file in component.files]
     return Report(
-        path=path, kind="diffusers folder" if is_folder(path) else "folder", size=sum(file.stat().st_size for file in files), found=found,
-        sha256={str(file.relative_to(path)): sha256(file) for file in files} if digest else {}, values=values,
-        parts=tuple(_part(name, part) for name, part in parts.items()), fits=_fits(candidates, found, _ours(parts)), globals=tuple(names),
-        bad=tuple(f"{name}: {key}" for name, part in parts.items() for key in _bad(part)) if nan else None, unsafe=tuple(unsafe),
+        path=path,
+        kind="diffusers folder" if is_folder(path) else "folder",
+        size=sum(file.stat().st_size for file in files),
+        found=found,
+        sha256={str(file.relative_to(path)): sha256(file) for file in files} if digest else {},
+        values=values,
+        parts=tuple(_part(name, part) for name, part in parts.items()),
+        fits=_fits(candidates, found, _ours(parts)),
+        globals=tuple(names),
+        bad=tuple(f"{name}: {key}" for name, part in parts.items() for key in _bad(part)) if nan else None,
+        unsafe=tuple(unsafe),
         problems=tuple(problems),
-    )  # fmt: skip
+    )
 
 
 def _ours(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     return {PARTS.get(name, name): part for name, part in parts.items()}
 
 
-def _folder_family(parts: Mapping[str, Mapping[str, Tensor]], path: Path, problems: list[str]) -> Detection | None:
-    deciding = parts.get("unet") or parts.get("prior") or (next(iter(parts.values())) if len(parts) == 1 else None)
+def _folder_family(
+    parts: Mapping[str, Mapping[str, Tensor]], path: Path, problems: list[str]
+) -> Detection | None:
+    deciding = (
+        parts.get("unet") or parts.get("prior") or (next(iter(parts.values())) if len(parts) == 1 else None)
+    )
     if deciding is None:
         return None
     try:

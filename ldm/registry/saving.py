@@ -16,13 +16,20 @@ from ldm.support.device import dtype_of
 
 
 def save(
-    pipe: LatentDiffusion | UnCLIP, path: str | Path, *, layout: str = "native", dtype: str | torch.dtype | None = None, **facts: Any
+    pipe: LatentDiffusion | UnCLIP,
+    path: str | Path,
+    *,
+    layout: str = "native",
+    dtype: str | torch.dtype | None = None,
+    **facts: Any,
 ) -> Path:
-    """Write a model so that `load(name, weights=path)` reads it back: bit for bit, unless another ``dtype`` is asked for.
+    """Write a model so that `load(name, weights=path)` reads it back: bit for bit, unless another ``dtype``
+    is asked for.
 
-    ``layout``: "native", a folder of ours with a YAML for each part (the facts go into it); "original", a single .safetensors file as the model's
-    authors published theirs; "diffusers", a folder of diffusers. The last two are for models of published families; ValueError for others, or
-    for a network that the layout cannot hold. Writing is whole or not at all, file by file.
+    ``layout``: "native", a folder of ours with a YAML for each part (the facts go into it); "original", a
+    single .safetensors file as the model's authors published theirs; "diffusers", a folder of diffusers. The
+    last two are for models of published families; ValueError for others, or for a network that the layout
+    cannot hold. Writing is whole or not at all, file by file.
     """
     kind = None if dtype is None else dtype_of(dtype)
     path = Path(path)
@@ -37,5 +44,8 @@ def save(
     if facts:
         raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
     if pipe.card.family == "latent":
-        raise ValueError(f"layout {layout!r} is for models of published families, {pipe.card.name!r} is of none: use 'native'")
+        raise ValueError(
+            f"layout {layout!r} is for models of published families, {pipe.card.name!r} is of none: use"
+            " 'native'"
+        )
     return write_original(pipe, path, kind) if layout == "original" else write_diffusers(pipe, path, kind)

@@ -12,12 +12,15 @@ from ldm.samplers.common import demand, of_ratio, ratio
 
 
 class Churn:
-    """rho_hat = rho·(1 + gamma), gamma = min(s_churn/N, sqrt(2) − 1) for rho in [s_min, s_max]  (arXiv:2206.00364, algorithm 2).
+    """rho_hat = rho·(1 + gamma), gamma = min(s_churn/N, sqrt(2) − 1) for rho in [s_min, s_max]
+    (arXiv:2206.00364, algorithm 2).
 
     A level above the schedule's largest is lowered to it, as the network knows none above.
     """
 
-    def __init__(self, s_churn: float, s_min: float, s_max: float, s_noise: float, noise: NoiseFn | None, sampler: str) -> None:
+    def __init__(
+        self, s_churn: float, s_min: float, s_max: float, s_noise: float, noise: NoiseFn | None, sampler: str
+    ) -> None:
         if s_churn < 0 or s_noise < 0:
             raise ValueError(f"s_churn and s_noise must not be negative, got {s_churn} and {s_noise}")
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise

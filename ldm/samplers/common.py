@@ -1,4 +1,5 @@
-"""What every sampler needs: the coefficients as numbers, the first-order step, the step hook, the demand for noise."""
+"""What every sampler needs: the coefficients as numbers, the first-order step, the step hook, the demand for
+noise."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from ldm.diffusion.interfaces import Denoised, NoiseFn, OnStep
 
 
 def states(grid: TimeGrid) -> tuple[list[float], list[float]]:
-    """alpha and sigma of the N + 1 states as Python floats: they multiply tensors of any dtype, at full precision themselves."""
+    """alpha and sigma of the N + 1 states as Python floats: they multiply tensors of any dtype, at full
+    precision themselves."""
     return grid.alpha.tolist(), grid.sigma.tolist()
 
 
@@ -36,18 +38,21 @@ def of_ratio(rho: float) -> tuple[float, float]:
 def toward(x: Tensor, x0: Tensor, sigma: float, rho: float, alpha_next: float, rho_next: float) -> Tensor:
     """The exact step for a constant x0: y' = (rho'/rho)·y + (1 − rho'/rho)·x0 with y = x/alpha, times alpha'.
 
-    In half log-SNR, with h = log(rho/rho'): x' = (sigma'/sigma)·x − alpha'·(e^(−h) − 1)·x0  (arXiv:2211.01095, eq. 12). rho may be inf.
+    In half log-SNR, with h = log(rho/rho'): x' = (sigma'/sigma)·x − alpha'·(e^(−h) − 1)·x0
+    (arXiv:2211.01095, eq. 12). rho may be inf.
     """
     return alpha_next * (rho_next / sigma) * x + alpha_next * (1 - rho_next / rho) * x0
 
 
 def along(x: Tensor, eps: Tensor, alpha: float, rho: float, alpha_next: float, rho_next: float) -> Tensor:
-    """The exact step for a constant eps: y' = y + (rho' − rho)·eps with y = x/alpha, times alpha'  (arXiv:2206.00364, eq. 3)."""
+    """The exact step for a constant eps: y' = y + (rho' − rho)·eps with y = x/alpha, times alpha'
+    (arXiv:2206.00364, eq. 3)."""
     return alpha_next / alpha * x + alpha_next * (rho_next - rho) * eps
 
 
 def ancestral(rho: float, rho_next: float, eta: float) -> tuple[float, float]:
-    """(rho_down, rho_up), rho_down² + rho_up² = rho'²: step down to the first, then add noise of the second; eta 1 is the posterior's."""
+    """(rho_down, rho_up), rho_down² + rho_up² = rho'²: step down to the first, then add noise of the second;
+    eta 1 is the posterior's."""
     up = min(rho_next, eta * rho_next * math.sqrt(1 - (rho_next / rho) ** 2))
     return math.sqrt(rho_next**2 - up**2), up
 
@@ -71,7 +76,9 @@ def after(on_step: OnStep | None, i: int, x: Tensor, d: Denoised) -> tuple[Tenso
 def demand(noise: NoiseFn | None, sampler: str) -> NoiseFn:
     """The noise, or ValueError if there is none."""
     if noise is None:
-        raise ValueError(f"{sampler} draws noise at its steps: give noise, e.g. ldm.diffusion.noise.keyed_noise(seeds)")
+        raise ValueError(
+            f"{sampler} draws noise at its steps: give noise, e.g. ldm.diffusion.noise.keyed_noise(seeds)"
+        )
     return noise
 
 

@@ -8,14 +8,20 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, OnStep
 from ldm.samplers.common import after, states, within
 
-NOISIEST = 20.0  # sigma/alpha to invert to: a rounding of the network is seen so many times as large in the end; Stable Diffusion begins at 14.6
+# sigma/alpha to invert to: a rounding of the network is seen so many times as large in the end; Stable
+# Diffusion begins at 14.6
+NOISIEST = 20.0
 
 
-def ddim_invert(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, on_step: OnStep | None = None, iterations: int = 1) -> Tensor:
-    """The state 0 (B, *S) from which ``ddim`` leads to x, the grid's last state  (arXiv:2105.05233, section F; fixed point: arXiv:2312.12540).
+def ddim_invert(
+    denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, on_step: OnStep | None = None, iterations: int = 1
+) -> Tensor:
+    """The state 0 (B, *S) from which ``ddim`` leads to x, the grid's last state  (arXiv:2105.05233, section
+    F; fixed point: arXiv:2312.12540).
 
-    Each step solves x_i = a·x_(i+1) + b·eps(x_i, t_i) by iteration from x_(i+1): once is the usual approximation, more makes it exact where the
-    iteration contracts. ``on_step`` is called with the index of the state reached, N − 1 … 0.
+    Each step solves x_i = a·x_(i+1) + b·eps(x_i, t_i) by iteration from x_(i+1): once is the usual
+    approximation, more makes it exact where the iteration contracts. ``on_step`` is called with the index of
+    the state reached, N − 1 … 0.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
@@ -33,10 +39,14 @@ def ddim_invert(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, on_step: OnSte
     return x
 
 
-def edict(denoise: DenoiseFn, x: Tensor, y: Tensor, grid: TimeGrid, *, p: float = 0.93) -> tuple[Tensor, Tensor]:
-    """Two coupled DDIM tracks from state 0 to state N, each (B, *S), which ``edict_invert`` undoes exactly  (arXiv:2211.12446, eq. 14).
+def edict(
+    denoise: DenoiseFn, x: Tensor, y: Tensor, grid: TimeGrid, *, p: float = 0.93
+) -> tuple[Tensor, Tensor]:
+    """Two coupled DDIM tracks from state 0 to state N, each (B, *S), which ``edict_invert`` undoes exactly
+    (arXiv:2211.12446, eq. 14).
 
-    Start with x = y for a new image, or with both of ``edict_invert``. p in (0, 1] mixes the tracks; 1 leaves them apart.
+    Start with x = y for a new image, or with both of ``edict_invert``. p in (0, 1] mixes the tracks; 1 leaves
+    them apart.
     """
     _check(p)
     alpha, sigma = states(grid)
@@ -50,8 +60,11 @@ def edict(denoise: DenoiseFn, x: Tensor, y: Tensor, grid: TimeGrid, *, p: float 
     return x, y
 
 
-def edict_invert(denoise: DenoiseFn, x: Tensor, y: Tensor, grid: TimeGrid, *, p: float = 0.93) -> tuple[Tensor, Tensor]:
-    """The states 0 of both tracks from which ``edict`` leads to x and y, up to rounding (which p < 1 amplifies by p^(−2N) at most)."""
+def edict_invert(
+    denoise: DenoiseFn, x: Tensor, y: Tensor, grid: TimeGrid, *, p: float = 0.93
+) -> tuple[Tensor, Tensor]:
+    """The states 0 of both tracks from which ``edict`` leads to x and y, up to rounding (which p < 1
+    amplifies by p^(−2N) at most)."""
     _check(p)
     alpha, sigma = states(grid)
     for i in reversed(range(len(grid))):

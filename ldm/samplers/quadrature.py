@@ -13,7 +13,8 @@ def lagrange_weights(
 ) -> list[float]:
     """integral from start to end of weight(u)·l_j(u) du for the Lagrange polynomials l_j of the nodes.
 
-    Gauss–Legendre with 24 points: exact for polynomials (weight None) up to degree 47, and to rounding for exp on a sampler's steps.
+    Gauss–Legendre with 24 points: exact for polynomials (weight None) up to degree 47, and to rounding for
+    exp on a sampler's steps.
     """
     points, weights = _rule()
     u = start + (end - start) * (points + 1) / 2

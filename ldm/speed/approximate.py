@@ -1,4 +1,5 @@
-"""Gains that change the result: features of a UNet reused across steps, and tokens merged within self-attention."""
+"""Gains that change the result: features of a UNet reused across steps, and tokens merged within
+self-attention."""
 
 from __future__ import annotations
 
@@ -20,12 +21,14 @@ MOST = 16  # evaluations of a step, each with its own features, that `Reuse` kee
 
 
 class Reuse(Substitute):
-    """DeepCache (Ma et al. 2023, section 3.2): what the deep part of a UNet gives is computed in every ``interval``-th step and used again in
-    the others, which compute the first input convolution, ``branch`` blocks of the way down and the last ``branch`` + 1 blocks of the way up.
+    """DeepCache (Ma et al. 2023, section 3.2): what the deep part of a UNet gives is computed in every
+    ``interval``-th step and used again in the others, which compute the first input convolution, ``branch``
+    blocks of the way down and the last ``branch`` + 1 blocks of the way up.
 
-    Steps are told apart by their t: evaluations at one t are of one step (two branches of guidance, two stages of a solver), each with features of
-    its own. Features are used again only while t falls and shapes and conditions, the very same tensors, stay; so another prompt, another run
-    and a noised restart begin with a whole evaluation. With gradients nothing is reused.
+    Steps are told apart by their t: evaluations at one t are of one step (two branches of guidance, two
+    stages of a solver), each with features of its own. Features are used again only while t falls and shapes
+    and conditions, the very same tensors, stay; so another prompt, another run and a noised restart begin
+    with a whole evaluation. With gradients nothing is reused.
     """
 
     def __init__(self, net: UNet, interval: int, branch: int) -> None:
@@ -49,7 +52,12 @@ class Reuse(Substitute):
             return self.plain(x_t, t, cond)
         self._turn(t)
         features, seen = self.kept.get(self.place, (None, ()))
-        if self.steps and features is not None and features.shape[0] == len(x_t) and self._same(x_t, cond, seen):
+        if (
+            self.steps
+            and features is not None
+            and features.shape[0] == len(x_t)
+            and self._same(x_t, cond, seen)
+        ):
             out = self._shallow(x_t, t, cond, features)
         else:
             out = self._whole(x_t, t, cond)
@@ -71,9 +79,14 @@ class Reuse(Substitute):
         """Whether the shape and the conditions are those that features were computed with."""
         shape, *tensors = seen
         given = cond.items()
-        return shape == x_t.shape and [name for name, _ in given] == [name for name, _, _ in tensors] and all(
-            ref() is value and version == _version(value) for (_, value), (_, ref, version) in zip(given, tensors, strict=True)
-        )  # fmt: skip
+        return (
+            shape == x_t.shape
+            and [name for name, _ in given] == [name for name, _, _ in tensors]
+            and all(
+                ref() is value and version == _version(value)
+                for (_, value), (_, ref, version) in zip(given, tensors, strict=True)
+            )
+        )
 
     def _whole(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network as it is; what enters the first of the last blocks is kept."""
@@ -121,7 +134,11 @@ def _version(x: Tensor) -> int:
 
 def falls(net: Any) -> list[tuple[Any, int | None]]:
     """(level, block) of each step on the way down, None for its change of size."""
-    return [(level, i) for level in net.down_blocks for i in (*range(net.config.blocks), *([None] if hasattr(level, "downsamplers") else []))]
+    return [
+        (level, i)
+        for level in net.down_blocks
+        for i in (*range(net.config.blocks), *([None] if hasattr(level, "downsamplers") else []))
+    ]
 
 
 def rises(net: Any) -> list[tuple[Any, int]]:
@@ -136,11 +153,13 @@ def skip_widths(net: Any) -> list[int]:
 
 
 class Merge(Substitute):
-    """Self-attention over fewer tokens (Bolya & Hoffman 2023): a part ``ratio`` of the positions, those most alike to one of the positions in even
-    rows and columns, is merged with it, as the mean, before the attention, and gets its result behind it.
+    """Self-attention over fewer tokens (Bolya & Hoffman 2023): a part ``ratio`` of the positions, those most
+    alike to one of the positions in even rows and columns, is merged with it, as the mean, before the
+    attention, and gets its result behind it.
 
-    The paper draws one position of each 2×2 at random; here it is the first, so that a picture stays a function of its seed. Where someone looks at
-    the probabilities (`ldm.models.layers.attention.attention_control`), or a gradient is wanted, nothing is merged.
+    The paper draws one position of each 2×2 at random; here it is the first, so that a picture stays a
+    function of its seed. Where someone looks at the probabilities
+    (`ldm.models.layers.attention.attention_control`), or a gradient is wanted, nothing is merged.
     """
 
     def __init__(self, attention: Attention, ratio: float) -> None:
@@ -149,7 +168,12 @@ class Merge(Substitute):
         self.size = (0, 0)  # (h, w) of the map whose positions are attended to: `Sized` tells
 
     def __call__(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if context is not None or self.module.controls or torch.is_grad_enabled() or self.size[0] * self.size[1] != x.shape[1]:
+        if (
+            context is not None
+            or self.module.controls
+            or torch.is_grad_enabled()
+            or self.size[0] * self.size[1] != x.shape[1]
+        ):
             return self.plain(x, context, mask)
         at, tokens = assign(x, self.size, self.ratio)
         return take(self.plain(means(x, at, tokens)), at)
@@ -165,12 +189,15 @@ class Sized(Substitute):
 
 
 def assign(x: Tensor, size: tuple[int, int], ratio: float) -> tuple[Tensor, int]:
-    """The token that each position of x (B, h·w, D) becomes, (B, h·w), and the number of tokens: h·w less a part ``ratio`` of it (rounded down, and
-    at most all positions that do not lie in even rows and columns)."""
+    """The token that each position of x (B, h·w, D) becomes, (B, h·w), and the number of tokens: h·w less a
+    part ``ratio`` of it (rounded down, and at most all positions that do not lie in even rows and columns).
+    """
     fixed, free = (index.to(x.device) for index in split(*size))
     merged = min(int(ratio * x.shape[1]), len(free))
     unit = F.normalize(x, dim=-1)
-    best, token = (unit[:, free] @ unit[:, fixed].transpose(1, 2)).max(dim=-1)  # (B, free): likeness to the most alike, and which it is
+    best, token = (unit[:, free] @ unit[:, fixed].transpose(1, 2)).max(
+        dim=-1
+    )  # (B, free): likeness to the most alike, and which it is
     alone = best.argsort(dim=-1, descending=True)[:, merged:]  # (B, free − merged)
     token.scatter_(1, alone, (len(fixed) + torch.arange(alone.shape[1], device=x.device)).expand_as(alone))
     at = token.new_empty(x.shape[:2])
@@ -194,7 +221,9 @@ def rows(at: Tensor, tokens: int) -> Tensor:
 def means(x: Tensor, at: Tensor, tokens: int) -> Tensor:
     """The mean of the positions of each token, (B, tokens, D)."""
     index = rows(at, tokens)  # by rows it is ten times as fast on a CPU as scatter_reduce
-    total = x.new_zeros(len(x) * tokens, x.shape[2], dtype=torch.float32).index_add_(0, index, x.flatten(0, 1).float())
+    total = x.new_zeros(len(x) * tokens, x.shape[2], dtype=torch.float32).index_add_(
+        0, index, x.flatten(0, 1).float()
+    )
     mean = total / torch.bincount(index, minlength=len(total))[:, None]
     return mean.to(x.dtype).unflatten(0, (len(x), tokens))
 
@@ -213,27 +242,44 @@ def unets(pipe: nn.Module) -> list[UNet]:
 
 
 def reuse_features(pipe: nn.Module, interval: int, branch: int) -> tuple[str, ...]:
-    """Have the UNets of a pipeline reuse features; says what was done. ValueError for an interval or a branch that is not there."""
+    """Have the UNets of a pipeline reuse features; says what was done. ValueError for an interval or a branch
+    that is not there."""
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"reuse: expected a whole number of steps, 1 or more (1: none are reused), got {interval!r}")
+        raise ValueError(
+            f"reuse: expected a whole number of steps, 1 or more (1: none are reused), got {interval!r}"
+        )
     for net in unets(pipe) if interval > 1 else []:
         most = len(rises(net)) - 1
         if isinstance(branch, bool) or not isinstance(branch, int) or not 0 <= branch <= most:
-            raise ValueError(f"branch: expected a whole number from 0 to {most}, the blocks of this UNet's way up but one, got {branch!r}")
+            raise ValueError(
+                f"branch: expected a whole number from 0 to {most}, the blocks of this UNet's way up but one,"
+                f" got {branch!r}"
+            )
         Reuse(net, interval, branch)
-    done = f"reuse: the deep part of the UNet computed in one step of {interval}, the last {branch + 1} blocks in all (approximate)"
+    done = (
+        f"reuse: the deep part of the UNet computed in one step of {interval}, the last {branch + 1} blocks"
+        " in all (approximate)"
+    )
     return (done,) if interval > 1 else ()
 
 
 def merge_tokens(pipe: nn.Module, ratio: float) -> tuple[str, ...]:
-    """Have the self-attentions of the UNets' largest attending level merge tokens; says what was done. ValueError for a ratio outside [0, 0.75]."""
+    """Have the self-attentions of the UNets' largest attending level merge tokens; says what was done.
+    ValueError for a ratio outside [0, 0.75]."""
     if not 0 <= ratio <= 0.75:
-        raise ValueError(f"merge: expected a part of the positions from 0 (none) to 0.75 (all that can be), got {ratio!r}")
+        raise ValueError(
+            f"merge: expected a part of the positions from 0 (none) to 0.75 (all that can be), got {ratio!r}"
+        )
     for net in unets(pipe) if ratio else []:
         level = next((i for i, depth in enumerate(net.config.depth) if depth), None)
-        for blocks in () if level is None else (net.down_blocks[level], net.up_blocks[len(net.up_blocks) - 1 - level]):
+        for blocks in (
+            () if level is None else (net.down_blocks[level], net.up_blocks[len(net.up_blocks) - 1 - level])
+        ):
             for transformer in blocks.attentions:
-                if isinstance(transformer, SpatialTransformer) and not transformer.transformer_blocks[0].only_cross:
+                if (
+                    isinstance(transformer, SpatialTransformer)
+                    and not transformer.transformer_blocks[0].only_cross
+                ):
                     for block in transformer.transformer_blocks:
                         Merge(block.attn1, ratio)
                     Sized(transformer)

@@ -23,12 +23,16 @@ def check_backend(backend: str | None) -> None:
     if backend is None:
         return
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r}: expected None (ldm's own layers) or a name; {nearest(backend, BACKENDS)}")
+        raise ValueError(
+            f"backend {backend!r}: expected None (ldm's own layers) or a name; {nearest(backend, BACKENDS)}"
+        )
     if backend == "openvino":
         try:
             import openvino  # noqa: F401
         except ImportError as error:
-            raise ImportError("backend 'openvino': the package openvino is not installed: pip install openvino") from error
+            raise ImportError(
+                "backend 'openvino': the package openvino is not installed: pip install openvino"
+            ) from error
     else:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -36,7 +40,9 @@ def check_backend(backend: str | None) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise RuntimeError("backend 'compile': torch.compile needs a C++ compiler, and there is none (g++, or CXX)") from error
+            raise RuntimeError(
+                "backend 'compile': torch.compile needs a C++ compiler, and there is none (g++, or CXX)"
+            ) from error
 
 
 def networks(pipe: nn.Module) -> list[nn.Module]:
@@ -48,13 +54,17 @@ def networks(pipe: nn.Module) -> list[nn.Module]:
 
 
 def use(pipe: nn.Module, backend: str) -> str:
-    """Have a backend compute a pipeline's networks, compiled for each shape when it first comes; says what was done."""
+    """Have a backend compute a pipeline's networks, compiled for each shape when it first comes; says what
+    was done."""
     for net in networks(pipe):
         if backend == "openvino":
             OpenVINO(net)
         else:
             net.compile(dynamic=False)
-    return f"UNet and decoder: by {'torch.compile' if backend == 'compile' else 'OpenVINO'}, compiled for each shape at its first call"
+    return (
+        f"UNet and decoder: by {'torch.compile' if backend == 'compile' else 'OpenVINO'}, compiled for each"
+        " shape at its first call"
+    )
 
 
 def leave(pipe: nn.Module) -> None:
@@ -65,10 +75,11 @@ def leave(pipe: nn.Module) -> None:
 
 
 class OpenVINO(Substitute):
-    """A network compiled by OpenVINO for the two shapes that came last, in the network's dtype and torch's number of threads.
+    """A network compiled by OpenVINO for the two shapes that came last, in the network's dtype and torch's
+    number of threads.
 
-    Compiled networks hold their weights: those loaded or moved later are seen after another ``ldm.optimize``. With gradients and off the CPU
-    the network computes by itself.
+    Compiled networks hold their weights: those loaded or moved later are seen after another ``ldm.optimize``.
+    With gradients and off the CPU the network computes by itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -103,12 +114,17 @@ class OpenVINO(Substitute):
         with torch.no_grad():
             model = openvino.convert_model(torch.export.export(flat, tuple(tensors)))  # of these shapes alone
         hint = "bf16" if dtype == torch.bfloat16 else "f32"
-        options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+        options = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         return openvino.Core().compile_model(model, "CPU", options)
 
 
 class Flat(nn.Module):
-    """A network as a function of tensors alone: its own arguments, and the fields of a `Cond` by name behind them."""
+    """A network as a function of tensors alone: its own arguments, and the fields of a `Cond` by name behind
+    them."""
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
         super().__init__()

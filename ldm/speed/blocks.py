@@ -1,4 +1,5 @@
-"""The blocks of the networks with fused norms and the attention kernel: the same parameters and functions, only other ways through memory."""
+"""The blocks of the networks with fused norms and the attention kernel: the same parameters and functions,
+only other ways through memory."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class FastResBlock(ResBlock):
 
 
 class FastAttention(Attention):
-    """Attention by the kernel; by the plain product where someone looks at the probabilities, or a gradient is wanted."""
+    """Attention by the kernel; by the plain product where someone looks at the probabilities, or a gradient
+    is wanted."""
 
     ops: Plain
 

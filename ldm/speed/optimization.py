@@ -16,7 +16,15 @@ from ldm.speed.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, F
 from ldm.speed.int8 import check_int8, eight_bits
 from ldm.speed.kernels.build import NoKernels
 from ldm.speed.kernels.ops import Native, Plain
-from ldm.speed.packed import ContextLinear, FastGEGLU, FoldedUpsample, HalvedLinear, Packed, PackedConv2d, PackedLinear
+from ldm.speed.packed import (
+    ContextLinear,
+    FastGEGLU,
+    FoldedUpsample,
+    HalvedLinear,
+    Packed,
+    PackedConv2d,
+    PackedLinear,
+)
 from ldm.speed.spill import leave_turns, take_turns
 from ldm.speed.strips import StripDecoder
 from ldm.speed.substitute import restore
@@ -25,42 +33,66 @@ P = TypeVar("P", bound=nn.Module)
 COMPILED = "attention and group norm with SiLU: compiled kernels"
 
 EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.GroupNorm: FastGroupNorm, GEGLU: FastGEGLU, ResBlock: FastResBlock,
-    Attention: FastAttention, AttentionBlock: FastAttentionBlock, Upsample: FoldedUpsample, Decoder: StripDecoder,
-}  # fmt: skip
+    nn.Linear: PackedLinear,
+    nn.Conv2d: PackedConv2d,
+    nn.GroupNorm: FastGroupNorm,
+    GEGLU: FastGEGLU,
+    ResBlock: FastResBlock,
+    Attention: FastAttention,
+    AttentionBlock: FastAttentionBlock,
+    Upsample: FoldedUpsample,
+    Decoder: StripDecoder,
+}
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    **{fast: plain for plain, fast in EXCHANGED.items()}, ContextLinear: nn.Linear, HalvedLinear: nn.Linear,
-}  # fmt: skip
+    **{fast: plain for plain, fast in EXCHANGED.items()},
+    ContextLinear: nn.Linear,
+    HalvedLinear: nn.Linear,
+}
 
 
 def optimize(
-    pipe: P, *, kernels: bool = True, memory: bool = False, reuse: int = 1, branch: int = 0, merge: float = 0.0, int8: bool = False,
+    pipe: P,
+    *,
+    kernels: bool = True,
+    memory: bool = False,
+    reuse: int = 1,
+    branch: int = 0,
+    merge: float = 0.0,
+    int8: bool = False,
     backend: str | None = None,
-) -> P:  # fmt: skip
-    """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its dtype.
+) -> P:
+    """The pipeline (or network) itself, made faster on a CPU, its results the same up to the rounding of its
+    dtype.
 
-    Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of the networks stay as they are.
-    ``pipe.optimizations`` names what was done. ``kernels``: whether attention, group norm and large convolutions may be compiled with the machine's
-    C++ compiler (once; they are kept below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and ``optimizations``
-    says why.
-    ``memory``: the least memory, at some cost of time (Linux): the networks take turns, the weights of those that rest lying in a file below
-    LDM_HOME that ends with the process, and decoding of very large pictures keeps one map where it would keep two.
-    On other devices than the CPU the layers compute as before.
+    Every layer keeps its parameters' names; only classes change, so a state dict, `ldm.save` and the code of
+    the networks stay as they are. ``pipe.optimizations`` names what was done. ``kernels``: whether attention,
+    group norm and large convolutions may be compiled with the machine's C++ compiler (once; they are kept
+    below LDM_HOME, default ~/.cache/ldm); where that cannot be, PyTorch's operators serve, and
+    ``optimizations`` says why. ``memory``: the least memory, at some cost of time (Linux): the networks take
+    turns, the weights of those that rest lying in a file below LDM_HOME that ends with the process, and
+    decoding of very large pictures keeps one map where it would keep two. On other devices than the CPU the
+    layers compute as before.
 
-    Three gains change the result and are off by default (errors: benchmarks/README.md). ``reuse``: the deep part of the UNet is computed in one
-    step of this many, and used again in the others (`ldm.speed.approximate.Reuse`), which compute the last ``branch`` + 1 blocks of the way up and
-    what these are joined with. ``merge``: the part of the positions, 0 to 0.75, that are merged with another in the largest self-attentions
-    (`ldm.speed.approximate.Merge`). ``int8``: the UNet's products in 8 bits (`ldm.speed.int8`). Guidance has a fourth: `ldm.diffusion.guidance.cfg` with an
-    ``interval``. The last call says what holds: without them the network is exact again.
+    Three gains change the result and are off by default (errors: benchmarks/README.md). ``reuse``: the deep
+    part of the UNet is computed in one step of this many, and used again in the others
+    (`ldm.speed.approximate.Reuse`), which compute the last ``branch`` + 1 blocks of the way up and what these
+    are joined with. ``merge``: the part of the positions, 0 to 0.75, that are merged with another in the
+    largest self-attentions (`ldm.speed.approximate.Merge`). ``int8``: the UNet's products in 8 bits
+    (`ldm.speed.int8`). Guidance has a fourth: `ldm.diffusion.guidance.cfg` with an ``interval``. The last
+    call says what holds: without them the network is exact again.
 
-    ``backend``: "compile" (torch.compile) or "openvino" (a package of its own) compute UNets and decoders in place of ldm's layers.
+    ``backend``: "compile" (torch.compile) or "openvino" (a package of its own) compute UNets and decoders in
+    place of ldm's layers.
 
-    Raises ValueError for a number that cannot be, what does not go together, or no UNet to act on; ImportError or RuntimeError where a backend or
-    8-bit products are missing.
+    Raises ValueError for a number that cannot be, what does not go together, or no UNet to act on;
+    ImportError or RuntimeError where a backend or 8-bit products are missing.
     """
     check_backend(backend)
     if backend is not None and (memory or reuse != 1 or merge or int8):
-        raise ValueError(f"backend {backend!r}: memory, reuse, merge and int8 act on ldm's own layers, expected backend=None with them")
+        raise ValueError(
+            f"backend {backend!r}: memory, reuse, merge and int8 act on ldm's own layers, expected"
+            " backend=None with them"
+        )
     if int8:
         check_int8(pipe)
     if backend is not None:
@@ -81,23 +113,31 @@ def optimize(
     if memory:
         take_turns(pipe.networks().values() if hasattr(pipe, "networks") else [pipe])
     folds = "doubling and 3×3 convolution: folded into four 2×2 convolutions"
-    winograds = ("3×3 convolutions of large maps in float32: Winograd's, compiled kernels",) if note == COMPILED else ()
+    winograds = (
+        ("3×3 convolutions of large maps in float32: Winograd's, compiled kernels",)
+        if note == COMPILED
+        else ()
+    )
     thrift = ("networks at rest: in a file",) if memory else (folds, *winograds)
     pipe.optimizations = (
-        note, "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
+        note,
+        "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
         "GEGLU: inside its two products",
-        "keys and values of the context: once a prompt", "decoding: large maps in strips of rows",
-        *thrift, *gains,
-    )  # fmt: skip
+        "keys and values of the context: once a prompt",
+        "decoding: large maps in strips of rows",
+        *thrift,
+        *gains,
+    )
     return pipe
 
 
 def for_training(network: P) -> P:
-    """The network itself, made faster to train on a CPU, its function and gradients the same up to rounding: maps are channels last, group norm with
-    SiLU has compiled kernels forwards and backwards.
+    """The network itself, made faster to train on a CPU, its function and gradients the same up to rounding:
+    maps are channels last, group norm with SiLU has compiled kernels forwards and backwards.
 
-    To be called before an optimiser is made: convolutions' weights are laid out anew, and the fused AdamW wants its moments as the weights lie
-    (`ldm.training.loop.lie_as_weights`). Gradients of gradients are not to be had. Without kernels (`ldm.speed.kernels.build`) the network stays as it is.
+    To be called before an optimiser is made: convolutions' weights are laid out anew, and the fused AdamW
+    wants its moments as the weights lie (`ldm.training.loop.lie_as_weights`). Gradients of gradients are not
+    to be had. Without kernels (`ldm.speed.kernels.build`) the network stays as it is.
     """
     try:
         ops = Native()

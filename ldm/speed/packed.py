@@ -1,4 +1,5 @@
-"""Linear and convolution layers whose weights are kept in the order that oneDNN multiplies in, so that no call puts them in order again."""
+"""Linear and convolution layers whose weights are kept in the order that oneDNN multiplies in, so that no
+call puts them in order again."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from ldm.speed.kernels.ops import Native, Plain, winograd
 
 CHANNELS_LAST = torch.channels_last
 mkldnn = torch.ops.mkldnn
-WIDE, POSITIONS = 128, 1024  # channels, and pixels of all maps together, from which on Winograd's way is taken in float32
+WIDE, POSITIONS = (
+    128,
+    1024,
+)  # channels, and pixels of all maps together, from which on Winograd's way is taken in float32
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -43,13 +47,16 @@ class WeightFile(Protocol):
 
 
 class Packed(nn.Module):
-    """A layer whose weight is packed at the first call, in the place of the plain one; a state dict still holds the plain one.
+    """A layer whose weight is packed at the first call, in the place of the plain one; a state dict still
+    holds the plain one.
 
     Moving, loading, copying and gradients go by the plain weight.
     """
 
     packed: list[Tensor] | None = None
-    spilled: WeightFile | None = None  # where the plain weight lies in a file, and is let leave memory; else it is given up
+    spilled: WeightFile | None = (
+        None  # where the plain weight lies in a file, and is let leave memory; else it is given up
+    )
     parts = 1  # the packed weights are the plain one's equal parts along the outputs
 
     @property
@@ -76,12 +83,19 @@ class Packed(nn.Module):
             return None
         if self.packed is None:
             weight = self._parameters["weight"]
-            if weight is None or {x.device.type, weight.device.type} != {"cpu"} or weight.dtype != x.dtype or not packable(x.dtype):
+            if (
+                weight is None
+                or {x.device.type, weight.device.type} != {"cpu"}
+                or weight.dtype != x.dtype
+                or not packable(x.dtype)
+            ):
                 return None
             if self.learns:
                 return None
             with nullcontext() if self.spilled is None else self.spilled.apart():
-                self.packed = [self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)]
+                self.packed = [
+                    self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)
+                ]
             if self.spilled is not None:
                 self.spilled.evict(weight)
             else:
@@ -120,11 +134,16 @@ class PackedLinear(Packed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packs(x)
-        return F.linear(x, self.weight, self.bias) if packed is None else mkldnn._linear_pointwise(x, packed[0], self.bias, "none", [], "")
+        return (
+            F.linear(x, self.weight, self.bias)
+            if packed is None
+            else mkldnn._linear_pointwise(x, packed[0], self.bias, "none", [], "")
+        )
 
 
 class ContextLinear(PackedLinear):
-    """The keys or values of a context, computed once while the context is the very same tensor: once a prompt, not once a step."""
+    """The keys or values of a context, computed once while the context is the very same tensor: once a
+    prompt, not once a step."""
 
     seen: tuple[Any, int, Tensor] | None = None
 
@@ -152,7 +171,8 @@ class HalvedLinear(PackedLinear):
 
 
 class FastGEGLU(GEGLU):
-    """value · gelu(gate), both inside the products that make them: the pair of them, twice as wide as the result, is never in memory."""
+    """value · gelu(gate), both inside the products that make them: the pair of them, twice as wide as the
+    result, is never in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.proj.packs(x) if isinstance(self.proj, HalvedLinear) else None
@@ -165,13 +185,20 @@ class FastGEGLU(GEGLU):
 
 
 class PackedConv2d(Packed, nn.Conv2d):
-    """A convolution of channels-last maps; in float32, of 3×3 and large maps, by Winograd's way where kernels are compiled."""
+    """A convolution of channels-last maps; in float32, of 3×3 and large maps, by Winograd's way where kernels
+    are compiled."""
 
     ops: Plain | None = None
-    transformed: Tensor | None = None  # Winograd's weights; the packed ones stay beside them, for they alone give the plain ones back to the bit
+    transformed: Tensor | None = (
+        # Winograd's weights; the packed ones stay beside them, for they alone give the plain ones back to the
+        # bit
+        None
+    )
 
     def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
-        return mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape))
+        return mkldnn._reorder_convolution_weight(
+            weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packs(x) if self.padding_mode == "zeros" else None
@@ -182,14 +209,25 @@ class PackedConv2d(Packed, nn.Conv2d):
             if self.transformed is None:
                 self.transformed = winograd(self.weight)
             return self.ops.conv3x3(x, self.transformed, self.bias)
-        return mkldnn._convolution_pointwise(x, packed[0], self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
+        return mkldnn._convolution_pointwise(
+            x, packed[0], self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+        )
 
     def winograds(self, x: Tensor) -> bool:
         """Whether Winograd's way is there for this convolution of a map, and the sooner one."""
         shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        wide = min(self.in_channels, self.out_channels) >= WIDE and self.in_channels % 16 == self.out_channels % 16 == 0
+        wide = (
+            min(self.in_channels, self.out_channels) >= WIDE
+            and self.in_channels % 16 == self.out_channels % 16 == 0
+        )
         large = x.numel() >= POSITIONS * self.in_channels
-        return x.dtype == torch.float32 and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and wide and large and self.spilled is None
+        return (
+            x.dtype == torch.float32
+            and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+            and wide
+            and large
+            and self.spilled is None
+        )
 
     def unpack(self) -> None:
         self.transformed = None
@@ -197,9 +235,9 @@ class PackedConv2d(Packed, nn.Conv2d):
 
 
 class FoldedUpsample(Upsample):
-    """Doubling and the 3×3 convolution in one: each of the four pixels that a pixel becomes sees 2×2 pixels of the small map, so four 2×2
-    convolutions, whose weights are sums of the 3×3 one's, give the same with 4/9 of the products, and are 16/9 as large: not where memory is to be
-    spared.
+    """Doubling and the 3×3 convolution in one: each of the four pixels that a pixel becomes sees 2×2 pixels
+    of the small map, so four 2×2 convolutions, whose weights are sums of the 3×3 one's, give the same with
+    4/9 of the products, and are 16/9 as large: not where memory is to be spared.
     """
 
     folded: list[PackedConv2d] | None = None
@@ -207,10 +245,21 @@ class FoldedUpsample(Upsample):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         h, w = x.shape[-2:]
         spared = isinstance(self.conv, Packed) and self.conv.spilled is not None
-        if spared or with_grad(x) or self.conv.weight.requires_grad or (size is not None and tuple(size) != (2 * h, 2 * w)):
+        if (
+            spared
+            or with_grad(x)
+            or self.conv.weight.requires_grad
+            or (size is not None and tuple(size) != (2 * h, 2 * w))
+        ):
             return super().forward(x, size)
-        if self.folded is None or self.folded[0].bias.dtype != x.dtype or self.folded[0].bias.device != x.device:
-            self.__dict__["folded"] = fold(self.conv)  # not a child: a state dict holds the 3×3 convolution alone
+        if (
+            self.folded is None
+            or self.folded[0].bias.dtype != x.dtype
+            or self.folded[0].bias.device != x.device
+        ):
+            self.__dict__["folded"] = fold(
+                self.conv
+            )  # not a child: a state dict holds the 3×3 convolution alone
         assert self.folded is not None
         out = x.new_empty(len(x), h, 2, w, 2, self.conv.out_channels)
         for i, conv in enumerate(self.folded):
@@ -228,9 +277,11 @@ class FoldedUpsample(Upsample):
 
 
 def fold(conv: nn.Conv2d) -> list[PackedConv2d]:
-    """The 2×2 convolutions of the pixels above left, above right, below left and below right; each gives (h + 1) × (w + 1) outputs.
+    """The 2×2 convolutions of the pixels above left, above right, below left and below right; each gives (h +
+    1) × (w + 1) outputs.
 
-    Above, the first row of weights meets the row before and the other two the pixel's own; below, the first two its own and the last the next.
+    Above, the first row of weights meets the row before and the other two the pixel's own; below, the first
+    two its own and the last the next.
     """
     weight = conv.weight.detach().float()
     convs: list[PackedConv2d] = []

@@ -17,7 +17,10 @@ from ldm.speed.kernels.build import folder
 from ldm.speed.packed import FoldedUpsample, Packed
 
 DONTNEED = 4  # of madvise: the pages leave memory; a shared mapping's data stay in the file
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt: free bytes from which on the heap shrinks; size from which on a block has its own pages
+TRIM_THRESHOLD, MMAP_THRESHOLD = (
+    -1,
+    -3,
+)  # of mallopt: free bytes from which on the heap shrinks; size from which on a block has its own pages
 
 
 class Spilled:
@@ -35,7 +38,9 @@ class Spilled:
         own = [p for p in network.parameters() if p.device.type == "cpu"]
         parameters = [p for p in own if p.dim() > 1]
         for p in own:
-            if p.dim() <= 1:  # norms and biases stay: reading one in the file would bring back the weights beside it
+            if (
+                p.dim() <= 1
+            ):  # norms and biases stay: reading one in the file would bring back the weights beside it
                 p.data = p.data.clone()
         starts, end = [], 0
         for p in parameters:
@@ -55,8 +60,9 @@ class Spilled:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Blocks made inside have pages of their own (glibc), which go back to the system with them: weights between the results of layers would
-        leave the heap full of holes. Afterwards only blocks beyond 32 MB do, as by malloc's own rule once such a block was freed.
+        """Blocks made inside have pages of their own (glibc), which go back to the system with them: weights
+        between the results of layers would leave the heap full of holes. Afterwards only blocks beyond 32 MB
+        do, as by malloc's own rule once such a block was freed.
         """
         _glibc("mallopt", MMAP_THRESHOLD, 1 << 16)
         try:
@@ -72,7 +78,9 @@ class Spilled:
             if not begin <= weight.data_ptr() < begin + size:
                 return  # it was moved, converted or loaded anew since, and lies elsewhere
             end = weight.data_ptr() + weight.numel() * weight.element_size()
-            begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, which hold nothing else
+            begin = (
+                -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            )  # whole pages, which hold nothing else
             size = max(0, end // mmap.PAGESIZE * mmap.PAGESIZE - begin)
         if size:
             _madvise(begin, size)
@@ -103,7 +111,9 @@ class Spilled:
 
 def leave_turns(pipe: nn.Module) -> None:
     """Undo `take_turns`, where it was done."""
-    for own in {part.spilled for part in pipe.modules() if isinstance(part, Packed) and part.spilled is not None}:
+    for own in {
+        part.spilled for part in pipe.modules() if isinstance(part, Packed) and part.spilled is not None
+    }:
         own.leave()
 
 
@@ -119,13 +129,18 @@ def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
             awake[:] = [own]
 
     for own in spilled:
-        for part in (own.network, *own.network.children()):  # some are called by their parts: an autoencoder's encoder, its decoder
+        for part in (
+            own.network,
+            *own.network.children(),
+        ):  # some are called by their parts: an autoencoder's encoder, its decoder
 
             def hook(module: nn.Module, args: Any, own: Spilled = own) -> None:
                 wake(own)
 
             own.handles.append(part.register_forward_pre_hook(hook))
-        own.handles.append(own.network.register_forward_hook(lambda module, args, result, own=own: own.evict()))
+        own.handles.append(
+            own.network.register_forward_hook(lambda module, args, result, own=own: own.evict())
+        )
     return spilled
 
 

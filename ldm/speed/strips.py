@@ -1,5 +1,5 @@
-"""Decoding large pictures by strips of rows, layer by layer, with the seams of the whole picture: in little memory, which is used again and again
-rather than asked for anew, and so a little sooner than whole maps.
+"""Decoding large pictures by strips of rows, layer by layer, with the seams of the whole picture: in little
+memory, which is used again and again rather than asked for anew, and so a little sooner than whole maps.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from ldm.models.vae import Decoder
 from ldm.speed.kernels.ops import Plain
 from ldm.speed.packed import with_grad
 
-STRIP = 2**24  # bytes of a map in one strip: below what the C library's allocator gives back to the system at once
+STRIP = (
+    2**24
+)  # bytes of a map in one strip: below what the C library's allocator gives back to the system at once
 LARGE = 2**28  # numbers from which on a doubled map is not kept, but made again for each use
 T = TypeVar("T")
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel (B, C)
 
 
 class Map:
-    """A map (B, C, h, w) that is read by rows: a tensor, or the double of one by an `Upsample`, which is then never whole in memory."""
+    """A map (B, C, h, w) that is read by rows: a tensor, or the double of one by an `Upsample`, which is then
+    never whole in memory."""
 
     def __init__(self, x: Tensor, upsample: Upsample | None = None) -> None:
         self.x, self.upsample = x, upsample
@@ -41,7 +44,10 @@ class Map:
         """Rows from top to below bottom: (B, C, bottom − top, w)."""
         if self.upsample is None:
             return self.x[:, :, top:bottom]
-        first, last = max(0, top // 2 - 1), min(self.x.shape[2], (bottom + 1) // 2 + 1)  # a doubled row sees the rows beside its own
+        first, last = (
+            max(0, top // 2 - 1),
+            min(self.x.shape[2], (bottom + 1) // 2 + 1),
+        )  # a doubled row sees the rows beside its own
         return self.upsample(self.x[:, :, first:last])[:, :, top - 2 * first : bottom - 2 * first]
 
     def strips(self) -> Iterator[tuple[int, int]]:
@@ -52,11 +58,19 @@ class Map:
 
     def empty(self, channels: int) -> Tensor:
         """A map of this size, channels last, to be filled."""
-        return torch.empty(self.batch, channels, self.height, self.width, dtype=self.x.dtype, memory_format=torch.channels_last)
+        return torch.empty(
+            self.batch,
+            channels,
+            self.height,
+            self.width,
+            dtype=self.x.dtype,
+            memory_format=torch.channels_last,
+        )
 
 
 class Convolved(Map):
-    """A map that is norm, SiLU and a 3×3 convolution of another, made anew whenever its rows are read, and so never whole in memory."""
+    """A map that is norm, SiLU and a 3×3 convolution of another, made anew whenever its rows are read, and so
+    never whole in memory."""
 
     def __init__(self, ops: Plain, source: Map, affine: Affine, conv: nn.Conv2d) -> None:
         super().__init__(source.x)
@@ -70,7 +84,8 @@ class Convolved(Map):
 
 
 def statistics(ops: Plain, source: Map, norm: nn.GroupNorm) -> Affine:
-    """What a group norm multiplies and adds, by the statistics of the whole map, put together from strips (Chan et al. 1979, eq. 2.1)."""
+    """What a group norm multiplies and adds, by the statistics of the whole map, put together from strips
+    (Chan et al. 1979, eq. 2.1)."""
     parts = []
     for top, bottom in source.strips():
         mean, m2 = ops.moments(source.rows(top, bottom))
@@ -86,7 +101,9 @@ def statistics(ops: Plain, source: Map, norm: nn.GroupNorm) -> Affine:
     return scale.float(), shift.float()
 
 
-def normed_conv(ops: Plain, source: Map, affine: Affine, conv: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def normed_conv(
+    ops: Plain, source: Map, affine: Affine, conv: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Norm, SiLU and a 3×3 convolution by strips: (top, bottom, the source's rows, the result's rows).
 
     A strip is read with a row more on either side, so that its own rows see what they see in the whole map.
@@ -100,8 +117,8 @@ def normed_conv(ops: Plain, source: Map, affine: Affine, conv: Callable[[Tensor]
 
 
 def res_block(ops: Plain, block: ResBlock, source: Map, inner: Tensor | None) -> Tensor:
-    """A residual block without embedding; ``inner``: a map of its output's size, to be overwritten, or None: what lies between the convolutions is
-    made twice in place of being kept.
+    """A residual block without embedding; ``inner``: a map of its output's size, to be overwritten, or None:
+    what lies between the convolutions is made twice in place of being kept.
 
     Where its input is a tensor of as many channels, that becomes the output.
     """
@@ -130,7 +147,8 @@ def shortcut(block: ResBlock, x: Tensor) -> Tensor:
 
 
 def delayed(strips: Iterator[T]) -> Iterator[T]:
-    """Each when the next is made: a strip is not written before the one behind it has seen the rows that it replaces."""
+    """Each when the next is made: a strip is not written before the one behind it has seen the rows that it
+    replaces."""
     for before, _ in pairwise(chain(strips, [None])):
         assert before is not None
         yield before
@@ -143,21 +161,30 @@ def learning(module: nn.Module, x: Tensor) -> bool:
 
 def watched(module: nn.Module) -> bool:
     """Whether hooks look at parts of a module, which must then be called each, with whole maps."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module)
+    return any(
+        part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module
+    )
 
 
 class StripDecoder(Decoder):
-    """The autoencoder's decoder; maps beyond the size of a strip by strips, so that at any moment two maps of the largest layer are in memory; one
-    where ``spare`` is set (`ldm.optimize` with memory=True), for maps beyond LARGE, at the cost of computing some convolutions twice.
+    """The autoencoder's decoder; maps beyond the size of a strip by strips, so that at any moment two maps of
+    the largest layer are in memory; one where ``spare`` is set (`ldm.optimize` with memory=True), for maps
+    beyond LARGE, at the cost of computing some convolutions twice.
 
-    Whole where a gradient is wanted, a latent modulates the norms, off the CPU, and where hooks look at single layers.
+    Whole where a gradient is wanted, a latent modulates the norms, off the CPU, and where hooks look at
+    single layers.
     """
 
     ops: Plain
     spare: bool = False
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        whole = learning(self.conv_norm_out, x) or self.training or isinstance(self.conv_norm_out, SpatialNorm) or x.device.type != "cpu"
+        whole = (
+            learning(self.conv_norm_out, x)
+            or self.training
+            or isinstance(self.conv_norm_out, SpatialNorm)
+            or x.device.type != "cpu"
+        )
         if whole or watched(self):
             return super().forward(x, z)
         x = self.mid_block(self.conv_in(x)).contiguous(memory_format=torch.channels_last)
@@ -169,7 +196,10 @@ class StripDecoder(Decoder):
                 if source.small:
                     source = Map(resnet(source.x))
                 else:
-                    if not (self.spare and source.height * source.width * source.batch * resnet.conv1.out_channels > LARGE):
+                    if not (
+                        self.spare
+                        and source.height * source.width * source.batch * resnet.conv1.out_channels > LARGE
+                    ):
                         inner = source.empty(resnet.conv1.out_channels) if inner is None else inner
                     source = Map(res_block(self.ops, resnet, source, inner))
                 if level.attentions is not None:
@@ -179,6 +209,8 @@ class StripDecoder(Decoder):
                 doubled = Map(source.x, level.upsamplers[0])
                 source = doubled if 4 * source.x.numel() >= LARGE else Map(doubled.rows(0, doubled.height))
         out = source.empty(self.conv_out.out_channels)
-        for top, bottom, _, y in normed_conv(self.ops, source, statistics(self.ops, source, self.conv_norm_out), self.conv_out):
+        for top, bottom, _, y in normed_conv(
+            self.ops, source, statistics(self.ops, source, self.conv_norm_out), self.conv_out
+        ):
             out[:, :, top:bottom] = y
         return out

@@ -8,7 +8,8 @@ from torch import nn
 
 
 class Substitute:
-    """Called in place of a module's forward. Its class, parameters and place in the network stay; copies of the network have copies of this."""
+    """Called in place of a module's forward. Its class, parameters and place in the network stay; copies of
+    the network have copies of this."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

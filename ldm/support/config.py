@@ -24,7 +24,8 @@ def nearest(name: object, choices: Iterable[object]) -> str:
 def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
     """A dataclass from a mapping, strictly: unknown and missing keys and wrong types raise ValueError.
 
-    Nested dataclasses, tuples, Literals and optionals follow the annotations; ``where`` names the place in messages.
+    Nested dataclasses, tuples, Literals and optionals follow the annotations; ``where`` names the place in
+    messages.
     """
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{where or cls.__name__}: expected a mapping, got {mapping!r}")
@@ -34,10 +35,14 @@ def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
         if key not in fields:
             raise ValueError(f"{where or cls.__name__}: unknown key {key!r}; {nearest(key, fields)}")
     for name, field in fields.items():
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        optional = (
+            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        )
         if name not in mapping and not optional:
             raise ValueError(f"{where or cls.__name__}: missing key {name!r}")
-    values = {key: _convert(value, hints[key], f"{where}.{key}" if where else key) for key, value in mapping.items()}
+    values = {
+        key: _convert(value, hints[key], f"{where}.{key}" if where else key) for key, value in mapping.items()
+    }
     try:
         return cls(**values)
     except ValueError as error:
@@ -71,11 +76,17 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
         if len(value) != len(args):
             raise ValueError(f"{where}: expected {len(args)} values, got {value!r}")
-        return tuple(_convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+        return tuple(
+            _convert(item, arg, f"{where}[{i}]")
+            for i, (item, arg) in enumerate(zip(value, args, strict=True))
+        )
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a mapping, got {value!r}")
-        return {_convert(key, args[0], where): _convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
+        return {
+            _convert(key, args[0], where): _convert(item, args[1], f"{where}.{key}")
+            for key, item in value.items()
+        }
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -113,7 +124,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _loader() -> type:
-    """PyYAML's safe loader, which also reads 1e-4 as the number that it is in YAML 1.2, and refuses a key given twice."""
+    """PyYAML's safe loader, which also reads 1e-4 as the number that it is in YAML 1.2, and refuses a key
+    given twice."""
     import re
 
     import yaml
@@ -129,5 +141,7 @@ def _loader() -> type:
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
     return Loader

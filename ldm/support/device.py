@@ -31,7 +31,8 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def _has_bf16_instructions() -> bool:
-    """Whether the processor itself multiplies bfloat16 (older AVX-512 ones emulate it, more slowly than float32)."""
+    """Whether the processor itself multiplies bfloat16 (older AVX-512 ones emulate it, more slowly than
+    float32)."""
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check()) if check is not None else False
 

@@ -1,4 +1,5 @@
-"""Which compositions are computed once and kept: every picture on every ground, and a number of small and double ones."""
+"""Which compositions are computed once and kept: every picture on every ground, and a number of small and
+double ones."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from ldm.training.data import Pictures
 
 @dataclass(frozen=True)
 class Compositions:
-    """The rows of a cache: all pictures of the mix that training may see, on every ground that it may see them on, then the ``variants``, drawn
-    once from the mix's small and double ones.
+    """The rows of a cache: all pictures of the mix that training may see, on every ground that it may see
+    them on, then the ``variants``, drawn once from the mix's small and double ones.
     """
 
     rows: tuple[Composition, ...]
@@ -32,11 +33,14 @@ class Compositions:
             if ground != "white" and not held_out_pair(pictures.data.index[int(row)].name, ground)
         ]
         row_of = {(c.picture, c.ground): i for i, c in enumerate(plain)}
-        row_of.update({(c.picture, "white"): i for i, c in enumerate(plain) if c.ground is None})  # white said or unsaid is one picture
+        row_of.update(
+            {(c.picture, "white"): i for i, c in enumerate(plain) if c.ground is None}
+        )  # white said or unsaid is one picture
         return cls((*plain, *draw_variants(pictures, variants, seed)), row_of, variants)
 
     def choose(self, composition: Composition, rng: np.random.Generator) -> tuple[Composition, int]:
-        """The kept composition for a drawn one (a small or double one becomes one of the variants), and its row."""
+        """The kept composition for a drawn one (a small or double one becomes one of the variants), and its
+        row."""
         if composition.second is None and composition.size == "full":
             return composition, self.row_of[composition.picture, composition.ground]
         row = len(self.rows) - self.variants + int(rng.integers(self.variants))

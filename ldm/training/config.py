@@ -24,7 +24,8 @@ def share(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly over ``warmup`` steps, stays, falls to ``final`` of itself over the last ``decay`` steps."""
+    """AdamW; the learning rate rises linearly over ``warmup`` steps, stays, falls to ``final`` of itself over
+    the last ``decay`` steps."""
 
     lr: float
     warmup: int = 500
@@ -35,7 +36,15 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        at_least(0, lr=self.lr, warmup=self.warmup, decay=self.decay, final=self.final, weight_decay=self.weight_decay, clip=self.clip)
+        at_least(
+            0,
+            lr=self.lr,
+            warmup=self.warmup,
+            decay=self.decay,
+            final=self.final,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected numbers in [0, 1), got {self.betas}")
 
@@ -49,7 +58,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures, at which size, composed in which shares: by ``mix`` in what is computed once, by ``drawn`` in training (None: ``mix``)."""
+    """Which pictures, at which size, composed in which shares: by ``mix`` in what is computed once, by
+    ``drawn`` in training (None: ``mix``)."""
 
     folder: str = "data/emoji"
     size: int = 128
@@ -77,7 +87,13 @@ class RunConfig:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, validate_every=self.validate_every)
+        at_least(
+            1,
+            steps=self.steps,
+            batch=self.batch,
+            log_every=self.log_every,
+            validate_every=self.validate_every,
+        )
         at_least(1, sample_every=self.sample_every, checkpoint_every=self.checkpoint_every)
         at_least(0, seed=self.seed)
         if not 0 <= self.ema < 1:

@@ -23,7 +23,8 @@ class Pictures:
         self.data = EmojiData.open(config.folder)
 
     def draw(self, rng: np.random.Generator, n: int, mix: Mix | None = None) -> list[Composition]:
-        """n compositions in the shares of a mix, by default the one that the configuration draws by; none is held out."""
+        """n compositions in the shares of a mix, by default the one that the configuration draws by; none is
+        held out."""
         mix = mix or self.config.drawn or self.config.mix
         return [sample_composition(rng, self.data.index, mix) for _ in range(n)]
 

@@ -1,4 +1,5 @@
-"""Small pictures made worse, so that an upsampler does not believe them (Ramesh et al. 2022, section 2.1; BSRGAN, Zhang et al. 2021)."""
+"""Small pictures made worse, so that an upsampler does not believe them (Ramesh et al. 2022, section 2.1;
+BSRGAN, Zhang et al. 2021)."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from ldm.training.config import at_least
 
 @dataclass(frozen=True, kw_only=True)
 class Degradation:
-    """``blur``: the largest deviation of a Gaussian blur, in pixels of the small picture; ``noise``: the largest deviation of noise; ``blocks``: the
-    largest step that an 8×8 block's cosine coefficients are rounded to, as in JPEG; each for pictures in [−1, 1], and 0 for none.
-    ``share``: of pictures that get each of the last two; blur goes to all of them, from 0 on."""
+    """``blur``: the largest deviation of a Gaussian blur, in pixels of the small picture; ``noise``: the
+    largest deviation of noise; ``blocks``: the largest step that an 8×8 block's cosine coefficients are
+    rounded to, as in JPEG; each for pictures in [−1, 1], and 0 for none. ``share``: of pictures that get each
+    of the last two; blur goes to all of them, from 0 on."""
 
     blur: float = 0.6
     noise: float = 0.0
@@ -29,16 +31,23 @@ class Degradation:
             raise ValueError(f"share: expected at most 1, got {self.share}")
 
     def __call__(self, small: Tensor, rng: np.random.Generator, noise: Tensor) -> Tensor:
-        """Pictures (B, 3, h, w) in [−1, 1], each made worse by its own amounts; blur, noise and rounding in an order drawn for the batch.
+        """Pictures (B, 3, h, w) in [−1, 1], each made worse by its own amounts; blur, noise and rounding in
+        an order drawn for the batch.
 
         noise: standard normal of the pictures' shape.
         """
         n = len(small)
 
         def amounts(most: float) -> Tensor:
-            return torch.from_numpy(rng.random(n) * (rng.random(n) < self.share) * most).float()[:, None, None, None]
+            return torch.from_numpy(rng.random(n) * (rng.random(n) < self.share) * most).float()[
+                :, None, None, None
+            ]
 
-        sigma, strength, step = torch.from_numpy(rng.random(n) * self.blur).float(), amounts(self.noise), amounts(self.blocks)
+        sigma, strength, step = (
+            torch.from_numpy(rng.random(n) * self.blur).float(),
+            amounts(self.noise),
+            amounts(self.blocks),
+        )
         for kind in rng.permutation(3):
             if kind == 0 and self.blur:
                 small = blur(small, sigma)
@@ -50,7 +59,8 @@ class Degradation:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """x (B, C, h, w) convolved with a Gaussian of deviation sigma (B,) in pixels, its own for each; the borders are repeated."""
+    """x (B, C, h, w) convolved with a Gaussian of deviation sigma (B,) in pixels, its own for each; the
+    borders are repeated."""
     radius = max(1, int(3 * float(sigma.max()) + 0.5))
     place = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-place.square() / (2 * sigma.to(x).clamp_min(1e-3)[:, None].square()))
@@ -63,11 +73,14 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def round_blocks(x: Tensor, step: Tensor) -> Tensor:
-    """x with the cosine coefficients of its 8×8 blocks rounded to multiples of step (B, 1, 1, 1); 0 leaves a picture as it is."""
+    """x with the cosine coefficients of its 8×8 blocks rounded to multiples of step (B, 1, 1, 1); 0 leaves a
+    picture as it is."""
     b, c, h, w = x.shape
     y = F.pad(x, (0, -w % 8, 0, -h % 8), mode="replicate")
     k = torch.arange(8, dtype=x.dtype, device=x.device)
-    basis = torch.cos(torch.pi / 8 * (k + 0.5) * k[:, None]) / 2  # (frequency, place), orthonormal with the next line
+    basis = (
+        torch.cos(torch.pi / 8 * (k + 0.5) * k[:, None]) / 2
+    )  # (frequency, place), orthonormal with the next line
     basis[0] /= 2**0.5
     blocks = y.reshape(b, c, y.shape[2] // 8, 8, y.shape[3] // 8, 8)
     coefficients = torch.einsum("fi,bcyixj,gj->bcyfxg", basis, blocks, basis)

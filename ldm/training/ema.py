@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """shadow ← d · shadow + (1 − d) · weights, with d rising as (1 + k)/(10 + k) to ``decay``, so that the start is soon forgotten."""
+    """shadow ← d · shadow + (1 − d) · weights, with d rising as (1 + k)/(10 + k) to ``decay``, so that the
+    start is soon forgotten."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

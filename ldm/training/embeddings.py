@@ -23,7 +23,8 @@ from ldm.weights.formats.native_folder import EMOJI_TEXT, about_part, read_part,
 
 
 def read_clip(text: str | Path | None, vision: str | Path, *, length: int | None = None) -> ClipPair:
-    """The CLIP of two folders (``text`` None: its image tower alone), frozen, reading texts at a length (None: that of the longest in a batch).
+    """The CLIP of two folders (``text`` None: its image tower alone), frozen, reading texts at a length
+    (None: that of the longest in a batch).
 
     Its name holds the hash of its vision tower: that tells two trainings apart.
     """
@@ -32,7 +33,9 @@ def read_clip(text: str | Path | None, vision: str | Path, *, length: int | None
     conditioner = None
     if text is not None:
         read = read_text(text)
-        conditioner = TextConditioner(read.tower, read.tokenizer, replace(EMOJI_TEXT, length=length), read.words)
+        conditioner = TextConditioner(
+            read.tower, read.tokenizer, replace(EMOJI_TEXT, length=length), read.words
+        )
     return ClipPair(clip_name(vision), text=conditioner, vision=tower).eval().requires_grad_(False)
 
 
@@ -43,8 +46,8 @@ def clip_name(vision: str | Path) -> str:
 
 @dataclass(frozen=True)
 class EmbeddingCache:
-    """The image embeddings of all compositions that are kept, (N, E) float16, memory-mapped; and as many that a prior makes, of which ``share`` are
-    drawn."""
+    """The image embeddings of all compositions that are kept, (N, E) float16, memory-mapped; and as many that
+    a prior makes, of which ``share`` are drawn."""
 
     vectors: np.ndarray
     compositions: Compositions
@@ -52,9 +55,16 @@ class EmbeddingCache:
     share: float = 0.0
 
     @classmethod
-    def of_run(cls, run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int, imagined: Imagined | None = None) -> EmbeddingCache:
-        """The cache of a run, shared by all that have its pictures, seed and CLIP (and prior, which reads a caption of each composition by
-        ``clip``); computed if it is not there."""
+    def of_run(
+        cls,
+        run: RunConfig,
+        pictures: Pictures,
+        clip: ClipPair,
+        variants: int,
+        imagined: Imagined | None = None,
+    ) -> EmbeddingCache:
+        """The cache of a run, shared by all that have its pictures, seed and CLIP (and prior, which reads a
+        caption of each composition by ``clip``); computed if it is not there."""
         compositions = Compositions.of(pictures, variants=variants, seed=run.seed)
 
         def computed(key: str, compute: Callable[[Sequence[Composition]], Tensor]) -> np.ndarray:
@@ -67,7 +77,9 @@ class EmbeddingCache:
         if imagined is None:
             return cls(own, compositions)
         made, rng = imagined.maker(clip), np.random.default_rng(run.seed)
-        from_text = computed(imagined.key, lambda part: made([caption(c, pictures.data.index, rng) for c in part]))
+        from_text = computed(
+            imagined.key, lambda part: made([caption(c, pictures.data.index, rng) for c in part])
+        )
         return cls(own, compositions, from_text, imagined.share)
 
     def choose(self, composition: Composition, rng: np.random.Generator) -> tuple[Composition, int]:
@@ -87,11 +99,17 @@ class EmbeddingCache:
         return torch.where(chosen[:, None], torch.from_numpy(self.imagined[np.asarray(rows)]).float(), own)
 
 
-def caption_embeddings(run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int, text: str | Path) -> np.ndarray:
-    """The text embeddings of each kept composition's plain caption and of one that is drawn, (N, 2, E) float16, memory-mapped; computed if they are
-    not there. ``text``: the folder of the tower by which ``clip`` reads.
+def caption_embeddings(
+    run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int, text: str | Path
+) -> np.ndarray:
+    """The text embeddings of each kept composition's plain caption and of one that is drawn, (N, 2, E)
+    float16, memory-mapped; computed if they are not there. ``text``: the folder of the tower by which
+    ``clip`` reads.
     """
-    path = CACHES / f"captions-{cache_name(pictures, variants, run.seed, about_part(text, 'text')['sha256'])}.npy"
+    path = (
+        CACHES
+        / f"captions-{cache_name(pictures, variants, run.seed, about_part(text, 'text')['sha256'])}.npy"
+    )
     if not path.exists():
         index, rng = pictures.data.index, np.random.default_rng(run.seed)
 
@@ -99,15 +117,21 @@ def caption_embeddings(run: RunConfig, pictures: Pictures, clip: ClipPair, varia
             captions = [words for c in part for words in (caption(c, index), caption(c, index, rng))]
             return clip.text_embedding(captions).vector.view(len(part), 2, -1)
 
-        write_rows(path, Compositions.of(pictures, variants=variants, seed=run.seed).rows, (2, clip.width), compute)
+        write_rows(
+            path, Compositions.of(pictures, variants=variants, seed=run.seed).rows, (2, clip.width), compute
+        )
     return np.load(path, mmap_mode="r")
 
 
 @torch.no_grad()
-def embed(clip: ClipPair, pictures: Pictures, compositions: Sequence[Composition], *, batch: int = 64) -> Tensor:
+def embed(
+    clip: ClipPair, pictures: Pictures, compositions: Sequence[Composition], *, batch: int = 64
+) -> Tensor:
     """The image embeddings of compositions, (B, E) float32, not of length 1."""
     parts = [compositions[i : i + batch] for i in range(0, len(compositions), batch)]
-    return torch.cat([clip.image_embedding(((pictures.tensor(part) + 1) / 2).clamp(0, 1)).vector for part in parts])
+    return torch.cat(
+        [clip.image_embedding(((pictures.tensor(part) + 1) / 2).clamp(0, 1)).vector for part in parts]
+    )
 
 
 def statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:

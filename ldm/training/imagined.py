@@ -25,8 +25,8 @@ from ldm.weights.formats.native_folder import about_part, read_part
 class Imagined:
     """A ``share`` of embeddings that are not a picture's own but those that a prior makes of its caption.
 
-    ``prior``: the folder of a diffusion prior, which stays as it is; ``steps``: of DDIM. A network that has only ever seen the embeddings of pictures
-    takes what a prior gets wrong for another picture.
+    ``prior``: the folder of a diffusion prior, which stays as it is; ``steps``: of DDIM. A network that has
+    only ever seen the embeddings of pictures takes what a prior gets wrong for another picture.
     """
 
     prior: str
@@ -49,20 +49,37 @@ class Imagined:
         return f"{about_part(self.prior, 'prior')['sha256']}/{self.steps}"
 
     def maker(self, clip: ClipPair) -> Callable[[Sequence[str]], Tensor]:
-        """Captions → embeddings (B, E), by the prior, of the CLIP that it was trained with (ValueError for another), its texts read by ``clip``."""
+        """Captions → embeddings (B, E), by the prior, of the CLIP that it was trained with (ValueError for
+        another), its texts read by ``clip``."""
         net, about = read_part(self.prior, "prior", PriorConfig, Prior)
         assert isinstance(net, Prior)
         if about["clip"] != clip.name:
-            raise ValueError(f"the prior in {self.prior!r} makes embeddings of {about['clip']!r}, expected {clip.name!r}")
-        denoiser = Denoiser(net.to(next(clip.parameters()).device).eval(), build(Diffusion, about["diffusion"], "diffusion").make(), "x0")
+            raise ValueError(
+                f"the prior in {self.prior!r} makes embeddings of {about['clip']!r}, expected {clip.name!r}"
+            )
+        denoiser = Denoiser(
+            net.to(next(clip.parameters()).device).eval(),
+            build(Diffusion, about["diffusion"], "diffusion").make(),
+            "x0",
+        )
         return lambda captions: imagine(denoiser, clip, captions, steps=self.steps)
 
 
 @torch.no_grad()
-def imagine(denoiser: Denoiser, clip: ClipPair, captions: Sequence[str], *, seed: int = 0, steps: int = 10, guidance: float = 1.0) -> Tensor:
+def imagine(
+    denoiser: Denoiser,
+    clip: ClipPair,
+    captions: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 10,
+    guidance: float = 1.0,
+) -> Tensor:
     """Image embeddings (B, E), as CLIP gives them, that a diffusion prior makes of captions."""
     net = denoiser.net
     assert isinstance(net, Prior)
     fn = cfg(denoiser, clip.read(captions), clip.read([""]), guidance)
-    x = initial_noise(range(seed, seed + len(captions)), (net.config.embed_dim,)).to(next(net.parameters()).device)
+    x = initial_noise(range(seed, seed + len(captions)), (net.config.embed_dim,)).to(
+        next(net.parameters()).device
+    )
     return net.denormalize(ddim(fn, x, TimeGrid.make(denoiser.schedule, steps, spacing="trailing")))

@@ -27,20 +27,34 @@ CACHES = Path("runs") / "latents"
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Means and standard deviations of posteriors, (N, 2, C, h, w) float16, memory-mapped: a row for each composition."""
+    """Means and standard deviations of posteriors, (N, 2, C, h, w) float16, memory-mapped: a row for each
+    composition."""
 
     moments: np.ndarray
     compositions: Compositions
     scale: float
 
     @classmethod
-    def of_run(cls, run: RunConfig, pictures: Pictures, vae: AutoencoderKL, about: Mapping[str, Any], variants: int) -> LatentCache:
-        """The cache of a run, shared by all that have its pictures, seed and autoencoder; ``about``: what the autoencoder's YAML says."""
+    def of_run(
+        cls, run: RunConfig, pictures: Pictures, vae: AutoencoderKL, about: Mapping[str, Any], variants: int
+    ) -> LatentCache:
+        """The cache of a run, shared by all that have its pictures, seed and autoencoder; ``about``: what the
+        autoencoder's YAML says."""
         scale, key = float(about["latent_scale"]), about["sha256"]
         return cls.build(CACHES, pictures, vae, variants=variants, seed=run.seed, scale=scale, key=key)
 
     @classmethod
-    def build(cls, folder: Path, pictures: Pictures, vae: AutoencoderKL, *, variants: int, seed: int, scale: float, key: str) -> LatentCache:
+    def build(
+        cls,
+        folder: Path,
+        pictures: Pictures,
+        vae: AutoencoderKL,
+        *,
+        variants: int,
+        seed: int,
+        scale: float,
+        key: str,
+    ) -> LatentCache:
         """Encode what is not yet in ``folder``; ``key`` names the autoencoder's weights."""
         compositions = Compositions.of(pictures, variants=variants, seed=seed)
         path = folder / f"latents-{cache_name(pictures, variants, seed, key)}.npy"
@@ -60,13 +74,17 @@ class LatentCache:
 
 def cache_name(pictures: Pictures, variants: int, seed: int, key: str) -> str:
     """A name for what a network (``key``: its weights) makes of a run's compositions."""
-    config = {name: value for name, value in to_dict(pictures.config).items() if name != "drawn"}  # which are kept, not how often each is drawn
+    config = {
+        name: value for name, value in to_dict(pictures.config).items() if name != "drawn"
+    }  # which are kept, not how often each is drawn
     made_of = [key, config, variants, seed, pictures.data.manifest]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
-def encode_all(path: Path, compositions: Sequence[Composition], pictures: Pictures, vae: AutoencoderKL) -> None:
+def encode_all(
+    path: Path, compositions: Sequence[Composition], pictures: Pictures, vae: AutoencoderKL
+) -> None:
     """Write the moments of all the compositions."""
     side = pictures.config.size // vae.config.factor
 
@@ -79,9 +97,14 @@ def encode_all(path: Path, compositions: Sequence[Composition], pictures: Pictur
 
 @torch.no_grad()
 def write_rows(
-    path: Path, compositions: Sequence[Composition], shape: tuple[int, ...], compute: Callable[[Sequence[Composition]], Tensor], batch: int = 32
+    path: Path,
+    compositions: Sequence[Composition],
+    shape: tuple[int, ...],
+    compute: Callable[[Sequence[Composition]], Tensor],
+    batch: int = 32,
 ) -> None:
-    """Write what ``compute`` makes of some compositions, (B, *shape), for all of them, in float16, whole or not at all."""
+    """Write what ``compute`` makes of some compositions, (B, *shape), for all of them, in float16, whole or
+    not at all."""
     from tqdm import tqdm
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +118,14 @@ def write_rows(
 
 @torch.no_grad()
 def measure_scale(vae: AutoencoderKL, pictures: Pictures, seed: int = 0, n: int = 2048) -> float:
-    """1 / std of sampled latents over n training compositions: the factor that gives them unit variance (Rombach et al. 2022, appendix G)."""
+    """1 / std of sampled latents over n training compositions: the factor that gives them unit variance
+    (Rombach et al. 2022, appendix G)."""
     draws = Draws(seed, 0)
     total, square, count = 0.0, 0.0, 0
     for _ in range(0, n, 32):
-        posterior = vae.encode(pictures.tensor(pictures.draw(draws.rng, 32)).to(next(vae.parameters()).device))
+        posterior = vae.encode(
+            pictures.tensor(pictures.draw(draws.rng, 32)).to(next(vae.parameters()).device)
+        )
         z = posterior.sample(draws.normal(*posterior.mean.shape).to(posterior.mean.device)).double()
         total, square, count = total + float(z.sum()), square + float(z.square().sum()), count + z.numel()
     return float((square / count - (total / count) ** 2) ** -0.5)

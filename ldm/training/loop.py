@@ -1,6 +1,7 @@
 """The training loop: one for every part, exact to the bit across interruptions.
 
-Everything random in step k is drawn from (seed, k) alone, so a run's state is its step, its weights, their averages and the optimiser's moments.
+Everything random in step k is drawn from (seed, k) alone, so a run's state is its step, its weights, their
+averages and the optimiser's moments.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from ldm.training.ema import EMA
 
 
 class Draws:
-    """The random numbers of one step of one run: a numpy and a torch generator keyed by (seed, step, stream)."""
+    """The random numbers of one step of one run: a numpy and a torch generator keyed by (seed, step,
+    stream)."""
 
     def __init__(self, seed: int, step: int, stream: int = 0) -> None:
-        self.rng = np.random.Generator(np.random.Philox(key=np.array([seed, (stream << 48) + step], dtype=np.uint64)))
+        self.rng = np.random.Generator(
+            np.random.Philox(key=np.array([seed, (stream << 48) + step], dtype=np.uint64))
+        )
         self.torch = torch.Generator().manual_seed(int(self.rng.integers(2**63)))
 
     def normal(self, *shape: int) -> Tensor:
@@ -57,7 +61,9 @@ class Part(Protocol):
 class Run:
     """A part in training, in a folder of its own: ``checkpoint.pt``, ``metrics.jsonl``, ``samples/``."""
 
-    def __init__(self, part: Part, config: RunConfig, full_config: Any, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, part: Part, config: RunConfig, full_config: Any, folder: Path, device: torch.device
+    ) -> None:
         self.part, self.config, self.folder, self.device = part, config, folder, device
         self.full_config = to_dict(full_config)
         if device.type == "cpu":
@@ -65,7 +71,9 @@ class Run:
         self.parameters = [p for p in part.model.parameters() if p.requires_grad]
         self.ema = EMA(part.model, config.ema)
         opt = config.optimizer
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=opt.lr, betas=opt.betas, weight_decay=opt.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=opt.lr, betas=opt.betas, weight_decay=opt.weight_decay, fused=True
+        )
         self.dtype = fast_dtype(device) if config.precision == "auto" else dtype_of(config.precision)
         self.step = 0
         self.seconds = 0.0
@@ -88,9 +96,13 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
         state = {
-            "config": self.full_config, "step": self.step, "seconds": self.seconds, "model": self.part.model.state_dict(),
-            "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+            "config": self.full_config,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.part.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         save_checkpoint(self.folder / "checkpoint.pt", state)
 
     def train(self, *, until: int | None = None, progress: bool = True) -> None:
@@ -99,7 +111,9 @@ class Run:
 
         config, last = self.config, min(until or self.config.steps, self.config.steps)
         self.folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=last, initial=self.step, unit="step", disable=None if progress else True, smoothing=0.05)
+        bar = tqdm(
+            total=last, initial=self.step, unit="step", disable=None if progress else True, smoothing=0.05
+        )
         shown: list[dict[str, Tensor]] = []
         started = mark = time.perf_counter()
         before = self.seconds
@@ -115,7 +129,9 @@ class Run:
                 self._log({**means, "samples_per_second": round(rate, 2)})
                 bar.set_postfix(loss=f"{means['loss']:.4f}", samples=f"{rate:.0f}/s")
                 if not np.isfinite(means["loss"]):
-                    raise FloatingPointError(f"step {self.step}: the loss is {means['loss']}; the last checkpoint is kept")
+                    raise FloatingPointError(
+                        f"step {self.step}: the loss is {means['loss']}; the last checkpoint is kept"
+                    )
                 shown, mark = [], now
             if self.step % config.checkpoint_every == 0 or self.step == last:
                 self.save()
@@ -136,14 +152,22 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.step)
-        return {"loss": loss.detach(), **{key: value.detach() for key, value in extra.items()}, "grad_norm": norm}
+        return {
+            "loss": loss.detach(),
+            **{key: value.detach() for key, value in extra.items()},
+            "grad_norm": norm,
+        }
 
     @torch.no_grad()
     def _look(self) -> None:
         self.part.model.eval()
         with self.ema.swapped():
             figures = self.part.validate()
-            picture = self.part.preview() if self.step % self.config.sample_every == 0 or self.step == self.config.steps else None
+            picture = (
+                self.part.preview()
+                if self.step % self.config.sample_every == 0 or self.step == self.config.steps
+                else None
+            )
         self._log({f"validation/{key}": value for key, value in figures.items()})
         if picture is not None:
             from PIL import Image
@@ -152,22 +176,36 @@ class Run:
             Image.fromarray(picture).save(self.folder / "samples" / f"{self.step:07d}.png")
 
     def _log(self, figures: Mapping[str, float]) -> None:
-        row = {"step": self.step, "samples": self.step * self.config.batch, "seconds": round(self.seconds, 1), **figures}
+        row = {
+            "step": self.step,
+            "samples": self.step * self.config.batch,
+            "seconds": round(self.seconds, 1),
+            **figures,
+        }
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as the part's own files, and beside them a hundred lines of the run's metrics and every validation."""
-        record = {"config": self.full_config, "steps": self.step, "samples": self.step * self.config.batch, "seconds": round(self.seconds)}
+        """Write the averaged weights as the part's own files, and beside them a hundred lines of the run's
+        metrics and every validation."""
+        record = {
+            "config": self.full_config,
+            "steps": self.step,
+            "samples": self.step * self.config.batch,
+            "seconds": round(self.seconds),
+        }
         self.part.model.eval()
         with torch.no_grad(), self.ema.swapped():
             self.part.export(folder, record)
-        write_atomically(folder / f"{self.config.name}.jsonl", thinned(self.folder / "metrics.jsonl").encode())
+        write_atomically(
+            folder / f"{self.config.name}.jsonl", thinned(self.folder / "metrics.jsonl").encode()
+        )
 
 
 def lie_as_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Lay an optimiser's state out in memory as its weights are: the fused AdamW reads both in the order of memory, whatever their strides, and what
-    was saved from a network with other strides would be taken for another weight's, in silence."""
+    """Lay an optimiser's state out in memory as its weights are: the fused AdamW reads both in the order of
+    memory, whatever their strides, and what was saved from a network with other strides would be taken for
+    another weight's, in silence."""
     for weight, state in optimizer.state.items():
         for key, value in state.items():
             if value.shape == weight.shape and value.stride() != weight.stride():
@@ -175,7 +213,8 @@ def lie_as_weights(optimizer: torch.optim.Optimizer) -> None:
 
 
 def thinned(metrics: Path, n: int = 100) -> str:
-    """At most n of a file's lines of losses, evenly spaced with the last among them, and all its lines of validations."""
+    """At most n of a file's lines of losses, evenly spaced with the last among them, and all its lines of
+    validations."""
     rows = metrics.read_text().splitlines() if metrics.exists() else []
     losses = [i for i, row in enumerate(rows) if "validation/" not in row]
     n = min(n, len(losses))
@@ -193,7 +232,8 @@ def _step_of(line: str) -> int:
 def refuse_other_config(old: Any, new: Any, run: RunConfig, step: int) -> None:
     """Refuse to go on with another configuration: ValueError names each difference.
 
-    Its name, and how often it reports, are its own affair; and it may be made longer or shorter so long as its learning rate has not begun to fall.
+    Its name, and how often it reports, are its own affair; and it may be made longer or shorter so long as
+    its learning rate has not begun to fall.
     """
     free = {"name", "log_every", "validate_every", "sample_every", "checkpoint_every"}
     decay = run.optimizer.decay
@@ -201,11 +241,18 @@ def refuse_other_config(old: Any, new: Any, run: RunConfig, step: int) -> None:
         free |= {"steps", "decay"}
     differences = [key for key in _differences(old, new) if key.rpartition(".")[2] not in free]
     if differences:
-        raise ValueError(f"the run stands at step {step} with another configuration; it differs in {', '.join(differences)}: give it a new name")
+        raise ValueError(
+            f"the run stands at step {step} with another configuration; it differs in"
+            f" {', '.join(differences)}: give it a new name"
+        )
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+        return [
+            d
+            for key in keys
+            for d in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
     return [] if old == new else [where]

@@ -11,7 +11,8 @@ from ldm.diffusion.schedule import broadcast
 
 
 def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
-    """Mean squared error of the raw prediction at x_t = alpha·x0 + sigma·eps, one for each sample: (B,) (Ho et al. 2020, eq. 14, for any prediction).
+    """Mean squared error of the raw prediction at x_t = alpha·x0 + sigma·eps, one for each sample: (B,) (Ho
+    et al. 2020, eq. 14, for any prediction).
 
     x0 and eps (B, *S), t (B,) in timesteps.
     """

@@ -24,14 +24,21 @@ def parts() -> dict[str, tuple[type, type]]:
     from ldm.training.parts.vae import VAEPart, VAETraining
 
     return {
-        "vae": (VAETraining, VAEPart), "clip": (CLIPTraining, CLIPPart), "draft": (DraftTraining, DraftPart), "ldm": (LDMTraining, LDMPart),
-        "clip-text": (CLIPTextTraining, CLIPTextPart), "image-draft": (ImageDraftTraining, ImageDraftPart),
-        "prior": (PriorTraining, PriorPart), "decoder": (DecoderTraining, DecoderPart), "upsampler": (UpsamplerTraining, UpsamplerPart),
-    }  # fmt: skip
+        "vae": (VAETraining, VAEPart),
+        "clip": (CLIPTraining, CLIPPart),
+        "draft": (DraftTraining, DraftPart),
+        "ldm": (LDMTraining, LDMPart),
+        "clip-text": (CLIPTextTraining, CLIPTextPart),
+        "image-draft": (ImageDraftTraining, ImageDraftPart),
+        "prior": (PriorTraining, PriorPart),
+        "decoder": (DecoderTraining, DecoderPart),
+        "upsampler": (UpsamplerTraining, UpsamplerPart),
+    }
 
 
 def read_config(path: str | Path) -> tuple[str, Any]:
-    """The part's name and the configuration in a YAML file, checked whole before any work; ValueError names what is wrong."""
+    """The part's name and the configuration in a YAML file, checked whole before any work; ValueError names
+    what is wrong."""
     mapping = read_yaml(path)
     known = parts()
     name = mapping.pop("part", None)

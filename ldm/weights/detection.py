@@ -14,14 +14,10 @@ from ldm.weights.keymap import Shape
 Shapes = Mapping[str, Shape]
 
 
-
-
-
-
-
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """A family by name, whether the keys are the original layout's or diffusers', and the numbers that decided."""
+    """A family by name, whether the keys are the original layout's or diffusers', and the numbers that
+    decided."""
 
     name: str
     layout: Literal["original", "diffusers"]
@@ -42,7 +38,8 @@ class WrongFamily(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What tells one UNet from another: channels in, width, context and vector widths, number of classes, guidance embedding."""
+    """What tells one UNet from another: channels in, width, context and vector widths, number of classes,
+    guidance embedding."""
 
     inputs: int
     width: int
@@ -52,7 +49,13 @@ class Facts:
     guidance: bool
 
     def __str__(self) -> str:
-        known = {"channels in": self.inputs, "width": self.width, "context": self.context, "vector": self.vector, "classes": self.classes}
+        known = {
+            "channels in": self.inputs,
+            "width": self.width,
+            "context": self.context,
+            "vector": self.vector,
+            "classes": self.classes,
+        }
         return "UNet: " + ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
 
@@ -66,12 +69,24 @@ def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
         return next((shapes[prefix + name][-1] for name in names if prefix + name in shapes), None)
 
     attends = [key for key in shapes if key.startswith(prefix) and key.endswith(".attn2.to_k.weight")]
-    classes = next((shapes[prefix + name][0] for name in ("label_emb.weight", "class_embedding.weight") if prefix + name in shapes), None)
+    classes = next(
+        (
+            shapes[prefix + name][0]
+            for name in ("label_emb.weight", "class_embedding.weight")
+            if prefix + name in shapes
+        ),
+        None,
+    )
     return Facts(
-        inputs=stem[1], width=stem[0], context=shapes[attends[0]][-1] if attends else None, classes=classes,
-        vector=width("label_emb.0.0.weight", "add_embedding.linear_1.weight", "class_embedding.linear_1.weight"),
+        inputs=stem[1],
+        width=stem[0],
+        context=shapes[attends[0]][-1] if attends else None,
+        classes=classes,
+        vector=width(
+            "label_emb.0.0.weight", "add_embedding.linear_1.weight", "class_embedding.linear_1.weight"
+        ),
         guidance=f"{prefix}time_embedding.cond_proj.weight" in shapes,
-    )  # fmt: skip
+    )
 
 
 def classify(facts: Facts) -> str | None:
@@ -79,20 +94,34 @@ def classify(facts: Facts) -> str | None:
     lcm = facts.guidance
     if facts.vector is not None:
         by_vector = {  # (width of the vector, channels in)
-            (2816, 4): "sdxl-lcm" if lcm else "sdxl", (2816, 9): "sdxl-inpainting", (2560, 4): "sdxl-refiner",
-            (2048, 4): "sd21-unclip-h", (1536, 4): "sd21-unclip-l",
-        }  # fmt: skip
+            (2816, 4): "sdxl-lcm" if lcm else "sdxl",
+            (2816, 9): "sdxl-inpainting",
+            (2560, 4): "sdxl-refiner",
+            (2048, 4): "sd21-unclip-h",
+            (1536, 4): "sd21-unclip-l",
+        }
         return by_vector.get((facts.vector, facts.inputs))
     if facts.classes is not None:
         return "sd-x4-upscaler" if facts.context == 1024 and facts.inputs == 7 else None
     table: dict[tuple[int | None, int, int], str] = {  # (context, channels in, width)
-        (768, 4, 320): "sd1-lcm" if lcm else "sd1", (768, 9, 320): "sd1-inpainting", (768, 8, 320): "instruct-pix2pix",
-        (1024, 4, 320): "sd2", (1024, 9, 320): "sd2-inpainting", (1024, 5, 320): "sd2-depth",
-        (1280, 4, 320): "ldm-text2img-large", (640, 3, 192): "ldm-text2img256",
-        (512, 4, 256): "ldm-cin256", (512, 3, 192): "ldm-cin256-v2", (512, 3, 128): "ldm-layout2img", (768, 16, 448): "rdm768",
-        (None, 3, 224): "ldm-uncond256", (None, 4, 192): "ldm-churches256", (None, 7, 256): "ldm-inpainting-big",
-        (None, 6, 160): "ldm-bsr-sr", (None, 6, 128): "ldm-semantic",
-    }  # fmt: skip
+        (768, 4, 320): "sd1-lcm" if lcm else "sd1",
+        (768, 9, 320): "sd1-inpainting",
+        (768, 8, 320): "instruct-pix2pix",
+        (1024, 4, 320): "sd2",
+        (1024, 9, 320): "sd2-inpainting",
+        (1024, 5, 320): "sd2-depth",
+        (1280, 4, 320): "ldm-text2img-large",
+        (640, 3, 192): "ldm-text2img256",
+        (512, 4, 256): "ldm-cin256",
+        (512, 3, 192): "ldm-cin256-v2",
+        (512, 3, 128): "ldm-layout2img",
+        (768, 16, 448): "rdm768",
+        (None, 3, 224): "ldm-uncond256",
+        (None, 4, 192): "ldm-churches256",
+        (None, 7, 256): "ldm-inpainting-big",
+        (None, 6, 160): "ldm-bsr-sr",
+        (None, 6, 128): "ldm-semantic",
+    }
     return table.get((facts.context, facts.inputs, facts.width))
 
 
@@ -104,14 +133,20 @@ def _any(pattern: str) -> Callable[[Shapes], bool]:
 def _inversion(shapes: Shapes) -> bool:
     if {"string_to_param", "emb_params"} & set(shapes) or {"clip_l", "clip_g"} <= set(shapes):
         return True
-    return any(key.startswith("string_to_param.") for key in shapes) or (len(shapes) == 1 and len(next(iter(shapes.values()))) in (1, 2))
+    return any(key.startswith("string_to_param.") for key in shapes) or (
+        len(shapes) == 1 and len(next(iter(shapes.values()))) in (1, 2)
+    )
 
 
 # In this order; what is added to a model may stand in one file with the model.
 BEFORE: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers"]], ...] = (
     (_any(r"^control_model\.time_embed\.0\.weight$"), "controlnet", "original"),
     (_any(r"^controlnet_cond_embedding\.conv_in\.weight$"), "controlnet", "diffusers"),
-    (_any(r"lora_down\.weight$|lora_A\.weight$|_lora\.down\.weight$|lora_linear_layer\.down\.weight$"), "lora", "original"),
+    (
+        _any(r"lora_down\.weight$|lora_A\.weight$|_lora\.down\.weight$|lora_linear_layer\.down\.weight$"),
+        "lora",
+        "original",
+    ),
     (_inversion, "textual-inversion", "original"),
     (_any(r"^(model\.)?prd_emb$"), "karlo-prior", "original"),
     (_any(r"^model\.cf_param$"), "karlo-decoder", "original"),
@@ -129,17 +164,32 @@ AFTER: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers
     (_any(r"^layers\.0\.glu\.fc0\.weight$"), "dalle-mini-encoder", "original"),
     (_any(r"^decoder\.up\.0\..*conv_y\."), "movq", "original"),
     (_any(r"^decoder\.up_blocks\.0\..*conv_y\."), "movq", "diffusers"),
-    (lambda s: "decoder.up.0.block.0.conv1.weight" in s and "quantize.embedding.weight" in s, "first-stage-vq", "original"),
+    (
+        lambda s: "decoder.up.0.block.0.conv1.weight" in s and "quantize.embedding.weight" in s,
+        "first-stage-vq",
+        "original",
+    ),
     (_any(r"^decoder\.up\.0\.block\.0\.conv1\.weight$"), "first-stage-kl", "original"),
-    (lambda s: "decoder.up_blocks.0.resnets.0.conv1.weight" in s and "quantize.embedding.weight" in s, "first-stage-vq", "diffusers"),
+    (
+        lambda s: "decoder.up_blocks.0.resnets.0.conv1.weight" in s and "quantize.embedding.weight" in s,
+        "first-stage-vq",
+        "diffusers",
+    ),
     (_any(r"^decoder\.up_blocks\.0\.resnets\.0\.conv1\.weight$"), "first-stage-kl", "diffusers"),
     (_any(r"^decoder\.layers\.2\.conv\.0\.weight$"), "tiny-autoencoder", "diffusers"),
-    (_any(r"^(visual\.)?transformer\.resblocks\.0\.attn\.in_proj_weight$|^(text|vision)_model\.encoder\.layers\.0\."), "clip", "original"),
+    (
+        _any(
+            r"^(visual\.)?transformer\.resblocks\.0\.attn\.in_proj_weight$|^(text|vision)_model\.encoder\.layers\.0\."
+        ),
+        "clip",
+        "original",
+    ),
 )
 
 
 def detect(shapes: Shapes, *, source: str | Path = "") -> Detection:
-    """The family of a file with these tensors; ValueError, with what the file seems to hold, if it is none that is known."""
+    """The family of a file with these tensors; ValueError, with what the file seems to hold, if it is none
+    that is known."""
     for test, name, layout in BEFORE:
         if test(shapes):
             return Detection(name=name, layout=layout, evidence="its keys")
@@ -151,29 +201,41 @@ def detect(shapes: Shapes, *, source: str | Path = "") -> Detection:
         name = classify(facts)
         if name is None:
             raise ValueError(f"{str(source)!r} holds a diffusion model of no family that is known ({facts})")
-        return Detection(name=name, layout="original" if f"{prefix}input_blocks.0.0.weight" in shapes else "diffusers", evidence=str(facts))
+        return Detection(
+            name=name,
+            layout="original" if f"{prefix}input_blocks.0.0.weight" in shapes else "diffusers",
+            evidence=str(facts),
+        )
     for test, name, layout in AFTER:
         if test(shapes):
             return Detection(name=name, layout=layout, evidence="its keys")
     roots = sorted({key.split(".")[0] for key in shapes})
-    raise ValueError(f"{str(source)!r} is of no family that is known: {len(shapes)} tensors below {', '.join(roots[:8])}")
+    raise ValueError(
+        f"{str(source)!r} is of no family that is known: {len(shapes)} tensors below {', '.join(roots[:8])}"
+    )
 
 
 def require(found: Detection, *, source: str | Path) -> Family:
     """The family, if `ldm.load` can take it; ValueError naming file and family otherwise."""
     if found.family.refusal:
-        raise ValueError(f"{str(source)!r} is a file of the family {found.name} ({found.family.title}), which {found.family.refusal}")
+        raise ValueError(
+            f"{str(source)!r} is a file of the family {found.name} ({found.family.title}), which"
+            f" {found.family.refusal}"
+        )
     return found.family
 
 
 def expect(family: str, shapes: Shapes, *, source: str | Path) -> Detection:
     """The detection of a file that should be of a family; ValueError, naming both, if it is of another.
 
-    A file of shapes that no published model has is taken at its caller's word, if its keys stand below the family's prefixes.
+    A file of shapes that no published model has is taken at its caller's word, if its keys stand below the
+    family's prefixes.
     """
     parts = FAMILIES[family].parts
     if not parts:
-        raise ValueError(f"files of the family {family} ({FAMILIES[family].title}) hold no parts that are known")
+        raise ValueError(
+            f"files of the family {family} ({FAMILIES[family].title}) hold no parts that are known"
+        )
     try:
         found = detect(shapes, source=source)
     except ValueError:
@@ -183,5 +245,9 @@ def expect(family: str, shapes: Shapes, *, source: str | Path) -> Detection:
         return Detection(name=family, layout="original", evidence="its caller says so")
     if found.name != family:
         what = f"{found.name} ({found.family.title}; {found.evidence})"
-        raise WrongFamily(f"{str(source)!r} is a file of the family {what}, expected one of {family} ({FAMILIES[family].title})", found)
+        raise WrongFamily(
+            f"{str(source)!r} is a file of the family {what}, expected one of {family}"
+            f" ({FAMILIES[family].title})",
+            found,
+        )
     return found

@@ -1,8 +1,9 @@
 """The rule engine between our parameter names and those of published files, in both directions.
 
-A table is data: sections (a prefix of ours, the prefix in the file) with rules (patterns below the prefixes, and how the tensors change).
-Everything starts from the network's own names and shapes, so a file's key is never guessed: what the table gives for the network is what the
-file must hold, and all else in the file is unmapped. In patterns ``{a}`` stands for one piece between dots and ``{a*}`` for one or more.
+A table is data: sections (a prefix of ours, the prefix in the file) with rules (patterns below the prefixes,
+and how the tensors change). Everything starts from the network's own names and shapes, so a file's key is
+never guessed: what the table gives for the network is what the file must hold, and all else in the file is
+unmapped. In patterns ``{a}`` stands for one piece between dots and ``{a*}`` for one or more.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """How tensors differ between the file and us; the inverse is exact. Where one side has one name and the other several, rows are fused.
+    """How tensors differ between the file and us; the inverse is exact. Where one side has one name and the
+    other several, rows are fused.
 
-    ``transpose``: matrices are transposed. ``ones``: trailing axes of one that a matrix has in the file (a 1×1 convolution's weight); any
-    number is accepted when reading. ``heads`` or ``head_dim``: fused rows are ordered (head, part, channel of the head), as guided-diffusion
-    stores qkv; with neither they are (part, row).
+    ``transpose``: matrices are transposed. ``ones``: trailing axes of one that a matrix has in the file (a
+    1×1 convolution's weight); any number is accepted when reading. ``heads`` or ``head_dim``: fused rows are
+    ordered (head, part, channel of the head), as guided-diffusion stores qkv; with neither they are (part,
+    row).
     """
 
     transpose: bool = False
@@ -41,14 +44,20 @@ class Change:
         tensors = [_trim(tensor) for tensor in tensors]
         if self.transpose:
             tensors = [tensor.t() if tensor.ndim == 2 else tensor for tensor in tensors]
-        return [tensor.reshape(shape) for tensor, shape in zip(self._refuse(tensors, len(shapes)), shapes, strict=True)]
+        return [
+            tensor.reshape(shape)
+            for tensor, shape in zip(self._refuse(tensors, len(shapes)), shapes, strict=True)
+        ]
 
     def to_file(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
         """Our tensors as the file's ``count`` ones."""
         tensors = self._refuse(tensors, count)
         if self.transpose:
             tensors = [tensor.t() if tensor.ndim == 2 else tensor for tensor in tensors]
-        return [tensor[(...,) + (None,) * self.ones] if tensor.ndim == 2 and self.ones else tensor for tensor in tensors]
+        return [
+            tensor[(...,) + (None,) * self.ones] if tensor.ndim == 2 and self.ones else tensor
+            for tensor in tensors
+        ]
 
     def _refuse(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
         if len(tensors) == count:
@@ -57,7 +66,10 @@ class Change:
             return self._split(tensors[0], count)
         if count == 1:
             return [self._join(tensors)]
-        raise ValueError(f"a rule between {len(tensors)} and {count} tensors: expected one on either side, or as many on both")
+        raise ValueError(
+            f"a rule between {len(tensors)} and {count} tensors: expected one on either side, or as many on"
+            " both"
+        )
 
     def _heads(self, rows: int) -> int:
         heads = self.heads or (rows // self.head_dim if self.head_dim else 1)
@@ -83,7 +95,8 @@ def _trim(tensor: Tensor) -> Tensor:
 
 
 def _trim_shape(shape: Shape) -> Shape:
-    """Without trailing ones beyond the second axis: a 1×1 convolution and a linear layer hold the same numbers."""
+    """Without trailing ones beyond the second axis: a 1×1 convolution and a linear layer hold the same
+    numbers."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -94,7 +107,8 @@ SAME = Change()
 
 @dataclass(frozen=True)
 class Rule:
-    """Our key patterns and the file's, both below their section's prefix. ``also``: other spellings, read but never written."""
+    """Our key patterns and the file's, both below their section's prefix. ``also``: other spellings, read but
+    never written."""
 
     native: tuple[str, ...]
     file: tuple[str, ...]
@@ -112,7 +126,8 @@ IDENTITY = (Rule(("{rest*}",), ("{rest*}",)),)
 
 @dataclass(frozen=True)
 class Section:
-    """Rules for what stands below a prefix of ours ("" for the root) and a prefix in the file. The longest prefix of ours goes first."""
+    """Rules for what stands below a prefix of ours ("" for the root) and a prefix in the file. The longest
+    prefix of ours goes first."""
 
     native: str
     file: str
@@ -137,7 +152,8 @@ class Table:
     ignore: tuple[str, ...] = ()
 
     def plan(self, names: Iterable[str]) -> list[Step]:
-        """The steps for a network with these names, in their order; ValueError for a name without a rule, or two for one key of a file."""
+        """The steps for a network with these names, in their order; ValueError for a name without a rule, or
+        two for one key of a file."""
         names = list(names)
         known, by_prefix = set(names), {section.native: section for section in self.sections}
         steps: dict[tuple[str, ...], Step] = {}
@@ -146,7 +162,9 @@ class Table:
             step = self._step(name, by_prefix)
             lost = [sibling for sibling in step.native if sibling not in known]
             if lost:
-                raise ValueError(f"{name!r} stands in one tensor with {lost}, which the network does not have")
+                raise ValueError(
+                    f"{name!r} stands in one tensor with {lost}, which the network does not have"
+                )
             for key in step.file:
                 if owner.setdefault(key, step.native) != step.native:
                     raise ValueError(f"{step.native} and {owner[key]} are both mapped to {key!r}")
@@ -171,7 +189,9 @@ class Table:
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
     text = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}").replace(r"\*", "*")
-    return re.compile(re.sub(r"\{(\w+)(\*?)\}", lambda m: f"(?P<{m[1]}>.+)" if m[2] else f"(?P<{m[1]}>[^.]+)", text))
+    return re.compile(
+        re.sub(r"\{(\w+)(\*?)\}", lambda m: f"(?P<{m[1]}>.+)" if m[2] else f"(?P<{m[1]}>[^.]+)", text)
+    )
 
 
 def _fill(rule: Rule, section: Section, pieces: Mapping[str, str]) -> Step:
@@ -194,7 +214,9 @@ def file_shapes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 def _shapes_in_file(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
     if step.change == SAME and len(step.native) == len(step.file):
         return [shapes[name] for name in step.native]
-    tensors = step.change.to_file([torch.empty(shapes[name], device="meta") for name in step.native], len(step.file))
+    tensors = step.change.to_file(
+        [torch.empty(shapes[name], device="meta") for name in step.native], len(step.file)
+    )
     return [tuple(tensor.shape) for tensor in tensors]
 
 
@@ -218,25 +240,35 @@ def fit(table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]) ->
     return _match(table, have, shapes)[1]
 
 
-def _match(table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> tuple[list[tuple[Step, tuple[str, ...]]], Fit]:
+def _match(
+    table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> tuple[list[tuple[Step, tuple[str, ...]]], Fit]:
     chosen, missing, misshapen, used = [], [], [], set[str]()
     for step in table.plan(shapes):
-        keys = next((names for names in (step.file, *step.also) if all(name in have for name in names)), step.file)
+        keys = next(
+            (names for names in (step.file, *step.also) if all(name in have for name in names)), step.file
+        )
         used.update(keys)
         missing += [key for key in keys if key not in have]
         for key, need in zip(keys, _shapes_in_file(step, shapes), strict=True):
             if key in have and _trim_shape(tuple(have[key])) != _trim_shape(need):
                 misshapen.append(f"{key}: {tuple(have[key])}, expected {need}")
         chosen.append((step, keys))
-    extra = [key for key in have if key not in used and not any(fnmatch.fnmatchcase(key, pattern) for pattern in table.ignore)]
+    extra = [
+        key
+        for key in have
+        if key not in used and not any(fnmatch.fnmatchcase(key, pattern) for pattern in table.ignore)
+    ]
     return chosen, Fit(missing=tuple(missing), extra=tuple(extra), misshapen=tuple(misshapen))
 
 
-def to_native(table: Table, state: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, source: str | Path) -> dict[str, Tensor]:
+def to_native(
+    table: Table, state: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, source: str | Path
+) -> dict[str, Tensor]:
     """A file's tensors under our names, as views of them where possible.
 
-    shapes: the network's, ``{name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}``. ValueError, one for all, lists the
-    file's missing, unexpected and misshapen keys.
+    shapes: the network's, ``{name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}``.
+    ValueError, one for all, lists the file's missing, unexpected and misshapen keys.
     """
     chosen, result = _match(table, {key: tuple(tensor.shape) for key, tensor in state.items()}, shapes)
     if not result:

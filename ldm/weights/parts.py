@@ -1,4 +1,5 @@
-"""One network, one part of a published file: which rule table lies between them, in either layout, and the way in and out."""
+"""One network, one part of a published file: which rule table lies between them, in either layout, and the
+way in and out."""
 
 from __future__ import annotations
 
@@ -37,11 +38,22 @@ from ldm.weights.rules.xlmr import XLMR_TABLE
 
 Layout = Literal["original", "diffusers"]
 NETWORKS: dict[type, type[nn.Module]] = {
-    UNetConfig: UNet, VAEConfig: AutoencoderKL, VQConfig: VQModel, TinyConfig: AutoencoderTiny, TextConfig: TextTower, VisionConfig: VisionTower,
-    BertConfig: LDMBert, LabelConfig: LabelConditioner, DraftConfig: Draft, PriorConfig: Prior,
-    AutoregressiveConfig: AutoregressivePrior, DecoderConfig: Decoder, MoVQConfig: MoVQ, AugmentationConfig: NoiseAugmentation,
+    UNetConfig: UNet,
+    VAEConfig: AutoencoderKL,
+    VQConfig: VQModel,
+    TinyConfig: AutoencoderTiny,
+    TextConfig: TextTower,
+    VisionConfig: VisionTower,
+    BertConfig: LDMBert,
+    LabelConfig: LabelConditioner,
+    DraftConfig: Draft,
+    PriorConfig: Prior,
+    AutoregressiveConfig: AutoregressivePrior,
+    DecoderConfig: Decoder,
+    MoVQConfig: MoVQ,
+    AugmentationConfig: NoiseAugmentation,
     XLMRConfig: XLMR,
-}  # fmt: skip
+}
 SAME_NAMES = Table((Section("", "", IDENTITY),))
 
 
@@ -57,7 +69,8 @@ def shapes_of(module: nn.Module) -> dict[str, Shape]:
 
 
 def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
-    """The table between a network and its part of a file; ``keys``, those of the part, tell how a CLIP tower is spelled.
+    """The table between a network and its part of a file; ``keys``, those of the part, tell how a CLIP tower
+    is spelled.
 
     ValueError for a network that the layout cannot hold.
     """
@@ -80,31 +93,47 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
         if config.attention != "block":
             return unet_table(names)
         if isinstance(config.heads, tuple):
-            raise ValueError("a UNet with AttentionBlocks of different numbers of heads has no original layout")
+            raise ValueError(
+                "a UNet with AttentionBlocks of different numbers of heads has no original layout"
+            )
         return unet_table(names, heads=config.heads, head_dim=config.head_dim)
     if isinstance(module, AutoencoderKL | VQModel):
         return vae_table(names)
     return bert_table(names) if isinstance(module, LDMBert) else SAME_NAMES
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], layout: Layout, *, source: str | Path, dtype: torch.dtype | None) -> nn.Module:
-    """A network on the meta device, given the tensors of its part of a file, in a dtype; ValueError lists the keys that do not fit."""
+def fill(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    *,
+    source: str | Path,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """A network on the meta device, given the tensors of its part of a file, in a dtype; ValueError lists the
+    keys that do not fit."""
     native = to_native(part_table(module, layout, state), state, shapes_of(module), source=source)
     load_strict(module, native, source=source, dtype=dtype)
     return module.eval().requires_grad_(False)
 
 
 def to_layout(module: nn.Module, layout: Layout, *, hugging_face: bool = True) -> dict[str, Tensor]:
-    """A network's tensors under the names of a layout, contiguous; ``hugging_face``: how a CLIP tower is spelled, else as open_clip does."""
+    """A network's tensors under the names of a layout, contiguous; ``hugging_face``: how a CLIP tower is
+    spelled, else as open_clip does."""
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     spelled = ("text_model.", "vision_model.") if hugging_face else ()
-    return {key: tensor.contiguous() for key, tensor in to_file(part_table(module, layout, spelled), state).items()}
+    return {
+        key: tensor.contiguous()
+        for key, tensor in to_file(part_table(module, layout, spelled), state).items()
+    }
 
 
 def randomise(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A network on the meta device, given random weights that keep the size of signals: nothing is left at zero or one.
+    """A network on the meta device, given random weights that keep the size of signals: nothing is left at
+    zero or one.
 
-    Matrices and filters are uniform with deviation 1/sqrt(inputs), norms about 1, biases about 0, embeddings within ±1.
+    Matrices and filters are uniform with deviation 1/sqrt(inputs), norms about 1, biases about 0, embeddings
+    within ±1.
     """
     module.to(dtype).to_empty(device="cpu")  # on meta the change of dtype costs nothing
     for part in module.modules():
@@ -117,5 +146,7 @@ def randomise(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float
             if p.ndim == 1:
                 p.uniform_(-0.1, 0.1, generator=generator).add_(1.0 if name.endswith("weight") else 0.0)
             else:
-                p.uniform_(-1.0, 1.0, generator=generator).mul_(1.0 if id(p) in embeddings else (3.0 / p[0].numel()) ** 0.5)
+                p.uniform_(-1.0, 1.0, generator=generator).mul_(
+                    1.0 if id(p) in embeddings else (3.0 / p[0].numel()) ** 0.5
+                )
     return module.eval().requires_grad_(False)

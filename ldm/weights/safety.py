@@ -18,9 +18,15 @@ OWN = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "speci
 
 
 def load_safety(
-    path: str | Path, *, black: bool = False, variant: str | None = None, dtype: torch.dtype = torch.float32, config: SafetyConfig | None = None
+    path: str | Path,
+    *,
+    black: bool = False,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    config: SafetyConfig | None = None,
 ) -> SafetyChecker:
-    """The safety checker in a file, in a folder with its config.json, or in a pipeline's folder (below safety_checker); "random" for random weights.
+    """The safety checker in a file, in a folder with its config.json, or in a pipeline's folder (below
+    safety_checker); "random" for random weights.
 
     FileNotFoundError if there is none; ValueError naming the file if it does not fit.
     """
@@ -37,7 +43,8 @@ def load_safety(
     lost = [name for name in OWN if name not in tensors]
     if lost:
         raise ValueError(f"{str(path)!r} is no safety checker: it has no {', '.join(lost)}")
-    # on the disk the tower stands below vision_model.vision_model; newer versions of its program drop one level in memory
+    # on the disk the tower stands below vision_model.vision_model; newer versions of its program drop one
+    # level in memory
     tower = {key.removeprefix("vision_model."): value for key, value in tensors.items() if key not in OWN}
     state = {f"vision.{key}": value for key, value in to_clip(checker.vision, tower, source=path).items()}
     load_strict(checker, {**state, **{name: tensors[name] for name in OWN}}, source=path, dtype=dtype)

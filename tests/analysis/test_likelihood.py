@@ -14,7 +14,8 @@ from ldm.diffusion.noise import keyed_noise
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
 
-# DDPM's own schedule: alpha_T = 0.006, so that N(0, 1) is what the data become (scaled_linear ends at 0.07, worth 0.03 bits a sample)
+# DDPM's own schedule: alpha_T = 0.006, so that N(0, 1) is what the data become (scaled_linear ends at 0.07,
+# worth 0.03 bits a sample)
 SCHEDULE = NoiseSchedule.linear()
 
 
@@ -34,9 +35,16 @@ def test_gaussian_within_a_hundredth_of_a_bit(prediction: str) -> None:
     assert float((flow.bits - truth).abs().mean()) < 0.01
     assert float((flow.bits.mean() - truth.mean()).abs()) < 0.01
     assert float(flow.error.max()) < 1e-6  # the divergence of an affine field has no variance under ±1 probes
-    # the bound's integral is a Monte-Carlo mean: so many draws that 3 of its standard errors fit into the bar beside the mean itself
+    # the bound's integral is a Monte-Carlo mean: so many draws that 3 of its standard errors fit into the bar
+    # beside the mean itself
     x0, g = data.sample(4096), torch.Generator().manual_seed(0)
-    bound = bound_bits(denoise, x0, grid, noise=lambda k, like: torch.randn(like.shape, generator=g, dtype=like.dtype), samples=400)
+    bound = bound_bits(
+        denoise,
+        x0,
+        grid,
+        noise=lambda k, like: torch.randn(like.shape, generator=g, dtype=like.dtype),
+        samples=400,
+    )
     mean_error = float(bound.error.square().sum().sqrt() / len(x0))
     assert 3 * mean_error < 0.005, mean_error
     assert abs(float(bound.bits.mean() - closed_form(data, x0).mean())) < 0.01
@@ -50,8 +58,12 @@ def test_mixture_flow_is_exact_and_the_bound_is_above_it() -> None:
     flow = flow_bits(denoise, x0, grid, noise=keyed_noise(range(256)))
     assert float((flow.bits - truth).abs().max()) < 0.02 and bool(flow.error.isnan().all())
     bound = bound_bits(denoise, x0, grid, noise=keyed_noise(range(256)), samples=200)
-    assert abs(float(bound.bits.mean() - truth.mean())) < 0.01 + 3 * float(bound.error.square().sum().sqrt() / 256)
-    blurred = bound_bits(Mixture.denoise(gaussian(0, 2.0), SCHEDULE), x0, grid, noise=keyed_noise(range(256)), samples=200)
+    assert abs(float(bound.bits.mean() - truth.mean())) < 0.01 + 3 * float(
+        bound.error.square().sum().sqrt() / 256
+    )
+    blurred = bound_bits(
+        Mixture.denoise(gaussian(0, 2.0), SCHEDULE), x0, grid, noise=keyed_noise(range(256)), samples=200
+    )
     assert float(blurred.bits.mean()) > float(bound.bits.mean()) + 0.1  # a wrong model costs bits
 
 
@@ -66,7 +78,9 @@ def test_hutchinson_s_error_is_what_is_seen() -> None:
     grid = TimeGrid.make(SCHEDULE, 20, spacing="lambda", final="none")
     flow = flow_bits(data.denoise(SCHEDULE), x0, grid, noise=keyed_noise(range(200)), probes=8)
     seen, stated = float(flow.bits.std()), float(flow.error.square().mean().sqrt())
-    assert 0.8 < seen / stated < 1.25  # 200 samples know a deviation to 5 %, its square root mean of 8 probes alike
+    assert (
+        0.8 < seen / stated < 1.25
+    )  # 200 samples know a deviation to 5 %, its square root mean of 8 probes alike
     truth = float(closed_form(data, x0)[0])
     assert abs(float(flow.bits.mean()) - truth) < 0.01 + 3 * seen / math.sqrt(200)
 
@@ -75,7 +89,10 @@ def test_bins_and_wrong_input() -> None:
     data = gaussian(dims=4)
     x0 = data.sample(3)
     grid = TimeGrid.make(SCHEDULE, 10, spacing="lambda", final="none")
-    plain, binned = (flow_bits(data.denoise(SCHEDULE), x0, grid, noise=keyed_noise(range(3)), bin_width=w).bits for w in (None, 2 / 255))
+    plain, binned = (
+        flow_bits(data.denoise(SCHEDULE), x0, grid, noise=keyed_noise(range(3)), bin_width=w).bits
+        for w in (None, 2 / 255)
+    )
     torch.testing.assert_close(binned - plain, torch.full((3,), math.log2(127.5), dtype=torch.float64))
     with pytest.raises(ValueError, match="probes"):
         flow_bits(data.denoise(SCHEDULE), x0, grid, noise=keyed_noise(range(3)), probes=0)

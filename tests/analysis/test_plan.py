@@ -15,7 +15,10 @@ from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 # evaluations of N steps whose last goes to clean data
-COUNTS = {"plms": lambda n: n + (n > 1), **dict.fromkeys(("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde"), lambda n: 2 * n - 1)}
+COUNTS = {
+    "plms": lambda n: n + (n > 1),
+    **dict.fromkeys(("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde"), lambda n: 2 * n - 1),
+}
 
 
 def counted(name: str, grid: TimeGrid, schedule: NoiseSchedule = SCHEDULE, **options: Any) -> int:
@@ -28,7 +31,13 @@ def counted(name: str, grid: TimeGrid, schedule: NoiseSchedule = SCHEDULE, **opt
         calls += 1
         return exact(x, t)
 
-    SAMPLERS[name](counting, torch.zeros(2, 1, dtype=torch.float64), grid, noise=lambda k, like: torch.randn_like(like), **options)
+    SAMPLERS[name](
+        counting,
+        torch.zeros(2, 1, dtype=torch.float64),
+        grid,
+        noise=lambda k, like: torch.randn_like(like),
+        **options,
+    )
     return calls
 
 
@@ -41,9 +50,14 @@ def test_announced_is_counted(name: str, steps: int) -> None:
         assert calls == evaluations(grid, name), spacing
         if name != "restart":
             assert calls == COUNTS.get(name, lambda n: n)(steps)
-    for grid in (TimeGrid.make(SCHEDULE, steps, spacing="karras", final="none"), TimeGrid.make(SCHEDULE, steps, offset=1, final="first")):
+    for grid in (
+        TimeGrid.make(SCHEDULE, steps, spacing="karras", final="none"),
+        TimeGrid.make(SCHEDULE, steps, offset=1, final="first"),
+    ):
         assert counted(name, grid) == evaluations(grid, name)
-        assert name != "plms" or evaluations(grid, name) == COUNTS["plms"](steps)  # one step alone is plain, wherever it ends
+        assert name != "plms" or evaluations(grid, name) == COUNTS["plms"](
+            steps
+        )  # one step alone is plain, wherever it ends
     zero = SCHEDULE.zero_terminal_snr()
     grid = TimeGrid.make(zero, steps, spacing="trailing")
     assert counted(name, grid, zero) == evaluations(grid, name)
@@ -83,7 +97,9 @@ def test_describe_says_the_figures() -> None:
     values = (bar, (1 - bar) ** 0.5, (1 / bar - 1) ** 0.5, -0.5 * math.log(1 / bar - 1))
     for field, value, digits in zip(fields[2:], values, (6, 5, 5, 4), strict=True):
         assert float(field) == pytest.approx(value, abs=0.6 * 10**-digits)
-    assert lines[-1].split()[1] == "end" and float(lines[-1].split()[2]) == pytest.approx(float(SCHEDULE.alphas_cumprod[0]), abs=1e-6)
+    assert lines[-1].split()[1] == "end" and float(lines[-1].split()[2]) == pytest.approx(
+        float(SCHEDULE.alphas_cumprod[0]), abs=1e-6
+    )
     assert "tolerance" in describe(grid, "dpm_adaptive")
     with pytest.raises(ValueError, match="did you mean 'heun'"):
         describe(grid, "huen")

@@ -36,7 +36,8 @@ def killed_after(denoise: DenoiseFn, calls: int) -> DenoiseFn:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_resumed_half_way(name: str) -> None:
-    """Killed in the middle and started anew from the journal: the same noise and the same image to the bit, each evaluation made once."""
+    """Killed in the middle and started anew from the journal: the same noise and the same image to the bit,
+    each evaluation made once."""
     grid, x = TimeGrid.make(SCHEDULE, 8, spacing="trailing"), initial_noise([3, 4], (3,), dtype=torch.float64)
     exact, calls = gaussian(dims=3).denoise(SCHEDULE), 0
 

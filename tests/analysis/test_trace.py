@@ -29,10 +29,15 @@ def test_a_traced_run_is_the_untraced_one(guidance, dtype):
     plain = run(pipe, n=2, guidance=guidance)
     with ldm.trace(pipe) as t:
         traced = run(pipe, n=2, guidance=guidance)
-    # to the bit: the bar is 1e-5, which an explicit product in the place of the fused kernel's would keep in float32 alone
+    # to the bit: the bar is 1e-5, which an explicit product in the place of the fused kernel's would keep in
+    # float32 alone
     assert torch.equal(traced.tensor, plain.tensor) and t.images is traced
     assert torch.equal(run(pipe, n=2, guidance=guidance).tensor, plain.tensor) and pipe.watchers == []
-    assert all(part.controls == () and not part._forward_pre_hooks for part in pipe.denoiser.modules() if isinstance(part, Attention))
+    assert all(
+        part.controls == () and not part._forward_pre_hooks
+        for part in pipe.denoiser.modules()
+        if isinstance(part, Attention)
+    )
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "dpmpp_2s_a"])
@@ -65,7 +70,9 @@ def test_words_are_found_with_all_their_tokens(pipe):
     with ldm.trace(pipe) as t:
         run(pipe, "a red apple on a blue background", steps=2)
     assert t.words() == ["a", "red", "apple", "on", "a", "blue", "background"]
-    p = torch.stack([torch.stack(list(step.attention.values())).mean(0) for step in t.steps]).mean(0)  # (1, 4, 4, 9)
+    p = torch.stack([torch.stack(list(step.attention.values())).mean(0) for step in t.steps]).mean(
+        0
+    )  # (1, 4, 4, 9)
     enlarged = torch.nn.functional.interpolate(p.permute(0, 3, 1, 2), (8, 8), mode="bilinear")
     assert torch.allclose(t.attention("Apple"), enlarged[:, 3], atol=1e-6)
     assert torch.allclose(t.attention("red apple"), enlarged[:, 2] + enlarged[:, 3], atol=1e-6)
@@ -101,7 +108,9 @@ def test_predictions_and_norms(pipe):
     frames = t.x0()
     assert len(frames) == 4 and frames[0].seeds == made.seeds
     # the last step of this sampler takes x0 as the data
-    assert torch.allclose(frames[-1].tensor, made.tensor, atol=1e-6) and not torch.allclose(frames[0].tensor, made.tensor, atol=1e-3)
+    assert torch.allclose(frames[-1].tensor, made.tensor, atol=1e-6) and not torch.allclose(
+        frames[0].tensor, made.tensor, atol=1e-3
+    )
     norms = t.norms()
     assert set(norms) == {"x", "x0", "eps"} and all(value.shape == (4, 2) for value in norms.values())
     assert torch.allclose(norms["x0"][-1], t.steps[-1].x0.square().mean((1, 2, 3)).sqrt())
@@ -140,21 +149,32 @@ def test_other_tasks_are_traced_too(pipe):
     assert len(t.steps) == 2 and t.attention("apple").shape == (1, 8, 8)
 
 
-@pytest.mark.parametrize(("make", "shape", "side"), [(tiny_karlo, (2, 3, 16, 16), 16), (tiny_stable, (2, 4, 16, 16), 32)])
+@pytest.mark.parametrize(
+    ("make", "shape", "side"), [(tiny_karlo, (2, 3, 16, 16), 16), (tiny_stable, (2, 4, 16, 16), 32)]
+)
 def test_an_unclip_s_decoder_is_traced_without_maps(make, shape, side):
     model, options = make(), {"n": 2, "steps": 3, "prior_steps": 2, "progress": False, "upsample": False}
     plain = model.text_to_image("a cat", **options)
     with ldm.trace(model, ["decoder.mid_block" if make is tiny_stable else "decoder.unet.mid_block"]) as t:
         traced = model.text_to_image("a cat", **options)
-    assert torch.equal(traced.tensor, plain.tensor) and t.images is traced and model.watchers == [] and t.prompts == ("a cat", "a cat")
-    assert [step.index for step in t.steps] == [0, 1, 2] and all(step.x0.shape == shape and step.attention == {} for step in t.steps)
+    assert (
+        torch.equal(traced.tensor, plain.tensor)
+        and t.images is traced
+        and model.watchers == []
+        and t.prompts == ("a cat", "a cat")
+    )
+    assert [step.index for step in t.steps] == [0, 1, 2] and all(
+        step.x0.shape == shape and step.attention == {} for step in t.steps
+    )
     assert t.x0()[0].tensor.shape == (2, 3, side, side) and t.norms()["eps"].shape == (3, 2)
     assert [len(outputs) for outputs in t.outputs.values()] == [3]
     for asked in (t.levels, t.words, lambda: t.attention("cat"), lambda: t.heatmap("cat")):
         with pytest.raises(ValueError, match="attention is recorded of LatentDiffusion alone"):
             asked()
     with ldm.trace(model) as t:
-        model.text_to_image("a cat", **options, on_step=lambda i, x, d: x + i)  # the caller's own hook is called still
+        model.text_to_image(
+            "a cat", **options, on_step=lambda i, x, d: x + i
+        )  # the caller's own hook is called still
     assert not torch.equal(t.images.tensor, plain.tensor)
 
 
@@ -163,7 +183,9 @@ def test_what_is_asked_wrongly_is_said(pipe):
         with pytest.raises(ValueError, match="nothing was recorded yet"):
             t.heatmap("apple")
         run(pipe)
-    with pytest.raises(ValueError, match="word 'pear': expected one of the prompt's that have tokens, 'a', 'red', 'apple'"):
+    with pytest.raises(
+        ValueError, match="word 'pear': expected one of the prompt's that have tokens, 'a', 'red', 'apple'"
+    ):
         t.heatmap("pear")
     with pytest.raises(ValueError, match="word 'apple red'"):
         t.heatmap("apple red")

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def args(**options):
@@ -34,7 +30,10 @@ def test_a_report_has_ratios_of_medians_and_says_which_bars_are_met(tmp_path, ca
     shown = capsys.readouterr().out
     assert "0.500    bar 0.75: met" in shown and "1.053    bar 1.0: NOT met" in shown
     result = json.loads(path.read_text())
-    assert result["ratios"] == {"diffusers": 0.5, "openvino": pytest.approx(2 / 1.9)} and result["where"]["threads"] == 1
+    assert (
+        result["ratios"] == {"diffusers": 0.5, "openvino": pytest.approx(2 / 1.9)}
+        and result["where"]["threads"] == 1
+    )
     assert "| UNet: dtype bf16 | 2 s (1–3) | diffusers: 4 s (1–4) | 0.50 | 0.75 (met) |" in table([result])
 
 
@@ -53,7 +52,9 @@ def test_the_profile_counts_the_products_of_every_operator():
     import ldm
     from ldm.models.unet import UNet, UNetConfig
 
-    net = UNet(UNetConfig(channels=(8, 16), depth=(1, 0), blocks=1, heads=1, context_dim=8, mid_depth=0)).requires_grad_(False)
+    net = UNet(
+        UNetConfig(channels=(8, 16), depth=(1, 0), blocks=1, heads=1, context_dim=8, mid_depth=0)
+    ).requires_grad_(False)
     work = {}
     for name in ("plain", "optimised"):
         if name == "optimised":
@@ -63,10 +64,14 @@ def test_the_profile_counts_the_products_of_every_operator():
         given, _ = unet_inputs(net, 2, 8, 5, torch.float32)
         with torch.no_grad():
             net(*given)
-        work[name] = {kind: sum(row[2] for (k, _), row in clock.rows.items() if k == kind) for kind, _ in clock.rows}
+        work[name] = {
+            kind: sum(row[2] for (k, _), row in clock.rows.items() if k == kind) for kind, _ in clock.rows
+        }
         for part in net.modules():
             part.__dict__.pop("forward", None), part.__dict__.pop("product", None)
-    assert work["plain"]["self-attention"] == 3 * 4 * 2 * 64 * 64 * 8  # down once, up twice: 64 positions, 8 wide
+    assert (
+        work["plain"]["self-attention"] == 3 * 4 * 2 * 64 * 64 * 8
+    )  # down once, up twice: 64 positions, 8 wide
     assert work["plain"]["cross-attention"] == 3 * 4 * 2 * 64 * 5 * 8
     assert work["optimised"]["upsampling"] == pytest.approx(work["plain"]["upsampling"] * 4 / 9)
     assert {k: v for k, v in work["plain"].items() if k in ("linear", "convolution 3×3")} == {

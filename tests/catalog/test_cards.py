@@ -23,15 +23,24 @@ VQ4, VQ8 = 55_322_782, 67_717_295
 SD1, SD2 = 859_520_964, 865_910_724
 BERT_640 = 186_154_682 - 30_522 * 641  # the published counts, without the unused projection to the vocabulary
 COUNTS: dict[str, dict[str, int]] = {
-    **{name: {"unet": SD1, "vae": KL8, "text": L} for name in ("sd-v1-1", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5")},
+    **{
+        name: {"unet": SD1, "vae": KL8, "text": L}
+        for name in ("sd-v1-1", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5")
+    },
     "sd-v1-5-inpainting": {"unet": 859_535_364, "vae": KL8, "text": L},
     "instruct-pix2pix": {"unet": 859_532_484, "vae": KL8, "text": L},
     "lcm-sd-v1-5": {"unet": 859_602_884, "vae": KL8, "text": L},
-    **{name: {"unet": SD2, "vae": KL8, "text": H} for name in ("sd-v2-base", "sd-v2", "sd-v2-1-base", "sd-v2-1", "sd-turbo")},
+    **{
+        name: {"unet": SD2, "vae": KL8, "text": H}
+        for name in ("sd-v2-base", "sd-v2", "sd-v2-1-base", "sd-v2-1", "sd-turbo")
+    },
     "sd-v2-inpainting": {"unet": 865_925_124, "vae": KL8, "text": H},
     "sd-v2-depth": {"unet": 865_913_604, "vae": KL8, "text": H},
     "sd-x4-upscaler": {"unet": 473_398_020, "vae": 55_325_927, "text": H},
-    **{name: {"unet": 2_567_463_684, "vae": KL8, "text": L, "text2": G} for name in ("sdxl-base", "sdxl-turbo")},
+    **{
+        name: {"unet": 2_567_463_684, "vae": KL8, "text": L, "text2": G}
+        for name in ("sdxl-base", "sdxl-turbo")
+    },
     "sdxl-inpainting": {"unet": 2_567_478_084, "vae": KL8, "text": L, "text2": G},
     "sdxl-refiner": {"unet": 2_259_526_660, "vae": KL8, "text2": G},
     "lcm-sdxl": {"unet": 2_567_545_604, "vae": KL8, "text": L, "text2": G},
@@ -43,9 +52,16 @@ COUNTS: dict[str, dict[str, int]] = {
     "ldm-cin256-v2": {"unet": 400_920_579, "vae": VQ4, "class": 512_512},
     "ldm-inpainting-big": {"unet": 387_245_827, "vae": 53_219_486},
     "ldm-bsr-sr": {"unet": 113_622_563, "vae": VQ4},
-    "kl-f4": {"vae": 55_312_063}, "kl-f8": {"vae": KL8}, "kl-f16": {"vae": 69_610_963}, "kl-f32": {"vae": 103_880_131}, "vq-f4": {"vae": VQ4},
-    "vq-f4-noattn": {"vae": 53_219_486}, "vq-f8": {"vae": VQ8}, "vq-f8-n256": {"vae": 67_652_783}, "vq-f16": {"vae": 69_593_371},
-}  # fmt: skip
+    "kl-f4": {"vae": 55_312_063},
+    "kl-f8": {"vae": KL8},
+    "kl-f16": {"vae": 69_610_963},
+    "kl-f32": {"vae": 103_880_131},
+    "vq-f4": {"vae": VQ4},
+    "vq-f4-noattn": {"vae": 53_219_486},
+    "vq-f8": {"vae": VQ8},
+    "vq-f8-n256": {"vae": 67_652_783},
+    "vq-f16": {"vae": 69_593_371},
+}
 
 
 def test_every_network_of_every_card_has_the_published_count() -> None:
@@ -69,23 +85,47 @@ def test_conventions(card: ModelCard) -> None:
         assert len(card.grids().grid(schedule, 20, sampler)) == 20
     assert card.family in FAMILIES and not FAMILIES[card.family].refusal
     assert card.hub is None or card.hub.sha256 is None or re.fullmatch("[0-9a-f]{64}", card.hub.sha256)
-    assert build(ModelCard, yaml.safe_load(yaml.safe_dump(to_dict(card))) | {"convention": card.convention}) == card
+    assert (
+        build(ModelCard, yaml.safe_load(yaml.safe_dump(to_dict(card))) | {"convention": card.convention})
+        == card
+    )
 
 
 def test_what_tells_models_of_one_family_apart() -> None:
     def stated(name: str) -> tuple[object, ...]:
         card = find_model(name)
-        return card.prediction, card.schedule.beta_end, card.latent_scale, card.text.pad, card.text.layer, card.text.final_norm, card.defaults.height
+        return (
+            card.prediction,
+            card.schedule.beta_end,
+            card.latent_scale,
+            card.text.pad,
+            card.text.layer,
+            card.text.final_norm,
+            card.defaults.height,
+        )
 
     assert stated("sd-v1-5") == ("eps", 0.012, 0.18215, 49407, -1, True, 512)
-    assert stated("sd-v2-1") == ("v", 0.012, 0.18215, 0, -1, True, 768)  # 23 blocks: the last but one of the tower
+    assert stated("sd-v2-1") == (
+        "v",
+        0.012,
+        0.18215,
+        0,
+        -1,
+        True,
+        768,
+    )  # 23 blocks: the last but one of the tower
     assert stated("sd-v2-1-base") == ("eps", 0.012, 0.18215, 0, -1, True, 512)
     assert stated("sdxl-base") == ("eps", 0.012, 0.13025, 49407, -2, False, 1024)
     assert stated("sd-x4-upscaler")[:3] == ("v", 0.02, 0.08333)
     assert stated("ldm-celebahq")[:3] == ("eps", 0.0195, 1.0)
     assert stated("ldm-lsun-churches")[:3] == ("eps", 0.0155, None)  # its file states the scale
     card = find_model("sdxl-base")
-    assert card.text2 is not None and (card.text2.layer, card.text2.final_norm, card.text2.pad, card.text2.pooled) == (-2, False, 0, True)
+    assert card.text2 is not None and (
+        card.text2.layer,
+        card.text2.final_norm,
+        card.text2.pad,
+        card.text2.pooled,
+    ) == (-2, False, 0, True)
     assert card.zero_negative and not find_model("sdxl-refiner").zero_negative
     grids = {name: find_model(name).grids() for name in ("sd-v1-5", "sd-turbo", "ldm-bsr-sr")}
     schedule = card.schedule.make()
@@ -116,7 +156,13 @@ def test_a_card_of_ones_own(own: Path) -> None:
     schedule = "{kind: scaled_linear, beta_start: 1e-3, beta_end: 0.01}"
     own.write_text(f"base: sd-v2-base\nname: my-model\nsummary: mine\nprediction: v\nschedule: {schedule}\n")
     card = ldm.register(own)
-    assert (card.name, card.prediction, card.schedule.beta_end, card.family, card.hub) == ("my-model", "v", 0.01, "sd2", None)
+    assert (card.name, card.prediction, card.schedule.beta_end, card.family, card.hub) == (
+        "my-model",
+        "v",
+        0.01,
+        "sd2",
+        None,
+    )
     assert "my-model" in ldm.list_models() and find_model("my-model") == card
     own.write_text(own.read_text().replace("0.01", "0.02"))
     assert ldm.register(own).schedule.beta_end == 0.02  # one's own may be changed
@@ -132,7 +178,10 @@ def test_a_card_of_ones_own(own: Path) -> None:
         ("base: sd-v1-5\nname: x\nprediction: w\n", "prediction: 'w'"),
         ("base: sd-v1-5\nname: x\nfamily: rdm768\n", "known but not supported"),
         ("base: sd-v1-5\nname: x\nfamily: sd9\n", "did you mean 'sd"),
-        ("base: sd-v1-5\nname: x\nnetworks: {unet: sd11, vae: kl-f8}\n", "unet: unknown shape 'sd11'; did you mean 'sd1'"),
+        (
+            "base: sd-v1-5\nname: x\nnetworks: {unet: sd11, vae: kl-f8}\n",
+            "unet: unknown shape 'sd11'; did you mean 'sd1'",
+        ),
         ("base: sd-v1-5\nname: x\nnetworks: null\n", "must state its networks"),
         ("name: x\n", "missing key"),
     ],

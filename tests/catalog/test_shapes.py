@@ -1,4 +1,5 @@
-"""Published shapes: parameters and keys as counted elsewhere, and every name and shape of the original files reached by the rule tables."""
+"""Published shapes: parameters and keys as counted elsewhere, and every name and shape of the original files
+reached by the rule tables."""
 
 from __future__ import annotations
 
@@ -26,20 +27,51 @@ from ldm.weights.rules.vae import vae_table
 
 # name: parameters, and tensors in the original layout where that is known
 UNET_COUNTS = {
-    "sd1": (859_520_964, 686), "sd1-inpaint": (859_535_364, 686), "instruct-pix2pix": (859_532_484, 686), "sd1-lcm": (859_602_884, 687),
-    "sd2": (865_910_724, 686), "sd2-inpaint": (865_925_124, 686), "sd2-depth": (865_913_604, 686), "unclip-h": (870_173_124, 690),
-    "unclip-l": (869_517_764, 690), "x4": (473_398_020, 687), "sdxl": (2_567_463_684, 1680), "sdxl-inpaint": (2_567_478_084, 1680),
-    "sdxl-lcm": (2_567_545_604, 1681), "sdxl-refiner": (2_259_526_660, 1220), "text2img-large": (872_300_484, 686),
-    "text2img256": (403_623_939, None), "cin256": (394_984_196, None), "cin256-v2": (400_920_579, None), "layout2img": (246_277_379, None),
-    "rdm": (1_335_480_400, None), "celebahq": (274_056_163, 368), "ffhq": (274_056_163, 368), "lsun_beds": (274_056_163, 368),
-    "lsun_churches": (294_966_916, 520), "inpainting_big": (387_245_827, 416), "bsr_sr": (113_622_563, 306), "semantic": (215_229_315, None),
-}  # fmt: skip
+    "sd1": (859_520_964, 686),
+    "sd1-inpaint": (859_535_364, 686),
+    "instruct-pix2pix": (859_532_484, 686),
+    "sd1-lcm": (859_602_884, 687),
+    "sd2": (865_910_724, 686),
+    "sd2-inpaint": (865_925_124, 686),
+    "sd2-depth": (865_913_604, 686),
+    "unclip-h": (870_173_124, 690),
+    "unclip-l": (869_517_764, 690),
+    "x4": (473_398_020, 687),
+    "sdxl": (2_567_463_684, 1680),
+    "sdxl-inpaint": (2_567_478_084, 1680),
+    "sdxl-lcm": (2_567_545_604, 1681),
+    "sdxl-refiner": (2_259_526_660, 1220),
+    "text2img-large": (872_300_484, 686),
+    "text2img256": (403_623_939, None),
+    "cin256": (394_984_196, None),
+    "cin256-v2": (400_920_579, None),
+    "layout2img": (246_277_379, None),
+    "rdm": (1_335_480_400, None),
+    "celebahq": (274_056_163, 368),
+    "ffhq": (274_056_163, 368),
+    "lsun_beds": (274_056_163, 368),
+    "lsun_churches": (294_966_916, 520),
+    "inpainting_big": (387_245_827, 416),
+    "bsr_sr": (113_622_563, 306),
+    "semantic": (215_229_315, None),
+}
 VAE_COUNTS = {
-    "kl-f4": (55_312_063, 204), "kl-f8": (83_653_863, 248), "kl-f16": (69_610_963, 342), "kl-f32": (103_880_131, 436), "x4": (55_325_927, 204),
-    "vq-f4": (55_322_782, 205), "vq-f4-noattn": (53_219_486, 185), "vq-f8": (67_717_295, 299), "vq-f8-n256": (67_652_783, 299),
+    "kl-f4": (55_312_063, 204),
+    "kl-f8": (83_653_863, 248),
+    "kl-f16": (69_610_963, 342),
+    "kl-f32": (103_880_131, 436),
+    "x4": (55_325_927, 204),
+    "vq-f4": (55_322_782, 205),
+    "vq-f4-noattn": (53_219_486, 185),
+    "vq-f8": (67_717_295, 299),
+    "vq-f8-n256": (67_652_783, 299),
     "vq-f16": (69_593_371, 343),
-}  # fmt: skip
-BERT_COUNTS = {"text2img-large": (581_994_042, 422), "text2img256": (186_154_682, 422), "layout2img": (58_858_496, 214)}
+}
+BERT_COUNTS = {
+    "text2img-large": (581_994_042, 422),
+    "text2img256": (186_154_682, 422),
+    "layout2img": (58_858_496, 214),
+}
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -76,14 +108,16 @@ def test_unets_have_the_published_parameters(name):
 @pytest.fixture(scope="module")
 def originals():
     """The original layouts, as the tests of the rule tables have them."""
-    path = Path(__file__).parents[1] / "weights" / "originals.py"
+    path = Path(__file__).parents[1] / "helpers" / "originals.py"
     spec = importlib.util.spec_from_file_location("original_layouts", path)
     module = sys.modules["original_layouts"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("name", [name for name in UNETS if not name.endswith("-lcm") and name not in ("ffhq", "lsun_beds")])
+@pytest.mark.parametrize(
+    "name", [name for name in UNETS if not name.endswith("-lcm") and name not in ("ffhq", "lsun_beds")]
+)
 def test_unets_have_the_original_keys(name, originals):
     config = UNETS[name]
     with on_meta():
@@ -112,11 +146,18 @@ def test_text_encoders_have_the_published_parameters(name):
 def test_labels_are_one_token_a_class():
     with on_meta():
         shapes = {name: shapes_of(LabelConditioner(config)) for name, config in LABELS.items()}
-    assert shapes == {"cin256": {"embedding.weight": (1000, 512)}, "cin256-v2": {"embedding.weight": (1001, 512)}}
+    assert shapes == {
+        "cin256": {"embedding.weight": (1000, 512)},
+        "cin256-v2": {"embedding.weight": (1001, 512)},
+    }
     config = LABELS["cin256-v2"]
     model = LabelConditioner(config)
     cond = model([3, 1000])
-    assert cond.context is not None and cond.context.shape == (2, 1, 512) and torch.equal(cond.context[1, 0], model.embedding.weight[1000])
+    assert (
+        cond.context is not None
+        and cond.context.shape == (2, 1, 512)
+        and torch.equal(cond.context[1, 0], model.embedding.weight[1000])
+    )
     with pytest.raises(ValueError, match="class 1001: expected 0 to 1000"):
         model([1001])
 

@@ -8,7 +8,10 @@ from ldm.conditioning.prompt import parse, plain
 
 
 def said(prompt):
-    return [(branch.share, [(span.text, round(span.weight, 6)) for span in branch.spans]) for branch in parse(prompt)]
+    return [
+        (branch.share, [(span.text, round(span.weight, 6)) for span in branch.spans])
+        for branch in parse(prompt)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -30,11 +33,22 @@ def test_weights(prompt, spans):
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
-        ("", ""), ("a red apple", "a red apple"), ("apple (fruit)", "apple (fruit)"), ("(note: blue)", "(note: blue)"), (":) sad :(", ":) sad :("),
-        ("12:30, {x}, a|b", "12:30, {x}, a|b"), ("C:\\dir", "C:\\dir"), (r"\(red:1.3\)", "(red:1.3)"), (r"\{a\|b\}", "{a|b}"), (r"{a\|b}", "{a|b}"),
-        ("(red:1) apple", "red apple"), ("((red:2):0.5) apple", "red apple"), ("\x00 ‏שלום 🍎", "\x00 ‏שלום 🍎"), (r"back\\slash", r"back\slash"),
+        ("", ""),
+        ("a red apple", "a red apple"),
+        ("apple (fruit)", "apple (fruit)"),
+        ("(note: blue)", "(note: blue)"),
+        (":) sad :(", ":) sad :("),
+        ("12:30, {x}, a|b", "12:30, {x}, a|b"),
+        ("C:\\dir", "C:\\dir"),
+        (r"\(red:1.3\)", "(red:1.3)"),
+        (r"\{a\|b\}", "{a|b}"),
+        (r"{a\|b}", "{a|b}"),
+        ("(red:1) apple", "red apple"),
+        ("((red:2):0.5) apple", "red apple"),
+        ("\x00 ‏שלום 🍎", "\x00 ‏שלום 🍎"),
+        (r"back\\slash", r"back\slash"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_syntax_is_text_and_weight_one_is_none(prompt, text):
     assert said(prompt) == [(1, [(text, 1)])]
 
@@ -42,8 +56,16 @@ def test_what_is_no_syntax_is_text_and_weight_one_is_none(prompt, text):
 def test_blends_make_every_combination_with_shares_that_sum_to_one():
     assert said("a {cat:3|dog} face") == [(0.75, [("a cat face", 1)]), (0.25, [("a dog face", 1)])]
     both = said("{a|b:3} {c|d}")
-    assert [share for share, _ in both] == [0.125, 0.125, 0.375, 0.375] and plain("{a|b:3} {c|d}") == ["a c", "a d", "b c", "b d"]
-    assert said("{(red:1.3)|blue} apple") == [(0.5, [("red", 1.3), (" apple", 1)]), (0.5, [("blue apple", 1)])]
+    assert [share for share, _ in both] == [0.125, 0.125, 0.375, 0.375] and plain("{a|b:3} {c|d}") == [
+        "a c",
+        "a d",
+        "b c",
+        "b d",
+    ]
+    assert said("{(red:1.3)|blue} apple") == [
+        (0.5, [("red", 1.3), (" apple", 1)]),
+        (0.5, [("blue apple", 1)]),
+    ]
     assert said("{cat|}") == [(0.5, [("cat", 1)]), (0.5, [("", 1)])]
 
 
@@ -51,11 +73,21 @@ def test_blends_make_every_combination_with_shares_that_sum_to_one():
     ("prompt", "message"),
     [
         ("(red:abc)", r"prompt '\(red:abc\)': weight 'abc': expected a number from 0 to 10"),
-        ("(red:1,3)", "weight '1,3'"), ("(red:-1)", "weight '-1'"), ("(red:nan)", "weight 'nan'"), ("(red:11)", "weight '11'"),
-        ("(red:)", "weight ''"), ("(red: 1.2.3)", "weight '1.2.3'"), ("(red:1.3 apple", "not closed"), ("red:1.3)", "no opening parenthesis"),
-        ("{a|b", "not closed"), ("{a|{b|c}}", "do not nest"), ("{a:0|b:0}", "sum to 0"), ("{a:x|b}", "share 'x'"), ("{a|b}" * 7, "128 combinations"),
+        ("(red:1,3)", "weight '1,3'"),
+        ("(red:-1)", "weight '-1'"),
+        ("(red:nan)", "weight 'nan'"),
+        ("(red:11)", "weight '11'"),
+        ("(red:)", "weight ''"),
+        ("(red: 1.2.3)", "weight '1.2.3'"),
+        ("(red:1.3 apple", "not closed"),
+        ("red:1.3)", "no opening parenthesis"),
+        ("{a|b", "not closed"),
+        ("{a|{b|c}}", "do not nest"),
+        ("{a:0|b:0}", "sum to 0"),
+        ("{a:x|b}", "share 'x'"),
+        ("{a|b}" * 7, "128 combinations"),
     ],
-)  # fmt: skip
+)
 def test_malformed_weights_and_blends_are_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
         parse(prompt)

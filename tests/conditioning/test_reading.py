@@ -17,12 +17,16 @@ from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
 
 PADDED = TextConvention(length=12, pad=49407, pooled=True)
 MASKED = TextConvention(length=None, pad=0, masked=True, pooled=True)
-LONG = "a cat and a dog and a red apple on a blue table by the sea at night"  # 18 tokens: two windows, of 10 and 8
+LONG = (  # 18 tokens: two windows, of 10 and 8
+    "a cat and a dog and a red apple on a blue table by the sea at night"
+)
 
 
 def tower(convention, context_length=12):
     torch.manual_seed(0)
-    network = TextTower(TextConfig(vocab_size=49408, context_length=context_length, width=16, layers=2, heads=2, embed_dim=16))
+    network = TextTower(
+        TextConfig(vocab_size=49408, context_length=context_length, width=16, layers=2, heads=2, embed_dim=16)
+    )
     torch.nn.init.normal_(network.positional_embedding, std=0.5)
     return TextConditioner(network.eval(), Tokenizer(), convention)
 
@@ -34,7 +38,9 @@ def text(request):
 
 @torch.no_grad()
 def test_a_prompt_of_one_window_is_what_the_tower_gives(text):
-    ids = Tokenizer()(["a red apple", "a cat"], context_length=text.convention.length, pad=text.convention.pad)
+    ids = Tokenizer()(
+        ["a red apple", "a cat"], context_length=text.convention.length, pad=text.convention.pad
+    )
     out = text.tower(ids)
     for prompts in (["a red apple", "a cat"], ["(a red:1) apple", "{a cat}"[1:-1]]):
         cond = text(prompts)
@@ -53,11 +59,15 @@ def test_a_long_prompt_is_its_windows_one_after_the_other(text):
 @torch.no_grad()
 def test_weights_go_from_the_empty_prompt_through_the_prompt(text):
     plain, empty = text(["a red apple"]), text([""])
-    e = empty.context[0, 2] if text.convention.length else empty.context[0, -1]  # where "red" stands, or the last there is
+    e = (
+        empty.context[0, 2] if text.convention.length else empty.context[0, -1]
+    )  # where "red" stands, or the last there is
     for weight in (0.0, 0.5, 1.7):
         cond = text([f"a (red:{weight}) apple"])
         assert torch.allclose(cond.context[0, 2], e + weight * (plain.context[0, 2] - e), atol=1e-5)
-        assert torch.equal(cond.context[0, [0, 1, 3]], plain.context[0, [0, 1, 3]])  # the others stay, to the bit
+        assert torch.equal(
+            cond.context[0, [0, 1, 3]], plain.context[0, [0, 1, 3]]
+        )  # the others stay, to the bit
         without = text(["a apple"]).pooled
         assert torch.allclose(cond.pooled, plain.pooled + (weight - 1) * (plain.pooled - without), atol=1e-5)
     assert torch.allclose(text(["a (red:0) apple"]).pooled, text(["a apple"]).pooled, atol=1e-5)
@@ -84,7 +94,9 @@ def test_what_a_prompt_comes_to_does_not_depend_on_the_others(text):
         alone = text([prompt])
         own = batch.context[i] if batch.context_mask is None else batch.context[i][batch.context_mask[i]]
         expected = alone.context[0] if alone.context_mask is None else alone.context[0][alone.context_mask[0]]
-        assert torch.allclose(own, expected, atol=1e-5) and torch.allclose(batch.pooled[i], alone.pooled[0], atol=1e-5)
+        assert torch.allclose(own, expected, atol=1e-5) and torch.allclose(
+            batch.pooled[i], alone.pooled[0], atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -103,14 +115,28 @@ def test_every_token_of_1_to_300_has_a_place_that_holds_it(text, n):
 
 def test_a_word_is_divided_only_if_it_is_longer_than_a_window():
     words = {"ab": [("a", (1,)), ("b", (2, 3))], "long": [("long", tuple(range(7)))]}
-    assert [w.ids for w in windows([Span(text="ab"), Span(text="ab")], words.get, 4)] == [[1, 2, 3, 1], [2, 3]]
-    assert [w.ids for w in windows([Span(text="ab"), Span(text="ab")], words.get, 5)] == [[1, 2, 3, 1], [2, 3]]
-    assert [w.ids for w in windows([Span(text="ab"), Span(text="long")], words.get, 3)] == [[1, 2, 3], [0, 1, 2], [3, 4, 5], [6]]
+    assert [w.ids for w in windows([Span(text="ab"), Span(text="ab")], words.get, 4)] == [
+        [1, 2, 3, 1],
+        [2, 3],
+    ]
+    assert [w.ids for w in windows([Span(text="ab"), Span(text="ab")], words.get, 5)] == [
+        [1, 2, 3, 1],
+        [2, 3],
+    ]
+    assert [w.ids for w in windows([Span(text="ab"), Span(text="long")], words.get, 3)] == [
+        [1, 2, 3],
+        [0, 1, 2],
+        [3, 4, 5],
+        [6],
+    ]
     assert [w.ids for w in windows([Span(text="")], lambda text: [], 4)] == [[]]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt", ["🍎", "שלום עולם", "‏مرحبا‎ red", "\x00\x07 apple \x1b[31m", "x" * 500, "é" * 200, " \n\t ", "(🍎:1.3)"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["🍎", "שלום עולם", "‏مرحبا‎ red", "\x00\x07 apple \x1b[31m", "x" * 500, "é" * 200, " \n\t ", "(🍎:1.3)"],
+)
 def test_any_text_is_read_alike_every_time(text, prompt):
     first, second = text([prompt]), text([prompt])
     assert torch.equal(first.context, second.context) and bool(first.context.isfinite().all())
@@ -119,12 +145,21 @@ def test_any_text_is_read_alike_every_time(text, prompt):
 def test_what_is_left_out_is_named():
     small = tiny_model().text
     assert small.unknown("a (red:1.3) {apple|zeppelin}, 🍎 \x07") == ["zeppelin", ",", "🍎", "\x07"]
-    assert small.unknown("a red apple") == [] and tower(MASKED).unknown("🍎 zeppelin") == [] and tower(MASKED).unknown("a\x00b") == ["\x00"]
+    assert (
+        small.unknown("a red apple") == []
+        and tower(MASKED).unknown("🍎 zeppelin") == []
+        and tower(MASKED).unknown("a\x00b") == ["\x00"]
+    )
     bert = BertConditioner(
-        LDMBert(BertConfig(vocabulary=10, width=8, layers=1, heads=1, head_dim=8, length=5)), WordPiece([PAD, UNKNOWN, START, END, "a", "##b"])
-    )  # fmt: skip
+        LDMBert(BertConfig(vocabulary=10, width=8, layers=1, heads=1, head_dim=8, length=5)),
+        WordPiece([PAD, UNKNOWN, START, END, "a", "##b"]),
+    )
     assert bert.unknown("(a:2) ab zeppelin") == ["zeppelin"]
-    assert bert(["a ab a ab"]).context.shape == (1, 10, 8) and bert.places("a ab ab") == [("a", [1]), ("ab", [2, 3]), ("ab", [6, 7])]
+    assert bert(["a ab a ab"]).context.shape == (1, 10, 8) and bert.places("a ab ab") == [
+        ("a", [1]),
+        ("ab", [2, 3]),
+        ("ab", [6, 7]),
+    ]
 
 
 @torch.no_grad()

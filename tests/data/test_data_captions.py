@@ -17,8 +17,18 @@ from ldm.data.captions import _article, pieces
         ("ring", "twemoji", {"ground": "orange"}, "twemoji ring on an orange background"),
         ("ring", "noto", {"ground": "white"}, "ring on a white background"),
         ("ring", "noto", {"size": "small"}, "small ring"),
-        ("ring", "noto", {"size": "small", "place": "left", "ground": "blue"}, "small ring on the left on a blue background"),
-        ("ring", "fluent", {"size": "small", "place": "top right"}, "small fluent ring in the top right corner"),
+        (
+            "ring",
+            "noto",
+            {"size": "small", "place": "left", "ground": "blue"},
+            "small ring on the left on a blue background",
+        ),
+        (
+            "ring",
+            "fluent",
+            {"size": "small", "place": "top right"},
+            "small fluent ring in the top right corner",
+        ),
         ("ring", "noto", {"second": 0}, "ring and red disc side by side"),
     ],
 )
@@ -33,11 +43,27 @@ def test_two_pictures_each_say_their_style(drawn):
 
 def test_varied_captions_cover_the_wordings_and_no_other(drawn):
     rng = np.random.default_rng(0)
-    got = {caption(Composition(picture=drawn.find("cat-face"), ground="red"), drawn.index, rng) for _ in range(600)}
+    got = {
+        caption(Composition(picture=drawn.find("cat-face"), ground="red"), drawn.index, rng)
+        for _ in range(600)
+    }
     nouns = ("cat face", "kitty", "cat")
-    assert got == {f"{article}{style}{noun} on a red background" for article in ("", "a ") for style in ("", "noto ") for noun in nouns}
-    got = {caption(Composition(picture=drawn.find("ring", "twemoji"), size="small"), drawn.index, rng) for _ in range(600)}
-    assert got == {f"{a}small twemoji {noun}{where}" for a in ("", "a ") for noun in ("ring", "hoop") for where in ("", " in the middle")}
+    assert got == {
+        f"{article}{style}{noun} on a red background"
+        for article in ("", "a ")
+        for style in ("", "noto ")
+        for noun in nouns
+    }
+    got = {
+        caption(Composition(picture=drawn.find("ring", "twemoji"), size="small"), drawn.index, rng)
+        for _ in range(600)
+    }
+    assert got == {
+        f"{a}small twemoji {noun}{where}"
+        for a in ("", "a ")
+        for noun in ("ring", "hoop")
+        for where in ("", " in the middle")
+    }
 
 
 def test_varied_captions_always_say_what_was_done(drawn):
@@ -50,7 +76,9 @@ def test_varied_captions_always_say_what_was_done(drawn):
         style = drawn.index[made.picture].style
         assert all((other in words(text)) == (other == style) for other in ("fluent", "twemoji"))
         assert style == "noto" or words(text).count(style) == (1 if made.second is None else 2)
-        assert [colour for colour in PALETTE if f"{colour} background" in text] == ([made.ground] if made.ground else [])
+        assert [colour for colour in PALETTE if f"{colour} background" in text] == (
+            [made.ground] if made.ground else []
+        )
         assert ("small" in words(text)) == (made.size == "small")
         assert ("side by side" in text) == (made.second is not None)
         assert made.place == "centre" or where.get(made.place, f"in the {made.place} corner") in text
@@ -59,7 +87,10 @@ def test_varied_captions_always_say_what_was_done(drawn):
 
 def test_captions_depend_on_the_generator_alone(drawn):
     made = [Composition(picture=i) for i in range(18)] * 3
-    one, two = ([caption(c, drawn.index, rng) for c in made] for rng in (np.random.default_rng(7), np.random.default_rng(7)))
+    one, two = (
+        [caption(c, drawn.index, rng) for c in made]
+        for rng in (np.random.default_rng(7), np.random.default_rng(7))
+    )
     assert one == two != [caption(c, drawn.index, np.random.default_rng(8)) for c in made]
 
 
@@ -67,7 +98,9 @@ def test_vocabulary_has_every_word_of_training_captions(drawn):
     rng = np.random.default_rng(2)
     seen = set()
     for _ in range(3000):
-        seen.update(words(caption(sample_composition(rng, drawn.index, Mix(small=0.5, two=0.2)), drawn.index, rng)))
+        seen.update(
+            words(caption(sample_composition(rng, drawn.index, Mix(small=0.5, two=0.2)), drawn.index, rng))
+        )
     assert seen == vocabulary(drawn.index)  # none missing; and none that never comes
 
 
@@ -75,21 +108,32 @@ def test_words():
     assert words("A Woman’s T-shirt, on 1st!") == ["a", "woman's", "t", "shirt", "on", "1st"]
 
 
-@pytest.mark.parametrize("phrase", "apple,orange,umbrella,unamused face,hourglass,onion,8ball,x ray,eye,elf".split(","))
+@pytest.mark.parametrize(
+    "phrase", "apple,orange,umbrella,unamused face,hourglass,onion,8ball,x ray,eye,elf".split(",")
+)
 def test_an(phrase):
     assert _article(phrase) == "an"
 
 
-@pytest.mark.parametrize("phrase", "bee,unicorn,ewe,euro,one piece swimsuit,house,ufo,yo yo,wheel,xylophone,100".split(","))
+@pytest.mark.parametrize(
+    "phrase", "bee,unicorn,ewe,euro,one piece swimsuit,house,ufo,yo yo,wheel,xylophone,100".split(",")
+)
 def test_a(phrase):
     assert _article(phrase) == "a"
 
 
 def test_pieces_say_what_they_tell_of(drawn):
-    both = Composition(picture=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"), ground="orange")
+    both = Composition(
+        picture=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"), ground="orange"
+    )
     assert pieces(both, drawn.index) == [
-        ("fluent ring", "first"), ("and", None), ("fluent red disc", "second"), ("side by side", None), ("on", None), ("an", None),
+        ("fluent ring", "first"),
+        ("and", None),
+        ("fluent red disc", "second"),
+        ("side by side", None),
+        ("on", None),
+        ("an", None),
         ("orange background", "ground"),
-    ]  # fmt: skip
+    ]
     small = pieces(Composition(picture=drawn.find("ring"), size="small", place="left"), drawn.index)
     assert small == [("small ring", "first"), ("on the left", None)]

@@ -42,9 +42,18 @@ def test_every_alpha_and_value_is_rounded_exactly():
 
 @pytest.mark.parametrize(
     ("place", "top", "left"),
-    [("centre", 16, 16), ("left", 16, 2), ("right", 16, 30), ("top", 2, 16), ("bottom", 30, 16),
-     ("top left", 2, 2), ("top right", 2, 30), ("bottom left", 30, 2), ("bottom right", 30, 30)],
-)  # fmt: skip
+    [
+        ("centre", 16, 16),
+        ("left", 16, 2),
+        ("right", 16, 30),
+        ("top", 2, 16),
+        ("bottom", 30, 16),
+        ("top left", 2, 2),
+        ("top right", 2, 30),
+        ("bottom left", 30, 2),
+        ("bottom right", 30, 30),
+    ],
+)
 def test_a_small_picture_lies_where_it_is_said(noise, place, top, left):
     image = render(Composition(picture=2, ground="blue", size="small", place=place), noise, 64)
     expected = np.broadcast_to(np.array(PALETTE["blue"], dtype=float), (64, 64, 3)).copy()
@@ -105,6 +114,9 @@ def test_areas_say_what_each_pixel_is_of(noise, made, size):
     painted[..., :3] = 0
     painted[1, ..., 0] = painted[2, ..., 1] = 255
     image = render(Composition(picture=1, ground="blue", **made), painted, size).astype(float)
-    assert np.abs(image[..., 2] - 210 * got["ground"]).max() <= 1.5 and np.abs(image[..., 0] - 255 * got["first"] - 50 * got["ground"]).max() <= 1.5
+    assert (
+        np.abs(image[..., 2] - 210 * got["ground"]).max() <= 1.5
+        and np.abs(image[..., 0] - 255 * got["first"] - 50 * got["ground"]).max() <= 1.5
+    )
     if "second" in made:
         assert np.abs(image[..., 1] - 255 * got["second"] - 100 * got["ground"]).max() <= 1.5

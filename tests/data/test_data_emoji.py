@@ -1,4 +1,5 @@
-"""The builder, with packages that the test makes and a renderer that it stubs: no npm, no registry, no resvg."""
+"""The builder, with packages that the test makes and a renderer that it stubs: no npm, no registry, no
+resvg."""
 
 import hashlib
 import io
@@ -61,9 +62,17 @@ def test_what_is_kept_and_left_out():
 
 
 def test_svg_documents_carry_the_icons_box():
-    icons = {"width": 36, "height": 36, "icons": {"a-b": {"body": "<g/>"}, "c-d": {"body": "<g/>", "width": 20, "height": 20}}}
+    icons = {
+        "width": 36,
+        "height": 36,
+        "icons": {"a-b": {"body": "<g/>"}, "c-d": {"body": "<g/>", "width": 20, "height": 20}},
+    }
     kept = emoji.kept_icons(icons)
-    assert 'viewBox="0 0 36 36"' in kept["a-b"] and 'viewBox="0 0 20 20"' in kept["c-d"] and kept["a-b"].endswith("><g/></svg>")
+    assert (
+        'viewBox="0 0 36 36"' in kept["a-b"]
+        and 'viewBox="0 0 20 20"' in kept["c-d"]
+        and kept["a-b"].endswith("><g/></svg>")
+    )
 
 
 def test_labels_are_found_by_code_then_by_spelling():
@@ -112,28 +121,45 @@ def test_build_writes_what_open_reads(tmp_path, monkeypatch):
     packages = {}
     for style in ("noto", "fluent", "twemoji"):
         package = emoji.Package(name=f"@x/{style}", version="1.0", sha256="", licence="MIT")
-        digest = tarball(cache / package.file_name, {"icons.json": ICONS, "chars.json": {"1f34e": "red-apple"}})
+        digest = tarball(
+            cache / package.file_name, {"icons.json": ICONS, "chars.json": {"1f34e": "red-apple"}}
+        )
         packages[style] = emoji.Package(name=f"@x/{style}", version="1.0", sha256=digest, licence="MIT")
     labels = emoji.Package(name="labels", version="2.0", sha256="", licence="MIT")
     digest = tarball(cache / labels.file_name, {"en/data.json": ENTRIES})
-    monkeypatch.setattr(emoji, "LABELS", emoji.Package(name="labels", version="2.0", sha256=digest, licence="MIT"))
+    monkeypatch.setattr(
+        emoji, "LABELS", emoji.Package(name="labels", version="2.0", sha256=digest, licence="MIT")
+    )
     monkeypatch.setattr(emoji, "ICONS", packages)
     monkeypatch.setattr(emoji, "ProcessPoolExecutor", SameProcess)
-    monkeypatch.setattr(emoji, "render_svg", lambda svg, size: np.full((size, size, 4), svg.count("<d/>") + 1, np.uint8))
+    monkeypatch.setattr(
+        emoji, "render_svg", lambda svg, size: np.full((size, size, 4), svg.count("<d/>") + 1, np.uint8)
+    )
     monkeypatch.setitem(sys.modules, "resvg_py", types.SimpleNamespace(__resvg_version__="0"))
 
     manifest = emoji.build_emoji(tmp_path / "set", 16)
     data = EmojiData.open(tmp_path / "set")
-    assert data.pictures.shape == (6, 16, 16, 4) and manifest["counts"] == {"noto": 2, "fluent": 2, "twemoji": 2}
+    assert data.pictures.shape == (6, 16, 16, 4) and manifest["counts"] == {
+        "noto": 2,
+        "fluent": 2,
+        "twemoji": 2,
+    }
     assert data.index[data.find("womans-hat", "fluent")].label == "woman's hat"
-    assert data.pictures[data.find("womans-hat")].max() == 2 and data.pictures[data.find("red-apple")].max() == 1
-    assert [row.held_out for row in data.index] == [held_out_picture(row.name, row.style) for row in data.index]
+    assert (
+        data.pictures[data.find("womans-hat")].max() == 2 and data.pictures[data.find("red-apple")].max() == 1
+    )
+    assert [row.held_out for row in data.index] == [
+        held_out_picture(row.name, row.style) for row in data.index
+    ]
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
         "index.json",
         "manifest.json",
         "pictures.npy",
     ]  # nothing temporary is left
-    assert manifest["sha256"]["pictures.npy"] == hashlib.sha256((tmp_path / "set" / "pictures.npy").read_bytes()).hexdigest()
+    assert (
+        manifest["sha256"]["pictures.npy"]
+        == hashlib.sha256((tmp_path / "set" / "pictures.npy").read_bytes()).hexdigest()
+    )
 
     def fail(svg, size):
         raise ValueError("renderer broke")

@@ -15,7 +15,9 @@ def test_held_out_shares_are_five_per_cent():
     names = [f"name-{i}" for i in range(6000)]
     assert np.mean([held_out_picture(name, "noto") for name in names]) == pytest.approx(0.05, abs=0.014)
     grounds = [ground for ground in PALETTE if ground != "white"]
-    assert np.mean([held_out_pair(name, ground) for name in names for ground in grounds]) == pytest.approx(0.05, abs=0.0047)
+    assert np.mean([held_out_pair(name, ground) for name in names for ground in grounds]) == pytest.approx(
+        0.05, abs=0.0047
+    )
 
 
 def test_held_out_does_not_depend_on_the_process():
@@ -70,9 +72,16 @@ def test_find(drawn):
 def test_said_tags_leave_out_other_names_and_common_tags(drawn):
     assert drawn.index.said_tags[drawn.find("cat-face")] == ("kitty", "cat")
     index = PictureIndex(
-        [Picture(name=f"n-{i}", style="noto", tags=("common",) + (("rare",) if i < 8 else ()) + ("n 3", "de")) for i in range(9)]
+        [
+            Picture(
+                name=f"n-{i}", style="noto", tags=("common",) + (("rare",) if i < 8 else ()) + ("n 3", "de")
+            )
+            for i in range(9)
+        ]
     )
-    assert index.said_tags[0] == ("rare",) and index.said_tags[8] == ()  # "n 3" is a name, "de" too short, "common" on 9 names
+    assert (
+        index.said_tags[0] == ("rare",) and index.said_tags[8] == ()
+    )  # "n 3" is a name, "de" too short, "common" on 9 names
 
 
 def test_a_picture_twice_is_refused():

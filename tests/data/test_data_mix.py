@@ -55,7 +55,11 @@ def test_the_plain_mix_is_the_source(many):
 
 def test_draws_depend_on_the_generator_alone(many):
     mix = Mix(small=0.2, two=0.2)
-    assert drawn_from(many, mix, 100, seed=[3, 4]) == drawn_from(many, mix, 100, seed=[3, 4]) != drawn_from(many, mix, 100, seed=[3, 5])
+    assert (
+        drawn_from(many, mix, 100, seed=[3, 4])
+        == drawn_from(many, mix, 100, seed=[3, 4])
+        != drawn_from(many, mix, 100, seed=[3, 5])
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ class Stub(nn.Module):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_prediction_of_a_perfect_network_says_the_same(prediction: str) -> None:
     schedule, data = NoiseSchedule.scaled_linear(), gaussian()
-    x, t = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None], torch.tensor([0, 17.5, 400, 999, 3], dtype=torch.float64)
+    x, t = (
+        torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None],
+        torch.tensor([0, 17.5, 400, 999, 3], dtype=torch.float64),
+    )
     d = Denoiser(AnalyticNet(data, schedule, prediction), schedule, prediction)(x, t, Cond())
     exact = data.denoise(schedule)(x, t)
     torch.testing.assert_close(d.x0, exact.x0, rtol=0, atol=1e-12)
@@ -36,9 +39,17 @@ def test_half_precision_network_keeps_float32_state_and_float64_tables() -> None
     schedule = NoiseSchedule.scaled_linear()
     denoiser = Denoiser(Stub(), schedule, "eps").to(torch.bfloat16)
     x = torch.randn(2, 1, 4)
-    d = denoiser(x, torch.tensor(100.5), Cond(context=torch.randn(1, 3, 5), context_mask=torch.ones(1, 3, dtype=torch.bool)))
+    d = denoiser(
+        x,
+        torch.tensor(100.5),
+        Cond(context=torch.randn(1, 3, 5), context_mask=torch.ones(1, 3, dtype=torch.bool)),
+    )
     seen_x, seen_t, seen_cond = denoiser.net.seen
-    assert (seen_x.dtype, seen_t.dtype, seen_cond.context.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    assert (seen_x.dtype, seen_t.dtype, seen_cond.context.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+    )
     assert seen_cond.context_mask.dtype == torch.bool and seen_cond.context.shape == (2, 3, 5)
     assert seen_t.shape == (2,) and float(seen_t[0]) == 100.5
     assert d.x0.dtype == d.eps.dtype == torch.float32
@@ -49,7 +60,9 @@ def test_half_precision_network_keeps_float32_state_and_float64_tables() -> None
 
 
 def test_learned_variance_is_split_off() -> None:
-    d = Denoiser(Stub(2), NoiseSchedule.linear(), "eps", learned_var=True)(torch.full((1, 3, 2), 0.8), 5, Cond())
+    d = Denoiser(Stub(2), NoiseSchedule.linear(), "eps", learned_var=True)(
+        torch.full((1, 3, 2), 0.8), 5, Cond()
+    )
     assert d.eps.shape == (1, 3, 2)
     torch.testing.assert_close(d.var_frac, torch.full((1, 3, 2), (0.4 + 1) / 2))
 

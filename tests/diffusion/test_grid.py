@@ -32,15 +32,21 @@ def independent(spacing: str, n: int, offset: int) -> list[float]:
         return [round(T - Fraction(i * T, n)) - 1 for i in range(n)]
     if spacing == "linspace":
         return [999 - round(Fraction(i * 999, n - 1)) for i in range(n)] if n > 1 else [999]
-    if spacing == "lcm":  # LCMScheduler: of 19, 39, … 999 backwards, those at floor(linspace(0, 50, n, endpoint=False))
+    if (
+        spacing == "lcm"
+    ):  # LCMScheduler: of 19, 39, … 999 backwards, those at floor(linspace(0, 50, n, endpoint=False))
         return [list(range(19, 1000, 20))[::-1][math.floor(Fraction(50 * i, n))] for i in range(n)]
     if spacing == "sgm":  # np.linspace(999, 0, n, endpoint=False), its fraction cut off
         return [math.floor(999 - Fraction(i * 999, n)) for i in range(n)]
     betas = np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2
     bar = np.cumprod(1 - betas)
     sigmas = np.sqrt((1 - bar) / bar)
-    if spacing in AYS:  # the published levels, log-linear in between, the ends those of the table; the last is left out
-        levels = np.exp(np.interp(np.linspace(0, 10, n + 1), np.arange(11), np.log(AYS[spacing]))).clip(sigmas[0], sigmas[-1])
+    if (
+        spacing in AYS
+    ):  # the published levels, log-linear in between, the ends those of the table; the last is left out
+        levels = np.exp(np.interp(np.linspace(0, 10, n + 1), np.arange(11), np.log(AYS[spacing]))).clip(
+            sigmas[0], sigmas[-1]
+        )
         levels[0], levels = sigmas[-1], levels[:-1]
         return list(np.interp(np.log(levels), np.log(sigmas), np.arange(T)))
     u = np.linspace(0, 1, n)
@@ -54,9 +60,12 @@ def independent(spacing: str, n: int, offset: int) -> list[float]:
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_number_of_steps(spacing: str, offset: int) -> None:
-    """1 to 1000 steps: length exact, in range, strictly falling, equal to the independent table; or refused with a neighbour that works."""
+    """1 to 1000 steps: length exact, in range, strictly falling, equal to the independent table; or refused
+    with a neighbour that works."""
     refused, neighbours = [], []
-    for n in [*range(1, 121), 400, T] if spacing == "lcm" else range(1, T + 1):  # lcm refuses all above 50 alike
+    for n in (
+        [*range(1, 121), 400, T] if spacing == "lcm" else range(1, T + 1)
+    ):  # lcm refuses all above 50 alike
         try:
             grid = TimeGrid.make(SCHEDULE, n, spacing=spacing, offset=offset)
         except ValueError as error:
@@ -73,10 +82,15 @@ def test_every_number_of_steps(spacing: str, offset: int) -> None:
             assert np.abs(t - (999 * (1 - np.arange(n) / max(n - 1, 1)))).max() <= 0.5 + 1e-9
         else:
             # sigma-spaced: 1e-12 of log sigma over the table's least slope, 2e-3 a step
-            np.testing.assert_allclose(t, expected, rtol=0, atol=0 if spacing in ("leading", "trailing", "sgm", "lcm") else 1e-8)
+            np.testing.assert_allclose(
+                t, expected, rtol=0, atol=0 if spacing in ("leading", "trailing", "sgm", "lcm") else 1e-8
+            )
     for n, works in neighbours if spacing != "lcm" else ():  # nothing nearer works
-        assert works not in refused and all(m in refused or not 1 <= m <= T for m in range(n - abs(n - works) + 1, n + abs(n - works)))
-    # leading: a whole stride that would leave more than a tenth of the schedule out at the noisy end, or that runs past it
+        assert works not in refused and all(
+            m in refused or not 1 <= m <= T for m in range(n - abs(n - works) + 1, n + abs(n - works))
+        )
+    # leading: a whole stride that would leave more than a tenth of the schedule out at the noisy end, or that
+    # runs past it
     assert spacing in ("leading", "lcm") or not refused
     if spacing == "lcm":
         assert refused == [*range(51, 121), 400, T] and all(works == 50 for _, works in neighbours)
@@ -85,15 +99,26 @@ def test_every_number_of_steps(spacing: str, offset: int) -> None:
         assert refused == lost and 20 not in lost and 50 not in lost
 
 
-VARIANTS = [{"final": "none"}, {"final": "first"}, {"drop_last": True}, {"integer": False}, {"integer": False, "drop_last": True}]
+VARIANTS = [
+    {"final": "none"},
+    {"final": "first"},
+    {"drop_last": True},
+    {"integer": False},
+    {"integer": False, "drop_last": True},
+]
 SOME = [*range(1, 31), 100, 101, 333, 334, 500, 501, 900, 998, 999, 1000]
 
 
-@pytest.mark.parametrize("numbers", [SOME, pytest.param(range(1, T + 1), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "numbers", [SOME, pytest.param(range(1, T + 1), marks=pytest.mark.slow)], ids=["some", "all"]
+)
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_number_of_steps_with_every_ending(spacing: str, options: dict[str, Any], numbers: Sequence[int]) -> None:
-    """Length exact, in range, strictly falling to the final state that was asked for; or refused with a neighbour that works."""
+def test_every_number_of_steps_with_every_ending(
+    spacing: str, options: dict[str, Any], numbers: Sequence[int]
+) -> None:
+    """Length exact, in range, strictly falling to the final state that was asked for; or refused with a
+    neighbour that works."""
     if options.get("final") == "first" and spacing not in ("leading", "trailing", "sgm", "lcm", *AYS):
         return  # their last timestep is the table's first entry already: test_final_states
     for n in [n for n in numbers if spacing != "lcm" or n < 110]:
@@ -118,7 +143,13 @@ def test_final_states(spacing: str) -> None:
     assert len(none) == 8 and float(none.sigma[-1]) > 0
     drop = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, drop_last=True)
     assert torch.equal(drop.t, none.t) and float(drop.sigma[-1]) == 0
-    if spacing in ("leading", "trailing", "sgm", "lcm", *AYS):  # their last evaluation is above the table's first entry
+    if spacing in (
+        "leading",
+        "trailing",
+        "sgm",
+        "lcm",
+        *AYS,
+    ):  # their last evaluation is above the table's first entry
         first = TimeGrid.make(SCHEDULE, 8, spacing=spacing, offset=1, final="first")
         assert float(first.alpha[-1] ** 2) == pytest.approx(float(SCHEDULE.alphas_cumprod[0]), rel=1e-15)
     else:
@@ -149,9 +180,13 @@ def test_karras_and_polyexponential_against_k_diffusion() -> None:
     for n in (1, 2, 10, 37):
         peer = sampling.get_sigmas_karras(n, low, high).double()
         # the peer computes in float32
-        torch.testing.assert_close(TimeGrid.make(SCHEDULE, n, spacing="karras").ratio, peer, rtol=3e-6, atol=0)
+        torch.testing.assert_close(
+            TimeGrid.make(SCHEDULE, n, spacing="karras").ratio, peer, rtol=3e-6, atol=0
+        )
         peer = sampling.get_sigmas_polyexponential(n, low, high, rho=1.3).double()
-        torch.testing.assert_close(TimeGrid.make(SCHEDULE, n, spacing="polyexponential", rho=1.3).ratio, peer, rtol=3e-6, atol=0)
+        torch.testing.assert_close(
+            TimeGrid.make(SCHEDULE, n, spacing="polyexponential", rho=1.3).ratio, peer, rtol=3e-6, atol=0
+        )
 
 
 def test_tail() -> None:
@@ -159,7 +194,11 @@ def test_tail() -> None:
     assert grid.tail(1.0).t.tolist() == grid.t.tolist()
     for strength, n in ((0.75, 15), (0.5, 10), (0.01, 1), (0, 1)):
         tail = grid.tail(strength)
-        assert len(tail) == n and torch.equal(tail.t, grid.t[-n:]) and torch.equal(tail.alpha, grid.alpha[-n - 1 :])
+        assert (
+            len(tail) == n
+            and torch.equal(tail.t, grid.t[-n:])
+            and torch.equal(tail.alpha, grid.alpha[-n - 1 :])
+        )
     for wrong in (-0.1, 1.1):
         with pytest.raises(ValueError, match="strength"):
             grid.tail(wrong)
@@ -172,7 +211,9 @@ def test_a_grid_begun_where_the_data_can_still_be_seen(schedule: NoiseSchedule, 
     begun = whole.from_ratio(10.0)
     assert float(begun.ratio[0]) <= 10.0 < float(schedule.log_ratio[int(begun.t[0]) + 1].exp())
     assert len(begun) == 1 + int((whole.t < begun.t[0]).sum()) < len(whole) + (steps < 1000)
-    assert torch.equal(begun.t[1:], whole.t[-(len(begun) - 1) :]) and torch.equal(begun.alpha[1:], whole.alpha[-(len(begun) - 1) - 1 :])
+    assert torch.equal(begun.t[1:], whole.t[-(len(begun) - 1) :]) and torch.equal(
+        begun.alpha[1:], whole.alpha[-(len(begun) - 1) - 1 :]
+    )
     assert begun.from_ratio(10.0) is begun and whole.from_ratio(float("inf")) is whole
 
 

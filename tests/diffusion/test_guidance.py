@@ -67,7 +67,11 @@ def test_contexts_of_different_lengths_go_in_one_masked_batch() -> None:
 
         def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             self.calls += 1
-            mask = torch.ones(cond.context.shape[:2], dtype=torch.bool) if cond.context_mask is None else cond.context_mask
+            mask = (
+                torch.ones(cond.context.shape[:2], dtype=torch.bool)
+                if cond.context_mask is None
+                else cond.context_mask
+            )
             mean = (cond.context * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
             return x * 0 + mean
 
@@ -105,7 +109,9 @@ def test_rescale_is_the_peer_s() -> None:
     cond, uncond = conds()
     a, b = denoiser(x, T, uncond).eps, denoiser(x, T, cond).eps
     expected = rescale_noise_cfg(a + 7.5 * (b - a), b, guidance_rescale=0.7)
-    torch.testing.assert_close(cfg(denoiser, cond, uncond, 7.5, rescale=0.7)(x, T).eps, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        cfg(denoiser, cond, uncond, 7.5, rescale=0.7)(x, T).eps, expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_interval_is_conditional_outside() -> None:
@@ -143,7 +149,8 @@ def test_dynamic_threshold_formula() -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_keep_known_carries_the_known_region(sampler: str) -> None:
-    """At every step the known half stands at the level arrived at: alpha'·known + sigma'·(its own noise); at the end it is known, exactly."""
+    """At every step the known half stands at the level arrived at: alpha'·known + sigma'·(its own noise); at
+    the end it is known, exactly."""
     x, known = state(), state() * 0 + 0.7
     mask = torch.tensor([0.0, 0, 0, 1, 1, 1])
     grid = TimeGrid.make(SCHEDULE, 10, offset=1)
@@ -164,7 +171,10 @@ def test_switch() -> None:
 
     fn = switch(says(1.0), says(2.0), below=100)  # type: ignore[arg-type]
     x = state()
-    assert float(fn(x, torch.tensor(100.0)).x0[0, 0]) == 1 and float(fn(x, torch.tensor([99.0] * 3)).x0[0, 0]) == 2
+    assert (
+        float(fn(x, torch.tensor(100.0)).x0[0, 0]) == 1
+        and float(fn(x, torch.tensor([99.0] * 3)).x0[0, 0]) == 2
+    )
     with pytest.raises(ValueError, match="one t"):
         fn(x, torch.tensor([99.0, 100, 101]))
 
@@ -187,7 +197,9 @@ def test_interval_is_each_sample_s_own() -> None:
     t = torch.tensor([100.0, 900.0])
     ratio = float((1 / SCHEDULE.snr(500)).sqrt())
     guided = cfg(denoiser, cond, uncond, 5.0, interval=(0.0, ratio))(x, t)
-    torch.testing.assert_close(guided.x0[:1], cfg(denoiser, cond, uncond, 5.0)(x, t).x0[:1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        guided.x0[:1], cfg(denoiser, cond, uncond, 5.0)(x, t).x0[:1], rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(guided.x0[1:], denoiser(x, t, cond).x0[1:], rtol=1e-12, atol=1e-12)
 
 
@@ -205,7 +217,8 @@ def test_compose_of_one_is_cfg_and_weights_add() -> None:
 
 
 def test_perp_neg_ignores_a_negative_along_the_prompt() -> None:
-    """A negative prompt that says the same leaves the guidance as it was; one across it is subtracted whole."""
+    """A negative prompt that says the same leaves the guidance as it was; one across it is subtracted
+    whole."""
     denoiser, x = make(dims=2), state(3, 2)
     uncond = Cond(pooled=torch.zeros(1, 2, dtype=torch.float64))
     along, across = (Cond(pooled=torch.tensor([v], dtype=torch.float64)) for v in ([1.0, 0.0], [0.0, 1.0]))
@@ -223,7 +236,9 @@ def test_apg_limits() -> None:
     denoiser, x = make(), state()
     cond, uncond = conds()
     plain, c = cfg(denoiser, cond, uncond, 5.0)(x, T), denoiser(x, T, cond)
-    torch.testing.assert_close(apg(denoiser, cond, uncond, 5.0, eta=1.0)(x, T).x0, plain.x0, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        apg(denoiser, cond, uncond, 5.0, eta=1.0)(x, T).x0, plain.x0, rtol=1e-10, atol=1e-10
+    )
     projected = apg(denoiser, cond, uncond, 5.0)(x, T)
     moved = projected.x0 - c.x0
     torch.testing.assert_close((moved * c.x0).sum(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
@@ -239,7 +254,8 @@ def test_autoguidance_formula() -> None:
 
 
 def test_classifier_guidance_gives_the_posterior() -> None:
-    """Data N(m, s²), y = x0 + noise of deviation r: with the exact log p(y | x_t) the guided x0 is E[x0 | x_t, y], in closed form."""
+    """Data N(m, s²), y = x0 + noise of deviation r: with the exact log p(y | x_t) the guided x0 is E[x0 |
+    x_t, y], in closed form."""
     m, s, r, y = 0.5, 0.8, 0.6, 1.3
     denoiser, x = make(), state()
     alpha, sigma = (float(v) for v in SCHEDULE.alpha_sigma(T))
@@ -258,7 +274,9 @@ def test_classifier_guidance_gives_the_posterior() -> None:
         return (-0.5 * (y - x0) ** 2 / (post_var + r**2)).sum(1)
 
     through = gradient(denoiser.bind(Cond()), SCHEDULE, of_x0, of_x0=True)(x, T)
-    torch.testing.assert_close(through.x0, exact, rtol=0, atol=1e-10)  # here x0 is the posterior mean, so both ways are the same
+    torch.testing.assert_close(
+        through.x0, exact, rtol=0, atol=1e-10
+    )  # here x0 is the posterior mean, so both ways are the same
     zero = SCHEDULE.zero_terminal_snr()
     fn = gradient(gaussian(dims=6).denoise(zero), zero, log_prob)
     with pytest.raises(ValueError, match="alpha 0"):

@@ -1,4 +1,5 @@
-"""Every guidance with every other: what must hold of a DenoiseFn holds of each pair, and where a pair has a closed form it is that."""
+"""Every guidance with every other: what must hold of a DenoiseFn holds of each pair, and where a pair has a
+closed form it is that."""
 
 from __future__ import annotations
 
@@ -27,7 +28,13 @@ DIRECTION = torch.linspace(-1, 2, DIMS, dtype=torch.float64)
 
 
 def cond(*values: float) -> Cond:
-    return Cond(pooled=torch.tensor([values], dtype=torch.float64) if len(values) == DIMS else torch.full((1, DIMS), values[0], dtype=torch.float64))
+    return Cond(
+        pooled=(
+            torch.tensor([values], dtype=torch.float64)
+            if len(values) == DIMS
+            else torch.full((1, DIMS), values[0], dtype=torch.float64)
+        )
+    )
 
 
 C, U, OTHER = cond(1.5), cond(0.0), cond(1, -1, 0.5, 0, 2, -0.5)
@@ -47,7 +54,9 @@ def classifier(x: Tensor, t: Tensor) -> Tensor:
 
 def similarity(x0: Tensor, t: Tensor) -> Tensor:
     """What CLIP guidance asks for: a nonlinear tower, and the cosine with an embedding."""
-    embedding = torch.tanh(0.05 * torch.stack([x0.flatten(1).roll(k, 1).cumsum(1) for k in range(3)]).sum(0))  # not saturated
+    embedding = torch.tanh(
+        0.05 * torch.stack([x0.flatten(1).roll(k, 1).cumsum(1) for k in range(3)]).sum(0)
+    )  # not saturated
     return 3 * torch.nn.functional.cosine_similarity(embedding, DIRECTION[None], dim=1)
 
 
@@ -66,14 +75,31 @@ Wrapper = Callable[[DenoiseFn], DenoiseFn]
 WRAPPERS: dict[str, tuple[Wrapper, Wrapper | None]] = {
     "clip_x0": (lambda fn: clip_x0(fn, SCHEDULE, 0.8), lambda fn: clip_x0(fn, SCHEDULE, 1e6)),
     "dynamic_threshold": (lambda fn: dynamic_threshold(fn, SCHEDULE, 0.7), None),
-    "classifier": (lambda fn: gradient(fn, SCHEDULE, classifier, 2.0), lambda fn: gradient(fn, SCHEDULE, classifier, 0.0)),
-    "clip guidance": (lambda fn: gradient(fn, SCHEDULE, similarity, 2.0, of_x0=True), lambda fn: gradient(fn, SCHEDULE, similarity, 0.0, of_x0=True)),
-    "autoguidance": (lambda fn: autoguidance(fn, make().bind(OTHER), 1.7), lambda fn: autoguidance(fn, make().bind(OTHER), 1.0)),
-    "interval": (lambda fn: between(fn, make().bind(C), SCHEDULE, 0.1, RATIO), lambda fn: between(fn, make().bind(C), SCHEDULE, 0.0, 1e9)),
-    "keep_known": (lambda fn: keep_known(fn, SCHEDULE, KNOWN, MASK), lambda fn: keep_known(fn, SCHEDULE, KNOWN, MASK * 0 + 1)),
+    "classifier": (
+        lambda fn: gradient(fn, SCHEDULE, classifier, 2.0),
+        lambda fn: gradient(fn, SCHEDULE, classifier, 0.0),
+    ),
+    "clip guidance": (
+        lambda fn: gradient(fn, SCHEDULE, similarity, 2.0, of_x0=True),
+        lambda fn: gradient(fn, SCHEDULE, similarity, 0.0, of_x0=True),
+    ),
+    "autoguidance": (
+        lambda fn: autoguidance(fn, make().bind(OTHER), 1.7),
+        lambda fn: autoguidance(fn, make().bind(OTHER), 1.0),
+    ),
+    "interval": (
+        lambda fn: between(fn, make().bind(C), SCHEDULE, 0.1, RATIO),
+        lambda fn: between(fn, make().bind(C), SCHEDULE, 0.0, 1e9),
+    ),
+    "keep_known": (
+        lambda fn: keep_known(fn, SCHEDULE, KNOWN, MASK),
+        lambda fn: keep_known(fn, SCHEDULE, KNOWN, MASK * 0 + 1),
+    ),
     "switch": (lambda fn: switch(fn, make().bind(C), 300), lambda fn: switch(fn, make().bind(C), 0)),
 }
-PAIRS = [(f"{wrapper}({maker})", WRAPPERS[wrapper], MAKERS[maker]) for wrapper in WRAPPERS for maker in MAKERS] + [
+PAIRS = [
+    (f"{wrapper}({maker})", WRAPPERS[wrapper], MAKERS[maker]) for wrapper in WRAPPERS for maker in MAKERS
+] + [
     (f"{outer}({inner}(cfg))", WRAPPERS[outer], lambda d, inner=inner: WRAPPERS[inner][0](MAKERS["cfg"](d)))
     for outer in WRAPPERS
     for inner in WRAPPERS
@@ -81,8 +107,11 @@ PAIRS = [(f"{wrapper}({maker})", WRAPPERS[wrapper], MAKERS[maker]) for wrapper i
 
 
 @pytest.mark.parametrize(("name", "wrapper", "maker"), PAIRS, ids=[name for name, *_ in PAIRS])
-def test_a_pair_is_a_denoiser(name: str, wrapper: tuple[Wrapper, Wrapper | None], maker: Callable[[Denoiser], DenoiseFn]) -> None:
-    """x_t = alpha·x0 + sigma·eps; each sample is its own, whatever the batch; without strength the outer leaves the inner as it is."""
+def test_a_pair_is_a_denoiser(
+    name: str, wrapper: tuple[Wrapper, Wrapper | None], maker: Callable[[Denoiser], DenoiseFn]
+) -> None:
+    """x_t = alpha·x0 + sigma·eps; each sample is its own, whatever the batch; without strength the outer
+    leaves the inner as it is."""
     x, strong, neutral = state(), *wrapper
     fn = strong(maker(make()))
     times = TIMES[:1].expand(3) if "switch" in name else TIMES  # a switch is for the whole batch
@@ -96,8 +125,12 @@ def test_a_pair_is_a_denoiser(name: str, wrapper: tuple[Wrapper, Wrapper | None]
     inner = maker(make())(x, times)
     if neutral is not None:  # eps is derived again: to rounding
         torch.testing.assert_close(neutral(maker(make()))(x, times).x0, inner.x0, rtol=0, atol=1e-12)
-    # the others change only what lies beyond their limits, and through a clamp that holds every number there is no slope
-    if name.startswith(("classifier", "clip guidance", "autoguidance")) and name != "clip guidance(clip_x0(cfg))":
+    # the others change only what lies beyond their limits, and through a clamp that holds every number there
+    # is no slope
+    if (
+        name.startswith(("classifier", "clip guidance", "autoguidance"))
+        and name != "clip guidance(clip_x0(cfg))"
+    ):
         assert bool(((d.x0 - inner.x0).abs().amax(1) > 1e-6).all())
 
 
@@ -111,7 +144,9 @@ def test_outermost_has_the_last_word(maker: str) -> None:
         assert float(clip_x0(wrapped, SCHEDULE, 0.8)(x, TIMES).x0.abs().max()) <= 0.8
         assert float(dynamic_threshold(wrapped, SCHEDULE, 0.7)(x, TIMES).x0.abs().max()) <= 1.0
         kept = keep_known(wrapped, SCHEDULE, KNOWN, MASK)(x, TIMES).x0
-        assert torch.equal(kept[:, :2], KNOWN[:, :2].expand(3, 2)) and torch.equal(kept[:, 2:], wrapped(x, TIMES).x0[:, 2:])
+        assert torch.equal(kept[:, :2], KNOWN[:, :2].expand(3, 2)) and torch.equal(
+            kept[:, 2:], wrapped(x, TIMES).x0[:, 2:]
+        )
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -131,8 +166,12 @@ def test_lines_through_lines_are_lines() -> None:
     """Guidance along straight lines: a line through a line has a closed form."""
     d, x = make(), state()
     plain = d(x, TIMES, U)
-    close(autoguidance(cfg(d, C, U, 4.0), d.bind(U), 1.5)(x, TIMES), cfg(d, C, U, 6.0)(x, TIMES))  # u + 1.5·4·(c − u)
-    close(autoguidance(cfg(d, C, U, 3.0), cfg(d, C, U, 1.0), 2.0)(x, TIMES), cfg(d, C, U, 5.0)(x, TIMES))  # 1 + 2·(3 − 1)
+    close(
+        autoguidance(cfg(d, C, U, 4.0), d.bind(U), 1.5)(x, TIMES), cfg(d, C, U, 6.0)(x, TIMES)
+    )  # u + 1.5·4·(c − u)
+    close(
+        autoguidance(cfg(d, C, U, 3.0), cfg(d, C, U, 1.0), 2.0)(x, TIMES), cfg(d, C, U, 5.0)(x, TIMES)
+    )  # 1 + 2·(3 − 1)
     both = compose(d, [(C, 2.0), (OTHER, 3.0)], U)(x, TIMES)
     a, b = cfg(d, C, U, 2.0)(x, TIMES), cfg(d, OTHER, U, 3.0)(x, TIMES)
     close(both, Denoised(a.x0 + b.x0 - plain.x0, a.eps + b.eps - plain.eps))
@@ -141,7 +180,8 @@ def test_lines_through_lines_are_lines() -> None:
 
 
 def test_gradients_add_and_commute_with_lines() -> None:
-    """A classifier of the noisy state moves eps by −scale·sigma·slope, whatever it wraps; two of them add in either order."""
+    """A classifier of the noisy state moves eps by −scale·sigma·slope, whatever it wraps; two of them add in
+    either order."""
     d, x = make(), state()
 
     def steep(x: Tensor, t: Tensor) -> Tensor:
@@ -151,15 +191,20 @@ def test_gradients_add_and_commute_with_lines() -> None:
     _, sigma = (broadcast(v, x) for v in SCHEDULE.alpha_sigma(TIMES))
     slope = torch.sigmoid(-(x * DIRECTION).sum(1, keepdim=True)) * DIRECTION
     one = gradient(inner, SCHEDULE, classifier, 2.0)
-    torch.testing.assert_close(one(x, TIMES).eps, inner(x, TIMES).eps - 2 * sigma * slope, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        one(x, TIMES).eps, inner(x, TIMES).eps - 2 * sigma * slope, rtol=1e-10, atol=1e-10
+    )
     two = gradient(one, SCHEDULE, steep, 0.5)(x, TIMES)
     close(two, gradient(gradient(inner, SCHEDULE, steep, 0.5), SCHEDULE, classifier, 2.0)(x, TIMES))
-    torch.testing.assert_close(two.eps, inner(x, TIMES).eps - 2 * sigma * slope + sigma * x, rtol=1e-10, atol=1e-10)  # −0.5·sigma·(−2x)
+    torch.testing.assert_close(
+        two.eps, inner(x, TIMES).eps - 2 * sigma * slope + sigma * x, rtol=1e-10, atol=1e-10
+    )  # −0.5·sigma·(−2x)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_clip_guidance_goes_through_everything_inside(maker: str) -> None:
-    """The slope of a nonlinear score of x0, through the network and the guidance around it, by central differences."""
+    """The slope of a nonlinear score of x0, through the network and the guidance around it, by central
+    differences."""
     x, t = state(1), TIMES[:1]
     inner = MAKERS[maker](make())
     moved = gradient(inner, SCHEDULE, similarity, 1.0, of_x0=True)(x, t)
@@ -169,14 +214,18 @@ def test_clip_guidance_goes_through_everything_inside(maker: str) -> None:
         step[0, i] = 1e-5
         difference = (similarity(inner(x + step, t).x0, t) - similarity(inner(x - step, t).x0, t)) / 2e-5
         # central differences: 1e-10 of curvature, 1e-16/1e-5 of rounding
-        torch.testing.assert_close((inner(x, t).eps - moved.eps)[0, i], (sigma * difference)[0], rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            (inner(x, t).eps - moved.eps)[0, i], (sigma * difference)[0], rtol=0, atol=1e-8
+        )
 
 
 def test_between_takes_each_sample_by_its_level_and_only_what_is_needed() -> None:
     d, plain = make(), make()
     fn = between(apg(d, C, U, 4.0), plain.bind(C), SCHEDULE, 0.1, RATIO * 1.001)
     x, out = state(), fn(state(), TIMES)
-    torch.testing.assert_close(out.x0[:2], apg(make(), C, U, 4.0)(x, TIMES).x0[:2], rtol=1e-12, atol=1e-12)  # t 400 and 250 lie inside
+    torch.testing.assert_close(
+        out.x0[:2], apg(make(), C, U, 4.0)(x, TIMES).x0[:2], rtol=1e-12, atol=1e-12
+    )  # t 400 and 250 lie inside
     torch.testing.assert_close(out.x0[2:], make()(x, TIMES, C).x0[2:], rtol=1e-12, atol=1e-12)
     d.net.calls = plain.net.calls = 0
     fn(x, torch.tensor(900.0))
@@ -220,10 +269,15 @@ def test_two_weights_that_sum_to_one_leave_the_unconditional_out() -> None:
 
 
 def test_perp_neg_and_apg_at_pure_noise() -> None:
-    """Zero terminal SNR: at alpha 0 guidance of x0 is defined, and every wrapper that derives eps from it gives eps = x_t."""
+    """Zero terminal SNR: at alpha 0 guidance of x0 is defined, and every wrapper that derives eps from it
+    gives eps = x_t."""
     zero = SCHEDULE.zero_terminal_snr()
     d, x = Denoiser(AnalyticNet(gaussian(dims=DIMS), zero, "v"), zero, "v"), state()
-    for fn in (perp_neg(d, C, [(OTHER, 0.8)], U, 4.0), apg(d, C, U, 4.0), compose(d, [(C, 2.0), (OTHER, 1.0)], U)):
+    for fn in (
+        perp_neg(d, C, [(OTHER, 0.8)], U, 4.0),
+        apg(d, C, U, 4.0),
+        compose(d, [(C, 2.0), (OTHER, 1.0)], U),
+    ):
         out = fn(x, torch.tensor(999.0))
         assert torch.isfinite(out.x0).all()
         torch.testing.assert_close(out.eps, x, rtol=0, atol=1e-12)

@@ -7,7 +7,9 @@ from ldm.diffusion.noise import initial_noise, keyed_noise, keyed_normal
 def test_initial_noise_is_torch_s_own() -> None:
     noise = initial_noise([7, 8], (4, 8, 8))
     for i, seed in enumerate((7, 8)):
-        assert torch.equal(noise[i : i + 1], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)))
+        assert torch.equal(
+            noise[i : i + 1], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        )
 
 
 def test_step_noise_depends_on_seed_and_step_alone() -> None:
@@ -22,10 +24,13 @@ def test_step_noise_depends_on_seed_and_step_alone() -> None:
 
 
 def test_streams_are_normal_and_unrelated() -> None:
-    """Neighbouring keys, and seeds that agree in their low 32 bits: correlations of 100,000 draws stay within 5 standard errors."""
+    """Neighbouring keys, and seeds that agree in their low 32 bits: correlations of 100,000 draws stay within
+    5 standard errors."""
     n = 100_000
     keys = [(0, 0), (0, 1), (1, 0), (1, 1), (2**32, 0), (2**32 + 1, 1), (2**64 - 1, 3)]
-    draws = torch.stack([keyed_normal(seed, k, (n,)) for seed, k in keys] + [initial_noise([0], (n,))[0]]).double()
+    draws = torch.stack(
+        [keyed_normal(seed, k, (n,)) for seed, k in keys] + [initial_noise([0], (n,))[0]]
+    ).double()
     assert float(draws.mean(1).abs().max()) < 5 / n**0.5
     gram = draws @ draws.T / n
     assert float((gram - torch.eye(len(draws))).abs().max()) < 5 * (2 / n) ** 0.5

@@ -10,12 +10,17 @@ def test_round_trip(prediction: str) -> None:
     """What the target says about x_t is the x0 and eps that x_t was made of."""
     schedule = NoiseSchedule.scaled_linear()
     g = torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(5, 3, 2, generator=g, dtype=torch.float64), torch.randn(5, 3, 2, generator=g, dtype=torch.float64)
+    x0, eps = (
+        torch.randn(5, 3, 2, generator=g, dtype=torch.float64),
+        torch.randn(5, 3, 2, generator=g, dtype=torch.float64),
+    )
     t = torch.tensor([0.0, 10.5, 400, 998.25, 999], dtype=torch.float64)
     alpha, sigma = (broadcast(v, x0) for v in schedule.alpha_sigma(t))
     x_t = schedule.add_noise(x0, t, eps)
     d = denoised(target(x0, eps, alpha, sigma, prediction), x_t, alpha, sigma, prediction)
-    torch.testing.assert_close(d.x0, x0, rtol=0, atol=1e-13)  # dividing by alpha ~ 0.07 or sigma ~ 0.03 costs two digits of 16
+    torch.testing.assert_close(
+        d.x0, x0, rtol=0, atol=1e-13
+    )  # dividing by alpha ~ 0.07 or sigma ~ 0.03 costs two digits of 16
     torch.testing.assert_close(d.eps, eps, rtol=0, atol=1e-13)
 
 
@@ -24,7 +29,9 @@ def test_v_is_the_velocity_on_the_circle() -> None:
     x0, eps = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-1.1, dtype=torch.float64)
     phi, h = torch.tensor(0.4, dtype=torch.float64), 1e-5
     at = lambda p: p.cos() * x0 + p.sin() * eps  # noqa: E731
-    torch.testing.assert_close(target(x0, eps, phi.cos(), phi.sin(), "v"), (at(phi + h) - at(phi - h)) / (2 * h), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        target(x0, eps, phi.cos(), phi.sin(), "v"), (at(phi + h) - at(phi - h)) / (2 * h), rtol=0, atol=1e-9
+    )
 
 
 def test_unknown_name() -> None:

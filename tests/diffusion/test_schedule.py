@@ -14,13 +14,16 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_add_noise_is_the_chain(name: str) -> None:
-    """q(x_t | x_0) step by step: mean m ← sqrt(1 − beta)·m, variance v ← (1 − beta)·v + beta; add_noise is affine in x0 and eps."""
+    """q(x_t | x_0) step by step: mean m ← sqrt(1 − beta)·m, variance v ← (1 − beta)·v + beta; add_noise is
+    affine in x0 and eps."""
     schedule = SCHEDULES[name]
     mean, var = 1.0, 0.0
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     for t, beta in enumerate(schedule.betas.tolist()):
         mean, var = math.sqrt(1 - beta) * mean, (1 - beta) * var + beta
-        assert float(schedule.add_noise(one, t, zero)) == pytest.approx(mean, rel=1e-10)  # 1000 roundings of 1e-16, with room
+        assert float(schedule.add_noise(one, t, zero)) == pytest.approx(
+            mean, rel=1e-10
+        )  # 1000 roundings of 1e-16, with room
         assert float(schedule.add_noise(zero, t, one)) ** 2 == pytest.approx(var, rel=1e-10)
 
 
@@ -36,19 +39,25 @@ def test_variance_preserved_and_snr_falls(name: str) -> None:
 def test_integers_are_the_table_and_between_them_the_log_ratio_is_linear() -> None:
     schedule = NoiseSchedule.scaled_linear()
     alpha, sigma = schedule.alpha_sigma(torch.arange(1000))
-    assert torch.equal(alpha, schedule.alphas_cumprod.sqrt()) and torch.equal(sigma, (1 - schedule.alphas_cumprod).sqrt())
+    assert torch.equal(alpha, schedule.alphas_cumprod.sqrt()) and torch.equal(
+        sigma, (1 - schedule.alphas_cumprod).sqrt()
+    )
     a, s = schedule.alpha_sigma(torch.tensor([10.25], dtype=torch.float64))
     expected = 0.75 * (sigma[10] / alpha[10]).log() + 0.25 * (sigma[11] / alpha[11]).log()
     assert float((s / a).log()) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_tables_against_their_formulas() -> None:
-    betas = [(math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * i / 999) ** 2 for i in range(1000)]
+    betas = [
+        (math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * i / 999) ** 2 for i in range(1000)
+    ]
     bar = math.exp(sum(math.log1p(-b) for b in betas))
     assert float(NoiseSchedule.scaled_linear().alphas_cumprod[-1]) == pytest.approx(bar, rel=1e-10)
     cosine = NoiseSchedule.cosine(1000).alphas_cumprod
     ratio = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    assert float(cosine[499]) == pytest.approx(ratio, rel=1e-10)  # alpha-bar(u = 1/2): t = 499 is the 500th step
+    assert float(cosine[499]) == pytest.approx(
+        ratio, rel=1e-10
+    )  # alpha-bar(u = 1/2): t = 499 is the 500th step
     assert float(1 - cosine[999] / cosine[998]) == pytest.approx(0.999)
 
 
@@ -84,7 +93,9 @@ def test_add_noise_per_sample_and_dtype() -> None:
     noised = schedule.add_noise(x0, t, eps)
     assert noised.dtype == torch.float32
     for i in range(3):
-        torch.testing.assert_close(noised[i : i + 1], schedule.add_noise(x0[i : i + 1], int(t[i]), eps[i : i + 1]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            noised[i : i + 1], schedule.add_noise(x0[i : i + 1], int(t[i]), eps[i : i + 1]), rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +107,10 @@ def test_add_noise_per_sample_and_dtype() -> None:
         (lambda: NoiseSchedule.from_betas(torch.tensor([0.0, 0.1])), "betas"),
         (lambda: NoiseSchedule.linear(10).alpha_sigma(10), r"\[0, 9\]"),
         (lambda: NoiseSchedule.linear(10).alpha_sigma(-0.1), r"\[0, 9\]"),
-        (lambda: NoiseSchedule.linear(10).add_noise(torch.zeros(2, 1), torch.zeros(3), torch.zeros(2, 1)), r"\(2,\)"),
+        (
+            lambda: NoiseSchedule.linear(10).add_noise(torch.zeros(2, 1), torch.zeros(3), torch.zeros(2, 1)),
+            r"\(2,\)",
+        ),
     ],
 )
 def test_wrong_input(make: object, message: str) -> None:

@@ -7,15 +7,22 @@ from ldm.diffusion.cond import Cond
 def test_cat_pads_contexts_and_masks_the_padding() -> None:
     joined = Cond.cat([Cond(context=torch.ones(2, 3, 4)), Cond(context=torch.ones(1, 5, 4))])
     assert joined.context is not None and joined.context_mask is not None
-    assert joined.context.shape == (3, 5, 4) and joined.context_mask.tolist() == [[True] * 3 + [False] * 2] * 2 + [[True] * 5]
+    assert joined.context.shape == (3, 5, 4) and joined.context_mask.tolist() == [
+        [True] * 3 + [False] * 2
+    ] * 2 + [[True] * 5]
     assert float(joined.context[:2, 3:].abs().sum()) == 0
 
 
 def test_cat_needs_no_mask_for_equal_lengths() -> None:
     assert Cond.cat([Cond(context=torch.ones(1, 3, 4))] * 2).context_mask is None
     mask = torch.tensor([[True, False, True]])
-    joined = Cond.cat([Cond(context=torch.ones(1, 3, 4), context_mask=mask), Cond(context=torch.ones(1, 3, 4))])
-    assert joined.context_mask is not None and joined.context_mask.tolist() == [[True, False, True], [True] * 3]
+    joined = Cond.cat(
+        [Cond(context=torch.ones(1, 3, 4), context_mask=mask), Cond(context=torch.ones(1, 3, 4))]
+    )
+    assert joined.context_mask is not None and joined.context_mask.tolist() == [
+        [True, False, True],
+        [True] * 3,
+    ]
 
 
 def test_batch_operations() -> None:

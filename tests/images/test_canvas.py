@@ -1,4 +1,5 @@
-"""Canvases: what is known stays to the bit, holes are filled from their borders alone, corrections are harmonic, sizes are made to fit aloud."""
+"""Canvases: what is known stays to the bit, holes are filled from their borders alone, corrections are
+harmonic, sizes are made to fit aloud."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def test_known_pixels_are_the_given_ones_to_the_bit(seam: float, feather: int) -
 def test_feathered_weights_rise_inside_the_hole_alone() -> None:
     weight = soft(right_half(), 3)[0, 0, 4]
     assert torch.allclose(weight, torch.tensor([0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]))
-    assert torch.equal(soft(torch.ones(1, 1, 4, 4), 2), torch.ones(1, 1, 4, 4))  # the canvas' edge is no border
+    assert torch.equal(
+        soft(torch.ones(1, 1, 4, 4), 2), torch.ones(1, 1, 4, 4)
+    )  # the canvas' edge is no border
 
 
 def test_a_constant_difference_is_carried_as_the_screened_equation_says() -> None:
@@ -53,7 +56,11 @@ def test_without_a_screen_a_linear_difference_between_two_borders_is_continued()
     ramp = torch.linspace(-1, 1, 21).expand(1, 2, 5, 21)
     hole = torch.zeros(1, 1, 5, 21)
     hole[..., 3:17] = 1
-    assert torch.allclose(border_correction(torch.zeros_like(ramp), ramp * (1 - hole), hole, 1e6) + ramp * (1 - hole), ramp, atol=1e-3)
+    assert torch.allclose(
+        border_correction(torch.zeros_like(ramp), ramp * (1 - hole), hole, 1e6) + ramp * (1 - hole),
+        ramp,
+        atol=1e-3,
+    )
 
 
 def test_the_step_across_the_border_becomes_the_one_that_was_made() -> None:
@@ -69,42 +76,56 @@ def test_the_step_across_the_border_becomes_the_one_that_was_made() -> None:
 
 @pytest.mark.parametrize("across", [False, True])
 def test_a_step_across_the_border_that_would_be_a_seam_is_limited_to_the_pictures_own(across: bool) -> None:
-    """Steps of the given picture: 0.01 along the axis; made: 0.4 where the hole begins, on half of the border."""
+    """Steps of the given picture: 0.01 along the axis; made: 0.4 where the hole begins, on half of the
+    border."""
     given = 0.2 + 0.01 * torch.arange(40.0).expand(1, 3, 40, 40)
     hole, made = right_half(40, 40), given.clone()
     made[:, :, :20, 20:] += 0.4
     if across:
         given, hole, made = (x.transpose(-1, -2) for x in (given, hole, made))
     steps = {}
-    for name, got in {"plain": paste(made, given, hole), "corrected": paste(made, given, hole, seam=10.0)}.items():
+    for name, got in {
+        "plain": paste(made, given, hole),
+        "corrected": paste(made, given, hole, seam=10.0),
+    }.items():
         got = got.transpose(-1, -2) if across else got
         steps[name] = (got[..., 20] - got[..., 19])[0, 0]
     assert (steps["plain"][:20] - 0.41).abs().max() < 1e-5
-    assert steps["corrected"].abs().mean() < 0.06  # of the 0.41, what a reach of ten lets fade within one pixel, 0.04, and the step of 0.01
+    assert (
+        steps["corrected"].abs().mean() < 0.06
+    )  # of the 0.41, what a reach of ten lets fade within one pixel, 0.04, and the step of 0.01
     assert (steps["corrected"][30:] - 0.01).abs().max() < 0.01  # far from it the border stays as it was made
 
 
 def test_what_is_made_on_a_flat_picture_keeps_its_edges() -> None:
-    """A grey thing that begins at the border of the hole of a white picture, which has no step that its own could be held to."""
+    """A grey thing that begins at the border of the hole of a white picture, which has no step that its own
+    could be held to."""
     given, hole = torch.ones(1, 3, 40, 40), right_half(40, 40)
     made = given.clone()
     made[..., 20:] = 0.2
     assert (paste(made, given, hole, seam=10.0) - made).abs().max() < 1e-5
-    alone = paste(torch.rand(1, 3, 1, 10), torch.rand(1, 3, 1, 10), right_half(1, 10), seam=4.0)  # one pixel high: nothing above or below
+    alone = paste(
+        torch.rand(1, 3, 1, 10), torch.rand(1, 3, 1, 10), right_half(1, 10), seam=4.0
+    )  # one pixel high: nothing above or below
     assert alone.isfinite().all()
 
 
 def test_without_two_known_neighbours_no_step_is_too_large() -> None:
     hole = torch.ones(1, 1, 8, 8)
     hole[..., ::2, ::2] = 0  # every known pixel stands alone
-    assert border_limit(picture(h=8, w=8), hole, -1).isinf().all() and border_limit(picture(h=8, w=8), hole, -2).isinf().all()
+    assert (
+        border_limit(picture(h=8, w=8), hole, -1).isinf().all()
+        and border_limit(picture(h=8, w=8), hole, -2).isinf().all()
+    )
 
 
 def test_a_hole_is_filled_from_its_border_whatever_is_under_it() -> None:
     image, hole = picture(), right_half()
     other = image.clone()
     other[..., 5:] = 0.123
-    assert torch.equal(fill(image, hole), fill(other, hole)) and torch.equal(fill(image, hole)[..., :5], image[..., :5])
+    assert torch.equal(fill(image, hole), fill(other, hole)) and torch.equal(
+        fill(image, hole)[..., :5], image[..., :5]
+    )
     flat = torch.full((2, 4, 9, 7), 0.7)
     island = torch.ones(1, 1, 9, 7)
     island[..., 4, 3] = 0
@@ -116,14 +137,18 @@ def test_margins_and_sizes() -> None:
     image = picture()
     canvas = Canvas.extended(image, left=3, top=2, right=1, bottom=0, multiple=8)
     assert canvas.size == (16, 16) and canvas.frame == (14, 14)
-    assert torch.equal(canvas.pixels[..., 2:14, 3:13], image) and float(canvas.hole.sum()) == 16 * 16 - 12 * 10
+    assert (
+        torch.equal(canvas.pixels[..., 2:14, 3:13], image) and float(canvas.hole.sum()) == 16 * 16 - 12 * 10
+    )
     assert bool((canvas.hole[..., 2:14, 3:13] == 0).all())
     done = canvas.finish(torch.rand(2, 3, 16, 16), seam=2.0)
     assert done.shape == (2, 3, 14, 14) and torch.equal(done[:, :, 2:, 3:13], image.expand(2, -1, -1, -1))
     with pytest.warns(Padded, match="10×12 is no multiple of 8: padded to 16×16"):
         canvas = Canvas.masked(image, right_half(), multiple=8)
     assert canvas.size == (16, 16) and canvas.frame == (12, 10)
-    assert bool((canvas.hole[..., 10:] == 1).all()) and torch.equal(canvas.pixels[..., :12, 15], image[..., 9])  # the last column, repeated
+    assert bool((canvas.hole[..., 10:] == 1).all()) and torch.equal(
+        canvas.pixels[..., :12, 15], image[..., 9]
+    )  # the last column, repeated
 
 
 def test_a_latent_position_is_made_anew_if_any_of_its_pixels_is() -> None:
@@ -140,8 +165,14 @@ def test_a_latent_position_is_made_anew_if_any_of_its_pixels_is() -> None:
         (lambda: Canvas.masked(picture(), torch.ones(12, 9)), "picture's size 12×10, got 12×9"),
         (lambda: Canvas.masked(picture(), torch.zeros(12, 10), multiple=8), "black all over"),
         (lambda: Canvas.masked(picture(), torch.full((12, 10), 3.0)), r"expected \[0, 1\]"),
-        (lambda: Canvas.masked(picture().repeat(2, 1, 1, 1), torch.ones(3, 1, 12, 10)), "3 masks for 2 pictures"),
-        (lambda: Canvas.extended(picture(), left=-1), "left: expected a number of pixels of at least 0, got -1"),
+        (
+            lambda: Canvas.masked(picture().repeat(2, 1, 1, 1), torch.ones(3, 1, 12, 10)),
+            "3 masks for 2 pictures",
+        ),
+        (
+            lambda: Canvas.extended(picture(), left=-1),
+            "left: expected a number of pixels of at least 0, got -1",
+        ),
         (lambda: Canvas.extended(picture(), top=1.5), "top: expected a number of pixels"),  # type: ignore[arg-type]
         (lambda: Canvas.extended(picture()), "nothing to outpaint"),
         (lambda: Canvas.extended("absent.png", left=1), "absent"),

@@ -16,7 +16,9 @@ from ldm.images.result import Images
 
 def images(n=3, **recipe):
     tensor = torch.linspace(0, 1, n * 3 * 8 * 16).reshape(n, 3, 8, 16)
-    return Images(tensor=tensor, seeds=tuple(range(n)), prompts=("x",) * n, recipe={"prompt": "ein Apfel 🍎", **recipe})
+    return Images(
+        tensor=tensor, seeds=tuple(range(n)), prompts=("x",) * n, recipe={"prompt": "ein Apfel 🍎", **recipe}
+    )
 
 
 def test_pixels_are_rounded_to_nearest():
@@ -86,7 +88,9 @@ def test_a_notebook_shows_prompt_and_seed_below_each_picture():
     assert below[:14, :128].any() and below[14:28, :128].any()  # a line of prompt, a line of seed
     other = Images(tensor=made.tensor, seeds=(5, 4), prompts=made.prompts).captioned(columns=2)
     changed = (np.asarray(other) != sheet).any(-1)
-    assert changed[142:156, :128].any() and not changed[:, 128:].any() and not changed[:142].any()  # the seed of the first alone
+    assert (
+        changed[142:156, :128].any() and not changed[:, 128:].any() and not changed[:142].any()
+    )  # the seed of the first alone
     for prompt in ("", "🍎 שלום", "x" * 500, "\x00\n"):
         assert Images(tensor=torch.zeros(1, 3, 8, 8), seeds=(0,), prompts=(prompt,)).captioned().width == 120
 
@@ -101,7 +105,13 @@ def test_an_animation_has_a_frame_for_each_step_and_the_pictures_last(tmp_path):
             gif.seek(k)
             frames.append(int(np.asarray(gif.convert("RGB"))[0, 0, 0]))
             times.append(gif.info["duration"])
-    assert sum(times) == 1300 and frames[0] == 0 and frames[-1] == 255 and abs(frames[1] - 128) <= 1 and times[-1] == 1000
+    assert (
+        sum(times) == 1300
+        and frames[0] == 0
+        and frames[-1] == 255
+        and abs(frames[1] - 128) <= 1
+        and times[-1] == 1000
+    )
     with pytest.raises(ValueError, match="keep_steps=True"):
         images().animate(tmp_path / "b.gif")
     with pytest.raises(ValueError, match=r"ends in \.gif"):

@@ -10,7 +10,10 @@ from tinyunclip import pair
 
 from ldm.images.pixels import to_pixels
 
-COLOURS = np.array([[[255, 0, 0], [0, 128, 255]], [[20, 30, 40], [250, 240, 10]], [[0, 0, 0], [255, 255, 255]]], dtype=np.uint8)  # (3, 2, 3)
+COLOURS = np.array(
+    [[[255, 0, 0], [0, 128, 255]], [[20, 30, 40], [250, 240, 10]], [[0, 0, 0], [255, 255, 255]]],
+    dtype=np.uint8,
+)  # (3, 2, 3)
 RGB = torch.from_numpy(COLOURS).permute(2, 0, 1)[None] / 255
 
 
@@ -31,7 +34,9 @@ def test_alpha_is_laid_on_white(tmp_path):
 def test_cmyk_and_grey_become_rgb(tmp_path):
     cmyk = Image.fromarray(COLOURS).convert("CMYK")
     path = saved(tmp_path / "c.tif", cmyk)
-    assert torch.allclose(to_pixels(path), RGB, atol=1 / 255) and torch.equal(to_pixels(path), to_pixels(cmyk))
+    assert torch.allclose(to_pixels(path), RGB, atol=1 / 255) and torch.equal(
+        to_pixels(path), to_pixels(cmyk)
+    )
     grey = Image.fromarray(COLOURS[..., 0])
     assert torch.equal(to_pixels(grey), RGB[:, :1].expand(-1, 3, -1, -1))
     with_alpha = Image.merge("LA", [grey, Image.new("L", grey.size, 0)])

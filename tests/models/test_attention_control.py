@@ -1,4 +1,5 @@
-"""The hook on attention probabilities: looking changes no bit, replacing is what the product says, and nothing stays behind."""
+"""The hook on attention probabilities: looking changes no bit, replacing is what the product says, and
+nothing stays behind."""
 
 from __future__ import annotations
 
@@ -32,8 +33,14 @@ def test_looking_changes_no_bit_and_rows_sum_to_one(net, call, of):
     plain, seen = call(), {}
     with attention_control(net, lambda name, p: seen.__setitem__(name, p), of=of) as names:
         assert torch.equal(call(), plain)
-    assert sorted(seen) == sorted(names) and all(isinstance(net.get_submodule(name), Attention) for name in names)
-    assert {name.rsplit(".", 1)[1] for name in names} == {"cross": {"attn2"}, "self": {"attn1"}, "all": {"attn1", "attn2"}}[of]
+    assert sorted(seen) == sorted(names) and all(
+        isinstance(net.get_submodule(name), Attention) for name in names
+    )
+    assert {name.rsplit(".", 1)[1] for name in names} == {
+        "cross": {"attn2"},
+        "self": {"attn1"},
+        "all": {"attn1", "attn2"},
+    }[of]
     for name, p in seen.items():
         assert p.shape == (2, 2, 16, 5 if name.endswith("attn2") else 16) and p.dtype == torch.float32
         assert (p.sum(-1) - 1).abs().max() < 1e-6  # float32 sums of 16
@@ -45,7 +52,9 @@ def test_looking_changes_no_bit_and_rows_sum_to_one(net, call, of):
 def test_probabilities_put_in_their_own_place_give_the_same_within_rounding(net, call):
     plain = call()
     with attention_control(net, lambda name, p: p.clone(), of="all"):
-        assert (call() - plain).abs().max() < 1e-5  # the explicit product against the fused kernel's, in float32
+        assert (
+            call() - plain
+        ).abs().max() < 1e-5  # the explicit product against the fused kernel's, in float32
 
 
 @torch.no_grad()
@@ -55,19 +64,28 @@ def test_replaced_probabilities_are_what_is_multiplied():
     x, context = torch.randn(1, 4, 16), torch.randn(1, 3, 16)
     with attention_control(layer, lambda name, p: F.one_hot(torch.tensor(2), 3).float().expand_as(p)):
         got = layer(x, context)
-    expected = layer.to_out[0](layer.to_v(context[:, 2:3])).expand_as(got)  # every query sees the third token alone
-    assert torch.allclose(got, expected, atol=1e-6) and not torch.allclose(layer(x, context), expected, atol=1e-2)
+    expected = layer.to_out[0](layer.to_v(context[:, 2:3])).expand_as(
+        got
+    )  # every query sees the third token alone
+    assert torch.allclose(got, expected, atol=1e-6) and not torch.allclose(
+        layer(x, context), expected, atol=1e-2
+    )
 
 
 @torch.no_grad()
 def test_controls_nest_and_leave_nothing_behind(net, call):
     plain, seen = call(), []
-    with attention_control(net, lambda name, p: torch.full_like(p, 0.2)), attention_control(net, lambda name, p: seen.append(p)):
+    with (
+        attention_control(net, lambda name, p: torch.full_like(p, 0.2)),
+        attention_control(net, lambda name, p: seen.append(p)),
+    ):
         assert (call() - plain).abs().max() > 1e-4
     assert all(bool((p == 0.2).all()) for p in seen) and seen
     with pytest.raises(ZeroDivisionError), attention_control(net, lambda name, p: 1 / 0):
         call()
-    assert torch.equal(call(), plain) and all(part.controls == () for part in net.modules() if isinstance(part, Attention))
+    assert torch.equal(call(), plain) and all(
+        part.controls == () for part in net.modules() if isinstance(part, Attention)
+    )
 
 
 def test_the_probabilities_are_softmax_of_the_scaled_products():
@@ -79,10 +97,19 @@ def test_the_probabilities_are_softmax_of_the_scaled_products():
 
 
 def test_what_cannot_be_controlled_is_refused(net, call):
-    with pytest.raises(ValueError, match="cross, self or all, got 'both'"), attention_control(net, lambda name, p: None, of="both"):
+    with (
+        pytest.raises(ValueError, match="cross, self or all, got 'both'"),
+        attention_control(net, lambda name, p: None, of="both"),
+    ):
         pass
     plain = UNet(UNetConfig(channels=(8, 16), depth=(0, 0), mid_depth=0, blocks=1, heads=2, context_dim=None))
-    with pytest.raises(ValueError, match="no cross-attention"), attention_control(plain, lambda name, p: None):
+    with (
+        pytest.raises(ValueError, match="no cross-attention"),
+        attention_control(plain, lambda name, p: None),
+    ):
         pass
-    with pytest.raises(ValueError, match=r"expected \(2, 2, 16, 5\)"), attention_control(net, lambda name, p: p[:1]):
+    with (
+        pytest.raises(ValueError, match=r"expected \(2, 2, 16, 5\)"),
+        attention_control(net, lambda name, p: p[:1]),
+    ):
         call()

@@ -10,28 +10,43 @@ from ldm.models.unclip.autoregressive import AutoregressiveConfig, Autoregressiv
 from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
 
 CONFIG = AutoregressiveConfig(
-    embed_dim=12, text_dim=10, length=5, width=16, layers=2, heads=2, head_dim=8, components=4, buckets=32, similarities=8
-)  # fmt: skip
+    embed_dim=12,
+    text_dim=10,
+    length=5,
+    width=16,
+    layers=2,
+    heads=2,
+    head_dim=8,
+    components=4,
+    buckets=32,
+    similarities=8,
+)
 
 
 def low_rank(n: int = 400) -> torch.Tensor:
     """Embeddings that vary along four directions of known variance, about a mean."""
     g = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(12, 4, generator=g))[0]
-    return torch.randn(n, 4, generator=g) * torch.tensor([4.0, 2.0, 1.0, 0.5]) @ directions.T + torch.arange(12.0)
+    return torch.randn(n, 4, generator=g) * torch.tensor([4.0, 2.0, 1.0, 0.5]) @ directions.T + torch.arange(
+        12.0
+    )
 
 
 def condition(n: int = 2) -> Cond:
     g = torch.Generator().manual_seed(4)
     mask = torch.arange(5) < torch.tensor([[5], [2]]).repeat(n // 2, 1)
-    return Cond(context=torch.randn(n, 5, 10, generator=g), context_mask=mask, pooled=torch.randn(n, 12, generator=g))
+    return Cond(
+        context=torch.randn(n, 5, 10, generator=g), context_mask=mask, pooled=torch.randn(n, 12, generator=g)
+    )
 
 
 def test_the_components_are_those_of_the_largest_variance_and_keep_it():
     codes, e = EmbeddingCodes(12, 4, 1024), low_rank()
     assert codes.fit(e) == pytest.approx(1.0, abs=1e-6)
     variance = codes.project(e).var(0)
-    assert (variance.diff() < 0).all() and torch.allclose(variance, torch.tensor([16.0, 4, 1, 0.25]), rtol=0.3)  # 400 draws
+    assert (variance.diff() < 0).all() and torch.allclose(
+        variance, torch.tensor([16.0, 4, 1, 0.25]), rtol=0.3
+    )  # 400 draws
     assert torch.allclose(codes.basis @ codes.basis.T, torch.eye(4), atol=1e-5)
     # of range r in 1024 buckets, the middle is at most r/2048 away; the few beyond the ends are not asked
     inside = ((codes.project(e) > codes.low) & (codes.project(e) < codes.high)).all(1)
@@ -58,7 +73,9 @@ def test_each_component_is_foretold_from_those_before_it():
     changed = codes.clone()
     changed[:, 1] = (changed[:, 1] + 7) % 32
     other = net(changed, level, cond)
-    assert torch.allclose(logits[:, :2], other[:, :2], atol=1e-6) and not torch.allclose(logits[:, 2:], other[:, 2:], atol=1e-3)
+    assert torch.allclose(logits[:, :2], other[:, :2], atol=1e-6) and not torch.allclose(
+        logits[:, 2:], other[:, 2:], atol=1e-3
+    )
     assert not torch.allclose(net(codes, level.flip(0), cond)[:, 0], logits[:, 0], atol=1e-4)
 
 
@@ -86,16 +103,19 @@ def test_a_sample_depends_on_its_seed_alone_and_training_makes_it_the_data():
     assert loss < 0.05  # nats, of log 32 = 3.5 at the beginning
     made = net.eval().sample(cond, [0, 1], temperature=0, similarity=-0.5)
     buckets = ((net.codes.high - net.codes.low) / 32).square().sum().sqrt()
-    assert (made - images).norm(dim=1).max() < buckets  # two captions, each with its own picture, up to the buckets
+    assert (made - images).norm(
+        dim=1
+    ).max() < buckets  # two captions, each with its own picture, up to the buckets
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"similarity": 1.5}, "similarity: expected a cosine"), ({"temperature": -1.0}, "temperature"),
+        ({"similarity": 1.5}, "similarity: expected a cosine"),
+        ({"temperature": -1.0}, "temperature"),
         ({"seeds": [0]}, "1 seeds for a condition of batch"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_drawn_is_named(options, message):
     net = AutoregressivePrior(CONFIG)
     with pytest.raises(ValueError, match=message):

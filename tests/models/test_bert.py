@@ -12,14 +12,52 @@ from ldm.models.text.wordpiece import WordPiece
 
 LETTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
 WORDS = [
-    "a", "painting", "of", "the", "cat", "caf", "##s", "##ing", "paint", "un", "##aff", "##able", "##e", "don", "日",
-    "本", "straße", "i", "é", "##ο", "σ",
-]  # fmt: skip
+    "a",
+    "painting",
+    "of",
+    "the",
+    "cat",
+    "caf",
+    "##s",
+    "##ing",
+    "paint",
+    "un",
+    "##aff",
+    "##able",
+    "##e",
+    "don",
+    "日",
+    "本",
+    "straße",
+    "i",
+    "é",
+    "##ο",
+    "σ",
+]
 VOCABULARY = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*LETTERS, *WORDS])]
 TEXTS = [
-    "a painting of the cat", "A PAINTING of the Cats!", "unaffable", "café, Café; cafe\u0301", "don't", "zzz", "unzz", "", "   \t\n ", "日本 cat日",
-    "$5+5=^10^ `x` <a>", "of\u00a0the\u200bcat\x00\ufffd", "straße", "İi", "a" * 101, "a" * 100, "—–…“the”", "Οσ", "\u3000of", "the\rcat", "ﬁ",
-]  # fmt: skip
+    "a painting of the cat",
+    "A PAINTING of the Cats!",
+    "unaffable",
+    "café, Café; cafe\u0301",
+    "don't",
+    "zzz",
+    "unzz",
+    "",
+    "   \t\n ",
+    "日本 cat日",
+    "$5+5=^10^ `x` <a>",
+    "of\u00a0the\u200bcat\x00\ufffd",
+    "straße",
+    "İi",
+    "a" * 101,
+    "a" * 100,
+    "—–…“the”",
+    "Οσ",
+    "\u3000of",
+    "the\rcat",
+    "ﬁ",
+]
 
 
 @pytest.fixture
@@ -30,19 +68,25 @@ def tokenizer(tmp_path):
 
 def test_words_become_the_longest_pieces(tokenizer):
     assert tokenizer.pieces("painting") == ["painting"] and tokenizer.pieces("paints") == ["paint", "##s"]
-    assert tokenizer.pieces("unaffable") == ["un", "##aff", "##able"] and tokenizer.pieces("unzz") == ["[UNK]"]
+    assert tokenizer.pieces("unaffable") == ["un", "##aff", "##able"] and tokenizer.pieces("unzz") == [
+        "[UNK]"
+    ]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_the_peers(text, tokenizer, tmp_path):
-    peer = pytest.importorskip("transformers").BertTokenizerFast(str(tmp_path / "vocab.txt"), do_lower_case=True)
+    peer = pytest.importorskip("transformers").BertTokenizerFast(
+        str(tmp_path / "vocab.txt"), do_lower_case=True
+    )
     assert len(peer) == len(VOCABULARY)
     length = 110
     assert tokenizer([text], length) == peer([text], padding="max_length", max_length=length)["input_ids"]
 
 
 def test_prompts_are_never_cut(tokenizer):
-    assert tokenizer(["the cat"], 4) == [[VOCABULARY.index(token) for token in ("[CLS]", "the", "cat", "[SEP]")]]
+    assert tokenizer(["the cat"], 4) == [
+        [VOCABULARY.index(token) for token in ("[CLS]", "the", "cat", "[SEP]")]
+    ]
     with pytest.raises(ValueError, match="has 5 tokens, expected at most 4"):
         tokenizer(["of the cat"], 4)
 
@@ -57,7 +101,14 @@ def test_files_that_are_no_vocabulary_are_refused(tmp_path):
 
 def test_a_small_encoder_equals_the_peers():
     module = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
-    sizes = {"vocab_size": 50, "max_position_embeddings": 11, "d_model": 32, "encoder_ffn_dim": 128, "head_dim": 8, "encoder_attention_heads": 3}
+    sizes = {
+        "vocab_size": 50,
+        "max_position_embeddings": 11,
+        "d_model": 32,
+        "encoder_ffn_dim": 128,
+        "head_dim": 8,
+        "encoder_attention_heads": 3,
+    }
 
     def peer() -> torch.nn.Module:
         network = module.LDMBertModel(module.LDMBertConfig(encoder_layers=3, **sizes))
@@ -80,7 +131,9 @@ def test_prompts_become_conditions(tokenizer):
     conditioner = BertConditioner(LDMBert(config), tokenizer)
     cond = conditioner(["the cat", ""])
     assert cond.context.shape == (2, 9, 16) and cond.context_mask is None and cond.pooled is None
-    assert torch.allclose(cond.context[1:], conditioner([""]).context, atol=1e-6)  # whatever else is in the batch
+    assert torch.allclose(
+        cond.context[1:], conditioner([""]).context, atol=1e-6
+    )  # whatever else is in the batch
     assert conditioner(["the cat " * 4]).context.shape == (1, 18, 16)  # in windows, none cut off
     with pytest.raises(ValueError, match="expected at most 9"):
         conditioner.encoder(torch.zeros(1, 10, dtype=torch.long))

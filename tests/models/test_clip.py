@@ -68,7 +68,9 @@ def test_end_is_the_first_end_token_not_the_largest_id(text):
 def test_layers_are_those_of_a_shallower_tower(text, layer):
     ids = ids_for(TEXT, (5, 19))
     shallow = TextTower(replace(TEXT, layers=TEXT.layers + 1 + layer)).eval()
-    shallow.load_state_dict({key: value for key, value in text.state_dict().items() if key in shallow.state_dict()})
+    shallow.load_state_dict(
+        {key: value for key, value in text.state_dict().items() if key in shallow.state_dict()}
+    )
     with torch.no_grad():
         want = shallow(ids).tokens
     out = text(ids, layer=layer)
@@ -119,7 +121,8 @@ def test_text_tower_is_the_models_own(clip):
 
 
 def test_gradients_are_those_of_the_fused_attention(clip):
-    """Attention is written out where gradients are wanted: outputs and gradients must be the fused kernel's."""
+    """Attention is written out where gradients are wanted: outputs and gradients must be the fused
+    kernel's."""
     ids, pixels = ids_for(TEXT, (5, 9)), torch.rand(2, 3, 32, 32)
     fused = clip.encode_text(ids), clip.encode_image(pixels)
     clip.requires_grad_(True)
@@ -127,7 +130,11 @@ def test_gradients_are_those_of_the_fused_attention(clip):
     for a, b in zip(plain, fused, strict=True):
         close(a.detach(), b)
     (plain[0] * plain[1]).sum().backward()
-    without = {name for name, parameter in clip.named_parameters() if parameter.grad is None or not parameter.grad.abs().any()}
+    without = {
+        name
+        for name, parameter in clip.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().any()
+    }
     assert without == {"logit_scale"}
 
 
@@ -139,7 +146,9 @@ def test_a_new_model_starts_near_chance():
         image = model.encode_image(torch.rand(8, 3, 32, 32), normalize=True)
         words = model.encode_text(ids_for(TEXT, (5,) * 8), normalize=True)
         torch.testing.assert_close(model.logit_scale.exp(), torch.tensor(1 / 0.07))
-    assert (image @ words.T).abs().max() < 0.7  # unrelated directions in 48 dimensions: standard deviation 0.14
+    assert (
+        image @ words.T
+    ).abs().max() < 0.7  # unrelated directions in 48 dimensions: standard deviation 0.14
 
 
 def test_configurations_survive_yaml():
@@ -169,11 +178,15 @@ def test_pixels_equal_open_clips_transform(size):
     transform = pytest.importorskip("open_clip.transform").image_transform(224, is_train=False)
     Image = pytest.importorskip("PIL.Image")
     small = torch.rand(1, 3, 9, 11, generator=torch.Generator().manual_seed(0))
-    picture = (F.interpolate(small, size, mode="bicubic").clamp(0, 1) * 155 + 50).round().byte()[0]  # far from where PIL clamps in between
+    picture = (
+        (F.interpolate(small, size, mode="bicubic").clamp(0, 1) * 155 + 50).round().byte()[0]
+    )  # far from where PIL clamps in between
     theirs = transform(Image.fromarray(picture.permute(1, 2, 0).numpy()))
     ours = prepare(picture[None].float() / 255, 224)[0]
     levels = (ours - theirs) * torch.tensor(STD)[:, None, None] * 255
-    assert levels.abs().max() <= 1.2  # PIL rounds to whole levels after each pass, and the second enlarges by up to 1.25: 0.5 · 1.25 + 0.5
+    assert (
+        levels.abs().max() <= 1.2
+    )  # PIL rounds to whole levels after each pass, and the second enlarges by up to 1.25: 0.5 · 1.25 + 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""CLIP's towers give open_clip's and transformers' outputs on the same random weights, small and at full size."""
+"""CLIP's towers give open_clip's and transformers' outputs on the same random weights, small and at full
+size."""
 
 from __future__ import annotations
 
@@ -22,17 +23,32 @@ def peer_clip(config: CLIPConfig) -> Any:
     text, vision = config.text, config.vision
     return open_clip.CLIP(
         text.embed_dim,
-        {"image_size": vision.image_size, "patch_size": vision.patch_size, "width": vision.width, "layers": vision.layers,
-         "head_width": vision.width // vision.heads, "mlp_ratio": (vision.mlp_width or 4 * vision.width) / vision.width},
-        {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width, "heads": text.heads, "layers": text.layers},
+        {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.width,
+            "layers": vision.layers,
+            "head_width": vision.width // vision.heads,
+            "mlp_ratio": (vision.mlp_width or 4 * vision.width) / vision.width,
+        },
+        {
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+        },
         quick_gelu=text.activation == "quick_gelu",
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @pytest.mark.parametrize("shape", ["plain", "wide heads", "odd patches"])
 def test_small_models_equal_open_clip(activation, shape):
-    text, vision = replace(TEXT, vocab_size=300, activation=activation), replace(VISION, activation=activation)
+    text, vision = (
+        replace(TEXT, vocab_size=300, activation=activation),
+        replace(VISION, activation=activation),
+    )
     if shape == "wide heads":
         text, vision = replace(text, heads=2), replace(vision, width=208, heads=2, mlp_width=1024)
     if shape == "odd patches":
@@ -46,7 +62,9 @@ def test_small_models_equal_open_clip(activation, shape):
     with torch.no_grad():
         close(model.encode_text(ids), peer.encode_text(ids))
         close(model.encode_image(pixels), peer.encode_image(x))
-        inner = peer.forward_intermediates(x, ids, normalize_intermediates=False, image_output_extra_tokens=True)
+        inner = peer.forward_intermediates(
+            x, ids, normalize_intermediates=False, image_output_extra_tokens=True
+        )
         tower = model.text_tower()
         for layer in (-1, -2, -3):
             close(tower(ids, layer=layer, final_norm=False).tokens, inner["text_intermediates"][layer])
@@ -60,21 +78,35 @@ def test_gradients_equal_open_clip():
     peer.load_state_dict(model.state_dict())
     ids, pixels = ids_for(config.text, (5, 9)), torch.rand(2, 3, 32, 32)
     (model.encode_text(ids, normalize=True) * model.encode_image(pixels, normalize=True)).sum().backward()
-    (peer.encode_text(ids, normalize=True) * peer.encode_image(model.visual.prepare(pixels), normalize=True)).sum().backward()
+    (
+        peer.encode_text(ids, normalize=True)
+        * peer.encode_image(model.visual.prepare(pixels), normalize=True)
+    ).sum().backward()
     theirs = dict(peer.named_parameters())
     for name, parameter in model.named_parameters():
         if name != "logit_scale":
             assert parameter.grad is not None
-            close(1e3 * parameter.grad, 1e3 * theirs[name].grad, tolerance=1e-3)  # sums that cancel, scaled above the floor of `close`
+            close(
+                1e3 * parameter.grad, 1e3 * theirs[name].grad, tolerance=1e-3
+            )  # sums that cancel, scaled above the floor of `close`
 
 
 def test_small_models_equal_transformers():
     """Hidden states by number, and the end found by id with other ids above it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
-        vocab_size=310, max_position_embeddings=20, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        projection_dim=48, hidden_act="gelu", bos_token_id=298, eos_token_id=299, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=310,
+        max_position_embeddings=20,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=48,
+        hidden_act="gelu",
+        bos_token_id=298,
+        eos_token_id=299,
+        pad_token_id=0,
+    )
     peer = transformers.CLIPTextModelWithProjection(config).eval()
     from ldm.weights.rules.clip import to_clip
 
@@ -96,9 +128,14 @@ def test_small_models_equal_transformers():
 # At full size
 
 
-@pytest.mark.parametrize(("name", "count", "keys"), [
-    ("ViT-L-14-quickgelu", 427_616_513, 446), ("ViT-H-14", 986_109_441, 686), ("ViT-bigG-14", 2_539_567_105, 974),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "count", "keys"),
+    [
+        ("ViT-L-14-quickgelu", 427_616_513, 446),
+        ("ViT-H-14", 986_109_441, 686),
+        ("ViT-bigG-14", 2_539_567_105, 974),
+    ],
+)
 def test_published_sizes(name, count, keys):
     text, vision = FULL[name]
     with torch.device("meta"):
@@ -107,12 +144,20 @@ def test_published_sizes(name, count, keys):
     assert len(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize(("config", "count"), [
-    (TextConfig(embed_dim=None), 123_060_480), (TextConfig(), 123_650_304), (FULL["ViT-bigG-14"][0], 694_659_840),
-    (replace(FULL["ViT-bigG-14"][0], embed_dim=None), 693_021_440), (replace(FULL["ViT-H-14"][0], layers=23, embed_dim=None), 340_387_840),
-    (FULL["ViT-H-14"][0], 354_032_641 - 1), (VisionConfig(), 303_966_208), (FULL["ViT-H-14"][1], 632_076_800),
-    (FULL["ViT-bigG-14"][1], 1_844_907_264),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (TextConfig(embed_dim=None), 123_060_480),
+        (TextConfig(), 123_650_304),
+        (FULL["ViT-bigG-14"][0], 694_659_840),
+        (replace(FULL["ViT-bigG-14"][0], embed_dim=None), 693_021_440),
+        (replace(FULL["ViT-H-14"][0], layers=23, embed_dim=None), 340_387_840),
+        (FULL["ViT-H-14"][0], 354_032_641 - 1),
+        (VisionConfig(), 303_966_208),
+        (FULL["ViT-H-14"][1], 632_076_800),
+        (FULL["ViT-bigG-14"][1], 1_844_907_264),
+    ],
+)
 def test_published_sizes_of_towers(config, count):
     """Section 4's counts; its 354,032,641 for ViT-H's text part has logit_scale, which no tower holds."""
     with torch.device("meta"):
@@ -121,12 +166,15 @@ def test_published_sizes_of_towers(config, count):
 
 
 def fill(module: nn.Module) -> dict[str, Tensor]:
-    """Random weights for a module on meta: slices of one pool of numbers at different places, which is quick at two thousand million."""
+    """Random weights for a module on meta: slices of one pool of numbers at different places, which is quick
+    at two thousand million."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(1_000_003, generator=generator)
     state = {}
     for i, (name, shape) in enumerate((key, value.shape) for key, value in module.state_dict().items()):
-        values = scaled(name, shape, pool.roll(7919 * i))  # scaled before it is repeated: one pass over the memory
+        values = scaled(
+            name, shape, pool.roll(7919 * i)
+        )  # scaled before it is repeated: one pass over the memory
         state[name] = values.repeat(-(-shape.numel() // len(pool)))[: shape.numel()].view(shape)
     return state
 
@@ -146,9 +194,13 @@ def test_text_towers_equal_open_clip_at_full_size(name, freed):
     with torch.device("meta"):
         tower = TextTower(config).eval()
         peer = transformer.TextTransformer(
-            width=config.width, heads=config.heads, layers=config.layers, output_dim=config.embed_dim, output_tokens=True,
+            width=config.width,
+            heads=config.heads,
+            layers=config.layers,
+            output_dim=config.embed_dim,
+            output_tokens=True,
             act_layer=transformer.QuickGELU if config.activation == "quick_gelu" else nn.GELU,
-        ).eval()  # fmt: skip
+        ).eval()
     state = fill(tower)
     tower.load_state_dict(state, assign=True)
     peer.load_state_dict(state, assign=True)  # the same memory
@@ -174,10 +226,15 @@ def test_vision_towers_equal_open_clip_at_full_size(name, freed):
     with torch.device("meta"):
         tower = VisionTower(config).eval()
         peer = transformer.VisionTransformer(
-            image_size=224, patch_size=14, width=config.width, layers=config.layers, heads=config.heads, output_dim=config.embed_dim,
+            image_size=224,
+            patch_size=14,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            output_dim=config.embed_dim,
             mlp_ratio=(config.mlp_width or 4 * config.width) / config.width,
             act_layer=transformer.QuickGELU if config.activation == "quick_gelu" else nn.GELU,
-        ).eval()  # fmt: skip
+        ).eval()
     state = fill(tower)
     tower.load_state_dict(state, assign=True)
     peer.load_state_dict(state, assign=True)

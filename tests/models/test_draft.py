@@ -21,13 +21,19 @@ def test_a_draft_has_the_latents_shape_and_other_sizes_are_interpolated():
     assert own.shape == (2, 3, 4, 4) and torch.equal(own, draft(embedding, (4, 4)))
     wide = draft(embedding, (4, 12))
     assert wide.shape == (2, 3, 4, 12)
-    assert torch.allclose(wide[..., 1::3], own, atol=1e-6)  # of three new columns the middle one's centre is the old column's
+    assert torch.allclose(
+        wide[..., 1::3], own, atol=1e-6
+    )  # of three new columns the middle one's centre is the old column's
 
 
 def test_hidden_layers_are_as_many_as_asked_for():
-    narrow, deep = (Draft(DraftConfig(embed_dim=6, width=5, layers=layers, channels=1, size=2)) for layers in (1, 3))
+    narrow, deep = (
+        Draft(DraftConfig(embed_dim=6, width=5, layers=layers, channels=1, size=2)) for layers in (1, 3)
+    )
     assert {key.split(".")[0] for key in narrow.state_dict()} == {"fc1", "fc2"}
-    assert {key for key in deep.state_dict() if key.startswith("hidden")} == {f"hidden.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+    assert {key for key in deep.state_dict() if key.startswith("hidden")} == {
+        f"hidden.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    }
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     by_hand = deep.fc2(F.gelu(deep.hidden[1](F.gelu(deep.hidden[0](F.gelu(deep.fc1(x)))))))
     assert torch.allclose(deep(x), by_hand.view(3, 1, 2, 2))
@@ -43,7 +49,10 @@ def test_a_widened_draft_is_the_same_function_with_units_that_can_learn(layers: 
     wide(x).square().sum().backward()
     assert wide.fc2.weight.grad[:, 5:].abs().min() > 0
     for other in ({"width": 4}, {"width": 9, "channels": 2}):
-        with pytest.raises(ValueError, match="this draft is .*width=5.* expected more width, or finish where it is None, got .*"):
+        with pytest.raises(
+            ValueError,
+            match="this draft is .*width=5.* expected more width, or finish where it is None, got .*",
+        ):
             draft.grown(replace(draft.config, **other))
 
 
@@ -113,13 +122,17 @@ def test_a_draft_is_drawn_again_to_agree_with_what_is_known():
 
     plain = draft(text).detach()
     shown, hidden = slice(0, 4), slice(4, 8)
-    got = draft.agreeing(text, torch.where(hole > 0, torch.full_like(truth, 7.0), truth), hole, tie=0.001)  # what the hole hides is not seen
+    got = draft.agreeing(
+        text, torch.where(hole > 0, torch.full_like(truth, 7.0), truth), hole, tie=0.001
+    )  # what the hole hides is not seen
     assert bool((error(got, shown) < 0.3 * error(plain, shown)).all())
     assert float(error(got, hidden).mean()) < float(error(plain, hidden).mean())
     tied = draft.agreeing(text, truth, hole, tie=1e6, ridge=1e9)
     assert torch.allclose(tied, plain, atol=2e-2)  # to the text: within Adam's last step of it
     alone = draft.agreeing(text[1:2], truth[1:2], hole[1:2], tie=0.001)
-    assert torch.allclose(alone, got[1:2], atol=1e-3)  # each sample by itself; products of another batch round differently
+    assert torch.allclose(
+        alone, got[1:2], atol=1e-3
+    )  # each sample by itself; products of another batch round differently
     assert all(p.grad is None for p in draft.parameters())
 
 
@@ -133,7 +146,9 @@ def test_a_finished_draft_agrees_by_what_the_hidden_layer_does_behind_its_convol
         return draft.finish(begun, text).detach()
 
     step = (moved(unit * hidden) - moved(-unit * hidden)).flatten() / (2 * unit)
-    assert torch.allclose(draft._directions(text) @ hidden, step, atol=2e-3)  # float32's rounding over the step: 1e-7·10/1e-3
+    assert torch.allclose(
+        draft._directions(text) @ hidden, step, atol=2e-3
+    )  # float32's rounding over the step: 1e-7·10/1e-3
     truth = moved(0.3 * hidden)
     hole = torch.zeros(1, 1, 6, 6)
     hole[..., 3:] = 1
@@ -145,7 +160,11 @@ def test_a_finished_draft_agrees_by_what_the_hidden_layer_does_behind_its_convol
 @pytest.mark.parametrize("finish", [None, 7])
 def test_a_draft_of_packed_layers_agrees_as_the_plain_one_does(finish: int | None):
     torch.manual_seed(0)
-    draft = Draft(DraftConfig(embed_dim=4, width=24, channels=2, size=6, finish=finish)).requires_grad_(False).eval()
+    draft = (
+        Draft(DraftConfig(embed_dim=4, width=24, channels=2, size=6, finish=finish))
+        .requires_grad_(False)
+        .eval()
+    )
     text, known, hole = torch.randn(2, 4), torch.randn(2, 2, 6, 6), torch.zeros(2, 1, 6, 6)
     hole[..., 3:] = 1
     plain = draft.agreeing(text, known, hole)
@@ -177,7 +196,11 @@ def test_what_the_embedding_cannot_say_is_drawn_from_the_hidden_layer():
         noise = 0.5 * weight[seen].square().sum(1).mean()
         gram = weight[seen].T @ weight[seen] + noise * torch.eye(24)
         moved = torch.linalg.solve(gram, weight[seen].T @ (truth - draft(text).detach())[i].flatten()[seen])
-        assert torch.allclose(still[i].flatten(), draft(text).detach()[i].flatten() + weight @ moved, atol=1e-5)
+        assert torch.allclose(
+            still[i].flatten(), draft(text).detach()[i].flatten() + weight @ moved, atol=1e-5
+        )
     open_all = torch.ones(2, 1, 6, 6)
     open_all[0] = hole[0]
-    assert torch.allclose(draft.agreeing(text, truth, open_all)[1], draft(text).detach()[1], atol=1e-5)  # nothing known: the text's own
+    assert torch.allclose(
+        draft.agreeing(text, truth, open_all)[1], draft(text).detach()[1], atol=1e-5
+    )  # nothing known: the text's own

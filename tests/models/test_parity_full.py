@@ -1,7 +1,8 @@
 """Full-size networks with random weights against the peers' own, in float32.
 
-All of them, the slow ones too: python -m pytest tests/models/test_parity_full.py -m ""
-Each shares its weights with the peer, so that the largest (SDXL: 10.3 GB) takes them once. Inputs are small: parameters, not pixels, are compared.
+All of them, the slow ones too: python -m pytest tests/models/test_parity_full.py -m "" Each shares its
+weights with the peer, so that the largest (SDXL: 10.3 GB) takes them once. Inputs are small: parameters, not
+pixels, are compared.
 """
 
 from __future__ import annotations
@@ -29,31 +30,55 @@ def up(types: tuple[str, ...]) -> tuple[str, ...]:
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 SD = {
-    "block_out_channels": (320, 640, 1280, 1280), "down_block_types": DOWN, "up_block_types": up(DOWN),
-    "attention_head_dim": 8, "cross_attention_dim": 768,
-}  # fmt: skip
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": DOWN,
+    "up_block_types": up(DOWN),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
 SD2 = SD | {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
 X4 = {
-    "in_channels": 7, "block_out_channels": (256, 512, 512, 1024), "down_block_types": DOWN[::-1], "up_block_types": up(DOWN[::-1]),
-    "attention_head_dim": 8, "cross_attention_dim": 1024, "use_linear_projection": True, "only_cross_attention": (True, True, True, False),
+    "in_channels": 7,
+    "block_out_channels": (256, 512, 512, 1024),
+    "down_block_types": DOWN[::-1],
+    "up_block_types": up(DOWN[::-1]),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+    "only_cross_attention": (True, True, True, False),
     "num_class_embeds": 1000,
-}  # fmt: skip
+}
 SDXL = {
-    "block_out_channels": (320, 640, 1280), "down_block_types": DOWN[:0:-1], "up_block_types": up(DOWN[:0:-1]),
-    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 10),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": DOWN[:0:-1],
+    "up_block_types": up(DOWN[:0:-1]),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 CELEBA = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896), "down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 3),
-    "up_block_types": (*["AttnUpBlock2D"] * 3, "UpBlock2D"), "attention_head_dim": 32,
-}  # fmt: skip
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (224, 448, 672, 896),
+    "down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 3),
+    "up_block_types": (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+    "attention_head_dim": 32,
+}
 # name: the peer's configuration, tokens of its context, and the attention whose q, k and v are exchanged
 UNET_PEERS: dict[str, tuple[dict[str, Any], int, str]] = {
     "sd1": (SD, 77, "down_blocks.1.attentions.0.transformer_blocks.0.attn1"),
     "sd1-inpaint": (SD | {"in_channels": 9}, 77, "up_blocks.1.attentions.2.transformer_blocks.0.attn1"),
     "sd2": (SD2, 77, "down_blocks.0.attentions.1.transformer_blocks.0.attn1"),
     "x4": (X4, 77, "mid_block.attentions.0.transformer_blocks.0.attn1"),
-    "text2img-large": (SD | {"cross_attention_dim": 1280}, 77, "mid_block.attentions.0.transformer_blocks.0.attn1"),
+    "text2img-large": (
+        SD | {"cross_attention_dim": 1280},
+        77,
+        "mid_block.attentions.0.transformer_blocks.0.attn1",
+    ),
     "sdxl": (SDXL, 77, "up_blocks.0.attentions.0.transformer_blocks.5.attn1"),
 }
 
@@ -65,11 +90,20 @@ def conditions(name: str, tokens: int) -> tuple[Cond, dict[str, Any]]:
     context = torch.randn(2, tokens, config.context_dim, generator=generator)
     if config.classes:
         levels = torch.tensor([20, 349])
-        return Cond(context=context, pooled=levels), {"encoder_hidden_states": context, "class_labels": levels}
+        return Cond(context=context, pooled=levels), {
+            "encoder_hidden_states": context,
+            "class_labels": levels,
+        }
     if config.pooled_dim:
-        text, sizes = torch.randn(2, 1280, generator=generator), torch.tensor([[1024.0, 768, 0, 16, 1024, 1024], [512, 512, 8, 0, 768, 1344]])
+        text, sizes = (
+            torch.randn(2, 1280, generator=generator),
+            torch.tensor([[1024.0, 768, 0, 16, 1024, 1024], [512, 512, 8, 0, 768, 1344]]),
+        )
         pooled = vector_condition(text, sizes)
-        return Cond(context=context, pooled=pooled), {"encoder_hidden_states": context, "added_cond_kwargs": {"text_embeds": text, "time_ids": sizes}}
+        return Cond(context=context, pooled=pooled), {
+            "encoder_hidden_states": context,
+            "added_cond_kwargs": {"text_embeds": text, "time_ids": sizes},
+        }
     return Cond(context=context), {"encoder_hidden_states": context}
 
 
@@ -83,7 +117,9 @@ def test_unets_equal_the_peers(name: str) -> None:
     t = torch.tensor([1.0, 981.0])
     with twins(lambda: UNet2DConditionModel(**peer), lambda: UNet(config)) as (theirs, ours):
         expected = theirs(x, t, **theirs_cond).sample
-        extra = config.in_channels - 4  # what an inpainting or upscaling model has beside x_t comes by Cond.concat
+        extra = (
+            config.in_channels - 4
+        )  # what an inpainting or upscaling model has beside x_t comes by Cond.concat
         given = cond if extra == 0 else Cond(**dict(cond.items()), concat=x[:, 4:])
         assert error(ours(x[:, :4], t, given), expected) < TOLERANCE
         rotate_qkv(ours, attention)
@@ -106,9 +142,12 @@ def test_kl_f8_equals_the_peers() -> None:
 
     def peer() -> AutoencoderKL:
         return AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2, latent_channels=4,
-        )  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+        )
 
     generator = torch.Generator().manual_seed(1)
     x, z = torch.rand(1, 3, 64, 48, generator=generator) * 2 - 1, torch.randn(1, 4, 6, 8, generator=generator)
@@ -128,12 +167,19 @@ def test_vq_f4_equals_the_peers() -> None:
 
     def peer() -> VQModel:
         return VQModel(
-            block_out_channels=(128, 256, 512), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=2, latent_channels=3, num_vq_embeddings=8192,
-        )  # fmt: skip
+            block_out_channels=(128, 256, 512),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=2,
+            latent_channels=3,
+            num_vq_embeddings=8192,
+        )
 
     generator = torch.Generator().manual_seed(1)
-    x, z = torch.rand(1, 3, 64, 48, generator=generator) * 2 - 1, torch.randn(1, 3, 12, 16, generator=generator)
+    x, z = (
+        torch.rand(1, 3, 64, 48, generator=generator) * 2 - 1,
+        torch.randn(1, 3, 12, 16, generator=generator),
+    )
     with twins(peer, lambda: ldm.models.vq.VQModel(config)) as (theirs, ours):
         latents, pictures = theirs.encode(x).latents, theirs.decode(z).sample
         assert error(ours.encode(x).mean, latents) < TOLERANCE

@@ -25,25 +25,50 @@ from ldm.weights.parts import build_network, randomise, shapes_of
 from ldm.weights.rules.prior import prior_table, with_statistics
 
 COUNTS = {
-    "karlo": (1_022_028_544, 256), "kandinsky21": (1_022_028_544, 256), "kandinsky22": (1_026_225_920, None), "dalle2-laion": (249_416_704, 272),
+    "karlo": (1_022_028_544, 256),
+    "kandinsky21": (1_022_028_544, 256),
+    "kandinsky22": (1_026_225_920, None),
+    "dalle2-laion": (249_416_704, 272),
     "dalle2-readme": (101_756_544, 140),
-}  # fmt: skip
+}
 SMALL = PriorConfig(embed_dim=24, text_dim=20, length=7, width=32, layers=2, heads=4, head_dim=8)
 COSINE = PriorConfig(
-    embed_dim=48, text_dim=48, length=7, width=48, layers=2, heads=3, head_dim=40, blocks="cosine", timesteps=1000, normalize="unit"
-)  # fmt: skip
+    embed_dim=48,
+    text_dim=48,
+    length=7,
+    width=48,
+    layers=2,
+    heads=3,
+    head_dim=40,
+    blocks="cosine",
+    timesteps=1000,
+    normalize="unit",
+)
 
 
 def karlo_keys(c: PriorConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of Karlo's file, written down from its description."""
     w, e = c.width, c.embed_dim
     keys: dict[str, tuple[int, ...]] = {"positional_embedding": (1, c.length + 4, w), "prd_emb": (1, 1, w)}
-    layers = {"time_embed.0": (w, w), "time_embed.2": (w, w), "text_enc_proj": (w, c.text_dim), "text_emb_proj": (w, e), "clip_img_proj": (w, e),
-              "out_proj": (e, w), "final_ln": (w,)}  # fmt: skip
+    layers = {
+        "time_embed.0": (w, w),
+        "time_embed.2": (w, w),
+        "text_enc_proj": (w, c.text_dim),
+        "text_emb_proj": (w, e),
+        "clip_img_proj": (w, e),
+        "out_proj": (e, w),
+        "final_ln": (w,),
+    }
     for i in range(c.layers):
         at = f"transformer.resblocks.{i}"
-        layers |= {f"{at}.attn.c_qkv": (3 * w, w), f"{at}.attn.c_proj": (w, w), f"{at}.ln_1": (w,), f"{at}.mlp.c_fc": (4 * w, w),
-                   f"{at}.mlp.c_proj": (w, 4 * w), f"{at}.ln_2": (w,)}  # fmt: skip
+        layers |= {
+            f"{at}.attn.c_qkv": (3 * w, w),
+            f"{at}.attn.c_proj": (w, w),
+            f"{at}.ln_1": (w,),
+            f"{at}.mlp.c_fc": (4 * w, w),
+            f"{at}.mlp.c_proj": (w, 4 * w),
+            f"{at}.ln_2": (w,),
+        }
     for name, shape in layers.items():
         keys |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return keys
@@ -52,14 +77,30 @@ def karlo_keys(c: PriorConfig) -> dict[str, tuple[int, ...]]:
 def dalle2_keys(c: PriorConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of DALLE2-pytorch's network, written down from its description."""
     d, h = c.width, c.heads
-    keys = {"learned_query": (d,), "null_text_encodings": (1, c.length, d), "null_text_embeds": (1, 1, d), "null_image_embed": (1, d),
-            "to_time_embeds.0.weight": (c.timesteps, d), "causal_transformer.rel_pos_bias.relative_attention_bias.weight": (32, h),
-            "causal_transformer.norm.g": (d,), "causal_transformer.project_out.weight": (d, d)}  # fmt: skip
+    keys = {
+        "learned_query": (d,),
+        "null_text_encodings": (1, c.length, d),
+        "null_text_embeds": (1, 1, d),
+        "null_image_embed": (1, d),
+        "to_time_embeds.0.weight": (c.timesteps, d),
+        "causal_transformer.rel_pos_bias.relative_attention_bias.weight": (32, h),
+        "causal_transformer.norm.g": (d,),
+        "causal_transformer.project_out.weight": (d, d),
+    }
     for i in range(c.layers):
         at = f"causal_transformer.layers.{i}"
-        keys |= {f"{at}.0.norm.g": (d,), f"{at}.0.null_kv": (2, c.head_dim), f"{at}.0.to_q.weight": (c.head_dim * h, d),
-                 f"{at}.0.to_kv.weight": (2 * c.head_dim, d), f"{at}.0.rotary_emb.freqs": (16,), f"{at}.0.to_out.0.weight": (d, c.head_dim * h),
-                 f"{at}.0.to_out.1.g": (d,), f"{at}.1.0.g": (d,), f"{at}.1.1.weight": (8 * d, d), f"{at}.1.5.weight": (d, 4 * d)}  # fmt: skip
+        keys |= {
+            f"{at}.0.norm.g": (d,),
+            f"{at}.0.null_kv": (2, c.head_dim),
+            f"{at}.0.to_q.weight": (c.head_dim * h, d),
+            f"{at}.0.to_kv.weight": (2 * c.head_dim, d),
+            f"{at}.0.rotary_emb.freqs": (16,),
+            f"{at}.0.to_out.0.weight": (d, c.head_dim * h),
+            f"{at}.0.to_out.1.g": (d,),
+            f"{at}.1.0.g": (d,),
+            f"{at}.1.1.weight": (8 * d, d),
+            f"{at}.1.5.weight": (d, 4 * d),
+        }
         if c.norm_mlp:
             keys[f"{at}.1.3.g"] = (4 * d,)
     return keys
@@ -73,8 +114,11 @@ def test_every_shape_is_counted():
 def test_priors_have_the_published_parameters_and_keys(name):
     config, (parameters, keys) = PRIORS[name], COUNTS[name]
     network = build_network(config)
-    # learned ones: rotary frequencies stand in the file, but are fixed; mean and deviation stand in a file of their own
-    statistics = 2 * config.embed_dim if name == "kandinsky22" else 0  # its count is that of diffusers' class, where they are parameters
+    # learned ones: rotary frequencies stand in the file, but are fixed; mean and deviation stand in a file of
+    # their own
+    statistics = (
+        2 * config.embed_dim if name == "kandinsky22" else 0
+    )  # its count is that of diffusers' class, where they are parameters
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) + statistics == parameters
     original = file_shapes(prior_table(config), shapes_of(network))
     own = {key: shape for key, shape in original.items() if key not in ("clip_mean", "clip_std")}
@@ -87,7 +131,9 @@ def test_priors_have_the_keys_of_diffusers(name, embed):
     with torch.device("meta"):
         theirs = PriorTransformer(embedding_dim=embed)
     wanted = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
-    assert file_shapes(prior_table(PRIORS[name], "diffusers"), shapes_of(build_network(PRIORS[name]))) == wanted
+    assert (
+        file_shapes(prior_table(PRIORS[name], "diffusers"), shapes_of(build_network(PRIORS[name]))) == wanted
+    )
 
 
 def condition(config: PriorConfig) -> Cond:
@@ -100,12 +146,17 @@ def condition(config: PriorConfig) -> Cond:
 def small_peer(config: PriorConfig) -> PriorTransformer:
     with torch.device("meta"):
         theirs = PriorTransformer(
-            num_attention_heads=config.heads, attention_head_dim=config.head_dim, num_layers=config.layers, embedding_dim=config.embed_dim,
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            num_layers=config.layers,
+            embedding_dim=config.embed_dim,
             num_embeddings=config.length,
-        )  # fmt: skip
+        )
     theirs = fill(theirs)
     causal = torch.full((config.length + 4, config.length + 4), -10000.0).triu(1)[None]
-    theirs.register_buffer("causal_attention_mask", causal, persistent=False)  # `fill` gave it storage, not numbers
+    theirs.register_buffer(
+        "causal_attention_mask", causal, persistent=False
+    )  # `fill` gave it storage, not numbers
     return theirs
 
 
@@ -121,10 +172,17 @@ def test_a_small_prior_equals_the_peers():
     config = replace(SMALL, text_dim=SMALL.embed_dim)  # the peer knows one width for both
     theirs, cond = small_peer(config), condition(config)
     ours = ours_of(theirs, config)
-    x, t = torch.randn(2, config.embed_dim, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 981.0])
+    x, t = (
+        torch.randn(2, config.embed_dim, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([1.0, 981.0]),
+    )
     expected = theirs(x, t, cond.pooled, cond.context, cond.context_mask).predicted_image_embedding
     assert error(ours(x, t, cond), expected) < TOLERANCE
-    for other in (replace(cond, pooled=cond.pooled.flip(0)), replace(cond, context=cond.context.flip(0)), replace(cond, context_mask=None)):
+    for other in (
+        replace(cond, pooled=cond.pooled.flip(0)),
+        replace(cond, context=cond.context.flip(0)),
+        replace(cond, context_mask=None),
+    ):
         assert error(ours(x, t, other), expected) > VISIBLE
     assert torch.allclose(ours.denormalize(x), theirs.post_process_latents(x))
     # through Karlo's own layout and back, where q, k and v are interleaved by head
@@ -132,12 +190,15 @@ def test_a_small_prior_equals_the_peers():
     again = Prior(config).eval()
     again.load_state_dict(to_native(prior_table(config), there, shapes_of(again), source="x"))
     assert torch.equal(again(x, t, cond), ours(x, t, cond))
-    again.load_state_dict(to_native(prior_table(replace(config, heads=1)), there, shapes_of(again), source="x"))  # (part, row) order
+    again.load_state_dict(
+        to_native(prior_table(replace(config, heads=1)), there, shapes_of(again), source="x")
+    )  # (part, row) order
     assert error(again(x, t, cond), expected) > VISIBLE
 
 
 def published_attention(state: dict[str, torch.Tensor], x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Karlo's attention as its description has it: rows (head, q|k|v, channel), both sides scaled by the fourth root."""
+    """Karlo's attention as its description has it: rows (head, q|k|v, channel), both sides scaled by the
+    fourth root."""
     qkv = x @ state["c_qkv.weight"].T + state["c_qkv.bias"]
     b, n, width = qkv.shape
     q, k, v = qkv.view(b, n, heads, -1).split(width // heads // 3, dim=-1)
@@ -152,10 +213,17 @@ def published_attention(state: dict[str, torch.Tensor], x: torch.Tensor, heads: 
 def test_karlos_interleaved_rows_are_read_as_its_attention_reads_them():
     ours = randomise(build_network(SMALL))
     there = to_file(prior_table(SMALL), ours.state_dict())
-    state = {key.removeprefix("transformer.resblocks.1.attn."): value for key, value in there.items() if "resblocks.1.attn" in key}
+    state = {
+        key.removeprefix("transformer.resblocks.1.attn."): value
+        for key, value in there.items()
+        if "resblocks.1.attn" in key
+    }
     x = torch.randn(2, 9, SMALL.width, generator=torch.Generator().manual_seed(5))
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None]
-    assert error(ours.transformer.blocks[1].attn1(x, mask=causal), published_attention(state, x, SMALL.heads)) < TOLERANCE
+    assert (
+        error(ours.transformer.blocks[1].attn1(x, mask=causal), published_attention(state, x, SMALL.heads))
+        < TOLERANCE
+    )
 
 
 @torch.inference_mode()
@@ -164,18 +232,22 @@ def test_cosine_blocks_equal_the_published_program(cosine_sim):
     module = pytest.importorskip("dalle2_pytorch.dalle2_pytorch", reason="the peer is not installed")
     net = module.DiffusionPriorNetwork(
         dim=48, num_timesteps=1000, max_text_len=7, depth=2, dim_head=40, heads=3, normformer=True
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(0)
     for name, p in net.named_parameters():
         if "freqs" not in name:
-            p.uniform_(-1.0, 1.0, generator=generator).mul_(0.2 if p.ndim > 1 else 0.5).add_(1.0 if name.endswith(".g") else 0.0)
+            p.uniform_(-1.0, 1.0, generator=generator).mul_(0.2 if p.ndim > 1 else 0.5).add_(
+                1.0 if name.endswith(".g") else 0.0
+            )
     for attention, _ in net.causal_transformer.layers:
         attention.cosine_sim, attention.scale = cosine_sim, 16 if cosine_sim else 40**-0.5
     config = replace(COSINE, cosine_sim=cosine_sim)
     ours = Prior(config).eval()
     ours.load_state_dict(to_native(prior_table(config), net.state_dict(), shapes_of(ours), source="peer"))
     cond, x, t = condition(config), torch.randn(2, 48, generator=generator), torch.tensor([3, 977])
-    zeroed = torch.where(cond.context_mask[..., None], cond.context, 0.0)  # the program tells padding by its zeros
+    zeroed = torch.where(
+        cond.context_mask[..., None], cond.context, 0.0
+    )  # the program tells padding by its zeros
     expected = net.eval()(x, t, text_embed=cond.pooled, text_encodings=zeroed)
     assert error(ours(x, t.float(), cond), expected) < TOLERANCE
     other = Prior(replace(config, cosine_sim=not cosine_sim)).eval()
@@ -202,7 +274,9 @@ def test_padding_behind_the_text_is_not_looked_at():
     net, cond = randomise(build_network(SMALL)), condition(SMALL)
     x, t = torch.randn(2, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 500.0])
     noisy = torch.where(cond.context_mask[..., None], cond.context, torch.full_like(cond.context, 9.0))
-    assert torch.allclose(net(x, t, cond), net(x, t, replace(cond, context=noisy)), atol=1e-5)  # float32 rounding of two layers
+    assert torch.allclose(
+        net(x, t, cond), net(x, t, replace(cond, context=noisy)), atol=1e-5
+    )  # float32 rounding of two layers
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
@@ -214,7 +288,13 @@ def test_it_runs_with_the_samplers_of_pictures_on_vectors(sampler):
     fn = clip_x0(cfg(denoiser, cond, cond[[1, 0]], 4.0), denoiser.schedule, 0.5)
     grid = TimeGrid.make(denoiser.schedule, 5, spacing="linspace")
     seen = []
-    x = SAMPLERS[sampler](fn, initial_noise([0, 1], (24,)), grid, noise=keyed_noise([0, 1]), on_step=lambda i, x, d: seen.append(d.x0))
+    x = SAMPLERS[sampler](
+        fn,
+        initial_noise([0, 1], (24,)),
+        grid,
+        noise=keyed_noise([0, 1]),
+        on_step=lambda i, x, d: seen.append(d.x0),
+    )
     assert x.shape == (2, 24) and torch.allclose(x, seen[-1], atol=1e-6)
     assert max(float(x0.abs().max()) for x0 in seen) <= 0.5 and float(seen[0].abs().max()) == 0.5
 
@@ -246,10 +326,12 @@ def test_statistics_that_are_absent_or_exchanged_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": "gpt"}, "blocks"), ({"normalize": "none"}, "normalize"), ({"heads": 0}, "heads: expected at least 1"),
+        ({"blocks": "gpt"}, "blocks"),
+        ({"normalize": "none"}, "normalize"),
+        ({"heads": 0}, "heads: expected at least 1"),
         ({"blocks": "cosine"}, "expected one width"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_no_prior_has(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **change)

@@ -12,11 +12,16 @@ from ldm.models.tiny import AutoencoderTiny, TinyConfig
 
 def test_it_equals_the_peers_at_full_size():
     generator = torch.Generator().manual_seed(1)
-    x, z = torch.rand(2, 3, 64, 48, generator=generator) * 2 - 1, 3 * torch.randn(2, 4, 8, 12, generator=generator)
+    x, z = (
+        torch.rand(2, 3, 64, 48, generator=generator) * 2 - 1,
+        3 * torch.randn(2, 4, 8, 12, generator=generator),
+    )
     with twins(Peer, lambda: AutoencoderTiny(TinyConfig())) as (theirs, ours):
         latents, pictures = theirs.encode(x).latents, theirs.decode(z).sample
         latent = ours.encode(x)
-        assert error(latent.mean, latents) < TOLERANCE and torch.equal(latent.sample(torch.randn(2)), latent.mode())
+        assert error(latent.mean, latents) < TOLERANCE and torch.equal(
+            latent.sample(torch.randn(2)), latent.mode()
+        )
         assert error(ours.decode(z), pictures) < TOLERANCE
         first, second = ours.decoder.layers[2].conv[0], ours.decoder.layers[2].conv[2]
         first.weight, second.weight = second.weight, first.weight
@@ -36,6 +41,10 @@ def test_what_does_not_fit_is_refused():
     assert model.config.factor == 4
     with pytest.raises(ValueError, match="multiples of 4"):
         model.encode(torch.zeros(1, 3, 14, 16))
-    for wrong, message in (({"encoder": ()}, "encoder and decoder"), ({"encoder": (1,)}, "as many numbers"), ({"width": 0}, "width")):
+    for wrong, message in (
+        ({"encoder": ()}, "encoder and decoder"),
+        ({"encoder": (1,)}, "as many numbers"),
+        ({"width": 0}, "width"),
+    ):
         with pytest.raises(ValueError, match=message):
             TinyConfig(**wrong)

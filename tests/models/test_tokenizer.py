@@ -1,4 +1,5 @@
-"""The tokenizer against open_clip's, id by id; then what is ours: lengths, a part of the vocabulary, and no slow import."""
+"""The tokenizer against open_clip's, id by id; then what is ours: lengths, a part of the vocabulary, and no
+slow import."""
 
 from __future__ import annotations
 
@@ -14,20 +15,53 @@ import torch
 from ldm.models.text.bpe import BOS, EOT, SIZE, Tokenizer, all_symbols, byte_symbols
 
 STRINGS = [
-    "", " ", "\n\t ", "a red apple", "A  Red\tAPPLE\n", "it's they're I've I'm he'll she'd CAN'T '", "'s'S's'", "a&b",
-    "don’t “quoted” – dash… ‚low‘", "12345 3.14 1/2 ½ Ⅷ ² 四", "hello, world!!! (what?) [x] {y} <z> @home #1 50% a_b-c~d`e^f|g\\h",
-    "&amp; &lt;b&gt; &amp;lt; &eacute; &#x1F34E; &nosuch;", "http://example.com/a?b=c&d=e",
-    "schÃ¶n dâ€™accord", "naïve façade Straße İstanbul ſpace K", "ﬁne ﬂow ＦＵＬＬ", "ǅ ŉ ΐ ß ẞ", "\u0130\u0131",
-    "🍎🦁 👩‍🚀 👨‍👩‍👧 🇫🇷 ❤️", "שלום עולם", "مرحبا بالعالم ١٢٣", "日本語のテキスト 한국어 ไทย",
-    "e\u0301 a\u0308\u0323", "a\u200bb\u00adc\ufeffd\u2028e\u0085f\xa0g", "\x00\x01\x1b[31mred\x1b[0m\x7f", "\r\n line \r end",
-    "<start_of_text> x <end_of_text>", "<START_OF_TEXT>", "<ſtart_of_text>", "\ufffd \U0010ffff \ue000",
-    "supercalifragilisticexpialidocious" * 3, "a" * 29, "x" * 300,
-]  # fmt: skip
+    "",
+    " ",
+    "\n\t ",
+    "a red apple",
+    "A  Red\tAPPLE\n",
+    "it's they're I've I'm he'll she'd CAN'T '",
+    "'s'S's'",
+    "a&b",
+    "don’t “quoted” – dash… ‚low‘",
+    "12345 3.14 1/2 ½ Ⅷ ² 四",
+    "hello, world!!! (what?) [x] {y} <z> @home #1 50% a_b-c~d`e^f|g\\h",
+    "&amp; &lt;b&gt; &amp;lt; &eacute; &#x1F34E; &nosuch;",
+    "http://example.com/a?b=c&d=e",
+    "schÃ¶n dâ€™accord",
+    "naïve façade Straße İstanbul ſpace K",
+    "ﬁne ﬂow ＦＵＬＬ",
+    "ǅ ŉ ΐ ß ẞ",
+    "\u0130\u0131",
+    "🍎🦁 👩‍🚀 👨‍👩‍👧 🇫🇷 ❤️",
+    "שלום עולם",
+    "مرحبا بالعالم ١٢٣",
+    "日本語のテキスト 한국어 ไทย",
+    "e\u0301 a\u0308\u0323",
+    "a\u200bb\u00adc\ufeffd\u2028e\u0085f\xa0g",
+    "\x00\x01\x1b[31mred\x1b[0m\x7f",
+    "\r\n line \r end",
+    "<start_of_text> x <end_of_text>",
+    "<START_OF_TEXT>",
+    "<ſtart_of_text>",
+    "\ufffd \U0010ffff \ue000",
+    "supercalifragilisticexpialidocious" * 3,
+    "a" * 29,
+    "x" * 300,
+]
 PIECES = [
-    *"abcdefghijklmnopqrstuvwxyzABCXYZ0123456789", *"       \t\n\r'\"!#$%&()*+,-./:;<=>?@[]^_`{|}~\\",
+    *"abcdefghijklmnopqrstuvwxyzABCXYZ0123456789",
+    *"       \t\n\r'\"!#$%&()*+,-./:;<=>?@[]^_`{|}~\\",
     *"éüñßſK\u0301µאבعم字漢½Ⅷ’“”🍎🦁\u200d\u200b\u0085\xa0\x00\x1b\ufb01Ã¶â€™",
-    "&amp;", "&lt;", "&#39;", "'s", "'LL", " the ", " apple", "<end_of_text>",
-]  # fmt: skip
+    "&amp;",
+    "&lt;",
+    "&#39;",
+    "'s",
+    "'LL",
+    " the ",
+    " apple",
+    "<end_of_text>",
+]
 
 
 @cache
@@ -75,21 +109,31 @@ def test_ids_equal_open_clip_on_random_strings():
 
 def test_every_symbol_equals_open_clips():
     assert dict(zip(all_symbols(), range(SIZE), strict=True)) == {
-        **{symbol: i for symbol, i in peer()._tokenizer.encoder.items() if i < BOS}, "<start_of_text>": BOS, "<end_of_text>": EOT,
-    }  # fmt: skip
+        **{symbol: i for symbol, i in peer()._tokenizer.encoder.items() if i < BOS},
+        "<start_of_text>": BOS,
+        "<end_of_text>": EOT,
+    }
 
 
 @pytest.mark.parametrize("length", [77, 16, 2])
 def test_batches_equal_open_clip(length):
     texts = ["", "a red apple", "word " * 200, "an astronaut, riding a horse; in space 🚀"]
-    assert torch.equal(ours()(texts, context_length=length, truncate=True), peer().tokenize(texts, context_length=length))
+    assert torch.equal(
+        ours()(texts, context_length=length, truncate=True), peer().tokenize(texts, context_length=length)
+    )
 
 
 def test_padding():
     ids = ours()(["a cat", "a red apple"], context_length=8, pad=49407)
     assert ids.dtype == torch.int64
-    assert ids.tolist() == [[49406, 320, 2368, 49407, 49407, 49407, 49407, 49407], [49406, 320, 736, 3055, 49407, 49407, 49407, 49407]]
-    assert ours()(["a cat", "a red apple"], context_length=None).tolist() == [[49406, 320, 2368, 49407, 0], [49406, 320, 736, 3055, 49407]]
+    assert ids.tolist() == [
+        [49406, 320, 2368, 49407, 49407, 49407, 49407, 49407],
+        [49406, 320, 736, 3055, 49407, 49407, 49407, 49407],
+    ]
+    assert ours()(["a cat", "a red apple"], context_length=None).tolist() == [
+        [49406, 320, 2368, 49407, 0],
+        [49406, 320, 736, 3055, 49407],
+    ]
     assert ours()("a cat").shape == (1, 77)
     assert ours()([]).shape == (0, 77)
 
@@ -103,7 +147,8 @@ def test_too_long_names_the_count():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"context_length": 1}, "context_length.*1"), ({"pad": 49408}, "49408"), ({"pad": -1}, "pad")]
+    ("options", "message"),
+    [({"context_length": 1}, "context_length.*1"), ({"pad": 49408}, "49408"), ({"pad": -1}, "pad")],
 )
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
@@ -146,9 +191,9 @@ def test_vocabulary_is_checked():
 
 def test_plain_text_imports_neither_open_clip_nor_unicode_tables():
     code = (
-        "import sys; from ldm.models.text.bpe import Tokenizer; t = Tokenizer(); t('a red apple, it\\'s on a blue background');"
-        "bad = {'open_clip', 'ftfy', 'regex', 'torchvision'} & set(sys.modules); assert not bad, bad; t('\\u00e9\\u00e9');"
-        "assert 'ftfy' in sys.modules and 'open_clip' not in sys.modules"
+        "import sys; from ldm.models.text.bpe import Tokenizer; t = Tokenizer(); t('a red apple, it\\'s on a"
+        " blue background');bad = {'open_clip', 'ftfy', 'regex', 'torchvision'} & set(sys.modules); assert"
+        " not bad, bad; t('\\u00e9\\u00e9');assert 'ftfy' in sys.modules and 'open_clip' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -34,8 +34,11 @@ T = torch.tensor([1.0, 981.0])
 
 
 @contextmanager
-def renamed(peers: dict[str, Callable[[], nn.Module]], config: Any) -> Iterator[tuple[list[nn.Module], nn.Module]]:
-    """Peers (by the prefix of their keys) and our network of a configuration over the same random weights, through our rules."""
+def renamed(
+    peers: dict[str, Callable[[], nn.Module]], config: Any
+) -> Iterator[tuple[list[nn.Module], nn.Module]]:
+    """Peers (by the prefix of their keys) and our network of a configuration over the same random weights,
+    through our rules."""
     with torch.device("meta"):
         theirs = {prefix: make() for prefix, make in peers.items()}
     state = {}
@@ -57,9 +60,15 @@ def renamed(peers: dict[str, Callable[[], nn.Module]], config: Any) -> Iterator[
 def test_karlos_prior() -> None:
     with renamed({"": PriorTransformer}, PRIORS["karlo"]) as ((theirs,), ours):
         causal = torch.full((81, 81), -10000.0).triu(1)[None]
-        theirs.register_buffer("causal_attention_mask", causal, persistent=False)  # `fill` gave it storage, not numbers
+        theirs.register_buffer(
+            "causal_attention_mask", causal, persistent=False
+        )  # `fill` gave it storage, not numbers
         mask = torch.arange(77) < torch.tensor([[77], [9]])
-        cond = Cond(context=torch.randn(2, 77, 768, generator=G), context_mask=mask, pooled=torch.randn(2, 768, generator=G))
+        cond = Cond(
+            context=torch.randn(2, 77, 768, generator=G),
+            context_mask=mask,
+            pooled=torch.randn(2, 768, generator=G),
+        )
         x = torch.randn(2, 768, generator=G)
         expected = theirs(x, T, cond.pooled, cond.context, cond.context_mask).predicted_image_embedding
         assert error(ours(x, T, cond), expected) < TOLERANCE
@@ -70,20 +79,30 @@ def test_karlos_prior() -> None:
 def test_karlos_decoder() -> None:
     peers = {
         "decoder.": lambda: UNet2DConditionModel(
-            **FULL, in_channels=3, out_channels=6, block_out_channels=(320, 640, 960, 1280), cross_attention_dim=1536, class_embed_type="identity"
+            **FULL,
+            in_channels=3,
+            out_channels=6,
+            block_out_channels=(320, 640, 960, 1280),
+            cross_attention_dim=1536,
+            class_embed_type="identity",
         ),
         "text_proj.": lambda: UnCLIPTextProjModel(time_embed_dim=1280, cross_attention_dim=1536),
     }
     mask = torch.arange(77) < torch.tensor([[77], [9]])
     cond = Cond(
-        context=torch.randn(2, 77, 768, generator=G), context_mask=mask, pooled=torch.randn(2, 768, generator=G),
+        context=torch.randn(2, 77, 768, generator=G),
+        context_mask=mask,
+        pooled=torch.randn(2, 768, generator=G),
         image_emb=torch.randn(2, 768, generator=G),
-    )  # fmt: skip
+    )
     x = torch.randn(2, 3, 16, 16, generator=G)
     with renamed(peers, DECODERS["karlo"]) as ((unet, project), ours):
         context, vector = project(
-            image_embeddings=cond.image_emb, prompt_embeds=cond.pooled, text_encoder_hidden_states=cond.context, do_classifier_free_guidance=False
-        )  # fmt: skip
+            image_embeddings=cond.image_emb,
+            prompt_embeds=cond.pooled,
+            text_encoder_hidden_states=cond.context,
+            do_classifier_free_guidance=False,
+        )
         mask = torch.nn.functional.pad(mask, (4, 0), value=True)
         expected = unet(x, T, encoder_hidden_states=context, class_labels=vector, attention_mask=mask).sample
         assert error(ours(x, T, cond), expected) < TOLERANCE
@@ -94,9 +113,14 @@ def test_karlos_decoder() -> None:
 def test_karlos_upsampler() -> None:
     def peer() -> UNet2DModel:
         return UNet2DModel(
-            in_channels=6, out_channels=3, block_out_channels=(320, 640, 960, 1280), layers_per_block=3, add_attention=False,
-            down_block_types=("ResnetDownsampleBlock2D",) * 4, up_block_types=("ResnetUpsampleBlock2D",) * 4,
-        )  # fmt: skip
+            in_channels=6,
+            out_channels=3,
+            block_out_channels=(320, 640, 960, 1280),
+            layers_per_block=3,
+            add_attention=False,
+            down_block_types=("ResnetDownsampleBlock2D",) * 4,
+            up_block_types=("ResnetUpsampleBlock2D",) * 4,
+        )
 
     x, low = torch.randn(2, 3, 16, 16, generator=G), torch.randn(2, 3, 16, 16, generator=G)
     with twins(peer, lambda: UNet(UPSAMPLERS["karlo-sr"])) as (theirs, ours):
@@ -109,7 +133,10 @@ def test_stable_unclip_h() -> None:
     extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048}
     cond = Cond(context=torch.randn(2, 77, 1024, generator=G), pooled=torch.randn(2, 2048, generator=G))
     x = torch.randn(2, 4, 16, 16, generator=G)
-    with twins(lambda: UNet2DConditionModel(**SD2 | extra), lambda: UNet(UNETS["unclip-h"])) as (theirs, ours):
+    with twins(lambda: UNet2DConditionModel(**SD2 | extra), lambda: UNet(UNETS["unclip-h"])) as (
+        theirs,
+        ours,
+    ):
         expected = theirs(x, T, encoder_hidden_states=cond.context, class_labels=cond.pooled).sample
         assert error(ours(x, T, cond), expected) < TOLERANCE
         rotate_qkv(ours, "mid_block.attentions.0.transformer_blocks.0.attn1")
@@ -118,7 +145,10 @@ def test_stable_unclip_h() -> None:
 
 def test_kandinsky_22() -> None:
     image, x = torch.randn(2, 1280, generator=G), torch.randn(2, 4, 16, 16, generator=G)
-    with renamed({"": lambda: UNet2DConditionModel(**KANDINSKY | IMAGE)}, DECODERS["kandinsky22"]) as ((theirs,), ours):
+    with renamed({"": lambda: UNet2DConditionModel(**KANDINSKY | IMAGE)}, DECODERS["kandinsky22"]) as (
+        (theirs,),
+        ours,
+    ):
         expected = theirs(x, T, encoder_hidden_states=None, added_cond_kwargs={"image_embeds": image}).sample
         assert error(ours(x, T, Cond(image_emb=image)), expected) < TOLERANCE
         rotate_qkv(ours, "unet.mid_block.attentions.0")
@@ -128,10 +158,14 @@ def test_kandinsky_22() -> None:
 def test_movq() -> None:
     def peer() -> VQModel:
         return VQModel(
-            block_out_channels=(128, 256, 256, 512), layers_per_block=2, latent_channels=4, num_vq_embeddings=16384, norm_type="spatial",
+            block_out_channels=(128, 256, 256, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            num_vq_embeddings=16384,
+            norm_type="spatial",
             down_block_types=(*["DownEncoderBlock2D"] * 3, "AttnDownEncoderBlock2D"),
             up_block_types=("AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 3),
-        )  # fmt: skip
+        )
 
     x, z = torch.rand(1, 3, 64, 48, generator=G) * 2 - 1, torch.randn(1, 4, 8, 6, generator=G)
     with twins(peer, lambda: MoVQ(MOVQ)) as (theirs, ours):

@@ -20,7 +20,12 @@ SD2 = {"heads": (5, 10, 20, 20), "context_dim": 1024, "linear_projection": True}
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
-    [({}, 859_520_964), ({"in_channels": 9}, 859_535_364), (SD2, 865_910_724), ({"context_dim": 1280, "depth": (1, 1, 1, 0)}, 872_300_484)],
+    [
+        ({}, 859_520_964),
+        ({"in_channels": 9}, 859_535_364),
+        (SD2, 865_910_724),
+        ({"context_dim": 1280, "depth": (1, 1, 1, 0)}, 872_300_484),
+    ],
 )
 def test_parameters_are_those_of_the_published_models(config, parameters):
     assert sum(p.numel() for p in on_meta(**config).parameters()) == parameters
@@ -38,14 +43,24 @@ def randomize(module: torch.nn.Module) -> None:
 def test_a_small_unet_equals_the_peers(linear):
     torch.manual_seed(0)
     theirs = Peer(
-        block_out_channels=(32, 64, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=2, cross_attention_dim=24,
-        attention_head_dim=(4, 4, 4), use_linear_projection=linear,
-    ).eval()  # fmt: skip
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=24,
+        attention_head_dim=(4, 4, 4),
+        use_linear_projection=linear,
+    ).eval()
     randomize(theirs)
-    ours = on_meta(channels=(32, 64, 64), depth=(0, 1, 1), heads=4, context_dim=24, linear_projection=linear).eval()
+    ours = on_meta(
+        channels=(32, 64, 64), depth=(0, 1, 1), heads=4, context_dim=24, linear_projection=linear
+    ).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    x, t, context = torch.randn(2, 4, 15, 10), torch.tensor([3.0, 977.0]), torch.randn(2, 7, 24)  # sizes that round on the way down
+    x, t, context = (
+        torch.randn(2, 4, 15, 10),
+        torch.tensor([3.0, 977.0]),
+        torch.randn(2, 7, 24),
+    )  # sizes that round on the way down
     expected = theirs(x, t, context).sample
     # the same operations in float32 in another order
     assert torch.allclose(ours(x, t, Cond(context=context)), expected, atol=1e-4 * float(expected.std()))
@@ -60,7 +75,9 @@ def test_padding_that_the_mask_leaves_out_does_not_count():
     x, t, context = torch.randn(2, 4, 8, 8), torch.full((2,), 10.0), torch.randn(2, 5, 8)
     padded = torch.cat([context, torch.randn(2, 3, 8)], dim=1)
     mask = (torch.arange(8) < 5).expand(2, 8)
-    assert torch.allclose(net(x, t, Cond(context=padded, context_mask=mask)), net(x, t, Cond(context=context)), atol=1e-5)
+    assert torch.allclose(
+        net(x, t, Cond(context=padded, context_mask=mask)), net(x, t, Cond(context=context)), atol=1e-5
+    )
     assert not torch.allclose(net(x, t, Cond(context=padded)), net(x, t, Cond(context=context)), atol=1e-4)
 
 
@@ -90,8 +107,10 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="input has 6 channels, this UNet takes 4"):
         net(x, t, Cond(context=context, pooled=torch.zeros(1, 8), concat=torch.zeros(1, 2, 8, 8)))
     for wrong, message in (
-        ({"depth": (1,)}, "depth: expected 4"), ({"heads": None}, "one of heads and head_dim"), ({"heads": 7}, "cannot be split into 7 heads"),
+        ({"depth": (1,)}, "depth: expected 4"),
+        ({"heads": None}, "one of heads and head_dim"),
+        ({"heads": 7}, "cannot be split into 7 heads"),
         ({"channels": ()}, "channels"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             UNetConfig(**wrong)

@@ -19,8 +19,16 @@ def on_meta(**config) -> AutoencoderKL:
     [
         ({"channels": (128, 256, 512), "latent_channels": 3}, 55_312_063, 204),
         ({}, 83_653_863, 248),
-        ({"channels": (128, 128, 256, 256, 512), "latent_channels": 16, "attention_levels": (4,)}, 69_610_963, 342),
-        ({"channels": (128, 128, 256, 256, 512, 512), "latent_channels": 64, "attention_levels": (4, 5)}, 103_880_131, 436),
+        (
+            {"channels": (128, 128, 256, 256, 512), "latent_channels": 16, "attention_levels": (4,)},
+            69_610_963,
+            342,
+        ),
+        (
+            {"channels": (128, 128, 256, 256, 512, 512), "latent_channels": 64, "attention_levels": (4, 5)},
+            103_880_131,
+            436,
+        ),
     ],
 )
 def test_parameters_are_those_of_the_published_models(config, parameters, keys):
@@ -31,7 +39,12 @@ def test_parameters_are_those_of_the_published_models(config, parameters, keys):
 def peer(**config) -> Peer:
     torch.manual_seed(0)
     levels = len(config["block_out_channels"])
-    return Peer(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=32, **config).eval()
+    return Peer(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=32,
+        **config,
+    ).eval()
 
 
 @torch.no_grad()
@@ -45,7 +58,9 @@ def test_encoder_and_decoder_equal_the_peers_at_full_size():
     assert torch.allclose(posterior.mean, expected.mean, atol=1e-4 * float(expected.mean.std()))
     assert torch.allclose(posterior.logvar, expected.logvar, atol=1e-4 * float(expected.logvar.std()))
     z = torch.randn(1, 4, 8, 12)
-    assert torch.allclose(ours.decode(z), theirs.decode(z).sample, atol=1e-4 * float(theirs.decode(z).sample.std()))
+    assert torch.allclose(
+        ours.decode(z), theirs.decode(z).sample, atol=1e-4 * float(theirs.decode(z).sample.std())
+    )
 
 
 @torch.no_grad()
@@ -65,7 +80,8 @@ def test_the_posterior_is_a_gaussian():
     mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     posterior = Posterior(mean, logvar)
     exact = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+        torch.distributions.Normal(mean, (logvar / 2).exp()),
+        torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)),
     )
     assert torch.allclose(posterior.kl(), exact.flatten(1).sum(1), rtol=1e-5)
     assert torch.equal(posterior.sample(torch.zeros_like(mean)), posterior.mode())
@@ -89,4 +105,6 @@ def test_sizes_and_shapes_that_do_not_fit_are_refused():
 
 def test_psnr_of_a_known_error():
     a = torch.zeros(2, 3, 4, 4)
-    assert torch.allclose(psnr(a, a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)), torch.tensor([20.0, 40.0]), atol=1e-3)
+    assert torch.allclose(
+        psnr(a, a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)), torch.tensor([20.0, 40.0]), atol=1e-3
+    )

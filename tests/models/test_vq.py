@@ -37,9 +37,14 @@ def test_codes_are_their_own_nearest():
 def test_small_models_equal_the_peers(mid):
     def peer() -> Peer:
         return Peer(
-            block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), layers_per_block=1,
-            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), latent_channels=3, num_vq_embeddings=50, mid_block_add_attention=mid,
-        )  # fmt: skip
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            layers_per_block=1,
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            latent_channels=3,
+            num_vq_embeddings=50,
+            mid_block_add_attention=mid,
+        )
 
     generator = torch.Generator().manual_seed(1)
     x, z = torch.rand(2, 3, 16, 32, generator=generator) * 2 - 1, torch.randn(2, 3, 6, 8, generator=generator)
@@ -64,7 +69,9 @@ def test_latents_are_continuous_and_decoding_quantises_them():
     indices = model.indices(z)
     quantised = model.quantize.vectors(indices)
     assert not torch.allclose(quantised, z, atol=1e-2)
-    assert torch.equal(model.decode(z), model.decode(quantised)) and torch.equal(model.decode(z), model.decode_indices(indices))
+    assert torch.equal(model.decode(z), model.decode(quantised)) and torch.equal(
+        model.decode(z), model.decode_indices(indices)
+    )
 
 
 def test_what_does_not_fit_is_refused():

@@ -41,9 +41,17 @@ def test_variations_are_image_to_image(pipe: Any, published: Any) -> None:
     image = picture()
     made = published.variations(image, prompt="a cat", strength=0.5, **OPTIONS)
     assert len(made) == 4 and made.seeds == (0, 1, 2, 3)
-    assert torch.equal(made.tensor, published.image_to_image("a cat", image, strength=0.5, n=4, **OPTIONS).tensor)
-    assert torch.equal(pipe.variations(image, prompt="cat", **OPTIONS).tensor, pipe.image_to_image("cat", image, strength=0.6, n=4, **OPTIONS).tensor)
-    itself, of_nothing = pipe.variations(image, n=1, **OPTIONS), pipe.image_to_image("", image, strength=0.6, **OPTIONS)
+    assert torch.equal(
+        made.tensor, published.image_to_image("a cat", image, strength=0.5, n=4, **OPTIONS).tensor
+    )
+    assert torch.equal(
+        pipe.variations(image, prompt="cat", **OPTIONS).tensor,
+        pipe.image_to_image("cat", image, strength=0.6, n=4, **OPTIONS).tensor,
+    )
+    itself, of_nothing = (
+        pipe.variations(image, n=1, **OPTIONS),
+        pipe.image_to_image("", image, strength=0.6, **OPTIONS),
+    )
     assert not near(itself.tensor, of_nothing.tensor, 1e-3)  # the draft is its own latent
     assert pipe.variations(image, strength=0, n=2, **OPTIONS).tensor.shape[0] == 2
 
@@ -55,7 +63,12 @@ def test_interpolation_of_prompts_ends_at_both(name: str, request: pytest.Fixtur
     made = model.interpolate(a, b, n=5, seed=3, **OPTIONS)
     ends = [model.text_to_image(prompt, seed=3, **OPTIONS).tensor for prompt in (a, b)]
     assert near(made.tensor[:1], ends[0]) and near(made.tensor[-1:], ends[1])
-    assert made.seeds == (3,) * 5 and made.prompts[0] == a and made.prompts[-1] == b and "0.50" in made.prompts[2]
+    assert (
+        made.seeds == (3,) * 5
+        and made.prompts[0] == a
+        and made.prompts[-1] == b
+        and "0.50" in made.prompts[2]
+    )
     steps = (made.tensor[1:] - made.tensor[:-1]).flatten(1).norm(dim=1)
     assert float(steps.max()) < float((ends[0] - ends[1]).norm()) + 1e-3
 
@@ -77,22 +90,45 @@ def test_interpolation_of_pictures_ends_at_both(pipe: Any, prompt: str) -> None:
 
 
 def test_conditions_between_two() -> None:
-    a = Cond(context=torch.tensor([[[1.0], [2.0], [7.0]]]), context_mask=torch.tensor([[True, True, False]]), pooled=torch.zeros(1, 2))
-    b = Cond(context=torch.tensor([[[3.0], [4.0], [5.0]]]), context_mask=torch.ones(1, 3, dtype=torch.bool), pooled=torch.ones(1, 2))
+    a = Cond(
+        context=torch.tensor([[[1.0], [2.0], [7.0]]]),
+        context_mask=torch.tensor([[True, True, False]]),
+        pooled=torch.zeros(1, 2),
+    )
+    b = Cond(
+        context=torch.tensor([[[3.0], [4.0], [5.0]]]),
+        context_mask=torch.ones(1, 3, dtype=torch.bool),
+        pooled=torch.ones(1, 2),
+    )
     got = between(a, b, torch.tensor([0.0, 0.5, 1.0]))
     assert got.context is not None and got.context_mask is not None and got.pooled is not None
-    assert got.context[:, :, 0].tolist() == [[1, 2, 2], [2, 3, 3.5], [3, 4, 5]]  # the last token stands for the one that a lacks
+    assert got.context[:, :, 0].tolist() == [
+        [1, 2, 2],
+        [2, 3, 3.5],
+        [3, 4, 5],
+    ]  # the last token stands for the one that a lacks
     assert got.context_mask.tolist() == [[True, True, False], [True, True, True], [True, True, True]]
     assert got.pooled[:, 0].tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("name", ["pipe", "published"])
-def test_the_exact_inversion_gives_the_autoencoder_s_picture(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_exact_inversion_gives_the_autoencoder_s_picture(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     model, image = request.getfixturevalue(name), torch.cat([picture(), picture(seed=1)])
     known = model.decode(model.encode(image))
     made = model.reconstruct(image, prompt="cat", **{**OWN, "steps": 10})
-    assert near(made.tensor, known, 2e-3) and made.recipe["guidance"] == 1 and made.recipe["sampler"] == "ddim"
-    near_by = [float((model.reconstruct(image, exact=False, iterations=k, **{**OWN, "steps": 10}).tensor - known).abs().max()) for k in (1, 20)]
+    assert (
+        near(made.tensor, known, 2e-3) and made.recipe["guidance"] == 1 and made.recipe["sampler"] == "ddim"
+    )
+    near_by = [
+        float(
+            (model.reconstruct(image, exact=False, iterations=k, **{**OWN, "steps": 10}).tensor - known)
+            .abs()
+            .max()
+        )
+        for k in (1, 20)
+    ]
     assert near_by[1] <= near_by[0]
 
 
@@ -101,12 +137,21 @@ def test_an_edit_that_changes_nothing_is_the_picture(pipe: Any) -> None:
     same = pipe.edit("cat", "cat", image=image, guidance=1.0, **OWN)
     assert near(same.tensor, known, 2e-3)
     other = pipe.edit("cat", "red apple", image=image, **OWN)
-    assert not near(other.tensor, known, 1e-2) and other.recipe["source"] == "cat" and other.recipe["prompt"] == "red apple"
+    assert (
+        not near(other.tensor, known, 1e-2)
+        and other.recipe["source"] == "cat"
+        and other.recipe["prompt"] == "red apple"
+    )
     less = pipe.edit("cat", "red apple", image=image, strength=0.3, **OWN)
     assert float((less.tensor - known).abs().mean()) < float((other.tensor - known).abs().mean())
     led = pipe.edit("cat", "cat", image=image, cross=1.0, within=1.0, guidance=1.0, **OWN)
     assert near(led.tensor, known, 5e-3)  # the controlled product rounds otherwise
-    assert pipe.edit("cat", "red apple", image=torch.cat([image, picture(seed=1)]), exact=False, n=1, **OWN).tensor.shape[0] == 2
+    assert (
+        pipe.edit(
+            "cat", "red apple", image=torch.cat([image, picture(seed=1)]), exact=False, n=1, **OWN
+        ).tensor.shape[0]
+        == 2
+    )
 
 
 @pytest.mark.parametrize("name", ["pipe", "published"])
@@ -116,27 +161,59 @@ def test_attention_of_the_source_leads(name: str, request: pytest.FixtureRequest
     assert near(model.edit("red apple", "red cat", n=2, cross=0.0, within=0.0, **OPTIONS).tensor, target)
     assert near(model.edit("red apple", "red apple", n=2, cross=1.0, within=1.0, **OPTIONS).tensor, source)
     turned = model.text_to_image("red cat", n=2, negative=["apple", "blue"], **OPTIONS)
-    assert near(model.edit("red apple", "red cat", n=2, cross=0.0, within=0.0, negative=["apple", "blue"], **OPTIONS).tensor, turned.tensor)
+    assert near(
+        model.edit(
+            "red apple", "red cat", n=2, cross=0.0, within=0.0, negative=["apple", "blue"], **OPTIONS
+        ).tensor,
+        turned.tensor,
+    )
     led = model.edit("red apple", "red cat", n=2, cross=1.0, within=1.0, **OPTIONS)
     assert not near(led.tensor, target, 1e-6) and led.seeds == (0, 1) and led.prompts == ("red cat",) * 2
     assert all(part.controls == () for part in model.denoiser.net.modules() if hasattr(part, "controls"))
-    assert not near(model.edit("red cat", "red cat", emphasis={"cat": 4.0}, **OPTIONS).tensor, target[:1], 1e-6)
+    assert not near(
+        model.edit("red cat", "red cat", emphasis={"cat": 4.0}, **OPTIONS).tensor, target[:1], 1e-6
+    )
 
 
 def test_the_maps_are_the_source_s_where_words_are_shared(published: Any) -> None:
     seen: list[Tensor] = []
-    with attention_control(published.denoiser.net, lambda name, p: seen.append(p)):  # registered first, so it sees what the network gives
+    with attention_control(
+        published.denoiser.net, lambda name, p: seen.append(p)
+    ):  # registered first, so it sees what the network gives
         published.edit("a red apple", "a red cat", cross=1.0, within=0.0, **{**OPTIONS, "steps": 1})
     alignment = align(published.text.places("a red apple"), published.text.places("a red cat"), 77, {})
-    assert torch.equal(alignment.taken, torch.eye(77)) and bool(alignment.shared.all())  # words swapped one for one: all maps are the source's
+    assert torch.equal(alignment.taken, torch.eye(77)) and bool(
+        alignment.shared.all()
+    )  # words swapped one for one: all maps are the source's
 
 
 def test_alignments() -> None:
     source, prompt = [("red", [1]), ("apple", [2, 3])], [("a", [1]), ("red", [2]), ("cat", [3])]
     alignment = align(source, prompt, 6, {"red": 2.5})
-    assert alignment.shared.tolist() == [1, 0, 1, 1, 1, 1]  # the start, red, cat for apple, the end; nothing for "a"
-    assert alignment.taken[:, 2].tolist() == [0, 1, 0, 0, 0, 0] and alignment.taken[:, 3].tolist() == [0, 0, 0.5, 0.5, 0, 0]
-    assert alignment.taken[:, 4].tolist() == [0, 0, 0, 0, 1, 0] and alignment.scale.tolist() == [1, 1, 2.5, 1, 1, 1]
+    assert alignment.shared.tolist() == [
+        1,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]  # the start, red, cat for apple, the end; nothing for "a"
+    assert alignment.taken[:, 2].tolist() == [0, 1, 0, 0, 0, 0] and alignment.taken[:, 3].tolist() == [
+        0,
+        0,
+        0.5,
+        0.5,
+        0,
+        0,
+    ]
+    assert alignment.taken[:, 4].tolist() == [0, 0, 0, 0, 1, 0] and alignment.scale.tolist() == [
+        1,
+        1,
+        2.5,
+        1,
+        1,
+        1,
+    ]
     with pytest.raises(ValueError, match="no word 'dog'"):
         align(source, prompt, 6, {"dog": 2.0})
 

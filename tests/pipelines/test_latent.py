@@ -27,7 +27,8 @@ def test_picture_i_of_a_batch_is_the_picture_of_its_seed_alone(pipe, sampler):
     assert batch.seeds == (7, 8, 9, 10)
     for i in range(4):
         alone = run(pipe, seed=7 + i, sampler=sampler)
-        # the noise is the same to the bit; matrix products of another batch size round differently: a few float32 ulp over 4 steps
+        # the noise is the same to the bit; matrix products of another batch size round differently: a few
+        # float32 ulp over 4 steps
         assert torch.allclose(batch.tensor[i], alone.tensor[0], atol=1e-5)
     assert not torch.allclose(batch.tensor[0], batch.tensor[1], atol=1e-2)
 
@@ -61,7 +62,9 @@ def test_guidance_one_is_the_conditional_model_and_costs_one_evaluation_a_step(p
     run(pipe, guidance=3.0)
     hook.remove()
     assert sizes == [2] * 4
-    assert torch.equal(run(pipe, guidance=0.0).tensor, run(pipe, "cat", guidance=0.0).tensor)  # the prompt is not looked at
+    assert torch.equal(
+        run(pipe, guidance=0.0).tensor, run(pipe, "cat", guidance=0.0).tensor
+    )  # the prompt is not looked at
 
 
 def test_an_empty_prompt_is_unconditional(pipe):
@@ -98,7 +101,9 @@ def test_steps_are_kept_when_asked_for(pipe, tmp_path):
     plain = run(pipe, n=2)
     made = run(pipe, n=2, keep_steps=True)
     assert torch.equal(made.tensor, plain.tensor) and plain.steps is None and made.recipe == plain.recipe
-    assert made.steps.shape == (4, 2, 3, 32, 32) and torch.allclose(made.steps[-1], made.tensor, atol=1e-6)  # its last step takes x0 as the data
+    assert made.steps.shape == (4, 2, 3, 32, 32) and torch.allclose(
+        made.steps[-1], made.tensor, atol=1e-6
+    )  # its last step takes x0 as the data
     assert made.animate(tmp_path / "x.gif").stat().st_size > 0
     again = pipe.image_to_image("cat", torch.rand(3, 32, 32), strength=0.5, progress=False, keep_steps=True)
     assert again.steps.shape == (2, 1, 3, 32, 32)
@@ -128,7 +133,10 @@ def test_unknown_words_are_named_in_a_warning(pipe):
         ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents have shape \(1, 4, 3, 3\), expected \(1, 4, 8, 8\)"),
         ({"prompt": []}, "prompt"),
         ({"prompt": "(cat:much)"}, r"weight 'much': expected a number from 0 to 10, as in \(red:1.3\)"),
-        ({"negative": ["cat", "cat"]}, "negative: expected a text, or 1 .one for each prompt. or 1 .for each picture."),
+        (
+            {"negative": ["cat", "cat"]},
+            "negative: expected a text, or 1 .one for each prompt. or 1 .for each picture.",
+        ),
     ],
 )
 def test_wrong_input_is_refused_with_what_was_expected(pipe, options, message):

@@ -1,4 +1,5 @@
-"""Inpainting and outpainting: known pixels exact in every kind of model, hidden pixels unseen, drafts corrected, windows blended."""
+"""Inpainting and outpainting: known pixels exact in every kind of model, hidden pixels unseen, drafts
+corrected, windows blended."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def outside(x: Tensor, mask: Tensor) -> Tensor:
     return x * (1 - mask)
 
 
-@pytest.mark.parametrize("options", [{}, {"seam": 0}, {"feather": 3}, {"resample": 2, "jump": 2}, {"strength": 0.5}, {"window": 16}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"seam": 0}, {"feather": 3}, {"resample": 2, "jump": 2}, {"strength": 0.5}, {"window": 16}],
+)
 def test_known_pixels_are_exact(pipe: Any, options: dict[str, Any]) -> None:
     image, mask = picture(), hole()
     made = pipe.inpaint("cat", image, mask, n=2, **OPTIONS, **options)
@@ -56,7 +60,10 @@ def test_known_pixels_are_exact_in_published_families(base: str, tmp_path: Any) 
     model = family.load(family.register(base, tmp_path).name)
     image, mask = picture(), hole()
     prompt = "a cat" if base.startswith("sd") else ""
-    for made in (model.inpaint(prompt, image, mask, **OPTIONS), model.inpaint(prompt, image, mask, **OPTIONS, seam=0)):
+    for made in (
+        model.inpaint(prompt, image, mask, **OPTIONS),
+        model.inpaint(prompt, image, mask, **OPTIONS, seam=0),
+    ):
         assert torch.equal(outside(made.tensor, mask), outside(image, mask))
     wide = model.outpaint(prompt, image, right=24, top=7, **OPTIONS)
     assert wide.tensor.shape == (1, 3, 39, 56) and torch.equal(wide.tensor[..., 7:, :32], image)
@@ -76,7 +83,11 @@ def test_files_arrays_and_pictures_are_taken_alike(pipe: Any, tmp_path: Any) -> 
     mask = (hole().numpy() * 255).astype(np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     Image.fromarray(mask).save(tmp_path / "m.png")
-    kinds = [(array, mask), (Image.fromarray(array), Image.fromarray(mask)), (tmp_path / "a.png", str(tmp_path / "m.png"))]
+    kinds = [
+        (array, mask),
+        (Image.fromarray(array), Image.fromarray(mask)),
+        (tmp_path / "a.png", str(tmp_path / "m.png")),
+    ]
     made = [pipe.inpaint("cat", *kind, **OPTIONS).tensor for kind in kinds]
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
     known = (made[0] * 255).round().byte()[0].permute(1, 2, 0).numpy()[mask == 0]
@@ -92,7 +103,9 @@ def test_a_size_that_does_not_fit_is_padded_aloud_and_cut_back(pipe: Any) -> Non
         assert pipe.image_to_image("cat", image, **OPTIONS).tensor.shape == image.shape
 
 
-@pytest.mark.parametrize("margins", [{"right": 32}, {"left": 5, "bottom": 3}, {"left": 40, "right": 41, "top": 33}])
+@pytest.mark.parametrize(
+    "margins", [{"right": 32}, {"left": 5, "bottom": 3}, {"left": 40, "right": 41, "top": 33}]
+)
 def test_outpainting_keeps_the_picture_where_it_was(pipe: Any, margins: dict[str, int]) -> None:
     image = picture()
     made = pipe.outpaint("cat", image, n=2, **margins, **OPTIONS)
@@ -105,7 +118,9 @@ def test_outpainting_keeps_the_picture_where_it_was(pipe: Any, margins: dict[str
 
 def test_windows_are_the_whole_where_one_holds_it(pipe: Any) -> None:
     image, sizes = picture(32, 16), []
-    hook = pipe.denoiser.net.register_forward_hook(lambda net, inputs, output: sizes.append(tuple(inputs[0].shape[-2:])))
+    hook = pipe.denoiser.net.register_forward_hook(
+        lambda net, inputs, output: sizes.append(tuple(inputs[0].shape[-2:]))
+    )
     one = pipe.outpaint("cat", image, right=16, **OPTIONS)
     again = pipe.outpaint("cat", image, right=16, window=32, **OPTIONS)
     assert torch.equal(one.tensor, again.tensor) and set(sizes) == {(8, 8)}
@@ -121,16 +136,28 @@ def test_a_draft_gives_way_to_what_is_known_and_is_laid_once() -> None:
     empty[..., :2] = 0  # two columns known at the left
     cond, uncond = drafted((Cond(concat=draft), Cond(context=torch.zeros(1, 1, 1))), known, empty)
     assert cond.concat is not None and uncond.concat is None
-    assert torch.equal(cond.concat[0, 0, 0], torch.tensor([9.0, 9, 2, 3, 3, 3, 3, 3, 3, 3]))  # known, draft, its edge continued
+    assert torch.equal(
+        cond.concat[0, 0, 0], torch.tensor([9.0, 9, 2, 3, 3, 3, 3, 3, 3, 3])
+    )  # known, draft, its edge continued
     same = drafted((Cond(concat=draft), Cond()), known[..., :4], torch.ones(1, 1, 4, 4))[0].concat
     assert torch.equal(same, draft)
 
 
 @pytest.mark.parametrize(
     ("known", "side", "tile", "begin"),
-    [((0, 4), 10, 6, 0), ((6, 10), 10, 6, 4), ((4, 6), 10, 6, 2), ((1, 9), 10, 6, 2), ((0, 8), 16, 6, 2), ((0, 0), 10, 6, 2), ((0, 10), 10, 10, 0)],
+    [
+        ((0, 4), 10, 6, 0),
+        ((6, 10), 10, 6, 4),
+        ((4, 6), 10, 6, 2),
+        ((1, 9), 10, 6, 2),
+        ((0, 8), 16, 6, 2),
+        ((0, 0), 10, 6, 2),
+        ((0, 10), 10, 10, 0),
+    ],
 )
-def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(known: tuple[int, int], side: int, tile: int, begin: int) -> None:
+def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(
+    known: tuple[int, int], side: int, tile: int, begin: int
+) -> None:
     where = torch.zeros(side, dtype=torch.bool)
     where[known[0] : known[1]] = True
     assert anchor(where, tile) == begin
@@ -138,7 +165,9 @@ def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(known:
 
 def test_all_white_repaints_all(pipe: Any) -> None:
     made = pipe.inpaint("cat", picture(), torch.ones(32, 32), seam=0, **OPTIONS)
-    assert torch.allclose(made.tensor, pipe.text_to_image("cat", **OPTIONS).tensor, atol=1e-4)  # eps is derived again: rounding
+    assert torch.allclose(
+        made.tensor, pipe.text_to_image("cat", **OPTIONS).tensor, atol=1e-4
+    )  # eps is derived again: rounding
 
 
 def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -> None:
@@ -146,7 +175,12 @@ def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -
 
     def made(name: str, task: Any, *args: Any, **options: Any) -> Any:
         seen[name] = []
-        return task("cat", *args, **{**OPTIONS, "steps": 10, **options}, on_step=lambda i, x, d: seen[name].append(x.clone()))
+        return task(
+            "cat",
+            *args,
+            **{**OPTIONS, "steps": 10, **options},
+            on_step=lambda i, x, d: seen[name].append(x.clone()),
+        )
 
     one = made("one", pipe.inpaint, picture(), hole())
     made("other noise", pipe.inpaint, picture(), hole(), seed=1)
@@ -156,11 +190,21 @@ def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -
     made("wide", pipe.outpaint, picture(), right=16)
     taken = round(10 * DRAFTED)
     assert {name: len(states) for name, states in seen.items()} == {
-        "one": taken, "other noise": taken, "text": 10, "other text": 10, "all": 10, "wide": 10,
-    }  # fmt: skip
+        "one": taken,
+        "other noise": taken,
+        "text": 10,
+        "other text": 10,
+        "all": 10,
+        "wide": 10,
+    }
     repainted = pipe.encode(torch.zeros(1, 3, 32, 32)).new_zeros(1, 1, 8, 8)
-    repainted[..., 1:5, 1:6] = 1  # the latent positions of the hole: other noise matters less there than where nothing is begun from
-    by_noise = [((a[-1] - b[-1]) * repainted).square().mean() for a, b in ((seen["one"], seen["other noise"]), (seen["text"], seen["other text"]))]
+    repainted[..., 1:5, 1:6] = (
+        1  # the latent positions of the hole: other noise matters less there than where nothing is begun from
+    )
+    by_noise = [
+        ((a[-1] - b[-1]) * repainted).square().mean()
+        for a, b in ((seen["one"], seen["other noise"]), (seen["text"], seen["other text"]))
+    ]
     assert 0 < float(by_noise[0]) < 0.6 * float(by_noise[1])
     assert one.recipe["strength"] == 1 and one.recipe["steps"] == taken
 
@@ -168,16 +212,22 @@ def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -
 def test_the_steps_kept_have_the_known_pixels_and_the_picture_s_size(pipe: Any) -> None:
     image = picture()
     made = pipe.outpaint("cat", image, right=6, keep_steps=True, **OPTIONS)
-    assert made.steps.shape == (3, *made.tensor.shape) and torch.equal(made.steps[..., :32], image.expand(3, 1, -1, -1, -1))
+    assert made.steps.shape == (3, *made.tensor.shape) and torch.equal(
+        made.steps[..., :32], image.expand(3, 1, -1, -1, -1)
+    )
 
 
 def test_stopping_and_seeds(pipe: Any) -> None:
     image, mask = picture(), hole()
     four = pipe.inpaint("cat", image, mask, n=3, seed=5, **OPTIONS)
-    assert torch.allclose(four.tensor[2:], pipe.inpaint("cat", image, mask, seed=7, **OPTIONS).tensor, atol=1e-4)
+    assert torch.allclose(
+        four.tensor[2:], pipe.inpaint("cat", image, mask, seed=7, **OPTIONS).tensor, atol=1e-4
+    )
     masks = torch.stack([mask, mask.T])[:, None]
     two = pipe.inpaint("cat", image, masks, n=2, **OPTIONS).tensor
-    assert torch.equal(outside(two[:1], mask), outside(image, mask)) and torch.equal(outside(two[1:], mask.T), outside(image, mask.T))
+    assert torch.equal(outside(two[:1], mask), outside(image, mask)) and torch.equal(
+        outside(two[1:], mask.T), outside(image, mask.T)
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,14 +235,20 @@ def test_stopping_and_seeds(pipe: Any) -> None:
     [
         (lambda p: p.inpaint("cat", picture(), torch.zeros(32, 32)), "black all over"),
         (lambda p: p.inpaint("cat", picture(), torch.ones(32, 30)), "picture's size 32×32, got 32×30"),
-        (lambda p: p.inpaint("cat", picture(), torch.ones(3, 1, 32, 32), n=2), "3 masks for 2 pictures to be made"),
+        (
+            lambda p: p.inpaint("cat", picture(), torch.ones(3, 1, 32, 32), n=2),
+            "3 masks for 2 pictures to be made",
+        ),
         (lambda p: p.inpaint("cat", picture(), hole(), strength=2), "strength: expected 0 to 1, got 2"),
         (lambda p: p.inpaint("cat", picture(), hole(), resample=0), "times and jump must be at least 1"),
         (lambda p: p.inpaint("cat", picture(), hole(), feather=-3), "feather: expected"),
         (lambda p: p.inpaint("cat", picture(), hole(), window=0), "window: expected"),
         (lambda p: p.inpaint("cat", np.zeros((4, 4, 2), dtype=np.uint8), hole()), r"\(4, 4, 2\)"),
         (lambda p: p.inpaint("cat", picture(), "absent.png"), "mask: no such file"),
-        (lambda p: p.outpaint("cat", picture(), left=-4), "left: expected a number of pixels of at least 0, got -4"),
+        (
+            lambda p: p.outpaint("cat", picture(), left=-4),
+            "left: expected a number of pixels of at least 0, got -4",
+        ),
         (lambda p: p.outpaint("cat", picture()), "nothing to outpaint"),
         (lambda p: p.outpaint("cat", picture(), left=4, width=64), "width 64: the picture has 36"),
         (lambda p: p.outpaint("cat", __file__, left=4), "not a picture that can be read"),

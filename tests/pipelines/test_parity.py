@@ -1,7 +1,8 @@
-"""Whole pipelines against diffusers' over the same random weights and noise: every picture within 1/255 of theirs, pixel by pixel.
+"""Whole pipelines against diffusers' over the same random weights and noise: every picture within 1/255 of
+theirs, pixel by pixel.
 
-At reduced width here; at full size (one picture of 64×64, 5 steps): python -m pytest tests/pipelines/test_parity.py -m slow
-The full-size SDXL takes 14 GB of memory, which both pipelines share.
+At reduced width here; at full size (one picture of 64×64, 5 steps): python -m pytest
+tests/pipelines/test_parity.py -m slow The full-size SDXL takes 14 GB of memory, which both pipelines share.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ SIZES = ["reduced", pytest.param("full", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("base", "kind"),
-    [("sd-v1-5", "StableDiffusionPipeline"), ("sd-v2-1", "StableDiffusionPipeline"), ("sdxl-base", "StableDiffusionXLPipeline")],
+    [
+        ("sd-v1-5", "StableDiffusionPipeline"),
+        ("sd-v2-1", "StableDiffusionPipeline"),
+        ("sdxl-base", "StableDiffusionXLPipeline"),
+    ],
 )
 def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_path: Path) -> None:
     pipe, side = make(base, size, tmp_path)
@@ -37,16 +42,40 @@ def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_pat
             # without a negative prompt SDXL takes zeros, the others the empty text
             words = negative or (None if "XL" in kind else "")
             expected = theirs(
-                PROMPT, negative_prompt=words, num_inference_steps=STEPS, guidance_scale=5.0, height=side, width=side, latents=z, output_type="pt"
+                PROMPT,
+                negative_prompt=words,
+                num_inference_steps=STEPS,
+                guidance_scale=5.0,
+                height=side,
+                width=side,
+                latents=z,
+                output_type="pt",
             ).images
             got = pipe.text_to_image(
-                PROMPT, negative=negative, steps=STEPS, guidance=5.0, height=side, width=side, latents=z, sampler=sampler, progress=False
+                PROMPT,
+                negative=negative,
+                steps=STEPS,
+                guidance=5.0,
+                height=side,
+                width=side,
+                latents=z,
+                sampler=sampler,
+                progress=False,
             ).tensor
             assert_equal(got, expected)
             results[sampler, negative] = got
     assert differ(results["ddim", NEGATIVE], results["ddim", ""])  # what was varied has an effect
     if size == "reduced":  # an error in one convention alone is seen
-        other = pipe.text_to_image("a green apple", steps=STEPS, guidance=5.0, height=side, width=side, latents=z, sampler="ddim", progress=False)
+        other = pipe.text_to_image(
+            "a green apple",
+            steps=STEPS,
+            guidance=5.0,
+            height=side,
+            width=side,
+            latents=z,
+            sampler="ddim",
+            progress=False,
+        )
         assert differ(other.tensor, results["ddim", ""])
 
 
@@ -58,16 +87,34 @@ def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path
     theirs.scheduler = scheduler(pipe, sampler)
     generator = torch.Generator().manual_seed(5)
     shape = noise(pipe, side).shape
-    torch.randn(shape, generator=generator)  # the peer draws first for the posterior (which has no spread), then the noise
+    torch.randn(
+        shape, generator=generator
+    )  # the peer draws first for the posterior (which has no spread), then the noise
     z = torch.randn(shape, generator=generator)
     expected = theirs(
-        PROMPT, image=picture(side), strength=0.6, num_inference_steps=STEPS, guidance_scale=5.0, negative_prompt=NEGATIVE,
-        generator=torch.Generator().manual_seed(5), output_type="pt",
-    ).images  # fmt: skip
+        PROMPT,
+        image=picture(side),
+        strength=0.6,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        negative_prompt=NEGATIVE,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
     got = pipe.image_to_image(
-        PROMPT, picture(side), strength=0.6, steps=STEPS, guidance=5.0, negative=NEGATIVE, latents=z, sampler=sampler, progress=False
+        PROMPT,
+        picture(side),
+        strength=0.6,
+        steps=STEPS,
+        guidance=5.0,
+        negative=NEGATIVE,
+        latents=z,
+        sampler=sampler,
+        progress=False,
     )
-    assert len(pipe.image_to_image(PROMPT, picture(side), strength=0.6, steps=STEPS, progress=False).seeds) == 1
+    assert (
+        len(pipe.image_to_image(PROMPT, picture(side), strength=0.6, steps=STEPS, progress=False).seeds) == 1
+    )
     assert got.recipe["steps"] == 3
     assert_equal(got.tensor, expected)
 
@@ -80,12 +127,31 @@ def test_nine_channel_inpainting_equals_the_peers(sampler: str, size: str, tmp_p
     theirs.scheduler = scheduler(pipe, sampler)
     z = noise(pipe, side)
     expected = theirs(
-        PROMPT, image=picture(side), mask_image=hole(side), strength=1.0, num_inference_steps=STEPS, guidance_scale=5.0, negative_prompt=NEGATIVE,
-        latents=z, height=side, width=side, generator=torch.Generator().manual_seed(5), output_type="pt",
-    ).images  # fmt: skip
-    options = {"steps": STEPS, "guidance": 5.0, "negative": NEGATIVE, "latents": z, "sampler": sampler, "progress": False}
+        PROMPT,
+        image=picture(side),
+        mask_image=hole(side),
+        strength=1.0,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        negative_prompt=NEGATIVE,
+        latents=z,
+        height=side,
+        width=side,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
+    options = {
+        "steps": STEPS,
+        "guidance": 5.0,
+        "negative": NEGATIVE,
+        "latents": z,
+        "sampler": sampler,
+        "progress": False,
+    }
     options["seam"] = 0  # the peer corrects no border
-    assert_filled(pipe.inpaint(PROMPT, picture(side), hole(side), **options).tensor, expected, picture(side), hole(side))
+    assert_filled(
+        pipe.inpaint(PROMPT, picture(side), hole(side), **options).tensor, expected, picture(side), hole(side)
+    )
     other = pipe.inpaint(NEGATIVE, picture(side), hole(side), **options).tensor
     assert differ(other * hole(side), expected * hole(side))
 
@@ -98,6 +164,16 @@ def test_a_folder_that_we_write_is_one_that_the_peer_reads(tmp_path: Path) -> No
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
     z = noise(pipe, side)
-    expected = theirs(PROMPT, num_inference_steps=STEPS, guidance_scale=7.5, height=side, width=side, latents=z, output_type="pt").images
-    got = pipe.text_to_image(PROMPT, steps=STEPS, height=side, width=side, latents=z, progress=False)  # plms and 7.5, as the card says
+    expected = theirs(
+        PROMPT,
+        num_inference_steps=STEPS,
+        guidance_scale=7.5,
+        height=side,
+        width=side,
+        latents=z,
+        output_type="pt",
+    ).images
+    got = pipe.text_to_image(
+        PROMPT, steps=STEPS, height=side, width=side, latents=z, progress=False
+    )  # plms and 7.5, as the card says
     assert_equal(got.tensor, expected)

@@ -1,4 +1,5 @@
-"""The family's other kinds against diffusers' pipelines over the same random weights and noise, at reduced width: within 1/255 per pixel."""
+"""The family's other kinds against diffusers' pipelines over the same random weights and noise, at reduced
+width: within 1/255 per pixel."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ OURS: dict[str, Any] = {"progress": False}
 def test_distilled_models_without_guidance(tmp_path: Path) -> None:
     pipe, side = make("sd-turbo", "reduced", tmp_path)
     theirs, z = peer(pipe, "StableDiffusionPipeline", tmp_path), noise(pipe, 32)
-    expected = theirs(PROMPT, num_inference_steps=1, guidance_scale=0.0, height=side, width=side, latents=z, output_type="pt").images
+    expected = theirs(
+        PROMPT,
+        num_inference_steps=1,
+        guidance_scale=0.0,
+        height=side,
+        width=side,
+        latents=z,
+        output_type="pt",
+    ).images
     got = pipe.text_to_image(PROMPT, steps=1, latents=z, **OURS)  # sampler and guidance are the card's
     assert got.recipe["sampler"] == "euler_a" and got.recipe["guidance"] == 1.0
     assert_equal(got.tensor, expected)
@@ -27,7 +36,15 @@ def test_consistency_models_with_guidance_as_an_input(tmp_path: Path) -> None:
     theirs, z = peer(pipe, "LatentConsistencyModelPipeline", tmp_path), noise(pipe, 32)
     results = {}
     for scale in (8.5, 3.0):
-        expected = theirs(PROMPT, num_inference_steps=1, guidance_scale=scale, height=side, width=side, latents=z, output_type="pt").images
+        expected = theirs(
+            PROMPT,
+            num_inference_steps=1,
+            guidance_scale=scale,
+            height=side,
+            width=side,
+            latents=z,
+            output_type="pt",
+        ).images
         results[scale] = pipe.text_to_image(PROMPT, steps=1, guidance=scale, latents=z, **OURS).tensor
         assert_equal(results[scale], expected)
     assert differ(results[8.5], results[3.0])
@@ -39,12 +56,29 @@ def test_instructions(tmp_path: Path) -> None:
     for sampler in ("ddim", "euler"):
         theirs.scheduler = scheduler(pipe, sampler)
         expected = theirs(
-            "make it blue", image=picture(side), num_inference_steps=5, guidance_scale=6.0, image_guidance_scale=1.5, negative_prompt=NEGATIVE,
-            latents=z, output_type="pt",
-        ).images  # fmt: skip
-        options = {"steps": 5, "guidance": 6.0, "negative": NEGATIVE, "latents": z, "sampler": sampler, **OURS}
-        assert_equal(pipe.instruct("make it blue", picture(side), image_guidance=1.5, **options).tensor, expected)
-        assert differ(pipe.instruct("make it blue", picture(side), image_guidance=1.0, **options).tensor, expected)
+            "make it blue",
+            image=picture(side),
+            num_inference_steps=5,
+            guidance_scale=6.0,
+            image_guidance_scale=1.5,
+            negative_prompt=NEGATIVE,
+            latents=z,
+            output_type="pt",
+        ).images
+        options = {
+            "steps": 5,
+            "guidance": 6.0,
+            "negative": NEGATIVE,
+            "latents": z,
+            "sampler": sampler,
+            **OURS,
+        }
+        assert_equal(
+            pipe.instruct("make it blue", picture(side), image_guidance=1.5, **options).tensor, expected
+        )
+        assert differ(
+            pipe.instruct("make it blue", picture(side), image_guidance=1.0, **options).tensor, expected
+        )
 
 
 def test_the_refiner_with_its_aesthetic_scores(tmp_path: Path) -> None:
@@ -54,23 +88,47 @@ def test_the_refiner_with_its_aesthetic_scores(tmp_path: Path) -> None:
     torch.randn(shape, generator=generator)  # the peer draws first for the posterior, which has no spread
     z = torch.randn(shape, generator=generator)
     expected = theirs(
-        PROMPT, image=picture(side), strength=0.6, num_inference_steps=5, guidance_scale=5.0, negative_prompt=NEGATIVE,
-        generator=torch.Generator().manual_seed(5), output_type="pt",
-    ).images  # fmt: skip
+        PROMPT,
+        image=picture(side),
+        strength=0.6,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        negative_prompt=NEGATIVE,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
     options = {"strength": 0.6, "steps": 5, "guidance": 5.0, "negative": NEGATIVE, "latents": z, **OURS}
     assert_equal(pipe.image_to_image(PROMPT, picture(side), **options).tensor, expected)
-    assert differ(pipe.image_to_image(PROMPT, picture(side), sizes={"negative_aesthetic": 6.0}, **options).tensor, expected)
+    assert differ(
+        pipe.image_to_image(PROMPT, picture(side), sizes={"negative_aesthetic": 6.0}, **options).tensor,
+        expected,
+    )
 
 
 def test_sdxl_inpainting(tmp_path: Path) -> None:
     pipe, side = make("sdxl-inpainting", "reduced", tmp_path)
     theirs, z = peer(pipe, "StableDiffusionXLInpaintPipeline", tmp_path), noise(pipe, 32)
     expected = theirs(
-        PROMPT, image=picture(side), mask_image=hole(side), strength=1.0, num_inference_steps=5, guidance_scale=5.0, negative_prompt=NEGATIVE,
-        latents=z, height=side, width=side, generator=torch.Generator().manual_seed(5), output_type="pt",
-    ).images  # fmt: skip
+        PROMPT,
+        image=picture(side),
+        mask_image=hole(side),
+        strength=1.0,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        negative_prompt=NEGATIVE,
+        latents=z,
+        height=side,
+        width=side,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
     options = {"steps": 5, "guidance": 5.0, "negative": NEGATIVE, "latents": z, **OURS}
-    assert_filled(pipe.inpaint(PROMPT, picture(side), hole(side), seam=0, **options).tensor, expected, picture(side), hole(side))
+    assert_filled(
+        pipe.inpaint(PROMPT, picture(side), hole(side), seam=0, **options).tensor,
+        expected,
+        picture(side),
+        hole(side),
+    )
 
 
 def test_the_upscaler_with_its_level_of_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +141,16 @@ def test_the_upscaler_with_its_level_of_noise(tmp_path: Path, monkeypatch: pytes
     results = {}
     for level in (20, 200):
         expected = theirs(
-            PROMPT, image=low, noise_level=level, num_inference_steps=5, guidance_scale=5.0, negative_prompt=NEGATIVE, latents=z,
-            generator=torch.Generator().manual_seed(5), output_type="pt",
-        ).images  # fmt: skip
+            PROMPT,
+            image=low,
+            noise_level=level,
+            num_inference_steps=5,
+            guidance_scale=5.0,
+            negative_prompt=NEGATIVE,
+            latents=z,
+            generator=torch.Generator().manual_seed(5),
+            output_type="pt",
+        ).images
         options = {"steps": 5, "guidance": 5.0, "negative": NEGATIVE, "latents": z, **OURS}
         results[level] = pipe.upscale(low, PROMPT, noise_level=level, **options).tensor
         assert_equal(results[level], expected)

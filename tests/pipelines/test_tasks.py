@@ -1,4 +1,5 @@
-"""What the family's models are told beside a text, and the tasks that tell them: on models of reduced width with random weights."""
+"""What the family's models are told beside a text, and the tasks that tell them: on models of reduced width
+with random weights."""
 
 from __future__ import annotations
 
@@ -52,14 +53,20 @@ def differ(a: Any, b: Any) -> bool:
 def test_strength_one_is_text_to_image_and_zero_the_reconstruction(models: Any) -> None:
     pipe = models("sd-v1-5")
     text = pipe.text_to_image("a cat", n=2, **OPTIONS)
-    assert torch.equal(pipe.image_to_image("a cat", picture(), strength=1.0, n=2, **OPTIONS).tensor, text.tensor)
+    assert torch.equal(
+        pipe.image_to_image("a cat", picture(), strength=1.0, n=2, **OPTIONS).tensor, text.tensor
+    )
     again = pipe.image_to_image("a cat", picture(), strength=0.0, **OPTIONS)
     assert torch.equal(again.tensor, pipe.decode(pipe.encode(picture())))
     some = pipe.image_to_image("a cat", picture(), strength=0.5, steps=4, **OPTIONS)
     assert some.recipe["steps"] == 2 and some.recipe["strength"] == 0.5 and not some.recipe["replayable"]
     assert differ(some, pipe.image_to_image("a cat", picture(1), strength=0.5, steps=4, **OPTIONS))
-    batch = pipe.image_to_image("a cat", torch.cat([picture(), picture(1)]), n=2, strength=0.5, steps=4, **OPTIONS)
-    assert torch.allclose(batch.tensor[:1], some.tensor, atol=1e-4)  # the batch's matrix products round otherwise
+    batch = pipe.image_to_image(
+        "a cat", torch.cat([picture(), picture(1)]), n=2, strength=0.5, steps=4, **OPTIONS
+    )
+    assert torch.allclose(
+        batch.tensor[:1], some.tensor, atol=1e-4
+    )  # the batch's matrix products round otherwise
 
 
 def test_an_ordinary_model_keeps_the_known_latent(models: Any) -> None:
@@ -80,7 +87,9 @@ def test_inpainting_models_see_mask_and_picture(models: Any, base: str) -> None:
     one = pipe.inpaint(prompt, image, hole(), **OPTIONS)
     beyond = image.clone()
     beyond[..., 8:16, 4:20] = 0.9
-    assert torch.equal(pipe.inpaint(prompt, beyond, hole(), **OPTIONS).tensor, one.tensor)  # what is under the mask is not seen
+    assert torch.equal(
+        pipe.inpaint(prompt, beyond, hole(), **OPTIONS).tensor, one.tensor
+    )  # what is under the mask is not seen
     assert differ(pipe.inpaint(prompt, picture(1), hole(), **OPTIONS), one)
     assert differ(pipe.inpaint(prompt, image, 1 - hole(), **OPTIONS), one)
     with pytest.raises(ValueError, match="takes a picture beside the latent: call inpaint"):
@@ -94,7 +103,9 @@ def test_the_order_and_values_of_the_extra_channels(models: Any) -> None:
     extra = sd._masked(image, mask)
     assert torch.equal(extra[:, :1], mask[..., ::2, ::2]) and torch.equal(extra[:, 1:], sd.encode(grey))
     extra = big._masked(image, mask)
-    assert torch.equal(extra[:, 3:], 2 * mask[..., ::2, ::2] - 1) and torch.equal(extra[:, :3], big.encode(black))
+    assert torch.equal(extra[:, 3:], 2 * mask[..., ::2, ::2] - 1) and torch.equal(
+        extra[:, :3], big.encode(black)
+    )
 
 
 def test_classes(models: Any) -> None:
@@ -104,7 +115,9 @@ def test_classes(models: Any) -> None:
     assert differ(pipe.class_to_image(3, **OPTIONS), pipe.class_to_image(7, **OPTIONS))
     null = pipe.class_to_image(1000, **OPTIONS)
     assert torch.allclose(pipe.class_to_image(3, guidance=0.0, **OPTIONS).tensor, null.tensor, atol=1e-5)
-    with pytest.raises(ValueError, match="conditioned on classes: expected a number from 0 to 1000, got 'cat'"):
+    with pytest.raises(
+        ValueError, match="conditioned on classes: expected a number from 0 to 1000, got 'cat'"
+    ):
         pipe.text_to_image("cat", **OPTIONS)
     with pytest.raises(ValueError, match="class 1001: expected 0 to 1000"):
         pipe.class_to_image(1001, **OPTIONS)
@@ -129,7 +142,9 @@ def test_upscalers(models: Any) -> None:
     pipe, low = models("sd-x4-upscaler"), picture(side=8)
     big = pipe.upscale(low, "a cat", **OPTIONS)
     assert big.tensor.shape == (1, 3, 32, 32) and big.recipe["noise_level"] == 20
-    assert differ(big, pipe.upscale(low, "a cat", noise_level=200, **OPTIONS)) and differ(big, pipe.upscale(picture(1, 8), "a cat", **OPTIONS))
+    assert differ(big, pipe.upscale(low, "a cat", noise_level=200, **OPTIONS)) and differ(
+        big, pipe.upscale(picture(1, 8), "a cat", **OPTIONS)
+    )
     pair = pipe.upscale(low, "a cat", n=2, **OPTIONS)
     assert torch.allclose(pair.tensor[:1], big.tensor, atol=1e-4)  # the noise of a picture is its seed's
     with pytest.raises(ValueError, match="noise_level: expected 0 to 349, got 350"):
@@ -144,7 +159,11 @@ def test_depth(models: Any) -> None:
     pipe = models("sd-v2-depth")
     near = torch.linspace(0, 9, 20 * 30).view(20, 30)
     one = pipe.depth_to_image("a cat", picture(), near, strength=1.0, **OPTIONS)
-    assert torch.allclose(pipe.depth_to_image("a cat", picture(), 5 * near - 3, strength=1.0, **OPTIONS).tensor, one.tensor, atol=1e-3)
+    assert torch.allclose(
+        pipe.depth_to_image("a cat", picture(), 5 * near - 3, strength=1.0, **OPTIONS).tensor,
+        one.tensor,
+        atol=1e-3,
+    )
     assert differ(pipe.depth_to_image("a cat", picture(), near.flip(0), strength=1.0, **OPTIONS), one)
     small = to_depth(near, (4, 6))
     assert small.shape == (1, 1, 4, 6) and small.min() == -1 and small.max() == 1
@@ -159,7 +178,10 @@ def test_instructions_are_guided_in_two_ways(models: Any) -> None:
     # with both scales equal the two differences add up to one: e(0) + s·(e(image, text) − e(0))
     concat = pipe.encode(z) / pipe.latent_scale
     cond, nothing = pipe.text(["make it blue"]), pipe.text([""])
-    pair = Cond(context=cond.context, concat=concat), Cond(context=nothing.context, concat=torch.zeros_like(concat))
+    pair = (
+        Cond(context=cond.context, concat=concat),
+        Cond(context=nothing.context, concat=torch.zeros_like(concat)),
+    )
     pipe._guided, kept = lambda *_: cfg(pipe.denoiser, *pair, 3.0), pipe._guided
     expected = pipe.instruct("make it blue", z, **equal)
     pipe._guided = kept
@@ -175,27 +197,41 @@ def test_consistency_models_take_the_guidance_as_an_input(models: Any, base: str
     hook.remove()
     assert sizes == [1, 1] and one.recipe["sampler"] == "lcm"
     assert differ(one, pipe.text_to_image("a cat", guidance=2.0, steps=2, progress=False))
-    assert Cond(guidance=torch.tensor([7.51]), context=torch.ones(1, 1, 1)).to(dtype=torch.bfloat16).guidance == torch.tensor([7.51])
+    assert Cond(guidance=torch.tensor([7.51]), context=torch.ones(1, 1, 1)).to(
+        dtype=torch.bfloat16
+    ).guidance == torch.tensor([7.51])
 
 
 def test_sizes_reach_sdxl(models: Any) -> None:
     pipe = models("sdxl-base")
     plain = pipe.text_to_image("a cat", **OPTIONS)
-    assert torch.equal(pipe.text_to_image("a cat", sizes=SizeCondition(original=(32, 32), target=(32, 32)), **OPTIONS).tensor, plain.tensor)
+    assert torch.equal(
+        pipe.text_to_image(
+            "a cat", sizes=SizeCondition(original=(32, 32), target=(32, 32)), **OPTIONS
+        ).tensor,
+        plain.tensor,
+    )
     cropped = pipe.text_to_image("a cat", sizes={"crop": [200, 0]}, **OPTIONS)
-    assert differ(cropped, plain) and cropped.recipe["sizes"]["crop"] == [200, 0] and "sizes" not in plain.recipe
+    assert (
+        differ(cropped, plain) and cropped.recipe["sizes"]["crop"] == [200, 0] and "sizes" not in plain.recipe
+    )
     assert differ(pipe.text_to_image("a cat", sizes={"crop": [0, 200]}, **OPTIONS), cropped)
     with pytest.raises(ValueError, match="did you mean 'crop'"):
         pipe.text_to_image("a cat", sizes={"crops": [0, 0]}, **OPTIONS)
     refiner = models("sdxl-refiner")
-    scores = [refiner.image_to_image("a cat", picture(), sizes={"aesthetic": score}, strength=0.7, **OPTIONS) for score in (6.0, 1.0)]
+    scores = [
+        refiner.image_to_image("a cat", picture(), sizes={"aesthetic": score}, strength=0.7, **OPTIONS)
+        for score in (6.0, 1.0)
+    ]
     assert differ(*scores)
 
 
 def test_turbo_starts_at_the_noisiest_timestep(models: Any) -> None:
     seen: list[float] = []
     pipe = models("sd-turbo")
-    hook = pipe.denoiser.net.register_forward_hook(lambda net, inputs, output: seen.append(float(inputs[1][0])))
+    hook = pipe.denoiser.net.register_forward_hook(
+        lambda net, inputs, output: seen.append(float(inputs[1][0]))
+    )
     pipe.text_to_image("a cat", steps=4, progress=False)
     hook.remove()
     assert seen == [999, 749, 499, 249]  # diffusers' trailing grid of four steps, and no second branch
@@ -205,10 +241,19 @@ def test_pictures_in_any_form_are_the_same_picture(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     wanted = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-    for form in (pixels, Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png"), wanted, wanted[0]):
+    for form in (
+        pixels,
+        Image.fromarray(pixels),
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        wanted,
+        wanted[0],
+    ):
         assert torch.allclose(to_pixels(form), wanted)
     assert to_pixels([pixels, pixels]).shape == (2, 3, 6, 5)
-    assert torch.equal(to_pixels(np.zeros((2, 2, 4), dtype=np.uint8)), torch.ones(1, 3, 2, 2))  # transparency is laid on white
+    assert torch.equal(
+        to_pixels(np.zeros((2, 2, 4), dtype=np.uint8)), torch.ones(1, 3, 2, 2)
+    )  # transparency is laid on white
     mask = (pixels[..., 0] >= 128).astype(np.uint8) * 255
     for form in (mask, Image.fromarray(mask), torch.from_numpy(mask) / 255):
         assert torch.equal(to_mask(form, (6, 5))[0, 0], torch.from_numpy(mask) / 255)

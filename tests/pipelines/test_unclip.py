@@ -32,13 +32,17 @@ def kandinsky() -> UnCLIP:
 
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-SMALL = F.interpolate(torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2)), size=(16, 16), mode="bilinear")
+SMALL = F.interpolate(
+    torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2)), size=(16, 16), mode="bilinear"
+)
 FAST = {"steps": 2, "prior_steps": 2, "progress": False, "upsample": False}
 
 
 def test_four_pictures_by_default_of_the_upsamplers_size(karlo):
     images = karlo.text_to_image("a cat", steps=2, prior_steps=2, upsampler_steps=2, progress=False)
-    assert images.tensor.shape == (4, 3, 32, 32) and images.seeds == (0, 1, 2, 3) and images.recipe["replayable"]
+    assert (
+        images.tensor.shape == (4, 3, 32, 32) and images.seeds == (0, 1, 2, 3) and images.recipe["replayable"]
+    )
     assert images.recipe["prior_steps"] == 2 and images.recipe["model"] == "karlo-v1-alpha"
     assert karlo.text_to_image("a cat", **FAST).tensor.shape == (4, 3, 16, 16)
 
@@ -46,7 +50,10 @@ def test_four_pictures_by_default_of_the_upsamplers_size(karlo):
 def test_the_given_embedding_replaces_the_priors(karlo):
     made = karlo.imagine("a cat", seed=5, prior_steps=2, progress=False)
     given = karlo.text_to_image("a cat", n=1, seed=5, embedding=made, **FAST)
-    assert torch.equal(given.tensor, karlo.text_to_image("a cat", n=1, seed=5, **FAST).tensor) and not given.recipe["replayable"]
+    assert (
+        torch.equal(given.tensor, karlo.text_to_image("a cat", n=1, seed=5, **FAST).tensor)
+        and not given.recipe["replayable"]
+    )
     other = karlo.text_to_image("a cat", n=1, seed=5, embedding=replace(made, vector=-made.vector), **FAST)
     assert not torch.allclose(other.tensor, given.tensor, atol=0.02)
 
@@ -60,7 +67,10 @@ def test_options_of_no_stage_are_named(karlo):
 
 def test_best_of_k_is_the_largest_dot_product_of_k_draws(karlo):
     text = karlo.clip.text_embedding(["a cat"]).vector[0]
-    scores = [float(karlo.imagine("a cat", candidates=k, prior_steps=2, progress=False).vector[0] @ text) for k in (1, 2, 6)]
+    scores = [
+        float(karlo.imagine("a cat", candidates=k, prior_steps=2, progress=False).vector[0] @ text)
+        for k in (1, 2, 6)
+    ]
     assert scores[0] <= scores[1] <= scores[2] and scores[2] > scores[0]
 
 
@@ -95,7 +105,8 @@ def test_prior_and_decoder_of_two_clips_are_not_combined(karlo):
 
 
 def test_inverted_noise_and_the_embedding_reconstruct_a_picture():
-    """On a decoder whose eps is smooth in x_t: with the fixed point iterated, DDIM comes back to where it was inverted from."""
+    """On a decoder whose eps is smooth in x_t: with the fixed point iterated, DDIM comes back to where it was
+    inverted from."""
     pipe = tiny_kandinsky()
     with torch.no_grad():
         pipe.decoder.denoiser.net.unet.conv_out.weight.mul_(0.01)
@@ -114,9 +125,15 @@ def test_inverted_noise_and_the_embedding_reconstruct_a_picture():
 def test_interpolation_ends_in_its_ends(kandinsky):
     options = {"steps": 2, "prior_steps": 2, "progress": False}
     path = kandinsky.interpolate("a cat", PICTURE, n=3, seed=4, **options)
-    first = kandinsky.text_to_image("", n=1, seed=4, embedding=kandinsky.embed("a cat", seed=4, prior_steps=2, progress=False), **options)
-    last = kandinsky.text_to_image("", n=1, seed=4, embedding=kandinsky.clip.image_embedding(PICTURE), **options)
-    assert torch.allclose(path.tensor[0], first.tensor[0], atol=1e-3) and torch.allclose(path.tensor[2], last.tensor[0], atol=1e-3)
+    first = kandinsky.text_to_image(
+        "", n=1, seed=4, embedding=kandinsky.embed("a cat", seed=4, prior_steps=2, progress=False), **options
+    )
+    last = kandinsky.text_to_image(
+        "", n=1, seed=4, embedding=kandinsky.clip.image_embedding(PICTURE), **options
+    )
+    assert torch.allclose(path.tensor[0], first.tensor[0], atol=1e-3) and torch.allclose(
+        path.tensor[2], last.tensor[0], atol=1e-3
+    )
     assert path.seeds == (4, 4, 4) and not torch.allclose(path.tensor[1], path.tensor[0], atol=0.01)
     with pytest.raises(ValueError, match="n: expected at least 2"):
         kandinsky.interpolate("a", "b", n=1)
@@ -136,7 +153,9 @@ def test_a_text_difference_begins_at_the_picture(kandinsky):
     options = {"steps": 2, "progress": False, "invert": False}
     images = kandinsky.text_difference(PICTURE, "a photo", "a drawing", n=3, most=0.4, seed=4, **options)
     plain = kandinsky.variations(PICTURE, n=1, seed=4, steps=2, progress=False)
-    assert torch.allclose(images.tensor[0], plain.tensor[0], atol=1e-3) and not torch.allclose(images.tensor[2], plain.tensor[0], atol=0.01)
+    assert torch.allclose(images.tensor[0], plain.tensor[0], atol=1e-3) and not torch.allclose(
+        images.tensor[2], plain.tensor[0], atol=0.01
+    )
     with pytest.raises(ValueError, match="one embedding"):
         kandinsky.text_difference(PICTURE, "a photo", "a photo", **options)
 
@@ -146,7 +165,9 @@ def test_truncated_embeddings_come_to_the_whole_one(kandinsky):
     codes.fit(torch.randn(100, E, generator=torch.Generator().manual_seed(0)))
     images = kandinsky.truncated(PICTURE, codes, [0, 5, E], steps=2, progress=False)
     whole = kandinsky.variations(PICTURE, n=1, steps=2, progress=False)
-    assert torch.allclose(images.tensor[2], whole.tensor[0], atol=1e-3) and not torch.allclose(images.tensor[0], whole.tensor[0], atol=0.01)
+    assert torch.allclose(images.tensor[2], whole.tensor[0], atol=1e-3) and not torch.allclose(
+        images.tensor[0], whole.tensor[0], atol=0.01
+    )
 
 
 HOLE = F.pad(torch.ones(1, 1, 16, 8), (8, 0))
@@ -158,11 +179,18 @@ def test_inpainting_keeps_every_pixel_that_is_not_masked(name, request):
     pipe = request.getfixturevalue(name)
     images = pipe.inpaint("a cat", SMALL, HOLE, seed=3, **PAINT)
     assert torch.equal(images.tensor[..., :8], SMALL[..., :8].expand(2, -1, -1, -1))
-    assert float((images.tensor[..., 8:] - SMALL[..., 8:]).abs().max()) > 0.1 and images.recipe["task"] == "inpaint"
+    assert (
+        float((images.tensor[..., 8:] - SMALL[..., 8:]).abs().max()) > 0.1
+        and images.recipe["task"] == "inpaint"
+    )
     hidden = torch.where(HOLE > 0, 1 - SMALL, SMALL)  # what is under the mask is not looked at
-    assert torch.allclose(pipe.inpaint("a cat", hidden, HOLE, seed=3, **PAINT).tensor, images.tensor, atol=1e-3)
+    assert torch.allclose(
+        pipe.inpaint("a cat", hidden, HOLE, seed=3, **PAINT).tensor, images.tensor, atol=1e-3
+    )
     again = pipe.inpaint("a cat", SMALL, HOLE, seed=3, resample=2, jump=2, **PAINT)
-    assert torch.equal(again.tensor[..., :8], images.tensor[..., :8]) and not torch.allclose(again.tensor, images.tensor, atol=0.01)
+    assert torch.equal(again.tensor[..., :8], images.tensor[..., :8]) and not torch.allclose(
+        again.tensor, images.tensor, atol=0.01
+    )
     with pytest.raises(ValueError, match="black all over"):
         pipe.inpaint("a cat", SMALL, 0 * HOLE, **PAINT)
     with pytest.raises(ValueError, match="3 pictures for 2 to be made"):
@@ -171,7 +199,9 @@ def test_inpainting_keeps_every_pixel_that_is_not_masked(name, request):
 
 def test_outpainting_keeps_the_picture_and_makes_what_is_around_it(kandinsky):
     images = kandinsky.outpaint("a cat", SMALL, left=6, bottom=20, seam=0, **PAINT)
-    assert images.tensor.shape == (2, 3, 36, 22) and torch.equal(images.tensor[..., :16, 6:], SMALL.expand(2, -1, -1, -1))
+    assert images.tensor.shape == (2, 3, 36, 22) and torch.equal(
+        images.tensor[..., :16, 6:], SMALL.expand(2, -1, -1, -1)
+    )
     assert (images.recipe["left"], images.recipe["bottom"], images.recipe["window"]) == (6, 20, 32)
     whole = kandinsky.outpaint("a cat", SMALL, left=6, bottom=20, seam=0, window=64, **PAINT)
     assert not torch.allclose(images.tensor, whole.tensor, atol=0.01)  # 36 rows, in windows of 32
@@ -211,11 +241,18 @@ class Pointwise(torch.nn.Module):
 def test_tiles_give_what_the_whole_gives_where_pixels_stand_alone():
     denoiser = Denoiser(Pointwise(), NoiseSchedule.cosine(), "eps")
     x, low = torch.randn(2, 3, 20, 33), torch.randn(2, 3, 20, 33)
-    whole, parts = denoiser(x, 500, Cond(concat=low)), tiled(denoiser, Cond(concat=low), 12, overlap=4)(x, torch.tensor(500))
+    whole, parts = (
+        denoiser(x, 500, Cond(concat=low)),
+        tiled(denoiser, Cond(concat=low), 12, overlap=4)(x, torch.tensor(500)),
+    )
     assert torch.allclose(parts.x0, whole.x0, atol=1e-5) and torch.allclose(parts.eps, whole.eps, atol=1e-5)
     for side, tile, overlap in ((33, 12, 4), (12, 12, 3), (100, 13, 12)):
         starts = places(side, tile, overlap)
-        assert starts[0] == 0 and starts[-1] == side - tile and all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+        assert (
+            starts[0] == 0
+            and starts[-1] == side - tile
+            and all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+        )
 
 
 def test_an_upsampler_of_residuals_adds_them_to_the_enlarged_picture(karlo):
@@ -229,7 +266,9 @@ def test_an_upsampler_of_residuals_adds_them_to_the_enlarged_picture(karlo):
     finally:
         stage.card = card
     inside = (low.abs() < 0.99) & (whole.abs() < 1)  # what the picture's range does not cut off
-    assert float((made - low - 1e-3 * whole)[inside].abs().max()) < 1e-5 and float(inside.float().mean()) > 0.1
+    assert (
+        float((made - low - 1e-3 * whole)[inside].abs().max()) < 1e-5 and float(inside.float().mean()) > 0.1
+    )
 
 
 def test_tiled_upsampling_runs_at_any_size(karlo):

@@ -1,4 +1,5 @@
-"""Whole unCLIP pipelines at reduced width against diffusers', over the same noise: ours reads the folders that theirs writes."""
+"""Whole unCLIP pipelines at reduced width against diffusers', over the same noise: ours reads the folders
+that theirs writes."""
 
 from __future__ import annotations
 
@@ -12,18 +13,24 @@ import torch
 import unclippeers as peers
 from tinyunclip import E, tiny_kandinsky, tiny_kandinsky21, tiny_karlo, tiny_stable
 
-from ldm.pipelines.stages.stage import STEPS, first_noise, stage_noise
-from ldm.pipelines.stages.unclip import AUGMENT, PRIOR, UPSAMPLE
+from ldm.pipelines.stages.stage import AUGMENT, PRIOR, STEPS, UPSAMPLE, first_noise, stage_noise
 
 SEEDS, PROMPT = (3, 4), "a red apple"
 PATCHED = (
-    "pipelines.deprecated.unclip.pipeline_unclip", "schedulers.scheduling_unclip", "schedulers.scheduling_ddpm",
-    "pipelines.stable_diffusion.pipeline_stable_unclip", "pipelines.kandinsky2_2.pipeline_kandinsky2_2",
-    "pipelines.kandinsky2_2.pipeline_kandinsky2_2_prior", "pipelines.kandinsky2_2.pipeline_kandinsky2_2_inpainting",
-    "pipelines.kandinsky.pipeline_kandinsky", "pipelines.kandinsky.pipeline_kandinsky_prior",
+    "pipelines.deprecated.unclip.pipeline_unclip",
+    "schedulers.scheduling_unclip",
+    "schedulers.scheduling_ddpm",
+    "pipelines.stable_diffusion.pipeline_stable_unclip",
+    "pipelines.kandinsky2_2.pipeline_kandinsky2_2",
+    "pipelines.kandinsky2_2.pipeline_kandinsky2_2_prior",
+    "pipelines.kandinsky2_2.pipeline_kandinsky2_2_inpainting",
+    "pipelines.kandinsky.pipeline_kandinsky",
+    "pipelines.kandinsky.pipeline_kandinsky_prior",
     "pipelines.stable_diffusion.pipeline_stable_unclip_img2img",
-)  # fmt: skip
-PICTURE = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2)), size=(32, 32), mode="bilinear")
+)
+PICTURE = torch.nn.functional.interpolate(
+    torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2)), size=(32, 32), mode="bilinear"
+)
 
 
 def feed(monkeypatch, noises: Iterator[torch.Tensor]) -> None:
@@ -48,7 +55,8 @@ def draws(stage: int, shape: tuple[int, ...], steps: int) -> Iterator[torch.Tens
 
 
 def compare(images: torch.Tensor, expected, least: float = 0.02) -> None:
-    """At most 2/255 a pixel; and the pictures are none that anything equals: they vary, and differ from one another."""
+    """At most 2/255 a pixel; and the pictures are none that anything equals: they vary, and differ from one
+    another."""
     theirs = torch.as_tensor(expected).permute(0, 3, 1, 2).float()
     assert images.shape == theirs.shape
     assert float((images - theirs).abs().max()) <= 2 / 255
@@ -63,14 +71,26 @@ def test_karlo(monkeypatch, tmp_path):
     stages = ((PRIOR, (E,), 4), (0, (3, 16, 16), 4), (UPSAMPLE, (3, 32, 32), 3))
     noises = (noise for stage in stages for noise in draws(*stage))
     feed(monkeypatch, noises)
-    steps = {"prior_num_inference_steps": 4, "decoder_num_inference_steps": 4, "super_res_num_inference_steps": 3}
+    steps = {
+        "prior_num_inference_steps": 4,
+        "decoder_num_inference_steps": 4,
+        "super_res_num_inference_steps": 3,
+    }
     expected = peer(
-        [PROMPT], num_images_per_prompt=2, prior_guidance_scale=2.0, decoder_guidance_scale=3.0, output_type="np", **steps
-    ).images  # fmt: skip
+        [PROMPT],
+        num_images_per_prompt=2,
+        prior_guidance_scale=2.0,
+        decoder_guidance_scale=3.0,
+        output_type="np",
+        **steps,
+    ).images
     assert next(noises, None) is None
     ours = pipe.text_to_image(PROMPT, n=2, seed=SEEDS, progress=False)
     compare(ours.tensor, expected)
-    assert float((pipe.text_to_image("a cat", n=2, seed=SEEDS, progress=False).tensor - ours.tensor).abs().max()) > 10 / 255
+    assert (
+        float((pipe.text_to_image("a cat", n=2, seed=SEEDS, progress=False).tensor - ours.tensor).abs().max())
+        > 10 / 255
+    )
 
 
 def test_stable_unclip(monkeypatch, tmp_path):
@@ -88,9 +108,17 @@ def test_stable_unclip(monkeypatch, tmp_path):
     left = noises()
     feed(monkeypatch, left)
     expected = peer(
-        PROMPT, num_images_per_prompt=2, prior_num_inference_steps=4, prior_guidance_scale=2.0, num_inference_steps=4, guidance_scale=3.0,
-        noise_level=300, height=32, width=32, output_type="np",
-    ).images  # fmt: skip
+        PROMPT,
+        num_images_per_prompt=2,
+        prior_num_inference_steps=4,
+        prior_guidance_scale=2.0,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        noise_level=300,
+        height=32,
+        width=32,
+        output_type="np",
+    ).images
     assert next(left, None) is None
     ours = pipe.text_to_image(PROMPT, n=2, seed=SEEDS, progress=False, noise_level=300)
     compare(ours.tensor, expected)
@@ -100,17 +128,26 @@ def test_stable_unclip(monkeypatch, tmp_path):
 
 
 def test_stable_unclips_variations(monkeypatch, tmp_path):
-    """The folder of the pipeline that takes pictures has no prior and no text tower of CLIP: it varies pictures."""
+    """The folder of the pipeline that takes pictures has no prior and no text tower of CLIP: it varies
+    pictures."""
     made = tiny_stable()
     peer = peers.stable_unclip_of_pictures(made, tmp_path)
     peer.save_pretrained(tmp_path / "pictures")
     pipe = peers.loaded(made, tmp_path / "pictures")
     embedding = pipe.clip.image_embedding(PICTURE)
-    feed(monkeypatch, iter([stage_noise(SEEDS, AUGMENT)(0, torch.empty(2, E)), first_noise(SEEDS, 0, (4, 16, 16))]))
+    feed(
+        monkeypatch,
+        iter([stage_noise(SEEDS, AUGMENT)(0, torch.empty(2, E)), first_noise(SEEDS, 0, (4, 16, 16))]),
+    )
     expected = peer(
-        prompt=["a cat"] * 2, image_embeds=embedding.vector.expand(2, -1), num_inference_steps=4, guidance_scale=3.0, height=32, width=32,
+        prompt=["a cat"] * 2,
+        image_embeds=embedding.vector.expand(2, -1),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
         output_type="np",
-    ).images  # fmt: skip
+    ).images
     compare(pipe.variations(PICTURE, n=2, prompt="a cat", seed=list(SEEDS), progress=False).tensor, expected)
     with pytest.raises(ValueError, match="has no prior"):
         pipe.text_to_image("a cat", progress=False)
@@ -125,7 +162,9 @@ def kandinsky22_prior(pipe, monkeypatch, tmp_path) -> Any:
 
 def halving(monkeypatch, module: int, name: str = "downscale_height_and_width") -> None:
     """The peer rounds a latent's size up for an autoencoder of factor 8; ours here halves once."""
-    monkeypatch.setattr(importlib.import_module(f"diffusers.{PATCHED[module]}"), name, lambda h, w, _: (h // 2, w // 2))
+    monkeypatch.setattr(
+        importlib.import_module(f"diffusers.{PATCHED[module]}"), name, lambda h, w, _: (h // 2, w // 2)
+    )
 
 
 def test_kandinsky_22(monkeypatch, tmp_path):
@@ -141,14 +180,21 @@ def test_kandinsky_22(monkeypatch, tmp_path):
     noises = draws(0, (4, 16, 16), 4)
     feed(monkeypatch, noises)
     expected = second(
-        embeds.image_embeds, embeds.negative_image_embeds, height=32, width=32, num_inference_steps=4, guidance_scale=3.0, output_type="np"
-    ).images  # fmt: skip
+        embeds.image_embeds,
+        embeds.negative_image_embeds,
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="np",
+    ).images
     assert next(noises, None) is None
     compare(pipe.text_to_image(PROMPT, n=2, seed=SEEDS, progress=False).tensor, expected)
 
 
 def test_kandinsky_22_inpainting_is_told_what_the_peers_is(monkeypatch, tmp_path):
-    """The nine channels of the first step; the peer then puts the known part back with one noise for all steps, ours as it is."""
+    """The nine channels of the first step; the peer then puts the known part back with one noise for all
+    steps, ours as it is."""
     made = tiny_kandinsky(9)
     embeds = kandinsky22_prior(made, monkeypatch, tmp_path)
     second = peers.kandinsky22(made, diffusers.KandinskyV22InpaintPipeline)
@@ -159,20 +205,37 @@ def test_kandinsky_22_inpainting_is_told_what_the_peers_is(monkeypatch, tmp_path
     hole = torch.zeros(1, 1, 32, 32)
     hole[..., 8:20, 12:] = 1
     told: list[torch.Tensor] = []
-    hook = second.unet.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs["sample"]), with_kwargs=True)
+    hook = second.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["sample"]), with_kwargs=True
+    )
     second(
-        embeds.image_embeds, image=(2 * PICTURE - 1).expand(2, -1, -1, -1), mask_image=hole.repeat(2, 1, 1, 1),
-        negative_image_embeds=embeds.negative_image_embeds, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, output_type="np",
-    )  # fmt: skip
+        embeds.image_embeds,
+        image=(2 * PICTURE - 1).expand(2, -1, -1, -1),
+        mask_image=hole.repeat(2, 1, 1, 1),
+        negative_image_embeds=embeds.negative_image_embeds,
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        output_type="np",
+    )
     hook.remove()
-    pipe.decoder.denoiser.net.unet.register_forward_pre_hook(lambda _, args: told.append(torch.cat([args[0], args[2].concat], dim=1)))
+    pipe.decoder.denoiser.net.unet.register_forward_pre_hook(
+        lambda _, args: told.append(torch.cat([args[0], args[2].concat], dim=1))
+    )
     ends, decode = [], pipe.decoder.space.decode
     monkeypatch.setattr(pipe.decoder.space, "decode", lambda z: ends.append(z) or decode(z))
     pipe.inpaint(PROMPT, PICTURE, hole, n=2, seed=SEEDS, steps=2, progress=False)
-    theirs, ours = told[0].chunk(2)[0], told[2]  # the peer's two steps came first; with and without the embedding the channels are the same
+    theirs, ours = (
+        told[0].chunk(2)[0],
+        told[2],
+    )  # the peer's two steps came first; with and without the embedding the channels are the same
     assert torch.allclose(ours[:2], theirs, atol=1e-5) and 0 < float(ours[:, 8].mean()) < 1
     known, kept = pipe.decoder.space.encode(PICTURE, pipe.device), ours[:1, 8:] == 1
-    assert torch.allclose(ends[0] * kept, (known * kept).expand(2, -1, -1, -1), atol=1e-5) and float((ends[0] - known).abs().max()) > 0.1
+    assert (
+        torch.allclose(ends[0] * kept, (known * kept).expand(2, -1, -1, -1), atol=1e-5)
+        and float((ends[0] - known).abs().max()) > 0.1
+    )
 
 
 def test_kandinsky_21(monkeypatch, tmp_path):
@@ -185,22 +248,41 @@ def test_kandinsky_21(monkeypatch, tmp_path):
     noises = (noise for stage in ((PRIOR, (E,), 4), (0, (4, 16, 16), 4)) for noise in draws(*stage))
     feed(monkeypatch, noises)
     embeds = first(PROMPT, num_images_per_prompt=2, num_inference_steps=4, guidance_scale=2.0)
-    assert torch.allclose(pipe.imagine(PROMPT, n=2, seed=SEEDS, progress=False).vector, embeds.image_embeds, atol=1e-4)
+    assert torch.allclose(
+        pipe.imagine(PROMPT, n=2, seed=SEEDS, progress=False).vector, embeds.image_embeds, atol=1e-4
+    )
     halving(monkeypatch, 7, "get_new_h_w")
     # the peer's scheduler lays "leading" steps, ours those that its authors' code does
     expected = second(
-        [PROMPT] * 2, embeds.image_embeds, embeds.negative_image_embeds, height=32, width=32, num_inference_steps=4,
-        guidance_scale=3.0, output_type="np",
-    ).images  # fmt: skip
+        [PROMPT] * 2,
+        embeds.image_embeds,
+        embeds.negative_image_embeds,
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="np",
+    ).images
     assert next(noises, None) is None
     ours = pipe.text_to_image(PROMPT, n=2, seed=SEEDS, progress=False, spacing="leading")
     compare(ours.tensor, expected)
-    assert float((pipe.text_to_image("a pear", n=2, seed=SEEDS, progress=False, spacing="leading").tensor - ours.tensor).abs().max()) > 10 / 255
+    assert (
+        float(
+            (
+                pipe.text_to_image("a pear", n=2, seed=SEEDS, progress=False, spacing="leading").tensor
+                - ours.tensor
+            )
+            .abs()
+            .max()
+        )
+        > 10 / 255
+    )
 
 
 @pytest.mark.parametrize("make", [tiny_karlo, tiny_stable, tiny_kandinsky, tiny_kandinsky21])
 def test_a_picture_depends_on_its_seed_alone(make: Callable[[], Any]):
     pipe = make()
     both, alone = (pipe.text_to_image(PROMPT, n=len(s), seed=list(s), progress=False) for s in ((3, 4), (4,)))
-    # the noise is the same to the bit; products of another batch size round differently, over the steps of all stages
+    # the noise is the same to the bit; products of another batch size round differently, over the steps of
+    # all stages
     assert float((both.tensor[1] - alone.tensor[0]).abs().max()) < 1e-3

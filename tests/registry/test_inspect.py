@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from pathlib import Path
 
+import hostile
+import originals
 import pytest
 import torch
+from sparse import sd1_file, sparse
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
-import hostile  # noqa: E402
-import originals  # noqa: E402
-from sparse import sd1_file, sparse  # noqa: E402
-
-from ldm.models.unet import UNet, UNetConfig  # noqa: E402
-from ldm.registry.inspection import Candidate, inspect  # noqa: E402
-from ldm.weights.detection import Detection  # noqa: E402
-from ldm.weights.formats.safetensors import sha256, write_safetensors  # noqa: E402
-from ldm.weights.rules.unet import unet_table  # noqa: E402
+from ldm.models.unet import UNet, UNetConfig
+from ldm.registry.inspection import Candidate, inspect
+from ldm.weights.detection import Detection
+from ldm.weights.formats.safetensors import sha256, write_safetensors
+from ldm.weights.rules.unet import unet_table
 
 
 def cards(found: Detection) -> list[Candidate]:
@@ -39,13 +36,26 @@ def test_a_full_size_file(tmp_path: Path) -> None:
     assert report.found is not None
     assert report.found.name == "sd1"
     unet, vae, text = report.parts
-    assert (unet.name, unet.tensors, unet.parameters, unet.dtypes) == ("unet", 686, 859_520_964, {"float16": 686})
+    assert (unet.name, unet.tensors, unet.parameters, unet.dtypes) == (
+        "unet",
+        686,
+        859_520_964,
+        {"float16": 686},
+    )
     assert (vae.parameters, text.name) == (83_653_863, "text")
     assert report.fits["plain"]["unet"]
-    assert report.fits["inpainting"]["unet"].misshapen == ("input_blocks.0.0.weight: (320, 4, 3, 3), expected (320, 9, 3, 3)",)
+    assert report.fits["inpainting"]["unet"].misshapen == (
+        "input_blocks.0.0.weight: (320, 4, 3, 3), expected (320, 9, 3, 3)",
+    )
     assert not report.problems
     assert report.sha256 == {}
-    for words in ("sd1: Stable Diffusion 1.x", "859,520,964 parameters", "plain, unet: all keys fit", "1 misshapen", "no EMA copies"):
+    for words in (
+        "sd1: Stable Diffusion 1.x",
+        "859,520,964 parameters",
+        "plain, unet: all keys fit",
+        "1 misshapen",
+        "no EMA copies",
+    ):
         assert words in report.text()
 
 
@@ -53,15 +63,25 @@ def test_a_file_is_compared_with_every_card_of_its_family(tmp_path: Path) -> Non
     report = inspect(sparse(tmp_path / "sd.safetensors", sd1_file()), digest=False)
     (fits,) = report.fits.values()
     assert list(report.fits) == ["sd-v1-1, sd-v1-2, sd-v1-3, sd-v1-4, sd-v1-5"]
-    assert fits["unet"] and fits["vae"] and len(fits["text"].missing) == 195  # the text tower is reduced to its table here
+    assert (
+        fits["unet"] and fits["vae"] and len(fits["text"].missing) == 195
+    )  # the text tower is reduced to its table here
     assert "loads as  none of the cards" in report.text()
 
 
 def test_averages_missing_and_stray_tensors_are_told(tmp_path: Path) -> None:
     keys = sd1_file()
-    averaged = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": shape for key, shape in keys.items() if key.startswith("model.d")}
+    averaged = {
+        f"model_ema.{key.removeprefix('model.').replace('.', '')}": shape
+        for key, shape in keys.items()
+        if key.startswith("model.d")
+    }
     lost = keys.pop("model.diffusion_model.out.2.bias")
-    report = inspect(sparse(tmp_path / "sd.safetensors", keys | averaged | {"odd.thing": lost}), candidates=cards, digest=False)
+    report = inspect(
+        sparse(tmp_path / "sd.safetensors", keys | averaged | {"odd.thing": lost}),
+        candidates=cards,
+        digest=False,
+    )
     assert report.averaged == 685
     assert report.fits["plain"]["unet"].missing == ("out.2.bias",)
     assert any("odd.thing" in problem for problem in report.problems)
@@ -79,7 +99,9 @@ def test_pickles_are_listed_and_never_executed(tmp_path: Path) -> None:
     report = inspect(hostile.plain_pickle(tmp_path / "plain.pkl", hostile.Canary(mark)))
     assert report.unsafe == ("posix.mkdir",)
     assert not mark.exists()
-    torch.save({"state_dict": {"a.lora_down.weight": torch.ones(2, 2)}, "global_step": 5}, tmp_path / "good.ckpt")
+    torch.save(
+        {"state_dict": {"a.lora_down.weight": torch.ones(2, 2)}, "global_step": 5}, tmp_path / "good.ckpt"
+    )
     report = inspect(tmp_path / "good.ckpt")
     assert report.unsafe == ()
     assert report.values == {"global_step": 5}
@@ -99,7 +121,9 @@ def test_nan_on_request_and_the_hash(tmp_path: Path) -> None:
     assert report.parts[0].parameters == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", b"\x80\x02", b"{}" * 20, b"\x10" + bytes(7) + b"{"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"PK\x03\x04", b"\x80\x02", b"{}" * 20, b"\x10" + bytes(7) + b"{"]
+)
 def test_damaged_files_are_reported_not_raised(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.ckpt").write_bytes(content)
     report = inspect(tmp_path / "bad.ckpt")
@@ -110,8 +134,13 @@ def test_damaged_files_are_reported_not_raised(tmp_path: Path, content: bytes) -
 
 
 def test_folders(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "flag": true}')
-    for name, keys in (("unet", originals.unet(originals.UNETS["sd1"][0])), ("vae", originals.vae(originals.VAES["kl-f8"][0]))):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "flag": true}'
+    )
+    for name, keys in (
+        ("unet", originals.unet(originals.UNETS["sd1"][0])),
+        ("vae", originals.vae(originals.VAES["kl-f8"][0])),
+    ):
         (tmp_path / name).mkdir()
         sparse(tmp_path / name / "diffusion_pytorch_model.safetensors", keys)
     report = inspect(tmp_path, digest=False)
@@ -119,7 +148,9 @@ def test_folders(tmp_path: Path) -> None:
     assert report.found.name == "sd1"
     assert {part.name: part.parameters for part in report.parts} == {"unet": 859_520_964, "vae": 83_653_863}
     assert report.values == {"class": "P", "flag": True}
-    assert report.size == sum(math.prod(s) * 2 for s in originals.unet(originals.UNETS["sd1"][0]).values()) + 2 * 83_653_863 + headers(tmp_path)
+    assert report.size == sum(
+        math.prod(s) * 2 for s in originals.unet(originals.UNETS["sd1"][0]).values()
+    ) + 2 * 83_653_863 + headers(tmp_path)
     mark = tmp_path / "executed"
     shutil.rmtree(tmp_path / "vae")
     (tmp_path / "vae").mkdir()

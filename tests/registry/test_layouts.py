@@ -1,4 +1,5 @@
-"""The families at reduced width: made of random weights, written in every layout, and read back bit for bit."""
+"""The families at reduced width: made of random weights, written in every layout, and read back bit for
+bit."""
 
 from __future__ import annotations
 
@@ -33,7 +34,11 @@ def test_a_model_written_in_every_layout_comes_back_bit_for_bit(base: str, tmp_p
     if base == "ldm-lsun-churches":
         pipe.latent_scale = 0.8127  # this model's file states it
     options = {"vocabulary": tmp_path / "native" / "vocab.txt"} if "text2img" in base else {}
-    for layout, path in (("native", tmp_path / "native"), ("original", tmp_path / "one.safetensors"), ("diffusers", tmp_path / "folder")):
+    for layout, path in (
+        ("native", tmp_path / "native"),
+        ("original", tmp_path / "one.safetensors"),
+        ("diffusers", tmp_path / "folder"),
+    ):
         if layout == "diffusers" and card.family not in PIPELINES:
             with pytest.raises(ValueError, match="no pipeline of diffusers takes the family"):
                 ldm.save(pipe, path, layout=layout)
@@ -64,8 +69,14 @@ def test_random_weights_are_the_same_every_time_and_leave_nothing_at_zero_or_one
 def with_ema(path: Path, target: Path) -> Path:
     """A file whose UNet has averages of twice its values, as CompVis stores them."""
     state = dict(read_safetensors(path))
-    averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": 2 * t for key, t in state.items() if key.startswith("model.diff")}
-    write_safetensors(target, state | averages | {"model_ema.decay": torch.tensor(0.999), "betas": torch.ones(1000)})
+    averages = {
+        f"model_ema.{key.removeprefix('model.').replace('.', '')}": 2 * t
+        for key, t in state.items()
+        if key.startswith("model.diff")
+    }
+    write_safetensors(
+        target, state | averages | {"model_ema.decay": torch.tensor(0.999), "betas": torch.ones(1000)}
+    )
     return target
 
 
@@ -76,7 +87,9 @@ def test_averaged_weights_by_choice(tmp_path: Path) -> None:
     both = with_ema(plain, tmp_path / "both.safetensors")
     own = pipe.denoiser.net.conv_in.weight
     for ema, factor in ((None, 2), (True, 2), (False, 1)):
-        assert torch.equal(family.load(card.name, weights=both, ema=ema).denoiser.net.conv_in.weight, factor * own)
+        assert torch.equal(
+            family.load(card.name, weights=both, ema=ema).denoiser.net.conv_in.weight, factor * own
+        )
     with pytest.raises(ValueError, match="no averaged"):
         family.load(card.name, weights=plain, ema=True)
 
@@ -97,10 +110,17 @@ def test_half_files_and_variants(tmp_path: Path) -> None:
     infos, _ = read_header(tmp_path / "half.safetensors")
     assert {info.dtype for info in infos.values()} == {torch.float16}
     folder = ldm.save(family.load(card.name), tmp_path / "folder", layout="diffusers", dtype="float16")
-    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
         (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
     for options in ({"variant": "fp16"}, {}):
-        assert_same(family.load(card.name, weights=folder, **options), family.load(card.name, weights=tmp_path / "half.safetensors"))
+        assert_same(
+            family.load(card.name, weights=folder, **options),
+            family.load(card.name, weights=tmp_path / "half.safetensors"),
+        )
     with pytest.raises(FileNotFoundError, match="no variant 'bf16'"):
         family.load(card.name, weights=folder, variant="bf16")
 
@@ -124,7 +144,11 @@ def test_a_second_block_that_sd2_does_not_run_is_left_out(tmp_path: Path) -> Non
     pipe = family.load(card.name)
     state = dict(read_safetensors(ldm.save(pipe, tmp_path / "a.safetensors", layout="original")))
     prefix = "cond_stage_model.model."
-    last = {k.replace("resblocks.1.", "resblocks.2."): torch.zeros_like(t) for k, t in state.items() if f"{prefix}transformer.resblocks.1." in k}
+    last = {
+        k.replace("resblocks.1.", "resblocks.2."): torch.zeros_like(t)
+        for k, t in state.items()
+        if f"{prefix}transformer.resblocks.1." in k
+    }
     extra = {f"{prefix}text_projection": torch.zeros(32, 32), f"{prefix}logit_scale": torch.tensor(1.0)}
     write_safetensors(tmp_path / "b.safetensors", state | last | extra)
     assert len(last) == 12
@@ -135,7 +159,11 @@ def test_heads_that_the_keys_do_not_show_are_checked_in_folders(tmp_path: Path) 
     card = family.register("sd-v1-5", tmp_path)
     folder = ldm.save(family.load(card.name), tmp_path / "folder", layout="diffusers")
     config = folder / "unet" / "config.json"
-    config.write_text(config.read_text().replace('"in_channels"', '"num_attention_heads": null, "in_channels"').replace("4,\n    4\n", "8,\n    8\n"))
+    config.write_text(
+        config.read_text()
+        .replace('"in_channels"', '"num_attention_heads": null, "in_channels"')
+        .replace("4,\n    4\n", "8,\n    8\n")
+    )
     with pytest.raises(ValueError, match=r"attention_head_dim \[8, 8\], expected \[4, 4\]"):
         family.load(card.name, weights=folder)
 

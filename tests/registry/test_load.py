@@ -1,26 +1,24 @@
-"""Loading what should not be loaded: refused with a reason that names the file, nothing executed; and a good file passes the same commands."""
+"""Loading what should not be loaded: refused with a reason that names the file, nothing executed; and a good
+file passes the same commands."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import family
+import hostile
+import originals
 import pytest
 import torch
+from sparse import sd1_file, sparse
 
 import ldm
 from ldm.__main__ import main
 from ldm.catalog.lookup import REGISTERED
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
-import hostile  # noqa: E402
-import originals  # noqa: E402
-from sparse import sd1_file, sparse  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +35,18 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     REGISTERED.update(before)
 
 
-def test_good_files_pass_and_touch_no_network(good: tuple[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_files_pass_and_touch_no_network(
+    good: tuple[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, path = good
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     for file in ("one.safetensors", "one.ckpt", "folder"):
-        assert family.load(name, weights=path / file).text_to_image("a cat", progress=False).tensor.isfinite().all()
+        assert (
+            family.load(name, weights=path / file)
+            .text_to_image("a cat", progress=False)
+            .tensor.isfinite()
+            .all()
+        )
         assert main(["inspect", str(path / file), "--nan"]) == 0
         out = capsys.readouterr().out
         assert "none, no infinity either" in out and "UNSAFE" not in out
@@ -59,7 +64,9 @@ def refused(name: str, path: Path, capsys: pytest.CaptureFixture[str], message: 
     assert not (path.parent / "out.png").exists()
 
 
-def test_a_pickle_that_would_run_code(good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_that_would_run_code(
+    good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mark = tmp_path / "executed"
     for legacy in (False, True):
         path = hostile.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy)
@@ -101,18 +108,26 @@ def damaged(good: tuple[str, Path], tmp_path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("truncated", "is truncated"), ("truncated header", "is truncated"), ("truncated ckpt", "truncated or damaged"),
-        ("lying offsets", "the header lies"), ("zip bomb", "zip bomb"), ("nan", "NaN or infinity in 1 tensors"),
+        ("truncated", "is truncated"),
+        ("truncated header", "is truncated"),
+        ("truncated ckpt", "truncated or damaged"),
+        ("lying offsets", "the header lies"),
+        ("zip bomb", "zip bomb"),
+        ("nan", "NaN or infinity in 1 tensors"),
     ],
-)  # fmt: skip
-def test_damaged_files(good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str) -> None:
+)
+def test_damaged_files(
+    good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
+) -> None:
     path = damaged(good, tmp_path, kind)
     refused(good[0], path, capsys, message)
     assert main(["inspect", str(path), "--nan"]) == 1
     assert "PROBLEM" in (out := capsys.readouterr().out) or "NaN or infinity in 1 tensors" in out
 
 
-def test_a_missing_shard_and_a_missing_part(good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_shard_and_a_missing_part(
+    good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(good[1] / "folder", tmp_path / "folder"))
     unet = folder / "unet"
     state = dict(read_safetensors(unet / "diffusion_pytorch_model.safetensors"))
@@ -120,24 +135,47 @@ def test_a_missing_shard_and_a_missing_part(good: tuple[str, Path], tmp_path: Pa
     names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for keys, shard in zip(halves, names, strict=True):
         write_safetensors(unet / shard, {key: state[key].clone() for key in keys})
-    index = {"metadata": {}, "weight_map": {key: shard for keys, shard in zip(halves, names, strict=True) for key in keys}}
+    index = {
+        "metadata": {},
+        "weight_map": {key: shard for keys, shard in zip(halves, names, strict=True) for key in keys},
+    }
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (unet / "diffusion_pytorch_model.safetensors").unlink()
-    assert torch.equal(family.load(good[0], weights=folder).denoiser.net.conv_in.weight, state["conv_in.weight"].float())  # whole, it loads
+    assert torch.equal(
+        family.load(good[0], weights=folder).denoiser.net.conv_in.weight, state["conv_in.weight"].float()
+    )  # whole, it loads
     (unet / names[1]).unlink()
     refused(good[0], folder, capsys, names[1])
     shutil.rmtree(unet)
     refused(good[0], folder, capsys, "unet")
 
 
-def test_weights_of_another_family(good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_another_family(
+    good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = sparse(tmp_path / "sd.safetensors", sd1_file())
-    refused("sdxl-base", path, capsys, r"is a file of the family sd1 \(Stable Diffusion 1\.x.*expected one of sdxl .*; the cards for it: .*sd-v1-5")
-    inpaint = sparse(tmp_path / "nine.safetensors", sd1_file("sd1-inpaint") if "sd1-inpaint" in originals.UNETS else nine())
-    refused("sd-v1-5", inpaint, capsys, "is a file of the family sd1-inpainting .*; the cards for it: sd-v1-5-inpainting")
+    refused(
+        "sdxl-base",
+        path,
+        capsys,
+        r"is a file of the family sd1 \(Stable Diffusion 1\.x.*expected one of sdxl .*; the cards for it:"
+        r" .*sd-v1-5",
+    )
+    inpaint = sparse(
+        tmp_path / "nine.safetensors", sd1_file("sd1-inpaint") if "sd1-inpaint" in originals.UNETS else nine()
+    )
+    refused(
+        "sd-v1-5",
+        inpaint,
+        capsys,
+        "is a file of the family sd1-inpainting .*; the cards for it: sd-v1-5-inpainting",
+    )
     with pytest.raises(ValueError, match=r"one\.safetensors"):  # shapes of a card of one's own: they decide
         family.load("sd-v1-5", weights=good[1] / "one.safetensors")
-    write_safetensors(tmp_path / "lora.safetensors", {"a.lora_down.weight": torch.zeros(2, 2), "a.lora_up.weight": torch.zeros(2, 2)})
+    write_safetensors(
+        tmp_path / "lora.safetensors",
+        {"a.lora_down.weight": torch.zeros(2, 2), "a.lora_up.weight": torch.zeros(2, 2)},
+    )
     refused("sd-v1-5", tmp_path / "lora.safetensors", capsys, "lora")
     refused("emoji-ldm", good[1] / "one.safetensors", capsys, "of no published family")
 
@@ -149,7 +187,9 @@ def nine() -> dict[str, tuple[int, ...]]:
 def test_files_that_hold_a_part_alone(good: tuple[str, Path], tmp_path: Path) -> None:
     state = read_safetensors(good[1] / "one.safetensors")
     prefix = "model.diffusion_model."
-    write_safetensors(tmp_path / "unet.safetensors", {key: t.clone() for key, t in state.items() if key.startswith(prefix)})
+    write_safetensors(
+        tmp_path / "unet.safetensors", {key: t.clone() for key, t in state.items() if key.startswith(prefix)}
+    )
     with pytest.raises(ValueError, match=r"unet\.safetensors' holds unet, and no vae, text"):
         family.load(good[0], weights=tmp_path / "unet.safetensors")
     with pytest.raises(FileNotFoundError, match="weights of one part alone"):
@@ -170,12 +210,17 @@ def test_an_autoencoder_alone(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "folder" / "diffusion_pytorch_model.safetensors", keys)
     folder = ldm.load("taesd", weights=tmp_path / "folder", device="cpu", dtype="float32")
     for other in (again, folder):
-        assert all(torch.equal(a, b) for a, b in zip(vae.state_dict().values(), other.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(vae.state_dict().values(), other.state_dict().values(), strict=True)
+        )
     with pytest.raises(ValueError, match="taesd.safetensors"):
         ldm.load("kl-f8", weights=tmp_path / "taesd.safetensors", device="cpu")
 
 
-def test_the_local_cache_by_name(good: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_local_cache_by_name(
+    good: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LDM_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="names no place in the hub: pass weights=PATH"):
         ldm.load(good[0], device="cpu")

@@ -40,7 +40,11 @@ def test_a_saved_model_loads_and_gives_the_same_pictures(assets, tmp_path):
     again = load(weights=tmp_path / "again")
     for name, tensor in pipe.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])  # float16 to float32 and back loses nothing
-    assert again.card == pipe.card and again.latent_scale == pipe.latent_scale and again.text.words == pipe.text.words
+    assert (
+        again.card == pipe.card
+        and again.latent_scale == pipe.latent_scale
+        and again.text.words == pipe.text.words
+    )
     a, b = (p.text_to_image("red apple", progress=False).tensor for p in (pipe, again))
     assert torch.equal(a, b)
 
@@ -49,7 +53,9 @@ def test_an_embedded_model_with_random_weights(assets):
     pipe, own = load(weights="random"), load()
     assert pipe.text.words == own.text.words and pipe.origin == {"random": "seed 0"}
     for name, tensor in pipe.state_dict().items():
-        assert tensor.shape == own.state_dict()[name].shape and not torch.equal(tensor, own.state_dict()[name])
+        assert tensor.shape == own.state_dict()[name].shape and not torch.equal(
+            tensor, own.state_dict()[name]
+        )
     assert pipe.text_to_image("red apple", progress=False).tensor.std() > 0.01
 
 
@@ -101,7 +107,10 @@ def edit(**changes):
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "unet.safetensors"),
         (edit(conv_in__weight=None), "missing.*conv_in.weight"),
         (edit(extra__weight=torch.zeros(1)), "extra.weight"),
-        (edit(conv_in__weight=torch.zeros(8, 5, 3, 3)), r"conv_in.weight: \(8, 5, 3, 3\), expected \(8, 8, 3, 3\)"),
+        (
+            edit(conv_in__weight=torch.zeros(8, 5, 3, 3)),
+            r"conv_in.weight: \(8, 5, 3, 3\), expected \(8, 8, 3, 3\)",
+        ),
         (edit(conv_in__bias=torch.full((8,), float("nan"))), "NaN or infinity in 1 tensors .*conv_in.bias"),
         (lambda path: path.write_bytes((path.parent / "vae.safetensors").read_bytes()), "does not fit UNet"),
     ],

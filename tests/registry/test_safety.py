@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from ldm.models.safety import SafetyChecker, SafetyConfig
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import randomise, shapes_of
 from ldm.weights.safety import load_safety
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 
 VISION = VisionConfig(image_size=28, patch_size=14, width=32, layers=2, heads=2, embed_dim=16)
 SMALL = SafetyConfig(vision=VISION, concepts=5, special=3)
@@ -33,14 +30,24 @@ def published(checker: SafetyChecker) -> dict[str, torch.Tensor]:
         names = [key]
         parts = [tensor]
         if "attn.in_proj_" in key:
-            names, parts = [key.replace("attn.in_proj_", f"self_attn.{x}_proj.") for x in "qkv"], list(tensor.chunk(3))
+            names, parts = (
+                [key.replace("attn.in_proj_", f"self_attn.{x}_proj.") for x in "qkv"],
+                list(tensor.chunk(3)),
+            )
         for name, part in zip(names, parts, strict=True):
             for ours, theirs in (
-                ("transformer.resblocks.", "encoder.layers."), ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"),
-                ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("ln_pre", "pre_layrnorm"),
-                ("ln_post", "post_layernorm"), ("conv1.", "embeddings.patch_embedding."), ("class_embedding", "embeddings.class_embedding"),
+                ("transformer.resblocks.", "encoder.layers."),
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+                ("ln_pre", "pre_layrnorm"),
+                ("ln_post", "post_layernorm"),
+                ("conv1.", "embeddings.patch_embedding."),
+                ("class_embedding", "embeddings.class_embedding"),
                 ("positional_embedding", "embeddings.position_embedding.weight"),
-            ):  # fmt: skip
+            ):
                 name = name.replace(ours, theirs) if not name.startswith("embeddings.") else name
             found[f"vision_model.vision_model.{name}"] = part
     return {key: tensor.contiguous().clone() for key, tensor in found.items()}
@@ -60,8 +67,16 @@ def test_the_verdicts_are_the_peers_on_the_same_weights(tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
 
-    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
-              "hidden_act": "quick_gelu", "projection_dim": 16}  # fmt: skip
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 16,
+    }
     torch.manual_seed(0)
     theirs = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
     with torch.no_grad():
@@ -69,9 +84,12 @@ def test_the_verdicts_are_the_peers_on_the_same_weights(tmp_path: Path) -> None:
             p.uniform_(-0.5, 0.5)
         x = torch.randn(64, 3, 28, 28, generator=torch.Generator().manual_seed(5))
         image = theirs.visual_projection(theirs.vision_model(x)[1])
-        # thresholds between what these pictures have: each concept flags a few of them, each special vector is near to some
+        # thresholds between what these pictures have: each concept flags a few of them, each special vector
+        # is near to some
         for name, share in (("concept_embeds", 0.96), ("special_care_embeds", 0.8)):
-            cosine = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(getattr(theirs, name)).T
+            cosine = (
+                torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(getattr(theirs, name)).T
+            )
             getattr(theirs, f"{name}_weights").copy_(cosine.quantile(share, dim=0))
     theirs.save_pretrained(tmp_path)
     ours = load_safety(tmp_path, config=SafetyConfig(vision=VISION))
@@ -88,7 +106,9 @@ def test_special_vectors_count_for_what_follows_and_never_flag_alone() -> None:
     checker.special_care_embeds_weights.fill_(-2.0)  # every picture is near all of them
     checker.concept_embeds_weights.fill_(2.0)  # and to no concept
     assert checker(x) == (False,) * 8
-    cosine = torch.nn.functional.normalize(checker.vision(checker.vision.prepare((x * 255).round() / 255)).pooled, dim=-1)
+    cosine = torch.nn.functional.normalize(
+        checker.vision(checker.vision.prepare((x * 255).round() / 255)).pooled, dim=-1
+    )
     best = (cosine @ torch.nn.functional.normalize(checker.concept_embeds, dim=-1).T)[0].max()
     checker.concept_embeds_weights.fill_(float(best) + 0.005)  # half of what the special ones add
     assert checker(x)[0]
@@ -116,7 +136,10 @@ def test_files_in_the_published_layout_and_wrong_ones(tmp_path: Path) -> None:
     checker = small()
     write_safetensors(tmp_path / "safety.safetensors", published(checker))
     again = load_safety(tmp_path / "safety.safetensors", config=SMALL, black=True)
-    assert again.black and all(torch.equal(a, b) for a, b in zip(checker.state_dict().values(), again.state_dict().values(), strict=True))
+    assert again.black and all(
+        torch.equal(a, b)
+        for a, b in zip(checker.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     write_safetensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"other\.safetensors.*no safety checker: it has no concept_embeds"):
         load_safety(tmp_path / "other.safetensors", config=SMALL)

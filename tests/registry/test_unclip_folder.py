@@ -20,9 +20,13 @@ def test_a_model_comes_back_to_the_bit(make, tmp_path):
     ldm.save(pipe, tmp_path)
     again = read_unclip(tmp_path)
     before, after = pipe.state_dict(), again.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(after[key], value) for key, value in before.items()
+    )
     made = [model.imagine("a cat", prior_steps=2, progress=False).vector for model in (pipe, again)]
-    assert torch.allclose(*made, atol=1e-4)  # of order 1: tensors that lie elsewhere in memory are summed in another order
+    assert torch.allclose(
+        *made, atol=1e-4
+    )  # of order 1: tensors that lie elsewhere in memory are summed in another order
     assert again.card == pipe.card and set(again.origin) >= {"prior", "decoder", "vision"}
 
 

@@ -30,13 +30,39 @@ LENGTH = 16
 SETTINGS = {"schedule": "cosine", "timesteps": 1000, "drop": 0.1}
 CARD = Path(__file__).parents[2] / "configs" / "cards" / "emoji-unclip.yaml"
 UNET = UNetConfig(
-    in_channels=8, out_channels=4, channels=(32, 64), depth=(0, 1), blocks=1, heads=None, head_dim=16, context_dim=24, embedded=True, scale_shift=True
+    in_channels=8,
+    out_channels=4,
+    channels=(32, 64),
+    depth=(0, 1),
+    blocks=1,
+    heads=None,
+    head_dim=16,
+    context_dim=24,
+    embedded=True,
+    scale_shift=True,
 )
 SR = UNetConfig(
-    in_channels=6, out_channels=3, channels=(32, 32), depth=(0, 0), mid_depth=0, blocks=1, heads=1, context_dim=None, attention="block"
+    in_channels=6,
+    out_channels=3,
+    channels=(32, 32),
+    depth=(0, 0),
+    mid_depth=0,
+    blocks=1,
+    heads=1,
+    context_dim=None,
+    attention="block",
 )
 AUTOREGRESSIVE = AutoregressiveConfig(
-    embed_dim=E, text_dim=E, length=LENGTH, width=32, layers=1, heads=4, head_dim=8, components=6, buckets=8, similarities=4
+    embed_dim=E,
+    text_dim=E,
+    length=LENGTH,
+    width=32,
+    layers=1,
+    heads=4,
+    head_dim=8,
+    components=6,
+    buckets=8,
+    similarities=4,
 )
 
 
@@ -44,26 +70,66 @@ def exports(place: Path, *, autoregressive: bool = False) -> tuple[dict[str, str
     """The folders of the parts, and the name of their CLIP."""
     write_part(place / "clip", "vision", net(VISION, 2), VISION)
     clip = f"emoji-clip/{read_yaml(place / 'clip' / 'vision.yaml')['sha256'][:12]}"
-    write_text(place / "text", TextConditioner(net(TEXT, 1), Tokenizer(), EMOJI_TEXT), words=["cat", "red", "apple"], clip=clip)
+    write_text(
+        place / "text",
+        TextConditioner(net(TEXT, 1), Tokenizer(), EMOJI_TEXT),
+        words=["cat", "red", "apple"],
+        clip=clip,
+    )
     prior: Any = PriorConfig(embed_dim=E, text_dim=E, length=LENGTH, width=32, layers=1, heads=4, head_dim=8)
     prior = AUTOREGRESSIVE if autoregressive else prior
-    write_part(place / "prior", "prior", net(prior, 3), prior, clip=clip, diffusion={**SETTINGS, "prediction": "x0"})
+    write_part(
+        place / "prior", "prior", net(prior, 3), prior, clip=clip, diffusion={**SETTINGS, "prediction": "x0"}
+    )
     condition = ImageConditionConfig(embed_dim=E, text_dim=E, pooled_dim=E)
-    decoder = DecoderConfig(unet=UNET, condition=condition, draft=DraftConfig(embed_dim=E, width=16, channels=4, size=8))
-    write_part(place / "decoder", "decoder", net(decoder, 4), decoder, clip=clip, diffusion={**SETTINGS, "prediction": "v"})
+    decoder = DecoderConfig(
+        unet=UNET, condition=condition, draft=DraftConfig(embed_dim=E, width=16, channels=4, size=8)
+    )
+    write_part(
+        place / "decoder",
+        "decoder",
+        net(decoder, 4),
+        decoder,
+        clip=clip,
+        diffusion={**SETTINGS, "prediction": "v"},
+    )
     vae = VAEConfig(channels=(32, 64), blocks=1)
     write_part(place / "vae", "vae", net(vae, 5), vae, latent_scale=0.5)
-    write_part(place / "upsampler", "upsampler", net(SR, 6), SR, factor=2, residual=0.06, diffusion={**SETTINGS, "prediction": "v"})
-    return {part: str(place / part) for part in ("text", "prior", "decoder", "upsampler")} | {"vision": str(place / "clip")}, clip
+    write_part(
+        place / "upsampler",
+        "upsampler",
+        net(SR, 6),
+        SR,
+        factor=2,
+        residual=0.06,
+        diffusion={**SETTINGS, "prediction": "v"},
+    )
+    return {part: str(place / part) for part in ("text", "prior", "decoder", "upsampler")} | {
+        "vision": str(place / "clip")
+    }, clip
 
 
 def config(place: Path, **changes: Any) -> Path:
     """The repository's own card of emoji-unclip, over small exports."""
     folders, clip = exports(place, autoregressive="similarity" in changes.get("prior", {}))
-    card = read_yaml(CARD) | {"clip": clip, "exports": folders, "parts": {"vae": "../vae"}, "name": "tiny", "text": {**TEXTS, "length": LENGTH}}
+    card = read_yaml(CARD) | {
+        "clip": clip,
+        "exports": folders,
+        "parts": {"vae": "../vae"},
+        "name": "tiny",
+        "text": {**TEXTS, "length": LENGTH},
+    }
     for stage, side in (("decoder", 16), ("prior", 16)):
-        card[stage] = {**card[stage], "defaults": {**card[stage]["defaults"], "steps": 3, "height": side, "width": side}}
-    card["upsamplers"] = [{**card["upsamplers"][0], "defaults": {**card["upsamplers"][0]["defaults"], "steps": 2, "height": 32, "width": 32}}]
+        card[stage] = {
+            **card[stage],
+            "defaults": {**card[stage]["defaults"], "steps": 3, "height": side, "width": side},
+        }
+    card["upsamplers"] = [
+        {
+            **card["upsamplers"][0],
+            "defaults": {**card["upsamplers"][0]["defaults"], "steps": 2, "height": 32, "width": 32},
+        }
+    ]
     path = place / "card.yaml"
     path.write_text(yaml.safe_dump({**card, **changes}))
     return path
@@ -80,19 +146,29 @@ def test_the_repositorys_card_is_whole() -> None:
 
 
 def test_the_embedded_parts_that_it_shares_are_what_the_card_says() -> None:
-    """The image tower of emoji-clip by its name's hash, and the autoencoder of emoji-ldm, as the loader reads parts."""
+    """The image tower of emoji-clip by its name's hash, and the autoencoder of emoji-ldm, as the loader reads
+    parts."""
     card, vision = read_yaml(CARD), about_part(ASSETS / "emoji-clip", "vision")
-    assert card["clip"] == f"emoji-clip/{vision['sha256'][:12]}" and card["parts"] == {"vae": "../emoji-ldm", "vision": "../emoji-clip"}
+    assert card["clip"] == f"emoji-clip/{vision['sha256'][:12]}" and card["parts"] == {
+        "vae": "../emoji-ldm",
+        "vision": "../emoji-clip",
+    }
     tower, _ = read_network(ASSETS / "emoji-clip", "vision")
     vae, about = read_network(ASSETS / "emoji-ldm", "vae")
     assert tower.config.embed_dim == 256 and vae.config.factor * 16 == 128 and about["latent_scale"] > 0
 
 
-def test_a_folder_is_made_of_the_exports_and_makes_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_made_of_the_exports_and_makes_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["assemble", str(config(tmp_path)), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
     pipe = load(None, weights=tmp_path / "model")
-    assert pipe.card.name == "tiny" and pipe.decoder.space.scale == 0.5 and pipe.decoder.denoiser.net.draft is not None
+    assert (
+        pipe.card.name == "tiny"
+        and pipe.decoder.space.scale == 0.5
+        and pipe.decoder.denoiser.net.draft is not None
+    )
     images = pipe.text_to_image("red apple", n=2, progress=False)
     assert images.tensor.shape == (2, 3, 32, 32) and images.tensor.std() > 0.005
     with pytest.warns(UserWarning, match="tiny has never seen 'zeppelin'"):
@@ -103,27 +179,48 @@ def test_a_folder_is_made_of_the_exports_and_makes_pictures(tmp_path: Path, caps
     assert main(["replay", str(tmp_path / "grid.png"), "--weights", str(tmp_path / "model")]) == 0
     assert (tmp_path / "grid.png").read_bytes()[-4000:] == (tmp_path / "grid-replay.png").read_bytes()[-4000:]
     assert main(["inspect", str(tmp_path / "model")]) == 0 and "vae" in capsys.readouterr().out
-    random = ldm.load(None, weights=tmp_path / "model", dtype="bfloat16").text_to_image("cat", n=1, progress=False)
+    random = ldm.load(None, weights=tmp_path / "model", dtype="bfloat16").text_to_image(
+        "cat", n=1, progress=False
+    )
     assert random.tensor.isfinite().all()
 
 
 def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
-    main(["assemble", str(config(tmp_path, prior={"similarity": 0.4, "temperature": 1.0})), str(tmp_path / "model")])
+    main(
+        [
+            "assemble",
+            str(config(tmp_path, prior={"similarity": 0.4, "temperature": 1.0})),
+            str(tmp_path / "model"),
+        ]
+    )
     pipe = load(None, weights=tmp_path / "model")
     both = pipe.imagine("red apple", n=2, seed=5, progress=False).vector
     alone = pipe.imagine("red apple", seed=6, progress=False).vector
     assert torch.allclose(both[1], alone[0], atol=1e-4) and not torch.allclose(both[0], both[1], atol=1e-2)
-    assert torch.allclose(pipe.prior.net.codes.decode(pipe.prior.net.codes.encode(both)), both, atol=1e-5)  # each is one of its codes
+    assert torch.allclose(
+        pipe.prior.net.codes.decode(pipe.prior.net.codes.encode(both)), both, atol=1e-5
+    )  # each is one of its codes
     text = pipe.clip.text_embedding(["red apple"]).vector[0]
-    scores = [float(pipe.imagine("red apple", candidates=k, progress=False).vector[0] @ text) for k in (1, 5, 20)]
+    scores = [
+        float(pipe.imagine("red apple", candidates=k, progress=False).vector[0] @ text) for k in (1, 5, 20)
+    ]
     assert scores[0] <= scores[1] <= scores[2] and scores[2] > scores[0]
-    likeliest = [pipe.imagine("red apple", seed=s, prior_temperature=0, progress=False).vector for s in (1, 2)]
+    likeliest = [
+        pipe.imagine("red apple", seed=s, prior_temperature=0, progress=False).vector for s in (1, 2)
+    ]
     assert torch.allclose(*likeliest, atol=1e-5)
     images = pipe.text_to_image("red apple", n=1, prior_similarity=0.9, progress=False)
-    assert images.recipe["prior_similarity"] == 0.9 and images.recipe["replayable"] and images.tensor.shape == (1, 3, 32, 32)
+    assert (
+        images.recipe["prior_similarity"] == 0.9
+        and images.recipe["replayable"]
+        and images.tensor.shape == (1, 3, 32, 32)
+    )
     ldm.save(pipe, tmp_path / "saved")
     again = load(None, weights=tmp_path / "saved")
-    assert all(torch.equal(a, b) for a, b in zip(pipe.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pipe.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     with pytest.raises(ValueError, match="the prior has no option 'steps'; .*similarity"):
         pipe.imagine("cat", prior_steps=3)
     with pytest.raises(ValueError, match="has no guidance"):
@@ -133,7 +230,11 @@ def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"clip": "emoji-clip/000000000000"}, ValueError, "trained on 'emoji-clip/.*the card runs on 'emoji-clip/000000000000'|named by its image"),
+        (
+            {"clip": "emoji-clip/000000000000"},
+            ValueError,
+            "trained on 'emoji-clip/.*the card runs on 'emoji-clip/000000000000'|named by its image",
+        ),
         ({"exports": {"decoders": "x"}}, ValueError, "exports: 'decoders'; did you mean 'decoder'"),
         ({"exports": {"decoder": "nowhere"}}, FileNotFoundError, "no decoder in 'nowhere'"),
         ({"prior": {"similarity": 0.4}, "exports": None}, ValueError, "exports: expected a mapping"),
@@ -141,7 +242,9 @@ def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
         ({"family": "latent"}, ValueError, "unknown key|missing key"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     from ldm.registry.unclip.bundle import gather
 
     with pytest.raises(error, match=message):
@@ -156,7 +259,12 @@ def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -
     card = yaml.safe_load(path.read_text())
     for stage, field, value, message in (
         ("decoder", "prediction", "eps", "decoder: it was trained with prediction 'v', the card says 'eps'"),
-        ("prior", "schedule", {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02}, "prior: it was trained with schedule 'cosine'"),
+        (
+            "prior",
+            "schedule",
+            {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+            "prior: it was trained with schedule 'cosine'",
+        ),
     ):
         path.write_text(yaml.safe_dump({**card, stage: {**card[stage], field: value}}))
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""unCLIP models by name: random, saved and loaded, from the command line and made again; what is not theirs is refused."""
+"""unCLIP models by name: random, saved and loaded, from the command line and made again; what is not theirs
+is refused."""
 
 from __future__ import annotations
 
@@ -26,10 +27,16 @@ PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("base", familyunclip.NETWORKS)
-def test_every_published_model_runs_with_random_weights_and_comes_back_to_the_bit(base: str, tmp_path: Path) -> None:
+def test_every_published_model_runs_with_random_weights_and_comes_back_to_the_bit(
+    base: str, tmp_path: Path
+) -> None:
     card = familyunclip.register(base, tmp_path)
     pipe = familyunclip.load(card.name)
-    assert isinstance(pipe, UnCLIP) and pipe.card == card and set(pipe.networks()) == set(card.networks.configs())
+    assert (
+        isinstance(pipe, UnCLIP)
+        and pipe.card == card
+        and set(pipe.networks()) == set(card.networks.configs())
+    )
     if pipe.prior is None:
         images = pipe.variations(PICTURE, n=2, progress=False)
     elif card.concat == "known":
@@ -38,11 +45,20 @@ def test_every_published_model_runs_with_random_weights_and_comes_back_to_the_bi
         images = pipe.inpaint("a cat", PICTURE, mask, n=2, progress=False)
     else:
         images = pipe.text_to_image("a cat", n=2, progress=False)
-    assert images.tensor.shape == (2, 3, 32, 32) and float(images.tensor.std()) > 0.005 and not torch.equal(*images.tensor)
+    assert (
+        images.tensor.shape == (2, 3, 32, 32)
+        and float(images.tensor.std()) > 0.005
+        and not torch.equal(*images.tensor)
+    )
     ldm.save(pipe, tmp_path / "saved")
-    for again in (familyunclip.load(card.name, weights=tmp_path / "saved"), familyunclip.load(None, weights=tmp_path / "saved")):
+    for again in (
+        familyunclip.load(card.name, weights=tmp_path / "saved"),
+        familyunclip.load(None, weights=tmp_path / "saved"),
+    ):
         before, after = pipe.state_dict(), again.state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+        assert before.keys() == after.keys() and all(
+            torch.equal(after[key], value) for key, value in before.items()
+        )
         assert again.card == card and set(again.origin) == set(pipe.networks())
 
 
@@ -73,11 +89,35 @@ def test_the_command_line_makes_four_pictures_and_makes_them_again(dtype: str, t
     assert "tiny-unclip" in ldm.list_models()
     assert main(["a red apple", "--model", "tiny-unclip", "--dtype", dtype, "-o", "grid.png"]) == 0
     recipe = read_recipe("grid.png")
-    assert (recipe["task"], recipe["n"], recipe["seed"], recipe["model"]) == ("text_to_image", 4, [0, 1, 2, 3], "tiny-unclip")
+    assert (recipe["task"], recipe["n"], recipe["seed"], recipe["model"]) == (
+        "text_to_image",
+        4,
+        [0, 1, 2, 3],
+        "tiny-unclip",
+    )
     assert np.asarray(Image.open("grid.png")).shape == (64, 64, 3)
     assert main(["replay", "grid.png"]) == 0
     assert (np.asarray(Image.open("grid.png")) == np.asarray(Image.open("grid-replay.png"))).all()
-    assert main(["cat", "--model", "tiny-unclip", "--n", "1", "--steps", "2", "--guidance", "1", "--sampler", "ddim", "-o", "one.png"]) == 0
+    assert (
+        main(
+            [
+                "cat",
+                "--model",
+                "tiny-unclip",
+                "--n",
+                "1",
+                "--steps",
+                "2",
+                "--guidance",
+                "1",
+                "--sampler",
+                "ddim",
+                "-o",
+                "one.png",
+            ]
+        )
+        == 0
+    )
     assert read_recipe("one.png")["sampler"] == "ddim"
 
 
@@ -97,7 +137,10 @@ def test_every_task_has_its_command(tiny: Path, capsys: pytest.CaptureFixture[st
         assert recipe["task"] == task and np.asarray(Image.open("out.png")).shape == shape
         assert main(["replay", "out.png"]) == 0, capsys.readouterr().err
         assert (np.asarray(Image.open("out.png")) == np.asarray(Image.open("out-replay.png"))).all()
-    assert main(["edit", "a cat", "a dog", *common]) == 2 and "makes no pictures by edit" in capsys.readouterr().err
+    assert (
+        main(["edit", "a cat", "a dog", *common]) == 2
+        and "makes no pictures by edit" in capsys.readouterr().err
+    )
 
 
 def test_weights_that_are_anothers_or_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -119,7 +162,8 @@ def test_weights_that_are_anothers_or_of_another_kind_are_refused(tmp_path: Path
 
 
 def test_parts_may_lie_in_another_models_folder(tmp_path: Path) -> None:
-    """A card that says where vision and vae are: they are read from there, and a saved copy holds them itself."""
+    """A card that says where vision and vae are: they are read from there, and a saved copy holds them
+    itself."""
     pipe = familyunclip.load(familyunclip.register("kandinsky-2-2", tmp_path).name)
     ldm.save(pipe, tmp_path / "a")
     (tmp_path / "b").mkdir()
@@ -128,11 +172,19 @@ def test_parts_may_lie_in_another_models_folder(tmp_path: Path) -> None:
     card = yaml.safe_load((tmp_path / "a" / "card.yaml").read_text())
     with pytest.raises(ValueError, match="makes 4 channels, pixels, as there is no autoencoder, have 3"):
         familyunclip.load(None, weights=tmp_path / "a")
-    (tmp_path / "a" / "card.yaml").write_text(yaml.safe_dump({**card, "parts": {"vision": "../b", "vae": "../b"}}))
+    (tmp_path / "a" / "card.yaml").write_text(
+        yaml.safe_dump({**card, "parts": {"vision": "../b", "vae": "../b"}})
+    )
     shared = familyunclip.load(None, weights=tmp_path / "a")
-    assert all(torch.equal(a, b) for a, b in zip(pipe.state_dict().values(), shared.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pipe.state_dict().values(), shared.state_dict().values(), strict=True)
+    )
     ldm.save(shared, tmp_path / "c")
-    assert familyunclip.load(None, weights=tmp_path / "c").card.parts == {} and (tmp_path / "c" / "vae.yaml").is_file()
+    assert (
+        familyunclip.load(None, weights=tmp_path / "c").card.parts == {}
+        and (tmp_path / "c" / "vae.yaml").is_file()
+    )
     (tmp_path / "b" / "vae.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"vae\.safetensors is absent"):
         familyunclip.load(None, weights=tmp_path / "a")

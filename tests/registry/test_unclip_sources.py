@@ -1,4 +1,5 @@
-"""Files of unCLIP models: single files, priors alone, and folders that lack something or are another model's."""
+"""Files of unCLIP models: single files, priors alone, and folders that lack something or are another
+model's."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def without(path: Path, *names: str) -> None:
-    write_safetensors(path, {key: tensor.clone() for key, tensor in read_safetensors(path).items() if key not in names})
+    write_safetensors(
+        path, {key: tensor.clone() for key, tensor in read_safetensors(path).items() if key not in names}
+    )
 
 
 def test_a_folder_is_read_to_the_bit(karlo: tuple[UnCLIP, Path]) -> None:
@@ -54,7 +57,9 @@ def test_a_folder_is_read_to_the_bit(karlo: tuple[UnCLIP, Path]) -> None:
     again, before = peers.loaded(pipe, path), pipe.state_dict()
     after = again.state_dict()
     assert all(torch.equal(before[key], value) for key, value in after.items())
-    assert {key.split(".")[0] for key in before.keys() - after.keys()} == {"clip"} and again.clip.vision is None  # this pipeline has no such tower
+    assert {key.split(".")[0] for key in before.keys() - after.keys()} == {
+        "clip"
+    } and again.clip.vision is None  # this pipeline has no such tower
     assert "prior/" + WEIGHTS in again.origin
     with pytest.raises(ValueError, match="no vision tower"):
         again.variations(torch.rand(1, 3, 16, 16))
@@ -63,7 +68,9 @@ def test_a_folder_is_read_to_the_bit(karlo: tuple[UnCLIP, Path]) -> None:
 def test_statistics_missing_from_a_folder_of_karlo(karlo: tuple[UnCLIP, Path]) -> None:
     pipe, path = karlo
     without(path / "prior" / WEIGHTS, "clip_mean", "clip_std")
-    with pytest.raises(ValueError, match=r"does not hold their mean and deviation: expected ViT-L-14_stats\.th"):
+    with pytest.raises(
+        ValueError, match=r"does not hold their mean and deviation: expected ViT-L-14_stats\.th"
+    ):
         peers.loaded(pipe, path)
 
 
@@ -74,7 +81,10 @@ def test_folders_that_lack_something_or_say_something_else(karlo: tuple[UnCLIP, 
         peers.loaded(pipe, path)
     edit(path / "prior" / "config.json", num_attention_heads=4, attention_head_dim=8)
     edit(path / "decoder_scheduler" / "scheduler_config.json", prediction_type="sample")
-    with pytest.raises(ValueError, match="decoder was trained otherwise than 'tiny-karlo.*prediction_type sample, expected epsilon"):
+    with pytest.raises(
+        ValueError,
+        match="decoder was trained otherwise than 'tiny-karlo.*prediction_type sample, expected epsilon",
+    ):
         peers.loaded(pipe, path)
     edit(path / "decoder_scheduler" / "scheduler_config.json", prediction_type="epsilon")
     without(path / "text_proj" / WEIGHTS, "embedding_proj.bias")
@@ -84,7 +94,9 @@ def test_folders_that_lack_something_or_say_something_else(karlo: tuple[UnCLIP, 
     with pytest.raises((FileNotFoundError, ValueError), match="super_res_last|embedding_proj"):
         peers.loaded(pipe, path)
     edit(path / "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(ValueError, match="a folder of StableDiffusionPipeline, which holds no part of 'tiny-karlo-v1-alpha'"):
+    with pytest.raises(
+        ValueError, match="a folder of StableDiffusionPipeline, which holds no part of 'tiny-karlo-v1-alpha'"
+    ):
         peers.loaded(pipe, path)
 
 
@@ -99,26 +111,47 @@ def test_a_pipelines_folder_without_its_prior(tmp_path: Path) -> None:
 
 def single_file(pipe: UnCLIP, path: Path) -> Path:
     """Stable unCLIP as its authors publish it: without the statistics of the augmentation."""
-    unet, vae = (to_layout(network, "original") for network in (pipe.decoder.denoiser.net, pipe.decoder.space.vae))
+    unet, vae = (
+        to_layout(network, "original") for network in (pipe.decoder.denoiser.net, pipe.decoder.space.vae)
+    )
     words = to_layout(pipe.decoder.text.tower, "original", hugging_face=False)
-    vision = {f"visual.{key}": value for key, value in to_layout(pipe.clip.vision, "original", hugging_face=False).items()}
-    prefixes = {"model.diffusion_model.": unet, "first_stage_model.": vae, "cond_stage_model.model.": words, "embedder.model.": vision}
+    vision = {
+        f"visual.{key}": value
+        for key, value in to_layout(pipe.clip.vision, "original", hugging_face=False).items()
+    }
+    prefixes = {
+        "model.diffusion_model.": unet,
+        "first_stage_model.": vae,
+        "cond_stage_model.model.": words,
+        "embedder.model.": vision,
+    }
     state = {prefix + key: value for prefix, part in prefixes.items() for key, value in part.items()}
-    write_safetensors(path, {**state, "noise_augmentor.betas": torch.zeros(3), "embedder.model.logit_scale": torch.zeros(())})
+    write_safetensors(
+        path,
+        {**state, "noise_augmentor.betas": torch.zeros(3), "embedder.model.logit_scale": torch.zeros(())},
+    )
     return path
 
 
 def test_a_single_file_of_stable_unclip_needs_its_statistics(tmp_path: Path) -> None:
     pipe = tiny_stable()
     name, path = peers.card_of(pipe), single_file(pipe, tmp_path / "sd21-unclip-l.safetensors")
-    with pytest.raises(ValueError, match=r"statistics of CLIP's image embeddings are missing: expected ViT-L-14_stats\.th in"):
+    with pytest.raises(
+        ValueError, match=r"statistics of CLIP's image embeddings are missing: expected ViT-L-14_stats\.th in"
+    ):
         familyunclip.load(name, weights=path)
-    torch.save((pipe.decoder.augmentation.mean[0], pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th")
+    torch.save(
+        (pipe.decoder.augmentation.mean[0], pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th"
+    )
     again, before = familyunclip.load(name, weights=path), pipe.state_dict()
-    assert again.prior is None and all(torch.equal(before[key], value) for key, value in again.state_dict().items())
+    assert again.prior is None and all(
+        torch.equal(before[key], value) for key, value in again.state_dict().items()
+    )
     images = again.variations(torch.rand(1, 3, 32, 32), n=1, progress=False)
     assert images.tensor.shape == (1, 3, 32, 32)
-    torch.save((pipe.decoder.augmentation.mean[0], -pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th")
+    torch.save(
+        (pipe.decoder.augmentation.mean[0], -pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th"
+    )
     with pytest.raises(ValueError, match="deviation of an embedding's entry is not positive"):
         familyunclip.load(name, weights=path)
 
@@ -129,11 +162,21 @@ def originals(pipe: UnCLIP, folder: Path) -> Path:
 
     def layout(part: str, prefix: str) -> dict[str, torch.Tensor]:
         state = to_layout(pipe.networks()[part], "original", hugging_face=False)
-        return {f"{prefix}{key}": value.clone() for key, value in state.items() if not key.startswith(("clip_mean", "clip_std"))}
+        return {
+            f"{prefix}{key}": value.clone()
+            for key, value in state.items()
+            if not key.startswith(("clip_mean", "clip_std"))
+        }
 
-    write_safetensors(folder / "ViT-L-14.safetensors", {**layout("text", ""), **layout("vision", "visual."), "logit_scale": torch.zeros(())})
+    write_safetensors(
+        folder / "ViT-L-14.safetensors",
+        {**layout("text", ""), **layout("vision", "visual."), "logit_scale": torch.zeros(())},
+    )
     torch.save({"state_dict": layout("prior", "model."), "global_step": 3}, folder / "prior-ckpt-step=1.ckpt")
-    torch.save((pipe.prior.net.clip_mean[0].clone(), pipe.prior.net.clip_std[0].clone()), folder / "ViT-L-14_stats.th")
+    torch.save(
+        (pipe.prior.net.clip_mean[0].clone(), pipe.prior.net.clip_std[0].clone()),
+        folder / "ViT-L-14_stats.th",
+    )
     if pipe.upsamplers:
         torch.save({"state_dict": layout("decoder", "model.")}, folder / "decoder-ckpt-step=1.ckpt")
         both = {**layout("upsampler", "model_first_steps."), **layout("upsampler-last", "model_last_step.")}
@@ -151,14 +194,20 @@ def test_the_authors_own_files_are_read_to_the_bit(make: Any, tmp_path: Path) ->
     pipe = make()
     path, before = originals(pipe, tmp_path / "files"), pipe.state_dict()
     again = peers.loaded(pipe, path).state_dict()
-    assert again.keys() == before.keys() and all(torch.equal(before[key], value) for key, value in again.items())
+    assert again.keys() == before.keys() and all(
+        torch.equal(before[key], value) for key, value in again.items()
+    )
     (path / "ViT-L-14_stats.th").rename(tmp_path / "stats.th")
-    with pytest.raises(ValueError, match=r"statistics of CLIP's image embeddings are missing: expected ViT-L-14_stats\.th in"):
+    with pytest.raises(
+        ValueError, match=r"statistics of CLIP's image embeddings are missing: expected ViT-L-14_stats\.th in"
+    ):
         peers.loaded(pipe, path)
     (tmp_path / "stats.th").rename(path / "ViT-L-14_stats.th")
     decoder = next(path.glob("decoder*"))
     shutil.copy(decoder, path / "decoder-other.ckpt")
-    with pytest.raises(ValueError, match=r"expected one file decoder\*\.ckpt with the decoder of .* there is decoder"):
+    with pytest.raises(
+        ValueError, match=r"expected one file decoder\*\.ckpt with the decoder of .* there is decoder"
+    ):
         peers.loaded(pipe, path)
     (path / "decoder-other.ckpt").unlink()
     next(path.glob("*sr*" if pipe.upsamplers else "movq*")).unlink()
@@ -171,7 +220,16 @@ def dalle2_file(stage: PriorStage, path: Path) -> Path:
     state = {f"net.{key}": value.clone() for key, value in to_layout(stage.net, "original").items()}
     state |= {"noise_scheduler.betas": torch.zeros(1000), "clip.visual.proj": torch.zeros(2)}
     trained = {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
-    torch.save({"model": trained, "ema_model": state, "version": Version("1.10.0"), "step": 7, "optimizer": {"state": {}}}, path)
+    torch.save(
+        {
+            "model": trained,
+            "ema_model": state,
+            "version": Version("1.10.0"),
+            "step": 7,
+            "optimizer": {"state": {}},
+        },
+        path,
+    )
     return path
 
 
@@ -181,7 +239,10 @@ def test_a_prior_of_dalle2_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture
     path = dalle2_file(stage, tmp_path / "latest.pth")
     again = familyunclip.load(card.name, weights=path)
     assert isinstance(again, PriorStage)
-    assert all(torch.equal(a, b) for a, b in zip(stage.state_dict().values(), again.state_dict().values(), strict=True))  # the averaged ones
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(stage.state_dict().values(), again.state_dict().values(), strict=True)
+    )  # the averaged ones
     assert main(["inspect", str(path)]) == 0
     assert "DALLE2-pytorch prior" in (out := capsys.readouterr().out) and f"loads as  {card.name}" in out
     with pytest.raises(ValueError, match="no prior of DALLE2-pytorch"):
@@ -197,10 +258,17 @@ def test_a_prior_of_another_source_is_combined_knowingly_or_not_at_all(tmp_path:
     pipe = UnCLIP(clip=karlo.clip, prior=stage, decoder=karlo.decoder, card=karlo.card)
     made = pipe.imagine("a cat", prior_steps=3, candidates=2, progress=False)
     assert made.length == "unit" and made.vector.isfinite().all()
-    with pytest.raises(ValueError, match="the decoder reads embeddings as long as .* makes them, got ones of length 1"):
+    with pytest.raises(
+        ValueError, match="the decoder reads embeddings as long as .* makes them, got ones of length 1"
+    ):
         pipe.text_to_image("a cat", n=1, steps=2, prior_steps=2, progress=False)
     longer = ImageEmbedding(vector=5 * made.unit().vector, clip=made.clip)
-    assert pipe.text_to_image("a cat", n=1, steps=2, embedding=longer, progress=False).tensor.shape == (1, 3, 16, 16)
+    assert pipe.text_to_image("a cat", n=1, steps=2, embedding=longer, progress=False).tensor.shape == (
+        1,
+        3,
+        16,
+        16,
+    )
     stranger = PriorStage(stage.net, stage.card, clip="laion/ViT-L-14")
     with pytest.raises(ValueError, match="its prior on those of 'laion/ViT-L-14'"):
         UnCLIP(clip=karlo.clip, prior=stranger, decoder=karlo.decoder, card=karlo.card)
@@ -209,7 +277,11 @@ def test_a_prior_of_another_source_is_combined_knowingly_or_not_at_all(tmp_path:
 def test_inspect_tells_parts_of_published_models(folder: Path, tmp_path: Path) -> None:
     report = inspect(folder, digest=False)
     assert report.found is not None and report.found.name == "karlo-prior" and not report.problems
-    state = {f"model.{key}": value for key, value in to_layout(tiny_karlo().prior.net, "original").items() if "clip_" not in key}
+    state = {
+        f"model.{key}": value
+        for key, value in to_layout(tiny_karlo().prior.net, "original").items()
+        if "clip_" not in key
+    }
     write_safetensors(tmp_path / "prior.safetensors", state)
     report = inspect(tmp_path / "prior.safetensors", digest=False)
     assert report.found.name == "karlo-prior" and not report.problems and report.parts[0].name == "prior"

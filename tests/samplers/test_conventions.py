@@ -1,4 +1,5 @@
-"""Conventions by name: grids for every number of steps, starts, image-to-image, noise; through the pipeline and the command line."""
+"""Conventions by name: grids for every number of steps, starts, image-to-image, noise; through the pipeline
+and the command line."""
 
 from __future__ import annotations
 
@@ -54,14 +55,17 @@ def test_every_sampler_runs_in_every_convention(name: str, sampler: str) -> None
     rules, data, seeds = CONVENTIONS[name], gaussian(dims=3), [5, 6]
     grid, options = rules.grid(SCHEDULE, 6, sampler), rules.options.get(sampler, {})
     _, x = rules.begin(grid, initial_noise(seeds, (3,), dtype=torch.float64))
-    out = SAMPLERS[sampler](data.denoise(SCHEDULE), x, grid, noise=rules.noise(seeds, grid, sampler, **options), **options)
+    out = SAMPLERS[sampler](
+        data.denoise(SCHEDULE), x, grid, noise=rules.noise(seeds, grid, sampler, **options), **options
+    )
     assert torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_one_is_text_to_image_to_the_bit(name: str, sampler: str) -> None:
-    """Image-to-image at strength 1 starts from pure noise: whatever the image, the picture is that of text-to-image."""
+    """Image-to-image at strength 1 starts from pure noise: whatever the image, the picture is that of
+    text-to-image."""
     rules, data, seeds = CONVENTIONS[name], gaussian(dims=3), [5, 6]
     eps = initial_noise(seeds, (3,), dtype=torch.float64)
 
@@ -82,20 +86,32 @@ def test_begin_noises_the_image_to_where_the_steps_begin() -> None:
         assert rest.t.tolist() == grid.t[-n:].tolist()
         torch.testing.assert_close(x, SCHEDULE.add_noise(image, rest.t[0], eps), rtol=0, atol=1e-12)
     assert torch.equal(rules.begin(grid, eps)[1], float(grid.sigma[0]) * eps)
-    for wrong, message in (((eps, None, 0.5), "needs an image"), ((eps, image, 1.5), "strength must lie"), ((eps, image[:1], 0.5), "one shape")):
+    for wrong, message in (
+        ((eps, None, 0.5), "needs an image"),
+        ((eps, image, 1.5), "strength must lie"),
+        ((eps, image[:1], 0.5), "one shape"),
+    ):
         with pytest.raises(ValueError, match=message):
             rules.begin(grid, *wrong)
 
 
 def test_brownian_noise_where_the_program_has_it() -> None:
     like = torch.empty(1, 4, dtype=torch.float64)
-    cases = (("k", "dpmpp_2m_sde", True), ("k", "euler_a", False), ("diffusers", "dpmpp_2m_sde", False), ("sgm", "dpmpp_sde", False))
+    cases = (
+        ("k", "dpmpp_2m_sde", True),
+        ("k", "euler_a", False),
+        ("diffusers", "dpmpp_2m_sde", False),
+        ("sgm", "dpmpp_sde", False),
+    )
     for name, sampler, path in cases:
         grid = CONVENTIONS[name].grid(SCHEDULE, 5, sampler)
         expected = (brownian_noise([9], grid) if path else keyed_noise([9]))(2, like)
         assert torch.equal(CONVENTIONS[name].noise([9], grid, sampler)(2, like), expected)
     grid = CONVENTIONS["k"].grid(SCHEDULE, 5, "dpmpp_sde")
-    assert torch.equal(CONVENTIONS["k"].noise([9], grid, "dpmpp_sde", r=0.3)(2, like), brownian_noise([9], grid, inner=0.3)(2, like))
+    assert torch.equal(
+        CONVENTIONS["k"].noise([9], grid, "dpmpp_sde", r=0.3)(2, like),
+        brownian_noise([9], grid, inner=0.3)(2, like),
+    )
 
 
 def test_a_convention_by_name_by_fields_or_itself() -> None:
@@ -121,17 +137,25 @@ def run(pipe, **options):
 @pytest.mark.parametrize("spacing", [None, "lambda"])
 def test_the_pipeline_follows_a_convention(pipe, name, spacing):
     """By name it is the convention's own parts put together by hand: grid, start, rounding of t, noise."""
-    rules, schedule, changes = CONVENTIONS[name], pipe.denoiser.schedule, {} if spacing is None else {"spacing": spacing}
+    rules, schedule, changes = (
+        CONVENTIONS[name],
+        pipe.denoiser.schedule,
+        {} if spacing is None else {"spacing": spacing},
+    )
     grid = rules.grid(schedule, 4, "dpmpp_2m_sde", **changes)
     seen = []
-    hook = pipe.denoiser.net.register_forward_hook(lambda net, inputs, output: seen.append(float(inputs[1][0])))
+    hook = pipe.denoiser.net.register_forward_hook(
+        lambda net, inputs, output: seen.append(float(inputs[1][0]))
+    )
     images = run(pipe, convention=name, spacing=spacing, sampler="dpmpp_2m_sde", guidance=1.0)
     hook.remove()
     assert seen == pytest.approx((grid.t.round() if rules.quantize else grid.t).tolist())
     denoiser = ldm.Denoiser(pipe.denoiser.net, schedule, "v", quantize=rules.quantize)
     _, x = rules.begin(grid, initial_noise([0], (4, 8, 8)))
     with torch.no_grad():
-        x = SAMPLERS["dpmpp_2m_sde"](denoiser.bind(pipe.text(["cat"])), x, grid, noise=rules.noise([0], grid, "dpmpp_2m_sde"))
+        x = SAMPLERS["dpmpp_2m_sde"](
+            denoiser.bind(pipe.text(["cat"])), x, grid, noise=rules.noise([0], grid, "dpmpp_2m_sde")
+        )
         assert torch.equal(images.tensor, pipe.decode(x))
     assert images.recipe["convention"] == name and images.recipe.get("spacing") == spacing
 
@@ -155,7 +179,8 @@ def test_a_grid_of_timesteps_and_what_contradicts_it(pipe):
     [
         ({"convention": "difusers"}, "did you mean 'diffusers'"),
         ({"spacing": "karas"}, "did you mean 'karras'"),
-        # it lays one node more: 900 nodes a step apart reach up to 900, a tenth from the end; 500 two apart are further from 701
+        # it lays one node more: 900 nodes a step apart reach up to 900, a tenth from the end; 500 two apart
+        # are further from 701
         ({"convention": "diffusers", "steps": 700}, "nearest number of steps that works is 899"),
     ],
 )
@@ -171,7 +196,11 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-NAMED = [["--convention", "k", "--sampler", "dpmpp_sde"], ["--convention", "sgm"], ["--spacing", "lambda", "--steps", "7"]]
+NAMED = [
+    ["--convention", "k", "--sampler", "dpmpp_sde"],
+    ["--convention", "sgm"],
+    ["--spacing", "lambda", "--steps", "7"],
+]
 
 
 @pytest.mark.parametrize("options", NAMED)
@@ -193,17 +222,25 @@ def test_ldm_grid_tells_a_convention(place, capsys):
     assert main(["grid", "--convention", "compvis", "--sampler", "dpmpp_2m", "--steps", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "dpmpp_2m, lower_order_final True: 5 steps, 5 evaluations"
-    assert lines[1].split() == ["step", "t", "alpha-bar", "sigma", "sigma/alpha", "lambda"] and len(lines) == 2 + 6
+    assert (
+        lines[1].split() == ["step", "t", "alpha-bar", "sigma", "sigma/alpha", "lambda"]
+        and len(lines) == 2 + 6
+    )
     assert main(["grid", "--convention", "compvis", "--steps", "700", "--sampler", "ddim"]) == 2
     assert "nearest number of steps that works is 500" in capsys.readouterr().err
-    for option, wrong, meant in (("--convention", "kk", "k"), ("--spacing", "linspac", "linspace"), ("--sampler", "hein", "heun")):
+    for option, wrong, meant in (
+        ("--convention", "kk", "k"),
+        ("--spacing", "linspac", "linspace"),
+        ("--sampler", "hein", "heun"),
+    ):
         assert main(["grid", option, wrong]) == 2 and f"did you mean '{meant}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dpm_adaptive"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_network_is_called_as_often_as_announced(pipe, place, sampler, guidance, capsys):
-    """`ldm grid` on the card, and the pipeline's calls of the network: guidance takes its two branches in one batch."""
+    """`ldm grid` on the card, and the pipeline's calls of the network: guidance takes its two branches in one
+    batch."""
     for steps in (1, 2, 5):
         calls = []
         hook = pipe.denoiser.net.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
@@ -212,4 +249,7 @@ def test_the_network_is_called_as_often_as_announced(pipe, place, sampler, guida
         announced = evaluations(pipe.card.grids().grid(pipe.denoiser.schedule, steps, sampler), sampler)
         assert len(calls) == announced
         assert main(["grid", "--sampler", sampler, "--steps", str(steps)]) == 0
-        assert f"{steps} step{'s' * (steps != 1)}, {announced} evaluation{'s' * (announced != 1)}" in capsys.readouterr().out
+        assert (
+            f"{steps} step{'s' * (steps != 1)}, {announced} evaluation{'s' * (announced != 1)}"
+            in capsys.readouterr().out
+        )

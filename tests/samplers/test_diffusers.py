@@ -1,19 +1,22 @@
 """Trajectories and grids equal to diffusers' schedulers.
 
 Left out, because the peer is wrong there:
-- DDIM and DDPM with spacings whose step is not T//N (linspace; trailing where N does not divide T): ``prev_timestep = t − T//N`` is then not
-  the next timestep of the grid. For N = 3, trailing: t = 999, 666, 332, but 999 − 333 = 666, 666 − 333 = 333 and not 332.
-- DDPM with the large variance and trailing: it adds noise unless t is 0, so sqrt(beta) of noise lands on the finished sample (t = T/N − 1
-  there).
-- One step of Euler and its like on linspace, karras or exponential: np.linspace(0, 999, 1) is [0], so it starts (and takes sigma_max) at
-  clean data.
+- DDIM and DDPM with spacings whose step is not T//N (linspace; trailing where N does not divide T):
+  ``prev_timestep = t − T//N`` is then not the next timestep of the grid. For N = 3, trailing: t = 999, 666,
+  332, but 999 − 333 = 666, 666 − 333 = 333 and not 332.
+- DDPM with the large variance and trailing: it adds noise unless t is 0, so sqrt(beta) of noise lands on the
+  finished sample (t = T/N − 1 there).
+- One step of Euler and its like on linspace, karras or exponential: np.linspace(0, 999, 1) is [0], so it
+  starts (and takes sigma_max) at clean data.
 - UniPC bh1 to sigma 0: B(h) = −inf there, and −inf·0 is nan. With the last step to sigma_min it is compared.
-- KDPM2 and its ancestral kind on karras: t is rounded at every other evaluation only. k-diffusion's, which they were taken from, are compared.
+- KDPM2 and its ancestral kind on karras: t is rounded at every other evaluation only. k-diffusion's, which
+  they were taken from, are compared.
 
-Where a grid is laid in sigma, DPM-Solver, DEIS and UniPC hand the network whole t: rounded for karras and uniform lambda, cut by a cast to int64
-for exponential; the test does the same. DEIS then ends at sigma_min and makes a last step from there to there, an evaluation for nothing: N steps
-are N − 1 here. The peer's tables are float32, and its states, so 1e-5 relative is what can be asked; where a difference of its float32 squares
-loses digits (below), its own formulas are taken in float64.
+Where a grid is laid in sigma, DPM-Solver, DEIS and UniPC hand the network whole t: rounded for karras and
+uniform lambda, cut by a cast to int64 for exponential; the test does the same. DEIS then ends at sigma_min
+and makes a last step from there to there, an evaluation for nothing: N steps are N − 1 here. The peer's
+tables are float32, and its states, so 1e-5 relative is what can be asked; where a difference of its float32
+squares loses digits (below), its own formulas are taken in float64.
 """
 
 from __future__ import annotations
@@ -39,8 +42,9 @@ FIRST = {"set_alpha_to_one": False}
 STEPS = [1, 5, 10, 20, 50]
 DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
 SDE = {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
-# every sampler and spacing that both have: DDIM, DDPM, PNDM, Euler, Euler ancestral, Heun, KDPM2, KDPM2 ancestral, LMS, DPMSolverSDE,
-# DPMSolverMultistep (2M, 2M SDE by midpoint and heun, third order), UniPC (order 1 to 3, bh1 and bh2), DEIS (order 1 to 3), LCM, TCD
+# every sampler and spacing that both have: DDIM, DDPM, PNDM, Euler, Euler ancestral, Heun, KDPM2, KDPM2
+# ancestral, LMS, DPMSolverSDE, DPMSolverMultistep (2M, 2M SDE by midpoint and heun, third order), UniPC
+# (order 1 to 3, bh1 and bh2), DEIS (order 1 to 3), LCM, TCD
 SIGMAS = {"karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True}}
 
 
@@ -49,7 +53,15 @@ def eps(x: Tensor, t: Tensor) -> Tensor:
     return 0.6 * torch.sin(1.3 * x + 0.002 * broadcast(torch.as_tensor(t), x)) + 0.4 * x
 
 
-def ours(name: str, schedule: NoiseSchedule, grid: TimeGrid, x: Tensor, *, seen: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+def ours(
+    name: str,
+    schedule: NoiseSchedule,
+    grid: TimeGrid,
+    x: Tensor,
+    *,
+    seen: Callable[[Tensor], Tensor],
+    **options: Any,
+) -> Tensor:
     def denoise(x: Tensor, t: Tensor) -> Denoised:
         alpha, sigma = (broadcast(v, x) for v in schedule.alpha_sigma(t))
         e = eps(x, seen(t))
@@ -58,7 +70,9 @@ def ours(name: str, schedule: NoiseSchedule, grid: TimeGrid, x: Tensor, *, seen:
     return SAMPLERS[name](denoise, x, grid, noise=lambda k, like: NOISE[k].to(like.dtype), **options)
 
 
-def theirs(scheduler: Any, steps: int, x: Tensor, grid: TimeGrid, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Tensor:
+def theirs(
+    scheduler: Any, steps: int, x: Tensor, grid: TimeGrid, monkeypatch: pytest.MonkeyPatch, **kwargs: Any
+) -> Tensor:
     """The peer's loop; its random numbers are NOISE[0], NOISE[1], … in the order of its steps."""
     order = iter(NOISE)
     module = __import__(type(scheduler).__module__, fromlist=["_"])
@@ -66,14 +80,17 @@ def theirs(scheduler: Any, steps: int, x: Tensor, grid: TimeGrid, monkeypatch: p
         monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: next(order))
     scheduler.set_timesteps(steps)
     if "DEIS" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__:
-        # DEIS of third order: its closed-form integrals cancel to h³ of their terms, which leaves 3e-4 in float32 at 50 steps; so in float64.
-        # The SDE's sigma_down² = sigma'² − sigma_up² is sigma'⁴/sigma²: where sigma'/sigma is 0.02, float32 leaves 6e-8/4e-4 of it
+        # DEIS of third order: its closed-form integrals cancel to h³ of their terms, which leaves 3e-4 in
+        # float32 at 50 steps; so in float64. The SDE's sigma_down² = sigma'² − sigma_up² is sigma'⁴/sigma²:
+        # where sigma'/sigma is 0.02, float32 leaves 6e-8/4e-4 of it
         scheduler.sigmas = scheduler.sigmas.double()
     if "KDPM2Ancestral" in type(scheduler).__name__:
         in_double(scheduler)
     if hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = lambda *_: next(order)
-    ve = "Discrete" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__  # Euler and its like keep x/alpha
+    ve = (
+        "Discrete" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__
+    )  # Euler and its like keep x/alpha
     x = x / float(grid.alpha[0]) if ve else x
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(x, t)
@@ -82,7 +99,8 @@ def theirs(scheduler: Any, steps: int, x: Tensor, grid: TimeGrid, monkeypatch: p
 
 
 def in_double(scheduler: Any) -> None:
-    """The tables of KDPM2Ancestral by its own formulas in float64: sigma_down² = sigma'² − sigma_up² cancels, as above, and t follows it."""
+    """The tables of KDPM2Ancestral by its own formulas in float64: sigma_down² = sigma'² − sigma_up² cancels,
+    as above, and t follows it."""
     sigma = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()  # N + 1, the last 0
     after = sigma.roll(-1)
     after[-1] = 0
@@ -91,11 +109,18 @@ def in_double(scheduler: Any) -> None:
     down[-1] = 0
     middle = sigma.log().lerp(down.log(), 0.5).exp()
     middle[-2:] = 0
-    for name, value in (("sigmas", sigma), ("sigmas_interpol", middle), ("sigmas_up", up), ("sigmas_down", down)):
+    for name, value in (
+        ("sigmas", sigma),
+        ("sigmas_interpol", middle),
+        ("sigmas_up", up),
+        ("sigmas_down", down),
+    ):
         setattr(scheduler, name, torch.cat([value[:1], value[1:].repeat_interleave(2), value[-1:]]))
     logs = scheduler.log_sigmas.double().numpy()
     scheduler.timesteps = scheduler.timesteps.double()
-    scheduler.timesteps[1::2] = torch.tensor([float(scheduler._sigma_to_t(s, logs)) for s in middle[:-2].numpy()], dtype=torch.float64)
+    scheduler.timesteps[1::2] = torch.tensor(
+        [float(scheduler._sigma_to_t(s, logs)) for s in middle[:-2].numpy()], dtype=torch.float64
+    )
 
 
 # name here, peer, its options, spacing, options of the grid here, of the sampler here, of the peer's step
@@ -103,15 +128,44 @@ Case = tuple[str, str, dict[str, Any], str, dict[str, Any], dict[str, Any], dict
 CASES: list[Case] = []
 for eta in (0.0, 1.0):
     both = {"eta": eta}
-    CASES.append(("ddim", "DDIMScheduler", {"steps_offset": 1, **FIRST}, "leading", {"offset": 1, "final": "first"}, both, both))
+    CASES.append(
+        (
+            "ddim",
+            "DDIMScheduler",
+            {"steps_offset": 1, **FIRST},
+            "leading",
+            {"offset": 1, "final": "first"},
+            both,
+            both,
+        )
+    )
     CASES.append(("ddim", "DDIMScheduler", {}, "trailing", {}, both, both))
 for kind in ("small", "large"):
     for spacing in ("leading", "trailing") if kind == "small" else ("leading",):
-        CASES.append(("ddpm", "DDPMScheduler", {"variance_type": f"fixed_{kind}"}, spacing, {}, {"variance": kind}, {}))
+        CASES.append(
+            ("ddpm", "DDPMScheduler", {"variance_type": f"fixed_{kind}"}, spacing, {}, {"variance": kind}, {})
+        )
 PLMS = {"skip_prk_steps": True}
-CASES.append(("plms", "PNDMScheduler", {**PLMS, "steps_offset": 1, **FIRST}, "leading", {"offset": 1, "final": "first"}, {}, {}))
+CASES.append(
+    (
+        "plms",
+        "PNDMScheduler",
+        {**PLMS, "steps_offset": 1, **FIRST},
+        "leading",
+        {"offset": 1, "final": "first"},
+        {},
+        {},
+    )
+)
 CASES.append(("plms", "PNDMScheduler", {**PLMS, "set_alpha_to_one": True}, "trailing", {}, {}, {}))
-DISCRETE = {"euler": "Euler", "euler_a": "EulerAncestral", "heun": "Heun", "dpm2": "KDPM2", "dpm2_a": "KDPM2Ancestral", "lms": "LMS"}
+DISCRETE = {
+    "euler": "Euler",
+    "euler_a": "EulerAncestral",
+    "heun": "Heun",
+    "dpm2": "KDPM2",
+    "dpm2_a": "KDPM2Ancestral",
+    "lms": "LMS",
+}
 for name, peer in DISCRETE.items():
     CASES.append((name, f"{peer}DiscreteScheduler", {"steps_offset": 1}, "leading", {"offset": 1}, {}, {}))
     CASES.append((name, f"{peer}DiscreteScheduler", {}, "linspace", {"integer": False}, {}, {}))
@@ -129,26 +183,51 @@ for name, peer, scheduler, here in (
     ("dpmpp_2m", "DPMSolverMultistepScheduler", DPM, {}),
     ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE, {}),
     ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {**SDE, "solver_type": "heun"}, {"solver": "heun"}),
-    # as in k-diffusion, the second difference has half of its weight: (e^(−h) + h − 1)/h² − ½ is phi_3, the integral of s² is 2·phi_3
+    # as in k-diffusion, the second difference has half of its weight: (e^(−h) + h − 1)/h² − ½ is phi_3, the
+    # integral of s² is 2·phi_3
     (
         "dpmpp_3m_sde",
         "DPMSolverMultistepScheduler",
-        {"solver_order": 3, "algorithm_type": "dpmsolver++", "solver_type": "heun", "lower_order_final": False},
+        {
+            "solver_order": 3,
+            "algorithm_type": "dpmsolver++",
+            "solver_type": "heun",
+            "lower_order_final": False,
+        },
         {"eta": 0.0, "curvature": "published"},
     ),
     *[
-        ("unipc", "UniPCMultistepScheduler", {"solver_order": p, "solver_type": b}, {"order": p, "variant": b})
+        (
+            "unipc",
+            "UniPCMultistepScheduler",
+            {"solver_order": p, "solver_type": b},
+            {"order": p, "variant": b},
+        )
         for p in (1, 2, 3)
         for b in ("bh1", "bh2")
     ],
 ):
     if scheduler.get("solver_type") == "bh1":
         last = {**scheduler, "final_sigmas_type": "sigma_min"}
-        CASES.append((name, peer, {**last, "steps_offset": 1}, "leading", {"drop_last": True, "offset": 1, "final": "first"}, here, {}))
+        CASES.append(
+            (
+                name,
+                peer,
+                {**last, "steps_offset": 1},
+                "leading",
+                {"drop_last": True, "offset": 1, "final": "first"},
+                here,
+                {},
+            )
+        )
         CASES.append((name, peer, last, "trailing", {"final": "first"}, here, {}))
         continue
-    CASES.append((name, peer, {**scheduler, "timestep_spacing": "linspace"}, "linspace", {"drop_last": True}, here, {}))
-    CASES.append((name, peer, {**scheduler, "steps_offset": 1}, "leading", {"drop_last": True, "offset": 1}, here, {}))
+    CASES.append(
+        (name, peer, {**scheduler, "timestep_spacing": "linspace"}, "linspace", {"drop_last": True}, here, {})
+    )
+    CASES.append(
+        (name, peer, {**scheduler, "steps_offset": 1}, "leading", {"drop_last": True, "offset": 1}, here, {})
+    )
     CASES.append((name, peer, scheduler, "trailing", {}, here, {}))
     CASES += [(name, peer, {**scheduler, **SIGMAS[s]}, s, {}, here, {}) for s in SIGMAS]
     if "DPMSolver" in peer:
@@ -158,9 +237,22 @@ for order in (1, 2, 3):
     peer_options = {"solver_order": order, "lower_order_final": False}
     CASES.append(("deis", "DEISMultistepScheduler", peer_options, "trailing", {"final": "first"}, here, {}))
     last = {"final": "first", "drop_last": True}
-    CASES.append(("deis", "DEISMultistepScheduler", {**peer_options, "steps_offset": 1}, "leading", {"offset": 1, **last}, here, {}))
+    CASES.append(
+        (
+            "deis",
+            "DEISMultistepScheduler",
+            {**peer_options, "steps_offset": 1},
+            "leading",
+            {"offset": 1, **last},
+            here,
+            {},
+        )
+    )
     CASES.append(("deis", "DEISMultistepScheduler", peer_options, "linspace", last, here, {}))
-    CASES += [("deis", "DEISMultistepScheduler", {**peer_options, **SIGMAS[s]}, s, {"final": "none"}, here, {}) for s in SIGMAS]
+    CASES += [
+        ("deis", "DEISMultistepScheduler", {**peer_options, **SIGMAS[s]}, s, {"final": "none"}, here, {})
+        for s in SIGMAS
+    ]
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -180,7 +272,8 @@ def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     grid = TimeGrid.make(schedule, steps - (name == "deis" and in_sigma), spacing=spacing, **grid_options)
     if name == "dpm2_a" and spacing == "linspace":
-        # its sigmas lie on chords between the table's entries, (log sigma'/sigma)²/8 = 1e-5 above ours at t = 52.6, and its midpoints follow
+        # its sigmas lie on chords between the table's entries, (log sigma'/sigma)²/8 = 1e-5 above ours at t =
+        # 52.6, and its midpoints follow
         scheduler.set_timesteps(steps)
         rho = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()
         alpha = 1 / (1 + rho**2).sqrt()
@@ -215,16 +308,25 @@ def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
         ("dpmpp_sde", "DPMSolverSDEScheduler", {}),
     ],
 )
-def test_convention_lays_the_peer_s_grid(sampler: str, peer: str, options: dict[str, Any], steps: int) -> None:
-    """The convention ``diffusers`` against the scheduler under Stable Diffusion's configuration: timesteps, sigmas."""
+def test_convention_lays_the_peer_s_grid(
+    sampler: str, peer: str, options: dict[str, Any], steps: int
+) -> None:
+    """The convention ``diffusers`` against the scheduler under Stable Diffusion's configuration: timesteps,
+    sigmas."""
     scheduler = getattr(diffusers, peer)(**SD, steps_offset=1, timestep_spacing="leading", **options)
     scheduler.set_timesteps(steps)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     grid = get_convention("diffusers").grid(schedule, steps, sampler)
-    times = scheduler.timesteps[::2] if sampler in ("dpm2", "dpmpp_sde") else scheduler.timesteps.unique_consecutive()
+    times = (
+        scheduler.timesteps[::2]
+        if sampler in ("dpm2", "dpmpp_sde")
+        else scheduler.timesteps.unique_consecutive()
+    )
     assert grid.t.tolist() == [float(t) for t in times]
     if hasattr(scheduler, "sigmas"):
-        torch.testing.assert_close(grid.ratio, scheduler.sigmas.unique_consecutive().double(), rtol=1e-5, atol=0)  # float32 there
+        torch.testing.assert_close(
+            grid.ratio, scheduler.sigmas.unique_consecutive().double(), rtol=1e-5, atol=0
+        )  # float32 there
 
 
 @pytest.mark.parametrize(("sampler", "peer"), [("lcm", "LCMScheduler"), ("tcd", "TCDScheduler")])
@@ -233,7 +335,9 @@ def test_convention_lays_the_grid_of_distilled_models(sampler: str, peer: str) -
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     for steps in range(1, 51):
         scheduler.set_timesteps(steps)
-        assert get_convention("diffusers").grid(schedule, steps, sampler).t.tolist() == [float(t) for t in scheduler.timesteps], steps
+        assert get_convention("diffusers").grid(schedule, steps, sampler).t.tolist() == [
+            float(t) for t in scheduler.timesteps
+        ], steps
 
 
 def test_conventions_by_their_formulas() -> None:
@@ -266,15 +370,21 @@ def test_align_your_steps_against_the_peer_s_tables() -> None:
     schedule = NoiseSchedule.scaled_linear()
     for spacing, key in (("ays_sd1", "StableDiffusionTimesteps"), ("ays_sdxl", "StableDiffusionXLTimesteps")):
         grid = TimeGrid.make(schedule, 10, spacing=spacing)
-        # the same levels, told there as whole timesteps; the peer's figures are rounded, so that they differ by up to 2
+        # the same levels, told there as whole timesteps; the peer's figures are rounded, so that they differ
+        # by up to 2
         assert float((grid.t - torch.tensor(AysSchedules[key], dtype=torch.float64)).abs().max()) < 2
         assert len(TimeGrid.make(schedule, 25, spacing=spacing)) == 25
 
 
 @pytest.mark.parametrize("steps", [*STEPS, 4, 8])
-@pytest.mark.parametrize(("name", "peer", "here"), [("lcm", "LCMScheduler", {}), ("tcd", "TCDScheduler", {"eta": 0.3})])
-def test_consistency_samplers(name: str, peer: str, here: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the convention's grid. TCD's last step ends at alpha-bar[0] there (prev_timestep = 0), whatever set_alpha_to_one says."""
+@pytest.mark.parametrize(
+    ("name", "peer", "here"), [("lcm", "LCMScheduler", {}), ("tcd", "TCDScheduler", {"eta": 0.3})]
+)
+def test_consistency_samplers(
+    name: str, peer: str, here: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the convention's grid. TCD's last step ends at alpha-bar[0] there (prev_timestep = 0), whatever
+    set_alpha_to_one says."""
     scheduler = getattr(diffusers, peer)(**SD, clip_sample=False)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     grid = get_convention("diffusers").grid(schedule, steps, name)

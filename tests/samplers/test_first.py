@@ -30,16 +30,24 @@ def fixed(x0: Tensor) -> object:
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_one_step_has_the_posterior_of_the_chain(sampler: str) -> None:
-    """q(x_s | x_t, x0) by Bayes from q(x_t | x_s) q(x_s | x0), in closed form: mean and variance, eta 1 and small alike."""
+    """q(x_s | x_t, x0) by Bayes from q(x_t | x_s) q(x_s | x0), in closed form: mean and variance, eta 1 and
+    small alike."""
     grid = TimeGrid.explicit(SCHEDULE, [700.0, 300.0], final="none")
     (a_t, a_s), (_, s_s) = grid.alpha.tolist(), grid.sigma.tolist()
     step, beta = a_t / a_s, 1 - (a_t / a_s) ** 2
     x0, x = 0.6, -0.4
-    precision = 1 / s_s**2 + step**2 / beta  # of x_s: prior N(a_s·x0, s_s²), likelihood x_t ~ N(step·x_s, beta)
+    precision = (
+        1 / s_s**2 + step**2 / beta
+    )  # of x_s: prior N(a_s·x0, s_s²), likelihood x_t ~ N(step·x_s, beta)
     mean = (a_s * x0 / s_s**2 + step * x / beta) / precision
     options = {"eta": 1.0} if sampler == "ddim" else {"variance": "small"}
     one = torch.ones(1, 1, dtype=torch.float64)
-    run = lambda z: float(SAMPLERS[sampler](fixed(x0 * one), x * one, grid, noise=lambda k, like: z * one, **options))  # noqa: E731
+
+    def run(z):
+        return float(
+            SAMPLERS[sampler](fixed(x0 * one), x * one, grid, noise=lambda k, like: z * one, **options)
+        )
+
     assert run(0.0) == pytest.approx(mean, rel=1e-12)
     assert (run(1.0) - run(0.0)) ** 2 == pytest.approx(1 / precision, rel=1e-12)
 
@@ -55,7 +63,9 @@ def test_ddpm_variances() -> None:
         return Denoised(x * 0, x, fraction)
 
     def variance(kind: str) -> list[float]:
-        return (ddpm(fn, x, grid, noise=lambda k, like: torch.ones_like(like), variance=kind) ** 2)[0].tolist()  # type: ignore[arg-type]
+        return (ddpm(fn, x, grid, noise=lambda k, like: torch.ones_like(like), variance=kind) ** 2)[
+            0
+        ].tolist()  # type: ignore[arg-type]
 
     assert variance("small") == pytest.approx([small] * 2)
     assert variance("large") == pytest.approx([beta] * 2)
@@ -80,7 +90,10 @@ def test_step_to_clean_data_adds_no_noise() -> None:
 def test_on_step_sees_replaces_and_stops(name: str) -> None:
     grid, data = TimeGrid.make(SCHEDULE, 6, spacing="trailing"), gaussian()
     x = torch.ones(2, 1, dtype=torch.float64)
-    run = lambda hook: SAMPLERS[name](data.denoise(SCHEDULE), x, grid, noise=keyed_noise([0, 1]), on_step=hook)  # noqa: E731
+
+    def run(hook):
+        return SAMPLERS[name](data.denoise(SCHEDULE), x, grid, noise=keyed_noise([0, 1]), on_step=hook)
+
     seen: list[tuple[int, Tensor]] = []
     out = run(lambda i, x, d: seen.append((i, x)))
     assert [i for i, _ in seen] == list(range(len(seen))) and torch.equal(seen[-1][1], out)
@@ -101,7 +114,9 @@ def test_zero_terminal_snr_starts_from_pure_noise() -> None:
     exact = data.flow(x, (0.0, 1.0), (1.0, 0.0))
     for name in ("ddim", "dpmpp_2m"):
         grids = [TimeGrid.make(zero, n, spacing="trailing") for n in (50, 200)]
-        few, many = (float((SAMPLERS[name](data.denoise(zero), x, grid) - exact).abs().max()) for grid in grids)
+        few, many = (
+            float((SAMPLERS[name](data.denoise(zero), x, grid) - exact).abs().max()) for grid in grids
+        )
         # the step from lambda = −inf is of order 1: a fourth of the error for four times the steps
         assert few < 0.1 and many < 0.35 * few
 

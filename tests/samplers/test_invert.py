@@ -31,7 +31,9 @@ def test_one_iteration_approximates_better_with_more_steps() -> None:
 def test_inversion_finds_the_flow_s_noise() -> None:
     data, grid = gaussian(), TimeGrid.make(SCHEDULE, 500, spacing="linspace", final="none")
     ends = [(float(grid.alpha[i]), float(grid.sigma[i])) for i in (-1, 0)]
-    torch.testing.assert_close(ddim_invert(data.denoise(SCHEDULE), X, grid, iterations=20), data.flow(X, *ends), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        ddim_invert(data.denoise(SCHEDULE), X, grid, iterations=20), data.flow(X, *ends), rtol=0, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("p", [1.0, 0.93])
@@ -40,7 +42,9 @@ def test_edict_is_undone_to_rounding(p: float) -> None:
     x, y = edict_invert(denoise, X, X, grid, p=p)
     back: tuple[Tensor, Tensor] = edict(denoise, x, y, grid, p=p)
     for track in back:
-        torch.testing.assert_close(track, X, rtol=0, atol=1e-8)  # 0.93^(−100) = 1,400 times rounding, and divisions by alpha
+        torch.testing.assert_close(
+            track, X, rtol=0, atol=1e-8
+        )  # 0.93^(−100) = 1,400 times rounding, and divisions by alpha
 
 
 def test_edict_approaches_ddim() -> None:

@@ -20,7 +20,12 @@ NOISE = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(5), dtype
 # name here, name there, options here, options there
 PAIRS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("euler", "sample_euler", {}, {}),
-    ("euler", "sample_euler", {"s_churn": 5.0, "s_max": 10.0, "s_noise": 1.01}, {"s_churn": 5.0, "s_tmax": 10.0, "s_noise": 1.01}),
+    (
+        "euler",
+        "sample_euler",
+        {"s_churn": 5.0, "s_max": 10.0, "s_noise": 1.01},
+        {"s_churn": 5.0, "s_tmax": 10.0, "s_noise": 1.01},
+    ),
     ("euler_a", "sample_euler_ancestral", {}, {}),
     ("euler_a", "sample_euler_ancestral", {"eta": 0.6}, {"eta": 0.6}),
     ("heun", "sample_heun", {}, {}),
@@ -34,8 +39,14 @@ PAIRS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("dpmpp_sde", "sample_dpmpp_sde", {"eta": 0.5, "r": 0.4}, {"eta": 0.5, "r": 0.4}),
     ("dpmpp_2m", "sample_dpmpp_2m", {}, {}),
     ("dpmpp_2m_sde", "sample_dpmpp_2m_sde", {}, {}),
-    ("dpmpp_2m_sde", "sample_dpmpp_2m_sde", {"eta": 0.7, "solver": "heun"}, {"eta": 0.7, "solver_type": "heun"}),
-    # the peer weighs the second difference by phi_3, where the integral of s² is 2·phi_3: see dpmpp_3m_sde, and its order in test_orders
+    (
+        "dpmpp_2m_sde",
+        "sample_dpmpp_2m_sde",
+        {"eta": 0.7, "solver": "heun"},
+        {"eta": 0.7, "solver_type": "heun"},
+    ),
+    # the peer weighs the second difference by phi_3, where the integral of s² is 2·phi_3: see dpmpp_3m_sde,
+    # and its order in test_orders
     ("dpmpp_3m_sde", "sample_dpmpp_3m_sde", {"curvature": "published"}, {}),
 ]
 
@@ -60,10 +71,18 @@ def k_model(grid: TimeGrid) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("steps", [1, 5, 10, 20, 50])
-@pytest.mark.parametrize("spacing", ["karras", "exponential", "polyexponential", "linspace", "trailing", "leading"])
+@pytest.mark.parametrize(
+    "spacing", ["karras", "exponential", "polyexponential", "linspace", "trailing", "leading"]
+)
 @pytest.mark.parametrize(("name", "peer", "options", "peer_options"), PAIRS)
 def test_trajectory(
-    name: str, peer: str, options: dict[str, Any], peer_options: dict[str, Any], spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    peer: str,
+    options: dict[str, Any],
+    peer_options: dict[str, Any],
+    spacing: str,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sampling = k_sampling()
     grid = TimeGrid.make(SCHEDULE, steps, spacing=spacing)
@@ -75,7 +94,8 @@ def test_trajectory(
         order = iter(NOISE)
         peer_options = {**peer_options, "noise_sampler": lambda rho, rho_next: next(order)}
     last = float(grid.alpha[0])
-    # a peer that draws one more at the last step, or one less, would shift the rest: the index says which draw is meant
+    # a peer that draws one more at the last step, or one less, would shift the rest: the index says which
+    # draw is meant
     if steps == 1 and peer in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
         with pytest.raises(UnboundLocalError):  # the peer reads h, which a single step to sigma 0 never sets
             getattr(sampling, peer)(k_model(grid), x / last, grid.ratio, disable=True, **peer_options)
@@ -88,7 +108,8 @@ def test_trajectory(
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_adaptive(order: int) -> None:
-    """One sample, as the peer's error is the whole batch's. The peer ends at sigma_min and adds no last step."""
+    """One sample, as the peer's error is the whole batch's. The peer ends at sigma_min and adds no last
+    step."""
     sampling = k_sampling()
     grid = TimeGrid.make(SCHEDULE, 5, spacing="karras", final="none")
     x = torch.randn(1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,6 +1,9 @@
-"""Convergence to the exact flow of a Gaussian mixture, from sigma_max to sigma_min (the step to sigma 0 left off)."""
+"""Convergence to the exact flow of a Gaussian mixture, from sigma_max to sigma_min (the step to sigma 0 left
+off)."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +18,11 @@ from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import SAMPLERS
 
-SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear(), "linear": NoiseSchedule.linear(), "cosine": NoiseSchedule.cosine()}
+SCHEDULES = {
+    "scaled_linear": NoiseSchedule.scaled_linear(),
+    "linear": NoiseSchedule.linear(),
+    "cosine": NoiseSchedule.cosine(),
+}
 STEPS = [20, 40, 80, 160, 320, 640]
 
 
@@ -45,13 +52,19 @@ def test_order(name: str, options: Options, order: int, spacing: str) -> None:
 @pytest.mark.parametrize("spacing", ["lambda", "karras"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(("name", "options", "order"), DETERMINISTIC)
-def test_order_under_other_schedules(name: str, options: Options, order: int, schedule: str, spacing: str) -> None:
+def test_order_under_other_schedules(
+    name: str, options: Options, order: int, schedule: str, spacing: str
+) -> None:
     check_order(name, options, order, schedule, spacing)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_order_of_one_method_of_each_kind_under_other_schedules(schedule: str) -> None:
-    for name, options, order in (("ddim", {}, 1), ("heun", {}, 2), ("unipc", {"order": 2, "lower_order_final": False}, 3)):
+    for name, options, order in (
+        ("ddim", {}, 1),
+        ("heun", {}, 2),
+        ("unipc", {"order": 2, "lower_order_final": False}, 3),
+    ):
         check_order(name, options, order, schedule, "lambda")
 
 
@@ -60,7 +73,8 @@ def test_order_of_one_method_of_each_kind_under_other_schedules(schedule: str) -
 def test_predictions_take_one_trajectory(name: str, schedule: str) -> None:
     """eps, x0 and v of the exact network lead to one image, so that the orders above hold for each of them.
 
-    What is left is rounding: 1e-16 through divisions by the least alpha (5e-5 under cosine) and by the least sigma (6e-3), 40 evaluations.
+    What is left is rounding: 1e-16 through divisions by the least alpha (5e-5 under cosine) and by the least
+    sigma (6e-3), 40 evaluations.
     """
     table, data = SCHEDULES[schedule], mixture()
     grid = TimeGrid.make(table, 20, spacing="trailing")
@@ -74,7 +88,8 @@ def test_predictions_take_one_trajectory(name: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "plms", "unipc"])
 def test_plain_start_keeps_second_order(name: str) -> None:
-    """Without help at the start: one first-order step costs O(h²) once, which is what a second-order method loses anyway."""
+    """Without help at the start: one first-order step costs O(h²) once, which is what a second-order method
+    loses anyway."""
     errors = [error(name, {}, "scaled_linear", "lambda", n, start=0) for n in STEPS]
     assert slope(STEPS[-3:], errors[-3:]) > 1.85
 
@@ -84,9 +99,16 @@ def test_adaptive_follows_its_tolerance() -> None:
     grid = TimeGrid.make(table, 5, spacing="karras", final="none")
     for order in (2, 3):
         errors = [
-            flow_error(data, table, grid, lambda fn, x: SAMPLERS["dpm_adaptive"](fn, x, grid, order=order, rtol=tol, atol=tol))  # noqa: B023
+            flow_error(
+                data,
+                table,
+                grid,
+                partial(SAMPLERS["dpm_adaptive"], grid=grid, order=order, rtol=tol, atol=tol),
+            )
             for tol in (1e-2, 1e-3, 1e-4)
         ]
         assert errors[0] < 0.1 and errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3, errors
     with pytest.raises(RuntimeError, match="made 3 attempts"):
-        SAMPLERS["dpm_adaptive"](data.denoise(table), torch.zeros(1, 1, dtype=torch.float64), grid, max_steps=3)
+        SAMPLERS["dpm_adaptive"](
+            data.denoise(table), torch.zeros(1, 1, dtype=torch.float64), grid, max_steps=3
+        )

@@ -1,4 +1,5 @@
-"""RePaint: once is the sampler itself, going up and down keeps a Gaussian's distribution, draws and steps are told in order."""
+"""RePaint: once is the sampler itself, going up and down keeps a Gaussian's distribution, draws and steps are
+told in order."""
 
 import pytest
 import torch
@@ -29,11 +30,18 @@ def test_once_is_the_sampler_itself() -> None:
 def test_going_up_and_down_keeps_the_distribution(solve) -> None:
     data, n = gaussian(), 4000
     grid = TimeGrid.make(SCHEDULE, 60, spacing="trailing")
-    x = torch.randn(n, *data.mean.shape if hasattr(data, "mean") else (1,), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        n,
+        *data.mean.shape if hasattr(data, "mean") else (1,),
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+    )
     plain = solve(data.denoise(SCHEDULE), x, grid, noise=draws(1))
     again = repaint(solve, times=3, jump=10)(data.denoise(SCHEDULE), x, grid, noise=draws(2))
     for statistic in (torch.mean, torch.std):
-        assert abs(float(statistic(again) - statistic(plain))) < 0.1 * float(plain.std())  # 1/sqrt(4000) = 0.016 and the solver's own error
+        assert abs(float(statistic(again) - statistic(plain))) < 0.1 * float(
+            plain.std()
+        )  # 1/sqrt(4000) = 0.016 and the solver's own error
 
 
 def draws(seed: int):

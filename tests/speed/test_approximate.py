@@ -33,7 +33,9 @@ def whole_and_short(net, monkeypatch):
     made = []
     for name in ("_whole", "_shallow"):
         plain = getattr(Reuse, name)
-        monkeypatch.setattr(Reuse, name, lambda self, *args, name=name, plain=plain: made.append(name) or plain(self, *args))
+        monkeypatch.setattr(
+            Reuse, name, lambda self, *args, name=name, plain=plain: made.append(name) or plain(self, *args)
+        )
     return made
 
 
@@ -59,7 +61,10 @@ def test_the_short_evaluation_is_the_whole_one_where_the_input_is_the_same(confi
     for branch in range(len(rises(net))):
         ldm.optimize(net, kernels=False, reuse=2, branch=branch)
         assert torch.equal(net(x, t, cond), exact)  # whole
-        own, net.forward.t = net.forward, t + 1  # as if the features were of a time just above: what enters is the same, so must be what leaves
+        own, net.forward.t = (
+            net.forward,
+            t + 1,
+        )  # as if the features were of a time just above: what enters is the same, so must be what leaves
         assert torch.equal(own._shallow(x, t, cond, own.kept[0][0]), exact)
         assert torch.equal(net(x, t, cond), exact) and own.steps == 1
 
@@ -74,7 +79,9 @@ def test_one_step_of_the_interval_is_whole_under_guidance_and_in_the_next_run(mo
     assert torch.equal(pictures(pipe, steps=6), first)  # nothing is left of the run before
     assert made == ["_whole", "_shallow", "_shallow"] * 2
     made.clear()
-    pictures(pipe, steps=4, sampler="heun")  # t: a b | b c | c d | d, each evaluation of a time with features of its own
+    pictures(
+        pipe, steps=4, sampler="heun"
+    )  # t: a b | b c | c d | d, each evaluation of a time with features of its own
     assert made.count("_shallow") >= 2 and made[0] == "_whole"
 
 
@@ -107,7 +114,14 @@ def test_features_of_other_conditions_shapes_and_later_times_are_not_reused(monk
     made = whole_and_short(net, monkeypatch)
     x, t, cond = inputs(UNETS["sd"], torch.float32)
     other = Cond(context=cond.context.clone(), context_mask=cond.context_mask)
-    for given in ((x, t, cond), (x, t - 1, cond), (x, t - 2, other), (x, t - 3, other), (x[:, :, :8], t - 3.5, other), (x, t, other)):
+    for given in (
+        (x, t, cond),
+        (x, t - 1, cond),
+        (x, t - 2, other),
+        (x, t - 3, other),
+        (x[:, :, :8], t - 3.5, other),
+        (x, t, other),
+    ):
         net(*given)
     assert made == ["_whole", "_shallow", "_whole", "_shallow", "_whole", "_whole"]
     made.clear()
@@ -141,7 +155,9 @@ def test_the_error_of_reuse_falls_with_the_interval_and_with_the_blocks_that_are
 
 
 def test_merging_assigns_each_position_to_the_most_alike():
-    x = torch.randn(2, 35, 16, generator=torch.Generator().manual_seed(0))  # 7×5: 12 positions in even rows and columns
+    x = torch.randn(
+        2, 35, 16, generator=torch.Generator().manual_seed(0)
+    )  # 7×5: 12 positions in even rows and columns
     x[0, 1] = 3 * x[0, 14]  # alike but for length: row 0, column 1 goes to row 2, column 4
     at, tokens = assign(x, (7, 5), 0.5)
     assert tokens == 35 - 17 and at[0, 1] == at[0, 14]
@@ -158,7 +174,9 @@ def test_merging_assigns_each_position_to_the_most_alike():
 @torch.no_grad()
 def test_merging_positions_that_are_the_same_changes_nothing():
     pairs = torch.randn(1, 6, 5, 32, generator=torch.Generator().manual_seed(0))
-    x = pairs.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)  # 12×10, all four of each 2×2 alike
+    x = (
+        pairs.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+    )  # 12×10, all four of each 2×2 alike
     net = make(UNETS["sd"])
     attention = net.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     exact = attention(x)
@@ -176,8 +194,12 @@ def test_merging_acts_where_positions_are_most_and_stays_within_what_is_stated()
     args = inputs(DEEP, torch.float32)
     exact = net(*args)
     wrong = [rms(ldm.optimize(net, kernels=False, merge=ratio)(*args), exact) for ratio in (0.25, 0.5, 0.75)]
-    merged = [name for name, part in net.named_modules() if type(part.__dict__.get("forward")).__name__ == "Merge"]
-    assert len(merged) == 5 and all(name.startswith(("down_blocks.1.", "up_blocks.1.")) and name.endswith("attn1") for name in merged)
+    merged = [
+        name for name, part in net.named_modules() if type(part.__dict__.get("forward")).__name__ == "Merge"
+    ]
+    assert len(merged) == 5 and all(
+        name.startswith(("down_blocks.1.", "up_blocks.1.")) and name.endswith("attn1") for name in merged
+    )
     with attention_control(net, lambda name, p: None, of="self"):
         assert rms(net(*args), exact) < 1e-5  # who looks sees every position
     for name in merged:  # less is lost than these attentions give, even on positions that are not alike
@@ -200,11 +222,15 @@ def test_a_copy_computes_the_same_and_by_itself():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reuse": 0}, "reuse: expected a whole number of steps, 1 or more"), ({"reuse": 2.5}, "got 2.5"), ({"reuse": True}, "got True"),
-        ({"reuse": 2, "branch": 4}, "branch: expected a whole number from 0 to 3"), ({"reuse": 2, "branch": -1}, "got -1"),
-        ({"merge": 0.8}, "merge: expected a part of the positions from 0"), ({"merge": -0.1}, "got -0.1"),
+        ({"reuse": 0}, "reuse: expected a whole number of steps, 1 or more"),
+        ({"reuse": 2.5}, "got 2.5"),
+        ({"reuse": True}, "got True"),
+        ({"reuse": 2, "branch": 4}, "branch: expected a whole number from 0 to 3"),
+        ({"reuse": 2, "branch": -1}, "got -1"),
+        ({"merge": 0.8}, "merge: expected a part of the positions from 0"),
+        ({"merge": -0.1}, "got -0.1"),
     ],
-)  # fmt: skip
+)
 def test_wrong_values_are_refused_before_anything_changes(options, message):
     net = make(UNETS["sd"])
     with pytest.raises(ValueError, match=message):

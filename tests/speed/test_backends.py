@@ -21,7 +21,9 @@ def test_openvino_computes_the_same_and_can_be_left(name):
     net = make(UNETS[name])
     x, t, cond = inputs(UNETS[name], torch.float32)
     expected = net(x, t, cond)
-    assert ldm.optimize(net, backend="openvino").optimizations == ("UNet and decoder: by OpenVINO, compiled for each shape at its first call",)
+    assert ldm.optimize(net, backend="openvino").optimizations == (
+        "UNet and decoder: by OpenVINO, compiled for each shape at its first call",
+    )
     assert rms(net(x, t, cond), expected) < 1e-5
     assert rms(net(x[:1], t[:1], cond[:1]), expected[:1]) < 1e-5  # another shape
     assert len(net.forward.compiled) == 2 and type(net.conv_in) is nn.Conv2d
@@ -82,4 +84,6 @@ def test_a_backend_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.raises(RuntimeError, match="needs a C"):
         ldm.optimize(net, backend="compile")
-    assert type(net.conv_in) is nn.Conv2d and "forward" not in net.__dict__ and net._compiled_call_impl is None
+    assert (
+        type(net.conv_in) is nn.Conv2d and "forward" not in net.__dict__ and net._compiled_call_impl is None
+    )

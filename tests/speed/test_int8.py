@@ -38,7 +38,11 @@ def rounded(w):
 def test_a_layer_multiplies_what_8_bits_hold():
     torch.manual_seed(0)
     linear, conv, geglu = nn.Linear(64, 48), nn.Conv2d(32, 48, 3, stride=2, padding=1), GEGLU(64, 96)
-    for layer, x in ((linear, torch.randn(2, 9, 64)), (conv, torch.randn(2, 32, 9, 7) - 0.5), (geglu, torch.randn(2, 9, 64) + 1)):
+    for layer, x in (
+        (linear, torch.randn(2, 9, 64)),
+        (conv, torch.randn(2, 32, 9, 7) - 0.5),
+        (geglu, torch.randn(2, 9, 64) + 1),
+    ):
         layer.requires_grad_(False)
         exact = layer(x)
         q, scale, zero = quantise(x)
@@ -69,7 +73,9 @@ def test_products_of_8_bits_differ_by_hundredths_and_can_be_left(name, dtype):
     assert rms(other, exact) > 0.1
     assert torch.equal(copy.deepcopy(net)(*args), other)
     ldm.optimize(net)
-    assert rms(other, net(*args)) < 0.1 and not any(isinstance(p.__dict__.get("forward"), Int8) for p in net.modules())
+    assert rms(other, net(*args)) < 0.1 and not any(
+        isinstance(p.__dict__.get("forward"), Int8) for p in net.modules()
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""The kernels and PyTorch's operators give the same functions: each against float64, in every shape the networks have in kind."""
+"""The kernels and PyTorch's operators give the same functions: each against float64, in every shape the
+networks have in kind."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ from ldm.speed.kernels import build
 from ldm.speed.kernels import ops as module
 from ldm.speed.kernels.ops import Native, Plain
 
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the output's deviation: the project's bars for exact gains
+DTYPES = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+}  # of the output's deviation: the project's bars for exact gains
 
 
 @pytest.fixture(params=["plain", "native"])
@@ -34,11 +38,23 @@ def error(got, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("heads", "rows", "keys", "dim"),
-    [(3, 50, 77, 40), (1, 100, 1000, 80), (2, 49, 530, 160), (1, 7, 600, 512), (2, 130, 16, 8), (1, 1, 1, 64), (1, 48, 513, 96), (1, 96, 80, 88)],
+    [
+        (3, 50, 77, 40),
+        (1, 100, 1000, 80),
+        (2, 49, 530, 160),
+        (1, 7, 600, 512),
+        (2, 130, 16, 8),
+        (1, 1, 1, 64),
+        (1, 48, 513, 96),
+        (1, 96, 80, 88),
+    ],
 )
 def test_attention(ops, dtype, heads, rows, keys, dim):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = ((1.5 * torch.randn(2, n, heads, dim, generator=generator)).to(dtype).transpose(1, 2) for n in (rows, keys, keys))
+    q, k, v = (
+        (1.5 * torch.randn(2, n, heads, dim, generator=generator)).to(dtype).transpose(1, 2)
+        for n in (rows, keys, keys)
+    )
     some = torch.rand(2, 1, 1, keys, generator=generator) > 0.3
     some[..., 0] = True
     for mask in (None, some, some.expand(2, 1, rows, keys)):
@@ -52,7 +68,9 @@ def test_attention(ops, dtype, heads, rows, keys, dim):
 def test_attention_holds_for_scores_that_overflow_an_exponential(ops, dtype):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 2, n, 40, generator=generator) for n in (60, 700, 700))
-    q = q * torch.logspace(-2, 2, 60)[:, None]  # the last rows attend to one key alone, whose score is in the hundreds
+    q = (
+        q * torch.logspace(-2, 2, 60)[:, None]
+    )  # the last rows attend to one key alone, whose score is in the hundreds
     q, k, v = (t.to(dtype) for t in (q, k, v))
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert error(ops.attention(q, k, v), expected) < DTYPES[dtype]
@@ -60,10 +78,16 @@ def test_attention_holds_for_scores_that_overflow_an_exponential(ops, dtype):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "groups", "size"), [(320, 32, (9, 8)), (48, 16, (13, 7)), (24, 8, (1, 3)), (8, 8, (20, 20))])
+@pytest.mark.parametrize(
+    ("channels", "groups", "size"), [(320, 32, (9, 8)), (48, 16, (13, 7)), (24, 8, (1, 3)), (8, 8, (20, 20))]
+)
 def test_group_norm(ops, dtype, channels, groups, size):
     generator = torch.Generator().manual_seed(2)
-    x = (torch.randn(2, channels, *size, generator=generator) * 2 + 20).to(dtype).to(memory_format=torch.channels_last)  # a mean of ten deviations
+    x = (
+        (torch.randn(2, channels, *size, generator=generator) * 2 + 20)
+        .to(dtype)
+        .to(memory_format=torch.channels_last)
+    )  # a mean of ten deviations
     norm = nn.GroupNorm(groups, channels).to(dtype)
     nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -1, 1)
     exact = copy.deepcopy(norm).double()
@@ -71,7 +95,8 @@ def test_group_norm(ops, dtype, channels, groups, size):
     wide = [t.double()[:, :, None, None] for t in (add, gain, offset)]
     for silu in (False, True):
         last = F.silu if silu else (lambda y: y)
-        # float32 rounds x itself to 2e-6 of its deviation here; bfloat16's sum x + add, where PyTorch takes it, to a twentieth
+        # float32 rounds x itself to 2e-6 of its deviation here; bfloat16's sum x + add, where PyTorch takes
+        # it, to a twentieth
         bar = DTYPES[dtype] if isinstance(ops, Native) else 8 * DTYPES[dtype]
         assert error(ops.group_norm(x, norm, silu=silu), last(exact(x.double()))) < bar
         everything = last(exact(x.double() + wide[0]) * (1 + wide[1]) + wide[2])
@@ -79,10 +104,13 @@ def test_group_norm(ops, dtype, channels, groups, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("batch", "channels", "groups", "size"), [(1, 320, 32, (9, 8)), (5, 48, 16, (13, 7)), (2, 20, 4, (1, 3))])
+@pytest.mark.parametrize(
+    ("batch", "channels", "groups", "size"), [(1, 320, 32, (9, 8)), (5, 48, 16, (13, 7)), (2, 20, 4, (1, 3))]
+)
 @pytest.mark.parametrize("behind", [(), ("add",), ("gain", "offset"), ("add", "gain", "offset")], ids=str)
 def test_gradients_of_group_norm(ops, dtype, batch, channels, groups, size, behind):
-    """Of the map, the norm's weights, and what is added and multiplied, each against float64's; fewer samples than threads, and more, among them."""
+    """Of the map, the norm's weights, and what is added and multiplied, each against float64's; fewer samples
+    than threads, and more, among them."""
     generator = torch.Generator().manual_seed(4)
     x, dy = (torch.randn(batch, channels, *size, generator=generator).add(1).to(dtype) for _ in range(2))
     extra = {name: torch.randn(batch, channels, generator=generator).to(dtype) for name in behind}
@@ -104,13 +132,21 @@ def test_gradients_of_group_norm(ops, dtype, batch, channels, groups, size, behi
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_and_affine_are_a_group_norm_taken_apart(ops, dtype):
-    x = (torch.randn(2, 40, 11, 9, generator=torch.Generator().manual_seed(3)) + 3).to(dtype).to(memory_format=torch.channels_last)
+    x = (
+        (torch.randn(2, 40, 11, 9, generator=torch.Generator().manual_seed(3)) + 3)
+        .to(dtype)
+        .to(memory_format=torch.channels_last)
+    )
     mean, m2 = ops.moments(x)
     wide = x.double().flatten(2)
-    assert torch.allclose(mean, wide.mean(2), rtol=1e-6) and torch.allclose(m2, wide.var(2, correction=0) * 99, rtol=1e-5)
+    assert torch.allclose(mean, wide.mean(2), rtol=1e-6) and torch.allclose(
+        m2, wide.var(2, correction=0) * 99, rtol=1e-5
+    )
     scale, shift = torch.rand(2, 2, 40)
     got = ops.affine(x, scale, shift, silu=True)
-    assert error(got, F.silu(x.double() * scale[:, :, None, None] + shift[:, :, None, None])) < DTYPES[dtype] / 2
+    assert (
+        error(got, F.silu(x.double() * scale[:, :, None, None] + shift[:, :, None, None])) < DTYPES[dtype] / 2
+    )
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -121,20 +157,27 @@ SHAPES = [(2, 320, 32, (9, 8)), (1, 16, 48, (13, 7)), (3, 128, 128, (1, 1)), (1,
 @pytest.mark.parametrize(("batch", "channels", "made", "size"), SHAPES)
 @pytest.mark.parametrize("block", [2**23, 1])
 def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, size, block):
-    """Odd sides, blocks that end within a row, and maps of one pixel among them; the largest error, not the mean one, is held to the bar."""
+    """Odd sides, blocks that end within a row, and maps of one pixel among them; the largest error, not the
+    mean one, is held to the bar."""
     if not isinstance(ops, Native):
         pytest.skip("a kernel of its own; without it oneDNN convolves")
     monkeypatch.setattr(module, "BLOCK", block)  # of the least, 64 tiles
     conv = nn.Conv2d(channels, made, 3, padding=1)
     x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1)) + 0.5
     for bias in (conv.bias.detach(), None):
-        expected = F.conv2d(x.double(), conv.weight.double(), None if bias is None else bias.double(), padding=1)
+        expected = F.conv2d(
+            x.double(), conv.weight.double(), None if bias is None else bias.double(), padding=1
+        )
         torch.set_default_dtype(torch.float64)  # the result's is the map's, whatever the default is
         try:
             got = ops.conv3x3(x, module.winograd(conv.weight.detach()), bias)
         finally:
             torch.set_default_dtype(torch.float32)
-        assert got.dtype == x.dtype and got.shape == expected.shape and got.is_contiguous(memory_format=torch.channels_last)
+        assert (
+            got.dtype == x.dtype
+            and got.shape == expected.shape
+            and got.is_contiguous(memory_format=torch.channels_last)
+        )
         assert (got - expected).abs().max() / expected.square().mean().sqrt() < 1e-5
 
 

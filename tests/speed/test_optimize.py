@@ -25,10 +25,28 @@ from ldm.weights.parts import randomise
 BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 UNETS = {
     "sd": UNetConfig(channels=(32, 64), depth=(1, 1), blocks=1, heads=4, context_dim=24),
-    "linear": UNetConfig(channels=(32, 64), depth=(0, 2), blocks=1, heads=None, head_dim=8, context_dim=24, linear_projection=True, pooled_dim=12),
-    "decoder": UNetConfig(channels=(32, 64), depth=(0, 1), blocks=1, heads=None, head_dim=8, context_dim=24, attention="block", scale_shift=True,
-                          resample="resblock"),
-}  # fmt: skip
+    "linear": UNetConfig(
+        channels=(32, 64),
+        depth=(0, 2),
+        blocks=1,
+        heads=None,
+        head_dim=8,
+        context_dim=24,
+        linear_projection=True,
+        pooled_dim=12,
+    ),
+    "decoder": UNetConfig(
+        channels=(32, 64),
+        depth=(0, 1),
+        blocks=1,
+        heads=None,
+        head_dim=8,
+        context_dim=24,
+        attention="block",
+        scale_shift=True,
+        resample="resblock",
+    ),
+}
 
 
 def rms(a, b):
@@ -64,7 +82,11 @@ def make(config, dtype=torch.float32):
 def inputs(config, dtype, batch=2):
     g = torch.Generator().manual_seed(5)
     pooled = torch.randn(batch, config.pooled_dim, generator=g).to(dtype) if config.pooled_dim else None
-    cond = Cond(context=torch.randn(batch, 7, 24, generator=g).to(dtype), context_mask=torch.arange(7).expand(batch, 7) < 5, pooled=pooled)
+    cond = Cond(
+        context=torch.randn(batch, 7, 24, generator=g).to(dtype),
+        context_mask=torch.arange(7).expand(batch, 7) < 5,
+        pooled=pooled,
+    )
     return torch.randn(batch, 4, 12, 10, generator=g).to(dtype), torch.tensor([10.0, 700.0])[:batch], cond
 
 
@@ -81,11 +103,15 @@ def test_a_unet_computes_the_same(monkeypatch, name, kernels, winograd):
     fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels)
     assert rms(fast(x, t, cond), expected) < BARS[torch.float32]
     half = ldm.optimize(copy.deepcopy(plain).to(torch.bfloat16), kernels=kernels)
-    went = [part for part in fast.modules() if isinstance(part, PackedConv2d) and part.transformed is not None]
+    went = [
+        part for part in fast.modules() if isinstance(part, PackedConv2d) and part.transformed is not None
+    ]
     assert bool(went) == (kernels and winograd and has_kernels())
     assert half is ldm.optimize(half)  # once more changes nothing
     own = rms(copy.deepcopy(plain).to(torch.bfloat16)(*inputs(config, torch.bfloat16)), expected)
-    assert rms(half(*inputs(config, torch.bfloat16)), expected) < max(BARS[torch.bfloat16], 1.2 * own)  # no more than bfloat16 itself costs
+    assert rms(half(*inputs(config, torch.bfloat16)), expected) < max(
+        BARS[torch.bfloat16], 1.2 * own
+    )  # no more than bfloat16 itself costs
 
 
 @torch.no_grad()
@@ -98,7 +124,9 @@ def test_an_optimised_network_saves_loads_copies_and_moves_as_before(monkeypatch
     args = inputs(UNETS["sd"], torch.float32)
     expected = fast(*args)
     assert isinstance(fast.conv_in, PackedConv2d) and fast.conv_in.packed is not None
-    assert any(isinstance(part, PackedConv2d) and part.transformed is not None for part in fast.modules()) == (winograd and has_kernels())
+    assert any(
+        isinstance(part, PackedConv2d) and part.transformed is not None for part in fast.modules()
+    ) == (winograd and has_kernels())
     state = fast.state_dict()
     assert state.keys() == plain.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
@@ -129,7 +157,11 @@ def test_memory_can_be_had_after_a_run_left_again_and_converted_under(before):
         assert rms(fast(*args), expected) < 1e-5
     ldm.optimize(fast, memory=True)
     ldm.optimize(fast)
-    assert fast.conv_in.spilled is None and not fast._forward_hooks and not any("at rest" in line for line in fast.optimizations)
+    assert (
+        fast.conv_in.spilled is None
+        and not fast._forward_hooks
+        and not any("at rest" in line for line in fast.optimizations)
+    )
     for _ in range(2):
         assert rms(fast(*args), expected) < 1e-5
 
@@ -226,7 +258,10 @@ def test_folded_upsampling_is_the_same_convolution(size, dtype):
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize(
     "config",
-    [VAEConfig(channels=(16, 32, 32), blocks=1), VAEConfig(channels=(16, 32), blocks=1, attention_levels=(0,), patch=2)],
+    [
+        VAEConfig(channels=(16, 32, 32), blocks=1),
+        VAEConfig(channels=(16, 32), blocks=1, attention_levels=(0,), patch=2),
+    ],
     ids=["three", "two"],
 )
 def test_strips_have_the_seams_of_the_whole_picture(config, kernels, monkeypatch):
@@ -239,21 +274,40 @@ def test_strips_have_the_seams_of_the_whole_picture(config, kernels, monkeypatch
     assert isinstance(fast.decoder, StripDecoder)
     kept = []
     block = strips.res_block
-    monkeypatch.setattr(strips, "res_block", lambda ops, own, source, inner: kept.append(inner is not None) or block(ops, own, source, inner))
-    # strips of eight rows; one strip; strips, and no doubled map whole; and nothing kept between the convolutions of a block
-    for strip, large, spare in ((1, 2**28, False), (2**25, 2**28, False), (1, 1, False), (1, 1, True), (2**12, 1, True)):
+    monkeypatch.setattr(
+        strips,
+        "res_block",
+        lambda ops, own, source, inner: kept.append(inner is not None) or block(ops, own, source, inner),
+    )
+    # strips of eight rows; one strip; strips, and no doubled map whole; and nothing kept between the
+    # convolutions of a block
+    for strip, large, spare in (
+        (1, 2**28, False),
+        (2**25, 2**28, False),
+        (1, 1, False),
+        (1, 1, True),
+        (2**12, 1, True),
+    ):
         monkeypatch.setattr(strips, "STRIP", strip), monkeypatch.setattr(strips, "LARGE", large)
         fast.decoder.spare = spare
         kept.clear()
         assert rms(fast.decode(z), expected) < 1e-5
         assert set(kept) <= {not spare} and (kept or strip == 2**25)
     seen = []
-    hook = fast.decoder.up_blocks[-1].resnets[0].register_forward_hook(lambda block, x, y: seen.append(y.shape))
+    hook = (
+        fast.decoder.up_blocks[-1].resnets[0].register_forward_hook(lambda block, x, y: seen.append(y.shape))
+    )
     assert rms(fast.decode(z), expected) < 1e-5 and len(seen) == 1  # who looks at a layer sees it
     hook.remove()
     half = fast.to(torch.bfloat16)
     assert rms(half.decode(z.to(torch.bfloat16)), expected) < 2.5e-2
-    assert rms(fast.encode(expected.to(torch.bfloat16).clamp(-1, 1)).mean, plain.encode(expected.clamp(-1, 1)).mean) < 2e-2
+    assert (
+        rms(
+            fast.encode(expected.to(torch.bfloat16).clamp(-1, 1)).mean,
+            plain.encode(expected.clamp(-1, 1)).mean,
+        )
+        < 2e-2
+    )
 
 
 def test_rows_of_a_doubled_map_are_those_of_the_whole():
@@ -273,12 +327,17 @@ def test_a_pipeline_says_what_was_done(monkeypatch):
     assert any("packed" in line for line in pipe.optimizations)
     assert (pipe.text_to_image("a red cat", steps=2, progress=False).tensor - whole).abs().max() < 1e-4
     without_kernels(monkeypatch)
-    assert "PyTorch's operators, as kernels cannot be built (a test)" in ldm.optimize(tiny_model()).optimizations[0]
+    assert (
+        "PyTorch's operators, as kernels cannot be built (a test)"
+        in ldm.optimize(tiny_model()).optimizations[0]
+    )
     assert "kernels=False" in ldm.optimize(tiny_model(), kernels=False).optimizations[0]
     assert any("strips" in line for line in ldm.optimize(tiny_model()).optimizations)
     spared = ldm.optimize(tiny_model(), memory=True).optimizations
     assert any("in a file" in line for line in spared)
-    assert not any("folded" in line for line in spared)  # 16/9 of the weights: time, not memory, is what folding spares
+    assert not any(
+        "folded" in line for line in spared
+    )  # 16/9 of the weights: time, not memory, is what folding spares
 
 
 def mapped(network):
@@ -309,13 +368,19 @@ def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
     assert all(mapped(own) == 0 for own in spilled)
     unet = next(own for own in spilled if own.network is pipe.denoiser.net)
     begin, end = unet.storage.data_ptr(), unet.storage.data_ptr() + unet.storage.nbytes()
-    assert all((begin <= p.data_ptr() < end) == (p.dim() > 1) for p in unet.network.parameters())  # a norm in the file would keep weights about it
+    assert all(
+        (begin <= p.data_ptr() < end) == (p.dim() > 1) for p in unet.network.parameters()
+    )  # a norm in the file would keep weights about it
     between = []
     for _ in range(2):
-        made = pipe.text_to_image("a red cat", steps=2, progress=False, on_step=lambda i, x, d: between.append(mapped(unet)))
+        made = pipe.text_to_image(
+            "a red cat", steps=2, progress=False, on_step=lambda i, x, d: between.append(mapped(unet))
+        )
         assert (made.tensor - whole).abs().max() < 1e-4
         assert between and not any(between)  # packed: the plain weights are gone
-        assert pipe.vae.decoder.conv_in.packed is not None and pipe.denoiser.net.conv_in.packed is None  # the last to compute, and one that rests
+        assert (
+            pipe.vae.decoder.conv_in.packed is not None and pipe.denoiser.net.conv_in.packed is None
+        )  # the last to compute, and one that rests
         assert mapped(unet) == 0
 
 
@@ -323,10 +388,15 @@ def in_memory(x):
     return x.as_strided((x.numel(),), (1,))
 
 
-@pytest.mark.parametrize("config", [*UNETS.values(), VAEConfig(channels=(32, 64), blocks=1, latent_channels=4)], ids=[*UNETS, "vae"])
+@pytest.mark.parametrize(
+    "config",
+    [*UNETS.values(), VAEConfig(channels=(32, 64), blocks=1, latent_channels=4)],
+    ids=[*UNETS, "vae"],
+)
 @pytest.mark.parametrize("dtype", BARS, ids=str)
 def test_a_network_made_for_training_has_the_same_gradients(config, dtype):
-    """Against the plain network in float64; under autocast as in training, where the plain one itself is up to 0.03 away."""
+    """Against the plain network in float64; under autocast as in training, where the plain one itself is up
+    to 0.03 away."""
     if not has_kernels():
         pytest.skip("without kernels the network stays as it is")
     nets = {"exact": make(config, torch.float64), "plain": make(config)}
@@ -341,7 +411,16 @@ def test_a_network_made_for_training_has_the_same_gradients(config, dtype):
                 x, t, cond = inputs(config, own)
                 loss = net(x, t, cond).to(own).square().mean()
             else:
-                loss = net.decode(net.encode(torch.linspace(-1, 1, 3 * 32 * 24, dtype=own).view(1, 3, 32, 24)).mean.to(own)).to(own).square().mean()
+                loss = (
+                    net.decode(
+                        net.encode(torch.linspace(-1, 1, 3 * 32 * 24, dtype=own).view(1, 3, 32, 24)).mean.to(
+                            own
+                        )
+                    )
+                    .to(own)
+                    .square()
+                    .mean()
+                )
         loss.backward()
         found[who] = torch.cat([p.grad.flatten() for p in net.parameters()])
         for p in net.parameters():  # the fused AdamW reads both by their places in memory
@@ -354,4 +433,6 @@ def test_a_network_made_for_training_is_made_plain_again():
     net = make(UNETS["sd"])
     kinds = [type(part) for part in net.modules()]
     module.plain(module.for_training(net))
-    assert [type(part) for part in net.modules()] == kinds and not any(hasattr(part, "ops") for part in net.modules())
+    assert [type(part) for part in net.modules()] == kinds and not any(
+        hasattr(part, "ops") for part in net.modules()
+    )

@@ -63,7 +63,12 @@ def test_yaml_at_the_edge(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("lr: 1e-4\nname: x\n")
     assert read_yaml(path) == {"lr": 1e-4, "name": "x"}
-    wrong = {"a: 1\na: 2\n": "given twice", "- 1\n": "expected a mapping", "a: [": "not valid YAML", "a: !!python/name:os.system": "YAML"}
+    wrong = {
+        "a: 1\na: 2\n": "given twice",
+        "- 1\n": "expected a mapping",
+        "a: [": "not valid YAML",
+        "a: !!python/name:os.system": "YAML",
+    }
     for text, message in wrong.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

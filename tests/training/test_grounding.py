@@ -1,4 +1,5 @@
-"""Attention that learns to lie where things are: its loss by the equation, what it looks at, and that nothing else learns."""
+"""Attention that learns to lie where things are: its loss by the equation, what it looks at, and that nothing
+else learns."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ QUARTER[:2, :2] = 1
 
 
 def maps(of: torch.Tensor, tokens: int = 3) -> torch.Tensor:
-    """Probabilities (1, L, M) that give token 1 a tenth of an area (h, w), token 2 twice that, token 0 what is left."""
+    """Probabilities (1, L, M) that give token 1 a tenth of an area (h, w), token 2 twice that, token 0 what
+    is left."""
     p = torch.zeros(1, of.numel(), tokens)
     p[0, :, 1], p[0, :, 2] = of.flatten() / 10, of.flatten() / 5
     p[..., 0] = 1 - p[..., 1:].sum(-1)
@@ -34,17 +36,26 @@ def test_the_loss_is_the_divergence_of_attention_from_the_area() -> None:
     own = [Named(0, [1, 2], QUARTER)]
     assert float(grounding_loss([maps(QUARTER)], own)) < 1e-6  # the same shape, whatever its height
     everywhere = torch.ones(4, 4)
-    assert abs(float(grounding_loss([maps(everywhere)], own)) - math.log(4)) < 1e-5  # KL(uniform on 4 ‖ uniform on 16)
+    assert (
+        abs(float(grounding_loss([maps(everywhere)], own)) - math.log(4)) < 1e-5
+    )  # KL(uniform on 4 ‖ uniform on 16)
     half = QUARTER + QUARTER.flip(1)
-    assert abs(float(grounding_loss([maps(half), maps(everywhere)], own)) - (math.log(2) + math.log(4)) / 2) < 1e-5
-    assert abs(float(grounding_loss([maps(torch.ones(2, 2))], own)) - math.log(4)) < 1e-5  # the area at the map's own size
+    assert (
+        abs(float(grounding_loss([maps(half), maps(everywhere)], own)) - (math.log(2) + math.log(4)) / 2)
+        < 1e-5
+    )
+    assert (
+        abs(float(grounding_loss([maps(torch.ones(2, 2))], own)) - math.log(4)) < 1e-5
+    )  # the area at the map's own size
     assert float(grounding_loss([maps(QUARTER)], [])) == 0
 
 
 def test_names_are_found_with_their_tokens_and_areas(place) -> None:
     part = open_run(write(place["ldm"], Path("ldm.yaml"))).part
     index, text = part.pictures.data.index, part.text
-    names = [i for i in range(len(index)) if len(index[i].phrase.split()) > 1 and index[i].style == "noto"][:2]
+    names = [i for i in range(len(index)) if len(index[i].phrase.split()) > 1 and index[i].style == "noto"][
+        :2
+    ]
     both = Composition(picture=names[0], second=names[1], ground="blue")
     said = [[], pieces(both, index, np.random.default_rng(1))]
     found = named(said, [both, both], part.pictures.data.pictures, text, 32)
@@ -54,15 +65,22 @@ def test_names_are_found_with_their_tokens_and_areas(place) -> None:
     wanted = [piece for piece, area in said[1] if area is not None]
     assert heard == wanted
     first, second, ground = (one.area for one in found)
-    assert first[:, 16:].sum() == 0 < first.sum() and second[:, :16].sum() == 0 < second.sum() and ground.mean() > 0.4
+    assert (
+        first[:, 16:].sum() == 0 < first.sum()
+        and second[:, :16].sum() == 0 < second.sum()
+        and ground.mean() > 0.4
+    )
 
 
 def test_queries_and_keys_alone_learn(place) -> None:
     config = place["ldm"]
     grounded = {
-        **config, "net": "runs/ldm/export", "text": {"folder": "runs/ldm/export"}, "grounding": {"weight": 1.0, "only": True},
+        **config,
+        "net": "runs/ldm/export",
+        "text": {"folder": "runs/ldm/export"},
+        "grounding": {"weight": 1.0, "only": True},
         "run": run("grounded"),
-    }  # fmt: skip
+    }
     training = open_run(write(grounded, Path("grounded.yaml")))
     net = training.part.denoiser.net
     learning = {name for name, p in net.named_parameters() if p.requires_grad}
@@ -72,15 +90,20 @@ def test_queries_and_keys_alone_learn(place) -> None:
     for name, p in net.named_parameters():
         assert torch.equal(p, before[name]) == (name not in learning), name
     rows = [json.loads(line) for line in Path("runs/grounded/metrics.jsonl").read_text().splitlines()]
-    assert all("grounding" in row for row in rows if "loss" in row) and any("validation/pairs_grounding" in row for row in rows)
+    assert all("grounding" in row for row in rows if "loss" in row) and any(
+        "validation/pairs_grounding" in row for row in rows
+    )
     training.export(Path("runs/grounded/export"))
     given, got = (read_safetensors(f"runs/{name}/export/unet.safetensors") for name in ("ldm", "grounded"))
     assert {name for name in given if not torch.equal(given[name], got[name])} == learning
 
 
 def test_attention_comes_nearer_to_what_words_name(place) -> None:
-    """One batch again and again, all weights learning: a few steps of training leave a network that cannot tell positions apart."""
-    part = open_run(write({**place["ldm"], "run": run("all"), "grounding": {"weight": 1.0}}, Path("all.yaml"))).part
+    """One batch again and again, all weights learning: a few steps of training leave a network that cannot
+    tell positions apart."""
+    part = open_run(
+        write({**place["ldm"], "run": run("all"), "grounding": {"weight": 1.0}}, Path("all.yaml"))
+    ).part
     optimizer = torch.optim.Adam(part.denoiser.net.parameters(), lr=1e-2)
     far = []
     for _ in range(60):
@@ -94,7 +117,11 @@ def test_attention_comes_nearer_to_what_words_name(place) -> None:
 
 def test_looking_at_attention_changes_nothing(place) -> None:
     part = open_run(write(place["ldm"], Path("ldm.yaml"))).part
-    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), part.text(["a kitty", "ring on a blue background"])
+    x, t, cond = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([3, 700]),
+        part.text(["a kitty", "ring on a blue background"]),
+    )
     plain = part.denoiser.predict(x, t, cond)
     with attended(part.denoiser.net) as seen:
         assert torch.equal(part.denoiser.predict(x, t, cond), plain)
@@ -104,9 +131,17 @@ def test_looking_at_attention_changes_nothing(place) -> None:
 def test_what_cannot_be_learnt_so_is_refused(place) -> None:
     with pytest.raises(ValueError, match="weight"):
         Grounding(weight=-1)
-    for changes in ({"text": {"folder": "runs/ldm/export"}}, {"net": "runs/ldm/export"}):  # no net; a text that is tuned
+    for changes in (
+        {"text": {"folder": "runs/ldm/export"}},
+        {"net": "runs/ldm/export"},
+    ):  # no net; a text that is tuned
         with pytest.raises(ValueError, match="grounding.only: expected a net"):
-            read_config(write({**place["ldm"], **changes, "grounding": {"weight": 1.0, "only": True}}, Path("wrong.yaml")))
+            read_config(
+                write(
+                    {**place["ldm"], **changes, "grounding": {"weight": 1.0, "only": True}},
+                    Path("wrong.yaml"),
+                )
+            )
 
 
 @pytest.fixture

@@ -47,11 +47,16 @@ def test_every_part_trains_and_the_next_one_starts_from_its_export(place):
         assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
         assert any(key.startswith("validation/") for row in rows for key in row)
     assert about_part("runs/vae/export", "vae")["latent_scale"] > 0
-    assert all(t.dtype == torch.float16 for t in read_safetensors("runs/ldm/export/unet.safetensors").values())
+    assert all(
+        t.dtype == torch.float16 for t in read_safetensors("runs/ldm/export/unet.safetensors").values()
+    )
     assert Path("runs/ldm/samples/0000004.png").is_file()
     clip, draft, text = (read_text(f"runs/{name}/export") for name in ("clip", "draft", "ldm"))
     assert "kitty" in text.words and clip.draft is None
-    for before, after in ((clip, draft), (draft, text)):  # the tower was tuned each time, and the draft with it
+    for before, after in (
+        (clip, draft),
+        (draft, text),
+    ):  # the tower was tuned each time, and the draft with it
         assert not torch.equal(before.tower.token_embedding.weight, after.tower.token_embedding.weight)
     assert not torch.equal(draft.draft.fc1.weight, text.draft.fc1.weight)
     assert text(["kitty"], (4, 12)).concat.shape == (1, 4, 4, 12)
@@ -76,11 +81,16 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(place, name):
 
 
 def test_a_state_saved_from_other_strides_is_laid_out_as_the_weights_lie():
-    """A run may go on on a machine with kernels that was begun on one without: the fused AdamW would take one weight's moments for another's."""
+    """A run may go on on a machine with kernels that was begun on one without: the fused AdamW would take one
+    weight's moments for another's."""
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn(3, 8, 4, 3, 3, generator=generator)
     found = []
-    for layouts in ((torch.contiguous_format,) * 2, (torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)):
+    for layouts in (
+        (torch.contiguous_format,) * 2,
+        (torch.contiguous_format, torch.channels_last),
+        (torch.channels_last, torch.contiguous_format),
+    ):
         state, weight = None, start
         for layout, gradient in zip(layouts, gradients, strict=True):
             p = torch.nn.Parameter(weight.clone(memory_format=layout))
@@ -102,8 +112,12 @@ def test_a_run_killed_at_any_moment_gives_the_same_weights_bit_for_bit(place):
     code = f"from ldm.training.run import open_run; open_run({str(path)!r}).train(progress=False)"
     metrics, kills = Path("runs/vae/metrics.jsonl"), 0
     for wanted in (4, 17, 38):  # steps after which the process is killed, wherever it then is
-        process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
-        while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < wanted):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        )
+        while process.poll() is None and (
+            not metrics.exists() or len(metrics.read_text().splitlines()) < wanted
+        ):
             time.sleep(0.002)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -123,10 +137,17 @@ def test_a_short_curve_is_kept_whole_and_a_long_one_thinned_evenly(tmp_path):
 
 
 def test_training_learns(place):
-    """300 steps at a high rate halve the error of the first ten, where the decoder still gives the same grey for every picture."""
-    config = configs(place, steps=300, log_every=10, validate_every=300, optimizer={"lr": 5e-3, "warmup": 10, "decay": 50})["vae"]
+    """300 steps at a high rate halve the error of the first ten, where the decoder still gives the same grey
+    for every picture."""
+    config = configs(
+        place, steps=300, log_every=10, validate_every=300, optimizer={"lr": 5e-3, "warmup": 10, "decay": 50}
+    )["vae"]
     train(write(config, Path("vae.yaml")))
-    losses = [row["l1"] for row in map(json.loads, Path("runs/vae/metrics.jsonl").read_text().splitlines()) if "l1" in row]
+    losses = [
+        row["l1"]
+        for row in map(json.loads, Path("runs/vae/metrics.jsonl").read_text().splitlines())
+        if "l1" in row
+    ]
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -161,26 +182,50 @@ def test_a_second_run_begins_with_the_first_ones_weights(place):
     made = configs(place)
     for name, config in made.items():
         train(write(config, Path(f"{name}.yaml"))).export(Path(f"runs/{name}/export"))
-    still = {"lr": 0.0, "warmup": 1}  # nothing moves: what comes out is what went in, through float16, which holds it exactly
-    again = {"draft": {"text": "runs/draft/export"}, "ldm": {"net": "runs/ldm/export", "text": {"folder": "runs/ldm/export", "tuned": True}}}
+    still = {
+        "lr": 0.0,
+        "warmup": 1,
+    }  # nothing moves: what comes out is what went in, through float16, which holds it exactly
+    again = {
+        "draft": {"text": "runs/draft/export"},
+        "ldm": {"net": "runs/ldm/export", "text": {"folder": "runs/ldm/export", "tuned": True}},
+    }
     for name, changes in again.items():
-        config = {**made[name], "run": {**made[name]["run"], "name": f"{name}-2", "steps": 1, "optimizer": still}, **changes}
+        config = {
+            **made[name],
+            "run": {**made[name]["run"], "name": f"{name}-2", "steps": 1, "optimizer": still},
+            **changes,
+        }
         train(write(config, Path(f"{name}-2.yaml"))).export(Path(f"runs/{name}-2/export"))
         for file in ("text", "draft", *(["unet"] if name == "ldm" else [])):
-            before, after = (read_safetensors(f"runs/{folder}/export/{file}.safetensors") for folder in (name, f"{name}-2"))
-            assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+            before, after = (
+                read_safetensors(f"runs/{folder}/export/{file}.safetensors") for folder in (name, f"{name}-2")
+            )
+            assert before.keys() == after.keys() and all(
+                torch.equal(before[key], after[key]) for key in before
+            )
     with pytest.raises(ValueError, match="in 'runs/draft/export', this draft is"):
         narrower = {**made["draft"]["model"], "width": 8}
-        open_run(write({**made["draft"], "text": "runs/draft/export", "model": narrower}, Path("draft-3.yaml")), runs="other")
+        open_run(
+            write({**made["draft"], "text": "runs/draft/export", "model": narrower}, Path("draft-3.yaml")),
+            runs="other",
+        )
     wider = {**made["draft"]["model"], "width": 1030, "finish": 8}
     wide, own = (
-        open_run(write({**made["draft"], "text": "runs/draft/export", "model": model}, Path("draft-4.yaml")), runs="other").part.text
+        open_run(
+            write({**made["draft"], "text": "runs/draft/export", "model": model}, Path("draft-4.yaml")),
+            runs="other",
+        ).part.text
         for model in (wider, made["draft"]["model"])
     )
-    assert wide.draft.config.width == 1030 and torch.allclose(wide(["a cat"]).concat, own(["a cat"]).concat, atol=1e-6)
+    assert wide.draft.config.width == 1030 and torch.allclose(
+        wide(["a cat"]).concat, own(["a cat"]).concat, atol=1e-6
+    )
     with pytest.raises(ValueError, match="the unet in 'runs/ldm/export' has another shape"):
         wider = {**made["ldm"]["model"], "blocks": 2}
-        open_run(write({**made["ldm"], "net": "runs/ldm/export", "model": wider}, Path("ldm-3.yaml")), runs="other")
+        open_run(
+            write({**made["ldm"], "net": "runs/ldm/export", "model": wider}, Path("ldm-3.yaml")), runs="other"
+        )
 
 
 def test_a_draft_that_does_not_fit_its_latent_or_network_is_refused(place):

@@ -30,7 +30,12 @@ PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1
 X0 = {"prediction": "x0", "drop": 0.2}
 UNET = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "embedded": True}
 DRAFT = {"embed_dim": 16, "width": 12, "layers": 2, "channels": 4, "size": 8}
-CONDITION = {"embed_dim": 16, "text_dim": 16, "pooled_dim": 16, "norms": ["image", "tokens", "text", "pooled"]}
+CONDITION = {
+    "embed_dim": 16,
+    "text_dim": 16,
+    "pooled_dim": 16,
+    "norms": ["image", "tokens", "text", "pooled"],
+}
 
 
 def unet_in(channels: int) -> dict[str, Any]:
@@ -39,51 +44,121 @@ def unet_in(channels: int) -> dict[str, Any]:
 
 
 def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
-    """The parts, and the second prior, over the exports of clip, vae and a UNet of emoji-ldm's kind; in the order in which they need one another."""
+    """The parts, and the second prior, over the exports of clip, vae and a UNet of emoji-ldm's kind; in the
+    order in which they need one another."""
     source = configs(data)["vae"]["data"]
     towers = {"text": "runs/clip/export", "vision": "runs/clip/export"}
-    prior = {"part": "prior", "run": run("prior"), "data": source, **towers, "variants": 5, "diffusion": X0, "measured": 40}
+    prior = {
+        "part": "prior",
+        "run": run("prior"),
+        "data": source,
+        **towers,
+        "variants": 5,
+        "diffusion": X0,
+        "measured": 40,
+    }
     unet, joined = unet_in(8), {"text": "runs/clip-text/export", "vision": "runs/clip/export"}
     codes = {"components": 4, "buckets": 16, "similarities": 4}
     decoder = {
-        "part": "decoder", "data": source, "vae": "runs/vae/export", "variants": 5, "length": 24, "diffusion": {"prediction": "v", "drop": 0.5},
-    }  # fmt: skip
+        "part": "decoder",
+        "data": source,
+        "vae": "runs/vae/export",
+        "variants": 5,
+        "length": 24,
+        "diffusion": {"prediction": "v", "drop": 0.5},
+    }
     return {
         "clip-text": {"part": "clip-text", "run": run("clip-text"), "data": source, "variants": 5, **towers},
         "image-draft": {
-            "part": "image-draft", "run": run("image-draft"), "data": source, "vae": "runs/vae/export", "variants": 5, "model": DRAFT,
-            "vision": "runs/clip/export", "jitter": 0.1,
+            "part": "image-draft",
+            "run": run("image-draft"),
+            "data": source,
+            "vae": "runs/vae/export",
+            "variants": 5,
+            "model": DRAFT,
+            "vision": "runs/clip/export",
+            "jitter": 0.1,
         },
         "prior": {**prior, "model": PRIOR},
         "prior-ar": {**prior, "run": run("prior-ar"), "autoregressive": {**PRIOR, **codes}},
-        "decoder": {**decoder, "run": run("decoder"), **towers, "model": {"unet": UNET, "condition": CONDITION}},
+        "decoder": {
+            **decoder,
+            "run": run("decoder"),
+            **towers,
+            "model": {"unet": UNET, "condition": CONDITION},
+        },
         "decoder-draft": {
-            **decoder, "run": run("decoder-draft"), **joined, "draft": "runs/image-draft/export", "net": "runs/ldm/export",
+            **decoder,
+            "run": run("decoder-draft"),
+            **joined,
+            "draft": "runs/image-draft/export",
+            "net": "runs/ldm/export",
             "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
         },
         "image-draft-imagined": {
-            "part": "image-draft", "run": run("image-draft-imagined"), "data": source, "vae": "runs/vae/export", "variants": 5, "model": DRAFT,
-            **towers, "net": "runs/image-draft/export", "imagined": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
+            "part": "image-draft",
+            "run": run("image-draft-imagined"),
+            "data": source,
+            "vae": "runs/vae/export",
+            "variants": 5,
+            "model": DRAFT,
+            **towers,
+            "net": "runs/image-draft/export",
+            "imagined": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
         },
         "image-draft-text": {
-            "part": "image-draft", "run": run("image-draft-text"), "data": {**source, "drawn": {"ground": 0.9}}, "vae": "runs/vae/export",
-            "variants": 5, "model": {**DRAFT, "embed_dim": 32}, **towers, "reads_text": True, "whitened": True,
+            "part": "image-draft",
+            "run": run("image-draft-text"),
+            "data": {**source, "drawn": {"ground": 0.9}},
+            "vae": "runs/vae/export",
+            "variants": 5,
+            "model": {**DRAFT, "embed_dim": 32},
+            **towers,
+            "reads_text": True,
+            "whitened": True,
         },
         "decoder-text": {
-            **decoder, "run": run("decoder-text"), **towers, "draft": "runs/image-draft-text/export", "net": "runs/decoder-draft/export",
-            "model": {"unet": unet, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 32}, "draft_text": True},
+            **decoder,
+            "run": run("decoder-text"),
+            **towers,
+            "draft": "runs/image-draft-text/export",
+            "net": "runs/decoder-draft/export",
+            "model": {
+                "unet": unet,
+                "condition": CONDITION,
+                "draft": {**DRAFT, "embed_dim": 32},
+                "draft_text": True,
+            },
         },
         "decoder-imagined": {
-            **decoder, "run": run("decoder-imagined"), **towers, "draft": "runs/image-draft-imagined/export", "net": "runs/decoder-draft/export",
-            "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT}, "imagined": {"prior": "runs/prior/export", "steps": 1},
+            **decoder,
+            "run": run("decoder-imagined"),
+            **towers,
+            "draft": "runs/image-draft-imagined/export",
+            "net": "runs/decoder-draft/export",
+            "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
+            "imagined": {"prior": "runs/prior/export", "steps": 1},
         },
         "upsampler": {
-            "part": "upsampler", "run": run("upsampler"), "data": source, "crop": 16, "diffusion": {"prediction": "v", "drop": 0.0},
+            "part": "upsampler",
+            "run": run("upsampler"),
+            "data": source,
+            "crop": 16,
+            "diffusion": {"prediction": "v", "drop": 0.0},
             "degradation": {"blur": 0.6, "noise": 0.1, "blocks": 0.1},
-            "model": {"in_channels": 6, "out_channels": 3, "channels": [8, 16], "depth": [0, 0], "mid_depth": 0, "blocks": 1, "heads": 1,
-                      "context_dim": None, "attention": "block"},
+            "model": {
+                "in_channels": 6,
+                "out_channels": 3,
+                "channels": [8, 16],
+                "depth": [0, 0],
+                "mid_depth": 0,
+                "blocks": 1,
+                "heads": 1,
+                "context_dim": None,
+                "attention": "block",
+            },
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -113,26 +188,52 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
         open_run(halves).train(progress=False, until=3)
         open_run(halves).train(progress=False)
         expected, got = weights(name), weights("halves-" + name)
-        assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected), name
+        assert expected.keys() == got.keys() and all(
+            torch.equal(expected[key], got[key]) for key in expected
+        ), name
         whole.export(Path(f"runs/{name}/export"))
-    assert about_part("runs/prior/export", "prior")["clip"] == about_part("runs/decoder/export", "decoder")["clip"]
+    assert (
+        about_part("runs/prior/export", "prior")["clip"]
+        == about_part("runs/decoder/export", "decoder")["clip"]
+    )
     net, about = read_part("runs/prior/export", "prior", PriorConfig, Prior)
     assert float((net.clip_std - 1).abs().max()) > 1e-3  # measured, not left at one
     assert about["network"] == "Prior" and {"cosine", "text_cosine"} <= about["figures"].keys()
-    began, learned = (read_part(f"runs/{name}/export", part, *kinds)[0].state_dict() for name, part, kinds in (
-        ("ldm", "unet", (UNetConfig, UNet)), ("decoder-draft", "decoder", (DecoderConfig, Decoder)),
-    ))  # fmt: skip
+    began, learned = (
+        read_part(f"runs/{name}/export", part, *kinds)[0].state_dict()
+        for name, part, kinds in (
+            ("ldm", "unet", (UNetConfig, UNet)),
+            ("decoder-draft", "decoder", (DecoderConfig, Decoder)),
+        )
+    )
     draft = read_part("runs/image-draft/export", "draft", DraftConfig, Draft)[0].state_dict()
-    near = {**{f"unet.{k}": v for k, v in began.items() if not k.startswith("add_embedding.")}, **{f"draft.{k}": v for k, v in draft.items()}}
+    near = {
+        **{f"unet.{k}": v for k, v in began.items() if not k.startswith("add_embedding.")},
+        **{f"draft.{k}": v for k, v in draft.items()},
+    }
     assert near.keys() < learned.keys()  # six steps at a learning rate of 1e-3 move a weight by 0.006 at most
     assert max(float((learned[key] - value).abs().max()) for key, value in near.items()) < 0.007
-    assert all(torch.equal(learned[f"draft.{key}"], value) for key, value in draft.items())  # the draft stays as it is
+    assert all(
+        torch.equal(learned[f"draft.{key}"], value) for key, value in draft.items()
+    )  # the draft stays as it is
     text_draft = read_part("runs/image-draft-text/export", "draft", DraftConfig, Draft)[0].state_dict()
-    by_text = read_part("runs/decoder-text/export", "decoder", DecoderConfig, Decoder)[0].state_dict()  # begun as another, but for its draft
+    by_text = read_part("runs/decoder-text/export", "decoder", DecoderConfig, Decoder)[
+        0
+    ].state_dict()  # begun as another, but for its draft
     assert all(torch.equal(by_text[f"draft.{key}"], value) for key, value in text_draft.items())
-    assert max(float((by_text[key] - value).abs().max()) for key, value in learned.items() if not key.startswith("draft.")) < 0.007
+    assert (
+        max(
+            float((by_text[key] - value).abs().max())
+            for key, value in learned.items()
+            if not key.startswith("draft.")
+        )
+        < 0.007
+    )
     assert not torch.equal(learned["unet.conv_in.weight"], began["conv_in.weight"])
-    assert about_part("runs/clip-text/export", "text")["clip"] == about_part("runs/decoder-draft/export", "decoder")["clip"]
+    assert (
+        about_part("runs/clip-text/export", "text")["clip"]
+        == about_part("runs/decoder-draft/export", "decoder")["clip"]
+    )
     assert read_text("runs/clip-text/export").draft is None
     assert about_part("runs/prior-ar/export", "prior")["network"] == "AutoregressivePrior"
     assert {"psnr", "bicubic_psnr"} <= about_part("runs/upsampler/export", "upsampler")["figures"].keys()
@@ -141,23 +242,43 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
 
 def test_every_part_takes_a_step_in_bfloat16(place):
     for name, config in unclip_configs(place).items():
-        made = open_run(write({**config, "run": {**config["run"], "precision": "bfloat16", "steps": 1}}, Path(f"{name}.yaml")))
+        made = open_run(
+            write(
+                {**config, "run": {**config["run"], "precision": "bfloat16", "steps": 1}},
+                Path(f"{name}.yaml"),
+            )
+        )
         made.train(progress=False)
         if name != "upsampler":
             made.export(Path(f"runs/{name}/export"))
-        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.part.model.parameters()), name
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.part.model.parameters()), (
+            name
+        )
 
 
 def test_a_prior_learns_the_embeddings_of_its_captions(place):
     """240 steps on six shapes: it explains more than 40 % of the embeddings' variance."""
     config = unclip_configs(place)["prior"]
     model = {**PRIOR, "width": 32, "layers": 2, "heads": 4}
-    settings = run("long", steps=240, batch=16, ema=0.5, validate_every=240, sample_every=240, checkpoint_every=240, log_every=40)
+    settings = run(
+        "long",
+        steps=240,
+        batch=16,
+        ema=0.5,
+        validate_every=240,
+        sample_every=240,
+        checkpoint_every=240,
+        log_every=40,
+    )
     settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 80}
     made = open_run(write({**config, "run": settings, "model": model}, Path("long.yaml")))
     assert isinstance(made.part, PriorPart)
     made.train(progress=False)
-    losses = [row["loss"] for row in map(json.loads, Path("runs/long/metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    losses = [
+        row["loss"]
+        for row in map(json.loads, Path("runs/long/metrics.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
     # x0 is normalised to unit variance: the mean embedding, whatever the caption, would have a loss of 1
     assert losses[-1] < 0.6 < 1 < losses[0]
 
@@ -168,18 +289,50 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         ("prior", {"autoregressive": {**PRIOR, "components": 4}}, "one of model"),
         ("prior", {"diffusion": {"prediction": "eps"}}, "a prior predicts x0, got 'eps'"),
         ("decoder", {"drop_image": 1.5}, "drop_image"),
-        ("decoder", {"model": {"unet": {**UNET, "out_channels": 8}, "condition": CONDITION}}, "learns no variance"),
-        ("decoder", {"model": {"unet": UNET, "condition": CONDITION, "draft": DRAFT}}, "less those of a draft"),
-        ("decoder-draft", {"model": {"unet": UNET, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 8}}}, "that it reads is 16 wide"),
-        ("decoder-draft", {"model": {"unet": unet_in(8), "condition": CONDITION, "draft": DRAFT, "draft_text": True}}, "that it reads is 32 wide"),
-        ("decoder", {"model": {"unet": UNET, "condition": CONDITION, "draft_text": True}}, "draft_text: expected a draft"),
+        (
+            "decoder",
+            {"model": {"unet": {**UNET, "out_channels": 8}, "condition": CONDITION}},
+            "learns no variance",
+        ),
+        (
+            "decoder",
+            {"model": {"unet": UNET, "condition": CONDITION, "draft": DRAFT}},
+            "less those of a draft",
+        ),
+        (
+            "decoder-draft",
+            {"model": {"unet": UNET, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 8}}},
+            "that it reads is 16 wide",
+        ),
+        (
+            "decoder-draft",
+            {"model": {"unet": unet_in(8), "condition": CONDITION, "draft": DRAFT, "draft_text": True}},
+            "that it reads is 32 wide",
+        ),
+        (
+            "decoder",
+            {"model": {"unet": UNET, "condition": CONDITION, "draft_text": True}},
+            "draft_text: expected a draft",
+        ),
         ("image-draft", {"reads_text": True}, "text: the folder of a tower"),
         ("image-draft-text", {"drop": 1.0}, "drop: expected a share"),
         ("image-draft-text", {"net": "runs/image-draft/export"}, "whitened: expected false"),
         ("image-draft", {"jitter": -1.0}, "jitter: expected at least 0, got -1.0"),
-        ("image-draft", {"imagined": {"prior": "runs/prior/export"}}, "text: the folder of a tower where a prior"),
-        ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "share": 0.0}}, "share: expected more than 0"),
-        ("image-draft-imagined", {"imagined": {"prior": "runs/prior/export", "steps": 0}}, "steps: expected at least 1"),
+        (
+            "image-draft",
+            {"imagined": {"prior": "runs/prior/export"}},
+            "text: the folder of a tower where a prior",
+        ),
+        (
+            "image-draft-imagined",
+            {"imagined": {"prior": "runs/prior/export", "share": 0.0}},
+            "share: expected more than 0",
+        ),
+        (
+            "image-draft-imagined",
+            {"imagined": {"prior": "runs/prior/export", "steps": 0}},
+            "steps: expected at least 1",
+        ),
         ("upsampler", {"residual": 0.0}, "residual: expected a positive number or None, got 0.0"),
         ("upsampler", {"crop": 13}, "crop 13: expected a multiple of 2"),
         ("upsampler", {"degradation": {"share": 2.0}}, "share: expected at most 1"),
@@ -195,7 +348,10 @@ def test_what_a_decoder_begins_with_must_fit(place):
     made = unclip_configs(place)
     with pytest.raises(ValueError, match="draft 'runs/image-draft/export': model.draft says no shape"):
         open_run(write({**made["decoder"], "draft": "runs/image-draft/export"}, Path("shapeless.yaml")))
-    with pytest.raises(ValueError, match="the unet in 'runs/ldm/export' has another shape, first at 'conv_in.weight': expected"):
+    with pytest.raises(
+        ValueError,
+        match="the unet in 'runs/ldm/export' has another shape, first at 'conv_in.weight': expected",
+    ):
         open_run(write({**made["decoder"], "net": "runs/ldm/export"}, Path("narrow.yaml")))
 
 
@@ -213,7 +369,12 @@ def test_a_second_prior_begins_with_the_first_ones_weights(place):
     train.train(progress=False)
     train.export(Path("runs/prior/export"))
     first, _ = read_part("runs/prior/export", "prior", PriorConfig, Prior)
-    again = open_run(write({**made, "run": {**made["run"], "name": "prior-2"}, "net": "runs/prior/export"}, Path("prior-2.yaml"))).part.net
+    again = open_run(
+        write(
+            {**made, "run": {**made["run"], "name": "prior-2"}, "net": "runs/prior/export"},
+            Path("prior-2.yaml"),
+        )
+    ).part.net
     assert all(torch.equal(again.state_dict()[key], value) for key, value in first.state_dict().items())
 
 
@@ -223,7 +384,9 @@ def test_a_prior_as_wide_as_another_clip_is_refused(place):
         open_run(write({**config, "model": {**PRIOR, "embed_dim": 12}}, Path("narrow.yaml")))
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("emoji-*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("emoji-*.yaml")), ids=lambda p: p.stem
+)
 def test_the_configurations_in_the_repository_are_whole(path):
     name, config = read_config(path)
     assert config.run.name == path.stem and name in path.stem
@@ -242,11 +405,17 @@ def test_blur_of_an_impulse_is_the_gaussian():
 def test_rounded_blocks_are_the_picture_up_to_half_a_step():
     x = torch.rand(2, 3, 19, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = round_blocks(x, torch.tensor([0.0, 0.2]).view(2, 1, 1, 1))
-    assert torch.equal(y[0], round_blocks(x, torch.zeros(2, 1, 1, 1))[0]) and torch.allclose(y[0], x[0], atol=1e-5)
+    assert torch.equal(y[0], round_blocks(x, torch.zeros(2, 1, 1, 1))[0]) and torch.allclose(
+        y[0], x[0], atol=1e-5
+    )
     error = (y[1] - x[1]).square().mean().sqrt()
-    assert 0.5 * 0.2 / 12**0.5 < error < 1.5 * 0.2 / 12**0.5  # an orthonormal transform keeps the deviation of rounding, step/√12
+    assert (
+        0.5 * 0.2 / 12**0.5 < error < 1.5 * 0.2 / 12**0.5
+    )  # an orthonormal transform keeps the deviation of rounding, step/√12
     flat = torch.full((1, 3, 16, 16), 0.4)
-    assert torch.allclose(round_blocks(flat, torch.full((1, 1, 1, 1), 0.1)), flat, atol=0.1 / 16 + 1e-5)  # one coefficient, 8 times the value
+    assert torch.allclose(
+        round_blocks(flat, torch.full((1, 1, 1, 1), 0.1)), flat, atol=0.1 / 16 + 1e-5
+    )  # one coefficient, 8 times the value
 
 
 def test_degradation_is_keyed_and_within_range():
@@ -262,7 +431,9 @@ def test_embeddings_are_drawn_from_the_pictures_and_from_the_prior_by_share() ->
     own, made = np.zeros((8, 4), np.float16), np.ones((8, 4), np.float16)
     cache = EmbeddingCache(own, Compositions((), {}, 0), made, 0.25)
     drawn = cache.draw([0, 7] * 2000, np.random.default_rng(0))
-    assert set(drawn.unique().tolist()) == {0.0, 1.0} and bool((drawn == drawn[:, :1]).all())  # whole embeddings
+    assert set(drawn.unique().tolist()) == {0.0, 1.0} and bool(
+        (drawn == drawn[:, :1]).all()
+    )  # whole embeddings
     assert abs(float(drawn.mean()) - 0.25) < 0.03  # 4.4 standard errors of 4,000 draws
     assert bool((cache[[3, 4]] == 0).all())  # what is asked for by row is the picture's own
 
@@ -273,18 +444,25 @@ def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
     rows = list(range(0, len(part.embeddings.vectors), 2))
     read = part.embedding(rows, Draws(0, 5))
     none = part.clip.text_embedding([""]).vector
-    plain = part.clip.text_embedding([caption(part.embeddings.compositions.rows[row], part.pictures.data.index) for row in rows]).vector
+    plain = part.clip.text_embedding(
+        [caption(part.embeddings.compositions.rows[row], part.pictures.data.index) for row in rows]
+    ).vector
     assert torch.allclose(read[:, :16], part.embeddings[rows], atol=1e-6)
     is_none = torch.isclose(read[:, 16:], none, atol=1e-5).all(1)
     is_plain = torch.isclose(read[:, 16:], plain, atol=2e-3 * float(plain.abs().max())).all(1)
-    assert 0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7  # shares 0.3, and 0.35 or so
+    assert (
+        0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7
+    )  # shares 0.3, and 0.35 or so
     counts = [c.ground is not None for c in part.pictures.draw(np.random.default_rng(0), 400)]
     assert np.mean(counts) > 0.75  # drawn by 0.9, where the cache's mix has 0.5
 
 
 def test_a_whitened_draft_sees_all_directions_alike() -> None:
-    """The singular values of 400×8 normal numbers lie within √400 ± √8 or so: their squares within 1.8 of each other."""
-    embeddings = 3 + torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1.5, 8)
+    """The singular values of 400×8 normal numbers lie within √400 ± √8 or so: their squares within 1.8 of
+    each other."""
+    embeddings = 3 + torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        0, -1.5, 8
+    )
     torch.manual_seed(0)
     net = Draft(DraftConfig(embed_dim=8, width=400, channels=1, size=2))
     seen = [torch.linalg.eigvalsh(torch.cov(net.fc1(embeddings).detach().T))[-8:]]
@@ -310,5 +488,7 @@ def test_embeddings_of_a_prior_of_another_clip_are_refused(place) -> None:
 def replace_clip(about: Path, name: str = "emoji-clip/0123") -> str:
     """Say in a prior's YAML that it belongs to another CLIP."""
     lines = about.read_text().splitlines()
-    about.write_text("".join(f"clip: {name}\n" if line.startswith("clip: ") else f"{line}\n" for line in lines))
+    about.write_text(
+        "".join(f"clip: {name}\n" if line.startswith("clip: ") else f"{line}\n" for line in lines)
+    )
     return name

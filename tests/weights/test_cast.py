@@ -47,7 +47,12 @@ def every_half() -> torch.Tensor:
 def test_bitwise_what_torch_gives(source: torch.dtype, target: torch.dtype) -> None:
     pattern = every_half()
     values = pattern.view(source) if source.itemsize == 2 else pattern.view(torch.float16).to(source)
-    tensors = {"all": values.view(256, 256), "transposed": values.view(2, -1).t(), "scalar": values[5].clone(), "empty": values[:0]}
+    tensors = {
+        "all": values.view(256, 256),
+        "transposed": values.view(2, -1).t(),
+        "scalar": values[5].clone(),
+        "empty": values[:0],
+    }
     ready, bad = cast(tensors, target)
     assert bad == [name for name in tensors if not is_finite(tensors[name].to(target))]
     for name, made in ready.items():
@@ -61,13 +66,16 @@ def test_bitwise_what_torch_gives(source: torch.dtype, target: torch.dtype) -> N
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("target", [torch.float16, torch.bfloat16])
 def test_every_kind_of_float32_is_rounded_as_torch_does(target: torch.dtype) -> None:
-    """Subnormal numbers, ties and what overflows among them: all the upper halves of the pattern with some of the lower."""
+    """Subnormal numbers, ties and what overflows among them: all the upper halves of the pattern with some of
+    the lower."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int64)[:, None]
     lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     values = (upper * 2**16 + lower).to(torch.int32).view(torch.float32).flatten()
     finite = values[values.to(target).isfinite()]
     ready, bad = cast({"all": values, "finite": finite}, target)
-    assert same(ready["all"], values.to(target)) and same(ready["finite"], finite.to(target)) and bad == ["all"]
+    assert (
+        same(ready["all"], values.to(target)) and same(ready["finite"], finite.to(target)) and bad == ["all"]
+    )
 
 
 @pytest.mark.usefixtures("way")
@@ -77,7 +85,9 @@ def test_chunks_change_nothing_and_hide_nothing() -> None:
     for target in (torch.bfloat16, torch.float32, None):
         made, bad = cast(tensors, target)
         assert list(made) == list(tensors) and not bad
-        assert all(torch.equal(made[name], tensor.to(target or tensor.dtype)) for name, tensor in tensors.items())
+        assert all(
+            torch.equal(made[name], tensor.to(target or tensor.dtype)) for name, tensor in tensors.items()
+        )
     for place, value in ((0, float("nan")), (CHUNK - 1, float("inf")), (CHUNK + 50, -float("inf"))):
         for source, target in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
             wrong = tensors["1"].to(source, copy=True)
@@ -93,7 +103,9 @@ def test_what_is_not_finite_is_found_wherever_it_stands() -> None:
     values = torch.zeros(3 * CHUNK, dtype=torch.bfloat16)
     assert is_finite(values) and is_finite(torch.arange(3)) and is_finite(values[:0])
     for place, bad in ((0, float("nan")), (-1, float("inf")), (CHUNK, -float("inf"))):
-        assert not is_finite(torch.cat([values[:place], torch.tensor([bad], dtype=torch.bfloat16), values[place:]]))
+        assert not is_finite(
+            torch.cat([values[:place], torch.tensor([bad], dtype=torch.bfloat16), values[place:]])
+        )
 
 
 def test_nothing_is_copied_in_vain() -> None:

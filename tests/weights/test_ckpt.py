@@ -20,10 +20,29 @@ from ldm.weights.formats.pickles import LEGACY, StandIn, read_ckpt, read_pickle
 
 
 def good_state() -> dict[str, torch.Tensor]:
-    tensors = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16,
-               torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}  # fmt: skip
+    tensors = {
+        str(dtype): torch.arange(6).to(dtype).view(2, 3)
+        for dtype in (
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+            torch.bool,
+        )
+    }
     base = torch.arange(12.0).view(3, 4)
-    return tensors | {"view": base[1:, ::2], "transposed": base.t(), "base": base, "empty": torch.zeros(0, 3), "scalar": torch.tensor(5.0)}
+    return tensors | {
+        "view": base[1:, ::2],
+        "transposed": base.t(),
+        "base": base,
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(5.0),
+    }
 
 
 def check(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -81,9 +100,16 @@ def test_training_frameworks_become_stand_ins(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     content = {
-        "callbacks": {ModelCheckpoint: {"best": np.float64(0.5)}}, "object": ModelCheckpoint(), "config": Config(a=1), "state_dict": good_state(),
-        "counts": defaultdict(int, {"a": 1}), "kinds": {1, 2}, "array": np.arange(3), "path": Path("x"), "dtype": torch.float16,
-    }  # fmt: skip
+        "callbacks": {ModelCheckpoint: {"best": np.float64(0.5)}},
+        "object": ModelCheckpoint(),
+        "config": Config(a=1),
+        "state_dict": good_state(),
+        "counts": defaultdict(int, {"a": 1}),
+        "kinds": {1, 2},
+        "array": np.arange(3),
+        "path": Path("x"),
+        "dtype": torch.float16,
+    }
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "a.ckpt", weights_only=True)  # or this test would show nothing
@@ -110,7 +136,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, legacy: bool) -
 def test_names_given_as_strings_are_seen(tmp_path: Path, module: str) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "good.ckpt")
     mark = tmp_path / "executed"
-    name, argument = ("mkdir", str(mark)) if module == "os" else ("eval", f"__import__('os').mkdir({str(mark)!r})")
+    name, argument = (
+        ("mkdir", str(mark)) if module == "os" else ("eval", f"__import__('os').mkdir({str(mark)!r})")
+    )
     text = hostile.stack_global(module, name, argument)
     path = hostile.repacked(tmp_path / "good.ckpt", tmp_path / "bad.ckpt", data_pkl=text)
     with pytest.raises(ValueError, match=rf"{module}\.{name}"):
@@ -122,7 +150,9 @@ def test_names_given_as_strings_are_seen(tmp_path: Path, module: str) -> None:
 
 def test_computed_names_are_refused_as_such() -> None:
     good, bad = b"\x8c\x0bcollections", b"\x8c\x0bOrderedDict"
-    hidden = b"\x80\x04\x8c\x02os\x8c\x06system" + good + bad + b"00\x93."  # two strings pushed and popped again: os.system is left
+    hidden = (
+        b"\x80\x04\x8c\x02os\x8c\x06system" + good + bad + b"00\x93."
+    )  # two strings pushed and popped again: os.system is left
     assert pickle.loads(hidden) is __import__("os").system
     assert scan_pickle(hidden).refused == (HIDDEN,)
 
@@ -145,7 +175,9 @@ def test_pickles_that_exhaust_memory_are_refused(tmp_path: Path) -> None:
 
 def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "good.ckpt")
-    path = hostile.repacked(tmp_path / "good.ckpt", tmp_path / "bad.ckpt", compress=True, data_pkl=bytes(50_000_000))
+    path = hostile.repacked(
+        tmp_path / "good.ckpt", tmp_path / "bad.ckpt", compress=True, data_pkl=bytes(50_000_000)
+    )
     assert path.stat().st_size < 100_000
     with pytest.raises(ValueError, match=r"bad.ckpt.*compressed.*zip bomb"):
         read_ckpt(path)
@@ -207,8 +239,14 @@ def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.ckpt")
     torch.save({"optimizer": {}}, tmp_path / "none.ckpt")
-    for name, words in {"outer.zip": "unpack it first.*model.ckpt", "plain.ckpt": "torch.save", "empty.ckpt": "empty", "text.ckpt": "torch.save",
-                        "list.ckpt": "dictionary", "none.ckpt": "no tensors.*optimizer"}.items():  # fmt: skip
+    for name, words in {
+        "outer.zip": "unpack it first.*model.ckpt",
+        "plain.ckpt": "torch.save",
+        "empty.ckpt": "empty",
+        "text.ckpt": "torch.save",
+        "list.ckpt": "dictionary",
+        "none.ckpt": "no tensors.*optimizer",
+    }.items():
         with pytest.raises(ValueError, match=words) as error:
             read_ckpt(tmp_path / name)
         assert name in str(error.value)

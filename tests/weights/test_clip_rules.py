@@ -1,4 +1,5 @@
-"""CLIP's layouts: keys of published files at full size on meta, exact round trips, and transformers' outputs after the mapping."""
+"""CLIP's layouts: keys of published files at full size on meta, exact round trips, and transformers' outputs
+after the mapping."""
 
 from __future__ import annotations
 
@@ -15,8 +16,20 @@ from ldm.weights.keymap import fit, to_file
 from ldm.weights.open_clip import hf_text_config, hf_vision_config, load_open_clip, open_clip_config
 from ldm.weights.rules.clip import clip_table, to_clip
 
-TEXT = TextConfig(vocab_size=300, context_length=20, width=64, layers=2, heads=4, embed_dim=48, activation="gelu", bos_id=298, eot_id=299)
-VISION = VisionConfig(image_size=32, patch_size=8, width=96, layers=2, heads=3, embed_dim=48, activation="gelu")
+TEXT = TextConfig(
+    vocab_size=300,
+    context_length=20,
+    width=64,
+    layers=2,
+    heads=4,
+    embed_dim=48,
+    activation="gelu",
+    bos_id=298,
+    eot_id=299,
+)
+VISION = VisionConfig(
+    image_size=32, patch_size=8, width=96, layers=2, heads=3, embed_dim=48, activation="gelu"
+)
 H_TEXT = TextConfig(width=1024, layers=24, heads=16, embed_dim=1024, activation="gelu")
 G_TEXT = TextConfig(width=1280, layers=32, heads=20, embed_dim=1280, activation="gelu")
 H_VISION = VisionConfig(width=1280, layers=32, heads=16, embed_dim=1024, activation="gelu")
@@ -41,13 +54,21 @@ def hf_config(config: TextConfig | VisionConfig) -> dict[str, Any]:
     """The same shape as transformers' config.json would say it."""
     kind = "Text" if isinstance(config, TextConfig) else "Vision"
     common = {
-        "model_type": f"clip_{kind.lower()}_model", "architectures": [f"CLIP{kind}Model" + ("WithProjection" if config.embed_dim else "")],
-        "hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width or 4 * config.width, "hidden_act": config.activation,
+        "model_type": f"clip_{kind.lower()}_model",
+        "architectures": [f"CLIP{kind}Model" + ("WithProjection" if config.embed_dim else "")],
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width or 4 * config.width,
+        "hidden_act": config.activation,
         "projection_dim": config.embed_dim or 512,
-    }  # fmt: skip
+    }
     if isinstance(config, TextConfig):
-        own = {"vocab_size": config.vocab_size, "max_position_embeddings": config.context_length, "eos_token_id": config.eot_id}
+        own = {
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.context_length,
+            "eos_token_id": config.eot_id,
+        }
         return common | own | {"bos_token_id": config.bos_id}
     return common | {"image_size": config.image_size, "patch_size": config.patch_size}
 
@@ -57,18 +78,41 @@ def peer_of(config: TextConfig | VisionConfig) -> Any:
     transformers = pytest.importorskip("transformers")
     said = hf_config(config)
     kind = "Text" if isinstance(config, TextConfig) else "Vision"
-    return getattr(transformers, said["architectures"][0])(getattr(transformers, f"CLIP{kind}Config")(**said)).eval()
+    return getattr(transformers, said["architectures"][0])(
+        getattr(transformers, f"CLIP{kind}Config")(**said)
+    ).eval()
 
 
-@pytest.mark.parametrize("config", [
-    TextConfig(embed_dim=None), TextConfig(), replace(H_TEXT, layers=23, embed_dim=None), G_TEXT, VisionConfig(), H_VISION, G_VISION,
-], ids=["L text", "L text projected", "H text, 23 layers", "bigG text", "L vision", "H vision", "bigG vision"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        TextConfig(embed_dim=None),
+        TextConfig(),
+        replace(H_TEXT, layers=23, embed_dim=None),
+        G_TEXT,
+        VisionConfig(),
+        H_VISION,
+        G_VISION,
+    ],
+    ids=[
+        "L text",
+        "L text projected",
+        "H text, 23 layers",
+        "bigG text",
+        "L vision",
+        "H vision",
+        "bigG vision",
+    ],
+)
 def test_hugging_face_files_fit_at_full_size(config):
     with torch.device("meta"):
         tower, peer = tower_of(config), peer_of(config)
     in_memory = shapes_of(peer)
     prefix = "text_model." if isinstance(config, TextConfig) else "vision_model."
-    on_disk = {key if key.startswith(prefix) or "projection" in key else prefix + key: shape for key, shape in in_memory.items()}
+    on_disk = {
+        key if key.startswith(prefix) or "projection" in key else prefix + key: shape
+        for key, shape in in_memory.items()
+    }
     assert any(key.startswith(prefix + "encoder.layers.") for key in on_disk)
     for have in (in_memory, on_disk, on_disk | {f"{prefix}embeddings.position_ids": (1, 77)}):
         result = fit(clip_table(shapes_of(tower), have), have, shapes_of(tower))
@@ -90,7 +134,9 @@ def test_text_outputs_equal_transformers(activation, flat, projected):
     randomize(peer)
     state = {key.removeprefix("text_model."): value for key, value in peer.state_dict().items()}
     if not flat:
-        state = {key if "text_projection" in key else f"text_model.{key}": value for key, value in state.items()}
+        state = {
+            key if "text_projection" in key else f"text_model.{key}": value for key, value in state.items()
+        }
     tower = TextTower(config).eval()
     tower.load_state_dict(to_clip(tower, state, source="peer"))
     ids = torch.randint(0, 298, (2, 20))
@@ -98,7 +144,9 @@ def test_text_outputs_equal_transformers(activation, flat, projected):
     with torch.no_grad():
         theirs, ours = peer(ids), tower(ids)
     torch.testing.assert_close(ours.tokens, theirs.last_hidden_state, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.pooled, theirs.text_embeds if projected else theirs.pooler_output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.pooled, theirs.text_embeds if projected else theirs.pooler_output, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -113,7 +161,9 @@ def test_image_outputs_equal_transformers(activation, projected):
     with torch.no_grad():
         theirs, ours = peer(x), tower(x)
     torch.testing.assert_close(ours.tokens, theirs.last_hidden_state, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.pooled, theirs.image_embeds if projected else theirs.pooler_output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.pooled, theirs.image_embeds if projected else theirs.pooler_output, rtol=1e-4, atol=1e-5
+    )
 
 
 def layouts(model: CLIP) -> dict[str, dict[str, Tensor]]:
@@ -123,7 +173,9 @@ def layouts(model: CLIP) -> dict[str, dict[str, Tensor]]:
     hugging_face = to_file(clip_table(own, {"text_model.": 0}), own)
     return {
         "open_clip": own,
-        "OpenAI": own | {name: torch.tensor(32) for name in ("input_resolution", "context_length", "vocab_size")},
+        "OpenAI": (
+            own | {name: torch.tensor(32) for name in ("input_resolution", "context_length", "vocab_size")}
+        ),
         "data-parallel": {f"module.{name}": value for name, value in own.items()},
         "custom text": {f"text.{name}" if name in text else name: value for name, value in own.items()},
         "one-dimensional scale": own | {"logit_scale": own["logit_scale"][None]},
@@ -131,7 +183,9 @@ def layouts(model: CLIP) -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("layout", ["open_clip", "OpenAI", "data-parallel", "custom text", "one-dimensional scale", "Hugging Face"])
+@pytest.mark.parametrize(
+    "layout", ["open_clip", "OpenAI", "data-parallel", "custom text", "one-dimensional scale", "Hugging Face"]
+)
 def test_each_layout_gives_the_same_weights(layout):
     model = CLIP(CLIPConfig(text=TEXT, vision=VISION))
     randomize(model)
@@ -149,9 +203,13 @@ def test_each_layout_gives_the_same_weights(layout):
 def test_whole_hugging_face_model():
     """CLIPModel's own state dict, its keys and its embeddings."""
     transformers = pytest.importorskip("transformers")
-    peer = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=hf_config(TEXT), vision_config=hf_config(VISION), projection_dim=48,
-    )).eval()  # fmt: skip
+    peer = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=hf_config(TEXT),
+            vision_config=hf_config(VISION),
+            projection_dim=48,
+        )
+    ).eval()
     randomize(peer)
     model = CLIP(CLIPConfig(text=TEXT, vision=VISION)).eval()
     model.load_state_dict(to_clip(model, peer.state_dict(), source="peer"))
@@ -161,15 +219,20 @@ def test_whole_hugging_face_model():
         theirs = peer(input_ids=ids, pixel_values=x)
         image, text = model.visual(x).pooled, model.encode_text(ids, normalize=True)
     torch.testing.assert_close(text, theirs.text_embeds, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(image / image.norm(dim=-1, keepdim=True), theirs.image_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        image / image.norm(dim=-1, keepdim=True), theirs.image_embeds, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(model.logit_scale.data, peer.logit_scale.data)
 
 
 def test_towers_inside_diffusion_models():
-    """What stands below SD 2's `cond_stage_model.model.` (no visual), and below unCLIP's `embedder.model.` (text leaves without blocks)."""
+    """What stands below SD 2's `cond_stage_model.model.` (no visual), and below unCLIP's `embedder.model.`
+    (text leaves without blocks)."""
     model = CLIP(CLIPConfig(text=TEXT, vision=VISION))
     own = model.state_dict()
-    sd2 = {name: value for name, value in own.items() if not name.startswith("visual.")} | {"attn_mask": torch.zeros(20, 20)}
+    sd2 = {name: value for name, value in own.items() if not name.startswith("visual.")} | {
+        "attn_mask": torch.zeros(20, 20)
+    }
     assert set(to_clip(TextTower(TEXT), sd2, source="SD 2")) == set(TextTower(TEXT).state_dict())
     unclip = {name: value for name, value in own.items() if not name.startswith("transformer.")}
     assert set(to_clip(VisionTower(VISION), unclip, source="unCLIP")) == set(VisionTower(VISION).state_dict())
@@ -180,16 +243,24 @@ def test_what_does_not_fit_is_named():
     state = dict(model.state_dict())
     state["extra.weight"], state["visual.proj"] = torch.zeros(1), torch.zeros(3, 48)
     state.pop("ln_final.bias")
-    with pytest.raises(ValueError, match=r"'file.pt'.*ln_final\.bias.*extra\.weight.*visual\.proj: \(3, 48\), expected \(96, 48\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"'file.pt'.*ln_final\.bias.*extra\.weight.*visual\.proj: \(3, 48\), expected \(96, 48\)",
+    ):
         to_clip(model, state, source="file.pt")
 
 
 # Configurations and loading
 
 
-@pytest.mark.parametrize(("name", "text", "vision"), [
-    ("ViT-L-14-quickgelu", TextConfig(), VisionConfig()), ("ViT-H-14", H_TEXT, H_VISION), ("ViT-bigG-14", G_TEXT, G_VISION),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "vision"),
+    [
+        ("ViT-L-14-quickgelu", TextConfig(), VisionConfig()),
+        ("ViT-H-14", H_TEXT, H_VISION),
+        ("ViT-bigG-14", G_TEXT, G_VISION),
+    ],
+)
 def test_open_clip_configurations(name, text, vision):
     config = open_clip_config(name)
     assert config.text == replace(text, mlp_width=4 * text.width)
@@ -205,7 +276,9 @@ def test_other_configurations_have_open_clips_shapes(name):
 
 
 def test_wrong_open_clip_names():
-    with pytest.raises(ValueError, match="unknown open_clip model 'ViT-L14-quickgelu'; did you mean 'ViT-L-14-quickgelu'"):
+    with pytest.raises(
+        ValueError, match="unknown open_clip model 'ViT-L14-quickgelu'; did you mean 'ViT-L-14-quickgelu'"
+    ):
         open_clip_config("ViT-L14-quickgelu")
     with pytest.raises(ValueError, match="unknown open_clip model '../ViT-L-14'"):
         open_clip_config("../ViT-L-14")
@@ -229,7 +302,9 @@ def test_local_files(small, tmp_path):
         path = tmp_path / f"{layout}.safetensors"
         write_safetensors(path, {name: value.contiguous() for name, value in state.items()})
         loaded = load_open_clip("ViT-B-32", path)
-        assert not loaded.training and all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+        assert not loaded.training and all(
+            torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items()
+        )
     torch.save({"state_dict": layouts(model)["data-parallel"], "epoch": 3}, tmp_path / "epoch_3.pt")
     half = load_open_clip("ViT-B-32", tmp_path / "epoch_3.pt", dtype=torch.float16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
@@ -264,7 +339,10 @@ def test_a_tag_tells_activation_and_pixels(small, tmp_path, monkeypatch):
         load_open_clip("ViT-H-14-quickgelu", "dfn5b")
 
 
-@pytest.mark.parametrize("config", [replace(TEXT, mlp_width=256), replace(TEXT, mlp_width=256, embed_dim=None), TextConfig(mlp_width=3072)])
+@pytest.mark.parametrize(
+    "config",
+    [replace(TEXT, mlp_width=256), replace(TEXT, mlp_width=256, embed_dim=None), TextConfig(mlp_width=3072)],
+)
 def test_text_configurations_of_hugging_face(config):
     assert hf_text_config(hf_config(config)) == config
 
@@ -277,6 +355,10 @@ def test_old_text_configurations_of_hugging_face():
 
 def test_vision_configurations_of_hugging_face():
     assert hf_vision_config(hf_config(H_VISION)) == replace(H_VISION, mlp_width=5120)
-    for change, message in (({"model_type": "siglip"}, "siglip"), ({"hidden_act": "relu"}, "relu"), ({"layer_norm_eps": 1e-6}, "1e-06")):
+    for change, message in (
+        ({"model_type": "siglip"}, "siglip"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"layer_norm_eps": 1e-6}, "1e-06"),
+    ):
         with pytest.raises(ValueError, match=message):
             hf_vision_config(hf_config(VISION) | change)

@@ -11,12 +11,30 @@ from ldm.catalog.families import FAMILIES
 from ldm.weights.detection import detect, require
 
 NAMES = {
-    "sd1": "sd1", "sd1-inpaint": "sd1-inpainting", "instruct-pix2pix": "instruct-pix2pix", "sd2": "sd2", "sd2-inpaint": "sd2-inpainting",
-    "sd2-depth": "sd2-depth", "unclip-h": "sd21-unclip-h", "unclip-l": "sd21-unclip-l", "x4": "sd-x4-upscaler", "sdxl": "sdxl",
-    "sdxl-inpaint": "sdxl-inpainting", "sdxl-refiner": "sdxl-refiner", "text2img-large": "ldm-text2img-large", "text2img256": "ldm-text2img256",
-    "cin256": "ldm-cin256", "cin256-v2": "ldm-cin256-v2", "layout2img": "ldm-layout2img", "rdm": "rdm768", "celebahq": "ldm-uncond256",
-    "bsr_sr": "ldm-bsr-sr", "semantic": "ldm-semantic", "lsun_churches": "ldm-churches256", "inpainting_big": "ldm-inpainting-big",
-}  # fmt: skip
+    "sd1": "sd1",
+    "sd1-inpaint": "sd1-inpainting",
+    "instruct-pix2pix": "instruct-pix2pix",
+    "sd2": "sd2",
+    "sd2-inpaint": "sd2-inpainting",
+    "sd2-depth": "sd2-depth",
+    "unclip-h": "sd21-unclip-h",
+    "unclip-l": "sd21-unclip-l",
+    "x4": "sd-x4-upscaler",
+    "sdxl": "sdxl",
+    "sdxl-inpaint": "sdxl-inpainting",
+    "sdxl-refiner": "sdxl-refiner",
+    "text2img-large": "ldm-text2img-large",
+    "text2img256": "ldm-text2img256",
+    "cin256": "ldm-cin256",
+    "cin256-v2": "ldm-cin256-v2",
+    "layout2img": "ldm-layout2img",
+    "rdm": "rdm768",
+    "celebahq": "ldm-uncond256",
+    "bsr_sr": "ldm-bsr-sr",
+    "semantic": "ldm-semantic",
+    "lsun_churches": "ldm-churches256",
+    "inpainting_big": "ldm-inpainting-big",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,14 +64,27 @@ def test_first_stages(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [("control_model.time_embed.0.weight", "controlnet"), ("controlnet_cond_embedding.conv_in.weight", "controlnet"),
-     ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora"), ("unet.x.attn1.to_q.lora_A.weight", "lora"),
-     ("unet.x.attn1.processor.to_q_lora.down.weight", "lora"), ("emb_params", "textual-inversion"), ("concept_embeds", "safety-checker"),
-     ("model.prd_emb", "karlo-prior"), ("prd_emb", "karlo-prior"), ("model.cf_param", "karlo-decoder"), ("clip_to_seq.weight", "kandinsky21"),
-     ("model_first_steps.time_embed.0.weight", "karlo-sr"), ("ema_model.net.learned_query", "dalle2-prior"), ("net.learned_query", "dalle2-prior"),
-     ("unets.0.to_out.weight", "dalle2-decoder"), ("layers.0.glu.fc0.weight", "dalle-mini-encoder"),
-     ("decoder.up.0.block.0.norm1.conv_y.weight", "movq"), ("visual.transformer.resblocks.0.attn.in_proj_weight", "clip")],
-)  # fmt: skip
+    [
+        ("control_model.time_embed.0.weight", "controlnet"),
+        ("controlnet_cond_embedding.conv_in.weight", "controlnet"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora"),
+        ("unet.x.attn1.to_q.lora_A.weight", "lora"),
+        ("unet.x.attn1.processor.to_q_lora.down.weight", "lora"),
+        ("emb_params", "textual-inversion"),
+        ("concept_embeds", "safety-checker"),
+        ("model.prd_emb", "karlo-prior"),
+        ("prd_emb", "karlo-prior"),
+        ("model.cf_param", "karlo-decoder"),
+        ("clip_to_seq.weight", "kandinsky21"),
+        ("model_first_steps.time_embed.0.weight", "karlo-sr"),
+        ("ema_model.net.learned_query", "dalle2-prior"),
+        ("net.learned_query", "dalle2-prior"),
+        ("unets.0.to_out.weight", "dalle2-decoder"),
+        ("layers.0.glu.fc0.weight", "dalle-mini-encoder"),
+        ("decoder.up.0.block.0.norm1.conv_y.weight", "movq"),
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", "clip"),
+    ],
+)
 def test_other_families_by_their_key(key: str, name: str) -> None:
     assert detect({key: (3, 3), "something.else": (1, 2, 3)}).name == name
 
@@ -63,7 +94,10 @@ def test_a_lora_in_a_file_with_a_model_is_found_first() -> None:
 
 
 def test_what_cannot_be_loaded_is_named_with_the_reason() -> None:
-    for key, words in (("control_model.time_embed.0.weight", "ControlNet.*added to a model"), ("layers.0.glu.fc0.weight", "not supported")):
+    for key, words in (
+        ("control_model.time_embed.0.weight", "ControlNet.*added to a model"),
+        ("layers.0.glu.fc0.weight", "not supported"),
+    ):
         with pytest.raises(ValueError, match=rf"thing\.ckpt.*{words}"):
             require(detect({key: (1,), "b": (1,)}), source="thing.ckpt")
     assert require(detect(originals.unet(UNETS["sd1"][0])), source="x") is FAMILIES["sd1"]

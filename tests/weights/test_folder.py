@@ -21,12 +21,30 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
-                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24, attention_head_dim=4)  # fmt: skip
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        layers_per_block=1,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+    )
     vae = AutoencoderKL(block_out_channels=(32,))
-    text = CLIPTextModel(CLIPTextConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=60))
-    pipe = StableDiffusionPipeline(unet=unet, vae=vae, text_encoder=text, tokenizer=None, scheduler=PNDMScheduler(steps_offset=1),  # type: ignore
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # type: ignore  # fmt: skip
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=60
+        )
+    )
+    pipe = StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=None,
+        scheduler=PNDMScheduler(steps_offset=1),  # type: ignore
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )  # type: ignore
     path = tmp_path_factory.mktemp("folders")
     pipe.save_pretrained(path / "plain")
     pipe.save_pretrained(path / "both", safe_serialization=False)
@@ -51,14 +69,19 @@ def test_reads_what_diffusers_writes(published: Published) -> None:
     assert folder.parts["unet"].config["cross_attention_dim"] == 24
     assert folder.parts["text"].class_name == "CLIPTextModel"
     for key, tensor in folder.parts["unet"].tensors.items():
-        assert torch.equal(tensor.half().float(), states["unet"][key].float())  # the module went through fp16 since
+        assert torch.equal(
+            tensor.half().float(), states["unet"][key].float()
+        )  # the module went through fp16 since
     assert folder.parts["unet"].tensors.keys() == states["unet"].keys()
 
 
 def test_variants(published: Published) -> None:
     path, states = published
     plain, half = read_folder(path / "both"), read_folder(path / "both", variant="fp16")
-    assert [plain.parts[name].files[0].suffix for name in ("unet", "vae")] == [".bin", ".bin"]  # transformers writes safetensors always
+    assert [plain.parts[name].files[0].suffix for name in ("unet", "vae")] == [
+        ".bin",
+        ".bin",
+    ]  # transformers writes safetensors always
     assert {p.suffix for c in half.parts.values() for p in c.files} == {".safetensors"}
     assert {t.dtype for t in plain.parts["vae"].tensors.values()} == {torch.float32}
     assert {t.dtype for t in half.parts["vae"].tensors.values()} == {torch.float16}
@@ -71,7 +94,10 @@ def test_a_single_variant_is_taken_and_several_are_asked_about(published: Publis
     vae = published[0] / "both" / "vae"
     shutil.copy(vae / "diffusion_pytorch_model.fp16.safetensors", tmp_path)
     assert read_component(tmp_path).files[0].name == "diffusion_pytorch_model.fp16.safetensors"
-    shutil.copy(vae / "diffusion_pytorch_model.fp16.safetensors", tmp_path / "diffusion_pytorch_model.non_ema.safetensors")
+    shutil.copy(
+        vae / "diffusion_pytorch_model.fp16.safetensors",
+        tmp_path / "diffusion_pytorch_model.non_ema.safetensors",
+    )
     with pytest.raises(ValueError, match="fp16, non_ema"):
         read_component(tmp_path)
     assert "non_ema" in read_component(tmp_path, variant="non_ema").files[0].name
@@ -122,7 +148,10 @@ def test_shards_and_index_must_agree(shards: Path) -> None:
 
 def test_variant_of_an_index(shards: Path) -> None:
     index = shards / "diffusion_pytorch_model.safetensors.index.json"
-    for name in ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16.safetensors.index.json"):
+    for name in (
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+        "diffusion_pytorch_model.fp16.safetensors.index.json",
+    ):
         index = index.rename(shards / name)
         assert len(read_component(shards, variant="fp16").files) > 1
 

@@ -1,4 +1,5 @@
-"""Weights from the hub, with the hub's client stubbed: its cache first, hashes checked, and advice where it cannot be reached."""
+"""Weights from the hub, with the hub's client stubbed: its cache first, hashes checked, and advice where it
+cannot be reached."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def test_another_file_than_its_publisher_states_is_refused_and_removed(hub: dict
     with pytest.raises(ValueError, match="as its publisher states it"):
         download("m", "a/b", "model.safetensors", sha256="0" * 64, stated=True)
     assert not hub["path"].exists()
-    with pytest.raises(ValueError, match="as its publisher states it"):  # and not taken from the cache the next time
+    with pytest.raises(
+        ValueError, match="as its publisher states it"
+    ):  # and not taken from the cache the next time
         download("m", "a/b", "model.safetensors", sha256="0" * 64, stated=True)
 
 
@@ -59,7 +62,10 @@ def test_hashes_that_third_parties_list_are_only_warned_of(hub: dict[str, Any]) 
 
 def test_offline_says_what_to_do(hub: dict[str, Any]) -> None:
     hub["online"] = False
-    message = r"'m' are not on this machine, and a/b/model\.safetensors .*pass weights=FILE_OR_FOLDER.*LDM_HOME as m\.safetensors"
+    message = (
+        r"'m' are not on this machine, and a/b/model\.safetensors .*pass weights=FILE_OR_FOLDER.*LDM_HOME as"
+        r" m\.safetensors"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         download("m", "a/b", "model.safetensors")
 

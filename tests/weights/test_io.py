@@ -1,4 +1,5 @@
-"""Safetensors files and strict loading: against the format's own library, and against files that are wrong."""
+"""Safetensors files and strict loading: against the format's own library, and against files that are
+wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ DTYPES = [dtype for dtype in io.NAMES if dtype not in (torch.uint16, torch.uint3
 def some_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {str(dtype): (torch.randn(3, 5, generator=generator) * 50).to(dtype) for dtype in DTYPES}
-    return tensors | {"scalar": torch.tensor(7.0), "empty": torch.zeros(0, 4), "odd": torch.arange(3, dtype=torch.uint8)}
+    return tensors | {
+        "scalar": torch.tensor(7.0),
+        "empty": torch.zeros(0, 4),
+        "odd": torch.arange(3, dtype=torch.uint8),
+    }
 
 
 def raw(path: Path, header: object, data: bytes = b"") -> Path:
@@ -32,14 +37,21 @@ def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[st
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
 
 
 def test_reads_what_the_library_writes_and_the_reverse(tmp_path: Path) -> None:
     tensors = some_tensors()
     safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"a": "b"})
     io.write_safetensors(tmp_path / "ours.safetensors", tensors, {"a": "b"})
-    theirs, ours = io.read_safetensors(tmp_path / "theirs.safetensors"), safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    theirs, ours = (
+        io.read_safetensors(tmp_path / "theirs.safetensors"),
+        safetensors.torch.load_file(tmp_path / "ours.safetensors"),
+    )
     for name, tensor in tensors.items():
         assert same(theirs[name], tensor), name
         assert same(ours[name], tensor), name
@@ -61,7 +73,9 @@ def test_writing_is_deterministic_and_leaves_no_temporary(tmp_path: Path) -> Non
     with pytest.raises(TypeError, match="bad"):
         io.write_safetensors(tmp_path / "a", {"bad": torch.empty(2, device="meta")})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
-    assert set(io.read_safetensors(tmp_path / "a")) == set(tensors)  # a failed write left the old file as it was
+    assert set(io.read_safetensors(tmp_path / "a")) == set(
+        tensors
+    )  # a failed write left the old file as it was
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +102,19 @@ def test_tensors_are_mapped_not_read(tmp_path: Path) -> None:
 
 
 def anonymous_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
 def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     value = torch.tensor([1.5, -2.0])
-    path = raw(tmp_path / "f", {"a": entry(0, 1, [1], "U8"), "b": entry(1, 9, [2])}, b"\x01" + value.numpy().tobytes())
+    path = raw(
+        tmp_path / "f",
+        {"a": entry(0, 1, [1], "U8"), "b": entry(1, 9, [2])},
+        b"\x01" + value.numpy().tobytes(),
+    )
     assert torch.equal(io.read_safetensors(path)["b"], value)
 
 
@@ -128,9 +148,15 @@ def test_a_header_that_lies_is_refused(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "too short"), (b"PK\x03\x04" + bytes(90), "zip"), (b"version https://git-lfs", "LFS"), (b"<!DOCTYPE html>", "HTML"),
-     ((10**15).to_bytes(8, "little") + b"{}", "not a safetensors"), ((5000).to_bytes(8, "little") + b"{}", "truncated")],
-)  # fmt: skip
+    [
+        (b"", "too short"),
+        (b"PK\x03\x04" + bytes(90), "zip"),
+        (b"version https://git-lfs", "LFS"),
+        (b"<!DOCTYPE html>", "HTML"),
+        ((10**15).to_bytes(8, "little") + b"{}", "not a safetensors"),
+        ((5000).to_bytes(8, "little") + b"{}", "truncated"),
+    ],
+)
 def test_other_files_are_refused(content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "wrong.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
@@ -205,7 +231,12 @@ def test_one_error_lists_all_that_is_wrong() -> None:
     state |= {"stray": torch.zeros(1), "a.weight": torch.zeros(4, 2)}
     with pytest.raises(ValueError, match="weights.ckpt") as error:
         io.load_strict(module, state, source="weights.ckpt")
-    for words in ("1 missing (a.bias)", "1 unexpected (stray)", "1 misshapen (a.weight: (4, 2), expected (4, 3))", "Net"):
+    for words in (
+        "1 missing (a.bias)",
+        "1 unexpected (stray)",
+        "1 misshapen (a.weight: (4, 2), expected (4, 3))",
+        "Net",
+    ):
         assert words in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
@@ -229,7 +260,9 @@ def test_nan_and_infinity_are_refused(value: float, dtype: torch.dtype, place: i
 
 def test_values_that_the_new_dtype_cannot_hold_are_refused() -> None:
     state = nn.Linear(2, 2).state_dict() | {"bias": torch.tensor([1e6, 0.0])}
-    with pytest.raises(ValueError, match=r"float16 cannot hold the torch.float32 values of 1 tensors \(bias\)"):
+    with pytest.raises(
+        ValueError, match=r"float16 cannot hold the torch.float32 values of 1 tensors \(bias\)"
+    ):
         io.load_strict(nn.Linear(2, 2), state, source="x", dtype=torch.float16)
 
 

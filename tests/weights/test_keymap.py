@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, below, file_shapes, fit, rename, to_file, to_native
+from ldm.weights.keymap import (
+    IDENTITY,
+    Change,
+    Rule,
+    Section,
+    Table,
+    below,
+    file_shapes,
+    fit,
+    rename,
+    to_file,
+    to_native,
+)
 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -13,10 +25,12 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def test_patterns_and_the_longest_prefix() -> None:
-    table = Table((
-        Section("", "", (Rule(("a.{i}.x_{leaf}",), ("b.{leaf}.{i}",)), *rename(("deep", "low")))),
-        Section("deep.down", "up", IDENTITY),
-    ))  # fmt: skip
+    table = Table(
+        (
+            Section("", "", (Rule(("a.{i}.x_{leaf}",), ("b.{leaf}.{i}",)), *rename(("deep", "low")))),
+            Section("deep.down", "up", IDENTITY),
+        )
+    )
     names = ["a.3.x_w", "deep.k.l", "deep.down.m.n"]
     assert [step.file for step in table.plan(names)] == [("b.w.3",), ("low.k.l",), ("up.m.n",)]
     with pytest.raises(ValueError, match=r"no rule for 'a.3.4.x_w'"):
@@ -32,14 +46,25 @@ def test_interleaved_rows_by_hand() -> None:
     """Two heads of one channel: rows are q0 k0 v0 q1 k1 v1."""
     rule = Rule(("q", "k", "v"), ("qkv",), Change(heads=2))
     state = {"qkv": torch.tensor([[1.0], [2], [3], [4], [5], [6]])}
-    native = to_native(Table((Section("", "", (rule,)),)), state, {"q": (2, 1), "k": (2, 1), "v": (2, 1)}, source="x")
+    native = to_native(
+        Table((Section("", "", (rule,)),)), state, {"q": (2, 1), "k": (2, 1), "v": (2, 1)}, source="x"
+    )
     assert [native[x].flatten().tolist() for x in "qkv"] == [[1, 4], [2, 5], [3, 6]]
     plain = Rule(("q", "k", "v"), ("qkv",))
-    native = to_native(Table((Section("", "", (plain,)),)), state, {"q": (2, 1), "k": (2, 1), "v": (2, 1)}, source="x")
+    native = to_native(
+        Table((Section("", "", (plain,)),)), state, {"q": (2, 1), "k": (2, 1), "v": (2, 1)}, source="x"
+    )
     assert [native[x].flatten().tolist() for x in "qkv"] == [[1, 2], [3, 4], [5, 6]]
 
 
-CHANGES = [Change(), Change(heads=4), Change(head_dim=3), Change(ones=2), Change(ones=1, heads=2), Change(transpose=True)]
+CHANGES = [
+    Change(),
+    Change(heads=4),
+    Change(head_dim=3),
+    Change(ones=2),
+    Change(ones=1, heads=2),
+    Change(transpose=True),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -60,7 +85,12 @@ def test_changes_are_undone_exactly(change: Change, many: str) -> None:
 
 def test_one_error_lists_missing_unexpected_and_misshapen_in_the_files_names() -> None:
     table = Table((Section("", "", rename(("a", "A"), ("b", "B"), ("c", "C"))),), ignore=("junk.*",))
-    have = {"A.w": torch.zeros(2, 3), "B.w": torch.zeros(4), "stray": torch.zeros(1), "junk.x": torch.zeros(1)}
+    have = {
+        "A.w": torch.zeros(2, 3),
+        "B.w": torch.zeros(4),
+        "stray": torch.zeros(1),
+        "junk.x": torch.zeros(1),
+    }
     with pytest.raises(ValueError, match="model.ckpt") as error:
         to_native(table, have, {"a.w": (2, 3), "b.w": (5,), "c.w": (1,)}, source="model.ckpt")
     for words in ("1 missing (C.w)", "1 unexpected (stray)", "1 misshapen (B.w: (4,), expected (5,))"):

@@ -1,4 +1,5 @@
-"""Rule tables against the original layouts: both-way key coverage at full size on meta, exact round trips, and numbers for fused q, k, v."""
+"""Rule tables against the original layouts: both-way key coverage at full size on meta, exact round trips,
+and numbers for fused q, k, v."""
 
 from __future__ import annotations
 
@@ -28,51 +29,95 @@ def peer_unet(spec: UNetSpec, kind: str) -> dict[str, Shape]:
     attends = [2**level in spec.attend for level in levels]
     down = "ResnetDownsampleBlock2D" if spec.updown else "DownBlock2D"
     common = {
-        "in_channels": spec.io[0], "out_channels": spec.io[1], "layers_per_block": spec.n, "block_out_channels": [m * spec.ch for m in spec.mult],
+        "in_channels": spec.io[0],
+        "out_channels": spec.io[1],
+        "layers_per_block": spec.n,
+        "block_out_channels": [m * spec.ch for m in spec.mult],
         "resnet_time_scale_shift": "scale_shift" if spec.scale_shift else "default",
-    }  # fmt: skip
+    }
     if kind == "plain":
         types = ["AttnDownBlock2D" if a else down for a in attends]
-        common["resnet_time_scale_shift"] = "default"  # with scale_shift the peer's middle attention gets another norm: widened below
+        common["resnet_time_scale_shift"] = (
+            "default"  # with scale_shift the peer's middle attention gets another norm: widened below
+        )
         resample = "resnet" if spec.updown else "conv"
         with torch.device("meta"):
-            found = shapes_of(UNet2DModel(
-                **common, down_block_types=types, up_block_types=[t.replace("Down", "Up") for t in types[::-1]],
-                add_attention=spec.mid, attention_head_dim=32, downsample_type=resample, upsample_type=resample,
-            ))  # fmt: skip
-        wide = {name: (2 * shape[0], *shape[1:]) for name, shape in found.items() if ".time_emb_proj." in name and spec.scale_shift}
+            found = shapes_of(
+                UNet2DModel(
+                    **common,
+                    down_block_types=types,
+                    up_block_types=[t.replace("Down", "Up") for t in types[::-1]],
+                    add_attention=spec.mid,
+                    attention_head_dim=32,
+                    downsample_type=resample,
+                    upsample_type=resample,
+                )
+            )
+        wide = {
+            name: (2 * shape[0], *shape[1:])
+            for name, shape in found.items()
+            if ".time_emb_proj." in name and spec.scale_shift
+        }
         return found | wide
-    types = [("SimpleCrossAttnDownBlock2D" if kind == "karlo" else "CrossAttnDownBlock2D") if a else down for a in attends]
+    types = [
+        ("SimpleCrossAttnDownBlock2D" if kind == "karlo" else "CrossAttnDownBlock2D") if a else down
+        for a in attends
+    ]
     depth = [spec.depth] * len(levels) if isinstance(spec.depth, int) else [max(d, 1) for d in spec.depth]
     extra: dict[str, object] = {
-        "xl": {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": spec.adm},
+        "xl": {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": spec.adm,
+        },
         "unclip": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": spec.adm},
         "karlo": {"class_embed_type": "identity", "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
         "cond": {"num_class_embeds": spec.classes},
     }[kind]  # type: ignore[assignment]
     with torch.device("meta"):
-        return shapes_of(UNet2DConditionModel(
-            **common, **extra, down_block_types=types, up_block_types=[t.replace("Down", "Up") for t in types[::-1]],
-            cross_attention_dim=spec.kv or spec.context, transformer_layers_per_block=depth, use_linear_projection=spec.linear,
-            attention_head_dim=64 if kind == "karlo" else 8, only_cross_attention=list(spec.cross_only) or False,
-        ))  # fmt: skip
+        return shapes_of(
+            UNet2DConditionModel(
+                **common,
+                **extra,
+                down_block_types=types,
+                up_block_types=[t.replace("Down", "Up") for t in types[::-1]],
+                cross_attention_dim=spec.kv or spec.context,
+                transformer_layers_per_block=depth,
+                use_linear_projection=spec.linear,
+                attention_head_dim=64 if kind == "karlo" else 8,
+                only_cross_attention=list(spec.cross_only) or False,
+            )
+        )
 
 
 def peer_vae(spec: VAESpec) -> dict[str, Shape]:
     from diffusers import AutoencoderKL, VQModel
 
     attends = [256 >> i in spec.attend for i in range(len(spec.mult))]
-    common = {"block_out_channels": [m * spec.ch for m in spec.mult], "layers_per_block": 2, "latent_channels": spec.z,
-                  "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
-                  "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attends[::-1]]}  # fmt: skip
+    common = {
+        "block_out_channels": [m * spec.ch for m in spec.mult],
+        "layers_per_block": 2,
+        "latent_channels": spec.z,
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attends[::-1]],
+    }
     with torch.device("meta"):
         if spec.codes:
-            return shapes_of(VQModel(**common, num_vq_embeddings=spec.codes, mid_block_add_attention=spec.mid))
+            return shapes_of(
+                VQModel(**common, num_vq_embeddings=spec.codes, mid_block_add_attention=spec.mid)
+            )
         return shapes_of(AutoencoderKL(**common))
 
 
 def small_unet(spec: UNetSpec) -> UNetSpec:
-    return replace(spec, ch=64 if spec.kv else 32, context=spec.context and 24, kv=spec.kv and 24, adm=spec.adm and 40, classes=spec.classes and 10)
+    return replace(
+        spec,
+        ch=64 if spec.kv else 32,
+        context=spec.context and 24,
+        kv=spec.kv and 24,
+        adm=spec.adm and 40,
+        classes=spec.classes and 10,
+    )
 
 
 def random_state(shapes: dict[str, Shape], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -130,12 +175,21 @@ def test_vae_round_trip_is_exact(name: str) -> None:
 
 
 def native_bert(*, layers: int, width: int, inner: int, vocabulary: int = 30522) -> dict[str, Shape]:
-    keys: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, width), "model.embed_positions.weight": (77, width)}
+    keys: dict[str, Shape] = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.embed_positions.weight": (77, width),
+    }
     for i in range(layers):
         at = f"model.layers.{i}"
-        keys |= {f"{at}.self_attn.{x}_proj.weight": (inner, width) for x in "qkv"} | originals.affine(f"{at}.self_attn.out_proj", width, inner)
-        keys |= originals.affine(f"{at}.fc1", 4 * width, width) | originals.affine(f"{at}.fc2", width, 4 * width)
-        keys |= originals.affine(f"{at}.self_attn_layer_norm", width) | originals.affine(f"{at}.final_layer_norm", width)
+        keys |= {f"{at}.self_attn.{x}_proj.weight": (inner, width) for x in "qkv"} | originals.affine(
+            f"{at}.self_attn.out_proj", width, inner
+        )
+        keys |= originals.affine(f"{at}.fc1", 4 * width, width) | originals.affine(
+            f"{at}.fc2", width, 4 * width
+        )
+        keys |= originals.affine(f"{at}.self_attn_layer_norm", width) | originals.affine(
+            f"{at}.final_layer_norm", width
+        )
     return keys | originals.affine("model.layer_norm", width)
 
 
@@ -151,7 +205,9 @@ def test_bert() -> None:
 
 def test_bert_names_are_the_peers() -> None:
     module = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
-    config = module.LDMBertConfig(vocab_size=50, encoder_layers=2, encoder_ffn_dim=64, d_model=16, head_dim=4, encoder_attention_heads=2)
+    config = module.LDMBertConfig(
+        vocab_size=50, encoder_layers=2, encoder_ffn_dim=64, d_model=16, head_dim=4, encoder_attention_heads=2
+    )
     with torch.device("meta"):
         peer = module.LDMBertModel(config)
     wanted = native_bert(layers=2, width=16, inner=8, vocabulary=50) | originals.affine("to_logits", 50, 16)
@@ -163,7 +219,12 @@ def test_older_diffusers_spellings_are_read() -> None:
     state = random_state(native)
     older = {}
     for key, value in state.items():
-        for new, old in (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")):
+        for new, old in (
+            ("to_q.", "query."),
+            ("to_k.", "key."),
+            ("to_v.", "value."),
+            ("to_out.0.", "proj_attn."),
+        ):
             key = key.replace(new, old)
         older[key] = value
     assert older.keys() != state.keys()
@@ -188,16 +249,35 @@ def test_linear_and_pointwise_projections_are_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> None:
-    """Guided-diffusion's attention on (head, part, channel) rows equals the peer's on what the rule makes of them; permuted, it does not."""
+    """Guided-diffusion's attention on (head, part, channel) rows equals the peer's on what the rule makes of
+    them; permuted, it does not."""
     from diffusers.models.attention_processor import Attention
 
     width, length = 32, 9
-    peer = Attention(width, heads=heads, dim_head=width // heads, bias=True, norm_num_groups=8, residual_connection=True, eps=1e-5)
+    peer = Attention(
+        width,
+        heads=heads,
+        dim_head=width // heads,
+        bias=True,
+        norm_num_groups=8,
+        residual_connection=True,
+        eps=1e-5,
+    )
     native = {f"mid_block.attentions.0.{name}": shape for name, shape in shapes_of(peer).items()}
     # the two residual blocks and the first level are only there to tell the structure
-    native |= {f"{at}.norm1.weight": (4,) for at in ("down_blocks.0.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1")}
-    file = random_state({**originals.attention_block("middle_block.1.", width),
-                         **{f"{at}.in_layers.0.weight": (4,) for at in ("input_blocks.1.0", "middle_block.0", "middle_block.2")}})  # fmt: skip
+    native |= {
+        f"{at}.norm1.weight": (4,)
+        for at in ("down_blocks.0.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1")
+    }
+    file = random_state(
+        {
+            **originals.attention_block("middle_block.1.", width),
+            **{
+                f"{at}.in_layers.0.weight": (4,)
+                for at in ("input_blocks.1.0", "middle_block.0", "middle_block.2")
+            },
+        }
+    )
     x = torch.randn(2, width, length, generator=torch.Generator().manual_seed(3))
 
     def original() -> torch.Tensor:
@@ -211,7 +291,13 @@ def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> No
 
     def ours(table: Table) -> torch.Tensor:
         state = to_native(table, file, native, source="x")
-        peer.load_state_dict({key.removeprefix("mid_block.attentions.0."): v for key, v in state.items() if "attentions" in key})
+        peer.load_state_dict(
+            {
+                key.removeprefix("mid_block.attentions.0."): v
+                for key, v in state.items()
+                if "attentions" in key
+            }
+        )
         return peer(x[..., None])[..., 0].detach()
 
     wanted = original()

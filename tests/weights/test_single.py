@@ -20,13 +20,19 @@ from ldm.weights.rules.unet import unet_table
 def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> None:
     single = read_single(sparse(tmp_path / "sd.safetensors", sd1_file()))
     assert single.found.name == "sd1"
-    assert {name: len(part) for name, part in single.parts.items()} == {"unet": UNETS["sd1"][2], "vae": 248, "text": 2}
+    assert {name: len(part) for name, part in single.parts.items()} == {
+        "unet": UNETS["sd1"][2],
+        "vae": 248,
+        "text": 2,
+    }
     assert (single.ema, single.scale_factor) == (False, None)
     with torch.device("meta"):
         net = UNet(UNetConfig())
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     state = to_native(unet_table(shapes), single.parts["unet"], shapes, source=single.path)
-    load_strict(net, state, source=single.path, allow_nan=True)  # the numbers are not looked at: they are holes in the file
+    load_strict(
+        net, state, source=single.path, allow_nan=True
+    )  # the numbers are not looked at: they are holes in the file
     assert net.conv_in.weight.dtype == torch.float16
 
 
@@ -37,20 +43,32 @@ def test_tensors_that_belong_to_nothing_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_unet_alone(tmp_path: Path) -> None:
-    keys = {key.removeprefix("model.diffusion_model."): shape for key, shape in sd1_file().items() if key.startswith("model.d")}
+    keys = {
+        key.removeprefix("model.diffusion_model."): shape
+        for key, shape in sd1_file().items()
+        if key.startswith("model.d")
+    }
     single = read_single(sparse(tmp_path / "unet.safetensors", keys))
     assert single.parts.keys() == {"unet"}
 
 
 def test_the_wrong_kind_of_file(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "lora.safetensors", {"a.lora_down.weight": torch.zeros(2, 2), "a.lora_up.weight": torch.zeros(2, 2)})
+    write_safetensors(
+        tmp_path / "lora.safetensors",
+        {"a.lora_down.weight": torch.zeros(2, 2), "a.lora_up.weight": torch.zeros(2, 2)},
+    )
     with pytest.raises(ValueError, match=r"lora\.safetensors.*LoRA.*added to a model"):
         read_single(tmp_path / "lora.safetensors")
 
 
 def test_averages_by_choice() -> None:
     one, two = torch.ones(1), torch.full((1,), 2.0)
-    state = {"model.diffusion_model.a.b": one, "model_ema.diffusion_modelab": two, "model_ema.decay": one, "first_stage_model.a.b": one}
+    state = {
+        "model.diffusion_model.a.b": one,
+        "model_ema.diffusion_modelab": two,
+        "model_ema.decay": one,
+        "first_stage_model.a.b": one,
+    }
     for ema, wanted in ((None, 2.0), (True, 2.0), (False, 1.0)):
         chosen, averaged = choose_ema(state, ema, source="x")
         assert chosen["model.diffusion_model.a.b"].item() == wanted
@@ -64,7 +82,10 @@ def test_averages_by_choice() -> None:
 
 
 def test_averages_of_some_tensors_only_are_not_mixed_in_silence() -> None:
-    state = {name: torch.ones(1) for name in ("model.diffusion_model.a", "model.diffusion_model.b", "model_ema.diffusion_modela")}
+    state = {
+        name: torch.ones(1)
+        for name in ("model.diffusion_model.a", "model.diffusion_model.b", "model_ema.diffusion_modela")
+    }
     with pytest.raises(ValueError, match=r"1 of 2 tensors.*diffusion_model\.b"):
         choose_ema(state, None, source="x")
     assert choose_ema(state, False, source="x")[1] is False

@@ -1,4 +1,5 @@
-"""CLIP's towers (Radford et al. 2021): two transformers whose embeddings of a picture and its text agree. Names are open_clip's."""
+"""CLIP's towers (Radford et al. 2021): two transformers whose embeddings of a picture and its text agree.
+Names are open_clip's."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ Activation = Literal["gelu", "quick_gelu"]
 class TextConfig:
     """A text tower's shape; the defaults are ViT-L/14's.
 
-    ``embed_dim``: E, None for a tower without projection; ``mlp_width``: None for four times the width. ``bos_id`` and ``eot_id`` are ids
-    below ``vocab_size``, which is smaller where only a part of the vocabulary is embedded. OpenAI's weights take quick_gelu, others gelu.
+    ``embed_dim``: E, None for a tower without projection; ``mlp_width``: None for four times the width.
+    ``bos_id`` and ``eot_id`` are ids below ``vocab_size``, which is smaller where only a part of the
+    vocabulary is embedded. OpenAI's weights take quick_gelu, others gelu.
     """
 
     vocab_size: int = 49408
@@ -39,7 +41,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_transformer(self.width, self.layers, self.heads, self.mlp_width)
-        check_positive(vocab_size=self.vocab_size, context_length=self.context_length, embed_dim=self.embed_dim)
+        check_positive(
+            vocab_size=self.vocab_size, context_length=self.context_length, embed_dim=self.embed_dim
+        )
         for name, value in (("bos_id", self.bos_id), ("eot_id", self.eot_id)):
             if not 0 <= value < self.vocab_size:
                 raise ValueError(f"{name}: expected an id in [0, vocab_size {self.vocab_size}), got {value}")
@@ -47,7 +51,8 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A vision tower's shape; the defaults are ViT-L/14's. ``mean`` and ``std`` are those of the pixels it was trained on."""
+    """A vision tower's shape; the defaults are ViT-L/14's. ``mean`` and ``std`` are those of the pixels it
+    was trained on."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -64,7 +69,9 @@ class VisionConfig:
         check_transformer(self.width, self.layers, self.heads, self.mlp_width)
         check_positive(image_size=self.image_size, patch_size=self.patch_size, embed_dim=self.embed_dim)
         if self.image_size < self.patch_size:
-            raise ValueError(f"image_size {self.image_size}: expected at least the patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size}: expected at least the patch_size {self.patch_size}"
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std: expected positive numbers, got {self.std}")
 
@@ -79,7 +86,9 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         text, vision = self.text.embed_dim, self.vision.embed_dim
         if text is None or text != vision:
-            raise ValueError(f"embed_dim: expected one number for both towers, got text {text} and vision {vision}")
+            raise ValueError(
+                f"embed_dim: expected one number for both towers, got text {text} and vision {vision}"
+            )
 
 
 def check_positive(**values: int | None) -> None:
@@ -123,7 +132,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        x = F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x)  # Hendrycks & Gimpel 2016, section 2
+        x = (
+            F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x)
+        )  # Hendrycks & Gimpel 2016, section 2
         return self.c_proj(x)
 
 
@@ -143,7 +154,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The stack of blocks; OpenAI's initialisation, less at the ends of branches where there are more layers."""
+    """The stack of blocks; OpenAI's initialisation, less at the ends of branches where there are more
+    layers."""
 
     def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
@@ -156,8 +168,11 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=branch)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, layer: int = -1, rest: bool = True) -> tuple[Tensor, Tensor | None]:
-        """The output (B, L, D) of the chosen block (−1 the last) and that of the last one, None if the ``rest`` need not be run."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, layer: int = -1, rest: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output (B, L, D) of the chosen block (−1 the last) and that of the last one, None if the
+        ``rest`` need not be run."""
         depth = len(self.resblocks)
         if not -depth <= layer <= -1:
             raise ValueError(f"layer: expected −1 (the last block) to {-depth} (the first), got {layer}")
@@ -172,21 +187,24 @@ class Transformer(nn.Module):
 
 
 class TextOutput(NamedTuple):
-    """tokens (B, L, D) of the chosen layer; pooled (B, E), the last layer's end-of-text state, projected and not normalised."""
+    """tokens (B, L, D) of the chosen layer; pooled (B, E), the last layer's end-of-text state, projected and
+    not normalised."""
 
     tokens: Tensor
     pooled: Tensor | None
 
 
 class VisionOutput(NamedTuple):
-    """tokens (B, 1 + patches, D) of the chosen layer, the class token first, not normed; pooled (B, E), projected and not normalised."""
+    """tokens (B, 1 + patches, D) of the chosen layer, the class token first, not normed; pooled (B, E),
+    projected and not normalised."""
 
     tokens: Tensor
     pooled: Tensor
 
 
 class _Text(nn.Module):
-    """The text tower's parameters and what they do; in CLIP they stand at the top level, so both classes below are made from this."""
+    """The text tower's parameters and what they do; in CLIP they stand at the top level, so both classes
+    below are made from this."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -194,13 +212,17 @@ class _Text(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
         self.transformer = Transformer(config)
         self.ln_final = nn.LayerNorm(config.width)
-        self.text_projection = None if config.embed_dim is None else nn.Parameter(torch.empty(config.width, config.embed_dim))
+        self.text_projection = (
+            None if config.embed_dim is None else nn.Parameter(torch.empty(config.width, config.embed_dim))
+        )
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         if self.text_projection is not None:
             nn.init.normal_(self.text_projection, std=config.width**-0.5)
 
-    def read(self, ids: Tensor, eot_id: int, *, layer: int, final_norm: bool, mask: Tensor | None, pooled: bool) -> TextOutput:
+    def read(
+        self, ids: Tensor, eot_id: int, *, layer: int, final_norm: bool, mask: Tensor | None, pooled: bool
+    ) -> TextOutput:
         """See `TextTower.forward`."""
         length, limit = ids.shape[1], len(self.positional_embedding)
         if length > limit:
@@ -218,7 +240,8 @@ class _Text(nn.Module):
 
 
 def first_position(ids: Tensor, token: int) -> Tensor:
-    """Where a token first stands in each row, (B,) int64; ValueError if nowhere. (The largest id need not be it: tokens can be added.)"""
+    """Where a token first stands in each row, (B,) int64; ValueError if nowhere. (The largest id need not be
+    it: tokens can be added.)"""
     found = ids == token  # (B, L)
     if not torch.compiler.is_compiling() and not found.any(dim=1).all():
         rows = (~found.any(dim=1)).nonzero().flatten().tolist()
@@ -234,16 +257,25 @@ class TextTower(_Text):
         self.config = config
 
     def forward(
-        self, ids: Tensor, *, layer: int = -1, final_norm: bool = True, mask: Tensor | None = None, pooled: bool = True
+        self,
+        ids: Tensor,
+        *,
+        layer: int = -1,
+        final_norm: bool = True,
+        mask: Tensor | None = None,
+        pooled: bool = True,
     ) -> TextOutput:
         """Token states and the pooled embedding of ids (B, L).
 
-        ``layer``: the block whose output the tokens are, −1 the last, −2 the last but one; ``final_norm``: whether the final norm is
-        applied to them; it always is to the pooled state, which is the last layer's. ``mask`` (B, L) bool, True where a token may be
-        looked at, besides the causal one; the first token's must be True. ``pooled`` False leaves out what only the pooled state needs.
-        ValueError if L exceeds the context length, or a row has no end-of-text token.
+        ``layer``: the block whose output the tokens are, −1 the last, −2 the last but one; ``final_norm``:
+        whether the final norm is applied to them; it always is to the pooled state, which is the last
+        layer's. ``mask`` (B, L) bool, True where a token may be looked at, besides the causal one; the first
+        token's must be True. ``pooled`` False leaves out what only the pooled state needs. ValueError if L
+        exceeds the context length, or a row has no end-of-text token.
         """
-        return self.read(ids, self.config.eot_id, layer=layer, final_norm=final_norm, mask=mask, pooled=pooled)
+        return self.read(
+            ids, self.config.eot_id, layer=layer, final_norm=final_norm, mask=mask, pooled=pooled
+        )
 
 
 class VisionTower(nn.Module):
@@ -259,15 +291,22 @@ class VisionTower(nn.Module):
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(config)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = None if config.embed_dim is None else nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.proj = (
+            None
+            if config.embed_dim is None
+            else nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        )
 
     def forward(self, x: Tensor, *, layer: int = -1) -> VisionOutput:
-        """Patch states and the pooled embedding of prepared pixels (B, 3, S, S), as `prepare` gives; ValueError for another size."""
+        """Patch states and the pooled embedding of prepared pixels (B, 3, S, S), as `prepare` gives;
+        ValueError for another size."""
         size = self.config.image_size
         if x.shape[1:] != (3, size, size):
             raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {tuple(x.shape)}")
         x = rearrange(self.conv1(x), "b d h w -> b (h w) d")
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + patches, D)
+        x = torch.cat(
+            [self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1
+        )  # (B, 1 + patches, D)
         x = self.ln_pre(x + self.positional_embedding)
         chosen, last = self.transformer(x, layer=layer)
         assert last is not None  # all blocks are run
@@ -280,7 +319,8 @@ class VisionTower(nn.Module):
 
 
 class CLIP(_Text):
-    """Both towers: the text tower at the top level, the vision tower below ``visual``; ``logit_scale`` is log(1 / temperature)."""
+    """Both towers: the text tower at the top level, the vision tower below ``visual``; ``logit_scale`` is
+    log(1 / temperature)."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config.text)
@@ -290,7 +330,9 @@ class CLIP(_Text):
 
     def encode_text(self, ids: Tensor, *, normalize: bool = False) -> Tensor:
         """The embeddings (B, E) of token ids (B, L), of length 1 if ``normalize``."""
-        out = self.read(ids, self.config.text.eot_id, layer=-1, final_norm=True, mask=None, pooled=True).pooled
+        out = self.read(
+            ids, self.config.text.eot_id, layer=-1, final_norm=True, mask=None, pooled=True
+        ).pooled
         assert out is not None  # asked for
         return F.normalize(out, dim=-1) if normalize else out
 

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from ldm.models.layers.norm import SpatialNorm, group_norm_32
 
-Control = Callable[[Tensor], Tensor | None]  # probabilities (B, H, L, M) float32 -> others in their place, or None to leave them
+Control = Callable[
+    [Tensor], Tensor | None
+]  # probabilities (B, H, L, M) float32 -> others in their place, or None to leave them
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
 
-    q (B, H, L, d), k and v (B, H, M, d); mask: bool, broadcastable to (B, H, L, M), True where a query may look.
-    With gradients on the CPU it is written as two matrix products: the fused kernel's backward is several times
-    slower there in bfloat16.
+    q (B, H, L, d), k and v (B, H, M, d); mask: bool, broadcastable to (B, H, L, M), True where a query may
+    look. With gradients on the CPU it is written as two matrix products: the fused kernel's backward is
+    several times slower there in bfloat16.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -33,7 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)), (B, H, L, M), computed in float32 whatever q and k are in, under autocast too; arguments as in `attend`."""
+    """softmax(q kᵀ / sqrt(d)), (B, H, L, M), computed in float32 whatever q and k are in, under autocast too;
+    arguments as in `attend`."""
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
     if mask is not None:
@@ -41,11 +44,14 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def attend_controlled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, controls: tuple[Control, ...]) -> Tensor:
-    """`attend` with the probabilities shown to ``controls``, in order, each of which may replace them for those behind it and for the product.
+def attend_controlled(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, controls: tuple[Control, ...]
+) -> Tensor:
+    """`attend` with the probabilities shown to ``controls``, in order, each of which may replace them for
+    those behind it and for the product.
 
-    Where none does, the product is that of `attend`: looking changes nothing, to the bit. Replaced ones are multiplied out explicitly, which
-    differs from the fused kernel by rounding (2e-7 of a value in float32).
+    Where none does, the product is that of `attend`: looking changes nothing, to the bit. Replaced ones are
+    multiplied out explicitly, which differs from the fused kernel by rounding (2e-7 of a value in float32).
     """
     shown = probabilities(q, k, mask)
     p = shown
@@ -53,27 +59,42 @@ def attend_controlled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cont
         changed = control(p)
         if changed is not None:
             if changed.shape != shown.shape:
-                raise ValueError(f"attention probabilities: expected {tuple(shown.shape)} (B, H, L, M), the control gave {tuple(changed.shape)}")
+                raise ValueError(
+                    f"attention probabilities: expected {tuple(shown.shape)} (B, H, L, M), the control gave"
+                    f" {tuple(changed.shape)}"
+                )
             p = changed
     return attend(q, k, v, mask) if p is shown else p.to(v.dtype) @ v
 
 
 @contextmanager
 def attention_control(
-    network: nn.Module, fn: Callable[[str, Tensor], Tensor | None], *, of: Literal["cross", "self", "all"] = "cross"
+    network: nn.Module,
+    fn: Callable[[str, Tensor], Tensor | None],
+    *,
+    of: Literal["cross", "self", "all"] = "cross",
 ) -> Iterator[list[str]]:
-    """Within it, ``fn(name, probabilities)`` is called by every attention of a network, and may return others to be used in their place.
+    """Within it, ``fn(name, probabilities)`` is called by every attention of a network, and may return others
+    to be used in their place.
 
-    ``name`` is the attention's own in the network ("mid_block.attentions.0.transformer_blocks.0.attn2"); probabilities are (B, H, L, M) float32, L
-    positions over M tokens or positions, each row summing to 1. Under guidance the batch is that of `ldm.diffusion.guidance.under`: the pictures with their
-    prompts first, then the same pictures without. ``of``: attention to a context, to the positions themselves, or all. Yields the names. Controls
-    may be nested: an inner one sees what the outer one made. ValueError where the network has none of the kind.
+    ``name`` is the attention's own in the network ("mid_block.attentions.0.transformer_blocks.0.attn2");
+    probabilities are (B, H, L, M) float32, L positions over M tokens or positions, each row summing to 1.
+    Under guidance the batch is that of `ldm.diffusion.guidance.under`: the pictures with their prompts first,
+    then the same pictures without. ``of``: attention to a context, to the positions themselves, or all.
+    Yields the names. Controls may be nested: an inner one sees what the outer one made. ValueError where the
+    network has none of the kind.
     """
     if of not in ("cross", "self", "all"):
         raise ValueError(f"of: expected cross, self or all, got {of!r}")
-    found = {name: part for name, part in network.named_modules() if isinstance(part, Attention) and (of == "all" or part.cross == (of == "cross"))}
+    found = {
+        name: part
+        for name, part in network.named_modules()
+        if isinstance(part, Attention) and (of == "all" or part.cross == (of == "cross"))
+    }
     if not found:
-        raise ValueError(f"the network {type(network).__name__} has no {'' if of == 'all' else of + '-'}attention")
+        raise ValueError(
+            f"the network {type(network).__name__} has no {'' if of == 'all' else of + '-'}attention"
+        )
     own = {name: partial(fn, name) for name in found}
     for name, part in found.items():
         part.controls = (*part.controls, own[name])
@@ -85,15 +106,19 @@ def attention_control(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of (B, L, D) queries over a context (B, M, D_context), or over themselves without one.
+    """Multi-head attention of (B, L, D) queries over a context (B, M, D_context), or over themselves without
+    one.
 
-    The mask is bool, True where a query may look: (B, M) for all of them alike, or (B, L, M). ``controls``: who sees the probabilities and may
-    replace them (`attention_control`); with none, the default, nothing but the product is computed.
+    The mask is bool, True where a query may look: (B, M) for all of them alike, or (B, L, M). ``controls``:
+    who sees the probabilities and may replace them (`attention_control`); with none, the default, nothing but
+    the product is computed.
     """
 
     controls: tuple[Control, ...] = ()
 
-    def __init__(self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.cross = context_dim is not None
@@ -101,13 +126,20 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, inner, bias=bias)
         self.to_k = nn.Linear(context_dim or width, inner, bias=bias)
         self.to_v = nn.Linear(context_dim or width, inner, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner, width)])  # a list of one: the published names say to_out.0
+        self.to_out = nn.ModuleList(
+            [nn.Linear(inner, width)]
+        )  # a list of one: the published names say to_out.0
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            rearrange(t, "b l (h d) -> b h l d", h=self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         if mask is not None:
-            mask = rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
+            mask = (
+                rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
+            )
         return self.to_out[0](rearrange(self.product(q, k, v, mask), "b h l d -> b l (h d)"))
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -116,14 +148,22 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(Attention):
-    """Attention of a feature map's positions (B, C, h, w) to each other, with its own norm and residual sum (Dhariwal & Nichol 2021).
+    """Attention of a feature map's positions (B, C, h, w) to each other, with its own norm and residual sum
+    (Dhariwal & Nichol 2021).
 
-    With a ``context_dim`` the positions attend to a context (B, M, D) as well, in the same softmax (Nichol et al. 2022, section 3).
-    ``spatial``: the channels of a latent z that modulates the norm.
+    With a ``context_dim`` the positions attend to a context (B, M, D) as well, in the same softmax (Nichol et
+    al. 2022, section 3). ``spatial``: the channels of a latent z that modulates the norm.
     """
 
     def __init__(
-        self, channels: int, *, heads: int, head_dim: int, context_dim: int | None = None, eps: float = 1e-5, spatial: int | None = None
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_dim: int,
+        context_dim: int | None = None,
+        eps: float = 1e-5,
+        spatial: int | None = None,
     ) -> None:
         super().__init__(channels, heads=heads, head_dim=head_dim, bias=True)
         if spatial is None:
@@ -135,7 +175,9 @@ class AttentionBlock(Attention):
             self.add_k_proj = nn.Linear(context_dim, heads * head_dim)
             self.add_v_proj = nn.Linear(context_dim, heads * head_dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, z: Tensor | None = None
+    ) -> Tensor:
         h, w = x.shape[-2:]
         y = self.group_norm(x) if z is None else self.spatial_norm(x, z)
         y = rearrange(y, "b c h w -> b (h w) c")
@@ -143,7 +185,10 @@ class AttentionBlock(Attention):
         if context is None:
             mask = None
         else:
-            k, v = torch.cat([self.add_k_proj(context), k], dim=1), torch.cat([self.add_v_proj(context), v], dim=1)  # (B, M + h·w, H·d)
+            k, v = (
+                torch.cat([self.add_k_proj(context), k], dim=1),
+                torch.cat([self.add_v_proj(context), v], dim=1),
+            )  # (B, M + h·w, H·d)
             mask = None if mask is None else rearrange(F.pad(mask, (0, h * w), value=True), "b m -> b 1 1 m")
         q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in (q, k, v))
         y = self.product(q, k, v, mask)
@@ -175,13 +220,18 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each before a residual sum (Rombach et al. 2022, appendix E.2.1)."""
+    """Self-attention, cross-attention and feed-forward, each before a residual sum (Rombach et al. 2022,
+    appendix E.2.1)."""
 
-    def __init__(self, width: int, *, heads: int, head_dim: int, context_dim: int, only_cross: bool = False) -> None:
+    def __init__(
+        self, width: int, *, heads: int, head_dim: int, context_dim: int, only_cross: bool = False
+    ) -> None:
         super().__init__()
         self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads=heads, head_dim=head_dim, context_dim=context_dim if only_cross else None)
+        self.attn1 = Attention(
+            width, heads=heads, head_dim=head_dim, context_dim=context_dim if only_cross else None
+        )
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, heads=heads, head_dim=head_dim, context_dim=context_dim)
         self.norm3 = nn.LayerNorm(width)
@@ -194,10 +244,19 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map (B, C, h, w), attending to a context (B, L, D)."""
+    """Transformer blocks over the positions of a feature map (B, C, h, w), attending to a context (B, L,
+    D)."""
 
     def __init__(
-        self, channels: int, *, heads: int, head_dim: int, depth: int, context_dim: int, linear: bool = False, only_cross: bool = False
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_dim: int,
+        depth: int,
+        context_dim: int,
+        linear: bool = False,
+        only_cross: bool = False,
     ) -> None:
         super().__init__()
         inner = heads * head_dim
@@ -205,14 +264,21 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(group_norm_32(channels), channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, heads=heads, head_dim=head_dim, context_dim=context_dim, only_cross=only_cross) for _ in range(depth)
+            TransformerBlock(
+                inner, heads=heads, head_dim=head_dim, context_dim=context_dim, only_cross=only_cross
+            )
+            for _ in range(depth)
         )
         self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         h, w = x.shape[-2:]
         y = self.norm(x)
-        y = self.proj_in(rearrange(y, "b c h w -> b (h w) c")) if self.linear else rearrange(self.proj_in(y), "b c h w -> b (h w) c")
+        y = (
+            self.proj_in(rearrange(y, "b c h w -> b (h w) c"))
+            if self.linear
+            else rearrange(self.proj_in(y), "b c h w -> b (h w) c")
+        )
         for block in self.transformer_blocks:
             y = block(y, context, mask)  # (B, h·w, C)
         if self.linear:

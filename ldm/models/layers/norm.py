@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 
 def group_norm_32(channels: int) -> int:
-    """The number of groups: 32 wherever the channels allow it, as in every published model; for narrower networks the largest divisor of both."""
+    """The number of groups: 32 wherever the channels allow it, as in every published model; for narrower
+    networks the largest divisor of both."""
     return math.gcd(32, channels)
 
 
 class SpatialNorm(nn.Module):
-    """Group norm that a latent (B, C_z, h, w) scales and shifts at every position (Zheng et al. 2022, MoVQ, eq. 4)."""
+    """Group norm that a latent (B, C_z, h, w) scales and shifts at every position (Zheng et al. 2022, MoVQ,
+    eq. 4)."""
 
     def __init__(self, channels: int, latent_channels: int, *, eps: float = 1e-6) -> None:
         super().__init__()
@@ -29,7 +31,11 @@ class SpatialNorm(nn.Module):
 
 def make_norm(channels: int, *, eps: float, spatial: int | None = None) -> nn.Module:
     """A group norm, or with the channels of a latent the norm that it modulates."""
-    return nn.GroupNorm(group_norm_32(channels), channels, eps=eps) if spatial is None else SpatialNorm(channels, spatial, eps=eps)
+    return (
+        nn.GroupNorm(group_norm_32(channels), channels, eps=eps)
+        if spatial is None
+        else SpatialNorm(channels, spatial, eps=eps)
+    )
 
 
 def normed(norm: nn.Module, x: Tensor, z: Tensor | None) -> Tensor:

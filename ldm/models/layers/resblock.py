@@ -15,15 +15,24 @@ Resample = Literal["up", "down"]
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice, with the time embedding in between, beside a skip connection.
 
-    x (B, C, h, w), emb (B, D) or None → (B, C_out, h', w'). ``scale_shift``: the embedding scales and shifts the second norm
-    (Dhariwal & Nichol 2021) where otherwise it is added. ``resample``: the block also halves (average) or doubles (nearest) the size.
-    ``spatial``: the channels of a latent z (B, C_z, h', w') that modulates both norms.
+    x (B, C, h, w), emb (B, D) or None → (B, C_out, h', w'). ``scale_shift``: the embedding scales and shifts
+    the second norm (Dhariwal & Nichol 2021) where otherwise it is added. ``resample``: the block also halves
+    (average) or doubles (nearest) the size. ``spatial``: the channels of a latent z (B, C_z, h', w') that
+    modulates both norms.
     """
 
     def __init__(
-        self, channels: int, out_channels: int, *, emb_dim: int | None = None, eps: float = 1e-5, scale_shift: bool = False,
-        resample: Resample | None = None, dropout: float = 0.0, spatial: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        emb_dim: int | None = None,
+        eps: float = 1e-5,
+        scale_shift: bool = False,
+        resample: Resample | None = None,
+        dropout: float = 0.0,
+        spatial: int | None = None,
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
@@ -73,7 +82,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3×3 convolution. ``size``: the exact (h, w) wanted, where halving had rounded up."""
+    """Nearest-neighbour doubling, then a 3×3 convolution. ``size``: the exact (h, w) wanted, where halving
+    had rounded up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""The text encoder of LDM's first text-to-image models: a bidirectional transformer over WordPiece tokens (Rombach et al. 2022, section 4.3)."""
+"""The text encoder of LDM's first text-to-image models: a bidirectional transformer over WordPiece tokens
+(Rombach et al. 2022, section 4.3)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from ldm.models.layers.attention import attend
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The shape of the encoder; the defaults are those of text2img-large. Attention is heads × head_dim wide inside, whatever the width."""
+    """The shape of the encoder; the defaults are those of text2img-large. Attention is heads × head_dim wide
+    inside, whatever the width."""
 
     vocabulary: int = 30522
     width: int = 1280
@@ -40,7 +42,10 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(inner, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(p(x), "b l (h d) -> b h l d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(p(x), "b l (h d) -> b h l d", h=self.heads)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
 
 
@@ -78,7 +83,8 @@ class Transformer(nn.Module):
 
 
 class LDMBert(nn.Module):
-    """Token ids to the context of the UNet. The published files' projection to logits (`to_logits`) serves nothing and is left out."""
+    """Token ids to the context of the UNet. The published files' projection to logits (`to_logits`) serves
+    nothing and is left out."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -90,5 +96,3 @@ class LDMBert(nn.Module):
         if ids.shape[1] > self.config.length:
             raise ValueError(f"got {ids.shape[1]} tokens, expected at most {self.config.length}")
         return self.model(ids)
-
-

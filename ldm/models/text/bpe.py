@@ -1,7 +1,9 @@
-"""CLIP's byte-pair tokenizer (Sennrich et al. 2016; Radford et al. 2021), with ids equal to open_clip's but without importing it.
+"""CLIP's byte-pair tokenizer (Sennrich et al. 2016; Radford et al. 2021), with ids equal to open_clip's but
+without importing it.
 
-Importing open_clip takes seconds. This reads the merges file that it ships, and treats plain ASCII with the standard library alone: the
-repair of broken encodings (ftfy) and Unicode's letter classes (regex) are imported for a text that needs them.
+Importing open_clip takes seconds. This reads the merges file that it ships, and treats plain ASCII with the
+standard library alone: the repair of broken encodings (ftfy) and Unicode's letter classes (regex) are
+imported for a text that needs them.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ ASCII_WORDS = re.compile(PARTS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+")
 class Tokenizer:
     """Text to ids and back, in the full vocabulary of 49,408 or in a part of it.
 
-    ``vocabulary``: the full ids that a small model embeds; the ids given out are then the places in their sorted list, to which those of
-    start and end are added. Words with a token outside it are left out; `unknown` names them, so that the caller can say so.
+    ``vocabulary``: the full ids that a small model embeds; the ids given out are then the places in their
+    sorted list, to which those of start and end are added. Words with a token outside it are left out;
+    `unknown` names them, so that the caller can say so.
     """
 
     def __init__(self, vocabulary: Iterable[int] | None = None) -> None:
@@ -43,7 +46,9 @@ class Tokenizer:
         if vocabulary is not None:
             ids = sorted({*vocabulary, BOS, EOT})
             if ids[0] < 0 or ids[-1] >= SIZE:
-                raise ValueError(f"vocabulary: ids {[i for i in ids if not 0 <= i < SIZE]} are outside [0, {SIZE - 1}]")
+                raise ValueError(
+                    f"vocabulary: ids {[i for i in ids if not 0 <= i < SIZE]} are outside [0, {SIZE - 1}]"
+                )
             self.vocabulary, self._row = tuple(ids), {token: row for row, token in enumerate(ids)}
         self._words: dict[str, tuple[int, ...]] = {}
 
@@ -71,29 +76,50 @@ class Tokenizer:
         if self._row is None:
             return found
         row = self._row
-        return [(word, tuple(row[token] for token in ids)) for word, ids in found if all(token in row for token in ids)]
+        return [
+            (word, tuple(row[token] for token in ids))
+            for word, ids in found
+            if all(token in row for token in ids)
+        ]
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that the vocabulary lacks and `encode` leaves out, in order, each once."""
         if self._row is None:
             return []
-        return [word for word in dict.fromkeys(split(text)) if any(token not in self._row for token in self._bpe(word))]
+        return [
+            word
+            for word in dict.fromkeys(split(text))
+            if any(token not in self._row for token in self._bpe(word))
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, a space after each word; bytes that are no UTF-8 become U+FFFD. ValueError for an id out of range."""
+        """The text of ids, a space after each word; bytes that are no UTF-8 become U+FFFD. ValueError for an
+        id out of range."""
         ids = [int(i) for i in ids]
         wrong = [i for i in ids if not 0 <= i < len(self)]
         if wrong:
             raise ValueError(f"ids {wrong} are outside [0, {len(self) - 1}]")
         full = ids if self.vocabulary is None else [self.vocabulary[i] for i in ids]
         codes, symbols = {char: byte for byte, char in enumerate(byte_symbols())}, all_symbols()
-        return bytes(codes[char] for i in full for char in symbols[i]).decode("utf-8", errors="replace").replace(END, " ")
+        return (
+            bytes(codes[char] for i in full for char in symbols[i])
+            .decode("utf-8", errors="replace")
+            .replace(END, " ")
+        )
 
-    def __call__(self, texts: str | Sequence[str], *, context_length: int | None = 77, pad: int = 0, truncate: bool = False) -> Tensor:
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        *,
+        context_length: int | None = 77,
+        pad: int = 0,
+        truncate: bool = False,
+    ) -> Tensor:
         """The ids of B texts, (B, L) int64: start, tokens, end, then ``pad``.
 
-        ``context_length``: L, None for the longest of the batch; ``pad``: an id as given out, 0 in open_clip, 49407 (end) as Stable
-        Diffusion 1 pads. ValueError for a text that is too long, which ``truncate`` cuts instead, keeping the end.
+        ``context_length``: L, None for the longest of the batch; ``pad``: an id as given out, 0 in open_clip,
+        49407 (end) as Stable Diffusion 1 pads. ValueError for a text that is too long, which ``truncate``
+        cuts instead, keeping the end.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if context_length is not None and context_length < 2:
@@ -103,14 +129,15 @@ class Tokenizer:
             if context_length is not None and len(row) + 2 > context_length:
                 if not truncate:
                     raise ValueError(
-                        f"a text of {len(row) + 2} tokens, with those for start and end, does not fit in {context_length}: "
-                        f"shorten it, or ask for truncate=True: {texts[i][:60]!r}"
+                        f"a text of {len(row) + 2} tokens, with those for start and end, does not fit in"
+                        f" {context_length}: shorten it, or ask for truncate=True: {texts[i][:60]!r}"
                     )
                 rows[i] = row[: context_length - 2]
         return self.pad(rows, context_length, pad)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None, pad: int) -> Tensor:
-        """Ids (B, L) int64: start, a row's own, end, then ``pad``; ``length``: L, None for the longest. Rows must fit."""
+        """Ids (B, L) int64: start, a row's own, end, then ``pad``; ``length``: L, None for the longest. Rows
+        must fit."""
         if not 0 <= pad < len(self):
             raise ValueError(f"pad: expected an id in [0, {len(self) - 1}], got {pad}")
         result = torch.full((len(rows), length or 2 + max(map(len, rows), default=0)), pad, dtype=torch.long)
@@ -119,7 +146,8 @@ class Tokenizer:
         return result
 
     def _bpe(self, word: str) -> tuple[int, ...]:
-        """The full ids of one word: its bytes, of which the neighbours with the earliest merge are joined until none has one."""
+        """The full ids of one word: its bytes, of which the neighbours with the earliest merge are joined
+        until none has one."""
         if word in SPECIAL:
             return (SPECIAL[word],)
         if word in self._words:
@@ -140,7 +168,8 @@ class Tokenizer:
 
 
 def split(text: str) -> list[str]:
-    """The words, numerals and runs of punctuation of a text, cleaned: encodings repaired, HTML entities resolved, lower case."""
+    """The words, numerals and runs of punctuation of a text, cleaned: encodings repaired, HTML entities
+    resolved, lower case."""
     if PLAIN.fullmatch(text):
         return ASCII_WORDS.findall(text.lower())
     import ftfy
@@ -168,7 +197,8 @@ def _join(parts: list[str], first: str, second: str) -> list[str]:
 
 @functools.cache
 def byte_symbols() -> tuple[str, ...]:
-    """The visible character that stands for each byte: itself where Latin-1 shows it, else the next from U+0100 on."""
+    """The visible character that stands for each byte: itself where Latin-1 shows it, else the next from
+    U+0100 on."""
     spare = iter(range(256, 512))
     return tuple(chr(byte) if _visible(byte) else chr(next(spare)) for byte in range(256))
 
@@ -179,7 +209,8 @@ def _visible(byte: int) -> bool:
 
 @functools.cache
 def base_ids() -> dict[str, int]:
-    """The ids of single bytes: visible ones first, then the others; after 256 of them, the same at the end of a word."""
+    """The ids of single bytes: visible ones first, then the others; after 256 of them, the same at the end of
+    a word."""
     table = byte_symbols()
     order = sorted(range(256), key=lambda byte: (not _visible(byte), byte))
     symbols = [table[byte] for byte in order]
@@ -191,11 +222,15 @@ def merges() -> dict[str, int]:
     """The ranks of the merges, "first second" by line, from the file that open_clip ships."""
     spec = importlib.util.find_spec("open_clip")  # finds the folder and imports nothing
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("open_clip_torch is not installed; it holds the tokenizer's merges: pip install open_clip_torch")
+        raise ModuleNotFoundError(
+            "open_clip_torch is not installed; it holds the tokenizer's merges: pip install open_clip_torch"
+        )
     path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     with gzip.open(path) as file:
         text = file.read(FILE_BYTES)
-    lines = text.decode("utf-8", errors="ignore").split("\n", MERGES + 1)[1 : MERGES + 1]  # the first line is the file's version
+    lines = text.decode("utf-8", errors="ignore").split("\n", MERGES + 1)[
+        1 : MERGES + 1
+    ]  # the first line is the file's version
     if len(lines) != MERGES or not text.startswith(b'"bpe_simple_vocab_16e6.txt#version'):
         raise ValueError(f"{str(path)!r} does not hold the {MERGES} merges expected")
     return {line: rank for rank, line in enumerate(lines)}

@@ -1,4 +1,5 @@
-"""The tokenizer of XLM-R: pieces of words, of which the likeliest sequence is taken (Kudo 2018, section 3.2)."""
+"""The tokenizer of XLM-R: pieces of words, of which the likeliest sequence is taken (Kudo 2018, section
+3.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ PENALTY = 10.0  # how much less likely an unknown character is than the least li
 
 
 class Unigram:
-    """Text to ids: in Unicode's NFKC form, split at spaces, each word into the pieces whose logarithmic likelihoods sum to the most."""
+    """Text to ids: in Unicode's NFKC form, split at spaces, each word into the pieces whose logarithmic
+    likelihoods sum to the most."""
 
     def __init__(self, pieces: Sequence[tuple[str, float]]) -> None:
         self.ids = {piece: i for i, (piece, _) in enumerate(pieces)}
@@ -27,7 +29,8 @@ class Unigram:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Unigram:
-        """The tokenizer of a `tokenizer.json`, or of a folder with it; FileNotFoundError if there is none, ValueError for one of another kind."""
+        """The tokenizer of a `tokenizer.json`, or of a folder with it; FileNotFoundError if there is none,
+        ValueError for one of another kind."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -44,15 +47,21 @@ class Unigram:
     def spelling(cls) -> Unigram:
         """A stand-in that spells, for models with random weights."""
         letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
-        return cls([(token, 0.0) for token in (START, PAD, END, UNKNOWN)] + [(piece, -3.0) for piece in (SPACE, *letters)])
+        return cls(
+            [(token, 0.0) for token in (START, PAD, END, UNKNOWN)]
+            + [(piece, -3.0) for piece in (SPACE, *letters)]
+        )
 
     def __call__(self, texts: Sequence[str], length: int) -> list[list[int]]:
-        """Ids of each text between start and end, padded to the length; ValueError for a text that does not fit."""
+        """Ids of each text between start and end, padded to the length; ValueError for a text that does not
+        fit."""
         rows = []
         for text in texts:
             row = [self.ids[START], *self.encode(text), self.ids[END]]
             if len(row) > length:
-                raise ValueError(f"{text!r} has {len(row)} tokens, expected at most {length} with those for start and end")
+                raise ValueError(
+                    f"{text!r} has {len(row)} tokens, expected at most {length} with those for start and end"
+                )
             rows.append(row + [self.ids[PAD]] * (length - len(row)))
         return rows
 
@@ -61,8 +70,11 @@ class Unigram:
         return [i for word in unicodedata.normalize("NFKC", text).split() for i in self.pieces(SPACE + word)]
 
     def pieces(self, word: str) -> list[int]:
-        """The ids of the likeliest pieces (Viterbi 1967); unknown characters in a row are one unknown token."""
-        best: list[tuple[float, int]] = [(0.0, 0)]  # for each end: the sum of logarithms, and where the last piece begins
+        """The ids of the likeliest pieces (Viterbi 1967); unknown characters in a row are one unknown
+        token."""
+        best: list[tuple[float, int]] = [
+            (0.0, 0)
+        ]  # for each end: the sum of logarithms, and where the last piece begins
         for end in range(1, len(word) + 1):
             found = (best[end - 1][0] + self.unknown, end - 1)
             for start in range(max(0, end - self.longest), end):
@@ -85,7 +97,9 @@ class Unigram:
         vocabulary = [[piece, self.scores.get(piece, 0.0)] for piece in self.ids]
         space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
         return {
-            "version": "1.0", "normalizer": {"type": "NFKC"}, "decoder": space,
+            "version": "1.0",
+            "normalizer": {"type": "NFKC"},
+            "decoder": space,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
             "model": {"type": "Unigram", "unk_id": self.ids[UNKNOWN], "vocab": vocabulary},
-        }  # fmt: skip
+        }

@@ -10,13 +10,20 @@ PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 LONGEST = 100  # characters of a word; longer ones are unknown
 # ideographs, which stand for words each: CJK unified, its extensions A to E, and the compatibility blocks
 IDEOGRAPHS = (
-    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF),
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
     (0x2F800, 0x2FA1F),
-)  # fmt: skip
+)
 
 
 class WordPiece:
-    """Text to ids: lower-cased, accents taken off, split at spaces and punctuation, then into the longest pieces that the vocabulary has."""
+    """Text to ids: lower-cased, accents taken off, split at spaces and punctuation, then into the longest
+    pieces that the vocabulary has."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = {token: i for i, token in enumerate(vocabulary)}
@@ -26,21 +33,28 @@ class WordPiece:
 
     @classmethod
     def from_file(cls, path: str | Path) -> WordPiece:
-        """The tokenizer of a `vocab.txt`, one token a line (30522 for bert-base-uncased); FileNotFoundError if there is none."""
+        """The tokenizer of a `vocab.txt`, one token a line (30522 for bert-base-uncased); FileNotFoundError
+        if there is none."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no vocabulary at {str(path)!r}: expected the vocab.txt of bert-base-uncased")
+            raise FileNotFoundError(
+                f"no vocabulary at {str(path)!r}: expected the vocab.txt of bert-base-uncased"
+            )
         try:
             return cls(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from None
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> list[list[int]]:
-        """Ids of each text between [CLS] and [SEP], padded with [PAD] to the length; ValueError for a text that does not fit."""
+        """Ids of each text between [CLS] and [SEP], padded with [PAD] to the length; ValueError for a text
+        that does not fit."""
         rows = [self.encode(text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if len(row) + 2 > length:
-                raise ValueError(f"{text!r} has {len(row) + 2} tokens, expected at most {length} with those for start and end")
+                raise ValueError(
+                    f"{text!r} has {len(row) + 2} tokens, expected at most {length} with those for start"
+                    " and end"
+                )
         return self.pad(rows, length)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
@@ -54,10 +68,13 @@ class WordPiece:
 
     def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
         """The words of a text and their ids, in order."""
-        return [(word, tuple(self.vocabulary[piece] for piece in self.pieces(word))) for word in split_words(text)]
+        return [
+            (word, tuple(self.vocabulary[piece] for piece in self.pieces(word))) for word in split_words(text)
+        ]
 
     def pieces(self, word: str) -> list[str]:
-        """A word cut, from its beginning, into the longest pieces there are; [UNK] alone if that fails anywhere."""
+        """A word cut, from its beginning, into the longest pieces there are; [UNK] alone if that fails
+        anywhere."""
         if len(word) > LONGEST:
             return [UNKNOWN]
         found, start = [], 0
@@ -82,10 +99,15 @@ def split_words(text: str) -> list[str]:
             spaced.append(" ")
         elif char not in "\0\ufffd" and not category.startswith("C"):
             spaced.append(f" {char} " if any(low <= ord(char) <= high for low, high in IDEOGRAPHS) else char)
-    bare = (char for char in unicodedata.normalize("NFD", "".join(spaced)) if unicodedata.category(char) != "Mn")
+    bare = (
+        char for char in unicodedata.normalize("NFD", "".join(spaced)) if unicodedata.category(char) != "Mn"
+    )
     return "".join(f" {char} " if is_punctuation(char) else char for char in "".join(bare).lower()).split()
 
 
 def is_punctuation(char: str) -> bool:
-    """Unicode's punctuation, and every mark of ASCII that is neither letter, digit nor space ($, +, ^ and the like)."""
-    return unicodedata.category(char).startswith("P") or (char.isascii() and char.isprintable() and not char.isalnum() and not char.isspace())
+    """Unicode's punctuation, and every mark of ASCII that is neither letter, digit nor space ($, +, ^ and the
+    like)."""
+    return unicodedata.category(char).startswith("P") or (
+        char.isascii() and char.isprintable() and not char.isalnum() and not char.isspace()
+    )

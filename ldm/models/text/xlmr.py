@@ -1,4 +1,5 @@
-"""Kandinsky 2.1's text encoder: XLM-R (Conneau et al. 2020), its states averaged and projected into CLIP's space (Carlsson et al. 2022)."""
+"""Kandinsky 2.1's text encoder: XLM-R (Conneau et al. 2020), its states averaged and projected into CLIP's
+space (Carlsson et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class XLMRConfig:
-    """The shape of the encoder; the defaults are XLM-R large's with CLIP ViT-L's projection. ``length``: tokens a prompt is padded to."""
+    """The shape of the encoder; the defaults are XLM-R large's with CLIP ViT-L's projection. ``length``:
+    tokens a prompt is padded to."""
 
     vocabulary: int = 250_002
     width: int = 1024
@@ -30,7 +32,9 @@ class XLMRConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width}: expected a multiple of heads {self.heads}")
         if self.length + 2 > self.positions:  # the first two are of padding and of nothing
-            raise ValueError(f"length {self.length}: expected at most {self.positions - 2}, the positions there are")
+            raise ValueError(
+                f"length {self.length}: expected at most {self.positions - 2}, the positions there are"
+            )
 
 
 class Layer(nn.Module):
@@ -46,7 +50,9 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (rearrange(p(x), "b l (h d) -> b h l d", h=self.heads) for p in (self.query, self.key, self.value))
+        q, k, v = (
+            rearrange(p(x), "b l (h d) -> b h l d", h=self.heads) for p in (self.query, self.key, self.value)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         x = self.norm1(x + self.out(rearrange(attended, "b h l d -> b l (h d)")))
         return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
@@ -73,5 +79,3 @@ class XLMR(nn.Module):
             x = layer(x, mask)
         weight = mask[..., None].to(x.dtype)
         return x, self.projection((x * weight).sum(1) / weight.sum(1))
-
-

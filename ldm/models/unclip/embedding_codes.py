@@ -1,4 +1,5 @@
-"""Embeddings as sequences of whole numbers: principal components, each cut into buckets (Ramesh et al. 2022, section 2.2)."""
+"""Embeddings as sequences of whole numbers: principal components, each cut into buckets (Ramesh et al. 2022,
+section 2.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ class EmbeddingCodes(nn.Module):
     def __init__(self, embed_dim: int, components: int, buckets: int) -> None:
         super().__init__()
         if not 1 <= components <= embed_dim or buckets < 2:
-            raise ValueError(f"expected 1 to {embed_dim} components and at least 2 buckets, got {components} and {buckets}")
+            raise ValueError(
+                f"expected 1 to {embed_dim} components and at least 2 buckets, got {components} and {buckets}"
+            )
         self.buckets = buckets
         self.register_buffer("mean", torch.empty(embed_dim))
         self.register_buffer("basis", torch.empty(components, embed_dim))
@@ -37,9 +40,11 @@ class EmbeddingCodes(nn.Module):
 
     @torch.no_grad()
     def fit(self, embeddings: Tensor, *, outside: float = 1e-3) -> float:
-        """Measure the components of embeddings (N, E), N > K; → the part of their variance that the K components keep, in [0, 1].
+        """Measure the components of embeddings (N, E), N > K; → the part of their variance that the K
+        components keep, in [0, 1].
 
-        ``outside``: the part of the values of a component at either end that falls into its first and last bucket.
+        ``outside``: the part of the values of a component at either end that falls into its first and last
+        bucket.
         """
         e = embeddings.to("cpu", torch.float64)
         k = len(self.basis)
@@ -47,7 +52,11 @@ class EmbeddingCodes(nn.Module):
             raise ValueError(f"embeddings: expected (N, {len(self.mean)}) with N > {k}, got {tuple(e.shape)}")
         mean = e.mean(0)
         _, s, v = torch.linalg.svd(e - mean, full_matrices=False)
-        sign = torch.where(v[:k].abs().max(1).indices[:, None] == torch.arange(v.shape[1]), v[:k], 0).sum(1).sign()  # the same on every machine
+        sign = (
+            torch.where(v[:k].abs().max(1).indices[:, None] == torch.arange(v.shape[1]), v[:k], 0)
+            .sum(1)
+            .sign()
+        )  # the same on every machine
         basis = v[:k] * sign[:, None]  # (K, E)
         ordered = ((e - mean) @ basis.T).sort(dim=0).values  # (N, K)
         cut = int(outside * (len(e) - 1))
@@ -76,7 +85,8 @@ class EmbeddingCodes(nn.Module):
 
 
 def truncate(embeddings: Tensor, components: int, basis: EmbeddingCodes) -> Tensor:
-    """Embeddings (B, E) of which all but the first components are replaced by their mean (Ramesh et al. 2022, figure 7)."""
+    """Embeddings (B, E) of which all but the first components are replaced by their mean (Ramesh et al. 2022,
+    figure 7)."""
     if not 0 <= components <= len(basis.basis):
         raise ValueError(f"components: expected 0 to {len(basis.basis)}, got {components}")
     return basis.restore(basis.project(embeddings)[:, :components])

@@ -1,4 +1,5 @@
-"""Stable unCLIP's condition: the image embedding, noised to a level that the network is told (Ho et al. 2022, cascaded diffusion, section 4)."""
+"""Stable unCLIP's condition: the image embedding, noised to a level that the network is told (Ho et al. 2022,
+cascaded diffusion, section 4)."""
 
 from __future__ import annotations
 
@@ -20,11 +21,15 @@ class AugmentationConfig:
 
     def __post_init__(self) -> None:
         if self.embed_dim < 2 or self.timesteps < 1:
-            raise ValueError(f"embed_dim and timesteps: expected at least 2 and 1, got {self.embed_dim} and {self.timesteps}")
+            raise ValueError(
+                f"embed_dim and timesteps: expected at least 2 and 1, got {self.embed_dim} and"
+                f" {self.timesteps}"
+            )
 
 
 class NoiseAugmentation(nn.Module):
-    """Embeddings (B, E) → vectors (B, 2·E): normalised, noised, brought back, and the sinusoid of the level behind them.
+    """Embeddings (B, E) → vectors (B, 2·E): normalised, noised, brought back, and the sinusoid of the level
+    behind them.
 
     ``mean`` and ``std`` (1, E) are stored with the weights of Stable unCLIP-l; those of -h are 0 and 1.
     """
@@ -47,7 +52,8 @@ class NoiseAugmentation(nn.Module):
         self.std.fill_(1)
 
     def forward(self, embedding: Tensor, level: int, noise: Tensor) -> Tensor:
-        """The condition at a level, with standard normal noise (B, E); level 0 is noised too, as little as the schedule begins with."""
+        """The condition at a level, with standard normal noise (B, E); level 0 is noised too, as little as
+        the schedule begins with."""
         if not 0 <= level < self.config.timesteps:
             raise ValueError(f"noise_level: expected 0 to {self.config.timesteps - 1}, got {level}")
         z = self.schedule.add_noise((embedding - self.mean) / self.std, level, noise) * self.std + self.mean

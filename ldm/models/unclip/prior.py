@@ -20,13 +20,14 @@ EXTRA = 4  # tokens behind the text: text embedding, time, noisy image embedding
 class PriorConfig:
     """The shape of a prior; the defaults are Karlo's, and Kandinsky 2.1's.
 
-    ``embed_dim``: E of image and text embeddings; ``text_dim``: width of a text token; ``length``: L, text tokens, always as many.
-    ``blocks``: "plain" for a GPT's, with learned positions (Karlo, Kandinsky); "cosine" for those of DALLE2-pytorch, whose width is E and whose
-    missing tokens are learned (``cosine_sim``: whether queries and keys are of one length, which its keys do not tell; ``norm_mlp``: a norm
-    inside the MLP). ``timesteps``: the size of a table of times, None for a sinusoid and an MLP.
+    ``embed_dim``: E of image and text embeddings; ``text_dim``: width of a text token; ``length``: L, text
+    tokens, always as many. ``blocks``: "plain" for a GPT's, with learned positions (Karlo, Kandinsky);
+    "cosine" for those of DALLE2-pytorch, whose width is E and whose missing tokens are learned
+    (``cosine_sim``: whether queries and keys are of one length, which its keys do not tell; ``norm_mlp``: a
+    norm inside the MLP). ``timesteps``: the size of a table of times, None for a sinusoid and an MLP.
 
-    ``normalize``: the space that the diffusion runs in: "statistics", embeddings less their mean, over their deviation (both in the weights);
-    "unit", embeddings of length √E.
+    ``normalize``: the space that the diffusion runs in: "statistics", embeddings less their mean, over their
+    deviation (both in the weights); "unit", embeddings of length √E.
     """
 
     embed_dim: int = 768
@@ -51,23 +52,32 @@ class PriorConfig:
         if self.normalize not in ("statistics", "unit"):
             raise ValueError(f'normalize: expected "statistics" or "unit", got {self.normalize!r}')
         if self.blocks == "cosine" and not self.embed_dim == self.text_dim == self.width:
-            raise ValueError(f"cosine blocks take all tokens as they are: expected one width, got {self.embed_dim}, {self.text_dim}, {self.width}")
+            raise ValueError(
+                f"cosine blocks take all tokens as they are: expected one width, got {self.embed_dim},"
+                f" {self.text_dim}, {self.width}"
+            )
 
 
 class Prior(nn.Module):
-    """net(x_t, t, cond) → x0 for embeddings x_t (B, E): a causal transformer over text, text embedding, time, x_t and a learned query.
+    """net(x_t, t, cond) → x0 for embeddings x_t (B, E): a causal transformer over text, text embedding, time,
+    x_t and a learned query.
 
-    `Cond.context` (B, L, D) are the text's token states with their mask, `Cond.pooled` (B, E) its embedding, not of length 1.
+    `Cond.context` (B, L, D) are the text's token states with their mask, `Cond.pooled` (B, E) its embedding,
+    not of length 1.
     """
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
         c, width = config, config.width
-        self.time_embedding: nn.Module = VectorMLP(width, width) if c.timesteps is None else nn.Embedding(c.timesteps, width)
+        self.time_embedding: nn.Module = (
+            VectorMLP(width, width) if c.timesteps is None else nn.Embedding(c.timesteps, width)
+        )
         self.transformer: nn.Module
         if c.blocks == "plain":
-            self.prd_embedding = nn.Parameter(torch.empty(1, 1, width))  # the learned query, under the name it was published by
+            self.prd_embedding = nn.Parameter(
+                torch.empty(1, 1, width)
+            )  # the learned query, under the name it was published by
             self.proj_in = nn.Linear(c.embed_dim, width)
             self.embedding_proj = nn.Linear(c.embed_dim, width)
             self.encoder_hidden_states_proj = nn.Linear(c.text_dim, width)
@@ -80,12 +90,24 @@ class Prior(nn.Module):
             self.learned_query = nn.Parameter(torch.empty(width))
             self.null_text_encodings = nn.Parameter(torch.empty(1, c.length, width))
             self.null_text_embeds = nn.Parameter(torch.empty(1, 1, width))
-            self.null_image_embed = nn.Parameter(torch.empty(1, width))  # of training that drops the image, which sampling never does
+            self.null_image_embed = nn.Parameter(
+                torch.empty(1, width)
+            )  # of training that drops the image, which sampling never does
             self.transformer = CosineStack(
-                width, layers=c.layers, heads=c.heads, head_dim=c.head_dim, cosine_sim=c.cosine_sim, norm_mlp=c.norm_mlp
-            )  # fmt: skip
+                width,
+                layers=c.layers,
+                heads=c.heads,
+                head_dim=c.head_dim,
+                cosine_sim=c.cosine_sim,
+                norm_mlp=c.norm_mlp,
+            )
             self.proj_to_clip_embeddings = nn.Linear(width, c.embed_dim, bias=False)
-            for null in (self.learned_query, self.null_text_encodings, self.null_text_embeds, self.null_image_embed):
+            for null in (
+                self.learned_query,
+                self.null_text_encodings,
+                self.null_text_embeds,
+                self.null_image_embed,
+            ):
                 nn.init.normal_(null, std=0.02)
         if c.normalize == "statistics":
             self.register_buffer("clip_mean", torch.zeros(1, c.embed_dim))
@@ -98,7 +120,8 @@ class Prior(nn.Module):
             self.clip_std.fill_(1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t (B, E) and t (B,) in timesteps → x0 (B, E); ValueError for a condition that is missing or of another shape."""
+        """x_t (B, E) and t (B,) in timesteps → x0 (B, E); ValueError for a condition that is missing or of
+        another shape."""
         self.check(x_t, cond)
         text, pooled = self.text(cond)  # (B, L, W), (B, 1, W)
         times = self.times(t, x_t.dtype)[:, None]  # (B, 1, W)
@@ -113,14 +136,17 @@ class Prior(nn.Module):
         return self.proj_to_clip_embeddings(self.transformer(x, mask)[:, -1])
 
     def text(self, cond: Cond) -> tuple[Tensor, Tensor]:
-        """The tokens of the text and of its embedding, as the transformer takes them; absent ones are learned in the cosine kind."""
+        """The tokens of the text and of its embedding, as the transformer takes them; absent ones are learned
+        in the cosine kind."""
         context, pooled, mask = cond.context, cond.pooled, cond.context_mask
         assert context is not None and pooled is not None
         if self.config.blocks == "plain":
             return self.encoder_hidden_states_proj(context), self.embedding_proj(pooled)[:, None]
         if mask is not None:  # padding is not hidden from attention but replaced
             context = torch.where(mask[..., None], context, self.null_text_encodings.to(context.dtype))
-            nothing = ~mask.any(dim=1)[:, None, None]  # (B, 1, 1) no text at all: its embedding is a learned one too
+            nothing = ~mask.any(dim=1)[
+                :, None, None
+            ]  # (B, 1, 1) no text at all: its embedding is a learned one too
             return context, torch.where(nothing, self.null_text_embeds.to(pooled.dtype), pooled[:, None])
         return context, pooled[:, None]
 
@@ -135,27 +161,41 @@ class Prior(nn.Module):
         c = self.config
         if x_t.ndim != 2 or x_t.shape[1] != c.embed_dim:
             raise ValueError(f"this prior makes embeddings {c.embed_dim} wide, got {tuple(x_t.shape)}")
-        for name, value, shape in (("context", cond.context, (c.length, c.text_dim)), ("pooled", cond.pooled, (c.embed_dim,))):
+        for name, value, shape in (
+            ("context", cond.context, (c.length, c.text_dim)),
+            ("pooled", cond.pooled, (c.embed_dim,)),
+        ):
             if value is None or tuple(value.shape[1:]) != shape:
                 got = None if value is None else tuple(value.shape)
-                raise ValueError(f"this prior reads Cond.{name} of shape (B, {', '.join(map(str, shape))}), got {got}")
+                raise ValueError(
+                    f"this prior reads Cond.{name} of shape (B, {', '.join(map(str, shape))}), got {got}"
+                )
 
     def unconditional(self, n: int, *, device: torch.device | None = None) -> Cond:
-        """The condition of no text for the cosine kind, whose absent tokens are learned; the plain kind reads the empty text instead."""
+        """The condition of no text for the cosine kind, whose absent tokens are learned; the plain kind reads
+        the empty text instead."""
         c = self.config
         if c.blocks != "cosine":
-            raise ValueError("a prior with plain blocks has no learned condition of no text: give it the empty text's")
+            raise ValueError(
+                "a prior with plain blocks has no learned condition of no text: give it the empty text's"
+            )
         context = torch.zeros(n, c.length, c.text_dim, device=device)
-        return Cond(context=context, context_mask=torch.zeros(n, c.length, dtype=torch.bool, device=device), pooled=context[:, 0])
+        return Cond(
+            context=context,
+            context_mask=torch.zeros(n, c.length, dtype=torch.bool, device=device),
+            pooled=context[:, 0],
+        )
 
     def normalize(self, embedding: Tensor) -> Tensor:
-        """CLIP's embeddings (B, E) → what the diffusion runs on; those of "unit" kind are scaled whatever their length."""
+        """CLIP's embeddings (B, E) → what the diffusion runs on; those of "unit" kind are scaled whatever
+        their length."""
         if self.config.normalize == "unit":
             return F.normalize(embedding, dim=-1) * self.config.embed_dim**0.5
         return (embedding - self.clip_mean) / self.clip_std
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """What the diffusion made (B, E) → embeddings as CLIP gives them; those of "unit" kind are of length about 1."""
+        """What the diffusion made (B, E) → embeddings as CLIP gives them; those of "unit" kind are of length
+        about 1."""
         if self.config.normalize == "unit":
             return x / self.config.embed_dim**0.5
         return x * self.clip_std + self.clip_mean

@@ -50,7 +50,8 @@ class PlainBlock(nn.Module):
 
 
 class PlainStack(nn.Module):
-    """Blocks and a last norm; (B, L, D) with the mask (B, L) of tokens that count, None for all → (B, L, D)."""
+    """Blocks and a last norm; (B, L, D) with the mask (B, L) of tokens that count, None for all → (B, L,
+    D)."""
 
     def __init__(self, width: int, *, layers: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -60,8 +61,12 @@ class PlainStack(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         length = x.shape[1]
         seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()  # (L, L)
-        seen = seen[None] if mask is None else seen & mask[:, None]  # (B, L, L); a token sees itself and those before it that count
-        seen = seen | torch.eye(length, dtype=torch.bool, device=x.device)  # no row is empty, which softmax could not bear
+        seen = (
+            seen[None] if mask is None else seen & mask[:, None]
+        )  # (B, L, L); a token sees itself and those before it that count
+        seen = seen | torch.eye(
+            length, dtype=torch.bool, device=x.device
+        )  # no row is empty, which softmax could not bear
         for block in self.blocks:
             x = block(x, seen)
         return self.norm_out(x)
@@ -82,7 +87,8 @@ class Gain(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """T5's bias by distance (Raffel et al. 2020): 32 buckets, half of them exact, the others to a distance of 128 in its logarithm."""
+    """T5's bias by distance (Raffel et al. 2020): 32 buckets, half of them exact, the others to a distance of
+    128 in its logarithm."""
 
     BUCKETS, FARTHEST = 32, 128
 
@@ -91,30 +97,44 @@ class RelativeBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(self.BUCKETS, heads)
 
     def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """(H, queries, keys); key 0 is the one that stands before all tokens, so that distances are one less than between tokens."""
-        distance = (torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)).clamp(min=0)
+        """(H, queries, keys); key 0 is the one that stands before all tokens, so that distances are one less
+        than between tokens."""
+        distance = (torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)).clamp(
+            min=0
+        )
         exact = self.BUCKETS // 2
-        far = torch.log(distance.clamp(min=1) / exact) / math.log(self.FARTHEST / exact) * (self.BUCKETS - exact)
+        far = (
+            torch.log(distance.clamp(min=1) / exact)
+            / math.log(self.FARTHEST / exact)
+            * (self.BUCKETS - exact)
+        )
         bucket = torch.where(distance < exact, distance, (exact + far.long()).clamp(max=self.BUCKETS - 1))
         return rearrange(self.relative_attention_bias(bucket), "q k h -> h q k")
 
 
 def rotate(x: Tensor, freqs: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021) on the first channels of (..., L, d): pairs of neighbours turn by position · frequency."""
+    """Rotary positions (Su et al. 2021) on the first channels of (..., L, d): pairs of neighbours turn by
+    position · frequency."""
     angles = torch.arange(x.shape[-2], device=x.device, dtype=freqs.dtype)[:, None] * freqs  # (L, K)
     turned, rest = x[..., : 2 * len(freqs)], x[..., 2 * len(freqs) :]
     a, b = rearrange(turned, "... (k two) -> two ... k", two=2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([rearrange([a * cos - b * sin, b * cos + a * sin], "two ... k -> ... (k two)"), rest], dim=-1)
+    return torch.cat(
+        [rearrange([a * cos - b * sin, b * cos + a * sin], "two ... k -> ... (k two)"), rest], dim=-1
+    )
 
 
 class CosineAttention(nn.Module):
-    """Causal attention whose queries share one head of keys and values (Shazeer 2019), with a learned key and value before all tokens.
+    """Causal attention whose queries share one head of keys and values (Shazeer 2019), with a learned key and
+    value before all tokens.
 
-    ``cosine_sim``: queries and keys are brought to length 4 each, so that their products are cosines times 16.
+    ``cosine_sim``: queries and keys are brought to length 4 each, so that their products are cosines times
+    16.
     """
 
-    def __init__(self, width: int, *, heads: int, head_dim: int, cosine_sim: bool, freqs: nn.Parameter) -> None:
+    def __init__(
+        self, width: int, *, heads: int, head_dim: int, cosine_sim: bool, freqs: nn.Parameter
+    ) -> None:
         super().__init__()
         self.heads, self.cosine_sim = heads, cosine_sim
         self.norm = Gain(width)
@@ -132,10 +152,15 @@ class CosineAttention(nn.Module):
             q = q * q.shape[-1] ** -0.5  # once more than usual, as it was published
         q, k = rotate(q, self.freqs), rotate(k, self.freqs)
         null_k, null_v = self.null_kv.to(x.dtype)[:, None, None].expand(-1, len(x), 1, -1)
-        k, v = torch.cat([null_k, k], dim=1)[:, None], torch.cat([null_v, v], dim=1)[:, None]  # (B, 1, 1 + L, d)
+        k, v = (
+            torch.cat([null_k, k], dim=1)[:, None],
+            torch.cat([null_v, v], dim=1)[:, None],
+        )  # (B, 1, 1 + L, d)
         if self.cosine_sim:
             q, k = 4 * F.normalize(q, dim=-1), 4 * F.normalize(k, dim=-1)
-        scores = q @ k.transpose(-2, -1) * (1.0 if self.cosine_sim else q.shape[-1] ** -0.5) + bias  # (B, H, L, 1 + L)
+        scores = (
+            q @ k.transpose(-2, -1) * (1.0 if self.cosine_sim else q.shape[-1] ** -0.5) + bias
+        )  # (B, H, L, 1 + L)
         out = scores.float().softmax(dim=-1).to(v.dtype) @ v
         return self.to_out[1](self.to_out[0](rearrange(out, "b h l d -> b l (h d)")))
 
@@ -149,24 +174,41 @@ class SwiGLU(nn.Module):
 
 
 class CosineStack(nn.Module):
-    """DALLE2-pytorch's causal transformer; (B, L, D) → (B, L, D). A mask is not looked at: padding is replaced before."""
+    """DALLE2-pytorch's causal transformer; (B, L, D) → (B, L, D). A mask is not looked at: padding is
+    replaced before."""
 
-    def __init__(self, width: int, *, layers: int, heads: int, head_dim: int, cosine_sim: bool, norm_mlp: bool) -> None:
+    def __init__(
+        self, width: int, *, layers: int, heads: int, head_dim: int, cosine_sim: bool, norm_mlp: bool
+    ) -> None:
         super().__init__()
         self.rel_pos_bias = RelativeBias(heads)
         self.layers = nn.ModuleList()
         turning = min(32, head_dim)  # channels of a head that turn
-        freqs = nn.Parameter(10_000.0 ** -(torch.arange(0, turning, 2).float() / turning), requires_grad=False)
+        freqs = nn.Parameter(
+            10_000.0 ** -(torch.arange(0, turning, 2).float() / turning), requires_grad=False
+        )
         for _ in range(layers):
-            attention = CosineAttention(width, heads=heads, head_dim=head_dim, cosine_sim=cosine_sim, freqs=freqs)
-            inner = [Gain(width), nn.Linear(width, 8 * width, bias=False), SwiGLU(), Gain(4 * width) if norm_mlp else nn.Identity(), nn.Identity()]
-            self.layers.append(nn.ModuleList([attention, nn.Sequential(*inner, nn.Linear(4 * width, width, bias=False))]))
+            attention = CosineAttention(
+                width, heads=heads, head_dim=head_dim, cosine_sim=cosine_sim, freqs=freqs
+            )
+            inner = [
+                Gain(width),
+                nn.Linear(width, 8 * width, bias=False),
+                SwiGLU(),
+                Gain(4 * width) if norm_mlp else nn.Identity(),
+                nn.Identity(),
+            ]
+            self.layers.append(
+                nn.ModuleList([attention, nn.Sequential(*inner, nn.Linear(4 * width, width, bias=False))])
+            )
         self.norm = Gain(width, stable=True)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         length = x.shape[1]
         bias = self.rel_pos_bias(length, length + 1, x.device)
-        hidden = torch.ones(length, length + 1, dtype=torch.bool, device=x.device).triu(2)  # key 0 is always seen
+        hidden = torch.ones(length, length + 1, dtype=torch.bool, device=x.device).triu(
+            2
+        )  # key 0 is always seen
         bias = bias.masked_fill(hidden, float("-inf"))
         for attention, mlp in self.layers:
             x = x + attention(x, bias)

@@ -30,7 +30,8 @@ class AutoregressiveCall:
 
 
 class AutoregressiveStage(nn.Module):
-    """Texts → image embeddings of the CLIP ``clip``, component by component; options ``similarity`` and ``temperature``."""
+    """Texts → image embeddings of the CLIP ``clip``, component by component; options ``similarity`` and
+    ``temperature``."""
 
     options = ("similarity", "temperature")
 
@@ -39,26 +40,45 @@ class AutoregressiveStage(nn.Module):
         self.net, self.card, self.clip = net, card, clip
 
     def settle(
-        self, prompt: str | Sequence[str], *, n: int | None = None, negative: str | Sequence[str] = "", seed: int | Sequence[int] = 0,
-        progress: bool = True, **own: Any,
+        self,
+        prompt: str | Sequence[str],
+        *,
+        n: int | None = None,
+        negative: str | Sequence[str] = "",
+        seed: int | Sequence[int] = 0,
+        progress: bool = True,
+        **own: Any,
     ) -> AutoregressiveCall:
-        """The call of some options, None for what the card says; a ``negative`` prompt raises ValueError, as there is no guidance."""
+        """The call of some options, None for what the card says; a ``negative`` prompt raises ValueError, as
+        there is no guidance."""
         if any(negative):
-            raise ValueError(f"negative {negative!r}: an autoregressive prior has no guidance, which would turn away from it")
+            raise ValueError(
+                f"negative {negative!r}: an autoregressive prior has no guidance, which would turn away"
+                " from it"
+            )
         each, texts = check_count(n), [str(text) for text in check_prompts(prompt)]
-        settings = {name: getattr(self.card, name) if own.get(name) is None else float(own[name]) for name in self.options}
+        settings = {
+            name: getattr(self.card, name) if own.get(name) is None else float(own[name])
+            for name in self.options
+        }
         prompts = tuple(text for text in texts for _ in range(each))
         return AutoregressiveCall(prompts=prompts, seeds=check_seeds(seed, len(prompts)), **settings)
 
     @torch.no_grad()
     def forward(self, clip: ClipPair, call: AutoregressiveCall, *, candidates: int = 1) -> ImageEmbedding:
-        """One embedding for each prompt of the call, of ``candidates`` the best as in `PriorStage`; ValueError for texts of another CLIP."""
+        """One embedding for each prompt of the call, of ``candidates`` the best as in `PriorStage`;
+        ValueError for texts of another CLIP."""
         if clip.name != self.clip:
-            raise ValueError(f"the prior was trained on {self.clip!r}, and the texts are read by {clip.name!r}: two CLIPs share no space")
+            raise ValueError(
+                f"the prior was trained on {self.clip!r}, and the texts are read by {clip.name!r}: two CLIPs"
+                " share no space"
+            )
         cond = clip.read(call.prompts)
 
         def sample(k: int) -> torch.Tensor:
             first = (PRIOR + k) * STEPS
-            return self.net.sample(cond, call.seeds, similarity=call.similarity, temperature=call.temperature, first=first)
+            return self.net.sample(
+                cond, call.seeds, similarity=call.similarity, temperature=call.temperature, first=first
+            )
 
         return ImageEmbedding(vector=best_of(sample, candidates, cond), clip=self.clip)

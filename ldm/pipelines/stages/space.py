@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 class Space(nn.Module):
-    """Pictures (B, 3, H, W) in [0, 1] ↔ what the diffusion runs on. ``vae`` None: the pixels themselves, in [−1, 1]."""
+    """Pictures (B, 3, H, W) in [0, 1] ↔ what the diffusion runs on. ``vae`` None: the pixels themselves, in
+    [−1, 1]."""
 
     def __init__(self, vae: nn.Module | None = None, scale: float = 1.0) -> None:
         super().__init__()
@@ -31,7 +32,10 @@ class Space(nn.Module):
         for side, value in (("height", height), ("width", width)):
             if value < self.factor or value % self.factor:
                 near = max(self.factor, round(value / self.factor) * self.factor)
-                raise ValueError(f"{side} {value}: expected a multiple of {self.factor}, the autoencoder's factor; the nearest is {near}")
+                raise ValueError(
+                    f"{side} {value}: expected a multiple of {self.factor}, the autoencoder's factor; the"
+                    f" nearest is {near}"
+                )
         return self.channels, height // self.factor, width // self.factor
 
     @torch.no_grad()

@@ -19,21 +19,29 @@ from ldm.pipelines.windows import tiled
 
 
 class UpsamplerStage(Stage):
-    """Small pictures → large ones, by a network that is given the enlarged small one; ``last``: another network for the last step."""
+    """Small pictures → large ones, by a network that is given the enlarged small one; ``last``: another
+    network for the last step."""
 
-    def __init__(self, net: nn.Module, card: StageCard, *, index: int = 0, last: nn.Module | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, card: StageCard, *, index: int = 0, last: nn.Module | None = None
+    ) -> None:
         super().__init__(net, card, number=UPSAMPLE + index, label="upsampler")
         self.last = None if last is None else make_denoiser(last, card)
 
     @torch.no_grad()
     def forward(self, small: Tensor, call: Call, *, tile: int | None = None) -> Tensor:
-        """Pictures (B, 3, h, w) in [0, 1] → (B, 3, H, W) of the call's size in [0, 1]; ``tile``: see `ldm.pipelines.windows.tiled`."""
+        """Pictures (B, 3, h, w) in [0, 1] → (B, 3, H, W) of the call's size in [0, 1]; ``tile``: see
+        `ldm.pipelines.windows.tiled`."""
         size = (call.height, call.width)
         low = enlarge(2 * small.to(self.device).float() - 1, size)
         cond = Cond(concat=low)
 
         def bound(denoiser: Any) -> DenoiseFn:
-            return tiled(denoiser, cond, tile, overlap=tile // 4) if tile is not None and tile < max(size) else denoiser.bind(cond)
+            return (
+                tiled(denoiser, cond, tile, overlap=tile // 4)
+                if tile is not None and tile < max(size)
+                else denoiser.bind(cond)
+            )
 
         fn = bound(self.denoiser)
         if self.last is not None:

@@ -9,7 +9,8 @@ from ldm.images.result import Images
 
 
 def rerank(images: Images, clip: ClipPair, *, keep: int = 1) -> Images:
-    """Of the pictures of each prompt the ``keep`` most similar to it by CLIP, best first (Ramesh et al. 2021, section 2.6).
+    """Of the pictures of each prompt the ``keep`` most similar to it by CLIP, best first (Ramesh et al. 2021,
+    section 2.6).
 
     ValueError for fewer pictures of a prompt than are to be kept.
     """
@@ -20,9 +21,17 @@ def rerank(images: Images, clip: ClipPair, *, keep: int = 1) -> Images:
         if not 1 <= keep <= len(own):
             raise ValueError(f"keep: expected 1 to {len(own)}, the pictures of {prompt!r}, got {keep}")
         chosen += sorted(own, key=lambda i: -float(scores[i]))[:keep]
-    recipe = {**images.recipe, "replayable": False, "reranked": {"of": len(images.tensor), "scores": [round(float(scores[i]), 4) for i in chosen]}}
+    recipe = {
+        **images.recipe,
+        "replayable": False,
+        "reranked": {"of": len(images.tensor), "scores": [round(float(scores[i]), 4) for i in chosen]},
+    }
     flagged = None if images.flagged is None else tuple(images.flagged[i] for i in chosen)
     return replace(
-        images, tensor=images.tensor[chosen], seeds=tuple(images.seeds[i] for i in chosen), prompts=tuple(images.prompts[i] for i in chosen),
-        recipe=recipe, flagged=flagged,
-    )  # fmt: skip
+        images,
+        tensor=images.tensor[chosen],
+        seeds=tuple(images.seeds[i] for i in chosen),
+        prompts=tuple(images.prompts[i] for i in chosen),
+        recipe=recipe,
+        flagged=flagged,
+    )

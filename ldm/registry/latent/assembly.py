@@ -25,16 +25,26 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
 
 
 def assemble(card: ModelCard, source: Source, *, vocabulary: Path | None = None) -> LatentDiffusion:
-    """The pipeline of a card's networks; ``vocabulary``: the vocab.txt of models that read through BERT, where the source has none."""
+    """The pipeline of a card's networks; ``vocabulary``: the vocab.txt of models that read through BERT,
+    where the source has none."""
     networks = source.networks
-    denoiser = Denoiser(networks["unet"], card.schedule.make(), card.prediction, quantize=card.grids().quantize)
+    denoiser = Denoiser(
+        networks["unet"], card.schedule.make(), card.prediction, quantize=card.grids().quantize
+    )
     text = conditioner(card, networks, source, vocabulary)
     return LatentDiffusion(
-        vae=networks["vae"], text=text, denoiser=denoiser, latent_scale=source.latent_scale, card=card, origin=source.origin
-    ).eval()  # fmt: skip
+        vae=networks["vae"],
+        text=text,
+        denoiser=denoiser,
+        latent_scale=source.latent_scale,
+        card=card,
+        origin=source.origin,
+    ).eval()
 
 
-def conditioner(card: ModelCard, networks: Mapping[str, nn.Module], source: Source, vocabulary: Path | None) -> Conditioner | None:
+def conditioner(
+    card: ModelCard, networks: Mapping[str, nn.Module], source: Source, vocabulary: Path | None
+) -> Conditioner | None:
     """What turns prompts or classes into conditions; None for an unconditional model."""
     if isinstance(labels := networks.get("class"), LabelConditioner):
         return labels
@@ -46,12 +56,16 @@ def conditioner(card: ModelCard, networks: Mapping[str, nn.Module], source: Sour
     if not isinstance(second, TextTower):
         return one
     if card.text2 is None:
-        raise ValueError(f"the card {card.name!r} has a second text tower, and does not say how it is read: text2 is absent")
+        raise ValueError(
+            f"the card {card.name!r} has a second text tower, and does not say how it is read: text2 is"
+            " absent"
+        )
     return TwoTowers(one, TextConditioner(second, Tokenizer(), card.text2))
 
 
 def tower(network: TextTower, convention: TextConvention, source: Source) -> TextConditioner:
-    """A CLIP text tower with its tokenizer: the full one, unless a vocabulary.json lies beside the weights; and with its draft, if it has one."""
+    """A CLIP text tower with its tokenizer: the full one, unless a vocabulary.json lies beside the weights;
+    and with its draft, if it has one."""
     draft = source.networks.get("draft")
     assert draft is None or isinstance(draft, Draft)
     tokenizer, words = Tokenizer(), None
@@ -61,7 +75,8 @@ def tower(network: TextTower, convention: TextConvention, source: Source) -> Tex
 
 
 def word_pieces(card: ModelCard, source: Source, vocabulary: Path | None) -> WordPiece:
-    """BERT's tokenizer: of the path given, of the source's folder, or for random weights a stand-in that spells."""
+    """BERT's tokenizer: of the path given, of the source's folder, or for random weights a stand-in that
+    spells."""
     if vocabulary is not None:
         return WordPiece.from_file(vocabulary)
     if source.folder is None:
@@ -70,5 +85,6 @@ def word_pieces(card: ModelCard, source: Source, vocabulary: Path | None) -> Wor
         if path.is_file():
             return WordPiece.from_file(path)
     raise FileNotFoundError(
-        f"{card.name!r} reads through BERT's tokenizer: put the vocab.txt of bert-base-uncased into {str(source.folder)!r}, or pass vocabulary=PATH"
+        f"{card.name!r} reads through BERT's tokenizer: put the vocab.txt of bert-base-uncased into"
+        f" {str(source.folder)!r}, or pass vocabulary=PATH"
     )

@@ -1,4 +1,5 @@
-"""Models on their way out: our own folder, the single file of a model's authors, and the folder of diffusers."""
+"""Models on their way out: our own folder, the single file of a model's authors, and the folder of
+diffusers."""
 
 from __future__ import annotations
 
@@ -20,23 +21,42 @@ from ldm.models.unet import UNetConfig
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.formats.diffusers_config import bert_config, scheduler_config, text_config, training_facts, unet_config, vae_config
+from ldm.weights.formats.diffusers_config import (
+    bert_config,
+    scheduler_config,
+    text_config,
+    training_facts,
+    unet_config,
+    vae_config,
+)
 from ldm.weights.formats.native_folder import narrow, write_part, write_vocabulary
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import to_layout
 
 LAYOUTS = ("native", "original", "diffusers")
 PIPELINES = {  # family: the class of diffusers that takes it
-    "sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sd1-inpainting": "StableDiffusionInpaintPipeline",
-    "sd2-inpainting": "StableDiffusionInpaintPipeline", "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
-    "sd1-lcm": "LatentConsistencyModelPipeline", "sd-x4-upscaler": "StableDiffusionUpscalePipeline", "sd2-depth": "StableDiffusionDepth2ImgPipeline",
-    "sdxl": "StableDiffusionXLPipeline", "sdxl-lcm": "StableDiffusionXLPipeline", "sdxl-inpainting": "StableDiffusionXLInpaintPipeline",
-    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline", "ldm-text2img-large": "LDMTextToImagePipeline", "ldm-text2img256": "LDMTextToImagePipeline",
-    "ldm-uncond256": "LDMPipeline", "ldm-bsr-sr": "LDMSuperResolutionPipeline",
-}  # fmt: skip
+    "sd1": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sd1-inpainting": "StableDiffusionInpaintPipeline",
+    "sd2-inpainting": "StableDiffusionInpaintPipeline",
+    "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
+    "sd1-lcm": "LatentConsistencyModelPipeline",
+    "sd-x4-upscaler": "StableDiffusionUpscalePipeline",
+    "sd2-depth": "StableDiffusionDepth2ImgPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-lcm": "StableDiffusionXLPipeline",
+    "sdxl-inpainting": "StableDiffusionXLInpaintPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+    "ldm-text2img-large": "LDMTextToImagePipeline",
+    "ldm-text2img256": "LDMTextToImagePipeline",
+    "ldm-uncond256": "LDMPipeline",
+    "ldm-bsr-sr": "LDMSuperResolutionPipeline",
+}
 
 
-def write_native(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None, facts: Mapping[str, Any]) -> Path:
+def write_native(
+    pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None, facts: Mapping[str, Any]
+) -> Path:
     """A folder of ours: each network with its YAML, the tokenizer's vocabulary, and the card."""
     import yaml
 
@@ -47,26 +67,35 @@ def write_native(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None,
         write_vocabulary(folder, pipe.text.tokenizer, pipe.text.words)
     elif isinstance(pipe.text, BertConditioner):
         write_word_pieces(folder, pipe.text)
-    write_atomically(folder / "card.yaml", yaml.safe_dump(to_dict(pipe.card), sort_keys=False, width=140).encode())
+    write_atomically(
+        folder / "card.yaml", yaml.safe_dump(to_dict(pipe.card), sort_keys=False, width=140).encode()
+    )
     return folder
 
 
 def write_word_pieces(folder: Path, text: BertConditioner) -> None:
     """BERT's vocab.txt, one token a line."""
-    write_atomically(folder / "vocab.txt", "".join(f"{token}\n" for token in text.tokenizer.vocabulary).encode())
+    write_atomically(
+        folder / "vocab.txt", "".join(f"{token}\n" for token in text.tokenizer.vocabulary).encode()
+    )
 
 
 def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> Path:
     """A single .safetensors file with every part below its prefix; ValueError for another ending."""
     if path.suffix != ".safetensors":
-        raise ValueError(f"{str(path)!r}: the original layout is written as safetensors, expected a name that ends in .safetensors")
+        raise ValueError(
+            f"{str(path)!r}: the original layout is written as safetensors, expected a name that ends in"
+            " .safetensors"
+        )
     family = FAMILIES[pipe.card.family]
     state: dict[str, Tensor] = {}
     for part, network in pipe.networks().items():
         prefix = family.parts[part]
         inner = to_layout(network, "original", hugging_face=prefix.endswith("transformer."))
         state |= {prefix + key: narrow(prefix + key, tensor, dtype) for key, tensor in inner.items()}
-        if part == "vae" and f"{COND}*" in family.unneeded:  # LDM's inpainting model encodes the masked picture with a copy of it
+        if (
+            part == "vae" and f"{COND}*" in family.unneeded
+        ):  # LDM's inpainting model encodes the masked picture with a copy of it
             state |= {COND + key: narrow(COND + key, tensor, dtype) for key, tensor in inner.items()}
     if pipe.latent_scale != pipe.card.latent_scale:
         state["scale_factor"] = torch.tensor(pipe.latent_scale, dtype=torch.float64)
@@ -76,24 +105,42 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
 
 
 def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> Path:
-    """A folder of diffusers, which its own programs read too; ValueError, before anything is written, for a network that none of them computes."""
+    """A folder of diffusers, which its own programs read too; ValueError, before anything is written, for a
+    network that none of them computes."""
     card = pipe.card
     if card.family not in PIPELINES:
         raise ValueError(f"{card.name!r}: no pipeline of diffusers takes the family {card.family!r}")
     bert = isinstance(pipe.text, BertConditioner)
-    vae = "vqvae" if bert or pipe.text is None else "vae"  # so LDM's pipelines call a first stage of either kind
-    names = {"unet": "unet", "vae": vae, "text": "bert" if bert else "text_encoder", "text2": "text_encoder_2"}
+    vae = (
+        "vqvae" if bert or pipe.text is None else "vae"
+    )  # so LDM's pipelines call a first stage of either kind
+    names = {
+        "unet": "unet",
+        "vae": vae,
+        "text": "bert" if bert else "text_encoder",
+        "text2": "text_encoder_2",
+    }
     side = card.defaults.height // pipe.vae.config.factor
-    described = {part: describe(network, pipe.latent_scale, side) for part, network in pipe.networks().items()}
+    described = {
+        part: describe(network, pipe.latent_scale, side) for part, network in pipe.networks().items()
+    }
     s, grids = card.schedule, card.grids()
-    facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, card.prediction, zero_snr=s.zero_terminal_snr)
+    facts = training_facts(
+        s.kind, s.timesteps, s.beta_start, s.beta_end, card.prediction, zero_snr=s.zero_terminal_snr
+    )
     trailing = grids.grids.get(card.defaults.sampler, grids.grids["*"]).get("spacing") == "trailing"
     scheduler = scheduler_config(facts, card.defaults.sampler, trailing=trailing)
 
     index: dict[str, Any] = {"_class_name": PIPELINES[card.family], "_diffusers_version": "0.31.0"}
     for part, network in pipe.networks().items():
         class_name, config = described[part]
-        library = "latent_diffusion" if bert and part == "text" else "transformers" if part in ("text", "text2") else "diffusers"
+        library = (
+            "latent_diffusion"
+            if bert and part == "text"
+            else "transformers"
+            if part in ("text", "text2")
+            else "diffusers"
+        )
         index[names[part]] = [library, class_name]
         stem = "model" if part in ("text", "text2") else "diffusion_pytorch_model"
         write_component(folder / names[part], network, config, stem, dtype)
@@ -101,7 +148,11 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler[1])
     index |= write_tokenizers(pipe, folder)
     if card.family in ("sd1", "sd2", "sd1-inpainting", "sd2-inpainting", "sd1-lcm", "instruct-pix2pix"):
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        index |= {
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        }
     if card.text2 is not None:
         index |= {"force_zeros_for_empty_prompt": card.zero_negative}
     if card.vector == "aesthetic":
@@ -114,7 +165,9 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     return folder
 
 
-def describe(network: nn.Module, latent_scale: float = 1.0, latent_side: int = 64) -> tuple[str, dict[str, Any]]:
+def describe(
+    network: nn.Module, latent_scale: float = 1.0, latent_side: int = 64
+) -> tuple[str, dict[str, Any]]:
     """The class and configuration of a network in the words of diffusers."""
     config: Any = network.config
     if isinstance(config, UNetConfig):
@@ -124,7 +177,9 @@ def describe(network: nn.Module, latent_scale: float = 1.0, latent_side: int = 6
     return bert_config(config) if isinstance(config, BertConfig) else vae_config(config, latent_scale)
 
 
-def write_component(folder: Path, network: nn.Module, config: Mapping[str, Any], stem: str, dtype: torch.dtype | None) -> None:
+def write_component(
+    folder: Path, network: nn.Module, config: Mapping[str, Any], stem: str, dtype: torch.dtype | None
+) -> None:
     """One sub-folder: its config.json and its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: narrow(key, tensor, dtype) for key, tensor in to_layout(network, "diffusers").items()}
@@ -136,7 +191,11 @@ def write_tokenizers(pipe: LatentDiffusion, folder: Path) -> dict[str, list[str]
     """The tokenizers of the text towers, and what model_index.json says of them."""
     if isinstance(pipe.text, BertConditioner):
         write_word_pieces(folder / "tokenizer", pipe.text)
-        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": pipe.text.encoder.config.length}
+        config = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": True,
+            "model_max_length": pipe.text.encoder.config.length,
+        }
         write_json(folder / "tokenizer" / "tokenizer_config.json", config)
         return {"tokenizer": ["transformers", "BertTokenizer"]}
     found = {}
@@ -150,14 +209,23 @@ def write_tokenizers(pipe: LatentDiffusion, folder: Path) -> dict[str, list[str]
 
 
 def write_clip_tokenizer(folder: Path, pad: int, length: int) -> None:
-    """CLIP's vocabulary and merges as Hugging Face's tokenizer reads them; the two special tokens have other names there."""
+    """CLIP's vocabulary and merges as Hugging Face's tokenizer reads them; the two special tokens have other
+    names there."""
     end = "<|endoftext|>"
     symbols = [*all_symbols()[:-2], "<|startoftext|>", end]
     write_json(folder / "vocab.json", {symbol: i for i, symbol in enumerate(symbols)})
     write_atomically(folder / "merges.txt", "\n".join(["#version: 0.2", *merges(), ""]).encode())
-    special = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": end if pad == EOT else symbols[pad]}
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": end,
+        "unk_token": end,
+        "pad_token": end if pad == EOT else symbols[pad],
+    }
     write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": length, **special})
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": length, **special},
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,17 +20,21 @@ from ldm.weights.formats.native_folder import about_part
 
 
 def gather(config: str | Path, folder: str | Path) -> Path:
-    """The folder of an unCLIP model, which `ldm.load` takes: the parts copied from where their trainings exported them, and the card.
+    """The folder of an unCLIP model, which `ldm.load` takes: the parts copied from where their trainings
+    exported them, and the card.
 
-    ``config``: a YAML file with the fields of `UnCLIPCard` and beside them ``exports``, the folder of each part; parts that another model's folder
-    holds are named in the card's ``parts``, relative to ``folder``. Nothing is left if a part is absent (FileNotFoundError), was trained on another
-    CLIP, by another schedule or for another thing than the card says, or does not fit the others (ValueError).
+    ``config``: a YAML file with the fields of `UnCLIPCard` and beside them ``exports``, the folder of each
+    part; parts that another model's folder holds are named in the card's ``parts``, relative to ``folder``.
+    Nothing is left if a part is absent (FileNotFoundError), was trained on another CLIP, by another schedule
+    or for another thing than the card says, or does not fit the others (ValueError).
     """
     folder, mapping = Path(folder), dict(read_yaml(config))
     exports = mapping.pop("exports", None)
     card = parse_card(mapping, config)
     if not isinstance(card, UnCLIPCard):
-        raise ValueError(f"{str(config)!r}: expected the card of an unCLIP model, got one of the family {card.family!r}")
+        raise ValueError(
+            f"{str(config)!r}: expected the card of an unCLIP model, got one of the family {card.family!r}"
+        )
     if not isinstance(exports, Mapping):
         raise ValueError(f"{str(config)!r}: exports: expected a mapping of parts to folders, got {exports!r}")
     for part in exports:
@@ -60,22 +64,43 @@ def _all_parts(card: UnCLIPCard) -> list[str]:
 
 
 def check_parts(card: UnCLIPCard, folder: Path) -> None:
-    """ValueError where a part's YAML says of its training what the card says otherwise: CLIP, schedule, what is predicted, what it enlarges."""
+    """ValueError where a part's YAML says of its training what the card says otherwise: CLIP, schedule, what
+    is predicted, what it enlarges."""
     stages: dict[str, Any] = {"prior": card.prior, "decoder": card.decoder}
     sizes = [card.decoder, *card.upsamplers]
     stages |= {upsampler_name(k): stage for k, stage in enumerate(card.upsamplers)}
     for part in native_parts(card, folder):
         about = about_part(folder_of(card, folder, part), part)
-        if part == "vision" and (digest := re.search("/([0-9a-f]{12})$", card.clip)) and not about["sha256"].startswith(digest[1]):
-            raise ValueError(f"clip: {card.clip!r} is named by its image tower's hash, and the vision part's is {about['sha256'][:12]}")
+        if (
+            part == "vision"
+            and (digest := re.search("/([0-9a-f]{12})$", card.clip))
+            and not about["sha256"].startswith(digest[1])
+        ):
+            raise ValueError(
+                f"clip: {card.clip!r} is named by its image tower's hash, and the vision part's is"
+                f" {about['sha256'][:12]}"
+            )
         stage, trained = stages.get(part), about.get("diffusion")
         if isinstance(stage, StageCard) and isinstance(trained, Mapping):
-            said = {"schedule": stage.schedule.kind, "timesteps": stage.schedule.timesteps, "prediction": stage.prediction}
-            if wrong := [f"{key} {trained[key]!r}, the card says {said[key]!r}" for key in said if trained.get(key, said[key]) != said[key]]:
+            said = {
+                "schedule": stage.schedule.kind,
+                "timesteps": stage.schedule.timesteps,
+                "prediction": stage.prediction,
+            }
+            if wrong := [
+                f"{key} {trained[key]!r}, the card says {said[key]!r}"
+                for key in said
+                if trained.get(key, said[key]) != said[key]
+            ]:
                 raise ValueError(f"{part}: it was trained with {'; '.join(wrong)}")
         if isinstance(stage, StageCard) and stage.residual != (learnt := about.get("residual")):
-            raise ValueError(f"{part}: it was trained with residual {learnt!r}, the card says {stage.residual!r}")
+            raise ValueError(
+                f"{part}: it was trained with residual {learnt!r}, the card says {stage.residual!r}"
+            )
         if (factor := about.get("factor")) is not None and isinstance(stage, StageCard):
             before = sizes[sizes.index(stage) - 1].defaults.height
             if stage.defaults.height != factor * before:
-                raise ValueError(f"{part}: it was trained to enlarge {factor} times, the card says from {before} to {stage.defaults.height}")
+                raise ValueError(
+                    f"{part}: it was trained to enlarge {factor} times, the card says from {before} to"
+                    f" {stage.defaults.height}"
+                )

@@ -1,4 +1,5 @@
-"""The folders of diffusers that hold unCLIP models: which component is which of our parts, and what must agree with the card."""
+"""The folders of diffusers that hold unCLIP models: which component is which of our parts, and what must
+agree with the card."""
 
 from __future__ import annotations
 
@@ -19,10 +20,21 @@ from ldm.weights.formats.diffusers_config import conflicts, text_config, trainin
 
 # class of the pipeline: component → part; a scheduler's is the stage that it serves
 UPSAMPLED = {
-    "decoder": "decoder", "text_proj": "decoder", "super_res_first": "upsampler", "super_res_last": "upsampler-last", "text_encoder": "text",
-    "decoder_scheduler": "decoder", "super_res_scheduler": "upsampler",
-}  # fmt: skip
-STABLE = {"unet": "decoder", "vae": "vae", "text_encoder": "words", "image_normalizer": "noise", "scheduler": "decoder"}
+    "decoder": "decoder",
+    "text_proj": "decoder",
+    "super_res_first": "upsampler",
+    "super_res_last": "upsampler-last",
+    "text_encoder": "text",
+    "decoder_scheduler": "decoder",
+    "super_res_scheduler": "upsampler",
+}
+STABLE = {
+    "unet": "decoder",
+    "vae": "vae",
+    "text_encoder": "words",
+    "image_normalizer": "noise",
+    "scheduler": "decoder",
+}
 KANDINSKY_PRIOR = {"prior": "prior", "text_encoder": "text", "image_encoder": "vision", "scheduler": "prior"}
 KANDINSKY22 = {"unet": "decoder", "movq": "vae", "scheduler": "decoder"}
 KANDINSKY21 = {**KANDINSKY22, "text_encoder": "words"}
@@ -34,22 +46,37 @@ PIPELINES: dict[str, dict[str, dict[str, str]]] = {
     },
     "kandinsky21": {
         "KandinskyPriorPipeline": KANDINSKY_PRIOR,
-        **dict.fromkeys(("KandinskyPipeline", "KandinskyImg2ImgPipeline", "KandinskyInpaintPipeline"), KANDINSKY21),
-        **dict.fromkeys(("KandinskyCombinedPipeline", "KandinskyInpaintCombinedPipeline"), {**KANDINSKY21, **COMBINED}),
+        **dict.fromkeys(
+            ("KandinskyPipeline", "KandinskyImg2ImgPipeline", "KandinskyInpaintPipeline"), KANDINSKY21
+        ),
+        **dict.fromkeys(
+            ("KandinskyCombinedPipeline", "KandinskyInpaintCombinedPipeline"), {**KANDINSKY21, **COMBINED}
+        ),
     },
     "kandinsky22": {
         "KandinskyV22PriorPipeline": KANDINSKY_PRIOR,
-        **dict.fromkeys(("KandinskyV22Pipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"), KANDINSKY22),
-        **dict.fromkeys(("KandinskyV22CombinedPipeline", "KandinskyV22InpaintCombinedPipeline"), {**KANDINSKY22, **COMBINED}),
+        **dict.fromkeys(
+            ("KandinskyV22Pipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),
+            KANDINSKY22,
+        ),
+        **dict.fromkeys(
+            ("KandinskyV22CombinedPipeline", "KandinskyV22InpaintCombinedPipeline"),
+            {**KANDINSKY22, **COMBINED},
+        ),
     },
     **dict.fromkeys(
         ("sd21-unclip-h", "sd21-unclip-l"),
         {
-            "StableUnCLIPPipeline": {**STABLE, "prior": "prior", "prior_text_encoder": "text", "prior_scheduler": "prior"},
+            "StableUnCLIPPipeline": {
+                **STABLE,
+                "prior": "prior",
+                "prior_text_encoder": "text",
+                "prior_scheduler": "prior",
+            },
             "StableUnCLIPImg2ImgPipeline": {**STABLE, "image_encoder": "vision"},
         },
     ),
-}  # fmt: skip
+}
 TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 
 
@@ -63,11 +90,16 @@ class Component:
 
 def pipelines(path: Path) -> list[Path]:
     """The folder, if it is one of a pipeline, else those in it that are."""
-    return [path] if folder.is_folder(path) else sorted(inner for inner in path.iterdir() if folder.is_folder(inner))
+    return (
+        [path]
+        if folder.is_folder(path)
+        else sorted(inner for inner in path.iterdir() if folder.is_folder(inner))
+    )
 
 
 def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[Component, ...]]:
-    """The components of each part, in the folder of a pipeline or in several together; the first that has a part counts.
+    """The components of each part, in the folder of a pipeline or in several together; the first that has a
+    part counts.
 
     ValueError for a pipeline of another family, or one that was trained otherwise than the card says.
     """
@@ -76,8 +108,13 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[Component, ...]]
         index = folder.read_json(place / "model_index.json")
         kind = str(index.get("_class_name"))
         if kind not in known:
-            raise ValueError(f"{str(place)!r} is a folder of {kind}, which holds no part of {card.name!r}; {nearest(kind, known)}")
-        listed = [name for name in known[kind] if isinstance(index.get(name), list) and index[name][1] is not None]
+            raise ValueError(
+                f"{str(place)!r} is a folder of {kind}, which holds no part of {card.name!r};"
+                f" {nearest(kind, known)}"
+            )
+        listed = [
+            name for name in known[kind] if isinstance(index.get(name), list) and index[name][1] is not None
+        ]
         parts: dict[str, list[Component]] = {}
         for name in listed:
             part = known[kind][name]
@@ -90,20 +127,27 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[Component, ...]]
 
 
 def _check_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
-    stage = {"decoder": card.decoder, "prior": card.prior, "upsampler": next(iter(card.upsamplers), None)}[part]
+    stage = {"decoder": card.decoder, "prior": card.prior, "upsampler": next(iter(card.upsamplers), None)}[
+        part
+    ]
     stated = folder.read_json(path / "scheduler_config.json")
     if not isinstance(stage, StageCard) or stated.get("trained_betas") is not None:
         return
     s = stage.schedule
     facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, stage.prediction, zero_snr=False)
     if wrong := conflicts(stated, facts, TRAINED):
-        raise ValueError(f"{str(path)!r} says the {part} was trained otherwise than {card.name!r}: {'; '.join(wrong)}")
+        raise ValueError(
+            f"{str(path)!r} says the {part} was trained otherwise than {card.name!r}: {'; '.join(wrong)}"
+        )
 
 
 def check_component(part: str, config: Any, component: folder.Component) -> None:
-    """ValueError where a component's config.json differs from our shape in what the shapes of tensors cannot tell."""
+    """ValueError where a component's config.json differs from our shape in what the shapes of tensors cannot
+    tell."""
     if wrong := conflicts(component.config, _expected(config), tuple(_expected(config))):
-        raise ValueError(f"{str(component.path / 'config.json')!r} does not fit the {part}: {'; '.join(wrong)}")
+        raise ValueError(
+            f"{str(component.path / 'config.json')!r} does not fit the {part}: {'; '.join(wrong)}"
+        )
 
 
 def _expected(config: Any) -> Mapping[str, Any]:
@@ -114,7 +158,11 @@ def _expected(config: Any) -> Mapping[str, Any]:
     if isinstance(config, TextConfig):
         return {key: text_config(config)[1][key] for key in ("num_attention_heads", "hidden_act")}
     if isinstance(config, VisionConfig):
-        return {"num_attention_heads": config.heads, "hidden_act": config.activation, "image_size": config.image_size}
+        return {
+            "num_attention_heads": config.heads,
+            "hidden_act": config.activation,
+            "image_size": config.image_size,
+        }
     if isinstance(config, XLMRConfig):
         return {"num_attention_heads": config.heads}
     if isinstance(config, UNetConfig) and config.takes_context:

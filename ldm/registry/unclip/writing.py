@@ -1,4 +1,5 @@
-"""unCLIP models in our own layout: a folder with a card and a part for each network, as training exports them."""
+"""unCLIP models in our own layout: a folder with a card and a part for each network, as training exports
+them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from ldm.weights.formats.native_folder import write_part, write_vocabulary
 
 
 def read_unclip(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UnCLIP:
-    """The model in a folder of ours; ValueError if its card is of another kind of model, FileNotFoundError for a part that is absent."""
+    """The model in a folder of ours; ValueError if its card is of another kind of model, FileNotFoundError
+    for a part that is absent."""
     card = read_card(Path(folder) / "card.yaml")
     if not isinstance(card, UnCLIPCard):
         raise ValueError(f"{str(folder)!r} holds {card.name!r}, which is no unCLIP model")
@@ -30,7 +32,8 @@ def read_unclip(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Un
 
 
 def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None = None, **facts: Any) -> Path:
-    """Write a model so that `read_unclip` reads it back: bit for bit, unless another dtype is asked for; the facts go into every part's YAML.
+    """Write a model so that `read_unclip` reads it back: bit for bit, unless another dtype is asked for; the
+    facts go into every part's YAML.
 
     The folder holds every part, shared ones too.
     """
@@ -38,7 +41,13 @@ def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None 
 
     folder = Path(folder)
     for part, network in pipe.networks().items():
-        own = {"latent_scale": pipe.decoder.space.scale} if part == "vae" else {"clip": pipe.card.clip} if part in ("prior", "decoder") else {}
+        own = (
+            {"latent_scale": pipe.decoder.space.scale}
+            if part == "vae"
+            else {"clip": pipe.card.clip}
+            if part in ("prior", "decoder")
+            else {}
+        )
         write_part(folder, part, network, network.config, dtype=dtype, **own, **facts)
     if isinstance(text := pipe.clip.text, TextConditioner):
         write_vocabulary(folder, text.tokenizer, text.words)

@@ -12,9 +12,16 @@ from ldm.samplers.common import after, demand, states
 
 
 def ddim(
-    denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, noise: NoiseFn | None = None, on_step: OnStep | None = None, eta: float = 0.0
+    denoise: DenoiseFn,
+    x: Tensor,
+    grid: TimeGrid,
+    *,
+    noise: NoiseFn | None = None,
+    on_step: OnStep | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
-    """x' = alpha'·x0 + sqrt(sigma'² − s²)·eps + s·z with s = eta·(sigma'/sigma)·sqrt(1 − alpha²/alpha'²)  (arXiv:2010.02502, eq. 12, 16).
+    """x' = alpha'·x0 + sqrt(sigma'² − s²)·eps + s·z with s = eta·(sigma'/sigma)·sqrt(1 − alpha²/alpha'²)
+    (arXiv:2010.02502, eq. 12, 16).
 
     eta in [0, 1]: 0 is deterministic, 1 has the DDPM posterior's variance.
     """

@@ -23,10 +23,11 @@ def deis(
     order: int = 2,
     lower_order_final: bool = False,
 ) -> Tensor:
-    """y' = y + sum_j w_j·eps_j, w_j the integral over rho of the Lagrange polynomial in log rho  (arXiv:2204.13902, eq. 14–15).
+    """y' = y + sum_j w_j·eps_j, w_j the integral over rho of the Lagrange polynomial in log rho
+    (arXiv:2204.13902, eq. 14–15).
 
-    order 1, 2 or 3; the first steps have the order that the history allows, with ``lower_order_final`` the last as well; a step to clean data
-    or from pure noise is of order 1.
+    order 1, 2 or 3; the first steps have the order that the history allows, with ``lower_order_final`` the
+    last as well; a step to clean data or from pure noise is of order 1.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
@@ -41,8 +42,12 @@ def deis(
         if alpha[i] == 0 or rho_next == 0 or len(use) == 1:
             x = toward(x, d.x0, sigma[i], rho, alpha[i + 1], rho_next)
         else:
-            weights = lagrange_weights([u for u, _ in use], math.log(rho), math.log(rho_next), np.exp)  # d rho = rho d log rho
-            x = alpha[i + 1] / alpha[i] * x + alpha[i + 1] * sum(w * eps for w, (_, eps) in zip(weights, use, strict=True))
+            weights = lagrange_weights(
+                [u for u, _ in use], math.log(rho), math.log(rho_next), np.exp
+            )  # d rho = rho d log rho
+            x = alpha[i + 1] / alpha[i] * x + alpha[i + 1] * sum(
+                w * eps for w, (_, eps) in zip(weights, use, strict=True)
+            )
         x, stop = after(on_step, i, x, d)
         if stop:
             break

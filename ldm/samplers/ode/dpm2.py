@@ -24,7 +24,8 @@ def dpm2(
     s_max: float = float("inf"),
     s_noise: float = 1.0,
 ) -> Tensor:
-    """y' = y + (rho' − rho)·eps_m, eps_m at the geometric mean of rho and rho'  (arXiv:2206.00927, algorithm 1).
+    """y' = y + (rho' − rho)·eps_m, eps_m at the geometric mean of rho and rho'  (arXiv:2206.00927, algorithm
+    1).
 
     A step to clean data, or from pure noise, is Euler's. Churn as in ``heun``.
     """
@@ -45,7 +46,14 @@ def dpm2(
 
 
 def midpoint(
-    denoise: DenoiseFn, x: Tensor, eps: Tensor, grid: TimeGrid, alpha: float, rho: float, alpha_next: float, rho_next: float
+    denoise: DenoiseFn,
+    x: Tensor,
+    eps: Tensor,
+    grid: TimeGrid,
+    alpha: float,
+    rho: float,
+    alpha_next: float,
+    rho_next: float,
 ) -> Tensor:
     """From rho to rho' with the slope at their geometric mean."""
     rho_mid = math.sqrt(rho * rho_next)

@@ -24,11 +24,13 @@ def dpm_adaptive(
     safety: float = 0.81,
     max_steps: int = 1000,
 ) -> Tensor:
-    """DPM-Solver of ``order`` 2 or 3 with the embedded lower order as error estimate  (arXiv:2206.00927, algorithms 1–2, appendix C).
+    """DPM-Solver of ``order`` 2 or 3 with the embedded lower order as error estimate  (arXiv:2206.00927,
+    algorithms 1–2, appendix C).
 
-    Of the grid only the ends count: it goes from its first state to its last with noise, and a state of clean data is one first-order step on.
-    The error is each sample's own, so that no image depends on its batch; an integral controller with an arctan limiter sets the next step in
-    lambda. ``on_step`` is called after every attempt. Raises RuntimeError after ``max_steps`` attempts, ValueError for a grid from pure noise.
+    Of the grid only the ends count: it goes from its first state to its last with noise, and a state of clean
+    data is one first-order step on. The error is each sample's own, so that no image depends on its batch; an
+    integral controller with an arctan limiter sets the next step in lambda. ``on_step`` is called after every
+    attempt. Raises RuntimeError after ``max_steps`` attempts, ValueError for a grid from pure noise.
     """
     if order not in (2, 3):
         raise ValueError(f"order must be 2 or 3, got {order}")
@@ -42,8 +44,13 @@ def dpm_adaptive(
     attempts, stop = 0, False
     while bool((lam < end).any()) and not stop:
         if attempts == max_steps:
-            raise RuntimeError(f"dpm_adaptive made {max_steps} attempts and stands at lambda {lam.tolist()}: loosen rtol or atol")
-        start = torch.minimum(lam, end - 1e-3)  # a sample that has arrived is computed along, and left as it is
+            raise RuntimeError(
+                f"dpm_adaptive made {max_steps} attempts and stands at lambda {lam.tolist()}: loosen rtol or"
+                " atol"
+            )
+        start = torch.minimum(
+            lam, end - 1e-3
+        )  # a sample that has arrived is computed along, and left as it is
         target = torch.minimum(start + step, end)
         low, high, d = _attempt(denoise, y, grid, start, target, order)
         tolerance = torch.clamp(rtol * torch.maximum(low.abs(), before.abs()), min=atol)
@@ -65,7 +72,9 @@ def dpm_adaptive(
 
 def _wide(value: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, …, 1) beside ``like``; a bool stays one."""
-    return value.to(like.device, None if value.dtype == torch.bool else like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return value.to(like.device, None if value.dtype == torch.bool else like.dtype).reshape(
+        -1, *[1] * (like.ndim - 1)
+    )
 
 
 def _attempt(
@@ -77,9 +86,13 @@ def _attempt(
     def evaluate(y: Tensor, at: Tensor) -> Denoised:
         return denoise(_wide(torch.sigmoid(2 * at).sqrt(), y) * y, grid.time(-at))
 
-    def gain(fraction: float) -> tuple[Tensor, Tensor]:  # sigma/alpha at the inner level, times e^(r·h) − 1; and phi of it
+    def gain(
+        fraction: float,
+    ) -> tuple[Tensor, Tensor]:  # sigma/alpha at the inner level, times e^(r·h) − 1; and phi of it
         z = fraction * h
-        return _wide(torch.exp(-(lam + z)) * torch.expm1(z), y), _wide(torch.exp(-(lam + z)) * (torch.expm1(z) / z - 1), y)
+        return _wide(torch.exp(-(lam + z)) * torch.expm1(z), y), _wide(
+            torch.exp(-(lam + z)) * (torch.expm1(z) / z - 1), y
+        )
 
     d = evaluate(y, lam)
     whole, whole_phi = gain(1.0)

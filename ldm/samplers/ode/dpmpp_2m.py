@@ -20,9 +20,11 @@ def dpmpp_2m(
     on_step: OnStep | None = None,
     lower_order_final: bool = False,
 ) -> Tensor:
-    """x' = (sigma'/sigma)·x − alpha'·(e^(−h) − 1)·D, D from this and the last x0  (arXiv:2211.01095, algorithm 2).
+    """x' = (sigma'/sigma)·x − alpha'·(e^(−h) − 1)·D, D from this and the last x0  (arXiv:2211.01095,
+    algorithm 2).
 
-    The first step is of order 1, and so is one to or from an infinite lambda (clean data, zero SNR), and with ``lower_order_final`` the last.
+    The first step is of order 1, and so is one to or from an infinite lambda (clean data, zero SNR), and with
+    ``lower_order_final`` the last.
     """
     alpha, sigma = states(grid)
     lams = [lam(a, s) for a, s in zip(alpha, sigma, strict=True)]
@@ -30,7 +32,12 @@ def dpmpp_2m(
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
         h = lams[i + 1] - lams[i]
-        first_order = last_x0 is None or math.isinf(h) or math.isinf(lams[i - 1]) or (lower_order_final and i == len(grid) - 1)
+        first_order = (
+            last_x0 is None
+            or math.isinf(h)
+            or math.isinf(lams[i - 1])
+            or (lower_order_final and i == len(grid) - 1)
+        )
         D = d.x0
         if not first_order:
             r = (lams[i] - lams[i - 1]) / h

@@ -22,10 +22,11 @@ def euler(
     s_max: float = float("inf"),
     s_noise: float = 1.0,
 ) -> Tensor:
-    """y' = y + (rho' − rho)·(y − x0)/rho with y = x/alpha, rho = sigma/alpha  (arXiv:2206.00364, algorithm 2 without its correction).
+    """y' = y + (rho' − rho)·(y − x0)/rho with y = x/alpha, rho = sigma/alpha  (arXiv:2206.00364, algorithm 2
+    without its correction).
 
-    ``s_churn`` > 0 first raises the noise level, where rho lies in [s_min, s_max], with noise of deviation s_noise. Without churn this
-    is DDIM.
+    ``s_churn`` > 0 first raises the noise level, where rho lies in [s_min, s_max], with noise of deviation
+    s_noise. Without churn this is DDIM.
     """
     churn = Churn(s_churn, s_min, s_max, s_noise, noise, "euler")
     alpha, sigma = states(grid)

@@ -22,7 +22,8 @@ def heun(
     s_max: float = float("inf"),
     s_noise: float = 1.0,
 ) -> Tensor:
-    """y' = y + (rho' − rho)·(eps + eps')/2, eps' taken at the Euler step's end  (arXiv:2206.00364, algorithm 1; with churn 2).
+    """y' = y + (rho' − rho)·(eps + eps')/2, eps' taken at the Euler step's end  (arXiv:2206.00364, algorithm
+    1; with churn 2).
 
     A step to clean data, or from pure noise, is Euler's.
     """

@@ -11,12 +11,19 @@ from ldm.samplers.quadrature import lagrange_weights
 
 
 def lms(
-    denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, noise: NoiseFn | None = None, on_step: OnStep | None = None, order: int = 4
+    denoise: DenoiseFn,
+    x: Tensor,
+    grid: TimeGrid,
+    *,
+    noise: NoiseFn | None = None,
+    on_step: OnStep | None = None,
+    order: int = 4,
 ) -> Tensor:
-    """y' = y + sum_j w_j·eps_j, w_j the integral from rho to rho' of the Lagrange polynomial through the last ``order`` eps.
+    """y' = y + sum_j w_j·eps_j, w_j the integral from rho to rho' of the Lagrange polynomial through the last
+    ``order`` eps.
 
-    Adams–Bashforth on steps of any length (Hairer, Nørsett, Wanner, "Solving ODEs I", III.5); the first steps have the order that the history
-    allows.
+    Adams–Bashforth on steps of any length (Hairer, Nørsett, Wanner, "Solving ODEs I", III.5); the first steps
+    have the order that the history allows.
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")

@@ -8,13 +8,27 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, along, ratio, states, time_of, toward
 
-WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))  # newest first
+WEIGHTS = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)  # newest first
 
 
-def plms(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, noise: NoiseFn | None = None, on_step: OnStep | None = None) -> Tensor:
-    """The transfer of DDIM with eps = sum of the last four by weights for equal steps  (PNDM, arXiv:2202.09778, eq. 12–13).
+def plms(
+    denoise: DenoiseFn,
+    x: Tensor,
+    grid: TimeGrid,
+    *,
+    noise: NoiseFn | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The transfer of DDIM with eps = sum of the last four by weights for equal steps  (PNDM,
+    arXiv:2202.09778, eq. 12–13).
 
-    The first step is improved Euler's and costs two evaluations; where a step is the only one, or comes from pure noise, it is plain.
+    The first step is improved Euler's and costs two evaluations; where a step is the only one, or comes from
+    pure noise, it is plain.
     """
     alpha, sigma = states(grid)
     history: list[Tensor] = []  # the newest first

@@ -26,10 +26,12 @@ def unipc(
     variant: Literal["bh1", "bh2"] = "bh2",
     lower_order_final: bool = True,
 ) -> Tensor:
-    """UniP-p predicts the next state; its evaluation then corrects the state it was taken at, by UniC-p  (arXiv:2302.04867, algorithms 5, 7).
+    """UniP-p predicts the next state; its evaluation then corrects the state it was taken at, by UniC-p
+    (arXiv:2302.04867, algorithms 5, 7).
 
-    Data prediction, B(h) = h (``bh1``) or e^h − 1 (``bh2``), order p 1, 2 or 3, at most the history's length, and with ``lower_order_final`` at
-    most the number of steps left; a step to clean data or from pure noise is of order 1 and stays uncorrected.
+    Data prediction, B(h) = h (``bh1``) or e^h − 1 (``bh2``), order p 1, 2 or 3, at most the history's length,
+    and with ``lower_order_final`` at most the number of steps left; a step to clean data or from pure noise
+    is of order 1 and stays uncorrected.
     """
     choose(variant, ("bh1", "bh2"), "variant")
     if order not in (1, 2, 3):
@@ -37,7 +39,11 @@ def unipc(
     alpha, sigma = states(grid)
     lams = [lam(a, s) for a, s in zip(alpha, sigma, strict=True)]
     history: History = []
-    before, used, moved = x, 0, False  # the state that the last step left from, its order, whether on_step moved its end
+    before, used, moved = (
+        x,
+        0,
+        False,
+    )  # the state that the last step left from, its order, whether on_step moved its end
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
         if history and not moved:
@@ -58,8 +64,17 @@ def unipc(
     return x
 
 
-def _step(before: Tensor, history: History, alpha: float, sigmas: list[float], lam_next: float, variant: str, new: Tensor | None) -> Tensor:
-    """From the newest state of the history to lam_next: predicted, or with ``new``, the x0 found there, corrected  (eq. 3 and 9)."""
+def _step(
+    before: Tensor,
+    history: History,
+    alpha: float,
+    sigmas: list[float],
+    lam_next: float,
+    variant: str,
+    new: Tensor | None,
+) -> Tensor:
+    """From the newest state of the history to lam_next: predicted, or with ``new``, the x0 found there,
+    corrected  (eq. 3 and 9)."""
     lam_0, x_0 = history[0]
     k = lam_0 - lam_next  # −h
     scale = k if variant == "bh1" else math.expm1(k)
@@ -75,7 +90,8 @@ def _step(before: Tensor, history: History, alpha: float, sigmas: list[float], l
 
 
 def _weights(nodes: list[float], k: float, scale: float) -> list[float]:
-    """The a_m with sum_m a_m·r_m^(n−1) = n!·phi_(n+1)/B for n = 1 … M; one half where there is a single node, as in the paper's code."""
+    """The a_m with sum_m a_m·r_m^(n−1) = n!·phi_(n+1)/B for n = 1 … M; one half where there is a single node,
+    as in the paper's code."""
     if len(nodes) < 2:
         return [0.5] * len(nodes)
     moments, phi, factorial = [], math.expm1(k) / k - 1, 1

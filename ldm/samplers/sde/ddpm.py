@@ -22,10 +22,12 @@ def ddpm(
     on_step: OnStep | None = None,
     variance: Literal["small", "large", "learned"] = "small",
 ) -> Tensor:
-    """x' ~ N(posterior mean of (x0, x), variance), with the betas of the grid's own steps  (arXiv:2006.11239, eq. 7, algorithm 2).
+    """x' ~ N(posterior mean of (x0, x), variance), with the betas of the grid's own steps  (arXiv:2006.11239,
+    eq. 7, algorithm 2).
 
-    ``small`` is the posterior's variance beta·sigma'²/sigma², ``large`` beta, ``learned`` lies between them in the logarithm, at the network's
-    ``var_frac`` (arXiv:2102.09672, eq. 15). A step to clean data adds no noise.
+    ``small`` is the posterior's variance beta·sigma'²/sigma², ``large`` beta, ``learned`` lies between them
+    in the logarithm, at the network's ``var_frac`` (arXiv:2102.09672, eq. 15). A step to clean data adds no
+    noise.
     """
     choose(variance, ("small", "large", "learned"), "variance")
     draw = demand(noise, "ddpm")
@@ -50,5 +52,8 @@ def _deviation(variance: str, small: float, beta: float, var_frac: Tensor | None
     if variance == "large":
         return math.sqrt(beta)
     if var_frac is None:
-        raise ValueError("variance 'learned' needs a network that predicts one (Denoiser(…, learned_var=True)); use 'small' or 'large'")
+        raise ValueError(
+            "variance 'learned' needs a network that predicts one (Denoiser(…, learned_var=True)); use"
+            " 'small' or 'large'"
+        )
     return torch.exp(0.5 * (var_frac * math.log(beta) + (1 - var_frac) * math.log(small)))

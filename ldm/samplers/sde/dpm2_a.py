@@ -20,9 +20,11 @@ def dpm2_a(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """``dpm2``'s step to rho_down, then noise rho_up, with rho_down² + rho_up² = rho'²; eta in [0, 1], 0 is ``dpm2``.
+    """``dpm2``'s step to rho_down, then noise rho_up, with rho_down² + rho_up² = rho'²; eta in [0, 1], 0 is
+    ``dpm2``.
 
-    The midpoint's level, as that of rho_down itself, must be one that the schedule has: below its least, the step is Euler's.
+    The midpoint's level, as that of rho_down itself, must be one that the schedule has: below its least, the
+    step is Euler's.
     """
     within(eta, 0, 1, "eta")
     draw = demand(noise, "dpm2_a") if eta > 0 else None

@@ -23,10 +23,11 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
     solver: Literal["midpoint", "heun"] = "midpoint",
 ) -> Tensor:
-    """x' = (sigma'/sigma)·e^(−eta·h)·x + alpha'·(1 − e^(−(1 + eta)·h))·D + sigma'·sqrt(1 − e^(−2·eta·h))·z  (arXiv:2211.01095, section 5).
+    """x' = (sigma'/sigma)·e^(−eta·h)·x + alpha'·(1 − e^(−(1 + eta)·h))·D + sigma'·sqrt(1 − e^(−2·eta·h))·z
+    (arXiv:2211.01095, section 5).
 
-    D extrapolates x0 from the last two evaluations, to the step's middle or as Heun does. eta >= 0; 0 is deterministic.
-    A step to clean data or from pure noise, and the one after it, is of order 1.
+    D extrapolates x0 from the last two evaluations, to the step's middle or as Heun does. eta >= 0; 0 is
+    deterministic. A step to clean data or from pure noise, and the one after it, is of order 1.
     """
     choose(solver, ("midpoint", "heun"), "solver")
     if eta < 0:

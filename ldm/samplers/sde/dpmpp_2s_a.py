@@ -21,9 +21,11 @@ def dpmpp_2s_a(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """The step to rho_down with x0 taken at the midpoint in lambda  (arXiv:2211.01095, algorithm 1, r = 1/2), then noise rho_up.
+    """The step to rho_down with x0 taken at the midpoint in lambda  (arXiv:2211.01095, algorithm 1, r = 1/2),
+    then noise rho_up.
 
-    eta in [0, 1], 0 is deterministic. Where the midpoint's level is none that the schedule has, the step is of order 1.
+    eta in [0, 1], 0 is deterministic. Where the midpoint's level is none that the schedule has, the step is
+    of order 1.
     """
     within(eta, 0, 1, "eta")
     draw = demand(noise, "dpmpp_2s_a") if eta > 0 else None

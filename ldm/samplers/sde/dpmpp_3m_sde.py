@@ -23,13 +23,16 @@ def dpmpp_3m_sde(
     s_noise: float = 1.0,
     curvature: Literal["exact", "published"] = "exact",
 ) -> Tensor:
-    """``dpmpp_2m_sde`` with x0 as a parabola in lambda through three evaluations, by exponential-integrator weights phi_2 and phi_3.
+    """``dpmpp_2m_sde`` with x0 as a parabola in lambda through three evaluations, by exponential-integrator
+    weights phi_2 and phi_3.
 
-    phi_2 = (e^(−k) − 1)/k + 1, phi_3 = phi_2/k − 1/2 with k = (1 + eta)·h. eta >= 0; 0 is deterministic. The first step is of order 1, the
-    second of order 2; a step to clean data or from pure noise is of order 1, and history before pure noise is not used.
+    phi_2 = (e^(−k) − 1)/k + 1, phi_3 = phi_2/k − 1/2 with k = (1 + eta)·h. eta >= 0; 0 is deterministic. The
+    first step is of order 1, the second of order 2; a step to clean data or from pure noise is of order 1,
+    and history before pure noise is not used.
 
-    With s = (lambda − lambda_i)/h the parabola is x0 + d1·s + d2·s², and the integral of s² is 2·phi_3: the published code and its ports weigh
-    d2 by phi_3, half of that, which makes the method second order. ``curvature`` "published" does as they do.
+    With s = (lambda − lambda_i)/h the parabola is x0 + d1·s + d2·s², and the integral of s² is 2·phi_3: the
+    published code and its ports weigh d2 by phi_3, half of that, which makes the method second order.
+    ``curvature`` "published" does as they do.
     """
     choose(curvature, ("exact", "published"), "curvature")
     if eta < 0:
@@ -42,7 +45,10 @@ def dpmpp_3m_sde(
         d = denoise(x, t)
         h = lams[i + 1] - lams[i]
         k = (1 + eta) * h
-        x = sigma[i + 1] / sigma[i] * (math.exp(-eta * h) if eta else 1.0) * x - alpha[i + 1] * math.expm1(-k) * d.x0
+        x = (
+            sigma[i + 1] / sigma[i] * (math.exp(-eta * h) if eta else 1.0) * x
+            - alpha[i + 1] * math.expm1(-k) * d.x0
+        )
         if math.isfinite(lams[i]):
             history = [(lams[i], d.x0), *history][:3]
         if math.isfinite(h) and len(history) > 1:

@@ -22,11 +22,11 @@ def dpmpp_sde(
     s_noise: float = 1.0,
     r: float = 0.5,
 ) -> Tensor:
-    """An ancestral step to the inner level rho^(1 − r)·rho'^r, then from the start with x0 extrapolated from both  (arXiv:2211.01095,
-    section 5).
+    """An ancestral step to the inner level rho^(1 − r)·rho'^r, then from the start with x0 extrapolated from
+    both  (arXiv:2211.01095, section 5).
 
-    Draw 2i is the inner stage's of step i, draw 2i + 1 the step's own. eta in [0, 1], r in (0, 1]. A step to clean data, or from pure noise, is
-    of order 1.
+    Draw 2i is the inner stage's of step i, draw 2i + 1 the step's own. eta in [0, 1], r in (0, 1]. A step to
+    clean data, or from pure noise, is of order 1.
     """
     within(eta, 0, 1, "eta")
     if not 0 < r <= 1:

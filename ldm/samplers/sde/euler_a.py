@@ -19,9 +19,11 @@ def euler_a(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """y' = y + (rho_down − rho)·(y − x0)/rho + rho_up·z with y = x/alpha, rho = sigma/alpha; eta in [0, 1], 0 is Euler.
+    """y' = y + (rho_down − rho)·(y − x0)/rho + rho_up·z with y = x/alpha, rho = sigma/alpha; eta in [0, 1], 0
+    is Euler.
 
-    eta 1 has the variance of DDPM's posterior; the step is DDIM's with noise in another parameterisation (arXiv:2010.02502, eq. 12).
+    eta 1 has the variance of DDPM's posterior; the step is DDIM's with noise in another parameterisation
+    (arXiv:2010.02502, eq. 12).
     """
     within(eta, 0, 1, "eta")
     draw = demand(noise, "euler_a") if eta > 0 else None

@@ -21,7 +21,8 @@ def lcm(
     timestep_scale: float = 10.0,
     sigma_data: float = 0.5,
 ) -> Tensor:
-    """f = c_skip·x + c_out·x0, then x' = alpha'·f + sigma'·z: each step denoises wholly and noises afresh  (arXiv:2310.04378, algorithm 3).
+    """f = c_skip·x + c_out·x0, then x' = alpha'·f + sigma'·z: each step denoises wholly and noises afresh
+    (arXiv:2310.04378, algorithm 3).
 
     c_skip = sd²/(s² + sd²), c_out = s/sqrt(s² + sd²) with s = timestep_scale·t, sd = sigma_data.
     """

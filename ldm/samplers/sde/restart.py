@@ -14,7 +14,8 @@ from ldm.samplers.common import after, along, demand, of_ratio, ratio, states, t
 
 
 class Restart(NamedTuple):
-    """Go back from the first state of the grid at or below ``low`` to ``high`` (sigma/alpha), ``times`` times, and down in ``steps`` steps."""
+    """Go back from the first state of the grid at or below ``low`` to ``high`` (sigma/alpha), ``times``
+    times, and down in ``steps`` steps."""
 
     low: float = 0.1
     high: float = 2.0
@@ -31,9 +32,11 @@ def restart(
     on_step: OnStep | None = None,
     restarts: Sequence[Restart | tuple[float, float, int, int]] = (Restart(),),
 ) -> Tensor:
-    """Heun's steps; where the grid passes ``low``: y ← y + sqrt(high² − rho²)·z, then Heun again  (arXiv:2306.14878, algorithm 1).
+    """Heun's steps; where the grid passes ``low``: y ← y + sqrt(high² − rho²)·z, then Heun again
+    (arXiv:2306.14878, algorithm 1).
 
-    The steps of a restart are spaced as Karras et al. do (rho 7). Draws are numbered in the order of the restarts.
+    The steps of a restart are spaced as Karras et al. do (rho 7). Draws are numbered in the order of the
+    restarts.
     """
     pending = sorted((Restart(*item) for item in restarts), reverse=True)
     for item in pending:
@@ -45,7 +48,9 @@ def restart(
     drawn = 0
     for i in range(len(grid)):
         end_time = time_of(grid, i + 1) if sigma[i + 1] > 0 else None
-        x, d = _heun(denoise, x, time_of(grid, i), end_time, (alpha[i], sigma[i]), (alpha[i + 1], sigma[i + 1]))
+        x, d = _heun(
+            denoise, x, time_of(grid, i), end_time, (alpha[i], sigma[i]), (alpha[i + 1], sigma[i + 1])
+        )
         while draw is not None and pending and 0 < rhos[i + 1] <= pending[0].low:
             item = pending.pop(0)
             for _ in range(item.times):
@@ -70,9 +75,15 @@ def _down(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, high: float, low: float
 
 
 def _heun(
-    denoise: DenoiseFn, x: Tensor, t: Tensor, t_next: Tensor | None, start: tuple[float, float], end: tuple[float, float]
+    denoise: DenoiseFn,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor | None,
+    start: tuple[float, float],
+    end: tuple[float, float],
 ) -> tuple[Tensor, Denoised]:
-    """One of Heun's steps between two (alpha, sigma); Euler's without a time for the end, or from pure noise."""
+    """One of Heun's steps between two (alpha, sigma); Euler's without a time for the end, or from pure
+    noise."""
     rho, rho_next = ratio(*start), ratio(*end)
     d = denoise(x, t)
     stop = toward(x, d.x0, start[1], rho, end[0], rho_next)

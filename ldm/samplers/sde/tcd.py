@@ -12,12 +12,19 @@ from ldm.samplers.common import after, demand, states, within
 
 
 def tcd(
-    denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, noise: NoiseFn | None = None, on_step: OnStep | None = None, eta: float = 0.3
+    denoise: DenoiseFn,
+    x: Tensor,
+    grid: TimeGrid,
+    *,
+    noise: NoiseFn | None = None,
+    on_step: OnStep | None = None,
+    eta: float = 0.3,
 ) -> Tensor:
-    """A deterministic step to time s = floor((1 − eta)·t'), then forward noising from s to t'  (arXiv:2402.19159, algorithm 4, gamma =
-    eta).
+    """A deterministic step to time s = floor((1 − eta)·t'), then forward noising from s to t'
+    (arXiv:2402.19159, algorithm 4, gamma = eta).
 
-    eta in [0, 1]: 0 is DDIM, 1 noises afresh from the schedule's first entry. A step to clean data adds no noise.
+    eta in [0, 1]: 0 is DDIM, 1 noises afresh from the schedule's first entry. A step to clean data adds no
+    noise.
     """
     within(eta, 0, 1, "eta")
     draw = demand(noise, "tcd with eta > 0") if eta > 0 else None

@@ -1,4 +1,5 @@
-"""The compiled kernels: built by the machine's own compiler when first wanted, and kept in the user's cache folder."""
+"""The compiled kernels: built by the machine's own compiler when first wanted, and kept in the user's cache
+folder."""
 
 from __future__ import annotations
 
@@ -30,8 +31,14 @@ def library() -> ctypes.CDLL:
     if os.environ.get("LDM_KERNELS") == "0":
         raise NoKernels("LDM_KERNELS=0")
     if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        raise NoKernels(f"written for Linux and AVX-512, this is {platform.system()} and {torch.backends.cpu.get_cpu_capability()}")
-    compiler = next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
+        raise NoKernels(
+            f"written for Linux and AVX-512, this is {platform.system()} and"
+            f" {torch.backends.cpu.get_cpu_capability()}"
+        )
+    compiler = next(
+        (path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))),
+        None,
+    )
     if compiler is None:
         raise NoKernels("no C++ compiler: g++ is not installed")
     return ctypes.CDLL(str(_built(compiler)))
@@ -43,8 +50,11 @@ def folder() -> Path:
 
 
 def _built(compiler: str) -> Path:
-    """The shared library of this source, compiler and processor, from the cache or new; whole or not there."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False).stdout
+    """The shared library of this source, compiler and processor, from the cache or new; whole or not
+    there."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False
+    ).stdout
     texts = (path.read_text(encoding="utf-8") for path in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h"))))
     facts = "\n".join((*texts, version, *FLAGS, _processor()))
     path = folder() / f"kernels-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
@@ -57,7 +67,9 @@ def _built(compiler: str) -> Path:
             command = [compiler, *FLAGS, *(str(HERE / name) for name in SOURCES), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
             if done.returncode:
-                raise NoKernels(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+                raise NoKernels(
+                    f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+                )
             os.replace(made, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoKernels(f"cannot build in {str(path.parent)!r}: {error}") from error

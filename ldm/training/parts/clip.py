@@ -1,4 +1,5 @@
-"""Training CLIP: image and text towers whose embeddings of a picture and its caption agree (Radford et al. 2021, figure 3)."""
+"""Training CLIP: image and text towers whose embeddings of a picture and its caption agree (Radford et al.
+2021, figure 3)."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from ldm.weights.formats.native_folder import EMOJI_TEXT, write_part, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTraining:
-    """The configuration of CLIP's training; the vocabulary's size, and so the embedding's, is that of the tokens that captions use."""
+    """The configuration of CLIP's training; the vocabulary's size, and so the embedding's, is that of the
+    tokens that captions use."""
 
     run: RunConfig
     data: DataConfig
@@ -39,7 +41,12 @@ class CLIPPart:
         self.config, self.device = config, device
         self.pictures = Pictures(config.data)
         self.tokenizer = Tokenizer(vocabulary=caption_tokens(self.pictures))
-        text = replace(config.model.text, vocab_size=len(self.tokenizer), bos_id=self.tokenizer.bos_id, eot_id=self.tokenizer.eot_id)
+        text = replace(
+            config.model.text,
+            vocab_size=len(self.tokenizer),
+            bos_id=self.tokenizer.bos_id,
+            eot_id=self.tokenizer.eot_id,
+        )
         torch.manual_seed(config.run.seed)
         self.model = CLIP(replace(config.model, text=text)).to(device)
 
@@ -48,7 +55,9 @@ class CLIPPart:
 
         index = self.pictures.data.index
         chosen = self.pictures.draw(draws.rng, batch)
-        ids = self.tokenizer([caption(c, index, draws.rng) for c in chosen], context_length=None, pad=0).to(self.device)
+        ids = self.tokenizer([caption(c, index, draws.rng) for c in chosen], context_length=None, pad=0).to(
+            self.device
+        )
         x = self.pictures.tensor(chosen).to(self.device)
         image = F.normalize(self.model.encode_image((x + 1) / 2).float(), dim=-1)
         text = F.normalize(self.model.encode_text(ids).float(), dim=-1)
@@ -58,7 +67,8 @@ class CLIPPart:
         return loss, {"accuracy": hit, "scale": scale}
 
     def validate(self) -> dict[str, float]:
-        """Of all noto names that training sees, how often the caption's nearest picture (all of them on white) is its own."""
+        """Of all noto names that training sees, how often the caption's nearest picture (all of them on
+        white) is its own."""
         index = self.pictures.data.index
         rows = index.train_of["noto"]
         chosen = [Composition(picture=int(row)) for row in rows]
@@ -71,8 +81,14 @@ class CLIPPart:
         index, images, texts = self.pictures.data.index, [], []
         for start in range(0, len(chosen), 128):
             part = chosen[start : start + 128]
-            ids = self.tokenizer([caption(c, index) for c in part], context_length=None, pad=0).to(self.device)
-            images.append(F.normalize(self.model.encode_image((self.pictures.tensor(part).to(self.device) + 1) / 2), dim=-1))
+            ids = self.tokenizer([caption(c, index) for c in part], context_length=None, pad=0).to(
+                self.device
+            )
+            images.append(
+                F.normalize(
+                    self.model.encode_image((self.pictures.tensor(part).to(self.device) + 1) / 2), dim=-1
+                )
+            )
             texts.append(F.normalize(self.model.encode_text(ids), dim=-1))
         return torch.cat(images).float().cpu(), torch.cat(texts).float().cpu()
 
@@ -80,7 +96,8 @@ class CLIPPart:
         return None
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Write the two towers as text.* and vision.*; the scale of their similarity stands among vision's facts."""
+        """Write the two towers as text.* and vision.*; the scale of their similarity stands among vision's
+        facts."""
         facts = {"logit_scale": float(self.model.logit_scale), "figures": self.validate(), "training": record}
         write_part(folder, "vision", self.model.visual, self.model.config.vision, **facts)
         text = TextConditioner(self.model.text_tower(), self.tokenizer, EMOJI_TEXT)

@@ -24,8 +24,9 @@ from ldm.weights.formats.native_folder import read_text, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextTraining:
-    """The configuration of a text tower's training. ``text``: the folder of the tower to begin with, whose draft is left behind; ``vision``: that of
-    the image tower, which is asked only once for each composition; ``variants``: see `Compositions`.
+    """The configuration of a text tower's training. ``text``: the folder of the tower to begin with, whose
+    draft is left behind; ``vision``: that of the image tower, which is asked only once for each composition;
+    ``variants``: see `Compositions`.
     """
 
     run: RunConfig
@@ -44,7 +45,11 @@ class CLIPTextPart:
         self.clip = read_clip(None, config.vision)
         self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
         read = read_text(config.text)
-        self.text = TextConditioner(read.tower, read.tokenizer, read.convention, read.words).to(device).requires_grad_(True)
+        self.text = (
+            TextConditioner(read.tower, read.tokenizer, read.convention, read.words)
+            .to(device)
+            .requires_grad_(True)
+        )
         self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32, device=device))
         self.model = nn.ModuleDict({"text": self.text, "scale": nn.ParameterList([self.logit_scale])})
 
@@ -65,11 +70,16 @@ class CLIPTextPart:
         return F.normalize(pooled.float(), dim=-1)
 
     def validate(self) -> dict[str, float]:
-        """Of all noto names that training sees, how often the caption's nearest picture (all of them on white) is its own, and their mean cosine."""
+        """Of all noto names that training sees, how often the caption's nearest picture (all of them on
+        white) is its own, and their mean cosine."""
         index = self.pictures.data.index
         chosen = [Composition(picture=int(row)) for row in index.train_of["noto"]]
-        image = F.normalize(self.embeddings[[self.embeddings.choose(c, np.random.default_rng(0))[1] for c in chosen]], dim=-1)
-        text = torch.cat([self.read([caption(c, index) for c in chosen[i : i + 64]]) for i in range(0, len(chosen), 64)]).cpu()
+        image = F.normalize(
+            self.embeddings[[self.embeddings.choose(c, np.random.default_rng(0))[1] for c in chosen]], dim=-1
+        )
+        text = torch.cat(
+            [self.read([caption(c, index) for c in chosen[i : i + 64]]) for i in range(0, len(chosen), 64)]
+        ).cpu()
         similar = text @ image.T
         hits = similar.argmax(1) == torch.arange(len(chosen))
         return {"text_to_image_top1": float(hits.float().mean()), "cosine": float(similar.diagonal().mean())}

@@ -1,4 +1,5 @@
-"""Training the prior: from a caption to CLIP's embedding of its picture, by diffusion or by components (Ramesh et al. 2022, section 2.2)."""
+"""Training the prior: from a caption to CLIP's embedding of its picture, by diffusion or by components
+(Ramesh et al. 2022, section 2.2)."""
 
 from __future__ import annotations
 
@@ -30,10 +31,12 @@ from ldm.weights.formats.native_folder import begin_with, write_part, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class PriorTraining:
-    """The configuration of a prior's training: ``model`` for the diffusion prior, ``autoregressive`` for the other.
+    """The configuration of a prior's training: ``model`` for the diffusion prior, ``autoregressive`` for the
+    other.
 
-    ``text`` and ``vision``: folders of CLIP's towers, which stay as they are; ``variants``: see `Compositions`; ``measured``: embeddings that
-    statistics and components are of; ``net``: the folder of a prior to begin with, statistics included, None to begin anew.
+    ``text`` and ``vision``: folders of CLIP's towers, which stay as they are; ``variants``: see
+    `Compositions`; ``measured``: embeddings that statistics and components are of; ``net``: the folder of a
+    prior to begin with, statistics included, None to begin anew.
     """
 
     run: RunConfig
@@ -65,12 +68,19 @@ class PriorPart:
         self.pictures = Pictures(config.data)
         self.clip = read_clip(config.text, config.vision, length=shape.length).to(device)
         if self.clip.width != shape.embed_dim:
-            raise ValueError(f"embed_dim {shape.embed_dim}: the embeddings of {self.clip.name!r} are {self.clip.width} wide")
+            raise ValueError(
+                f"embed_dim {shape.embed_dim}: the embeddings of {self.clip.name!r} are {self.clip.width}"
+                " wide"
+            )
         torch.manual_seed(config.run.seed)
-        net: Prior | AutoregressivePrior = Prior(config.model) if config.model is not None else AutoregressivePrior(config.autoregressive)  # type: ignore[arg-type]
+        net: Prior | AutoregressivePrior = (
+            Prior(config.model) if config.model is not None else AutoregressivePrior(config.autoregressive)
+        )  # type: ignore[arg-type]
         self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
         draws = Draws(config.run.seed, 0, stream=1)
-        seen = self.embeddings[[self.embeddings.choose(c, draws.rng)[1] for c in self.pictures.draw(draws.rng, config.measured)]]
+        seen = self.embeddings[
+            [self.embeddings.choose(c, draws.rng)[1] for c in self.pictures.draw(draws.rng, config.measured)]
+        ]
         if isinstance(net, AutoregressivePrior):
             net.codes.fit(seen)
         elif net.config.normalize == "statistics":
@@ -78,13 +88,18 @@ class PriorPart:
         if config.net is not None:
             begin_with(net, config.net, "prior")
         self.net = net.to(device)
-        self.denoiser = None if isinstance(net, AutoregressivePrior) else Denoiser(net, config.diffusion.make(), "x0")
+        self.denoiser = (
+            None if isinstance(net, AutoregressivePrior) else Denoiser(net, config.diffusion.make(), "x0")
+        )
         self.model = nn.ModuleDict({"net": self.net})
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         drop = self.config.diffusion.drop
         chosen = [self.embeddings.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
-        captions = ["" if draws.rng.random() < drop else caption(c, self.pictures.data.index, draws.rng) for c, _ in chosen]
+        captions = [
+            "" if draws.rng.random() < drop else caption(c, self.pictures.data.index, draws.rng)
+            for c, _ in chosen
+        ]
         image, cond = self.embeddings[[row for _, row in chosen]].to(self.device), self.clip.read(captions)
         if self.denoiser is None:
             assert isinstance(self.net, AutoregressivePrior)
@@ -96,7 +111,9 @@ class PriorPart:
         weight = self.config.diffusion.weight(self.denoiser.schedule.snr(t)).to(losses)
         return (weight * losses).mean(), {}
 
-    def imagine(self, captions: Sequence[str], *, seed: int = 0, steps: int = 10, guidance: float = 1.0) -> Tensor:
+    def imagine(
+        self, captions: Sequence[str], *, seed: int = 0, steps: int = 10, guidance: float = 1.0
+    ) -> Tensor:
         """Image embeddings (B, E) of captions."""
         if self.denoiser is None:
             assert isinstance(self.net, AutoregressivePrior)
@@ -104,7 +121,8 @@ class PriorPart:
         return imagine(self.denoiser, self.clip, captions, seed=seed, steps=steps, guidance=guidance)
 
     def validate(self) -> dict[str, float]:
-        """Of 128 pictures that training never sees: the cosine of their embeddings and those made of their captions, and of the captions' own."""
+        """Of 128 pictures that training never sees: the cosine of their embeddings and those made of their
+        captions, and of the captions' own."""
         chosen = held_out_compositions(self.pictures, 128)
         return self.cosines(chosen)
 
@@ -112,13 +130,21 @@ class PriorPart:
         captions = [caption(c, self.pictures.data.index) for c in chosen]
         true, made = embed(self.clip, self.pictures, chosen), self.imagine(captions).float()
         text = self.clip.text_embedding(captions).vector
-        return {"cosine": float(F.cosine_similarity(made, true).mean()), "text_cosine": float(F.cosine_similarity(text, true).mean())}
+        return {
+            "cosine": float(F.cosine_similarity(made, true).mean()),
+            "text_cosine": float(F.cosine_similarity(text, true).mean()),
+        }
 
     def preview(self) -> np.ndarray | None:
         return None
 
     def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        facts = {"clip": self.clip.name, "diffusion": self.config.diffusion, "figures": self.validate(), "training": record}
+        facts = {
+            "clip": self.clip.name,
+            "diffusion": self.config.diffusion,
+            "figures": self.validate(),
+            "training": record,
+        }
         write_part(folder, "prior", self.net, self.net.config, **facts)
         assert self.clip.text is not None
         write_text(folder, self.clip.text, words=vocabulary(self.pictures.data.index), training=record)

@@ -1,4 +1,5 @@
-"""Training the autoencoder: reconstruction and a small KL term (Rombach et al. 2022, section 3.1), without a discriminator."""
+"""Training the autoencoder: reconstruction and a small KL term (Rombach et al. 2022, section 3.1), without a
+discriminator."""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ class VAEPart:
     def __init__(self, config: VAETraining, device: torch.device) -> None:
         self.config, self.device = config, device
         if config.data.size % config.model.factor:
-            raise ValueError(f"data.size {config.data.size}: expected a multiple of the autoencoder's factor {config.model.factor}")
+            raise ValueError(
+                f"data.size {config.data.size}: expected a multiple of the autoencoder's factor"
+                f" {config.model.factor}"
+            )
         self.pictures = Pictures(config.data)
         torch.manual_seed(config.run.seed)
         self.model = AutoencoderKL(config.model).to(device)
@@ -62,13 +66,18 @@ class VAEPart:
         return weights.l1 * l1 + weights.mse * mse + weights.kl * kl, {"l1": l1, "mse": mse, "kl": kl}
 
     def validate(self) -> dict[str, float]:
-        """Mean PSNR over 128 held-out pictures (half on a ground), and the latents' spread: of the means over the pictures, and of one posterior."""
+        """Mean PSNR over 128 held-out pictures (half on a ground), and the latents' spread: of the means over
+        the pictures, and of one posterior."""
         x = self.pictures.tensor(held_out_compositions(self.pictures, 128)).to(self.device)
         posteriors = [self.model.encode(part) for part in x.split(16)]
         y = torch.cat([self.model.decode(p.mode()) for p in posteriors])
         means = torch.cat([p.mean for p in posteriors])
         noise = torch.cat([p.logvar for p in posteriors]).mul(0.5).exp()
-        return {"psnr": float(psnr(x, y).mean()), "latent_std": float(means.std()), "posterior_std": float(noise.mean())}
+        return {
+            "psnr": float(psnr(x, y).mean()),
+            "latent_std": float(means.std()),
+            "posterior_std": float(noise.mean()),
+        }
 
     def preview(self) -> np.ndarray:
         x = self.pictures.tensor(held_out_compositions(self.pictures, 16)).to(self.device)
@@ -79,7 +88,15 @@ class VAEPart:
         from ldm.training.latents import measure_scale
 
         scale = round(measure_scale(self.model, self.pictures), 5)
-        write_part(folder, "vae", self.model, self.config.model, latent_scale=scale, figures=self.validate(), training=record)
+        write_part(
+            folder,
+            "vae",
+            self.model,
+            self.config.model,
+            latent_scale=scale,
+            figures=self.validate(),
+            training=record,
+        )
 
 
 def held_out_compositions(pictures: Pictures, n: int) -> list[Composition]:
@@ -87,4 +104,7 @@ def held_out_compositions(pictures: Pictures, n: int) -> list[Composition]:
     rng = np.random.default_rng(20)
     rows = rng.permutation(pictures.data.held_out)[:n]
     grounds = rng.choice(list(pictures.palette), size=len(rows))
-    return [Composition(picture=int(row), ground=str(ground) if i % 2 else None) for i, (row, ground) in enumerate(zip(rows, grounds, strict=True))]
+    return [
+        Composition(picture=int(row), ground=str(ground) if i % 2 else None)
+        for i, (row, ground) in enumerate(zip(rows, grounds, strict=True))
+    ]

@@ -1,4 +1,5 @@
-"""Our configurations in the words of diffusers and transformers: what the config.json of each part of a folder says."""
+"""Our configurations in the words of diffusers and transformers: what the config.json of each part of a
+folder says."""
 
 from __future__ import annotations
 
@@ -14,45 +15,91 @@ from ldm.models.vq import VQConfig
 
 JSON = dict[str, Any]
 SCHEDULERS = {
-    "plms": "PNDMScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler", "lcm": "LCMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler",
-}  # fmt: skip
+    "plms": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
-    """The class of a UNet and its configuration (``sample_size``: the usual latent's side); ValueError for one that no class computes."""
+    """The class of a UNet and its configuration (``sample_size``: the usual latent's side); ValueError for
+    one that no class computes."""
     levels = range(len(config.channels))
     common = {
-        "in_channels": config.in_channels, "out_channels": config.out_channels, "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks, "act_fn": "silu", "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0,
-        "downsample_padding": 1, "sample_size": sample_size,
-    }  # fmt: skip
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.blocks,
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "sample_size": sample_size,
+    }
     if config.attention == "block":
-        if config.scale_shift or config.resample is not None or config.head_dim is None or config.context_dim is not None or not config.mid_depth:
-            raise ValueError("no class of diffusers computes this UNet: AttentionBlocks with scale-shift, resampling blocks or heads of equal number")
+        if (
+            config.scale_shift
+            or config.resample is not None
+            or config.head_dim is None
+            or config.context_dim is not None
+            or not config.mid_depth
+        ):
+            raise ValueError(
+                "no class of diffusers computes this UNet: AttentionBlocks with scale-shift, resampling"
+                " blocks or heads of equal number"
+            )
         down = ["AttnDownBlock2D" if config.depth[level] else "DownBlock2D" for level in levels]
-        types = {"down_block_types": down, "up_block_types": mirrored(down), "attention_head_dim": config.head_dim, "norm_eps": 1e-5}
+        types = {
+            "down_block_types": down,
+            "up_block_types": mirrored(down),
+            "attention_head_dim": config.head_dim,
+            "norm_eps": 1e-5,
+        }
         return "UNet2DModel", {"_class_name": "UNet2DModel", **common, **types}
     if config.scale_shift or config.resample is not None or not config.mid_depth:
-        raise ValueError("no class of diffusers computes this UNet: transformers with scale-shift, resampling blocks, or none in the middle")
+        raise ValueError(
+            "no class of diffusers computes this UNet: transformers with scale-shift, resampling blocks, or"
+            " none in the middle"
+        )
     down = ["CrossAttnDownBlock2D" if config.depth[level] else "DownBlock2D" for level in levels]
     depth = [*(depth or 1 for depth in config.depth[:-1]), config.depth[-1] or config.mid_depth]
     if depth[-1] != config.mid_depth:
-        raise ValueError(f"diffusers gives the middle as many blocks as the last level: {config.mid_depth} and {depth[-1]} differ")
+        raise ValueError(
+            f"diffusers gives the middle as many blocks as the last level: {config.mid_depth} and {depth[-1]}"
+            " differ"
+        )
     extra: JSON = {}
     if config.pooled_dim:
-        extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": config.pooled_dim}
+        extra = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": config.pooled_dim,
+        }
     elif config.class_dim:
         extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": config.class_dim}
     elif config.classes:
         extra = {"num_class_embeds": config.classes}
     return "UNet2DConditionModel", {
-        "_class_name": "UNet2DConditionModel", **common, **extra, "down_block_types": down, "up_block_types": mirrored(down), "norm_eps": 1e-5,
-        "cross_attention_dim": config.context_dim, "attention_head_dim": [config.split(level)[0] for level in levels],  # the number of heads
-        "use_linear_projection": config.linear_projection, "transformer_layers_per_block": depth, "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "only_cross_attention": list(config.only_cross) if config.only_cross else False, "time_cond_proj_dim": config.guidance_dim,
-    }  # fmt: skip
+        "_class_name": "UNet2DConditionModel",
+        **common,
+        **extra,
+        "down_block_types": down,
+        "up_block_types": mirrored(down),
+        "norm_eps": 1e-5,
+        "cross_attention_dim": config.context_dim,
+        "attention_head_dim": [config.split(level)[0] for level in levels],  # the number of heads
+        "use_linear_projection": config.linear_projection,
+        "transformer_layers_per_block": depth,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "only_cross_attention": list(config.only_cross) if config.only_cross else False,
+        "time_cond_proj_dim": config.guidance_dim,
+    }
 
 
 def mirrored(down: list[str]) -> list[str]:
@@ -61,21 +108,44 @@ def mirrored(down: list[str]) -> list[str]:
 
 
 def vae_config(config: VAEConfig | VQConfig | TinyConfig, latent_scale: float) -> tuple[str, JSON]:
-    """The class of an autoencoder and its configuration; ValueError for one that no class of diffusers computes."""
+    """The class of an autoencoder and its configuration; ValueError for one that no class of diffusers
+    computes."""
     if isinstance(config, TinyConfig):
         counts = {"num_encoder_blocks": list(config.encoder), "num_decoder_blocks": list(config.decoder)}
-        widths = {f"{half}_block_out_channels": [config.width] * len(config.encoder) for half in ("encoder", "decoder")}
+        widths = {
+            f"{half}_block_out_channels": [config.width] * len(config.encoder)
+            for half in ("encoder", "decoder")
+        }
         name = "AutoencoderTiny"
-        return name, {"_class_name": name, "latent_channels": config.latent_channels, **counts, **widths, "scaling_factor": 1.0}
+        return name, {
+            "_class_name": name,
+            "latent_channels": config.latent_channels,
+            **counts,
+            **widths,
+            "scaling_factor": 1.0,
+        }
     if config.patch != 1:
-        raise ValueError(f"no class of diffusers computes an autoencoder with patches of {config.patch}×{config.patch}")
-    down = ["AttnDownEncoderBlock2D" if level in config.attention_levels else "DownEncoderBlock2D" for level in range(len(config.channels))]
+        raise ValueError(
+            f"no class of diffusers computes an autoencoder with patches of {config.patch}×{config.patch}"
+        )
+    down = [
+        "AttnDownEncoderBlock2D" if level in config.attention_levels else "DownEncoderBlock2D"
+        for level in range(len(config.channels))
+    ]
     up = [name.replace("Down", "Up").replace("Encoder", "Decoder") for name in reversed(down)]
     common = {
-        "in_channels": config.picture_channels, "out_channels": config.picture_channels, "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks, "latent_channels": config.latent_channels, "down_block_types": down, "up_block_types": up,
-        "norm_num_groups": 32, "act_fn": "silu", "scaling_factor": latent_scale, "mid_block_add_attention": config.mid_attention,
-    }  # fmt: skip
+        "in_channels": config.picture_channels,
+        "out_channels": config.picture_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.blocks,
+        "latent_channels": config.latent_channels,
+        "down_block_types": down,
+        "up_block_types": up,
+        "norm_num_groups": 32,
+        "act_fn": "silu",
+        "scaling_factor": latent_scale,
+        "mid_block_add_attention": config.mid_attention,
+    }
     if isinstance(config, VQConfig):
         return "VQModel", {"_class_name": "VQModel", **common, "num_vq_embeddings": config.codes}
     return "AutoencoderKL", {"_class_name": "AutoencoderKL", **common}
@@ -85,45 +155,84 @@ def text_config(config: TextConfig) -> tuple[str, JSON]:
     """The class of a CLIP text tower and its configuration."""
     name = "CLIPTextModel" if config.embed_dim is None else "CLIPTextModelWithProjection"
     return name, {
-        "architectures": [name], "model_type": "clip_text_model", "vocab_size": config.vocab_size, "hidden_size": config.width,
-        "intermediate_size": config.mlp_width or 4 * config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-        "max_position_embeddings": config.context_length, "hidden_act": config.activation, "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
-        "projection_dim": config.embed_dim or config.width, "bos_token_id": config.bos_id, "eos_token_id": config.eot_id, "pad_token_id": 1,
-    }  # fmt: skip
+        "architectures": [name],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width or 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context_length,
+        "hidden_act": config.activation,
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "projection_dim": config.embed_dim or config.width,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eot_id,
+        "pad_token_id": 1,
+    }
 
 
 def bert_config(config: BertConfig) -> tuple[str, JSON]:
     """The class of LDM's text encoder and its configuration."""
     return "LDMBertModel", {
-        "architectures": ["LDMBertModel"], "model_type": "ldmbert", "vocab_size": config.vocabulary, "d_model": config.width,
-        "encoder_layers": config.layers, "encoder_attention_heads": config.heads, "head_dim": config.head_dim,
-        "encoder_ffn_dim": 4 * config.width, "max_position_embeddings": config.length,
-    }  # fmt: skip
+        "architectures": ["LDMBertModel"],
+        "model_type": "ldmbert",
+        "vocab_size": config.vocabulary,
+        "d_model": config.width,
+        "encoder_layers": config.layers,
+        "encoder_attention_heads": config.heads,
+        "head_dim": config.head_dim,
+        "encoder_ffn_dim": 4 * config.width,
+        "max_position_embeddings": config.length,
+    }
 
 
-def training_facts(kind: str, timesteps: int, beta_start: float | None, beta_end: float | None, prediction: str, *, zero_snr: bool) -> JSON:
+def training_facts(
+    kind: str,
+    timesteps: int,
+    beta_start: float | None,
+    beta_end: float | None,
+    prediction: str,
+    *,
+    zero_snr: bool,
+) -> JSON:
     """What a scheduler's configuration says of how the network was trained, which no sampler may change."""
     betas = {} if beta_start is None else {"beta_start": beta_start, "beta_end": beta_end}
     names = {"cosine": "squaredcos_cap_v2"}
     extra = {"rescale_betas_zero_snr": True} if zero_snr else {}
     kind = names.get(kind, kind)
-    return {"num_train_timesteps": timesteps, "beta_schedule": kind, **betas, "prediction_type": PREDICTIONS[prediction], **extra}
+    return {
+        "num_train_timesteps": timesteps,
+        "beta_schedule": kind,
+        **betas,
+        "prediction_type": PREDICTIONS[prediction],
+        **extra,
+    }
 
 
 def scheduler_config(facts: JSON, sampler: str, *, trailing: bool) -> tuple[str, JSON]:
     """The scheduler of a sampler: its class and its configuration, with the facts of the training."""
     name = SCHEDULERS.get(sampler, "DDIMScheduler")
-    found: JSON = {"_class_name": name, **facts, "timestep_spacing": "trailing" if trailing else "leading", "steps_offset": 1}
+    found: JSON = {
+        "_class_name": name,
+        **facts,
+        "timestep_spacing": "trailing" if trailing else "leading",
+        "steps_offset": 1,
+    }
     if name in ("PNDMScheduler", "DDIMScheduler"):
         found["set_alpha_to_one"] = False
-    found["clip_sample"] = False  # read by those that clip, and by what is made of this configuration for another sampler
+    found["clip_sample"] = (
+        False  # read by those that clip, and by what is made of this configuration for another sampler
+    )
     if name == "PNDMScheduler":
         found["skip_prk_steps"] = True
     return name, found
 
 
 def conflicts(stated: Mapping[str, Any], expected: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """Where a configuration states something else than was expected, in words; numbers for all levels count as one for each."""
+    """Where a configuration states something else than was expected, in words; numbers for all levels count
+    as one for each."""
     found = []
     for key in keys:
         if stated.get(key) is None or expected.get(key) is None:

@@ -1,4 +1,5 @@
-"""Our own layout: a folder with NAME.safetensors and NAME.yaml for each part, which says what the network is and where the weights come from."""
+"""Our own layout: a folder with NAME.safetensors and NAME.yaml for each part, which says what the network is
+and where the weights come from."""
 
 from __future__ import annotations
 
@@ -20,18 +21,34 @@ from ldm.support.files import write_atomically
 from ldm.weights.formats.safetensors import load_strict, read_safetensors, sha256, write_safetensors
 from ldm.weights.parts import NETWORKS
 
-EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)  # how the models trained here read their text tower
+EMOJI_TEXT = TextConvention(
+    length=None, pad=0, masked=True, pooled=True
+)  # how the models trained here read their text tower
 
 
-def write_part(folder: Path, name: str, module: nn.Module, config: Any, *, dtype: torch.dtype | None = torch.float16, **facts: Any) -> None:
-    """Write a network: ``name``.safetensors in a dtype (None: its own), and ``name``.yaml with its kind and shape, the file's hash and the facts."""
+def write_part(
+    folder: Path,
+    name: str,
+    module: nn.Module,
+    config: Any,
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    **facts: Any,
+) -> None:
+    """Write a network: ``name``.safetensors in a dtype (None: its own), and ``name``.yaml with its kind and
+    shape, the file's hash and the facts."""
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / f"{name}.safetensors"
     state = {key: narrow(key, value, dtype) for key, value in module.state_dict().items()}
     write_safetensors(weights, state, {"format": "pt", "part": name})
-    about = {"network": type(module).__name__, "model": to_dict(config), "sha256": sha256(weights), **to_dict(facts)}
+    about = {
+        "network": type(module).__name__,
+        "model": to_dict(config),
+        "sha256": sha256(weights),
+        **to_dict(facts),
+    }
     write_atomically(folder / f"{name}.yaml", yaml.safe_dump(about, sort_keys=False, width=140).encode())
 
 
@@ -43,7 +60,9 @@ def narrow(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
     small = value.to(dtype)
     if not torch.isfinite(small).all():
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{key}: not all numbers are finite in {name} (largest {float(value.abs().max()):.3g})")
+        raise ValueError(
+            f"{key}: not all numbers are finite in {name} (largest {float(value.abs().max()):.3g})"
+        )
     return small.contiguous()
 
 
@@ -52,20 +71,32 @@ def about_part(folder: str | Path, name: str) -> dict[str, Any]:
     about, weights = Path(folder) / f"{name}.yaml", Path(folder) / f"{name}.safetensors"
     for path in (about, weights):
         if not path.is_file():
-            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {path.name} is absent (`python -m ldm export CONFIG` writes it after training)")
+            raise FileNotFoundError(
+                f"no {name} in {str(folder)!r}: {path.name} is absent (`python -m ldm export CONFIG` writes"
+                " it after training)"
+            )
     return read_yaml(about)
 
 
 def read_part(
-    folder: str | Path, name: str, config: type, network: type[nn.Module], *, dtype: torch.dtype = torch.float32, check: bool = True
+    folder: str | Path,
+    name: str,
+    config: type,
+    network: type[nn.Module],
+    *,
+    dtype: torch.dtype = torch.float32,
+    check: bool = True,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a part and what its YAML says, in a dtype, ready for use.
 
-    ValueError if the weights are not those that the YAML was written with (``check``: their sha256 is compared), or do not fit.
+    ValueError if the weights are not those that the YAML was written with (``check``: their sha256 is
+    compared), or do not fit.
     """
     about, weights = about_part(folder, name), Path(folder) / f"{name}.safetensors"
     if check and sha256(weights) != about["sha256"]:
-        raise ValueError(f"{str(weights)!r} is not the file that {name}.yaml was written with: its sha256 differs")
+        raise ValueError(
+            f"{str(weights)!r} is not the file that {name}.yaml was written with: its sha256 differs"
+        )
     with on_meta():
         module = network(build(config, about["model"], f"{name}.yaml: model"))
     load_strict(module, read_safetensors(weights), source=weights, dtype=dtype)
@@ -73,9 +104,16 @@ def read_part(
 
 
 def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
-    """The configuration's and the network's class of a part, as its YAML states them (the first exports state none)."""
+    """The configuration's and the network's class of a part, as its YAML states them (the first exports state
+    none)."""
     kinds = {network.__name__: (config, network) for config, network in NETWORKS.items()}
-    usual = {"vae": "AutoencoderKL", "unet": "UNet", "text": "TextTower", "vision": "VisionTower", "draft": "Draft"}
+    usual = {
+        "vae": "AutoencoderKL",
+        "unet": "UNet",
+        "text": "TextTower",
+        "vision": "VisionTower",
+        "draft": "Draft",
+    }
     kind = about_part(folder, name).get("network", usual.get(name))
     if kind not in kinds:
         raise ValueError(f"{name}.yaml in {str(folder)!r}: network {kind!r}; {nearest(kind, kinds)}")
@@ -87,34 +125,48 @@ def read_config(folder: str | Path, name: str) -> Any:
     return build(kind_of(folder, name)[0], about_part(folder, name)["model"], f"{name}.yaml: model")
 
 
-def read_network(folder: str | Path, name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+def read_network(
+    folder: str | Path, name: str, *, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a part, of the kind that its YAML states, and what the YAML says; see `read_part`."""
     return read_part(folder, name, *kind_of(folder, name), dtype=dtype)
 
 
 def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str | None = None) -> None:
-    """Give a network the weights of a part; ``leave``: a module that stays as it is, there or not. ValueError if they do not fit."""
+    """Give a network the weights of a part; ``leave``: a module that stays as it is, there or not. ValueError
+    if they do not fit."""
     begun, _ = read_network(folder, name)
     own, state = (
-        {key: value for key, value in net.state_dict().items() if leave is None or not key.startswith(f"{leave}.")} for net in (module, begun)
+        {
+            key: value
+            for key, value in net.state_dict().items()
+            if leave is None or not key.startswith(f"{leave}.")
+        }
+        for net in (module, begun)
     )
     wanted, found = ({key: tuple(value.shape) for key, value in weights.items()} for weights in (own, state))
     if wanted != found:
         differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-        raise ValueError(f"the {name} in {str(folder)!r} has another shape, first at {differing[0]!r}: expected {wanted.get(differing[0])}, "
-                         f"got {found.get(differing[0])}")  # fmt: skip
+        raise ValueError(
+            f"the {name} in {str(folder)!r} has another shape, first at {differing[0]!r}: expected"
+            f" {wanted.get(differing[0])}, got {found.get(differing[0])}"
+        )
     module.load_state_dict({**module.state_dict(), **state})
 
 
 def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **facts: Any) -> None:
-    """Write a text tower, its draft if it has one, and vocabulary.json: the tokens that it embeds and the words that training saw."""
+    """Write a text tower, its draft if it has one, and vocabulary.json: the tokens that it embeds and the
+    words that training saw."""
     for part, network in text.networks().items():
         write_part(folder, part, network, network.config, **facts)
     write_vocabulary(folder, text.tokenizer, words)
 
 
-def write_vocabulary(folder: Path, tokenizer: Tokenizer, words: Sequence[str] | frozenset[str] | None) -> None:
-    """Write vocabulary.json: the tokens that a tower embeds (None: all), and the words that its training saw (None: not known)."""
+def write_vocabulary(
+    folder: Path, tokenizer: Tokenizer, words: Sequence[str] | frozenset[str] | None
+) -> None:
+    """Write vocabulary.json: the tokens that a tower embeds (None: all), and the words that its training saw
+    (None: not known)."""
     vocabulary = {"tokens": tokenizer.vocabulary, "words": None if words is None else sorted(words)}
     write_atomically(folder / "vocabulary.json", json.dumps(vocabulary, separators=(",", ":")).encode())
 
@@ -130,12 +182,20 @@ def read_vocabulary(folder: str | Path) -> tuple[Tokenizer, frozenset[str] | Non
 
 
 def read_text(
-    folder: str | Path, convention: TextConvention = EMOJI_TEXT, *, dtype: torch.dtype = torch.float32, check: bool = True
+    folder: str | Path,
+    convention: TextConvention = EMOJI_TEXT,
+    *,
+    dtype: torch.dtype = torch.float32,
+    check: bool = True,
 ) -> TextConditioner:
     """The text conditioner in a folder."""
     tower, _ = read_part(folder, "text", TextConfig, TextTower, dtype=dtype, check=check)
     assert isinstance(tower, TextTower)
     tokenizer, words = read_vocabulary(folder)
-    draft = read_part(folder, "draft", DraftConfig, Draft, dtype=dtype, check=check)[0] if (Path(folder) / "draft.yaml").is_file() else None
+    draft = (
+        read_part(folder, "draft", DraftConfig, Draft, dtype=dtype, check=check)[0]
+        if (Path(folder) / "draft.yaml").is_file()
+        else None
+    )
     assert draft is None or isinstance(draft, Draft)
     return TextConditioner(tower, tokenizer, convention, words, draft)

@@ -9,45 +9,122 @@ from typing import IO
 
 # What the restricted reader builds, and what it replaces by objects that do nothing. All else is refused.
 TENSORS = frozenset(
-    {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "collections.OrderedDict", "torch.Size"}
-    | {f"torch.{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
+    {
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter",
+        "collections.OrderedDict",
+        "torch.Size",
+    }
+    | {
+        f"torch.{kind}Storage"
+        for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    }
 )
 INERT = frozenset(
-    {f"{module}.{name}" for module in ("builtins", "__builtin__")
-     for name in ("set", "frozenset", "list", "dict", "tuple", "int", "long", "float", "complex", "bool", "str", "bytes",
-                  "bytearray", "slice", "object")}
-    | {"collections.defaultdict", "collections.Counter", "_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor", "typing.Any",
-       "pathlib.PosixPath", "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "argparse.Namespace", "torch.device",
-       "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar",
-       "numpy._core.multiarray._reconstruct", "torch.nn.modules.container.ParameterDict"}
-    | {f"torch.{name}" for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
-)  # fmt: skip
-INERT_PREFIXES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "packaging.version.", "packaging._structures.",
-                  "torch.optim.", "pytorch_warmup.")  # fmt: skip
+    {
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in (
+            "set",
+            "frozenset",
+            "list",
+            "dict",
+            "tuple",
+            "int",
+            "long",
+            "float",
+            "complex",
+            "bool",
+            "str",
+            "bytes",
+            "bytearray",
+            "slice",
+            "object",
+        )
+    }
+    | {
+        "collections.defaultdict",
+        "collections.Counter",
+        "_codecs.encode",
+        "copyreg._reconstructor",
+        "copy_reg._reconstructor",
+        "typing.Any",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "datetime.datetime",
+        "datetime.timedelta",
+        "argparse.Namespace",
+        "torch.device",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy.core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct",
+        "torch.nn.modules.container.ParameterDict",
+    }
+    | {
+        f"torch.{name}"
+        for name in (
+            "float64",
+            "float32",
+            "float16",
+            "bfloat16",
+            "int64",
+            "int32",
+            "int16",
+            "int8",
+            "uint8",
+            "bool",
+        )
+    }
+)
+INERT_PREFIXES = (
+    "pytorch_lightning.",
+    "lightning.",
+    "lightning_fabric.",
+    "omegaconf.",
+    "packaging.version.",
+    "packaging._structures.",
+    "torch.optim.",
+    "pytorch_warmup.",
+)
 MAX_PICKLE = 256 << 20  # bytes; tensors are not inside, so real ones have a few megabytes
 
 
 def permitted(name: str) -> bool:
-    """Whether the restricted reader accepts a global by this full name: to build tensors, or as a stand-in that does nothing."""
+    """Whether the restricted reader accepts a global by this full name: to build tensors, or as a stand-in
+    that does nothing."""
     return name in TENSORS or name in INERT or name.startswith(INERT_PREFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PickleScan:
-    """The globals that a pickle names (in order, once each), those refused, and the offset of the first byte behind it."""
+    """The globals that a pickle names (in order, once each), those refused, and the offset of the first byte
+    behind it."""
 
     globals: tuple[str, ...]
     refused: tuple[str, ...]
     end: int
 
 
-STRINGS = {"UNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
+STRINGS = {
+    "UNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINUNICODE",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+}
 PUT, GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
 HIDDEN = "a global whose name is computed"
 
 
 def scan_pickle(data: bytes | IO[bytes]) -> PickleScan:
-    """Read one pickle's opcodes; ValueError if it is cut short, or no pickle, or numbers its memo so as to exhaust the memory."""
+    """Read one pickle's opcodes; ValueError if it is cut short, or no pickle, or numbers its memo so as to
+    exhaust the memory."""
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     names: dict[str, None] = {}
     recent: list[str | None] = []  # the last two values pushed, where they are strings

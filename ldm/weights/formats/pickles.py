@@ -1,8 +1,8 @@
 """PyTorch's pickled files (.ckpt, .pt, .pth, .bin), read without executing anything.
 
-Such a file is a zip archive with one pickle, data.pkl, and the tensors' bytes, uncompressed. The pickle is read by an unpickler that knows
-how to make tensors and dictionaries; the classes of training frameworks become stand-ins that do nothing; every other name is refused.
-Tensors are memory-mapped.
+Such a file is a zip archive with one pickle, data.pkl, and the tensors' bytes, uncompressed. The pickle is
+read by an unpickler that knows how to make tensors and dictionaries; the classes of training frameworks
+become stand-ins that do nothing; every other name is refused. Tensors are memory-mapped.
 """
 
 from __future__ import annotations
@@ -23,18 +23,35 @@ from ldm.weights.formats.pickle_scan import MAX_PICKLE, PickleScan, permitted, s
 from ldm.weights.formats.safetensors import existing_file, map_file, mapped_tensor
 
 STORAGES = {
-    f"torch.{kind}Storage": dtype for kind, dtype in (
-        ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Long", torch.int64),
-        ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8), ("Byte", torch.uint8), ("Bool", torch.bool),
+    f"torch.{kind}Storage": dtype
+    for kind, dtype in (
+        ("Double", torch.float64),
+        ("Float", torch.float32),
+        ("Half", torch.float16),
+        ("BFloat16", torch.bfloat16),
+        ("Long", torch.int64),
+        ("Int", torch.int32),
+        ("Short", torch.int16),
+        ("Char", torch.int8),
+        ("Byte", torch.uint8),
+        ("Bool", torch.bool),
     )
-}  # fmt: skip
-STATES = ("state_dict", "ema_model", "model")  # Lightning's; the averaged weights and the weights of DALLE2-pytorch's trainers
-ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the second: torch's magic number, pickled (before 1.6)
+}
+STATES = (
+    "state_dict",
+    "ema_model",
+    "model",
+)  # Lightning's; the averaged weights and the weights of DALLE2-pytorch's trainers
+ZIP, LEGACY = (
+    b"PK\x03\x04",
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
+)  # the second: torch's magic number, pickled (before 1.6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, plain values beside them (global_step, epoch), and the names of entries that are neither."""
+    """The tensors of a checkpoint by name, plain values beside them (global_step, epoch), and the names of
+    entries that are neither."""
 
     tensors: dict[str, Tensor]
     values: dict[str, int | float | str] = field(default_factory=dict)
@@ -42,10 +59,11 @@ class Checkpoint:
 
 
 def read_ckpt(path: str | Path) -> Checkpoint:
-    """The state dict of a .ckpt, .pt, .pth or .bin file, memory-mapped: the first of the entries `STATES` that there is, else the top level.
+    """The state dict of a .ckpt, .pt, .pth or .bin file, memory-mapped: the first of the entries `STATES`
+    that there is, else the top level.
 
-    FileNotFoundError if absent; ValueError naming the file if it is damaged, names a global that might run code, is a zip bomb or a
-    TorchScript archive, or holds no tensors.
+    FileNotFoundError if absent; ValueError naming the file if it is damaged, names a global that might run
+    code, is a zip bomb or a TorchScript archive, or holds no tensors.
     """
     content = read_pickle(path)
     if not isinstance(content, dict):
@@ -53,17 +71,28 @@ def read_ckpt(path: str | Path) -> Checkpoint:
     state = next((content[name] for name in STATES if isinstance(content.get(name), dict)), content)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{str(path)!r} holds no tensors at its top level or in 'state_dict'; its keys: {', '.join(map(str, list(content)[:10]))}")
+        raise ValueError(
+            f"{str(path)!r} holds no tensors at its top level or in 'state_dict'; its keys:"
+            f" {', '.join(map(str, list(content)[:10]))}"
+        )
     if not all(isinstance(key, str) for key in tensors):
         raise ValueError(f"{str(path)!r}: expected strings as names of tensors")
-    others = {str(key): value for mapping in (content, state) for key, value in mapping.items() if not isinstance(value, Tensor)}
+    others = {
+        str(key): value
+        for mapping in (content, state)
+        for key, value in mapping.items()
+        if not isinstance(value, Tensor)
+    }
     others = {key: value for key, value in others.items() if key not in STATES}
     values = {key: value for key, value in others.items() if isinstance(value, int | float | str)}
-    return Checkpoint(tensors=tensors, values=values, dropped=tuple(key for key in others if key not in values))
+    return Checkpoint(
+        tensors=tensors, values=values, dropped=tuple(key for key in others if key not in values)
+    )
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What a file written by `torch.save` holds: dictionaries, lists, numbers, strings and memory-mapped tensors; see `read_ckpt`."""
+    """What a file written by `torch.save` holds: dictionaries, lists, numbers, strings and memory-mapped
+    tensors; see `read_ckpt`."""
     path = existing_file(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{str(path)!r} is empty")
@@ -75,7 +104,9 @@ def read_pickle(path: str | Path) -> Any:
         return _unpickle(text, archive.storage, path)
     if data[: len(LEGACY)] == LEGACY:
         return _legacy(path)
-    raise ValueError(f"{str(path)!r} is not a file written by torch.save (neither a zip archive nor its format before 1.6)")
+    raise ValueError(
+        f"{str(path)!r} is not a file written by torch.save (neither a zip archive nor its format before 1.6)"
+    )
 
 
 def scan(text: bytes | IO[bytes], path: Path) -> PickleScan:
@@ -90,13 +121,14 @@ def refuse(found: PickleScan, path: Path) -> None:
     """ValueError naming the globals of a pickle that are not permitted; nothing otherwise."""
     if found.refused:
         raise ValueError(
-            f"{str(path)!r} is refused: its pickle names {', '.join(found.refused[:8])}, which might run code. Nothing was executed. "
-            "Ask for the weights as safetensors."
+            f"{str(path)!r} is refused: its pickle names {', '.join(found.refused[:8])}, which might run"
+            " code. Nothing was executed. Ask for the weights as safetensors."
         )
 
 
 class Archive:
-    """The zip archive that `torch.save` writes, wholly checked: nothing compressed, nothing overlapping, no declared size beyond the file."""
+    """The zip archive that `torch.save` writes, wholly checked: nothing compressed, nothing overlapping, no
+    declared size beyond the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data = path, data
@@ -105,46 +137,74 @@ class Archive:
             with zipfile.ZipFile(path) as archive:
                 entries, end = archive.infolist(), archive.start_dir
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-            raise ValueError(f"{str(path)!r} is truncated or damaged: it begins as a zip archive, but {error}") from None
+            raise ValueError(
+                f"{str(path)!r} is truncated or damaged: it begins as a zip archive, but {error}"
+            ) from None
         self._check_kind([entry.filename for entry in entries])
         self._check(sorted(entries, key=lambda entry: entry.header_offset), end)
         pickles = [name for name in self.places if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             inside = ", ".join(list(self.places)[:5])
-            raise ValueError(f"{str(path)!r} is a zip archive, but not one that torch.save writes; unpack it first. It holds: {inside}")
+            raise ValueError(
+                f"{str(path)!r} is a zip archive, but not one that torch.save writes; unpack it first. It"
+                f" holds: {inside}"
+            )
         self.root = pickles[0].removesuffix("data.pkl")
         order = self.places.get(f"{self.root}byteorder")
         if order is not None and data[order[0] : sum(order)].strip() != b"little":
-            raise ValueError(f"{str(path)!r}: written on a big-endian machine; this reader takes little-endian files")
+            raise ValueError(
+                f"{str(path)!r}: written on a big-endian machine; this reader takes little-endian files"
+            )
 
     def _check(self, entries: list[zipfile.ZipInfo], end: int) -> None:
         free = 0
         for entry in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
+            if (
+                entry.compress_type != zipfile.ZIP_STORED
+                or entry.file_size != entry.compress_size
+                or entry.flag_bits & 1
+            ):
                 raise ValueError(
-                    f"{str(self.path)!r} is refused: {entry.filename!r} is compressed ({entry.compress_size} bytes declared to become "
-                    f"{entry.file_size}), which torch.save never does: a zip bomb, or an archive to be unpacked first"
+                    f"{str(self.path)!r} is refused: {entry.filename!r} is compressed ({entry.compress_size}"
+                    f" bytes declared to become {entry.file_size}), which torch.save never does: a zip bomb,"
+                    " or an archive to be unpacked first"
                 )
             head = self.data[entry.header_offset : entry.header_offset + 30]
-            begin = entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-            if head[:4] != ZIP or entry.header_offset < free or begin + entry.file_size > end or entry.filename in self.places:
-                raise ValueError(f"{str(self.path)!r} is refused: {entry.filename!r} is out of place in the archive, or overlaps another entry")
+            begin = (
+                entry.header_offset
+                + 30
+                + int.from_bytes(head[26:28], "little")
+                + int.from_bytes(head[28:30], "little")
+            )
+            if (
+                head[:4] != ZIP
+                or entry.header_offset < free
+                or begin + entry.file_size > end
+                or entry.filename in self.places
+            ):
+                raise ValueError(
+                    f"{str(self.path)!r} is refused: {entry.filename!r} is out of place in the archive, or"
+                    " overlaps another entry"
+                )
             free = begin + entry.file_size
             self.places[entry.filename] = (begin, entry.file_size)
 
     def _check_kind(self, names: list[str]) -> None:
         if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
             raise ValueError(
-                f"{str(self.path)!r} is a TorchScript archive (as OpenAI publishes CLIP), which holds code; this reader runs none. "
-                "Take the same weights as safetensors, or, if you trust the file, convert it once: "
-                "torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE)"
+                f"{str(self.path)!r} is a TorchScript archive (as OpenAI publishes CLIP), which holds code;"
+                " this reader runs none. Take the same weights as safetensors, or, if you trust the file,"
+                " convert it once: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(),"
+                " NEW_FILE)"
             )
 
     def pickle(self) -> bytes:
         """The bytes of data.pkl."""
         begin, size = self.places[f"{self.root}data.pkl"]
         if size > MAX_PICKLE:
-            raise ValueError(f"{str(self.path)!r} is refused: a pickle of {size} bytes, the limit is {MAX_PICKLE}")
+            raise ValueError(
+                f"{str(self.path)!r} is refused: a pickle of {size} bytes, the limit is {MAX_PICKLE}"
+            )
         return self.data[begin : begin + size]
 
     def storage(self, dtype: torch.dtype, key: str, numel: int) -> Tensor:
@@ -152,12 +212,15 @@ class Archive:
         begin, size = self.places.get(f"{self.root}data/{key}", (0, -1))
         if size != numel * dtype.itemsize:
             what = "is not in the archive" if size < 0 else f"has {size} bytes in the archive"
-            raise ValueError(f"{str(self.path)!r}: its pickle lies: storage {key!r} of {numel} × {dtype} {what}")
+            raise ValueError(
+                f"{str(self.path)!r}: its pickle lies: storage {key!r} of {numel} × {dtype} {what}"
+            )
         return mapped_tensor(self.data, dtype, (numel,), begin)
 
 
 class StandIn:
-    """What stands for an object of a training framework: it takes whatever it is given and does nothing; ``state`` is what was stored in it."""
+    """What stands for an object of a training framework: it takes whatever it is given and does nothing;
+    ``state`` is what was stored in it."""
 
     state: object = None
 
@@ -184,7 +247,9 @@ def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], p
     class Mapping(dict):  # type: ignore[type-arg]
         def __setstate__(self, state: object) -> None: ...  # state dicts carry `_metadata`
 
-    def tensor(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
+    def tensor(
+        flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    ) -> Tensor:
         wanted = 1
         for n in size:
             wanted *= n
@@ -199,9 +264,12 @@ def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], p
         return tuple(sizes)
 
     makers: dict[str, Any] = {
-        "collections.OrderedDict": Mapping, "torch._utils._rebuild_tensor": tensor, "torch._utils._rebuild_tensor_v2": tensor,
-        "torch._utils._rebuild_parameter": parameter, "torch.Size": shape,
-    }  # fmt: skip
+        "collections.OrderedDict": Mapping,
+        "torch._utils._rebuild_tensor": tensor,
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_parameter": parameter,
+        "torch.Size": shape,
+    }
     flats: dict[str, Tensor] = {}
 
     class Reader(pickle.Unpickler):
@@ -225,27 +293,39 @@ def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], p
         return Reader(io.BytesIO(text)).load()
     except Exception as error:  # a damaged pickle can raise anything
         message = str(error)
-        raise ValueError(message if str(path) in message else f"{str(path)!r}: its pickle is damaged ({type(error).__name__}: {message})") from None
+        raise ValueError(
+            message
+            if str(path) in message
+            else f"{str(path)!r}: its pickle is damaged ({type(error).__name__}: {message})"
+        ) from None
 
 
 def scan_file(path: str | Path) -> PickleScan:
-    """The globals that a pickled file names and those that would be refused, from opcodes alone; ValueError naming a file that is damaged."""
+    """The globals that a pickled file names and those that would be refused, from opcodes alone; ValueError
+    naming a file that is damaged."""
     path = existing_file(path)
     with path.open("rb") as file:
         head = file.read(len(LEGACY))
         if head[:4] == ZIP:
             return scan(Archive(path, map_file(path)).pickle(), path)
         file.seek(0)
-        found = [scan(file, path) for _ in range(4 if head == LEGACY else 1)]  # before 1.6: magic number, protocol, system, object
+        found = [
+            scan(file, path) for _ in range(4 if head == LEGACY else 1)
+        ]  # before 1.6: magic number, protocol, system, object
     names = dict.fromkeys(name for each in found for name in each.globals)
-    return PickleScan(globals=tuple(names), refused=tuple(name for name in names if not permitted(name)), end=found[-1].end)
+    return PickleScan(
+        globals=tuple(names), refused=tuple(name for name in names if not permitted(name)), end=found[-1].end
+    )
 
 
 def _legacy(path: Path) -> Any:
-    """PyTorch's format before 1.6: pickles one after another, then raw storages. Scanned first, then read by torch's own safe reader."""
+    """PyTorch's format before 1.6: pickles one after another, then raw storages. Scanned first, then read by
+    torch's own safe reader."""
     refuse(scan_file(path), path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{str(path)!r} is truncated, or cannot be read safely in PyTorch's format before 1.6 ({reason})") from None
+        raise ValueError(
+            f"{str(path)!r} is truncated, or cannot be read safely in PyTorch's format before 1.6 ({reason})"
+        ) from None

@@ -14,18 +14,32 @@ from ldm.weights.formats.pickles import read_ckpt
 from ldm.weights.formats.safetensors import existing_file, map_safetensors, mismatch
 from ldm.weights.keymap import below
 
-# Buffers of training programs, which follow from the card, and markers. `scale_factor` is not among them: it overrides the card.
+# Buffers of training programs, which follow from the card, and markers. `scale_factor` is not among them: it
+# overrides the card.
 UNNEEDED = (
-    "betas", "alphas_cumprod*", "sqrt_*", "log_one_minus_*", "posterior_*", "lvlb_weights", "logvar", "model_ema.*", "denoiser.sigmas",
-    "*.position_ids", "loss.*", "global_step", "v_pred", "ztsnr",
-)  # fmt: skip
+    "betas",
+    "alphas_cumprod*",
+    "sqrt_*",
+    "log_one_minus_*",
+    "posterior_*",
+    "lvlb_weights",
+    "logvar",
+    "model_ema.*",
+    "denoiser.sigmas",
+    "*.position_ids",
+    "loss.*",
+    "global_step",
+    "v_pred",
+    "ztsnr",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFile:
     """A file's parts, each a state dict in the file's names below its prefix, and what was said beside them.
 
-    ``ema``: whether the UNet's tensors are the averaged ones. ``scale_factor``: the latent scale that the file states, None if it does not.
+    ``ema``: whether the UNet's tensors are the averaged ones. ``scale_factor``: the latent scale that the
+    file states, None if it does not.
     """
 
     path: Path
@@ -37,7 +51,8 @@ class SingleFile:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
-    """The memory-mapped tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, and the plain values beside them.
+    """The memory-mapped tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, and the plain values beside
+    them.
 
     The content decides, not the ending. ValueError naming the file if it is damaged or refused.
     """
@@ -52,7 +67,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | f
 
 
 def ema_names(keys: Iterable[str]) -> dict[str, str]:
-    """Which key of a CompVis file holds the average of which: {"model.x.y": "model_ema.xy"}, built from the known keys.
+    """Which key of a CompVis file holds the average of which: {"model.x.y": "model_ema.xy"}, built from the
+    known keys.
 
     The averaged names have lost their dots; ValueError if two keys would share one.
     """
@@ -69,8 +85,11 @@ def ema_names(keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def choose_ema(state: Mapping[str, Tensor], ema: bool | None, *, source: str | Path) -> tuple[dict[str, Tensor], bool]:
-    """The state with the averaged tensors in place of the trained ones, or without them, and whether they are averaged.
+def choose_ema(
+    state: Mapping[str, Tensor], ema: bool | None, *, source: str | Path
+) -> tuple[dict[str, Tensor], bool]:
+    """The state with the averaged tensors in place of the trained ones, or without them, and whether they are
+    averaged.
 
     ema None: averaged where the file has them. True, but the file has none or only some: ValueError.
     """
@@ -92,8 +111,8 @@ def choose_ema(state: Mapping[str, Tensor], ema: bool | None, *, source: str | P
 def read_single(path: str | Path, *, ema: bool | None = None, family: str | None = None) -> SingleFile:
     """A single file taken apart, memory-mapped; see `choose_ema` for ``ema``.
 
-    ``family``: the one expected, which a file of unknown shapes is then taken for. ValueError naming the file if it is damaged, of another, of no
-    known or no supported family, or holds tensors that belong to no part.
+    ``family``: the one expected, which a file of unknown shapes is then taken for. ValueError naming the file
+    if it is damaged, of another, of no known or no supported family, or holds tensors that belong to no part.
     """
     path = existing_file(path)
     state, values = read_tensors(path)
@@ -104,21 +123,32 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
     scale = state.pop("scale_factor", None)
     parts, left = split(state, found)
     if left:
-        raise ValueError(f"{str(path)!r} ({about.title}) holds tensors that belong to no part of it: {mismatch((), left, ())}")
+        raise ValueError(
+            f"{str(path)!r} ({about.title}) holds tensors that belong to no part of it:"
+            f" {mismatch((), left, ())}"
+        )
     return SingleFile(
-        path=path, found=found, parts=parts, ema=averaged, values=values, scale_factor=None if scale is None else float(scale)
+        path=path,
+        found=found,
+        parts=parts,
+        ema=averaged,
+        values=values,
+        scale_factor=None if scale is None else float(scale),
     )
 
 
 def split(state: Mapping[str, Tensor], found: Detection) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The parts of a file by name (empty ones left out), and the keys that are in no part and not known to be unneeded."""
+    """The parts of a file by name (empty ones left out), and the keys that are in no part and not known to be
+    unneeded."""
     family = found.family
     bare = not any(key.startswith(prefix) for prefix in family.parts.values() if prefix for key in state)
     prefixes = {"unet": ""} if bare and "unet" in family.parts else dict(family.parts)
     parts: dict[str, dict[str, Tensor]] = {name: below(prefix, state) for name, prefix in prefixes.items()}  # type: ignore[misc]
     unneeded = (*UNNEEDED, *family.unneeded)
     left = [
-        key for key in state
-        if not key.startswith(tuple(prefixes.values())) and not any(fnmatch.fnmatchcase(key, pattern) for pattern in unneeded)
-    ]  # fmt: skip
+        key
+        for key in state
+        if not key.startswith(tuple(prefixes.values()))
+        and not any(fnmatch.fnmatchcase(key, pattern) for pattern in unneeded)
+    ]
     return {name: part for name, part in parts.items() if part}, left

@@ -1,4 +1,5 @@
-"""The BERT-style text encoder of LDM's text2img models: CompVis' x-transformer against ours (which has the names of diffusers' LDMBert)."""
+"""The BERT-style text encoder of LDM's text2img models: CompVis' x-transformer against ours (which has the
+names of diffusers' LDMBert)."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ def layer(i: int) -> Section:
 
 
 def bert_table(names: Iterable[str]) -> Table:
-    """The original layout, below `cond_stage_model.transformer.`, for an encoder with these names; the unused `to_logits` may be absent."""
+    """The original layout, below `cond_stage_model.transformer.`, for an encoder with these names; the unused
+    `to_logits` may be absent."""
     numbers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     return Table((Section("", "", FIXED), *(layer(i) for i in sorted(numbers))), ("to_logits.*",))

@@ -11,7 +11,10 @@ from ldm.weights.keymap import IDENTITY, SAME, Change, Rule, Section, Table, to_
 
 TRANSPOSED = Change(transpose=True)
 BLOCK = (
-    (("attn.in_proj_{leaf}",), ("self_attn.q_proj.{leaf}", "self_attn.k_proj.{leaf}", "self_attn.v_proj.{leaf}")),
+    (
+        ("attn.in_proj_{leaf}",),
+        ("self_attn.q_proj.{leaf}", "self_attn.k_proj.{leaf}", "self_attn.v_proj.{leaf}"),
+    ),
     (("attn.out_proj.{leaf}",), ("self_attn.out_proj.{leaf}",)),
     (("ln_1.{leaf}",), ("layer_norm1.{leaf}",)),
     (("ln_2.{leaf}",), ("layer_norm2.{leaf}",)),
@@ -30,25 +33,42 @@ VISION = (
     (("ln_pre.{leaf}",), ("pre_layrnorm.{leaf}",)),  # spelled so
     (("ln_post.{leaf}",), ("post_layernorm.{leaf}",)),
 )
-NUMBERS = ("input_resolution", "context_length", "vocab_size", "*attn_mask", "*position_ids")  # no weights: configuration and buffers
+NUMBERS = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "*attn_mask",
+    "*position_ids",
+)  # no weights: configuration and buffers
 # What a tower alone does not need of a file with more.
 BESIDE_TEXT = ("visual.*", "vision_model.*", "visual_projection.weight", "text_projection*", "logit_scale")
 BESIDE_VISION = (
-    "text_model.*", "text.*", "transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*", "text_projection*",
-    "logit_scale", "visual_projection.weight", "visual.proj",
-)  # fmt: skip
+    "text_model.*",
+    "text.*",
+    "transformer.*",
+    "token_embedding.weight",
+    "positional_embedding",
+    "ln_final.*",
+    "text_projection*",
+    "logit_scale",
+    "visual_projection.weight",
+    "visual.proj",
+)
 
 
 def clip_table(names: Iterable[str], keys: Iterable[str]) -> Table:
-    """The table between a network (CLIP, a TextTower or a VisionTower, told by its names) and a file, whose layout its keys tell.
+    """The table between a network (CLIP, a TextTower or a VisionTower, told by its names) and a file, whose
+    layout its keys tell.
 
-    The layouts: open_clip's, with the text tower at the top (as OpenAI's) or below ``text.``; Hugging Face's, whose towers may have lost
-    ``text_model.`` or ``vision_model.``.
+    The layouts: open_clip's, with the text tower at the top (as OpenAI's) or below ``text.``; Hugging Face's,
+    whose towers may have lost ``text_model.`` or ``vision_model.``.
     """
     names, keys = set(names), set(keys)
     has_text, whole = "token_embedding.weight" in names, "visual.conv1.weight" in names
     ignore = NUMBERS + (() if whole else BESIDE_TEXT if has_text else BESIDE_VISION)
-    if any(key.startswith(("text_model.", "vision_model.", "embeddings.", "encoder.layers.")) for key in keys):
+    if any(
+        key.startswith(("text_model.", "vision_model.", "embeddings.", "encoder.layers.")) for key in keys
+    ):
         return Table(tuple(_hugging_face(has_text, whole)), ignore)
     text = Section("", "text" if "text.token_embedding.weight" in keys else "", IDENTITY)
     if whole:
@@ -63,10 +83,16 @@ def _hugging_face(has_text: bool, whole: bool) -> Iterable[Section]:
     if has_text:
         scale = rename_one("logit_scale", "logit_scale")
         projection = rename_one("text_projection", "text_projection.weight", TRANSPOSED)
-        yield Section("", "", (scale, projection, *_tower(TEXT, "text_model.", "transformer.", spare=not whole)))
+        yield Section(
+            "", "", (scale, projection, *_tower(TEXT, "text_model.", "transformer.", spare=not whole))
+        )
     if whole or not has_text:
         projection = rename_one("proj", "visual_projection.weight", TRANSPOSED)
-        yield Section("visual" if whole else "", "", (projection, *_tower(VISION, "vision_model.", "transformer.", spare=not whole)))
+        yield Section(
+            "visual" if whole else "",
+            "",
+            (projection, *_tower(VISION, "vision_model.", "transformer.", spare=not whole)),
+        )
 
 
 def rename_one(native: str, file: str, change: Change = SAME) -> Rule:
@@ -74,17 +100,26 @@ def rename_one(native: str, file: str, change: Change = SAME) -> Rule:
     return Rule((native,), (file,), change)
 
 
-def _tower(rules: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...], prefix: str, blocks: str, *, spare: bool) -> Iterable[Rule]:
+def _tower(
+    rules: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...], prefix: str, blocks: str, *, spare: bool
+) -> Iterable[Rule]:
     """The rules of one tower below its prefix in the file; ``spare``: the prefix may be absent."""
-    inner = [((f"{blocks}resblocks.{{i}}.{native[0]}",), tuple(f"encoder.layers.{{i}}.{name}" for name in file)) for native, file in BLOCK]
+    inner = [
+        ((f"{blocks}resblocks.{{i}}.{native[0]}",), tuple(f"encoder.layers.{{i}}.{name}" for name in file))
+        for native, file in BLOCK
+    ]
     for native, file in (*rules, *inner):
         yield Rule(native, tuple(prefix + name for name in file), also=(file,) if spare else ())
 
 
 def to_clip(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> dict[str, Tensor]:
-    """A file's tensors under the names of CLIP, a TextTower or a VisionTower; ValueError lists what is missing, unexpected or misshapen."""
+    """A file's tensors under the names of CLIP, a TextTower or a VisionTower; ValueError lists what is
+    missing, unexpected or misshapen."""
     if state and all(key.startswith("module.") for key in state):  # saved from a data-parallel training
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value.reshape(()) if key == "logit_scale" and value.numel() == 1 else value for key, value in state.items()}
+    state = {
+        key: value.reshape(()) if key == "logit_scale" and value.numel() == 1 else value
+        for key, value in state.items()
+    }
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     return to_native(clip_table(shapes, state), state, shapes, source=source)

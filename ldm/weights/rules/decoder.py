@@ -11,36 +11,58 @@ from ldm.weights.rules.unet import unet_table
 KARLO = (
     Rule(("null_image",), ("cf_param",)),
     *rename(
-        ("image", "clip_emb"), ("pooled", "text_feat_proj"), ("tokens", "clip_tok_proj"), ("text", "text_seq_proj.0"),
+        ("image", "clip_emb"),
+        ("pooled", "text_feat_proj"),
+        ("tokens", "clip_tok_proj"),
+        ("text", "text_seq_proj.0"),
         ("norms.text_norm", "text_seq_proj.1"),
     ),
-)  # fmt: skip
+)
 KANDINSKY21 = rename(
-    ("text", "to_model_dim_n"), ("tokens", "clip_to_seq"), ("pooled", "proj_n"), ("norms.pooled_norm", "ln_model_n"), ("image", "img_layer"),
-)  # fmt: skip
-# In diffusers' folders Karlo's projections are a part of their own, here below text_proj, with the UNet below decoder.
+    ("text", "to_model_dim_n"),
+    ("tokens", "clip_to_seq"),
+    ("pooled", "proj_n"),
+    ("norms.pooled_norm", "ln_model_n"),
+    ("image", "img_layer"),
+)
+# In diffusers' folders Karlo's projections are a part of their own, here below text_proj, with the UNet below
+# decoder.
 KARLO_DIFFUSERS = (
     Rule(("null_image",), ("learned_classifier_free_guidance_embeddings",)),
     *rename(
-        ("image", "clip_image_embeddings_project_to_time_embeddings"), ("pooled", "embedding_proj"), ("tokens", "clip_extra_context_tokens_proj"),
-        ("text", "encoder_hidden_states_proj"), ("norms.text_norm", "text_encoder_hidden_states_norm"),
+        ("image", "clip_image_embeddings_project_to_time_embeddings"),
+        ("pooled", "embedding_proj"),
+        ("tokens", "clip_extra_context_tokens_proj"),
+        ("text", "encoder_hidden_states_proj"),
+        ("norms.text_norm", "text_encoder_hidden_states_norm"),
     ),
-)  # fmt: skip
+)
 KANDINSKY_DIFFUSERS = rename(
-    ("text", "encoder_hid_proj.text_proj"), ("tokens", "encoder_hid_proj.image_embeds"), ("norms.tokens_norm", "encoder_hid_proj.norm"),
-    ("pooled", "add_embedding.text_proj"), ("norms.pooled_norm", "add_embedding.text_norm"), ("image", "add_embedding.image_proj"),
+    ("text", "encoder_hid_proj.text_proj"),
+    ("tokens", "encoder_hid_proj.image_embeds"),
+    ("norms.tokens_norm", "encoder_hid_proj.norm"),
+    ("pooled", "add_embedding.text_proj"),
+    ("norms.pooled_norm", "add_embedding.text_norm"),
+    ("image", "add_embedding.image_proj"),
     ("norms.image_norm", "add_embedding.image_norm"),
-)  # fmt: skip
+)
 
 
 def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "original") -> Table:
-    """The table of a decoder's file: "original", below ``model.`` in Karlo's, or "diffusers"; ValueError for one that was not published so."""
+    """The table of a decoder's file: "original", below ``model.`` in Karlo's, or "diffusers"; ValueError for
+    one that was not published so."""
     karlo = config.condition.interleaved
     if layout == "diffusers":
-        projections = Section("condition", "text_proj", KARLO_DIFFUSERS) if karlo else Section("condition", "", KANDINSKY_DIFFUSERS)
+        projections = (
+            Section("condition", "text_proj", KARLO_DIFFUSERS)
+            if karlo
+            else Section("condition", "", KANDINSKY_DIFFUSERS)
+        )
         return Table((Section("unet", "decoder" if karlo else "", IDENTITY), projections))
     if not karlo and config.condition.text_dim is None:
-        raise ValueError('layout: Kandinsky 2.2 was published in the layout of "diffusers" alone, got "original"')
+        raise ValueError(
+            'layout: Kandinsky 2.2 was published in the layout of "diffusers" alone, got "original"'
+        )
     below = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
     inner = unet_table(below, heads=_one(config), head_dim=config.unet.head_dim)
     unet = tuple(Section(f"unet.{s.native}".rstrip("."), s.file, s.rules) for s in inner.sections)
@@ -49,5 +71,7 @@ def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "or
 
 def _one(config: DecoderConfig) -> int | None:
     if isinstance(config.unet.heads, tuple):
-        raise ValueError(f"heads: the original layout holds one number for all levels, got {config.unet.heads}")
+        raise ValueError(
+            f"heads: the original layout holds one number for all levels, got {config.unet.heads}"
+        )
     return config.unet.heads

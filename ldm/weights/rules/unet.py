@@ -1,4 +1,5 @@
-"""UNets: the layout of CompVis, Stability and guided-diffusion (`input_blocks`, `middle_block`, `output_blocks`) against ours."""
+"""UNets: the layout of CompVis, Stability and guided-diffusion (`input_blocks`, `middle_block`,
+`output_blocks`) against ours."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, rename
 FIXED = rename(
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
-    ("time_embedding.cond_proj", "time_embedding.cond_proj"),  # latent consistency models; there is no older name
+    (
+        "time_embedding.cond_proj",
+        "time_embedding.cond_proj",
+    ),  # latent consistency models; there is no older name
     ("add_embedding.linear_1", "label_emb.0.0"),  # SDXL's vector condition
     ("add_embedding.linear_2", "label_emb.0.2"),
     ("class_embedding.linear_1", "label_emb.0.0"),  # Stable unCLIP's
@@ -33,7 +37,8 @@ UPSAMPLE = (*rename(("conv", "conv")), *RESBLOCK)
 
 
 def attention_block(heads: int | None, head_dim: int | None) -> tuple[Rule, ...]:
-    """Guided-diffusion's AttentionBlock: one 1×1 Conv1d holds q, k and v, interleaved by head; Karlo's adds k and v of the context."""
+    """Guided-diffusion's AttentionBlock: one 1×1 Conv1d holds q, k and v, interleaved by head; Karlo's adds k
+    and v of the context."""
     fused = Change(ones=1, heads=heads, head_dim=head_dim)
     return (
         *rename(("group_norm", "norm")),
@@ -46,14 +51,20 @@ def attention_block(heads: int | None, head_dim: int | None) -> tuple[Rule, ...]
 def unet_table(names: Iterable[str], *, heads: int | None = None, head_dim: int | None = None) -> Table:
     """The original layout for a UNet with these parameter names, which tell its levels, blocks and attention.
 
-    heads or head_dim: how AttentionBlocks (not transformers) are split; ValueError if the network has them and neither is given.
+    heads or head_dim: how AttentionBlocks (not transformers) are split; ValueError if the network has them
+    and neither is given.
     """
     names = list(names)
     modules = _modules(names)
-    blocks = 1 + max(int(match[1]) for name in names if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name)))
+    blocks = 1 + max(
+        int(match[1]) for name in names if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))
+    )
     old = any(re.search(r"\.attentions\.\d+\.to_q\.", name) for name in names)
     if old and (heads is None) == (head_dim is None):
-        raise ValueError(f"this UNet has AttentionBlocks: expected one of heads and head_dim, got heads={heads}, head_dim={head_dim}")
+        raise ValueError(
+            f"this UNet has AttentionBlocks: expected one of heads and head_dim, got heads={heads},"
+            f" head_dim={head_dim}"
+        )
     attention = attention_block(heads, head_dim) if old else IDENTITY
     sections = [Section("", "", FIXED)]
     for native in modules:
@@ -62,7 +73,9 @@ def unet_table(names: Iterable[str], *, heads: int | None = None, head_dim: int 
 
 
 def _modules(names: Iterable[str]) -> dict[str, None]:
-    pattern = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.\d+(?=\.)")
+    pattern = re.compile(
+        r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.\d+(?=\.)"
+    )
     return dict.fromkeys(match[0] for name in names if (match := pattern.match(name)))
 
 
@@ -74,8 +87,16 @@ def _section(native: str, blocks: int, modules: Iterable[str], attention: tuple[
         return Section(native, f"middle_block.{slot}", RESBLOCK if kind == "resnets" else attention)
     if place.startswith("down"):
         i = 1 + int(b) * (blocks + 1) + (blocks if kind == "downsamplers" else index)
-        slot, rules = {"resnets": (0, RESBLOCK), "attentions": (1, attention), "downsamplers": (0, DOWNSAMPLE)}[kind]
+        slot, rules = {
+            "resnets": (0, RESBLOCK),
+            "attentions": (1, attention),
+            "downsamplers": (0, DOWNSAMPLE),
+        }[kind]
         return Section(native, f"input_blocks.{i}.{slot}", rules)
     i = int(b) * (blocks + 1) + (blocks if kind == "upsamplers" else index)
-    slot, rules = {"resnets": (0, RESBLOCK), "attentions": (1, attention), "upsamplers": (2 if attends else 1, UPSAMPLE)}[kind]
+    slot, rules = {
+        "resnets": (0, RESBLOCK),
+        "attentions": (1, attention),
+        "upsamplers": (2 if attends else 1, UPSAMPLE),
+    }[kind]
     return Section(native, f"output_blocks.{i}.{slot}", rules)

@@ -1,4 +1,5 @@
-"""First stages (KL, VQ, MoVQ): the layout of CompVis against ours, and the older names inside diffusers folders."""
+"""First stages (KL, VQ, MoVQ): the layout of CompVis against ours, and the older names inside diffusers
+folders."""
 
 from __future__ import annotations
 
@@ -23,8 +24,12 @@ UNNEEDED = ("loss.*", "model_ema.*")  # LPIPS and the discriminator, in files of
 def vae_table(names: Iterable[str]) -> Table:
     """The original layout for an autoencoder with these parameter names, which tell its levels."""
     names = list(names)
-    levels = 1 + max(int(match[1]) for name in names if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name)))
-    pattern = re.compile(r"(?:encoder|decoder)\.(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.[a-z]+\.\d+(?=\.)")
+    levels = 1 + max(
+        int(match[1]) for name in names if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))
+    )
+    pattern = re.compile(
+        r"(?:encoder|decoder)\.(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.[a-z]+\.\d+(?=\.)"
+    )
     modules = dict.fromkeys(match[0] for name in names if (match := pattern.match(name)))
     return Table((Section("", "", ROOT), *(_section(native, levels) for native in modules)), UNNEEDED)
 
@@ -33,16 +38,25 @@ def _section(native: str, levels: int) -> Section:
     half, place, *level, kind, j = native.split(".")
     rules = ATTENTION if kind == "attentions" else RESBLOCK
     if place == "mid_block":
-        return Section(native, f"{half}.mid.attn_1" if kind == "attentions" else f"{half}.mid.block_{int(j) + 1}", rules)
+        return Section(
+            native, f"{half}.mid.attn_1" if kind == "attentions" else f"{half}.mid.block_{int(j) + 1}", rules
+        )
     i = int(level[0])
     prefix = f"{half}.down.{i}" if place == "down_blocks" else f"{half}.up.{levels - 1 - i}"
-    inner = {"resnets": f"block.{j}", "attentions": f"attn.{j}", "downsamplers": "downsample", "upsamplers": "upsample"}[kind]
+    inner = {
+        "resnets": f"block.{j}",
+        "attentions": f"attn.{j}",
+        "downsamplers": "downsample",
+        "upsamplers": "upsample",
+    }[kind]
     return Section(native, f"{prefix}.{inner}", rules)
 
 
-# UNets and autoencoders in diffusers folders have our names; files of 2022 and early 2023 spell attention blocks differently.
+# UNets and autoencoders in diffusers folders have our names; files of 2022 and early 2023 spell attention
+# blocks differently.
 OLDER = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
 SPELLINGS = tuple(
-    Rule((f"{{at*}}.{new}.{{leaf}}",), (f"{{at*}}.{new}.{{leaf}}",), also=((f"{{at*}}.{old}.{{leaf}}",),)) for new, old in OLDER
+    Rule((f"{{at*}}.{new}.{{leaf}}",), (f"{{at*}}.{new}.{{leaf}}",), also=((f"{{at*}}.{old}.{{leaf}}",),))
+    for new, old in OLDER
 )
 DIFFUSERS = Table((Section("", "", (*SPELLINGS, *IDENTITY)),))

@@ -1,4 +1,5 @@
-"""Files with the size of real checkpoints that take no room on the disk: a true header, and holes for the numbers (all zero)."""
+"""Files with the size of real checkpoints that take no room on the disk: a true header, and holes for the
+numbers (all zero)."""
 
 from __future__ import annotations
 
@@ -32,5 +33,9 @@ def sd1_file(unet: str = "sd1") -> Shapes:
         **originals.prefixed("model.diffusion_model.", originals.unet(originals.UNETS[unet][0])),
         **originals.prefixed("first_stage_model.", originals.vae(originals.VAES["kl-f8"][0])),
         **originals.prefixed("cond_stage_model.transformer.text_model.", text),
-        "betas": (1000,), "alphas_cumprod": (1000,), "posterior_mean_coef1": (1000,), "model_ema.decay": (), "model_ema.num_updates": (),
-    }  # fmt: skip
+        "betas": (1000,),
+        "alphas_cumprod": (1000,),
+        "posterior_mean_coef1": (1000,),
+        "model_ema.decay": (),
+        "model_ema.num_updates": (),
+    }

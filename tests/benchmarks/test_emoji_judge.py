@@ -1,16 +1,10 @@
 """The judge: its arithmetic against plain loops, and what it must and must not forgive."""
 
-import sys
-from pathlib import Path
-
+import emoji_judge
+import emoji_quality
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import emoji_judge
-import emoji_quality
 from emoji_judge import EmojiJudge, ground_of, least_mse, shifted_and_scaled
 
 from ldm.data import PALETTE, Composition, render_batch
@@ -28,19 +22,30 @@ def judge(drawn):
 @pytest.mark.parametrize("ground", [None, "black", "yellow"])
 def test_the_data_itself_is_judged_right(drawn, judge, ground):
     made = [Composition(picture=i, ground=ground) for i in range(18)]
-    for i, verdict in enumerate(judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [ground] * 18)):
-        assert (verdict.rank, verdict.nearest, verdict.nearest_style) == (0, drawn.index[i].name, drawn.index[i].style)
+    for i, verdict in enumerate(
+        judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [ground] * 18)
+    ):
+        assert (verdict.rank, verdict.nearest, verdict.nearest_style) == (
+            0,
+            drawn.index[i].name,
+            drawn.index[i].style,
+        )
         assert verdict.mse < 1e-5 and verdict.ground_right  # 8-bit rounding: 1/255² / 12 = 1.3e-6
 
 
 def test_shifts_scales_and_noise_are_forgiven(drawn, judge):
     torch.manual_seed(0)
-    made = [Composition(picture=drawn.find(name), ground="green") for name in ("red-disc", "blue-box", "old-cross")]
+    made = [
+        Composition(picture=drawn.find(name), ground="green")
+        for name in ("red-disc", "blue-box", "old-cross")
+    ]
     clean = images(drawn, made, 64)
     moved = clean.roll((3, -3), (2, 3))
     names = ["red-disc", "blue-box", "old-cross"]
     assert all(verdict.mse < 1e-5 for verdict in judge(moved, names, ["green"] * 3))
-    assert all(verdict.mse > 1e-3 for verdict in judge(clean.roll((8, 8), (2, 3)), names, ["green"] * 3))  # more than is forgiven
+    assert all(
+        verdict.mse > 1e-3 for verdict in judge(clean.roll((8, 8), (2, 3)), names, ["green"] * 3)
+    )  # more than is forgiven
     noisy = (moved + 0.1 * torch.randn_like(moved)).clamp(0, 1)
     assert [verdict.rank for verdict in judge(noisy, names, ["green"] * 3)] == [0, 0, 0]
 
@@ -66,7 +71,10 @@ def test_pruning_changes_nothing(drawn, judge):
         distance = torch.stack([(copies - picture).square().flatten(1).mean(1).min() for picture in gallery])
         own = min(distance[i] for i, row in enumerate(drawn.index) if row.name == name)
         assert verdict.rank == int((distance < own - 1e-7).sum())
-        assert verdict.mse == pytest.approx(float(distance.min()), rel=1e-4) and verdict.nearest == drawn.index[int(distance.argmin())].name
+        assert (
+            verdict.mse == pytest.approx(float(distance.min()), rel=1e-4)
+            and verdict.nearest == drawn.index[int(distance.argmin())].name
+        )
 
 
 def test_least_mse_is_the_mean_squared_error():
@@ -81,8 +89,14 @@ def test_copies_are_filled_with_the_ground():
     image = torch.ones(3, 64, 64)
     copies = shifted_and_scaled(image).unflatten(0, (5, 7, 7))
     assert torch.equal(copies[2, 3, 3], image)
-    assert copies[2, 0, 0, :, :3].eq(0).all() and copies[2, 0, 0, :, :, :3].eq(0).all() and copies[2, 0, 0, :, 3:, 3:].eq(1).all()
-    assert copies[0, 3, 3, 0].sum() == pytest.approx((0.9 * 64) ** 2, rel=0.01)  # scale 0.9: that much smaller
+    assert (
+        copies[2, 0, 0, :, :3].eq(0).all()
+        and copies[2, 0, 0, :, :, :3].eq(0).all()
+        and copies[2, 0, 0, :, 3:, 3:].eq(1).all()
+    )
+    assert copies[0, 3, 3, 0].sum() == pytest.approx(
+        (0.9 * 64) ** 2, rel=0.01
+    )  # scale 0.9: that much smaller
 
 
 def test_the_size_of_the_image_does_not_matter(drawn, judge):
@@ -112,7 +126,9 @@ def test_frechet_distance_of_gaussians():
     """Axis-aligned Gaussians: |µa − µb|² + Σ (σa − σb)²."""
     rng = np.random.default_rng(0)
     z = rng.standard_normal((4000, 3))
-    z = np.linalg.solve(np.linalg.cholesky(np.cov(z, rowvar=False)), (z - z.mean(0)).T).T  # mean 0 and covariance 1, exactly
+    z = np.linalg.solve(
+        np.linalg.cholesky(np.cov(z, rowvar=False)), (z - z.mean(0)).T
+    ).T  # mean 0 and covariance 1, exactly
     a, b = z * [1, 2, 3] + [0, 0, 1], z * [2, 2, 1] + [1, 0, 0]
     assert emoji_quality.frechet_distance(a, b) == pytest.approx(2 + 1 + 0 + 4, rel=1e-6)
     assert emoji_quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)

@@ -37,10 +37,29 @@ VISION = VisionConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, 
 READ = TextConvention(pad=0, masked=True, pooled=True)
 PRIOR = PriorConfig(embed_dim=E, text_dim=E, width=32, layers=2, heads=4, head_dim=8)
 PIXELS = UNetConfig(
-    in_channels=3, out_channels=6, channels=(32, 64), depth=(0, 1), blocks=1, heads=None, head_dim=16, context_dim=40, attention="block",
-    resample="resblock", scale_shift=True, embedded=True,
-)  # fmt: skip
-SR = replace(PIXELS, in_channels=6, out_channels=3, depth=(0, 0), mid_depth=0, context_dim=None, scale_shift=False, embedded=None)
+    in_channels=3,
+    out_channels=6,
+    channels=(32, 64),
+    depth=(0, 1),
+    blocks=1,
+    heads=None,
+    head_dim=16,
+    context_dim=40,
+    attention="block",
+    resample="resblock",
+    scale_shift=True,
+    embedded=True,
+)
+SR = replace(
+    PIXELS,
+    in_channels=6,
+    out_channels=3,
+    depth=(0, 0),
+    mid_depth=0,
+    context_dim=None,
+    scale_shift=False,
+    embedded=None,
+)
 
 
 def net(config, seed: int):
@@ -69,9 +88,16 @@ def tiny_karlo() -> UnCLIP:
     """Pixels: 16×16, and 32×32 by two upsamplers' networks."""
     decoder = replace(KARLO.decoder, defaults=defaults(4, 3.0, 16))
     upsampler = replace(KARLO.upsamplers[0], defaults=defaults(3, 1.0, 32))
-    card = replace(KARLO, decoder=decoder, upsamplers=(upsampler,), prior=replace(KARLO.prior, defaults=defaults(4, 2.0, 16)))
+    card = replace(
+        KARLO,
+        decoder=decoder,
+        upsamplers=(upsampler,),
+        prior=replace(KARLO.prior, defaults=defaults(4, 2.0, 16)),
+    )
     clip = pair(card.clip)
-    network = net(DecoderConfig(unet=PIXELS, condition=ImageConditionConfig(embed_dim=E, text_dim=E, pooled_dim=E)), 4)
+    network = net(
+        DecoderConfig(unet=PIXELS, condition=ImageConditionConfig(embed_dim=E, text_dim=E, pooled_dim=E)), 4
+    )
     stage = DecoderStage(network, decoder, clip=card.clip, space=Space(), text=clip.text)
     up = UpsamplerStage(net(SR, 5), upsampler, last=net(SR, 6))
     return UnCLIP(clip=clip, prior=prior(card), decoder=stage, upsamplers=[up], card=card).eval()
@@ -81,25 +107,44 @@ def tiny_stable() -> UnCLIP:
     """Stable unCLIP-l: latents, a second text tower."""
     decoder = replace(UNCLIP_L.decoder, defaults=defaults(4, 3.0, 32, "ddim"))
     card = replace(UNCLIP_L, decoder=decoder, prior=replace(UNCLIP_L.prior, defaults=defaults(4, 2.0, 16)))
-    unet = UNetConfig(channels=(32, 64), depth=(1, 0), blocks=1, heads=None, head_dim=16, context_dim=32, linear_projection=True, class_dim=2 * E)
+    unet = UNetConfig(
+        channels=(32, 64),
+        depth=(1, 0),
+        blocks=1,
+        heads=None,
+        head_dim=16,
+        context_dim=32,
+        linear_projection=True,
+        class_dim=2 * E,
+    )
     augmentation = NoiseAugmentation(AugmentationConfig(embed_dim=E))
     augmentation.mean.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(11))
     augmentation.std.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(12))
-    own = text(7, TextConvention(pad=0), TextConfig(width=32, layers=2, heads=2, embed_dim=None, activation="gelu"))
+    own = text(
+        7, TextConvention(pad=0), TextConfig(width=32, layers=2, heads=2, embed_dim=None, activation="gelu")
+    )
     space = Space(net(VAEConfig(channels=(32, 64), blocks=1), 8), 0.18215)
-    stage = DecoderStage(net(unet, 4), decoder, clip=card.clip, space=space, text=own, augmentation=augmentation)
+    stage = DecoderStage(
+        net(unet, 4), decoder, clip=card.clip, space=space, text=own, augmentation=augmentation
+    )
     return UnCLIP(clip=pair(card.clip), prior=prior(card), decoder=stage, card=card).eval()
 
 
 MOVQ = MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50)
 PIECES = [
-    *((token, 0.0) for token in (START, PAD, END, UNKNOWN)), (SPACE, -3.0), (f"{SPACE}a", -2.5), (f"{SPACE}ap", -3.3), (f"{SPACE}red", -3.2),
+    *((token, 0.0) for token in (START, PAD, END, UNKNOWN)),
+    (SPACE, -3.0),
+    (f"{SPACE}a", -2.5),
+    (f"{SPACE}ap", -3.3),
+    (f"{SPACE}red", -3.2),
     ("ple", -3.0),
     *((letter, -4.0 - i / 100) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")),
-]  # fmt: skip
+]
 
 
-def kandinsky(card: UnCLIPCard, condition: ImageConditionConfig, words: XLMRConditioner | None = None, **changes: Any) -> UnCLIP:
+def kandinsky(
+    card: UnCLIPCard, condition: ImageConditionConfig, words: XLMRConditioner | None = None, **changes: Any
+) -> UnCLIP:
     decoder = replace(card.decoder, defaults=defaults(4, 3.0, 32))
     card = replace(card, decoder=decoder, prior=replace(card.prior, defaults=defaults(4, 2.0, 16)))
     unet = replace(PIXELS, **{"in_channels": 4, "out_channels": 8, **changes})
@@ -115,7 +160,13 @@ def tiny_kandinsky(in_channels: int = 4) -> UnCLIP:
 
 
 def tiny_kandinsky21() -> UnCLIP:
-    """Kandinsky 2.1: a text encoder of its own for the decoder. The peer has one width for CLIP, that encoder's projection and the UNet's context."""
-    words = XLMRConditioner(net(XLMRConfig(vocabulary=40, width=32, layers=2, heads=2, mlp_width=48, positions=80, embed_dim=E), 9), Unigram(PIECES))
+    """Kandinsky 2.1: a text encoder of its own for the decoder. The peer has one width for CLIP, that
+    encoder's projection and the UNet's context."""
+    words = XLMRConditioner(
+        net(
+            XLMRConfig(vocabulary=40, width=32, layers=2, heads=2, mlp_width=48, positions=80, embed_dim=E), 9
+        ),
+        Unigram(PIECES),
+    )
     condition = replace(KANDINSKY21_SHAPE.condition, embed_dim=E, text_dim=32, pooled_dim=E)
     return kandinsky(KANDINSKY21, condition, words, context_dim=E)

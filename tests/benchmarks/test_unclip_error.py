@@ -1,17 +1,13 @@
-"""The attribution of unCLIP's error: an error that was put into the embedding is the prior's, one put into the decoder the decoder's."""
+"""The attribution of unCLIP's error: an error that was put into the embedding is the prior's, one put into
+the decoder the decoder's."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import unclip_error as benchmark
 from tinyunclip import tiny_kandinsky
 
@@ -29,13 +25,19 @@ def make(embedding: ImageEmbedding, prompts, seeds, worse: float = 0.0) -> torch
 
 
 def noisy(by: float) -> ImageEmbedding:
-    return replace(TRUE, vector=TRUE.vector + by * torch.randn(40, 48, generator=torch.Generator().manual_seed(2)))
+    return replace(
+        TRUE, vector=TRUE.vector + by * torch.randn(40, 48, generator=torch.Generator().manual_seed(2))
+    )
 
 
 def whose(prior: ImageEmbedding, worse: float) -> dict[str, float]:
     rows = benchmark.compare(
-        lambda *call: make(*call, worse=worse), {"image": TRUE, "prior": prior, "text": noisy(2.0)}, make(TRUE, PROMPTS, SEEDS), PROMPTS, SEEDS
-    )  # fmt: skip
+        lambda *call: make(*call, worse=worse),
+        {"image": TRUE, "prior": prior, "text": noisy(2.0)},
+        make(TRUE, PROMPTS, SEEDS),
+        PROMPTS,
+        SEEDS,
+    )
     return benchmark.attribute({name: row["mse"] for name, row in rows.items()})
 
 
@@ -44,7 +46,9 @@ def test_noise_in_the_embedding_is_the_priors_error():
     assert clean["prior"] == 0 and clean["decoder"] == pytest.approx(0.09, rel=0.1)
     assert injected["decoder"] == clean["decoder"]
     # the noise's variance, up to its product with the decoder's error: 1,920 numbers, so a few hundredths
-    assert injected["prior"] == pytest.approx(0.25, abs=0.03) and injected["text"] == pytest.approx(4.0, rel=0.1)
+    assert injected["prior"] == pytest.approx(0.25, abs=0.03) and injected["text"] == pytest.approx(
+        4.0, rel=0.1
+    )
 
 
 def test_noise_in_the_decoder_is_the_decoders_error():
@@ -54,13 +58,20 @@ def test_noise_in_the_decoder_is_the_decoders_error():
 
 
 def test_the_rows_of_a_whole_model():
-    """Through the pipeline: three embeddings, one decoder, one seed; a prior that gives the true embedding has no error."""
+    """Through the pipeline: three embeddings, one decoder, one seed; a prior that gives the true embedding
+    has no error."""
     pipe, truth = tiny_kandinsky(), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     prompts, seeds = ["a cat", "a dog"], [0, 1]
     given = benchmark.embeddings(pipe, truth, prompts, seeds)
     assert list(given) == ["image", "prior", "text"]
-    assert given["text"].vector.norm(dim=1) == pytest.approx([float(given["image"].vector.norm(dim=1).mean())] * 2, rel=1e-4)
+    assert given["text"].vector.norm(dim=1) == pytest.approx(
+        [float(given["image"].vector.norm(dim=1).mean())] * 2, rel=1e-4
+    )
     options = SimpleNamespace(steps=2, guidance=None, batch=2)
-    rows = benchmark.compare(benchmark.maker(pipe, options), {**given, "prior": given["image"]}, truth, prompts, seeds)
-    assert rows["prior"]["mse"] == rows["image"]["mse"] and rows["image"]["cosine"] == pytest.approx(1, abs=1e-5)
+    rows = benchmark.compare(
+        benchmark.maker(pipe, options), {**given, "prior": given["image"]}, truth, prompts, seeds
+    )
+    assert rows["prior"]["mse"] == rows["image"]["mse"] and rows["image"]["cosine"] == pytest.approx(
+        1, abs=1e-5
+    )
     assert rows["text"]["cosine"] < 0.99 and rows["text"]["mse"] != rows["image"]["mse"]

@@ -1,4 +1,5 @@
-"""A pipeline of ours as one of diffusers, over the same weights: nothing is copied but what the layouts hold in another order."""
+"""A pipeline of ours as one of diffusers, over the same weights: nothing is copied but what the layouts hold
+in another order."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def twin(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
     if not wanted & set(state):  # newer versions drop the prefix in memory
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
     lost = theirs.load_state_dict(state, assign=True, strict=False)
-    assert not lost.unexpected_keys and not [key for key in lost.missing_keys if not key.endswith("position_ids")], lost
+    assert not lost.unexpected_keys and not [
+        key for key in lost.missing_keys if not key.endswith("position_ids")
+    ], lost
     for part in theirs.modules():
         for key, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -44,13 +47,18 @@ def twin(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
 def scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
     """The peer's scheduler of a sampler, as a folder that we write says."""
     s, grids = pipe.card.schedule, pipe.card.grids().grids
-    facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, pipe.card.prediction, zero_snr=s.zero_terminal_snr)
-    name, config = scheduler_config(facts, sampler, trailing=grids.get(sampler, grids["*"]).get("spacing") == "trailing")
+    facts = training_facts(
+        s.kind, s.timesteps, s.beta_start, s.beta_end, pipe.card.prediction, zero_snr=s.zero_terminal_snr
+    )
+    name, config = scheduler_config(
+        facts, sampler, trailing=grids.get(sampler, grids["*"]).get("spacing") == "trailing"
+    )
     return getattr(diffusers, name).from_config(config)
 
 
 def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
-    """diffusers' pipeline of a class name over our pipeline's weights; ``folder``: where tokenizers may be written."""
+    """diffusers' pipeline of a class name over our pipeline's weights; ``folder``: where tokenizers may be
+    written."""
     networks = pipe.networks()
     parts: dict[str, Any] = {"unet": twin(networks["unet"]), "vae": twin(networks["vae"], pipe.latent_scale)}
     for part, suffix in (("text", ""), ("text2", "_2")):
@@ -59,7 +67,10 @@ def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
             convention = pipe.card.text2 if part == "text2" else pipe.card.text
             assert convention is not None
             write_clip_tokenizer(folder / part, convention.pad, network.config.context_length)
-            parts |= {f"text_encoder{suffix}": twin(network), f"tokenizer{suffix}": transformers.CLIPTokenizer.from_pretrained(folder / part)}
+            parts |= {
+                f"text_encoder{suffix}": twin(network),
+                f"tokenizer{suffix}": transformers.CLIPTokenizer.from_pretrained(folder / part),
+            }
     parts["scheduler"] = scheduler(pipe, pipe.card.defaults.sampler)
     if kind == "StableDiffusionUpscalePipeline":
         parts["low_res_scheduler"] = scheduler(pipe, "ddpm")
@@ -75,7 +86,8 @@ def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
 
 
 def make(base: str, size: str, folder: Path) -> tuple[Any, int]:
-    """A pipeline with random weights, reduced or full, and the side of its pictures. Its encoder has no spread, as the peer's samples from it."""
+    """A pipeline with random weights, reduced or full, and the side of its pictures. Its encoder has no
+    spread, as the peer's samples from it."""
     name = base if size == "full" else family.register(base, folder).name
     pipe = family.load(name)
     quant, half = pipe.vae.quant_conv, pipe.vae.config.latent_channels
@@ -105,11 +117,14 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape
     inside = ((theirs > 0.02) & (theirs < 0.98)).float().mean()
     assert inside > 0.2 and theirs.std() > 0.05, "a saturated or flat picture would prove nothing"
-    assert (ours - theirs).abs().max() <= STEP, f"largest difference {float((ours - theirs).abs().max()) * 255:.3f} of 255"
+    assert (ours - theirs).abs().max() <= STEP, (
+        f"largest difference {float((ours - theirs).abs().max()) * 255:.3f} of 255"
+    )
 
 
 def assert_filled(ours: Tensor, theirs: Tensor, given: Tensor, mask: Tensor) -> None:
-    """In the hole ours are the peer's; around it they are the given pixels, where the peer leaves the autoencoder's."""
+    """In the hole ours are the peer's; around it they are the given pixels, where the peer leaves the
+    autoencoder's."""
     known = (mask < 0.5).expand_as(ours)
     assert torch.equal(ours[known], given.expand_as(ours)[known])
     assert_equal(torch.where(known, theirs, ours), theirs)

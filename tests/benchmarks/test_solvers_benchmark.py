@@ -1,22 +1,18 @@
-"""The benchmark of the solvers: its rules and tables on small inputs, and that it runs and writes what it says."""
+"""The benchmark of the solvers: its rules and tables on small inputs, and that it runs and writes what it
+says."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from tinymodel import tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import solver_images
 import solver_oracle
 import solver_plot
 import solvers
+import torch
+from tinymodel import tiny_model
 
 
 @pytest.fixture
@@ -27,14 +23,18 @@ def tiny(monkeypatch):
 
 
 def bench(pipe, **options):
-    return solver_images.Bench(pipe, ["cat", "a red apple"], 2, **{"batch": 3, "guidance": None, "reference_steps": 60, **options})
+    return solver_images.Bench(
+        pipe, ["cat", "a red apple"], 2, **{"batch": 3, "guidance": None, "reference_steps": 60, **options}
+    )
 
 
 def test_distance_is_the_mean_of_root_mean_squares():
     a = torch.zeros(2, 3, 4, 4)
     b = torch.cat([torch.full((1, 3, 4, 4), 1 / 255), torch.full((1, 3, 4, 4), 3 / 255)])
     mean, error = solver_images.distance(a, b)
-    assert mean == pytest.approx(2, rel=1e-5) and error == pytest.approx(1, rel=1e-5)  # deviation sqrt(2) over sqrt(2) pictures
+    assert mean == pytest.approx(2, rel=1e-5) and error == pytest.approx(
+        1, rel=1e-5
+    )  # deviation sqrt(2) over sqrt(2) pictures
 
 
 def test_steps_fill_the_budget(tiny):
@@ -47,10 +47,12 @@ def test_steps_fill_the_budget(tiny):
 
 @pytest.mark.parametrize("kind", ["flow", "path"])
 def test_distances_fall_to_the_family_s_limit(tiny, kind):
-    """Every sampler of a family comes nearer to the one reference with more steps; the reference itself is at distance 0."""
+    """Every sampler of a family comes nearer to the one reference with more steps; the reference itself is at
+    distance 0."""
     b = bench(tiny)
-    # On trailing, the first step under the cosine schedule spans sigma/alpha from 8,000 to 12. Heun goes half of it by the slope at its end,
-    # and dpm2_a all of it by the slope at its middle, which is 12 as well: what is lost of eps there counts 8,000 times.
+    # On trailing, the first step under the cosine schedule spans sigma/alpha from 8,000 to 12. Heun goes half
+    # of it by the slope at its end, and dpm2_a all of it by the slope at its middle, which is 12 as well:
+    # what is lost of eps there counts 8,000 times.
     calm = {"spacing": "karras", "sigma_max": 80.0}
     b.rules = dataclasses.replace(b.rules, grids={**b.rules.grids, "heun": calm, "dpm2_a": calm})
     reference = b.reference(kind)
@@ -69,12 +71,25 @@ def test_evaluations_are_those_announced(tiny):
 
 
 def row(sampler, evaluations, distance, spacing=None):
-    return {"sampler": sampler, "spacing": spacing, "steps": evaluations, "evaluations": evaluations, "distance": distance, "error": 0.1}
+    return {
+        "sampler": sampler,
+        "spacing": spacing,
+        "steps": evaluations,
+        "evaluations": evaluations,
+        "distance": distance,
+        "error": 0.1,
+    }
 
 
 def test_the_rule_takes_the_fewest_evaluations_then_the_nearest():
     rows = {
-        "flow": [row("ddim", 20, 3.9), row("heun", 19, 4.1), row("unipc", 10, 3.5), row("dpmpp_2m", 10, 3.2), row("dpm_adaptive", 6, 1.0)],
+        "flow": [
+            row("ddim", 20, 3.9),
+            row("heun", 19, 4.1),
+            row("unipc", 10, 3.5),
+            row("dpmpp_2m", 10, 3.2),
+            row("dpm_adaptive", 6, 1.0),
+        ],
         "spacing": [row("dpmpp_2m", 10, 2.9, "karras")],
         "path": [row("euler_a", 5, 0.1)],
     }
@@ -84,12 +99,18 @@ def test_the_rule_takes_the_fewest_evaluations_then_the_nearest():
 
 
 def test_tables_and_names():
-    text = solver_images.table([row("ddim", 5, 9.0), row("ddim", 10, 4.0), row("heun", 9, 3.0)], [5, 10], "sampler").splitlines()
+    text = solver_images.table(
+        [row("ddim", 5, 9.0), row("ddim", 10, 4.0), row("heun", 9, 3.0)], [5, 10], "sampler"
+    ).splitlines()
     assert text[2] == "| ddim | 9.00 | 4.00 |" and text[3] == "| heun | – | 3.00 (9) |"
-    curves = solver_plot.merged([row("ddim", 5, 9.0), row("euler", 5, 9.0000001), row("heun", 9, 3.0)], "sampler")
+    curves = solver_plot.merged(
+        [row("ddim", 5, 9.0), row("euler", 5, 9.0000001), row("heun", 9, 3.0)], "sampler"
+    )
     assert list(curves) == ["ddim = euler", "heun"]
     heights = solver_plot.spread([0.0, 0.01, 0.02, 3.0], 0.5)
-    assert all(b - a >= 0.5 - 1e-6 for a, b in zip(heights, heights[1:], strict=False)) and heights[3] == pytest.approx(3.0, abs=0.2)
+    assert all(b - a >= 0.5 - 1e-6 for a, b in zip(heights, heights[1:], strict=False)) and heights[
+        3
+    ] == pytest.approx(3.0, abs=0.2)
 
 
 def test_the_oracle_s_rows():
@@ -107,14 +128,28 @@ def test_the_oracle_s_rows():
 def test_it_runs_whole(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report, picture = tmp_path / "solvers.json", tmp_path / "solvers.png"
-    arguments = "--samplers ddim dpmpp_2m euler_a --oracle-steps 20 40 --samples 200 --budgets 3 6 --spacings lambda --prompts cat"
-    solvers.main([*arguments.split(), "--reference-steps", "30", "--json", str(report), "--plot", str(picture)])
+    arguments = (
+        "--samplers ddim dpmpp_2m euler_a --oracle-steps 20 40 --samples 200 --budgets 3 6 --spacings lambda"
+        " --prompts cat"
+    )
+    solvers.main(
+        [*arguments.split(), "--reference-steps", "30", "--json", str(report), "--plot", str(picture)]
+    )
     out, written = capsys.readouterr().out, json.loads(report.read_text())
     assert "Fewest evaluations" in out and "| ddim |" in out
     rows = written["images"]["emoji-ldm"]["rows"]
-    assert {item["sampler"] for item in rows["flow"]} == {"ddim", "dpmpp_2m"} and {item["spacing"] for item in rows["spacing"]} == {"lambda"}
-    assert written["oracle"]["deterministic"] and written["oracle"]["stochastic"] and written["settings"]["budgets"] == [3, 6]
-    assert picture.read_bytes().startswith(b"\x89PNG") and {p.name for p in tmp_path.iterdir()} == {"solvers.json", "solvers.png"}
+    assert {item["sampler"] for item in rows["flow"]} == {"ddim", "dpmpp_2m"} and {
+        item["spacing"] for item in rows["spacing"]
+    } == {"lambda"}
+    assert (
+        written["oracle"]["deterministic"]
+        and written["oracle"]["stochastic"]
+        and written["settings"]["budgets"] == [3, 6]
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG") and {p.name for p in tmp_path.iterdir()} == {
+        "solvers.json",
+        "solvers.png",
+    }
 
 
 @pytest.mark.parametrize(

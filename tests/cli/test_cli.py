@@ -28,7 +28,12 @@ def test_a_prompt_becomes_a_png_with_its_recipe(capsys):
     assert capsys.readouterr().out.strip() == "apple.png"
     recipe = read_recipe("apple.png")
     assert pixels("apple.png").shape == (48, 32, 3)
-    assert (recipe["prompt"], recipe["seed"], recipe["steps"], recipe["model"]) == ("a red apple", [3], 5, "emoji-ldm")
+    assert (recipe["prompt"], recipe["seed"], recipe["steps"], recipe["model"]) == (
+        "a red apple",
+        [3],
+        5,
+        "emoji-ldm",
+    )
     assert recipe["weights"] and recipe["versions"]["torch"]
 
 
@@ -39,7 +44,10 @@ def test_several_pictures_make_a_grid_or_files():
     assert (pixels("b-3.png") == pixels("a.png")[32:, 32:]).all()
 
 
-@pytest.mark.parametrize("options", [[], ["--sampler", "ddpm"], "--sampler ddim --dtype float32 --negative apple --guidance 1.5".split()])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--sampler", "ddpm"], "--sampler ddim --dtype float32 --negative apple --guidance 1.5".split()],
+)
 def test_replay_makes_the_same_bits(options):
     assert main(["a red apple", "-o", "a.png", "--n", "2", "--seed", "5", *options]) == 0
     assert main(["replay", "a.png"]) == 0
@@ -97,7 +105,12 @@ def test_wrong_input_is_one_line_on_standard_error_and_writes_nothing(arguments,
     before = set(tmp_path.rglob("*"))
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert (
+        message in captured.err
+        and captured.err.startswith("error: ")
+        and captured.err.count("\n") == 1
+        and not captured.out
+    )
     assert set(tmp_path.rglob("*")) == before
 
 

@@ -1,4 +1,5 @@
-"""Small and published shapes of CLIP's towers, random weights and ids for them, and how close two outputs must be."""
+"""Small and published shapes of CLIP's towers, random weights and ids for them, and how close two outputs
+must be."""
 
 from __future__ import annotations
 
@@ -7,8 +8,20 @@ from torch import Tensor, nn
 
 from ldm.models.clip.towers import TextConfig, VisionConfig
 
-TEXT = TextConfig(vocab_size=310, context_length=20, width=64, layers=3, heads=4, embed_dim=48, activation="gelu", bos_id=298, eot_id=299)
-VISION = VisionConfig(image_size=32, patch_size=8, width=96, layers=3, heads=3, mlp_width=288, embed_dim=48, activation="gelu")
+TEXT = TextConfig(
+    vocab_size=310,
+    context_length=20,
+    width=64,
+    layers=3,
+    heads=4,
+    embed_dim=48,
+    activation="gelu",
+    bos_id=298,
+    eot_id=299,
+)
+VISION = VisionConfig(
+    image_size=32, patch_size=8, width=96, layers=3, heads=3, mlp_width=288, embed_dim=48, activation="gelu"
+)
 FULL: dict[str, tuple[TextConfig, VisionConfig]] = {
     "ViT-L-14-quickgelu": (TextConfig(), VisionConfig()),
     "ViT-H-14": (
@@ -36,7 +49,9 @@ def scaled(name: str, shape: torch.Size, normal: Tensor) -> Tensor:
     """Standard normal numbers as weights that keep signals of order one; gains are about 1."""
     if len(shape) < 2 or "embedding" in name:
         return 0.2 * normal + (1 if "ln_" in name and name.endswith("weight") else 0)
-    fan_in = shape[0] if name.endswith(("text_projection", "visual.proj")) or name == "proj" else shape[1:].numel()
+    fan_in = (
+        shape[0] if name.endswith(("text_projection", "visual.proj")) or name == "proj" else shape[1:].numel()
+    )
     return normal * fan_in**-0.5
 
 

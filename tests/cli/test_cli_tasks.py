@@ -1,4 +1,5 @@
-"""The commands that make pictures of pictures, in this process on a tiny model: each writes what the library makes; wrong input is one line."""
+"""The commands that make pictures of pictures, in this process on a tiny model: each writes what the library
+makes; wrong input is one line."""
 
 from __future__ import annotations
 
@@ -46,7 +47,24 @@ def pixels(path):
 
 CASES = [
     (["image", "cat", "a.png", "--strength", "0.5"], "image_to_image", (32, 32)),
-    (["inpaint", "cat", "a.png", "mask.png", "--resample", "2", "--jump", "1", "--feather", "2", "--seam", "4"], "inpaint", (32, 32)),
+    (
+        [
+            "inpaint",
+            "cat",
+            "a.png",
+            "mask.png",
+            "--resample",
+            "2",
+            "--jump",
+            "1",
+            "--feather",
+            "2",
+            "--seam",
+            "4",
+        ],
+        "inpaint",
+        (32, 32),
+    ),
     (["outpaint", "cat", "a.png", "--left", "8", "--bottom", "5"], "outpaint", (37, 40)),
     (["vary", "a.png", "--n", "2", "--strength", "0.5"], "variations", (32, 64)),
     (["interpolate", "cat", "red apple", "--n", "3"], "interpolate", (64, 64)),
@@ -79,7 +97,10 @@ def test_the_commands_are_the_library(capsys):
     known = pixels("mask.png") == 0
     assert (pixels("in.png")[known] == pixels("a.png")[known]).all()
     assert main(["edit", "red apple", "red cat", "--emphasis", "cat=3", "-o", "e.png", *FAST]) == 0
-    assert (pixels("e.png") == pipe.edit("red apple", "red cat", emphasis={"cat": 3.0}, steps=2, progress=False).numpy()[0]).all()
+    assert (
+        pixels("e.png")
+        == pipe.edit("red apple", "red cat", emphasis={"cat": 3.0}, steps=2, progress=False).numpy()[0]
+    ).all()
 
 
 def test_a_size_that_does_not_fit_is_told_on_standard_error(capsys):
@@ -93,16 +114,43 @@ def test_a_size_that_does_not_fit_is_told_on_standard_error(capsys):
 
 @pytest.mark.parametrize("arguments", [case[0] for case in CASES], ids=named)
 def test_what_was_made_of_files_is_replayed_to_the_bit(arguments, capsys):
-    assert main([*arguments, "--seed" if "seeds" not in arguments else "--guidance", "3", "-o", "made.png", *FAST]) == 0
+    assert (
+        main(
+            [*arguments, "--seed" if "seeds" not in arguments else "--guidance", "3", "-o", "made.png", *FAST]
+        )
+        == 0
+    )
     assert main(["replay", "made.png"]) == 0
     assert not capsys.readouterr().err
-    assert (pixels("made.png") == pixels("made-replay.png")).all() and read_recipe("made.png") == read_recipe("made-replay.png")
+    assert (pixels("made.png") == pixels("made-replay.png")).all() and read_recipe("made.png") == read_recipe(
+        "made-replay.png"
+    )
 
 
 def test_one_file_of_several_is_replayed_from_another_grid_and_convention():
-    assert main(["vary", "a.png", "--n", "2", "--separate", "--convention", "k", "--spacing", "karras", "-o", "v.png", *FAST]) == 0
+    assert (
+        main(
+            [
+                "vary",
+                "a.png",
+                "--n",
+                "2",
+                "--separate",
+                "--convention",
+                "k",
+                "--spacing",
+                "karras",
+                "-o",
+                "v.png",
+                *FAST,
+            ]
+        )
+        == 0
+    )
     assert main(["replay", "v-1.png", "-o", "again.png"]) == 0
-    assert (pixels("v-1.png") == pixels("again.png")).all() and (pixels("v-0.png") != pixels("again.png")).any()
+    assert (pixels("v-1.png") == pixels("again.png")).all() and (
+        pixels("v-0.png") != pixels("again.png")
+    ).any()
 
 
 @pytest.mark.parametrize("changed", ["given.png", "hole.png"])
@@ -111,25 +159,40 @@ def test_a_file_that_is_gone_or_another_is_refused(changed, capsys):
         shutil.copy(source, copy)
     assert main(["inpaint", "cat", "given.png", "hole.png", "-o", "in.png", *FAST]) == 0
     held = read_recipe("in.png")["arguments"]
-    assert held["image"] == {"path": "given.png", "sha256": hashlib.sha256(Path("a.png").read_bytes()).hexdigest()}
+    assert held["image"] == {
+        "path": "given.png",
+        "sha256": hashlib.sha256(Path("a.png").read_bytes()).hexdigest(),
+    }
     capsys.readouterr()
     shutil.copy("b.png", changed)
     assert main(["replay", "in.png"]) == 2
     name = {"given.png": "image", "hole.png": "mask"}[changed]
-    assert capsys.readouterr().err.startswith(f"error: {name}: {changed!r} is not the file that the picture was made of")
+    assert capsys.readouterr().err.startswith(
+        f"error: {name}: {changed!r} is not the file that the picture was made of"
+    )
     Path(changed).unlink()
     assert main(["replay", "in.png", "-o", "none.png"]) == 2
-    assert f"error: {name}: no such file: {changed!r}" in capsys.readouterr().err and not Path("none.png").exists()
+    assert (
+        f"error: {name}: no such file: {changed!r}" in capsys.readouterr().err
+        and not Path("none.png").exists()
+    )
 
 
 def test_pictures_in_memory_are_not_replayed_and_the_recipe_says_so(capsys):
     pipe = ldm.load("emoji-ldm", dtype="float32")
-    for given, kind in ((pixels("a.png"), "ndarray"), (torch.zeros(3, 32, 32), "Tensor"), (Image.open("a.png"), "PngImageFile")):
+    for given, kind in (
+        (pixels("a.png"), "ndarray"),
+        (torch.zeros(3, 32, 32), "Tensor"),
+        (Image.open("a.png"), "PngImageFile"),
+    ):
         made = pipe.image_to_image("cat", given, steps=2, progress=False)
         assert not made.recipe["replayable"] and "arguments" not in made.recipe
         made.save("memory.png")
         assert main(["replay", "memory.png"]) == 2
-        assert f"cannot be made again: its image was given as {kind}, which a recipe does not hold" in capsys.readouterr().err
+        assert (
+            f"cannot be made again: its image was given as {kind}, which a recipe does not hold"
+            in capsys.readouterr().err
+        )
     hooked = pipe.image_to_image("cat", "a.png", steps=2, progress=False, on_step=lambda *_: None)
     assert not hooked.recipe["replayable"] and "on_step" in hooked.recipe["because"]
 
@@ -149,7 +212,10 @@ def test_a_recipe_calls_no_other_method(capsys):
         (["inpaint", "cat", "text.png", "mask.png"], "not a picture that can be read"),
         (["image", "cat", "a.png", "--strength", "2"], "strength: expected 0 to 1, got 2"),
         (["outpaint", "cat", "a.png"], "nothing to outpaint"),
-        (["outpaint", "cat", "a.png", "--left", "-3"], "left: expected a number of pixels of at least 0, got -3"),
+        (
+            ["outpaint", "cat", "a.png", "--left", "-3"],
+            "left: expected a number of pixels of at least 0, got -3",
+        ),
         (["vary", "a.png", "--n", "0"], "n: expected"),
         (["interpolate", "one", "2", "--between", "seeds"], "invalid literal"),
         (["edit", "cat", "apple", "--emphasis", "dog=2"], "no word 'dog'"),
@@ -160,7 +226,12 @@ def test_a_recipe_calls_no_other_method(capsys):
 def test_wrong_input_is_one_line_on_standard_error(arguments, message, capsys):
     assert main([*arguments, *FAST] if "-o" in arguments else [*arguments, "-o", "none.png", *FAST]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert (
+        message in captured.err
+        and captured.err.startswith("error: ")
+        and captured.err.count("\n") == 1
+        and not captured.out
+    )
 
 
 @pytest.mark.parametrize("name", [*COMMANDS])

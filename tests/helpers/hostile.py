@@ -23,7 +23,11 @@ class Canary:
 
 def canary_ckpt(path: Path, mark: Path, *, legacy: bool = False) -> Path:
     """A checkpoint with good tensors and one object that would make a folder at ``mark``."""
-    torch.save({"state_dict": {"w": torch.ones(2)}, "extra": Canary(mark)}, path, _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"state_dict": {"w": torch.ones(2)}, "extra": Canary(mark)},
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
     return path
 
 
@@ -45,6 +49,7 @@ def repacked(source: Path, path: Path, *, compress: bool = False, **changes: byt
 
 def stack_global(module: str, name: str, argument: str) -> bytes:
     """A protocol-4 pickle that calls a function named by strings."""
+
     def text(value: str) -> bytes:
         return b"\x8c" + bytes([len(value)]) + value.encode()
 

@@ -1,4 +1,5 @@
-"""A peer's network and ours over the same random weights: one copy of them in memory, nothing left at zero or one."""
+"""A peer's network and ours over the same random weights: one copy of them in memory, nothing left at zero or
+one."""
 
 from __future__ import annotations
 
@@ -11,14 +12,17 @@ from torch import Tensor, nn
 
 from ldm.models.meta import on_meta
 
-# float32 on both sides: the same sums in another order, through tens of layers, stay below this part of the output's rms
+# float32 on both sides: the same sums in another order, through tens of layers, stay below this part of the
+# output's rms
 TOLERANCE = 1e-4
-# what a wrong order of weights changes at least, as a part of the output's rms: far above the tolerance, far below one
+# what a wrong order of weights changes at least, as a part of the output's rms: far above the tolerance, far
+# below one
 VISIBLE = 1e-2
 
 
 def fill(module: nn.Module, seed: int = 0) -> nn.Module:
-    """A module built on meta, given storage: uniform weights that keep the size of signals, norms around 1, biases around 0."""
+    """A module built on meta, given storage: uniform weights that keep the size of signals, norms around 1,
+    biases around 0."""
     module.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -28,21 +32,30 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
                 if name.endswith("weight"):
                     p.add_(1.0)
             else:
-                bound = 1.0 if "embed" in name and p.ndim == 2 and "linear" not in name else (3.0 / p[0].numel()) ** 0.5
+                bound = (
+                    1.0
+                    if "embed" in name and p.ndim == 2 and "linear" not in name
+                    else (3.0 / p[0].numel()) ** 0.5
+                )
                 p.uniform_(-bound, bound, generator=generator)
     return module.eval()
 
 
 @contextmanager
-def twins(peer: Callable[[], nn.Module], ours: Callable[[], nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(theirs, ours) sharing one set of random weights; the memory is given back behind it. Loading is strict both ways."""
+def twins(
+    peer: Callable[[], nn.Module], ours: Callable[[], nn.Module]
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(theirs, ours) sharing one set of random weights; the memory is given back behind it. Loading is strict
+    both ways."""
     with torch.device("meta"):
         theirs = peer()
     with on_meta():
         mine = ours()
     fill(theirs)
     buffers = {name for name, _ in theirs.named_buffers()}
-    mine.load_state_dict({key: value for key, value in theirs.state_dict().items() if key not in buffers}, assign=True)
+    mine.load_state_dict(
+        {key: value for key, value in theirs.state_dict().items() if key not in buffers}, assign=True
+    )
     mine.eval()
     parameters = dict(theirs.named_parameters())
     assert all(p.data_ptr() == parameters[name].data_ptr() for name, p in mine.named_parameters())
@@ -65,7 +78,9 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def rotate_qkv(module: nn.Module, at: str) -> None:
     """Give an attention's q the weights of k, k those of v, and v those of q (their peers keep theirs)."""
     attention = module.get_submodule(at)
-    names = [name for name in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj") if hasattr(attention, name)]
+    names = [
+        name for name in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj") if hasattr(attention, name)
+    ]
     weights = [getattr(attention, name).weight for name in names]
     assert len({tuple(weight.shape) for weight in weights}) == 1
     for name, weight in zip(names, (*weights[1:], weights[0]), strict=True):

@@ -1,20 +1,16 @@
-"""The figures of unCLIP's parts: on stand-ins whose answers are known, and all of them once through a tiny model."""
+"""The figures of unCLIP's parts: on stand-ins whose answers are known, and all of them once through a tiny
+model."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import unclip_quality as benchmark
 from emoji_quality import real
 from tinyunclip import pair, prior, tiny_karlo
@@ -26,7 +22,17 @@ from ldm.pipelines.stages.autoregressive import AutoregressiveStage
 from ldm.weights.formats.native_folder import write_part
 from ldm.weights.parts import build_network, randomise
 
-DEFAULTS = {"n": 4, "pictures": 2, "candidates": 1, "seed": 0, "invert_steps": 2, "iterations": 1, "eta": 0.25, "side": 32, "only": benchmark.NAMES}
+DEFAULTS = {
+    "n": 4,
+    "pictures": 2,
+    "candidates": 1,
+    "seed": 0,
+    "invert_steps": 2,
+    "iterations": 1,
+    "eta": 0.25,
+    "side": 32,
+    "only": benchmark.NAMES,
+}
 
 
 def options(**changes) -> SimpleNamespace:
@@ -34,7 +40,8 @@ def options(**changes) -> SimpleNamespace:
 
 
 class Perfect:
-    """A model whose prior knows the true embeddings, and whose variations are the picture itself, or a ring's neighbour."""
+    """A model whose prior knows the true embeddings, and whose variations are the picture itself, or a ring's
+    neighbour."""
 
     def __init__(self, data, *, wrong: bool = False) -> None:
         self.clip, self.data, self.wrong = pair("x"), data, wrong
@@ -59,18 +66,29 @@ def test_a_prior_that_knows_the_pictures_has_a_cosine_of_one(drawn, monkeypatch)
         return pictures
 
     monkeypatch.setattr(benchmark, "real", remembered)
-    monkeypatch.setattr(benchmark, "draw_held_out_pairs", lambda data, n, rng: benchmark.held_out(data, n, rng))
+    monkeypatch.setattr(
+        benchmark, "draw_held_out_pairs", lambda data, n, rng: benchmark.held_out(data, n, rng)
+    )
     rows = benchmark.prior_cosines(model, drawn, options(), np.random.default_rng(0))
     assert set(rows) == {"held-out pairs", "held-out pictures"}
     for row in rows.values():
-        assert row["prior"] == pytest.approx(1, abs=1e-5) and row["text"] < 0.9 and row["gain"] == pytest.approx(1 - row["text"], abs=1e-5)
+        assert (
+            row["prior"] == pytest.approx(1, abs=1e-5)
+            and row["text"] < 0.9
+            and row["gain"] == pytest.approx(1 - row["text"], abs=1e-5)
+        )
 
 
 def test_variations_are_counted_by_picture_and_by_variation(drawn):
     same = benchmark.variations(Perfect(drawn), drawn, options(), np.random.default_rng(0))
-    assert len(same) == 2 and all(row["one of four"] == row["each"] == 100 and row["between"] == pytest.approx(120) for row in same.values())
+    assert len(same) == 2 and all(
+        row["one of four"] == row["each"] == 100 and row["between"] == pytest.approx(120)
+        for row in same.values()
+    )
     once = benchmark.variations(Perfect(drawn, wrong=True), drawn, options(), np.random.default_rng(0))
-    assert all(row["one of four"] == 100 and row["each"] == 25 and row["between"] < 30 for row in once.values())
+    assert all(
+        row["one of four"] == 100 and row["each"] == 25 and row["between"] < 30 for row in once.values()
+    )
 
 
 def test_an_upsampler_that_is_bicubic_gains_nothing_and_a_perfect_one_much(drawn):
@@ -86,7 +104,9 @@ def test_an_upsampler_that_is_bicubic_gains_nothing_and_a_perfect_one_much(drawn
             return self.made(small)
 
     def figures(made):
-        return benchmark.upsampler(SimpleNamespace(upsamplers=[Stage(made)], card=card), drawn, options(), np.random.default_rng(0))
+        return benchmark.upsampler(
+            SimpleNamespace(upsamplers=[Stage(made)], card=card), drawn, options(), np.random.default_rng(0)
+        )
 
     same, shown = figures(lambda small: benchmark.enlarge(small, (32, 32)).clamp(0, 1))
     assert same["gain"] == pytest.approx(0, abs=1e-4) and len(shown) % 4 == 0
@@ -101,22 +121,53 @@ def test_all_figures_of_a_tiny_model_and_of_another_prior(folder, tmp_path, caps
     ldm.save(pipe, tmp_path / "model")
     numbers = ["--n", "2", "--pictures", "1", "--invert-steps", "2", "--iterations", "1", "--side", "32"]
     files = ["--json", str(tmp_path / "q.json"), "--picture", str(tmp_path / "up.png")]
-    benchmark.draw_held_out_pairs, before = (lambda data, n, rng: benchmark.held_out(data, n, rng)), benchmark.draw_held_out_pairs
+    benchmark.draw_held_out_pairs, before = (
+        (lambda data, n, rng: benchmark.held_out(data, n, rng)),
+        benchmark.draw_held_out_pairs,
+    )
     try:
         benchmark.main(["--weights", str(tmp_path / "model"), "--data", str(folder), *numbers, *files])
         config = AutoregressiveConfig(
-            embed_dim=24, text_dim=24, width=16, layers=1, heads=2, head_dim=8, components=4, buckets=8, similarities=4
+            embed_dim=24,
+            text_dim=24,
+            width=16,
+            layers=1,
+            heads=2,
+            head_dim=8,
+            components=4,
+            buckets=8,
+            similarities=4,
         )
         write_part(tmp_path / "ar", "prior", randomise(build_network(config)), config, clip=pipe.card.clip)
-        benchmark.main(["--weights", str(tmp_path / "model"), "--data", str(folder), "--only", "prior", "--prior", str(tmp_path / "ar"), *numbers])
+        benchmark.main(
+            [
+                "--weights",
+                str(tmp_path / "model"),
+                "--data",
+                str(folder),
+                "--only",
+                "prior",
+                "--prior",
+                str(tmp_path / "ar"),
+                *numbers,
+            ]
+        )
     finally:
         benchmark.draw_held_out_pairs = before
     out = capsys.readouterr().out
-    assert "| variations from embedding alone: one of four" in out and "| at most 3 dB lost |" in out and "| upsampler: PSNR |" in out
+    assert (
+        "| variations from embedding alone: one of four" in out
+        and "| at most 3 dB lost |" in out
+        and "| upsampler: PSNR |" in out
+    )
     figures = json.loads((tmp_path / "q.json").read_text())
-    assert figures["reconstruction"]["autoencoder"] > 60  # pixels: nothing is lost but eight bits are never taken
+    assert (
+        figures["reconstruction"]["autoencoder"] > 60
+    )  # pixels: nothing is lost but eight bits are never taken
     assert (tmp_path / "up.png").is_file()
-    write_part(tmp_path / "strange", "prior", prior(pipe.card).net, prior(pipe.card).net.config, clip="another")
+    write_part(
+        tmp_path / "strange", "prior", prior(pipe.card).net, prior(pipe.card).net.config, clip="another"
+    )
     with pytest.raises(ValueError, match="trained on 'another'"):
         benchmark.other_prior(pipe, tmp_path / "strange")
     benchmark.other_prior(pipe, tmp_path / "ar")

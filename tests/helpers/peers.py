@@ -12,7 +12,8 @@ import pytest
 
 
 def k_sampling() -> Any:
-    """k_diffusion.sampling without the package's __init__, which imports CLIP and evaluation code that need more packages."""
+    """k_diffusion.sampling without the package's __init__, which imports CLIP and evaluation code that need
+    more packages."""
     if "k_diffusion" not in sys.modules:
         spec = importlib.util.find_spec("k_diffusion")
         if spec is None or not spec.submodule_search_locations:

@@ -27,20 +27,31 @@ from ldm.weights.rules.decoder import decoder_table
 
 TYPES = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
 UNET = {
-    "block_out_channels": PIXELS.channels, "down_block_types": TYPES, "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "layers_per_block": 1, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "resnet_time_scale_shift": "scale_shift", "attention_head_dim": 16,
+    "block_out_channels": PIXELS.channels,
+    "down_block_types": TYPES,
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 16,
     "cross_attention_dim": 40,
-}  # fmt: skip
+}
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def card_of(pipe: UnCLIP) -> str:
     """The name of a registered card with a pipeline's own shapes and settings."""
     configs: dict[str, Any] = {part: network.config for part, network in pipe.networks().items()}
-    upsamplers = tuple(configs.pop(part) for part in list(configs) if part.startswith("upsampler") and not part.endswith("-last"))
+    upsamplers = tuple(
+        configs.pop(part)
+        for part in list(configs)
+        if part.startswith("upsampler") and not part.endswith("-last")
+    )
     last = configs.pop("upsampler-last", None) is not None
     name = f"tiny-{pipe.card.name}"
-    REGISTERED[name] = replace(pipe.card, name=name, networks=UnCLIPNetworks(**configs, upsamplers=upsamplers, last=last))
+    REGISTERED[name] = replace(
+        pipe.card, name=name, networks=UnCLIPNetworks(**configs, upsamplers=upsamplers, last=last)
+    )
     return name
 
 
@@ -52,29 +63,43 @@ def loaded(pipe: UnCLIP, folder: Path) -> UnCLIP:
 def given(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
     """A peer's module holding a state."""
     lost = module.load_state_dict(state, strict=False)
-    assert not lost.unexpected_keys and all(key.endswith(("position_ids", "token_type_ids")) for key in lost.missing_keys), lost
+    assert not lost.unexpected_keys and all(
+        key.endswith(("position_ids", "token_type_ids")) for key in lost.missing_keys
+    ), lost
     return module.eval()
 
 
 def prior_of(pipe: UnCLIP) -> diffusers.PriorTransformer:
     c = pipe.prior.net.config
     theirs = diffusers.PriorTransformer(
-        num_attention_heads=c.heads, attention_head_dim=c.head_dim, num_layers=c.layers, embedding_dim=c.embed_dim
-    )  # fmt: skip
+        num_attention_heads=c.heads,
+        attention_head_dim=c.head_dim,
+        num_layers=c.layers,
+        embedding_dim=c.embed_dim,
+    )
     return given(theirs, to_layout(pipe.prior.net, "diffusers"))
 
 
 def text_of(pipe: UnCLIP, folder) -> dict[str, object]:
     write_clip_tokenizer(folder, 0, 77)
-    return {"text_encoder": twin(pipe.clip.text.tower), "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder)}
+    return {
+        "text_encoder": twin(pipe.clip.text.tower),
+        "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder),
+    }
 
 
 def vision_of(pipe: UnCLIP) -> transformers.CLIPVisionModelWithProjection:
     v = VISION
     config = transformers.CLIPVisionConfig(
-        hidden_size=v.width, image_size=v.image_size, patch_size=v.patch_size, num_hidden_layers=v.layers, num_attention_heads=v.heads,
-        intermediate_size=4 * v.width, projection_dim=E, hidden_act="quick_gelu",
-    )  # fmt: skip
+        hidden_size=v.width,
+        image_size=v.image_size,
+        patch_size=v.patch_size,
+        num_hidden_layers=v.layers,
+        num_attention_heads=v.heads,
+        intermediate_size=4 * v.width,
+        projection_dim=E,
+        hidden_act="quick_gelu",
+    )
     return given(transformers.CLIPVisionModelWithProjection(config), to_layout(pipe.clip.vision, "diffusers"))
 
 
@@ -85,8 +110,8 @@ def decoder_of(stage: Stage, **extra) -> tuple[diffusers.UNet2DConditionModel, d
 
 
 def exact(scheduler):
-    """A peer's scheduler with its tables in float64: in float32 its 1 − ᾱ[0] is off by 5e-4 of itself, and at t = 999, where x0 is eps times 2e4 and
-    then clamped, what follows from that turns single pixels over."""
+    """A peer's scheduler with its tables in float64: in float32 its 1 − ᾱ[0] is off by 5e-4 of itself, and at
+    t = 999, where x0 is eps times 2e4 and then clamped, what follows from that turns single pixels over."""
     betas = scheduler.betas.double()
     if scheduler.config.beta_schedule == "squaredcos_cap_v2":
         betas = NoiseSchedule.cosine().betas
@@ -96,28 +121,39 @@ def exact(scheduler):
 
 
 def karlo(pipe: UnCLIP, folder: Path) -> diffusers.UnCLIPPipeline:
-    unet, state = decoder_of(pipe.decoder, in_channels=3, out_channels=6, class_embed_type="identity", sample_size=16)
+    unet, state = decoder_of(
+        pipe.decoder, in_channels=3, out_channels=6, class_embed_type="identity", sample_size=16
+    )
     project = UnCLIPTextProjModel(clip_embeddings_dim=E, time_embed_dim=128, cross_attention_dim=40)
     given(unet, {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")})
     given(project, {k.removeprefix("text_proj."): v for k, v in state.items() if k.startswith("text_proj.")})
 
     def sr(net) -> diffusers.UNet2DModel:
         theirs = diffusers.UNet2DModel(
-            sample_size=32, in_channels=6, out_channels=3, block_out_channels=SR.channels, layers_per_block=1, add_attention=False,
-            down_block_types=("ResnetDownsampleBlock2D",) * 2, up_block_types=("ResnetUpsampleBlock2D",) * 2,
-        )  # fmt: skip
+            sample_size=32,
+            in_channels=6,
+            out_channels=3,
+            block_out_channels=SR.channels,
+            layers_per_block=1,
+            add_attention=False,
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        )
         return given(theirs, net.state_dict())
 
     return quiet(
         diffusers.UnCLIPPipeline(
-            prior=prior_of(pipe), decoder=unet, text_proj=project, super_res_first=sr(pipe.upsamplers[0].denoiser.net),
+            prior=prior_of(pipe),
+            decoder=unet,
+            text_proj=project,
+            super_res_first=sr(pipe.upsamplers[0].denoiser.net),
             super_res_last=sr(pipe.upsamplers[0].last.net),
             prior_scheduler=exact(diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)),
             decoder_scheduler=exact(diffusers.UnCLIPScheduler(variance_type="learned_range")),
             super_res_scheduler=exact(diffusers.UnCLIPScheduler()),
             **text_of(pipe, folder),
         )
-    )  # fmt: skip
+    )
 
 
 def stable_unclip(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPPipeline:
@@ -127,63 +163,114 @@ def stable_unclip(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPPipeline:
     betas = {"beta_schedule": "squaredcos_cap_v2"}
     return quiet(
         diffusers.StableUnCLIPPipeline(
-            prior_tokenizer=text["tokenizer"], prior_text_encoder=text["text_encoder"], prior=prior_of(pipe),
+            prior_tokenizer=text["tokenizer"],
+            prior_text_encoder=text["text_encoder"],
+            prior=prior_of(pipe),
             prior_scheduler=exact(
-                diffusers.DDPMScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample=True, clip_sample_range=5.0, **betas)
+                diffusers.DDPMScheduler(
+                    variance_type="fixed_small_log",
+                    prediction_type="sample",
+                    clip_sample=True,
+                    clip_sample_range=5.0,
+                    **betas,
+                )
             ),
-            image_normalizer=normalizer, image_noising_scheduler=exact(diffusers.DDPMScheduler(**betas)), tokenizer=text["tokenizer"],
-            text_encoder=twin(pipe.decoder.text.tower), unet=twin(pipe.decoder.denoiser.net), vae=twin(pipe.decoder.space.vae, 0.18215),
+            image_normalizer=normalizer,
+            image_noising_scheduler=exact(diffusers.DDPMScheduler(**betas)),
+            tokenizer=text["tokenizer"],
+            text_encoder=twin(pipe.decoder.text.tower),
+            unet=twin(pipe.decoder.denoiser.net),
+            vae=twin(pipe.decoder.space.vae, 0.18215),
             scheduler=diffusers.DDIMScheduler(
-                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", set_alpha_to_one=False,
-                steps_offset=1, clip_sample=False,
+                beta_schedule="scaled_linear",
+                beta_start=0.00085,
+                beta_end=0.012,
+                prediction_type="v_prediction",
+                set_alpha_to_one=False,
+                steps_offset=1,
+                clip_sample=False,
             ),
         )
-    )  # fmt: skip
+    )
 
 
 def stable_unclip_of_pictures(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPImg2ImgPipeline:
     whole = stable_unclip(pipe, folder)
-    parts = ("image_normalizer", "image_noising_scheduler", "tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    parts = (
+        "image_normalizer",
+        "image_noising_scheduler",
+        "tokenizer",
+        "text_encoder",
+        "unet",
+        "vae",
+        "scheduler",
+    )
     return quiet(
         diffusers.StableUnCLIPImg2ImgPipeline(
-            feature_extractor=transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), image_encoder=vision_of(pipe),
+            feature_extractor=transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
+            image_encoder=vision_of(pipe),
             **{part: getattr(whole, part) for part in parts},
         )
-    )  # fmt: skip
+    )
 
 
 def movq_of(pipe: UnCLIP) -> diffusers.VQModel:
     movq = diffusers.VQModel(
-        block_out_channels=MOVQ.channels, layers_per_block=1, latent_channels=4, num_vq_embeddings=50, norm_type="spatial",
-        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-    )  # fmt: skip
+        block_out_channels=MOVQ.channels,
+        layers_per_block=1,
+        latent_channels=4,
+        num_vq_embeddings=50,
+        norm_type="spatial",
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    )
     return given(movq, pipe.decoder.space.vae.state_dict())
 
 
 def kandinsky_prior(pipe: UnCLIP, folder: Path, kind: type = diffusers.KandinskyV22PriorPipeline) -> Any:
     scheduler = exact(diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0))
-    parts = {"prior": prior_of(pipe), "image_encoder": vision_of(pipe), "scheduler": scheduler, **text_of(pipe, folder)}
+    parts = {
+        "prior": prior_of(pipe),
+        "image_encoder": vision_of(pipe),
+        "scheduler": scheduler,
+        **text_of(pipe, folder),
+    }
     return quiet(kind(image_processor=transformers.CLIPImageProcessor(), **parts))
 
 
 def learned_range() -> diffusers.DDPMScheduler:
-    return diffusers.DDPMScheduler(**LINEAR, variance_type="learned_range", clip_sample=True, clip_sample_range=2.0)
+    return diffusers.DDPMScheduler(
+        **LINEAR, variance_type="learned_range", clip_sample=True, clip_sample_range=2.0
+    )
 
 
 def kandinsky22(pipe: UnCLIP, kind: type = diffusers.KandinskyV22Pipeline) -> Any:
     unet, state = decoder_of(
-        pipe.decoder, in_channels=pipe.decoder.denoiser.net.config.unet.in_channels, out_channels=8, encoder_hid_dim=E,
-        encoder_hid_dim_type="image_proj", addition_embed_type="image", addition_embed_type_num_heads=16,
-    )  # fmt: skip
+        pipe.decoder,
+        in_channels=pipe.decoder.denoiser.net.config.unet.in_channels,
+        out_channels=8,
+        encoder_hid_dim=E,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+        addition_embed_type_num_heads=16,
+    )
     return quiet(kind(unet=given(unet, state), movq=movq_of(pipe), scheduler=learned_range()))
 
 
 def words_of(pipe: UnCLIP) -> dict[str, Any]:
     c = pipe.decoder.text.encoder.config
     config = MCLIPConfig(
-        transformerDimSize=c.width, imageDimSize=c.embed_dim, vocab_size=c.vocabulary, hidden_size=c.width, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, intermediate_size=c.mlp_width, max_position_embeddings=c.positions, type_vocab_size=1, layer_norm_eps=1e-5,
-    )  # fmt: skip
+        transformerDimSize=c.width,
+        imageDimSize=c.embed_dim,
+        vocab_size=c.vocabulary,
+        hidden_size=c.width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        intermediate_size=c.mlp_width,
+        max_position_embeddings=c.positions,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
     encoder = MultilingualCLIP(config)
     pooler = {key: value for key, value in encoder.state_dict().items() if "pooler" in key}
     return {
@@ -194,10 +281,20 @@ def words_of(pipe: UnCLIP) -> dict[str, Any]:
 
 def kandinsky21(pipe: UnCLIP, scheduler: Any) -> diffusers.KandinskyPipeline:
     unet, state = decoder_of(
-        pipe.decoder, in_channels=4, out_channels=8, encoder_hid_dim=32, encoder_hid_dim_type="text_image_proj", cross_attention_dim=E,
-        addition_embed_type="text_image", addition_embed_type_num_heads=16,
-    )  # fmt: skip
-    return quiet(diffusers.KandinskyPipeline(unet=given(unet, state), movq=movq_of(pipe), scheduler=scheduler, **words_of(pipe)))
+        pipe.decoder,
+        in_channels=4,
+        out_channels=8,
+        encoder_hid_dim=32,
+        encoder_hid_dim_type="text_image_proj",
+        cross_attention_dim=E,
+        addition_embed_type="text_image",
+        addition_embed_type_num_heads=16,
+    )
+    return quiet(
+        diffusers.KandinskyPipeline(
+            unet=given(unet, state), movq=movq_of(pipe), scheduler=scheduler, **words_of(pipe)
+        )
+    )
 
 
 def quiet(pipeline: Any) -> Any:

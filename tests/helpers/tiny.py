@@ -1,0 +1,78 @@
+"""Training configurations small enough for a test, as the YAML files that a user would write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def run(name: str, **changes: Any) -> dict[str, Any]:
+    optimizer = {"lr": 1e-3, "warmup": 2, "decay": 2}
+    quiet = {"log_every": 1, "validate_every": 4, "sample_every": 4, "checkpoint_every": 2}
+    return {
+        "name": name,
+        "steps": 6,
+        "batch": 4,
+        "precision": "float32",
+        "ema": 0.9,
+        "optimizer": optimizer,
+        **quiet,
+        **changes,
+    }
+
+
+def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
+    """The parts' configurations over a data set's folder; ``changes`` go to their runs."""
+    source = {"folder": str(data), "size": 32, "mix": {"ground": 0.5, "small": 0.2, "two": 0.2}}
+    vae = {
+        "part": "vae",
+        "run": run("vae", **changes),
+        "data": source,
+        "loss": {"l1": 1.0, "mse": 1.0, "kl": 1e-3},
+        "model": {"channels": [8, 16], "blocks": 1, "latent_channels": 4, "patch": 2},
+    }
+    tower = {"layers": 1, "heads": 2, "activation": "gelu", "embed_dim": 16}
+    clip = {
+        "part": "clip",
+        "run": run("clip", **changes),
+        "data": source,
+        "model": {
+            "text": {"width": 16, **tower},
+            "vision": {"width": 16, "image_size": 32, "patch_size": 8, **tower},
+        },
+    }
+    draft = {
+        "part": "draft",
+        "run": run("draft", **changes),
+        "data": source,
+        "vae": "runs/vae/export",
+        "text": "runs/clip/export",
+        "variants": 5,
+        "model": {"embed_dim": 16, "width": 16, "channels": 4, "size": 8},
+    }
+    ldm = {
+        "part": "ldm",
+        "run": run("ldm", **changes),
+        "data": source,
+        "vae": "runs/vae/export",
+        "variants": 5,
+        "text": {"folder": "runs/draft/export", "tuned": True, "prior": 1.0},
+        "diffusion": {"schedule": "cosine", "prediction": "v", "drop": 0.1},
+        "model": {
+            "in_channels": 8,
+            "channels": [8, 16],
+            "depth": [0, 1],
+            "blocks": 1,
+            "heads": 2,
+            "context_dim": 16,
+            "pooled_dim": 16,
+        },
+    }
+    return {"vae": vae, "clip": clip, "draft": draft, "ldm": ldm}
+
+
+def write(config: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
