@@ -59,10 +59,8 @@ class EmojiJudge:
             rgba = F.interpolate(rgba, size=(SIZE, SIZE), mode="area")
             colours.append(rgba[:, :3])
             alphas.append(rgba[:, 3:])
-        self._colour, self._alpha = (
-            torch.cat(colours),
-            torch.cat(alphas),
-        )  # (N, 3, 64, 64) times alpha, (N, 1, 64, 64)
+        # (N, 3, 64, 64) times alpha, (N, 1, 64, 64)
+        self._colour, self._alpha = (torch.cat(colours), torch.cat(alphas))
         rows: dict[str, list[int]] = {}
         for i, row in enumerate(self.index):
             rows.setdefault(row.name, []).append(i)
@@ -133,9 +131,8 @@ def least_mse(copies: Tensor, gallery: Tensor) -> Tensor:
     """(N,) least mean squared error of copies (K, C, h, w) to each picture (N, C, h, w): |a − b|² = |a|² −
     2ab + |b|²."""
     copies, gallery = copies.flatten(1), gallery.flatten(1)
-    products = torch.addmm(
-        copies.square().sum(1).expand(len(gallery), -1), gallery, copies.T, alpha=-2
-    )  # (N, K)
+    # (N, K)
+    products = torch.addmm(copies.square().sum(1).expand(len(gallery), -1), gallery, copies.T, alpha=-2)
     return (products.amin(1) + gallery.square().sum(1)).clamp_min(0) / gallery.shape[1]
 
 

@@ -12,7 +12,7 @@ import torch
 from ldm.analysis.oracle import (
     DETERMINISTIC,
     STOCHASTIC,
-    Options,
+    SolverOptions,
     mixture,
     planar,
     settled_slope,
@@ -32,7 +32,7 @@ SCHEDULES = {
 }
 
 
-def label(sampler: str, options: Options) -> str:
+def label(sampler: str, options: SolverOptions) -> str:
     """The sampler with its options, short."""
     return sampler + "".join(
         f", {key} {value}"
@@ -80,7 +80,7 @@ def deterministic_rows(
 
 def one_error(
     sampler: str,
-    options: Options,
+    options: SolverOptions,
     table: NoiseSchedule,
     spacing: str,
     final: Any,
@@ -134,7 +134,7 @@ def stochastic_rows(samples: int, samplers: Sequence[str] | None) -> list[dict[s
 
 
 def sampled_scores(
-    sampler: str, options: Options, table: NoiseSchedule, grid: TimeGrid, samples: int
+    sampler: str, options: SolverOptions, table: NoiseSchedule, grid: TimeGrid, samples: int
 ) -> dict[str, float]:
     """Standard errors between what the sampler makes, from the exact first state, and the truth at the grid's
     end."""

@@ -196,9 +196,8 @@ def outpainting(
     half = x.shape[-1] // 2
     given = x[..., :half]
     found: dict[str, Any] = {"n": len(x)}
-    seamless = torch.ones(
-        len(x), dtype=torch.bool
-    )  # by this measure, the pictures that were never cut: flat ones have a 95th percentile of 0
+    # by this measure, the pictures that were never cut: flat ones have a 95th percentile of 0
+    seamless = torch.ones(len(x), dtype=torch.bool)
     for name, own_options in (("the uncut picture", None), ("as made", {"seam": 0.0}), ("corrected", {})):
         made = x
         if own_options is not None:
@@ -210,9 +209,10 @@ def outpainting(
                 options.batch,
             )
         step = (made[..., half] - made[..., half - 1]).abs().mean(1)  # (n, H)
+        # (n,) each
         own, whole = (
             (y[..., 1:] - y[..., :-1]).abs().mean(1).flatten(1).quantile(0.95, dim=1) for y in (given, made)
-        )  # (n,) each
+        )
         within = step.mean(1) <= own
         if own_options is None:
             seamless = within

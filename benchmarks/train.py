@@ -21,7 +21,7 @@ from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet, UNetConfig
 from ldm.speed.optimization import for_training
 from ldm.support.device import fast_dtype
-from ldm.weights.formats.native_folder import read_config
+from ldm.weights.formats.native_folder import read_part_config
 
 
 def peer(c: UNetConfig) -> Any:
@@ -100,7 +100,7 @@ def main() -> None:
     options.add_argument("--profile", action="store_true", help="then print the operators that take the time")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    config = read_config(Path(ldm.__file__).parent / "assets" / "emoji-ldm", "unet")
+    config = read_part_config(Path(ldm.__file__).parent / "assets" / "emoji-ldm", "unet")
     torch.manual_seed(0)
     ours, theirs = for_training(UNet(config)).train(), peer(config).train()
     counts = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]

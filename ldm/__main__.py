@@ -124,7 +124,7 @@ def assemble(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None
 
 def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
     """Print what a sampler will do: t, alpha-bar, sigma/alpha, lambda, evaluations."""
-    from ldm.analysis.plan import describe
+    from ldm.analysis.plan import describe_grid
     from ldm.catalog.lookup import find_model
     from ldm.samplers.conventions import get_convention
 
@@ -145,7 +145,7 @@ def grid(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int | None:
         (card.defaults.steps if args.steps is None else args.steps),
     )
     print(
-        describe(
+        describe_grid(
             rules.grid(card.schedule.make(), steps, sampler, **changes),
             sampler,
             **rules.options.get(sampler, {}),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm.catalog.lookup import REGISTERED
-from ldm.data import EmojiData, Picture, PictureIndex, held_out_picture
+from ldm.data import EmojiData, ImageRecord, PictureIndex, held_out_picture
 
 SIDE = 64
 SHAPES = ("red-disc", "blue-box", "green-bar", "ring", "cat-face", "old-cross")
@@ -39,7 +39,7 @@ def drawn() -> EmojiData:
     tags = {"cat-face": ("kitty", "cat"), "red-disc": ("round", "cat-face")}
     labels = {"ring": "hoop", "cat-face": "cat face"}
     rows = [
-        Picture(
+        ImageRecord(
             name=name,
             style=style,
             label=labels.get(name),
@@ -58,7 +58,7 @@ def many() -> PictureIndex:
     """An index of 600 invented names in three styles, held out as the builder does it."""
     names = [f"thing-{i}" for i in range(600)]
     return PictureIndex(
-        Picture(name=name, style=style, held_out=held_out_picture(name, style))
+        ImageRecord(name=name, style=style, held_out=held_out_picture(name, style))
         for style in ("noto", "fluent", "twemoji")
         for name in names
     )

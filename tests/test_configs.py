@@ -9,14 +9,14 @@ import pytest
 import trials
 import yaml
 
-from ldm.training.run import read_config
+from ldm.training.run import read_training_config
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_is_accepted_and_runs_under_its_own_name(path):
-    _, config = read_config(path)
+    _, config = read_training_config(path)
     assert config.run.name == path.stem
 
 
@@ -27,7 +27,7 @@ def test_every_trial_is_a_configuration_that_differs_from_its_base_as_it_says(qu
             config = trials.stage_config(base, changes, 6400)
             path = tmp_path / "trial.yaml"
             path.write_text(yaml.safe_dump(config))
-            _, built = read_config(path)
+            _, built = read_training_config(path)
             assert built.run.steps == changes.get("run.steps", 6400 // built.run.batch), answer
             for key, value in changes.items():
                 if key != "run.steps":

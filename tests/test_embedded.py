@@ -70,9 +70,8 @@ def test_the_words_of_the_data_set_are_known(pipe):
 
 
 def test_latents_have_unit_variance(pipe):
-    x = torch.rand(4, 3, 1, 1).expand(
-        4, 3, 128, 128
-    )  # plain grounds: far fewer than training saw, so only the order of magnitude
+    # plain grounds: far fewer than training saw, so only the order of magnitude
+    x = torch.rand(4, 3, 1, 1).expand(4, 3, 128, 128)
     assert 0.2 < float(pipe.encode(x).std()) < 3
 
 

@@ -108,9 +108,8 @@ def bound_bits(
     losses = []
     for k in range(samples):
         eps = noise(2 * k, x0)
-        place = torch.special.ndtr(
-            noise(2 * k + 1, x0).flatten(1)[:, 0].to("cpu", torch.float64)
-        )  # (B,) uniform
+        # (B,) uniform
+        place = torch.special.ndtr(noise(2 * k + 1, x0).flatten(1)[:, 0].to("cpu", torch.float64))
         level = -(low + (k + place) / samples * (high - low))  # log rho
         alpha, sigma = (broadcast(torch.sigmoid(sign * 2 * level).sqrt(), x0) for sign in (-1, 1))
         with torch.no_grad():

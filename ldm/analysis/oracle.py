@@ -18,11 +18,11 @@ from ldm.diffusion.prediction import target
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
 from ldm.samplers import get_sampler
 
-Options = Mapping[str, Any]
+SolverOptions = Mapping[str, Any]
 CHURN = {"s_churn": 10.0, "s_max": 5.0, "s_min": 0.1}
 # Sampler, options, order of its error. UniPC's corrector gives one order more than UniP-p. PLMS takes equal
 # steps for granted: the second is left.
-DETERMINISTIC: tuple[tuple[str, Options, int], ...] = (
+DETERMINISTIC: tuple[tuple[str, SolverOptions, int], ...] = (
     ("ddim", {}, 1),
     ("euler", {}, 1),
     ("tcd", {"eta": 0.0}, 1),
@@ -54,7 +54,7 @@ DETERMINISTIC: tuple[tuple[str, Options, int], ...] = (
 )
 # Sampler, options, weak order (None: it has steps of its own), and steps that bring the bias below a standard
 # error of 20,000 samples.
-STOCHASTIC: tuple[tuple[str, Options, int | None, int], ...] = (
+STOCHASTIC: tuple[tuple[str, SolverOptions, int | None, int], ...] = (
     ("ddpm", {"variance": "small"}, 1, 1000),
     ("ddpm", {"variance": "large"}, 1, 1000),
     ("ddim", {"eta": 1.0}, 1, 1000),
@@ -95,9 +95,8 @@ class Mixture:
         var = a**2 * self.stds**2 + s**2  # (1 or B, K)
         delta = x[:, None, :] - a[..., None] * self.means  # (B, K, D)
         logit = self.weights.log() - 0.5 * delta.square().sum(-1) / var - 0.5 * x.shape[1] * var.log()
-        means = (
-            self.means + (a * self.stds**2 / var)[..., None] * delta
-        )  # of each component's posterior, (B, K, D)
+        # of each component's posterior, (B, K, D)
+        means = self.means + (a * self.stds**2 / var)[..., None] * delta
         return (logit.softmax(1)[..., None] * means).sum(1)
 
     def denoise(self, schedule: NoiseSchedule) -> DenoiseFn:
@@ -223,7 +222,13 @@ def flow_error(
 
 
 def solver_error(
-    sampler: str, options: Options, data: Mixture, schedule: NoiseSchedule, grid: TimeGrid, *, start: int = 0
+    sampler: str,
+    options: SolverOptions,
+    data: Mixture,
+    schedule: NoiseSchedule,
+    grid: TimeGrid,
+    *,
+    start: int = 0,
 ) -> float:
     """``flow_error`` of a sampler, its first ``start`` steps put on the exact flow: a multistep method shows
     its order once its history is right."""
@@ -287,7 +292,7 @@ def affine_moments(
 
 
 def solver_bias(
-    sampler: str, options: Options, std: float, schedule: NoiseSchedule, grid: TimeGrid
+    sampler: str, options: SolverOptions, std: float, schedule: NoiseSchedule, grid: TimeGrid
 ) -> tuple[float, float, float]:
     """A stochastic sampler's exact errors of mean and deviation at the grid's end, and the true deviation
     there, for the data N(1, std²).

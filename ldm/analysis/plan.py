@@ -36,7 +36,7 @@ def visits(grid: TimeGrid, sampler: str, **options: Any) -> list[float]:
     return seen
 
 
-def describe(grid: TimeGrid, sampler: str, **options: Any) -> str:
+def describe_grid(grid: TimeGrid, sampler: str, **options: Any) -> str:
     """A table of the grid's states: step, t, alpha-bar, sigma, sigma/alpha, lambda; above it the sampler, its
     options and its evaluations."""
     count = evaluations(grid, sampler, **options)

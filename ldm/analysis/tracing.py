@@ -23,22 +23,15 @@ from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
 from ldm.support.config import nearest
 
-RED, OPAQUE = (
-    (
-        0.9,
-        0.1,
-        0.1,
-    ),
-    0.8,
-)  # of a heat map: its colour, and how much of it hides the picture where it is full
-Size = tuple[int, int]
-Hook = Callable[
-    [nn.Module, Any, Any], Any
-]  # (module, its inputs, its output) -> another output, or None to leave it
+# of a heat map: its colour, and how much of it hides the picture where it is full
+RED, OPAQUE = ((0.9, 0.1, 0.1), 0.8)
+MapSize = tuple[int, int]
+# (module, its inputs, its output) -> another output, or None to leave it
+Hook = Callable[[nn.Module, Any, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepRecord:
     """One step: its index, the timestep ``t`` of its last evaluation, the prediction ``x0`` (B, C, h, w)
     under guidance, and root mean squares (B,) of the state behind the step, of x0 and of eps. ``attention``:
     by the name of each cross-attention (B, h, w, M), the mean over heads (and over evaluations, where the
@@ -62,7 +55,7 @@ class Trace:
     """
 
     pipe: LatentDiffusion | UnCLIP
-    steps: list[Step] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
     images: Images | None = None
     prompts: tuple[str, ...] = ()
     outputs: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
@@ -70,7 +63,7 @@ class Trace:
     _now: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     _rows: slice | None = None  # the conditional branch in the batch that the network sees
     _t: float = 0.0
-    _sizes: dict[str, Size] = field(default_factory=dict)
+    _sizes: dict[str, MapSize] = field(default_factory=dict)
 
     def x0(self) -> list[Images]:
         """The predictions of the clean picture, decoded: one `Images` a step."""
@@ -87,7 +80,7 @@ class Trace:
         self._made()
         return {name: torch.stack([step.norms[name] for step in self.steps]) for name in self.steps[0].norms}
 
-    def levels(self) -> list[Size]:
+    def levels(self) -> list[MapSize]:
         """The sizes (h, w) at which the network attends to the prompt, largest first."""
         self._latent()
         self._made()
@@ -99,7 +92,7 @@ class Trace:
         return [word for word, _ in self._worded().text.places(self.prompts[image])]
 
     def attention(
-        self, word: str, *, steps: Sequence[int] | None = None, level: Size | None = None
+        self, word: str, *, steps: Sequence[int] | None = None, level: MapSize | None = None
     ) -> Tensor:
         """How much each position attends to a word, (B, H, W) at the latent's size: the sum over its tokens,
         the mean over layers and steps.
@@ -120,14 +113,17 @@ class Trace:
         for step in chosen:
             for probabilities in step.attention.values():
                 if level is None or probabilities.shape[1:3] == tuple(level):
+                    # (B, h, w)
                     own = torch.stack(
                         [probabilities[b, :, :, place].sum(-1) for b, place in enumerate(places)]
-                    )  # (B, h, w)
+                    )
                     total += F.interpolate(own[:, None], size, mode="bilinear", align_corners=False)[:, 0]
                     count += 1
         return total / count
 
-    def heatmap(self, word: str, *, steps: Sequence[int] | None = None, level: Size | None = None) -> Images:
+    def heatmap(
+        self, word: str, *, steps: Sequence[int] | None = None, level: MapSize | None = None
+    ) -> Images:
         """The pictures in grey with the attention to a word laid over them in red: none where it is least in
         the picture, full where it is most.
 
@@ -197,7 +193,9 @@ class Trace:
             for name, value in (("x", x), ("x0", d.x0), ("eps", d.eps))
         }
         attention = {name: torch.stack(seen).mean(0) for name, seen in self._now.items()}
-        self.steps.append(Step(index=i, t=self._t, x0=d.x0.float().cpu(), norms=norms, attention=attention))
+        self.steps.append(
+            StepRecord(index=i, t=self._t, x0=d.x0.float().cpu(), norms=norms, attention=attention)
+        )
         self._now.clear()
 
     def end(self, images: Images) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
-C = TypeVar("C")
+_C = TypeVar("C")
 # What stands in `Cond.concat`: "inpaint" mask and masked latent, "inpaint-ldm" masked latent and mask in [−1,
 # 1]; "depth"; "image" the unscaled latent of the picture to change; "lowres" the picture to enlarge, at the
 # latent's size, "lowres-noised" the same with noise of a level.
@@ -92,7 +92,7 @@ class Networks:
         return found
 
 
-def shape(part: str, value: str | C, table: Mapping[str, C]) -> C:
+def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
     """A network's numbers, from the table if a name stands for them; ValueError with the nearest name
     otherwise."""
     if not isinstance(value, str):

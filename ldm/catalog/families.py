@@ -30,7 +30,7 @@ CLIP_L = {"unet": UNET, "vae": VAE, "text": f"{COND}transformer."}
 CLIP_H = {"unet": UNET, "vae": VAE, "text": f"{COND}model."}
 
 
-SDXL = {
+SDXL_PARTS = {
     "unet": UNET,
     "vae": VAE,
     "text": "conditioner.embedders.0.transformer.",
@@ -65,11 +65,11 @@ FAMILIES: dict[str, Family] = {
     "sd21-unclip-l": Family(title="Stable Diffusion 2.1 unCLIP, ViT-L", parts=UNCLIP),
     "sdxl": Family(
         title="Stable Diffusion XL, or SDXL-Turbo",
-        parts=SDXL,
+        parts=SDXL_PARTS,
         note="keys cannot tell SDXL from SDXL-Turbo: say which",
     ),
-    "sdxl-inpainting": Family(title="Stable Diffusion XL inpainting", parts=SDXL),
-    "sdxl-lcm": Family(title="latent consistency model on Stable Diffusion XL", parts=SDXL),
+    "sdxl-inpainting": Family(title="Stable Diffusion XL inpainting", parts=SDXL_PARTS),
+    "sdxl-lcm": Family(title="latent consistency model on Stable Diffusion XL", parts=SDXL_PARTS),
     "sdxl-refiner": Family(
         title="Stable Diffusion XL refiner",
         parts={"unet": UNET, "vae": VAE, "text2": "conditioner.embedders.0.model."},

@@ -19,7 +19,7 @@ def betas(start: float, end: float) -> ScheduleCard:
     return ScheduleCard(kind="scaled_linear", beta_start=start, beta_end=end)
 
 
-def defaults(sampler: str, steps: int, guidance: float, side: int) -> Defaults:
+def latent_defaults(sampler: str, steps: int, guidance: float, side: int) -> Defaults:
     """What a call does where its caller says nothing, for square pictures."""
     return Defaults(sampler=sampler, steps=steps, guidance=guidance, height=side, width=side)
 
@@ -30,7 +30,7 @@ TRAILING = Convention(grids={"*": {"spacing": "trailing"}}, start="sigma", quant
 ETA_1 = replace(CONVENTIONS["compvis"], options={**CONVENTIONS["compvis"].options, "ddim": {"eta": 1.0}})
 
 # Stable Diffusion 1
-SD1 = ModelCard(
+SD1_CARD = ModelCard(
     name="sd-v1-4",
     family="sd1",
     summary="Stable Diffusion 1.4, 512×512",
@@ -39,7 +39,7 @@ SD1 = ModelCard(
     prediction="eps",
     latent_scale=0.18215,
     networks=Networks(unet="sd1", vae="kl-f8", text="clip-l"),
-    defaults=defaults("plms", 50, 7.5, 512),
+    defaults=latent_defaults("plms", 50, 7.5, 512),
     hub=Hub(
         repo="CompVis/stable-diffusion-v-1-4-original",
         file="sd-v1-4.ckpt",
@@ -53,7 +53,7 @@ SD1_HASHES = {
 }
 SD1_FIRST = [
     replace(
-        SD1,
+        SD1_CARD,
         name=f"sd-v1-{n}",
         summary=f"Stable Diffusion 1.{n}, 512×512",
         hub=Hub(repo=f"CompVis/stable-diffusion-v-1-{n}-original", file=f"sd-v1-{n}.ckpt", sha256=digest),
@@ -65,7 +65,7 @@ SD15_HUB = Hub(
     file="v1-5-pruned-emaonly.safetensors",
     sha256="6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
 )
-SD15 = replace(SD1, name="sd-v1-5", summary="Stable Diffusion 1.5, 512×512", hub=SD15_HUB)
+SD15 = replace(SD1_CARD, name="sd-v1-5", summary="Stable Diffusion 1.5, 512×512", hub=SD15_HUB)
 SD15_INPAINTING = replace(
     SD15,
     name="sd-v1-5-inpainting",
@@ -86,7 +86,7 @@ PIX2PIX = replace(
     summary="InstructPix2Pix: a picture changed as a sentence asks",
     networks=Networks(unet="instruct-pix2pix", vae="kl-f8", text="clip-l"),
     concat="image",
-    defaults=defaults("euler_a", 100, 7.5, 512),
+    defaults=latent_defaults("euler_a", 100, 7.5, 512),
     hub=Hub(repo="timbrooks/instruct-pix2pix"),
 )
 SD15_LCM = replace(
@@ -96,12 +96,12 @@ SD15_LCM = replace(
     summary="a latent consistency model on Stable Diffusion 1.5 (LCM_Dreamshaper_v7): 1 to 8 steps",
     licence=SEE,
     networks=Networks(unet="sd1-lcm", vae="kl-f8", text="clip-l"),
-    defaults=defaults("lcm", 4, 8.5, 768),
+    defaults=latent_defaults("lcm", 4, 8.5, 768),
     hub=Hub(repo="SimianLuo/LCM_Dreamshaper_v7"),
 )
 
 # Stable Diffusion 2
-SD2 = ModelCard(
+SD2_CARD = ModelCard(
     name="sd-v2-base",
     family="sd2",
     summary="Stable Diffusion 2.0 base, 512×512, predicts eps",
@@ -111,7 +111,7 @@ SD2 = ModelCard(
     latent_scale=0.18215,
     networks=Networks(unet="sd2", vae="kl-f8", text="clip-h"),
     text=TextConvention(pad=0),
-    defaults=defaults("ddim", 50, 9.0, 512),
+    defaults=latent_defaults("ddim", 50, 9.0, 512),
     hub=Hub(
         repo="stabilityai/stable-diffusion-2-base",
         file="512-base-ema.ckpt",
@@ -119,11 +119,11 @@ SD2 = ModelCard(
     ),
 )
 SD2_V = replace(
-    SD2,
+    SD2_CARD,
     name="sd-v2",
     summary="Stable Diffusion 2.0, 768×768, predicts v",
     prediction="v",
-    defaults=defaults("ddim", 50, 9.0, 768),
+    defaults=latent_defaults("ddim", 50, 9.0, 768),
     hub=Hub(
         repo="stabilityai/stable-diffusion-2",
         file="768-v-ema.ckpt",
@@ -131,7 +131,7 @@ SD2_V = replace(
     ),
 )
 SD21 = replace(
-    SD2,
+    SD2_CARD,
     name="sd-v2-1-base",
     summary="Stable Diffusion 2.1 base, 512×512, predicts eps",
     hub=Hub(
@@ -151,16 +151,16 @@ SD21_V = replace(
     ),
 )
 SD_TURBO = replace(
-    SD2,
+    SD2_CARD,
     name="sd-turbo",
     summary="SD-Turbo, 512×512: 1 to 4 steps without guidance",
     licence=STABILITY,
     convention=TRAILING,
-    defaults=defaults("euler_a", 1, 1.0, 512),
+    defaults=latent_defaults("euler_a", 1, 1.0, 512),
     hub=Hub(repo="stabilityai/sd-turbo"),
 )
 SD2_INPAINTING = replace(
-    SD2,
+    SD2_CARD,
     name="sd-v2-inpainting",
     family="sd2-inpainting",
     summary="Stable Diffusion 2 for inpainting: mask and masked picture as input",
@@ -173,7 +173,7 @@ SD2_INPAINTING = replace(
     ),
 )
 SD2_DEPTH = replace(
-    SD2,
+    SD2_CARD,
     name="sd-v2-depth",
     family="sd2-depth",
     summary="Stable Diffusion 2 with a depth map as input",
@@ -182,7 +182,7 @@ SD2_DEPTH = replace(
     hub=Hub(repo="stabilityai/stable-diffusion-2-depth"),
 )
 SD_X4 = replace(
-    SD2,
+    SD2_CARD,
     name="sd-x4-upscaler",
     family="sd-x4-upscaler",
     summary="Stable Diffusion x4 upscaler: a picture of 128×128 to 512×512",
@@ -213,7 +213,7 @@ XL_REFINER_HUB = Hub(
     sha256="7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f",
     stated=True,
 )
-SDXL = ModelCard(
+SDXL_CARD = ModelCard(
     name="sdxl-base",
     family="sdxl",
     summary="Stable Diffusion XL 1.0, 1024×1024",
@@ -226,11 +226,11 @@ SDXL = ModelCard(
     text2=G_XL,
     vector="sizes",
     zero_negative=True,
-    defaults=defaults("euler", 50, 5.0, 1024),
+    defaults=latent_defaults("euler", 50, 5.0, 1024),
     hub=XL_HUB,
 )
 SDXL_INPAINTING = replace(
-    SDXL,
+    SDXL_CARD,
     name="sdxl-inpainting",
     family="sdxl-inpainting",
     summary="Stable Diffusion XL for inpainting: mask and masked picture as input",
@@ -239,7 +239,7 @@ SDXL_INPAINTING = replace(
     hub=Hub(repo="diffusers/stable-diffusion-xl-1.0-inpainting-0.1"),
 )
 SDXL_REFINER = replace(
-    SDXL,
+    SDXL_CARD,
     name="sdxl-refiner",
     family="sdxl-refiner",
     summary="Stable Diffusion XL refiner 1.0: image to image at low strength",
@@ -250,22 +250,22 @@ SDXL_REFINER = replace(
     hub=XL_REFINER_HUB,
 )
 SDXL_TURBO = replace(
-    SDXL,
+    SDXL_CARD,
     name="sdxl-turbo",
     summary="SDXL-Turbo, 512×512: 1 to 4 steps without guidance",
     licence=STABILITY,
     convention=TRAILING,
-    defaults=defaults("euler_a", 1, 1.0, 512),
+    defaults=latent_defaults("euler_a", 1, 1.0, 512),
     hub=Hub(repo="stabilityai/sdxl-turbo"),
 )
 SDXL_LCM = replace(
-    SDXL,
+    SDXL_CARD,
     name="lcm-sdxl",
     family="sdxl-lcm",
     summary="LCM-SDXL: the base model distilled to 1 to 8 steps",
     zero_negative=False,
     networks=Networks(unet="sdxl-lcm", vae="kl-f8", text="clip-l", text2="clip-bigg"),
-    defaults=defaults("lcm", 4, 8.0, 1024),
+    defaults=latent_defaults("lcm", 4, 8.0, 1024),
     hub=None,
 )
 
@@ -280,7 +280,7 @@ TEXT2IMG = ModelCard(
     latent_scale=0.18215,
     networks=Networks(unet="text2img-large", vae="kl-f8", text="text2img-large"),
     convention="compvis",
-    defaults=defaults("ddim", 200, 5.0, 256),
+    defaults=latent_defaults("ddim", 200, 5.0, 256),
     hub=Hub(repo="CompVis/ldm-text2im-large-256"),
 )
 TEXT2IMG256 = replace(
@@ -299,7 +299,7 @@ CELEBAHQ = replace(
     family="ldm-uncond256",
     summary="LDM faces (CelebA-HQ), unconditional, 256×256",
     networks=Networks(unet="celebahq", vae="vq-f4"),
-    defaults=defaults("ddim", 200, 1.0, 256),
+    defaults=latent_defaults("ddim", 200, 1.0, 256),
     hub=Hub(repo="CompVis/ldm-celebahq-256"),
 )
 FFHQ = replace(CELEBAHQ, name="ldm-ffhq", summary="LDM faces (FFHQ), unconditional, 256×256", hub=None)
@@ -329,7 +329,7 @@ CIN2 = replace(
     summary="LDM ImageNet by class over VQ-f4, with guidance, 256×256",
     null_class=1000,
     networks=Networks(unet="cin256-v2", vae="vq-f4", text="cin256-v2"),
-    defaults=defaults("ddim", 20, 3.0, 256),
+    defaults=latent_defaults("ddim", 20, 3.0, 256),
 )
 INPAINTING_BIG = replace(
     FFHQ,
@@ -339,7 +339,7 @@ INPAINTING_BIG = replace(
     schedule=betas(0.0015, 0.0205),
     networks=Networks(unet="inpainting_big", vae="vq-f4-noattn"),
     concat="inpaint-ldm",
-    defaults=defaults("ddim", 50, 1.0, 512),
+    defaults=latent_defaults("ddim", 50, 1.0, 512),
 )
 BSR_SR = replace(
     FFHQ,
@@ -350,17 +350,17 @@ BSR_SR = replace(
     networks=Networks(unet="bsr_sr", vae="vq-f4"),
     concat="lowres",
     convention=ETA_1,
-    defaults=defaults("ddim", 100, 1.0, 256),
+    defaults=latent_defaults("ddim", 100, 1.0, 256),
 )
 
 MODELS = (
     *SD1_FIRST,
-    SD1,
+    SD1_CARD,
     SD15,
     SD15_INPAINTING,
     PIX2PIX,
     SD15_LCM,
-    SD2,
+    SD2_CARD,
     SD2_V,
     SD21,
     SD21_V,
@@ -368,7 +368,7 @@ MODELS = (
     SD2_INPAINTING,
     SD2_DEPTH,
     SD_X4,
-    SDXL,
+    SDXL_CARD,
     SDXL_INPAINTING,
     SDXL_REFINER,
     SDXL_TURBO,

@@ -22,15 +22,15 @@ OPENAI_L, LAION_H, LAION_BIGG = (
 )
 
 
-def defaults(steps: int, guidance: float, side: int, sampler: str = "ddpm") -> Defaults:
+def stage_defaults(steps: int, guidance: float, side: int, sampler: str = "ddpm") -> Defaults:
     """What a stage does where its caller says nothing, for square pictures."""
     return Defaults(sampler=sampler, steps=steps, guidance=guidance, height=side, width=side)
 
 
 KARLO_PRIOR = StageCard(
-    schedule=COSINE, prediction="x0", clip_x0=5.0, convention=RESPACED, defaults=defaults(25, 4.0, 64)
+    schedule=COSINE, prediction="x0", clip_x0=5.0, convention=RESPACED, defaults=stage_defaults(25, 4.0, 64)
 )
-KARLO = UnCLIPCard(
+KARLO_CARD = UnCLIPCard(
     name="karlo-v1-alpha",
     family="karlo",
     summary="Karlo 1.0 alpha: unCLIP to 64×64 pixels, and to 256×256",
@@ -43,7 +43,7 @@ KARLO = UnCLIPCard(
         learned_var=True,
         clip_x0=1.0,
         convention=LEARNED,
-        defaults=defaults(25, 8.0, 64),
+        defaults=stage_defaults(25, 8.0, 64),
     ),
     upsamplers=(
         StageCard(
@@ -51,7 +51,7 @@ KARLO = UnCLIPCard(
             prediction="eps",
             clip_x0=1.0,
             convention=RESPACED,
-            defaults=defaults(7, 1.0, 256),
+            defaults=stage_defaults(7, 1.0, 256),
         ),
     ),
     networks=UnCLIPNetworks(
@@ -76,7 +76,7 @@ UNCLIP_L = UnCLIPCard(
     decoder=StageCard(
         schedule=ScheduleCard(kind="scaled_linear", beta_start=0.00085, beta_end=0.012),
         prediction="v",
-        defaults=defaults(20, 10.0, 768, "ddim"),
+        defaults=stage_defaults(20, 10.0, 768, "ddim"),
     ),
     latent_scale=0.18215,
     networks=UnCLIPNetworks(
@@ -106,7 +106,7 @@ UNCLIP_H = replace(
     ),
     hub=Hub(repo="stabilityai/stable-diffusion-2-1-unclip"),
 )
-KANDINSKY21 = UnCLIPCard(
+KANDINSKY21_CARD = UnCLIPCard(
     name="kandinsky-2-1",
     family="kandinsky21",
     summary="Kandinsky 2.1",
@@ -121,7 +121,7 @@ KANDINSKY21 = UnCLIPCard(
         learned_var=True,
         clip_x0=2.0,
         convention=LEARNED,
-        defaults=defaults(100, 4.0, 512),
+        defaults=stage_defaults(100, 4.0, 512),
     ),
     networks=UnCLIPNetworks(
         text="clip-l-projected",
@@ -132,13 +132,13 @@ KANDINSKY21 = UnCLIPCard(
         vae="movq",
     ),
 )
-KANDINSKY22 = replace(
-    KANDINSKY21,
+KANDINSKY22_CARD = replace(
+    KANDINSKY21_CARD,
     name="kandinsky-2-2",
     family="kandinsky22",
     summary="Kandinsky 2.2",
     clip=LAION_BIGG,
-    decoder=replace(KANDINSKY21.decoder, convention=replace(LEADING, options=LEARNED.options)),
+    decoder=replace(KANDINSKY21_CARD.decoder, convention=replace(LEADING, options=LEARNED.options)),
     networks=UnCLIPNetworks(
         text="clip-bigg", vision="clip-bigg", prior="kandinsky22", decoder="kandinsky22", vae="movq"
     ),
@@ -168,7 +168,7 @@ DALLE2_LAION = PriorCard(
         schedule=COSINE,
         prediction="x0",
         convention=replace(RESPACED, options={"ddim": {"eta": 1.0}}),
-        defaults=defaults(64, 1.0, 224, "ddim"),
+        defaults=stage_defaults(64, 1.0, 224, "ddim"),
     ),
     network="dalle2-laion",
     hub=Hub(repo="laion/DALLE2-PyTorch", file="prior/latest.pth"),
@@ -176,13 +176,13 @@ DALLE2_LAION = PriorCard(
 UNCLIP_CARDS: dict[str, UnCLIPCard] = {
     card.name: card
     for card in (
-        KARLO,
+        KARLO_CARD,
         UNCLIP_H,
         UNCLIP_L,
-        KANDINSKY21,
-        inpainting(KANDINSKY21),
-        KANDINSKY22,
-        inpainting(KANDINSKY22),
+        KANDINSKY21_CARD,
+        inpainting(KANDINSKY21_CARD),
+        KANDINSKY22_CARD,
+        inpainting(KANDINSKY22_CARD),
     )
 }
 PRIOR_CARDS: dict[str, PriorCard] = {DALLE2_LAION.name: DALLE2_LAION}

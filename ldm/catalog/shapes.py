@@ -135,9 +135,8 @@ VAES: dict[str, VAEConfig | VQConfig | TinyConfig] = {
     "taesdxl": TinyConfig(),
 }
 
-MOVQ = MoVQConfig(
-    channels=VQ_F8.channels, latent_channels=4, attention_levels=(3,), codes=16384
-)  # Kandinsky's
+# Kandinsky's
+MOVQ = MoVQConfig(channels=VQ_F8.channels, latent_channels=4, attention_levels=(3,), codes=16384)
 
 BERTS: dict[str, BertConfig] = {
     "text2img-large": BertConfig(),
@@ -145,7 +144,7 @@ BERTS: dict[str, BertConfig] = {
     "layout2img": BertConfig(width=512, layers=16, vocabulary=8192, length=92),
 }
 
-LABELS: dict[str, LabelConfig] = {"cin256": LabelConfig(classes=1000), "cin256-v2": LabelConfig()}
+LABEL_SHAPES: dict[str, LabelConfig] = {"cin256": LabelConfig(classes=1000), "cin256-v2": LabelConfig()}
 
 # Text towers as diffusion models use them: Stable Diffusion 2 runs 23 of ViT-H's 24 blocks and no projection,
 # so that is all it has here.
@@ -162,12 +161,10 @@ VISIONS: dict[str, VisionConfig] = {
         width=1664, layers=48, heads=16, mlp_width=8192, embed_dim=1280, activation="gelu"
     ),
 }
-WORDS: dict[str, TextConfig | XLMRConfig] = {
-    **TEXTS,
-    "xlm-r-large": XLMRConfig(),
-}  # what decoders read texts with beside CLIP's tower
+# what decoders read texts with beside CLIP's tower
+WORDS: dict[str, TextConfig | XLMRConfig] = {**TEXTS, "xlm-r-large": XLMRConfig()}
 
-CONDITIONERS: dict[str, TextConfig | BertConfig | LabelConfig] = {**TEXTS, **BERTS, **LABELS}
+CONDITIONERS: dict[str, TextConfig | BertConfig | LabelConfig] = {**TEXTS, **BERTS, **LABEL_SHAPES}
 
 # DALLE2-pytorch's priors run on tokens as CLIP's text tower gives them, each as wide as an embedding.
 DALLE2_PRIOR = PriorConfig(

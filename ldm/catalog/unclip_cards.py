@@ -23,9 +23,8 @@ from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 
 # "unclip": models of one's own; the others are published families, whose files have layouts of their own
-READ = TextConvention(
-    pad=0, masked=True, pooled=True
-)  # as Karlo, Kandinsky and the models trained here read CLIP's text tower
+# as Karlo, Kandinsky and the models trained here read CLIP's text tower
+READ = TextConvention(pad=0, masked=True, pooled=True)
 UnCLIPFamily = Literal["unclip", "karlo", "sd21-unclip-h", "sd21-unclip-l", "kandinsky21", "kandinsky22"]
 UNCLIP_FAMILIES: tuple[str, ...] = get_args(UnCLIPFamily)
 

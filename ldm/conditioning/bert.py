@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ldm.conditioning.prompt import parse, plain
-from ldm.conditioning.reading import States, places, read
+from ldm.conditioning.prompt import parse, plain_texts
+from ldm.conditioning.reading import States, read, word_places
 from ldm.diffusion.cond import Cond
 from ldm.models.text.bert import LDMBert
-from ldm.models.text.wordpiece import UNKNOWN, WordPiece
+from ldm.models.text.wordpiece import WORDPIECE_UNKNOWN, WordPiece
 
 
 class BertConditioner(nn.Module):
@@ -53,14 +53,14 @@ class BertConditioner(nn.Module):
         """The words of a prompt and where in the context their tokens stand; of a blend's first
         alternative."""
         length = self.encoder.config.length
-        return places(parse(prompt)[0].spans, self.tokenizer.words, length - 2, length)
+        return word_places(parse(prompt)[0].spans, self.tokenizer.words, length - 2, length)
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that have no tokens but the one for unknown words."""
-        unk = self.tokenizer.vocabulary[UNKNOWN]
+        unk = self.tokenizer.vocabulary[WORDPIECE_UNKNOWN]
         return list(
             dict.fromkeys(
-                word for text in plain(prompt) for word, ids in self.tokenizer.words(text) if unk in ids
+                word for text in plain_texts(prompt) for word, ids in self.tokenizer.words(text) if unk in ids
             )
         )
 

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ldm.conditioning.prompt import parse, plain, unknown_words
-from ldm.conditioning.reading import States, places, read
+from ldm.conditioning.prompt import parse, plain_texts, unknown_words
+from ldm.conditioning.reading import States, read, word_places
 from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
@@ -115,13 +115,13 @@ class TextConditioner(nn.Module):
         """The words of a prompt that have tokens, and where in the context (0 … M − 1) these stand; of a
         blend's first alternative."""
         length = None if self.convention.masked else self.convention.length
-        return places(parse(prompt)[0].spans, self.tokenizer.words, self.room, length)
+        return word_places(parse(prompt)[0].spans, self.tokenizer.words, self.room, length)
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that the model has never seen, in order, then what else of it is left out:
         signs that a small vocabulary lacks, control characters. Where the words are not known, none is named.
         """
-        texts = plain(prompt)
+        texts = plain_texts(prompt)
         missing = [] if self.words is None else unknown_words(prompt, self.words)
         signs = [
             part

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from ldm.conditioning.words import words
 
 ESCAPED = "(){}|:\\"
-MOST, BRANCHES = 10.0, 64  # the largest weight, and the most alternatives that a prompt may come to
+HIGHEST_WEIGHT, BRANCHES = 10.0, 64  # the largest weight, and the most alternatives that a prompt may come to
 Chars = list[tuple[str, bool]]  # characters, and whether each was escaped
 
 
@@ -62,7 +62,7 @@ def parse(prompt: str) -> tuple[Branch, ...]:
     return tuple(branches)
 
 
-def plain(prompt: str) -> list[str]:
+def plain_texts(prompt: str) -> list[str]:
     """The texts of a prompt's alternatives, without weights."""
     return [branch.text for branch in parse(prompt)]
 
@@ -145,13 +145,13 @@ def _weighed(chars: Chars, what: str) -> tuple[float, int | None]:
     if colon is None or (")", False) in chars[colon:]:
         return 1.0, None
     text = "".join(char for char, _ in chars[colon + 1 :])
-    if re.fullmatch(r"\s*\+?(\d+\.?\d*|\.\d+)\s*", text) and float(text) <= MOST:
+    if re.fullmatch(r"\s*\+?(\d+\.?\d*|\.\d+)\s*", text) and float(text) <= HIGHEST_WEIGHT:
         return float(text), colon
     if text[:1].isspace() and not re.match(r"\s*[-+.]?\d", text):
         return 1.0, None  # "note: blue"
     raise ValueError(
-        rf"{what} {text.strip()!r}: expected a number from 0 to {MOST:g}, as in (red:1.3), or \: for a colon"
-        r" that is text"
+        rf"{what} {text.strip()!r}: expected a number from 0 to {HIGHEST_WEIGHT:g}, as in (red:1.3), "
+        r"or \: for a colon that is text"
     )
 
 
@@ -206,6 +206,6 @@ def unknown_words(prompt: str, known: frozenset[str]) -> list[str]:
     """The words of a prompt that are not among the known ones, in order, each once."""
     return [
         word
-        for word in dict.fromkeys(word for text in plain(prompt) for word in words(text))
+        for word in dict.fromkeys(word for text in plain_texts(prompt) for word in words(text))
         if word not in known
     ]

@@ -53,7 +53,7 @@ def windows(spans: Sequence[Span], words: Callable[[str], Words], room: int) -> 
     return found
 
 
-def places(
+def word_places(
     spans: Sequence[Span], words: Callable[[str], Words], room: int, length: int | None
 ) -> list[tuple[str, list[int]]]:
     """The words of a text that have tokens, and where in the context these stand; windows are ``length``
@@ -116,9 +116,10 @@ def read(prompts: Sequence[str], words: Callable[[str], Words], encode: Encode, 
         for of_branch in of_branches:
             own = range(at, at + len(of_branch))
             at += len(of_branch)
+            # (M, D)
             parts.append(
                 torch.cat([tokens[r] if states.mask is None else tokens[r][states.mask[r]] for r in own])
-            )  # (M, D)
+            )
             if pooled is not None:
                 counts = torch.tensor([max(1, len(window.ids)) for window in of_branch], device=pooled.device)
                 vectors.append(
@@ -130,7 +131,7 @@ def read(prompts: Sequence[str], words: Callable[[str], Words], encode: Encode, 
         contexts.append(mean(extended(parts, empty), shares))
         if vectors:
             kept.append(mean(vectors, shares))
-    context, mask = joined(contexts, masked=states.mask is not None)
+    context, mask = pad_contexts(contexts, masked=states.mask is not None)
     return Cond(context=context, context_mask=mask, pooled=torch.stack(kept) if kept else None)
 
 
@@ -192,7 +193,7 @@ def mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     )
 
 
-def joined(contexts: Sequence[Tensor], *, masked: bool) -> tuple[Tensor, Tensor | None]:
+def pad_contexts(contexts: Sequence[Tensor], *, masked: bool) -> tuple[Tensor, Tensor | None]:
     """Contexts (M, D) as one batch, the shorter ones padded with zeros that the mask leaves out."""
     lengths = torch.tensor([len(context) for context in contexts], device=contexts[0].device)
     batch = torch.nn.utils.rnn.pad_sequence(list(contexts), batch_first=True)  # (B, M, D)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ldm.diffusion.cond import Cond
-from ldm.models.text.unigram import PAD, Unigram
+from ldm.models.text.unigram import UNIGRAM_PAD, Unigram
 from ldm.models.text.xlmr import XLMR
 
 
@@ -28,7 +28,7 @@ class XLMRConditioner(nn.Module):
         ids = torch.tensor(
             self.tokenizer(prompts, self.encoder.config.length), device=self.encoder.kind.device
         )
-        states, pooled = self.encoder(ids, ids != self.tokenizer.ids[PAD])
+        states, pooled = self.encoder(ids, ids != self.tokenizer.ids[UNIGRAM_PAD])
         return Cond(context=states, pooled=pooled)
 
     def unknown(self, prompt: str) -> list[str]:

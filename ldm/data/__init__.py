@@ -2,7 +2,7 @@
 
 from ldm.data.captions import caption, vocabulary
 from ldm.data.compose import Composition, render, render_batch
-from ldm.data.index import EmojiData, Picture, PictureIndex, held_out_pair, held_out_picture
+from ldm.data.index import EmojiData, ImageRecord, PictureIndex, held_out_pair, held_out_picture
 from ldm.data.mix import Mix, sample_composition
 from ldm.data.palette import PALETTE
 
@@ -11,7 +11,7 @@ __all__ = [
     "Composition",
     "EmojiData",
     "Mix",
-    "Picture",
+    "ImageRecord",
     "PictureIndex",
     "caption",
     "held_out_pair",

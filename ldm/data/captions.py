@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm.conditioning.words import words
-from ldm.data.compose import PLACES, THINGS, Area, Composition, Place, Size
+from ldm.data.compose import PLACES, THINGS, Area, Composition, Place, SizeWord
 from ldm.data.index import STYLES, PictureIndex
 from ldm.data.palette import PALETTE
 
@@ -88,7 +88,9 @@ def vocabulary(index: PictureIndex) -> set[str]:
     return found
 
 
-def _thing(i: int, size: Size, index: PictureIndex, say_noto: bool, rng: np.random.Generator | None) -> str:
+def _thing(
+    i: int, size: SizeWord, index: PictureIndex, say_noto: bool, rng: np.random.Generator | None
+) -> str:
     picture = index[i]
     noun = picture.phrase
     if rng is not None:

@@ -11,13 +11,13 @@ import numpy as np
 from ldm.data.palette import PALETTE
 from ldm.support.config import nearest
 
-Size = Literal["full", "small"]
+SizeWord = Literal["full", "small"]
 Place = Literal[
     "centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right"
 ]
 Area = Literal["first", "second", "ground"]
 THINGS: tuple[Area, Area] = ("first", "second")
-SIZES: tuple[Size, ...] = get_args(Size)
+SIZES: tuple[SizeWord, ...] = get_args(SizeWord)
 PLACES: tuple[Place, ...] = get_args(Place)
 
 
@@ -35,7 +35,7 @@ class Composition:
     picture: int
     second: int | None = None
     ground: str | None = None
-    size: Size = "full"
+    size: SizeWord = "full"
     place: Place = "centre"
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.index import INDEX_FILE, MANIFEST_FILE, PICTURES_FILE, Picture, Style, held_out_picture
+from ldm.data.index import INDEX_FILE, MANIFEST_FILE, PICTURES_FILE, ImageRecord, Style, held_out_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ ICONS: dict[Style, Package] = {
         licence="CC-BY-4.0",
     ),
 }
-LABELS = Package(
+LABEL_PACKAGE = Package(
     name="emojibase-data",
     version="17.0.0",
     sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
@@ -112,7 +112,7 @@ def fetch(package: Package, cache: Path) -> Path:
     return path
 
 
-def read_json(tarball: Path, member: str) -> Any:
+def read_tarball_json(tarball: Path, member: str) -> Any:
     """A JSON file of an npm tarball."""
     with tarfile.open(tarball) as archive:
         file = archive.extractfile(f"package/{member}")
@@ -151,7 +151,7 @@ def _render_job(job: tuple[str, int]) -> np.ndarray:
     return render_svg(*job)
 
 
-def plain(text: str) -> str:
+def plain_label(text: str) -> str:
     """A label or tag as captions write it: lower-case, ASCII letters, without colons, quotation marks or
     commas."""
     text = unicodedata.normalize("NFKD", text.lower().replace("’", "'")).encode("ascii", "ignore").decode()
@@ -177,8 +177,8 @@ class LabelTable:
         entry = self._by_code.get(self._code_of.get(name, "")) or self._by_slug.get(_slug(name))
         if entry is None:
             return None, ()
-        tags = dict.fromkeys(plain(tag) for tag in entry.get("tags", ()))
-        return plain(entry["label"]), tuple(tag for tag in tags if len(tag) > 1)
+        tags = dict.fromkeys(plain_label(tag) for tag in entry.get("tags", ()))
+        return plain_label(entry["label"]), tuple(tag for tag in tags if len(tag) > 1)
 
 
 def _code(hexcode: str) -> str:
@@ -186,7 +186,7 @@ def _code(hexcode: str) -> str:
 
 
 def _slug(label: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", plain(label).replace("'", "")).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", plain_label(label).replace("'", "")).strip("-")
 
 
 def build_emoji(
@@ -204,15 +204,15 @@ def build_emoji(
     cache = out.with_name(out.name + "-packages")
     tarballs = {style: fetch(package, cache) for style, package in ICONS.items()}
     labels = LabelTable(
-        read_json(fetch(LABELS, cache), "en/data.json"),
-        (read_json(path, "chars.json") for path in tarballs.values()),
+        read_tarball_json(fetch(LABEL_PACKAGE, cache), "en/data.json"),
+        (read_tarball_json(path, "chars.json") for path in tarballs.values()),
     )
     rows, documents = [], []
     for style, tarball in tarballs.items():
-        for name, svg in kept_icons(read_json(tarball, "icons.json")).items():
+        for name, svg in kept_icons(read_tarball_json(tarball, "icons.json")).items():
             label, tags = labels.find(name)
             rows.append(
-                Picture(
+                ImageRecord(
                     name=name, style=style, label=label, tags=tags, held_out=held_out_picture(name, style)
                 )
             )
@@ -242,7 +242,7 @@ def _render_all(
     pictures.flush()
 
 
-def _manifest(rows: list[Picture], shape: tuple[int, ...], out: Path) -> dict[str, Any]:
+def _manifest(rows: list[ImageRecord], shape: tuple[int, ...], out: Path) -> dict[str, Any]:
     import resvg_py
 
     return {
@@ -253,7 +253,7 @@ def _manifest(rows: list[Picture], shape: tuple[int, ...], out: Path) -> dict[st
                 "sha256": package.sha256,
                 "licence": package.licence,
             }
-            for key, package in (*ICONS.items(), ("labels", LABELS))
+            for key, package in (*ICONS.items(), ("labels", LABEL_PACKAGE))
         },
         "renderer": f"resvg {resvg_py.__resvg_version__}",
         "shape": list(shape),
@@ -289,7 +289,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_command(arguments: list[str] | None = None) -> None:
     """The command line of the builder."""
     parser = argparse.ArgumentParser(
         prog="python -m ldm.data.emoji", description="Fetch, render and index the emoji data set."
@@ -309,4 +309,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    build_command()

@@ -48,7 +48,7 @@ def held_out_pair(name: str, ground: str | None) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class ImageRecord:
     """One row of the index: a picture's name ("red-apple"), style, and emojibase's label and tags where it
     has them."""
 
@@ -71,7 +71,7 @@ class PictureIndex:
     style.
     """
 
-    def __init__(self, rows: Iterable[Picture]) -> None:
+    def __init__(self, rows: Iterable[ImageRecord]) -> None:
         self.rows = tuple(rows)
         held = np.array([row.held_out for row in self.rows], dtype=bool)
         self.train: np.ndarray = np.flatnonzero(~held)
@@ -91,17 +91,16 @@ class PictureIndex:
         said = {
             tag for tag, count in carriers.items() if count <= TAG_NAMES and len(tag) > 2 and tag not in names
         }
-        self.said_tags = tuple(
-            tuple(tag for tag in row.tags if tag in said) for row in self.rows
-        )  # those precise enough to say alone
+        # those precise enough to say alone
+        self.said_tags = tuple(tuple(tag for tag in row.tags if tag in said) for row in self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Picture:
+    def __getitem__(self, i: int) -> ImageRecord:
         return self.rows[i]
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[ImageRecord]:
         return iter(self.rows)
 
     def find(self, name: str, style: str = "noto") -> int:
@@ -152,7 +151,7 @@ class EmojiData:
                 )
         pictures = np.load(folder / PICTURES_FILE, mmap_mode="r", allow_pickle=False)
         rows = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        index = PictureIndex(Picture(**{**row, "tags": tuple(row["tags"])}) for row in rows)
+        index = PictureIndex(ImageRecord(**{**row, "tags": tuple(row["tags"])}) for row in rows)
         if (
             pictures.dtype != np.uint8
             or pictures.ndim != 4

@@ -60,9 +60,8 @@ def sample_composition(rng: np.random.Generator, index: PictureIndex, mix: Mix) 
     ground = None
     if rng.random() < mix.ground:
         names = [index[i].name for i in (picture, second) if i is not None]
-        allowed = [
-            colour for colour in _GROUNDS if not any(held_out_pair(name, colour) for name in names)
-        ]  # white always is
+        # white always is
+        allowed = [colour for colour in _GROUNDS if not any(held_out_pair(name, colour) for name in names)]
         ground = allowed[rng.integers(len(allowed))]
     return Composition(
         picture=picture, second=second, ground=ground, size="small" if small else "full", place=place
@@ -78,6 +77,5 @@ def _style(rng: np.random.Generator, index: PictureIndex, mix: Mix) -> str:
         draw -= weight
         if draw < 0:
             return style
-    return next(
-        style for style, weight in zip(STYLES, weights, strict=True) if weight > 0
-    )  # a rounding error away from the sum
+    # a rounding error away from the sum
+    return next(style for style, weight in zip(STYLES, weights, strict=True) if weight > 0)

@@ -42,9 +42,10 @@ def dynamic_threshold(
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         d = denoise(x_t, t)
+        # (B,)
         s = torch.stack([_quantile(sample.abs().flatten(), quantile) for sample in d.x0]).clamp(
             min=1, max=most
-        )  # (B,)
+        )
         s = broadcast(s, d.x0)
         return with_x0(schedule, x_t, t, d.x0.clamp(-s, s) / s, d)
 

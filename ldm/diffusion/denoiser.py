@@ -62,9 +62,8 @@ class Denoiser(nn.Module):
         """The net's own answer, (B, C or 2C, *S), in x_t's dtype; the net gets its own dtype, and t as (B,)
         floats."""
         dtype = self.dtype or x_t.dtype
-        t = (
-            torch.as_tensor(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32)).expand(len(x_t))
-        )  # (B,)
+        # (B,)
+        t = torch.as_tensor(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32)).expand(len(x_t))
         cond = (cond or Cond()).expand(len(x_t)).to(x_t.device, dtype)
         raw: Tensor = self.net(x_t.to(dtype), t.round() if self.quantize else t, cond)
         channels = x_t.shape[1] * (2 if self.learned_var else 1)

@@ -68,7 +68,7 @@ def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> 
     learned = torch.is_grad_enabled() and any(
         value.requires_grad for cond in conds for _, value in cond.items()
     )
-    join = joined.__wrapped__ if learned else joined  # a graph serves one backward pass
+    join = joined_conditions.__wrapped__ if learned else joined_conditions  # a graph serves one backward pass
     whole = None if k == 1 else join(tuple(conds), n, x_t.device, denoiser.dtype)
     if whole is None:
         return [denoiser(x_t, t, cond) for cond in conds]
@@ -80,7 +80,9 @@ def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> 
 
 
 @lru_cache(maxsize=4)
-def joined(conds: tuple[Cond, ...], n: int, device: torch.device, dtype: torch.dtype | None) -> Cond | None:
+def joined_conditions(
+    conds: tuple[Cond, ...], n: int, device: torch.device, dtype: torch.dtype | None
+) -> Cond | None:
     """Conditions as one of batch K·n, where a network computes; None if they cannot be joined.
 
     The same conditions give the very same tensors at every step, so that a network may keep what it derives

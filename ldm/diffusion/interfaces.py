@@ -23,12 +23,10 @@ class Denoised(NamedTuple):
 
 
 DenoiseFn = Callable[[Tensor, Tensor], Denoised]  # (x_t (B, *S), t () or (B,), may be fractional)
-NoiseFn = Callable[
-    [int, Tensor], Tensor
-]  # (index of the draw, like) -> standard normal of like's shape, dtype and device
-OnStep = Callable[
-    [int, Tensor, Denoised], Tensor | None
-]  # may return a new x; raising StopIteration ends the run
+# (index of the draw, like) -> standard normal of like's shape, dtype and device
+NoiseFn = Callable[[int, Tensor], Tensor]
+# may return a new x; raising StopIteration ends the run
+OnStep = Callable[[int, Tensor, Denoised], Tensor | None]
 
 
 class Sampler(Protocol):

@@ -63,10 +63,8 @@ def keyed_normal(seed: int, k: int, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.asarray(values))
 
 
-LEVELS = (
-    -16.0,
-    16.0,
-)  # lambda between which a Brownian path is bisected; before it the path starts, behind it nobody asks
+# lambda between which a Brownian path is bisected; before it the path starts, behind it nobody asks
+LEVELS = (-16.0, 16.0)
 DEPTH = 24  # bisections: 2e-6 in lambda, a ten-thousandth of the shortest step
 NODES = 2**63  # Philox keys of the path, apart from those of keyed_noise
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.images.pixels import Picture, to_mask, to_pixels
+from ldm.images.pixels import ImageInput, to_mask, to_pixels
 
 NEIGHBOURS = torch.tensor([[[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]]])
 MARGINS = ("left", "right", "top", "bottom")
@@ -36,7 +36,7 @@ class Canvas:
     frame: tuple[int, int]
 
     @classmethod
-    def masked(cls, image: Picture, mask: Picture, *, multiple: int = 1) -> Canvas:
+    def masked(cls, image: ImageInput, mask: ImageInput, *, multiple: int = 1) -> Canvas:
         """Pictures under a mask of their size, white where to repaint. A size that is no multiple is padded
         at the right and below by repeating the last column and row, of the mask too, with a warning;
         ValueError for a mask of another size, or one that is black all over.
@@ -53,13 +53,15 @@ class Canvas:
                 " anew"
             )
         return cls(
-            pixels=fit(pixels, multiple), hole=pad(hole, multiple), frame=(pixels.shape[-2], pixels.shape[-1])
+            pixels=pad_to_multiple(pixels, multiple),
+            hole=pad(hole, multiple),
+            frame=(pixels.shape[-2], pixels.shape[-1]),
         )
 
     @classmethod
     def extended(
         cls,
-        image: Picture,
+        image: ImageInput,
         *,
         left: int = 0,
         right: int = 0,
@@ -92,7 +94,7 @@ class Canvas:
     def filled(self) -> Tensor:
         """The pictures with the hole filled smoothly from what surrounds it, so that an encoder sees nothing
         of what the hole hides."""
-        return fill(self.pixels, self.hole)
+        return fill_hole(self.pixels, self.hole)
 
     def small(self, size: Sequence[int]) -> Tensor:
         """The hole (B or 1, 1, h, w) of a latent: a position is made anew if any of its pixels is."""
@@ -110,7 +112,7 @@ def pad(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple), mode="replicate")
 
 
-def fit(pixels: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
     """`pad` of pictures, with a `Padded` warning where that changes them."""
     padded = pad(pixels, multiple)
     if padded.shape != pixels.shape:
@@ -124,7 +126,7 @@ def fit(pixels: Tensor, multiple: int) -> Tensor:
     return padded
 
 
-def fill(pixels: Tensor, hole: Tensor) -> Tensor:
+def fill_hole(pixels: Tensor, hole: Tensor) -> Tensor:
     """Pictures or latents (B, C, H, W) continued into a hole (B or 1, 1, H, W) from its border inwards: ring
     by ring, each position is the mean of those of its eight neighbours that are filled. What is hole all over
     becomes 0.5.

@@ -14,10 +14,10 @@ from ldm.images.eight_bit import rgba
 
 # a path, a PIL image, a tensor (3, H, W) or (B, 3, H, W) in [0, 1], a uint8 array (H, W, 3), or a sequence of
 # these of one size
-Picture = Any
+ImageInput = Any
 
 
-def to_pixels(image: Picture) -> Tensor:
+def to_pixels(image: ImageInput) -> Tensor:
     """Pictures as (B, 3, H, W) float32 in [0, 1]; transparency is laid on white, files are read as `rgba`
     says.
 
@@ -43,7 +43,7 @@ def to_pixels(image: Picture) -> Tensor:
     return pixels.permute(2, 0, 1)[None].contiguous()
 
 
-def to_mask(mask: Picture, size: Sequence[int]) -> Tensor:
+def to_mask(mask: ImageInput, size: Sequence[int]) -> Tensor:
     """A mask as (B, 1, H, W) of 0 and 1, 1 (white) where it says to repaint, cut at one half.
 
     ``size`` (H, W): the picture's, which the mask must have; ValueError otherwise.
@@ -69,7 +69,7 @@ def to_mask(mask: Picture, size: Sequence[int]) -> Tensor:
     return (values >= 0.5).float()
 
 
-def to_depth(depth: Picture, size: Sequence[int]) -> Tensor:
+def to_depth(depth: ImageInput, size: Sequence[int]) -> Tensor:
     """Depth maps, (H, W) or (B, 1, H, W) in any unit, as (B, 1, h, w) in [−1, 1]: resized (bicubic), then
     each drawn to its own range."""
     values = depth.float() if isinstance(depth, Tensor) else _array(depth, "depth").float()

@@ -56,9 +56,8 @@ class Finish(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        scale_in, shift_in, scale, shift = self.film(e)[..., None, None].chunk(
-            4, dim=1
-        )  # (B, width, 1, 1) each
+        # (B, width, 1, 1) each
+        scale_in, shift_in, scale, shift = self.film(e)[..., None, None].chunk(4, dim=1)
         h = F.gelu(self.conv_in(x) * (1 + scale_in) + shift_in)
         h = F.gelu(self.conv(h) * (1 + scale) + shift)
         return x + self.conv_out(h)

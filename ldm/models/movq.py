@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.models.vae import Decoder
+from ldm.models.vae import VAEDecoder
 from ldm.models.vq import VQConfig, VQModel
 
 
@@ -23,7 +23,7 @@ class MoVQ(VQModel):
 
     def __init__(self, config: MoVQConfig) -> None:
         super().__init__(config)
-        self.decoder = Decoder(config, spatial=config.latent_channels)
+        self.decoder = VAEDecoder(config, spatial=config.latent_channels)
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, C, h, w), not quantised → pictures (B, 3, f·h, f·w), about [−1, 1]."""

@@ -67,9 +67,10 @@ class SafetyChecker(nn.Module):
         ):  # in order: one that is near counts for those after it
             near = torch.round(special[:, k] - threshold + added, decimals=3) > 0
             added = torch.where(near, SPECIAL_CARE, added)
+        # (B, concepts)
         scores = torch.round(
             concepts - self.concept_embeds_weights.float().cpu() + added[:, None], decimals=3
-        )  # (B, concepts)
+        )
         return tuple(bool(flag) for flag in (scores > 0).any(dim=1))
 
     def hide(self, pixels: Tensor, flagged: Sequence[bool]) -> Tensor:

@@ -42,11 +42,11 @@ class TinyConfig:
 
     @property
     def factor(self) -> int:
-        """Picture size over latent size."""
+        """ImageRecord size over latent size."""
         return 2 ** (len(self.encoder) - 1)
 
 
-class Block(nn.Module):
+class TinyBlock(nn.Module):
     """Three convolutions beside the identity, rectified behind the sum."""
 
     def __init__(self, width: int) -> None:
@@ -58,7 +58,7 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + x)
 
 
-class Encoder(nn.Module):
+class TinyEncoder(nn.Module):
     """Pictures in [−1, 1] to latents."""
 
     def __init__(self, config: TinyConfig) -> None:
@@ -68,14 +68,14 @@ class Encoder(nn.Module):
         for level, blocks in enumerate(config.encoder):
             if level > 0:
                 layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
-            layers += [Block(width) for _ in range(blocks)]
+            layers += [TinyBlock(width) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers((x + 1) / 2)  # its pictures are in [0, 1]
 
 
-class Decoder(nn.Module):
+class TinyDecoder(nn.Module):
     """Latents, softly held within ±3, to pictures in about [−1, 1]."""
 
     def __init__(self, config: TinyConfig) -> None:
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         width, last = config.width, len(config.decoder) - 1
         layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
         for level, blocks in enumerate(config.decoder):
-            layers += [Block(width) for _ in range(blocks)]
+            layers += [TinyBlock(width) for _ in range(blocks)]
             if level < last:
                 layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.picture_channels, 3, padding=1))
@@ -98,8 +98,8 @@ class AutoencoderTiny(nn.Module):
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = TinyEncoder(config)
+        self.decoder = TinyDecoder(config)
 
     def encode(self, x: Tensor) -> Point:
         """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → latents (B, C, H/f, W/f); ValueError

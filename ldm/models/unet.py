@@ -134,7 +134,7 @@ class UNetConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """Residual blocks at one size, each followed by attention if the level has any, and a change of size
     behind them."""
 
@@ -173,7 +173,7 @@ class Level(nn.Module):
         return x if self.attentions is None else self.attentions[i](x, context, mask)
 
 
-class Mid(nn.Module):
+class UNetMid(nn.Module):
     """Block, attention, block at the smallest size."""
 
     def __init__(self, config: UNetConfig, emb_dim: int) -> None:
@@ -235,18 +235,18 @@ class UNet(nn.Module):
         for level in range(levels):
             widths = [width] + [channels[level]] * (config.blocks - 1)
             last = level == levels - 1
-            self.down_blocks.append(Level(config, level, widths, emb_dim, None if last else "down"))
+            self.down_blocks.append(UNetLevel(config, level, widths, emb_dim, None if last else "down"))
             width = channels[level]
             skips += [width] * (config.blocks + (not last))
 
-        self.mid_block = Mid(config, emb_dim)
+        self.mid_block = UNetMid(config, emb_dim)
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
             widths = []
             for _ in range(config.blocks + 1):
                 widths.append(width + skips.pop())
                 width = channels[level]
-            self.up_blocks.append(Level(config, level, widths, emb_dim, "up" if level > 0 else None))
+            self.up_blocks.append(UNetLevel(config, level, widths, emb_dim, "up" if level > 0 else None))
         self.conv_norm_out = nn.GroupNorm(group_norm_32(channels[0]), channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 

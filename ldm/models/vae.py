@@ -45,7 +45,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Picture size over latent size."""
+        """ImageRecord size over latent size."""
         return self.patch * 2 ** (len(self.channels) - 1)
 
     @property
@@ -101,7 +101,7 @@ def check_size(x: Tensor, factor: int) -> None:
         raise ValueError(f"picture size {x.shape[-2]}×{x.shape[-1]}: expected multiples of {factor}")
 
 
-class Level(nn.Module):
+class VAELevel(nn.Module):
     """Residual blocks at one size, each followed by attention where asked, then a change of size.
     ``spatial``: see `ResBlock`."""
 
@@ -139,7 +139,7 @@ class Level(nn.Module):
         return x
 
 
-class Mid(nn.Module):
+class VAEMid(nn.Module):
     """Block, attention, block at the smallest size."""
 
     def __init__(self, channels: int, *, attention: bool, spatial: int | None = None) -> None:
@@ -156,7 +156,7 @@ class Mid(nn.Module):
         return self.resnets[1](x, z=z)
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     """Pictures (B, 3, H, W) to moments (B, moments, H/f, W/f)."""
 
     def __init__(self, config: VAEConfig, moments: int) -> None:
@@ -169,10 +169,10 @@ class Encoder(nn.Module):
             resample = "down" if level < len(config.channels) - 1 else None
             attention = level in config.attention_levels
             self.down_blocks.append(
-                Level(width, channels, blocks=config.blocks, attention=attention, resample=resample)
+                VAELevel(width, channels, blocks=config.blocks, attention=attention, resample=resample)
             )
             width = channels
-        self.mid_block = Mid(last, attention=config.mid_attention)
+        self.mid_block = VAEMid(last, attention=config.mid_attention)
         self.conv_norm_out = nn.GroupNorm(group_norm_32(last), last, eps=1e-6)
         self.conv_out = nn.Conv2d(last, moments, 3, padding=1)
 
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latents (B, C, h, w) to pictures (B, 3, f·h, f·w). ``spatial``: the channels of a latent that modulates
     every norm."""
 
@@ -191,13 +191,13 @@ class Decoder(nn.Module):
         super().__init__()
         first, last = config.channels[0], config.channels[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, last, 3, padding=1)
-        self.mid_block = Mid(last, attention=config.mid_attention, spatial=spatial)
+        self.mid_block = VAEMid(last, attention=config.mid_attention, spatial=spatial)
         self.up_blocks = nn.ModuleList()
         width = last
         for level in reversed(range(len(config.channels))):
             channels, attention = config.channels[level], level in config.attention_levels
             resample = "up" if level > 0 else None
-            level_up = Level(
+            level_up = VAELevel(
                 width,
                 channels,
                 blocks=config.blocks + 1,
@@ -225,8 +225,8 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = config
         latent = config.latent_channels
-        self.encoder = Encoder(config, 2 * latent)
-        self.decoder = Decoder(config)
+        self.encoder = VAEEncoder(config, 2 * latent)
+        self.decoder = VAEDecoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 

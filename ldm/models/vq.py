@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.vae import Decoder, Encoder, Point, VAEConfig, check_size
+from ldm.models.vae import Point, VAEConfig, VAEDecoder, VAEEncoder, check_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,8 @@ class Codebook(nn.Module):
         table = self.embedding.weight.float()  # (K, C)
         rows = z.float().movedim(1, -1).flatten(0, 2)  # (B·h·w, C)
         squares = table.square().sum(1)  # |z − e|² = |z|² − 2 z·e + |e|², where |z|² decides nothing
-        indices = [
-            torch.addmm(squares, part, table.T, alpha=-2).argmin(1) for part in rows.split(4096)
-        ]  # 4096: memory stays bounded
+        # 4096: memory stays bounded
+        indices = [torch.addmm(squares, part, table.T, alpha=-2).argmin(1) for part in rows.split(4096)]
         return torch.cat(indices).view(len(z), *z.shape[-2:])
 
     def vectors(self, indices: Tensor) -> Tensor:
@@ -58,8 +57,8 @@ class VQModel(nn.Module):
         super().__init__()
         self.config = config
         latent = config.latent_channels
-        self.encoder = Encoder(config, latent)
-        self.decoder = Decoder(config)
+        self.encoder = VAEEncoder(config, latent)
+        self.decoder = VAEDecoder(config)
         self.quant_conv = nn.Conv2d(latent, latent, 1)
         self.quantize = Codebook(config.codes, latent)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)

@@ -15,9 +15,8 @@ from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.models.layers.attention import attention_control
 from ldm.support.config import nearest
 
-Words = Sequence[
-    tuple[str, Sequence[int]]
-]  # the words of a prompt, and where in the context their tokens stand
+# the words of a prompt, and where in the context their tokens stand
+WordPositions = Sequence[tuple[str, Sequence[int]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +31,9 @@ class Alignment:
     scale: Tensor
 
 
-def align(source: Words, prompt: Words, tokens: int, emphasis: Mapping[str, float]) -> Alignment:
+def align(
+    source: WordPositions, prompt: WordPositions, tokens: int, emphasis: Mapping[str, float]
+) -> Alignment:
     """The alignment of two prompts in contexts of M = ``tokens``: words that both have, in order, take the
     attention of the source's (section 3, "adding a new phrase"); so do words that stand in the place of as
     many others ("word swap"), and what is before and behind all words.
@@ -63,7 +64,7 @@ def align(source: Words, prompt: Words, tokens: int, emphasis: Mapping[str, floa
 
 
 @dataclass(kw_only=True)
-class Control:
+class SourceAttention:
     """Attention of pictures (the second half of those that are made) led by that of their sources (the first
     half).
 

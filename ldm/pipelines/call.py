@@ -22,9 +22,8 @@ from ldm.support.config import build, nearest, to_dict
 
 Prompts = str | int | Sequence[str] | Sequence[int]
 Rules = str | Convention | Mapping[str, Any]  # a convention by name, one's own, or as a recipe holds it
-Grid = (
-    TimeGrid | Sequence[float] | Mapping[str, Sequence[float]]
-)  # one of one's own, a list of falling timesteps, or as a recipe holds it
+# one of one's own, a list of falling timesteps, or as a recipe holds it
+Grid = TimeGrid | Sequence[float] | Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner, TextConditioner
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.interfaces import Denoised
-from ldm.images.canvas import fill
+from ldm.images.canvas import fill_hole
 from ldm.images.result import Images
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition
 from ldm.pipelines.call import Call, SizeCondition
-from ldm.pipelines.windows import Part
+from ldm.pipelines.windows import Crop
 
 Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 or B
 
@@ -105,7 +105,7 @@ def with_sizes(card: ModelCard, cond: Cond, call: Call, *, negative: bool = Fals
     return replace(cond, pooled=vector_condition(cond.pooled, numbers.expand(len(cond.pooled), -1)))
 
 
-def joined(pair: Pair, n: int, *, concat: Tensor | None = None, pooled: Tensor | None = None) -> Pair:
+def expanded_pair(pair: Pair, n: int, *, concat: Tensor | None = None, pooled: Tensor | None = None) -> Pair:
     """Both conditions at batch n, with channels beside x_t, (B or 1, C', h, w), and levels (n,) where
     given."""
 
@@ -116,7 +116,7 @@ def joined(pair: Pair, n: int, *, concat: Tensor | None = None, pooled: Tensor |
     return join(pair[0]), join(pair[1])
 
 
-def cut(cond: Cond, part: Part, size: tuple[int, int]) -> Cond:
+def cut(cond: Cond, part: Crop, size: tuple[int, int]) -> Cond:
     """The condition of a window of a latent (h, w): channels of the latent's size are cut, those of a
     window's, a draft of the text, serve each."""
     if cond.concat is None or tuple(cond.concat.shape[-2:]) != size:
@@ -124,7 +124,7 @@ def cut(cond: Cond, part: Part, size: tuple[int, int]) -> Cond:
     return replace(cond, concat=cond.concat[part])
 
 
-def between(a: Cond, b: Cond, w: Tensor) -> Cond:
+def between_conditions(a: Cond, b: Cond, w: Tensor) -> Cond:
     """Conditions on straight lines from one to another, each of batch 1, at weights w (B,) in [0, 1].
 
     Where only one has a token, the other's last one stands for it; at the ends, each is as it is.
@@ -185,11 +185,10 @@ def drafted(pair: Pair, known: Tensor, hole: Tensor, draft: Draft | None = None)
             drawn = draft.agreeing(
                 cond.pooled, known[part].expand(n, -1, -1, -1), open_[part].expand(n, -1, -1, -1)
             ).to(drawn)
-        bare = (
-            F.pad(torch.zeros_like(drawn[:, :1]), room, value=1.0) * open_
-        )  # (B, 1, h, w) what neither says
+        # (B, 1, h, w) what neither says
+        bare = F.pad(torch.zeros_like(drawn[:, :1]), room, value=1.0) * open_
         whole = torch.where(open_ > 0, F.pad(drawn, room), known.to(drawn))
-        return replace(cond, concat=fill(whole, bare))
+        return replace(cond, concat=fill_hole(whole, bare))
 
     return correct(pair[0], True), correct(pair[1], False)
 

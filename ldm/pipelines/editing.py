@@ -17,12 +17,12 @@ from ldm.conditioning.image_embedding import slerp
 from ldm.diffusion.guidance import both, lerp
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.noise import keyed_normal
-from ldm.images.canvas import fit
-from ldm.images.pixels import Picture, to_pixels
+from ldm.images.canvas import pad_to_multiple
+from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
-from ldm.pipelines.attention_control import Control, align
+from ldm.pipelines.attention_control import SourceAttention, align
 from ldm.pipelines.call import Call
-from ldm.pipelines.conditions import Pair, between, conditions, joined
+from ldm.pipelines.conditions import Pair, between_conditions, conditions, expanded_pair
 from ldm.pipelines.replayable import replayable
 from ldm.samplers.invert import NOISIEST, ddim_invert, edict, edict_invert
 from ldm.samplers.ode.ddim import ddim
@@ -55,7 +55,7 @@ class Editing:
     @replayable
     def variations(
         self: LatentDiffusion,
-        image: Picture,
+        image: ImageInput,
         *,
         n: int = 4,
         prompt: str | Sequence[str] = "",
@@ -116,7 +116,7 @@ class Editing:
 
             def on_the_way(size: tuple[int, int]) -> Pair:
                 cond, uncond = conditions(self.card, self.text, ends, size)
-                return between(cond[:1], cond[1:], w), uncond[:1]
+                return between_conditions(cond[:1], cond[1:], w), uncond[:1]
 
             about = {"prompt": [a, b], "n": n}
             images = self._sample("interpolate", call, tell=on_the_way, about=about)
@@ -136,7 +136,12 @@ class Editing:
 
     @torch.no_grad()
     def _between_pictures(
-        self: LatentDiffusion, a: Picture, b: Picture, w: Tensor, prompt: str, options: Mapping[str, Any]
+        self: LatentDiffusion,
+        a: ImageInput,
+        b: ImageInput,
+        w: Tensor,
+        prompt: str,
+        options: Mapping[str, Any],
     ) -> Images:
         """Pictures on the arcs between the states that two are inverted to; without a prompt, a model that
         drafts has their latents' mean for one."""
@@ -165,7 +170,7 @@ class Editing:
     @torch.no_grad()
     def reconstruct(
         self: LatentDiffusion,
-        image: Picture,
+        image: ImageInput,
         *,
         prompt: str = "",
         exact: bool = True,
@@ -189,7 +194,7 @@ class Editing:
         source: str,
         prompt: str,
         *,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         cross: float | None = None,
         within: float | None = None,
         emphasis: Mapping[str, float] | None = None,
@@ -269,14 +274,16 @@ class Editing:
             negative=negative,
             seeds=call.seeds * 2,
         )
-        cond, uncond = joined(conditions(self.card, self.text, pair, (x.shape[-2], x.shape[-1])), 2 * n)
+        cond, uncond = expanded_pair(
+            conditions(self.card, self.text, pair, (x.shape[-2], x.shape[-1])), 2 * n
+        )
         assert cond.context is not None
         if len(set(call.prompts)) > 1:
             raise ValueError(f"prompt: expected one text to change the source into, got {list(call.prompts)}")
         alignment = align(
             self.text.places(source), self.text.places(str(call.prompts[0])), cond.context.shape[1], emphasis
         )
-        control = Control(alignment=alignment, pictures=n, cross=cross, within=within)
+        control = SourceAttention(alignment=alignment, pictures=n, cross=cross, within=within)
         scale = torch.full((2 * n, 1, 1, 1), call.guidance, device=self.device)
         if given:
             scale[:n] = 1.0
@@ -291,7 +298,7 @@ class Editing:
 
     def _inverted(
         self: LatentDiffusion,
-        image: Picture,
+        image: ImageInput,
         source: str,
         prompt: str,
         exact: bool,
@@ -305,7 +312,7 @@ class Editing:
             raise ValueError(f"strength: expected more than 0 and at most 1, got {strength}")
         pixels = to_pixels(image)
         frame = (pixels.shape[-2], pixels.shape[-1])
-        pixels = fit(pixels, self.multiple)
+        pixels = pad_to_multiple(pixels, self.multiple)
         call = self._invertible({"prompt": [prompt] * len(pixels), **options}, pixels)
         call = call.over(call.grid.tail(strength))
         z = self.encode(pixels).double()  # what two tracks amplify, rounding begins
@@ -351,13 +358,13 @@ class Editing:
         """The pictures' own latents and no hole in them, as a draft; None for a model that does not draft."""
         if getattr(self.text, "draft", None) is None:
             return None
-        z = self.encode(fit(pixels, self.multiple))
+        z = self.encode(pad_to_multiple(pixels, self.multiple))
         return z, torch.zeros_like(z[:1, :1])
 
     @replayable
     def upscale(
         self: LatentDiffusion,
-        image: Picture,
+        image: ImageInput,
         prompt: str | Sequence[str] = "",
         *,
         factor: int | None = None,

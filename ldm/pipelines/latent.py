@@ -17,17 +17,17 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg, compose
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise
-from ldm.images.canvas import fit
-from ldm.images.pixels import Picture, to_depth, to_pixels
+from ldm.images.canvas import pad_to_multiple
+from ldm.images.pixels import ImageInput, to_depth, to_pixels
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, all_hooks, progress_bar, settle, warn_unknown
-from ldm.pipelines.conditions import Pair, Watcher, conditions, cut, drafted, joined
+from ldm.pipelines.conditions import Pair, Watcher, conditions, cut, drafted, expanded_pair
 from ldm.pipelines.editing import Editing
 from ldm.pipelines.painting import Painting
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import replayable
-from ldm.pipelines.windows import Part, windowed
+from ldm.pipelines.windows import Crop, windowed
 
 Tell = Callable[[tuple[int, int]], Pair]  # a latent's size → conditions
 Finish = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) as decoded → as they are given out
@@ -163,7 +163,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
 
     @replayable
     def image_to_image(
-        self, prompt: str | Sequence[str], image: Picture, *, strength: float = 0.75, **options: Any
+        self, prompt: str | Sequence[str], image: ImageInput, *, strength: float = 0.75, **options: Any
     ) -> Images:
         """Pictures of a prompt that begin from a picture (SDEdit, Meng et al. 2022); options as in
         `text_to_image`, the size is the picture's.
@@ -180,8 +180,8 @@ class LatentDiffusion(Painting, Editing, nn.Module):
     def depth_to_image(
         self,
         prompt: str | Sequence[str],
-        image: Picture,
-        depth: Picture,
+        image: ImageInput,
+        depth: ImageInput,
         *,
         strength: float = 0.8,
         **options: Any,
@@ -198,7 +198,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
 
     @replayable
     def instruct(
-        self, prompt: str | Sequence[str], image: Picture, *, image_guidance: float = 1.5, **options: Any
+        self, prompt: str | Sequence[str], image: ImageInput, *, image_guidance: float = 1.5, **options: Any
     ) -> Images:
         """A picture changed as a sentence asks (InstructPix2Pix, Brooks et al. 2023, eq. 3); options as in
         `text_to_image`.
@@ -249,14 +249,14 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         return self.vae.config.factor * (net.factor if net.resample == "resblock" else 1)
 
     def _with_picture(
-        self, prompt: Any, image: Picture, options: Mapping[str, Any]
+        self, prompt: Any, image: ImageInput, options: Mapping[str, Any]
     ) -> tuple[Tensor, Call, Finish]:
         """A picture (B or 1, 3, H, W), padded where its size does not fit, the call of that size, and what
         cuts the result back."""
         pixels = to_pixels(image)
         h, w = pixels.shape[-2:]
         return (
-            *self._of_size(prompt, fit(pixels, self.multiple), options, (h, w)),
+            *self._of_size(prompt, pad_to_multiple(pixels, self.multiple), options, (h, w)),
             lambda made: made[..., :h, :w],
         )
 
@@ -375,7 +375,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         tile = self._tile(size, window)
         inner = (min(size[0], tile), min(size[1], tile))
         told = conditions(self.card, self.text, call, inner) if tell is None else tell(inner)
-        told = joined(
+        told = expanded_pair(
             told, len(call.seeds), **{name: value.to(self.device) for name, value in (extra or {}).items()}
         )
         if draft is not None and self.card.concat is None:
@@ -403,7 +403,7 @@ class LatentDiffusion(Painting, Editing, nn.Module):
         """The guided denoiser of a latent of a size (h, w) under conditions, whole or in windows."""
         tile = self._tile(size, window)
 
-        def make(part: Part) -> DenoiseFn:
+        def make(part: Crop) -> DenoiseFn:
             return self._guided(call, (cut(told[0], part, size), cut(told[1], part, size)), image_guidance)
 
         whole = (..., slice(None), slice(None))
@@ -489,8 +489,5 @@ class LatentDiffusion(Painting, Editing, nn.Module):
 # of the grid is run where a hole begins from its draft, which agrees with what is known: more forgets it,
 # less leaves it blurred
 DRAFTED = 0.5
-REPLAYABLE = (
-    "text_to_image",
-    "class_to_image",
-    "unconditional",
-)  # of whose arguments the recipe says all; others: `replayable`
+# of whose arguments the recipe says all; others: `replayable`
+REPLAYABLE = ("text_to_image", "class_to_image", "unconditional")

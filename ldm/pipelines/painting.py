@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.images.canvas import Canvas, check_border
-from ldm.images.pixels import Picture
+from ldm.images.pixels import ImageInput
 from ldm.images.result import Images
 from ldm.pipelines.replayable import replayable
 from ldm.samplers.repaint import repaint
@@ -29,8 +29,8 @@ class Painting:
     def inpaint(
         self: LatentDiffusion,
         prompt: str | Sequence[str],
-        image: Picture,
-        mask: Picture,
+        image: ImageInput,
+        mask: ImageInput,
         *,
         strength: float = 1.0,
         resample: int = 1,
@@ -66,7 +66,7 @@ class Painting:
     def outpaint(
         self: LatentDiffusion,
         prompt: str | Sequence[str],
-        image: Picture,
+        image: ImageInput,
         *,
         left: int = 0,
         right: int = 0,

@@ -15,11 +15,8 @@ from ldm.weights.formats.safetensors import sha256
 
 Task = TypeVar("Task", bound=Callable[..., Images])
 PICTURES = ("image", "mask", "depth")  # arguments of which a text is a path; of all others a `Path` is
-SETTLED = (
-    "convention",
-    "grid",
-    "sizes",
-)  # options of types of their own, which the recipe holds as plain mappings already
+# options of types of their own, which the recipe holds as plain mappings already
+SETTLED = ("convention", "grid", "sizes")
 ENTRY = {"path", "sha256"}
 
 
@@ -67,9 +64,8 @@ def replayable(task: Task) -> Task:
 def kept(name: str, value: Any) -> Any:
     """An argument as JSON can hold it; `InMemory` for one that it cannot."""
     if isinstance(value, Path) or (name in PICTURES and isinstance(value, str)):
-        return (
-            {"path": str(value), "sha256": sha256(value)} if Path(value).is_file() else None
-        )  # the task will say that there is none
+        # the task will say that there is none
+        return {"path": str(value), "sha256": sha256(value)} if Path(value).is_file() else None
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, OnStep
-from ldm.images.pixels import Picture, to_pixels
+from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
@@ -30,7 +30,7 @@ from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.tasks.rerank import rerank
 from ldm.pipelines.unclip_options import decoders, held, options_of, priors, told
 from ldm.pipelines.unclip_painting import UnCLIPPainting
-from ldm.pipelines.windows import Part, windowed
+from ldm.pipelines.windows import Crop, windowed
 from ldm.samplers.invert import NOISIEST
 
 Finish = Callable[[Tensor], Tensor]
@@ -175,7 +175,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
     @replayable
     def variations(
         self,
-        image: Picture,
+        image: ImageInput,
         *,
         n: int | None = None,
         prompt: str = "",
@@ -210,7 +210,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         )
 
     @replayable
-    def reconstruct(self, image: Picture, **options: Any) -> Images:
+    def reconstruct(self, image: ImageInput, **options: Any) -> Images:
         """A picture from its embedding and its inverted noise: `variations` that vary nothing."""
         return self.variations(image, **{"n": 1, **options, "invert": True, "eta": 0.0})
 
@@ -262,7 +262,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
     @replayable
     def text_difference(
         self,
-        image: Picture,
+        image: ImageInput,
         source: str,
         target: str,
         *,
@@ -308,7 +308,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
     @replayable
     def truncated(
         self,
-        image: Picture,
+        image: ImageInput,
         codes: EmbeddingCodes,
         components: Sequence[int],
         *,
@@ -368,7 +368,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         )
         return self.prior(self.clip, call, candidates=candidates)
 
-    def embed(self, what: str | Picture, *, seed: int = 0, **options: Any) -> ImageEmbedding:
+    def embed(self, what: str | ImageInput, *, seed: int = 0, **options: Any) -> ImageEmbedding:
         """The embedding (1, E) of a text, by the prior, or of a picture, by CLIP. A path is a picture only as
         a `Path`."""
         if isinstance(what, str):
@@ -407,7 +407,7 @@ class UnCLIP(UnCLIPPainting, nn.Module):
         if tile >= max(size):
             return self.decoder.guided(*pair, call.guidance)
 
-        def make(part: Part) -> DenoiseFn:
+        def make(part: Crop) -> DenoiseFn:
             return self.decoder.guided(cut(pair[0], part, size), cut(pair[1], part, size), call.guidance)
 
         return windowed(make, tile, overlap=tile // 2)

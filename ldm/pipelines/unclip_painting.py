@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.diffusion.constraints import keep_known
 from ldm.diffusion.interfaces import DenoiseFn
 from ldm.images.canvas import Canvas, check_border
-from ldm.images.pixels import Picture
+from ldm.images.pixels import ImageInput
 from ldm.images.result import Images
 from ldm.pipelines.painting import REACH
 from ldm.pipelines.replayable import replayable
@@ -31,8 +31,8 @@ class UnCLIPPainting:
     def inpaint(
         self: UnCLIP,
         prompt: str | Sequence[str],
-        image: Picture,
-        mask: Picture,
+        image: ImageInput,
+        mask: ImageInput,
         *,
         candidates: int = 1,
         resample: int = 1,
@@ -58,7 +58,7 @@ class UnCLIPPainting:
     def outpaint(
         self: UnCLIP,
         prompt: str | Sequence[str],
-        image: Picture,
+        image: ImageInput,
         *,
         left: int = 0,
         right: int = 0,

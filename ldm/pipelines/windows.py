@@ -13,10 +13,10 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 
-Part = tuple[Any, slice, slice]  # an index of (B, C, h, w): every sample and channel, rows, columns
+Crop = tuple[Any, slice, slice]  # an index of (B, C, h, w): every sample and channel, rows, columns
 
 
-def places(side: int, tile: int, overlap: int) -> list[int]:
+def window_starts(side: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin along a side: at most tile − overlap apart, the last at its end."""
     if side <= tile:
         return [0]
@@ -30,7 +30,7 @@ def ramp(tile: int, overlap: int) -> Tensor:
     return torch.minimum(torch.minimum(edge, edge.flip(0)), torch.ones(()))
 
 
-def windowed(make: Callable[[Part], DenoiseFn], tile: int, *, overlap: int) -> DenoiseFn:
+def windowed(make: Callable[[Crop], DenoiseFn], tile: int, *, overlap: int) -> DenoiseFn:
     """The denoisers of overlapping windows of x_t (B, C, h, w), blended at every step with weights that fall
     towards the windows' edges.
 
@@ -44,13 +44,12 @@ def windowed(make: Callable[[Part], DenoiseFn], tile: int, *, overlap: int) -> D
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         h, w = x_t.shape[-2:]
         th, tw = min(tile, h), min(tile, w)
-        weight = (ramp(th, min(overlap, th - 1))[:, None] * ramp(tw, min(overlap, tw - 1))).to(
-            x_t
-        )  # (th, tw)
+        # (th, tw)
+        weight = (ramp(th, min(overlap, th - 1))[:, None] * ramp(tw, min(overlap, tw - 1))).to(x_t)
         total = x_t.new_zeros(h, w)
         sums: list[Tensor] | None = None
-        for top in places(h, th, min(overlap, th - 1)):
-            for left in places(w, tw, min(overlap, tw - 1)):
+        for top in window_starts(h, th, min(overlap, th - 1)):
+            for left in window_starts(w, tw, min(overlap, tw - 1)):
                 part = (..., slice(top, top + th), slice(left, left + tw))
                 key = (top, left, th, tw)
                 if key not in made:
@@ -69,7 +68,7 @@ def windowed(make: Callable[[Part], DenoiseFn], tile: int, *, overlap: int) -> D
 def tiled(denoiser: Denoiser, cond: Cond, tile: int, *, overlap: int) -> DenoiseFn:
     """The denoiser on tiles of x_t and `Cond.concat`: see `windowed`."""
 
-    def make(part: Part) -> DenoiseFn:
+    def make(part: Crop) -> DenoiseFn:
         return denoiser.bind(cond if cond.concat is None else replace(cond, concat=cond.concat[part]))
 
     return windowed(make, tile, overlap=overlap)

@@ -20,8 +20,8 @@ from ldm.weights.formats.diffusers_folder import PARTS, is_folder, list_variants
 from ldm.weights.formats.native_folder import about_part
 from ldm.weights.formats.pickles import scan_file
 from ldm.weights.formats.safetensors import existing_file, sha256
-from ldm.weights.formats.single_file import ema_names, read_tensors, split
-from ldm.weights.keymap import Fit, Shape, Table, fit
+from ldm.weights.formats.single_file import ema_names, read_tensors, split_parts
+from ldm.weights.keymap import Fit, Shape, Table, fit_table
 from ldm.weights.parts import build_network, part_table, shapes_of
 
 
@@ -68,12 +68,8 @@ PART_OF = {
     "kandinsky22": ("kandinsky22",),
     "movq": ("kandinsky21", "kandinsky22"),
 }
-STABLE_UNCLIP = {
-    "unet": "decoder",
-    "vae": "vae",
-    "text": "words",
-    "image": "vision",
-}  # what its parts are called in a file, and by us
+# what its parts are called in a file, and by us
+STABLE_UNCLIP = {"unet": "decoder", "vae": "vae", "text": "words", "image": "vision"}
 
 
 def card_networks(card: Card, found: Detection) -> dict[str, Any]:
@@ -246,7 +242,7 @@ def _take_apart(
         return None, {"?": dict(state)}, []
     if not found.family.parts:
         return found, {"all": dict(state)}, []
-    parts, left = split(state, found)
+    parts, left = split_parts(state, found)
     return found, parts, [key for key in left if key != "scale_factor"]
 
 
@@ -264,7 +260,8 @@ def _fits(
     have = {name: {key: tuple(tensor.shape) for key, tensor in part.items()} for name, part in parts.items()}
     return {
         candidate.name: {
-            name: fit(table, have.get(name, {}), shapes) for name, (table, shapes) in candidate.parts.items()
+            name: fit_table(table, have.get(name, {}), shapes)
+            for name, (table, shapes) in candidate.parts.items()
         }
         for candidate in candidates(found)
     }

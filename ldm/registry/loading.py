@@ -14,14 +14,14 @@ from ldm.catalog.lookup import Card, find_card, read_card
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.prediction import check_prediction
-from ldm.registry.latent.assembly import assemble
+from ldm.registry.latent.assembly import assemble_latent
 from ldm.registry.latent.sources import (
     Source,
     autoencoder_folder,
-    from_file,
-    from_folder,
-    from_native,
-    from_random,
+    latent_from_file,
+    latent_from_folder,
+    latent_from_native,
+    latent_from_random,
 )
 from ldm.registry.unclip.reading import load_prior, load_unclip
 from ldm.support.device import dtype_of, fast_dtype, pick_device
@@ -78,12 +78,12 @@ def load(
         if prediction is not None and isinstance(card, ModelCard):
             check_prediction(prediction)
             card = replace(card, prediction=prediction)
-        source = read_source(card, folder, weights, kind, ema=ema, variant=variant)
+        source = read_latent_source(card, folder, weights, kind, ema=ema, variant=variant)
         for note in source.notes:
             warnings.warn(f"weights {str(weights)!r}: {note}", stacklevel=2)
         if isinstance(card, AutoencoderCard):
             return source.networks["vae"].to(target)
-        pipe = assemble(card, source, vocabulary=None if vocabulary is None else Path(vocabulary))
+        pipe = assemble_latent(card, source, vocabulary=None if vocabulary is None else Path(vocabulary))
     if safety is not None:
         pipe.safety = load_safety(safety, black=black, variant=variant, dtype=torch.float32)
     return pipe.to(target)
@@ -107,7 +107,7 @@ def locate(card: Card, embedded_in: Path | None, weights: str | Path | None) -> 
     return Path(weights) if weights is not None else embedded_in or local_path(card.name) or from_hub(card)
 
 
-def read_source(
+def read_latent_source(
     card: Card,
     embedded_in: Path | None,
     weights: str | Path | None,
@@ -118,10 +118,10 @@ def read_source(
 ) -> Source:
     """A card's networks from wherever its weights are; see `load`."""
     if weights == "random":
-        return from_random(card, dtype, embedded_in)
+        return latent_from_random(card, dtype, embedded_in)
     path = locate(card, embedded_in, weights)
     if path.is_file():
-        return from_file(card, path, dtype, ema=ema)
+        return latent_from_file(card, path, dtype, ema=ema)
     if not path.is_dir():
         raise FileNotFoundError(
             f"weights {str(path)!r}: expected a single file, a folder of diffusers, a folder that ldm.save"
@@ -130,7 +130,7 @@ def read_source(
     if isinstance(card, AutoencoderCard):
         return autoencoder_folder(card, path, dtype, variant=variant)
     if is_folder(path):
-        return from_folder(card, path, dtype, ema=ema, variant=variant)
+        return latent_from_folder(card, path, dtype, ema=ema, variant=variant)
     if not (path / "card.yaml").is_file() and not (path / "unet.yaml").is_file():
         what = (
             "weights of one part alone"
@@ -138,7 +138,7 @@ def read_source(
             else "neither model_index.json (of diffusers) nor card.yaml (of ldm.save)"
         )
         raise FileNotFoundError(f"weights {str(path)!r}: expected the folder of a model, it holds {what}")
-    return from_native(card, path, dtype)
+    return latent_from_native(card, path, dtype)
 
 
 def from_hub(card: Card) -> Path:

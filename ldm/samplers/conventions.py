@@ -15,7 +15,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import get_sampler
 from ldm.support.config import build, nearest
 
-Options = Mapping[str, Any]
+GridOptions = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class Convention:
     images at different numbers of steps.
     """
 
-    grids: Mapping[str, Options]
+    grids: Mapping[str, GridOptions]
     start: Literal["unit", "sigma"] = "unit"
     quantize: bool = False
-    options: Mapping[str, Options] = field(default_factory=dict)
+    options: Mapping[str, GridOptions] = field(default_factory=dict)
     brownian: tuple[str, ...] = ()
 
     def grid(self, schedule: NoiseSchedule, steps: int, sampler: str, **changes: Any) -> TimeGrid:

@@ -17,7 +17,7 @@ from ldm.models.layers.attention import Attention, SpatialTransformer
 from ldm.models.unet import UNet
 from ldm.speed.substitute import Substitute
 
-MOST = 16  # evaluations of a step, each with its own features, that `Reuse` keeps
+MOST_EVALUATIONS = 16  # evaluations of a step, each with its own features, that `Reuse` keeps
 
 
 class Reuse(Substitute):
@@ -91,7 +91,7 @@ class Reuse(Substitute):
     def _whole(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network as it is; what enters the first of the last blocks is kept."""
         level, i = rises(self.module)[-self.branch - 1]
-        if self.place >= MOST:
+        if self.place >= MOST_EVALUATIONS:
             return self.plain(x_t, t, cond)
 
         def keep(block: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -192,12 +192,11 @@ def assign(x: Tensor, size: tuple[int, int], ratio: float) -> tuple[Tensor, int]
     """The token that each position of x (B, h·w, D) becomes, (B, h·w), and the number of tokens: h·w less a
     part ``ratio`` of it (rounded down, and at most all positions that do not lie in even rows and columns).
     """
-    fixed, free = (index.to(x.device) for index in split(*size))
+    fixed, free = (index.to(x.device) for index in even_positions(*size))
     merged = min(int(ratio * x.shape[1]), len(free))
     unit = F.normalize(x, dim=-1)
-    best, token = (unit[:, free] @ unit[:, fixed].transpose(1, 2)).max(
-        dim=-1
-    )  # (B, free): likeness to the most alike, and which it is
+    # (B, free): likeness to the most alike, and which it is
+    best, token = (unit[:, free] @ unit[:, fixed].transpose(1, 2)).max(dim=-1)
     alone = best.argsort(dim=-1, descending=True)[:, merged:]  # (B, free − merged)
     token.scatter_(1, alone, (len(fixed) + torch.arange(alone.shape[1], device=x.device)).expand_as(alone))
     at = token.new_empty(x.shape[:2])
@@ -206,7 +205,7 @@ def assign(x: Tensor, size: tuple[int, int], ratio: float) -> tuple[Tensor, int]
 
 
 @lru_cache(maxsize=16)
-def split(h: int, w: int) -> tuple[Tensor, Tensor]:
+def even_positions(h: int, w: int) -> tuple[Tensor, Tensor]:
     """The positions of an h×w map in even rows and columns, and the others."""
     even = torch.zeros(h, w, dtype=torch.bool)
     even[::2, ::2] = True

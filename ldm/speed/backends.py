@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet
-from ldm.models.vae import Decoder
+from ldm.models.vae import VAEDecoder
 from ldm.speed.packed import with_grad
 from ldm.speed.substitute import Substitute
 from ldm.support.config import nearest
@@ -47,7 +47,7 @@ def check_backend(backend: str | None) -> None:
 
 def networks(pipe: nn.Module) -> list[nn.Module]:
     """What a backend computes: UNets and decoders; ValueError where there is none."""
-    found = [part for part in pipe.modules() if isinstance(part, UNet | Decoder)]
+    found = [part for part in pipe.modules() if isinstance(part, UNet | VAEDecoder)]
     if not found:
         raise ValueError(f"a backend computes UNets and decoders, and the {type(pipe).__name__} has none")
     return found
@@ -70,7 +70,7 @@ def use(pipe: nn.Module, backend: str) -> str:
 def leave(pipe: nn.Module) -> None:
     """Have no network compiled by torch any more; OpenVINO's are `Substitute`s."""
     for net in pipe.modules():
-        if isinstance(net, UNet | Decoder):
+        if isinstance(net, UNet | VAEDecoder):
             net._compiled_call_impl = None
 
 

@@ -64,9 +64,8 @@ def quantise(x: Tensor) -> tuple[Tensor, float, int]:
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / 255, 1e-30)
     zero = round(-low / scale)
-    q = (
-        x.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5).clamp_(0, 255).to(torch.uint8)
-    )  # cutting off rounds, by the half
+    # cutting off rounds, by the half
+    q = x.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5).clamp_(0, 255).to(torch.uint8)
     return q, scale, zero
 
 

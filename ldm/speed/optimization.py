@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.models.layers.attention import GEGLU, Attention, AttentionBlock
 from ldm.models.layers.resblock import ResBlock, Upsample
-from ldm.models.vae import Decoder
+from ldm.models.vae import VAEDecoder
 from ldm.speed.approximate import merge_tokens, reuse_features
 from ldm.speed.backends import check_backend, leave, networks, use
 from ldm.speed.blocks import FastAttention, FastAttentionBlock, FastGroupNorm, FastResBlock
@@ -41,9 +41,9 @@ EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
     Attention: FastAttention,
     AttentionBlock: FastAttentionBlock,
     Upsample: FoldedUpsample,
-    Decoder: StripDecoder,
+    VAEDecoder: StripDecoder,
 }
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     **{fast: plain for plain, fast in EXCHANGED.items()},
     ContextLinear: nn.Linear,
     HalvedLinear: nn.Linear,
@@ -101,7 +101,7 @@ def optimize(
     leave(pipe)
     leave_turns(pipe)
     if backend is not None:
-        plain(pipe)
+        exchange_back(pipe)
         pipe.optimizations = (use(pipe, backend),)
         return pipe
     gains = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
@@ -172,12 +172,12 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
     return note
 
 
-def plain(pipe: nn.Module) -> None:
+def exchange_back(pipe: nn.Module) -> None:
     """Exchange the layers back."""
     for part in list(pipe.modules()):
-        if type(part) in PLAIN:
+        if type(part) in PLAIN_LAYERS:
             if isinstance(part, Packed):
                 part.unpack()
             for own in ("ops", "folded", "packed", "seen", "transformed", "spare"):
                 part.__dict__.pop(own, None)
-            part.__class__ = PLAIN[type(part)]
+            part.__class__ = PLAIN_LAYERS[type(part)]

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from ldm.models.layers.attention import GEGLU
 from ldm.models.layers.resblock import Upsample
 from ldm.models.meta import on_meta
-from ldm.speed.kernels.ops import Native, Plain, winograd
+from ldm.speed.kernels.ops import CHANNELS_LAST, Native, Plain, winograd
 
-CHANNELS_LAST = torch.channels_last
 mkldnn = torch.ops.mkldnn
-WIDE, POSITIONS = (
-    128,
-    1024,
-)  # channels, and pixels of all maps together, from which on Winograd's way is taken in float32
+# channels, and pixels of all maps together, from which on Winograd's way is taken in float32
+WIDE, POSITIONS = (128, 1024)
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -257,9 +254,8 @@ class FoldedUpsample(Upsample):
             or self.folded[0].bias.dtype != x.dtype
             or self.folded[0].bias.device != x.device
         ):
-            self.__dict__["folded"] = fold(
-                self.conv
-            )  # not a child: a state dict holds the 3×3 convolution alone
+            # not a child: a state dict holds the 3×3 convolution alone
+            self.__dict__["folded"] = fold(self.conv)
         assert self.folded is not None
         out = x.new_empty(len(x), h, 2, w, 2, self.conv.out_channels)
         for i, conv in enumerate(self.folded):

@@ -17,10 +17,8 @@ from ldm.speed.kernels.build import folder
 from ldm.speed.packed import FoldedUpsample, Packed
 
 DONTNEED = 4  # of madvise: the pages leave memory; a shared mapping's data stay in the file
-TRIM_THRESHOLD, MMAP_THRESHOLD = (
-    -1,
-    -3,
-)  # of mallopt: free bytes from which on the heap shrinks; size from which on a block has its own pages
+# of mallopt: free bytes from which on the heap shrinks; size from which on a block has its own pages
+TRIM_THRESHOLD, MMAP_THRESHOLD = (-1, -3)
 
 
 class Spilled:
@@ -78,9 +76,8 @@ class Spilled:
             if not begin <= weight.data_ptr() < begin + size:
                 return  # it was moved, converted or loaded anew since, and lies elsewhere
             end = weight.data_ptr() + weight.numel() * weight.element_size()
-            begin = (
-                -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            )  # whole pages, which hold nothing else
+            # whole pages, which hold nothing else
+            begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             size = max(0, end // mmap.PAGESIZE * mmap.PAGESIZE - begin)
         if size:
             _madvise(begin, size)

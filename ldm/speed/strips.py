@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from ldm.models.layers.norm import SpatialNorm
 from ldm.models.layers.resblock import ResBlock, Upsample
-from ldm.models.vae import Decoder
+from ldm.models.vae import VAEDecoder
 from ldm.speed.kernels.ops import Plain
 from ldm.speed.packed import with_grad
 
-STRIP = (
-    2**24
-)  # bytes of a map in one strip: below what the C library's allocator gives back to the system at once
+# bytes of a map in one strip: below what the C library's allocator gives back to the system at once
+STRIP = 2**24
 LARGE = 2**28  # numbers from which on a doubled map is not kept, but made again for each use
 T = TypeVar("T")
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel (B, C)
@@ -44,10 +43,8 @@ class Map:
         """Rows from top to below bottom: (B, C, bottom − top, w)."""
         if self.upsample is None:
             return self.x[:, :, top:bottom]
-        first, last = (
-            max(0, top // 2 - 1),
-            min(self.x.shape[2], (bottom + 1) // 2 + 1),
-        )  # a doubled row sees the rows beside its own
+        # a doubled row sees the rows beside its own
+        first, last = (max(0, top // 2 - 1), min(self.x.shape[2], (bottom + 1) // 2 + 1))
         return self.upsample(self.x[:, :, first:last])[:, :, top - 2 * first : bottom - 2 * first]
 
     def strips(self) -> Iterator[tuple[int, int]]:
@@ -83,7 +80,7 @@ class Convolved(Map):
         return y[:, :, above : above + bottom - top]
 
 
-def statistics(ops: Plain, source: Map, norm: nn.GroupNorm) -> Affine:
+def group_statistics(ops: Plain, source: Map, norm: nn.GroupNorm) -> Affine:
     """What a group norm multiplies and adds, by the statistics of the whole map, put together from strips
     (Chan et al. 1979, eq. 2.1)."""
     parts = []
@@ -124,7 +121,7 @@ def res_block(ops: Plain, block: ResBlock, source: Map, inner: Tensor | None) ->
     """
     in_place = block.conv_shortcut is None and source.upsample is None
     out = source.x if in_place else source.empty(block.conv1.out_channels)
-    first = statistics(ops, source, block.norm1)
+    first = group_statistics(ops, source, block.norm1)
     if inner is None:
         middle: Map = Convolved(ops, source, first, block.conv1)
     else:
@@ -133,7 +130,7 @@ def res_block(ops: Plain, block: ResBlock, source: Map, inner: Tensor | None) ->
             if not in_place:
                 out[:, :, top:bottom] = shortcut(block, x)
         middle = Map(inner)
-    strips = normed_conv(ops, middle, statistics(ops, middle, block.norm2), block.conv2)
+    strips = normed_conv(ops, middle, group_statistics(ops, middle, block.norm2), block.conv2)
     for top, bottom, _, y in strips if inner is not None else delayed(strips):
         if inner is None and not in_place:
             out[:, :, top:bottom] = shortcut(block, source.rows(top, bottom))
@@ -166,7 +163,7 @@ def watched(module: nn.Module) -> bool:
     )
 
 
-class StripDecoder(Decoder):
+class StripDecoder(VAEDecoder):
     """The autoencoder's decoder; maps beyond the size of a strip by strips, so that at any moment two maps of
     the largest layer are in memory; one where ``spare`` is set (`ldm.optimize` with memory=True), for maps
     beyond LARGE, at the cost of computing some convolutions twice.
@@ -210,7 +207,7 @@ class StripDecoder(Decoder):
                 source = doubled if 4 * source.x.numel() >= LARGE else Map(doubled.rows(0, doubled.height))
         out = source.empty(self.conv_out.out_channels)
         for top, bottom, _, y in normed_conv(
-            self.ops, source, statistics(self.ops, source, self.conv_norm_out), self.conv_out
+            self.ops, source, group_statistics(self.ops, source, self.conv_norm_out), self.conv_out
         ):
             out[:, :, top:bottom] = y
         return out

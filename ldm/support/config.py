@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-C = TypeVar("C")
+_C = TypeVar("C")
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:
@@ -21,7 +21,7 @@ def nearest(name: object, choices: Iterable[object]) -> str:
     return f"{hint}Choices: {', '.join(sorted(names))}"
 
 
-def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
+def build(cls: type[_C], mapping: Mapping[str, Any], where: str = "") -> _C:
     """A dataclass from a mapping, strictly: unknown and missing keys and wrong types raise ValueError.
 
     Nested dataclasses, tuples, Literals and optionals follow the annotations; ``where`` names the place in

@@ -33,9 +33,8 @@ class Compositions:
             if ground != "white" and not held_out_pair(pictures.data.index[int(row)].name, ground)
         ]
         row_of = {(c.picture, c.ground): i for i, c in enumerate(plain)}
-        row_of.update(
-            {(c.picture, "white"): i for i, c in enumerate(plain) if c.ground is None}
-        )  # white said or unsaid is one picture
+        # white said or unsaid is one picture
+        row_of.update({(c.picture, "white"): i for i, c in enumerate(plain) if c.ground is None})
         return cls((*plain, *draw_variants(pictures, variants, seed)), row_of, variants)
 
     def choose(self, composition: Composition, rng: np.random.Generator) -> tuple[Composition, int]:

@@ -78,9 +78,8 @@ def round_blocks(x: Tensor, step: Tensor) -> Tensor:
     b, c, h, w = x.shape
     y = F.pad(x, (0, -w % 8, 0, -h % 8), mode="replicate")
     k = torch.arange(8, dtype=x.dtype, device=x.device)
-    basis = (
-        torch.cos(torch.pi / 8 * (k + 0.5) * k[:, None]) / 2
-    )  # (frequency, place), orthonormal with the next line
+    # (frequency, place), orthonormal with the next line
+    basis = torch.cos(torch.pi / 8 * (k + 0.5) * k[:, None]) / 2
     basis[0] /= 2**0.5
     blocks = y.reshape(b, c, y.shape[2] // 8, 8, y.shape[3] // 8, 8)
     coefficients = torch.einsum("fi,bcyixj,gj->bcyfxg", basis, blocks, basis)

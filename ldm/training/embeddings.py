@@ -134,7 +134,7 @@ def embed(
     )
 
 
-def statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+def embedding_statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (1, E) of embeddings (N, E), the latter at least a thousandth of the mean one."""
     mean, std = embeddings.mean(0, keepdim=True), embeddings.std(0, keepdim=True)
     return mean, std.clamp_min(1e-3 * float(std.mean()) + 1e-8)

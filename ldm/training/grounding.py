@@ -88,11 +88,12 @@ def grounding_loss(maps: Iterable[Tensor], wanted: Sequence[Named]) -> Tensor:
         chosen = torch.zeros(len(wanted), tokens)
         for row, one in zip(chosen, wanted, strict=True):
             row[one.places] = 1
+        # (N, L)
         seen = (
             (probabilities[samples].float() * chosen[:, None].to(probabilities.device))
             .sum(-1)
             .clamp_min(1e-12)
-        )  # (N, L)
+        )
         target = F.adaptive_avg_pool2d(areas, side).flatten(1).to(seen)
         target = target / target.sum(1, keepdim=True)
         losses.append(
@@ -120,6 +121,5 @@ def learn_where_to_look(network: nn.Module) -> None:
     for part in network.modules():
         if isinstance(part, Attention) and part.cross:
             part.to_q.requires_grad_(True)
-            (part.add_k_proj if isinstance(part, AttentionBlock) else part.to_k).requires_grad_(
-                True
-            )  # of the context
+            # of the context
+            (part.add_k_proj if isinstance(part, AttentionBlock) else part.to_k).requires_grad_(True)

@@ -74,9 +74,8 @@ class LatentCache:
 
 def cache_name(pictures: Pictures, variants: int, seed: int, key: str) -> str:
     """A name for what a network (``key``: its weights) makes of a run's compositions."""
-    config = {
-        name: value for name, value in to_dict(pictures.config).items() if name != "drawn"
-    }  # which are kept, not how often each is drawn
+    # which are kept, not how often each is drawn
+    config = {name: value for name, value in to_dict(pictures.config).items() if name != "drawn"}
     made_of = [key, config, variants, seed, pictures.data.manifest]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 

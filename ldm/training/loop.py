@@ -40,7 +40,7 @@ class Draws:
         return torch.randn(*shape, generator=self.torch)
 
 
-class Part(Protocol):
+class Trainable(Protocol):
     """What can be trained: a module, its loss, and how to judge and show it."""
 
     model: nn.Module
@@ -62,7 +62,7 @@ class Run:
     """A part in training, in a folder of its own: ``checkpoint.pt``, ``metrics.jsonl``, ``samples/``."""
 
     def __init__(
-        self, part: Part, config: RunConfig, full_config: Any, folder: Path, device: torch.device
+        self, part: Trainable, config: RunConfig, full_config: Any, folder: Path, device: torch.device
     ) -> None:
         self.part, self.config, self.folder, self.device = part, config, folder, device
         self.full_config = to_dict(full_config)

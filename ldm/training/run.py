@@ -36,7 +36,7 @@ def parts() -> dict[str, tuple[type, type]]:
     }
 
 
-def read_config(path: str | Path) -> tuple[str, Any]:
+def read_training_config(path: str | Path) -> tuple[str, Any]:
     """The part's name and the configuration in a YAML file, checked whole before any work; ValueError names
     what is wrong."""
     mapping = read_yaml(path)
@@ -52,7 +52,7 @@ def read_config(path: str | Path) -> tuple[str, Any]:
 
 def open_run(path: str | Path, *, runs: str | Path = "runs", device: torch.device | str = "cpu") -> Run:
     """The run of a configuration file, at its last checkpoint if it has one."""
-    name, config = read_config(path)
+    name, config = read_training_config(path)
     device = torch.device(device)
     part = parts()[name][1](config, device)
     return Run(part, config.run, config, Path(runs) / config.run.name, device)

@@ -235,7 +235,7 @@ class Fit:
         return mismatch(self.missing, self.extra, self.misshapen) or "all keys fit"
 
 
-def fit(table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Fit:
+def fit_table(table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Fit:
     """Compare a file's keys and shapes with a network's names and shapes, without any tensor."""
     return _match(table, have, shapes)[1]
 

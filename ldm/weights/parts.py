@@ -102,7 +102,7 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
     return bert_table(names) if isinstance(module, LDMBert) else SAME_NAMES
 
 
-def fill(
+def fill_network(
     module: nn.Module,
     state: Mapping[str, Tensor],
     layout: Layout,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from analytic import mixture
 
-from ldm.analysis.plan import describe, evaluations
+from ldm.analysis.plan import describe_grid, evaluations
 from ldm.diffusion.grid import SPACINGS, TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.schedule import NoiseSchedule
@@ -87,7 +87,7 @@ def test_options_count_too(name: str, options: dict[str, Any]) -> None:
 
 def test_describe_says_the_figures() -> None:
     grid = TimeGrid.make(SCHEDULE, 3, offset=1, final="first")
-    text = describe(grid, "heun")
+    text = describe_grid(grid, "heun")
     lines = text.splitlines()
     assert lines[0] == "heun: 3 steps, 6 evaluations" and len(lines) == 2 + 4
     fields = lines[2].split()
@@ -100,6 +100,6 @@ def test_describe_says_the_figures() -> None:
     assert lines[-1].split()[1] == "end" and float(lines[-1].split()[2]) == pytest.approx(
         float(SCHEDULE.alphas_cumprod[0]), abs=1e-6
     )
-    assert "tolerance" in describe(grid, "dpm_adaptive")
+    assert "tolerance" in describe_grid(grid, "dpm_adaptive")
     with pytest.raises(ValueError, match="did you mean 'heun'"):
-        describe(grid, "huen")
+        describe_grid(grid, "huen")

@@ -70,9 +70,8 @@ def test_words_are_found_with_all_their_tokens(pipe):
     with ldm.trace(pipe) as t:
         run(pipe, "a red apple on a blue background", steps=2)
     assert t.words() == ["a", "red", "apple", "on", "a", "blue", "background"]
-    p = torch.stack([torch.stack(list(step.attention.values())).mean(0) for step in t.steps]).mean(
-        0
-    )  # (1, 4, 4, 9)
+    # (1, 4, 4, 9)
+    p = torch.stack([torch.stack(list(step.attention.values())).mean(0) for step in t.steps]).mean(0)
     enlarged = torch.nn.functional.interpolate(p.permute(0, 3, 1, 2), (8, 8), mode="bilinear")
     assert torch.allclose(t.attention("Apple"), enlarged[:, 3], atol=1e-6)
     assert torch.allclose(t.attention("red apple"), enlarged[:, 2] + enlarged[:, 3], atol=1e-6)
@@ -172,9 +171,8 @@ def test_an_unclip_s_decoder_is_traced_without_maps(make, shape, side):
         with pytest.raises(ValueError, match="attention is recorded of LatentDiffusion alone"):
             asked()
     with ldm.trace(model) as t:
-        model.text_to_image(
-            "a cat", **options, on_step=lambda i, x, d: x + i
-        )  # the caller's own hook is called still
+        # the caller's own hook is called still
+        model.text_to_image("a cat", **options, on_step=lambda i, x, d: x + i)
     assert not torch.equal(t.images.tensor, plain.tensor)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.catalog.shapes import BERTS, LABELS, UNETS, VAES
+from ldm.catalog.shapes import BERTS, LABEL_SHAPES, UNETS, VAES
 from ldm.models.labels import LabelConditioner
 from ldm.models.meta import on_meta
 from ldm.models.text.bert import LDMBert
@@ -145,12 +145,12 @@ def test_text_encoders_have_the_published_parameters(name):
 
 def test_labels_are_one_token_a_class():
     with on_meta():
-        shapes = {name: shapes_of(LabelConditioner(config)) for name, config in LABELS.items()}
+        shapes = {name: shapes_of(LabelConditioner(config)) for name, config in LABEL_SHAPES.items()}
     assert shapes == {
         "cin256": {"embedding.weight": (1000, 512)},
         "cin256-v2": {"embedding.weight": (1001, 512)},
     }
-    config = LABELS["cin256-v2"]
+    config = LABEL_SHAPES["cin256-v2"]
     model = LabelConditioner(config)
     cond = model([3, 1000])
     assert (

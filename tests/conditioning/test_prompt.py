@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.conditioning.prompt import parse, plain
+from ldm.conditioning.prompt import parse, plain_texts
 
 
 def said(prompt):
@@ -56,7 +56,7 @@ def test_what_is_no_syntax_is_text_and_weight_one_is_none(prompt, text):
 def test_blends_make_every_combination_with_shares_that_sum_to_one():
     assert said("a {cat:3|dog} face") == [(0.75, [("a cat face", 1)]), (0.25, [("a dog face", 1)])]
     both = said("{a|b:3} {c|d}")
-    assert [share for share, _ in both] == [0.125, 0.125, 0.375, 0.375] and plain("{a|b:3} {c|d}") == [
+    assert [share for share, _ in both] == [0.125, 0.125, 0.375, 0.375] and plain_texts("{a|b:3} {c|d}") == [
         "a c",
         "a d",
         "b c",

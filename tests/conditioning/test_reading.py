@@ -13,7 +13,13 @@ from ldm.conditioning.reading import windows
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.text.bert import BertConfig, LDMBert
 from ldm.models.text.bpe import Tokenizer
-from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
+from ldm.models.text.wordpiece import (
+    WORDPIECE_END,
+    WORDPIECE_PAD,
+    WORDPIECE_START,
+    WORDPIECE_UNKNOWN,
+    WordPiece,
+)
 
 PADDED = TextConvention(length=12, pad=49407, pooled=True)
 MASKED = TextConvention(length=None, pad=0, masked=True, pooled=True)
@@ -59,9 +65,8 @@ def test_a_long_prompt_is_its_windows_one_after_the_other(text):
 @torch.no_grad()
 def test_weights_go_from_the_empty_prompt_through_the_prompt(text):
     plain, empty = text(["a red apple"]), text([""])
-    e = (
-        empty.context[0, 2] if text.convention.length else empty.context[0, -1]
-    )  # where "red" stands, or the last there is
+    # where "red" stands, or the last there is
+    e = empty.context[0, 2] if text.convention.length else empty.context[0, -1]
     for weight in (0.0, 0.5, 1.7):
         cond = text([f"a (red:{weight}) apple"])
         assert torch.allclose(cond.context[0, 2], e + weight * (plain.context[0, 2] - e), atol=1e-5)
@@ -152,7 +157,7 @@ def test_what_is_left_out_is_named():
     )
     bert = BertConditioner(
         LDMBert(BertConfig(vocabulary=10, width=8, layers=1, heads=1, head_dim=8, length=5)),
-        WordPiece([PAD, UNKNOWN, START, END, "a", "##b"]),
+        WordPiece([WORDPIECE_PAD, WORDPIECE_UNKNOWN, WORDPIECE_START, WORDPIECE_END, "a", "##b"]),
     )
     assert bert.unknown("(a:2) ab zeppelin") == ["zeppelin"]
     assert bert(["a ab a ab"]).context.shape == (1, 10, 8) and bert.places("a ab ab") == [

@@ -83,7 +83,7 @@ def test_labels_are_found_by_code_then_by_spelling():
 
 
 def test_plain():
-    assert emoji.plain("“Piñata”: No. 1, T-Shirt") == "pinata no. 1 t-shirt"
+    assert emoji.plain_label("“Piñata”: No. 1, T-Shirt") == "pinata no. 1 t-shirt"
 
 
 def test_a_tarball_that_is_not_the_pinned_one_is_refused(tmp_path):
@@ -96,7 +96,7 @@ def test_a_tarball_that_is_not_the_pinned_one_is_refused(tmp_path):
 def test_without_npm_it_says_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="npm is needed"):
-        emoji.fetch(emoji.LABELS, tmp_path)
+        emoji.fetch(emoji.LABEL_PACKAGE, tmp_path)
 
 
 class SameProcess:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from ldm.data import PALETTE, EmojiData, Picture, PictureIndex, held_out_pair, held_out_picture
+from ldm.data import PALETTE, EmojiData, ImageRecord, PictureIndex, held_out_pair, held_out_picture
 
 
 def test_held_out_shares_are_five_per_cent():
@@ -73,7 +73,7 @@ def test_said_tags_leave_out_other_names_and_common_tags(drawn):
     assert drawn.index.said_tags[drawn.find("cat-face")] == ("kitty", "cat")
     index = PictureIndex(
         [
-            Picture(
+            ImageRecord(
                 name=f"n-{i}", style="noto", tags=("common",) + (("rare",) if i < 8 else ()) + ("n 3", "de")
             )
             for i in range(9)
@@ -86,7 +86,7 @@ def test_said_tags_leave_out_other_names_and_common_tags(drawn):
 
 def test_a_picture_twice_is_refused():
     with pytest.raises(ValueError, match="more than once"):
-        PictureIndex([Picture(name="ring", style="noto")] * 2)
+        PictureIndex([ImageRecord(name="ring", style="noto")] * 2)
 
 
 def test_open(folder, drawn):

@@ -274,9 +274,8 @@ def test_classifier_guidance_gives_the_posterior() -> None:
         return (-0.5 * (y - x0) ** 2 / (post_var + r**2)).sum(1)
 
     through = gradient(denoiser.bind(Cond()), SCHEDULE, of_x0, of_x0=True)(x, T)
-    torch.testing.assert_close(
-        through.x0, exact, rtol=0, atol=1e-10
-    )  # here x0 is the posterior mean, so both ways are the same
+    # here x0 is the posterior mean, so both ways are the same
+    torch.testing.assert_close(through.x0, exact, rtol=0, atol=1e-10)
     zero = SCHEDULE.zero_terminal_snr()
     fn = gradient(gaussian(dims=6).denoise(zero), zero, log_prob)
     with pytest.raises(ValueError, match="alpha 0"):

@@ -54,9 +54,8 @@ def classifier(x: Tensor, t: Tensor) -> Tensor:
 
 def similarity(x0: Tensor, t: Tensor) -> Tensor:
     """What CLIP guidance asks for: a nonlinear tower, and the cosine with an embedding."""
-    embedding = torch.tanh(
-        0.05 * torch.stack([x0.flatten(1).roll(k, 1).cumsum(1) for k in range(3)]).sum(0)
-    )  # not saturated
+    # not saturated
+    embedding = torch.tanh(0.05 * torch.stack([x0.flatten(1).roll(k, 1).cumsum(1) for k in range(3)]).sum(0))
     return 3 * torch.nn.functional.cosine_similarity(embedding, DIRECTION[None], dim=1)
 
 
@@ -166,12 +165,10 @@ def test_lines_through_lines_are_lines() -> None:
     """Guidance along straight lines: a line through a line has a closed form."""
     d, x = make(), state()
     plain = d(x, TIMES, U)
-    close(
-        autoguidance(cfg(d, C, U, 4.0), d.bind(U), 1.5)(x, TIMES), cfg(d, C, U, 6.0)(x, TIMES)
-    )  # u + 1.5·4·(c − u)
-    close(
-        autoguidance(cfg(d, C, U, 3.0), cfg(d, C, U, 1.0), 2.0)(x, TIMES), cfg(d, C, U, 5.0)(x, TIMES)
-    )  # 1 + 2·(3 − 1)
+    # u + 1.5·4·(c − u)
+    close(autoguidance(cfg(d, C, U, 4.0), d.bind(U), 1.5)(x, TIMES), cfg(d, C, U, 6.0)(x, TIMES))
+    # 1 + 2·(3 − 1)
+    close(autoguidance(cfg(d, C, U, 3.0), cfg(d, C, U, 1.0), 2.0)(x, TIMES), cfg(d, C, U, 5.0)(x, TIMES))
     both = compose(d, [(C, 2.0), (OTHER, 3.0)], U)(x, TIMES)
     a, b = cfg(d, C, U, 2.0)(x, TIMES), cfg(d, OTHER, U, 3.0)(x, TIMES)
     close(both, Denoised(a.x0 + b.x0 - plain.x0, a.eps + b.eps - plain.eps))
@@ -196,9 +193,10 @@ def test_gradients_add_and_commute_with_lines() -> None:
     )
     two = gradient(one, SCHEDULE, steep, 0.5)(x, TIMES)
     close(two, gradient(gradient(inner, SCHEDULE, steep, 0.5), SCHEDULE, classifier, 2.0)(x, TIMES))
+    # −0.5·sigma·(−2x)
     torch.testing.assert_close(
         two.eps, inner(x, TIMES).eps - 2 * sigma * slope + sigma * x, rtol=1e-10, atol=1e-10
-    )  # −0.5·sigma·(−2x)
+    )
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -223,9 +221,8 @@ def test_between_takes_each_sample_by_its_level_and_only_what_is_needed() -> Non
     d, plain = make(), make()
     fn = between(apg(d, C, U, 4.0), plain.bind(C), SCHEDULE, 0.1, RATIO * 1.001)
     x, out = state(), fn(state(), TIMES)
-    torch.testing.assert_close(
-        out.x0[:2], apg(make(), C, U, 4.0)(x, TIMES).x0[:2], rtol=1e-12, atol=1e-12
-    )  # t 400 and 250 lie inside
+    # t 400 and 250 lie inside
+    torch.testing.assert_close(out.x0[:2], apg(make(), C, U, 4.0)(x, TIMES).x0[:2], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.x0[2:], make()(x, TIMES, C).x0[2:], rtol=1e-12, atol=1e-12)
     d.net.calls = plain.net.calls = 0
     fn(x, torch.tensor(900.0))

@@ -18,9 +18,8 @@ def test_round_trip(prediction: str) -> None:
     alpha, sigma = (broadcast(v, x0) for v in schedule.alpha_sigma(t))
     x_t = schedule.add_noise(x0, t, eps)
     d = denoised(target(x0, eps, alpha, sigma, prediction), x_t, alpha, sigma, prediction)
-    torch.testing.assert_close(
-        d.x0, x0, rtol=0, atol=1e-13
-    )  # dividing by alpha ~ 0.07 or sigma ~ 0.03 costs two digits of 16
+    # dividing by alpha ~ 0.07 or sigma ~ 0.03 costs two digits of 16
+    torch.testing.assert_close(d.x0, x0, rtol=0, atol=1e-13)
     torch.testing.assert_close(d.eps, eps, rtol=0, atol=1e-13)
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.registry.latent.writing import describe, write_clip_tokenizer
+from ldm.registry.latent.writing import diffusers_description, write_clip_tokenizer
 from ldm.weights.formats.diffusers_config import scheduler_config, training_facts
 from ldm.weights.parts import to_layout
 
@@ -22,7 +22,7 @@ STEP = 1 / 255
 
 def twin(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
     """The peer's class for a network of ours, holding the same tensors."""
-    name, config = describe(network, latent_scale)
+    name, config = diffusers_description(network, latent_scale)
     with torch.device("meta"):
         if hasattr(diffusers, name):
             theirs = getattr(diffusers, name).from_config(config)

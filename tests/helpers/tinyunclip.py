@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from ldm.catalog.published_unclip import KANDINSKY21, KANDINSKY22, KARLO, UNCLIP_L, defaults
+from ldm.catalog.published_unclip import (
+    KANDINSKY21_CARD,
+    KANDINSKY22_CARD,
+    KARLO_CARD,
+    UNCLIP_L,
+    stage_defaults,
+)
 from ldm.catalog.shapes import KANDINSKY21 as KANDINSKY21_SHAPE
 from ldm.catalog.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
 from ldm.catalog.unclip_cards import UnCLIPCard
@@ -17,7 +23,7 @@ from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig
 from ldm.models.movq import MoVQConfig
 from ldm.models.text.bpe import Tokenizer
-from ldm.models.text.unigram import END, PAD, SPACE, START, UNKNOWN, Unigram
+from ldm.models.text.unigram import SPACE, UNIGRAM_END, UNIGRAM_PAD, UNIGRAM_START, UNIGRAM_UNKNOWN, Unigram
 from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.unclip.noise_augmentation import AugmentationConfig, NoiseAugmentation
@@ -86,13 +92,13 @@ def prior(card: UnCLIPCard) -> PriorStage:
 
 def tiny_karlo() -> UnCLIP:
     """Pixels: 16×16, and 32×32 by two upsamplers' networks."""
-    decoder = replace(KARLO.decoder, defaults=defaults(4, 3.0, 16))
-    upsampler = replace(KARLO.upsamplers[0], defaults=defaults(3, 1.0, 32))
+    decoder = replace(KARLO_CARD.decoder, defaults=stage_defaults(4, 3.0, 16))
+    upsampler = replace(KARLO_CARD.upsamplers[0], defaults=stage_defaults(3, 1.0, 32))
     card = replace(
-        KARLO,
+        KARLO_CARD,
         decoder=decoder,
         upsamplers=(upsampler,),
-        prior=replace(KARLO.prior, defaults=defaults(4, 2.0, 16)),
+        prior=replace(KARLO_CARD.prior, defaults=stage_defaults(4, 2.0, 16)),
     )
     clip = pair(card.clip)
     network = net(
@@ -105,8 +111,10 @@ def tiny_karlo() -> UnCLIP:
 
 def tiny_stable() -> UnCLIP:
     """Stable unCLIP-l: latents, a second text tower."""
-    decoder = replace(UNCLIP_L.decoder, defaults=defaults(4, 3.0, 32, "ddim"))
-    card = replace(UNCLIP_L, decoder=decoder, prior=replace(UNCLIP_L.prior, defaults=defaults(4, 2.0, 16)))
+    decoder = replace(UNCLIP_L.decoder, defaults=stage_defaults(4, 3.0, 32, "ddim"))
+    card = replace(
+        UNCLIP_L, decoder=decoder, prior=replace(UNCLIP_L.prior, defaults=stage_defaults(4, 2.0, 16))
+    )
     unet = UNetConfig(
         channels=(32, 64),
         depth=(1, 0),
@@ -132,7 +140,7 @@ def tiny_stable() -> UnCLIP:
 
 MOVQ = MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50)
 PIECES = [
-    *((token, 0.0) for token in (START, PAD, END, UNKNOWN)),
+    *((token, 0.0) for token in (UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN)),
     (SPACE, -3.0),
     (f"{SPACE}a", -2.5),
     (f"{SPACE}ap", -3.3),
@@ -145,8 +153,8 @@ PIECES = [
 def kandinsky(
     card: UnCLIPCard, condition: ImageConditionConfig, words: XLMRConditioner | None = None, **changes: Any
 ) -> UnCLIP:
-    decoder = replace(card.decoder, defaults=defaults(4, 3.0, 32))
-    card = replace(card, decoder=decoder, prior=replace(card.prior, defaults=defaults(4, 2.0, 16)))
+    decoder = replace(card.decoder, defaults=stage_defaults(4, 3.0, 32))
+    card = replace(card, decoder=decoder, prior=replace(card.prior, defaults=stage_defaults(4, 2.0, 16)))
     unet = replace(PIXELS, **{"in_channels": 4, "out_channels": 8, **changes})
     network = net(DecoderConfig(unet=unet, condition=condition), 4)
     stage = DecoderStage(network, decoder, clip=card.clip, space=Space(net(MOVQ, 8), 1.0), text=words)
@@ -155,7 +163,7 @@ def kandinsky(
 
 def tiny_kandinsky(in_channels: int = 4) -> UnCLIP:
     """Kandinsky 2.2: MoVQ latents, no text in the decoder."""
-    card = KANDINSKY22 if in_channels == 4 else replace(KANDINSKY22, concat="known")
+    card = KANDINSKY22_CARD if in_channels == 4 else replace(KANDINSKY22_CARD, concat="known")
     return kandinsky(card, replace(KANDINSKY22_SHAPE.condition, embed_dim=E), in_channels=in_channels)
 
 
@@ -169,4 +177,4 @@ def tiny_kandinsky21() -> UnCLIP:
         Unigram(PIECES),
     )
     condition = replace(KANDINSKY21_SHAPE.condition, embed_dim=E, text_dim=32, pooled_dim=E)
-    return kandinsky(KANDINSKY21, condition, words, context_dim=E)
+    return kandinsky(KANDINSKY21_CARD, condition, words, context_dim=E)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.images.canvas import Canvas, Padded, border_correction, border_limit, fill, paste, soft
+from ldm.images.canvas import Canvas, Padded, border_correction, border_limit, fill_hole, paste, soft
 
 
 def picture(h: int = 12, w: int = 10, seed: int = 0) -> Tensor:
@@ -104,9 +104,8 @@ def test_what_is_made_on_a_flat_picture_keeps_its_edges() -> None:
     made = given.clone()
     made[..., 20:] = 0.2
     assert (paste(made, given, hole, seam=10.0) - made).abs().max() < 1e-5
-    alone = paste(
-        torch.rand(1, 3, 1, 10), torch.rand(1, 3, 1, 10), right_half(1, 10), seam=4.0
-    )  # one pixel high: nothing above or below
+    # one pixel high: nothing above or below
+    alone = paste(torch.rand(1, 3, 1, 10), torch.rand(1, 3, 1, 10), right_half(1, 10), seam=4.0)
     assert alone.isfinite().all()
 
 
@@ -123,14 +122,14 @@ def test_a_hole_is_filled_from_its_border_whatever_is_under_it() -> None:
     image, hole = picture(), right_half()
     other = image.clone()
     other[..., 5:] = 0.123
-    assert torch.equal(fill(image, hole), fill(other, hole)) and torch.equal(
-        fill(image, hole)[..., :5], image[..., :5]
+    assert torch.equal(fill_hole(image, hole), fill_hole(other, hole)) and torch.equal(
+        fill_hole(image, hole)[..., :5], image[..., :5]
     )
     flat = torch.full((2, 4, 9, 7), 0.7)
     island = torch.ones(1, 1, 9, 7)
     island[..., 4, 3] = 0
-    assert torch.allclose(fill(flat, island), flat, atol=1e-6)
-    assert torch.equal(fill(flat, torch.ones(1, 1, 9, 7)), torch.full_like(flat, 0.5))
+    assert torch.allclose(fill_hole(flat, island), flat, atol=1e-6)
+    assert torch.equal(fill_hole(flat, torch.ones(1, 1, 9, 7)), torch.full_like(flat, 0.5))
 
 
 def test_margins_and_sizes() -> None:

@@ -10,10 +10,11 @@ from tinyunclip import pair
 
 from ldm.images.pixels import to_pixels
 
+# (3, 2, 3)
 COLOURS = np.array(
     [[[255, 0, 0], [0, 128, 255]], [[20, 30, 40], [250, 240, 10]], [[0, 0, 0], [255, 255, 255]]],
     dtype=np.uint8,
-)  # (3, 2, 3)
+)
 RGB = torch.from_numpy(COLOURS).permute(2, 0, 1)[None] / 255
 
 

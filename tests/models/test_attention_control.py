@@ -64,9 +64,8 @@ def test_replaced_probabilities_are_what_is_multiplied():
     x, context = torch.randn(1, 4, 16), torch.randn(1, 3, 16)
     with attention_control(layer, lambda name, p: F.one_hot(torch.tensor(2), 3).float().expand_as(p)):
         got = layer(x, context)
-    expected = layer.to_out[0](layer.to_v(context[:, 2:3])).expand_as(
-        got
-    )  # every query sees the third token alone
+    # every query sees the third token alone
+    expected = layer.to_out[0](layer.to_v(context[:, 2:3])).expand_as(got)
     assert torch.allclose(got, expected, atol=1e-6) and not torch.allclose(
         layer(x, context), expected, atol=1e-2
     )

@@ -178,9 +178,8 @@ def test_pixels_equal_open_clips_transform(size):
     transform = pytest.importorskip("open_clip.transform").image_transform(224, is_train=False)
     Image = pytest.importorskip("PIL.Image")
     small = torch.rand(1, 3, 9, 11, generator=torch.Generator().manual_seed(0))
-    picture = (
-        (F.interpolate(small, size, mode="bicubic").clamp(0, 1) * 155 + 50).round().byte()[0]
-    )  # far from where PIL clamps in between
+    # far from where PIL clamps in between
+    picture = (F.interpolate(small, size, mode="bicubic").clamp(0, 1) * 155 + 50).round().byte()[0]
     theirs = transform(Image.fromarray(picture.permute(1, 2, 0).numpy()))
     ours = prepare(picture[None].float() / 255, 224)[0]
     levels = (ours - theirs) * torch.tensor(STD)[:, None, None] * 255

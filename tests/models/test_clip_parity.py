@@ -86,9 +86,8 @@ def test_gradients_equal_open_clip():
     for name, parameter in model.named_parameters():
         if name != "logit_scale":
             assert parameter.grad is not None
-            close(
-                1e3 * parameter.grad, 1e3 * theirs[name].grad, tolerance=1e-3
-            )  # sums that cancel, scaled above the floor of `close`
+            # sums that cancel, scaled above the floor of `close`
+            close(1e3 * parameter.grad, 1e3 * theirs[name].grad, tolerance=1e-3)
 
 
 def test_small_models_equal_transformers():
@@ -172,9 +171,8 @@ def fill(module: nn.Module) -> dict[str, Tensor]:
     pool = torch.randn(1_000_003, generator=generator)
     state = {}
     for i, (name, shape) in enumerate((key, value.shape) for key, value in module.state_dict().items()):
-        values = scaled(
-            name, shape, pool.roll(7919 * i)
-        )  # scaled before it is repeated: one pass over the memory
+        # scaled before it is repeated: one pass over the memory
+        values = scaled(name, shape, pool.roll(7919 * i))
         state[name] = values.repeat(-(-shape.numel() // len(pool)))[: shape.numel()].view(shape)
     return state
 

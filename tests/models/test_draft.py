@@ -122,9 +122,8 @@ def test_a_draft_is_drawn_again_to_agree_with_what_is_known():
 
     plain = draft(text).detach()
     shown, hidden = slice(0, 4), slice(4, 8)
-    got = draft.agreeing(
-        text, torch.where(hole > 0, torch.full_like(truth, 7.0), truth), hole, tie=0.001
-    )  # what the hole hides is not seen
+    # what the hole hides is not seen
+    got = draft.agreeing(text, torch.where(hole > 0, torch.full_like(truth, 7.0), truth), hole, tie=0.001)
     assert bool((error(got, shown) < 0.3 * error(plain, shown)).all())
     assert float(error(got, hidden).mean()) < float(error(plain, hidden).mean())
     tied = draft.agreeing(text, truth, hole, tie=1e6, ridge=1e9)

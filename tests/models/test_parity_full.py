@@ -117,9 +117,8 @@ def test_unets_equal_the_peers(name: str) -> None:
     t = torch.tensor([1.0, 981.0])
     with twins(lambda: UNet2DConditionModel(**peer), lambda: UNet(config)) as (theirs, ours):
         expected = theirs(x, t, **theirs_cond).sample
-        extra = (
-            config.in_channels - 4
-        )  # what an inpainting or upscaling model has beside x_t comes by Cond.concat
+        # what an inpainting or upscaling model has beside x_t comes by Cond.concat
+        extra = config.in_channels - 4
         given = cond if extra == 0 else Cond(**dict(cond.items()), concat=x[:, 4:])
         assert error(ours(x[:, :4], t, given), expected) < TOLERANCE
         rotate_qkv(ours, attention)

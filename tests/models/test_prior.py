@@ -116,9 +116,8 @@ def test_priors_have_the_published_parameters_and_keys(name):
     network = build_network(config)
     # learned ones: rotary frequencies stand in the file, but are fixed; mean and deviation stand in a file of
     # their own
-    statistics = (
-        2 * config.embed_dim if name == "kandinsky22" else 0
-    )  # its count is that of diffusers' class, where they are parameters
+    # its count is that of diffusers' class, where they are parameters
+    statistics = 2 * config.embed_dim if name == "kandinsky22" else 0
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) + statistics == parameters
     original = file_shapes(prior_table(config), shapes_of(network))
     own = {key: shape for key, shape in original.items() if key not in ("clip_mean", "clip_std")}
@@ -154,9 +153,8 @@ def small_peer(config: PriorConfig) -> PriorTransformer:
         )
     theirs = fill(theirs)
     causal = torch.full((config.length + 4, config.length + 4), -10000.0).triu(1)[None]
-    theirs.register_buffer(
-        "causal_attention_mask", causal, persistent=False
-    )  # `fill` gave it storage, not numbers
+    # `fill` gave it storage, not numbers
+    theirs.register_buffer("causal_attention_mask", causal, persistent=False)
     return theirs
 
 
@@ -190,9 +188,10 @@ def test_a_small_prior_equals_the_peers():
     again = Prior(config).eval()
     again.load_state_dict(to_native(prior_table(config), there, shapes_of(again), source="x"))
     assert torch.equal(again(x, t, cond), ours(x, t, cond))
+    # (part, row) order
     again.load_state_dict(
         to_native(prior_table(replace(config, heads=1)), there, shapes_of(again), source="x")
-    )  # (part, row) order
+    )
     assert error(again(x, t, cond), expected) > VISIBLE
 
 
@@ -245,9 +244,8 @@ def test_cosine_blocks_equal_the_published_program(cosine_sim):
     ours = Prior(config).eval()
     ours.load_state_dict(to_native(prior_table(config), net.state_dict(), shapes_of(ours), source="peer"))
     cond, x, t = condition(config), torch.randn(2, 48, generator=generator), torch.tensor([3, 977])
-    zeroed = torch.where(
-        cond.context_mask[..., None], cond.context, 0.0
-    )  # the program tells padding by its zeros
+    # the program tells padding by its zeros
+    zeroed = torch.where(cond.context_mask[..., None], cond.context, 0.0)
     expected = net.eval()(x, t, text_embed=cond.pooled, text_encodings=zeroed)
     assert error(ours(x, t.float(), cond), expected) < TOLERANCE
     other = Prior(replace(config, cosine_sim=not cosine_sim)).eval()

@@ -60,9 +60,8 @@ def renamed(
 def test_karlos_prior() -> None:
     with renamed({"": PriorTransformer}, PRIORS["karlo"]) as ((theirs,), ours):
         causal = torch.full((81, 81), -10000.0).triu(1)[None]
-        theirs.register_buffer(
-            "causal_attention_mask", causal, persistent=False
-        )  # `fill` gave it storage, not numbers
+        # `fill` gave it storage, not numbers
+        theirs.register_buffer("causal_attention_mask", causal, persistent=False)
         mask = torch.arange(77) < torch.tensor([[77], [9]])
         cond = Cond(
             context=torch.randn(2, 77, 768, generator=G),

@@ -56,11 +56,8 @@ def test_a_small_unet_equals_the_peers(linear):
         channels=(32, 64, 64), depth=(0, 1, 1), heads=4, context_dim=24, linear_projection=linear
     ).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    x, t, context = (
-        torch.randn(2, 4, 15, 10),
-        torch.tensor([3.0, 977.0]),
-        torch.randn(2, 7, 24),
-    )  # sizes that round on the way down
+    # sizes that round on the way down
+    x, t, context = (torch.randn(2, 4, 15, 10), torch.tensor([3.0, 977.0]), torch.randn(2, 7, 24))
     expected = theirs(x, t, context).sample
     # the same operations in float32 in another order
     assert torch.allclose(ours(x, t, Cond(context=context)), expected, atol=1e-4 * float(expected.std()))

@@ -178,9 +178,8 @@ def test_an_embedded_guidance_scale():
 
 def test_no_guidance_is_the_zero_of_its_embedding():
     assert torch.equal(guidance_sinusoid(torch.tensor([1.0]), 8), torch.tensor([[0.0, 0, 0, 0, 1, 1, 1, 1]]))
-    rows = guidance_sinusoid(
-        torch.tensor([1.001]), 8
-    )  # w = 0.001: the first frequency is 1, the last one 1/10000
+    # w = 0.001: the first frequency is 1, the last one 1/10000
+    rows = guidance_sinusoid(torch.tensor([1.001]), 8)
     assert torch.allclose(
         rows[0, [0, 3]], torch.tensor([1.0, 1e-4]).sin(), rtol=1e-2
     )  # 1.001 − 1 in float32 keeps 4 digits

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import attention_control
 from ldm.pipelines.attention_control import align
-from ldm.pipelines.conditions import between
+from ldm.pipelines.conditions import between_conditions
 
 OPTIONS: dict[str, Any] = {"progress": False, "steps": 4, "sampler": "ddim"}
 OWN: dict[str, Any] = {"progress": False, "steps": 4}
@@ -100,7 +100,7 @@ def test_conditions_between_two() -> None:
         context_mask=torch.ones(1, 3, dtype=torch.bool),
         pooled=torch.ones(1, 2),
     )
-    got = between(a, b, torch.tensor([0.0, 0.5, 1.0]))
+    got = between_conditions(a, b, torch.tensor([0.0, 0.5, 1.0]))
     assert got.context is not None and got.context_mask is not None and got.pooled is not None
     assert got.context[:, :, 0].tolist() == [
         [1, 2, 2],

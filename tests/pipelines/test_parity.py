@@ -87,9 +87,8 @@ def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path
     theirs.scheduler = scheduler(pipe, sampler)
     generator = torch.Generator().manual_seed(5)
     shape = noise(pipe, side).shape
-    torch.randn(
-        shape, generator=generator
-    )  # the peer draws first for the posterior (which has no spread), then the noise
+    # the peer draws first for the posterior (which has no spread), then the noise
+    torch.randn(shape, generator=generator)
     z = torch.randn(shape, generator=generator)
     expected = theirs(
         PROMPT,
@@ -173,7 +172,6 @@ def test_a_folder_that_we_write_is_one_that_the_peer_reads(tmp_path: Path) -> No
         latents=z,
         output_type="pt",
     ).images
-    got = pipe.text_to_image(
-        PROMPT, steps=STEPS, height=side, width=side, latents=z, progress=False
-    )  # plms and 7.5, as the card says
+    # plms and 7.5, as the card says
+    got = pipe.text_to_image(PROMPT, steps=STEPS, height=side, width=side, latents=z, progress=False)
     assert_equal(got.tensor, expected)

@@ -18,7 +18,7 @@ from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.stages.upsampler import enlarge
 from ldm.pipelines.tasks.rerank import rerank
 from ldm.pipelines.unclip import UnCLIP
-from ldm.pipelines.windows import places, tiled
+from ldm.pipelines.windows import tiled, window_starts
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_tiles_give_what_the_whole_gives_where_pixels_stand_alone():
     )
     assert torch.allclose(parts.x0, whole.x0, atol=1e-5) and torch.allclose(parts.eps, whole.eps, atol=1e-5)
     for side, tile, overlap in ((33, 12, 4), (12, 12, 3), (100, 13, 12)):
-        starts = places(side, tile, overlap)
+        starts = window_starts(side, tile, overlap)
         assert (
             starts[0] == 0
             and starts[-1] == side - tile

@@ -226,10 +226,8 @@ def test_kandinsky_22_inpainting_is_told_what_the_peers_is(monkeypatch, tmp_path
     ends, decode = [], pipe.decoder.space.decode
     monkeypatch.setattr(pipe.decoder.space, "decode", lambda z: ends.append(z) or decode(z))
     pipe.inpaint(PROMPT, PICTURE, hole, n=2, seed=SEEDS, steps=2, progress=False)
-    theirs, ours = (
-        told[0].chunk(2)[0],
-        told[2],
-    )  # the peer's two steps came first; with and without the embedding the channels are the same
+    # the peer's two steps came first; with and without the embedding the channels are the same
+    theirs, ours = (told[0].chunk(2)[0], told[2])
     assert torch.allclose(ours[:2], theirs, atol=1e-5) and 0 < float(ours[:, 8].mean()) < 1
     known, kept = pipe.decoder.space.encode(PICTURE, pipe.device), ours[:1, 8:] == 1
     assert (

@@ -13,7 +13,7 @@ from family import NETWORKS
 
 import ldm
 from ldm.registry.inspection import inspect
-from ldm.registry.latent.writing import PIPELINES
+from ldm.registry.latent.writing import DIFFUSERS_PIPELINES
 from ldm.weights.formats.safetensors import read_header, read_safetensors, write_safetensors
 
 
@@ -39,7 +39,7 @@ def test_a_model_written_in_every_layout_comes_back_bit_for_bit(base: str, tmp_p
         ("original", tmp_path / "one.safetensors"),
         ("diffusers", tmp_path / "folder"),
     ):
-        if layout == "diffusers" and card.family not in PIPELINES:
+        if layout == "diffusers" and card.family not in DIFFUSERS_PIPELINES:
             with pytest.raises(ValueError, match="no pipeline of diffusers takes the family"):
                 ldm.save(pipe, path, layout=layout)
             assert not path.exists()

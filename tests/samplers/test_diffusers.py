@@ -88,9 +88,8 @@ def theirs(
         in_double(scheduler)
     if hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = lambda *_: next(order)
-    ve = (
-        "Discrete" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__
-    )  # Euler and its like keep x/alpha
+    # Euler and its like keep x/alpha
+    ve = "Discrete" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__
     x = x / float(grid.alpha[0]) if ve else x
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(x, t)
@@ -324,9 +323,10 @@ def test_convention_lays_the_peer_s_grid(
     )
     assert grid.t.tolist() == [float(t) for t in times]
     if hasattr(scheduler, "sigmas"):
+        # float32 there
         torch.testing.assert_close(
             grid.ratio, scheduler.sigmas.unique_consecutive().double(), rtol=1e-5, atol=0
-        )  # float32 there
+        )
 
 
 @pytest.mark.parametrize(("sampler", "peer"), [("lcm", "LCMScheduler"), ("tcd", "TCDScheduler")])

@@ -36,9 +36,8 @@ def test_one_step_has_the_posterior_of_the_chain(sampler: str) -> None:
     (a_t, a_s), (_, s_s) = grid.alpha.tolist(), grid.sigma.tolist()
     step, beta = a_t / a_s, 1 - (a_t / a_s) ** 2
     x0, x = 0.6, -0.4
-    precision = (
-        1 / s_s**2 + step**2 / beta
-    )  # of x_s: prior N(a_s·x0, s_s²), likelihood x_t ~ N(step·x_s, beta)
+    # of x_s: prior N(a_s·x0, s_s²), likelihood x_t ~ N(step·x_s, beta)
+    precision = 1 / s_s**2 + step**2 / beta
     mean = (a_s * x0 / s_s**2 + step * x / beta) / precision
     options = {"eta": 1.0} if sampler == "ddim" else {"variance": "small"}
     one = torch.ones(1, 1, dtype=torch.float64)

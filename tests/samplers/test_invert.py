@@ -42,9 +42,8 @@ def test_edict_is_undone_to_rounding(p: float) -> None:
     x, y = edict_invert(denoise, X, X, grid, p=p)
     back: tuple[Tensor, Tensor] = edict(denoise, x, y, grid, p=p)
     for track in back:
-        torch.testing.assert_close(
-            track, X, rtol=0, atol=1e-8
-        )  # 0.93^(−100) = 1,400 times rounding, and divisions by alpha
+        # 0.93^(−100) = 1,400 times rounding, and divisions by alpha
+        torch.testing.assert_close(track, X, rtol=0, atol=1e-8)
 
 
 def test_edict_approaches_ddim() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic import AnalyticNet, flow_error, mixture, settled_slope, slope
 
-from ldm.analysis.oracle import DETERMINISTIC, Options, solver_error
+from ldm.analysis.oracle import DETERMINISTIC, SolverOptions, solver_error
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
@@ -26,12 +26,12 @@ SCHEDULES = {
 STEPS = [20, 40, 80, 160, 320, 640]
 
 
-def error(name: str, options: Options, schedule: str, spacing: str, n: int, start: int) -> float:
+def error(name: str, options: SolverOptions, schedule: str, spacing: str, n: int, start: int) -> float:
     grid = TimeGrid.make(SCHEDULES[schedule], n, spacing=spacing, final="none")
     return solver_error(name, options, mixture(), SCHEDULES[schedule], grid, start=start)
 
 
-def check_order(name: str, options: Options, order: int, schedule: str, spacing: str) -> None:
+def check_order(name: str, options: SolverOptions, order: int, schedule: str, spacing: str) -> None:
     errors = [error(name, options, schedule, spacing, n, start=3) for n in STEPS]
     found, since = settled_slope(STEPS, errors)
     if since == STEPS[-2]:  # it still moved between the last two pairs: look as far as the table goes
@@ -43,7 +43,7 @@ def check_order(name: str, options: Options, order: int, schedule: str, spacing:
 
 @pytest.mark.parametrize("spacing", ["lambda", "karras"])
 @pytest.mark.parametrize(("name", "options", "order"), DETERMINISTIC)
-def test_order(name: str, options: Options, order: int, spacing: str) -> None:
+def test_order(name: str, options: SolverOptions, order: int, spacing: str) -> None:
     """N = 20 … 640, fitted where the slope has settled."""
     check_order(name, options, order, "scaled_linear", spacing)
 
@@ -53,7 +53,7 @@ def test_order(name: str, options: Options, order: int, spacing: str) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(("name", "options", "order"), DETERMINISTIC)
 def test_order_under_other_schedules(
-    name: str, options: Options, order: int, schedule: str, spacing: str
+    name: str, options: SolverOptions, order: int, schedule: str, spacing: str
 ) -> None:
     check_order(name, options, order, schedule, spacing)
 

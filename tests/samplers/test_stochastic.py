@@ -11,7 +11,7 @@ import torch
 from analytic import gaussian, mixture, slope
 from torch import Tensor
 
-from ldm.analysis.oracle import STOCHASTIC, Options, planar, solver_bias
+from ldm.analysis.oracle import STOCHASTIC, SolverOptions, planar, solver_bias
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.noise import brownian, brownian_noise, initial_noise, keyed_noise
@@ -23,7 +23,7 @@ DATA = planar()
 
 
 @pytest.mark.parametrize(("name", "options", "order", "steps"), STOCHASTIC)
-def test_discretisation(name: str, options: Options, order: int | None, steps: int) -> None:
+def test_discretisation(name: str, options: SolverOptions, order: int | None, steps: int) -> None:
     """On one Gaussian, where a solver is affine, its discretisation error is known without sampling.
 
     It falls with the weak order, and at the number of steps that test_distribution takes it is below one
@@ -49,7 +49,7 @@ def test_discretisation(name: str, options: Options, order: int | None, steps: i
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "order", "steps"), STOCHASTIC)
-def test_distribution(name: str, options: Options, order: int | None, steps: int) -> None:
+def test_distribution(name: str, options: SolverOptions, order: int | None, steps: int) -> None:
     """20,000 samples, from the exact state at T to sigma_min: within 3 standard errors; test_discretisation
     states what is not chance."""
     grid = TimeGrid.make(SCHEDULE, steps, spacing="karras", final="none")

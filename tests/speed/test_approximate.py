@@ -18,7 +18,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.layers.attention import attention_control
 from ldm.models.unet import UNetConfig
 from ldm.samplers import SAMPLERS
-from ldm.speed.approximate import MOST, Reuse, assign, means, rises, take
+from ldm.speed.approximate import MOST_EVALUATIONS, Reuse, assign, means, rises, take
 
 DEEP = UNetConfig(channels=(32, 32, 64), depth=(0, 1, 1), blocks=2, heads=4, context_dim=24)
 PROMPTS = ["a red cat", "apple on blue background"]
@@ -61,10 +61,8 @@ def test_the_short_evaluation_is_the_whole_one_where_the_input_is_the_same(confi
     for branch in range(len(rises(net))):
         ldm.optimize(net, kernels=False, reuse=2, branch=branch)
         assert torch.equal(net(x, t, cond), exact)  # whole
-        own, net.forward.t = (
-            net.forward,
-            t + 1,
-        )  # as if the features were of a time just above: what enters is the same, so must be what leaves
+        # as if the features were of a time just above: what enters is the same, so must be what leaves
+        own, net.forward.t = (net.forward, t + 1)
         assert torch.equal(own._shallow(x, t, cond, own.kept[0][0]), exact)
         assert torch.equal(net(x, t, cond), exact) and own.steps == 1
 
@@ -79,9 +77,8 @@ def test_one_step_of_the_interval_is_whole_under_guidance_and_in_the_next_run(mo
     assert torch.equal(pictures(pipe, steps=6), first)  # nothing is left of the run before
     assert made == ["_whole", "_shallow", "_shallow"] * 2
     made.clear()
-    pictures(
-        pipe, steps=4, sampler="heun"
-    )  # t: a b | b c | c d | d, each evaluation of a time with features of its own
+    # t: a b | b c | c d | d, each evaluation of a time with features of its own
+    pictures(pipe, steps=4, sampler="heun")
     assert made.count("_shallow") >= 2 and made[0] == "_whole"
 
 
@@ -133,9 +130,9 @@ def test_features_of_other_conditions_shapes_and_later_times_are_not_reused(monk
         y = x.clone().requires_grad_()
         net(y, t - 3, cond).sum().backward()
     assert y.grad is not None and len(made) == 3
-    for _ in range(2 * MOST):  # one time for ever: what is kept does not grow
+    for _ in range(2 * MOST_EVALUATIONS):  # one time for ever: what is kept does not grow
         net(x, t - 4, cond)
-    assert len(net.forward.kept) == MOST
+    assert len(net.forward.kept) == MOST_EVALUATIONS
 
 
 @torch.no_grad()
@@ -155,9 +152,8 @@ def test_the_error_of_reuse_falls_with_the_interval_and_with_the_blocks_that_are
 
 
 def test_merging_assigns_each_position_to_the_most_alike():
-    x = torch.randn(
-        2, 35, 16, generator=torch.Generator().manual_seed(0)
-    )  # 7×5: 12 positions in even rows and columns
+    # 7×5: 12 positions in even rows and columns
+    x = torch.randn(2, 35, 16, generator=torch.Generator().manual_seed(0))
     x[0, 1] = 3 * x[0, 14]  # alike but for length: row 0, column 1 goes to row 2, column 4
     at, tokens = assign(x, (7, 5), 0.5)
     assert tokens == 35 - 17 and at[0, 1] == at[0, 14]
@@ -174,9 +170,8 @@ def test_merging_assigns_each_position_to_the_most_alike():
 @torch.no_grad()
 def test_merging_positions_that_are_the_same_changes_nothing():
     pairs = torch.randn(1, 6, 5, 32, generator=torch.Generator().manual_seed(0))
-    x = (
-        pairs.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
-    )  # 12×10, all four of each 2×2 alike
+    # 12×10, all four of each 2×2 alike
+    x = pairs.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
     net = make(UNETS["sd"])
     attention = net.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     exact = attention(x)

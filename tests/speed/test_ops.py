@@ -14,10 +14,8 @@ from ldm.speed.kernels import build
 from ldm.speed.kernels import ops as module
 from ldm.speed.kernels.ops import Native, Plain
 
-DTYPES = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-2,
-}  # of the output's deviation: the project's bars for exact gains
+# of the output's deviation: the project's bars for exact gains
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(params=["plain", "native"])
@@ -68,9 +66,8 @@ def test_attention(ops, dtype, heads, rows, keys, dim):
 def test_attention_holds_for_scores_that_overflow_an_exponential(ops, dtype):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 2, n, 40, generator=generator) for n in (60, 700, 700))
-    q = (
-        q * torch.logspace(-2, 2, 60)[:, None]
-    )  # the last rows attend to one key alone, whose score is in the hundreds
+    # the last rows attend to one key alone, whose score is in the hundreds
+    q = q * torch.logspace(-2, 2, 60)[:, None]
     q, k, v = (t.to(dtype) for t in (q, k, v))
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert error(ops.attention(q, k, v), expected) < DTYPES[dtype]
@@ -83,11 +80,12 @@ def test_attention_holds_for_scores_that_overflow_an_exponential(ops, dtype):
 )
 def test_group_norm(ops, dtype, channels, groups, size):
     generator = torch.Generator().manual_seed(2)
+    # a mean of ten deviations
     x = (
         (torch.randn(2, channels, *size, generator=generator) * 2 + 20)
         .to(dtype)
         .to(memory_format=torch.channels_last)
-    )  # a mean of ten deviations
+    )
     norm = nn.GroupNorm(groups, channels).to(dtype)
     nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -1, 1)
     exact = copy.deepcopy(norm).double()

@@ -432,7 +432,7 @@ def test_a_network_made_for_training_has_the_same_gradients(config, dtype):
 def test_a_network_made_for_training_is_made_plain_again():
     net = make(UNETS["sd"])
     kinds = [type(part) for part in net.modules()]
-    module.plain(module.for_training(net))
+    module.exchange_back(module.for_training(net))
     assert [type(part) for part in net.modules()] == kinds and not any(
         hasattr(part, "ops") for part in net.modules()
     )

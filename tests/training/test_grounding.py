@@ -16,7 +16,7 @@ from ldm.data import Composition
 from ldm.data.captions import pieces, spoken
 from ldm.training.grounding import Grounding, Named, attended, grounding_loss, named
 from ldm.training.loop import Draws
-from ldm.training.run import open_run, read_config
+from ldm.training.run import open_run, read_training_config
 from ldm.weights.formats.safetensors import read_safetensors
 
 QUARTER = torch.zeros(4, 4)
@@ -136,7 +136,7 @@ def test_what_cannot_be_learnt_so_is_refused(place) -> None:
         {"net": "runs/ldm/export"},
     ):  # no net; a text that is tuned
         with pytest.raises(ValueError, match="grounding.only: expected a net"):
-            read_config(
+            read_training_config(
                 write(
                     {**place["ldm"], **changes, "grounding": {"weight": 1.0, "only": True}},
                     Path("wrong.yaml"),

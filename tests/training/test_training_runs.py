@@ -16,7 +16,7 @@ from tiny import configs, write
 
 from ldm.training.loop import lie_as_weights, thinned
 from ldm.training.parts.latent_diffusion import Diffusion
-from ldm.training.run import open_run, read_config
+from ldm.training.run import open_run, read_training_config
 from ldm.weights.formats.native_folder import about_part, read_text
 from ldm.weights.formats.safetensors import read_safetensors
 
@@ -174,7 +174,7 @@ def test_a_wrong_configuration_is_refused_before_any_work(place, where, value, m
         target = target[key]
     target[last] = value
     with pytest.raises(ValueError, match=message):
-        read_config(write(config, Path("wrong.yaml")))
+        read_training_config(write(config, Path("wrong.yaml")))
     assert not Path("runs").exists()
 
 
@@ -182,10 +182,8 @@ def test_a_second_run_begins_with_the_first_ones_weights(place):
     made = configs(place)
     for name, config in made.items():
         train(write(config, Path(f"{name}.yaml"))).export(Path(f"runs/{name}/export"))
-    still = {
-        "lr": 0.0,
-        "warmup": 1,
-    }  # nothing moves: what comes out is what went in, through float16, which holds it exactly
+    # nothing moves: what comes out is what went in, through float16, which holds it exactly
+    still = {"lr": 0.0, "warmup": 1}
     again = {
         "draft": {"text": "runs/draft/export"},
         "ldm": {"net": "runs/ldm/export", "text": {"folder": "runs/ldm/export", "tuned": True}},
@@ -240,9 +238,11 @@ def test_a_draft_that_does_not_fit_its_latent_or_network_is_refused(place):
     with pytest.raises(ValueError, match=r"in_channels 8: the latent has 4, the text tower's draft 0"):
         open_run(write(plain, Path("ldm.yaml")))
     with pytest.raises(ValueError, match="prior 1.0: a text tower that is not tuned"):
-        read_config(write({**plain, "text": {"folder": "runs/clip/export", "prior": 1.0}}, Path("ldm.yaml")))
+        read_training_config(
+            write({**plain, "text": {"folder": "runs/clip/export", "prior": 1.0}}, Path("ldm.yaml"))
+        )
     with pytest.raises(ValueError, match="shift: expected a positive number, got 0"):
-        read_config(write({**plain, "diffusion": {"shift": 0.0}}, Path("ldm.yaml")))
+        read_training_config(write({**plain, "diffusion": {"shift": 0.0}}, Path("ldm.yaml")))
 
 
 def test_a_shift_draws_noisier_timesteps_and_one_draws_them_evenly():

@@ -23,7 +23,7 @@ from ldm.training.embeddings import EmbeddingCache, embed
 from ldm.training.loop import Draws
 from ldm.training.parts.image_draft import whiten
 from ldm.training.parts.prior import PriorPart
-from ldm.training.run import open_run, read_config
+from ldm.training.run import open_run, read_training_config
 from ldm.weights.formats.native_folder import about_part, read_part, read_text
 
 PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
@@ -341,7 +341,7 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
 def test_configurations_that_cannot_work_are_refused_before_any_work(folder, tmp_path, name, change, message):
     path = write({**unclip_configs(folder)[name], **change}, tmp_path / "wrong.yaml")
     with pytest.raises(ValueError, match=message):
-        read_config(path)
+        read_training_config(path)
 
 
 def test_what_a_decoder_begins_with_must_fit(place):
@@ -388,7 +388,7 @@ def test_a_prior_as_wide_as_another_clip_is_refused(place):
     "path", sorted((Path(__file__).parents[2] / "configs").glob("emoji-*.yaml")), ids=lambda p: p.stem
 )
 def test_the_configurations_in_the_repository_are_whole(path):
-    name, config = read_config(path)
+    name, config = read_training_config(path)
     assert config.run.name == path.stem and name in path.stem
 
 

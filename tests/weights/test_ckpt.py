@@ -150,9 +150,8 @@ def test_names_given_as_strings_are_seen(tmp_path: Path, module: str) -> None:
 
 def test_computed_names_are_refused_as_such() -> None:
     good, bad = b"\x8c\x0bcollections", b"\x8c\x0bOrderedDict"
-    hidden = (
-        b"\x80\x04\x8c\x02os\x8c\x06system" + good + bad + b"00\x93."
-    )  # two strings pushed and popped again: os.system is left
+    # two strings pushed and popped again: os.system is left
+    hidden = b"\x80\x04\x8c\x02os\x8c\x06system" + good + bad + b"00\x93."
     assert pickle.loads(hidden) is __import__("os").system
     assert scan_pickle(hidden).refused == (HIDDEN,)
 

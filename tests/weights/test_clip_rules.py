@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.weights.formats.safetensors import write_safetensors
-from ldm.weights.keymap import fit, to_file
+from ldm.weights.keymap import fit_table, to_file
 from ldm.weights.open_clip import hf_text_config, hf_vision_config, load_open_clip, open_clip_config
 from ldm.weights.rules.clip import clip_table, to_clip
 
@@ -115,12 +115,12 @@ def test_hugging_face_files_fit_at_full_size(config):
     }
     assert any(key.startswith(prefix + "encoder.layers.") for key in on_disk)
     for have in (in_memory, on_disk, on_disk | {f"{prefix}embeddings.position_ids": (1, 77)}):
-        result = fit(clip_table(shapes_of(tower), have), have, shapes_of(tower))
+        result = fit_table(clip_table(shapes_of(tower), have), have, shapes_of(tower))
         assert result, str(result)
     broken = dict(on_disk)
     broken.pop(f"{prefix}encoder.layers.3.self_attn.k_proj.bias")
     broken[f"{prefix}encoder.layers.99.layer_norm1.bias"] = (1,)
-    result = fit(clip_table(shapes_of(tower), broken), broken, shapes_of(tower))
+    result = fit_table(clip_table(shapes_of(tower), broken), broken, shapes_of(tower))
     assert result.missing == (f"{prefix}encoder.layers.3.self_attn.k_proj.bias",)
     assert result.extra == (f"{prefix}encoder.layers.99.layer_norm1.bias",)
 

@@ -13,7 +13,7 @@ from ldm.weights.keymap import (
     Table,
     below,
     file_shapes,
-    fit,
+    fit_table,
     rename,
     to_file,
     to_native,
@@ -100,8 +100,8 @@ def test_one_error_lists_missing_unexpected_and_misshapen_in_the_files_names() -
 
 def test_a_transposed_shape_is_misshapen() -> None:
     table = Table((Section("", "", (Rule(("p",), ("P",), Change(transpose=True)),)),))
-    assert fit(table, {"P": (3, 2)}, {"p": (2, 3)})
-    assert fit(table, {"P": (2, 3)}, {"p": (2, 3)}).misshapen == ("P: (2, 3), expected (3, 2)",)
+    assert fit_table(table, {"P": (3, 2)}, {"p": (2, 3)})
+    assert fit_table(table, {"P": (2, 3)}, {"p": (2, 3)}).misshapen == ("P: (2, 3), expected (3, 2)",)
 
 
 def test_reading_makes_views() -> None:
@@ -114,8 +114,8 @@ def test_reading_makes_views() -> None:
 def test_other_spellings_are_read_whole_or_not_at_all() -> None:
     table = Table((Section("", "", (Rule(("a", "b"), ("A", "B"), also=(("x", "y"),)),)),))
     wanted = {"a": (1,), "b": (1,)}
-    assert fit(table, {"x": (1,), "y": (1,)}, wanted)
-    half = fit(table, {"A": (1,), "y": (1,)}, wanted)
+    assert fit_table(table, {"x": (1,), "y": (1,)}, wanted)
+    half = fit_table(table, {"A": (1,), "y": (1,)}, wanted)
     assert half.missing == ("B",)
     assert half.extra == ("y",)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from originals import UNETS, VAES, UNetSpec, VAESpec
 
-from ldm.weights.keymap import Shape, Table, file_shapes, fit, to_file, to_native
+from ldm.weights.keymap import Shape, Table, file_shapes, fit_table, to_file, to_native
 from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.unet import unet_table
 from ldm.weights.rules.vae import DIFFUSERS, vae_table
@@ -143,7 +143,7 @@ def test_every_unet_key_has_its_place(name: str) -> None:
     original, native = originals.unet(spec), peer_unet(spec, kind)
     table = unet_table(native, **heads)
     assert file_shapes(table, native) == original
-    assert fit(table, original, native)
+    assert fit_table(table, original, native)
     assert parameters is None or sum(map(math.prod, original.values())) == parameters
     assert parameters is None or sum(map(math.prod, native.values())) == parameters
     assert count is None or len(original) == count
@@ -198,7 +198,7 @@ def test_bert() -> None:
     assert sum(map(math.prod, original.values())) == 581_994_042
     assert len(original) == 422
     assert sum(map(math.prod, native.values())) == 542_895_360
-    assert fit(bert_table(native), original, native)  # the unused to_logits is dropped
+    assert fit_table(bert_table(native), original, native)  # the unused to_logits is dropped
     small = native_bert(layers=3, width=16, inner=8, vocabulary=9) | originals.affine("to_logits", 9, 16)
     check_round_trip(bert_table(small), small, originals.bert(layers=3, width=16, inner=8, vocabulary=9))
 

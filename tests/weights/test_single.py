@@ -30,9 +30,8 @@ def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> N
         net = UNet(UNetConfig())
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     state = to_native(unet_table(shapes), single.parts["unet"], shapes, source=single.path)
-    load_strict(
-        net, state, source=single.path, allow_nan=True
-    )  # the numbers are not looked at: they are holes in the file
+    # the numbers are not looked at: they are holes in the file
+    load_strict(net, state, source=single.path, allow_nan=True)
     assert net.conv_in.weight.dtype == torch.float16
 
 

@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MEAN = (
-    0.48145466,
-    0.4578275,
-    0.40821073,
-)  # of the pixels CLIP was first trained on, kept by most models since
+# of the pixels CLIP was first trained on, kept by most models since
+MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 

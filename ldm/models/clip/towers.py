@@ -105,7 +105,7 @@ def check_transformer(width: int, layers: int, heads: int, mlp_width: int | None
         raise ValueError(f"width {width} cannot be split into {heads} heads")
 
 
-class SelfAttention(nn.Module):
+class CausalSelfAttention(nn.Module):
     """Multi-head self-attention whose q, k and v stand in one matrix, row blocks in this order."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -132,19 +132,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        x = (
-            F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x)
-        )  # Hendrycks & Gimpel 2016, section 2
+        # Hendrycks & Gimpel 2016, section 2
+        x = F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x)
         return self.c_proj(x)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and MLP, each after a norm and before a residual sum."""
 
     def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width)
-        self.attn = SelfAttention(config.width, config.heads)
+        self.attn = CausalSelfAttention(config.width, config.heads)
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config.width, config.mlp_width or 4 * config.width, config.activation)
 
@@ -159,7 +158,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.resblocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         width, branch = config.width, (config.width * 2 * config.layers) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
@@ -304,9 +303,8 @@ class VisionTower(nn.Module):
         if x.shape[1:] != (3, size, size):
             raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {tuple(x.shape)}")
         x = rearrange(self.conv1(x), "b d h w -> b (h w) d")
-        x = torch.cat(
-            [self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1
-        )  # (B, 1 + patches, D)
+        # (B, 1 + patches, D)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding)
         chosen, last = self.transformer(x, layer=layer)
         assert last is not None  # all blocks are run

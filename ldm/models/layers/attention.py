@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ldm.models.layers.norm import SpatialNorm, group_norm_32
 
-Control = Callable[
-    [Tensor], Tensor | None
-]  # probabilities (B, H, L, M) float32 -> others in their place, or None to leave them
+# probabilities (B, H, L, M) float32 -> others in their place, or None to leave them
+AttentionControl = Callable[[Tensor], Tensor | None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -45,7 +44,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def attend_controlled(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, controls: tuple[Control, ...]
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, controls: tuple[AttentionControl, ...]
 ) -> Tensor:
     """`attend` with the probabilities shown to ``controls``, in order, each of which may replace them for
     those behind it and for the product.
@@ -114,7 +113,7 @@ class Attention(nn.Module):
     the product is computed.
     """
 
-    controls: tuple[Control, ...] = ()
+    controls: tuple[AttentionControl, ...] = ()
 
     def __init__(
         self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False
@@ -126,9 +125,8 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, inner, bias=bias)
         self.to_k = nn.Linear(context_dim or width, inner, bias=bias)
         self.to_v = nn.Linear(context_dim or width, inner, bias=bias)
-        self.to_out = nn.ModuleList(
-            [nn.Linear(inner, width)]
-        )  # a list of one: the published names say to_out.0
+        # a list of one: the published names say to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -185,10 +183,11 @@ class AttentionBlock(Attention):
         if context is None:
             mask = None
         else:
+            # (B, M + h·w, H·d)
             k, v = (
                 torch.cat([self.add_k_proj(context), k], dim=1),
                 torch.cat([self.add_v_proj(context), v], dim=1),
-            )  # (B, M + h·w, H·d)
+            )
             mask = None if mask is None else rearrange(F.pad(mask, (0, h * w), value=True), "b m -> b 1 1 m")
         q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in (q, k, v))
         y = self.product(q, k, v, mask)

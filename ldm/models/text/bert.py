@@ -30,7 +30,7 @@ class BertConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
-class SelfAttention(nn.Module):
+class BertSelfAttention(nn.Module):
     """Every token looks at every token, padding included."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -49,13 +49,13 @@ class SelfAttention(nn.Module):
         return self.out_proj(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
 
 
-class Layer(nn.Module):
+class BertLayer(nn.Module):
     """Self-attention and feed-forward with the exact gelu, each behind its norm and before a residual sum."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(config.width)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = BertSelfAttention(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
         self.fc1 = nn.Linear(config.width, 4 * config.width)
         self.fc2 = nn.Linear(4 * config.width, config.width)
@@ -65,14 +65,14 @@ class Layer(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
-class Transformer(nn.Module):
+class BertTransformer(nn.Module):
     """Token and position embeddings, the layers, and a last norm."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
         self.embed_positions = nn.Embedding(config.length, config.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class LDMBert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Transformer(config)
+        self.model = BertTransformer(config)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L), L at most the length → (B, L, D); ValueError for longer ones."""

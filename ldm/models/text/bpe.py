@@ -25,11 +25,13 @@ FILE_BYTES = 600_000  # more than these lines take; the file goes on to 3 MB
 BASE = 512  # 256 bytes inside a word, 256 at a word's end
 BOS, EOT = BASE + MERGES, BASE + MERGES + 1  # 49406, 49407
 SIZE = EOT + 1
-END = "</w>"  # marks a word's last symbol
+WORD_END = "</w>"  # marks a word's last symbol
 SPECIAL = {"<start_of_text>": BOS, "<end_of_text>": EOT}
-PARTS = "|".join(SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d"
-PLAIN = re.compile(r"[\t\n -%'-~]*")  # printable ASCII without &: ftfy and HTML unescaping leave it as it is
-ASCII_WORDS = re.compile(PARTS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+")
+PATTERN_PARTS = "|".join(SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d"
+PRINTABLE_ASCII = re.compile(
+    r"[\t\n -%'-~]*"
+)  # printable ASCII without &: ftfy and HTML unescaping leave it as it is
+ASCII_WORDS = re.compile(PATTERN_PARTS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
 class Tokenizer:
@@ -72,7 +74,7 @@ class Tokenizer:
 
     def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
         """The words of a text that have ids, and those ids, in order."""
-        found = [(word, self._bpe(word)) for word in split(text)]
+        found = [(word, self._bpe(word)) for word in split_words(text)]
         if self._row is None:
             return found
         row = self._row
@@ -88,7 +90,7 @@ class Tokenizer:
             return []
         return [
             word
-            for word in dict.fromkeys(split(text))
+            for word in dict.fromkeys(split_words(text))
             if any(token not in self._row for token in self._bpe(word))
         ]
 
@@ -104,7 +106,7 @@ class Tokenizer:
         return (
             bytes(codes[char] for i in full for char in symbols[i])
             .decode("utf-8", errors="replace")
-            .replace(END, " ")
+            .replace(WORD_END, " ")
         )
 
     def __call__(
@@ -154,7 +156,7 @@ class Tokenizer:
             return self._words[word]
         ranks, table, ids = merges(), byte_symbols(), base_ids()
         parts = [table[byte] for byte in word.encode("utf-8")]
-        parts[-1] += END
+        parts[-1] += WORD_END
         merged: dict[str, int] = {}
         while len(parts) > 1:
             pairs = zip(parts, parts[1:], strict=False)
@@ -167,10 +169,10 @@ class Tokenizer:
         return self._words[word]
 
 
-def split(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The words, numerals and runs of punctuation of a text, cleaned: encodings repaired, HTML entities
     resolved, lower case."""
-    if PLAIN.fullmatch(text):
+    if PRINTABLE_ASCII.fullmatch(text):
         return ASCII_WORDS.findall(text.lower())
     import ftfy
 
@@ -182,7 +184,7 @@ def split(text: str) -> list[str]:
 def _unicode_words() -> Any:
     import regex
 
-    return regex.compile(PARTS + r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+    return regex.compile(PATTERN_PARTS + r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def _join(parts: list[str], first: str, second: str) -> list[str]:
@@ -214,7 +216,7 @@ def base_ids() -> dict[str, int]:
     table = byte_symbols()
     order = sorted(range(256), key=lambda byte: (not _visible(byte), byte))
     symbols = [table[byte] for byte in order]
-    return {symbol: i for i, symbol in enumerate([*symbols, *(symbol + END for symbol in symbols)])}
+    return {symbol: i for i, symbol in enumerate([*symbols, *(symbol + WORD_END for symbol in symbols)])}
 
 
 @functools.cache
@@ -228,9 +230,8 @@ def merges() -> dict[str, int]:
     path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     with gzip.open(path) as file:
         text = file.read(FILE_BYTES)
-    lines = text.decode("utf-8", errors="ignore").split("\n", MERGES + 1)[
-        1 : MERGES + 1
-    ]  # the first line is the file's version
+    # the first line is the file's version
+    lines = text.decode("utf-8", errors="ignore").split("\n", MERGES + 1)[1 : MERGES + 1]
     if len(lines) != MERGES or not text.startswith(b'"bpe_simple_vocab_16e6.txt#version'):
         raise ValueError(f"{str(path)!r} does not hold the {MERGES} merges expected")
     return {line: rank for rank, line in enumerate(lines)}

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
+UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
 SPACE = "▁"  # stands before a word
 PENALTY = 10.0  # how much less likely an unknown character is than the least likely piece
 
@@ -19,10 +19,14 @@ class Unigram:
 
     def __init__(self, pieces: Sequence[tuple[str, float]]) -> None:
         self.ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-        missing = [token for token in (START, PAD, END, UNKNOWN) if token not in self.ids]
+        missing = [
+            token
+            for token in (UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN)
+            if token not in self.ids
+        ]
         if missing:
             raise ValueError(f"the vocabulary lacks {', '.join(missing)}, expected XLM-R's")
-        special = {START, PAD, END, UNKNOWN, "<mask>"}
+        special = {UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN, "<mask>"}
         self.scores = {piece: float(score) for piece, score in pieces if piece not in special}
         self.longest = max((len(piece) for piece in self.scores), default=1)
         self.unknown = min(self.scores.values(), default=0.0) - PENALTY
@@ -48,7 +52,7 @@ class Unigram:
         """A stand-in that spells, for models with random weights."""
         letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
         return cls(
-            [(token, 0.0) for token in (START, PAD, END, UNKNOWN)]
+            [(token, 0.0) for token in (UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN)]
             + [(piece, -3.0) for piece in (SPACE, *letters)]
         )
 
@@ -57,12 +61,12 @@ class Unigram:
         fit."""
         rows = []
         for text in texts:
-            row = [self.ids[START], *self.encode(text), self.ids[END]]
+            row = [self.ids[UNIGRAM_START], *self.encode(text), self.ids[UNIGRAM_END]]
             if len(row) > length:
                 raise ValueError(
                     f"{text!r} has {len(row)} tokens, expected at most {length} with those for start and end"
                 )
-            rows.append(row + [self.ids[PAD]] * (length - len(row)))
+            rows.append(row + [self.ids[UNIGRAM_PAD]] * (length - len(row)))
         return rows
 
     def encode(self, text: str) -> list[int]:
@@ -72,9 +76,8 @@ class Unigram:
     def pieces(self, word: str) -> list[int]:
         """The ids of the likeliest pieces (Viterbi 1967); unknown characters in a row are one unknown
         token."""
-        best: list[tuple[float, int]] = [
-            (0.0, 0)
-        ]  # for each end: the sum of logarithms, and where the last piece begins
+        # for each end: the sum of logarithms, and where the last piece begins
+        best: list[tuple[float, int]] = [(0.0, 0)]
         for end in range(1, len(word) + 1):
             found = (best[end - 1][0] + self.unknown, end - 1)
             for start in range(max(0, end - self.longest), end):
@@ -82,7 +85,7 @@ class Unigram:
                 if score is not None and best[start][0] + score > found[0]:
                     found = (best[start][0] + score, start)
             best.append(found)
-        ids, end, unknown = [], len(word), self.ids[UNKNOWN]
+        ids, end, unknown = [], len(word), self.ids[UNIGRAM_UNKNOWN]
         while end > 0:
             start = best[end][1]
             piece = word[start:end]
@@ -101,5 +104,5 @@ class Unigram:
             "normalizer": {"type": "NFKC"},
             "decoder": space,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
-            "model": {"type": "Unigram", "unk_id": self.ids[UNKNOWN], "vocab": vocabulary},
+            "model": {"type": "Unigram", "unk_id": self.ids[UNIGRAM_UNKNOWN], "vocab": vocabulary},
         }

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+WORDPIECE_PAD, WORDPIECE_UNKNOWN, WORDPIECE_START, WORDPIECE_END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 LONGEST = 100  # characters of a word; longer ones are unknown
 # ideographs, which stand for words each: CJK unified, its extensions A to E, and the compatibility blocks
 IDEOGRAPHS = (
@@ -27,7 +27,11 @@ class WordPiece:
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = {token: i for i, token in enumerate(vocabulary)}
-        missing = [token for token in (PAD, UNKNOWN, START, END) if token not in self.vocabulary]
+        missing = [
+            token
+            for token in (WORDPIECE_PAD, WORDPIECE_UNKNOWN, WORDPIECE_START, WORDPIECE_END)
+            if token not in self.vocabulary
+        ]
         if missing:
             raise ValueError(f"the vocabulary lacks {', '.join(missing)}, expected BERT's: one token a line")
 
@@ -59,7 +63,9 @@ class WordPiece:
 
     def pad(self, rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
         """Rows of ids between [CLS] and [SEP], padded with [PAD] to the length, which they must fit."""
-        start, end, pad = (self.vocabulary[token] for token in (START, END, PAD))
+        start, end, pad = (
+            self.vocabulary[token] for token in (WORDPIECE_START, WORDPIECE_END, WORDPIECE_PAD)
+        )
         return [[start, *row, end] + [pad] * (length - len(row) - 2) for row in rows]
 
     def encode(self, text: str) -> list[int]:
@@ -76,7 +82,7 @@ class WordPiece:
         """A word cut, from its beginning, into the longest pieces there are; [UNK] alone if that fails
         anywhere."""
         if len(word) > LONGEST:
-            return [UNKNOWN]
+            return [WORDPIECE_UNKNOWN]
         found, start = [], 0
         while start < len(word):
             for end in range(len(word), start, -1):
@@ -86,7 +92,7 @@ class WordPiece:
                     start = end
                     break
             else:
-                return [UNKNOWN]
+                return [WORDPIECE_UNKNOWN]
         return found
 
 

@@ -37,7 +37,7 @@ class XLMRConfig:
             )
 
 
-class Layer(nn.Module):
+class XLMRLayer(nn.Module):
     """Self-attention and an MLP, each with its norm behind the residual sum."""
 
     def __init__(self, config: XLMRConfig) -> None:
@@ -68,7 +68,7 @@ class XLMR(nn.Module):
         self.positions = nn.Embedding(config.positions, config.width)
         self.kind = nn.Parameter(torch.zeros(1, config.width))  # of the one kind of token that there is
         self.norm = nn.LayerNorm(config.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(XLMRLayer(config) for _ in range(config.layers))
         self.projection = nn.Linear(config.width, config.embed_dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,9 +59,8 @@ class AutoregressivePrior(nn.Module):
         self.embedding_proj = nn.Linear(c.embed_dim, width)
         self.similarity = nn.Embedding(c.similarities, width)
         self.code = nn.Embedding(c.buckets, width)
-        self.position = nn.Parameter(
-            0.01 * torch.randn(1, c.length + 1 + c.components, width)
-        )  # the last component is never read
+        # the last component is never read
+        self.position = nn.Parameter(0.01 * torch.randn(1, c.length + 1 + c.components, width))
         self.transformer = PlainStack(width, layers=c.layers, heads=c.heads, head_dim=c.head_dim)
         self.logits = nn.Linear(width, c.buckets)
         for table in (self.similarity, self.code):

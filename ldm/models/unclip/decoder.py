@@ -110,9 +110,8 @@ class ImageCondition(nn.Module):
         if self.pooled is not None:
             emb = emb + self._normed("pooled", self.pooled(cond.pooled))
         if self.text is not None:
-            context = torch.cat(
-                [context, self._normed("text", self.text(cond.context))], dim=1
-            )  # (B, k + L, D)
+            # (B, k + L, D)
+            context = torch.cat([context, self._normed("text", self.text(cond.context))], dim=1)
             mask = (
                 None
                 if cond.context_mask is None

@@ -52,11 +52,12 @@ class EmbeddingCodes(nn.Module):
             raise ValueError(f"embeddings: expected (N, {len(self.mean)}) with N > {k}, got {tuple(e.shape)}")
         mean = e.mean(0)
         _, s, v = torch.linalg.svd(e - mean, full_matrices=False)
+        # the same on every machine
         sign = (
             torch.where(v[:k].abs().max(1).indices[:, None] == torch.arange(v.shape[1]), v[:k], 0)
             .sum(1)
             .sign()
-        )  # the same on every machine
+        )
         basis = v[:k] * sign[:, None]  # (K, E)
         ordered = ((e - mean) @ basis.T).sort(dim=0).values  # (N, K)
         cut = int(outside * (len(e) - 1))

@@ -75,9 +75,8 @@ class Prior(nn.Module):
         )
         self.transformer: nn.Module
         if c.blocks == "plain":
-            self.prd_embedding = nn.Parameter(
-                torch.empty(1, 1, width)
-            )  # the learned query, under the name it was published by
+            # the learned query, under the name it was published by
+            self.prd_embedding = nn.Parameter(torch.empty(1, 1, width))
             self.proj_in = nn.Linear(c.embed_dim, width)
             self.embedding_proj = nn.Linear(c.embed_dim, width)
             self.encoder_hidden_states_proj = nn.Linear(c.text_dim, width)
@@ -90,9 +89,8 @@ class Prior(nn.Module):
             self.learned_query = nn.Parameter(torch.empty(width))
             self.null_text_encodings = nn.Parameter(torch.empty(1, c.length, width))
             self.null_text_embeds = nn.Parameter(torch.empty(1, 1, width))
-            self.null_image_embed = nn.Parameter(
-                torch.empty(1, width)
-            )  # of training that drops the image, which sampling never does
+            # of training that drops the image, which sampling never does
+            self.null_image_embed = nn.Parameter(torch.empty(1, width))
             self.transformer = CosineStack(
                 width,
                 layers=c.layers,
@@ -144,9 +142,8 @@ class Prior(nn.Module):
             return self.encoder_hidden_states_proj(context), self.embedding_proj(pooled)[:, None]
         if mask is not None:  # padding is not hidden from attention but replaced
             context = torch.where(mask[..., None], context, self.null_text_encodings.to(context.dtype))
-            nothing = ~mask.any(dim=1)[
-                :, None, None
-            ]  # (B, 1, 1) no text at all: its embedding is a learned one too
+            # (B, 1, 1) no text at all: its embedding is a learned one too
+            nothing = ~mask.any(dim=1)[:, None, None]
             return context, torch.where(nothing, self.null_text_embeds.to(pooled.dtype), pooled[:, None])
         return context, pooled[:, None]
 

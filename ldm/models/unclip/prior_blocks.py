@@ -61,12 +61,10 @@ class PlainStack(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         length = x.shape[1]
         seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()  # (L, L)
-        seen = (
-            seen[None] if mask is None else seen & mask[:, None]
-        )  # (B, L, L); a token sees itself and those before it that count
-        seen = seen | torch.eye(
-            length, dtype=torch.bool, device=x.device
-        )  # no row is empty, which softmax could not bear
+        # (B, L, L); a token sees itself and those before it that count
+        seen = seen[None] if mask is None else seen & mask[:, None]
+        # no row is empty, which softmax could not bear
+        seen = seen | torch.eye(length, dtype=torch.bool, device=x.device)
         for block in self.blocks:
             x = block(x, seen)
         return self.norm_out(x)
@@ -152,15 +150,12 @@ class CosineAttention(nn.Module):
             q = q * q.shape[-1] ** -0.5  # once more than usual, as it was published
         q, k = rotate(q, self.freqs), rotate(k, self.freqs)
         null_k, null_v = self.null_kv.to(x.dtype)[:, None, None].expand(-1, len(x), 1, -1)
-        k, v = (
-            torch.cat([null_k, k], dim=1)[:, None],
-            torch.cat([null_v, v], dim=1)[:, None],
-        )  # (B, 1, 1 + L, d)
+        # (B, 1, 1 + L, d)
+        k, v = (torch.cat([null_k, k], dim=1)[:, None], torch.cat([null_v, v], dim=1)[:, None])
         if self.cosine_sim:
             q, k = 4 * F.normalize(q, dim=-1), 4 * F.normalize(k, dim=-1)
-        scores = (
-            q @ k.transpose(-2, -1) * (1.0 if self.cosine_sim else q.shape[-1] ** -0.5) + bias
-        )  # (B, H, L, 1 + L)
+        # (B, H, L, 1 + L)
+        scores = q @ k.transpose(-2, -1) * (1.0 if self.cosine_sim else q.shape[-1] ** -0.5) + bias
         out = scores.float().softmax(dim=-1).to(v.dtype) @ v
         return self.to_out[1](self.to_out[0](rearrange(out, "b h l d -> b l (h d)")))
 
@@ -206,9 +201,8 @@ class CosineStack(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         length = x.shape[1]
         bias = self.rel_pos_bias(length, length + 1, x.device)
-        hidden = torch.ones(length, length + 1, dtype=torch.bool, device=x.device).triu(
-            2
-        )  # key 0 is always seen
+        # key 0 is always seen
+        hidden = torch.ones(length, length + 1, dtype=torch.bool, device=x.device).triu(2)
         bias = bias.masked_fill(hidden, float("-inf"))
         for attention, mlp in self.layers:
             x = x + attention(x, bias)

@@ -24,7 +24,7 @@ class Space(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Picture size over the diffusion's size."""
+        """ImageRecord size over the diffusion's size."""
         return 1 if self.vae is None else self.vae.config.factor
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:

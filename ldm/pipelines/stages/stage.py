@@ -20,11 +20,8 @@ from ldm.pipelines.call import Call, all_hooks, progress_bar, settle
 from ldm.samplers.invert import ddim_invert
 
 STEPS = 2**40  # draws kept for each stage (and each candidate of the prior), so that no two share any
-UPSAMPLE, AUGMENT, PRIOR = (
-    1,
-    64,
-    128,
-)  # numbers of stages; upsamplers and the candidates of a prior count up from theirs
+# numbers of stages; upsamplers and the candidates of a prior count up from theirs
+UPSAMPLE, AUGMENT, PRIOR = (1, 64, 128)
 
 
 def stage_noise(seeds: Sequence[int], stage: int) -> NoiseFn:

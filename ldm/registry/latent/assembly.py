@@ -16,7 +16,13 @@ from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
 from ldm.models.text.bert import LDMBert
 from ldm.models.text.bpe import Tokenizer
-from ldm.models.text.wordpiece import END, PAD, START, UNKNOWN, WordPiece
+from ldm.models.text.wordpiece import (
+    WORDPIECE_END,
+    WORDPIECE_PAD,
+    WORDPIECE_START,
+    WORDPIECE_UNKNOWN,
+    WordPiece,
+)
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.latent.sources import Source
 from ldm.weights.formats.native_folder import read_vocabulary
@@ -24,7 +30,7 @@ from ldm.weights.formats.native_folder import read_vocabulary
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
 
 
-def assemble(card: ModelCard, source: Source, *, vocabulary: Path | None = None) -> LatentDiffusion:
+def assemble_latent(card: ModelCard, source: Source, *, vocabulary: Path | None = None) -> LatentDiffusion:
     """The pipeline of a card's networks; ``vocabulary``: the vocab.txt of models that read through BERT,
     where the source has none."""
     networks = source.networks
@@ -80,7 +86,16 @@ def word_pieces(card: ModelCard, source: Source, vocabulary: Path | None) -> Wor
     if vocabulary is not None:
         return WordPiece.from_file(vocabulary)
     if source.folder is None:
-        return WordPiece([PAD, UNKNOWN, START, END, *LETTERS, *(f"##{letter}" for letter in LETTERS)])
+        return WordPiece(
+            [
+                WORDPIECE_PAD,
+                WORDPIECE_UNKNOWN,
+                WORDPIECE_START,
+                WORDPIECE_END,
+                *LETTERS,
+                *(f"##{letter}" for letter in LETTERS),
+            ]
+        )
     for path in (source.folder / "vocab.txt", source.folder / "tokenizer" / "vocab.txt"):
         if path.is_file():
             return WordPiece.from_file(path)

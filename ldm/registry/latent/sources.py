@@ -16,12 +16,12 @@ from ldm.models.unet import UNetConfig
 from ldm.weights.detection import WrongFamily
 from ldm.weights.formats.diffusers_config import conflicts, training_facts, unet_config
 from ldm.weights.formats.diffusers_folder import Folder, read_component, read_folder
-from ldm.weights.formats.native_folder import read_config, read_network
+from ldm.weights.formats.native_folder import read_network, read_part_config
 from ldm.weights.formats.safetensors import fingerprint
 from ldm.weights.formats.single_file import read_single
-from ldm.weights.parts import build_network, fill, randomise
+from ldm.weights.parts import build_network, fill_network, randomise
 
-TRAINED = (
+SCHEDULER_FIELDS = (
     "num_train_timesteps",
     "beta_schedule",
     "beta_start",
@@ -55,7 +55,7 @@ def configs_of(card: Card, folder: Path | None = None) -> dict[str, Any]:
         return {"vae": card.config()}
     if card.networks is None and folder is not None:
         drafts = ("draft",) if (folder / "draft.yaml").is_file() else ()
-        return {part: read_config(folder, part) for part in ("unet", "vae", "text", *drafts)}
+        return {part: read_part_config(folder, part) for part in ("unet", "vae", "text", *drafts)}
     if card.networks is None:
         raise ValueError(
             f"the card {card.name!r} states no shapes: its weights come as a folder of ours, with a YAML for"
@@ -69,7 +69,7 @@ def part_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if part == "vae" and dtype == torch.float16 else dtype
 
 
-def from_random(card: Card, dtype: torch.dtype, folder: Path | None = None) -> Source:
+def latent_from_random(card: Card, dtype: torch.dtype, folder: Path | None = None) -> Source:
     """Small random weights in the card's shapes, the same every time; ``folder``: an embedded model's, whose
     shapes and tokenizer count."""
     networks = {}
@@ -79,7 +79,7 @@ def from_random(card: Card, dtype: torch.dtype, folder: Path | None = None) -> S
     return Source(networks=networks, latent_scale=scale, origin={"random": "seed 0"}, folder=folder)
 
 
-def from_native(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
+def latent_from_native(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
     """A folder in our own layout."""
     wanted = tuple(configs_of(card, folder))
     networks, about = {}, {}
@@ -94,7 +94,7 @@ def from_native(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
     )
 
 
-def from_file(card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None) -> Source:
+def latent_from_file(card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None) -> Source:
     """A single file in the original layout."""
     if card.family == "latent":
         raise ValueError(
@@ -114,7 +114,7 @@ def from_file(card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None) -
     networks = {}
     for part, config in configs.items():
         source = f"{path}: {part}" if len(configs) > 1 else path
-        networks[part] = fill(
+        networks[part] = fill_network(
             build_network(config),
             single.parts.pop(part),
             single.found.layout,
@@ -152,7 +152,7 @@ def _heuristics(card: ModelCard, values: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def from_folder(
+def latent_from_folder(
     card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bool | None, variant: str | None
 ) -> Source:
     """A folder in the layout of diffusers."""
@@ -171,7 +171,7 @@ def from_folder(
     networks = {}
     for part, config in configs.items():
         component = folder.parts[part]
-        networks[part] = fill(
+        networks[part] = fill_network(
             build_network(config),
             component.tensors,
             "diffusers",
@@ -223,7 +223,7 @@ def _check_schedulers(card: ModelCard, folder: Folder) -> None:
     facts = training_facts(
         s.kind, s.timesteps, s.beta_start, s.beta_end, card.prediction, zero_snr=s.zero_terminal_snr
     )
-    wrong = conflicts(stated, {**facts, "rescale_betas_zero_snr": s.zero_terminal_snr}, TRAINED)
+    wrong = conflicts(stated, {**facts, "rescale_betas_zero_snr": s.zero_terminal_snr}, SCHEDULER_FIELDS)
     if wrong:
         advice = (
             "ask for the card that says so, for prediction= if that is all, or register a card of your own"
@@ -241,7 +241,7 @@ def autoencoder_folder(
     of which its part is taken."""
     inner = next((path / name for name in ("vae", "vqvae") if (path / name).is_dir()), path)
     component = read_component(inner, variant=variant)
-    vae = fill(
+    vae = fill_network(
         build_network(card.config()),
         component.tensors,
         "diffusers",

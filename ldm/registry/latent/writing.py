@@ -34,7 +34,7 @@ from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import to_layout
 
 LAYOUTS = ("native", "original", "diffusers")
-PIPELINES = {  # family: the class of diffusers that takes it
+DIFFUSERS_PIPELINES = {  # family: the class of diffusers that takes it
     "sd1": "StableDiffusionPipeline",
     "sd2": "StableDiffusionPipeline",
     "sd1-inpainting": "StableDiffusionInpaintPipeline",
@@ -108,12 +108,11 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     """A folder of diffusers, which its own programs read too; ValueError, before anything is written, for a
     network that none of them computes."""
     card = pipe.card
-    if card.family not in PIPELINES:
+    if card.family not in DIFFUSERS_PIPELINES:
         raise ValueError(f"{card.name!r}: no pipeline of diffusers takes the family {card.family!r}")
     bert = isinstance(pipe.text, BertConditioner)
-    vae = (
-        "vqvae" if bert or pipe.text is None else "vae"
-    )  # so LDM's pipelines call a first stage of either kind
+    # so LDM's pipelines call a first stage of either kind
+    vae = "vqvae" if bert or pipe.text is None else "vae"
     names = {
         "unet": "unet",
         "vae": vae,
@@ -122,7 +121,8 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     }
     side = card.defaults.height // pipe.vae.config.factor
     described = {
-        part: describe(network, pipe.latent_scale, side) for part, network in pipe.networks().items()
+        part: diffusers_description(network, pipe.latent_scale, side)
+        for part, network in pipe.networks().items()
     }
     s, grids = card.schedule, card.grids()
     facts = training_facts(
@@ -131,7 +131,7 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     trailing = grids.grids.get(card.defaults.sampler, grids.grids["*"]).get("spacing") == "trailing"
     scheduler = scheduler_config(facts, card.defaults.sampler, trailing=trailing)
 
-    index: dict[str, Any] = {"_class_name": PIPELINES[card.family], "_diffusers_version": "0.31.0"}
+    index: dict[str, Any] = {"_class_name": DIFFUSERS_PIPELINES[card.family], "_diffusers_version": "0.31.0"}
     for part, network in pipe.networks().items():
         class_name, config = described[part]
         library = (
@@ -165,7 +165,7 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     return folder
 
 
-def describe(
+def diffusers_description(
     network: nn.Module, latent_scale: float = 1.0, latent_side: int = 64
 ) -> tuple[str, dict[str, Any]]:
     """The class and configuration of a network in the words of diffusers."""

@@ -25,7 +25,7 @@ from ldm.registry.unclip.sources import UnCLIPSource
 from ldm.weights.formats.native_folder import read_vocabulary
 
 
-def assemble(card: UnCLIPCard, source: UnCLIPSource) -> UnCLIP:
+def assemble_unclip(card: UnCLIPCard, source: UnCLIPSource) -> UnCLIP:
     """The pipeline of a card's networks; ValueError for networks that are of another kind than the card
     says."""
     networks: dict[str, Any] = dict(source.networks)

@@ -12,8 +12,8 @@ import yaml
 
 from ldm.catalog.lookup import parse_card
 from ldm.catalog.unclip_cards import StageCard, UnCLIPCard, upsampler_name
-from ldm.registry.unclip.assembly import assemble
-from ldm.registry.unclip.sources import folder_of, from_native, native_parts
+from ldm.registry.unclip.assembly import assemble_unclip
+from ldm.registry.unclip.sources import folder_of, native_parts, unclip_from_native
 from ldm.support.config import nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import about_part
@@ -49,7 +49,7 @@ def gather(config: str | Path, folder: str | Path) -> Path:
                 written.append(folder / name)
                 write_atomically(folder / name, (Path(source) / name).read_bytes())
         check_parts(card, folder)
-        assemble(card, from_native(card, folder, torch.float32))
+        assemble_unclip(card, unclip_from_native(card, folder, torch.float32))
     except (ValueError, OSError):
         for path in written:
             path.unlink(missing_ok=True)

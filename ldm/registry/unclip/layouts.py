@@ -28,7 +28,7 @@ UPSAMPLED = {
     "decoder_scheduler": "decoder",
     "super_res_scheduler": "upsampler",
 }
-STABLE = {
+STABLE_COMPONENTS = {
     "unet": "decoder",
     "vae": "vae",
     "text_encoder": "words",
@@ -36,10 +36,10 @@ STABLE = {
     "scheduler": "decoder",
 }
 KANDINSKY_PRIOR = {"prior": "prior", "text_encoder": "text", "image_encoder": "vision", "scheduler": "prior"}
-KANDINSKY22 = {"unet": "decoder", "movq": "vae", "scheduler": "decoder"}
-KANDINSKY21 = {**KANDINSKY22, "text_encoder": "words"}
+KANDINSKY22_COMPONENTS = {"unet": "decoder", "movq": "vae", "scheduler": "decoder"}
+KANDINSKY21_COMPONENTS = {**KANDINSKY22_COMPONENTS, "text_encoder": "words"}
 COMBINED = {f"prior_{name}": part for name, part in KANDINSKY_PRIOR.items()}
-PIPELINES: dict[str, dict[str, dict[str, str]]] = {
+UNCLIP_PIPELINES: dict[str, dict[str, dict[str, str]]] = {
     "karlo": {
         "UnCLIPPipeline": {**UPSAMPLED, "prior": "prior", "prior_scheduler": "prior"},
         "UnCLIPImageVariationPipeline": {**UPSAMPLED, "image_encoder": "vision"},
@@ -47,41 +47,49 @@ PIPELINES: dict[str, dict[str, dict[str, str]]] = {
     "kandinsky21": {
         "KandinskyPriorPipeline": KANDINSKY_PRIOR,
         **dict.fromkeys(
-            ("KandinskyPipeline", "KandinskyImg2ImgPipeline", "KandinskyInpaintPipeline"), KANDINSKY21
+            ("KandinskyPipeline", "KandinskyImg2ImgPipeline", "KandinskyInpaintPipeline"),
+            KANDINSKY21_COMPONENTS,
         ),
         **dict.fromkeys(
-            ("KandinskyCombinedPipeline", "KandinskyInpaintCombinedPipeline"), {**KANDINSKY21, **COMBINED}
+            ("KandinskyCombinedPipeline", "KandinskyInpaintCombinedPipeline"),
+            {**KANDINSKY21_COMPONENTS, **COMBINED},
         ),
     },
     "kandinsky22": {
         "KandinskyV22PriorPipeline": KANDINSKY_PRIOR,
         **dict.fromkeys(
             ("KandinskyV22Pipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),
-            KANDINSKY22,
+            KANDINSKY22_COMPONENTS,
         ),
         **dict.fromkeys(
             ("KandinskyV22CombinedPipeline", "KandinskyV22InpaintCombinedPipeline"),
-            {**KANDINSKY22, **COMBINED},
+            {**KANDINSKY22_COMPONENTS, **COMBINED},
         ),
     },
     **dict.fromkeys(
         ("sd21-unclip-h", "sd21-unclip-l"),
         {
             "StableUnCLIPPipeline": {
-                **STABLE,
+                **STABLE_COMPONENTS,
                 "prior": "prior",
                 "prior_text_encoder": "text",
                 "prior_scheduler": "prior",
             },
-            "StableUnCLIPImg2ImgPipeline": {**STABLE, "image_encoder": "vision"},
+            "StableUnCLIPImg2ImgPipeline": {**STABLE_COMPONENTS, "image_encoder": "vision"},
         },
     ),
 }
-TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+UNCLIP_SCHEDULER_FIELDS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "prediction_type",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
+class PipelineComponent:
     """A sub-folder of a pipeline's folder."""
 
     name: str
@@ -97,13 +105,13 @@ def pipelines(path: Path) -> list[Path]:
     )
 
 
-def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[Component, ...]]:
+def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponent, ...]]:
     """The components of each part, in the folder of a pipeline or in several together; the first that has a
     part counts.
 
     ValueError for a pipeline of another family, or one that was trained otherwise than the card says.
     """
-    known, found = PIPELINES[card.family], {}
+    known, found = UNCLIP_PIPELINES[card.family], {}
     for place in pipelines(path):
         index = folder.read_json(place / "model_index.json")
         kind = str(index.get("_class_name"))
@@ -115,13 +123,13 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[Component, ...]]
         listed = [
             name for name in known[kind] if isinstance(index.get(name), list) and index[name][1] is not None
         ]
-        parts: dict[str, list[Component]] = {}
+        parts: dict[str, list[PipelineComponent]] = {}
         for name in listed:
             part = known[kind][name]
             if name.endswith("scheduler"):
                 _check_scheduler(card, part, place / name)
             elif part not in found:
-                parts.setdefault(part, []).append(Component(name=name, path=place / name))
+                parts.setdefault(part, []).append(PipelineComponent(name=name, path=place / name))
         found |= {part: tuple(those) for part, those in parts.items()}
     return found
 
@@ -135,7 +143,7 @@ def _check_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
         return
     s = stage.schedule
     facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, stage.prediction, zero_snr=False)
-    if wrong := conflicts(stated, facts, TRAINED):
+    if wrong := conflicts(stated, facts, UNCLIP_SCHEDULER_FIELDS):
         raise ValueError(
             f"{str(path)!r} says the {part} was trained otherwise than {card.name!r}: {'; '.join(wrong)}"
         )

@@ -19,31 +19,27 @@ from ldm.weights.formats.pickles import read_pickle
 from ldm.weights.formats.safetensors import fingerprint
 from ldm.weights.formats.single_file import read_single, read_tensors
 from ldm.weights.keymap import below
-from ldm.weights.parts import build_network, fill, randomise
+from ldm.weights.parts import build_network, fill_network, randomise
 from ldm.weights.rules.prior import with_statistics
 
-STATISTICS = (  # mean and deviation of CLIP's image embeddings, as Karlo's authors published them
+STATISTICS_FILE = (  # mean and deviation of CLIP's image embeddings, as Karlo's authors published them
     "ViT-L-14_stats.th"
 )
-STABLE = {
-    "decoder": "unet",
-    "words": "text",
-    "vision": "image",
-    "vae": "vae",
-}  # our parts: those of a single file
+# our parts: those of a single file
+STABLE_PARTS = {"decoder": "unet", "words": "text", "vision": "image", "vae": "vae"}
 # part: the pattern of its file's name, and below what it stands there; what is a folder has the layout of
 # Hugging Face
-CLIP = {"text": ("ViT-L-14.*", ""), "vision": ("ViT-L-14.*", "")}
+CLIP_FILES = {"text": ("ViT-L-14.*", ""), "vision": ("ViT-L-14.*", "")}
 FILES: dict[str, dict[str, tuple[str, str]]] = {
     "karlo": {
-        **CLIP,
+        **CLIP_FILES,
         "prior": ("prior*.ckpt", "model."),
         "decoder": ("decoder*.ckpt", "model."),
         "upsampler": ("*sr*.ckpt", "model_first_steps."),
         "upsampler-last": ("*sr*.ckpt", "model_last_step."),
     },
     "kandinsky21": {
-        **CLIP,
+        **CLIP_FILES,
         "prior": ("prior*.ckpt", "model."),
         "decoder": ("decoder*.ckpt", ""),
         "vae": ("movq*.ckpt", ""),
@@ -63,7 +59,7 @@ def _files(card: UnCLIPCard) -> dict[str, tuple[str, str]]:
     return {**files, "decoder": ("inpainting*.ckpt", "")} if card.concat == "known" else files
 
 
-def from_files(card: UnCLIPCard, path: Path, dtype: torch.dtype) -> UnCLIPSource:
+def unclip_from_files(card: UnCLIPCard, path: Path, dtype: torch.dtype) -> UnCLIPSource:
     """A folder of the authors' files. CLIP's, which OpenAI published as a program, is expected in any layout
     of tensors as ViT-L-14.safetensors.
 
@@ -89,8 +85,8 @@ def from_files(card: UnCLIPCard, path: Path, dtype: torch.dtype) -> UnCLIPSource
         tensors = dict(read_component(found[0]).tensors) if folder else read_tensors(found[0])[0]
         state: dict[str, Any] = below(prefix, tensors) if prefix else tensors
         if part == "prior":
-            state = with_statistics(state, read_statistics(path / STATISTICS))
-        networks[part] = fill(
+            state = with_statistics(state, read_statistics(path / STATISTICS_FILE))
+        networks[part] = fill_network(
             build_network(config), state, "original", source=found[0], dtype=part_dtype(part, dtype)
         )
         origin |= {found[0].name: fingerprint(found[0])} if not folder else {}
@@ -103,7 +99,7 @@ def from_files(card: UnCLIPCard, path: Path, dtype: torch.dtype) -> UnCLIPSource
     )
 
 
-def from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | None) -> UnCLIPSource:
+def unclip_from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | None) -> UnCLIPSource:
     """A single file of Stable Diffusion 2.1 unCLIP; that on ViT-L/14 needs ViT-L-14_stats.th beside it, which
     ValueError says."""
     if card.family not in ("sd21-unclip-h", "sd21-unclip-l"):
@@ -113,18 +109,18 @@ def from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | N
     assert card.networks is not None
     single = read_single(path, ema=ema, family=card.family)
     networks, configs = {}, card.networks.configs()
-    for part, name in STABLE.items():
+    for part, name in STABLE_PARTS.items():
         if name not in single.parts:
             raise ValueError(
                 f"{str(path)!r} holds {', '.join(single.parts)}, and no {name}, the {part} of {card.name!r}"
             )
         state, kind = single.parts.pop(name), part_dtype(part, dtype)
-        networks[part] = fill(
+        networks[part] = fill_network(
             build_network(configs[part]), state, single.found.layout, source=f"{path}: {name}", dtype=kind
         )
     noise = NoiseAugmentation(configs["noise"])
     if card.family == "sd21-unclip-l":
-        mean, std = read_statistics(path.with_name(STATISTICS))
+        mean, std = read_statistics(path.with_name(STATISTICS_FILE))
         noise.mean.copy_(mean.reshape(1, -1))
         noise.std.copy_(std.reshape(1, -1))
     networks["noise"] = noise.to(dtype).requires_grad_(False)
@@ -166,5 +162,5 @@ def prior_network(card: PriorCard, path: Path | None, dtype: torch.dtype) -> Pri
             f"{str(path)!r} is no prior of DALLE2-pytorch: expected tensors below net., in ema_model, in"
             " model or at its top level"
         )
-    fill(network, state, "original", source=path, dtype=dtype)
+    fill_network(network, state, "original", source=path, dtype=dtype)
     return network

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
 from ldm.registry.latent.sources import part_dtype
-from ldm.registry.unclip.layouts import Component, check_component, components
+from ldm.registry.unclip.layouts import PipelineComponent, check_component, components
 from ldm.weights.formats.diffusers_folder import read_component
-from ldm.weights.formats.native_folder import about_part, read_config, read_network
+from ldm.weights.formats.native_folder import about_part, read_network, read_part_config
 from ldm.weights.formats.safetensors import fingerprint
-from ldm.weights.parts import build_network, fill, randomise
+from ldm.weights.parts import build_network, fill_network, randomise
 from ldm.weights.rules.prior import with_statistics
 
 OPTIONAL = ("text", "vision", "prior")  # a model without one of these has fewer tasks
@@ -53,12 +53,12 @@ def native_parts(card: UnCLIPCard, folder: Path) -> list[str]:
     return list(dict.fromkeys([*needed, *(name for name in others if (folder / f"{name}.yaml").is_file())]))
 
 
-def from_random(card: UnCLIPCard, dtype: torch.dtype, folder: Path | None = None) -> UnCLIPSource:
+def unclip_from_random(card: UnCLIPCard, dtype: torch.dtype, folder: Path | None = None) -> UnCLIPSource:
     """Small random weights in the card's shapes, the same every time; ``folder``: an embedded model's, whose
     shapes and tokenizer count."""
     if folder is not None:
         configs = {
-            part: read_config(folder_of(card, folder, part), part) for part in native_parts(card, folder)
+            part: read_part_config(folder_of(card, folder, part), part) for part in native_parts(card, folder)
         }
     elif card.networks is not None:
         configs = card.networks.configs()
@@ -80,7 +80,7 @@ def from_random(card: UnCLIPCard, dtype: torch.dtype, folder: Path | None = None
     )
 
 
-def from_native(card: UnCLIPCard, folder: Path, dtype: torch.dtype) -> UnCLIPSource:
+def unclip_from_native(card: UnCLIPCard, folder: Path, dtype: torch.dtype) -> UnCLIPSource:
     """A folder in our own layout: a part that was trained on another CLIP than the card names raises
     ValueError, an absent one FileNotFoundError."""
     networks, origin, scale = {}, {}, card.latent_scale or 1.0
@@ -105,7 +105,9 @@ def from_native(card: UnCLIPCard, folder: Path, dtype: torch.dtype) -> UnCLIPSou
     )
 
 
-def from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, variant: str | None) -> UnCLIPSource:
+def unclip_from_diffusers(
+    card: UnCLIPCard, path: Path, dtype: torch.dtype, *, variant: str | None
+) -> UnCLIPSource:
     """A folder of diffusers, or one that holds such folders (Kandinsky's prior and decoder), all of pipelines
     of the card's family."""
     if card.networks is None:
@@ -130,10 +132,9 @@ def from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, variant:
         if part == "noise":
             _check_noise(state, found[part][0].path)
         if part == "vae":
-            scale = (
-                float(about.get("scaling_factor") or scale) if card.latent_scale != 1.0 else 1.0
-            )  # MoVQ's is not used
-        networks[part] = fill(
+            # MoVQ's is not used
+            scale = float(about.get("scaling_factor") or scale) if card.latent_scale != 1.0 else 1.0
+        networks[part] = fill_network(
             build_network(config),
             state,
             "diffusers",
@@ -146,7 +147,7 @@ def from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, variant:
 
 def _read(
     part: str,
-    sources: tuple[Component, ...],
+    sources: tuple[PipelineComponent, ...],
     config: Any,
     variant: str | None,
     path: Path,

@@ -42,9 +42,8 @@ def deis(
         if alpha[i] == 0 or rho_next == 0 or len(use) == 1:
             x = toward(x, d.x0, sigma[i], rho, alpha[i + 1], rho_next)
         else:
-            weights = lagrange_weights(
-                [u for u, _ in use], math.log(rho), math.log(rho_next), np.exp
-            )  # d rho = rho d log rho
+            # d rho = rho d log rho
+            weights = lagrange_weights([u for u, _ in use], math.log(rho), math.log(rho_next), np.exp)
             x = alpha[i + 1] / alpha[i] * x + alpha[i + 1] * sum(
                 w * eps for w, (_, eps) in zip(weights, use, strict=True)
             )

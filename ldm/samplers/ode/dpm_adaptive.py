@@ -48,9 +48,8 @@ def dpm_adaptive(
                 f"dpm_adaptive made {max_steps} attempts and stands at lambda {lam.tolist()}: loosen rtol or"
                 " atol"
             )
-        start = torch.minimum(
-            lam, end - 1e-3
-        )  # a sample that has arrived is computed along, and left as it is
+        # a sample that has arrived is computed along, and left as it is
+        start = torch.minimum(lam, end - 1e-3)
         target = torch.minimum(start + step, end)
         low, high, d = _attempt(denoise, y, grid, start, target, order)
         tolerance = torch.clamp(rtol * torch.maximum(low.abs(), before.abs()), min=atol)

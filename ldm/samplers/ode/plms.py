@@ -8,12 +8,8 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
 from ldm.samplers.common import after, along, ratio, states, time_of, toward
 
-WEIGHTS = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)  # newest first
+# newest first
+WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def plms(

@@ -39,11 +39,8 @@ def unipc(
     alpha, sigma = states(grid)
     lams = [lam(a, s) for a, s in zip(alpha, sigma, strict=True)]
     history: History = []
-    before, used, moved = (
-        x,
-        0,
-        False,
-    )  # the state that the last step left from, its order, whether on_step moved its end
+    # the state that the last step left from, its order, whether on_step moved its end
+    before, used, moved = (x, 0, False)
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
         if history and not moved:

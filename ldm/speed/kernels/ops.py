@@ -84,9 +84,8 @@ class Native(Plain):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         dim, keys = q.shape[-1], k.shape[-2]
         kinds = {t.dtype for t in (q, k, v)}
-        simple = mask is None or (
-            mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool
-        )  # of keys alone
+        # of keys alone
+        simple = mask is None or (mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool)
         wide = q.dtype == torch.float32 and dim >= 128  # there PyTorch's is as fast
         if (
             not simple

@@ -100,9 +100,8 @@ class DecoderPart:
         elif (Path(config.net) / "decoder.yaml").is_file():
             begin_with(net, config.net, "decoder", leave=None if config.draft is None else "draft")
         else:
-            begin_with(
-                net.unet, config.net, "unet", leave="add_embedding"
-            )  # the vector comes from the embedding here
+            # the vector comes from the embedding here
+            begin_with(net.unet, config.net, "unet", leave="add_embedding")
         if config.draft is not None:
             if net.draft is None:
                 raise ValueError(f"draft {config.draft!r}: model.draft says no shape for it")

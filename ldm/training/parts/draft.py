@@ -108,10 +108,11 @@ class DraftPart:
             for ground in PALETTE
             if held_out_pair(index[c.picture].name, ground)
         ][:64]
+        # (256, C·h·w)
         drafts, truth = (
             self.draft([caption(c, index) for c in plain]).cpu().flatten(1),
             self.encode(plain).flatten(1),
-        )  # (256, C·h·w)
+        )
         hits = torch.cdist(drafts, truth).argmin(1) == torch.arange(len(plain))
         figures = {
             "plain_mse": float((drafts - truth).square().mean()),

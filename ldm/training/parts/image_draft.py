@@ -88,9 +88,8 @@ class ImageDraftPart:
         self.embeddings = EmbeddingCache.of_run(
             config.run, self.pictures, self.clip, config.variants, config.imagined
         )
-        self.spread = (
-            torch.from_numpy(self.embeddings.vectors[::37].astype(np.float32)).std(0).to(device)
-        )  # (E,)
+        # (E,)
+        self.spread = torch.from_numpy(self.embeddings.vectors[::37].astype(np.float32)).std(0).to(device)
         self.captions: np.ndarray | None = None
         if config.text is not None and config.reads_text:
             self.captions = caption_embeddings(

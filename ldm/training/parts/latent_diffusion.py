@@ -75,9 +75,8 @@ class Diffusion:
         """The weight of the raw prediction's squared error at a signal-to-noise ratio."""
         if self.min_snr is None:
             return torch.ones_like(snr)
-        own = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[
-            self.prediction
-        ]  # the loss in terms of x0's error
+        # the loss in terms of x0's error
+        own = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
         return snr.clamp(max=self.min_snr) / own
 
 

@@ -20,7 +20,7 @@ from ldm.models.unclip.autoregressive import AutoregressiveConfig, Autoregressiv
 from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures
-from ldm.training.embeddings import EmbeddingCache, embed, read_clip, statistics
+from ldm.training.embeddings import EmbeddingCache, embed, embedding_statistics, read_clip
 from ldm.training.imagined import imagine
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
@@ -84,7 +84,7 @@ class PriorPart:
         if isinstance(net, AutoregressivePrior):
             net.codes.fit(seen)
         elif net.config.normalize == "statistics":
-            net.clip_mean, net.clip_std = statistics(seen)
+            net.clip_mean, net.clip_std = embedding_statistics(seen)
         if config.net is not None:
             begin_with(net, config.net, "prior")
         self.net = net.to(device)

@@ -23,7 +23,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
@@ -206,7 +206,7 @@ def training_facts(
         "num_train_timesteps": timesteps,
         "beta_schedule": kind,
         **betas,
-        "prediction_type": PREDICTIONS[prediction],
+        "prediction_type": PREDICTION_TYPES[prediction],
         **extra,
     }
 

@@ -21,9 +21,8 @@ from ldm.support.files import write_atomically
 from ldm.weights.formats.safetensors import load_strict, read_safetensors, sha256, write_safetensors
 from ldm.weights.parts import NETWORKS
 
-EMOJI_TEXT = TextConvention(
-    length=None, pad=0, masked=True, pooled=True
-)  # how the models trained here read their text tower
+# how the models trained here read their text tower
+EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
 
 
 def write_part(
@@ -120,7 +119,7 @@ def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
     return kinds[kind]
 
 
-def read_config(folder: str | Path, name: str) -> Any:
+def read_part_config(folder: str | Path, name: str) -> Any:
     """The shape of a part, as its YAML states it."""
     return build(kind_of(folder, name)[0], about_part(folder, name)["model"], f"{name}.yaml: model")
 

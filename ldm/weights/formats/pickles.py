@@ -37,15 +37,10 @@ STORAGES = {
         ("Bool", torch.bool),
     )
 }
-STATES = (
-    "state_dict",
-    "ema_model",
-    "model",
-)  # Lightning's; the averaged weights and the weights of DALLE2-pytorch's trainers
-ZIP, LEGACY = (
-    b"PK\x03\x04",
-    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
-)  # the second: torch's magic number, pickled (before 1.6)
+# Lightning's; the averaged weights and the weights of DALLE2-pytorch's trainers
+STATES = ("state_dict", "ema_model", "model")
+# the second: torch's magic number, pickled (before 1.6)
+ZIP, LEGACY = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,9 +304,8 @@ def scan_file(path: str | Path) -> PickleScan:
         if head[:4] == ZIP:
             return scan(Archive(path, map_file(path)).pickle(), path)
         file.seek(0)
-        found = [
-            scan(file, path) for _ in range(4 if head == LEGACY else 1)
-        ]  # before 1.6: magic number, protocol, system, object
+        # before 1.6: magic number, protocol, system, object
+        found = [scan(file, path) for _ in range(4 if head == LEGACY else 1)]
     names = dict.fromkeys(name for each in found for name in each.globals)
     return PickleScan(
         globals=tuple(names), refused=tuple(name for name in names if not permitted(name)), end=found[-1].end

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ldm.weights.cast import cast, is_finite
 
-DTYPES: dict[str, torch.dtype] = {
+STORED_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -40,7 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit that the format's own reader sets
 
 
@@ -124,16 +124,18 @@ def _entry(entry: Any, base: int, where: str) -> TensorInfo:
             f"{where}: expected dtype, shape and data_offsets in the header, got {str(entry)[:80]}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise ValueError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(STORED_DTYPES)}")
     for name, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError(f"{where}: {name} {str(numbers)[:80]}, expected a list of numbers from 0")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * STORED_DTYPES[dtype].itemsize:
         raise ValueError(
             f"{where}: the header lies: data_offsets {offsets} do not hold shape {shape} of {dtype}"
         )
-    return TensorInfo(dtype=DTYPES[dtype], shape=tuple(shape), begin=base + offsets[0], end=base + offsets[1])
+    return TensorInfo(
+        dtype=STORED_DTYPES[dtype], shape=tuple(shape), begin=base + offsets[0], end=base + offsets[1]
+    )
 
 
 def _check_extent(infos: Mapping[str, TensorInfo], base: int, size: int, path: Path) -> None:
@@ -219,9 +221,8 @@ def write_safetensors(
         if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
             raise TypeError(f"metadata: expected strings, got {dict(metadata)!r}")
         header["__metadata__"] = dict(sorted(metadata.items()))
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
-    )  # wide items first: all are aligned
+    # wide items first: all are aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     end = 0
     for name in order:
         begin, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize

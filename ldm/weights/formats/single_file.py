@@ -16,7 +16,7 @@ from ldm.weights.keymap import below
 
 # Buffers of training programs, which follow from the card, and markers. `scale_factor` is not among them: it
 # overrides the card.
-UNNEEDED = (
+UNNEEDED_KEYS = (
     "betas",
     "alphas_cumprod*",
     "sqrt_*",
@@ -121,7 +121,7 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
     about = found.family if family is not None else require(found, source=path)
     state, averaged = choose_ema(state, ema, source=path)
     scale = state.pop("scale_factor", None)
-    parts, left = split(state, found)
+    parts, left = split_parts(state, found)
     if left:
         raise ValueError(
             f"{str(path)!r} ({about.title}) holds tensors that belong to no part of it:"
@@ -137,14 +137,16 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
     )
 
 
-def split(state: Mapping[str, Tensor], found: Detection) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def split_parts(
+    state: Mapping[str, Tensor], found: Detection
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """The parts of a file by name (empty ones left out), and the keys that are in no part and not known to be
     unneeded."""
     family = found.family
     bare = not any(key.startswith(prefix) for prefix in family.parts.values() if prefix for key in state)
     prefixes = {"unet": ""} if bare and "unet" in family.parts else dict(family.parts)
     parts: dict[str, dict[str, Tensor]] = {name: below(prefix, state) for name, prefix in prefixes.items()}  # type: ignore[misc]
-    unneeded = (*UNNEEDED, *family.unneeded)
+    unneeded = (*UNNEEDED_KEYS, *family.unneeded)
     left = [
         key
         for key in state

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ldm.weights.keymap import Section, Table, rename
 
-FIXED = rename(
+BERT_FIXED = rename(
     ("model.embed_tokens", "token_emb"),
     ("model.embed_positions", "pos_emb.emb"),
     ("model.layer_norm", "norm"),
@@ -36,4 +36,4 @@ def bert_table(names: Iterable[str]) -> Table:
     """The original layout, below `cond_stage_model.transformer.`, for an encoder with these names; the unused
     `to_logits` may be absent."""
     numbers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    return Table((Section("", "", FIXED), *(layer(i) for i in sorted(numbers))), ("to_logits.*",))
+    return Table((Section("", "", BERT_FIXED), *(layer(i) for i in sorted(numbers))), ("to_logits.*",))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.weights.keymap import IDENTITY, SAME, Change, Rule, Section, Table, to_native
 
 TRANSPOSED = Change(transpose=True)
-BLOCK = (
+CLIP_BLOCK = (
     (
         ("attn.in_proj_{leaf}",),
         ("self_attn.q_proj.{leaf}", "self_attn.k_proj.{leaf}", "self_attn.v_proj.{leaf}"),
@@ -33,13 +33,8 @@ VISION = (
     (("ln_pre.{leaf}",), ("pre_layrnorm.{leaf}",)),  # spelled so
     (("ln_post.{leaf}",), ("post_layernorm.{leaf}",)),
 )
-NUMBERS = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "*attn_mask",
-    "*position_ids",
-)  # no weights: configuration and buffers
+# no weights: configuration and buffers
+NUMBERS = ("input_resolution", "context_length", "vocab_size", "*attn_mask", "*position_ids")
 # What a tower alone does not need of a file with more.
 BESIDE_TEXT = ("visual.*", "vision_model.*", "visual_projection.weight", "text_projection*", "logit_scale")
 BESIDE_VISION = (
@@ -106,7 +101,7 @@ def _tower(
     """The rules of one tower below its prefix in the file; ``spare``: the prefix may be absent."""
     inner = [
         ((f"{blocks}resblocks.{{i}}.{native[0]}",), tuple(f"encoder.layers.{{i}}.{name}" for name in file))
-        for native, file in BLOCK
+        for native, file in CLIP_BLOCK
     ]
     for native, file in (*rules, *inner):
         yield Rule(native, tuple(prefix + name for name in file), also=(file,) if spare else ())

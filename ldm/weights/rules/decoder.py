@@ -8,7 +8,7 @@ from ldm.models.unclip.decoder import DecoderConfig
 from ldm.weights.keymap import IDENTITY, Rule, Section, Table, rename
 from ldm.weights.rules.unet import unet_table
 
-KARLO = (
+KARLO_RULES = (
     Rule(("null_image",), ("cf_param",)),
     *rename(
         ("image", "clip_emb"),
@@ -18,7 +18,7 @@ KARLO = (
         ("norms.text_norm", "text_seq_proj.1"),
     ),
 )
-KANDINSKY21 = rename(
+KANDINSKY21_RULES = rename(
     ("text", "to_model_dim_n"),
     ("tokens", "clip_to_seq"),
     ("pooled", "proj_n"),
@@ -66,7 +66,7 @@ def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "or
     below = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
     inner = unet_table(below, heads=_one(config), head_dim=config.unet.head_dim)
     unet = tuple(Section(f"unet.{s.native}".rstrip("."), s.file, s.rules) for s in inner.sections)
-    return Table((*unet, Section("condition", "", KARLO if karlo else KANDINSKY21)), inner.ignore)
+    return Table((*unet, Section("condition", "", KARLO_RULES if karlo else KANDINSKY21_RULES)), inner.ignore)
 
 
 def _one(config: DecoderConfig) -> int | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.models.unclip.prior import PriorConfig
 from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, rename
 
-STATISTICS = ("clip_mean", "clip_std")
+STATISTICS_KEYS = ("clip_mean", "clip_std")
 KARLO_ROOT = rename(
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
@@ -98,5 +98,5 @@ def with_statistics(state: Mapping[str, Tensor], statistics: Sequence[Tensor] | 
         )
     return {
         **state,
-        **{name: tensor.reshape(1, -1) for name, tensor in zip(STATISTICS, statistics, strict=True)},
+        **{name: tensor.reshape(1, -1) for name, tensor in zip(STATISTICS_KEYS, statistics, strict=True)},
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, rename
 
-FIXED = rename(
+UNET_FIXED = rename(
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
     (
@@ -24,7 +24,7 @@ FIXED = rename(
     ("conv_norm_out", "out.0"),
     ("conv_out", "out.2"),
 )
-RESBLOCK = rename(
+UNET_RESBLOCK = rename(
     ("norm1", "in_layers.0"),
     ("conv1", "in_layers.2"),
     ("time_emb_proj", "emb_layers.1"),
@@ -32,8 +32,8 @@ RESBLOCK = rename(
     ("conv2", "out_layers.3"),
     ("conv_shortcut", "skip_connection"),
 )
-DOWNSAMPLE = (*rename(("conv", "op")), *RESBLOCK)
-UPSAMPLE = (*rename(("conv", "conv")), *RESBLOCK)
+DOWNSAMPLE = (*rename(("conv", "op")), *UNET_RESBLOCK)
+UNET_UPSAMPLE = (*rename(("conv", "conv")), *UNET_RESBLOCK)
 
 
 def attention_block(heads: int | None, head_dim: int | None) -> tuple[Rule, ...]:
@@ -66,7 +66,7 @@ def unet_table(names: Iterable[str], *, heads: int | None = None, head_dim: int 
             f" head_dim={head_dim}"
         )
     attention = attention_block(heads, head_dim) if old else IDENTITY
-    sections = [Section("", "", FIXED)]
+    sections = [Section("", "", UNET_FIXED)]
     for native in modules:
         sections.append(_section(native, blocks, modules, attention))
     return Table(tuple(sections))
@@ -84,19 +84,19 @@ def _section(native: str, blocks: int, modules: Iterable[str], attention: tuple[
     b, index, attends = place.partition(".")[2], int(j), f"{place}.attentions.0" in modules
     if place == "mid_block":
         slot = {"resnets": index * (2 if attends else 1), "attentions": 1}[kind]
-        return Section(native, f"middle_block.{slot}", RESBLOCK if kind == "resnets" else attention)
+        return Section(native, f"middle_block.{slot}", UNET_RESBLOCK if kind == "resnets" else attention)
     if place.startswith("down"):
         i = 1 + int(b) * (blocks + 1) + (blocks if kind == "downsamplers" else index)
         slot, rules = {
-            "resnets": (0, RESBLOCK),
+            "resnets": (0, UNET_RESBLOCK),
             "attentions": (1, attention),
             "downsamplers": (0, DOWNSAMPLE),
         }[kind]
         return Section(native, f"input_blocks.{i}.{slot}", rules)
     i = int(b) * (blocks + 1) + (blocks if kind == "upsamplers" else index)
     slot, rules = {
-        "resnets": (0, RESBLOCK),
+        "resnets": (0, UNET_RESBLOCK),
         "attentions": (1, attention),
-        "upsamplers": (2 if attends else 1, UPSAMPLE),
+        "upsamplers": (2 if attends else 1, UNET_UPSAMPLE),
     }[kind]
     return Section(native, f"output_blocks.{i}.{slot}", rules)

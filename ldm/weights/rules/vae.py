@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, rename
 
 POINTWISE = Change(ones=2)  # 1×1 convolutions there, linear layers here
-RESBLOCK = (*rename(("conv_shortcut", "nin_shortcut")), *IDENTITY)
+VAE_RESBLOCK = (*rename(("conv_shortcut", "nin_shortcut")), *IDENTITY)
 ATTENTION = (
     *rename(("group_norm", "norm"), ("spatial_norm", "norm")),
     *rename(("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"), change=POINTWISE),
@@ -18,7 +18,7 @@ ROOT = (
     *rename(("encoder.conv_norm_out", "encoder.norm_out"), ("decoder.conv_norm_out", "decoder.norm_out")),
     *IDENTITY,  # conv_in, conv_out, quant_conv, post_quant_conv, quantize.embedding
 )
-UNNEEDED = ("loss.*", "model_ema.*")  # LPIPS and the discriminator, in files of first stages
+VAE_UNNEEDED = ("loss.*", "model_ema.*")  # LPIPS and the discriminator, in files of first stages
 
 
 def vae_table(names: Iterable[str]) -> Table:
@@ -31,12 +31,12 @@ def vae_table(names: Iterable[str]) -> Table:
         r"(?:encoder|decoder)\.(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.[a-z]+\.\d+(?=\.)"
     )
     modules = dict.fromkeys(match[0] for name in names if (match := pattern.match(name)))
-    return Table((Section("", "", ROOT), *(_section(native, levels) for native in modules)), UNNEEDED)
+    return Table((Section("", "", ROOT), *(_section(native, levels) for native in modules)), VAE_UNNEEDED)
 
 
 def _section(native: str, levels: int) -> Section:
     half, place, *level, kind, j = native.split(".")
-    rules = ATTENTION if kind == "attentions" else RESBLOCK
+    rules = ATTENTION if kind == "attentions" else VAE_RESBLOCK
     if place == "mid_block":
         return Section(
             native, f"{half}.mid.attn_1" if kind == "attentions" else f"{half}.mid.block_{int(j) + 1}", rules
