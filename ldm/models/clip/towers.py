@@ -137,7 +137,7 @@ class MLP(nn.Module):
         return self.c_proj(x)
 
 
-class TransformerBlock(nn.Module):
+class CLIPBlock(nn.Module):
     """Attention and MLP, each after a norm and before a residual sum."""
 
     def __init__(self, config: TextConfig | VisionConfig) -> None:
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
+        self.resblocks = nn.ModuleList(CLIPBlock(config) for _ in range(config.layers))
         width, branch = config.width, (config.width * 2 * config.layers) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)

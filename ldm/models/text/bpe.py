@@ -74,7 +74,7 @@ class Tokenizer:
 
     def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
         """The words of a text that have ids, and those ids, in order."""
-        found = [(word, self._bpe(word)) for word in split_words(text)]
+        found = [(word, self._bpe(word)) for word in bpe_words(text)]
         if self._row is None:
             return found
         row = self._row
@@ -90,7 +90,7 @@ class Tokenizer:
             return []
         return [
             word
-            for word in dict.fromkeys(split_words(text))
+            for word in dict.fromkeys(bpe_words(text))
             if any(token not in self._row for token in self._bpe(word))
         ]
 
@@ -169,7 +169,7 @@ class Tokenizer:
         return self._words[word]
 
 
-def split_words(text: str) -> list[str]:
+def bpe_words(text: str) -> list[str]:
     """The words, numerals and runs of punctuation of a text, cleaned: encodings repaired, HTML entities
     resolved, lower case."""
     if PRINTABLE_ASCII.fullmatch(text):
