@@ -23,7 +23,7 @@ def stamp(
     versions of the software."""
     import platform
 
-    from ldm import __version__
+    from ldm.support.version import __version__
 
     made_with = {
         "ldm": __version__,
