@@ -13,11 +13,11 @@ from types import FrameType, ModuleType
 
 import pytest
 import torch
-from analytic import AnalyticNet, gaussian
 from import_graph import FILES, MODULES, PACKAGE, ROOT, circles, floor, imports, module_name
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 import ldm
+from ldm.analysis.oracle import AnalyticNet, gaussian
 from ldm.diffusion.prediction import denoised
 
 # From the bottom to the top. A module imports from its own floor and from the floors below it.

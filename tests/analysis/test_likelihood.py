@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from analytic import AnalyticNet, Mixture, gaussian, mixture
 
 from ldm.analysis.likelihood import bound_bits, flow_bits
+from ldm.analysis.oracle import AnalyticNet, Mixture, gaussian, mixture
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from analytic import mixture
 
+from ldm.analysis.oracle import mixture
 from ldm.analysis.plan import describe_grid, evaluations
 from ldm.diffusion.grid import SPACINGS, TimeGrid
 from ldm.diffusion.interfaces import Denoised

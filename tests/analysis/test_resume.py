@@ -6,10 +6,10 @@ import io
 
 import pytest
 import torch
-from analytic import gaussian
 from torch import Tensor
 
 from ldm.analysis.journal import Journal, journaled
+from ldm.analysis.oracle import gaussian
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.noise import initial_noise, keyed_noise

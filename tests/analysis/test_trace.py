@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tinymodel import tiny_model
-from tinyunclip import tiny_karlo, tiny_stable
+from tiny_latent_diffusion import tiny_model
+from tiny_unclip import tiny_karlo, tiny_stable
 
 import ldm
 from ldm.models.layers.attention import Attention, attention_control

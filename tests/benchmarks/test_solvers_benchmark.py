@@ -12,7 +12,7 @@ import solver_oracle
 import solver_plot
 import solvers
 import torch
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import unclip_error as benchmark
-from tinyunclip import tiny_kandinsky
+from tiny_unclip import tiny_kandinsky
 
 from ldm.conditioning.image_embedding import ImageEmbedding
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import unclip_quality as benchmark
 from emoji_quality import real
-from tinyunclip import pair, prior, tiny_karlo
+from tiny_unclip import clip_pair, prior_stage, tiny_karlo
 
 import ldm
 from ldm.conditioning.image_embedding import ImageEmbedding
@@ -44,7 +44,7 @@ class Perfect:
     neighbour."""
 
     def __init__(self, data, *, wrong: bool = False) -> None:
-        self.clip, self.data, self.wrong = pair("x"), data, wrong
+        self.clip, self.data, self.wrong = clip_pair("x"), data, wrong
         self.card = SimpleNamespace(decoder=SimpleNamespace(defaults=SimpleNamespace(height=64)))
 
     def imagine(self, prompts, **_) -> ImageEmbedding:
@@ -166,7 +166,11 @@ def test_all_figures_of_a_tiny_model_and_of_another_prior(folder, tmp_path, caps
     )  # pixels: nothing is lost but eight bits are never taken
     assert (tmp_path / "up.png").is_file()
     write_part(
-        tmp_path / "strange", "prior", prior(pipe.card).net, prior(pipe.card).net.config, clip="another"
+        tmp_path / "strange",
+        "prior",
+        prior_stage(pipe.card).net,
+        prior_stage(pipe.card).net.config,
+        clip="another",
     )
     with pytest.raises(ValueError, match="trained on 'another'"):
         benchmark.other_prior(pipe, tmp_path / "strange")

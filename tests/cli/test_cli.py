@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.__main__ import main

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from analytic import AnalyticNet, gaussian
 from torch import Tensor, nn
 
+from ldm.analysis.oracle import AnalyticNet, gaussian
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import PREDICTIONS

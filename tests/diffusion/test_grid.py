@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import k_sampling
+from k_diffusion_sampling import k_sampling
 
 from ldm.diffusion.grid import SPACINGS, TimeGrid
 from ldm.diffusion.schedule import NoiseSchedule

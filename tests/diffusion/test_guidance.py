@@ -1,8 +1,8 @@
 import pytest
 import torch
-from analytic import AnalyticNet, gaussian
 from torch import Tensor
 
+from ldm.analysis.oracle import AnalyticNet, gaussian
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.constraints import clip_x0, dynamic_threshold, keep_known
 from ldm.diffusion.denoiser import Denoiser

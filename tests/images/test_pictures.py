@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tinyunclip import pair
+from tiny_unclip import clip_pair
 
 from ldm.images.pixels import to_pixels
 
@@ -68,5 +68,8 @@ def test_a_picture_one_pixel_wide_is_read_and_clip_says_why_it_is_not_looked_at(
     pixels = to_pixels(path)
     assert pixels.shape == (1, 3, 300, 1)
     with pytest.raises(ValueError, match="next to nothing of 1×300"):
-        pair("x").image_embedding(pixels)
-    assert pair("x").image_embedding(to_pixels(np.zeros((5, 1, 3), dtype=np.uint8))).vector.shape == (1, 24)
+        clip_pair("x").image_embedding(pixels)
+    assert clip_pair("x").image_embedding(to_pixels(np.zeros((5, 1, 3), dtype=np.uint8))).vector.shape == (
+        1,
+        24,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
+from shared_weights import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
 from ldm.conditioning.bert import BertConditioner
 from ldm.models.text.bert import BertConfig, LDMBert

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from towers import TEXT, VISION, close, ids_for, randomize
+from clip_towers import TEXT, VISION, close, ids_for, randomize
 
 from ldm.models.clip.pixels import MEAN, STD, prepare
 from ldm.models.clip.towers import CLIP, CLIPConfig, TextTower

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from clip_towers import FULL, TEXT, VISION, close, ids_for, randomize, scaled
 from torch import Tensor, nn
-from towers import FULL, TEXT, VISION, close, ids_for, randomize, scaled
 
 from ldm.models.clip.pixels import prepare
 from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower

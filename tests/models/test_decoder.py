@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
+from shared_weights import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
 from ldm.catalog.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
 from ldm.diffusion.cond import Cond

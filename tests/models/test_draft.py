@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.draft import Draft, DraftConfig

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
-from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
+from shared_weights import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
 import ldm.models.vae
 import ldm.models.vq

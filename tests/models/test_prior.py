@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import PriorTransformer
-from twins import TOLERANCE, VISIBLE, error, fill
+from shared_weights import TOLERANCE, VISIBLE, error, fill
 
 from ldm.catalog.shapes import PRIORS
 from ldm.diffusion.cond import Cond

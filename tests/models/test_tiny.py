@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderTiny as Peer
-from twins import TOLERANCE, VISIBLE, error, twins
+from shared_weights import TOLERANCE, VISIBLE, error, twins
 
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from shared_weights import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 from test_decoder import FULL, IMAGE, KANDINSKY
 from test_parity_full import SD2
 from torch import nn
-from twins import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
 from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, UNETS, UPSAMPLERS
 from ldm.diffusion.cond import Cond

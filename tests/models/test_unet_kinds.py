@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
+from shared_weights import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
 from ldm.diffusion.cond import Cond
 from ldm.models.layers.embeddings import guidance_sinusoid, sinusoid, vector_condition

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import VQModel as Peer
-from twins import TOLERANCE, VISIBLE, error, rotate_qkv, twins
+from shared_weights import TOLERANCE, VISIBLE, error, rotate_qkv, twins
 
 from ldm.models.vq import Codebook, VQConfig, VQModel
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import family
 import pytest
+import reduced_families
 import torch
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 from torch import Tensor
 
 from ldm.diffusion.cond import Cond
@@ -26,7 +26,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return family.load(family.register("sd-v1-5", tmp_path_factory.mktemp("cards")).name)
+    return reduced_families.load(reduced_families.register("sd-v1-5", tmp_path_factory.mktemp("cards")).name)
 
 
 def picture(h: int = 32, w: int = 32, seed: int = 0) -> Tensor:

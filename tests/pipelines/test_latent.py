@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 from ldm import SAMPLERS, TimeGrid
 from ldm.diffusion.noise import initial_noise

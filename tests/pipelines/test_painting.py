@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import family
 import numpy as np
 import pytest
+import reduced_families
 import torch
 from PIL import Image
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 from torch import Tensor
 
 from ldm.diffusion.cond import Cond
@@ -57,7 +57,7 @@ def test_known_pixels_are_exact(pipe: Any, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("base", ["sd-v1-5", "sd-v1-5-inpainting", "ldm-inpainting-big", "ldm-celebahq"])
 def test_known_pixels_are_exact_in_published_families(base: str, tmp_path: Any) -> None:
-    model = family.load(family.register(base, tmp_path).name)
+    model = reduced_families.load(reduced_families.register(base, tmp_path).name)
     image, mask = picture(), hole()
     prompt = "a cat" if base.startswith("sd") else ""
     for made in (

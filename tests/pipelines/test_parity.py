@@ -1,7 +1,7 @@
-"""Whole pipelines against diffusers' over the same random weights and noise: every picture within 1/255 of
+"""Whole pipelines against diffusers' over the same random weights and noise: every image within 1/255 of
 theirs, pixel by pixel.
 
-At reduced width here; at full size (one picture of 64×64, 5 steps): python -m pytest
+At reduced width here; at full size (one image of 64×64, 5 steps): python -m pytest
 tests/pipelines/test_parity.py -m slow The full-size SDXL takes 14 GB of memory, which both pipelines share.
 """
 
@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peer import assert_equal, assert_filled, differ, hole, make, noise, peer, picture, scheduler
+from diffusers_pipelines import (
+    assert_equal,
+    assert_filled,
+    differ,
+    diffusers_pipeline,
+    diffusers_scheduler,
+    gradient_image,
+    random_pipeline,
+    rectangle_mask,
+    seeded_noise,
+)
 
 import ldm
 
@@ -32,12 +42,12 @@ SIZES = ["reduced", pytest.param("full", marks=pytest.mark.slow)]
     ],
 )
 def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_path: Path) -> None:
-    pipe, side = make(base, size, tmp_path)
-    theirs = peer(pipe, kind, tmp_path)
-    z = noise(pipe, side)
+    pipe, side = random_pipeline(base, size, tmp_path)
+    theirs = diffusers_pipeline(pipe, kind, tmp_path)
+    z = seeded_noise(pipe, side)
     results = {}
     for sampler in ("ddim", "euler"):
-        theirs.scheduler = scheduler(pipe, sampler)
+        theirs.scheduler = diffusers_scheduler(pipe, sampler)
         for negative in (NEGATIVE, ""):
             # without a negative prompt SDXL takes zeros, the others the empty text
             words = negative or (None if "XL" in kind else "")
@@ -82,17 +92,17 @@ def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_pat
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path) -> None:
-    pipe, side = make("sd-v1-5", size, tmp_path)
-    theirs = peer(pipe, "StableDiffusionImg2ImgPipeline", tmp_path)
-    theirs.scheduler = scheduler(pipe, sampler)
+    pipe, side = random_pipeline("sd-v1-5", size, tmp_path)
+    theirs = diffusers_pipeline(pipe, "StableDiffusionImg2ImgPipeline", tmp_path)
+    theirs.scheduler = diffusers_scheduler(pipe, sampler)
     generator = torch.Generator().manual_seed(5)
-    shape = noise(pipe, side).shape
+    shape = seeded_noise(pipe, side).shape
     # the peer draws first for the posterior (which has no spread), then the noise
     torch.randn(shape, generator=generator)
     z = torch.randn(shape, generator=generator)
     expected = theirs(
         PROMPT,
-        image=picture(side),
+        image=gradient_image(side),
         strength=0.6,
         num_inference_steps=STEPS,
         guidance_scale=5.0,
@@ -102,7 +112,7 @@ def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path
     ).images
     got = pipe.image_to_image(
         PROMPT,
-        picture(side),
+        gradient_image(side),
         strength=0.6,
         steps=STEPS,
         guidance=5.0,
@@ -112,7 +122,10 @@ def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path
         progress=False,
     )
     assert (
-        len(pipe.image_to_image(PROMPT, picture(side), strength=0.6, steps=STEPS, progress=False).seeds) == 1
+        len(
+            pipe.image_to_image(PROMPT, gradient_image(side), strength=0.6, steps=STEPS, progress=False).seeds
+        )
+        == 1
     )
     assert got.recipe["steps"] == 3
     assert_equal(got.tensor, expected)
@@ -121,14 +134,14 @@ def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 def test_nine_channel_inpainting_equals_the_peers(sampler: str, size: str, tmp_path: Path) -> None:
-    pipe, side = make("sd-v1-5-inpainting", size, tmp_path)
-    theirs = peer(pipe, "StableDiffusionInpaintPipeline", tmp_path)
-    theirs.scheduler = scheduler(pipe, sampler)
-    z = noise(pipe, side)
+    pipe, side = random_pipeline("sd-v1-5-inpainting", size, tmp_path)
+    theirs = diffusers_pipeline(pipe, "StableDiffusionInpaintPipeline", tmp_path)
+    theirs.scheduler = diffusers_scheduler(pipe, sampler)
+    z = seeded_noise(pipe, side)
     expected = theirs(
         PROMPT,
-        image=picture(side),
-        mask_image=hole(side),
+        image=gradient_image(side),
+        mask_image=rectangle_mask(side),
         strength=1.0,
         num_inference_steps=STEPS,
         guidance_scale=5.0,
@@ -149,20 +162,23 @@ def test_nine_channel_inpainting_equals_the_peers(sampler: str, size: str, tmp_p
     }
     options["seam"] = 0  # the peer corrects no border
     assert_filled(
-        pipe.inpaint(PROMPT, picture(side), hole(side), **options).tensor, expected, picture(side), hole(side)
+        pipe.inpaint(PROMPT, gradient_image(side), rectangle_mask(side), **options).tensor,
+        expected,
+        gradient_image(side),
+        rectangle_mask(side),
     )
-    other = pipe.inpaint(NEGATIVE, picture(side), hole(side), **options).tensor
-    assert differ(other * hole(side), expected * hole(side))
+    other = pipe.inpaint(NEGATIVE, gradient_image(side), rectangle_mask(side), **options).tensor
+    assert differ(other * rectangle_mask(side), expected * rectangle_mask(side))
 
 
 def test_a_folder_that_we_write_is_one_that_the_peer_reads(tmp_path: Path) -> None:
     import diffusers
 
-    pipe, side = make("sd-v1-5", "reduced", tmp_path)
+    pipe, side = random_pipeline("sd-v1-5", "reduced", tmp_path)
     folder = ldm.save(pipe, tmp_path / "folder", layout="diffusers")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
-    z = noise(pipe, side)
+    z = seeded_noise(pipe, side)
     expected = theirs(
         PROMPT,
         num_inference_steps=STEPS,

@@ -8,15 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from peer import assert_equal, assert_filled, differ, hole, make, noise, peer, picture, scheduler
+from diffusers_pipelines import (
+    assert_equal,
+    assert_filled,
+    differ,
+    diffusers_pipeline,
+    diffusers_scheduler,
+    gradient_image,
+    random_pipeline,
+    rectangle_mask,
+    seeded_noise,
+)
 
 PROMPT, NEGATIVE = "a red apple on a table, oil painting", "blurry"
 OURS: dict[str, Any] = {"progress": False}
 
 
 def test_distilled_models_without_guidance(tmp_path: Path) -> None:
-    pipe, side = make("sd-turbo", "reduced", tmp_path)
-    theirs, z = peer(pipe, "StableDiffusionPipeline", tmp_path), noise(pipe, 32)
+    pipe, side = random_pipeline("sd-turbo", "reduced", tmp_path)
+    theirs, z = diffusers_pipeline(pipe, "StableDiffusionPipeline", tmp_path), seeded_noise(pipe, 32)
     expected = theirs(
         PROMPT,
         num_inference_steps=1,
@@ -32,8 +42,8 @@ def test_distilled_models_without_guidance(tmp_path: Path) -> None:
 
 
 def test_consistency_models_with_guidance_as_an_input(tmp_path: Path) -> None:
-    pipe, side = make("lcm-sd-v1-5", "reduced", tmp_path)
-    theirs, z = peer(pipe, "LatentConsistencyModelPipeline", tmp_path), noise(pipe, 32)
+    pipe, side = random_pipeline("lcm-sd-v1-5", "reduced", tmp_path)
+    theirs, z = diffusers_pipeline(pipe, "LatentConsistencyModelPipeline", tmp_path), seeded_noise(pipe, 32)
     results = {}
     for scale in (8.5, 3.0):
         expected = theirs(
@@ -51,13 +61,16 @@ def test_consistency_models_with_guidance_as_an_input(tmp_path: Path) -> None:
 
 
 def test_instructions(tmp_path: Path) -> None:
-    pipe, side = make("instruct-pix2pix", "reduced", tmp_path)
-    theirs, z = peer(pipe, "StableDiffusionInstructPix2PixPipeline", tmp_path), noise(pipe, 32)
+    pipe, side = random_pipeline("instruct-pix2pix", "reduced", tmp_path)
+    theirs, z = (
+        diffusers_pipeline(pipe, "StableDiffusionInstructPix2PixPipeline", tmp_path),
+        seeded_noise(pipe, 32),
+    )
     for sampler in ("ddim", "euler"):
-        theirs.scheduler = scheduler(pipe, sampler)
+        theirs.scheduler = diffusers_scheduler(pipe, sampler)
         expected = theirs(
             "make it blue",
-            image=picture(side),
+            image=gradient_image(side),
             num_inference_steps=5,
             guidance_scale=6.0,
             image_guidance_scale=1.5,
@@ -74,22 +87,24 @@ def test_instructions(tmp_path: Path) -> None:
             **OURS,
         }
         assert_equal(
-            pipe.instruct("make it blue", picture(side), image_guidance=1.5, **options).tensor, expected
+            pipe.instruct("make it blue", gradient_image(side), image_guidance=1.5, **options).tensor,
+            expected,
         )
         assert differ(
-            pipe.instruct("make it blue", picture(side), image_guidance=1.0, **options).tensor, expected
+            pipe.instruct("make it blue", gradient_image(side), image_guidance=1.0, **options).tensor,
+            expected,
         )
 
 
 def test_the_refiner_with_its_aesthetic_scores(tmp_path: Path) -> None:
-    pipe, side = make("sdxl-refiner", "reduced", tmp_path)
-    theirs = peer(pipe, "StableDiffusionXLImg2ImgPipeline", tmp_path)
-    generator, shape = torch.Generator().manual_seed(5), noise(pipe, side).shape
+    pipe, side = random_pipeline("sdxl-refiner", "reduced", tmp_path)
+    theirs = diffusers_pipeline(pipe, "StableDiffusionXLImg2ImgPipeline", tmp_path)
+    generator, shape = torch.Generator().manual_seed(5), seeded_noise(pipe, side).shape
     torch.randn(shape, generator=generator)  # the peer draws first for the posterior, which has no spread
     z = torch.randn(shape, generator=generator)
     expected = theirs(
         PROMPT,
-        image=picture(side),
+        image=gradient_image(side),
         strength=0.6,
         num_inference_steps=5,
         guidance_scale=5.0,
@@ -98,20 +113,22 @@ def test_the_refiner_with_its_aesthetic_scores(tmp_path: Path) -> None:
         output_type="pt",
     ).images
     options = {"strength": 0.6, "steps": 5, "guidance": 5.0, "negative": NEGATIVE, "latents": z, **OURS}
-    assert_equal(pipe.image_to_image(PROMPT, picture(side), **options).tensor, expected)
+    assert_equal(pipe.image_to_image(PROMPT, gradient_image(side), **options).tensor, expected)
     assert differ(
-        pipe.image_to_image(PROMPT, picture(side), sizes={"negative_aesthetic": 6.0}, **options).tensor,
+        pipe.image_to_image(
+            PROMPT, gradient_image(side), sizes={"negative_aesthetic": 6.0}, **options
+        ).tensor,
         expected,
     )
 
 
 def test_sdxl_inpainting(tmp_path: Path) -> None:
-    pipe, side = make("sdxl-inpainting", "reduced", tmp_path)
-    theirs, z = peer(pipe, "StableDiffusionXLInpaintPipeline", tmp_path), noise(pipe, 32)
+    pipe, side = random_pipeline("sdxl-inpainting", "reduced", tmp_path)
+    theirs, z = diffusers_pipeline(pipe, "StableDiffusionXLInpaintPipeline", tmp_path), seeded_noise(pipe, 32)
     expected = theirs(
         PROMPT,
-        image=picture(side),
-        mask_image=hole(side),
+        image=gradient_image(side),
+        mask_image=rectangle_mask(side),
         strength=1.0,
         num_inference_steps=5,
         guidance_scale=5.0,
@@ -124,18 +141,18 @@ def test_sdxl_inpainting(tmp_path: Path) -> None:
     ).images
     options = {"steps": 5, "guidance": 5.0, "negative": NEGATIVE, "latents": z, **OURS}
     assert_filled(
-        pipe.inpaint(PROMPT, picture(side), hole(side), seam=0, **options).tensor,
+        pipe.inpaint(PROMPT, gradient_image(side), rectangle_mask(side), seam=0, **options).tensor,
         expected,
-        picture(side),
-        hole(side),
+        gradient_image(side),
+        rectangle_mask(side),
     )
 
 
 def test_the_upscaler_with_its_level_of_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, _ = make("sd-x4-upscaler", "reduced", tmp_path)
-    theirs, low = peer(pipe, "StableDiffusionUpscalePipeline", tmp_path), picture(8)
+    pipe, _ = random_pipeline("sd-x4-upscaler", "reduced", tmp_path)
+    theirs, low = diffusers_pipeline(pipe, "StableDiffusionUpscalePipeline", tmp_path), gradient_image(8)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    # the noise on the small picture is the peer's, whose generator draws it first
+    # the noise on the small image is the peer's, whose generator draws it first
     drawn = torch.randn(low.shape, generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr("ldm.pipelines.editing.keyed_normal", lambda seed, k, shape: drawn[0])
     results = {}

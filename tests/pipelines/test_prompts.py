@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.pipelines.call import UnknownWords

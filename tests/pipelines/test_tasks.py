@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import family
 import numpy as np
 import pytest
+import reduced_families
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(base: str) -> Any:
         if base not in made:
-            made[base] = family.load(family.register(base, folder).name)
+            made[base] = reduced_families.load(reduced_families.register(base, folder).name)
         return made[base]
 
     return get

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tinyunclip import PRIOR, E, net, pair, tiny_kandinsky, tiny_karlo, tiny_stable
+from tiny_unclip import PRIOR, E, clip_pair, random_network, tiny_kandinsky, tiny_karlo, tiny_stable
 
 from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.diffusion.cond import Cond
@@ -90,14 +90,16 @@ def test_embeddings_of_another_clip_width_or_length_are_refused(karlo):
 
 
 def test_prior_and_decoder_of_two_clips_are_not_combined(karlo):
-    stranger = PriorStage(net(PRIOR, 3), karlo.card.prior, clip="laion/ViT-L-14")
+    stranger = PriorStage(random_network(PRIOR, 3), karlo.card.prior, clip="laion/ViT-L-14")
     with pytest.raises(ValueError, match="its prior on those of 'laion/ViT-L-14'"):
         UnCLIP(clip=karlo.clip, prior=stranger, decoder=karlo.decoder, card=karlo.card)
-    narrow = PriorStage(net(replace(PRIOR, embed_dim=8), 3), karlo.card.prior, clip=karlo.card.clip)
+    narrow = PriorStage(
+        random_network(replace(PRIOR, embed_dim=8), 3), karlo.card.prior, clip=karlo.card.clip
+    )
     with pytest.raises(ValueError, match="one width, got"):
         UnCLIP(clip=karlo.clip, prior=narrow, decoder=karlo.decoder, card=karlo.card)
     with pytest.raises(ValueError, match="the texts are read by"):
-        stranger(pair("openai/ViT-L-14"), stranger.settle("a", progress=False))
+        stranger(clip_pair("openai/ViT-L-14"), stranger.settle("a", progress=False))
     alone = UnCLIP(clip=karlo.clip, prior=None, decoder=karlo.decoder, card=karlo.card)
     with pytest.raises(ValueError, match="has no prior"):
         alone.text_to_image("a", **FAST)

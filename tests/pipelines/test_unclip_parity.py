@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
+import diffusers_unclip_pipelines as peers
 import pytest
 import torch
-import unclippeers as peers
-from tinyunclip import E, tiny_kandinsky, tiny_kandinsky21, tiny_karlo, tiny_stable
+from tiny_unclip import E, tiny_kandinsky, tiny_kandinsky21, tiny_karlo, tiny_stable
 
 from ldm.pipelines.stages.stage import AUGMENT, PRIOR, STEPS, UPSAMPLE, first_noise, stage_noise
 

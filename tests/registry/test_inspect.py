@@ -6,11 +6,11 @@ import math
 import shutil
 from pathlib import Path
 
-import hostile
-import originals
+import malicious_files
+import original_keys
 import pytest
 import torch
-from sparse import sd1_file, sparse
+from sparse_files import sd1_shapes, sparse_file
 
 from ldm.models.unet import UNet, UNetConfig
 from ldm.registry.inspection import Candidate, inspect
@@ -31,7 +31,7 @@ def cards(found: Detection) -> list[Candidate]:
 
 
 def test_a_full_size_file(tmp_path: Path) -> None:
-    path = sparse(tmp_path / "sd.safetensors", sd1_file())
+    path = sparse_file(tmp_path / "sd.safetensors", sd1_shapes())
     report = inspect(path, candidates=cards, digest=False)
     assert report.found is not None
     assert report.found.name == "sd1"
@@ -60,7 +60,7 @@ def test_a_full_size_file(tmp_path: Path) -> None:
 
 
 def test_a_file_is_compared_with_every_card_of_its_family(tmp_path: Path) -> None:
-    report = inspect(sparse(tmp_path / "sd.safetensors", sd1_file()), digest=False)
+    report = inspect(sparse_file(tmp_path / "sd.safetensors", sd1_shapes()), digest=False)
     (fits,) = report.fits.values()
     assert list(report.fits) == ["sd-v1-1, sd-v1-2, sd-v1-3, sd-v1-4, sd-v1-5"]
     assert (
@@ -70,7 +70,7 @@ def test_a_file_is_compared_with_every_card_of_its_family(tmp_path: Path) -> Non
 
 
 def test_averages_missing_and_stray_tensors_are_told(tmp_path: Path) -> None:
-    keys = sd1_file()
+    keys = sd1_shapes()
     averaged = {
         f"model_ema.{key.removeprefix('model.').replace('.', '')}": shape
         for key, shape in keys.items()
@@ -78,7 +78,7 @@ def test_averages_missing_and_stray_tensors_are_told(tmp_path: Path) -> None:
     }
     lost = keys.pop("model.diffusion_model.out.2.bias")
     report = inspect(
-        sparse(tmp_path / "sd.safetensors", keys | averaged | {"odd.thing": lost}),
+        sparse_file(tmp_path / "sd.safetensors", keys | averaged | {"odd.thing": lost}),
         candidates=cards,
         digest=False,
     )
@@ -91,12 +91,12 @@ def test_averages_missing_and_stray_tensors_are_told(tmp_path: Path) -> None:
 def test_pickles_are_listed_and_never_executed(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     for legacy in (False, True):
-        report = inspect(hostile.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy))
+        report = inspect(malicious_files.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy))
         assert report.unsafe == ("posix.mkdir",)
         assert "UNSAFE: posix.mkdir" in report.text()
         assert any("refused" in problem for problem in report.problems)
         assert not mark.exists()
-    report = inspect(hostile.plain_pickle(tmp_path / "plain.pkl", hostile.Canary(mark)))
+    report = inspect(malicious_files.plain_pickle(tmp_path / "plain.pkl", malicious_files.Canary(mark)))
     assert report.unsafe == ("posix.mkdir",)
     assert not mark.exists()
     torch.save(
@@ -138,23 +138,23 @@ def test_folders(tmp_path: Path) -> None:
         '{"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "flag": true}'
     )
     for name, keys in (
-        ("unet", originals.unet(originals.UNETS["sd1"][0])),
-        ("vae", originals.vae(originals.VAES["kl-f8"][0])),
+        ("unet", original_keys.unet(original_keys.UNETS["sd1"][0])),
+        ("vae", original_keys.vae(original_keys.VAES["kl-f8"][0])),
     ):
         (tmp_path / name).mkdir()
-        sparse(tmp_path / name / "diffusion_pytorch_model.safetensors", keys)
+        sparse_file(tmp_path / name / "diffusion_pytorch_model.safetensors", keys)
     report = inspect(tmp_path, digest=False)
     assert report.found is not None
     assert report.found.name == "sd1"
     assert {part.name: part.parameters for part in report.parts} == {"unet": 859_520_964, "vae": 83_653_863}
     assert report.values == {"class": "P", "flag": True}
     assert report.size == sum(
-        math.prod(s) * 2 for s in originals.unet(originals.UNETS["sd1"][0]).values()
+        math.prod(s) * 2 for s in original_keys.unet(original_keys.UNETS["sd1"][0]).values()
     ) + 2 * 83_653_863 + headers(tmp_path)
     mark = tmp_path / "executed"
     shutil.rmtree(tmp_path / "vae")
     (tmp_path / "vae").mkdir()
-    hostile.canary_ckpt(tmp_path / "vae" / "diffusion_pytorch_model.bin", mark)
+    malicious_files.canary_ckpt(tmp_path / "vae" / "diffusion_pytorch_model.bin", mark)
     report = inspect(tmp_path, digest=False)
     assert report.unsafe == ("vae/diffusion_pytorch_model.bin: posix.mkdir",)
     assert any("diffusion_pytorch_model.bin" in problem for problem in report.problems)

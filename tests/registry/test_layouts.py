@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import family
 import pytest
+import reduced_families
 import torch
-from family import NETWORKS
+from reduced_families import NETWORKS
 
 import ldm
 from ldm.registry.inspection import inspect
@@ -29,8 +29,8 @@ def assert_same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("base", NETWORKS)
 def test_a_model_written_in_every_layout_comes_back_bit_for_bit(base: str, tmp_path: Path) -> None:
-    card = family.register(base, tmp_path)
-    pipe = family.load(card.name)
+    card = reduced_families.register(base, tmp_path)
+    pipe = reduced_families.load(card.name)
     if base == "ldm-lsun-churches":
         pipe.latent_scale = 0.8127  # this model's file states it
     options = {"vocabulary": tmp_path / "native" / "vocab.txt"} if "text2img" in base else {}
@@ -45,18 +45,18 @@ def test_a_model_written_in_every_layout_comes_back_bit_for_bit(base: str, tmp_p
             assert not path.exists()
             continue
         assert ldm.save(pipe, path, layout=layout) == path
-        again = family.load(card.name, weights=path, **options)
+        again = reduced_families.load(card.name, weights=path, **options)
         assert_same(pipe, again)
         assert again.card == card
-    half = family.load(card.name, weights=tmp_path / "one.safetensors", dtype="bfloat16", **options)
+    half = reduced_families.load(card.name, weights=tmp_path / "one.safetensors", dtype="bfloat16", **options)
     assert {p.dtype for network in half.networks().values() for p in network.parameters()} == {torch.bfloat16}
     for name, p in pipe.denoiser.net.state_dict().items():
         assert torch.equal(half.denoiser.net.state_dict()[name], p.to(torch.bfloat16))
 
 
 def test_random_weights_are_the_same_every_time_and_leave_nothing_at_zero_or_one(tmp_path: Path) -> None:
-    card = family.register("sdxl-base", tmp_path)
-    a, b = family.load(card.name), family.load(card.name)
+    card = reduced_families.register("sdxl-base", tmp_path)
+    a, b = reduced_families.load(card.name), reduced_families.load(card.name)
     assert_same(a, b)
     for part, network in a.networks().items():
         for name, p in network.named_parameters():
@@ -81,35 +81,39 @@ def with_ema(path: Path, target: Path) -> Path:
 
 
 def test_averaged_weights_by_choice(tmp_path: Path) -> None:
-    card = family.register("sd-v1-5", tmp_path)
-    pipe = family.load(card.name)
+    card = reduced_families.register("sd-v1-5", tmp_path)
+    pipe = reduced_families.load(card.name)
     plain = ldm.save(pipe, tmp_path / "plain.safetensors", layout="original")
     both = with_ema(plain, tmp_path / "both.safetensors")
     own = pipe.denoiser.net.conv_in.weight
     for ema, factor in ((None, 2), (True, 2), (False, 1)):
         assert torch.equal(
-            family.load(card.name, weights=both, ema=ema).denoiser.net.conv_in.weight, factor * own
+            reduced_families.load(card.name, weights=both, ema=ema).denoiser.net.conv_in.weight, factor * own
         )
     with pytest.raises(ValueError, match="no averaged"):
-        family.load(card.name, weights=plain, ema=True)
+        reduced_families.load(card.name, weights=plain, ema=True)
 
 
 def test_a_checkpoint_is_read_by_the_restricted_reader(tmp_path: Path) -> None:
-    card = family.register("sd-v1-5", tmp_path)
-    pipe = family.load(card.name)
+    card = reduced_families.register("sd-v1-5", tmp_path)
+    pipe = reduced_families.load(card.name)
     state = dict(read_safetensors(ldm.save(pipe, tmp_path / "a.safetensors", layout="original")))
     torch.save({"state_dict": state, "global_step": 840_000}, tmp_path / "a.ckpt")
-    assert_same(pipe, family.load(card.name, weights=tmp_path / "a.ckpt"))
+    assert_same(pipe, reduced_families.load(card.name, weights=tmp_path / "a.ckpt"))
 
 
 def test_half_files_and_variants(tmp_path: Path) -> None:
-    card = family.register("sd-v1-5", tmp_path)
-    pipe = family.load(card.name, dtype="float16")
+    card = reduced_families.register("sd-v1-5", tmp_path)
+    pipe = reduced_families.load(card.name, dtype="float16")
     assert next(pipe.vae.parameters()).dtype == torch.float32  # autoencoders overflow in float16
-    ldm.save(family.load(card.name), tmp_path / "half.safetensors", layout="original", dtype="float16")
+    ldm.save(
+        reduced_families.load(card.name), tmp_path / "half.safetensors", layout="original", dtype="float16"
+    )
     infos, _ = read_header(tmp_path / "half.safetensors")
     assert {info.dtype for info in infos.values()} == {torch.float16}
-    folder = ldm.save(family.load(card.name), tmp_path / "folder", layout="diffusers", dtype="float16")
+    folder = ldm.save(
+        reduced_families.load(card.name), tmp_path / "folder", layout="diffusers", dtype="float16"
+    )
     for part, stem in (
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
@@ -118,30 +122,30 @@ def test_half_files_and_variants(tmp_path: Path) -> None:
         (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
     for options in ({"variant": "fp16"}, {}):
         assert_same(
-            family.load(card.name, weights=folder, **options),
-            family.load(card.name, weights=tmp_path / "half.safetensors"),
+            reduced_families.load(card.name, weights=folder, **options),
+            reduced_families.load(card.name, weights=tmp_path / "half.safetensors"),
         )
     with pytest.raises(FileNotFoundError, match="no variant 'bf16'"):
-        family.load(card.name, weights=folder, variant="bf16")
+        reduced_families.load(card.name, weights=folder, variant="bf16")
 
 
 def test_keys_cannot_tell_eps_from_v_so_the_caller_says(tmp_path: Path) -> None:
-    card = family.register("sd-v2-1", tmp_path)
-    folder = ldm.save(family.load(card.name), tmp_path / "v", layout="diffusers")
-    assert family.load(card.name, weights=folder).denoiser.prediction == "v"
+    card = reduced_families.register("sd-v2-1", tmp_path)
+    folder = ldm.save(reduced_families.load(card.name), tmp_path / "v", layout="diffusers")
+    assert reduced_families.load(card.name, weights=folder).denoiser.prediction == "v"
     with pytest.raises(ValueError, match="prediction_type v_prediction, expected epsilon"):
-        family.load(card.name, weights=folder, prediction="eps")
-    one = ldm.save(family.load(card.name), tmp_path / "v.safetensors", layout="original")
-    assert family.load(card.name, weights=one, prediction="eps").denoiser.prediction == "eps"
+        reduced_families.load(card.name, weights=folder, prediction="eps")
+    one = ldm.save(reduced_families.load(card.name), tmp_path / "v.safetensors", layout="original")
+    assert reduced_families.load(card.name, weights=one, prediction="eps").denoiser.prediction == "eps"
     state = dict(read_safetensors(one))
     torch.save({"state_dict": state, "global_step": 875_000}, tmp_path / "base.ckpt")
     with pytest.warns(UserWarning, match="global_step 875000 is that of a model which predicts eps"):
-        family.load(card.name, weights=tmp_path / "base.ckpt")
+        reduced_families.load(card.name, weights=tmp_path / "base.ckpt")
 
 
 def test_a_second_block_that_sd2_does_not_run_is_left_out(tmp_path: Path) -> None:
-    card = family.register("sd-v2-1", tmp_path)
-    pipe = family.load(card.name)
+    card = reduced_families.register("sd-v2-1", tmp_path)
+    pipe = reduced_families.load(card.name)
     state = dict(read_safetensors(ldm.save(pipe, tmp_path / "a.safetensors", layout="original")))
     prefix = "cond_stage_model.model."
     last = {
@@ -152,12 +156,12 @@ def test_a_second_block_that_sd2_does_not_run_is_left_out(tmp_path: Path) -> Non
     extra = {f"{prefix}text_projection": torch.zeros(32, 32), f"{prefix}logit_scale": torch.tensor(1.0)}
     write_safetensors(tmp_path / "b.safetensors", state | last | extra)
     assert len(last) == 12
-    assert_same(pipe, family.load(card.name, weights=tmp_path / "b.safetensors"))
+    assert_same(pipe, reduced_families.load(card.name, weights=tmp_path / "b.safetensors"))
 
 
 def test_heads_that_the_keys_do_not_show_are_checked_in_folders(tmp_path: Path) -> None:
-    card = family.register("sd-v1-5", tmp_path)
-    folder = ldm.save(family.load(card.name), tmp_path / "folder", layout="diffusers")
+    card = reduced_families.register("sd-v1-5", tmp_path)
+    folder = ldm.save(reduced_families.load(card.name), tmp_path / "folder", layout="diffusers")
     config = folder / "unet" / "config.json"
     config.write_text(
         config.read_text()
@@ -165,25 +169,25 @@ def test_heads_that_the_keys_do_not_show_are_checked_in_folders(tmp_path: Path) 
         .replace("4,\n    4\n", "8,\n    8\n")
     )
     with pytest.raises(ValueError, match=r"attention_head_dim \[8, 8\], expected \[4, 4\]"):
-        family.load(card.name, weights=folder)
+        reduced_families.load(card.name, weights=folder)
 
 
 def test_inspect_names_the_parts_of_what_was_written(tmp_path: Path) -> None:
-    card = family.register("sd-v1-5", tmp_path)
-    ldm.save(family.load(card.name), tmp_path / "folder", layout="diffusers")
+    card = reduced_families.register("sd-v1-5", tmp_path)
+    ldm.save(reduced_families.load(card.name), tmp_path / "folder", layout="diffusers")
     assert {part.name for part in inspect(tmp_path / "folder").parts} == {"unet", "vae", "text_encoder"}
 
 
 def test_layouts_are_refused_by_name_and_where_they_do_not_fit(tmp_path: Path) -> None:
-    from tinymodel import tiny_model
+    from tiny_latent_diffusion import tiny_model
 
     pipe = tiny_model()
     with pytest.raises(ValueError, match="did you mean 'original'"):
         ldm.save(pipe, tmp_path / "x", layout="orginal")
     with pytest.raises(ValueError, match="published families"):
         ldm.save(pipe, tmp_path / "x", layout="diffusers")
-    card = family.register("sd-v1-5", tmp_path)
+    card = reduced_families.register("sd-v1-5", tmp_path)
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-        ldm.save(family.load(card.name), tmp_path / "x.ckpt", layout="original")
+        ldm.save(reduced_families.load(card.name), tmp_path / "x.ckpt", layout="original")
     with pytest.raises(ValueError, match="no place for facts: figures"):
-        ldm.save(family.load(card.name), tmp_path / "x.safetensors", layout="original", figures=1)
+        ldm.save(reduced_families.load(card.name), tmp_path / "x.safetensors", layout="original", figures=1)

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import family
-import hostile
-import originals
+import malicious_files
+import original_keys
 import pytest
+import reduced_families
 import torch
-from sparse import sd1_file, sparse
+from sparse_files import sd1_shapes, sparse_file
 
 import ldm
 from ldm.__main__ import main
@@ -25,8 +25,8 @@ from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A card and a folder with its model as one.safetensors, one.ckpt and a folder of diffusers."""
     before, path = dict(REGISTERED), tmp_path_factory.mktemp("good")
-    name = family.register("sd-v1-5", path).name
-    pipe = family.load(name)
+    name = reduced_families.register("sd-v1-5", path).name
+    pipe = reduced_families.load(name)
     one = ldm.save(pipe, path / "one.safetensors", layout="original", dtype="float16")
     torch.save({"state_dict": dict(read_safetensors(one)), "global_step": 7}, path / "one.ckpt")
     ldm.save(pipe, path / "folder", layout="diffusers", dtype="float16")
@@ -42,7 +42,7 @@ def test_good_files_pass_and_touch_no_network(
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     for file in ("one.safetensors", "one.ckpt", "folder"):
         assert (
-            family.load(name, weights=path / file)
+            reduced_families.load(name, weights=path / file)
             .text_to_image("a cat", progress=False)
             .tensor.isfinite()
             .all()
@@ -55,7 +55,7 @@ def test_good_files_pass_and_touch_no_network(
 def refused(name: str, path: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
     """The file is refused by load with a reason that names it, and by the command line in one line."""
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        family.load(name, weights=path)
+        reduced_families.load(name, weights=path)
     assert path.name in str(error.value)
     capsys.readouterr()
     assert main(["a cat", "--model", name, "--weights", str(path), "-o", str(path.parent / "out.png")]) == 2
@@ -69,12 +69,12 @@ def test_a_pickle_that_would_run_code(
 ) -> None:
     mark = tmp_path / "executed"
     for legacy in (False, True):
-        path = hostile.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy)
+        path = malicious_files.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy)
         refused(good[0], path, capsys, "might run code. Nothing was executed")
         assert main(["inspect", str(path)]) == 1
         assert "UNSAFE: posix.mkdir" in capsys.readouterr().out
         assert not mark.exists()
-    torch.load(hostile.canary_ckpt(tmp_path / "bad.ckpt", mark), weights_only=False)
+    torch.load(malicious_files.canary_ckpt(tmp_path / "bad.ckpt", mark), weights_only=False)
     assert mark.exists()  # the canary sings for a reader that trusts it
 
 
@@ -97,7 +97,7 @@ def damaged(good: tuple[str, Path], tmp_path: Path, kind: str) -> Path:
         text = json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     elif kind == "zip bomb":
-        hostile.repacked(ckpt, path, compress=True)
+        malicious_files.repacked(ckpt, path, compress=True)
     else:
         state = {key: tensor.clone() for key, tensor in read_safetensors(one).items()}
         state["model.diffusion_model.out.2.bias"][0] = float("nan")
@@ -142,7 +142,8 @@ def test_a_missing_shard_and_a_missing_part(
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (unet / "diffusion_pytorch_model.safetensors").unlink()
     assert torch.equal(
-        family.load(good[0], weights=folder).denoiser.net.conv_in.weight, state["conv_in.weight"].float()
+        reduced_families.load(good[0], weights=folder).denoiser.net.conv_in.weight,
+        state["conv_in.weight"].float(),
     )  # whole, it loads
     (unet / names[1]).unlink()
     refused(good[0], folder, capsys, names[1])
@@ -153,7 +154,7 @@ def test_a_missing_shard_and_a_missing_part(
 def test_weights_of_another_family(
     good: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = sparse(tmp_path / "sd.safetensors", sd1_file())
+    path = sparse_file(tmp_path / "sd.safetensors", sd1_shapes())
     refused(
         "sdxl-base",
         path,
@@ -161,8 +162,9 @@ def test_weights_of_another_family(
         r"is a file of the family sd1 \(Stable Diffusion 1\.x.*expected one of sdxl .*; the cards for it:"
         r" .*sd-v1-5",
     )
-    inpaint = sparse(
-        tmp_path / "nine.safetensors", sd1_file("sd1-inpaint") if "sd1-inpaint" in originals.UNETS else nine()
+    inpaint = sparse_file(
+        tmp_path / "nine.safetensors",
+        sd1_shapes("sd1-inpaint") if "sd1-inpaint" in original_keys.UNETS else nine(),
     )
     refused(
         "sd-v1-5",
@@ -171,7 +173,7 @@ def test_weights_of_another_family(
         "is a file of the family sd1-inpainting .*; the cards for it: sd-v1-5-inpainting",
     )
     with pytest.raises(ValueError, match=r"one\.safetensors"):  # shapes of a card of one's own: they decide
-        family.load("sd-v1-5", weights=good[1] / "one.safetensors")
+        reduced_families.load("sd-v1-5", weights=good[1] / "one.safetensors")
     write_safetensors(
         tmp_path / "lora.safetensors",
         {"a.lora_down.weight": torch.zeros(2, 2), "a.lora_up.weight": torch.zeros(2, 2)},
@@ -181,7 +183,7 @@ def test_weights_of_another_family(
 
 
 def nine() -> dict[str, tuple[int, ...]]:
-    return sd1_file() | {"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)}
+    return sd1_shapes() | {"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)}
 
 
 def test_files_that_hold_a_part_alone(good: tuple[str, Path], tmp_path: Path) -> None:
@@ -191,12 +193,12 @@ def test_files_that_hold_a_part_alone(good: tuple[str, Path], tmp_path: Path) ->
         tmp_path / "unet.safetensors", {key: t.clone() for key, t in state.items() if key.startswith(prefix)}
     )
     with pytest.raises(ValueError, match=r"unet\.safetensors' holds unet, and no vae, text"):
-        family.load(good[0], weights=tmp_path / "unet.safetensors")
+        reduced_families.load(good[0], weights=tmp_path / "unet.safetensors")
     with pytest.raises(FileNotFoundError, match="weights of one part alone"):
-        family.load(good[0], weights=good[1] / "folder" / "unet")
+        reduced_families.load(good[0], weights=good[1] / "folder" / "unet")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="neither model_index.json"):
-        family.load(good[0], weights=tmp_path / "empty")
+        reduced_families.load(good[0], weights=tmp_path / "empty")
 
 
 def test_an_autoencoder_alone(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.weights.formats.native_folder import about_part

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 from ldm.models.clip.towers import VisionConfig
 from ldm.models.meta import on_meta

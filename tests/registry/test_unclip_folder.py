@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from tinyunclip import tiny_kandinsky, tiny_karlo, tiny_stable
+from tiny_unclip import tiny_kandinsky, tiny_karlo, tiny_stable
 
 import ldm
 from ldm.catalog.lookup import read_card

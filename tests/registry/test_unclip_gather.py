@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from familyunclip import load
-from tinyunclip import TEXT, VISION, E, net
+from reduced_unclip_families import load
+from tiny_unclip import TEXT, VISION, E, random_network
 
 import ldm
 from ldm.__main__ import main
@@ -68,18 +68,23 @@ AUTOREGRESSIVE = AutoregressiveConfig(
 
 def exports(place: Path, *, autoregressive: bool = False) -> tuple[dict[str, str], str]:
     """The folders of the parts, and the name of their CLIP."""
-    write_part(place / "clip", "vision", net(VISION, 2), VISION)
+    write_part(place / "clip", "vision", random_network(VISION, 2), VISION)
     clip = f"emoji-clip/{read_yaml(place / 'clip' / 'vision.yaml')['sha256'][:12]}"
     write_text(
         place / "text",
-        TextConditioner(net(TEXT, 1), Tokenizer(), EMOJI_TEXT),
+        TextConditioner(random_network(TEXT, 1), Tokenizer(), EMOJI_TEXT),
         words=["cat", "red", "apple"],
         clip=clip,
     )
     prior: Any = PriorConfig(embed_dim=E, text_dim=E, length=LENGTH, width=32, layers=1, heads=4, head_dim=8)
     prior = AUTOREGRESSIVE if autoregressive else prior
     write_part(
-        place / "prior", "prior", net(prior, 3), prior, clip=clip, diffusion={**SETTINGS, "prediction": "x0"}
+        place / "prior",
+        "prior",
+        random_network(prior, 3),
+        prior,
+        clip=clip,
+        diffusion={**SETTINGS, "prediction": "x0"},
     )
     condition = ImageConditionConfig(embed_dim=E, text_dim=E, pooled_dim=E)
     decoder = DecoderConfig(
@@ -88,17 +93,17 @@ def exports(place: Path, *, autoregressive: bool = False) -> tuple[dict[str, str
     write_part(
         place / "decoder",
         "decoder",
-        net(decoder, 4),
+        random_network(decoder, 4),
         decoder,
         clip=clip,
         diffusion={**SETTINGS, "prediction": "v"},
     )
     vae = VAEConfig(channels=(32, 64), blocks=1)
-    write_part(place / "vae", "vae", net(vae, 5), vae, latent_scale=0.5)
+    write_part(place / "vae", "vae", random_network(vae, 5), vae, latent_scale=0.5)
     write_part(
         place / "upsampler",
         "upsampler",
-        net(SR, 6),
+        random_network(SR, 6),
         SR,
         factor=2,
         residual=0.06,

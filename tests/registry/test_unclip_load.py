@@ -8,13 +8,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import familyunclip
 import numpy as np
 import pytest
+import reduced_unclip_families
 import torch
 import yaml
 from PIL import Image
-from tinyunclip import tiny_karlo
+from tiny_unclip import tiny_karlo
 
 import ldm
 from ldm.__main__ import main
@@ -26,12 +26,12 @@ from ldm.pipelines.unclip import UnCLIP
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("base", familyunclip.NETWORKS)
+@pytest.mark.parametrize("base", reduced_unclip_families.NETWORKS)
 def test_every_published_model_runs_with_random_weights_and_comes_back_to_the_bit(
     base: str, tmp_path: Path
 ) -> None:
-    card = familyunclip.register(base, tmp_path)
-    pipe = familyunclip.load(card.name)
+    card = reduced_unclip_families.register(base, tmp_path)
+    pipe = reduced_unclip_families.load(card.name)
     assert (
         isinstance(pipe, UnCLIP)
         and pipe.card == card
@@ -52,8 +52,8 @@ def test_every_published_model_runs_with_random_weights_and_comes_back_to_the_bi
     )
     ldm.save(pipe, tmp_path / "saved")
     for again in (
-        familyunclip.load(card.name, weights=tmp_path / "saved"),
-        familyunclip.load(None, weights=tmp_path / "saved"),
+        reduced_unclip_families.load(card.name, weights=tmp_path / "saved"),
+        reduced_unclip_families.load(None, weights=tmp_path / "saved"),
     ):
         before, after = pipe.state_dict(), again.state_dict()
         assert before.keys() == after.keys() and all(
@@ -164,30 +164,30 @@ def test_weights_that_are_anothers_or_of_another_kind_are_refused(tmp_path: Path
 def test_parts_may_lie_in_another_models_folder(tmp_path: Path) -> None:
     """A card that says where vision and vae are: they are read from there, and a saved copy holds them
     itself."""
-    pipe = familyunclip.load(familyunclip.register("kandinsky-2-2", tmp_path).name)
+    pipe = reduced_unclip_families.load(reduced_unclip_families.register("kandinsky-2-2", tmp_path).name)
     ldm.save(pipe, tmp_path / "a")
     (tmp_path / "b").mkdir()
     for path in [*(tmp_path / "a").glob("vision.*"), *(tmp_path / "a").glob("vae.*")]:
         shutil.move(path, tmp_path / "b")
     card = yaml.safe_load((tmp_path / "a" / "card.yaml").read_text())
     with pytest.raises(ValueError, match="makes 4 channels, pixels, as there is no autoencoder, have 3"):
-        familyunclip.load(None, weights=tmp_path / "a")
+        reduced_unclip_families.load(None, weights=tmp_path / "a")
     (tmp_path / "a" / "card.yaml").write_text(
         yaml.safe_dump({**card, "parts": {"vision": "../b", "vae": "../b"}})
     )
-    shared = familyunclip.load(None, weights=tmp_path / "a")
+    shared = reduced_unclip_families.load(None, weights=tmp_path / "a")
     assert all(
         torch.equal(a, b)
         for a, b in zip(pipe.state_dict().values(), shared.state_dict().values(), strict=True)
     )
     ldm.save(shared, tmp_path / "c")
     assert (
-        familyunclip.load(None, weights=tmp_path / "c").card.parts == {}
+        reduced_unclip_families.load(None, weights=tmp_path / "c").card.parts == {}
         and (tmp_path / "c" / "vae.yaml").is_file()
     )
     (tmp_path / "b" / "vae.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"vae\.safetensors is absent"):
-        familyunclip.load(None, weights=tmp_path / "a")
+        reduced_unclip_families.load(None, weights=tmp_path / "a")
 
 
 def test_inspect_knows_a_folder_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

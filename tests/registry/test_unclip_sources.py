@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import familyunclip
+import diffusers_unclip_pipelines as peers
 import pytest
+import reduced_unclip_families
 import torch
-import unclippeers as peers
 from packaging.version import Version
-from tinyunclip import tiny_kandinsky21, tiny_karlo, tiny_stable
+from tiny_unclip import tiny_kandinsky21, tiny_karlo, tiny_stable
 
 import ldm
 from ldm.__main__ import main
@@ -102,11 +102,11 @@ def test_folders_that_lack_something_or_say_something_else(karlo: tuple[UnCLIP, 
 
 def test_a_pipelines_folder_without_its_prior(tmp_path: Path) -> None:
     """Kandinsky's decoder alone: the error says what is missing."""
-    card = familyunclip.register("kandinsky-2-2", tmp_path)
-    pipe = familyunclip.load(card.name)
+    card = reduced_unclip_families.register("kandinsky-2-2", tmp_path)
+    pipe = reduced_unclip_families.load(card.name)
     peers.kandinsky22(pipe).save_pretrained(tmp_path / "decoder")
     with pytest.raises(ValueError, match="expected a text tower, a vision tower, or both"):
-        familyunclip.load(card.name, weights=tmp_path / "decoder")
+        reduced_unclip_families.load(card.name, weights=tmp_path / "decoder")
 
 
 def single_file(pipe: UnCLIP, path: Path) -> Path:
@@ -139,11 +139,11 @@ def test_a_single_file_of_stable_unclip_needs_its_statistics(tmp_path: Path) -> 
     with pytest.raises(
         ValueError, match=r"statistics of CLIP's image embeddings are missing: expected ViT-L-14_stats\.th in"
     ):
-        familyunclip.load(name, weights=path)
+        reduced_unclip_families.load(name, weights=path)
     torch.save(
         (pipe.decoder.augmentation.mean[0], pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th"
     )
-    again, before = familyunclip.load(name, weights=path), pipe.state_dict()
+    again, before = reduced_unclip_families.load(name, weights=path), pipe.state_dict()
     assert again.prior is None and all(
         torch.equal(before[key], value) for key, value in again.state_dict().items()
     )
@@ -153,7 +153,7 @@ def test_a_single_file_of_stable_unclip_needs_its_statistics(tmp_path: Path) -> 
         (pipe.decoder.augmentation.mean[0], -pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th"
     )
     with pytest.raises(ValueError, match="deviation of an embedding's entry is not positive"):
-        familyunclip.load(name, weights=path)
+        reduced_unclip_families.load(name, weights=path)
 
 
 def originals(pipe: UnCLIP, folder: Path) -> Path:
@@ -234,10 +234,10 @@ def dalle2_file(stage: PriorStage, path: Path) -> Path:
 
 
 def test_a_prior_of_dalle2_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    card = familyunclip.register_prior(tmp_path)
-    stage = familyunclip.load(card.name)
+    card = reduced_unclip_families.register_prior(tmp_path)
+    stage = reduced_unclip_families.load(card.name)
     path = dalle2_file(stage, tmp_path / "latest.pth")
-    again = familyunclip.load(card.name, weights=path)
+    again = reduced_unclip_families.load(card.name, weights=path)
     assert isinstance(again, PriorStage)
     assert all(
         torch.equal(a, b)
@@ -247,14 +247,17 @@ def test_a_prior_of_dalle2_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "DALLE2-pytorch prior" in (out := capsys.readouterr().out) and f"loads as  {card.name}" in out
     with pytest.raises(ValueError, match="no prior of DALLE2-pytorch"):
         torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-        familyunclip.load(card.name, weights=tmp_path / "other.pth")
+        reduced_unclip_families.load(card.name, weights=tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
-        familyunclip.load(card.name, weights=tmp_path / "nowhere.pth")
+        reduced_unclip_families.load(card.name, weights=tmp_path / "nowhere.pth")
 
 
 def test_a_prior_of_another_source_is_combined_knowingly_or_not_at_all(tmp_path: Path) -> None:
     """Its embeddings are of length 1: a decoder that reads CLIP's own length refuses them."""
-    stage, karlo = familyunclip.load(familyunclip.register_prior(tmp_path).name), tiny_karlo()
+    stage, karlo = (
+        reduced_unclip_families.load(reduced_unclip_families.register_prior(tmp_path).name),
+        tiny_karlo(),
+    )
     pipe = UnCLIP(clip=karlo.clip, prior=stage, decoder=karlo.decoder, card=karlo.card)
     made = pipe.imagine("a cat", prior_steps=3, candidates=2, progress=False)
     assert made.length == "unit" and made.vector.isfinite().all()
@@ -290,6 +293,6 @@ def test_inspect_tells_parts_of_published_models(folder: Path, tmp_path: Path) -
 
 
 def test_random_weights_at_reduced_width_are_the_same_every_time(tmp_path: Path) -> None:
-    name = familyunclip.register("kandinsky-2-1", tmp_path).name
-    a, b = (familyunclip.load(name).state_dict() for _ in range(2))
+    name = reduced_unclip_families.register("kandinsky-2-1", tmp_path).name
+    a, b = (reduced_unclip_families.load(name).state_dict() for _ in range(2))
     assert all(torch.equal(a[key], b[key]) for key in a) and ldm.list_models().count(name) == 1

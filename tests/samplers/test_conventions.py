@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from analytic import gaussian
 from PIL import Image
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.__main__ import main
+from ldm.analysis.oracle import gaussian
 from ldm.analysis.plan import evaluations
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.noise import brownian_noise, initial_noise, keyed_noise

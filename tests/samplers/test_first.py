@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from analytic import gaussian
 from torch import Tensor
 
+from ldm.analysis.oracle import gaussian
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.noise import keyed_noise

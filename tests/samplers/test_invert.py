@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from analytic import gaussian, mixture
 from torch import Tensor
 
+from ldm.analysis.oracle import gaussian, mixture
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers.invert import ddim_invert, edict, edict_invert

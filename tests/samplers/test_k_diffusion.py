@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import k_sampling
+from k_diffusion_sampling import k_sampling
 from torch import Tensor
 
 from ldm.diffusion.grid import TimeGrid

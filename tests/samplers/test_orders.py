@@ -7,9 +7,17 @@ from functools import partial
 
 import pytest
 import torch
-from analytic import AnalyticNet, flow_error, mixture, settled_slope, slope
 
-from ldm.analysis.oracle import DETERMINISTIC, SolverOptions, solver_error
+from ldm.analysis.oracle import (
+    DETERMINISTIC,
+    AnalyticNet,
+    SolverOptions,
+    flow_error,
+    mixture,
+    settled_slope,
+    slope,
+    solver_error,
+)
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from analytic import gaussian, mixture, slope
 from torch import Tensor
 
-from ldm.analysis.oracle import STOCHASTIC, SolverOptions, planar, solver_bias
+from ldm.analysis.oracle import STOCHASTIC, SolverOptions, gaussian, mixture, planar, slope, solver_bias
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.noise import brownian, brownian_noise, initial_noise, keyed_noise

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from test_optimize import UNETS, inputs, make, rms
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.diffusion.cond import Cond

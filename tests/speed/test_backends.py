@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from test_optimize import UNETS, inputs, make, rms
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 from torch import nn
 
 import ldm

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tinymodel import tiny_model
+from tiny_latent_diffusion import tiny_model
 from torch import nn
 
 import ldm

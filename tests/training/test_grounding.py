@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import configs, run, write
+from tiny_trainings import configs, run, write
 
 from ldm.data import Composition
 from ldm.data.captions import pieces, spoken

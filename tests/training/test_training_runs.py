@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import configs, write
+from tiny_trainings import configs, write
 
 from ldm.training.loop import lie_as_weights, thinned
 from ldm.training.parts.latent_diffusion import Diffusion

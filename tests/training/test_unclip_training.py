@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import configs, run, write
+from tiny_trainings import configs, run, write
 
 from ldm.data import caption
 from ldm.models.draft import Draft, DraftConfig

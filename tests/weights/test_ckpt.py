@@ -9,7 +9,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
-import hostile
+import malicious_files
 import numpy as np
 import pytest
 import torch
@@ -123,7 +123,7 @@ def test_training_frameworks_become_stand_ins(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, legacy: bool) -> None:
     mark = tmp_path / "executed"
-    path = hostile.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy)
+    path = malicious_files.canary_ckpt(tmp_path / "bad.ckpt", mark, legacy=legacy)
     with pytest.raises(ValueError, match=r"posix\.mkdir") as error:
         read_ckpt(path)
     assert "bad.ckpt" in str(error.value)
@@ -139,8 +139,8 @@ def test_names_given_as_strings_are_seen(tmp_path: Path, module: str) -> None:
     name, argument = (
         ("mkdir", str(mark)) if module == "os" else ("eval", f"__import__('os').mkdir({str(mark)!r})")
     )
-    text = hostile.stack_global(module, name, argument)
-    path = hostile.repacked(tmp_path / "good.ckpt", tmp_path / "bad.ckpt", data_pkl=text)
+    text = malicious_files.stack_global(module, name, argument)
+    path = malicious_files.repacked(tmp_path / "good.ckpt", tmp_path / "bad.ckpt", data_pkl=text)
     with pytest.raises(ValueError, match=rf"{module}\.{name}"):
         read_ckpt(path)
     assert not mark.exists()
@@ -163,7 +163,9 @@ def test_other_opcodes_that_name_globals(mutate: bytes) -> None:
 
 def test_pickles_that_exhaust_memory_are_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "good.ckpt")
-    path = hostile.repacked(tmp_path / "good.ckpt", tmp_path / "bad.ckpt", data_pkl=hostile.huge_memo())
+    path = malicious_files.repacked(
+        tmp_path / "good.ckpt", tmp_path / "bad.ckpt", data_pkl=malicious_files.huge_memo()
+    )
     with pytest.raises(ValueError, match="memo index"):
         read_ckpt(path)
     expanded = torch.ones(1).expand(10**12)
@@ -174,7 +176,7 @@ def test_pickles_that_exhaust_memory_are_refused(tmp_path: Path) -> None:
 
 def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "good.ckpt")
-    path = hostile.repacked(
+    path = malicious_files.repacked(
         tmp_path / "good.ckpt", tmp_path / "bad.ckpt", compress=True, data_pkl=bytes(50_000_000)
     )
     assert path.stat().st_size < 100_000
@@ -215,11 +217,11 @@ def test_a_storage_of_another_size_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "good.ckpt") as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     key = next(name for name in entries if name.endswith("data/0"))
-    hostile.zipped(tmp_path / "short.ckpt", entries | {key: bytes(40)})
+    malicious_files.zipped(tmp_path / "short.ckpt", entries | {key: bytes(40)})
     with pytest.raises(ValueError, match="storage '0' of 100"):
         read_ckpt(tmp_path / "short.ckpt")
     del entries[key]
-    hostile.zipped(tmp_path / "without.ckpt", entries)
+    malicious_files.zipped(tmp_path / "without.ckpt", entries)
     with pytest.raises(ValueError, match="not in the archive"):
         read_ckpt(tmp_path / "without.ckpt")
 
@@ -232,8 +234,8 @@ def test_torchscript_is_refused_with_advice(tmp_path: Path) -> None:
 
 
 def test_other_files(tmp_path: Path) -> None:
-    hostile.zipped(tmp_path / "outer.zip", {"model.ckpt": b"x"})
-    hostile.plain_pickle(tmp_path / "plain.ckpt", {"a": 1})
+    malicious_files.zipped(tmp_path / "outer.zip", {"model.ckpt": b"x"})
+    malicious_files.plain_pickle(tmp_path / "plain.ckpt", {"a": 1})
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "text.ckpt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.ckpt")
@@ -263,7 +265,7 @@ def test_random_damage_never_escapes(tmp_path: Path) -> None:
     for _ in range(150):
         changed = bytearray(text)
         changed[generator.integers(len(changed))] = generator.integers(256)
-        path = hostile.zipped(tmp_path / "bad.ckpt", entries | {name: bytes(changed)})
+        path = malicious_files.zipped(tmp_path / "bad.ckpt", entries | {name: bytes(changed)})
         try:
             read_ckpt(path)
         except ValueError as error:

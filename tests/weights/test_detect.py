@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import originals
+import original_keys
 import pytest
-from originals import UNETS, VAES
+from original_keys import UNETS, VAES
 from test_rules import peer_unet, peer_vae
 
 from ldm.catalog.families import FAMILIES
@@ -40,9 +40,9 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_unet_is_told_from_the_others(name: str) -> None:
     spec, _, _, _, kind = UNETS[name]
-    keys = originals.unet(spec)
+    keys = original_keys.unet(spec)
     for prefix in ("model.diffusion_model.", ""):
-        found = detect(originals.prefixed(prefix, keys))
+        found = detect(original_keys.prefixed(prefix, keys))
         assert (found.name, found.layout) == (NAMES[name], "original")
     found = detect(peer_unet(spec, kind))
     assert (found.name, found.layout) == (NAMES[name], "diffusers")
@@ -57,7 +57,10 @@ def test_latent_consistency_models(base: str, name: str) -> None:
 @pytest.mark.parametrize("name", VAES)
 def test_first_stages(name: str) -> None:
     wanted = "first-stage-vq" if VAES[name][0].codes else "first-stage-kl"
-    for keys, layout in ((originals.vae(VAES[name][0]), "original"), (peer_vae(VAES[name][0]), "diffusers")):
+    for keys, layout in (
+        (original_keys.vae(VAES[name][0]), "original"),
+        (peer_vae(VAES[name][0]), "diffusers"),
+    ):
         found = detect(keys)
         assert (found.name, found.layout) == (wanted, layout)
 
@@ -90,7 +93,7 @@ def test_other_families_by_their_key(key: str, name: str) -> None:
 
 
 def test_a_lora_in_a_file_with_a_model_is_found_first() -> None:
-    assert detect(originals.unet(UNETS["sd1"][0]) | {"x.lora_down.weight": (4, 4)}).name == "lora"
+    assert detect(original_keys.unet(UNETS["sd1"][0]) | {"x.lora_down.weight": (4, 4)}).name == "lora"
 
 
 def test_what_cannot_be_loaded_is_named_with_the_reason() -> None:
@@ -100,12 +103,12 @@ def test_what_cannot_be_loaded_is_named_with_the_reason() -> None:
     ):
         with pytest.raises(ValueError, match=rf"thing\.ckpt.*{words}"):
             require(detect({key: (1,), "b": (1,)}), source="thing.ckpt")
-    assert require(detect(originals.unet(UNETS["sd1"][0])), source="x") is FAMILIES["sd1"]
+    assert require(detect(original_keys.unet(UNETS["sd1"][0])), source="x") is FAMILIES["sd1"]
 
 
 def test_unknown_files_say_what_they_hold() -> None:
     with pytest.raises(ValueError, match=r"odd\.ckpt.*no family.*2 tensors below foo, zip"):
         detect({"foo.a": (1,), "zip": (2,)}, source="odd.ckpt")
-    odd = originals.unet(UNETS["sd1"][0]) | {"input_blocks.0.0.weight": (320, 12, 3, 3)}
+    odd = original_keys.unet(UNETS["sd1"][0]) | {"input_blocks.0.0.weight": (320, 12, 3, 3)}
     with pytest.raises(ValueError, match="channels in 12, width 320, context 768"):
         detect(odd)

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import hostile
+import malicious_files
 import pytest
 import torch
 
@@ -177,7 +177,7 @@ def test_missing_pieces_are_named(published: Published, tmp_path: Path) -> None:
 
 def test_a_pickle_in_a_folder_is_read_with_the_same_care(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
-    hostile.canary_ckpt(tmp_path / "diffusion_pytorch_model.bin", mark)
+    malicious_files.canary_ckpt(tmp_path / "diffusion_pytorch_model.bin", mark)
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin.*mkdir"):
         read_component(tmp_path)
     assert not mark.exists()

@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import originals
+import original_keys
 import pytest
 import torch
-from originals import UNETS, VAES, UNetSpec, VAESpec
+from original_keys import UNETS, VAES, UNetSpec, VAESpec
 
 from ldm.weights.keymap import Shape, Table, file_shapes, fit_table, to_file, to_native
 from ldm.weights.rules.bert import bert_table
@@ -140,7 +140,7 @@ def check_round_trip(table: Table, native: dict[str, Shape], file: dict[str, Sha
 @pytest.mark.parametrize("name", UNETS)
 def test_every_unet_key_has_its_place(name: str) -> None:
     spec, parameters, count, heads, kind = UNETS[name]
-    original, native = originals.unet(spec), peer_unet(spec, kind)
+    original, native = original_keys.unet(spec), peer_unet(spec, kind)
     table = unet_table(native, **heads)
     assert file_shapes(table, native) == original
     assert fit_table(table, original, native)
@@ -155,13 +155,13 @@ def test_unet_round_trip_is_exact(name: str) -> None:
     spec = small_unet(spec)
     native = peer_unet(spec, kind)
     table = unet_table(native, **heads)
-    check_round_trip(table, native, originals.unet(spec))
+    check_round_trip(table, native, original_keys.unet(spec))
 
 
 @pytest.mark.parametrize("name", VAES)
 def test_every_vae_key_has_its_place(name: str) -> None:
     spec, parameters, count = VAES[name]
-    original, native = originals.vae(spec), peer_vae(spec)
+    original, native = original_keys.vae(spec), peer_vae(spec)
     assert file_shapes(vae_table(native), native) == original
     assert sum(map(math.prod, native.values())) == parameters
     assert len(original) == count
@@ -171,7 +171,7 @@ def test_every_vae_key_has_its_place(name: str) -> None:
 def test_vae_round_trip_is_exact(name: str) -> None:
     spec = replace(VAES[name][0], ch=32, codes=VAES[name][0].codes and 16)
     native = peer_vae(spec)
-    check_round_trip(vae_table(native), native, originals.vae(spec))
+    check_round_trip(vae_table(native), native, original_keys.vae(spec))
 
 
 def native_bert(*, layers: int, width: int, inner: int, vocabulary: int = 30522) -> dict[str, Shape]:
@@ -181,26 +181,26 @@ def native_bert(*, layers: int, width: int, inner: int, vocabulary: int = 30522)
     }
     for i in range(layers):
         at = f"model.layers.{i}"
-        keys |= {f"{at}.self_attn.{x}_proj.weight": (inner, width) for x in "qkv"} | originals.affine(
+        keys |= {f"{at}.self_attn.{x}_proj.weight": (inner, width) for x in "qkv"} | original_keys.affine(
             f"{at}.self_attn.out_proj", width, inner
         )
-        keys |= originals.affine(f"{at}.fc1", 4 * width, width) | originals.affine(
+        keys |= original_keys.affine(f"{at}.fc1", 4 * width, width) | original_keys.affine(
             f"{at}.fc2", width, 4 * width
         )
-        keys |= originals.affine(f"{at}.self_attn_layer_norm", width) | originals.affine(
+        keys |= original_keys.affine(f"{at}.self_attn_layer_norm", width) | original_keys.affine(
             f"{at}.final_layer_norm", width
         )
-    return keys | originals.affine("model.layer_norm", width)
+    return keys | original_keys.affine("model.layer_norm", width)
 
 
 def test_bert() -> None:
-    original, native = originals.bert(), native_bert(layers=32, width=1280, inner=512)
+    original, native = original_keys.bert(), native_bert(layers=32, width=1280, inner=512)
     assert sum(map(math.prod, original.values())) == 581_994_042
     assert len(original) == 422
     assert sum(map(math.prod, native.values())) == 542_895_360
     assert fit_table(bert_table(native), original, native)  # the unused to_logits is dropped
-    small = native_bert(layers=3, width=16, inner=8, vocabulary=9) | originals.affine("to_logits", 9, 16)
-    check_round_trip(bert_table(small), small, originals.bert(layers=3, width=16, inner=8, vocabulary=9))
+    small = native_bert(layers=3, width=16, inner=8, vocabulary=9) | original_keys.affine("to_logits", 9, 16)
+    check_round_trip(bert_table(small), small, original_keys.bert(layers=3, width=16, inner=8, vocabulary=9))
 
 
 def test_bert_names_are_the_peers() -> None:
@@ -210,7 +210,9 @@ def test_bert_names_are_the_peers() -> None:
     )
     with torch.device("meta"):
         peer = module.LDMBertModel(config)
-    wanted = native_bert(layers=2, width=16, inner=8, vocabulary=50) | originals.affine("to_logits", 50, 16)
+    wanted = native_bert(layers=2, width=16, inner=8, vocabulary=50) | original_keys.affine(
+        "to_logits", 50, 16
+    )
     assert {name: shape for name, shape in shapes_of(peer).items() if name != "model.position_ids"} == wanted
 
 
@@ -237,7 +239,7 @@ def test_older_diffusers_spellings_are_read() -> None:
 def test_linear_and_pointwise_projections_are_the_same_numbers() -> None:
     """A file with 1×1 convolutions loads into linear layers, and the reverse."""
     conv = small_unet(UNETS["sd1"][0])
-    files = {linear: originals.unet(replace(conv, linear=linear)) for linear in (False, True)}
+    files = {linear: original_keys.unet(replace(conv, linear=linear)) for linear in (False, True)}
     for linear in (False, True):
         native = peer_unet(replace(conv, linear=linear), "cond")
         state = random_state(files[not linear])
@@ -271,7 +273,7 @@ def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> No
     }
     file = random_state(
         {
-            **originals.attention_block("middle_block.1.", width),
+            **original_keys.attention_block("middle_block.1.", width),
             **{
                 f"{at}.in_layers.0.weight": (4,)
                 for at in ("input_blocks.1.0", "middle_block.0", "middle_block.2")

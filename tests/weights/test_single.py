@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hostile
+import malicious_files
 import pytest
 import torch
-from originals import UNETS
-from sparse import sd1_file, sparse
+from original_keys import UNETS
+from sparse_files import sd1_shapes, sparse_file
 
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.formats.safetensors import load_strict, write_safetensors
@@ -18,7 +18,7 @@ from ldm.weights.rules.unet import unet_table
 
 
 def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> None:
-    single = read_single(sparse(tmp_path / "sd.safetensors", sd1_file()))
+    single = read_single(sparse_file(tmp_path / "sd.safetensors", sd1_shapes()))
     assert single.found.name == "sd1"
     assert {name: len(part) for name, part in single.parts.items()} == {
         "unet": UNETS["sd1"][2],
@@ -36,7 +36,7 @@ def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> N
 
 
 def test_tensors_that_belong_to_nothing_are_an_error(tmp_path: Path) -> None:
-    path = sparse(tmp_path / "sd.safetensors", sd1_file() | {"mystery.weight": (3,)})
+    path = sparse_file(tmp_path / "sd.safetensors", sd1_shapes() | {"mystery.weight": (3,)})
     with pytest.raises(ValueError, match=r"sd\.safetensors.*belong to no part.*mystery\.weight"):
         read_single(path)
 
@@ -44,10 +44,10 @@ def test_tensors_that_belong_to_nothing_are_an_error(tmp_path: Path) -> None:
 def test_a_unet_alone(tmp_path: Path) -> None:
     keys = {
         key.removeprefix("model.diffusion_model."): shape
-        for key, shape in sd1_file().items()
+        for key, shape in sd1_shapes().items()
         if key.startswith("model.d")
     }
-    single = read_single(sparse(tmp_path / "unet.safetensors", keys))
+    single = read_single(sparse_file(tmp_path / "unet.safetensors", keys))
     assert single.parts.keys() == {"unet"}
 
 
@@ -106,12 +106,12 @@ def test_the_content_decides_how_a_file_is_read(tmp_path: Path, name: str) -> No
 def test_hostile_files_are_refused_here_too(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     with pytest.raises(ValueError, match=r"bad\.ckpt.*refused"):
-        read_single(hostile.canary_ckpt(tmp_path / "bad.ckpt", mark))
+        read_single(malicious_files.canary_ckpt(tmp_path / "bad.ckpt", mark))
     assert not mark.exists()
 
 
 def test_the_scale_that_a_file_states(tmp_path: Path) -> None:
-    path = sparse(tmp_path / "sd.safetensors", sd1_file() | {"scale_factor": ()})
+    path = sparse_file(tmp_path / "sd.safetensors", sd1_shapes() | {"scale_factor": ()})
     with path.open("r+b") as file:
         file.seek(-2, 2)
         file.write(b"\x00\x38")  # 0.5 in half precision

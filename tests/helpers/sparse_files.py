@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import originals
-from originals import Shapes
+import original_keys
+from original_keys import Shapes
 
 
-def sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> Path:
+def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> Path:
     """A safetensors file of half-precision zeros with these names and shapes."""
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -26,13 +26,13 @@ def sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16"
     return path
 
 
-def sd1_file(unet: str = "sd1") -> Shapes:
+def sd1_shapes(unet: str = "sd1") -> Shapes:
     """The keys of a Stable Diffusion 1.x file with buffers, and a text tower reduced to two tensors."""
     text = {"embeddings.position_ids": (1, 77), "embeddings.token_embedding.weight": (49408, 768)}
     return {
-        **originals.prefixed("model.diffusion_model.", originals.unet(originals.UNETS[unet][0])),
-        **originals.prefixed("first_stage_model.", originals.vae(originals.VAES["kl-f8"][0])),
-        **originals.prefixed("cond_stage_model.transformer.text_model.", text),
+        **original_keys.prefixed("model.diffusion_model.", original_keys.unet(original_keys.UNETS[unet][0])),
+        **original_keys.prefixed("first_stage_model.", original_keys.vae(original_keys.VAES["kl-f8"][0])),
+        **original_keys.prefixed("cond_stage_model.transformer.text_model.", text),
         "betas": (1000,),
         "alphas_cumprod": (1000,),
         "posterior_mean_coef1": (1000,),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import family
+import reduced_families
 import torch
 import transformers
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ldm.weights.parts import to_layout
 STEP = 1 / 255
 
 
-def twin(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
+def diffusers_network(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
     """The peer's class for a network of ours, holding the same tensors."""
     name, config = diffusers_description(network, latent_scale)
     with torch.device("meta"):
@@ -44,7 +44,7 @@ def twin(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
     return theirs.eval().requires_grad_(False)
 
 
-def scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
+def diffusers_scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
     """The peer's scheduler of a sampler, as a folder that we write says."""
     s, grids = pipe.card.schedule, pipe.card.grids().grids
     facts = training_facts(
@@ -56,11 +56,14 @@ def scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
     return getattr(diffusers, name).from_config(config)
 
 
-def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
+def diffusers_pipeline(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
     """diffusers' pipeline of a class name over our pipeline's weights; ``folder``: where tokenizers may be
     written."""
     networks = pipe.networks()
-    parts: dict[str, Any] = {"unet": twin(networks["unet"]), "vae": twin(networks["vae"], pipe.latent_scale)}
+    parts: dict[str, Any] = {
+        "unet": diffusers_network(networks["unet"]),
+        "vae": diffusers_network(networks["vae"], pipe.latent_scale),
+    }
     for part, suffix in (("text", ""), ("text2", "_2")):
         network: Any = networks.get(part)
         if network is not None:
@@ -68,12 +71,12 @@ def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
             assert convention is not None
             write_clip_tokenizer(folder / part, convention.pad, network.config.context_length)
             parts |= {
-                f"text_encoder{suffix}": twin(network),
+                f"text_encoder{suffix}": diffusers_network(network),
                 f"tokenizer{suffix}": transformers.CLIPTokenizer.from_pretrained(folder / part),
             }
-    parts["scheduler"] = scheduler(pipe, pipe.card.defaults.sampler)
+    parts["scheduler"] = diffusers_scheduler(pipe, pipe.card.defaults.sampler)
     if kind == "StableDiffusionUpscalePipeline":
-        parts["low_res_scheduler"] = scheduler(pipe, "ddpm")
+        parts["low_res_scheduler"] = diffusers_scheduler(pipe, "ddpm")
     elif "XL" not in kind:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     else:
@@ -85,29 +88,29 @@ def peer(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
     return theirs
 
 
-def make(base: str, size: str, folder: Path) -> tuple[Any, int]:
+def random_pipeline(base: str, size: str, folder: Path) -> tuple[Any, int]:
     """A pipeline with random weights, reduced or full, and the side of its pictures. Its encoder has no
     spread, as the peer's samples from it."""
-    name = base if size == "full" else family.register(base, folder).name
-    pipe = family.load(name)
+    name = base if size == "full" else reduced_families.register(base, folder).name
+    pipe = reduced_families.load(name)
     quant, half = pipe.vae.quant_conv, pipe.vae.config.latent_channels
     quant.weight[half:] = 0.0
     quant.bias[half:] = -60.0  # clamped to −30: a deviation of 3e-7
     return pipe, 64 if size == "full" else 32
 
 
-def noise(pipe: Any, side: int, seed: int = 3) -> Tensor:
+def seeded_noise(pipe: Any, side: int, seed: int = 3) -> Tensor:
     factor = pipe.vae.config.factor
     return torch.randn(1, 4, side // factor, side // factor, generator=torch.Generator().manual_seed(seed))
 
 
-def picture(side: int) -> Tensor:
+def gradient_image(side: int) -> Tensor:
     """Smooth colours in [0, 1], (1, 3, side, side)."""
     y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
     return torch.stack([x, y, (1 - x) * y])[None]
 
 
-def hole(side: int) -> Tensor:
+def rectangle_mask(side: int) -> Tensor:
     mask = torch.zeros(1, 1, side, side)
     mask[..., side // 4 : side // 2, side // 4 :] = 1
     return mask

@@ -11,8 +11,8 @@ import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
-from peer import twin
-from tinyunclip import MOVQ, PIECES, PIXELS, SR, VISION, E
+from diffusers_pipelines import diffusers_network
+from tiny_unclip import MOVQ, PIECES, PIXELS, SR, VISION, E
 
 import ldm
 from ldm.catalog.lookup import REGISTERED
@@ -83,7 +83,7 @@ def prior_of(pipe: UnCLIP) -> diffusers.PriorTransformer:
 def text_of(pipe: UnCLIP, folder) -> dict[str, object]:
     write_clip_tokenizer(folder, 0, 77)
     return {
-        "text_encoder": twin(pipe.clip.text.tower),
+        "text_encoder": diffusers_network(pipe.clip.text.tower),
         "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder),
     }
 
@@ -178,9 +178,9 @@ def stable_unclip(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPPipeline:
             image_normalizer=normalizer,
             image_noising_scheduler=exact(diffusers.DDPMScheduler(**betas)),
             tokenizer=text["tokenizer"],
-            text_encoder=twin(pipe.decoder.text.tower),
-            unet=twin(pipe.decoder.denoiser.net),
-            vae=twin(pipe.decoder.space.vae, 0.18215),
+            text_encoder=diffusers_network(pipe.decoder.text.tower),
+            unet=diffusers_network(pipe.decoder.denoiser.net),
+            vae=diffusers_network(pipe.decoder.space.vae, 0.18215),
             scheduler=diffusers.DDIMScheduler(
                 beta_schedule="scaled_linear",
                 beta_start=0.00085,

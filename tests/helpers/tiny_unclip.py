@@ -68,23 +68,23 @@ SR = replace(
 )
 
 
-def net(config, seed: int):
+def random_network(config, seed: int):
     return randomise(build_network(config), seed)
 
 
 def text(seed: int, convention: TextConvention = READ, config: TextConfig = TEXT) -> TextConditioner:
-    tower = net(config, seed)
+    tower = random_network(config, seed)
     assert isinstance(tower, TextTower)
     return TextConditioner(tower, Tokenizer(), convention)
 
 
-def pair(name: str) -> ClipPair:
-    return ClipPair(name, text=text(1), vision=net(VISION, 2))
+def clip_pair(name: str) -> ClipPair:
+    return ClipPair(name, text=text(1), vision=random_network(VISION, 2))
 
 
-def prior(card: UnCLIPCard) -> PriorStage:
+def prior_stage(card: UnCLIPCard) -> PriorStage:
     assert card.prior is not None
-    network = net(PRIOR, 3)
+    network = random_network(PRIOR, 3)
     network.clip_mean.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(9))
     network.clip_std.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(10))
     return PriorStage(network, card.prior, clip=card.clip)
@@ -100,13 +100,13 @@ def tiny_karlo() -> UnCLIP:
         upsamplers=(upsampler,),
         prior=replace(KARLO_CARD.prior, defaults=stage_defaults(4, 2.0, 16)),
     )
-    clip = pair(card.clip)
-    network = net(
+    clip = clip_pair(card.clip)
+    network = random_network(
         DecoderConfig(unet=PIXELS, condition=ImageConditionConfig(embed_dim=E, text_dim=E, pooled_dim=E)), 4
     )
     stage = DecoderStage(network, decoder, clip=card.clip, space=Space(), text=clip.text)
-    up = UpsamplerStage(net(SR, 5), upsampler, last=net(SR, 6))
-    return UnCLIP(clip=clip, prior=prior(card), decoder=stage, upsamplers=[up], card=card).eval()
+    up = UpsamplerStage(random_network(SR, 5), upsampler, last=random_network(SR, 6))
+    return UnCLIP(clip=clip, prior=prior_stage(card), decoder=stage, upsamplers=[up], card=card).eval()
 
 
 def tiny_stable() -> UnCLIP:
@@ -131,11 +131,11 @@ def tiny_stable() -> UnCLIP:
     own = text(
         7, TextConvention(pad=0), TextConfig(width=32, layers=2, heads=2, embed_dim=None, activation="gelu")
     )
-    space = Space(net(VAEConfig(channels=(32, 64), blocks=1), 8), 0.18215)
+    space = Space(random_network(VAEConfig(channels=(32, 64), blocks=1), 8), 0.18215)
     stage = DecoderStage(
-        net(unet, 4), decoder, clip=card.clip, space=space, text=own, augmentation=augmentation
+        random_network(unet, 4), decoder, clip=card.clip, space=space, text=own, augmentation=augmentation
     )
-    return UnCLIP(clip=pair(card.clip), prior=prior(card), decoder=stage, card=card).eval()
+    return UnCLIP(clip=clip_pair(card.clip), prior=prior_stage(card), decoder=stage, card=card).eval()
 
 
 MOVQ = MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50)
@@ -156,9 +156,11 @@ def kandinsky(
     decoder = replace(card.decoder, defaults=stage_defaults(4, 3.0, 32))
     card = replace(card, decoder=decoder, prior=replace(card.prior, defaults=stage_defaults(4, 2.0, 16)))
     unet = replace(PIXELS, **{"in_channels": 4, "out_channels": 8, **changes})
-    network = net(DecoderConfig(unet=unet, condition=condition), 4)
-    stage = DecoderStage(network, decoder, clip=card.clip, space=Space(net(MOVQ, 8), 1.0), text=words)
-    return UnCLIP(clip=pair(card.clip), prior=prior(card), decoder=stage, card=card).eval()
+    network = random_network(DecoderConfig(unet=unet, condition=condition), 4)
+    stage = DecoderStage(
+        network, decoder, clip=card.clip, space=Space(random_network(MOVQ, 8), 1.0), text=words
+    )
+    return UnCLIP(clip=clip_pair(card.clip), prior=prior_stage(card), decoder=stage, card=card).eval()
 
 
 def tiny_kandinsky(in_channels: int = 4) -> UnCLIP:
@@ -171,7 +173,7 @@ def tiny_kandinsky21() -> UnCLIP:
     """Kandinsky 2.1: a text encoder of its own for the decoder. The peer has one width for CLIP, that
     encoder's projection and the UNet's context."""
     words = XLMRConditioner(
-        net(
+        random_network(
             XLMRConfig(vocabulary=40, width=32, layers=2, heads=2, mlp_width=48, positions=80, embed_dim=E), 9
         ),
         Unigram(PIECES),
