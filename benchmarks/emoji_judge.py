@@ -48,9 +48,9 @@ class EmojiJudge:
     def __init__(self, data: EmojiData) -> None:
         self.index = data.index
         pictures = (
-            torch.from_numpy(data.pictures[:])
-            if data.pictures.flags.writeable
-            else torch.from_numpy(data.pictures.copy())
+            torch.from_numpy(data.images[:])
+            if data.images.flags.writeable
+            else torch.from_numpy(data.images.copy())
         )
         colours, alphas = [], []
         for part in pictures.split(256):

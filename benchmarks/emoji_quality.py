@@ -53,7 +53,7 @@ def draw_training(data: EmojiData, n: int, rng: np.random.Generator) -> list[Com
         allowed = [ground for ground in GROUNDS if not held_out_pair(name, ground)]
         drawn.append(
             Composition(
-                picture=data.find(name), ground=allowed[rng.integers(len(allowed))] if i % 2 else None
+                image=data.find(name), background=allowed[rng.integers(len(allowed))] if i % 2 else None
             )
         )
     return drawn
@@ -68,7 +68,7 @@ def draw_held_out_pairs(data: EmojiData, n: int, rng: np.random.Generator) -> li
         if held_out_pair(name, ground)
     ]
     return [
-        Composition(picture=data.find(pairs[i][0]), ground=pairs[i][1])
+        Composition(image=data.find(pairs[i][0]), background=pairs[i][1])
         for i in rng.permutation(len(pairs))[:n]
     ]
 
@@ -78,14 +78,14 @@ def draw_held_out_pictures(data: EmojiData, rng: np.random.Generator) -> list[Co
     colours = tuple(PALETTE)
     grounds = [colours[rng.integers(len(colours))] if i % 2 else None for i in range(len(data.held_out))]
     return [
-        Composition(picture=int(picture), ground=ground)
+        Composition(image=int(picture), background=ground)
         for picture, ground in zip(data.held_out, grounds, strict=True)
     ]
 
 
 def real(compositions: Sequence[Composition], data: EmojiData, size: int) -> Tensor:
     """The data's own images, (B, 3, size, size) in [0, 1]."""
-    return torch.from_numpy(render_batch(compositions, data.pictures, size)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(render_batch(compositions, data.images, size)).permute(0, 3, 1, 2).float() / 255
 
 
 def score(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -182,7 +182,7 @@ def measure(
         images = generate(prompts, range(options.seed, options.seed + len(prompts)))
         seconds = (time.perf_counter() - start) / len(prompts)
         verdicts = judge(
-            images, [data.index[c.picture].name for c in compositions], [c.ground for c in compositions]
+            images, [data.index[c.image].name for c in compositions], [c.background for c in compositions]
         )
         result[name] = {"n": len(prompts), **score(verdicts), "seconds_an_image": seconds}
         if name == "training":

@@ -107,13 +107,13 @@ def main() -> None:
 
 def pictures(data: EmojiData, rows: np.ndarray) -> tuple[Tensor, list[str]]:
     """Pictures (B, 3, 128, 128) in [0, 1] of some rows on white, and their captions."""
-    shown = [Composition(picture=int(row)) for row in rows]
+    shown = [Composition(image=int(row)) for row in rows]
     return real(data, shown), [caption(c, data.index) for c in shown]
 
 
 def real(data: EmojiData, compositions: list[Composition]) -> Tensor:
     """The data's own images of compositions, (B, 3, 128, 128) in [0, 1]."""
-    return torch.from_numpy(render_batch(compositions, data.pictures)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(render_batch(compositions, data.images)).permute(0, 3, 1, 2).float() / 255
 
 
 def batches(task: Any, n: int, size: int) -> Tensor:
@@ -287,7 +287,7 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
     chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: 2 * options.n]
     judge, shares, drawn, known, heat = EmojiJudge(data), [], [], [], []
     for i, (first, second) in enumerate(chosen.reshape(-1, 2)):
-        pair = Composition(picture=int(first), second=int(second))
+        pair = Composition(image=int(first), second=int(second))
         with ldm.trace(pipe) as trace:
             made = pipe.text_to_image(caption(pair, data.index), seed=options.seed + i, progress=False).tensor
         about = [data.index[int(row)] for row in (first, second)]

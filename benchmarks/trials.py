@@ -25,7 +25,7 @@ from ldm.training.run import open_run
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = Path("runs") / "trials"
 # one style on white: a latent cache of seconds
-PLAIN = {"noto": 1, "fluent": 0, "twemoji": 0, "ground": 0.0, "small": 0.0, "two": 0.0}
+PLAIN = {"noto": 1, "fluent": 0, "twemoji": 0, "background": 0.0, "small": 0.0, "two": 0.0}
 
 Changes = dict[str, Any]  # "run.batch": 8
 Stage = tuple[str, Changes]  # a configuration's name, and what is changed in it

@@ -124,8 +124,8 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> dict[str
     for row in rows.values():
         verdicts = judge(
             row.pop("pictures"),
-            [data.index[c.picture].name for c in compositions],
-            [c.ground for c in compositions],
+            [data.index[c.image].name for c in compositions],
+            [c.background for c in compositions],
         )
         row.update(score(verdicts))
     whose = {"mse": attribute({name: row["mse"] for name, row in rows.items()})}

@@ -96,7 +96,7 @@ def variations(
         hits, between = [], []
         for k, (picture, composition) in enumerate(zip(truth, chosen, strict=True)):
             made = pipe.variations(picture, n=4, seed=options.seed + 4 * k, progress=False, **settings).tensor
-            verdicts = judge(made, [data.index[composition.picture].name] * 4, [composition.ground] * 4)
+            verdicts = judge(made, [data.index[composition.image].name] * 4, [composition.background] * 4)
             hits.append([verdict.rank == 0 for verdict in verdicts])
             between.append(mean_psnr(made[:1], made[1:2]))
         found = np.array(hits)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm.catalog.lookup import REGISTERED
-from ldm.data import EmojiData, ImageRecord, PictureIndex, held_out_picture
+from ldm.data import EmojiData, ImageIndex, ImageRecord, held_out_image
 
 SIDE = 64
 SHAPES = ("red-disc", "blue-box", "green-bar", "ring", "cat-face", "old-cross")
@@ -48,17 +48,15 @@ def drawn() -> EmojiData:
         )
         for name, style in kinds
     ]
-    return EmojiData(
-        pictures=np.stack([draw(*kind) for kind in kinds]), index=PictureIndex(rows), manifest={}
-    )
+    return EmojiData(images=np.stack([draw(*kind) for kind in kinds]), index=ImageIndex(rows), manifest={})
 
 
 @pytest.fixture(scope="session")
-def many() -> PictureIndex:
+def many() -> ImageIndex:
     """An index of 600 invented names in three styles, held out as the builder does it."""
     names = [f"thing-{i}" for i in range(600)]
-    return PictureIndex(
-        ImageRecord(name=name, style=style, held_out=held_out_picture(name, style))
+    return ImageIndex(
+        ImageRecord(name=name, style=style, held_out=held_out_image(name, style))
         for style in ("noto", "fluent", "twemoji")
         for name in names
     )
@@ -67,7 +65,7 @@ def many() -> PictureIndex:
 @pytest.fixture
 def folder(drawn, tmp_path):
     """The drawn data set as files."""
-    np.save(tmp_path / "pictures.npy", drawn.pictures)
+    np.save(tmp_path / "pictures.npy", drawn.images)
     rows = [{**vars(row), "tags": list(row.tags)} for row in drawn.index]
     (tmp_path / "index.json").write_text(json.dumps(rows))
     (tmp_path / "manifest.json").write_text("{}")

@@ -1,8 +1,8 @@
-"""Captioned-image data: the emoji data set, and compositions of its pictures drawn on the fly."""
+"""Captioned images for training: the emoji data set, and compositions of its images drawn on the fly."""
 
 from ldm.data.captions import caption, vocabulary
 from ldm.data.compose import Composition, render, render_batch
-from ldm.data.index import EmojiData, ImageRecord, PictureIndex, held_out_pair, held_out_picture
+from ldm.data.index import EmojiData, ImageIndex, ImageRecord, held_out_image, held_out_pair
 from ldm.data.mix import Mix, sample_composition
 from ldm.data.palette import PALETTE
 
@@ -10,12 +10,12 @@ __all__ = [
     "PALETTE",
     "Composition",
     "EmojiData",
-    "Mix",
+    "ImageIndex",
     "ImageRecord",
-    "PictureIndex",
+    "Mix",
     "caption",
+    "held_out_image",
     "held_out_pair",
-    "held_out_picture",
     "render",
     "render_batch",
     "sample_composition",

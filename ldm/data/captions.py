@@ -1,4 +1,4 @@
-"""Captions: what a composition shows, said in words that a rule can check."""
+"""Captions: a description of a composition in words that a rule can check."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm.conditioning.words import words
-from ldm.data.compose import PLACES, THINGS, Area, Composition, Place, SizeWord
-from ldm.data.index import STYLES, PictureIndex
+from ldm.data.compose import IMAGE_AREAS, PLACES, Area, Composition, Place, SizeWord
+from ldm.data.index import STYLES, ImageIndex
 from ldm.data.palette import PALETTE
 
-Pieces = list[tuple[str, Area | None]]
+CaptionPieces = list[tuple[str, Area | None]]
 
-# How a caption varies (shares of captions drawn with a generator).
-ARTICLE, NOTO_SAID, LABEL, TAG, MIDDLE_SAID = 0.5, 0.25, 0.25, 0.08, 0.25
-_WHERE: dict[Place, str] = {
+# Probabilities of the variations of a caption.
+ARTICLE, NAME_NOTO, LABEL, TAG, NAME_MIDDLE = 0.5, 0.25, 0.25, 0.08, 0.25
+_PLACE_PHRASE: dict[Place, str] = {
     "centre": "in the middle",
     "left": "on the left",
     "right": "on the right",
@@ -29,78 +29,88 @@ _WHERE: dict[Place, str] = {
 }
 
 
-def caption(composition: Composition, index: PictureIndex, rng: np.random.Generator | None = None) -> str:
-    """What a composition shows, in words.
+def caption(composition: Composition, index: ImageIndex, rng: np.random.Generator | None = None) -> str:
+    """Return a caption of a composition.
 
-    Without a generator the canonical caption: name, style first unless it is noto, and every change made
-    ("small red apple on the left on a blue background"). With one, articles come and go, the name may give
-    way to emojibase's label or a tag, noto may be said, and so may the middle of a small picture. Changes and
-    the styles other than noto are always said; a white ground that is None never is.
+    The canonical caption has the style (unless it is noto), the name, and every change from the defaults:
+    "small red apple on the left on a blue background". With a generator, the caption varies: an article may
+    be added, emojibase's label or a tag may replace the name, the style noto may be named, and so may the
+    middle as the place of a small image. Changes and the other styles are always named; a background of None
+    never is.
+
+    Args:
+        composition: The composition.
+        index: The index of the data set.
+        rng: Draws the variations; None for the canonical caption. Default: None.
     """
-    return spoken([pieces(composition, index, rng)])[0]
+    return join_captions([caption_pieces(composition, index, rng)])[0]
 
 
-def spoken(said: Sequence[Pieces]) -> list[str]:
-    """The captions that pieces make."""
-    return [" ".join(text for text, _ in pieces) for pieces in said]
+def join_captions(captions: Sequence[CaptionPieces]) -> list[str]:
+    """Join the pieces of each caption."""
+    return [" ".join(text for text, _ in pieces) for pieces in captions]
 
 
-def pieces(composition: Composition, index: PictureIndex, rng: np.random.Generator | None = None) -> Pieces:
-    """The pieces of a composition's `caption`, each with the area of the picture that it tells of (see
-    `areas`), None for such as tell of none."""
+def caption_pieces(
+    composition: Composition, index: ImageIndex, rng: np.random.Generator | None = None
+) -> CaptionPieces:
+    """Return the pieces of a `caption`, each with the area that it describes (see `coverage`), or None."""
     article = rng is not None and rng.random() < ARTICLE
-    say_noto = rng is not None and rng.random() < NOTO_SAID
-    shown = [i for i in (composition.picture, composition.second) if i is not None]
-    things = [_thing(i, composition.size, index, say_noto, rng) for i in shown]
-    made: Pieces = []
-    for area, thing in zip(THINGS, things, strict=False):
-        made += (
-            ([("and", None)] if made else [])
-            + ([(_article(thing), None)] if article else [])
-            + [(thing, area)]
+    name_noto = rng is not None and rng.random() < NAME_NOTO
+    rows = [i for i in (composition.image, composition.second) if i is not None]
+    phrases = [_noun_phrase(i, composition.size, index, name_noto, rng) for i in rows]
+    pieces: CaptionPieces = []
+    for area, phrase in zip(IMAGE_AREAS, phrases, strict=False):
+        pieces += (
+            ([("and", None)] if pieces else [])
+            + ([(_article(phrase), None)] if article else [])
+            + [(phrase, area)]
         )
     if composition.second is not None:
-        made.append(("side by side", None))
+        pieces.append(("side by side", None))
     elif composition.place != "centre" or (
-        composition.size == "small" and rng is not None and rng.random() < MIDDLE_SAID
+        composition.size == "small" and rng is not None and rng.random() < NAME_MIDDLE
     ):
-        made.append((_WHERE[composition.place], None))
-    if composition.ground is not None:
-        made += [
+        pieces.append((_PLACE_PHRASE[composition.place], None))
+    if composition.background is not None:
+        pieces += [
             ("on", None),
-            (_article(composition.ground), None),
-            (f"{composition.ground} background", "ground"),
+            (_article(composition.background), None),
+            (f"{composition.background} background", "background"),
         ]
-    return made
+    return pieces
 
 
-def vocabulary(index: PictureIndex) -> set[str]:
-    """Every word (see ``words``) that a caption of a training picture can contain."""
+def vocabulary(index: ImageIndex) -> set[str]:
+    """Return every word (see `words`) that a caption of a training image can contain."""
     found = {"a", "an", "and", "background", "on", "side", "by", "small", *STYLES, *PALETTE}
     for place in PLACES:
-        found.update(words(_WHERE[place]))
-    for i in index.train:
-        found.update(
-            word
-            for noun in (index[i].phrase, index[i].label or "", *index.said_tags[i])
-            for word in words(noun)
-        )
+        found.update(words(_PLACE_PHRASE[place]))
+    for noun in caption_nouns(index):
+        found.update(words(noun))
     return found
 
 
-def _thing(
-    i: int, size: SizeWord, index: PictureIndex, say_noto: bool, rng: np.random.Generator | None
+def caption_nouns(index: ImageIndex) -> list[str]:
+    """Return the nouns that captions of training images can contain: names, labels and tags."""
+    return [
+        noun for i in index.train for noun in (index[i].phrase, index[i].label or "", *index.caption_tags[i])
+    ]
+
+
+def _noun_phrase(
+    i: int, size: SizeWord, index: ImageIndex, name_noto: bool, rng: np.random.Generator | None
 ) -> str:
-    picture = index[i]
-    noun = picture.phrase
+    record = index[i]
+    noun = record.phrase
     if rng is not None:
         draw = rng.random()
-        tags = index.said_tags[i]
+        tags = index.caption_tags[i]
         if draw < TAG and tags:
             noun = tags[rng.integers(len(tags))]
-        elif TAG <= draw < TAG + LABEL and picture.label:
-            noun = picture.label
-    style = picture.style if picture.style != "noto" or say_noto else ""
+        elif TAG <= draw < TAG + LABEL and record.label:
+            noun = record.label
+    style = record.style if record.style != "noto" or name_noto else ""
     return " ".join(part for part in ("small" if size == "small" else "", style, noun) if part)
 
 

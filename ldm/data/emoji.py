@@ -1,8 +1,10 @@
-"""Builds the emoji data set: ``python -m ldm.data.emoji [--out data/emoji] [--size 128]``.
+"""The builder of the emoji data set: ``python -m ldm.data.emoji [--out data/emoji] [--size 128]``.
 
-Three pinned npm packages give the pictures as SVG, a fourth their labels and tags. What is written:
-``pictures.npy``, uint8 (N, size, size, 4), RGBA with straight (not premultiplied) alpha, fit for memory
-mapping; ``index.json``, one row for each picture in the same order; ``manifest.json``.
+Three pinned npm packages provide the images as SVG, a fourth provides labels and tags. Files written:
+
+- ``pictures.npy``: uint8 (N, size, size, 4), RGBA with straight (not premultiplied) alpha;
+- ``index.json``: one row for each image, in the same order;
+- ``manifest.json``: packages, renderer, counts and hashes.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.index import INDEX_FILE, MANIFEST_FILE, PICTURES_FILE, ImageRecord, Style, held_out_picture
+from ldm.data.index import IMAGES_FILE, INDEX_FILE, MANIFEST_FILE, ImageRecord, Style, held_out_image
+from ldm.weights.formats.safetensors import sha256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package of the npm registry: its version, the SHA-256 of its tarball, and its licence."""
+    """A package of the npm registry, pinned by version and by the SHA-256 of its tarball."""
 
     name: str
     version: str
@@ -40,7 +43,7 @@ class Package:
 
     @property
     def file_name(self) -> str:
-        """What ``npm pack`` calls the tarball."""
+        """The tarball's name, as ``npm pack`` writes it."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -70,7 +73,7 @@ LABEL_PACKAGE = Package(
     sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
     licence="MIT",
 )
-# skin tones, flags, keys, clocks, letters, families: hundreds of near-copies, or pictures of text
+# skin tones, flags, keys, clocks, letters, families: hundreds of near-copies, or images of text
 LEFT_OUT = re.compile(
     r"skin-tone|flag|-button|o-clock|oclock|clock-face|keycap|thirty|^[0-9a-z*#]$|letter|squared|ideograph|symbol|regional|tag-|tone-?\d"
     r"|-(light|medium|dark)|family-|couple|kiss-|copyright|registered|trade-mark"
@@ -78,8 +81,13 @@ LEFT_OUT = re.compile(
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's tarball in the cache, fetched with ``npm pack`` unless it is there; ValueError if its
-    SHA-256 is not the pinned one."""
+    """Return the path of a package's tarball in `cache`, after fetching it with ``npm pack`` if it is absent.
+
+    Raises:
+        FileNotFoundError: If the tarball is absent and npm is not installed.
+        RuntimeError: If ``npm pack`` fails.
+        ValueError: If the tarball's SHA-256 is not the pinned one.
+    """
     path = cache / package.file_name
     if not path.is_file():
         npm = shutil.which("npm")
@@ -113,17 +121,19 @@ def fetch(package: Package, cache: Path) -> Path:
 
 
 def read_tarball_json(tarball: Path, member: str) -> Any:
-    """A JSON file of an npm tarball."""
+    """Return the content of a JSON file in an npm tarball."""
     with tarfile.open(tarball) as archive:
         file = archive.extractfile(f"package/{member}")
         if file is None:
-            raise ValueError(f"{str(tarball)!r} has no file {member!r}")
+            raise ValueError(f"{str(tarball)!r}: expected a file {member!r} in it")
         return json.load(file)
 
 
 def kept_icons(icons: dict[str, Any]) -> dict[str, str]:
-    """SVG documents by name, of an Iconify set's square icons that are not left out; its aliases only repeat
-    pictures under other names."""
+    """Return SVG documents by name for the square icons of an Iconify set, except those in `LEFT_OUT`.
+
+    Aliases are ignored: they repeat an icon under another name.
+    """
     documents = {}
     for name, icon in icons["icons"].items():
         width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
@@ -136,7 +146,7 @@ def kept_icons(icons: dict[str, Any]) -> dict[str, str]:
 
 
 def render_svg(svg: str, size: int) -> np.ndarray:
-    """An SVG document as (size, size, 4) uint8 RGBA, straight alpha."""
+    """Render an SVG document to (size, size, 4) uint8 RGBA with straight alpha."""
     import resvg_py
     from PIL import Image
 
@@ -152,28 +162,29 @@ def _render_job(job: tuple[str, int]) -> np.ndarray:
 
 
 def plain_label(text: str) -> str:
-    """A label or tag as captions write it: lower-case, ASCII letters, without colons, quotation marks or
-    commas."""
+    """Return a label or tag as captions write it: lower case, ASCII, no colons, quotation marks or commas."""
     text = unicodedata.normalize("NFKD", text.lower().replace("’", "'")).encode("ascii", "ignore").decode()
     return " ".join(re.sub(r"[^a-z0-9'&+.\-]+", " ", text).split())
 
 
 class LabelTable:
-    """Emojibase's label and tags of an icon, found by code points (of any icon set that has the name), else
-    by the label's spelling."""
+    """Emojibase's labels and tags, looked up by an icon's name.
+
+    A name is resolved to code points by the icon sets' own tables; failing that, by the label's spelling.
+    """
 
     def __init__(self, entries: Iterable[dict[str, Any]], names_by_code: Iterable[dict[str, str]]) -> None:
         entries = list(entries)
         self._by_code = {_code(entry["hexcode"]): entry for entry in entries}
         self._by_slug = {_slug(entry["label"]): entry for entry in entries}
         self._code_of: dict[str, str] = {}
-        for table in names_by_code:  # the first set that knows a name decides
+        for table in names_by_code:  # the first set that has a name decides
             for code, name in table.items():
                 if _code(code) in self._by_code:
                     self._code_of.setdefault(name, _code(code))
 
     def find(self, name: str) -> tuple[str | None, tuple[str, ...]]:
-        """(label, tags) of an icon's name; (None, ()) if unknown."""
+        """Return (label, tags) of an icon's name, or (None, ()) if it is unknown."""
         entry = self._by_code.get(self._code_of.get(name, "")) or self._by_slug.get(_slug(name))
         if entry is None:
             return None, ()
@@ -192,11 +203,22 @@ def _slug(label: str) -> str:
 def build_emoji(
     out: str | Path = "data/emoji", size: int = 128, *, workers: int | None = None, progress: bool = False
 ) -> dict[str, Any]:
-    """Fetch, render and write the data set into ``out`` (tarballs are kept in ``<out>-packages``); returns
-    the manifest.
+    """Fetch, render and write the data set.
 
     Files are written under a temporary name and renamed, the manifest last: a folder with a manifest is
-    whole.
+    complete.
+
+    Args:
+        out: The folder to write; tarballs are kept in ``<out>-packages``. Default: "data/emoji".
+        size: Side of the images in pixels, even and at least 8. Default: 128.
+        workers: Number of processes; None for one per core. Default: None.
+        progress: Whether to show a progress bar. Default: False.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: For an impossible size, or a tarball that is not the pinned one.
     """
     if size < 8 or size % 2:
         raise ValueError(f"size {size}: expected an even number of pixels, at least 8")
@@ -213,14 +235,14 @@ def build_emoji(
             label, tags = labels.find(name)
             rows.append(
                 ImageRecord(
-                    name=name, style=style, label=label, tags=tags, held_out=held_out_picture(name, style)
+                    name=name, style=style, label=label, tags=tags, held_out=held_out_image(name, style)
                 )
             )
             documents.append(svg)
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST_FILE).unlink(missing_ok=True)
     shape = (len(rows), size, size, 4)
-    _replace(out / PICTURES_FILE, lambda path: _render_all(path, documents, shape, workers, progress))
+    _replace(out / IMAGES_FILE, lambda path: _render_all(path, documents, shape, workers, progress))
     _write_json(out / INDEX_FILE, [asdict(row) for row in rows])
     manifest = _manifest(rows, shape, out)
     _write_json(out / MANIFEST_FILE, manifest)
@@ -232,14 +254,14 @@ def _render_all(
 ) -> None:
     from tqdm import tqdm
 
-    pictures = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     with ProcessPoolExecutor(workers) as pool:
         results = pool.map(_render_job, ((svg, shape[1]) for svg in documents), chunksize=32)
-        for i, picture in enumerate(
+        for i, image in enumerate(
             tqdm(results, total=len(documents), desc="rendering", disable=not progress)
         ):
-            pictures[i] = picture
-    pictures.flush()
+            images[i] = image
+    images.flush()
 
 
 def _manifest(rows: list[ImageRecord], shape: tuple[int, ...], out: Path) -> dict[str, Any]:
@@ -261,13 +283,8 @@ def _manifest(rows: list[ImageRecord], shape: tuple[int, ...], out: Path) -> dic
         "counts": {style: sum(row.style == style for row in rows) for style in ICONS},
         "held_out": sum(row.held_out for row in rows),
         "labelled": sum(row.label is not None for row in rows),
-        "sha256": {name: _sha256(out / name) for name in (PICTURES_FILE, INDEX_FILE)},
+        "sha256": {name: sha256(out / name) for name in (IMAGES_FILE, INDEX_FILE)},
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -280,7 +297,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it."""
+    """Call `write` on a temporary path beside `path`, then rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -290,20 +307,20 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def build_command(arguments: list[str] | None = None) -> None:
-    """The command line of the builder."""
+    """Run the builder's command line."""
     parser = argparse.ArgumentParser(
         prog="python -m ldm.data.emoji", description="Fetch, render and index the emoji data set."
     )
     parser.add_argument("--out", default="data/emoji", help="folder to write (default: %(default)s)")
     parser.add_argument(
-        "--size", type=int, default=128, help="width and height in pixels (default: %(default)s)"
+        "--size", type=int, default=128, help="side of the images in pixels (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
     options = parser.parse_args(arguments)
     manifest = build_emoji(options.out, options.size, workers=options.workers, progress=True)
     counts = ", ".join(f"{count} {style}" for style, count in manifest["counts"].items())
     print(
-        f"{options.out}: {manifest['shape'][0]} pictures ({counts}), {manifest['held_out']} held out,"
+        f"{options.out}: {manifest['shape'][0]} images ({counts}), {manifest['held_out']} held out,"
         f" {manifest['labelled']} with a label"
     )
 

@@ -1,4 +1,4 @@
-"""The ten colours that a ground may have."""
+"""The ten background colours."""
 
 from __future__ import annotations
 

@@ -26,22 +26,22 @@ class Compositions:
         """Those of a run's pictures."""
         mix = pictures.config.mix
         plain = [
-            Composition(picture=int(row), ground=ground)
+            Composition(image=int(row), background=ground)
             for row in pictures.data.train
             if getattr(mix, pictures.data.index[int(row)].style) > 0
-            for ground in (None, *(PALETTE if mix.ground > 0 else ()))
+            for ground in (None, *(PALETTE if mix.background > 0 else ()))
             if ground != "white" and not held_out_pair(pictures.data.index[int(row)].name, ground)
         ]
-        row_of = {(c.picture, c.ground): i for i, c in enumerate(plain)}
+        row_of = {(c.image, c.background): i for i, c in enumerate(plain)}
         # white said or unsaid is one picture
-        row_of.update({(c.picture, "white"): i for i, c in enumerate(plain) if c.ground is None})
+        row_of.update({(c.image, "white"): i for i, c in enumerate(plain) if c.background is None})
         return cls((*plain, *draw_variants(pictures, variants, seed)), row_of, variants)
 
     def choose(self, composition: Composition, rng: np.random.Generator) -> tuple[Composition, int]:
         """The kept composition for a drawn one (a small or double one becomes one of the variants), and its
         row."""
         if composition.second is None and composition.size == "full":
-            return composition, self.row_of[composition.picture, composition.ground]
+            return composition, self.row_of[composition.image, composition.background]
         row = len(self.rows) - self.variants + int(rng.integers(self.variants))
         return self.rows[row], row
 

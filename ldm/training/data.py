@@ -30,7 +30,7 @@ class Pictures:
 
     def tensor(self, compositions: Sequence[Composition]) -> Tensor:
         """Their pictures, (B, 3, H, W) float32 in [−1, 1]."""
-        return to_tensor(render_batch(compositions, self.data.pictures, self.config.size))
+        return to_tensor(render_batch(compositions, self.data.images, self.config.size))
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition
-from ldm.data.captions import Pieces, spoken
-from ldm.data.compose import areas
+from ldm.data.captions import CaptionPieces, join_captions
+from ldm.data.compose import coverage
 from ldm.models.layers.attention import Attention, AttentionBlock, attention_control
 from ldm.training.config import at_least
 
@@ -47,7 +47,7 @@ class Named:
 
 
 def named(
-    said: Sequence[Pieces],
+    said: Sequence[CaptionPieces],
     compositions: Sequence[Composition],
     pictures: np.ndarray,
     text: TextConditioner,
@@ -57,11 +57,11 @@ def named(
     nothing."""
     found = []
     for sample, (pieces, caption, composition) in enumerate(
-        zip(said, spoken(said), compositions, strict=True)
+        zip(said, join_captions(said), compositions, strict=True)
     ):
         owners = [area for piece, area in pieces for _ in text.places(piece)]
         there = text.places(caption)
-        shown = areas(composition, pictures, size) if any(owners) else {}
+        shown = coverage(composition, pictures, size) if any(owners) else {}
         for area, pixels in shown.items():
             places = [
                 place for owner, (_, own) in zip(owners, there, strict=True) if owner == area for place in own

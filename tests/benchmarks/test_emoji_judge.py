@@ -11,7 +11,7 @@ from ldm.data import PALETTE, Composition, render_batch
 
 
 def images(data, compositions, size=64):
-    return torch.from_numpy(render_batch(compositions, data.pictures, size)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(render_batch(compositions, data.images, size)).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def judge(drawn):
 
 @pytest.mark.parametrize("ground", [None, "black", "yellow"])
 def test_the_data_itself_is_judged_right(drawn, judge, ground):
-    made = [Composition(picture=i, ground=ground) for i in range(18)]
+    made = [Composition(image=i, background=ground) for i in range(18)]
     for i, verdict in enumerate(
         judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [ground] * 18)
     ):
@@ -36,7 +36,7 @@ def test_the_data_itself_is_judged_right(drawn, judge, ground):
 def test_shifts_scales_and_noise_are_forgiven(drawn, judge):
     torch.manual_seed(0)
     made = [
-        Composition(picture=drawn.find(name), ground="green")
+        Composition(image=drawn.find(name), background="green")
         for name in ("red-disc", "blue-box", "old-cross")
     ]
     clean = images(drawn, made, 64)
@@ -51,7 +51,7 @@ def test_shifts_scales_and_noise_are_forgiven(drawn, judge):
 
 
 def test_another_picture_is_a_miss_and_another_style_a_hit(drawn, judge):
-    shown = images(drawn, [Composition(picture=drawn.find("red-disc", "twemoji"))] * 2)
+    shown = images(drawn, [Composition(image=drawn.find("red-disc", "twemoji"))] * 2)
     hit, miss = judge(shown, ["red-disc", "green-bar"], [None, None])
     assert hit.rank == 0 and hit.nearest_style == "twemoji"
     assert miss.rank > 0 and miss.nearest == "red-disc"
@@ -64,7 +64,7 @@ def test_pruning_changes_nothing(drawn, judge):
     names = list(drawn.index.names("noto"))
     gallery = judge._gallery("pink")
     pink = torch.tensor(PALETTE["pink"]).view(3, 1, 1) / 255
-    composed = images(drawn, [Composition(picture=i, ground="pink") for i in range(18)])
+    composed = images(drawn, [Composition(image=i, background="pink") for i in range(18)])
     assert torch.allclose(gallery + pink, composed, atol=1 / 255)
     for image, name, verdict in zip(shown, names, judge(shown, names, ["pink"] * 6), strict=True):
         copies = shifted_and_scaled(image - pink)
@@ -100,7 +100,7 @@ def test_copies_are_filled_with_the_ground():
 
 
 def test_the_size_of_the_image_does_not_matter(drawn, judge):
-    made = [Composition(picture=drawn.find("old-cross"), ground="red")]
+    made = [Composition(image=drawn.find("old-cross"), background="red")]
     large = torch.nn.functional.interpolate(images(drawn, made), scale_factor=2)
     small = images(drawn, made, 32)
     assert [judge(shown, ["old-cross"], ["red"])[0].rank for shown in (large, small)] == [0, 0]
@@ -141,13 +141,13 @@ def test_mean_psnr():
 
 
 def test_what_is_judged_is_what_training_saw_or_did_not(many):
-    data = emoji_judge.EmojiData(pictures=np.zeros((len(many), 2, 2, 4), np.uint8), index=many, manifest={})
+    data = emoji_judge.EmojiData(images=np.zeros((len(many), 2, 2, 4), np.uint8), index=many, manifest={})
     seen = emoji_quality.draw_training(data, 100, np.random.default_rng(0))
     unseen = emoji_quality.draw_held_out_pairs(data, 100, np.random.default_rng(0))
-    pair = [emoji_quality.held_out_pair(many[c.picture].name, c.ground) for c in (*seen, *unseen)]
+    pair = [emoji_quality.held_out_pair(many[c.image].name, c.background) for c in (*seen, *unseen)]
     assert pair == [False] * 100 + [True] * 100
-    assert sum(c.ground is not None for c in seen) == 50 and len({c.picture for c in seen}) == 100
-    assert not any(many[c.picture].held_out for c in (*seen, *unseen))
-    assert {many[c.picture].style for c in (*seen, *unseen)} == {"noto"}
+    assert sum(c.background is not None for c in seen) == 50 and len({c.image for c in seen}) == 100
+    assert not any(many[c.image].held_out for c in (*seen, *unseen))
+    assert {many[c.image].style for c in (*seen, *unseen)} == {"noto"}
     pictures = emoji_quality.draw_held_out_pictures(data, np.random.default_rng(0))
-    assert [c.picture for c in pictures] == many.held_out.tolist()
+    assert [c.image for c in pictures] == many.held_out.tolist()

@@ -1,26 +1,26 @@
-"""Captions say what was done, and nothing that was not."""
+"""Captions describe every change of a composition, and nothing else."""
 
 import numpy as np
 import pytest
 
 from ldm.conditioning.words import words
 from ldm.data import PALETTE, Composition, Mix, caption, sample_composition, vocabulary
-from ldm.data.captions import _article, pieces
+from ldm.data.captions import _article, caption_pieces
 
 
 @pytest.mark.parametrize(
-    ("name", "style", "made", "said"),
+    ("name", "style", "changes", "expected"),
     [
         ("red-disc", "noto", {}, "red disc"),
         ("red-disc", "fluent", {}, "fluent red disc"),
-        ("red-disc", "noto", {"ground": "blue"}, "red disc on a blue background"),
-        ("ring", "twemoji", {"ground": "orange"}, "twemoji ring on an orange background"),
-        ("ring", "noto", {"ground": "white"}, "ring on a white background"),
+        ("red-disc", "noto", {"background": "blue"}, "red disc on a blue background"),
+        ("ring", "twemoji", {"background": "orange"}, "twemoji ring on an orange background"),
+        ("ring", "noto", {"background": "white"}, "ring on a white background"),
         ("ring", "noto", {"size": "small"}, "small ring"),
         (
             "ring",
             "noto",
-            {"size": "small", "place": "left", "ground": "blue"},
+            {"size": "small", "place": "left", "background": "blue"},
             "small ring on the left on a blue background",
         ),
         (
@@ -32,19 +32,19 @@ from ldm.data.captions import _article, pieces
         ("ring", "noto", {"second": 0}, "ring and red disc side by side"),
     ],
 )
-def test_canonical_captions(drawn, name, style, made, said):
-    assert caption(Composition(picture=drawn.find(name, style), **made), drawn.index) == said
+def test_canonical_captions(drawn, name, style, changes, expected):
+    assert caption(Composition(image=drawn.find(name, style), **changes), drawn.index) == expected
 
 
-def test_two_pictures_each_say_their_style(drawn):
-    both = Composition(picture=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"))
+def test_the_style_of_both_images_is_named(drawn):
+    both = Composition(image=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"))
     assert caption(both, drawn.index) == "fluent ring and fluent red disc side by side"
 
 
-def test_varied_captions_cover_the_wordings_and_no_other(drawn):
+def test_varied_captions_have_all_wordings_and_no_other(drawn):
     rng = np.random.default_rng(0)
     got = {
-        caption(Composition(picture=drawn.find("cat-face"), ground="red"), drawn.index, rng)
+        caption(Composition(image=drawn.find("cat-face"), background="red"), drawn.index, rng)
         for _ in range(600)
     }
     nouns = ("cat face", "kitty", "cat")
@@ -55,7 +55,7 @@ def test_varied_captions_cover_the_wordings_and_no_other(drawn):
         for noun in nouns
     }
     got = {
-        caption(Composition(picture=drawn.find("ring", "twemoji"), size="small"), drawn.index, rng)
+        caption(Composition(image=drawn.find("ring", "twemoji"), size="small"), drawn.index, rng)
         for _ in range(600)
     }
     assert got == {
@@ -66,27 +66,27 @@ def test_varied_captions_cover_the_wordings_and_no_other(drawn):
     }
 
 
-def test_varied_captions_always_say_what_was_done(drawn):
+def test_varied_captions_describe_every_change(drawn):
     rng = np.random.default_rng(1)
-    mix = Mix(ground=0.5, small=0.4, two=0.3)
+    mix = Mix(background=0.5, small=0.4, two=0.3)
     where = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
     for _ in range(500):
         made = sample_composition(rng, drawn.index, mix)
         text = caption(made, drawn.index, rng)
-        style = drawn.index[made.picture].style
+        style = drawn.index[made.image].style
         assert all((other in words(text)) == (other == style) for other in ("fluent", "twemoji"))
         assert style == "noto" or words(text).count(style) == (1 if made.second is None else 2)
         assert [colour for colour in PALETTE if f"{colour} background" in text] == (
-            [made.ground] if made.ground else []
+            [made.background] if made.background else []
         )
         assert ("small" in words(text)) == (made.size == "small")
         assert ("side by side" in text) == (made.second is not None)
         assert made.place == "centre" or where.get(made.place, f"in the {made.place} corner") in text
-        assert ("background" in text) == (made.ground is not None)
+        assert ("background" in text) == (made.background is not None)
 
 
 def test_captions_depend_on_the_generator_alone(drawn):
-    made = [Composition(picture=i) for i in range(18)] * 3
+    made = [Composition(image=i) for i in range(18)] * 3
     one, two = (
         [caption(c, drawn.index, rng) for c in made]
         for rng in (np.random.default_rng(7), np.random.default_rng(7))
@@ -101,7 +101,7 @@ def test_vocabulary_has_every_word_of_training_captions(drawn):
         seen.update(
             words(caption(sample_composition(rng, drawn.index, Mix(small=0.5, two=0.2)), drawn.index, rng))
         )
-    assert seen == vocabulary(drawn.index)  # none missing; and none that never comes
+    assert seen == vocabulary(drawn.index)
 
 
 def test_words():
@@ -122,18 +122,18 @@ def test_a(phrase):
     assert _article(phrase) == "a"
 
 
-def test_pieces_say_what_they_tell_of(drawn):
+def test_pieces_name_the_area_that_they_describe(drawn):
     both = Composition(
-        picture=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"), ground="orange"
+        image=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"), background="orange"
     )
-    assert pieces(both, drawn.index) == [
+    assert caption_pieces(both, drawn.index) == [
         ("fluent ring", "first"),
         ("and", None),
         ("fluent red disc", "second"),
         ("side by side", None),
         ("on", None),
         ("an", None),
-        ("orange background", "ground"),
+        ("orange background", "background"),
     ]
-    small = pieces(Composition(picture=drawn.find("ring"), size="small", place="left"), drawn.index)
+    small = caption_pieces(Composition(image=drawn.find("ring"), size="small", place="left"), drawn.index)
     assert small == [("small ring", "first"), ("on the left", None)]

@@ -1,16 +1,16 @@
-"""Rendering of compositions against plain arithmetic."""
+"""Rendered compositions against the blending equation in float64."""
 
 import numpy as np
 import pytest
 
 from ldm.data import PALETTE, Composition, render, render_batch
-from ldm.data.compose import areas
+from ldm.data.compose import coverage
 
 
-def blend(rgba: np.ndarray, ground: tuple[int, int, int]) -> np.ndarray:
-    """The equation in float64, not rounded."""
+def blend(rgba: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """Blend in float64, without rounding."""
     alpha = rgba[..., 3:] / 255
-    return rgba[..., :3] * alpha + np.array(ground) * (1 - alpha)
+    return rgba[..., :3] * alpha + np.array(background) * (1 - alpha)
 
 
 def boxes(image: np.ndarray, factor: int) -> np.ndarray:
@@ -23,21 +23,23 @@ def noise() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (3, 64, 64, 4), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("ground", [None, *PALETTE])
+@pytest.mark.parametrize("background", [None, *PALETTE])
 @pytest.mark.parametrize("size", [64, 32, 16])
-def test_full_size_is_the_blend_rounded_to_nearest(noise, ground, size):
-    expected = boxes(blend(noise[1], PALETTE[ground or "white"]), 64 // size)
-    image = render(Composition(picture=1, ground=ground), noise, size)
+def test_full_size_is_the_blend_rounded_to_nearest(noise, background, size):
+    expected = boxes(blend(noise[1], PALETTE[background or "white"]), 64 // size)
+    image = render(Composition(image=1, background=background), noise, size)
     assert image.dtype == np.uint8 and image.shape == (size, size, 3)
-    assert np.abs(image - expected).max() <= 0.5 + 1e-9  # rounding, nothing more
+    assert np.abs(image - expected).max() <= 0.5 + 1e-9  # rounding alone
 
 
 def test_every_alpha_and_value_is_rounded_exactly():
     values, alphas = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     rgba = np.stack([values] * 3 + [alphas], axis=-1)[None]
-    for ground in ("black", "white", "gray"):
-        exact = blend(rgba[0], PALETTE[ground])
-        assert np.abs(render(Composition(picture=0, ground=ground), rgba, 256) - exact).max() <= 0.5 + 1e-9
+    for background in ("black", "white", "gray"):
+        exact = blend(rgba[0], PALETTE[background])
+        assert (
+            np.abs(render(Composition(image=0, background=background), rgba, 256) - exact).max() <= 0.5 + 1e-9
+        )
 
 
 @pytest.mark.parametrize(
@@ -54,26 +56,26 @@ def test_every_alpha_and_value_is_rounded_exactly():
         ("bottom right", 30, 30),
     ],
 )
-def test_a_small_picture_lies_where_it_is_said(noise, place, top, left):
-    image = render(Composition(picture=2, ground="blue", size="small", place=place), noise, 64)
+def test_a_small_image_stands_at_its_place(noise, place, top, left):
+    image = render(Composition(image=2, background="blue", size="small", place=place), noise, 64)
     expected = np.broadcast_to(np.array(PALETTE["blue"], dtype=float), (64, 64, 3)).copy()
     expected[top : top + 32, left : left + 32] = boxes(blend(noise[2], PALETTE["blue"]), 2)
     assert np.abs(image - expected).max() <= 0.5 + 1e-9
 
 
-def test_two_stand_side_by_side_the_first_on_the_left(noise):
-    image = render(Composition(picture=0, second=2, ground="pink"), noise, 64)
+def test_of_two_images_the_first_stands_on_the_left(noise):
+    image = render(Composition(image=0, second=2, background="pink"), noise, 64)
     expected = np.broadcast_to(np.array(PALETTE["pink"], dtype=float), (64, 64, 3)).copy()
     expected[16:48, :32] = boxes(blend(noise[0], PALETTE["pink"]), 2)
     expected[16:48, 32:] = boxes(blend(noise[2], PALETTE["pink"]), 2)
     assert np.abs(image - expected).max() <= 0.5 + 1e-9
 
 
-def test_a_batch_is_its_images(noise):
+def test_a_batch_equals_its_single_images(noise):
     compositions = [
-        Composition(picture=0),
-        Composition(picture=1, ground="red", size="small", place="top"),
-        Composition(picture=2, second=0),
+        Composition(image=0),
+        Composition(image=1, background="red", size="small", place="top"),
+        Composition(image=2, second=0),
     ]
     batch = render_batch(compositions, noise, 32)
     assert batch.shape == (3, 32, 32, 3)
@@ -85,38 +87,38 @@ def test_a_batch_is_its_images(noise):
 @pytest.mark.parametrize("size", [0, 48, 128, 1])
 def test_a_size_that_does_not_divide_is_refused(noise, size):
     with pytest.raises(ValueError, match=f"size {size}"):
-        render(Composition(picture=0), noise, size)
+        render(Composition(image=0), noise, size)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"ground": "blu"}, "did you mean 'blue'"),
+        ({"background": "blu"}, "did you mean 'blue'"),
         ({"size": "smal"}, "did you mean 'small'"),
         ({"size": "small", "place": "botom"}, "did you mean 'bottom'"),
-        ({"place": "left"}, "only a small picture"),
-        ({"second": 1, "size": "small"}, "side by side"),
+        ({"place": "left"}, "only a small image"),
+        ({"second": 1, "size": "small"}, "two images side by side"),
     ],
 )
 def test_impossible_compositions_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Composition(picture=0, **wrong)
+        Composition(image=0, **wrong)
 
 
 @pytest.mark.parametrize("made", [{}, {"size": "small", "place": "bottom left"}, {"second": 2}])
 @pytest.mark.parametrize("size", [64, 32])
-def test_areas_say_what_each_pixel_is_of(noise, made, size):
-    """Of white pictures on black, red where they are the first: the image itself says it."""
-    got = areas(Composition(picture=1, **made), noise, size)
-    assert set(got) == {"first", "ground"} | ({"second"} if "second" in made else set())
+def test_coverage_is_what_the_rendered_image_shows(noise, made, size):
+    """With a red and a green image on blue, the channels of the rendered image measure the coverage."""
+    got = coverage(Composition(image=1, **made), noise, size)
+    assert set(got) == {"first", "background"} | ({"second"} if "second" in made else set())
     assert np.abs(sum(got.values()) - 1).max() < 1e-6 and all(area.min() >= 0 for area in got.values())
     painted = noise.copy()
     painted[..., :3] = 0
     painted[1, ..., 0] = painted[2, ..., 1] = 255
-    image = render(Composition(picture=1, ground="blue", **made), painted, size).astype(float)
+    image = render(Composition(image=1, background="blue", **made), painted, size).astype(float)
     assert (
-        np.abs(image[..., 2] - 210 * got["ground"]).max() <= 1.5
-        and np.abs(image[..., 0] - 255 * got["first"] - 50 * got["ground"]).max() <= 1.5
+        np.abs(image[..., 2] - 210 * got["background"]).max() <= 1.5
+        and np.abs(image[..., 0] - 255 * got["first"] - 50 * got["background"]).max() <= 1.5
     )
     if "second" in made:
-        assert np.abs(image[..., 1] - 255 * got["second"] - 100 * got["ground"]).max() <= 1.5
+        assert np.abs(image[..., 1] - 255 * got["second"] - 100 * got["background"]).max() <= 1.5

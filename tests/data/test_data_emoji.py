@@ -1,5 +1,4 @@
-"""The builder, with packages that the test makes and a renderer that it stubs: no npm, no registry, no
-resvg."""
+"""The builder of the data set, with packages that the test writes and a stub renderer."""
 
 import hashlib
 import io
@@ -11,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from ldm.data import EmojiData, emoji, held_out_picture
+from ldm.data import EmojiData, emoji, held_out_image
 
 
 def tarball(path, files):
@@ -42,7 +41,7 @@ ENTRIES = [
 ]
 
 
-def test_what_is_kept_and_left_out():
+def test_which_icons_are_kept():
     assert list(emoji.kept_icons(ICONS)) == ["red-apple", "womans-hat"]
     for name in (
         "waving-hand-light-skin-tone",
@@ -82,25 +81,25 @@ def test_labels_are_found_by_code_then_by_spelling():
     assert table.find("unheard-of") == (None, ())
 
 
-def test_plain():
+def test_plain_label():
     assert emoji.plain_label("“Piñata”: No. 1, T-Shirt") == "pinata no. 1 t-shirt"
 
 
-def test_a_tarball_that_is_not_the_pinned_one_is_refused(tmp_path):
+def test_a_tarball_with_another_hash_is_refused(tmp_path):
     package = emoji.Package(name="@x/y", version="1.0", sha256="0" * 64, licence="MIT")
     tarball(tmp_path / package.file_name, {"icons.json": ICONS})
     with pytest.raises(ValueError, match="expected 0000"):
         emoji.fetch(package, tmp_path)
 
 
-def test_without_npm_it_says_what_is_needed(tmp_path, monkeypatch):
+def test_the_error_without_npm_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="npm is needed"):
         emoji.fetch(emoji.LABEL_PACKAGE, tmp_path)
 
 
 class SameProcess:
-    """The process pool's interface, without processes: these would not see the stubs."""
+    """The process pool's interface in one process, because other processes do not see the stubs."""
 
     def __init__(self, workers):
         pass
@@ -128,7 +127,7 @@ def test_build_writes_what_open_reads(tmp_path, monkeypatch):
     labels = emoji.Package(name="labels", version="2.0", sha256="", licence="MIT")
     digest = tarball(cache / labels.file_name, {"en/data.json": ENTRIES})
     monkeypatch.setattr(
-        emoji, "LABELS", emoji.Package(name="labels", version="2.0", sha256=digest, licence="MIT")
+        emoji, "LABEL_PACKAGE", emoji.Package(name="labels", version="2.0", sha256=digest, licence="MIT")
     )
     monkeypatch.setattr(emoji, "ICONS", packages)
     monkeypatch.setattr(emoji, "ProcessPoolExecutor", SameProcess)
@@ -139,23 +138,19 @@ def test_build_writes_what_open_reads(tmp_path, monkeypatch):
 
     manifest = emoji.build_emoji(tmp_path / "set", 16)
     data = EmojiData.open(tmp_path / "set")
-    assert data.pictures.shape == (6, 16, 16, 4) and manifest["counts"] == {
+    assert data.images.shape == (6, 16, 16, 4) and manifest["counts"] == {
         "noto": 2,
         "fluent": 2,
         "twemoji": 2,
     }
     assert data.index[data.find("womans-hat", "fluent")].label == "woman's hat"
-    assert (
-        data.pictures[data.find("womans-hat")].max() == 2 and data.pictures[data.find("red-apple")].max() == 1
-    )
-    assert [row.held_out for row in data.index] == [
-        held_out_picture(row.name, row.style) for row in data.index
-    ]
+    assert data.images[data.find("womans-hat")].max() == 2 and data.images[data.find("red-apple")].max() == 1
+    assert [row.held_out for row in data.index] == [held_out_image(row.name, row.style) for row in data.index]
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
         "index.json",
         "manifest.json",
         "pictures.npy",
-    ]  # nothing temporary is left
+    ]  # no temporary file
     assert (
         manifest["sha256"]["pictures.npy"]
         == hashlib.sha256((tmp_path / "set" / "pictures.npy").read_bytes()).hexdigest()
@@ -167,11 +162,11 @@ def test_build_writes_what_open_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "render_svg", fail)
     with pytest.raises(ValueError, match="renderer broke"):
         emoji.build_emoji(tmp_path / "set", 16)
-    with pytest.raises(FileNotFoundError):  # a set half built is not taken for a whole one
+    with pytest.raises(FileNotFoundError):  # a half-built data set does not open
         EmojiData.open(tmp_path / "set")
     assert not list((tmp_path / "set").glob(".*"))
 
 
-def test_a_size_that_cannot_be_is_refused(tmp_path):
+def test_an_odd_size_is_refused(tmp_path):
     with pytest.raises(ValueError, match="size 7"):
         emoji.build_emoji(tmp_path, 7)

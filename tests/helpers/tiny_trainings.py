@@ -25,7 +25,7 @@ def run(name: str, **changes: Any) -> dict[str, Any]:
 
 def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
     """The parts' configurations over a data set's folder; ``changes`` go to their runs."""
-    source = {"folder": str(data), "size": 32, "mix": {"ground": 0.5, "small": 0.2, "two": 0.2}}
+    source = {"folder": str(data), "size": 32, "mix": {"background": 0.5, "small": 0.2, "two": 0.2}}
     vae = {
         "part": "vae",
         "run": run("vae", **changes),

@@ -13,7 +13,7 @@ import torch
 from tiny_trainings import configs, run, write
 
 from ldm.data import Composition
-from ldm.data.captions import pieces, spoken
+from ldm.data.captions import caption_pieces, join_captions
 from ldm.training.grounding import Grounding, Named, attended, grounding_loss, named
 from ldm.training.loop import Draws
 from ldm.training.run import open_run, read_training_config
@@ -56,11 +56,11 @@ def test_names_are_found_with_their_tokens_and_areas(place) -> None:
     names = [i for i in range(len(index)) if len(index[i].phrase.split()) > 1 and index[i].style == "noto"][
         :2
     ]
-    both = Composition(picture=names[0], second=names[1], ground="blue")
-    said = [[], pieces(both, index, np.random.default_rng(1))]
-    found = named(said, [both, both], part.pictures.data.pictures, text, 32)
+    both = Composition(image=names[0], second=names[1], background="blue")
+    said = [[], caption_pieces(both, index, np.random.default_rng(1))]
+    found = named(said, [both, both], part.pictures.data.images, text, 32)
     assert [one.sample for one in found] == [1, 1, 1]
-    there = {place: word for word, places in text.places(spoken(said)[1]) for place in places}
+    there = {place: word for word, places in text.places(join_captions(said)[1]) for place in places}
     heard = [" ".join(dict.fromkeys(there[place] for place in one.places)) for one in found]
     wanted = [piece for piece, area in said[1] if area is not None]
     assert heard == wanted

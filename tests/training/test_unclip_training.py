@@ -109,7 +109,7 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
         "image-draft-text": {
             "part": "image-draft",
             "run": run("image-draft-text"),
-            "data": {**source, "drawn": {"ground": 0.9}},
+            "data": {**source, "drawn": {"background": 0.9}},
             "vae": "runs/vae/export",
             "variants": 5,
             "model": {**DRAFT, "embed_dim": 32},
@@ -453,7 +453,7 @@ def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
     assert (
         0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7
     )  # shares 0.3, and 0.35 or so
-    counts = [c.ground is not None for c in part.pictures.draw(np.random.default_rng(0), 400)]
+    counts = [c.background is not None for c in part.pictures.draw(np.random.default_rng(0), 400)]
     assert np.mean(counts) > 0.75  # drawn by 0.9, where the cache's mix has 0.5
 
 

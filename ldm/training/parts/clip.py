@@ -71,7 +71,7 @@ class CLIPPart:
         white) is its own."""
         index = self.pictures.data.index
         rows = index.train_of["noto"]
-        chosen = [Composition(picture=int(row)) for row in rows]
+        chosen = [Composition(image=int(row)) for row in rows]
         image, text = self.embed(chosen)
         hits = (text @ image.T).argmax(1) == torch.arange(len(rows))
         return {"text_to_image_top1": float(hits.float().mean())}
@@ -111,6 +111,6 @@ def caption_tokens(pictures: Pictures) -> list[int]:
         found.update(tokenizer.encode(word))
     index = pictures.data.index  # punctuation and joined words give tokens of their own
     for i in index.train:
-        for noun in (index[i].phrase, index[i].label or "", *index.said_tags[i]):
+        for noun in (index[i].phrase, index[i].label or "", *index.caption_tags[i]):
             found.update(tokenizer.encode(noun))
     return sorted(found)

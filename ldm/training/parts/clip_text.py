@@ -73,7 +73,7 @@ class CLIPTextPart:
         """Of all noto names that training sees, how often the caption's nearest picture (all of them on
         white) is its own, and their mean cosine."""
         index = self.pictures.data.index
-        chosen = [Composition(picture=int(row)) for row in index.train_of["noto"]]
+        chosen = [Composition(image=int(row)) for row in index.train_of["noto"]]
         image = F.normalize(
             self.embeddings[[self.embeddings.choose(c, np.random.default_rng(0))[1] for c in chosen]], dim=-1
         )

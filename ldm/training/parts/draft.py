@@ -99,14 +99,14 @@ class DraftPart:
         never sees; and how often the nearest latent of the 256 is the asked name's."""
         index = self.pictures.data.index
         plain = [
-            Composition(picture=int(row))
+            Composition(image=int(row))
             for row in np.random.default_rng(7).permutation(index.train_of["noto"])[:256]
         ]
         pairs = [
-            replace(c, ground=ground)
+            replace(c, background=ground)
             for c in plain
             for ground in PALETTE
-            if held_out_pair(index[c.picture].name, ground)
+            if held_out_pair(index[c.image].name, ground)
         ][:64]
         # (256, C·h·w)
         drafts, truth = (
@@ -133,7 +133,7 @@ class DraftPart:
         index = self.pictures.data.index
         rows = np.random.default_rng(3).permutation(index.train_of["noto"])[:16]
         chosen = [
-            Composition(picture=int(row), ground=(None, "blue", None, "yellow")[i % 4])
+            Composition(image=int(row), background=(None, "blue", None, "yellow")[i % 4])
             for i, row in enumerate(rows)
         ]
         drafts = self.vae.decode(self.draft([caption(c, index) for c in chosen]) / self.cache.scale)

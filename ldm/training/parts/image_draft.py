@@ -131,10 +131,10 @@ class ImageDraftPart:
         """Mean squared errors of 256 noto names on white, of as many on grounds, and of 64 pictures that
         training never sees."""
         rows = np.random.default_rng(7).permutation(self.pictures.data.index.train_of["noto"])[:256]
-        plain = [Composition(picture=int(row)) for row in rows]
+        plain = [Composition(image=int(row)) for row in rows]
         grounds = list(self.pictures.palette)
         on_ground = [
-            Composition(picture=int(row), ground=grounds[i % len(grounds)]) for i, row in enumerate(rows)
+            Composition(image=int(row), background=grounds[i % len(grounds)]) for i, row in enumerate(rows)
         ]
         sets = {
             "plain_mse": plain,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data import Composition, caption
-from ldm.data.captions import Pieces, pieces, spoken, vocabulary
+from ldm.data.captions import CaptionPieces, caption_pieces, join_captions, vocabulary
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
@@ -168,12 +168,14 @@ class LDMPart:
         x0 = self.cache.sample([row for _, row in chosen], draws).to(self.device)  # (B, C, h, w)
         compositions = [c for c, _ in chosen]
         said = [
-            [] if draws.rng.random() < diffusion.drop else pieces(c, self.pictures.data.index, draws.rng)
+            []
+            if draws.rng.random() < diffusion.drop
+            else caption_pieces(c, self.pictures.data.index, draws.rng)
             for c in compositions
         ]
         t = diffusion.draw(batch, draws.torch).to(self.device)
         eps = draws.normal(*x0.shape).to(self.device)
-        cond = self.text(spoken(said))
+        cond = self.text(join_captions(said))
         with self.watched() as maps:
             losses = diffusion_loss(self.denoiser, x0, cond, t, eps)  # (B,)
         loss = (diffusion.weight(schedule.snr(t)).to(losses) * losses).mean()
@@ -198,10 +200,10 @@ class LDMPart:
         return nullcontext({}) if self.config.grounding is None else attended(self.denoiser.net)
 
     def grounding(
-        self, maps: Mapping[str, Tensor], said: Sequence[Pieces], compositions: Sequence[Composition]
+        self, maps: Mapping[str, Tensor], said: Sequence[CaptionPieces], compositions: Sequence[Composition]
     ) -> Tensor:
         """How far the attention to what captions name is from where it is: `grounding_loss`."""
-        wanted = named(said, compositions, self.pictures.data.pictures, self.text, self.config.data.size)
+        wanted = named(said, compositions, self.pictures.data.images, self.text, self.config.data.size)
         return grounding_loss(maps.values(), wanted).to(self.device)
 
     def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
@@ -221,7 +223,7 @@ class LDMPart:
         """
         rng = np.random.default_rng(7)
         chosen = [
-            Composition(picture=int(row))
+            Composition(image=int(row))
             for row in rng.permutation(self.pictures.data.index.train_of["noto"])[:64]
         ]
         captions = [caption(c, self.pictures.data.index) for c in chosen]
@@ -243,17 +245,17 @@ class LDMPart:
         """`grounding_loss` over 64 pairs of training pictures side by side, at fixed timesteps and noise."""
         rows = np.random.default_rng(8).permutation(self.pictures.data.index.train_of["noto"])[:128].tolist()
         compositions = [
-            Composition(picture=first, second=second)
+            Composition(image=first, second=second)
             for first, second in zip(rows[::2], rows[1::2], strict=False)
         ]
-        said, draws = [pieces(c, self.pictures.data.index) for c in compositions], Draws(8, 0)
+        said, draws = [caption_pieces(c, self.pictures.data.index) for c in compositions], Draws(8, 0)
         x0 = self.cache.scale * self.vae.encode(self.pictures.tensor(compositions).to(self.device)).mean
         t, eps = (
             self.config.diffusion.draw(len(x0), draws.torch).to(self.device),
             draws.normal(*x0.shape).to(self.device),
         )
         with self.watched() as maps:
-            diffusion_loss(self.denoiser, x0, self.text(spoken(said)), t, eps)
+            diffusion_loss(self.denoiser, x0, self.text(join_captions(said)), t, eps)
         return float(self.grounding(maps, said, compositions))
 
     def preview(self) -> np.ndarray:

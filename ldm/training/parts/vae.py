@@ -105,6 +105,6 @@ def held_out_compositions(pictures: Pictures, n: int) -> list[Composition]:
     rows = rng.permutation(pictures.data.held_out)[:n]
     grounds = rng.choice(list(pictures.palette), size=len(rows))
     return [
-        Composition(picture=int(row), ground=str(ground) if i % 2 else None)
+        Composition(image=int(row), background=str(ground) if i % 2 else None)
         for i, (row, ground) in enumerate(zip(rows, grounds, strict=True))
     ]
