@@ -21,15 +21,10 @@ from ldm.analysis.oracle import (
     solver_error,
 )
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, ScheduleName
 from ldm.samplers import get_sampler
 
 STEPS = (20, 40, 80, 160, 320, 640)
-SCHEDULES = {
-    "scaled_linear": NoiseSchedule.scaled_linear,
-    "linear": NoiseSchedule.linear,
-    "cosine": NoiseSchedule.cosine,
-}
 
 
 def label(sampler: str, options: SolverOptions) -> str:
@@ -42,7 +37,7 @@ def label(sampler: str, options: SolverOptions) -> str:
 
 
 def deterministic_rows(
-    schedule: str, steps: Sequence[int], samplers: Sequence[str] | None
+    schedule: ScheduleName, steps: Sequence[int], samplers: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """Errors of every deterministic method (of ``samplers``, or all) by grid and number of steps, and the
     slopes where they are asymptotic.
@@ -51,7 +46,7 @@ def deterministic_rows(
     as a user has them, from the method's own start: ``leading`` and ``trailing`` without the last step,
     ``karras to 0`` with it. A number of steps that a grid refuses is None.
     """
-    table, data, rows = SCHEDULES[schedule](), mixture(), []
+    table, data, rows = NoiseSchedule.make(schedule), mixture(), []
     for sampler, options, order in DETERMINISTIC:
         if samplers is not None and sampler not in samplers:
             continue
@@ -144,7 +139,7 @@ def sampled_scores(
         return torch.randn(like.shape, generator=g, dtype=like.dtype)
 
     x = data.sample(samples, seed=3)
-    x = float(grid.alpha[0]) * x + float(grid.sigma[0]) * normal(x)
+    x = grid.add_noise(x, normal(x))
     out = get_sampler(sampler)(data.denoise(table), x, grid, noise=lambda k, like: normal(like), **options)
     return data.z_scores(out, float(grid.alpha[-1]), float(grid.sigma[-1]))
 

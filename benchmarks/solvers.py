@@ -21,7 +21,8 @@ import solver_oracle
 import torch
 
 import ldm
-from ldm.diffusion.grid import SPACINGS
+from ldm.diffusion.schedule import SCHEDULE_NAMES
+from ldm.diffusion.spacings import SPACINGS
 from ldm.samplers import SAMPLERS
 from ldm.support.config import nearest
 from ldm.support.files import write_atomically
@@ -125,7 +126,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--schedules",
         nargs="+",
-        choices=tuple(solver_oracle.SCHEDULES),
+        choices=SCHEDULE_NAMES,
         default=["scaled_linear"],
         help="of the oracle",
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, NoiseFn
-from ldm.diffusion.schedule import broadcast
+from ldm.diffusion.schedule import alpha_sigma_of_level, broadcast, forward_noise
 
 
 class Bits(NamedTuple):
@@ -111,9 +111,9 @@ def bound_bits(
         # (B,) uniform
         place = torch.special.ndtr(noise(2 * k + 1, x0).flatten(1)[:, 0].to("cpu", torch.float64))
         level = -(low + (k + place) / samples * (high - low))  # log rho
-        alpha, sigma = (broadcast(torch.sigmoid(sign * 2 * level).sqrt(), x0) for sign in (-1, 1))
+        alpha, sigma = (broadcast(value, x0) for value in alpha_sigma_of_level(level))
         with torch.no_grad():
-            guess = denoise(alpha * x0 + sigma * eps, grid.time(level)).eps
+            guess = denoise(forward_noise(x0, eps, alpha, sigma), grid.time(level)).eps
         # ‖eps‖² has mean D: subtracted with any weight it leaves the mean, and with alpha⁴ (the best for N(0,
         # 1)) much of the spread goes
         excess = _square(eps) - x0[0].numel()

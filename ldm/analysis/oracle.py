@@ -15,7 +15,7 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, Prediction
 from ldm.diffusion.prediction import target
-from ldm.diffusion.schedule import NoiseSchedule, broadcast
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import get_sampler
 
 SolverOptions = Mapping[str, Any]
@@ -103,7 +103,7 @@ class Mixture:
         """The exact DenoiseFn of the data under a schedule."""
 
         def fn(x: Tensor, t: Tensor) -> Denoised:
-            alpha, sigma = (broadcast(v, x) for v in schedule.alpha_sigma(t))
+            alpha, sigma = schedule.alpha_sigma_like(t, x)
             x0 = self.x0(x, alpha, sigma)
             return Denoised(x0, (x - alpha * x0) / sigma)
 
@@ -201,7 +201,7 @@ class AnalyticNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.calls += 1
-        alpha, sigma = (broadcast(v, x) for v in self.schedule.alpha_sigma(t))
+        alpha, sigma = self.schedule.alpha_sigma_like(t, x)
         shift = 0.0 if cond.pooled is None else cond.pooled.to(x.dtype)
         x0 = self.data.x0(x - alpha * shift, alpha, sigma) + shift
         return target(x0, (x - alpha * x0) / sigma, alpha, sigma, self.prediction)

@@ -11,7 +11,7 @@ from ldm.catalog.families import FAMILIES
 from ldm.catalog.shapes import CONDITIONERS, TEXTS, UNETS, VAES
 from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.interfaces import Prediction
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, ScheduleName
 from ldm.models.clip.towers import TextConfig
 from ldm.models.labels import LabelConfig
 from ldm.models.text.bert import BertConfig
@@ -39,7 +39,7 @@ Concat = Literal["inpaint", "inpaint-ldm", "depth", "image", "lowres", "lowres-n
 class ScheduleCard:
     """A noise schedule by its name and numbers; betas where the kind has them."""
 
-    kind: Literal["linear", "scaled_linear", "cosine"]
+    kind: ScheduleName
     timesteps: int = 1000
     beta_start: float | None = None
     beta_end: float | None = None
@@ -47,8 +47,9 @@ class ScheduleCard:
 
     def make(self) -> NoiseSchedule:
         """The schedule's tables."""
-        betas = {} if self.beta_start is None else {"beta_start": self.beta_start, "beta_end": self.beta_end}
-        schedule = getattr(NoiseSchedule, self.kind)(self.timesteps, **betas)
+        schedule = NoiseSchedule.make(
+            self.kind, self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end
+        )
         return schedule.zero_terminal_snr() if self.zero_terminal_snr else schedule
 
 

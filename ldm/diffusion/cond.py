@@ -1,34 +1,42 @@
-"""Cond: everything that a network may be conditioned on."""
+"""`Cond`: everything that a network may be conditioned on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cond:
-    """What a network may be conditioned on; ``Cond()`` is unconditional. A ``context_mask`` of None means
-    that every token counts."""
+    """The condition of a batch. All fields are optional; `Cond()` is unconditional.
 
-    context: Tensor | None = None  # (B, L, D) tokens for cross-attention
-    context_mask: Tensor | None = None  # (B, L) bool, True where a token counts
-    pooled: Tensor | None = None  # (B, E) vector added to the time embedding
-    image_emb: Tensor | None = None  # (B, E) CLIP image embedding
-    concat: Tensor | None = None  # (B, C', h, w) channels joined to x_t
-    guidance: Tensor | None = None  # (B,) embedded guidance scale
+    Args:
+        context: Tokens for cross-attention, shape (B, L, D).
+        context_mask: True for tokens that are attended to, bool, shape (B, L). None attends to all tokens.
+        pooled: Vector added to the time embedding, shape (B, E).
+        image_emb: CLIP image embedding, shape (B, E).
+        concat: Channels concatenated to x_t, shape (B, C', h, w).
+        guidance: Guidance scale that the network embeds, shape (B,).
+
+    Raises:
+        ValueError: If the batch sizes differ, or the mask does not match the context.
+    """
+
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+    pooled: Tensor | None = None
+    image_emb: Tensor | None = None
+    concat: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.items()}
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"the fields of a Cond must share one batch size, got {sizes}")
+            raise ValueError(f"the fields of a Cond must have the same batch size, got {sizes}")
         if self.context_mask is not None and (
             self.context is None or self.context_mask.shape != self.context.shape[:2]
         ):
@@ -39,23 +47,25 @@ class Cond:
             )
 
     def items(self) -> list[tuple[str, Tensor]]:
-        """The fields that are set, by name."""
+        """Return the names and values of the fields that are set."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return [(name, value) for name, value in values if value is not None]
 
     @property
     def batch(self) -> int | None:
-        """The batch size; None where nothing is set."""
+        """The batch size; None if no field is set."""
         items = self.items()
         return len(items[0][1]) if items else None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
-        """The Cond with ``fn`` applied to every field that is set."""
+        """Return the Cond with `fn` applied to every field that is set."""
         return replace(self, **{name: fn(value) for name, value in self.items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
-        """The Cond on a device; floating-point fields in a dtype. The mask stays bool, and the guidance
-        scale, a number for a sinusoid, as it is."""
+        """Return the Cond on a device, its floating-point fields in a dtype.
+
+        The mask stays bool. The guidance scale keeps its dtype, as it is the argument of a sinusoid.
+        """
         moved = {
             name: value.to(
                 device=device, dtype=dtype if value.is_floating_point() and name != "guidance" else None
@@ -65,7 +75,11 @@ class Cond:
         return replace(self, **moved)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Cond:
-        """Some of the batch's entries; a batch stays a batch, so a plain int is refused."""
+        """Return some entries of the batch.
+
+        Raises:
+            TypeError: For an int, which would remove the batch dimension.
+        """
         if isinstance(index, int):
             raise TypeError(
                 f"index a Cond with a slice or a list, not the int {index}: use cond[{index}:{index + 1}]"
@@ -73,8 +87,11 @@ class Cond:
         return self.map(lambda value: value[index])
 
     def expand(self, n: int) -> Cond:
-        """The Cond at batch size n: as it is if it has that size already, repeated without a copy if its size
-        is 1."""
+        """Return the Cond at batch size n; a batch of size 1 is expanded without a copy.
+
+        Raises:
+            ValueError: If the batch size is neither 1 nor n.
+        """
         if self.batch in (None, n):
             return self
         if self.batch != 1:
@@ -84,13 +101,16 @@ class Cond:
         return self.map(lambda value: value.expand(n, *value.shape[1:]))
 
     def repeat(self, n: int) -> Cond:
-        """Each entry n times in a row: (a, b) becomes (a, a, b, b) for n = 2."""
+        """Return the Cond with each entry repeated n times in a row: (a, b) becomes (a, a, b, b)."""
         return self.map(lambda value: value.repeat_interleave(n, dim=0))
 
     @staticmethod
     def can_cat(conds: Sequence[Cond]) -> bool:
-        """Whether ``Cond.cat`` can join these: the same fields set, with equal shapes but for the batch and
-        the number of tokens."""
+        """Return whether `Cond.cat` can join these Conds.
+
+        They must have the same fields set, with shapes that differ in the batch and the number of tokens
+        only.
+        """
         shapes = []
         for cond in conds:
             shape = {name: tuple(value.shape[1:]) for name, value in cond.items() if name != "context_mask"}
@@ -101,10 +121,12 @@ class Cond:
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """One batch of several; contexts of different lengths are padded with zeros, which the mask leaves
-        out.
+        """Return several Conds as one batch.
 
-        Raises ValueError if the fields or shapes differ in anything but batch and tokens.
+        Contexts of different lengths are padded with zeros, which the mask excludes.
+
+        Raises:
+            ValueError: If the fields or shapes differ in anything but batch size and number of tokens.
         """
         if not conds or not Cond.can_cat(conds):
             raise ValueError(
@@ -112,14 +134,14 @@ class Cond:
                 f" {[[n for n, _ in cond.items()] for cond in conds]}"
             )
         if conds[0].context is not None:
-            conds = _same_length(conds)
+            conds = _padded_to_one_length(conds)
         return Cond(
             **{name: torch.cat([getattr(cond, name) for cond in conds]) for name, _ in conds[0].items()}
         )
 
 
-def _same_length(conds: Sequence[Cond]) -> list[Cond]:
-    """The Conds padded to the longest context; masks appear only where one is needed."""
+def _padded_to_one_length(conds: Sequence[Cond]) -> list[Cond]:
+    """Return the Conds padded to the longest context, with masks; unchanged if there is nothing to mask."""
     contexts = [cond.context for cond in conds if cond.context is not None]
     length = max(context.shape[1] for context in contexts)
     if all(context.shape[1] == length for context in contexts) and all(
@@ -132,7 +154,7 @@ def _same_length(conds: Sequence[Cond]) -> list[Cond]:
         if mask is None:
             mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         extra = length - context.shape[1]
-        context = torch.nn.functional.pad(context, (0, 0, 0, extra))  # (B, length, D)
-        mask = torch.nn.functional.pad(mask, (0, extra), value=False)  # (B, length)
+        context = pad(context, (0, 0, 0, extra))  # (B, length, D)
+        mask = pad(mask, (0, extra), value=False)  # (B, length)
         padded.append(replace(cond, context=context, context_mask=mask))
     return padded

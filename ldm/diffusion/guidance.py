@@ -1,18 +1,29 @@
-"""Guidance: what makes a DenoiseFn, and what wraps one. All of it composes."""
+"""Guidance: functions that build a DenoiseFn from predictions under several conditions, models or gradients.
+
+With eps_c and eps_u the predictions with and without a condition c, guided sampling follows the score of
+p(x_t)·p(c | x_t)^w instead of p(x_t | c); for classifier-free guidance (Ho and Salimans 2022,
+arXiv:2207.12598, eq. 6) this is
+
+    eps = eps_u + scale·(eps_c − eps_u),   scale = 1 + w
+
+At one x_t, x0 and eps are affine in each other with coefficients that do not depend on the condition, so the
+same combination holds for x0, which is defined at alpha 0 too. Every function returns a DenoiseFn, so they
+compose.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.cond import Cond
-from ldm.diffusion.constraints import with_x0
+from ldm.diffusion.constraints import with_eps, with_x0
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
+from ldm.diffusion.joint import denoise_both, denoise_each
 from ldm.diffusion.prediction import denoised, target
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
 
@@ -26,14 +37,21 @@ def cfg(
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
 ) -> DenoiseFn:
-    """Classifier-free guidance: x0 = x0_uncond + scale·(x0_cond − x0_uncond), and eps alike
-    (arXiv:2207.12598, eq. 6, with scale = 1 + w).
+    """Return classifier-free guidance, x0 = x0_u + scale·(x0_c − x0_u) (arXiv:2207.12598, eq. 6).
 
-    Scale 1 is the conditional model at its own cost, scale 0 the unconditional; else both go through the
-    network in one batch where their shapes allow. ``rescale`` in [0, 1] brings the per-sample deviation of
-    the prediction back to the conditional one's (arXiv:2305.08891, eq. 15–16). ``interval`` (low, high] of
-    sigma/alpha guides there alone, and is conditional elsewhere (arXiv:2404.07724). The learned variance is
-    the conditional branch's.
+    Args:
+        denoiser: The denoiser.
+        cond: The condition, of batch size 1 or B.
+        uncond: The condition of guidance's other side: unconditional, or a negative prompt.
+        scale: 1 + w. Scale 1 evaluates the conditional model only, scale 0 the unconditional one only;
+            otherwise both run in one batch where their shapes allow it.
+        rescale: Fraction in [0, 1] by which the per-sample standard deviation of the prediction is brought
+            back to that of the conditional one (arXiv:2305.08891, eq. 15–16). Default: 0.
+        interval: (low, high] of sigma/alpha in which guidance applies; elsewhere the model is conditional
+            (Kynkäänniemi et al. 2024, arXiv:2404.07724). Default: None, everywhere.
+
+    Returns:
+        The guided denoiser. Its learned variance is the conditional one.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
@@ -46,7 +64,7 @@ def cfg(
             return denoiser(x_t, t, cond)
         if scale == 0 and bool(inside.all()):
             return denoiser(x_t, t, uncond)
-        with_cond, without = both(denoiser, x_t, t, cond, uncond)
+        with_cond, without = denoise_both(denoiser, x_t, t, cond, uncond)
         weight = scale if bool(inside.all()) else broadcast(torch.where(inside, scale, 1.0), with_cond.x0)
         guided = lerp(without, with_cond, weight)._replace(var_frac=with_cond.var_frac)
         return _rescale(denoiser, x_t, t, guided, with_cond, rescale) if rescale else guided
@@ -54,52 +72,13 @@ def cfg(
     return fn
 
 
-def both(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Denoised, Denoised]:
-    """The denoiser under two conditions, each (B, *S): one batch of 2B where the conditions can be joined,
-    else two calls."""
-    first, second = under(denoiser, x_t, t, [cond, uncond])
-    return first, second
-
-
-def under(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> list[Denoised]:
-    """The denoiser under K conditions, each (B, *S): one batch of K·B where the conditions can be joined,
-    else K calls."""
-    n, k = len(x_t), len(conds)
-    learned = torch.is_grad_enabled() and any(
-        value.requires_grad for cond in conds for _, value in cond.items()
-    )
-    join = joined_conditions.__wrapped__ if learned else joined_conditions  # a graph serves one backward pass
-    whole = None if k == 1 else join(tuple(conds), n, x_t.device, denoiser.dtype)
-    if whole is None:
-        return [denoiser(x_t, t, cond) for cond in conds]
-    t = torch.as_tensor(t)
-    t = torch.cat([t] * k) if t.ndim == 1 and len(t) == n else t  # (K·B,) or shared
-    result = denoiser(torch.cat([x_t] * k), t, whole)
-    parts = [[None] * k if value is None else value.chunk(k) for value in result]
-    return [Denoised(*(part[i] for part in parts)) for i in range(k)]
-
-
-@lru_cache(maxsize=4)
-def joined_conditions(
-    conds: tuple[Cond, ...], n: int, device: torch.device, dtype: torch.dtype | None
-) -> Cond | None:
-    """Conditions as one of batch K·n, where a network computes; None if they cannot be joined.
-
-    The same conditions give the very same tensors at every step, so that a network may keep what it derives
-    from them.
-    """
-    wide = [cond.expand(n) for cond in conds]
-    return Cond.cat(wide).to(device, dtype) if Cond.can_cat(wide) else None
-
-
 def lerp(a: Denoised, b: Denoised, weight: float | Tensor) -> Denoised:
-    """a + weight·(b − a) in x0 and eps: the same straight line, as both are affine in each other at one
-    x_t."""
+    """Return a + weight·(b − a) in x0 and eps; the weight is a number or broadcasts against x0."""
     return Denoised(a.x0 + weight * (b.x0 - a.x0), a.eps + weight * (b.eps - a.eps))
 
 
 def _inside(schedule: NoiseSchedule, t: Tensor, interval: tuple[float, float] | None) -> Tensor:
-    """Whether each t lies in the interval, (1,) or (B,) bool on the CPU."""
+    """Return whether each t lies in an interval of sigma/alpha, (1,) or (B,) bool on the CPU."""
     if interval is None:
         return torch.ones(1, dtype=torch.bool)
     alpha, sigma = schedule.alpha_sigma(torch.as_tensor(t).reshape(-1).cpu())
@@ -109,10 +88,9 @@ def _inside(schedule: NoiseSchedule, t: Tensor, interval: tuple[float, float] | 
 def _rescale(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, guided: Denoised, cond: Denoised, amount: float
 ) -> Denoised:
-    """The guided prediction with its per-sample deviation drawn towards the conditional one's, in the
-    network's own prediction type."""
+    """Return the guided prediction with its standard deviation moved towards the conditional one's."""
     x_t = x_t.to(guided.x0.dtype)
-    alpha, sigma = (broadcast(value, x_t) for value in denoiser.schedule.alpha_sigma(t))
+    alpha, sigma = denoiser.schedule.alpha_sigma_like(t, x_t)
     raw = target(guided.x0, guided.eps, alpha, sigma, denoiser.prediction)
     reference = target(cond.x0, cond.eps, alpha, sigma, denoiser.prediction)
     dims = list(range(1, raw.ndim))
@@ -122,20 +100,24 @@ def _rescale(
 
 
 def compose(denoiser: Denoiser, prompts: Sequence[tuple[Cond, float]], uncond: Cond) -> DenoiseFn:
-    """Several conditions with weights: eps_u + sum_i w_i·(eps_i − eps_u)  (composable diffusion,
-    arXiv:2206.01714, eq. 11).
+    """Return eps_u + sum_i w_i·(eps_i − eps_u): several conditions, each with its own weight.
 
-    One condition of weight w is ``cfg`` with scale w; a negative weight turns away from its condition. What
-    has no weight is not evaluated: the unconditional where the weights sum to 1, a condition where its weight
-    is 0.
+    Source: composable diffusion (Liu et al. 2022, arXiv:2206.01714, eq. 11).
+
+    Args:
+        denoiser: The denoiser.
+        prompts: Pairs (condition, weight). One condition of weight w is `cfg` with scale w; a negative weight
+            steers away from its condition.
+        uncond: The unconditional condition. It is evaluated only if the weights do not sum to 1; a condition
+            of weight 0 is not evaluated.
     """
     if not prompts:
         raise ValueError("compose needs at least one (condition, weight)")
-    rest = 1 - math.fsum(weight for _, weight in prompts)  # the sum above, with eps_u gathered
+    rest = 1 - math.fsum(weight for _, weight in prompts)  # the weight of eps_u in the sum above
     terms = [(cond, weight) for cond, weight in [*prompts, (uncond, rest)] if weight != 0]
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
-        parts = under(denoiser, x_t, t, [cond for cond, _ in terms])
+        parts = denoise_each(denoiser, x_t, t, [cond for cond, _ in terms])
         x0, eps = terms[0][1] * parts[0].x0, terms[0][1] * parts[0].eps
         for part, (_, weight) in zip(parts[1:], terms[1:], strict=True):
             x0, eps = x0 + weight * part.x0, eps + weight * part.eps
@@ -147,32 +129,37 @@ def compose(denoiser: Denoiser, prompts: Sequence[tuple[Cond, float]], uncond: C
 def perp_neg(
     denoiser: Denoiser, cond: Cond, negatives: Sequence[tuple[Cond, float]], uncond: Cond, scale: float
 ) -> DenoiseFn:
-    """eps_u + scale·(p − sum_i w_i·n_i⊥), p and n_i the differences from eps_u, n_i⊥ the part of n_i across p
-    (arXiv:2304.04968, eq. 8).
+    """Return eps_u + scale·(p − sum_i w_i·n_i⊥): negative prompts that do not weaken the prompt.
 
-    Without negatives it is ``cfg``; scale 0 is the unconditional model at one evaluation.
+    p = eps_c − eps_u and n_i = eps_i − eps_u; n_i⊥ is the component of n_i orthogonal to p. Source: Perp-Neg
+    (Armandpour et al. 2023, arXiv:2304.04968, eq. 8).
+
+    Args:
+        denoiser: The denoiser.
+        cond: The condition.
+        negatives: Pairs (condition, weight). Without any this is `cfg`.
+        uncond: The unconditional condition.
+        scale: The guidance scale; 0 is the unconditional model at one evaluation.
     """
     terms = [(negative, weight) for negative, weight in negatives if weight != 0]
-    plain = cfg(denoiser, cond, uncond, scale)
+    without_negatives = cfg(denoiser, cond, uncond, scale)
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         if scale == 0 or not terms:
-            return plain(x_t, t)
-        positive, *others, base = under(
+            return without_negatives(x_t, t)
+        positive, *others, base = denoise_each(
             denoiser, x_t, t, [cond, *(negative for negative, _ in terms), uncond]
         )
         p = positive.x0 - base.x0
-        # n − (share of p)·p, where the share is the same for x0 and eps, whose differences are parallel; x0's
-        # are defined at alpha 0 too
-        along, x0, eps = 1.0, base.x0, base.eps
+        # n⊥ = n − c·p with c = <n, p>/<p, p>; c is the same for x0 and eps, whose differences are parallel,
+        # and is computed from x0, which is defined at alpha 0 too
+        factor: float | Tensor = 1.0  # of p: 1 + sum_i w_i·c_i
+        x0, eps = base.x0, base.eps
         for other, (_, weight) in zip(others, terms, strict=True):
-            share = broadcast(_share(other.x0 - base.x0, p), p)
-            along = along + weight * share
-            x0, eps = (
-                x0 - scale * weight * (other.x0 - base.x0),
-                eps - scale * weight * (other.eps - base.eps),
-            )
-        x0, eps = x0 + scale * along * p, eps + scale * along * (positive.eps - base.eps)
+            factor = factor + weight * broadcast(_projection(other.x0 - base.x0, p), p)
+            x0 = x0 - scale * weight * (other.x0 - base.x0)
+            eps = eps - scale * weight * (other.eps - base.eps)
+        x0, eps = x0 + scale * factor * p, eps + scale * factor * (positive.eps - base.eps)
         return Denoised(x0, eps, positive.var_frac)
 
     return fn
@@ -181,45 +168,49 @@ def perp_neg(
 def apg(
     denoiser: Denoiser, cond: Cond, uncond: Cond, scale: float, *, eta: float = 0.0, norm: float | None = None
 ) -> DenoiseFn:
-    """Adaptive projected guidance: x0_c + (scale − 1)·(d⊥ + eta·d∥), d = x0_c − x0_u split along x0_c
-    (arXiv:2410.02416, algorithm 1).
+    """Return adaptive projected guidance, x0_c + (scale − 1)·(d⊥ + eta·d∥), d = x0_c − x0_u split along x0_c.
 
-    ``norm`` bounds the length of each sample's d first. eta 1 without norm is ``cfg``; scale 1 is the
-    conditional model at one evaluation. The paper's momentum is left out: it would be a memory between steps,
-    which a DenoiseFn does not have.
+    The parallel component d∥ mostly raises saturation. The paper's momentum is left out, as a DenoiseFn has
+    no memory between steps. Source: Sadat et al. 2024, arXiv:2410.02416, algorithm 1.
+
+    Args:
+        denoiser: The denoiser.
+        cond: The condition.
+        uncond: The unconditional condition, or a negative prompt.
+        scale: The guidance scale; 1 is the conditional model at one evaluation.
+        eta: Weight of the parallel component; 1 without `norm` is `cfg`. Default: 0.
+        norm: Upper bound of the L2 norm of each sample's d. Default: None, no bound.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         if scale == 1:
             return denoiser(x_t, t, cond)
-        with_cond, without = both(denoiser, x_t, t, cond, uncond)
+        with_cond, without = denoise_both(denoiser, x_t, t, cond, uncond)
         d = with_cond.x0 - without.x0
         if norm is not None:
-            length = d.flatten(1).norm(dim=1)
+            length = d.flatten(1).norm(dim=1)  # (B,)
             d = d * broadcast((norm / length.clamp(min=1e-12)).clamp(max=1), d)
-        across = _across(d, with_cond.x0)
-        return with_x0(
-            denoiser.schedule, x_t, t, with_cond.x0 + (scale - 1) * (across + eta * (d - across)), with_cond
-        )
+        orthogonal = d - broadcast(_projection(d, with_cond.x0), d) * with_cond.x0
+        x0 = with_cond.x0 + (scale - 1) * (orthogonal + eta * (d - orthogonal))
+        return with_x0(denoiser.schedule, x_t, t, x0, with_cond)
 
     return fn
 
 
-def _across(a: Tensor, b: Tensor) -> Tensor:
-    """The part of a orthogonal to b, sample by sample."""
-    return a - broadcast(_share(a, b), a) * b
-
-
-def _share(a: Tensor, b: Tensor) -> Tensor:
-    """How much of b is in a, <a, b>/<b, b> of each sample, (B,)."""
+def _projection(a: Tensor, b: Tensor) -> Tensor:
+    """Return the coefficient <a, b>/<b, b> of a's projection on b, per sample, shape (B,)."""
     return (a * b).flatten(1).sum(1) / b.flatten(1).square().sum(1).clamp(min=1e-30)
 
 
 def autoguidance(good: DenoiseFn, bad: DenoiseFn, scale: float) -> DenoiseFn:
-    """bad + scale·(good − bad), ``bad`` being a smaller or less trained model of the same task
-    (arXiv:2406.02507, eq. 3).
+    """Return bad + scale·(good − bad), where `bad` is a smaller or less trained model of the same task.
 
-    Scale 1 evaluates ``good`` alone, scale 0 ``bad`` alone.
+    Source: Karras et al. 2024, arXiv:2406.02507, eq. 3.
+
+    Args:
+        good: The better model.
+        bad: The worse model.
+        scale: The guidance scale; 1 evaluates `good` only, 0 `bad` only.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
@@ -234,10 +225,17 @@ def autoguidance(good: DenoiseFn, bad: DenoiseFn, scale: float) -> DenoiseFn:
 def between(
     guided: DenoiseFn, plain: DenoiseFn, schedule: NoiseSchedule, low: float, high: float
 ) -> DenoiseFn:
-    """``guided`` where low < sigma/alpha <= high, each sample by its own t, and ``plain`` elsewhere
-    (arXiv:2404.07724, eq. 5).
+    """Return `guided` where low < sigma/alpha <= high, per sample, and `plain` elsewhere.
 
-    The interval of ``cfg`` for every other guidance; only what some sample needs is evaluated.
+    This gives every kind of guidance the interval of `cfg`. A denoiser that no sample needs is not evaluated.
+    Source: Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 5.
+
+    Args:
+        guided: The denoiser inside the interval.
+        plain: The denoiser outside of it.
+        schedule: The noise schedule.
+        low: Lower end of sigma/alpha, at least 0, excluded.
+        high: Upper end of sigma/alpha, included.
     """
     if not 0 <= low < high:
         raise ValueError(f"expected 0 <= low < high of sigma/alpha, got {low} and {high}")
@@ -250,10 +248,10 @@ def between(
             return plain(x_t, t)
         a, b = guided(x_t, t), plain(x_t, t)
         chosen = broadcast(inside, a.x0).bool()
-        var = (
-            None if a.var_frac is None or b.var_frac is None else torch.where(chosen, a.var_frac, b.var_frac)
-        )
-        return Denoised(torch.where(chosen, a.x0, b.x0), torch.where(chosen, a.eps, b.eps), var)
+        var_frac = None
+        if a.var_frac is not None and b.var_frac is not None:
+            var_frac = torch.where(chosen, a.var_frac, b.var_frac)
+        return Denoised(torch.where(chosen, a.x0, b.x0), torch.where(chosen, a.eps, b.eps), var_frac)
 
     return fn
 
@@ -266,11 +264,21 @@ def gradient(
     *,
     of_x0: bool = False,
 ) -> DenoiseFn:
-    """eps − scale·sigma·∇ log p(y | x_t): classifier guidance (arXiv:2105.05233, algorithm 2), by autograd.
+    """Return classifier guidance, eps − scale·sigma·∇_x log p(y | x_t), with the gradient by autograd.
 
-    ``log_prob(x_t, t) -> (B,)`` sees the noisy state; with ``of_x0`` it sees the network's x0 and the
-    gradient goes through the network, as for CLIP and reconstruction guidance (arXiv:2209.14687). Scale 0 is
-    ``denoise`` alone. Raises ValueError at alpha 0, where a change of eps moves x0 without bound.
+    Source: Dhariwal and Nichol 2021, arXiv:2105.05233, algorithm 2.
+
+    Args:
+        denoise: The denoiser.
+        schedule: Its noise schedule.
+        log_prob: `(x, t) -> log p(y | x)` of each sample, shape (B,).
+        scale: The guidance scale; 0 is `denoise` alone. Default: 1.
+        of_x0: Whether `log_prob` gets the denoiser's x0 instead of x_t; the gradient then passes through the
+            network, as in CLIP and reconstruction guidance (Chung et al. 2022, arXiv:2209.14687). Default:
+            False.
+
+    Raises:
+        ValueError: When called at alpha 0, where x0 is not bounded by eps.
     """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
@@ -280,25 +288,20 @@ def gradient(
             x = x_t.detach().clone().requires_grad_()
             d = denoise(x, t)
             (slope,) = torch.autograd.grad(log_prob(d.x0 if of_x0 else x, t).sum(), x)
-        _, sigma = (broadcast(value, slope) for value in schedule.alpha_sigma(t))
-        d = Denoised(*(None if value is None else value.detach() for value in d))
+        _, sigma = schedule.alpha_sigma_like(t, slope)
+        var_frac = None if d.var_frac is None else d.var_frac.detach()
+        d = Denoised(d.x0.detach(), d.eps.detach(), var_frac)
         return with_eps(schedule, x_t, t, d.eps - scale * sigma * slope, d)
 
     return fn
 
 
-def with_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, eps: Tensor, like: Denoised) -> Denoised:
-    """The Denoised of a changed eps, x0 derived again; ValueError at alpha 0."""
-    alpha, sigma = (broadcast(value, eps) for value in schedule.alpha_sigma(t))
-    if not bool((alpha > 0).all()):
-        raise ValueError(
-            "guidance of eps is not defined at alpha 0 (zero terminal SNR): start one step later, or guide x0"
-        )
-    return like._replace(x0=(x_t - sigma * eps) / alpha, eps=eps)
-
-
 def switch(first: DenoiseFn, second: DenoiseFn, below: float) -> DenoiseFn:
-    """``first`` while t >= below, then ``second``: another network, or other guidance, for the last steps."""
+    """Return `first` while t >= below and `second` after: another network or guidance for the last steps.
+
+    Raises:
+        ValueError: When called with different t in one batch.
+    """
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         times = torch.as_tensor(t).reshape(-1)

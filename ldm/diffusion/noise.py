@@ -1,4 +1,9 @@
-"""Noise that depends on the sample's seed and the step alone: not on the batch, the device or a restart."""
+"""Noise that depends only on a sample's seed and the step, never on the batch, the device or a restart.
+
+Initial noise comes from `torch.Generator().manual_seed(seed)`, so it equals that of other libraries. The
+noise of step k comes from a counter-based generator keyed by (seed, k). Brownian noise is made of increments
+of one path per seed, so that one seed gives similar images at different numbers of steps.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,23 @@ from torch import Tensor
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import NoiseFn
 
+# lambda between which a Brownian path is bisected; the path starts at the first, no schedule reaches the
+# second
+LEVELS = (-16.0, 16.0)
+DEPTH = 24  # bisections: a resolution of 2e-6 in lambda, a ten-thousandth of the shortest step
+NODES = 2**63  # first Philox key of the Brownian path, above the keys of keyed_noise
 
-def _check(seeds: Sequence[int]) -> list[int]:
+
+def _checked_seeds(seeds: Sequence[int]) -> list[int]:
     seeds = [int(seed) for seed in seeds]
     if not seeds or any(not 0 <= seed < 2**64 for seed in seeds):
         raise ValueError(f"expected one or more seeds in [0, 2**64), got {seeds}")
     return seeds
+
+
+def _check_batch(like: Tensor, seeds: Sequence[int]) -> None:
+    if len(like) != len(seeds):
+        raise ValueError(f"noise for {len(seeds)} seeds was requested for a batch of {len(like)}")
 
 
 def initial_noise(
@@ -27,63 +43,75 @@ def initial_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal (len(seeds), *shape): sample i is ``torch.Generator().manual_seed(seeds[i])``'s, drawn
-    on the CPU in float32."""
+    """Return standard normal noise, one sample per seed, drawn on the CPU in float32.
+
+    Args:
+        seeds: B seeds in [0, 2**64); sample i is drawn from `torch.Generator().manual_seed(seeds[i])`.
+        shape: *S, the shape of one sample.
+        device: Where to put the result. Default: the CPU.
+        dtype: Dtype of the result. Default: float32.
+
+    Returns:
+        The noise, shape (B, *S).
+    """
     drawn = [
         torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-        for seed in _check(seeds)
+        for seed in _checked_seeds(seeds)
     ]
     return torch.stack(drawn).to(device, dtype)
 
 
 def keyed_noise(seeds: Sequence[int]) -> NoiseFn:
-    """A NoiseFn whose draw k for sample i depends on (seeds[i], k) alone.
+    """Return a noise source whose draw k of sample i depends on (seeds[i], k) only.
 
-    Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) takes the pair as its
-    128-bit key, so no two pairs share a stream; torch's own CPU generator would keep 32 bits of a seed. Drawn
-    in float32 on the CPU.
+    Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) uses the pair as its
+    128-bit key, so no two pairs share a stream; PyTorch's CPU generator would use only 32 bits of the seed.
+    Noise is drawn in float32 on the CPU.
     """
-    seeds = _check(seeds)
+    seeds = _checked_seeds(seeds)
 
     def noise(k: int, like: Tensor) -> Tensor:
-        if len(like) != len(seeds):
-            raise ValueError(f"noise for {len(seeds)} seeds was asked for a batch of {len(like)}")
-        return torch.stack([keyed_normal(seed, k, like.shape[1:]) for seed in seeds]).to(
-            like.device, like.dtype
-        )
+        _check_batch(like, seeds)
+        drawn = [keyed_normal(seed, k, like.shape[1:]) for seed in seeds]
+        return torch.stack(drawn).to(like.device, like.dtype)
 
     return noise
 
 
 def keyed_normal(seed: int, k: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal of a shape, float32 on the CPU, from the Philox stream with key (seed, k), both in [0,
-    2**64)."""
+    """Return standard normal noise of the Philox stream with key (seed, k), float32 on the CPU.
+
+    Args:
+        seed: In [0, 2**64).
+        k: Number of the draw, in [0, 2**64).
+        shape: Shape of the result.
+    """
     key = np.array([seed, k], dtype=np.uint64)
     values = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(np.asarray(values))
 
 
-# lambda between which a Brownian path is bisected; before it the path starts, behind it nobody asks
-LEVELS = (-16.0, 16.0)
-DEPTH = 24  # bisections: 2e-6 in lambda, a ten-thousandth of the shortest step
-NODES = 2**63  # Philox keys of the path, apart from those of keyed_noise
-
-
 def brownian_noise(seeds: Sequence[int], grid: TimeGrid, *, inner: float | None = None) -> NoiseFn:
-    """A NoiseFn of Brownian increments, so that one seed on grids of different length takes the same path.
+    """Return a noise source of Brownian increments: one seed follows the same path on grids of any length.
 
-    Draw i is (W(s') − W(s))/sqrt(s' − s) between states i and i + 1, with s = alpha²/sigma², the time in
-    which the noise of a step of a variance-preserving SDE is exactly Brownian: sigma'·sqrt(1 − e^(−2h))·z =
-    sigma'²/alpha'·(W(s') − W(s)). With ``inner`` = r (0 < r <= 1; for dpmpp_sde) draw 2i leads from state i
-    to the inner level and draw 2i + 1 to state i + 1. Drawn in float32 on the CPU, summed in float64: W is a
-    tree of midpoints keyed by (seed, node)  (Kidger et al., arXiv:2105.13493, section 4).
+    Draw i is (W(s') − W(s))/sqrt(s' − s) between states i and i + 1, in the time s = alpha²/sigma². In this
+    time the noise of a step of a variance-preserving SDE is exactly Brownian:
+
+        sigma'·sqrt(1 − e^(−2h))·z = sigma'²/alpha'·(W(s') − W(s)),   h = lambda' − lambda
+
+    W is drawn in float32 on the CPU and summed in float64.
+
+    Args:
+        seeds: B seeds in [0, 2**64).
+        grid: The time grid.
+        inner: For dpmpp_sde, its `r` in (0, 1]: draw 2i leads from state i to the inner level at the fraction
+            r of the step in lambda, and draw 2i + 1 to state i + 1. Default: None, one draw per step.
     """
-    seeds = _check(seeds)
+    seeds = _checked_seeds(seeds)
     lams = grid.lam.tolist()
 
     def noise(k: int, like: Tensor) -> Tensor:
-        if len(like) != len(seeds):
-            raise ValueError(f"noise for {len(seeds)} seeds was asked for a batch of {len(like)}")
+        _check_batch(like, seeds)
         i = k if inner is None else k // 2
         start, end = lams[i], lams[i + 1]
         if inner is not None and k % 2 == 0:
@@ -101,8 +129,19 @@ def brownian_noise(seeds: Sequence[int], grid: TimeGrid, *, inner: float | None 
 
 
 def brownian(seed: int, lam: float, shape: Sequence[int]) -> Tensor:
-    """W at time e^(2·lam) of the path of a seed, float64 on the CPU; W(0) = 0 at lam −inf. Bisected in lam,
-    bridged in time."""
+    """Return W at time e^(2·lam) of the Brownian path of a seed.
+
+    The path is a tree of midpoints, bisected in lambda, each drawn from a Brownian bridge in time and keyed
+    by (seed, node) (Kidger et al. 2021, arXiv:2105.13493, section 4).
+
+    Args:
+        seed: In [0, 2**64).
+        lam: −inf, where W is 0, or a value in [−16, 16].
+        shape: Shape of the result.
+
+    Returns:
+        W, float64 on the CPU.
+    """
     if lam == -math.inf:
         return torch.zeros(tuple(shape), dtype=torch.float64)
     low, high = LEVELS

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.conditioning.image_embedding import slerp
-from ldm.diffusion.guidance import both, lerp
+from ldm.diffusion.guidance import lerp
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
+from ldm.diffusion.joint import denoise_both
 from ldm.diffusion.noise import keyed_normal
 from ldm.images.canvas import pad_to_multiple
 from ldm.images.pixels import ImageInput, to_pixels
@@ -290,7 +291,7 @@ class Editing:
         denoiser = self._as_seen(call)
 
         def fn(x_t: Tensor, t: Tensor) -> Denoised:
-            with_words, without = both(denoiser, x_t, t, cond, uncond)
+            with_words, without = denoise_both(denoiser, x_t, t, cond, uncond)
             return lerp(without, with_words, scale.to(x_t.dtype))
 
         with control.over(self.denoiser.net):

@@ -32,7 +32,7 @@ class Churn:
         """(x, t, alpha, sigma, rho) at the raised noise level; as they were where no churn applies."""
         rho = ratio(alpha, sigma)
         gamma = min(self.s_churn / len(grid), math.sqrt(2) - 1) if self.s_min <= rho <= self.s_max else 0.0
-        raised = min(rho * (1 + gamma), math.exp(float(grid.log_ratio[-1])))
+        raised = min(rho * (1 + gamma), math.exp(float(grid.schedule.log_ratio[-1])))
         if self.noise is None or gamma == 0 or raised <= rho:
             return x, t, alpha, sigma, rho
         alpha_hat, sigma_hat = of_ratio(raised)

@@ -1,4 +1,8 @@
-"""Configurations: frozen dataclasses inside, YAML only at the edge."""
+"""Strict conversion between frozen dataclasses and the plain mappings that YAML and JSON files hold.
+
+The library works with frozen dataclasses. YAML is read and written at the edge only: `read_yaml` gives a
+mapping, `build` turns it into a dataclass and rejects everything that does not fit, `to_dict` goes back.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,51 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
-_C = TypeVar("C")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:
-    """The end of an error message: the nearest choice to a wrong name, then all of them."""
+    """Return the end of an error message about a wrong name: the nearest choice, then all choices.
+
+    Args:
+        name: The name that is not among the choices.
+        choices: The valid names, in any order; they are listed sorted.
+
+    Returns:
+        `"did you mean 'ddim'? Choices: ddim, euler"`, without the question if no choice is similar.
+    """
     names = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Choices: {', '.join(sorted(names))}"
 
 
-def build(cls: type[_C], mapping: Mapping[str, Any], where: str = "") -> _C:
-    """A dataclass from a mapping, strictly: unknown and missing keys and wrong types raise ValueError.
+def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
+    """Build a dataclass from a mapping and check every key and type on the way.
 
-    Nested dataclasses, tuples, Literals and optionals follow the annotations; ``where`` names the place in
-    messages.
+    Nested dataclasses, tuples, mappings, `Literal` and optional fields are converted by their annotations. An
+    int is accepted where a float is expected; a bool is accepted only where a bool is expected.
+
+    Args:
+        cls: The dataclass.
+        mapping: Its fields by name. Fields that have a default may be missing.
+        where: Path of the mapping inside a larger configuration, used in error messages. Default: none.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: For an unknown or a missing key, a value of the wrong type, or a value that the dataclass
+            itself rejects.
     """
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{where or cls.__name__}: expected a mapping, got {mapping!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in fields:
@@ -49,37 +76,20 @@ def build(cls: type[_C], mapping: Mapping[str, Any], where: str = "") -> _C:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
+# `Any` below: a value read from YAML has no static type, and an annotation is not always a class.
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Return `value` converted to the annotation `hint`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for arg in args:
-            if arg is type(None):
-                continue
-            try:
-                return _convert(value, arg, where)
-            except ValueError as error:
-                errors.append(str(error))
-        raise ValueError("; ".join(errors))
+        return _convert_to_union(value, args, where)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where}: {value!r}; {nearest(value, args)}")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
-        if len(value) != len(args):
-            raise ValueError(f"{where}: expected {len(args)} values, got {value!r}")
-        return tuple(
-            _convert(item, arg, f"{where}[{i}]")
-            for i, (item, arg) in enumerate(zip(value, args, strict=True))
-        )
+        return _convert_to_tuple(value, args, where)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a mapping, got {value!r}")
@@ -87,7 +97,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             _convert(key, args[0], where): _convert(item, args[1], f"{where}.{key}")
             for key, item in value.items()
         }
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -96,8 +106,36 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def _convert_to_union(value: Any, args: tuple[Any, ...], where: str) -> Any:
+    """Return `value` converted to the first member of a union that accepts it."""
+    if value is None and type(None) in args:
+        return None
+    errors = []
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return _convert(value, arg, where)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError("; ".join(errors))
+
+
+def _convert_to_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    """Return the list or tuple `value` as a `tuple[X, ...]` or a tuple of fixed length."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{where}: expected a list, got {value!r}")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if len(value) != len(args):
+        raise ValueError(f"{where}: expected {len(args)} values, got {value!r}")
+    return tuple(
+        _convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
+    )
+
+
 def to_dict(config: Any) -> Any:
-    """The plain mapping of a dataclass, as YAML and JSON can hold it (tuples become lists)."""
+    """Return a dataclass as plain mappings, lists and scalars, as YAML and JSON can hold them."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
@@ -108,14 +146,22 @@ def to_dict(config: Any) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; FileNotFoundError if absent, ValueError if it is no mapping or no YAML."""
+    """Read the mapping in a YAML file.
+
+    Numbers such as `1e-4` are read as floats, as YAML 1.2 defines; PyYAML alone reads them as strings. No
+    Python object other than scalars, lists and mappings is ever constructed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not valid YAML, gives a key twice, or holds no mapping at the top.
+    """
     import yaml
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such configuration file: {str(path)!r}")
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
     except yaml.YAMLError as error:
         raise ValueError(f"{str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(mapping, dict):
@@ -123,9 +169,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return mapping
 
 
-def _loader() -> type:
-    """PyYAML's safe loader, which also reads 1e-4 as the number that it is in YAML 1.2, and refuses a key
-    given twice."""
+def _strict_loader() -> type:
+    """Return PyYAML's safe loader, changed to read 1e-4 as a float and to reject duplicate keys."""
     import re
 
     import yaml
@@ -133,7 +178,7 @@ def _loader() -> type:
     class Loader(yaml.SafeLoader):
         pass
 
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:  # Any: PyYAML is typed loosely
         keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:

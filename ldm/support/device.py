@@ -1,14 +1,21 @@
-"""Which device and dtype to compute in."""
+"""The choice of device and dtype to compute in."""
 
 from __future__ import annotations
 
 import torch
 
+from ldm.support.config import nearest
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best there is: CUDA, then Apple's MPS, then the CPU."""
+    """Return the requested device, or the best available one: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ValueError: If PyTorch does not know the name.
+    """
     if device is not None:
         try:
             return torch.device(device)
@@ -20,7 +27,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:
-    """The fastest dtype that is safe on a device: bfloat16 where the hardware multiplies it, else float32."""
+    """Return bfloat16 where the device multiplies it in hardware, float32 elsewhere."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -31,19 +38,23 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def _has_bf16_instructions() -> bool:
-    """Whether the processor itself multiplies bfloat16 (older AVX-512 ones emulate it, more slowly than
-    float32)."""
+    """Return whether the processor has bfloat16 instructions.
+
+    Older AVX-512 processors emulate bfloat16, which is slower than float32.
+    """
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check()) if check is not None else False
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name; ValueError with the choices for another."""
+    """Return the dtype called `name`: float32, bfloat16 or float16, or their short forms fp32, bf16, fp16.
+
+    Raises:
+        ValueError: For any other name, with the choices.
+    """
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
-    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    if short.get(name, name) not in DTYPES:
-        from ldm.support.config import nearest
-
+    name = SHORT_DTYPES.get(name, name)
+    if name not in DTYPES:
         raise ValueError(f"dtype {name!r}; {nearest(name, DTYPES)}")
-    return DTYPES[short.get(name, name)]
+    return DTYPES[name]

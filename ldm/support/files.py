@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their name, then renamed."""
+"""Atomic file writes: after a crash a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write bytes to a temporary file, flush it to the disk, and give it its name."""
+    """Write `data` to a temporary file beside `path`, flush it to disk, and rename it to `path`.
+
+    Parent folders are created. An existing file is replaced; it stays as it is if writing fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -7,7 +7,6 @@ from torch import Tensor
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import target
-from ldm.diffusion.schedule import broadcast
 
 
 def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
@@ -17,6 +16,6 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: T
     x0 and eps (B, *S), t (B,) in timesteps.
     """
     x_t = denoiser.schedule.add_noise(x0, t, eps)
-    alpha, sigma = (broadcast(value, x0) for value in denoiser.schedule.alpha_sigma(t))
+    alpha, sigma = denoiser.schedule.alpha_sigma_like(t, x0)
     raw = denoiser.predict(x_t, t, cond)
     return (raw.float() - target(x0, eps, alpha, sigma, denoiser.prediction)).square().flatten(1).mean(1)

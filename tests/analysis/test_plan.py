@@ -8,9 +8,10 @@ import torch
 
 from ldm.analysis.oracle import mixture
 from ldm.analysis.plan import describe_grid, evaluations
-from ldm.diffusion.grid import SPACINGS, TimeGrid
+from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.spacings import SPACINGS
 from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()

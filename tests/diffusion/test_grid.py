@@ -10,8 +10,9 @@ import pytest
 import torch
 from k_diffusion_sampling import k_sampling
 
-from ldm.diffusion.grid import SPACINGS, TimeGrid
+from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.spacings import SPACINGS
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 T = 1000

@@ -276,7 +276,7 @@ def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
         scheduler.set_timesteps(steps)
         rho = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()
         alpha = 1 / (1 + rho**2).sqrt()
-        grid = TimeGrid(t=grid.t, alpha=alpha, sigma=rho * alpha, log_ratio=schedule.log_ratio)
+        grid = TimeGrid(t=grid.t, alpha=alpha, sigma=rho * alpha, schedule=schedule)
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     seen: Callable[[Tensor], Tensor] = lambda t: t  # noqa: E731
     if in_sigma and "Multistep" in peer:

@@ -29,7 +29,7 @@ def dpm2_a(
     within(eta, 0, 1, "eta")
     draw = demand(noise, "dpm2_a") if eta > 0 else None
     alpha, sigma = states(grid)
-    least = float(grid.log_ratio[0].exp())
+    least = float(grid.schedule.log_ratio[0].exp())
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
         rho, rho_next = ratio(alpha[i], sigma[i]), ratio(alpha[i + 1], sigma[i + 1])

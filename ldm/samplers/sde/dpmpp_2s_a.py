@@ -30,7 +30,7 @@ def dpmpp_2s_a(
     within(eta, 0, 1, "eta")
     draw = demand(noise, "dpmpp_2s_a") if eta > 0 else None
     alpha, sigma = states(grid)
-    least = float(grid.log_ratio[0].exp())
+    least = float(grid.schedule.log_ratio[0].exp())
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
         rho, rho_next = ratio(alpha[i], sigma[i]), ratio(alpha[i + 1], sigma[i + 1])

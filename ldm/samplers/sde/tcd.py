@@ -33,7 +33,8 @@ def tcd(
         d = denoise(x, t)
         alpha_s, sigma_s = alpha[i + 1], sigma[i + 1]
         if draw is not None and i + 1 < len(grid):
-            alpha_s, sigma_s = grid.state(math.floor((1 - eta) * float(grid.t[i + 1])))
+            s = math.floor((1 - eta) * float(grid.t[i + 1]))
+            alpha_s, sigma_s = (float(value) for value in grid.schedule.alpha_sigma(s))
         x = alpha_s * d.x0 + sigma_s * d.eps
         if draw is not None and i + 1 < len(grid):
             keep = alpha[i + 1] / alpha_s

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.noise import initial_noise
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, ScheduleName
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
@@ -43,7 +43,7 @@ class Diffusion:
     ones (Esser et al. 2024, eq. 23).
     """
 
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
+    schedule: ScheduleName = "cosine"
     timesteps: int = 1000
     prediction: Prediction = "v"
     min_snr: float | None = None
@@ -60,7 +60,7 @@ class Diffusion:
 
     def make(self) -> NoiseSchedule:
         """The schedule's tables."""
-        return getattr(NoiseSchedule, self.schedule)(self.timesteps)
+        return NoiseSchedule.make(self.schedule, self.timesteps)
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         """Timesteps of a batch, (B,) int64: one in every B-th of their distribution."""
