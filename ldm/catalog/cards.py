@@ -1,16 +1,18 @@
-"""Model cards: what a model is made of and how it wants to be used, so that a swapped sampler never inherits
-a wrong setting."""
+"""Model cards: the networks a model is made of, and how it is sampled by default."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import nn
 
 from ldm.catalog.families import FAMILIES
 from ldm.catalog.shapes import CONDITIONERS, TEXTS, UNETS, VAES
 from ldm.conditioning.conditioner import TextConvention
-from ldm.diffusion.interfaces import Prediction
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.interfaces import DenoiseFn, Prediction
 from ldm.diffusion.schedule import NoiseSchedule, ScheduleName
 from ldm.models.clip.towers import TextConfig
 from ldm.models.labels import LabelConfig
@@ -23,21 +25,27 @@ from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import nearest
 
-if TYPE_CHECKING:
-    pass
-
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
-_C = TypeVar("C")
-# What stands in `Cond.concat`: "inpaint" mask and masked latent, "inpaint-ldm" masked latent and mask in [−1,
-# 1]; "depth"; "image" the unscaled latent of the picture to change; "lowres" the picture to enlarge, at the
-# latent's size, "lowres-noised" the same with noise of a level.
+Kind = Literal["latent", "autoencoder", "unclip", "prior"]
+_C = TypeVar("_C")
+# The contents of `Cond.concat`. "inpaint": mask and masked latent; "inpaint-ldm": masked latent and mask in
+# [−1, 1]; "depth": depth map; "image": unscaled latent of the image to edit; "lowres": image to enlarge, at
+# the size of the latent; "lowres-noised": the same with noise of a given level.
 Concat = Literal["inpaint", "inpaint-ldm", "depth", "image", "lowres", "lowres-noised"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleCard:
-    """A noise schedule by its name and numbers; betas where the kind has them."""
+    """A noise schedule by name and parameters.
+
+    Args:
+        kind: Name of a constructor of `NoiseSchedule`.
+        timesteps: Number of training timesteps T. Default: 1000.
+        beta_start: First beta; None for schedules without betas.
+        beta_end: Last beta; None for schedules without betas.
+        zero_terminal_snr: Rescale the schedule to a signal-to-noise ratio of zero at the last timestep.
+    """
 
     kind: ScheduleName
     timesteps: int = 1000
@@ -46,7 +54,7 @@ class ScheduleCard:
     zero_terminal_snr: bool = False
 
     def make(self) -> NoiseSchedule:
-        """The schedule's tables."""
+        """Build the schedule."""
         schedule = NoiseSchedule.make(
             self.kind, self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end
         )
@@ -55,7 +63,7 @@ class ScheduleCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a call does where its caller says nothing."""
+    """Values of the options that a call leaves out; ``height`` and ``width`` are in pixels."""
 
     sampler: str
     steps: int
@@ -65,12 +73,109 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Networks:
-    """The networks of a model, each by the name of a published shape (`ldm.catalog.shapes`) or by its own
-    numbers.
+class Hub:
+    """Location of published weights on the Hugging Face hub.
 
-    ``text``: the first text tower, BERT or table of classes; ``text2``: SDXL's second tower, which gives the
-    pooled text; None where there is none.
+    Args:
+        repo: Repository, "owner/name".
+        file: A single file in the repository; None for the whole repository in diffusers layout.
+        sha256: SHA-256 of the file, in hexadecimal.
+        stated: Whether the publisher states ``sha256``. If so, a file with another hash is refused;
+            otherwise it only causes a warning.
+    """
+
+    repo: str
+    file: str | None = None
+    sha256: str | None = None
+    stated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Base of all cards: the identity of a model.
+
+    Args:
+        name: Name of the model, unique among all cards.
+        family: Family of published files whose layouts the weights have (see `ldm.catalog.families`), or
+            "latent" or "unclip" for models in the ldm layout only.
+        summary: One-line description.
+        licence: Licence of the weights.
+        hub: Where the weights are published; None if nowhere.
+    """
+
+    kind: ClassVar[Kind]
+    name: str
+    family: str
+    summary: str
+    licence: str
+    hub: Hub | None = None
+
+    def shapes(self) -> dict[str, object]:
+        """Return the network configurations by part; empty if the card leaves them to each part's YAML."""
+        raise NotImplementedError
+
+    def main_stage(self) -> DiffusionCard:
+        """Return the card of the diffusion that makes the model's output.
+
+        Raises:
+            ValueError: If the model is not a diffusion model.
+        """
+        raise NotImplementedError
+
+    def file_parts(self) -> dict[str, str]:
+        """Map the names of parts in the authors' single file to the names of this card's parts."""
+        return {part: part for part in self.shapes()}
+
+    def inherited(self) -> dict[str, Any]:
+        """Return the fields that a card with ``base: NAME`` inherits: all but those that locate weights."""
+        return {**vars(self), "hub": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionCard:
+    """How one diffusion is sampled: its schedule, prediction, grids and defaults.
+
+    Args:
+        schedule: Noise schedule that the network was trained with.
+        prediction: What the network predicts: "eps", "x0" or "v".
+        convention: Grids by sampler: the name of a convention in `ldm.samplers.conventions`, or a
+            `Convention`. Default: "diffusers".
+        defaults: Options of a call that leaves them out.
+    """
+
+    schedule: ScheduleCard
+    prediction: Prediction
+    convention: str | Convention = "diffusers"
+    defaults: Defaults
+
+    def __post_init__(self) -> None:
+        get_sampler(self.defaults.sampler)
+        self.grids()
+
+    def grids(self) -> Convention:
+        """Return the convention, which gives the grid of every sampler."""
+        return get_convention(self.convention) if isinstance(self.convention, str) else self.convention
+
+    def make_denoiser(self, net: nn.Module) -> Denoiser:
+        """Return the denoiser of a network that was trained as this card states."""
+        return Denoiser(net, self.schedule.make(), self.prediction, quantize=self.grids().quantize)
+
+    def constrain(self, denoise: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
+        """Return ``denoise`` with the card's constraints on x0; without any, ``denoise`` itself."""
+        return denoise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks of a latent diffusion model, each the name of a published shape or a configuration.
+
+    The names are those of `ldm.catalog.shapes`.
+
+    Args:
+        unet: The denoising network.
+        vae: The autoencoder.
+        text: The first text tower, BERT, or the table of classes; None if there is none.
+        text2: SDXL's second text tower, which gives the pooled text embedding; None if there is none.
     """
 
     unet: str | UNetConfig
@@ -82,9 +187,15 @@ class Networks:
         self.configs()
 
     def configs(self) -> dict[str, UNetConfig | Autoencoder | Conditioning]:
-        """The shapes by part: "unet", "vae", and "text", "text2" or "class"; ValueError for an unknown
-        name."""
-        found: dict[str, Any] = {"unet": shape("unet", self.unet, UNETS), "vae": shape("vae", self.vae, VAES)}
+        """Return the configurations by part: "unet", "vae", and "text", "text2" or "class" if present.
+
+        Raises:
+            ValueError: If a name is not a published shape.
+        """
+        found: dict[str, UNetConfig | Autoencoder | Conditioning] = {
+            "unet": shape("unet", self.unet, UNETS),
+            "vae": shape("vae", self.vae, VAES),
+        }
         if self.text is not None:
             config = shape("text", self.text, CONDITIONERS)
             found["class" if isinstance(config, LabelConfig) else "text"] = config
@@ -94,8 +205,11 @@ class Networks:
 
 
 def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
-    """A network's numbers, from the table if a name stands for them; ValueError with the nearest name
-    otherwise."""
+    """Return the configuration called ``value`` in ``table``, or ``value`` itself if it is not a name.
+
+    Raises:
+        ValueError: If the table has no such name; the message offers the nearest one and names ``part``.
+    """
     if not isinstance(value, str):
         return value
     if value not in table:
@@ -104,40 +218,24 @@ def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub:
-    """Where the weights are published: a repository, and a single ``file`` in it, or None for its folder in
-    the layout of diffusers.
+class ModelCard(DiffusionCard, Card):
+    """A latent diffusion model.
 
-    ``sha256``: the file's; ``stated``: by its publisher, so that another file is refused; else it is only
-    warned of.
+    Args:
+        latent_scale: Factor between the autoencoder's latents and those that are diffused; None if the
+            weights state it.
+        networks: The networks; None if each part's YAML states its configuration.
+        text: How the first text tower is read.
+        text2: How the second text tower is read; None if there is none.
+        vector: What is concatenated to the pooled text embedding in `Cond.pooled`: "sizes" (original size,
+            crop, target size), "aesthetic" (original size, crop, score), or None.
+        zero_negative: Whether an empty negative prompt is encoded as zeros instead of as the empty text.
+        null_class: The class that stands for no class in guidance; None if there is none.
+        concat: What is concatenated to x_t in the channel axis; None for nothing.
+        folder: Folder of the weights below the package's assets, for embedded models; otherwise None.
     """
 
-    repo: str
-    file: str | None = None
-    sha256: str | None = None
-    stated: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelCard:
-    """A model: its name, what stands for it in words, and every convention that sampling needs.
-
-    ``family``: "latent" for models of one's own; else the published family whose files and layouts it has.
-    ``latent_scale``: None where the weights state it. ``networks``: None where each part's YAML states its
-    shape. ``folder``: where the weights of an embedded model lie, below the package's assets; None for
-    weights that a user brings. ``text``, ``text2``: how the towers are read. ``vector``: what joins the
-    pooled text in `Cond.pooled`: "sizes" (original, crop, target) or "aesthetic" (original, crop, score).
-    ``zero_negative``: an empty negative prompt is zeros in place of the encoded empty text. ``null_class``:
-    the class that stands for none. ``concat``: what is joined to x_t. ``convention``: a program's name (see
-    `ldm.samplers.conventions`), or grids by sampler.
-    """
-
-    name: str
-    family: str
-    summary: str
-    licence: str
-    schedule: ScheduleCard
-    prediction: Prediction
+    kind: ClassVar[Kind] = "latent"
     latent_scale: float | None = None
     networks: Networks | None = None
     text: TextConvention = field(default_factory=TextConvention)
@@ -146,25 +244,29 @@ class ModelCard:
     zero_negative: bool = False
     null_class: int | None = None
     concat: Concat | None = None
-    convention: str | Convention = "diffusers"
-    defaults: Defaults
-    hub: Hub | None = None
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        get_sampler(self.defaults.sampler)
-        self.grids()
+        super().__post_init__()
         check_family(self.family)
         if self.family != "latent" and self.networks is None:
-            raise ValueError(f"a card of the family {self.family!r} must state its networks")
+            raise ValueError(f"networks: a card of the family {self.family!r} must state its networks")
 
-    def grids(self) -> Convention:
-        """The grid of every sampler."""
-        return get_convention(self.convention) if isinstance(self.convention, str) else self.convention
+    def shapes(self) -> dict[str, object]:
+        """Return the network configurations by part; empty if the card leaves them to each part's YAML."""
+        return {} if self.networks is None else dict(self.networks.configs())
+
+    def main_stage(self) -> DiffusionCard:
+        """Return this card."""
+        return self
+
+    def inherited(self) -> dict[str, Any]:
+        """Return the fields that a card with ``base: NAME`` inherits."""
+        return {**super().inherited(), "folder": None}
 
 
 def check_family(name: str) -> None:
-    """ValueError for a family that is unknown, or known but not supported."""
+    """Raise ValueError if a family is unknown, or known but not supported."""
     if name == "latent":
         return
     if name not in FAMILIES:
@@ -177,16 +279,20 @@ def check_family(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderCard:
-    """An autoencoder alone: a first stage, or a tiny one for previews."""
+class AutoencoderCard(Card):
+    """An autoencoder without a diffusion model: a first stage, or a tiny one for previews."""
 
-    name: str
-    family: str
-    summary: str
-    licence: str
+    kind: ClassVar[Kind] = "autoencoder"
     vae: str | VAEConfig | VQConfig | TinyConfig
-    hub: Hub | None = None
 
     def config(self) -> Autoencoder:
-        """Its shape."""
+        """Return the autoencoder's configuration."""
         return shape("vae", self.vae, VAES)
+
+    def shapes(self) -> dict[str, object]:
+        """Return the configuration as the part "vae"."""
+        return {"vae": self.config()}
+
+    def main_stage(self) -> DiffusionCard:
+        """Raise ValueError: an autoencoder is not sampled."""
+        raise ValueError(f"{self.name!r} is an autoencoder alone: it has no sampler and no schedule")

@@ -1,4 +1,4 @@
-"""Cards by name: the embedded models', the published ones', and those that a user registers."""
+"""Find a card by name among the embedded, the published and the registered models."""
 
 from __future__ import annotations
 
@@ -6,80 +6,79 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.catalog.cards import AutoencoderCard, ModelCard
+from ldm.catalog.cards import Card, DiffusionCard, ModelCard
 from ldm.catalog.families import FAMILIES
 from ldm.catalog.published import CARDS
 from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
-from ldm.catalog.unclip_cards import UNCLIP_FAMILIES, PriorCard, StageCard, UnCLIPCard
+from ldm.catalog.unclip_cards import UNCLIP_FAMILIES, PriorCard, UnCLIPCard
 from ldm.samplers.conventions import Convention
 from ldm.support.config import build, nearest, read_yaml
 
 ASSETS = Path(__file__).parents[1] / "assets"
-Card = ModelCard | AutoencoderCard | UnCLIPCard | PriorCard
+REGISTERED: dict[str, ModelCard | UnCLIPCard | PriorCard] = {}  # the cards that a user registered, by name
 
 
 def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
-    """The card in a YAML file, on top of the one that its ``base`` names; ValueError says what is wrong in
-    it.
+    """Return the card in a YAML file.
 
-    Its family, or its base's, says of which kind it is: an `UnCLIPCard` for those of
-    `ldm.catalog.unclip_cards.UnCLIPFamily`, a `PriorCard` for "dalle2-prior", else a `ModelCard`.
+    The family decides the kind of card: an `UnCLIPCard` for the families of
+    `ldm.catalog.unclip_cards.UnCLIPFamily`, a `PriorCard` for "dalle2-prior", otherwise a `ModelCard`. With
+    ``base: NAME`` the fields that the file leaves out are those of the card called NAME, except where its
+    weights are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a field is unknown, missing or wrong; the message names the file and the field.
     """
     return parse_card(read_yaml(path), path)
 
 
 def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
-    """The card of a mapping; ``source``: the file that it is from, for messages. See `read_card`."""
+    """Return the card of a mapping; see `read_card`. ``source`` is the file that error messages name."""
     mapping = dict(mapping)
     if "base" in mapping:
         base, _ = find_card(mapping.pop("base"))
-        own = (
-            {"parts": {}}
-            if isinstance(base, UnCLIPCard)
-            else {}
-            if isinstance(base, PriorCard)
-            else {"folder": None}
-        )
-        mapping = {**vars(base), "hub": None, **own, **mapping}  # its weights are not the new model's
+        mapping = {**base.inherited(), **mapping}
     if isinstance(convention := mapping.get("convention"), Mapping):
         mapping["convention"] = build(Convention, convention, "convention")
-    family = mapping.get("family")
     try:
-        return build(
-            UnCLIPCard if family in UNCLIP_FAMILIES else PriorCard if family == "dalle2-prior" else ModelCard,
-            mapping,
-        )
+        return build(card_class(mapping.get("family")), mapping)
     except ValueError as error:
         raise ValueError(f"{str(source)!r}: {error}") from None
 
 
+def card_class(family: object) -> type[ModelCard] | type[UnCLIPCard] | type[PriorCard]:
+    """Return the class of the cards of a family."""
+    if family in UNCLIP_FAMILIES:
+        return UnCLIPCard
+    return PriorCard if family == "dalle2-prior" else ModelCard
+
+
 def embedded() -> dict[str, Path]:
-    """The models inside the package: name → folder."""
+    """Return the folders of the models inside the package, by name."""
     return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/card.yaml"))}
 
 
-REGISTERED: dict[str, ModelCard | UnCLIPCard | PriorCard] = {}
-
-
 def known_cards() -> dict[str, Card]:
-    """The cards without embedded weights: the published families', then those that a user registered."""
+    """Return the cards without embedded weights: published ones first, then registered ones."""
     return {**CARDS, **UNCLIP_CARDS, **PRIOR_CARDS, **REGISTERED}
 
 
-def find_model(name: str) -> ModelCard | StageCard:
-    """How a model is sampled: its card, or that of unCLIP's decoder, or of a prior alone; ValueError for an
-    autoencoder, or an unknown name."""
-    card, _ = find_card(name)
-    if isinstance(card, AutoencoderCard):
-        raise ValueError(f"{name!r} is an autoencoder alone: it has no sampler and no schedule")
-    return (
-        card.decoder if isinstance(card, UnCLIPCard) else card.prior if isinstance(card, PriorCard) else card
-    )
+def find_model(name: str) -> DiffusionCard:
+    """Return how the model called ``name`` is sampled: for unCLIP, how its decoder is.
+
+    Raises:
+        ValueError: If the name is unknown, or that of an autoencoder.
+    """
+    return find_card(name)[0].main_stage()
 
 
 def find_card(name: str) -> tuple[Card, Path | None]:
-    """The card of a model and the folder of its embedded weights, None if it has none; ValueError with the
-    nearest name if there is no such model."""
+    """Return the card called ``name``, and the folder of its embedded weights or None.
+
+    Raises:
+        ValueError: If there is no such model; the message offers the nearest name.
+    """
     models = embedded()
     if name in models:
         return read_card(models[name] / "card.yaml"), models[name]
@@ -88,7 +87,7 @@ def find_card(name: str) -> tuple[Card, Path | None]:
         return cards[name], None
     if name in FAMILIES:
         raise ValueError(
-            f"{name!r} ({FAMILIES[name].title}) is a family of files that is known, but there is no model of"
-            " it to load"
+            f"{name!r} ({FAMILIES[name].title}) is a family of files that is known, but no model that can be"
+            " loaded"
         )
     raise ValueError(f"unknown model {name!r}; {nearest(name, (*models, *cards))}")

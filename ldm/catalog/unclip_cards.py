@@ -1,15 +1,20 @@
-"""Cards of unCLIP models: how each of their stages wants to be sampled."""
+"""Cards of unCLIP models: their networks, and how each stage is sampled by default."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from ldm.catalog.cards import Defaults, Hub, ScheduleCard, shape
+from torch import nn
+
+from ldm.catalog.cards import Card, DiffusionCard, Kind, shape
 from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
 from ldm.conditioning.conditioner import TextConvention
-from ldm.diffusion.interfaces import Prediction
+from ldm.diffusion.constraints import clip_x0
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.interfaces import DenoiseFn
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.clip.towers import TextConfig, VisionConfig
 from ldm.models.movq import MoVQConfig
 from ldm.models.text.xlmr import XLMRConfig
@@ -19,64 +24,99 @@ from ldm.models.unclip.noise_augmentation import AugmentationConfig
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
-from ldm.samplers import get_sampler
-from ldm.samplers.conventions import Convention, get_convention
 
-# "unclip": models of one's own; the others are published families, whose files have layouts of their own
-# as Karlo, Kandinsky and the models trained here read CLIP's text tower
+# How the text tower of CLIP is read by Karlo, Kandinsky and the models of this package.
 READ = TextConvention(pad=0, masked=True, pooled=True)
+# "unclip" is the family of models in the ldm layout; the others are published families with layouts of their
+# own.
 UnCLIPFamily = Literal["unclip", "karlo", "sd21-unclip-h", "sd21-unclip-l", "kandinsky21", "kandinsky22"]
 UNCLIP_FAMILIES: tuple[str, ...] = get_args(UnCLIPFamily)
+# Stable unCLIP: part in the authors' single file -> part of the card
+STABLE_FILE_PARTS = {"unet": "decoder", "vae": "vae", "text": "words", "image": "vision"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageCard:
-    """One diffusion of several: its schedule, what its network predicts, and how it is sampled.
+class StageCard(DiffusionCard):
+    """One diffusion of an unCLIP model: prior, decoder or upsampler.
 
-    ``learned_var``: the network gives a variance too. ``clip_x0``: what x0 is clamped to, ± this; None for
-    nothing. ``residual``: of an upsampler that makes the difference to the picture enlarged by interpolation,
-    the deviation that this is in units of; None where it makes the picture (SRDiff, Li et al. 2021).
-    ``defaults``: height and width mean nothing to a prior, and are the picture's for a decoder, in pixels.
+    ``defaults.height`` and ``defaults.width`` are those of the image for a decoder or an upsampler, and are
+    not used by a prior.
+
+    Args:
+        learned_var: Whether the network predicts a variance too. Default: False.
+        clip_x0: Bound of x0, which is clamped to [−clip_x0, clip_x0]; None for no bound.
+        residual: For an upsampler that predicts the difference to the image enlarged by interpolation: the
+            standard deviation in whose units the difference is; None if it predicts the image itself
+            (SRDiff, Li et al. 2021).
     """
 
-    schedule: ScheduleCard
-    prediction: Prediction
     learned_var: bool = False
     clip_x0: float | None = None
     residual: float | None = None
-    convention: str | Convention = "diffusers"
-    defaults: Defaults
 
     def __post_init__(self) -> None:
-        get_sampler(self.defaults.sampler)
-        self.grids()
+        super().__post_init__()
         for name, value in (("clip_x0", self.clip_x0), ("residual", self.residual)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number or None, got {value}")
 
-    def grids(self) -> Convention:
-        """The grid of every sampler."""
-        return get_convention(self.convention) if isinstance(self.convention, str) else self.convention
+    def make_denoiser(self, net: nn.Module) -> Denoiser:
+        """Return the denoiser of a network that was trained as this card states."""
+        return Denoiser(
+            net,
+            self.schedule.make(),
+            self.prediction,
+            learned_var=self.learned_var,
+            quantize=self.grids().quantize,
+        )
+
+    def constrain(self, denoise: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
+        """Return ``denoise`` with x0 clamped to ±``clip_x0``."""
+        return denoise if self.clip_x0 is None else clip_x0(denoise, schedule, self.clip_x0)
+
+    def trained_with(self) -> dict[str, object]:
+        """Return the facts of training that a part's YAML states under ``diffusion``."""
+        return {
+            "schedule": self.schedule.kind,
+            "timesteps": self.schedule.timesteps,
+            "prediction": self.prediction,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveCard:
-    """How an autoregressive prior is sampled: for which cosine of text and image, how far from the likeliest;
-    see `AutoregressivePrior.sample`."""
+    """How an autoregressive prior is sampled; see `AutoregressivePrior.sample`.
 
+    Args:
+        similarity: Cosine between text and image embedding that is asked for. Default: 0.5.
+        temperature: Temperature of sampling; 0 takes the most likely code. Default: 1.
+    """
+
+    residual: ClassVar[None] = None
     similarity: float = 0.5
     temperature: float = 1.0
+
+    def trained_with(self) -> dict[str, object]:
+        """Return the facts of training that a part's YAML states under ``diffusion``: none."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnCLIPNetworks:
-    """The networks of a published model, each by the name of its shape (`ldm.catalog.shapes`) or by its own
-    numbers; None where there is none.
+    """The networks of an unCLIP model, each the name of a published shape or a configuration.
 
-    ``text``, ``vision``: CLIP's towers. ``decoder``: a `Decoder`, or a UNet with ``noise``, the augmentation
-    of its embeddings. ``words``: what the decoder reads texts with, where that is not CLIP's tower.
-    ``upsamplers``: from small to large; ``last``: whether each has another network of the same shape for its
-    last step.
+    The names are those of `ldm.catalog.shapes`; None stands for no such network.
+
+    Args:
+        text: CLIP's text tower.
+        vision: CLIP's image tower.
+        prior: The prior, diffusion or autoregressive.
+        decoder: A `Decoder`, or a UNet together with ``noise``.
+        noise: The noise augmentation of image embeddings in Stable unCLIP.
+        words: The decoder's own text encoder; None if it reads CLIP's tower, or no text.
+        vae: The autoencoder; None for a decoder of pixels.
+        upsamplers: The upsamplers, from the smallest image to the largest.
+        last: Whether each upsampler has a second network of the same shape for its last step.
     """
 
     text: str | TextConfig | None = None
@@ -93,8 +133,11 @@ class UnCLIPNetworks:
         self.configs()
 
     def configs(self) -> dict[str, Any]:
-        """The shapes by part: "decoder", and of the others those that there are; ValueError for an unknown
-        name."""
+        """Return the configurations by part: "decoder", and the others that are present.
+
+        Raises:
+            ValueError: If a name is not a published shape.
+        """
         tables: dict[str, Mapping[str, Any]] = {
             "text": TEXTS,
             "vision": VISIONS,
@@ -118,29 +161,35 @@ class UnCLIPNetworks:
 
 
 def upsampler_name(k: int, *, last: bool = False) -> str:
-    """The name of the k-th upsampler's part, or of its network for the last step."""
+    """Return the part name of upsampler ``k`` (from 0), or of its network for the last step."""
     return f"upsampler{'' if k == 0 else k + 1}{'-last' if last else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnCLIPCard:
-    """An unCLIP model. ``clip``: the CLIP whose embeddings it runs on; ``prior`` None where it has none,
-    ``upsamplers`` from small to large.
+class UnCLIPCard(Card):
+    """An unCLIP model: a prior, a decoder and upsamplers on the embeddings of one CLIP.
 
-    ``condition``: how the embedding reaches the decoder: "tokens" (a vector and tokens of context) or
-    "noised" (Stable unCLIP). ``no_image``: what stands for no image in guidance: a "learned" embedding, that
-    of a "black" picture (zeros as the tower's input), or "zeros" for the condition. ``concat``: what
-    inpainting models have beside the latent: the known latent and the mask of what is known. ``text``,
-    ``words``: how CLIP's text tower is read, and the decoder's own. ``latent_scale``: None where the weights
-    state it, or there is no autoencoder.
-
-    ``networks``: None where each part's YAML states its shape. ``parts``: the folders of parts that lie
-    elsewhere, below that of the card: those that another embedded model has.
+    Args:
+        clip: Name of the CLIP whose embeddings the model uses.
+        decoder: How the decoder is sampled.
+        prior: How the prior is sampled; None if there is none.
+        upsamplers: How the upsamplers are sampled, from the smallest image to the largest.
+        condition: How the image embedding enters the decoder: "tokens" (a vector and context tokens), or
+            "noised" (Stable unCLIP).
+        no_image: What stands for no image in guidance: a "learned" embedding, the embedding of a "black"
+            image (zeros as the tower's input), or "zeros" as the condition.
+        concat: "known" for inpainting models that take the known latent and the mask of what is known.
+        pictures: Number of images of one prompt. Default: 4.
+        family: "unclip", or a published family.
+        text: How CLIP's text tower is read.
+        words: How the decoder's own text encoder is read.
+        latent_scale: Scale of the latents; None if the weights state it or there is no autoencoder.
+        networks: The networks; None if each part's YAML states its configuration.
+        parts: Folders of parts that are stored elsewhere, such as in another embedded model, relative to the
+            folder of the card.
     """
 
-    name: str
-    summary: str
-    licence: str
+    kind: ClassVar[Kind] = "unclip"
     clip: str
     decoder: StageCard
     prior: StageCard | AutoregressiveCard | None = None
@@ -155,34 +204,64 @@ class UnCLIPCard:
     latent_scale: float | None = None
     networks: UnCLIPNetworks | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
-    hub: Hub | None = None
 
     def __post_init__(self) -> None:
         if (self.condition == "noised") != (self.no_image == "zeros"):
             raise ValueError(
-                f'no_image: "zeros" belongs to condition "noised", got {self.no_image!r} with'
+                f'no_image: "zeros" and condition "noised" require each other, got {self.no_image!r} with'
                 f" {self.condition!r}"
             )
         if self.family != "unclip" and self.networks is None:
-            raise ValueError(f"a card of the family {self.family!r} must state its networks")
+            raise ValueError(f"networks: a card of the family {self.family!r} must state its networks")
         if not self.text.pooled:
-            raise ValueError("text.pooled: expected true, as the text's embedding is read with its tokens")
+            raise ValueError("text.pooled: expected true, because the prior reads the pooled text embedding")
+
+    def shapes(self) -> dict[str, object]:
+        """Return the network configurations by part; empty if the card leaves them to each part's YAML."""
+        return {} if self.networks is None else self.networks.configs()
+
+    def main_stage(self) -> DiffusionCard:
+        """Return the decoder's card."""
+        return self.decoder
+
+    def file_parts(self) -> dict[str, str]:
+        """Map the names of parts in the authors' single file to the names of this card's parts."""
+        return dict(STABLE_FILE_PARTS) if self.condition == "noised" else super().file_parts()
+
+    def inherited(self) -> dict[str, Any]:
+        """Return the fields that a card with ``base: NAME`` inherits."""
+        return {**super().inherited(), "parts": {}}
+
+    def stages(self) -> dict[str, StageCard | AutoregressiveCard]:
+        """Return the stages by part: "prior" (if present), "decoder", "upsampler", "upsampler2" and so on."""
+        prior = {} if self.prior is None else {"prior": self.prior}
+        upsamplers = {upsampler_name(k): stage for k, stage in enumerate(self.upsamplers)}
+        return {**prior, "decoder": self.decoder, **upsamplers}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorCard:
-    """A diffusion prior alone, for a decoder of the same CLIP; ``text``: CLIP's text tower, which its file
-    does not hold."""
+class PriorCard(Card):
+    """A diffusion prior without a decoder, to be combined with a decoder of the same CLIP.
 
-    name: str
-    family: str
-    summary: str
-    licence: str
+    Args:
+        clip: Name of the CLIP whose embeddings it predicts. Its text tower is not part of the weights.
+        prior: How the prior is sampled.
+        network: The prior's configuration, or the name of a published one.
+    """
+
+    kind: ClassVar[Kind] = "prior"
     clip: str
     prior: StageCard
     network: str | PriorConfig
-    hub: Hub | None = None
 
     def config(self) -> PriorConfig:
-        """Its shape."""
+        """Return the prior's configuration."""
         return shape("network", self.network, PRIORS)
+
+    def shapes(self) -> dict[str, object]:
+        """Return the configuration as the part "prior"."""
+        return {"prior": self.config()}
+
+    def main_stage(self) -> DiffusionCard:
+        """Return the prior's card."""
+        return self.prior

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.catalog.cards import AutoencoderCard, ModelCard
-from ldm.catalog.lookup import Card, known_cards, read_card
+from ldm.catalog.cards import AutoencoderCard, Card, ModelCard
+from ldm.catalog.lookup import known_cards, read_card
 from ldm.catalog.unclip_cards import PriorCard
 from ldm.weights.cast import is_finite
 from ldm.weights.detection import Detection, detect

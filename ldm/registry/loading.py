@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ldm.catalog.cards import AutoencoderCard, ModelCard
-from ldm.catalog.lookup import Card, find_card, read_card
+from ldm.catalog.cards import AutoencoderCard, Card, ModelCard
+from ldm.catalog.lookup import find_card, read_card
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.diffusion.interfaces import Prediction
 from ldm.diffusion.prediction import check_prediction

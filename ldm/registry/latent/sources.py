@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.catalog.cards import AutoencoderCard, ModelCard
-from ldm.catalog.lookup import Card, known_cards
+from ldm.catalog.cards import AutoencoderCard, Card, ModelCard
+from ldm.catalog.lookup import known_cards
 from ldm.models.unet import UNetConfig
 from ldm.weights.detection import WrongFamily
 from ldm.weights.formats.diffusers_config import conflicts, training_facts, unet_config
