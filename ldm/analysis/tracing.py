@@ -1,5 +1,4 @@
-"""Looking inside a run: attention to each word, predictions of the clean picture, norms, and what any module
-gives."""
+"""Record a run: attention to each word, predictions of the clean image, norms, and outputs of any module."""
 
 from __future__ import annotations
 
@@ -23,19 +22,25 @@ from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
 from ldm.support.config import nearest
 
-# of a heat map: its colour, and how much of it hides the picture where it is full
-RED, OPAQUE = ((0.9, 0.1, 0.1), 0.8)
+RED, OPAQUE = (0.9, 0.1, 0.1), 0.8  # colour of heat maps, and their opacity where attention is largest
 MapSize = tuple[int, int]
-# (module, its inputs, its output) -> another output, or None to leave it
+# (module, inputs, output) -> another output, or None to keep it; modules take and return anything, hence Any
 Hook = Callable[[nn.Module, Any, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One step: its index, the timestep ``t`` of its last evaluation, the prediction ``x0`` (B, C, h, w)
-    under guidance, and root mean squares (B,) of the state behind the step, of x0 and of eps. ``attention``:
-    by the name of each cross-attention (B, h, w, M), the mean over heads (and over evaluations, where the
-    step has several) of the probabilities of the conditional branch; over M tokens each sums to 1.
+    """What is recorded of one step.
+
+    Args:
+        index: Index of the step, from 0.
+        t: Timestep of the step's last evaluation of the network.
+        x0: Prediction of the clean state under guidance, shape (B, C, h, w).
+        norms: Root mean squares, shape (B,): of "x", the state after the step, and of the predictions "x0"
+            and "eps".
+        attention: Attention probabilities of the conditional branch by the name of each cross-attention, of
+            shape (B, h, w, M): the mean over heads and over the step's evaluations. They sum to 1 over the M
+            tokens.
     """
 
     index: int
@@ -47,11 +52,17 @@ class StepRecord:
 
 @dataclass(kw_only=True)
 class Trace:
-    """What `trace` recorded of the last task that ran: ``steps``, ``images`` and ``prompts``, and ``outputs``
-    of hooked modules, a list for each.
+    """The record of the last task that ran in a `trace` context.
 
-    Of an unCLIP model it is the run of the decoder, before it is enlarged, and without maps: what asks for
-    attention to words raises ValueError.
+    For an unCLIP model this is the run of the decoder, before upsampling, and without attention: methods that
+    need attention raise ValueError.
+
+    Args:
+        pipe: The traced pipeline.
+        steps: The steps, in order.
+        images: The images of the task; None before it ends.
+        prompts: The prompt of each image.
+        outputs: Outputs of the hooked modules, a list by module name.
     """
 
     pipe: LatentDiffusion | UnCLIP
@@ -59,15 +70,15 @@ class Trace:
     images: Images | None = None
     prompts: tuple[str, ...] = ()
     outputs: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    _told: Tensor | None = None  # the conditional context (B, M, D)
-    _now: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    _rows: slice | None = None  # the conditional branch in the batch that the network sees
+    _context: Tensor | None = None  # the conditional context (B, M, D)
+    _step_attention: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    _rows: slice | None = None  # the rows of the conditional branch in the network's batch
     _t: float = 0.0
     _sizes: dict[str, MapSize] = field(default_factory=dict)
 
     def x0(self) -> list[Images]:
-        """The predictions of the clean picture, decoded: one `Images` a step."""
-        images = self._made()
+        """Return the decoded predictions of the clean image, one `Images` per step."""
+        images = self._recorded_images()
         decode = self.pipe.decoder.space.decode if isinstance(self.pipe, UnCLIP) else self.pipe.decode
         return [
             Images(tensor=decode(step.x0.to(self.pipe.device)), seeds=images.seeds, prompts=images.prompts)
@@ -75,157 +86,171 @@ class Trace:
         ]
 
     def norms(self) -> dict[str, Tensor]:
-        """Root mean squares over the run, each (N, B): "x" behind each step, "x0" and "eps" as predicted in
-        it."""
-        self._made()
+        """Return root mean squares over the run, each (N, B), by the names of `StepRecord.norms`."""
+        self._recorded_images()
         return {name: torch.stack([step.norms[name] for step in self.steps]) for name in self.steps[0].norms}
 
     def levels(self) -> list[MapSize]:
-        """The sizes (h, w) at which the network attends to the prompt, largest first."""
-        self._latent()
-        self._made()
+        """Return the sizes (h, w) at which the network attends to the prompt, largest first."""
+        self._attending_pipe()
+        self._recorded_images()
         return sorted({(m.shape[1], m.shape[2]) for m in self.steps[0].attention.values()}, reverse=True)
 
     def words(self, image: int = 0) -> list[str]:
-        """The words of a picture's prompt that have tokens, in order."""
-        self._made()
-        return [word for word, _ in self._worded().text.places(self.prompts[image])]
+        """Return the words of the prompt of image number ``image`` that have tokens, in order."""
+        self._recorded_images()
+        return [word for word, _ in self._word_pipe().text.places(self.prompts[image])]
 
     def attention(
         self, word: str, *, steps: Sequence[int] | None = None, level: MapSize | None = None
     ) -> Tensor:
-        """How much each position attends to a word, (B, H, W) at the latent's size: the sum over its tokens,
-        the mean over layers and steps.
+        """Return how much each position attends to a word.
 
-        ``word``: one of the prompt, or several that stand together ("red apple"). ``steps``: indices into the
-        run, None for all. ``level``: one of `levels`, None for all, enlarged bilinearly. ValueError for a
-        word that a prompt does not have, which names those it has, or another level.
+        Attention is summed over the tokens of the word and averaged over layers and steps.
+
+        Args:
+            word: A word of the prompt, or several consecutive ones ("red apple").
+            steps: Indices of the steps to average; None for all.
+            level: Size (h, w) of the layers to average, one of `levels`; None for all. Smaller layers are
+                enlarged bilinearly.
+
+        Returns:
+            Attention at the latent's size, in [0, 1], shape (B, h, w).
+
+        Raises:
+            ValueError: If a prompt does not contain the word (the message lists its words), ``level`` is not
+                a level of the network, or ``steps`` is empty.
         """
-        made, places = self._made(), [self._places(word, prompt) for prompt in self.prompts]
+        images = self._recorded_images()
+        places = [self._token_positions(word, prompt) for prompt in self.prompts]
         if level is not None and tuple(level) not in self.levels():
             raise ValueError(f"level: expected one of {self.levels()}, got {level}")
         chosen = self.steps if steps is None else [self.steps[i] for i in steps]
         if not chosen:
             raise ValueError("steps: expected at least one")
-        factor = self._latent().vae.config.factor
-        size = (made.tensor.shape[-2] // factor, made.tensor.shape[-1] // factor)
+        factor = self._attending_pipe().vae.config.factor
+        size = (images.tensor.shape[-2] // factor, images.tensor.shape[-1] // factor)
         total, count = torch.zeros(len(self.prompts), *size), 0
         for step in chosen:
             for probabilities in step.attention.values():
                 if level is None or probabilities.shape[1:3] == tuple(level):
                     # (B, h, w)
-                    own = torch.stack(
+                    attended = torch.stack(
                         [probabilities[b, :, :, place].sum(-1) for b, place in enumerate(places)]
                     )
-                    total += F.interpolate(own[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+                    total += F.interpolate(attended[:, None], size, mode="bilinear", align_corners=False)[
+                        :, 0
+                    ]
                     count += 1
         return total / count
 
     def heatmap(
         self, word: str, *, steps: Sequence[int] | None = None, level: MapSize | None = None
     ) -> Images:
-        """The pictures in grey with the attention to a word laid over them in red: none where it is least in
-        the picture, full where it is most.
+        """Return the images in grey with the attention to a word over them in red.
 
-        Arguments and errors as in `attention`; the values are enlarged to the picture's size bilinearly.
+        Each map is scaled from its smallest value (transparent) to its largest, and enlarged bilinearly to
+        the size of the image. Arguments and errors are those of `attention`.
         """
-        made, values = self._made(), self.attention(word, steps=steps, level=level)
+        images, values = self._recorded_images(), self.attention(word, steps=steps, level=level)
         low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
         values = ((values - low) / (high - low).clamp_min(1e-12))[:, None]
-        values = F.interpolate(values, made.tensor.shape[-2:], mode="bilinear", align_corners=False)
-        grey, red = reduce(made.tensor, "b c h w -> b 1 h w", "mean"), torch.tensor(RED)[:, None, None]
-        tensor = grey + OPAQUE * values * (red - grey)
+        # (B, 1, H, W)
+        values = F.interpolate(values, images.tensor.shape[-2:], mode="bilinear", align_corners=False)
+        grey, red = reduce(images.tensor, "b c h w -> b 1 h w", "mean"), torch.tensor(RED)[:, None, None]
         return Images(
-            tensor=tensor, seeds=made.seeds, prompts=tuple(f"{word} in: {prompt}" for prompt in made.prompts)
+            tensor=grey + OPAQUE * values * (red - grey),
+            seeds=images.seeds,
+            prompts=tuple(f"{word} in: {prompt}" for prompt in images.prompts),
         )
 
-    def _places(self, word: str, prompt: str) -> list[int]:
-        """The places in the context of all tokens of a word, wherever the prompt has it."""
-        text = self._worded().text
-        own = text.places(prompt)
-        there, wanted = [w for w, _ in own], [w for w, _ in text.places(word)] or [word.lower()]
-        starts = [i for i in range(len(there)) if there[i : i + len(wanted)] == wanted]
+    def _token_positions(self, word: str, prompt: str) -> list[int]:
+        """Return the positions in the context of all tokens of a word, for every occurrence in the prompt."""
+        text = self._word_pipe().text
+        positions = text.places(prompt)
+        words, wanted = [w for w, _ in positions], [w for w, _ in text.places(word)] or [word.lower()]
+        starts = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
         if not starts:
             raise ValueError(
-                f"word {word!r}: expected one of the prompt's that have tokens,"
-                f" {', '.join(map(repr, there)) or 'of which it has none'}"
+                f"word {word!r}: expected a word of the prompt that has tokens:"
+                f" {', '.join(map(repr, words)) or 'it has none'}"
             )
-        return [place for i in starts for _, places in own[i : i + len(wanted)] for place in places]
+        return [place for i in starts for _, places in positions[i : i + len(wanted)] for place in places]
 
-    def _latent(self) -> LatentDiffusion:
-        """The model, if maps are recorded of its kind; ValueError otherwise."""
+    def _attending_pipe(self) -> LatentDiffusion:
+        """Return the pipeline; ValueError if attention is not recorded for its kind."""
         if isinstance(self.pipe, UnCLIP):
             raise ValueError(
-                f"{self.pipe.card.name!r}: attention is recorded of LatentDiffusion alone; of unCLIP's"
-                " decoder, predictions, norms, modules' outputs"
+                f"{self.pipe.card.name!r}: attention is recorded for LatentDiffusion only; for the decoder of"
+                " unCLIP, predictions, norms and outputs of modules are recorded"
             )
         return self.pipe
 
-    def _worded(self) -> LatentDiffusion:
-        """The model, if it is conditioned on words that can be found; ValueError otherwise."""
-        if not hasattr(self._latent().text, "places"):
+    def _word_pipe(self) -> LatentDiffusion:
+        """Return the pipeline; ValueError if its text encoder does not map words to tokens."""
+        if not hasattr(self._attending_pipe().text, "places"):
             raise ValueError(
-                f"{self.pipe.card.name!r} is not conditioned on words, so none can be looked for"
+                f"{self.pipe.card.name!r} is not conditioned on words: there are none to look up"
             )
-        return self._latent()
+        return self._attending_pipe()
 
-    def _made(self) -> Images:
+    def _recorded_images(self) -> Images:
         if self.images is None or not self.steps:
-            raise ValueError("nothing was recorded yet: run a task of the traced model first")
+            raise ValueError("nothing is recorded yet: run a task of the traced model first")
         return self.images
 
-    # What the pipeline tells: a run begins, steps, ends (`ldm.pipelines.conditions.Watcher`).
+    # The methods of `ldm.pipelines.conditions.Watcher`, which the pipeline calls.
 
     def begin(self, call: Call) -> None:
-        """A new run: what an earlier one left is dropped."""
+        """Discard the record of an earlier run."""
         self.steps, self.images, self.prompts = [], None, tuple(map(str, call.prompts))
         self.outputs.clear()
-        self._now.clear()
+        self._step_attention.clear()
 
     def told(self, pair: Pair) -> None:
-        """What the network will be told."""
-        self._told = pair[0].context
+        """Keep the context of the conditional branch."""
+        self._context = pair[0].context
 
     def step(self, i: int, x: Tensor, d: Denoised) -> None:
-        """The end of a step."""
+        """Record a step."""
         norms = {
             name: reduce(value.float().square(), "b ... -> b", "mean").sqrt().cpu()
             for name, value in (("x", x), ("x0", d.x0), ("eps", d.eps))
         }
-        attention = {name: torch.stack(seen).mean(0) for name, seen in self._now.items()}
+        attention = {name: torch.stack(seen).mean(0) for name, seen in self._step_attention.items()}
         self.steps.append(
             StepRecord(index=i, t=self._t, x0=d.x0.float().cpu(), norms=norms, attention=attention)
         )
-        self._now.clear()
+        self._step_attention.clear()
 
     def end(self, images: Images) -> None:
-        """The pictures of the run."""
+        """Keep the images of the run."""
         self.images = images
 
-    # What the network's own hooks tell.
+    # The methods that hooks of the network call.
 
     def saw_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """The network is called: where in its batch the conditional branch stands is found by the context."""
+        """Find the rows of the conditional branch in the network's batch, by their context."""
         _, t, cond = inputs
         self._t = float(torch.as_tensor(t).reshape(-1)[0])
-        self._rows, told = None, self._told
-        if told is None or cond.context is None:
+        self._rows, context = None, self._context
+        if context is None or cond.context is None:
             return
-        n, told = len(told), told.to(cond.context.device, cond.context.dtype)
+        n, context = len(context), context.to(cond.context.device, cond.context.dtype)
         for start in range(0, len(cond.context), n):
-            if torch.equal(cond.context[start : start + n, : told.shape[1]], told):
+            if torch.equal(cond.context[start : start + n, : context.shape[1]], context):
                 self._rows = slice(start, start + n)
                 return
 
     def saw_attention(self, name: str, probabilities: Tensor) -> None:
-        """A cross-attention has computed its probabilities (rows, H, L, M)."""
-        if self._rows is None or self._told is None:
+        """Record the probabilities (rows, H, L, M) of a cross-attention."""
+        if self._rows is None or self._context is None:
             return
         owner = next(owner for owner in self._sizes if name == owner or name.startswith(f"{owner}."))
         h, w = self._sizes[owner]
         mean = reduce(probabilities[self._rows].detach().float(), "b heads l m -> b l m", "mean")
-        self._now[name].append(
-            rearrange(mean[..., : self._told.shape[1]], "b (h w) m -> b h w m", h=h, w=w).cpu()
+        self._step_attention[name].append(
+            rearrange(mean[..., : self._context.shape[1]], "b (h w) m -> b h w m", h=h, w=w).cpu()
         )
 
 
@@ -233,17 +258,25 @@ class Trace:
 def trace(
     pipe: LatentDiffusion | UnCLIP, hooks: Mapping[str, Hook | None] | Sequence[str] = ()
 ) -> Iterator[Trace]:
-    """Within it, every task of a model is recorded; what is recorded of the last one stays when it is left.
-    Of `UnCLIP`, see `Trace`.
+    """Record every task of a pipeline inside the context; the record of the last one remains afterwards.
 
-    ``hooks``: modules by their dotted names below the model's `networks` ("unet.mid_block", "vae.decoder"): a
-    list, whose outputs are collected in `Trace.outputs` (of both branches of guidance, at every call); or a
-    mapping to functions as of torch's forward hooks, which may return another output. The traced run's
-    pictures are the untraced one's to the bit, as attention is looked at beside the fused kernel and not in
-    its place. Memory: one float32 (B, h, w, M) a cross-attention and step.
+    The images are bit-identical to those of an untraced run: attention probabilities are computed in addition
+    to the fused kernel, not in place of it. Each step takes one float32 tensor (B, h, w, M) per
+    cross-attention.
 
-    TypeError for what is neither a `LatentDiffusion` nor an `UnCLIP`; ValueError for a module that is not
-    there, with the nearest name.
+    Args:
+        pipe: The pipeline. See `Trace` for what is recorded of an `UnCLIP`.
+        hooks: Modules by dotted name below `pipe.networks()`, such as "unet.mid_block" or "vae.decoder".
+            Outputs of the modules in a list are collected in `Trace.outputs`, for both branches of guidance
+            and every call. A mapping gives each module a function with the signature of a torch forward hook,
+            which may return another output; None collects the outputs.
+
+    Yields:
+        The `Trace`.
+
+    Raises:
+        TypeError: If ``pipe`` is neither a `LatentDiffusion` nor an `UnCLIP`.
+        ValueError: If there is no module of a given name; the message offers the nearest.
     """
     if not isinstance(pipe, LatentDiffusion | UnCLIP):
         raise TypeError(f"trace: expected a LatentDiffusion or an UnCLIP, got {type(pipe).__name__}")
@@ -260,20 +293,19 @@ def trace(
     net: Any = (pipe.decoder if isinstance(pipe, UnCLIP) else pipe).denoiser.net
     with ExitStack() as stack:
         for name, fn in wanted.items():
-            collect: Hook = fn or (
-                lambda module, inputs, output, name=name: record.outputs[name].append(_kept(output))
-            )
-            stack.callback(named[name].register_forward_hook(collect).remove)
+            stack.callback(named[name].register_forward_hook(fn or _collect(record, name)).remove)
         stack.callback(net.register_forward_pre_hook(record.saw_inputs).remove)
-        stack.enter_context(_maps(net, record) if isinstance(pipe, LatentDiffusion) else nullcontext())
+        stack.enter_context(
+            _attention_recorded(net, record) if isinstance(pipe, LatentDiffusion) else nullcontext()
+        )
         pipe.watchers.append(record)
         stack.callback(pipe.watchers.remove, record)
         yield record
 
 
 @contextmanager
-def _maps(net: nn.Module, record: Trace) -> Iterator[None]:
-    """Within it, a trace sees what a network's cross-attentions attend to."""
+def _attention_recorded(net: nn.Module, record: Trace) -> Iterator[None]:
+    """Record the probabilities of a network's cross-attentions inside the context."""
     with ExitStack() as stack:
         attends = [
             (name, part)
@@ -291,6 +323,10 @@ def _maps(net: nn.Module, record: Trace) -> Iterator[None]:
         yield
 
 
-def _kept(output: Any) -> Any:
-    """A copy of a module's output, apart from the graph."""
-    return output.detach().clone() if isinstance(output, Tensor) else output
+def _collect(record: Trace, name: str) -> Hook:
+    """Return a forward hook that appends a detached copy of each output to ``record.outputs[name]``."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        record.outputs[name].append(output.detach().clone() if isinstance(output, Tensor) else output)
+
+    return hook

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
@@ -125,6 +126,10 @@ class Card:
     def file_parts(self) -> dict[str, str]:
         """Map the names of parts in the authors' single file to the names of this card's parts."""
         return {part: part for part in self.shapes()}
+
+    def part_folders(self, folder: Path) -> dict[str, Path]:
+        """Return the folder of each part of the model whose card is in ``folder``, in the ldm layout."""
+        return dict.fromkeys(self.shapes(), folder)
 
     def inherited(self) -> dict[str, Any]:
         """Return the fields that a card with ``base: NAME`` inherits: all but those that locate weights."""
@@ -259,6 +264,13 @@ class ModelCard(DiffusionCard, Card):
     def main_stage(self) -> DiffusionCard:
         """Return this card."""
         return self
+
+    def part_folders(self, folder: Path) -> dict[str, Path]:
+        """Return the folder of each part: ``folder``; a draft network is a part if its YAML is there."""
+        if self.networks is not None:
+            return super().part_folders(folder)
+        drafts = ("draft",) if (folder / "draft.yaml").is_file() else ()
+        return dict.fromkeys(("unet", "vae", "text", *drafts), folder)
 
     def inherited(self) -> dict[str, Any]:
         """Return the fields that a card with ``base: NAME`` inherits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
@@ -231,6 +232,17 @@ class UnCLIPCard(Card):
     def inherited(self) -> dict[str, Any]:
         """Return the fields that a card with ``base: NAME`` inherits."""
         return {**super().inherited(), "parts": {}}
+
+    def part_folders(self, folder: Path) -> dict[str, Path]:
+        """Return the folder of each part: the parts that the stages need, and the others that are present."""
+        upsamplers = [upsampler_name(k) for k in range(len(self.upsamplers))]
+        needed = ["decoder", *(["prior"] if self.prior is not None else []), *upsamplers, *self.parts]
+        others = ["text", "vision", "noise", "words", "vae", *(f"{name}-last" for name in upsamplers)]
+        present = [name for name in others if (folder / f"{name}.yaml").is_file()]
+        return {
+            part: folder / self.parts[part] if part in self.parts else folder
+            for part in dict.fromkeys([*needed, *present])
+        }
 
     def stages(self) -> dict[str, StageCard | AutoregressiveCard]:
         """Return the stages by part: "prior" (if present), "decoder", "upsampler", "upsampler2" and so on."""

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.catalog.cards import AutoencoderCard, Card, ModelCard
+from ldm.catalog.cards import Card
 from ldm.catalog.lookup import known_cards, read_card
-from ldm.catalog.unclip_cards import PriorCard
 from ldm.weights.cast import is_finite
 from ldm.weights.detection import Detection, detect
 from ldm.weights.formats.diffusers_folder import PARTS, is_folder, list_variants, read_component, read_folder
@@ -59,7 +58,7 @@ def card_candidates(found: Detection) -> Iterable[Candidate]:
         yield Candidate(name=", ".join(names), parts=parts)
 
 
-# of files that hold one part of an unCLIP model: whose it may be
+# Families of files that hold one part of an unCLIP model: the families of cards that it may belong to.
 PART_OF = {
     "karlo-prior": ("karlo", "kandinsky21"),
     "karlo-decoder": ("karlo",),
@@ -68,24 +67,17 @@ PART_OF = {
     "kandinsky22": ("kandinsky22",),
     "movq": ("kandinsky21", "kandinsky22"),
 }
-# what its parts are called in a file, and by us
-STABLE_UNCLIP = {"unet": "decoder", "vae": "vae", "text": "words", "image": "vision"}
 
 
-def card_networks(card: Card, found: Detection) -> dict[str, Any]:
-    """The shapes of a card's networks by the names of the detected family's parts; empty if it is of another
-    family."""
+def card_networks(card: Card, found: Detection) -> dict[str, object]:
+    """Return a card's network configurations by the detected family's parts; empty for another family."""
     if card.family not in PART_OF.get(found.name, (found.name,)):
         return {}
-    if isinstance(card, AutoencoderCard):
-        return {"vae": card.config()}
-    if isinstance(card, PriorCard):
-        return {"prior": card.config()}
-    configs = {} if card.networks is None else card.networks.configs()
-    if isinstance(card, ModelCard):
-        return configs
-    names = STABLE_UNCLIP if card.condition == "noised" else {part: part for part in found.family.parts}
-    return {theirs: configs[ours] for theirs, ours in names.items() if ours in configs}
+    shapes = card.shapes()
+    names = {theirs: ours for theirs, ours in card.file_parts().items() if ours in shapes}
+    if found.name in PART_OF:
+        names = {theirs: ours for theirs, ours in names.items() if theirs in found.family.parts}
+    return {theirs: shapes[ours] for theirs, ours in names.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

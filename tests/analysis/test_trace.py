@@ -168,7 +168,7 @@ def test_an_unclip_s_decoder_is_traced_without_maps(make, shape, side):
     assert t.x0()[0].tensor.shape == (2, 3, side, side) and t.norms()["eps"].shape == (3, 2)
     assert [len(outputs) for outputs in t.outputs.values()] == [3]
     for asked in (t.levels, t.words, lambda: t.attention("cat"), lambda: t.heatmap("cat")):
-        with pytest.raises(ValueError, match="attention is recorded of LatentDiffusion alone"):
+        with pytest.raises(ValueError, match="attention is recorded for LatentDiffusion only"):
             asked()
     with ldm.trace(model) as t:
         # the caller's own hook is called still
@@ -178,11 +178,11 @@ def test_an_unclip_s_decoder_is_traced_without_maps(make, shape, side):
 
 def test_what_is_asked_wrongly_is_said(pipe):
     with ldm.trace(pipe) as t:
-        with pytest.raises(ValueError, match="nothing was recorded yet"):
+        with pytest.raises(ValueError, match="nothing is recorded yet"):
             t.heatmap("apple")
         run(pipe)
     with pytest.raises(
-        ValueError, match="word 'pear': expected one of the prompt's that have tokens, 'a', 'red', 'apple'"
+        ValueError, match="word 'pear': expected a word of the prompt that has tokens: 'a', 'red', 'apple'"
     ):
         t.heatmap("pear")
     with pytest.raises(ValueError, match="word 'apple red'"):

@@ -139,7 +139,7 @@ def test_keys_cannot_tell_eps_from_v_so_the_caller_says(tmp_path: Path) -> None:
     assert reduced_families.load(card.name, weights=one, prediction="eps").denoiser.prediction == "eps"
     state = dict(read_safetensors(one))
     torch.save({"state_dict": state, "global_step": 875_000}, tmp_path / "base.ckpt")
-    with pytest.warns(UserWarning, match="global_step 875000 is that of a model which predicts eps"):
+    with pytest.warns(UserWarning, match="global_step 875000 is that of a model that predicts eps"):
         reduced_families.load(card.name, weights=tmp_path / "base.ckpt")
 
 

@@ -238,7 +238,7 @@ def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
         (
             {"clip": "emoji-clip/000000000000"},
             ValueError,
-            "trained on 'emoji-clip/.*the card runs on 'emoji-clip/000000000000'|named by its image",
+            "trained on 'emoji-clip/.*the card uses 'emoji-clip/000000000000'|named by its image",
         ),
         ({"exports": {"decoders": "x"}}, ValueError, "exports: 'decoders'; did you mean 'decoder'"),
         ({"exports": {"decoder": "nowhere"}}, FileNotFoundError, "no decoder in 'nowhere'"),
@@ -263,7 +263,12 @@ def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -
     path = config(tmp_path)
     card = yaml.safe_load(path.read_text())
     for stage, field, value, message in (
-        ("decoder", "prediction", "eps", "decoder: it was trained with prediction 'v', the card says 'eps'"),
+        (
+            "decoder",
+            "prediction",
+            "eps",
+            "decoder: it was trained with prediction 'v', but the card states 'eps'",
+        ),
         (
             "prior",
             "schedule",
@@ -276,8 +281,10 @@ def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -
             gather(path, tmp_path / "model")
     defaults = {**card["upsamplers"][0]["defaults"], "height": 64}
     path.write_text(yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "defaults": defaults}]}))
-    with pytest.raises(ValueError, match="enlarge 2 times, the card says from 16 to 64"):
+    with pytest.raises(ValueError, match="enlarge 2 times, but the card enlarges from 16 to 64"):
         gather(path, tmp_path / "model")
     path.write_text(yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "residual": None}]}))
-    with pytest.raises(ValueError, match="upsampler: it was trained with residual 0.06, the card says None"):
+    with pytest.raises(
+        ValueError, match="upsampler: it was trained with residual 0.06, but the card states None"
+    ):
         gather(path, tmp_path / "model")

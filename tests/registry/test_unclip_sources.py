@@ -83,7 +83,7 @@ def test_folders_that_lack_something_or_say_something_else(karlo: tuple[UnCLIP, 
     edit(path / "decoder_scheduler" / "scheduler_config.json", prediction_type="sample")
     with pytest.raises(
         ValueError,
-        match="decoder was trained otherwise than 'tiny-karlo.*prediction_type sample, expected epsilon",
+        match="another training of the decoder than 'tiny-karlo.*prediction_type sample, expected epsilon",
     ):
         peers.loaded(pipe, path)
     edit(path / "decoder_scheduler" / "scheduler_config.json", prediction_type="epsilon")
@@ -206,12 +206,12 @@ def test_the_authors_own_files_are_read_to_the_bit(make: Any, tmp_path: Path) ->
     decoder = next(path.glob("decoder*"))
     shutil.copy(decoder, path / "decoder-other.ckpt")
     with pytest.raises(
-        ValueError, match=r"expected one file decoder\*\.ckpt with the decoder of .* there is decoder"
+        ValueError, match=r"expected one file decoder\*\.ckpt with the decoder of .* found decoder"
     ):
         peers.loaded(pipe, path)
     (path / "decoder-other.ckpt").unlink()
     next(path.glob("*sr*" if pipe.upsamplers else "movq*")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected one file .*there is none"):
+    with pytest.raises(FileNotFoundError, match=r"expected one file .*found none"):
         peers.loaded(pipe, path)
 
 

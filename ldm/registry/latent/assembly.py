@@ -1,16 +1,12 @@
-"""A pipeline from its card and its networks, and the tokenizers that stand between."""
+"""Build a latent diffusion pipeline from a card and networks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-from torch import nn
 
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
-from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
 from ldm.models.labels import LabelConditioner
@@ -24,54 +20,58 @@ from ldm.models.text.wordpiece import (
     WordPiece,
 )
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.registry.latent.sources import Source
+from ldm.registry.sources import Source
 from ldm.weights.formats.native_folder import read_vocabulary
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
 
 
 def assemble_latent(card: ModelCard, source: Source, *, vocabulary: Path | None = None) -> LatentDiffusion:
-    """The pipeline of a card's networks; ``vocabulary``: the vocab.txt of models that read through BERT,
-    where the source has none."""
+    """Return the pipeline of a card's networks, in evaluation mode.
+
+    Args:
+        card: The model's card.
+        source: Its networks.
+        vocabulary: BERT's vocab.txt, for models that read text through BERT; None: from the source's folder.
+
+    Raises:
+        ValueError: If the card does not say how a text tower is read.
+        FileNotFoundError: If the model reads text through BERT and there is no vocabulary.
+    """
     networks = source.networks
-    denoiser = Denoiser(
-        networks["unet"], card.schedule.make(), card.prediction, quantize=card.grids().quantize
-    )
-    text = conditioner(card, networks, source, vocabulary)
     return LatentDiffusion(
         vae=networks["vae"],
-        text=text,
-        denoiser=denoiser,
+        text=text_conditioner(card, source, vocabulary),
+        denoiser=card.make_denoiser(networks["unet"]),
         latent_scale=source.latent_scale,
         card=card,
         origin=source.origin,
     ).eval()
 
 
-def conditioner(
-    card: ModelCard, networks: Mapping[str, nn.Module], source: Source, vocabulary: Path | None
-) -> Conditioner | None:
-    """What turns prompts or classes into conditions; None for an unconditional model."""
-    if isinstance(labels := networks.get("class"), LabelConditioner):
+def text_conditioner(card: ModelCard, source: Source, vocabulary: Path | None) -> Conditioner | None:
+    """Return what encodes prompts or classes; None for an unconditional model."""
+    first, second = source.networks.get("text"), source.networks.get("text2")
+    labels = source.networks.get("class")
+    if isinstance(labels, LabelConditioner):
         return labels
-    if isinstance(bert := networks.get("text"), LDMBert):
-        return BertConditioner(bert, word_pieces(card, source, vocabulary))
-    first = networks.get("text")
-    second = networks.get("text2")
-    one = tower(first, card.text, source) if isinstance(first, TextTower) else None
+    if isinstance(first, LDMBert):
+        return BertConditioner(first, word_pieces(card, source, vocabulary))
+    tower = clip_conditioner(first, card.text, source) if isinstance(first, TextTower) else None
     if not isinstance(second, TextTower):
-        return one
+        return tower
     if card.text2 is None:
         raise ValueError(
-            f"the card {card.name!r} has a second text tower, and does not say how it is read: text2 is"
-            " absent"
+            f"text2: the card {card.name!r} has a second text tower and does not state how it is read"
         )
-    return TwoTowers(one, TextConditioner(second, Tokenizer(), card.text2))
+    return TwoTowers(tower, TextConditioner(second, Tokenizer(), card.text2))
 
 
-def tower(network: TextTower, convention: TextConvention, source: Source) -> TextConditioner:
-    """A CLIP text tower with its tokenizer: the full one, unless a vocabulary.json lies beside the weights;
-    and with its draft, if it has one."""
+def clip_conditioner(network: TextTower, convention: TextConvention, source: Source) -> TextConditioner:
+    """Return a CLIP text tower with its tokenizer and, if it has one, its draft network.
+
+    The tokenizer is the full one, unless vocabulary.json is in the source's folder.
+    """
     draft = source.networks.get("draft")
     assert draft is None or isinstance(draft, Draft)
     tokenizer, words = Tokenizer(), None
@@ -81,8 +81,14 @@ def tower(network: TextTower, convention: TextConvention, source: Source) -> Tex
 
 
 def word_pieces(card: ModelCard, source: Source, vocabulary: Path | None) -> WordPiece:
-    """BERT's tokenizer: of the path given, of the source's folder, or for random weights a stand-in that
-    spells."""
+    """Return BERT's tokenizer.
+
+    Its vocabulary is ``vocabulary``, or the vocab.txt in the source's folder. Random weights without a folder
+    get a vocabulary of single letters.
+
+    Raises:
+        FileNotFoundError: If there is no vocabulary.
+    """
     if vocabulary is not None:
         return WordPiece.from_file(vocabulary)
     if source.folder is None:
@@ -100,6 +106,6 @@ def word_pieces(card: ModelCard, source: Source, vocabulary: Path | None) -> Wor
         if path.is_file():
             return WordPiece.from_file(path)
     raise FileNotFoundError(
-        f"{card.name!r} reads through BERT's tokenizer: put the vocab.txt of bert-base-uncased into"
+        f"{card.name!r} reads text through BERT's tokenizer: put the vocab.txt of bert-base-uncased into"
         f" {str(source.folder)!r}, or pass vocabulary=PATH"
     )

@@ -1,9 +1,9 @@
-"""Where a model's networks come from: a single file, a folder of diffusers, a folder of ours, or chance."""
+"""Read the networks of latent diffusion models and autoencoders from files and folders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,244 +13,222 @@ from torch import nn
 from ldm.catalog.cards import AutoencoderCard, Card, ModelCard
 from ldm.catalog.lookup import known_cards
 from ldm.models.unet import UNetConfig
+from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
 from ldm.weights.detection import WrongFamily
-from ldm.weights.formats.diffusers_config import conflicts, training_facts, unet_config
+from ldm.weights.formats.diffusers_config import conflicts, scheduler_conflicts, unet_config
 from ldm.weights.formats.diffusers_folder import Folder, read_component, read_folder
-from ldm.weights.formats.native_folder import read_network, read_part_config
 from ldm.weights.formats.safetensors import fingerprint
-from ldm.weights.formats.single_file import read_single
-from ldm.weights.parts import build_network, fill_network, randomise
+from ldm.weights.formats.single_file import SingleFile, read_single
+from ldm.weights.parts import build_network, fill_network
 
-SCHEDULER_FIELDS = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-BASE_STEP = 875_000  # the `global_step` that Stable Diffusion 2's base (eps) checkpoints hold
+BASE_STEP = 875_000  # the `global_step` in the checkpoints of Stable Diffusion 2 base, which predicts eps
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A model's networks by part, in their final dtype; the latent scale, and what a recipe says of the
-    weights' origin.
+def latent_from_random(card: ModelCard, dtype: torch.dtype, folder: Path | None = None) -> Source:
+    """Return random weights in the card's shapes, the same in every call.
 
-    ``folder``: where a tokenizer's files may lie. ``notes``: what the weights say that their user should
-    hear.
+    Args:
+        card: The model's card.
+        dtype: Floating-point type of the networks.
+        folder: Folder of an embedded model, for its shapes and its tokenizer; None if it is not embedded.
     """
-
-    networks: dict[str, nn.Module]
-    latent_scale: float
-    origin: Mapping[str, str]
-    folder: Path | None = None
-    notes: tuple[str, ...] = field(default=())
-
-
-def configs_of(card: Card, folder: Path | None = None) -> dict[str, Any]:
-    """The shapes of a card's networks by part; those of a card that states none are read from the YAMLs of
-    its folder."""
-    if isinstance(card, AutoencoderCard):
-        return {"vae": card.config()}
-    if card.networks is None and folder is not None:
-        drafts = ("draft",) if (folder / "draft.yaml").is_file() else ()
-        return {part: read_part_config(folder, part) for part in ("unet", "vae", "text", *drafts)}
-    if card.networks is None:
-        raise ValueError(
-            f"the card {card.name!r} states no shapes: its weights come as a folder of ours, with a YAML for"
-            " each part"
-        )
-    return dict(card.networks.configs())
-
-
-def part_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a part: autoencoders overflow in float16, and compute in float32 instead."""
-    return torch.float32 if part == "vae" and dtype == torch.float16 else dtype
-
-
-def latent_from_random(card: Card, dtype: torch.dtype, folder: Path | None = None) -> Source:
-    """Small random weights in the card's shapes, the same every time; ``folder``: an embedded model's, whose
-    shapes and tokenizer count."""
-    networks = {}
-    for seed, (part, config) in enumerate(configs_of(card, folder).items()):
-        networks[part] = randomise(build_network(config), seed, part_dtype(part, dtype))
-    scale = 1.0 if isinstance(card, AutoencoderCard) else card.latent_scale or 1.0
-    return Source(networks=networks, latent_scale=scale, origin={"random": "seed 0"}, folder=folder)
-
-
-def latent_from_native(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
-    """A folder in our own layout."""
-    wanted = tuple(configs_of(card, folder))
-    networks, about = {}, {}
-    for part in wanted:
-        networks[part], about[part] = read_network(folder, part, dtype=part_dtype(part, dtype))
-    scale = float(about["vae"]["latent_scale"])
+    shapes = part_shapes(card, None if folder is None else card.part_folders(folder))
     return Source(
-        networks=networks,
-        latent_scale=scale,
-        origin={part: about[part]["sha256"] for part in ("vae", "unet")},
+        networks=random_networks(shapes, dtype),
+        latent_scale=card.latent_scale or 1.0,
+        origin={"random": "seed 0"},
         folder=folder,
     )
 
 
-def latent_from_file(card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None) -> Source:
-    """A single file in the original layout."""
+def latent_from_ldm(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
+    """Read a folder in the ldm layout."""
+    source = read_parts(card.part_folders(folder), dtype, latent_scale=card.latent_scale)
+    origin = {part: source.origin[part] for part in ("vae", "unet")}  # all that recipes record
+    return replace(source, origin=origin, folder=folder)
+
+
+def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bool | None) -> Source:
+    """Read a single file in the original layout.
+
+    Args:
+        card: The model's card.
+        path: The file.
+        dtype: Floating-point type of the networks.
+        ema: Whether to take averaged weights; None takes them if present.
+
+    Raises:
+        ValueError: If the file belongs to another family, lacks a part, does not fit, or does not state the
+            latent scale where the card leaves it to the file.
+    """
     if card.family == "latent":
         raise ValueError(
-            f"{str(path)!r}: {card.name!r} is of no published family, so its weights come as a folder of ours"
+            f"{str(path)!r}: {card.name!r} is of no published family, so its weights come as a folder in the"
+            " ldm layout"
         )
-    configs = configs_of(card)
-    try:
-        single = read_single(path, ema=ema, family=card.family)
-    except WrongFamily as error:
-        raise ValueError(f"{error}{other_cards(error.found.name)}") from None
-    lost = [part for part in configs if part not in single.parts]
-    if lost:
-        raise ValueError(
-            f"{str(path)!r} holds {', '.join(single.parts)}, and no {', '.join(lost)}: {card.name!r} takes"
-            f" {', '.join(configs)}"
-        )
-    networks = {}
-    for part, config in configs.items():
-        source = f"{path}: {part}" if len(configs) > 1 else path
-        networks[part] = fill_network(
-            build_network(config),
-            single.parts.pop(part),
-            single.found.layout,
-            source=source,
-            dtype=part_dtype(part, dtype),
-        )
-    stated = (
-        single.scale_factor
-        if isinstance(card, AutoencoderCard) or single.scale_factor is not None
-        else card.latent_scale
-    )
-    if stated is None and isinstance(card, ModelCard):
+    networks, single = networks_from_file(card, path, dtype, ema=ema)
+    scale = card.latent_scale if single.scale_factor is None else single.scale_factor
+    if scale is None:
         raise ValueError(
             f"{str(path)!r} does not state the latent scale of {card.name!r}: its `scale_factor` is absent"
         )
-    notes = () if isinstance(card, AutoencoderCard) else _heuristics(card, single.values)
     return Source(
         networks=networks,
-        latent_scale=stated or 1.0,
+        latent_scale=scale or 1.0,
         origin={path.name: fingerprint(path)},
         folder=path.parent,
-        notes=notes,
+        notes=prediction_notes(card, single.values),
     )
 
 
-def _heuristics(card: ModelCard, values: Mapping[str, Any]) -> tuple[str, ...]:
+def networks_from_file(
+    card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None
+) -> tuple[dict[str, nn.Module], SingleFile]:
+    """Return the networks in a single file in the original layout, and the rest of what it holds.
+
+    Args:
+        card: Card of the model, or of the autoencoder.
+        path: The file.
+        dtype: Floating-point type of the networks.
+        ema: Whether to take averaged weights; None takes them if present.
+
+    Raises:
+        ValueError: If the file belongs to another family, lacks a part, or does not fit.
+    """
+    shapes = card.shapes()
+    try:
+        single = read_single(path, ema=ema, family=card.family)
+    except WrongFamily as error:
+        raise ValueError(f"{error}{cards_of_family(error.found.name)}") from None
+    missing = [part for part in shapes if part not in single.parts]
+    if missing:
+        raise ValueError(
+            f"{str(path)!r} holds {', '.join(single.parts)}, and no {', '.join(missing)}: {card.name!r} takes"
+            f" {', '.join(shapes)}"
+        )
+    networks = {
+        part: fill_network(
+            build_network(config),
+            single.parts.pop(part),
+            single.found.layout,
+            source=f"{path}: {part}" if len(shapes) > 1 else path,
+            dtype=part_dtype(part, dtype),
+        )
+        for part, config in shapes.items()
+    }
+    return networks, single
+
+
+def prediction_notes(card: ModelCard, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a warning if the `global_step` of a Stable Diffusion 2 file contradicts the prediction."""
     step = values.get("global_step")
     if card.family != "sd2" or step is None or (step == BASE_STEP) == (card.prediction == "eps"):
         return ()
     return (
-        (
-            f"its global_step {step} is that of a model which predicts {'eps' if step == BASE_STEP else 'v'},"
-            f" the card says {card.prediction}"
-        ),
+        f"its global_step {step} is that of a model that predicts {'eps' if step == BASE_STEP else 'v'}, but"
+        f" the card states {card.prediction}",
     )
 
 
-def latent_from_folder(
-    card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bool | None, variant: str | None
-) -> Source:
-    """A folder in the layout of diffusers."""
-    configs = configs_of(card)
-    if "class" in configs:
+def latent_from_diffusers(card: ModelCard, path: Path, dtype: torch.dtype, *, variant: str | None) -> Source:
+    """Read a folder in diffusers layout.
+
+    Args:
+        card: The model's card.
+        path: The folder, with its model_index.json.
+        dtype: Floating-point type of the networks.
+        variant: Variant of the files, such as "fp16"; None for the plain ones.
+
+    Raises:
+        FileNotFoundError: If a part is absent.
+        ValueError: If the folder contradicts the card, or its weights do not fit.
+    """
+    shapes = card.shapes()
+    if "class" in shapes:
         raise ValueError(
-            f"{str(path)!r}: {card.name!r} has no layout of diffusers; its weights come as a single file"
+            f"{str(path)!r}: {card.name!r} has no diffusers layout; its weights come as a single file"
         )
-    top = read_folder(path, parts=())
-    _check_schedulers(card, top)
-    folder = read_folder(
-        path, variant="non_ema" if ema is False and variant is None else variant, parts=tuple(configs)
-    )
-    expected = configs["unet"]
-    _check_family(card, folder, expected)
-    networks = {}
-    for part, config in configs.items():
-        component = folder.parts[part]
-        networks[part] = fill_network(
+    check_scheduler(card, read_folder(path, parts=()))
+    folder = read_folder(path, variant=variant, parts=tuple(shapes))
+    check_unet(card, folder, shapes["unet"])
+    networks = {
+        part: fill_network(
             build_network(config),
-            component.tensors,
+            folder.parts[part].tensors,
             "diffusers",
-            source=component.path,
+            source=folder.parts[part].path,
             dtype=part_dtype(part, dtype),
         )
-    scale = folder.parts["vae"].config.get("scaling_factor") or card.latent_scale
-    origin = {
-        str(file.relative_to(path)): fingerprint(file)
-        for part in configs
-        for file in folder.parts[part].files
+        for part, config in shapes.items()
     }
+    scale = folder.parts["vae"].config.get("scaling_factor") or card.latent_scale
+    files = [file for part in shapes for file in folder.parts[part].files]
     return Source(
         networks=networks,
         latent_scale=1.0 if scale is None else float(scale),
-        origin=origin,
+        origin={str(file.relative_to(path)): fingerprint(file) for file in files},
         folder=path / "tokenizer",
     )
 
 
-def other_cards(family: str) -> str:
-    """The cards of a family, as the end of a message; empty if there are none."""
+def cards_of_family(family: str) -> str:
+    """Return the names of a family's cards as the end of an error message; empty if there are none."""
     others = [card.name for card in known_cards().values() if card.family == family]
     return f"; the cards for it: {', '.join(others)}" if others else ""
 
 
-def _check_family(card: ModelCard, folder: Folder, expected: UNetConfig) -> None:
+def check_unet(card: ModelCard, folder: Folder, expected: object) -> None:
+    """Raise ValueError if a diffusers folder holds another UNet than the card states.
+
+    Args:
+        card: The model's card.
+        folder: The folder, read.
+        expected: The card's configuration of the UNet.
+    """
+    assert isinstance(expected, UNetConfig)
     unet = folder.parts["unet"]
     try:
         found = folder.detect()
     except ValueError:
-        found = None  # shapes of a card of one's own: the keys decide
+        found = None  # the shapes of a user's own card: only the keys decide
     if found is not None and found.name != card.family:
-        title = f"{found.name} ({found.family.title})"
         raise ValueError(
-            f"{str(folder.path)!r} is a model of the family {title}, {card.name!r} is of"
-            f" {card.family}{other_cards(found.name)}"
+            f"{str(folder.path)!r} is a model of the family {found.name} ({found.family.title}),"
+            f" {card.name!r} is of {card.family}{cards_of_family(found.name)}"
         )
     wrong = conflicts(unet.config, unet_config(expected)[1], ("attention_head_dim",))
     if wrong:
         raise ValueError(f"{str(unet.path / 'config.json')!r} does not fit {card.name!r}: {'; '.join(wrong)}")
 
 
-def _check_schedulers(card: ModelCard, folder: Folder) -> None:
+def check_scheduler(card: ModelCard, folder: Folder) -> None:
+    """Raise ValueError if a diffusers folder's scheduler states another training than the card."""
     stated = folder.schedulers.get("scheduler")
-    if stated is None or stated.get("trained_betas") is not None:
-        return
-    s = card.schedule
-    facts = training_facts(
-        s.kind, s.timesteps, s.beta_start, s.beta_end, card.prediction, zero_snr=s.zero_terminal_snr
-    )
-    wrong = conflicts(stated, {**facts, "rescale_betas_zero_snr": s.zero_terminal_snr}, SCHEDULER_FIELDS)
-    if wrong:
-        advice = (
-            "ask for the card that says so, for prediction= if that is all, or register a card of your own"
-        )
+    if stated is not None and (wrong := scheduler_conflicts(stated, card)):
         raise ValueError(
-            f"{str(folder.path / 'scheduler')!r} was trained otherwise than {card.name!r}:"
-            f" {'; '.join(wrong)}; {advice}"
+            f"{str(folder.path / 'scheduler')!r} states another training than {card.name!r}:"
+            f" {'; '.join(wrong)}; load the card that states this training, pass prediction= if nothing else"
+            " differs, or register a card"
         )
 
 
-def autoencoder_folder(
+def autoencoder_from_file(
+    card: AutoencoderCard, path: Path, dtype: torch.dtype, *, ema: bool | None
+) -> nn.Module:
+    """Return the autoencoder in a single file in the original layout."""
+    return networks_from_file(card, path, dtype, ema=ema)[0]["vae"]
+
+
+def autoencoder_from_folder(
     card: AutoencoderCard, path: Path, dtype: torch.dtype, *, variant: str | None
-) -> Source:
-    """An autoencoder alone: a folder of diffusers with its config.json and weights, or a pipeline's folder,
-    of which its part is taken."""
+) -> nn.Module:
+    """Return the autoencoder in its own diffusers folder, or in that of a pipeline that contains it."""
     inner = next((path / name for name in ("vae", "vqvae") if (path / name).is_dir()), path)
     component = read_component(inner, variant=variant)
-    vae = fill_network(
+    return fill_network(
         build_network(card.config()),
         component.tensors,
         "diffusers",
         source=inner,
         dtype=part_dtype("vae", dtype),
-    )
-    origin = {file.name: fingerprint(file) for file in component.files}
-    return Source(
-        networks={"vae": vae},
-        latent_scale=float(component.config.get("scaling_factor") or 1.0),
-        origin=origin,
     )

@@ -124,10 +124,7 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
         part: diffusers_description(network, pipe.latent_scale, side)
         for part, network in pipe.networks().items()
     }
-    s, grids = card.schedule, card.grids()
-    facts = training_facts(
-        s.kind, s.timesteps, s.beta_start, s.beta_end, card.prediction, zero_snr=s.zero_terminal_snr
-    )
+    facts, grids = training_facts(card), card.grids()
     trailing = grids.grids.get(card.defaults.sampler, grids.grids["*"]).get("spacing") == "trailing"
     scheduler = scheduler_config(facts, card.defaults.sampler, trailing=trailing)
 

@@ -1,8 +1,10 @@
-"""An unCLIP model from its card and its networks."""
+"""Build an unCLIP pipeline from a card and networks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+
+from torch import nn
 
 from ldm.catalog.unclip_cards import AutoregressiveCard, StageCard, UnCLIPCard, upsampler_name
 from ldm.conditioning.clip import ClipPair
@@ -14,6 +16,7 @@ from ldm.models.text.unigram import Unigram
 from ldm.models.text.xlmr import XLMR
 from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.models.unclip.decoder import Decoder
+from ldm.models.unclip.noise_augmentation import NoiseAugmentation
 from ldm.models.unclip.prior import Prior
 from ldm.pipelines.stages.autoregressive import AutoregressiveStage
 from ldm.pipelines.stages.decoder import DecoderStage
@@ -21,30 +24,39 @@ from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.registry.unclip.sources import UnCLIPSource
+from ldm.registry.sources import Source
 from ldm.weights.formats.native_folder import read_vocabulary
 
+# The stage of each kind of prior: (class of the network, class of the card) -> class of the stage.
+PRIOR_STAGES: dict[tuple[type, type], Callable[..., PriorStage | AutoregressiveStage]] = {
+    (Prior, StageCard): PriorStage,
+    (AutoregressivePrior, AutoregressiveCard): AutoregressiveStage,
+}
 
-def assemble_unclip(card: UnCLIPCard, source: UnCLIPSource) -> UnCLIP:
-    """The pipeline of a card's networks; ValueError for networks that are of another kind than the card
-    says."""
-    networks: dict[str, Any] = dict(source.networks)
-    text, vision = networks.get("text"), networks.get("vision")
+
+def assemble_unclip(card: UnCLIPCard, source: Source) -> UnCLIP:
+    """Return the pipeline of a card's networks, in evaluation mode.
+
+    Raises:
+        ValueError: If the networks are not of the kinds that the card states, or lack a part.
+    """
+    networks = source.networks
+    vision, network, augmentation = networks.get("vision"), networks["decoder"], networks.get("noise")
     assert vision is None or isinstance(vision, VisionTower)
-    read = None if text is None else _text(text, card, source)
-    network = networks["decoder"]
-    if (networks.get("noise") is None) != (card.condition == "tokens"):
+    assert augmentation is None or isinstance(augmentation, NoiseAugmentation)
+    text = clip_text(card, source)
+    if (augmentation is None) != (card.condition == "tokens"):
         raise ValueError(
-            f"{card.name!r}: its card's condition {card.condition!r} does not go with"
-            f" {type(network).__name__} as its decoder"
+            f"{card.name!r}: the card's condition {card.condition!r} does not go with"
+            f" {type(network).__name__} as the decoder"
         )
     decoder = DecoderStage(
         network,
         card.decoder,
         clip=card.clip,
         space=Space(networks.get("vae"), source.latent_scale),
-        text=_words(networks, card, source, read),
-        augmentation=networks.get("noise"),
+        text=decoder_text(card, source, text),
+        augmentation=augmentation,
     )
     upsamplers = [
         UpsamplerStage(
@@ -52,46 +64,69 @@ def assemble_unclip(card: UnCLIPCard, source: UnCLIPSource) -> UnCLIP:
         )
         for k, stage in enumerate(card.upsamplers)
     ]
-    clip = ClipPair(card.clip, text=read, vision=vision)
-    prior = prior_stage(networks["prior"], card.prior, clip=card.clip) if "prior" in networks else None
     return UnCLIP(
-        clip=clip, prior=prior, decoder=decoder, upsamplers=upsamplers, card=card, origin=source.origin
+        clip=ClipPair(card.clip, text=text, vision=vision),
+        prior=prior_stage(networks["prior"], card.prior, clip=card.clip) if "prior" in networks else None,
+        decoder=decoder,
+        upsamplers=upsamplers,
+        card=card,
+        origin=source.origin,
     ).eval()
 
 
 def prior_stage(
-    network: Any, card: StageCard | AutoregressiveCard | None, *, clip: str
+    network: nn.Module, card: StageCard | AutoregressiveCard | None, *, clip: str
 ) -> PriorStage | AutoregressiveStage:
-    """The prior of either kind; ValueError for a network of the one under a card of the other."""
-    if isinstance(network, AutoregressivePrior) and isinstance(card, AutoregressiveCard):
-        return AutoregressiveStage(network, card, clip=clip)
-    if isinstance(network, Prior) and isinstance(card, StageCard):
-        return PriorStage(network, card, clip=clip)
-    raise ValueError(f"prior: {type(network).__name__} and {type(card).__name__} do not belong together")
+    """Return the stage of a diffusion prior or of an autoregressive one.
+
+    Args:
+        network: The prior.
+        card: How it is sampled.
+        clip: Name of the CLIP whose embeddings it predicts.
+
+    Raises:
+        ValueError: If network and card are of different kinds.
+    """
+    stage = PRIOR_STAGES.get((type(network), type(card)))
+    if stage is None:
+        raise ValueError(f"prior: {type(network).__name__} and {type(card).__name__} do not belong together")
+    return stage(network, card, clip=clip)
 
 
-def _text(tower: TextTower, card: UnCLIPCard, source: UnCLIPSource) -> TextConditioner:
-    if source.vocabulary is None or not (source.vocabulary / "vocabulary.json").is_file():
+def clip_text(card: UnCLIPCard, source: Source) -> TextConditioner | None:
+    """Return CLIP's text tower with its tokenizer; None if there is no tower.
+
+    The tokenizer is the full one, unless vocabulary.json is in the source's folder.
+    """
+    tower = source.networks.get("text")
+    if tower is None:
+        return None
+    assert isinstance(tower, TextTower)
+    if source.folder is None or not (source.folder / "vocabulary.json").is_file():
         return TextConditioner(tower, Tokenizer(), card.text)
-    tokenizer, words = read_vocabulary(source.vocabulary)
+    tokenizer, words = read_vocabulary(source.folder)
     return TextConditioner(tower, tokenizer, card.text, words)
 
 
-def _words(
-    networks: dict[str, Any], card: UnCLIPCard, source: UnCLIPSource, read: TextConditioner | None
-) -> Any:
-    """What the decoder reads texts with: its own tower, CLIP's, or None where it reads none."""
-    words, network = networks.get("words"), networks["decoder"]
-    if isinstance(words, XLMR):
-        random = source.pieces is None
-        return XLMRConditioner(words, Unigram.spelling() if random else Unigram.from_file(source.pieces))  # type: ignore[arg-type]
-    if words is not None:
-        return TextConditioner(words, Tokenizer(), card.words)
+def decoder_text(
+    card: UnCLIPCard, source: Source, text: TextConditioner | None
+) -> XLMRConditioner | TextConditioner | None:
+    """Return the decoder's text encoder: its own, CLIP's ``text``, or None if it reads no text.
+
+    Raises:
+        ValueError: If the decoder reads CLIP's text tower and there is none.
+    """
+    own, network = source.networks.get("words"), source.networks["decoder"]
+    if isinstance(own, XLMR):
+        pieces = source.pieces
+        return XLMRConditioner(own, Unigram.spelling() if pieces is None else Unigram.from_file(pieces))
+    if isinstance(own, TextTower):
+        return TextConditioner(own, Tokenizer(), card.words)
     reads = isinstance(network, Decoder) and (
         network.config.condition.text_dim or network.config.condition.pooled_dim
     )
-    if reads and read is None:
+    if reads and text is None:
         raise ValueError(
-            f"the decoder of {card.name!r} reads texts by {card.clip!r}'s text tower, which is absent"
+            f"the decoder of {card.name!r} reads text with the text tower of {card.clip!r}, which is absent"
         )
-    return read if reads else None
+    return text if reads else None

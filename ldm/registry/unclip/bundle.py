@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 import yaml
 
 from ldm.catalog.lookup import parse_card
-from ldm.catalog.unclip_cards import StageCard, UnCLIPCard, upsampler_name
+from ldm.catalog.unclip_cards import AutoregressiveCard, StageCard, UnCLIPCard, upsampler_name
 from ldm.registry.unclip.assembly import assemble_unclip
-from ldm.registry.unclip.sources import folder_of, native_parts, unclip_from_native
+from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import about_part
@@ -49,7 +50,7 @@ def gather(config: str | Path, folder: str | Path) -> Path:
                 written.append(folder / name)
                 write_atomically(folder / name, (Path(source) / name).read_bytes())
         check_parts(card, folder)
-        assemble_unclip(card, unclip_from_native(card, folder, torch.float32))
+        assemble_unclip(card, unclip_from_ldm(card, folder, torch.float32))
     except (ValueError, OSError):
         for path in written:
             path.unlink(missing_ok=True)
@@ -64,43 +65,51 @@ def _all_parts(card: UnCLIPCard) -> list[str]:
 
 
 def check_parts(card: UnCLIPCard, folder: Path) -> None:
-    """ValueError where a part's YAML says of its training what the card says otherwise: CLIP, schedule, what
-    is predicted, what it enlarges."""
-    stages: dict[str, Any] = {"prior": card.prior, "decoder": card.decoder}
+    """Compare what the parts' YAMLs state of their training with the card.
+
+    Raises:
+        ValueError: If a part was trained with another CLIP, schedule, prediction, residual or enlargement
+            than the card states.
+    """
+    stages = card.stages()
+    for part, where in card.part_folders(folder).items():
+        about = about_part(where, part)
+        if part == "vision":
+            check_clip_hash(card, about["sha256"])
+        if (stage := stages.get(part)) is not None:
+            check_stage(part, stage, about)
     sizes = [card.decoder, *card.upsamplers]
-    stages |= {upsampler_name(k): stage for k, stage in enumerate(card.upsamplers)}
-    for part in native_parts(card, folder):
-        about = about_part(folder_of(card, folder, part), part)
-        if (
-            part == "vision"
-            and (digest := re.search("/([0-9a-f]{12})$", card.clip))
-            and not about["sha256"].startswith(digest[1])
-        ):
+    for k, (small, large) in enumerate(pairwise(sizes)):
+        part = upsampler_name(k)
+        factor = about_part(card.part_folders(folder)[part], part).get("factor")
+        before, after = small.defaults.height, large.defaults.height
+        if factor is not None and after != factor * before:
             raise ValueError(
-                f"clip: {card.clip!r} is named by its image tower's hash, and the vision part's is"
-                f" {about['sha256'][:12]}"
+                f"{part}: it was trained to enlarge {factor} times, but the card enlarges from {before} to"
+                f" {after}"
             )
-        stage, trained = stages.get(part), about.get("diffusion")
-        if isinstance(stage, StageCard) and isinstance(trained, Mapping):
-            said = {
-                "schedule": stage.schedule.kind,
-                "timesteps": stage.schedule.timesteps,
-                "prediction": stage.prediction,
-            }
-            if wrong := [
-                f"{key} {trained[key]!r}, the card says {said[key]!r}"
-                for key in said
-                if trained.get(key, said[key]) != said[key]
-            ]:
-                raise ValueError(f"{part}: it was trained with {'; '.join(wrong)}")
-        if isinstance(stage, StageCard) and stage.residual != (learnt := about.get("residual")):
-            raise ValueError(
-                f"{part}: it was trained with residual {learnt!r}, the card says {stage.residual!r}"
-            )
-        if (factor := about.get("factor")) is not None and isinstance(stage, StageCard):
-            before = sizes[sizes.index(stage) - 1].defaults.height
-            if stage.defaults.height != factor * before:
-                raise ValueError(
-                    f"{part}: it was trained to enlarge {factor} times, the card says from {before} to"
-                    f" {stage.defaults.height}"
-                )
+
+
+def check_clip_hash(card: UnCLIPCard, sha256: str) -> None:
+    """Raise ValueError if the card's CLIP is named by the hash of another image tower."""
+    if (named := re.search("/([0-9a-f]{12})$", card.clip)) and not sha256.startswith(named[1]):
+        raise ValueError(
+            f"clip: {card.clip!r} is named by the hash of its image tower, but that of the vision part is"
+            f" {sha256[:12]}"
+        )
+
+
+def check_stage(part: str, stage: StageCard | AutoregressiveCard, about: Mapping[str, Any]) -> None:
+    """Raise ValueError if a part's YAML states another training than the card of its stage."""
+    stated, trained = stage.trained_with(), about.get("diffusion")
+    if isinstance(trained, Mapping):
+        if wrong := [
+            f"{key} {trained[key]!r}, but the card states {value!r}"
+            for key, value in stated.items()
+            if trained.get(key, value) != value
+        ]:
+            raise ValueError(f"{part}: it was trained with {'; '.join(wrong)}")
+    if stage.residual != (residual := about.get("residual")):
+        raise ValueError(
+            f"{part}: it was trained with residual {residual!r}, but the card states {stage.residual!r}"
+        )

@@ -1,5 +1,4 @@
-"""The folders of diffusers that hold unCLIP models: which component is which of our parts, and what must
-agree with the card."""
+"""unCLIP models in diffusers layout: which component holds which part, and what must agree with the card."""
 
 from __future__ import annotations
 
@@ -8,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.catalog.unclip_cards import StageCard, UnCLIPCard
+from ldm.catalog.cards import DiffusionCard
+from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.models.clip.towers import TextConfig, VisionConfig
 from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.decoder import DecoderConfig
@@ -16,9 +16,9 @@ from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.support.config import nearest
 from ldm.weights.formats import diffusers_folder as folder
-from ldm.weights.formats.diffusers_config import conflicts, text_config, training_facts, unet_config
+from ldm.weights.formats.diffusers_config import conflicts, scheduler_conflicts, text_config, unet_config
 
-# class of the pipeline: component → part; a scheduler's is the stage that it serves
+# Class of the pipeline: component -> part; the part of a scheduler is the stage that it serves.
 UPSAMPLED = {
     "decoder": "decoder",
     "text_proj": "decoder",
@@ -79,25 +79,18 @@ UNCLIP_PIPELINES: dict[str, dict[str, dict[str, str]]] = {
         },
     ),
 }
-UNCLIP_SCHEDULER_FIELDS = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "prediction_type",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineComponent:
-    """A sub-folder of a pipeline's folder."""
+    """A sub-folder of a pipeline's folder: its name in model_index.json and its path."""
 
     name: str
     path: Path
 
 
 def pipelines(path: Path) -> list[Path]:
-    """The folder, if it is one of a pipeline, else those in it that are."""
+    """Return the folder if it is that of a pipeline, otherwise the sub-folders that are."""
     return (
         [path]
         if folder.is_folder(path)
@@ -106,59 +99,59 @@ def pipelines(path: Path) -> list[Path]:
 
 
 def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponent, ...]]:
-    """The components of each part, in the folder of a pipeline or in several together; the first that has a
-    part counts.
+    """Return the components of each part, in the folder of a pipeline or in several folders together.
 
-    ValueError for a pipeline of another family, or one that was trained otherwise than the card says.
+    If several folders hold a part, the first one counts.
+
+    Raises:
+        ValueError: If a pipeline is of another family, or was trained otherwise than the card states.
     """
-    known, found = UNCLIP_PIPELINES[card.family], {}
+    known = UNCLIP_PIPELINES[card.family]
+    found: dict[str, tuple[PipelineComponent, ...]] = {}
     for place in pipelines(path):
         index = folder.read_json(place / "model_index.json")
-        kind = str(index.get("_class_name"))
-        if kind not in known:
+        class_name = str(index.get("_class_name"))
+        if class_name not in known:
             raise ValueError(
-                f"{str(place)!r} is a folder of {kind}, which holds no part of {card.name!r};"
-                f" {nearest(kind, known)}"
+                f"{str(place)!r} is a folder of {class_name}, which holds no part of {card.name!r};"
+                f" {nearest(class_name, known)}"
             )
-        listed = [
-            name for name in known[kind] if isinstance(index.get(name), list) and index[name][1] is not None
-        ]
         parts: dict[str, list[PipelineComponent]] = {}
-        for name in listed:
-            part = known[kind][name]
+        for name, part in known[class_name].items():
+            if not isinstance(index.get(name), list) or index[name][1] is None:
+                continue
             if name.endswith("scheduler"):
-                _check_scheduler(card, part, place / name)
+                check_scheduler(card, part, place / name)
             elif part not in found:
                 parts.setdefault(part, []).append(PipelineComponent(name=name, path=place / name))
         found |= {part: tuple(those) for part, those in parts.items()}
     return found
 
 
-def _check_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
-    stage = {"decoder": card.decoder, "prior": card.prior, "upsampler": next(iter(card.upsamplers), None)}[
-        part
-    ]
+def check_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
+    """Raise ValueError if the scheduler in ``path`` states another training of a part than the card."""
+    stage = card.stages().get(part)
     stated = folder.read_json(path / "scheduler_config.json")
-    if not isinstance(stage, StageCard) or stated.get("trained_betas") is not None:
-        return
-    s = stage.schedule
-    facts = training_facts(s.kind, s.timesteps, s.beta_start, s.beta_end, stage.prediction, zero_snr=False)
-    if wrong := conflicts(stated, facts, UNCLIP_SCHEDULER_FIELDS):
+    if isinstance(stage, DiffusionCard) and (wrong := scheduler_conflicts(stated, stage)):
         raise ValueError(
-            f"{str(path)!r} says the {part} was trained otherwise than {card.name!r}: {'; '.join(wrong)}"
+            f"{str(path)!r} states another training of the {part} than {card.name!r}: {'; '.join(wrong)}"
         )
 
 
-def check_component(part: str, config: Any, component: folder.Component) -> None:
-    """ValueError where a component's config.json differs from our shape in what the shapes of tensors cannot
-    tell."""
-    if wrong := conflicts(component.config, _expected(config), tuple(_expected(config))):
+def check_component(part: str, config: object, component: folder.Component) -> None:
+    """Raise ValueError if a component's config.json differs from a part's configuration.
+
+    Only facts that the shapes of the tensors do not determine are compared.
+    """
+    expected = expected_config(config)
+    if wrong := conflicts(component.config, expected, tuple(expected)):
         raise ValueError(
             f"{str(component.path / 'config.json')!r} does not fit the {part}: {'; '.join(wrong)}"
         )
 
 
-def _expected(config: Any) -> Mapping[str, Any]:
+def expected_config(config: object) -> Mapping[str, Any]:
+    """Return the entries of config.json that the shapes of a network's tensors do not determine."""
     if isinstance(config, PriorConfig):
         return {"num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
     if isinstance(config, DecoderConfig):

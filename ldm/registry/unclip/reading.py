@@ -1,76 +1,79 @@
-"""unCLIP models, and priors alone, from wherever their weights are."""
+"""unCLIP models and priors, from wherever their weights are."""
 
 from __future__ import annotations
-
-from pathlib import Path
-
-import torch
 
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.unclip import UnCLIP
+from ldm.registry.locating import WeightsRequest
+from ldm.registry.sources import Source
 from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.layouts import pipelines
-from ldm.registry.unclip.originals import is_original, prior_network, unclip_from_file, unclip_from_files
-from ldm.registry.unclip.sources import (
-    UnCLIPSource,
-    unclip_from_diffusers,
-    unclip_from_native,
-    unclip_from_random,
+from ldm.registry.unclip.originals import (
+    is_original,
+    prior_from_file,
+    prior_from_random,
+    unclip_from_file,
+    unclip_from_files,
 )
+from ldm.registry.unclip.sources import unclip_from_diffusers, unclip_from_ldm, unclip_from_random
 from ldm.weights.formats.diffusers_folder import list_variants
 
 
-def load_unclip(
-    card: UnCLIPCard,
-    embedded_in: Path | None,
-    path: Path | None,
-    dtype: torch.dtype,
-    *,
-    ema: bool | None,
-    variant: str | None,
-) -> UnCLIP:
-    """A card's model from a path, or (None) with random weights; see `ldm.registry.loading.load`."""
-    return assemble_unclip(
-        card,
-        (
-            unclip_from_random(card, dtype, embedded_in)
-            if path is None
-            else read_unclip_source(card, path, dtype, ema=ema, variant=variant)
-        ),
-    )
+def load_unclip(card: UnCLIPCard, request: WeightsRequest) -> UnCLIP:
+    """Return a card's pipeline; see `ldm.registry.loading.load`."""
+    check_options(card, request)
+    return assemble_unclip(card, read_unclip_source(card, request))
 
 
-def read_unclip_source(
-    card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: bool | None, variant: str | None
-) -> UnCLIPSource:
-    """The networks in a single file, in a folder of ours, of diffusers (or in one that holds several of
-    these), or of their authors' files."""
+def read_unclip_source(card: UnCLIPCard, request: WeightsRequest) -> Source:
+    """Read a model's networks from a single file or a folder in any layout, or at random.
+
+    The folder is one in ldm layout, one in diffusers layout, one that holds several of these, or one of the
+    authors' files.
+    """
+    if request.random:
+        return unclip_from_random(card, request.dtype, request.embedded)
+    path = request.path(card)
     if path.is_file():
-        return unclip_from_file(card, path, dtype, ema=ema)
+        return unclip_from_file(card, path, request.dtype, ema=request.ema)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"weights {str(path)!r}: expected a folder of diffusers, one that ldm.save wrote, a single file,"
-            ' or "random"'
+            f"weights {str(path)!r}: expected a folder in diffusers layout, a folder that ldm.save wrote, a"
+            ' single file, or "random"'
         )
     if (path / "card.yaml").is_file():
-        return unclip_from_native(card, path, dtype)
+        return unclip_from_ldm(card, path, request.dtype)
     if pipelines(path):
-        return unclip_from_diffusers(
-            card, path, dtype, variant="non_ema" if ema is False and variant is None else variant
-        )
+        return unclip_from_diffusers(card, path, request.dtype, variant=request.folder_variant)
     if is_original(card, path):
-        return unclip_from_files(card, path, dtype)
-    nothing = (
-        "neither model_index.json (of diffusers, here or one folder below) nor card.yaml (of ldm.save) nor"
-        " the files of its authors"
+        return unclip_from_files(card, path, request.dtype)
+    found = (
+        "the weights of one part alone"
+        if list_variants(path)
+        else "neither model_index.json (diffusers layout, here or one folder below) nor card.yaml (written by"
+        " ldm.save) nor the files of its authors"
     )
-    what = "weights of one part alone" if list_variants(path) else nothing
-    raise FileNotFoundError(f"weights {str(path)!r}: expected the folder of a model, it holds {what}")
+    raise FileNotFoundError(f"weights {str(path)!r}: expected the folder of a model, but it holds {found}")
 
 
-def load_prior(card: PriorCard, path: Path | None, dtype: torch.dtype) -> PriorStage:
-    """A prior alone, to be given to an `UnCLIP` of the same CLIP."""
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f'weights {str(path)!r}: expected the file of a prior, or "random"')
-    return PriorStage(prior_network(card, path, dtype), card.prior, clip=card.clip).eval()
+def load_prior(card: PriorCard, request: WeightsRequest) -> PriorStage:
+    """Return a prior, to be combined with the decoder of an `UnCLIP` of the same CLIP."""
+    check_options(card, request)
+    if request.random:
+        network = prior_from_random(card, request.dtype)
+    else:
+        path = request.path(card)
+        if not path.is_file():
+            raise FileNotFoundError(f'weights {str(path)!r}: expected the file of a prior, or "random"')
+        network = prior_from_file(card, path, request.dtype)
+    return PriorStage(network, card.prior, clip=card.clip).eval()
+
+
+def check_options(card: UnCLIPCard | PriorCard, request: WeightsRequest) -> None:
+    """Raise ValueError for options of latent diffusion models."""
+    if request.prediction is not None or request.vocabulary is not None:
+        raise ValueError(
+            f"{card.name!r} is of the unCLIP family: prediction and vocabulary are options of latent"
+            " diffusion models"
+        )

@@ -16,7 +16,7 @@ from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.unclip.assembly import assemble_unclip
-from ldm.registry.unclip.sources import unclip_from_native
+from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
 from ldm.weights.formats.native_folder import write_part, write_vocabulary
@@ -28,7 +28,7 @@ def read_unclip(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Un
     card = read_card(Path(folder) / "card.yaml")
     if not isinstance(card, UnCLIPCard):
         raise ValueError(f"{str(folder)!r} holds {card.name!r}, which is no unCLIP model")
-    return assemble_unclip(card, unclip_from_native(card, Path(folder), dtype))
+    return assemble_unclip(card, unclip_from_ldm(card, Path(folder), dtype))
 
 
 def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None = None, **facts: Any) -> Path:

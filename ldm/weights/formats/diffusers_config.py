@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.catalog.cards import DiffusionCard
 from ldm.models.clip.towers import TextConfig
 from ldm.models.text.bert import BertConfig
 from ldm.models.tiny import TinyConfig
@@ -23,6 +24,14 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+SCHEDULER_FIELDS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
@@ -188,27 +197,32 @@ def bert_config(config: BertConfig) -> tuple[str, JSON]:
     }
 
 
-def training_facts(
-    kind: str,
-    timesteps: int,
-    beta_start: float | None,
-    beta_end: float | None,
-    prediction: str,
-    *,
-    zero_snr: bool,
-) -> JSON:
-    """What a scheduler's configuration says of how the network was trained, which no sampler may change."""
-    betas = {} if beta_start is None else {"beta_start": beta_start, "beta_end": beta_end}
-    names = {"cosine": "squaredcos_cap_v2"}
-    extra = {"rescale_betas_zero_snr": True} if zero_snr else {}
-    kind = names.get(kind, kind)
+def training_facts(card: DiffusionCard) -> JSON:
+    """Return the fields of a scheduler's configuration that state how the network was trained."""
+    schedule = card.schedule
+    betas = (
+        {}
+        if schedule.beta_start is None
+        else {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    )
     return {
-        "num_train_timesteps": timesteps,
-        "beta_schedule": kind,
+        "num_train_timesteps": schedule.timesteps,
+        "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(schedule.kind, schedule.kind),
         **betas,
-        "prediction_type": PREDICTION_TYPES[prediction],
-        **extra,
+        "prediction_type": PREDICTION_TYPES[card.prediction],
+        **({"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {}),
     }
+
+
+def scheduler_conflicts(stated: Mapping[str, Any], card: DiffusionCard) -> list[str]:
+    """Return where a scheduler's configuration states another training than a card; see `conflicts`.
+
+    Nothing is compared if the scheduler states the betas themselves.
+    """
+    if stated.get("trained_betas") is not None:
+        return []
+    facts = {"rescale_betas_zero_snr": False, **training_facts(card)}
+    return conflicts(stated, facts, SCHEDULER_FIELDS)
 
 
 def scheduler_config(facts: JSON, sampler: str, *, trailing: bool) -> tuple[str, JSON]:

@@ -1,0 +1,90 @@
+"""Networks with their weights, wherever they come from; random weights and the ldm layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.catalog.cards import Card
+from ldm.weights.formats.native_folder import read_network, read_part_config
+from ldm.weights.parts import build_network, randomise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The networks of a model in their final dtype, and what else is read with them.
+
+    Args:
+        networks: The networks by part.
+        latent_scale: Factor between the autoencoder's latents and those that are diffused.
+        origin: What a recipe records of the weights: SHA-256 or fingerprint by part or file.
+        folder: Folder in which the files of the tokenizer may be; None for random weights.
+        pieces: XLM-R's tokenizer.json or its folder; None if there is none.
+        notes: Warnings about the weights.
+    """
+
+    networks: Mapping[str, nn.Module]
+    latent_scale: float
+    origin: Mapping[str, str]
+    folder: Path | None = None
+    pieces: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def part_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a part: autoencoders overflow in float16 and compute in float32 instead."""
+    return torch.float32 if part == "vae" and dtype == torch.float16 else dtype
+
+
+def part_shapes(card: Card, folders: Mapping[str, Path] | None) -> dict[str, object]:
+    """Return the network configurations by part: those of the card, else those in the parts' YAMLs.
+
+    Args:
+        card: The model's card.
+        folders: Folder of each part in the ldm layout; None if there is none.
+
+    Raises:
+        ValueError: If neither states them.
+    """
+    if shapes := card.shapes():
+        return shapes
+    if folders is None:
+        raise ValueError(
+            f"the card {card.name!r} states no shapes: its weights come as a folder in the ldm layout, with a"
+            " YAML file for each part"
+        )
+    return {part: read_part_config(folder, part) for part, folder in folders.items()}
+
+
+def random_networks(configs: Mapping[str, object], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return networks with random weights, the same in every call: part i has seed i."""
+    return {
+        part: randomise(build_network(config), seed, part_dtype(part, dtype))
+        for seed, (part, config) in enumerate(configs.items())
+    }
+
+
+def read_parts(folders: Mapping[str, Path], dtype: torch.dtype, *, latent_scale: float | None) -> Source:
+    """Read the parts of a model in the ldm layout.
+
+    Args:
+        folders: Folder of each part.
+        dtype: Floating-point type of the networks.
+        latent_scale: The card's scale; that of the autoencoder's YAML takes precedence.
+
+    Raises:
+        FileNotFoundError: If a part is absent.
+        ValueError: If the weights of a part do not fit its YAML.
+    """
+    networks, origin = {}, {}
+    scale = latent_scale or 1.0
+    for part, folder in folders.items():
+        networks[part], about = read_network(folder, part, dtype=part_dtype(part, dtype))
+        origin[part] = about["sha256"]
+        if part == "vae":
+            scale = float(about.get("latent_scale", scale))
+    return Source(networks=networks, latent_scale=scale, origin=origin, folder=folders.get("text"))
