@@ -238,7 +238,7 @@ def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
         (
             {"clip": "emoji-clip/000000000000"},
             ValueError,
-            "trained on 'emoji-clip/.*the card uses 'emoji-clip/000000000000'|named by its image",
+            "trained on 'emoji-clip/.*the card uses 'emoji-clip/000000000000'|named by the hash of its image",
         ),
         ({"exports": {"decoders": "x"}}, ValueError, "exports: 'decoders'; did you mean 'decoder'"),
         ({"exports": {"decoder": "nowhere"}}, FileNotFoundError, "no decoder in 'nowhere'"),
