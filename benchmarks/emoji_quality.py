@@ -38,7 +38,7 @@ from ldm.data import (
 )
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import write_atomically
-from ldm.weights.formats.native_folder import read_part
+from ldm.weights.formats.ldm_folder import read_part
 
 GROUNDS = tuple(colour for colour in PALETTE if colour != "white")
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds -> (B, 3, H, W) in [0, 1]

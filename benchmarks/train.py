@@ -21,7 +21,7 @@ from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet, UNetConfig
 from ldm.speed.optimization import for_training
 from ldm.support.device import fast_dtype
-from ldm.weights.formats.native_folder import read_part_config
+from ldm.weights.formats.ldm_folder import read_part_config
 
 
 def peer(c: UNetConfig) -> Any:

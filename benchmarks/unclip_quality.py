@@ -33,7 +33,7 @@ from ldm.data import Composition, EmojiData, caption
 from ldm.pipelines.stages.upsampler import enlarge
 from ldm.registry.unclip.assembly import prior_stage
 from ldm.support.files import write_atomically
-from ldm.weights.formats.native_folder import about_part, read_network
+from ldm.weights.formats.ldm_folder import about_part, read_network
 
 BATCH = 10
 Figures = dict[str, float]

@@ -16,7 +16,7 @@ from ldm.catalog.lookup import ASSETS
 from ldm.images.files import read_recipe
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.pipelines.call import UnknownWords
-from ldm.weights.formats.native_folder import read_part
+from ldm.weights.formats.ldm_folder import read_part
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from ldm.catalog.lookup import known_cards, read_card
 from ldm.weights.cast import is_finite
 from ldm.weights.detection import Detection, detect
 from ldm.weights.formats.diffusers_folder import PARTS, is_folder, list_variants, read_component, read_folder
-from ldm.weights.formats.native_folder import about_part
+from ldm.weights.formats.ldm_folder import about_part
 from ldm.weights.formats.pickles import scan_file
 from ldm.weights.formats.safetensors import existing_file, sha256
 from ldm.weights.formats.single_file import ema_names, read_tensors, split_parts

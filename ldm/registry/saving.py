@@ -9,7 +9,7 @@ import torch
 
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
-from ldm.registry.latent.writing import LAYOUTS, write_diffusers, write_native, write_original
+from ldm.registry.latent.writing import LAYOUTS, write_diffusers, write_ldm, write_original
 from ldm.registry.unclip.writing import write_unclip
 from ldm.support.config import nearest
 from ldm.support.device import dtype_of
@@ -40,7 +40,7 @@ def save(
             raise ValueError(f"layout {layout!r}: an UnCLIP is written in the native layout alone")
         return write_unclip(pipe, path, dtype=kind, **facts)
     if layout == "native":
-        return write_native(pipe, path, kind, facts)
+        return write_ldm(pipe, path, kind, facts)
     if facts:
         raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
     if pipe.card.family == "latent":

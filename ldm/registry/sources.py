@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm.catalog.cards import Card
-from ldm.weights.formats.native_folder import read_network, read_part_config
+from ldm.weights.formats.ldm_folder import read_network, read_part_config
 from ldm.weights.parts import build_network, randomise
 
 

@@ -19,7 +19,7 @@ from ldm.training.config import RunConfig
 from ldm.training.data import Pictures
 from ldm.training.imagined import Imagined
 from ldm.training.latents import CACHES, cache_name, write_rows
-from ldm.weights.formats.native_folder import EMOJI_TEXT, about_part, read_part, read_text
+from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_part, read_text
 
 
 def read_clip(text: str | Path | None, vision: str | Path, *, length: int | None = None) -> ClipPair:

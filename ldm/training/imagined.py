@@ -18,7 +18,7 @@ from ldm.samplers.ode.ddim import ddim
 from ldm.support.config import build
 from ldm.training.config import at_least
 from ldm.training.parts.latent_diffusion import Diffusion
-from ldm.weights.formats.native_folder import about_part, read_part
+from ldm.weights.formats.ldm_folder import about_part, read_part
 
 
 @dataclass(frozen=True, kw_only=True)

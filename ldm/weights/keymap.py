@@ -39,7 +39,7 @@ class Change:
     heads: int | None = None
     head_dim: int | None = None
 
-    def to_native(self, tensors: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def from_file(self, tensors: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """The file's tensors as ours, of the given shapes; views where possible."""
         tensors = [_trim(tensor) for tensor in tensors]
         if self.transpose:
@@ -110,7 +110,7 @@ class Rule:
     """Our key patterns and the file's, both below their section's prefix. ``also``: other spellings, read but
     never written."""
 
-    native: tuple[str, ...]
+    ours: tuple[str, ...]
     file: tuple[str, ...]
     change: Change = SAME
     also: tuple[tuple[str, ...], ...] = ()
@@ -118,7 +118,7 @@ class Rule:
 
 def rename(*pairs: tuple[str, str], change: Change = SAME) -> tuple[Rule, ...]:
     """Rules that rename whole modules: (ours, the file's), for everything below them."""
-    return tuple(Rule((f"{native}.{{rest*}}",), (f"{file}.{{rest*}}",), change) for native, file in pairs)
+    return tuple(Rule((f"{ours}.{{rest*}}",), (f"{file}.{{rest*}}",), change) for ours, file in pairs)
 
 
 IDENTITY = (Rule(("{rest*}",), ("{rest*}",)),)
@@ -129,7 +129,7 @@ class Section:
     """Rules for what stands below a prefix of ours ("" for the root) and a prefix in the file. The longest
     prefix of ours goes first."""
 
-    native: str
+    ours: str
     file: str
     rules: tuple[Rule, ...]
 
@@ -138,7 +138,7 @@ class Section:
 class Step:
     """Some of our keys and the file's keys that hold them."""
 
-    native: tuple[str, ...]
+    ours: tuple[str, ...]
     file: tuple[str, ...]
     change: Change
     also: tuple[tuple[str, ...], ...] = ()
@@ -155,20 +155,20 @@ class Table:
         """The steps for a network with these names, in their order; ValueError for a name without a rule, or
         two for one key of a file."""
         names = list(names)
-        known, by_prefix = set(names), {section.native: section for section in self.sections}
+        known, by_prefix = set(names), {section.ours: section for section in self.sections}
         steps: dict[tuple[str, ...], Step] = {}
         owner: dict[str, tuple[str, ...]] = {}
         for name in names:
             step = self._step(name, by_prefix)
-            lost = [sibling for sibling in step.native if sibling not in known]
+            lost = [sibling for sibling in step.ours if sibling not in known]
             if lost:
                 raise ValueError(
                     f"{name!r} stands in one tensor with {lost}, which the network does not have"
                 )
             for key in step.file:
-                if owner.setdefault(key, step.native) != step.native:
-                    raise ValueError(f"{step.native} and {owner[key]} are both mapped to {key!r}")
-            steps[step.native] = step
+                if owner.setdefault(key, step.ours) != step.ours:
+                    raise ValueError(f"{step.ours} and {owner[key]} are both mapped to {key!r}")
+            steps[step.ours] = step
         return list(steps.values())
 
     def _step(self, name: str, by_prefix: Mapping[str, Section]) -> Step:
@@ -179,7 +179,7 @@ class Table:
                 continue
             inner = ".".join(pieces[end:])
             for rule in section.rules:
-                for pattern in rule.native:
+                for pattern in rule.ours:
                     match = _regex(pattern).fullmatch(inner)
                     if match:
                         return _fill(rule, section, match.groupdict())
@@ -200,7 +200,7 @@ def _fill(rule: Rule, section: Section, pieces: Mapping[str, str]) -> Step:
         return tuple(f"{prefix}.{text}" if prefix and text else prefix or text for text in texts)
 
     also = tuple(put(names, section.file) for names in rule.also)
-    return Step(put(rule.native, section.native), put(rule.file, section.file), rule.change, also)
+    return Step(put(rule.ours, section.ours), put(rule.file, section.file), rule.change, also)
 
 
 def file_shapes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -212,10 +212,10 @@ def file_shapes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def _shapes_in_file(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
-    if step.change == SAME and len(step.native) == len(step.file):
-        return [shapes[name] for name in step.native]
+    if step.change == SAME and len(step.ours) == len(step.file):
+        return [shapes[name] for name in step.ours]
     tensors = step.change.to_file(
-        [torch.empty(shapes[name], device="meta") for name in step.native], len(step.file)
+        [torch.empty(shapes[name], device="meta") for name in step.ours], len(step.file)
     )
     return [tuple(tensor.shape) for tensor in tensors]
 
@@ -262,7 +262,7 @@ def _match(
     return chosen, Fit(missing=tuple(missing), extra=tuple(extra), misshapen=tuple(misshapen))
 
 
-def to_native(
+def from_file(
     table: Table, state: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, source: str | Path
 ) -> dict[str, Tensor]:
     """A file's tensors under our names, as views of them where possible.
@@ -273,18 +273,18 @@ def to_native(
     chosen, result = _match(table, {key: tuple(tensor.shape) for key, tensor in state.items()}, shapes)
     if not result:
         raise ValueError(f"{str(source)!r} does not fit: {result}")
-    native: dict[str, Tensor] = {}
+    ours: dict[str, Tensor] = {}
     for step, keys in chosen:
-        tensors = step.change.to_native([state[key] for key in keys], [shapes[name] for name in step.native])
-        native.update(zip(step.native, tensors, strict=True))
-    return native
+        tensors = step.change.from_file([state[key] for key in keys], [shapes[name] for name in step.ours])
+        ours.update(zip(step.ours, tensors, strict=True))
+    return ours
 
 
 def to_file(table: Table, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the file's names: the exact inverse of `to_native`."""
+    """Our tensors under the file's names: the exact inverse of `from_file`."""
     found: dict[str, Tensor] = {}
     for step in table.plan(state):
-        tensors = step.change.to_file([state[name] for name in step.native], len(step.file))
+        tensors = step.change.to_file([state[name] for name in step.ours], len(step.file))
         found.update(zip(step.file, tensors, strict=True))
     return found
 

@@ -27,7 +27,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
 from ldm.weights.formats.safetensors import load_strict
-from ldm.weights.keymap import IDENTITY, Section, Shape, Table, to_file, to_native
+from ldm.weights.keymap import IDENTITY, Section, Shape, Table, from_file, to_file
 from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.clip import clip_table
 from ldm.weights.rules.decoder import decoder_table
@@ -112,8 +112,8 @@ def fill_network(
 ) -> nn.Module:
     """A network on the meta device, given the tensors of its part of a file, in a dtype; ValueError lists the
     keys that do not fit."""
-    native = to_native(part_table(module, layout, state), state, shapes_of(module), source=source)
-    load_strict(module, native, source=source, dtype=dtype)
+    ours = from_file(part_table(module, layout, state), state, shapes_of(module), source=source)
+    load_strict(module, ours, source=source, dtype=dtype)
     return module.eval().requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ import ldm
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.models.unclip.autoregressive import AutoregressiveConfig
 from ldm.pipelines.stages.autoregressive import AutoregressiveStage
-from ldm.weights.formats.native_folder import write_part
+from ldm.weights.formats.ldm_folder import write_part
 from ldm.weights.parts import build_network, randomise
 
 DEFAULTS = {

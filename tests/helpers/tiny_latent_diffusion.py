@@ -14,7 +14,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.samplers.conventions import Convention
-from ldm.weights.formats.native_folder import EMOJI_TEXT
+from ldm.weights.formats.ldm_folder import EMOJI_TEXT
 
 WORDS = ("a", "red", "apple", "cat", "on", "blue", "background")
 

@@ -17,7 +17,7 @@ from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
 from ldm.models.unet import UNet, UNetConfig
-from ldm.weights.keymap import file_shapes, to_file, to_native
+from ldm.weights.keymap import file_shapes, from_file, to_file
 from ldm.weights.parts import build_network, part_table, shapes_of
 from ldm.weights.rules.decoder import decoder_table
 from ldm.weights.rules.vae import vae_table
@@ -215,7 +215,7 @@ def karlo_twins() -> tuple[UNet2DConditionModel, UnCLIPTextProjModel, Decoder]:
         f"text_proj.{k}": v for k, v in project.state_dict().items()
     }
     ours.load_state_dict(
-        to_native(decoder_table(SMALL, shapes_of(ours), "diffusers"), state, shapes_of(ours), source="peer")
+        from_file(decoder_table(SMALL, shapes_of(ours), "diffusers"), state, shapes_of(ours), source="peer")
     )
     return unet, project, ours
 
@@ -242,7 +242,7 @@ def test_karlos_decoder_equals_the_peers_and_its_token_axis_matters():
     # through Karlo's own layout and back, bit for bit
     native = shapes_of(ours)
     there = to_file(decoder_table(SMALL, native), ours.state_dict())
-    back = to_native(decoder_table(SMALL, native), there, native, source="x")
+    back = from_file(decoder_table(SMALL, native), there, native, source="x")
     assert all(torch.equal(back[key], value) for key, value in ours.state_dict().items())
     rotate_qkv(ours, "unet.mid_block.attentions.0")
     assert error(ours(X, T, COND), expected) > VISIBLE
@@ -270,7 +270,7 @@ def test_kandinskys_decoders_equal_the_peers(version):
     )
     ours = Decoder(config).eval()
     ours.load_state_dict(
-        to_native(
+        from_file(
             decoder_table(config, shapes_of(ours), "diffusers"),
             theirs.state_dict(),
             shapes_of(ours),

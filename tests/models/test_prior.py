@@ -20,7 +20,7 @@ from ldm.diffusion.noise import initial_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.samplers import SAMPLERS
-from ldm.weights.keymap import file_shapes, to_file, to_native
+from ldm.weights.keymap import file_shapes, from_file, to_file
 from ldm.weights.parts import build_network, randomise, shapes_of
 from ldm.weights.rules.prior import prior_table, with_statistics
 
@@ -161,7 +161,7 @@ def small_peer(config: PriorConfig) -> PriorTransformer:
 def ours_of(theirs: PriorTransformer, config: PriorConfig, layout: str = "diffusers") -> Prior:
     ours = Prior(config)
     state = theirs.state_dict() if layout == "diffusers" else None
-    ours.load_state_dict(to_native(prior_table(config, layout), state, shapes_of(ours), source="peer"))
+    ours.load_state_dict(from_file(prior_table(config, layout), state, shapes_of(ours), source="peer"))
     return ours.eval()
 
 
@@ -186,11 +186,11 @@ def test_a_small_prior_equals_the_peers():
     # through Karlo's own layout and back, where q, k and v are interleaved by head
     there = to_file(prior_table(config), ours.state_dict())
     again = Prior(config).eval()
-    again.load_state_dict(to_native(prior_table(config), there, shapes_of(again), source="x"))
+    again.load_state_dict(from_file(prior_table(config), there, shapes_of(again), source="x"))
     assert torch.equal(again(x, t, cond), ours(x, t, cond))
     # (part, row) order
     again.load_state_dict(
-        to_native(prior_table(replace(config, heads=1)), there, shapes_of(again), source="x")
+        from_file(prior_table(replace(config, heads=1)), there, shapes_of(again), source="x")
     )
     assert error(again(x, t, cond), expected) > VISIBLE
 
@@ -242,7 +242,7 @@ def test_cosine_blocks_equal_the_published_program(cosine_sim):
         attention.cosine_sim, attention.scale = cosine_sim, 16 if cosine_sim else 40**-0.5
     config = replace(COSINE, cosine_sim=cosine_sim)
     ours = Prior(config).eval()
-    ours.load_state_dict(to_native(prior_table(config), net.state_dict(), shapes_of(ours), source="peer"))
+    ours.load_state_dict(from_file(prior_table(config), net.state_dict(), shapes_of(ours), source="peer"))
     cond, x, t = condition(config), torch.randn(2, 48, generator=generator), torch.tensor([3, 977])
     # the program tells padding by its zeros
     zeroed = torch.where(cond.context_mask[..., None], cond.context, 0.0)
@@ -318,7 +318,7 @@ def test_statistics_that_are_absent_or_exchanged_are_refused():
     state = to_file(prior_table(SMALL), randomise(build_network(SMALL)).state_dict())
     without = {key: value for key, value in state.items() if key not in ("clip_mean", "clip_std")}
     with pytest.raises(ValueError, match="clip_mean"):  # a folder whose statistics were lost
-        to_native(prior_table(SMALL), without, shapes_of(build_network(SMALL)), source="x")
+        from_file(prior_table(SMALL), without, shapes_of(build_network(SMALL)), source="x")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, UNETS, UPSAMPLERS
 from ldm.diffusion.cond import Cond
 from ldm.models.movq import MoVQ
 from ldm.models.unet import UNet
-from ldm.weights.keymap import Table, to_native
+from ldm.weights.keymap import Table, from_file
 from ldm.weights.parts import build_network, part_table, shapes_of
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def renamed(
         state |= {f"{prefix}{key}": value for key, value in fill(module).state_dict().items()}
     ours = build_network(config)
     table: Table = part_table(ours, "diffusers", ())
-    ours.load_state_dict(to_native(table, state, shapes_of(ours), source="peer"), assign=True)
+    ours.load_state_dict(from_file(table, state, shapes_of(ours), source="peer"), assign=True)
     try:
         with torch.inference_mode():
             yield list(theirs.values()), ours.eval()

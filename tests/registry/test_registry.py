@@ -9,7 +9,7 @@ import torch
 from tiny_latent_diffusion import tiny_model
 
 import ldm
-from ldm.weights.formats.native_folder import about_part
+from ldm.weights.formats.ldm_folder import about_part
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 

@@ -24,7 +24,7 @@ from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.support.config import read_yaml
-from ldm.weights.formats.native_folder import EMOJI_TEXT, about_part, read_network, write_part, write_text
+from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_network, write_part, write_text
 
 LENGTH = 16
 SETTINGS = {"schedule": "cosine", "timesteps": 1000, "drop": 0.1}

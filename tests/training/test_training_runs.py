@@ -17,7 +17,7 @@ from tiny_trainings import configs, write
 from ldm.training.loop import lie_as_weights, thinned
 from ldm.training.parts.latent_diffusion import Diffusion
 from ldm.training.run import open_run, read_training_config
-from ldm.weights.formats.native_folder import about_part, read_text
+from ldm.weights.formats.ldm_folder import about_part, read_text
 from ldm.weights.formats.safetensors import read_safetensors
 
 

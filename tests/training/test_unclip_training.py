@@ -24,7 +24,7 @@ from ldm.training.loop import Draws
 from ldm.training.parts.image_draft import whiten
 from ldm.training.parts.prior import PriorPart
 from ldm.training.run import open_run, read_training_config
-from ldm.weights.formats.native_folder import about_part, read_part, read_text
+from ldm.weights.formats.ldm_folder import about_part, read_part, read_text
 
 PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
 X0 = {"prediction": "x0", "drop": 0.2}

@@ -14,9 +14,9 @@ from ldm.weights.keymap import (
     below,
     file_shapes,
     fit_table,
+    from_file,
     rename,
     to_file,
-    to_native,
 )
 
 
@@ -46,12 +46,12 @@ def test_interleaved_rows_by_hand() -> None:
     """Two heads of one channel: rows are q0 k0 v0 q1 k1 v1."""
     rule = Rule(("q", "k", "v"), ("qkv",), Change(heads=2))
     state = {"qkv": torch.tensor([[1.0], [2], [3], [4], [5], [6]])}
-    native = to_native(
+    native = from_file(
         Table((Section("", "", (rule,)),)), state, {"q": (2, 1), "k": (2, 1), "v": (2, 1)}, source="x"
     )
     assert [native[x].flatten().tolist() for x in "qkv"] == [[1, 4], [2, 5], [3, 6]]
     plain = Rule(("q", "k", "v"), ("qkv",))
-    native = to_native(
+    native = from_file(
         Table((Section("", "", (plain,)),)), state, {"q": (2, 1), "k": (2, 1), "v": (2, 1)}, source="x"
     )
     assert [native[x].flatten().tolist() for x in "qkv"] == [[1, 2], [3, 4], [5, 6]]
@@ -78,7 +78,7 @@ def test_changes_are_undone_exactly(change: Change, many: str) -> None:
     state = {name: torch.randn(rows, 5) if name.endswith("weight") else torch.randn(rows) for name in names}
     there = to_file(table, state)
     assert shapes(there) == file_shapes(table, shapes(state))
-    back = to_native(table, there, shapes(state), source="x")
+    back = from_file(table, there, shapes(state), source="x")
     assert all(torch.equal(back[name], state[name]) for name in names)
     assert len(there) == 2 * len(file)
 
@@ -92,7 +92,7 @@ def test_one_error_lists_missing_unexpected_and_misshapen_in_the_files_names() -
         "junk.x": torch.zeros(1),
     }
     with pytest.raises(ValueError, match="model.ckpt") as error:
-        to_native(table, have, {"a.w": (2, 3), "b.w": (5,), "c.w": (1,)}, source="model.ckpt")
+        from_file(table, have, {"a.w": (2, 3), "b.w": (5,), "c.w": (1,)}, source="model.ckpt")
     for words in ("1 missing (C.w)", "1 unexpected (stray)", "1 misshapen (B.w: (4,), expected (5,))"):
         assert words in str(error.value)
     assert "junk" not in str(error.value)
@@ -107,7 +107,7 @@ def test_a_transposed_shape_is_misshapen() -> None:
 def test_reading_makes_views() -> None:
     state = {"qkv.weight": torch.randn(12, 4, 1)}
     table = Table((Section("", "", (Rule(("q.{l}", "k.{l}", "v.{l}"), ("qkv.{l}",), Change(ones=1)),)),))
-    native = to_native(table, state, {f"{x}.weight": (4, 4) for x in "qkv"}, source="x")
+    native = from_file(table, state, {f"{x}.weight": (4, 4) for x in "qkv"}, source="x")
     assert native["k.weight"].untyped_storage().data_ptr() == state["qkv.weight"].untyped_storage().data_ptr()
 
 

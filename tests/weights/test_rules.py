@@ -11,7 +11,7 @@ import pytest
 import torch
 from original_keys import UNETS, VAES, UNetSpec, VAESpec
 
-from ldm.weights.keymap import Shape, Table, file_shapes, fit_table, to_file, to_native
+from ldm.weights.keymap import Shape, Table, file_shapes, fit_table, from_file, to_file
 from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.unet import unet_table
 from ldm.weights.rules.vae import DIFFUSERS, vae_table
@@ -129,11 +129,11 @@ def check_round_trip(table: Table, native: dict[str, Shape], file: dict[str, Sha
     ours = random_state(native)
     there = to_file(table, ours)
     assert {key: tuple(value.shape) for key, value in there.items()} == file
-    back = to_native(table, there, native, source="x")
+    back = from_file(table, there, native, source="x")
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[key], ours[key]) for key in ours)
     theirs = random_state(file, seed=1)
-    again = to_file(table, to_native(table, theirs, native, source="x"))
+    again = to_file(table, from_file(table, theirs, native, source="x"))
     assert all(torch.equal(again[key], theirs[key]) for key in theirs)
 
 
@@ -231,7 +231,7 @@ def test_older_diffusers_spellings_are_read() -> None:
         older[key] = value
     assert older.keys() != state.keys()
     for file in (state, older):
-        back = to_native(DIFFUSERS, file, native, source="x")
+        back = from_file(DIFFUSERS, file, native, source="x")
         assert all(torch.equal(back[key], state[key]) for key in state)
     assert to_file(DIFFUSERS, state).keys() == state.keys()
 
@@ -243,7 +243,7 @@ def test_linear_and_pointwise_projections_are_the_same_numbers() -> None:
     for linear in (False, True):
         native = peer_unet(replace(conv, linear=linear), "cond")
         state = random_state(files[not linear])
-        back = to_native(unet_table(native), state, native, source="x")
+        back = from_file(unet_table(native), state, native, source="x")
         key, there = "down_blocks.0.attentions.0.proj_in.weight", "input_blocks.1.1.proj_in.weight"
         assert tuple(back[key].shape) == native[key]
         assert torch.equal(back[key].flatten(), state[there].flatten())
@@ -292,7 +292,7 @@ def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> No
         return x + torch.nn.functional.conv1d(a, p["proj_out.weight"], p["proj_out.bias"])
 
     def ours(table: Table) -> torch.Tensor:
-        state = to_native(table, file, native, source="x")
+        state = from_file(table, file, native, source="x")
         peer.load_state_dict(
             {
                 key.removeprefix("mid_block.attentions.0."): v

@@ -13,7 +13,7 @@ from sparse_files import sd1_shapes, sparse_file
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.formats.safetensors import load_strict, write_safetensors
 from ldm.weights.formats.single_file import choose_ema, ema_names, read_single, read_tensors
-from ldm.weights.keymap import to_native
+from ldm.weights.keymap import from_file
 from ldm.weights.rules.unet import unet_table
 
 
@@ -29,7 +29,7 @@ def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> N
     with torch.device("meta"):
         net = UNet(UNetConfig())
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    state = to_native(unet_table(shapes), single.parts["unet"], shapes, source=single.path)
+    state = from_file(unet_table(shapes), single.parts["unet"], shapes, source=single.path)
     # the numbers are not looked at: they are holes in the file
     load_strict(net, state, source=single.path, allow_nan=True)
     assert net.conv_in.weight.dtype == torch.float16

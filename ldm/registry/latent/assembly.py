@@ -21,7 +21,7 @@ from ldm.models.text.wordpiece import (
 )
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.sources import Source
-from ldm.weights.formats.native_folder import read_vocabulary
+from ldm.weights.formats.ldm_folder import read_vocabulary
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
 

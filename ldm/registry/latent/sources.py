@@ -148,7 +148,7 @@ def latent_from_diffusers(card: ModelCard, path: Path, dtype: torch.dtype, *, va
         raise ValueError(
             f"{str(path)!r}: {card.name!r} has no diffusers layout; its weights come as a single file"
         )
-    check_scheduler(card, read_folder(path, parts=()))
+    check_latent_scheduler(card, read_folder(path, parts=()))
     folder = read_folder(path, variant=variant, parts=tuple(shapes))
     check_unet(card, folder, shapes["unet"])
     networks = {
@@ -201,7 +201,7 @@ def check_unet(card: ModelCard, folder: Folder, expected: object) -> None:
         raise ValueError(f"{str(unet.path / 'config.json')!r} does not fit {card.name!r}: {'; '.join(wrong)}")
 
 
-def check_scheduler(card: ModelCard, folder: Folder) -> None:
+def check_latent_scheduler(card: ModelCard, folder: Folder) -> None:
     """Raise ValueError if a diffusers folder's scheduler states another training than the card."""
     stated = folder.schedulers.get("scheduler")
     if stated is not None and (wrong := scheduler_conflicts(stated, card)):

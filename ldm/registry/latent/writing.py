@@ -29,7 +29,7 @@ from ldm.weights.formats.diffusers_config import (
     unet_config,
     vae_config,
 )
-from ldm.weights.formats.native_folder import narrow, write_part, write_vocabulary
+from ldm.weights.formats.ldm_folder import narrow, write_part, write_vocabulary
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import to_layout
 
@@ -54,7 +54,7 @@ DIFFUSERS_PIPELINES = {  # family: the class of diffusers that takes it
 }
 
 
-def write_native(
+def write_ldm(
     pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None, facts: Mapping[str, Any]
 ) -> Path:
     """A folder of ours: each network with its YAML, the tokenizer's vocabulary, and the card."""

@@ -25,7 +25,7 @@ from ldm.pipelines.stages.space import Space
 from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.sources import Source
-from ldm.weights.formats.native_folder import read_vocabulary
+from ldm.weights.formats.ldm_folder import read_vocabulary
 
 # The stage of each kind of prior: (class of the network, class of the card) -> class of the stage.
 PRIOR_STAGES: dict[tuple[type, type], Callable[..., PriorStage | AutoregressiveStage]] = {

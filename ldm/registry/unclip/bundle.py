@@ -17,7 +17,7 @@ from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.formats.native_folder import about_part
+from ldm.weights.formats.ldm_folder import about_part
 
 
 def gather(config: str | Path, folder: str | Path) -> Path:

@@ -121,14 +121,14 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponen
             if not isinstance(index.get(name), list) or index[name][1] is None:
                 continue
             if name.endswith("scheduler"):
-                check_scheduler(card, part, place / name)
+                check_stage_scheduler(card, part, place / name)
             elif part not in found:
                 parts.setdefault(part, []).append(PipelineComponent(name=name, path=place / name))
         found |= {part: tuple(those) for part, those in parts.items()}
     return found
 
 
-def check_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
+def check_stage_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
     """Raise ValueError if the scheduler in ``path`` states another training of a part than the card."""
     stage = card.stages().get(part)
     stated = folder.read_json(path / "scheduler_config.json")

@@ -22,7 +22,7 @@ from ldm.weights.formats.diffusers_folder import list_variants
 
 def load_unclip(card: UnCLIPCard, request: WeightsRequest) -> UnCLIP:
     """Return a card's pipeline; see `ldm.registry.loading.load`."""
-    check_options(card, request)
+    refuse_latent_options(card, request)
     return assemble_unclip(card, read_unclip_source(card, request))
 
 
@@ -59,7 +59,7 @@ def read_unclip_source(card: UnCLIPCard, request: WeightsRequest) -> Source:
 
 def load_prior(card: PriorCard, request: WeightsRequest) -> PriorStage:
     """Return a prior, to be combined with the decoder of an `UnCLIP` of the same CLIP."""
-    check_options(card, request)
+    refuse_latent_options(card, request)
     if request.random:
         network = prior_from_random(card, request.dtype)
     else:
@@ -70,7 +70,7 @@ def load_prior(card: PriorCard, request: WeightsRequest) -> PriorStage:
     return PriorStage(network, card.prior, clip=card.clip).eval()
 
 
-def check_options(card: UnCLIPCard | PriorCard, request: WeightsRequest) -> None:
+def refuse_latent_options(card: UnCLIPCard | PriorCard, request: WeightsRequest) -> None:
     """Raise ValueError for options of latent diffusion models."""
     if request.prediction is not None or request.vocabulary is not None:
         raise ValueError(

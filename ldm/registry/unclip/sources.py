@@ -14,7 +14,7 @@ from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
 from ldm.registry.unclip.layouts import PipelineComponent, check_component, components
 from ldm.weights.formats.diffusers_folder import read_component
-from ldm.weights.formats.native_folder import about_part
+from ldm.weights.formats.ldm_folder import about_part
 from ldm.weights.formats.safetensors import fingerprint
 from ldm.weights.parts import build_network, fill_network
 from ldm.weights.rules.prior import STATISTICS_KEYS, with_statistics

@@ -19,7 +19,7 @@ from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.formats.native_folder import write_part, write_vocabulary
+from ldm.weights.formats.ldm_folder import write_part, write_vocabulary
 
 
 def read_unclip(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UnCLIP:

@@ -21,7 +21,7 @@ from ldm.models.text.bpe import Tokenizer
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.data import Pictures
 from ldm.training.loop import Draws
-from ldm.weights.formats.native_folder import EMOJI_TEXT, write_part, write_text
+from ldm.weights.formats.ldm_folder import EMOJI_TEXT, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

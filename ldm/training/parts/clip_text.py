@@ -19,7 +19,7 @@ from ldm.training.config import DataConfig, RunConfig
 from ldm.training.data import Pictures
 from ldm.training.embeddings import EmbeddingCache, read_clip
 from ldm.training.loop import Draws
-from ldm.weights.formats.native_folder import read_text, write_text
+from ldm.weights.formats.ldm_folder import read_text, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.parts.latent_diffusion import Diffusion, zero_outputs
 from ldm.training.parts.vae import held_out_compositions
-from ldm.weights.formats.native_folder import begin_with, read_part, write_part
+from ldm.weights.formats.ldm_folder import begin_with, read_part, write_part
 
 
 @dataclass(frozen=True, kw_only=True)

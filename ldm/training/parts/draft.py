@@ -22,7 +22,7 @@ from ldm.training.config import DataConfig, RunConfig, share
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
-from ldm.weights.formats.native_folder import read_part, read_text, write_text
+from ldm.weights.formats.ldm_folder import read_part, read_text, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

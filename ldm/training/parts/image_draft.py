@@ -22,7 +22,7 @@ from ldm.training.imagined import Imagined
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
 from ldm.training.parts.vae import held_out_compositions
-from ldm.weights.formats.native_folder import begin_with, read_part, write_part
+from ldm.weights.formats.ldm_folder import begin_with, read_part, write_part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from ldm.training.grounding import Grounding, attended, grounding_loss, learn_wh
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
-from ldm.weights.formats.native_folder import begin_with, read_part, read_text, write_part, write_text
+from ldm.weights.formats.ldm_folder import begin_with, read_part, read_text, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

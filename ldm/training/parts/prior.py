@@ -26,7 +26,7 @@ from ldm.training.loop import Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.parts.latent_diffusion import Diffusion
 from ldm.training.parts.vae import held_out_compositions
-from ldm.weights.formats.native_folder import begin_with, write_part, write_text
+from ldm.weights.formats.ldm_folder import begin_with, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from ldm.models.vae import AutoencoderKL, VAEConfig, psnr
 from ldm.training.config import DataConfig, RunConfig, at_least
 from ldm.training.data import Pictures, picture_grid, to_uint8
 from ldm.training.loop import Draws
-from ldm.weights.formats.native_folder import write_part
+from ldm.weights.formats.ldm_folder import write_part
 
 
 @dataclass(frozen=True, kw_only=True)

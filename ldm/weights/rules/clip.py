@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ldm.weights.keymap import IDENTITY, SAME, Change, Rule, Section, Table, to_native
+from ldm.weights.keymap import IDENTITY, SAME, Change, Rule, Section, Table, from_file
 
 TRANSPOSED = Change(transpose=True)
 CLIP_BLOCK = (
@@ -90,9 +90,9 @@ def _hugging_face(has_text: bool, whole: bool) -> Iterable[Section]:
         )
 
 
-def rename_one(native: str, file: str, change: Change = SAME) -> Rule:
+def rename_one(ours: str, file: str, change: Change = SAME) -> Rule:
     """A rule for one tensor."""
-    return Rule((native,), (file,), change)
+    return Rule((ours,), (file,), change)
 
 
 def _tower(
@@ -100,11 +100,11 @@ def _tower(
 ) -> Iterable[Rule]:
     """The rules of one tower below its prefix in the file; ``spare``: the prefix may be absent."""
     inner = [
-        ((f"{blocks}resblocks.{{i}}.{native[0]}",), tuple(f"encoder.layers.{{i}}.{name}" for name in file))
-        for native, file in CLIP_BLOCK
+        ((f"{blocks}resblocks.{{i}}.{ours[0]}",), tuple(f"encoder.layers.{{i}}.{name}" for name in file))
+        for ours, file in CLIP_BLOCK
     ]
-    for native, file in (*rules, *inner):
-        yield Rule(native, tuple(prefix + name for name in file), also=(file,) if spare else ())
+    for ours, file in (*rules, *inner):
+        yield Rule(ours, tuple(prefix + name for name in file), also=(file,) if spare else ())
 
 
 def to_clip(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> dict[str, Tensor]:
@@ -117,4 +117,4 @@ def to_clip(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Pat
         for key, value in state.items()
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    return to_native(clip_table(shapes, state), state, shapes, source=source)
+    return from_file(clip_table(shapes, state), state, shapes, source=source)

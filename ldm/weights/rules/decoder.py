@@ -65,7 +65,7 @@ def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "or
         )
     below = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
     inner = unet_table(below, heads=_one(config), head_dim=config.unet.head_dim)
-    unet = tuple(Section(f"unet.{s.native}".rstrip("."), s.file, s.rules) for s in inner.sections)
+    unet = tuple(Section(f"unet.{s.ours}".rstrip("."), s.file, s.rules) for s in inner.sections)
     return Table((*unet, Section("condition", "", KARLO_RULES if karlo else KANDINSKY21_RULES)), inner.ignore)
 
 

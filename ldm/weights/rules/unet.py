@@ -67,8 +67,8 @@ def unet_table(names: Iterable[str], *, heads: int | None = None, head_dim: int 
         )
     attention = attention_block(heads, head_dim) if old else IDENTITY
     sections = [Section("", "", UNET_FIXED)]
-    for native in modules:
-        sections.append(_section(native, blocks, modules, attention))
+    for ours in modules:
+        sections.append(_section(ours, blocks, modules, attention))
     return Table(tuple(sections))
 
 
@@ -79,12 +79,12 @@ def _modules(names: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(match[0] for name in names if (match := pattern.match(name)))
 
 
-def _section(native: str, blocks: int, modules: Iterable[str], attention: tuple[Rule, ...]) -> Section:
-    place, kind, j = native.rsplit(".", 2)
+def _section(ours: str, blocks: int, modules: Iterable[str], attention: tuple[Rule, ...]) -> Section:
+    place, kind, j = ours.rsplit(".", 2)
     b, index, attends = place.partition(".")[2], int(j), f"{place}.attentions.0" in modules
     if place == "mid_block":
         slot = {"resnets": index * (2 if attends else 1), "attentions": 1}[kind]
-        return Section(native, f"middle_block.{slot}", UNET_RESBLOCK if kind == "resnets" else attention)
+        return Section(ours, f"middle_block.{slot}", UNET_RESBLOCK if kind == "resnets" else attention)
     if place.startswith("down"):
         i = 1 + int(b) * (blocks + 1) + (blocks if kind == "downsamplers" else index)
         slot, rules = {
@@ -92,11 +92,11 @@ def _section(native: str, blocks: int, modules: Iterable[str], attention: tuple[
             "attentions": (1, attention),
             "downsamplers": (0, DOWNSAMPLE),
         }[kind]
-        return Section(native, f"input_blocks.{i}.{slot}", rules)
+        return Section(ours, f"input_blocks.{i}.{slot}", rules)
     i = int(b) * (blocks + 1) + (blocks if kind == "upsamplers" else index)
     slot, rules = {
         "resnets": (0, UNET_RESBLOCK),
         "attentions": (1, attention),
         "upsamplers": (2 if attends else 1, UNET_UPSAMPLE),
     }[kind]
-    return Section(native, f"output_blocks.{i}.{slot}", rules)
+    return Section(ours, f"output_blocks.{i}.{slot}", rules)

@@ -31,15 +31,15 @@ def vae_table(names: Iterable[str]) -> Table:
         r"(?:encoder|decoder)\.(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.[a-z]+\.\d+(?=\.)"
     )
     modules = dict.fromkeys(match[0] for name in names if (match := pattern.match(name)))
-    return Table((Section("", "", ROOT), *(_section(native, levels) for native in modules)), VAE_UNNEEDED)
+    return Table((Section("", "", ROOT), *(_section(ours, levels) for ours in modules)), VAE_UNNEEDED)
 
 
-def _section(native: str, levels: int) -> Section:
-    half, place, *level, kind, j = native.split(".")
+def _section(ours: str, levels: int) -> Section:
+    half, place, *level, kind, j = ours.split(".")
     rules = ATTENTION if kind == "attentions" else VAE_RESBLOCK
     if place == "mid_block":
         return Section(
-            native, f"{half}.mid.attn_1" if kind == "attentions" else f"{half}.mid.block_{int(j) + 1}", rules
+            ours, f"{half}.mid.attn_1" if kind == "attentions" else f"{half}.mid.block_{int(j) + 1}", rules
         )
     i = int(level[0])
     prefix = f"{half}.down.{i}" if place == "down_blocks" else f"{half}.up.{levels - 1 - i}"
@@ -49,7 +49,7 @@ def _section(native: str, levels: int) -> Section:
         "downsamplers": "downsample",
         "upsamplers": "upsample",
     }[kind]
-    return Section(native, f"{prefix}.{inner}", rules)
+    return Section(ours, f"{prefix}.{inner}", rules)
 
 
 # UNets and autoencoders in diffusers folders have our names; files of 2022 and early 2023 spell attention
