@@ -1,0 +1,1 @@
+"""Cards of the embedded, the published and the registered models, by name, and the shapes of networks."""

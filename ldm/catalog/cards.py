@@ -54,6 +54,11 @@ class ScheduleCard:
     beta_end: float | None = None
     zero_terminal_snr: bool = False
 
+    @classmethod
+    def scaled_linear(cls, start: float, end: float) -> ScheduleCard:
+        """Return the schedule of Stable Diffusion's family: square roots of beta in 1000 equal steps."""
+        return cls(kind="scaled_linear", beta_start=start, beta_end=end)
+
     def make(self) -> NoiseSchedule:
         """Build the schedule."""
         schedule = NoiseSchedule.make(
@@ -64,13 +69,26 @@ class ScheduleCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Values of the options that a call leaves out; ``height`` and ``width`` are in pixels."""
+    """Values of the options that a call leaves out.
+
+    Args:
+        sampler: Name of the sampling method.
+        steps: Number of sampling steps.
+        guidance: Scale of classifier-free guidance; 1 is without guidance.
+        height: Height of the images, in pixels.
+        width: Width of the images, in pixels.
+    """
 
     sampler: str
     steps: int
     guidance: float
     height: int
     width: int
+
+    @classmethod
+    def square(cls, sampler: str, steps: int, guidance: float, side: int) -> Defaults:
+        """Return defaults for square images of ``side`` pixels."""
+        return cls(sampler=sampler, steps=steps, guidance=guidance, height=side, width=side)
 
 
 @dataclass(frozen=True, kw_only=True)

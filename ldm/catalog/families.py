@@ -1,4 +1,4 @@
-"""The families of published models, and where the parts of each stand in a single file."""
+"""The families of published models, and the key prefix of each part in a single file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family: what it is, where its parts stand in a single file (part: prefix), and what the keys cannot
-    tell.
+    """A family of published weights.
 
-    ``refusal``: why `ldm.load` does not take such a file, empty if it may. ``unneeded``: patterns of keys
-    that hold nothing new.
+    Args:
+        title: Name of the model or models.
+        parts: Prefix of the keys of each part in a single file.
+        note: What the keys do not determine, for the user to specify; empty if they determine everything.
+        refusal: Why `ldm.load` refuses such a file, as a clause that follows "which"; empty if it does not.
+        unneeded: Shell patterns of keys that are not loaded.
     """
 
     title: str
@@ -25,30 +28,20 @@ class Family:
 
 
 CLIP_L = {"unet": UNET, "vae": VAE, "text": f"{COND}transformer."}
-
-
 CLIP_H = {"unet": UNET, "vae": VAE, "text": f"{COND}model."}
-
-
 SDXL_PARTS = {
     "unet": UNET,
     "vae": VAE,
     "text": "conditioner.embedders.0.transformer.",
     "text2": "conditioner.embedders.1.model.",
 }
-
-
 UNCLIP = CLIP_H | {"image": "embedder.model.", "noise": "noise_augmentor."}
-
-
 ALONE = {"unet": UNET, "vae": VAE}
 
-
-EPS_OR_V = "keys cannot tell whether it predicts eps (the 512 base models) or v (768): say which"
-
-
-ADDED = "is added to a model, and is no model itself"
-
+EPS_OR_V = "the keys do not tell whether it predicts eps (the 512 base models) or v (768): name the model"
+ADDED = "is added to a model and is not a model itself"
+AUTOENCODER = "is an autoencoder alone, without a diffusion model"
+UNSUPPORTED = "is known but not supported"
 
 FAMILIES: dict[str, Family] = {
     "sd1": Family(title="Stable Diffusion 1.x", parts=CLIP_L),
@@ -66,7 +59,7 @@ FAMILIES: dict[str, Family] = {
     "sdxl": Family(
         title="Stable Diffusion XL, or SDXL-Turbo",
         parts=SDXL_PARTS,
-        note="keys cannot tell SDXL from SDXL-Turbo: say which",
+        note="the keys do not tell SDXL from SDXL-Turbo: name the model",
     ),
     "sdxl-inpainting": Family(title="Stable Diffusion XL inpainting", parts=SDXL_PARTS),
     "sdxl-lcm": Family(title="latent consistency model on Stable Diffusion XL", parts=SDXL_PARTS),
@@ -79,41 +72,37 @@ FAMILIES: dict[str, Family] = {
     "ldm-uncond256": Family(
         title="LDM celebahq, ffhq or lsun beds",
         parts=ALONE,
-        note="keys cannot tell celebahq, ffhq and lsun beds apart",
+        note="the keys do not tell celebahq, ffhq and lsun beds apart: name the model",
     ),
     "ldm-churches256": Family(title="LDM lsun churches", parts=ALONE),
     "ldm-cin256": Family(title="LDM cin256", parts=ALONE | {"class": COND}),
     "ldm-cin256-v2": Family(title="LDM cin256-v2", parts=ALONE | {"class": COND}),
     "ldm-inpainting-big": Family(
         title="LDM inpainting-big", parts=ALONE, unneeded=(f"{COND}*",)
-    ),  # there the first stage stands once more
+    ),  # a copy of the first stage
     "ldm-bsr-sr": Family(title="LDM bsr-sr", parts=ALONE),
-    "ldm-semantic": Family(
-        title="LDM semantic synthesis", parts=ALONE | {"cond": COND}, refusal="is known but not supported"
-    ),
-    "ldm-layout2img": Family(title="LDM layout2img", parts=CLIP_L, refusal="is known but not supported"),
-    "rdm768": Family(
-        title="retrieval-augmented diffusion (RDM 768)", parts=ALONE, refusal="is known but not supported"
-    ),
+    "ldm-semantic": Family(title="LDM semantic synthesis", parts=ALONE | {"cond": COND}, refusal=UNSUPPORTED),
+    "ldm-layout2img": Family(title="LDM layout2img", parts=CLIP_L, refusal=UNSUPPORTED),
+    "rdm768": Family(title="retrieval-augmented diffusion (RDM 768)", parts=ALONE, refusal=UNSUPPORTED),
     "first-stage-kl": Family(
         title="KL autoencoder",
         parts={"vae": ""},
-        refusal="is an autoencoder alone, without a diffusion model",
+        refusal=AUTOENCODER,
     ),
     "first-stage-vq": Family(
         title="VQ autoencoder",
         parts={"vae": ""},
-        refusal="is an autoencoder alone, without a diffusion model",
+        refusal=AUTOENCODER,
     ),
     "movq": Family(
         title="MoVQ autoencoder (Kandinsky)",
         parts={"vae": ""},
-        refusal="is an autoencoder alone, without a diffusion model",
+        refusal=AUTOENCODER,
     ),
     "tiny-autoencoder": Family(
         title="tiny autoencoder (TAESD)",
         parts={"vae": ""},
-        refusal="is an autoencoder alone, without a diffusion model",
+        refusal=AUTOENCODER,
     ),
     "karlo-prior": Family(
         title="Karlo or Kandinsky prior",
@@ -130,12 +119,12 @@ FAMILIES: dict[str, Family] = {
     "dalle2-prior": Family(
         title="DALLE2-pytorch prior", parts={"prior": "net."}, unneeded=("noise_scheduler.*", "clip.*")
     ),
-    "dalle2-decoder": Family(title="DALLE2-pytorch decoder", refusal="is known but not supported"),
+    "dalle2-decoder": Family(title="DALLE2-pytorch decoder", refusal=UNSUPPORTED),
     "dalle-mini-encoder": Family(
-        title="DALL·E mini or mega encoder", refusal="is known but not supported: it is no diffusion model"
+        title="DALL·E mini or mega encoder", refusal=f"{UNSUPPORTED}: it is no diffusion model"
     ),
     "dalle-mini-decoder": Family(
-        title="DALL·E mini or mega decoder", refusal="is known but not supported: it is no diffusion model"
+        title="DALL·E mini or mega decoder", refusal=f"{UNSUPPORTED}: it is no diffusion model"
     ),
     "controlnet": Family(title="ControlNet", refusal=ADDED),
     "lora": Family(title="LoRA", refusal=ADDED),

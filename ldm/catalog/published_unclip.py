@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ldm.catalog.cards import Defaults, Hub, ScheduleCard
+from ldm.catalog.published_sd import SD_BETAS
 from ldm.catalog.unclip_cards import PriorCard, StageCard, UnCLIPCard, UnCLIPNetworks
 from ldm.models.unclip.noise_augmentation import AugmentationConfig
 from ldm.samplers.conventions import Convention
 
 COSINE = ScheduleCard(kind="cosine")
-# the grid of Karlo and Kandinsky 2.1: whole timesteps from T − 1 to 0 in equal parts
+# The grid of Karlo and Kandinsky 2.1: integer timesteps from T − 1 to 0, equally spaced.
 RESPACED = Convention(grids={"*": {"spacing": "linspace"}}, quantize=True)
 LEARNED = replace(RESPACED, options={"ddpm": {"variance": "learned"}})
 LEADING = Convention(grids={"*": {"spacing": "leading"}}, quantize=True)
@@ -22,13 +23,12 @@ OPENAI_L, LAION_H, LAION_BIGG = (
 )
 
 
-def stage_defaults(steps: int, guidance: float, side: int, sampler: str = "ddpm") -> Defaults:
-    """What a stage does where its caller says nothing, for square pictures."""
-    return Defaults(sampler=sampler, steps=steps, guidance=guidance, height=side, width=side)
-
-
 KARLO_PRIOR = StageCard(
-    schedule=COSINE, prediction="x0", clip_x0=5.0, convention=RESPACED, defaults=stage_defaults(25, 4.0, 64)
+    schedule=COSINE,
+    prediction="x0",
+    clip_x0=5.0,
+    convention=RESPACED,
+    defaults=Defaults.square("ddpm", 25, 4.0, 64),
 )
 KARLO_CARD = UnCLIPCard(
     name="karlo-v1-alpha",
@@ -43,7 +43,7 @@ KARLO_CARD = UnCLIPCard(
         learned_var=True,
         clip_x0=1.0,
         convention=LEARNED,
-        defaults=stage_defaults(25, 8.0, 64),
+        defaults=Defaults.square("ddpm", 25, 8.0, 64),
     ),
     upsamplers=(
         StageCard(
@@ -51,7 +51,7 @@ KARLO_CARD = UnCLIPCard(
             prediction="eps",
             clip_x0=1.0,
             convention=RESPACED,
-            defaults=stage_defaults(7, 1.0, 256),
+            defaults=Defaults.square("ddpm", 7, 1.0, 256),
         ),
     ),
     networks=UnCLIPNetworks(
@@ -74,9 +74,9 @@ UNCLIP_L = UnCLIPCard(
     condition="noised",
     no_image="zeros",
     decoder=StageCard(
-        schedule=ScheduleCard(kind="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        schedule=SD_BETAS,
         prediction="v",
-        defaults=stage_defaults(20, 10.0, 768, "ddim"),
+        defaults=Defaults.square("ddim", 20, 10.0, 768),
     ),
     latent_scale=0.18215,
     networks=UnCLIPNetworks(
@@ -94,7 +94,7 @@ UNCLIP_H = replace(
     UNCLIP_L,
     name="sd-v2-1-unclip-h",
     family="sd21-unclip-h",
-    summary="Stable Diffusion 2.1 unCLIP on ViT-H/14: variations of pictures",
+    summary="Stable Diffusion 2.1 unCLIP on ViT-H/14: variations of images",
     clip=LAION_H,
     prior=None,
     networks=UnCLIPNetworks(
@@ -121,7 +121,7 @@ KANDINSKY21_CARD = UnCLIPCard(
         learned_var=True,
         clip_x0=2.0,
         convention=LEARNED,
-        defaults=stage_defaults(100, 4.0, 512),
+        defaults=Defaults.square("ddpm", 100, 4.0, 512),
     ),
     networks=UnCLIPNetworks(
         text="clip-l-projected",
@@ -146,7 +146,7 @@ KANDINSKY22_CARD = replace(
 
 
 def inpainting(card: UnCLIPCard) -> UnCLIPCard:
-    """Kandinsky's model for inpainting: the known latent and the mask of what is known as input."""
+    """Return the card of Kandinsky's inpainting model, which takes the known latent and its mask as input."""
     assert card.networks is not None
     networks = replace(card.networks, decoder=f"{card.family}-inpaint")
     return replace(
@@ -168,7 +168,7 @@ DALLE2_LAION = PriorCard(
         schedule=COSINE,
         prediction="x0",
         convention=replace(RESPACED, options={"ddim": {"eta": 1.0}}),
-        defaults=stage_defaults(64, 1.0, 224, "ddim"),
+        defaults=Defaults.square("ddim", 64, 1.0, 224),
     ),
     network="dalle2-laion",
     hub=Hub(repo="laion/DALLE2-PyTorch", file="prior/latest.pth"),

@@ -1,4 +1,4 @@
-"""The shapes of the published networks, by name: what cards refer to."""
+"""Configurations of the published networks, by the names that cards refer to."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ X4 = UNetConfig(
     only_cross=(True, True, True, False),
     classes=1000,
 )
-# over the three channels of VQ-f4, attention where the latent is halved at least once, heads of 32 channels
+# Three channels (VQ-f4), attention below the full resolution, heads of 32 channels.
 LDM_VQ4 = UNetConfig(
     in_channels=3,
     out_channels=3,
@@ -57,7 +57,7 @@ LDM_VQ4 = UNetConfig(
     head_dim=32,
     context_dim=640,
 )
-# without a context: self-attention alone
+# Unconditional: self-attention only.
 CELEBA = UNetConfig(
     in_channels=3,
     out_channels=3,
@@ -135,7 +135,7 @@ VAES: dict[str, VAEConfig | VQConfig | TinyConfig] = {
     "taesdxl": TinyConfig(),
 }
 
-# Kandinsky's
+# Kandinsky
 MOVQ = MoVQConfig(channels=VQ_F8.channels, latent_channels=4, attention_levels=(3,), codes=16384)
 
 BERTS: dict[str, BertConfig] = {
@@ -146,8 +146,8 @@ BERTS: dict[str, BertConfig] = {
 
 LABEL_SHAPES: dict[str, LabelConfig] = {"cin256": LabelConfig(classes=1000), "cin256-v2": LabelConfig()}
 
-# Text towers as diffusion models use them: Stable Diffusion 2 runs 23 of ViT-H's 24 blocks and no projection,
-# so that is all it has here.
+# Text towers as diffusion models use them. Stable Diffusion 2 uses 23 of the 24 blocks of ViT-H and no
+# projection; the rest is left out.
 TEXTS: dict[str, TextConfig] = {
     "clip-l": TextConfig(embed_dim=None),
     "clip-h": TextConfig(width=1024, layers=23, heads=16, activation="gelu", embed_dim=None),
@@ -161,12 +161,12 @@ VISIONS: dict[str, VisionConfig] = {
         width=1664, layers=48, heads=16, mlp_width=8192, embed_dim=1280, activation="gelu"
     ),
 }
-# what decoders read texts with beside CLIP's tower
+# Text encoders of decoders
 WORDS: dict[str, TextConfig | XLMRConfig] = {**TEXTS, "xlm-r-large": XLMRConfig()}
 
 CONDITIONERS: dict[str, TextConfig | BertConfig | LabelConfig] = {**TEXTS, **BERTS, **LABEL_SHAPES}
 
-# DALLE2-pytorch's priors run on tokens as CLIP's text tower gives them, each as wide as an embedding.
+# The priors of DALLE2-pytorch read the tokens of CLIP's text tower, which are as wide as an embedding.
 DALLE2_PRIOR = PriorConfig(
     length=256, width=768, layers=24, heads=32, blocks="cosine", timesteps=1000, normalize="unit"
 )
@@ -178,8 +178,7 @@ PRIORS: dict[str, PriorConfig] = {
     "dalle2-readme": replace(DALLE2_PRIOR, length=77, layers=12, heads=12),
 }
 
-# Attention joins a context where the picture is halved at least once; residual blocks change sizes; the
-# variance is learned.
+# Attention to image and context below the full resolution; residual blocks resample; the variance is learned.
 GLIDE = UNetConfig(
     in_channels=3,
     out_channels=6,
