@@ -1,4 +1,4 @@
-"""What all tests share: a data set that they draw, six shapes in three styles, 64×64; a clean registry."""
+"""Fixtures of all tests: a drawn data set of six shapes in three styles at 64×64, and a clean registry."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ COLOURS = ((200, 30, 30), (30, 60, 210), (20, 150, 60), (240, 200, 20), (250, 17
 
 
 def draw(shape: str, style: str) -> np.ndarray:
-    """A shape as RGBA (64, 64, 4) uint8, soft at its edge; the style darkens it and makes it smaller."""
+    """Return a shape with a soft edge as RGBA (64, 64, 4) uint8; the style sets its darkness and size."""
     y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
     k = ("noto", "fluent", "twemoji").index(style)
     r = 28 - 3 * k
@@ -53,7 +53,7 @@ def drawn() -> EmojiData:
 
 @pytest.fixture(scope="session")
 def many() -> ImageIndex:
-    """An index of 600 invented names in three styles, held out as the builder does it."""
+    """Return an index of 600 invented names in three styles, held out by the rule of the data set."""
     names = [f"thing-{i}" for i in range(600)]
     return ImageIndex(
         ImageRecord(name=name, style=style, held_out=held_out_image(name, style))
@@ -64,7 +64,7 @@ def many() -> ImageIndex:
 
 @pytest.fixture
 def folder(drawn, tmp_path):
-    """The drawn data set as files."""
+    """Write the drawn data set as files, and return the folder."""
     np.save(tmp_path / "pictures.npy", drawn.images)
     rows = [{**vars(row), "tags": list(row.tags)} for row in drawn.index]
     (tmp_path / "index.json").write_text(json.dumps(rows))

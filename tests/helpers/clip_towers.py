@@ -1,5 +1,4 @@
-"""Small and published shapes of CLIP's towers, random weights and ids for them, and how close two outputs
-must be."""
+"""Small and published configurations of CLIP's towers, random weights and token ids, and a comparison."""
 
 from __future__ import annotations
 
@@ -33,20 +32,20 @@ FULL: dict[str, tuple[TextConfig, VisionConfig]] = {
         VisionConfig(width=1664, layers=48, heads=16, mlp_width=8192, embed_dim=1280, activation="gelu"),
     ),
 }
-# float32 sums in another order, through up to 48 layers: some roundings of 6e-8 a layer
+# float32 sums in a different order through up to 48 layers: several roundings of 6e-8 per layer
 CLOSE = 1e-5
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = CLOSE) -> None:
-    """The largest difference, in units of the peer's root mean square."""
+    """Assert that the largest difference is below `tolerance` times the RMS of the expected output."""
     assert ours.shape == theirs.shape
     rms = theirs.double().square().mean().sqrt()
-    assert rms > 1e-3  # else the comparison says nothing
+    assert rms > 1e-3  # otherwise the comparison proves nothing
     assert float((ours.double() - theirs.double()).abs().max() / rms) < tolerance
 
 
 def scaled(name: str, shape: torch.Size, normal: Tensor) -> Tensor:
-    """Standard normal numbers as weights that keep signals of order one; gains are about 1."""
+    """Scale standard normal numbers so that, as weights, they keep signals of order one; gains are near 1."""
     if len(shape) < 2 or "embedding" in name:
         return 0.2 * normal + (1 if "ln_" in name and name.endswith("weight") else 0)
     fan_in = (
@@ -56,7 +55,7 @@ def scaled(name: str, shape: torch.Size, normal: Tensor) -> Tensor:
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Fill with random weights, gains and biases included."""
+    """Fill a module with random weights, including gains and biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -64,7 +63,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def ids_for(config: TextConfig, ends: tuple[int, ...], length: int | None = None, seed: int = 0) -> Tensor:
-    """Random ids (B, L) whose end-of-text tokens first stand at ``ends``."""
+    """Return random token ids (B, L) whose first end-of-text token is at `ends`."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, config.bos_id, (len(ends), length or config.context_length), generator=generator)
     ids[:, 0] = config.bos_id

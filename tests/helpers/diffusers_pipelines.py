@@ -1,5 +1,7 @@
-"""A pipeline of ours as one of diffusers, over the same weights: nothing is copied but what the layouts hold
-in another order."""
+"""Build diffusers pipelines that share their weights with `LatentDiffusion` pipelines.
+
+Only weights that the two layouts store in a different order are copied.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ STEP = 1 / 255
 
 
 def diffusers_network(network: nn.Module, latent_scale: float = 1.0) -> nn.Module:
-    """The peer's class for a network of ours, holding the same tensors."""
+    """Return the diffusers or transformers network that corresponds to `network`, over the same tensors."""
     name, config = diffusers_description(network, latent_scale)
     with torch.device("meta"):
         if hasattr(diffusers, name):
@@ -30,7 +32,7 @@ def diffusers_network(network: nn.Module, latent_scale: float = 1.0) -> nn.Modul
             theirs = getattr(transformers, name)(transformers.CLIPTextConfig(**config))
     state = to_layout(network, "diffusers")
     wanted = set(theirs.state_dict())
-    if not wanted & set(state):  # newer versions drop the prefix in memory
+    if not wanted & set(state):  # newer versions of transformers have no prefix in memory
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
     lost = theirs.load_state_dict(state, assign=True, strict=False)
     assert not lost.unexpected_keys and not [
@@ -45,7 +47,7 @@ def diffusers_network(network: nn.Module, latent_scale: float = 1.0) -> nn.Modul
 
 
 def diffusers_scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
-    """The peer's scheduler of a sampler, as a folder that we write says."""
+    """Return the diffusers scheduler that a folder written by `ldm.save` names for a sampler."""
     s, grids = pipe.card.schedule, pipe.card.grids().grids
     facts = training_facts(
         s.kind, s.timesteps, s.beta_start, s.beta_end, pipe.card.prediction, zero_snr=s.zero_terminal_snr
@@ -57,8 +59,7 @@ def diffusers_scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
 
 
 def diffusers_pipeline(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
-    """diffusers' pipeline of a class name over our pipeline's weights; ``folder``: where tokenizers may be
-    written."""
+    """Return the diffusers pipeline of class `kind` over the weights of `pipe`; tokenizers go to `folder`."""
     networks = pipe.networks()
     parts: dict[str, Any] = {
         "unet": diffusers_network(networks["unet"]),
@@ -89,13 +90,20 @@ def diffusers_pipeline(pipe: LatentDiffusion, kind: str, folder: Path) -> Any:
 
 
 def random_pipeline(base: str, size: str, folder: Path) -> tuple[Any, int]:
-    """A pipeline with random weights, reduced or full, and the side of its pictures. Its encoder has no
-    spread, as the peer's samples from it."""
+    """Return a pipeline with random weights and the side of its images in pixels.
+
+    The encoder's posterior has almost no variance, because diffusers samples from it and ldm takes its mean.
+
+    Args:
+        base: Name of a published model.
+        size: "reduced" for a small copy of it, "full" for its own size.
+        folder: Where the card of the reduced model is written.
+    """
     name = base if size == "full" else reduced_families.register(base, folder).name
     pipe = reduced_families.load(name)
     quant, half = pipe.vae.quant_conv, pipe.vae.config.latent_channels
     quant.weight[half:] = 0.0
-    quant.bias[half:] = -60.0  # clamped to −30: a deviation of 3e-7
+    quant.bias[half:] = -60.0  # clamped to −30: a standard deviation of 3e-7
     return pipe, 64 if size == "full" else 32
 
 
@@ -105,7 +113,7 @@ def seeded_noise(pipe: Any, side: int, seed: int = 3) -> Tensor:
 
 
 def gradient_image(side: int) -> Tensor:
-    """Smooth colours in [0, 1], (1, 3, side, side)."""
+    """Return an image of smooth colours, (1, 3, side, side) in [0, 1]."""
     y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
     return torch.stack([x, y, (1 - x) * y])[None]
 
@@ -119,15 +127,14 @@ def rectangle_mask(side: int) -> Tensor:
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape
     inside = ((theirs > 0.02) & (theirs < 0.98)).float().mean()
-    assert inside > 0.2 and theirs.std() > 0.05, "a saturated or flat picture would prove nothing"
+    assert inside > 0.2 and theirs.std() > 0.05, "a saturated or flat image would prove nothing"
     assert (ours - theirs).abs().max() <= STEP, (
         f"largest difference {float((ours - theirs).abs().max()) * 255:.3f} of 255"
     )
 
 
 def assert_filled(ours: Tensor, theirs: Tensor, given: Tensor, mask: Tensor) -> None:
-    """In the hole ours are the peer's; around it they are the given pixels, where the peer leaves the
-    autoencoder's."""
+    """Assert equality below the mask; outside it ldm keeps the given pixels, diffusers the decoded ones."""
     known = (mask < 0.5).expand_as(ours)
     assert torch.equal(ours[known], given.expand_as(ours)[known])
     assert_equal(torch.where(known, theirs, ours), theirs)

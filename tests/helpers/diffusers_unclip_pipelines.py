@@ -1,4 +1,4 @@
-"""unCLIP pipelines of ours as pipelines of diffusers, over the same weights."""
+"""Build diffusers pipelines that share their weights with `UnCLIP` pipelines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LINEAR = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def card_of(pipe: UnCLIP) -> str:
-    """The name of a registered card with a pipeline's own shapes and settings."""
+    """Register a card with the shapes and settings of a pipeline, and return its name."""
     configs: dict[str, Any] = {part: network.config for part, network in pipe.networks().items()}
     upsamplers = tuple(
         configs.pop(part)
@@ -55,13 +55,13 @@ def card_of(pipe: UnCLIP) -> str:
     return name
 
 
-def loaded(pipe: UnCLIP, folder: Path) -> UnCLIP:
-    """What `ldm.load` makes of a folder with the same weights."""
+def load_folder(pipe: UnCLIP, folder: Path) -> UnCLIP:
+    """Load a folder that holds the weights of `pipe` with `ldm.load`."""
     return ldm.load(card_of(pipe), weights=folder, device="cpu", dtype="float32")
 
 
-def given(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A peer's module holding a state."""
+def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Load a state into a module of diffusers or transformers, and return the module."""
     lost = module.load_state_dict(state, strict=False)
     assert not lost.unexpected_keys and all(
         key.endswith(("position_ids", "token_type_ids")) for key in lost.missing_keys
@@ -77,7 +77,7 @@ def prior_of(pipe: UnCLIP) -> diffusers.PriorTransformer:
         num_layers=c.layers,
         embedding_dim=c.embed_dim,
     )
-    return given(theirs, to_layout(pipe.prior.net, "diffusers"))
+    return load_state(theirs, to_layout(pipe.prior.net, "diffusers"))
 
 
 def text_of(pipe: UnCLIP, folder) -> dict[str, object]:
@@ -100,7 +100,9 @@ def vision_of(pipe: UnCLIP) -> transformers.CLIPVisionModelWithProjection:
         projection_dim=E,
         hidden_act="quick_gelu",
     )
-    return given(transformers.CLIPVisionModelWithProjection(config), to_layout(pipe.clip.vision, "diffusers"))
+    return load_state(
+        transformers.CLIPVisionModelWithProjection(config), to_layout(pipe.clip.vision, "diffusers")
+    )
 
 
 def decoder_of(stage: Stage, **extra) -> tuple[diffusers.UNet2DConditionModel, dict[str, torch.Tensor]]:
@@ -110,8 +112,11 @@ def decoder_of(stage: Stage, **extra) -> tuple[diffusers.UNet2DConditionModel, d
 
 
 def exact(scheduler):
-    """A peer's scheduler with its tables in float64: in float32 its 1 − ᾱ[0] is off by 5e-4 of itself, and at
-    t = 999, where x0 is eps times 2e4 and then clamped, what follows from that turns single pixels over."""
+    """Give a diffusers scheduler its tables in float64, and return it.
+
+    In float32, 1 − ᾱ[0] has a relative error of 5e-4. At t = 999, x0 is eps times 2e4 and then clamped, so
+    this error changes single pixels from one end of the range to the other.
+    """
     betas = scheduler.betas.double()
     if scheduler.config.beta_schedule == "squaredcos_cap_v2":
         betas = NoiseSchedule.cosine().betas
@@ -125,8 +130,10 @@ def karlo(pipe: UnCLIP, folder: Path) -> diffusers.UnCLIPPipeline:
         pipe.decoder, in_channels=3, out_channels=6, class_embed_type="identity", sample_size=16
     )
     project = UnCLIPTextProjModel(clip_embeddings_dim=E, time_embed_dim=128, cross_attention_dim=40)
-    given(unet, {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")})
-    given(project, {k.removeprefix("text_proj."): v for k, v in state.items() if k.startswith("text_proj.")})
+    load_state(unet, {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")})
+    load_state(
+        project, {k.removeprefix("text_proj."): v for k, v in state.items() if k.startswith("text_proj.")}
+    )
 
     def sr(net) -> diffusers.UNet2DModel:
         theirs = diffusers.UNet2DModel(
@@ -139,9 +146,9 @@ def karlo(pipe: UnCLIP, folder: Path) -> diffusers.UnCLIPPipeline:
             down_block_types=("ResnetDownsampleBlock2D",) * 2,
             up_block_types=("ResnetUpsampleBlock2D",) * 2,
         )
-        return given(theirs, net.state_dict())
+        return load_state(theirs, net.state_dict())
 
-    return quiet(
+    return without_progress(
         diffusers.UnCLIPPipeline(
             prior=prior_of(pipe),
             decoder=unet,
@@ -158,10 +165,10 @@ def karlo(pipe: UnCLIP, folder: Path) -> diffusers.UnCLIPPipeline:
 
 def stable_unclip(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPPipeline:
     normalizer = diffusers.pipelines.stable_diffusion.StableUnCLIPImageNormalizer(E)
-    given(normalizer, {"mean": pipe.decoder.augmentation.mean, "std": pipe.decoder.augmentation.std})
+    load_state(normalizer, {"mean": pipe.decoder.augmentation.mean, "std": pipe.decoder.augmentation.std})
     text = text_of(pipe, folder)
     betas = {"beta_schedule": "squaredcos_cap_v2"}
-    return quiet(
+    return without_progress(
         diffusers.StableUnCLIPPipeline(
             prior_tokenizer=text["tokenizer"],
             prior_text_encoder=text["text_encoder"],
@@ -194,7 +201,7 @@ def stable_unclip(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPPipeline:
     )
 
 
-def stable_unclip_of_pictures(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPImg2ImgPipeline:
+def stable_unclip_img2img(pipe: UnCLIP, folder: Path) -> diffusers.StableUnCLIPImg2ImgPipeline:
     whole = stable_unclip(pipe, folder)
     parts = (
         "image_normalizer",
@@ -205,7 +212,7 @@ def stable_unclip_of_pictures(pipe: UnCLIP, folder: Path) -> diffusers.StableUnC
         "vae",
         "scheduler",
     )
-    return quiet(
+    return without_progress(
         diffusers.StableUnCLIPImg2ImgPipeline(
             feature_extractor=transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
             image_encoder=vision_of(pipe),
@@ -224,7 +231,7 @@ def movq_of(pipe: UnCLIP) -> diffusers.VQModel:
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
     )
-    return given(movq, pipe.decoder.space.vae.state_dict())
+    return load_state(movq, pipe.decoder.space.vae.state_dict())
 
 
 def kandinsky_prior(pipe: UnCLIP, folder: Path, kind: type = diffusers.KandinskyV22PriorPipeline) -> Any:
@@ -235,7 +242,7 @@ def kandinsky_prior(pipe: UnCLIP, folder: Path, kind: type = diffusers.Kandinsky
         "scheduler": scheduler,
         **text_of(pipe, folder),
     }
-    return quiet(kind(image_processor=transformers.CLIPImageProcessor(), **parts))
+    return without_progress(kind(image_processor=transformers.CLIPImageProcessor(), **parts))
 
 
 def learned_range() -> diffusers.DDPMScheduler:
@@ -254,10 +261,10 @@ def kandinsky22(pipe: UnCLIP, kind: type = diffusers.KandinskyV22Pipeline) -> An
         addition_embed_type="image",
         addition_embed_type_num_heads=16,
     )
-    return quiet(kind(unet=given(unet, state), movq=movq_of(pipe), scheduler=learned_range()))
+    return without_progress(kind(unet=load_state(unet, state), movq=movq_of(pipe), scheduler=learned_range()))
 
 
-def words_of(pipe: UnCLIP) -> dict[str, Any]:
+def kandinsky_text_parts(pipe: UnCLIP) -> dict[str, Any]:
     c = pipe.decoder.text.encoder.config
     config = MCLIPConfig(
         transformerDimSize=c.width,
@@ -274,7 +281,7 @@ def words_of(pipe: UnCLIP) -> dict[str, Any]:
     encoder = MultilingualCLIP(config)
     pooler = {key: value for key, value in encoder.state_dict().items() if "pooler" in key}
     return {
-        "text_encoder": given(encoder, {**to_layout(pipe.decoder.text.encoder, "diffusers"), **pooler}),
+        "text_encoder": load_state(encoder, {**to_layout(pipe.decoder.text.encoder, "diffusers"), **pooler}),
         "tokenizer": transformers.XLMRobertaTokenizer(vocab=PIECES, model_max_length=77),
     }
 
@@ -290,13 +297,16 @@ def kandinsky21(pipe: UnCLIP, scheduler: Any) -> diffusers.KandinskyPipeline:
         addition_embed_type="text_image",
         addition_embed_type_num_heads=16,
     )
-    return quiet(
+    return without_progress(
         diffusers.KandinskyPipeline(
-            unet=given(unet, state), movq=movq_of(pipe), scheduler=scheduler, **words_of(pipe)
+            unet=load_state(unet, state),
+            movq=movq_of(pipe),
+            scheduler=scheduler,
+            **kandinsky_text_parts(pipe),
         )
     )
 
 
-def quiet(pipeline: Any) -> Any:
+def without_progress(pipeline: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,4 +1,4 @@
-"""Peers loaded by name, or the test is skipped."""
+"""Import the samplers of k-diffusion, or skip the test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 
 
 def k_sampling() -> Any:
-    """k_diffusion.sampling without the package's __init__, which imports CLIP and evaluation code that need
-    more packages."""
+    """Return the module k_diffusion.sampling.
+
+    The package's `__init__` is not run: it imports CLIP and evaluation code, which need more packages.
+    """
     if "k_diffusion" not in sys.modules:
         spec = importlib.util.find_spec("k_diffusion")
         if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""Files that are wrong or mean, made on the spot."""
+"""Write damaged and malicious files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Canary:
-    """Pickled, it writes a file when it is unpickled by anything that trusts it."""
+    """An object whose pickle makes a folder at `path` when a reader executes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,7 +22,7 @@ class Canary:
 
 
 def canary_ckpt(path: Path, mark: Path, *, legacy: bool = False) -> Path:
-    """A checkpoint with good tensors and one object that would make a folder at ``mark``."""
+    """Write a checkpoint with valid tensors and one object that would make a folder at `mark`."""
     torch.save(
         {"state_dict": {"w": torch.ones(2)}, "extra": Canary(mark)},
         path,
@@ -39,7 +39,7 @@ def zipped(path: Path, entries: dict[str, bytes], *, compress: bool = False) -> 
 
 
 def repacked(source: Path, path: Path, *, compress: bool = False, **changes: bytes) -> Path:
-    """A checkpoint with other bytes for some entries (named by their last part, dots as underscores)."""
+    """Copy a checkpoint with some entries replaced (named by the last part of their path, "_" for ".")."""
     with zipfile.ZipFile(source) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     for name in entries:
@@ -48,7 +48,7 @@ def repacked(source: Path, path: Path, *, compress: bool = False, **changes: byt
 
 
 def stack_global(module: str, name: str, argument: str) -> bytes:
-    """A protocol-4 pickle that calls a function named by strings."""
+    """Return a protocol-4 pickle that calls a function named by strings."""
 
     def text(value: str) -> bytes:
         return b"\x8c" + bytes([len(value)]) + value.encode()
@@ -57,7 +57,7 @@ def stack_global(module: str, name: str, argument: str) -> bytes:
 
 
 def huge_memo() -> bytes:
-    """A pickle of a few bytes that makes a trusting unpickler reserve gigabytes."""
+    """Return a pickle of a few bytes that makes an ordinary unpickler reserve gigabytes."""
     return b"\x80\x02]r" + struct.pack("<I", 2**31 - 1) + b"."
 
 

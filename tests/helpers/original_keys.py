@@ -1,5 +1,7 @@
-"""The original layout's keys and shapes, written down a second time: built forwards, as CompVis' constructors
-register their modules."""
+"""Keys and shapes of the original (CompVis) layout, derived independently of ldm's key maps.
+
+They are built in the order in which CompVis' constructors register their modules.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +64,9 @@ def transformer(
 class UNetSpec:
     ch: int
     mult: Sequence[int]
-    attend: Sequence[int]  # down-sampling factors
-    context: int | None = None  # None: AttentionBlocks
-    depth: Sequence[int] | int = 1  # by level
+    attend: Sequence[int]  # downsampling factors with attention
+    context: int | None = None  # width of the context; None for AttentionBlocks
+    depth: Sequence[int] | int = 1  # number of transformer blocks, per level or for all
     n: int = 2
     io: tuple[int, int] = (4, 4)
     linear: bool = False
@@ -73,7 +75,7 @@ class UNetSpec:
     adm: int | None = None
     classes: int | None = None
     cross_only: Sequence[bool] = ()
-    kv: int | None = None  # width of the context of AttentionBlocks (Karlo)
+    kv: int | None = None  # width of the context in AttentionBlocks (Karlo)
     mid: bool = True
 
     def attention(self, prefix: str, c: int, level: int, middle: bool = False) -> Shapes:
@@ -140,7 +142,7 @@ def unet(spec: UNetSpec) -> Shapes:
 @dataclass(frozen=True, kw_only=True)
 class VAESpec:
     mult: Sequence[int]
-    attend: Sequence[int] = ()  # sizes of the feature map for a picture of 256
+    attend: Sequence[int] = ()  # sizes of the feature maps with attention, for an image of 256×256
     z: int = 4
     codes: int | None = None
     mid: bool = True
@@ -222,8 +224,8 @@ XL = {
     "adm": 2816,
 }
 
-# name: original spec, parameters (section 19 of the formats' reference; None: not listed), keys, head
-# options, peer
+# name: (specification, number of parameters, number of keys (None: not published), options of the attention
+# heads, kind of the diffusers network)
 UNETS: dict[str, tuple[UNetSpec, int | None, int | None, dict[str, int], str]] = {
     "sd1": (UNetSpec(**SD, context=768), 859_520_964, 686, {}, "cond"),
     "sd1-inpaint": (UNetSpec(**SD, context=768, io=(9, 4)), 859_535_364, 686, {}, "cond"),

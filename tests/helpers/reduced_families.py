@@ -1,5 +1,4 @@
-"""The published families at reduced width: cards of one's own on top of the published ones, registered from
-YAML."""
+"""Published latent diffusion models at reduced width: cards in YAML on top of the published ones."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ BIGG = {"width": 48, "layers": 3, "heads": 3, "embed_dim": 24, "activation": "ge
 BERT = {"vocabulary": 90, "width": 32, "layers": 2, "heads": 2, "head_dim": 16, "length": 77}
 UNET = {"channels": [32, 64], "depth": [1, 0], "blocks": 1, "heads": 4, "context_dim": 32}
 SD2 = UNET | {"heads": None, "head_dim": 16, "linear_projection": True}
-# the base's depth falls on the lower levels; the vector is the pooled text and six (or five) numbers in 256
-# each
+# the transformer blocks are on the lower levels; the vector is the pooled text embedding and six (refiner:
+# five) numbers, embedded in 256 values each
 SDXL = {
     "channels": [32, 64],
     "depth": [0, 2],
@@ -54,7 +53,7 @@ RESAMPLED = {
     "resample": "resblock",
 }
 
-# name of the base: networks
+# name of the published model: its networks
 NETWORKS: dict[str, dict[str, Any]] = {
     "sd-v1-5": {"unet": UNET, "vae": VAE, "text": CLIP},
     "sd-v1-5-inpainting": {"unet": UNET | {"in_channels": 9}, "vae": VAE, "text": CLIP},
@@ -111,7 +110,7 @@ SIDE = 32
 
 
 def register(base: str, folder: Path, **changes: Any) -> ModelCard:
-    """The card of a family at reduced width, registered under the name tiny-BASE."""
+    """Register a published model at reduced width as "tiny-BASE", and return its card."""
     name = f"tiny-{base}"
     card = ldm.catalog.lookup.known_cards()[base]
     assert isinstance(card, ModelCard)
@@ -128,7 +127,7 @@ def register(base: str, folder: Path, **changes: Any) -> ModelCard:
             {
                 "base": base,
                 "name": name,
-                "summary": "a test's",
+                "summary": "a model of the tests",
                 "networks": NETWORKS[base],
                 "defaults": defaults,
                 **changes,
@@ -140,5 +139,5 @@ def register(base: str, folder: Path, **changes: Any) -> ModelCard:
 
 
 def load(name: str, **options: Any) -> Any:
-    """A model on the CPU in float32, unless the options say otherwise."""
+    """Load a model with random weights on the CPU in float32; options override these."""
     return ldm.load(name, **{"device": "cpu", "dtype": "float32", "weights": "random", **options})

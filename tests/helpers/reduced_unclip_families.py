@@ -1,5 +1,4 @@
-"""The published unCLIP families at reduced width: cards of one's own on top of the published ones, registered
-from YAML."""
+"""Published unCLIP models at reduced width: cards in YAML on top of the published ones."""
 
 from __future__ import annotations
 
@@ -118,7 +117,7 @@ def stage(card: StageCard, side: int, steps: int) -> StageCard:
 
 
 def register(base: str, folder: Path, **changes: Any) -> UnCLIPCard:
-    """The card of a published model at reduced width, registered under the name tiny-BASE."""
+    """Register a published model at reduced width as "tiny-BASE", and return its card."""
     card, side = known_cards()[base], SIDES.get(base, 32)
     assert isinstance(card, UnCLIPCard)
     stages = {
@@ -131,7 +130,7 @@ def register(base: str, folder: Path, **changes: Any) -> UnCLIPCard:
 
 
 def register_prior(folder: Path, **changes: Any) -> PriorCard:
-    """The card of a prior alone, registered under the name tiny-dalle2-laion-prior."""
+    """Register a prior without a decoder as "tiny-dalle2-laion-prior", and return its card."""
     network = {
         "embed_dim": E,
         "text_dim": E,
@@ -150,12 +149,12 @@ def register_prior(folder: Path, **changes: Any) -> PriorCard:
 def _register(base: str, folder: Path, fields: dict[str, Any]) -> Any:
     name = f"tiny-{base}"
     (folder / f"{name}.yaml").write_text(
-        yaml.safe_dump({"base": base, "name": name, "summary": "a test's", **to_dict(fields)})
+        yaml.safe_dump({"base": base, "name": name, "summary": "a model of the tests", **to_dict(fields)})
     )
     REGISTERED.pop(name, None)
     return ldm.register(folder / f"{name}.yaml")
 
 
 def load(name: str, **options: Any) -> Any:
-    """A model on the CPU in float32 with random weights, unless the options say otherwise."""
+    """Load a model with random weights on the CPU in float32; options override these."""
     return ldm.load(name, **{"device": "cpu", "dtype": "float32", "weights": "random", **options})

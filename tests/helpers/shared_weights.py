@@ -1,5 +1,7 @@
-"""A peer's network and ours over the same random weights: one copy of them in memory, nothing left at zero or
-one."""
+"""Two implementations of a network over one set of random weights, for comparing their outputs.
+
+The weights are in memory once. No weight is left at 0 or 1, so that every one of them has an effect.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,18 @@ from torch import Tensor, nn
 
 from ldm.models.meta import on_meta
 
-# float32 on both sides: the same sums in another order, through tens of layers, stay below this part of the
-# output's rms
+# Largest difference, relative to the output's RMS, that float32 sums in a different order cause over tens of
+# layers.
 TOLERANCE = 1e-4
-# what a wrong order of weights changes at least, as a part of the output's rms: far above the tolerance, far
-# below one
+# Smallest difference, relative to the output's RMS, that weights in a wrong order cause.
 VISIBLE = 1e-2
 
 
 def fill(module: nn.Module, seed: int = 0) -> nn.Module:
-    """A module built on meta, given storage: uniform weights that keep the size of signals, norms around 1,
-    biases around 0."""
+    """Allocate a module that was built on the meta device, and fill it with random weights.
+
+    The weights are uniform and preserve the RMS of signals; gains of norms are around 1, biases around 0.
+    """
     module.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -45,8 +48,10 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
 def twins(
     peer: Callable[[], nn.Module], ours: Callable[[], nn.Module]
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(theirs, ours) sharing one set of random weights; the memory is given back behind it. Loading is strict
-    both ways."""
+    """Yield (peer's network, ldm's network) over one set of random weights; free the memory afterwards.
+
+    Loading is strict: both networks must have the same names and shapes.
+    """
     with torch.device("meta"):
         theirs = peer()
     with on_meta():
@@ -70,13 +75,13 @@ def twins(
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference as a part of the expected output's rms."""
+    """Return the largest difference divided by the RMS of the expected output."""
     assert ours.shape == theirs.shape and theirs.isfinite().all()
     return float((ours - theirs).abs().max() / theirs.square().mean().sqrt())
 
 
 def rotate_qkv(module: nn.Module, at: str) -> None:
-    """Give an attention's q the weights of k, k those of v, and v those of q (their peers keep theirs)."""
+    """Give q the weights of k, k those of v, and v those of q in the attention layer named `at`."""
     attention = module.get_submodule(at)
     names = [
         name for name in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj") if hasattr(attention, name)

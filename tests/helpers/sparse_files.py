@@ -1,5 +1,4 @@
-"""Files with the size of real checkpoints that take no room on the disk: a true header, and holes for the
-numbers (all zero)."""
+"""Files with the size of real checkpoints that use no disk space: a valid header and sparse zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from original_keys import Shapes
 
 
 def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> Path:
-    """A safetensors file of half-precision zeros with these names and shapes."""
+    """Write a safetensors file of half-precision zeros with the given names and shapes."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * 2
@@ -27,7 +26,7 @@ def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = 
 
 
 def sd1_shapes(unet: str = "sd1") -> Shapes:
-    """The keys of a Stable Diffusion 1.x file with buffers, and a text tower reduced to two tensors."""
+    """Return the keys and shapes of a Stable Diffusion 1.x file; of its text tower only two tensors."""
     text = {"embeddings.position_ids": (1, 77), "embeddings.token_embedding.weight": (49408, 768)}
     return {
         **original_keys.prefixed("model.diffusion_model.", original_keys.unet(original_keys.UNETS[unet][0])),

@@ -1,4 +1,4 @@
-"""A whole latent diffusion model, small enough for a test, with random weights."""
+"""A complete latent diffusion model with random weights that is small enough for a test."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny_model(name: str = "emoji-ldm") -> LatentDiffusion:
     card = ModelCard(
         name=name,
         family="latent",
-        summary="a test's",
+        summary="a model of the tests",
         licence="none",
         schedule=ScheduleCard(kind="cosine"),
         prediction="v",

@@ -1,4 +1,4 @@
-"""Training configurations small enough for a test, as the YAML files that a user would write."""
+"""Training configurations that are small enough for a test, as mappings in the form of the YAML files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
-    """The parts' configurations over a data set's folder; ``changes`` go to their runs."""
+    """Return the configuration of each part over a data set's folder; `changes` go to the run sections."""
     source = {"folder": str(data), "size": 32, "mix": {"background": 0.5, "small": 0.2, "two": 0.2}}
     vae = {
         "part": "vae",

@@ -1,4 +1,4 @@
-"""unCLIP models small enough for a test, with random weights."""
+"""Complete unCLIP models with random weights that are small enough for a test."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def prior_stage(card: UnCLIPCard) -> PriorStage:
 
 
 def tiny_karlo() -> UnCLIP:
-    """Pixels: 16×16, and 32×32 by two upsamplers' networks."""
+    """Return a Karlo model: a pixel decoder of 16×16 and an upsampler to 32×32 with two networks."""
     decoder = replace(KARLO_CARD.decoder, defaults=stage_defaults(4, 3.0, 16))
     upsampler = replace(KARLO_CARD.upsamplers[0], defaults=stage_defaults(3, 1.0, 32))
     card = replace(
@@ -110,7 +110,7 @@ def tiny_karlo() -> UnCLIP:
 
 
 def tiny_stable() -> UnCLIP:
-    """Stable unCLIP-l: latents, a second text tower."""
+    """Return a Stable unCLIP-l model: a latent decoder with its own text tower."""
     decoder = replace(UNCLIP_L.decoder, defaults=stage_defaults(4, 3.0, 32, "ddim"))
     card = replace(
         UNCLIP_L, decoder=decoder, prior=replace(UNCLIP_L.prior, defaults=stage_defaults(4, 2.0, 16))
@@ -164,14 +164,16 @@ def kandinsky(
 
 
 def tiny_kandinsky(in_channels: int = 4) -> UnCLIP:
-    """Kandinsky 2.2: MoVQ latents, no text in the decoder."""
+    """Return a Kandinsky 2.2 model: MoVQ latents, no text in the decoder."""
     card = KANDINSKY22_CARD if in_channels == 4 else replace(KANDINSKY22_CARD, concat="known")
     return kandinsky(card, replace(KANDINSKY22_SHAPE.condition, embed_dim=E), in_channels=in_channels)
 
 
 def tiny_kandinsky21() -> UnCLIP:
-    """Kandinsky 2.1: a text encoder of its own for the decoder. The peer has one width for CLIP, that
-    encoder's projection and the UNet's context."""
+    """Return a Kandinsky 2.1 model: MoVQ latents, and a decoder with its own text encoder.
+
+    CLIP, the projection of that encoder and the UNet's context have one width, as diffusers requires.
+    """
     words = XLMRConditioner(
         random_network(
             XLMRConfig(vocabulary=40, width=32, layers=2, heads=2, mlp_width=48, positions=80, embed_dim=E), 9

@@ -67,7 +67,7 @@ def test_karlo(monkeypatch, tmp_path):
     made = tiny_karlo()
     peer = peers.karlo(made, tmp_path)
     peer.save_pretrained(tmp_path / "karlo")
-    pipe = peers.loaded(made, tmp_path / "karlo")
+    pipe = peers.load_folder(made, tmp_path / "karlo")
     stages = ((PRIOR, (E,), 4), (0, (3, 16, 16), 4), (UPSAMPLE, (3, 32, 32), 3))
     noises = (noise for stage in stages for noise in draws(*stage))
     feed(monkeypatch, noises)
@@ -97,8 +97,8 @@ def test_stable_unclip(monkeypatch, tmp_path):
     made = tiny_stable()
     peer = peers.stable_unclip(made, tmp_path)
     peer.save_pretrained(tmp_path / "stable" / "texts")
-    peers.stable_unclip_of_pictures(made, tmp_path).save_pretrained(tmp_path / "stable" / "pictures")
-    pipe = peers.loaded(made, tmp_path / "stable")
+    peers.stable_unclip_img2img(made, tmp_path).save_pretrained(tmp_path / "stable" / "pictures")
+    pipe = peers.load_folder(made, tmp_path / "stable")
 
     def noises() -> Iterator[torch.Tensor]:
         yield from draws(PRIOR, (E,), 4)
@@ -131,9 +131,9 @@ def test_stable_unclips_variations(monkeypatch, tmp_path):
     """The folder of the pipeline that takes pictures has no prior and no text tower of CLIP: it varies
     pictures."""
     made = tiny_stable()
-    peer = peers.stable_unclip_of_pictures(made, tmp_path)
+    peer = peers.stable_unclip_img2img(made, tmp_path)
     peer.save_pretrained(tmp_path / "pictures")
-    pipe = peers.loaded(made, tmp_path / "pictures")
+    pipe = peers.load_folder(made, tmp_path / "pictures")
     embedding = pipe.clip.image_embedding(PICTURE)
     feed(
         monkeypatch,
@@ -172,7 +172,7 @@ def test_kandinsky_22(monkeypatch, tmp_path):
     embeds = kandinsky22_prior(made, monkeypatch, tmp_path)
     second = peers.kandinsky22(made)
     second.save_pretrained(tmp_path / "kandinsky" / "decoder")
-    pipe = peers.loaded(made, tmp_path / "kandinsky")
+    pipe = peers.load_folder(made, tmp_path / "kandinsky")
     again = pipe.imagine(PROMPT, n=2, seed=SEEDS, progress=False)
     assert torch.allclose(again.vector, embeds.image_embeds, atol=1e-4)  # of order 1
     assert torch.allclose(pipe.clip.black().vector, embeds.negative_image_embeds[:1], atol=1e-5)
@@ -199,7 +199,7 @@ def test_kandinsky_22_inpainting_is_told_what_the_peers_is(monkeypatch, tmp_path
     embeds = kandinsky22_prior(made, monkeypatch, tmp_path)
     second = peers.kandinsky22(made, diffusers.KandinskyV22InpaintPipeline)
     second.save_pretrained(tmp_path / "kandinsky" / "decoder")
-    pipe = peers.loaded(made, tmp_path / "kandinsky")
+    pipe = peers.load_folder(made, tmp_path / "kandinsky")
     halving(monkeypatch, 6)
     feed(monkeypatch, draws(0, (4, 16, 16), 2))
     hole = torch.zeros(1, 1, 32, 32)
@@ -242,7 +242,7 @@ def test_kandinsky_21(monkeypatch, tmp_path):
     second = peers.kandinsky21(made, peers.learned_range())
     for name, peer in (("prior", first), ("decoder", second)):
         peer.save_pretrained(tmp_path / "kandinsky" / name)
-    pipe = peers.loaded(made, tmp_path / "kandinsky")
+    pipe = peers.load_folder(made, tmp_path / "kandinsky")
     noises = (noise for stage in ((PRIOR, (E,), 4), (0, (4, 16, 16), 4)) for noise in draws(*stage))
     feed(monkeypatch, noises)
     embeds = first(PROMPT, num_images_per_prompt=2, num_inference_steps=4, guidance_scale=2.0)

@@ -54,7 +54,7 @@ def without(path: Path, *names: str) -> None:
 
 def test_a_folder_is_read_to_the_bit(karlo: tuple[UnCLIP, Path]) -> None:
     pipe, path = karlo
-    again, before = peers.loaded(pipe, path), pipe.state_dict()
+    again, before = peers.load_folder(pipe, path), pipe.state_dict()
     after = again.state_dict()
     assert all(torch.equal(before[key], value) for key, value in after.items())
     assert {key.split(".")[0] for key in before.keys() - after.keys()} == {
@@ -71,33 +71,33 @@ def test_statistics_missing_from_a_folder_of_karlo(karlo: tuple[UnCLIP, Path]) -
     with pytest.raises(
         ValueError, match=r"does not hold their mean and deviation: expected ViT-L-14_stats\.th"
     ):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
 
 
 def test_folders_that_lack_something_or_say_something_else(karlo: tuple[UnCLIP, Path]) -> None:
     pipe, path = karlo
     edit(path / "prior" / "config.json", num_attention_heads=2, attention_head_dim=16)
     with pytest.raises(ValueError, match="does not fit the prior: num_attention_heads 2, expected 4"):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
     edit(path / "prior" / "config.json", num_attention_heads=4, attention_head_dim=8)
     edit(path / "decoder_scheduler" / "scheduler_config.json", prediction_type="sample")
     with pytest.raises(
         ValueError,
         match="another training of the decoder than 'tiny-karlo.*prediction_type sample, expected epsilon",
     ):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
     edit(path / "decoder_scheduler" / "scheduler_config.json", prediction_type="epsilon")
     without(path / "text_proj" / WEIGHTS, "embedding_proj.bias")
     with pytest.raises(ValueError, match="missing.*embedding_proj.bias"):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
     shutil.rmtree(path / "super_res_last")
     with pytest.raises((FileNotFoundError, ValueError), match="super_res_last|embedding_proj"):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
     edit(path / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(
         ValueError, match="a folder of StableDiffusionPipeline, which holds no part of 'tiny-karlo-v1-alpha'"
     ):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
 
 
 def test_a_pipelines_folder_without_its_prior(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def originals(pipe: UnCLIP, folder: Path) -> Path:
     else:
         torch.save(layout("decoder", ""), folder / "decoder_fp16.ckpt")
         torch.save(layout("vae", ""), folder / "movq_final.ckpt")
-        for part in peers.words_of(pipe).values():
+        for part in peers.kandinsky_text_parts(pipe).values():
             part.save_pretrained(folder / "text_encoder")
     return folder
 
@@ -193,7 +193,7 @@ def originals(pipe: UnCLIP, folder: Path) -> Path:
 def test_the_authors_own_files_are_read_to_the_bit(make: Any, tmp_path: Path) -> None:
     pipe = make()
     path, before = originals(pipe, tmp_path / "files"), pipe.state_dict()
-    again = peers.loaded(pipe, path).state_dict()
+    again = peers.load_folder(pipe, path).state_dict()
     assert again.keys() == before.keys() and all(
         torch.equal(before[key], value) for key, value in again.items()
     )
@@ -201,18 +201,18 @@ def test_the_authors_own_files_are_read_to_the_bit(make: Any, tmp_path: Path) ->
     with pytest.raises(
         ValueError, match=r"statistics of CLIP's image embeddings are missing: expected ViT-L-14_stats\.th in"
     ):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
     (tmp_path / "stats.th").rename(path / "ViT-L-14_stats.th")
     decoder = next(path.glob("decoder*"))
     shutil.copy(decoder, path / "decoder-other.ckpt")
     with pytest.raises(
         ValueError, match=r"expected one file decoder\*\.ckpt with the decoder of .* found decoder"
     ):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
     (path / "decoder-other.ckpt").unlink()
     next(path.glob("*sr*" if pipe.upsamplers else "movq*")).unlink()
     with pytest.raises(FileNotFoundError, match=r"expected one file .*found none"):
-        peers.loaded(pipe, path)
+        peers.load_folder(pipe, path)
 
 
 def dalle2_file(stage: PriorStage, path: Path) -> Path:
