@@ -1,4 +1,4 @@
-"""The benchmarks of speed: what they compute from what they measured."""
+"""Test what the speed benchmarks compute from their measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def args(**options):
     return SimpleNamespace(**{"threads": 1, "clock": "wall", "json": None, **options})
 
 
-def test_sides_take_turns_and_the_first_is_not_counted():
+def test_implementations_alternate_and_the_first_run_is_discarded():
     from common import measure
 
     order = []
@@ -20,7 +20,7 @@ def test_sides_take_turns_and_the_first_is_not_counted():
     assert order == ["a", "b"] * 4 and [len(runs) for runs in seconds.values()] == [3, 3]
 
 
-def test_a_report_has_ratios_of_medians_and_says_which_bars_are_met(tmp_path, capsys):
+def test_a_report_has_ratios_of_medians_and_states_which_bars_are_met(tmp_path, capsys):
     from common import report
     from report import table
 
@@ -37,14 +37,14 @@ def test_a_report_has_ratios_of_medians_and_says_which_bars_are_met(tmp_path, ca
     assert "| UNet: dtype bf16 | 2 s (1–3) | diffusers: 4 s (1–4) | 0.50 | 0.75 (met) |" in table([result])
 
 
-def test_the_exponent_of_a_power_is_found():
+def test_slope_is_the_exponent_of_a_power_law():
     from scaling import slope
 
     sizes = [256.0, 512.0, 1024.0]
     assert slope(sizes, [0.3 * v**1.7 for v in sizes]) == pytest.approx(1.7)
 
 
-def test_the_profile_counts_the_products_of_every_operator():
+def test_the_profile_counts_the_multiplications_of_every_operator():
     import torch
     from pairs import unet_inputs
     from profile_unet import Clock
@@ -71,7 +71,7 @@ def test_the_profile_counts_the_products_of_every_operator():
             part.__dict__.pop("forward", None), part.__dict__.pop("product", None)
     assert (
         work["plain"]["self-attention"] == 3 * 4 * 2 * 64 * 64 * 8
-    )  # down once, up twice: 64 positions, 8 wide
+    )  # once on the way down, twice on the way up: 64 positions, width 8
     assert work["plain"]["cross-attention"] == 3 * 4 * 2 * 64 * 5 * 8
     assert work["optimised"]["upsampling"] == pytest.approx(work["plain"]["upsampling"] * 4 / 9)
     assert {k: v for k, v in work["plain"].items() if k in ("linear", "convolution 3×3")} == {

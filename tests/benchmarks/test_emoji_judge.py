@@ -1,4 +1,4 @@
-"""The judge: its arithmetic against plain loops, and what it must and must not forgive."""
+"""Test the judge: its arithmetic against plain loops, and the changes that it must and must not tolerate."""
 
 import emoji_judge
 import emoji_quality
@@ -20,7 +20,7 @@ def judge(drawn):
 
 
 @pytest.mark.parametrize("ground", [None, "black", "yellow"])
-def test_the_data_itself_is_judged_right(drawn, judge, ground):
+def test_images_of_the_data_set_are_judged_correct(drawn, judge, ground):
     made = [Composition(image=i, background=ground) for i in range(18)]
     for i, verdict in enumerate(
         judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [ground] * 18)
@@ -30,10 +30,11 @@ def test_the_data_itself_is_judged_right(drawn, judge, ground):
             drawn.index[i].name,
             drawn.index[i].style,
         )
-        assert verdict.mse < 1e-5 and verdict.ground_right  # 8-bit rounding: 1/255² / 12 = 1.3e-6
+        # 8-bit rounding has a mean squared error of 1/255² / 12 = 1.3e-6
+        assert verdict.mse < 1e-5 and verdict.ground_right
 
 
-def test_shifts_scales_and_noise_are_forgiven(drawn, judge):
+def test_shifts_scales_and_noise_are_tolerated(drawn, judge):
     torch.manual_seed(0)
     made = [
         Composition(image=drawn.find(name), background="green")
@@ -45,20 +46,20 @@ def test_shifts_scales_and_noise_are_forgiven(drawn, judge):
     assert all(verdict.mse < 1e-5 for verdict in judge(moved, names, ["green"] * 3))
     assert all(
         verdict.mse > 1e-3 for verdict in judge(clean.roll((8, 8), (2, 3)), names, ["green"] * 3)
-    )  # more than is forgiven
+    )  # a larger shift than is tolerated
     noisy = (moved + 0.1 * torch.randn_like(moved)).clamp(0, 1)
     assert [verdict.rank for verdict in judge(noisy, names, ["green"] * 3)] == [0, 0, 0]
 
 
-def test_another_picture_is_a_miss_and_another_style_a_hit(drawn, judge):
+def test_another_object_is_a_miss_and_another_style_a_hit(drawn, judge):
     shown = images(drawn, [Composition(image=drawn.find("red-disc", "twemoji"))] * 2)
     hit, miss = judge(shown, ["red-disc", "green-bar"], [None, None])
     assert hit.rank == 0 and hit.nearest_style == "twemoji"
     assert miss.rank > 0 and miss.nearest == "red-disc"
 
 
-def test_pruning_changes_nothing(drawn, judge):
-    """Against the whole gallery at full size, for images like none of it."""
+def test_pruning_does_not_change_the_verdict(drawn, judge):
+    """Compare with the full gallery at full size, for images that resemble none of it."""
     torch.manual_seed(1)
     shown = torch.nn.functional.interpolate(torch.rand(6, 3, 8, 8), size=(64, 64), mode="bilinear")
     names = list(drawn.index.names("noto"))
@@ -84,8 +85,8 @@ def test_least_mse_is_the_mean_squared_error():
     assert torch.allclose(least_mse(a, b), expected, atol=1e-6)
 
 
-def test_copies_are_filled_with_the_ground():
-    """Zero, once the ground is taken off; and the copy of scale 1 without a shift is the image."""
+def test_copies_are_padded_with_the_background():
+    """The background is subtracted, so the padding is 0; the copy of scale 1 without shift is the image."""
     image = torch.ones(3, 64, 64)
     copies = shifted_and_scaled(image).unflatten(0, (5, 7, 7))
     assert torch.equal(copies[2, 3, 3], image)
@@ -94,12 +95,10 @@ def test_copies_are_filled_with_the_ground():
         and copies[2, 0, 0, :, :, :3].eq(0).all()
         and copies[2, 0, 0, :, 3:, 3:].eq(1).all()
     )
-    assert copies[0, 3, 3, 0].sum() == pytest.approx(
-        (0.9 * 64) ** 2, rel=0.01
-    )  # scale 0.9: that much smaller
+    assert copies[0, 3, 3, 0].sum() == pytest.approx((0.9 * 64) ** 2, rel=0.01)  # scale 0.9
 
 
-def test_the_size_of_the_image_does_not_matter(drawn, judge):
+def test_the_verdict_does_not_depend_on_the_image_size(drawn, judge):
     made = [Composition(image=drawn.find("old-cross"), background="red")]
     large = torch.nn.functional.interpolate(images(drawn, made), scale_factor=2)
     small = images(drawn, made, 32)
@@ -107,11 +106,11 @@ def test_the_size_of_the_image_does_not_matter(drawn, judge):
 
 
 @pytest.mark.parametrize("name", PALETTE)
-def test_ground_of_finds_each_colour_under_noise(name):
+def test_ground_of_finds_each_background_colour_under_noise(name):
     torch.manual_seed(3)
     image = (torch.tensor(PALETTE[name]).view(3, 1, 1) / 255).expand(3, 128, 128).clone()
     image[:, 10:118, 10:118] = torch.rand(3, 108, 108)
-    image[:, :10, :10] = 0.5  # one corner that the picture covers
+    image[:, :10, :10] = 0.5  # one corner that the object covers
     assert ground_of((image + 0.03 * torch.randn_like(image)).clamp(0, 1)) == name
 
 
@@ -123,12 +122,12 @@ def test_wrong_input_is_refused(judge):
 
 
 def test_frechet_distance_of_gaussians():
-    """Axis-aligned Gaussians: |µa − µb|² + Σ (σa − σb)²."""
+    """For axis-aligned Gaussians the distance is |µa − µb|² + Σ (σa − σb)²."""
     rng = np.random.default_rng(0)
     z = rng.standard_normal((4000, 3))
     z = np.linalg.solve(
         np.linalg.cholesky(np.cov(z, rowvar=False)), (z - z.mean(0)).T
-    ).T  # mean 0 and covariance 1, exactly
+    ).T  # mean exactly 0 and covariance exactly 1
     a, b = z * [1, 2, 3] + [0, 0, 1], z * [2, 2, 1] + [1, 0, 0]
     assert emoji_quality.frechet_distance(a, b) == pytest.approx(2 + 1 + 0 + 4, rel=1e-6)
     assert emoji_quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -137,10 +136,10 @@ def test_frechet_distance_of_gaussians():
 def test_mean_psnr():
     a = torch.zeros(2, 3, 4, 4)
     b = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
-    assert emoji_quality.mean_psnr(a, b) == pytest.approx(30.0, abs=1e-4)  # 20 and 40 dB
+    assert emoji_quality.mean_psnr(a, b) == pytest.approx(30.0, abs=1e-4)  # the mean of 20 and 40 dB
 
 
-def test_what_is_judged_is_what_training_saw_or_did_not(many):
+def test_compositions_are_drawn_from_the_training_set_or_held_out(many):
     data = emoji_judge.EmojiData(images=np.zeros((len(many), 2, 2, 4), np.uint8), index=many, manifest={})
     seen = emoji_quality.draw_training(data, 100, np.random.default_rng(0))
     unseen = emoji_quality.draw_held_out_pairs(data, 100, np.random.default_rng(0))

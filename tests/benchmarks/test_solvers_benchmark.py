@@ -1,5 +1,4 @@
-"""The benchmark of the solvers: its rules and tables on small inputs, and that it runs and writes what it
-says."""
+"""Test the benchmark of the solvers: its rules and tables on small inputs, and one complete run."""
 
 from __future__ import annotations
 
@@ -28,16 +27,16 @@ def bench(pipe, **options):
     )
 
 
-def test_distance_is_the_mean_of_root_mean_squares():
+def test_distance_is_the_mean_of_the_rms_of_each_image():
     a = torch.zeros(2, 3, 4, 4)
     b = torch.cat([torch.full((1, 3, 4, 4), 1 / 255), torch.full((1, 3, 4, 4), 3 / 255)])
     mean, error = solver_images.distance(a, b)
     assert mean == pytest.approx(2, rel=1e-5) and error == pytest.approx(
         1, rel=1e-5
-    )  # deviation sqrt(2) over sqrt(2) pictures
+    )  # standard deviation sqrt(2), divided by sqrt(2 images)
 
 
-def test_steps_fill_the_budget(tiny):
+def test_the_number_of_steps_fills_the_budget(tiny):
     b = bench(tiny)
     assert b.steps_within(10, "ddim", None) == (10, 10)
     assert b.steps_within(10, "heun", None) == (5, 9)  # 2·5 − 1
@@ -46,13 +45,12 @@ def test_steps_fill_the_budget(tiny):
 
 
 @pytest.mark.parametrize("kind", ["flow", "path"])
-def test_distances_fall_to_the_family_s_limit(tiny, kind):
-    """Every sampler of a family comes nearer to the one reference with more steps; the reference itself is at
-    distance 0."""
-    b = bench(tiny)
-    # On trailing, the first step under the cosine schedule spans sigma/alpha from 8,000 to 12. Heun goes half
-    # of it by the slope at its end, and dpm2_a all of it by the slope at its middle, which is 12 as well:
-    # what is lost of eps there counts 8,000 times.
+def test_distances_to_the_reference_fall_with_more_steps(tiny, kind):
+    """Every sampler of a family approaches the family's reference; the reference has distance 0 to itself."""
+    b = bench(tiny, batch=4)
+    # With trailing spacing, the first step under the cosine schedule goes from sigma/alpha = 8,000 to 12.
+    # Heun averages in the slope at its end, and dpm2_a uses the slope at its middle, which is at 12 as well:
+    # the error of eps there is multiplied by 8,000.
     calm = {"spacing": "karras", "sigma_max": 80.0}
     b.rules = dataclasses.replace(b.rules, grids={**b.rules.grids, "heun": calm, "dpm2_a": calm})
     reference = b.reference(kind)
@@ -63,10 +61,11 @@ def test_distances_fall_to_the_family_s_limit(tiny, kind):
     assert solver_images.distance(itself, reference)[0] == 0
 
 
-def test_evaluations_are_those_announced(tiny):
-    b = bench(tiny)
+def test_the_number_of_evaluations_is_the_announced_one(tiny):
+    b = bench(tiny, batch=4)
+    reference = b.reference("flow")
     for sampler in ("heun", "plms", "dpmpp_sde"):
-        (row,) = solver_images.curve(b, sampler, [9], b.reference("flow"), kind="flow")
+        (row,) = solver_images.curve(b, sampler, [9], reference, kind="flow")
         assert row["evaluations"] == b.steps_within(9, sampler, None)[1]
 
 
@@ -81,7 +80,7 @@ def row(sampler, evaluations, distance, spacing=None):
     }
 
 
-def test_the_rule_takes_the_fewest_evaluations_then_the_nearest():
+def test_the_recommendation_has_the_fewest_evaluations_then_the_least_distance():
     rows = {
         "flow": [
             row("ddim", 20, 3.9),
@@ -113,19 +112,19 @@ def test_tables_and_names():
     ] == pytest.approx(3.0, abs=0.2)
 
 
-def test_the_oracle_s_rows():
+def test_the_rows_of_the_oracle():
     (ddim,) = solver_oracle.deterministic_rows("scaled_linear", (20, 40, 80), ["ddim"])
     assert ddim["slopes"]["karras"][0] == pytest.approx(1, abs=0.15)
     assert all(error > 0 for errors in ddim["errors"].values() for error in errors)
     assert "| ddim | 1 |" in solver_oracle.deterministic_table([ddim], (20, 40, 80))
     (refused,) = solver_oracle.deterministic_rows("scaled_linear", (20, 640), ["euler"])
-    assert refused["errors"]["leading"][1] is None  # leading has no 640 steps
+    assert refused["errors"]["leading"][1] is None  # leading spacing cannot have 640 steps
     rows = solver_oracle.stochastic_rows(500, ["dpmpp_2m_sde"])
     assert len(rows) == 2 and all(item["largest_score"] < 4 for item in rows)
     assert "dpmpp_2m_sde, solver heun" in solver_oracle.stochastic_table(rows)
 
 
-def test_it_runs_whole(tiny, tmp_path, capsys):
+def test_a_complete_run_prints_tables_and_writes_files(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report, picture = tmp_path / "solvers.json", tmp_path / "solvers.png"
     arguments = (
@@ -163,7 +162,7 @@ def test_it_runs_whole(tiny, tmp_path, capsys):
         (["--part", "oracle", "--plot", "a.png"], "second part"),
     ],
 )
-def test_wrong_options(arguments, message, capsys):
+def test_wrong_options_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         solvers.parse(arguments)
     assert message in capsys.readouterr().err

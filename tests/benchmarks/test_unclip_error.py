@@ -1,5 +1,4 @@
-"""The attribution of unCLIP's error: an error that was put into the embedding is the prior's, one put into
-the decoder the decoder's."""
+"""Test the attribution of unCLIP's error to the prior (noise in the embedding) or the decoder."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ PROMPTS, SEEDS = ["a"] * 40, list(range(40))
 
 
 def make(embedding: ImageEmbedding, prompts, seeds, worse: float = 0.0) -> torch.Tensor:
-    """A decoder that paints the embedding itself, with an error of its own."""
+    """Decode by reshaping the embedding to an image and adding noise of standard deviation `worse`."""
     noise = torch.randn(40, 48, generator=torch.Generator().manual_seed(1))
     return (embedding.vector + worse * noise).view(-1, 3, 4, 4)
 
@@ -41,25 +40,24 @@ def whose(prior: ImageEmbedding, worse: float) -> dict[str, float]:
     return benchmark.attribute({name: row["mse"] for name, row in rows.items()})
 
 
-def test_noise_in_the_embedding_is_the_priors_error():
+def test_noise_in_the_embedding_is_attributed_to_the_prior():
     clean, injected = whose(TRUE, 0.3), whose(noisy(0.5), 0.3)
     assert clean["prior"] == 0 and clean["decoder"] == pytest.approx(0.09, rel=0.1)
     assert injected["decoder"] == clean["decoder"]
-    # the noise's variance, up to its product with the decoder's error: 1,920 numbers, so a few hundredths
+    # the variance of the noise, plus its product with the decoder's error: a few hundredths for 1,920 numbers
     assert injected["prior"] == pytest.approx(0.25, abs=0.03) and injected["text"] == pytest.approx(
         4.0, rel=0.1
     )
 
 
-def test_noise_in_the_decoder_is_the_decoders_error():
+def test_noise_in_the_output_is_attributed_to_the_decoder():
     good, bad = whose(noisy(0.5), 0.0), whose(noisy(0.5), 0.6)
     assert good["decoder"] == 0 and bad["decoder"] == pytest.approx(0.36, rel=0.1)
     assert bad["prior"] == pytest.approx(good["prior"], abs=0.05)
 
 
-def test_the_rows_of_a_whole_model():
-    """Through the pipeline: three embeddings, one decoder, one seed; a prior that gives the true embedding
-    has no error."""
+def test_the_rows_of_a_complete_model():
+    """A prior that gives the true embedding has no error, through the same decoder and with the same seed."""
     pipe, truth = tiny_kandinsky(), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     prompts, seeds = ["a cat", "a dog"], [0, 1]
     given = benchmark.embeddings(pipe, truth, prompts, seeds)

@@ -1,5 +1,4 @@
-"""The figures of unCLIP's parts: on stand-ins whose answers are known, and all of them once through a tiny
-model."""
+"""Test the figures of unCLIP's parts, on stand-ins with known results and once on a tiny model."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ def options(**changes) -> SimpleNamespace:
 
 
 class Perfect:
-    """A model whose prior knows the true embeddings, and whose variations are the picture itself, or a ring's
-    neighbour."""
+    """A model whose prior returns the true embeddings, and whose variations are the image itself or grey."""
 
     def __init__(self, data, *, wrong: bool = False) -> None:
         self.clip, self.data, self.wrong = clip_pair("x"), data, wrong
@@ -52,11 +50,11 @@ class Perfect:
 
     def variations(self, picture, *, n, **_) -> SimpleNamespace:
         made = picture.expand(n, -1, -1, -1).clone()
-        made[1 if self.wrong else 0 :] = 0.5  # all, or all but the first, are grey
+        made[1 if self.wrong else 0 :] = 0.5  # all but the first are grey
         return SimpleNamespace(tensor=made if self.wrong else picture.expand(n, -1, -1, -1))
 
 
-def test_a_prior_that_knows_the_pictures_has_a_cosine_of_one(drawn, monkeypatch):
+def test_a_prior_with_the_true_embeddings_has_a_cosine_of_one(drawn, monkeypatch):
     model = Perfect(drawn)
     images = benchmark.real
 
@@ -79,7 +77,7 @@ def test_a_prior_that_knows_the_pictures_has_a_cosine_of_one(drawn, monkeypatch)
         )
 
 
-def test_variations_are_counted_by_picture_and_by_variation(drawn):
+def test_variations_are_counted_per_image_and_per_variation(drawn):
     same = benchmark.variations(Perfect(drawn), drawn, options(), np.random.default_rng(0))
     assert len(same) == 2 and all(
         row["one of four"] == row["each"] == 100 and row["between"] == pytest.approx(120)
@@ -91,7 +89,7 @@ def test_variations_are_counted_by_picture_and_by_variation(drawn):
     )
 
 
-def test_an_upsampler_that_is_bicubic_gains_nothing_and_a_perfect_one_much(drawn):
+def test_a_bicubic_upsampler_has_no_gain_and_a_perfect_one_a_large_gain(drawn):
     truth = real(benchmark.held_out(drawn, 2, np.random.default_rng(0)), drawn, 32)
     large, small = (SimpleNamespace(defaults=SimpleNamespace(height=side)) for side in (32, 16))
     card = SimpleNamespace(upsamplers=[large], decoder=small)
@@ -115,7 +113,7 @@ def test_an_upsampler_that_is_bicubic_gains_nothing_and_a_perfect_one_much(drawn
     assert torch.equal(shown[0], F.interpolate(F.avg_pool2d(truth[:1], 2), (32, 32))[0])
 
 
-def test_all_figures_of_a_tiny_model_and_of_another_prior(folder, tmp_path, capsys):
+def test_all_figures_of_a_tiny_model_and_of_a_second_prior(folder, tmp_path, capsys):
     pipe = tiny_karlo()
     pipe.card = replace(pipe.card, name="tiny-unclip", family="unclip", networks=None)
     ldm.save(pipe, tmp_path / "model")
@@ -163,7 +161,7 @@ def test_all_figures_of_a_tiny_model_and_of_another_prior(folder, tmp_path, caps
     figures = json.loads((tmp_path / "q.json").read_text())
     assert (
         figures["reconstruction"]["autoencoder"] > 60
-    )  # pixels: nothing is lost but eight bits are never taken
+    )  # a pixel decoder has no autoencoder: only float32 rounding is lost
     assert (tmp_path / "up.png").is_file()
     write_part(
         tmp_path / "strange",
