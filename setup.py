@@ -39,6 +39,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "diffusers>=0.31",
             "transformers>=4.45",
             "accelerate>=0.30",
@@ -46,6 +47,10 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6",
             "matplotlib>=3.8",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML>=6",
+            "types-tqdm>=4.65",
         ],
         "data": ["resvg-py>=0.1"],
         "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],

@@ -1,10 +1,16 @@
-"""Fixtures of all tests: a drawn data set of six shapes in three styles at 64×64, and a clean registry."""
+"""Fixtures of all tests: a drawn data set of six shapes in three styles at 64×64, and a clean registry.
+
+`python -m pytest -m "not slow"` runs in several processes (pytest-xdist). Chosen files and the slow tests,
+which need much memory, run in one.
+"""
 
 import json
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from ldm.catalog.lookup import REGISTERED
 from ldm.data import EmojiData, ImageIndex, ImageRecord, held_out_image
@@ -12,6 +18,20 @@ from ldm.data import EmojiData, ImageIndex, ImageRecord, held_out_image
 SIDE = 64
 SHAPES = ("red-disc", "blue-box", "green-bar", "ring", "cat-face", "old-cross")
 COLOURS = ((200, 30, 30), (30, 60, 210), (20, 150, 60), (240, 200, 20), (250, 170, 60), (90, 20, 120))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of processes for `-n auto`: one per core, at most four; 0 turns pytest-xdist off."""
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return min(os.cpu_count() or 1, 4) if whole and config.option.markexpr == "not slow" else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores among the processes: in this process, and in those that tests start."""
+    if hasattr(config, "workerinput"):
+        threads = max(1, (os.cpu_count() or 1) // config.workerinput["workercount"])
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 def draw(shape: str, style: str) -> np.ndarray:
