@@ -3,11 +3,9 @@ reached by the rule tables."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
+import original_keys
 import pytest
 import torch
 
@@ -97,50 +95,41 @@ def test_every_row_is_counted():
 def test_unets_have_the_published_parameters(name):
     config = UNETS[name]
     with on_meta():
-        native = shapes_of(UNet(config))
+        ours = shapes_of(UNet(config))
     split = {"heads": config.heads, "head_dim": config.head_dim} if config.attention == "block" else {}
-    original = file_shapes(unet_table(native, **split), native)
+    original = file_shapes(unet_table(ours, **split), ours)
     parameters, keys = UNET_COUNTS[name]
-    assert size(native) == size(original) == parameters
+    assert size(ours) == size(original) == parameters
     assert keys is None or len(original) == keys
-
-
-@pytest.fixture(scope="module")
-def originals():
-    """The original layouts, as the tests of the rule tables have them."""
-    path = Path(__file__).parents[1] / "helpers" / "originals.py"
-    spec = importlib.util.spec_from_file_location("original_layouts", path)
-    module = sys.modules["original_layouts"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
     "name", [name for name in UNETS if not name.endswith("-lcm") and name not in ("ffhq", "lsun_beds")]
 )
-def test_unets_have_the_original_keys(name, originals):
+def test_unets_have_the_original_keys(name):
     config = UNETS[name]
     with on_meta():
-        native = shapes_of(UNet(config))
+        ours = shapes_of(UNet(config))
     split = {"heads": config.heads, "head_dim": config.head_dim} if config.attention == "block" else {}
-    assert file_shapes(unet_table(native, **split), native) == originals.unet(originals.UNETS[name][0])
+    expected = original_keys.unet(original_keys.UNETS[name][0])
+    assert file_shapes(unet_table(ours, **split), ours) == expected
 
 
 @pytest.mark.parametrize("name", VAE_COUNTS)
 def test_first_stages_have_the_published_parameters(name):
     with on_meta():
-        native = shapes_of(vae_of(VAES[name]))
-    original = file_shapes(vae_table(native), native)
-    assert (size(native), len(native)) == (size(original), len(original)) == VAE_COUNTS[name]
+        ours = shapes_of(vae_of(VAES[name]))
+    original = file_shapes(vae_table(ours), ours)
+    assert (size(ours), len(ours)) == (size(original), len(original)) == VAE_COUNTS[name]
 
 
 @pytest.mark.parametrize("name", BERTS)
 def test_text_encoders_have_the_published_parameters(name):
     config = BERTS[name]
     with on_meta():
-        native = shapes_of(LDMBert(config))
+        ours = shapes_of(LDMBert(config))
     logits = config.vocabulary * (config.width + 1)  # of the file, and unused
-    assert (size(native) + logits, len(file_shapes(bert_table(native), native)) + 2) == BERT_COUNTS[name]
+    assert (size(ours) + logits, len(file_shapes(bert_table(ours), ours)) + 2) == BERT_COUNTS[name]
 
 
 def test_labels_are_one_token_a_class():

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.weights.formats.safetensors import write_safetensors
+from ldm.weights.hugging_face_clip import hf_text_config, hf_vision_config, load_hugging_face_clip
 from ldm.weights.keymap import fit_table, to_file
-from ldm.weights.open_clip import hf_text_config, hf_vision_config, load_open_clip, open_clip_config
+from ldm.weights.open_clip import load_open_clip, open_clip_config
 from ldm.weights.rules.clip import clip_table, to_clip
 
 TEXT = TextConfig(
@@ -223,6 +224,44 @@ def test_whole_hugging_face_model():
         image / image.norm(dim=-1, keepdim=True), theirs.image_embeds, rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(model.logit_scale.data, peer.logit_scale.data)
+
+
+def test_folders_of_hugging_face(tmp_path):
+    """What transformers saves gives the network that it computes with, of each of the three kinds."""
+    transformers = pytest.importorskip("transformers")
+    text, vision = hf_config(TEXT), hf_config(VISION)
+    peers = {
+        "text": peer_of(TEXT),
+        "vision": peer_of(VISION),
+        "both": transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
+        ).eval(),
+    }
+    for name, peer in peers.items():
+        randomize(peer)
+        peer.save_pretrained(tmp_path / name)
+    ids, pixels = torch.randint(0, 298, (2, 20)), torch.rand(2, 3, 32, 32)
+    ids[:, 7] = 299
+    (tmp_path / "vision" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "resample": 3}')
+    tower, image, model = (load_hugging_face_clip(tmp_path / name) for name in peers)
+    assert isinstance(tower, TextTower) and isinstance(image, VisionTower) and isinstance(model, CLIP)
+    assert image.config.mean == (0, 0, 0) and model.config.text.embed_dim == 48
+    with torch.no_grad():
+        for own, peer in (
+            (tower(ids).pooled, peers["text"](ids).text_embeds),
+            (image(pixels).pooled, peers["vision"](pixels).image_embeds),
+            (
+                model.visual(pixels).pooled,
+                peers["both"].visual_projection(peers["both"].vision_model(pixels).pooler_output),
+            ),
+        ):
+            torch.testing.assert_close(own, peer, rtol=1e-4, atol=1e-5)
+    (tmp_path / "vision" / "preprocessor_config.json").write_text('{"resample": 2}')
+    with pytest.raises(ValueError, match="resample: expected 3"):
+        load_hugging_face_clip(tmp_path / "vision")
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "clips"}')
+    with pytest.raises(ValueError, match="model_type: 'clips'; did you mean 'clip'"):
+        load_hugging_face_clip(tmp_path / "text")
 
 
 def test_towers_inside_diffusion_models():

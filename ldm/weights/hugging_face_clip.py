@@ -1,0 +1,188 @@
+"""Load CLIP models from folders in Hugging Face layout: config.json and weights, as transformers saves them.
+
+For example:
+
+    from ldm.weights.hugging_face_clip import load_hugging_face_clip
+
+    model = load_hugging_face_clip("clip-vit-large-patch14")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.models.clip.pixels import MEAN, STD
+from ldm.models.clip.towers import (
+    CLIP,
+    Activation,
+    CLIPConfig,
+    TextConfig,
+    TextTower,
+    VisionConfig,
+    VisionTower,
+)
+from ldm.models.meta import on_meta
+from ldm.support.config import nearest
+from ldm.weights.formats.diffusers_folder import read_component, read_json
+from ldm.weights.formats.safetensors import load_strict
+from ldm.weights.rules.clip import to_clip
+
+RGB = tuple[float, float, float]
+ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+# The values of entries that config.json leaves out, as transformers defines them.
+TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "projection_dim": 512,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+VISION_DEFAULTS = {
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 512,
+}
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json states it
+
+
+def load_hugging_face_clip(
+    folder: str | Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> CLIP | TextTower | VisionTower:
+    """Return the CLIP model in a folder in Hugging Face layout, in evaluation mode.
+
+    Args:
+        folder: A folder with config.json and weights (safetensors or .bin, whole or in shards), and
+            preprocessor_config.json if its images are not normalised as OpenAI's.
+        variant: Variant of the weights, such as "fp16"; None for the plain ones.
+        dtype: Floating-point type of the weights. Default: float32.
+
+    Returns:
+        A `CLIP` for transformers' CLIPModel, a `TextTower` for CLIPTextModel, a `VisionTower` for
+        CLIPVisionModel; the latter two with or without projection.
+
+    Raises:
+        FileNotFoundError: If the folder or its weights are absent.
+        ValueError: If it holds another kind of model, or one that computes otherwise.
+    """
+    component = read_component(folder, variant=variant)
+    with on_meta():
+        model = hugging_face_network(component.config, *pixel_statistics(Path(folder)))
+    load_strict(model, to_clip(model, component.tensors, source=folder), source=folder, dtype=dtype)
+    return model.eval()
+
+
+def hugging_face_network(
+    config: Mapping[str, Any], mean: RGB = MEAN, std: RGB = STD
+) -> CLIP | TextTower | VisionTower:
+    """Return the network that a config.json describes, with its initial weights.
+
+    Args:
+        config: The content of config.json.
+        mean: Mean of the pixels that the image tower was trained on. Default: OpenAI's.
+        std: Their standard deviation. Default: OpenAI's.
+    """
+    kind = config.get("model_type")
+    if kind == "clip_text_model":
+        return TextTower(hf_text_config(config))
+    if kind == "clip_vision_model":
+        return VisionTower(replace(hf_vision_config(config), mean=mean, std=std))
+    if kind != "clip":
+        choices = ("clip", "clip_text_model", "clip_vision_model")
+        raise ValueError(f"model_type: {kind!r}; {nearest(kind, choices)}")
+    width = config.get("projection_dim", 512)
+    text = hf_text_config({"model_type": "clip_text_model", **config.get("text_config", {})})
+    vision = hf_vision_config({"model_type": "clip_vision_model", **config.get("vision_config", {})})
+    return CLIP(
+        CLIPConfig(
+            text=replace(text, embed_dim=width),
+            vision=replace(vision, embed_dim=width, mean=mean, std=std),
+        )
+    )
+
+
+def pixel_statistics(folder: Path) -> tuple[RGB, RGB]:
+    """Return the mean and standard deviation of pixels in preprocessor_config.json; OpenAI's if it is absent.
+
+    Raises:
+        ValueError: If it states another interpolation than bicubic.
+    """
+    path = folder / "preprocessor_config.json"
+    stated = read_json(path) if path.is_file() else {}
+    if stated.get("resample", BICUBIC) != BICUBIC:
+        raise ValueError(f"{str(path)!r}: resample: expected {BICUBIC} (bicubic), got {stated['resample']}")
+    mean, std = stated.get("image_mean", MEAN), stated.get("image_std", STD)
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def hf_text_config(config: Mapping[str, Any]) -> TextConfig:
+    """Return the configuration of the text tower in a config.json of CLIPTextModel[WithProjection].
+
+    Raises:
+        ValueError: If it is the configuration of another model, or of one that computes otherwise.
+    """
+    _check_config(config, "clip_text_model")
+    stated = {**TEXT_DEFAULTS, **config}
+    bos, eos = stated["bos_token_id"], stated["eos_token_id"]
+    if eos == 2:  # files of 2022 state 0 and 2, which CLIP's tokenizer never produces
+        bos, eos = TEXT_DEFAULTS["bos_token_id"], TEXT_DEFAULTS["eos_token_id"]
+    return TextConfig(
+        vocab_size=stated["vocab_size"],
+        context_length=stated["max_position_embeddings"],
+        width=stated["hidden_size"],
+        layers=stated["num_hidden_layers"],
+        heads=stated["num_attention_heads"],
+        mlp_width=stated["intermediate_size"],
+        activation=ACTIVATIONS[config.get("hidden_act", "quick_gelu")],
+        embed_dim=stated["projection_dim"] if _is_projected(config) else None,
+        bos_id=bos,
+        eot_id=eos,
+    )
+
+
+def hf_vision_config(config: Mapping[str, Any]) -> VisionConfig:
+    """Return the configuration of the image tower in a config.json of CLIPVisionModel[WithProjection].
+
+    Raises:
+        ValueError: If it is the configuration of another model, or of one that computes otherwise.
+    """
+    _check_config(config, "clip_vision_model")
+    stated = {**VISION_DEFAULTS, **config}
+    return VisionConfig(
+        image_size=stated["image_size"],
+        patch_size=stated["patch_size"],
+        width=stated["hidden_size"],
+        layers=stated["num_hidden_layers"],
+        heads=stated["num_attention_heads"],
+        mlp_width=stated["intermediate_size"],
+        activation=ACTIVATIONS[config.get("hidden_act", "quick_gelu")],
+        embed_dim=stated["projection_dim"] if _is_projected(config) else None,
+    )
+
+
+def _is_projected(config: Mapping[str, Any]) -> bool:
+    """Return whether the architecture is one with a projection to the shared embedding space."""
+    return "WithProjection" in "".join(config.get("architectures") or ())
+
+
+def _check_config(config: Mapping[str, Any], kind: str) -> None:
+    if config.get("model_type") != kind:
+        raise ValueError(f"model_type: expected {kind!r}, got {config.get('model_type')!r}")
+    if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act: {config['hidden_act']!r}; {nearest(config['hidden_act'], ACTIVATIONS)}"
+        )
+    if config.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise ValueError(f"layer_norm_eps: expected 1e-5, got {config['layer_norm_eps']}")
