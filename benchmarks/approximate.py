@@ -1,12 +1,12 @@
-"""What do the gains that change the result cost and give, against the exact run?
+"""Measure the error and the time of the approximations against the exact run.
 
-    # the embedded model: whole pictures
+    # the embedded model: whole images
     python benchmarks/approximate.py --clock cpu --threads 1 --json approximate.json
-    # random weights: time, error of the final latent
+    # random weights: time, and the error of the final latent
     python benchmarks/approximate.py --model sd1 --latent 32 --steps 6
 
-Error: the root mean square difference from the exact run of the same seeds; of pictures in levels of 255, of
-latents as a part of their deviation.
+The error is the RMS difference from the exact run with the same seeds: for images in levels of 255, for
+latents relative to their standard deviation.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Run = Callable[[], Tensor]
 
 
 def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
-    """The embedded model: pictures of the first prompts of the showcase, at the card's settings."""
+    """Return the runs of the embedded model: the first prompts of the showcase at the card's settings."""
     pipe = ldm.load("emoji-ldm", device="cpu", dtype=args.dtype)
 
     def side(options: Mapping[str, Any]) -> Run:
@@ -65,7 +65,7 @@ def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
 
 
 def random_weights(args: Any) -> Callable[[Mapping[str, Any]], Run]:
-    """A UNet of random weights under DDIM and guidance: its final latent."""
+    """Return the runs of a UNet with random weights: the final latent of DDIM with guidance."""
     config = (
         UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1)
         if args.model == "small"
@@ -96,12 +96,14 @@ def main() -> None:
         "--batch",
         type=int,
         default=1,
-        help="pictures a call; of the embedded model the first prompts of showcase.py",
+        help="images per call; the embedded model uses the first prompts of showcase.py",
     )
-    options.add_argument("--latent", type=int, default=32, help="side of the latent of random weights")
-    options.add_argument("--steps", type=int, help="default: the card's, or 6")
+    options.add_argument("--latent", type=int, default=32, help="side of the latent with random weights")
     options.add_argument(
-        "--only", nargs="+", choices=GAINS, default=list(GAINS), help="these alone, beside the exact run"
+        "--steps", type=int, help="sampling steps (default: the card's; 6 with random weights)"
+    )
+    options.add_argument(
+        "--only", nargs="+", choices=GAINS, default=list(GAINS), help="only these approximations"
     )
     args = options.parse_args()
     settle(args)
@@ -128,8 +130,10 @@ def main() -> None:
 def against(
     side: Callable[[Mapping[str, Any]], Run], options: Mapping[str, Any], expected: Tensor, args: Any
 ) -> dict[str, float]:
-    """A gain's error, seconds, and ratio to the exact run's, both the least of several measured next to each
-    other."""
+    """Return the error of an approximation, its seconds and the exact run's, and their ratio.
+
+    Seconds are the best of several runs, measured next to each other.
+    """
     exact = min(measure({"exact": side({})}, args.repeats, args.clock)["exact"])
     run = side(options)
     got = run()

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: sides that take turns, medians with their spread, and JSON."""
+"""Shared by the speed benchmarks: alternating sides, medians with their spread, and JSON."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def parser(description: str, *, repeats: int = 7) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
+    """Return the parser with the options of every speed benchmark."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     made.add_argument(
-        "--repeats", type=int, default=repeats, help="runs of each side, in turns, after one that warms up"
+        "--repeats", type=int, default=repeats, help="runs of each side, alternating, after one warm-up run"
     )
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every side")
     made.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: processor time, with one thread on a busy machine",
+        help="cpu counts processor time: use it with one thread on a busy machine",
     )
-    made.add_argument("--json", type=Path, help="write the figures here")
+    made.add_argument("--json", type=Path, help="write the figures to this file")
     return made
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Threads as asked, and no gradients."""
+    """Set the number of threads and turn gradients off."""
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
 
 
 def measure(sides: Mapping[str, Side], repeats: int, clock: str = "wall") -> dict[str, list[float]]:
-    """Seconds of each side's runs: A B C A B C …, after one round that is not counted."""
+    """Return the seconds of each side's runs, alternating A B C A B C …, after one warm-up round."""
     read = time.process_time if clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {who: [] for who in sides}
     for turn in range(repeats + 1):
@@ -60,7 +60,7 @@ def measure(sides: Mapping[str, Side], repeats: int, clock: str = "wall") -> dic
 
 
 def where(threads: int) -> dict[str, Any]:
-    """The machine, and the versions of what ran."""
+    """Return the machine and the versions of the packages."""
     names = ("torch", "diffusers", "openvino", "transformers")
     versions = {}
     for name in names:
@@ -95,7 +95,20 @@ def report(
     extra: Mapping[str, Any] | None = None,
     unit: str = "s",
 ) -> dict[str, Any]:
-    """Print medians, spreads and the ratio of ldm to each peer with its bar; write them as JSON if asked."""
+    """Print medians, spreads and the ratio of ldm to each peer; write them as JSON if `args.json` is set.
+
+    Args:
+        question: What is measured.
+        settings: The settings, for the first line and the file.
+        seconds: The runs of each side; "ldm" is compared with every other one.
+        args: The parsed options (`threads`, `clock`, `json`).
+        bars: The largest ratio that is accepted, by peer.
+        extra: Further figures to print, by name.
+        unit: The unit of the runs. Default: "s".
+
+    Returns:
+        The report as it is written.
+    """
     sides = {
         who: {"median": statistics.median(runs), "low": min(runs), "high": max(runs), "runs": runs}
         for who, runs in seconds.items()
@@ -134,10 +147,10 @@ def report(
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """JSON, whole or not there."""
+    """Write JSON atomically."""
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The rms difference as a part of the other's deviation."""
+    """Return the RMS difference relative to the standard deviation of `theirs`."""
     return float((ours.float() - theirs.float()).square().mean().sqrt() / theirs.float().std())

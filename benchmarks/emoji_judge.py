@@ -1,9 +1,8 @@
-"""The judge of emoji models: which of the data set's pictures an image is nearest to, and what colour its
-ground has.
+"""The judge of emoji models: which image of the data set an image is nearest to, and its background colour.
 
-A plain rule instead of a network: mean squared error against every picture of the data set composed on the
-ground that was asked for, at 64×64, the least over shifts of the image by up to ±3 pixels and scalings by 0.9
-to 1.1. What a shift or a scaling uncovers is filled with that ground's colour.
+A fixed rule instead of a network: mean squared error against every image of the data set composed on the
+requested background, at 64×64, the minimum over shifts by up to ±3 pixels and scalings by 0.9 to 1.1. Areas
+that a shift or a scaling uncovers are filled with the background colour.
 """
 
 from __future__ import annotations
@@ -22,38 +21,44 @@ SIZE, SHIFT, SCALES = 64, 3, (0.9, 0.95, 1.0, 1.05, 1.1)
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the judge says of one image that was to show ``name`` on ``ground`` (None: white).
+    """The judgement of one image.
 
-    ``rank``: how many pictures are nearer to the image than the nearest one of that name (any style); 0 is a
-    hit, below 5 in the top five. ``nearest``, ``nearest_style``, ``mse``: the nearest picture of all, and its
-    mean squared error on [0, 1]. ``ground_seen``: the palette's colour nearest to the corners.
+    Attributes:
+        name: The requested name.
+        background: The requested background colour; None is white.
+        rank: How many images of the data set are nearer than the nearest one of that name (any style); 0 is
+            a hit, below 5 is in the top five.
+        nearest: The name of the nearest image.
+        nearest_style: The style of the nearest image.
+        mse: The mean squared error to the nearest image, for values in [0, 1].
+        background_seen: The palette's colour nearest to the corners.
     """
 
     name: str
-    ground: str | None
+    background: str | None
     rank: int
     nearest: str
     nearest_style: str
     mse: float
-    ground_seen: str
+    background_seen: str
 
     @property
-    def ground_right(self) -> bool:
-        return self.ground_seen == (self.ground or "white")
+    def background_right(self) -> bool:
+        return self.background_seen == (self.background or "white")
 
 
 class EmojiJudge:
-    """Judges images against all pictures of a data set, held-out ones too."""
+    """Judge images against all images of a data set, including held-out ones."""
 
     def __init__(self, data: EmojiData) -> None:
         self.index = data.index
-        pictures = (
+        source = (
             torch.from_numpy(data.images[:])
             if data.images.flags.writeable
             else torch.from_numpy(data.images.copy())
         )
         colours, alphas = [], []
-        for part in pictures.split(256):
+        for part in source.split(256):
             rgba = part.permute(0, 3, 1, 2).float() / 255  # (n, 4, P, P), straight alpha
             rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
             rgba = F.interpolate(rgba, size=(SIZE, SIZE), mode="area")
@@ -67,42 +72,54 @@ class EmojiJudge:
         self._rows_of = rows
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, names: Sequence[str], grounds: Sequence[str | None]) -> list[Verdict]:
-        """One verdict an image (B, 3, H, W) in [0, 1]; asked of each were a name ("red-apple") and a ground
-        of the palette, or None."""
-        if images.ndim != 4 or images.shape[1] != 3 or not len(images) == len(names) == len(grounds):
+    def __call__(
+        self, images: Tensor, names: Sequence[str], backgrounds: Sequence[str | None]
+    ) -> list[Verdict]:
+        """Return one verdict per image.
+
+        Args:
+            images: Images, shape (B, 3, H, W), in [0, 1].
+            names: The requested names, such as "red-apple".
+            backgrounds: The requested background colours of the palette, or None for white.
+
+        Raises:
+            ValueError: If the shapes do not match or a name is not in the data set.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not len(images) == len(names) == len(backgrounds):
             raise ValueError(
-                f"expected (B, 3, H, W) with B names and grounds, got {tuple(images.shape)}, {len(names)} and"
-                f" {len(grounds)}"
+                f"expected (B, 3, H, W) with B names and backgrounds, got {tuple(images.shape)},"
+                f" {len(names)} and {len(backgrounds)}"
             )
         unknown = [name for name in names if name not in self._rows_of]
         if unknown:
             raise ValueError(f"names that the data set does not have: {unknown[:5]}")
         images = images.float()
         verdicts: dict[int, Verdict] = {}
-        for ground in dict.fromkeys(grounds):
-            gallery = self._gallery(ground)
+        for background in dict.fromkeys(backgrounds):
+            gallery = self._gallery(background)
             coarse = _pool(gallery)
-            for i in (i for i, asked in enumerate(grounds) if asked == ground):
-                distance = self._distances(images[i], names[i], ground, gallery, coarse)
-                verdicts[i] = self._verdict(distance, images[i], names[i], ground)
+            for i in (i for i, asked in enumerate(backgrounds) if asked == background):
+                distance = self._distances(images[i], names[i], background, gallery, coarse)
+                verdicts[i] = self._verdict(distance, images[i], names[i], background)
         return [verdicts[i] for i in range(len(images))]
 
-    def _gallery(self, ground: str | None) -> Tensor:
-        """The pictures composed on a ground, less the ground: (N, 3, 64, 64). The differences stay, and
-        float32 rounds less near zero."""
-        return self._colour - _colour(ground) * self._alpha
+    def _gallery(self, background: str | None) -> Tensor:
+        """Return the images composed on a background minus the background, (N, 3, 64, 64).
+
+        Differences between images are unaffected, and float32 rounds less near zero.
+        """
+        return self._colour - _colour(background) * self._alpha
 
     def _distances(
-        self, image: Tensor, name: str, ground: str | None, gallery: Tensor, coarse: Tensor
+        self, image: Tensor, name: str, background: str | None, gallery: Tensor, coarse: Tensor
     ) -> Tensor:
-        """(N,) least mean squared error of an image's copies to each picture: exact up to the asked name's,
-        infinite where surely larger.
+        """Return the minimum mean squared error of an image's copies to each image of the data set, (N,).
 
-        The error between box means is never above that between the images (Jensen), so that most pictures
-        need no look at full size.
+        Exact up to the requested name's distance; infinite where it is certainly larger. The error between
+        box means is a lower bound of the error between images (Jensen), so most images are excluded without a
+        comparison at full size.
         """
-        copies = shifted_and_scaled(image - _colour(ground))  # (K, 3, 64, 64)
+        copies = shifted_and_scaled(image - _colour(background))  # (K, 3, 64, 64)
         distance = torch.full((len(gallery),), torch.inf)
         own = torch.tensor(self._rows_of[name])
         distance[own] = least_mse(copies, gallery[own])
@@ -111,27 +128,26 @@ class EmojiJudge:
         distance[near] = least_mse(copies, gallery[near])
         return distance
 
-    def _verdict(self, distance: Tensor, image: Tensor, name: str, ground: str | None) -> Verdict:
+    def _verdict(self, distance: Tensor, image: Tensor, name: str, background: str | None) -> Verdict:
         best = int(distance.argmin())
         own = distance[self._rows_of[name]].min()
-        rank = int((distance < own - 1e-6).sum())  # pictures drawn alike tie, float32's rounding aside
+        rank = int((distance < own - 1e-6).sum())  # identical images tie up to float32 rounding
         row = self.index[best]
         return Verdict(
             name=name,
-            ground=ground,
+            background=background,
             rank=rank,
             nearest=row.name,
             nearest_style=row.style,
             mse=float(distance[best]),
-            ground_seen=ground_of(image),
+            background_seen=background_of(image),
         )
 
 
 def least_mse(copies: Tensor, gallery: Tensor) -> Tensor:
-    """(N,) least mean squared error of copies (K, C, h, w) to each picture (N, C, h, w): |a − b|² = |a|² −
-    2ab + |b|²."""
+    """Return the minimum mean squared error of copies (K, C, h, w) to each image (N, C, h, w), shape (N,)."""
     copies, gallery = copies.flatten(1), gallery.flatten(1)
-    # (N, K)
+    # |a − b|² = |a|² − 2ab + |b|², (N, K)
     products = torch.addmm(copies.square().sum(1).expand(len(gallery), -1), gallery, copies.T, alpha=-2)
     return (products.amin(1) + gallery.square().sum(1)).clamp_min(0) / gallery.shape[1]
 
@@ -141,9 +157,11 @@ def _pool(images: Tensor) -> Tensor:
 
 
 def shifted_and_scaled(image: Tensor) -> Tensor:
-    """All copies of an image (3, H, W), less its ground, that the judge compares: (5·7·7, 3, 64, 64), filled
-    up with 0."""
-    picture = F.interpolate(
+    """Return the shifted and scaled copies of an image (3, H, W) minus its background, (5·7·7, 3, 64, 64).
+
+    Uncovered areas are 0.
+    """
+    resized = F.interpolate(
         image[None], size=(SIZE, SIZE), mode="area" if image.shape[-1] >= SIZE else "bilinear"
     )
     copies = []
@@ -151,10 +169,10 @@ def shifted_and_scaled(image: Tensor) -> Tensor:
         theta = torch.tensor([[[1 / scale, 0, 0], [0, 1 / scale, 0]]])
         scaled = (
             F.grid_sample(
-                picture, F.affine_grid(theta, list(picture.shape), align_corners=False), align_corners=False
+                resized, F.affine_grid(theta, list(resized.shape), align_corners=False), align_corners=False
             )
             if scale != 1
-            else picture
+            else resized
         )
         padded = F.pad(scaled, (SHIFT,) * 4)
         windows = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (1, 3, 7, 7, 64, 64)
@@ -162,9 +180,11 @@ def shifted_and_scaled(image: Tensor) -> Tensor:
     return torch.cat(copies)
 
 
-def ground_of(image: Tensor) -> str:
-    """The palette's colour nearest to the median of the four corners (each a 32nd of the width) of an image
-    (3, H, W) in [0, 1]."""
+def background_of(image: Tensor) -> str:
+    """Return the palette's colour nearest to the median of the corners of an image (3, H, W) in [0, 1].
+
+    Each corner is a square with a side of 1/32 of the width.
+    """
     patch = max(1, image.shape[-1] // 32)
     ends = [slice(0, patch), slice(-patch, None)]
     corners = torch.cat(
@@ -174,5 +194,5 @@ def ground_of(image: Tensor) -> str:
     return min(PALETTE, key=lambda name: float((median - _colour(name).flatten()).square().sum()))
 
 
-def _colour(ground: str | None) -> Tensor:
-    return torch.tensor(PALETTE[ground or "white"], dtype=torch.float32).view(3, 1, 1) / 255
+def _colour(background: str | None) -> Tensor:
+    return torch.tensor(PALETTE[background or "white"], dtype=torch.float32).view(3, 1, 1) / 255

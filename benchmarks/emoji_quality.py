@@ -1,10 +1,11 @@
-"""How good is an emoji model? ``python benchmarks/emoji_quality.py`` loads it anew, makes pictures and judges
-them by rule.
+"""Measure how often an emoji model draws what was asked.
 
-Rows (the rule is ``emoji_judge``): names drawn at random, half of them on a random ground; held-out (name,
-ground) pairs; the ground's colour; the autoencoder on held-out pictures; and the Fréchet distance to the data
-(Heusel et al. 2017, with the model's own CLIP image tower in Inception's place) of samples, of
-reconstructions and of other images of the data.
+    python benchmarks/emoji_quality.py
+
+Rows (judged by `emoji_judge`): random names, half of them on a random background; held-out (name, background)
+pairs; the background colour; the autoencoder on held-out images; and the Fréchet distance to the data (Heusel
+et al. 2017, with the model's own CLIP image tower instead of Inception) of samples, of reconstructions and of
+other images of the data.
 """
 
 from __future__ import annotations
@@ -40,17 +41,19 @@ from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import write_atomically
 from ldm.weights.formats.ldm_folder import read_part
 
-GROUNDS = tuple(colour for colour in PALETTE if colour != "white")
+BACKGROUNDS = tuple(colour for colour in PALETTE if colour != "white")
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds -> (B, 3, H, W) in [0, 1]
 
 
 def draw_training(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
-    """n noto names that training has seen, without repeats; every other one on a random ground whose pair it
-    was allowed to see."""
+    """Return n distinct noto names of the training set; every other one on a random background.
+
+    No (name, background) pair is held out.
+    """
     names = rng.permutation(data.index.names("noto", held_out=False))[:n]
     drawn = []
     for i, name in enumerate(names):
-        allowed = [ground for ground in GROUNDS if not held_out_pair(name, ground)]
+        allowed = [background for background in BACKGROUNDS if not held_out_pair(name, background)]
         drawn.append(
             Composition(
                 image=data.find(name), background=allowed[rng.integers(len(allowed))] if i % 2 else None
@@ -60,12 +63,12 @@ def draw_training(data: EmojiData, n: int, rng: np.random.Generator) -> list[Com
 
 
 def draw_held_out_pairs(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
-    """n of the held-out (name, ground) pairs whose picture itself training has seen."""
+    """Return n of the held-out (name, background) pairs whose image itself is in the training set."""
     pairs = [
-        (name, ground)
+        (name, background)
         for name in data.index.names("noto", held_out=False)
-        for ground in GROUNDS
-        if held_out_pair(name, ground)
+        for background in BACKGROUNDS
+        if held_out_pair(name, background)
     ]
     return [
         Composition(image=data.find(pairs[i][0]), background=pairs[i][1])
@@ -73,35 +76,34 @@ def draw_held_out_pairs(data: EmojiData, n: int, rng: np.random.Generator) -> li
     ]
 
 
-def draw_held_out_pictures(data: EmojiData, rng: np.random.Generator) -> list[Composition]:
-    """Every held-out picture once, every other one on a random ground of the ten."""
+def draw_held_out_images(data: EmojiData, rng: np.random.Generator) -> list[Composition]:
+    """Return every held-out image once, every other one on a random background."""
     colours = tuple(PALETTE)
-    grounds = [colours[rng.integers(len(colours))] if i % 2 else None for i in range(len(data.held_out))]
+    backgrounds = [colours[rng.integers(len(colours))] if i % 2 else None for i in range(len(data.held_out))]
     return [
-        Composition(image=int(picture), background=ground)
-        for picture, ground in zip(data.held_out, grounds, strict=True)
+        Composition(image=int(image), background=background)
+        for image, background in zip(data.held_out, backgrounds, strict=True)
     ]
 
 
 def real(compositions: Sequence[Composition], data: EmojiData, size: int) -> Tensor:
-    """The data's own images, (B, 3, size, size) in [0, 1]."""
+    """Render compositions from the data set, (B, 3, size, size) in [0, 1]."""
     return torch.from_numpy(render_batch(compositions, data.images, size)).permute(0, 3, 1, 2).float() / 255
 
 
 def score(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Shares, in per cent, of a list of verdicts."""
+    """Return the shares, in per cent, of hits in a list of verdicts."""
     share = {
         "top1": [verdict.rank == 0 for verdict in verdicts],
         "top5": [verdict.rank < 5 for verdict in verdicts],
-        "ground": [verdict.ground_right for verdict in verdicts],
+        "background": [verdict.background_right for verdict in verdicts],
     }
     return {name: 100 * float(np.mean(hits)) if hits else float("nan") for name, hits in share.items()}
 
 
 @torch.inference_mode()
 def reconstruct(pipe: Any, images: Tensor, batch: int = 16) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] through the autoencoder and back, by the posterior's mode, clamped to [0,
-    1]."""
+    """Encode and decode images (B, 3, H, W) in [0, 1] by the posterior's mode; clamp to [0, 1]."""
     like = next(pipe.vae.parameters())
     latents = (pipe.vae.encode((part * 2 - 1).to(like)).mode() for part in images.split(batch))
     parts = [pipe.vae.decode(latent.to(like)).float().cpu() for latent in latents]
@@ -109,12 +111,12 @@ def reconstruct(pipe: Any, images: Tensor, batch: int = 16) -> Tensor:
 
 
 def mean_psnr(a: Tensor, b: Tensor) -> float:
-    """The mean over images in [0, 1] of each one's PSNR in dB."""
+    """Return the mean over images in [0, 1] of each one's PSNR in dB."""
     return float((-10 * (a - b).square().flatten(1).mean(1).clamp_min(1e-12).log10()).mean())
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|µa − µb|² + tr(A + B − 2·(A·B)^½) of two sets of features (n, D), in float64."""
+    """Return |µa − µb|² + tr(A + B − 2·(A·B)^½) of two sets of features (n, D), in float64."""
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
@@ -125,7 +127,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @torch.inference_mode()
 def features(images: Tensor, folder: Path, batch: int = 100) -> np.ndarray:
-    """Embeddings of unit length by the image tower in a folder, in float32: (B, E) float64."""
+    """Return unit-length embeddings by the image tower in a folder, (B, E) float64."""
     tower, _ = read_part(folder, "vision", VisionConfig, VisionTower)
     parts = [tower(tower.prepare(part)).pooled.double() for part in images.split(batch)]
     return torch.nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
@@ -134,8 +136,11 @@ def features(images: Tensor, folder: Path, batch: int = 100) -> np.ndarray:
 def frechet_rows(
     pipe: Any, generate: Generate, data: EmojiData, n: int, size: int, rng: np.random.Generator, clip: Path
 ) -> dict[str, float]:
-    """Fréchet distances to n images of the data: of n samples, n reconstructions, and n other images of the
-    data (what chance gives)."""
+    """Return the Fréchet distances to n images of the data.
+
+    They are those of n samples, of n reconstructions, and of n other images of the data, which is the
+    distance that chance gives.
+    """
     mix = Mix()
     reference, asked = ([sample_composition(rng, data.index, mix) for _ in range(n)] for _ in range(2))
     to = features(real(reference, data, size), clip)
@@ -146,7 +151,7 @@ def frechet_rows(
 
 
 def generator(pipe: Any, options: argparse.Namespace) -> Generate:
-    """The model as a function, at its default settings but for those given."""
+    """Return the model as a function, with the settings given and defaults otherwise."""
     settings = {
         key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None
     }
@@ -167,7 +172,7 @@ def generator(pipe: Any, options: argparse.Namespace) -> Generate:
 def measure(
     pipe: Any, data: EmojiData, options: argparse.Namespace
 ) -> tuple[dict[str, Any], Tensor, list[Verdict], list[str]]:
-    """All figures; and the images that were judged, with their verdicts and prompts."""
+    """Return all figures, and the judged images with their verdicts and prompts."""
     rng = np.random.default_rng(options.seed)
     generate, judge = generator(pipe, options), EmojiJudge(data)
     sets = {
@@ -186,13 +191,13 @@ def measure(
         )
         result[name] = {"n": len(prompts), **score(verdicts), "seconds_an_image": seconds}
         if name == "training":
-            result["training_on_ground"] = score([verdict for verdict in verdicts if verdict.ground])
-            result["training_on_white"] = score([verdict for verdict in verdicts if not verdict.ground])
+            result["training_on_background"] = score([verdict for verdict in verdicts if verdict.background])
+            result["training_on_white"] = score([verdict for verdict in verdicts if not verdict.background])
         all_images.append(images)
         all_verdicts += verdicts
         all_prompts += prompts
     size = all_images[0].shape[-1]
-    held_out = real(draw_held_out_pictures(data, rng), data, size)
+    held_out = real(draw_held_out_images(data, rng), data, size)
     result["autoencoder"] = {"n": len(held_out), "psnr": mean_psnr(reconstruct(pipe, held_out), held_out)}
     if not options.skip_frechet:
         result["frechet"] = {
@@ -203,36 +208,41 @@ def measure(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table, with the bar that each has to pass."""
+    """Return the figures as a Markdown table with their bars."""
     training, pairs = result["training"], result["held_out_pairs"]
     drop = training["top1"] - pairs["top1"]
     psnr, bar = result["autoencoder"]["psnr"], 25 if result["size"] >= 128 else 28
     rows = [
         (
-            f"nearest picture has the asked name, top-1 (n = {training['n']})",
+            f"nearest image has the requested name, top-1 (n = {training['n']})",
             f"{training['top1']:.1f} %",
             "≥ 60 %",
             training["top1"] >= 60,
         ),
         ("the same, top-5", f"{training['top5']:.1f} %", "≥ 80 %", training["top5"] >= 80),
-        ("top-1 on white, unsaid", f"{result['training_on_white']['top1']:.1f} %", "", None),
-        ("top-1 on a ground that was said", f"{result['training_on_ground']['top1']:.1f} %", "", None),
+        ("top-1 on white, not in the prompt", f"{result['training_on_white']['top1']:.1f} %", "", None),
         (
-            "the ground has the asked colour",
-            f"{training['ground']:.1f} %",
-            "≥ 95 %",
-            training["ground"] >= 95,
+            "top-1 on a background named in the prompt",
+            f"{result['training_on_background']['top1']:.1f} %",
+            "",
+            None,
         ),
         (
-            f"held-out (name, ground) pairs, top-1 (n = {pairs['n']})",
+            "the background has the requested colour",
+            f"{training['background']:.1f} %",
+            "≥ 95 %",
+            training["background"] >= 95,
+        ),
+        (
+            f"held-out (name, background) pairs, top-1 (n = {pairs['n']})",
             f"{pairs['top1']:.1f} %",
             "≤ 10 points below",
             drop <= 10,
         ),
         ("the same, top-5", f"{pairs['top5']:.1f} %", "", None),
-        ("the same, ground", f"{pairs['ground']:.1f} %", "", None),
+        ("the same, background", f"{pairs['background']:.1f} %", "", None),
         (
-            f"autoencoder, held-out pictures, mean PSNR (n = {result['autoencoder']['n']})",
+            f"autoencoder, held-out images, mean PSNR (n = {result['autoencoder']['n']})",
             f"{psnr:.2f} dB",
             f"≥ {bar} dB",
             psnr >= bar,
@@ -261,8 +271,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def save_grid(path: Path, images: Tensor, verdicts: Sequence[Verdict], prompts: Sequence[str]) -> None:
-    """A sheet of what was judged: the prompt below each image, and what a missed one was nearest to, in
-    red."""
+    """Write a PNG of the judged images, each above its prompt; the nearest name of a miss is in red."""
     import textwrap
 
     from PIL import Image, ImageDraw
@@ -271,14 +280,14 @@ def save_grid(path: Path, images: Tensor, verdicts: Sequence[Verdict], prompts: 
     sheet = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (cell + text)), "#e8e8e8")
     draw = ImageDraw.Draw(sheet)
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    for i, (picture, verdict, prompt) in enumerate(zip(pixels, verdicts, prompts, strict=True)):
+    for i, (image, verdict, prompt) in enumerate(zip(pixels, verdicts, prompts, strict=True)):
         x, y = i % columns * cell + 4, i // columns * (cell + text) + 4
-        sheet.paste(Image.fromarray(picture), (x, y))
+        sheet.paste(Image.fromarray(image), (x, y))
         draw.multiline_text(
             (x, y + cell - 6), "\n".join(textwrap.wrap(prompt, cell // 6)[:3]), fill="black", spacing=1
         )
         missed = ([f"#{verdict.rank + 1}, {verdict.nearest}"] if verdict.rank else []) + (
-            [] if verdict.ground_right else [verdict.ground_seen]
+            [] if verdict.background_right else [verdict.background_seen]
         )
         draw.text((x, y + cell + 31), "; ".join(missed)[: cell // 6], fill="red")
     temporary = path.with_name(f".{path.name}.tmp")
@@ -287,27 +296,30 @@ def save_grid(path: Path, images: Tensor, verdicts: Sequence[Verdict], prompts: 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; impossible ones are refused."""
-    parser = argparse.ArgumentParser(description="Judge an emoji model by rule.")
+    """Parse the options; exit with a message for impossible ones."""
+    parser = argparse.ArgumentParser(description="Measure how often an emoji model draws what was asked.")
     parser.add_argument("--model", default="emoji-ldm")
-    parser.add_argument("--weights", default=None, help="weights to judge in place of the model's own")
+    parser.add_argument("--weights", default=None, help="weights to judge instead of the model's own")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
     parser.add_argument(
-        "--n", type=int, default=100, help="images of each of the two sets (default: %(default)s)"
+        "--n", type=int, default=100, help="images in each of the two sets (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of what is drawn, and of the first image (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the random choice and of the first image (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=None, help="sampling steps (default: the model card's)")
     parser.add_argument(
         "--guidance", type=float, default=None, help="guidance scale (default: the model card's)"
     )
-    parser.add_argument("--batch", type=int, default=10, help="images made at once (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=10, help="images per batch (default: %(default)s)")
     parser.add_argument(
         "--frechet-n",
         type=int,
         default=2000,
-        help="images of each set of the Fréchet distance (default: %(default)s)",
+        help="images in each set of the Fréchet distance (default: %(default)s)",
     )
     parser.add_argument("--skip-frechet", action="store_true")
     parser.add_argument(
@@ -316,8 +328,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=ASSETS / "emoji-clip",
         help="folder of the image tower whose features are compared",
     )
-    parser.add_argument("--json", type=Path, default=None, help="write the figures and every verdict here")
-    parser.add_argument("--grid", type=Path, default=None, help="write a PNG of the judged images here")
+    parser.add_argument(
+        "--json", type=Path, default=None, help="write the figures and every verdict to this file"
+    )
+    parser.add_argument(
+        "--grid", type=Path, default=None, help="write a PNG of the judged images to this file"
+    )
     options = parser.parse_args(arguments)
     if options.n < 2 or options.batch < 1 or options.frechet_n < 2:
         parser.error("--n and --frechet-n must be at least 2, --batch at least 1")
@@ -336,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(result))
     print(
         f"\n{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s;"
-        f" {result['training']['seconds_an_image']:.2f} s an image"
+        f" {result['training']['seconds_an_image']:.2f} s per image"
     )
     if options.grid is not None:
         save_grid(options.grid, images, verdicts, prompts)

@@ -1,5 +1,4 @@
-"""How long does importing take, until a pipeline could be loaded, against diffusers, OpenVINO's runtime and
-torch alone?
+"""Measure the import time, up to the point where a pipeline can be loaded, against diffusers and torch.
 
 python benchmarks/import_time.py --json import.json
 """
@@ -24,7 +23,7 @@ def main() -> None:
     args = parser(__doc__.splitlines()[0], repeats=5).parse_args()
     if args.clock == "cpu":
         raise SystemExit(
-            "--clock cpu: each import runs in a process of its own, only the wall can be measured"
+            "--clock cpu: each import runs in a separate process, so only wall time can be measured"
         )
     sides = {
         who: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,4 @@
-"""How long do the products of Stable Diffusion 1's UNet take in 8 bits, with what rounds their input, against
-packed bf16?
+"""Measure single products of Stable Diffusion 1's UNet in 8 bits, rounding included, against packed bf16.
 
 python benchmarks/int8.py --clock cpu --threads 1
 """

@@ -1,12 +1,11 @@
-"""How long does it take to load a single file of Stable Diffusion 1.5's size in half precision and be ready
-in bfloat16, and with how much memory?
+"""Measure time and memory of loading a half-precision single file of Stable Diffusion 1.5's size in bfloat16.
 
     python benchmarks/load.py --json load.json
 
-Against diffusers' `from_single_file`, in turns and in processes of their own, on a file of random weights
-(2.1 GB, made first). Time counts from the imported library to the pipeline; memory is what stands above that
-after the imports, by the kernel's count of anonymous pages (RssAnon), read from outside every 2 ms. The file
-is in the page cache for both. Bars: half of the peer's time, 1.15 times the model's own size.
+The peer is diffusers' `from_single_file`; the sides alternate in separate processes, on a file of random
+weights (2.1 GB, written first). Time counts from the imported library to the pipeline. Memory is what is
+added after the imports, by the kernel's count of anonymous pages (RssAnon), read from outside every 2 ms. The
+file is in the page cache for both. Bars: half of the peer's time, 1.15 times the model's own size.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ TIME_BAR, MEMORY_BAR = 0.5, 1.15
 
 
 def name_of(card: str) -> str:
-    """The name of a card, registered first where its YAML was given."""
+    """Return the name of a card; register it first if a YAML file is given."""
     import ldm
 
     return ldm.register(card).name if card.endswith((".yaml", ".yml")) else card
 
 
 def child(who: str, weights: Path, config: Path, threads: int, card: str) -> None:
-    """In a process of its own: import, say so, wait for a line, load, and report."""
+    """Run in a separate process: import, print a line, wait for a line, load, and report."""
     import torch
 
     torch.set_num_threads(threads)
@@ -92,7 +91,7 @@ def child(who: str, weights: Path, config: Path, threads: int, card: str) -> Non
 
 
 def anonymous(pid: int) -> int:
-    """A process's anonymous memory in bytes."""
+    """Return a process's anonymous memory in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -100,7 +99,7 @@ def anonymous(pid: int) -> int:
 
 
 def measure(who: str, weights: Path, config: Path, threads: int, card: str) -> dict[str, Any]:
-    """One run of one side in a new process."""
+    """Measure one run of one side in a new process."""
     command = [
         sys.executable,
         __file__,
@@ -137,8 +136,7 @@ def measure(who: str, weights: Path, config: Path, threads: int, card: str) -> d
 
 
 def prepare(folder: Path, card: str) -> tuple[Path, Path]:
-    """The file, and a folder of configurations and tokenizers that the peer needs beside it; made where they
-    are not there."""
+    """Return the file and the peer's folder of configurations and tokenizers; create what is missing."""
     weights, config = folder / "random-fp16.safetensors", folder / "config"
     if not weights.is_file() or not (config / "model_index.json").is_file():
         import ldm
@@ -156,25 +154,25 @@ def prepare(folder: Path, card: str) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of loading, against diffusers.")
+    parser = argparse.ArgumentParser(description="Measure time and memory of loading, against diffusers.")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="runs of each side, in turns (default: %(default)s)"
+        "--rounds", type=int, default=5, help="runs of each side, alternating (default: %(default)s)"
     )
     parser.add_argument(
         "--threads",
         type=int,
         default=os.cpu_count() or 1,
-        help="threads of torch on either side (default: all)",
+        help="torch threads on each side (default: all)",
     )
     parser.add_argument(
-        "--folder", type=Path, help="where the file is made and kept (default: a temporary folder)"
+        "--folder", type=Path, help="folder to keep the file in (default: a temporary folder)"
     )
     parser.add_argument(
         "--card",
         default="sd-v1-5",
-        help="a card of Stable Diffusion 1's family, or the YAML of one (default: %(default)s)",
+        help="a card of Stable Diffusion 1's family, or its YAML file (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--child", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
@@ -197,7 +195,7 @@ def main() -> None:
 
 
 def summary(runs: list[dict[str, Any]], size: int, threads: int) -> dict[str, Any]:
-    """Medians of time, worst of memory, and the two ratios that have bars."""
+    """Return median times, maximum memory, and the two ratios that have bars."""
     import torch
 
     if len({run["parameters"] for run in runs}) > 1 or len({run["conv_in"] for run in runs}) > 1:
@@ -225,7 +223,7 @@ def summary(runs: list[dict[str, Any]], size: int, threads: int) -> dict[str, An
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """The figures in lines."""
+    """Print the figures."""
     print(f"a file of {report['file_bytes'] / 1e9:.2f} GB to bfloat16, {report['where']['threads']} threads")
     print(f"{'':<10} {'seconds (median)':>17} {'peak anonymous':>15} {'/ model':>8}")
     for who, side in report["sides"].items():

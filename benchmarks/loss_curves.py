@@ -1,5 +1,4 @@
-"""Plot how the parts of the embedded models learnt: ``python benchmarks/loss_curves.py -o curves.png`` (needs
-matplotlib)."""
+"""Plot the training curves of the embedded models: `python benchmarks/loss_curves.py -o curves.png`."""
 
 from __future__ import annotations
 
@@ -11,12 +10,14 @@ from ldm.catalog.lookup import ASSETS
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Loss and validation against samples seen, one panel a run.")
+    parser = argparse.ArgumentParser(
+        description="Plot loss and validation against samples seen, one panel per run (needs matplotlib)."
+    )
     parser.add_argument(
         "metrics",
         nargs="*",
         type=Path,
-        help="metrics as JSON lines (default: those exported with the embedded models)",
+        help="metrics as JSON lines (default: those of the embedded models)",
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("curves.png"))
     options = parser.parse_args(arguments)

@@ -1,8 +1,9 @@
-"""How much memory does a whole call take, and decoding a large picture? The peak of resident memory, each run
-in a process of its own.
+"""Measure the peak resident memory of a whole call, or of decoding a large image.
 
-python benchmarks/memory.py --json memory.json                     # text to image, 512×512 python
-benchmarks/memory.py --decode --size 2048 --json decode.json
+    python benchmarks/memory.py --json memory.json  # text to image, 512×512
+    python benchmarks/memory.py --decode --size 2048 --json decode.json
+
+Each run has a separate process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import ldm
 
 
 def peak() -> float:
-    """The largest resident memory of this process so far, in GB."""
+    """Return the peak resident memory of this process in GB."""
     line = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
     )
@@ -31,12 +32,12 @@ def peak() -> float:
 
 
 def forget() -> None:
-    """Begin to look for the largest anew."""
+    """Reset the kernel's record of peak memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def child(who: str, args: Any) -> None:
-    """In a process of its own: prepare, run, and say what the run's peak was."""
+    """Run in a separate process: prepare, run, and print the peak of the run."""
     settle(args)
     if args.decode:
         model, dtype = "small" if args.small else "kl-f8", DTYPES[args.dtype]
@@ -68,15 +69,15 @@ def child(who: str, args: Any) -> None:
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0], 1)
-    parser.add_argument("--decode", action="store_true", help="decode one latent instead")
+    parser.add_argument("--decode", action="store_true", help="decode one latent instead of a whole call")
     parser.add_argument(
-        "--small", action="store_true", help="an autoencoder of a quarter of the channels, for a quick look"
+        "--small", action="store_true", help="an autoencoder with a quarter of the channels, for a quick look"
     )
     parser.add_argument(
         "--sides",
         nargs="+",
         default=["ldm", "ldm, resident", "diffusers"],
-        help="ldm is with memory=True, 'ldm, resident' without",
+        help="'ldm' uses memory=True, 'ldm, resident' does not",
     )
     parser.add_argument("--child")
     args = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
         **({} if args.decode else {"card": args.card, "steps": args.steps}),
     }
     bars = {} if args.decode else {"diffusers": 0.70}
-    extra = {"bar": "under 4 GB at 2048×2048, under 3 hoped for"} if args.decode else {}
+    extra = {"bar": "less than 4 GB at 2048×2048; goal: less than 3 GB"} if args.decode else {}
     report(
         "peak memory of decoding" if args.decode else "peak memory of a call",
         settings,

@@ -1,4 +1,4 @@
-"""Our networks and the peers' with the same weights."""
+"""Networks of ldm and of its peers with the same weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ MODELS = ("sd1", "sd2", "sdxl", "small")
 
 
 def unets(model: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """(ours, diffusers') with the same random weights; "small": two levels of Stable Diffusion 1's widths,
-    for a quick look."""
+    """Return a UNet of ldm and of diffusers with the same random weights.
+
+    "small" has two levels of Stable Diffusion 1's widths, for a quick look.
+    """
     import diffusers
 
     config = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1) if model == "small" else UNETS[model]
@@ -32,7 +34,7 @@ def unets(model: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 
 
 def our_vae(model: str, dtype: torch.dtype) -> AutoencoderKL:
-    """An autoencoder of ours with random weights; "small": a quarter of the channels."""
+    """Return an autoencoder of ldm with random weights; "small" has a quarter of the channels."""
     base = VAES["kl-f8"]
     made = randomise(
         build_network(replace(base, channels=(32, 64, 128, 128)) if model == "small" else base), dtype=dtype
@@ -42,7 +44,7 @@ def our_vae(model: str, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def vaes(model: str, dtype: torch.dtype) -> tuple[AutoencoderKL, Any]:
-    """(ours, diffusers') with the same random weights; models as in `our_vae`."""
+    """Return an autoencoder of ldm and of diffusers with the same random weights; models as in `our_vae`."""
     import diffusers
 
     ours = our_vae(model, dtype)
@@ -53,14 +55,14 @@ def vaes(model: str, dtype: torch.dtype) -> tuple[AutoencoderKL, Any]:
 def _peer(kind: Any, about: dict[str, Any], ours: nn.Module) -> nn.Module:
     with torch.device("meta"):
         theirs = kind(**{key: value for key, value in about.items() if not key.startswith("_")})
-    theirs.load_state_dict(to_layout(ours, "diffusers"), assign=True)  # the very same memory
+    theirs.load_state_dict(to_layout(ours, "diffusers"), assign=True)  # shares memory
     return theirs.eval().requires_grad_(False)
 
 
 def unet_inputs(
     ours: nn.Module, batch: int, latent: int, tokens: int, dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same inputs in our words and in the peer's."""
+    """Return the same inputs as arguments of ldm's UNet and of the peer's."""
     g = torch.Generator().manual_seed(0)
     config = ours.config
     x = torch.randn(batch, config.in_channels, latent, latent, generator=g).to(dtype)
@@ -81,8 +83,7 @@ def unet_inputs(
 
 
 def openvino_module(module: nn.Module, example: dict[str, Any], dtype: torch.dtype, threads: int) -> Any:
-    """The peer's network compiled by OpenVINO, as a function of its inputs; None where OpenVINO is not
-    installed."""
+    """Return the peer's network compiled by OpenVINO with its inputs; None if OpenVINO is not installed."""
     try:
         import openvino as ov
     except ImportError:

@@ -1,13 +1,12 @@
-"""Where does the time of one evaluation of a UNet go, and how near is each operator to what the machine can
-do?
+"""Profile one evaluation of a UNet, and compare each operator with the machine's ceiling.
 
-    python benchmarks/profile_unet.py                      # optimised
-    python benchmarks/profile_unet.py --plain              # the networks as they are written
+    python benchmarks/profile_unet.py                      # with ldm.optimize
+    python benchmarks/profile_unet.py --plain              # without
     python benchmarks/profile_unet.py --model small --latent 16 --repeats 2 --ceiling 1024
 
 The ceilings are measured in the same run: a product of two square matrices, and a 3×3 convolution 320→320 on
-2×64×64. "Ideal" is the time of the products at the ceilings' rates and of everything else at none; a folded
-upsampling counts the 3×3 convolution's products at 4/9.
+2×64×64. "Ideal" is the time of the products at the ceilings' rates, with everything else free; a folded
+upsampling counts 4/9 of the 3×3 convolution's products.
 """
 
 from __future__ import annotations
@@ -31,15 +30,14 @@ CONVOLUTIONS = ("convolution 3×3", "convolution 1×1", "upsampling")
 
 
 class Clock:
-    """Seconds and operations by kind of operator, from hooks; what runs inside a timed operator counts for it
-    alone."""
+    """Seconds and operations by kind of operator; operators inside a timed operator are not counted again."""
 
     def __init__(self, read: Any) -> None:
         self.read, self.depth = read, 0
         self.rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
     def wrap(self, fn: Any, kind: str, describe: Any) -> Any:
-        """The function, timed; ``describe``: (arguments, result) → (shape, operations)."""
+        """Return the function with timing; `describe` maps (arguments, result) to (shape, operations)."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.depth += 1
@@ -84,7 +82,7 @@ class Clock:
 
 
 class _Timed:
-    """The operators of a residual block, timed."""
+    """The operators of a residual block with timing."""
 
     def __init__(self, ops: Any, clock: Clock) -> None:
         self.group_norm = clock.wrap(
@@ -119,7 +117,7 @@ def _of(layer: nn.Linear | nn.Conv2d, part: nn.Module) -> Any:
 
 
 def ceilings(dtype: torch.dtype, side: int, args: Any) -> dict[str, float]:
-    """GFLOP/s of a matrix product and of a convolution, channels last."""
+    """Return the GFLOP/s of a matrix product and of a convolution, channels last."""
     a, b = torch.randn(2, side, side).to(dtype)
     x = torch.randn(2, 320, 64, 64).to(dtype).to(memory_format=torch.channels_last)
     w = torch.randn(320, 320, 3, 3).to(dtype).to(memory_format=torch.channels_last)
@@ -138,8 +136,10 @@ def main() -> None:
     options.add_argument("--latent", type=int, default=64)
     options.add_argument("--plain", action="store_true", help="without ldm.optimize")
     options.add_argument("--no-kernels", action="store_true")
-    options.add_argument("--ceiling", type=int, default=4096, help="side of the matrices of the ceiling")
-    options.add_argument("--rows", type=int, default=25, help="shapes to list, the slowest first")
+    options.add_argument(
+        "--ceiling", type=int, default=4096, help="side of the matrices that measure the ceiling"
+    )
+    options.add_argument("--rows", type=int, default=25, help="number of shapes to list, slowest first")
     args = options.parse_args()
     settle(args)
     dtype = DTYPES[args.dtype]
@@ -171,7 +171,7 @@ def main() -> None:
 
 
 def summary(clock: Clock, total: float, repeats: int, top: dict[str, float]) -> dict[str, Any]:
-    """Rows by shape and by kind, a run each, and the share of the ceiling over all."""
+    """Return rows by shape and by kind, per run, and the share of the ceiling over all."""
     rows = []
     for (kind, shape), (calls, seconds, work) in clock.rows.items():
         ceiling = top["convolution" if kind in CONVOLUTIONS else "product"]
@@ -209,7 +209,7 @@ def summary(clock: Clock, total: float, repeats: int, top: dict[str, float]) -> 
 
 
 def show(result: dict[str, Any], rows: int) -> None:
-    """The tables."""
+    """Print the tables."""
     print("ceilings: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in result["ceilings"].items()))
     print(f"{'operator':<22} {'calls':>6} {'ms':>9} {'of all':>7} {'of its ceiling':>15}")
     for kind, row in sorted(result["kinds"].items(), key=lambda item: -item[1]["seconds"]):

@@ -1,4 +1,4 @@
-"""The README's table of speed, and plots, from the JSON files that the other benchmarks wrote.
+"""Print a table of the speed benchmarks from their JSON files, and plot them.
 
 python benchmarks/report.py results/*.json --plot speed.png
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def rows(result: dict[str, Any]) -> list[str]:
-    """Table rows of one file: a peer each."""
+    """Return the table rows of one file, one per peer."""
     what = f"{result['question']}: " + ", ".join(
         f"{key} {value}" for key, value in result["settings"].items() if value not in (False, None)
     )
@@ -27,7 +27,7 @@ def rows(result: dict[str, Any]) -> list[str]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table of all that has sides, and the machines they ran on."""
+    """Return a Markdown table of all results with sides, and the machines they ran on."""
     sided = [result for result in results if "sides" in result]
     lines = [
         "| what | ldm | peer | ratio | bar |",
@@ -45,7 +45,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the ratios, and the curves of scaling where there are any."""
+    """Plot the ratios as bars, and the curves of `scaling.py` if present."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,7 +94,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 label=f"{who}, GB",
             )
         axis.set_title(key)
-        axis.set_xlabel("pictures" if key.endswith("batch") else "pixels of a picture")
+        axis.set_xlabel("images" if key.endswith("batch") else "pixels per image")
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -103,7 +103,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--plot", type=Path, help="write the plots here (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="write the plots to this file (needs matplotlib)")
     args = parser.parse_args()
     results = [json.loads(path.read_text(encoding="utf-8")) for path in args.files]
     known = [result for result in results if "where" in result and "question" in result]

@@ -1,11 +1,11 @@
-"""How do time and peak memory grow with the picture's size and with the batch, for ldm and for diffusers?
+"""Measure how time and peak memory grow with image size and batch, for ldm and for diffusers.
 
     python benchmarks/scaling.py --json scaling.json
     python benchmarks/scaling.py --model small --sizes 128 256 --batches 1 2 --repeats 1
 
-A row is one evaluation of the UNet, or one decoding; memory is what the run added to the resident memory
-before it. The exponent is the slope of a straight line through the logarithms: of time and memory over the
-number of pixels, or over the batch; 1 is proportional.
+A row is one evaluation of the UNet, or one decoding; memory is what the run adds to the resident memory. The
+exponent is the slope of a straight line through the logarithms of time or memory over the number of pixels,
+or over the batch size; 1 means proportional.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ import ldm
 
 
 def slope(x: list[float], y: list[float]) -> float:
-    """The exponent p of y ≈ c·x^p, by least squares of the logarithms."""
+    """Return the exponent p of y ≈ c·x^p, by least squares of the logarithms."""
     a, b = [math.log(v) for v in x], [math.log(max(v, 1e-9)) for v in y]
     mean = statistics.mean(a)
     return sum((u - mean) * v for u, v in zip(a, b, strict=True)) / sum((u - mean) ** 2 for u in a)
 
 
 def resident() -> float:
-    """Resident memory now, in GB."""
+    """Return the current resident memory in GB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 1e9
 
 
 def one(run: Any, args: Any) -> dict[str, float]:
-    """Median seconds, and the memory that a run adds at its peak: what the allocator kept of earlier runs is
-    first given back to the system."""
+    """Return the median seconds and the memory in GB that a run adds at its peak.
+
+    Memory that the allocator kept from earlier runs is returned to the system first.
+    """
     run()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -59,7 +61,7 @@ def main() -> None:
     options.add_argument("--dtype", choices=DTYPES, default="bf16")
     options.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024, 1536, 2048])
     options.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    options.add_argument("--batch-size", type=int, default=256, help="size of the pictures of a batch")
+    options.add_argument("--batch-size", type=int, default=256, help="size of the images in a batch")
     args = options.parse_args()
     settle(args)
     dtype = DTYPES[args.dtype]

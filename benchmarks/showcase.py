@@ -1,6 +1,7 @@
-"""The pictures of the README: ``python benchmarks/showcase.py -o samples.png`` asks the embedded model for 32
-prompts, seeds 0 to 31; ``python benchmarks/showcase.py --tasks -o tasks.png`` does with pictures what can be
-done, each of them made by the same model, seed 0.
+"""Generate the sample sheets of the documentation.
+
+python benchmarks/showcase.py -o samples.png        # 32 prompts, seeds 0 to 31
+python benchmarks/showcase.py --tasks -o tasks.png  # every task once, seed 0
 """
 
 from __future__ import annotations
@@ -53,14 +54,9 @@ PROMPTS = (
     "avocado",
     "a whale on a blue background",
 )
-LABEL, GAP, COLUMNS = (
-    20,
-    8,
-    6,
-    # of the sheet of tasks, in pixels: the line above a cell, the space between pictures; how many there are
-    # in a row
-)
-Cell = tuple[str, list[Tensor]]  # what is done, and pictures (3, 128, 128) of it from left to right
+LABEL, GAP = 20, 8  # of the sheet of tasks, in pixels: height of a label, space between images
+COLUMNS = 6  # images in a row of the sheet of tasks
+Cell = tuple[str, list[Tensor]]  # label, images (3, 128, 128) from left to right
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,18 +64,16 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("samples.png"))
-    parser.add_argument(
-        "--tasks", action="store_true", help="what is done with pictures, in place of the prompts"
-    )
+    parser.add_argument("--tasks", action="store_true", help="a sheet of all tasks instead of the prompts")
     parser.add_argument("--model", default="emoji-ldm")
-    parser.add_argument("--weights", default=None, help="weights in place of the model's own")
+    parser.add_argument("--weights", default=None, help="weights instead of the model's own")
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--steps", type=int, default=None)
     options = parser.parse_args(arguments)
     pipe = ldm.load(options.model, weights=options.weights)
     own = {"guidance": options.guidance, "steps": options.steps}
     if options.tasks:
-        # 128 colours: a quarter of the bytes, and the pictures hardly differ
+        # 128 colours: a quarter of the bytes at little visible difference
         sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None})).quantize(
             128
         ).save(options.output, optimize=True)
@@ -89,8 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tasks(pipe: Any, options: dict[str, Any]) -> list[Cell]:
-    """Every task once, on pictures that the model makes of texts, at default settings but for the strengths
-    that are named."""
+    """Run every task once on generated images, at default settings except for the strengths named."""
     cat, apple, car = pipe.text_to_image(
         ["cat face", "red apple", "police car"], seed=[0, 0, 0], **options
     ).tensor
@@ -107,7 +100,7 @@ def tasks(pipe: Any, options: dict[str, Any]) -> list[Cell]:
         ("text to image: cat face, red apple, police car", [cat, apple, car]),
         ("variations of the apple, strength 0.8", [apple, *varied]),
         (
-            "inpaint: the grey half is made anew",
+            "inpaint: the grey half is repainted",
             [hidden, pipe.inpaint("cat face", cat, mask, **options).tensor[0]],
         ),
         ("outpaint: police car, to the right", [F.pad(cut, (0, side // 2), value=1.0), wide]),
@@ -117,32 +110,32 @@ def tasks(pipe: Any, options: dict[str, Any]) -> list[Cell]:
         ),
         ("interpolate: from cat face to red apple", list(between)),
         (
-            "edit: red apple into green apple",
+            "edit: red apple to green apple",
             [apple, pipe.edit("red apple", "green apple", image=apple, **options).tensor[0]],
         ),
-        ("upscale: a quarter, and of twice the size", [quarter, large[:, :side, :side]]),
+        ("upscale: a quarter, and twice its size", [quarter, large[:, :side, :side]]),
         ("reconstruct: inverted and back", [cat, pipe.reconstruct(cat).tensor[0]]),
     ]
 
 
 def sheet(cells: list[Cell]) -> Image:
-    """The cells with their labels above them, row after row of `COLUMNS` pictures."""
+    """Return the cells with their labels above them, `COLUMNS` images per row."""
     from PIL import Image, ImageDraw
 
     side = cells[0][1][0].shape[-1]
     places, row, column = [], 0, 0
-    for _, pictures in cells:
-        if column + len(pictures) > COLUMNS:
+    for _, images in cells:
+        if column + len(images) > COLUMNS:
             row, column = row + 1, 0
         places.append((row, column))
-        column += len(pictures)
+        column += len(images)
     made = Image.new("RGB", (COLUMNS * (side + GAP) - GAP, (row + 1) * (side + LABEL)), "white")
     draw = ImageDraw.Draw(made)
-    for (label, pictures), (row, column) in zip(cells, places, strict=True):
+    for (label, images), (row, column) in zip(cells, places, strict=True):
         left, top = column * (side + GAP), row * (side + LABEL)
         draw.text((left + 2, top + 2), label, fill="black", font=caption_font())
-        for i, picture in enumerate(to_bytes(torch.stack(pictures))):
-            made.paste(Image.fromarray(picture), (left + i * (side + GAP), top + LABEL))
+        for i, image in enumerate(to_bytes(torch.stack(images))):
+            made.paste(Image.fromarray(image), (left + i * (side + GAP), top + LABEL))
     return made
 
 

@@ -1,5 +1,4 @@
-"""What the solvers do on a model: how far a picture is from the one that 1,000 steps make, against the
-evaluations it took."""
+"""Solvers on a model: the distance of an image from the 1,000-step image, against evaluations."""
 
 from __future__ import annotations
 
@@ -14,19 +13,17 @@ from torch import Tensor
 from ldm.analysis.plan import evaluations
 from ldm.samplers.conventions import Convention
 
-# Two families with a limit each: the probability flow, and the stochastic equation along one Brownian path.
+# Two families with one limit each: the probability flow, and the SDE along one Brownian path.
 FLOW = ("ddim", "euler", "heun", "dpm2", "plms", "lms", "dpmpp_2m", "unipc", "deis", "dpm_adaptive")
 PATH = ("ddpm", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
-# restart, lcm and tcd have no common limit: the first goes up again with noise of its own, the others are for
-# distilled models.
+# restart, lcm and tcd have no common limit: the first adds noise again, the others are for distilled models.
 REFERENCE = {"flow": "dpmpp_2m", "path": "dpmpp_2m_sde"}
 TOLERANCES = ((0.5, 0.08), (0.2, 0.03), (0.05, 0.0078), (0.01, 0.0016))  # rtol, atol of dpm_adaptive
 Row = dict[str, Any]
 
 
 class Bench:
-    """A model with the prompts and seeds that it is asked for; ``calls`` counts evaluations of the
-    network."""
+    """A model with its prompts and seeds; `calls` counts evaluations of the network."""
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class Bench:
     def make(
         self, sampler: str, steps: int, spacing: str | None = None, **options: Any
     ) -> tuple[Tensor, float]:
-        """The pictures (B, 3, H, W) in [0, 1], and the evaluations of each batch, averaged."""
+        """Return the images (B, 3, H, W) in [0, 1] and the mean number of evaluations per batch."""
         self.calls, parts = 0, []
         for i in range(0, len(self.prompts), self.batch):
             chosen = slice(i, i + self.batch)
@@ -71,19 +68,18 @@ class Bench:
         return torch.cat(parts), self.calls / len(parts)
 
     def reference(self, kind: str) -> Tensor:
-        """The limit of a family: a second-order method at every timestep of the schedule."""
+        """Return the limit of a family: a second-order method at every timestep of the reference."""
         return self.make(REFERENCE[kind], self.reference_steps, "trailing")[0]
 
     def steps_within(self, budget: int, sampler: str, spacing: str | None) -> tuple[int, int] | None:
-        """The most steps whose evaluations fit into the budget, and those evaluations; None where no number
-        of steps does."""
+        """Return the most steps that fit into a budget, and their evaluations; None if none fit."""
         changes = {} if spacing is None else {"spacing": spacing}
         for steps in range(budget, 0, -1):
             try:
                 count = evaluations(
                     self.rules.grid(self.pipe.denoiser.schedule, steps, sampler, **changes), sampler
                 )
-            except ValueError:  # a number of steps that the spacing refuses
+            except ValueError:  # the spacing refuses this number of steps
                 continue
             if count is not None and count <= budget:
                 return steps, count
@@ -91,8 +87,7 @@ class Bench:
 
 
 def distance(images: Tensor, reference: Tensor) -> tuple[float, float]:
-    """The mean over pictures of each one's root mean square difference, in levels of 255, and its standard
-    error."""
+    """Return the mean over images of each one's RMS difference, in levels of 255, and its standard error."""
     each = 255 * (images - reference).square().flatten(1).mean(1).sqrt()
     return float(each.mean()), float(each.std() / math.sqrt(len(each))) if len(each) > 1 else math.nan
 
@@ -106,11 +101,17 @@ def curve(
     kind: str,
     spacing: str | None = None,
 ) -> list[Row]:
-    """Distance against evaluations for one sampler on one spacing (None: the model's), a row for each budget
-    that gives other steps."""
-    if (
-        sampler == "dpm_adaptive"
-    ):  # of its grid only the ends count: the last level with noise is the table's first
+    """Return distance against evaluations for one sampler on one spacing, a row per number of steps.
+
+    Args:
+        bench: The model with its prompts and seeds.
+        sampler: The sampler's name.
+        budgets: Numbers of evaluations to fill.
+        reference: The family's limit, (B, 3, H, W).
+        kind: The family, "flow", "path" or "spacing".
+        spacing: The spacing; None for the model's.
+    """
+    if sampler == "dpm_adaptive":  # only the ends of its grid count
         spacing = "trailing"
         runs: list[tuple[int, dict[str, Any]]] = [
             (bench.reference_steps, {"rtol": rtol, "atol": atol}) for rtol, atol in TOLERANCES
@@ -130,8 +131,7 @@ def curve(
 def measure(
     bench: Bench, samplers: Sequence[str], budgets: Sequence[int], spacings: Sequence[str]
 ) -> dict[str, list[Row]]:
-    """Curves of every sampler against its family's limit, and of the model's default sampler on every spacing
-    against the flow's."""
+    """Return the curves of every sampler, and of the default sampler on every spacing."""
     result: dict[str, list[Row]] = {"flow": [], "path": [], "spacing": []}
     default = bench.pipe.card.defaults.sampler
     for kind, members in (("flow", FLOW), ("path", PATH)):
@@ -147,11 +147,10 @@ def measure(
 
 
 def recommend(rows: dict[str, list[Row]], tolerance: float) -> Row | None:
-    """The rule: of all that follow the flow, the fewest evaluations at a mean distance of at most
-    ``tolerance`` levels; then the nearest.
+    """Return the row with the fewest evaluations within `tolerance` levels; of several, the nearest.
 
-    An adaptive sampler is left out, as its evaluations are not known beforehand. None where nothing comes as
-    near.
+    Only samplers of the probability flow are considered. Adaptive samplers are excluded, since their
+    evaluations are not known in advance. None if no row is near enough.
     """
     near = [
         row
@@ -162,8 +161,10 @@ def recommend(rows: dict[str, list[Row]], tolerance: float) -> Row | None:
 
 
 def table(rows: Sequence[Row], budgets: Sequence[int], by: str) -> str:
-    """Markdown: for each curve the distance at the most evaluations that fit into each budget, in brackets
-    where they are fewer."""
+    """Return a Markdown table: per curve, the distance at the most evaluations within each budget.
+
+    The number of evaluations is in brackets if it is smaller than the budget.
+    """
     lines = [
         f"| {by} | " + " | ".join(f"{budget} evaluations" for budget in budgets) + " |",
         "|---" * (len(budgets) + 1) + "|",

@@ -1,5 +1,4 @@
-"""What the solvers do where the answer is known: errors on a Gaussian mixture's exact flow, and biases of the
-stochastic ones."""
+"""Solvers on an oracle: errors on a Gaussian mixture's exact flow, and biases of the stochastic ones."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ STEPS = (20, 40, 80, 160, 320, 640)
 
 
 def label(sampler: str, options: SolverOptions) -> str:
-    """The sampler with its options, short."""
+    """Return the sampler with its options, abbreviated."""
     return sampler + "".join(
         f", {key} {value}"
         for key, value in options.items()
@@ -39,12 +38,11 @@ def label(sampler: str, options: SolverOptions) -> str:
 def deterministic_rows(
     schedule: ScheduleName, steps: Sequence[int], samplers: Sequence[str] | None
 ) -> list[dict[str, Any]]:
-    """Errors of every deterministic method (of ``samplers``, or all) by grid and number of steps, and the
-    slopes where they are asymptotic.
+    """Return the errors of every deterministic method by grid and number of steps, and asymptotic slopes.
 
-    ``lambda`` and ``karras``: sigma_max to sigma_min, the first three steps on the exact flow. The others are
-    as a user has them, from the method's own start: ``leading`` and ``trailing`` without the last step,
-    ``karras to 0`` with it. A number of steps that a grid refuses is None.
+    On `lambda` and `karras`, from sigma_max to sigma_min, the first three steps are exact. The other grids
+    are as a user has them, from the method's own start: `leading` and `trailing` without the last step,
+    `karras to 0` with it. The error is None for a number of steps that a grid refuses.
     """
     table, data, rows = NoiseSchedule.make(schedule), mixture(), []
     for sampler, options, order in DETERMINISTIC:
@@ -83,7 +81,7 @@ def one_error(
     start: int,
     data: Any,
 ) -> float | None:
-    """The error of n steps; None where the grid refuses n."""
+    """Return the error of n steps; None if the grid refuses n."""
     try:
         grid = TimeGrid.make(table, n, spacing=spacing, final=final)
     except ValueError:
@@ -92,11 +90,10 @@ def one_error(
 
 
 def stochastic_rows(samples: int, samplers: Sequence[str] | None) -> list[dict[str, Any]]:
-    """The bias of every stochastic method, exact for one Gaussian, in standard errors of ``samples``, and how
-    it falls.
+    """Return the bias of every stochastic method, in standard errors of `samples`, and how it falls.
 
-    Beside it the largest deviation, in standard errors, of mean, covariance and weights of ``samples``
-    samples of a mixture in the plane.
+    The bias is exact for one Gaussian. `scores` are the errors, in standard errors, of mean, covariance and
+    weights of `samples` samples of a mixture in the plane.
     """
     table, rows = NoiseSchedule.scaled_linear(), []
     for sampler, options, order, steps in STOCHASTIC:
@@ -131,8 +128,7 @@ def stochastic_rows(samples: int, samplers: Sequence[str] | None) -> list[dict[s
 def sampled_scores(
     sampler: str, options: SolverOptions, table: NoiseSchedule, grid: TimeGrid, samples: int
 ) -> dict[str, float]:
-    """Standard errors between what the sampler makes, from the exact first state, and the truth at the grid's
-    end."""
+    """Return the errors of samples from the exact first state at the grid's end, in standard errors."""
     data, g = planar(), torch.Generator().manual_seed(11)
 
     def normal(like: torch.Tensor) -> torch.Tensor:
@@ -145,8 +141,10 @@ def sampled_scores(
 
 
 def deterministic_table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
-    """Markdown: slopes with the number of steps they have settled from, and errors at the fewest and the most
-    steps that every grid has."""
+    """Return a Markdown table of slopes, with the steps from which they are stable, and of errors.
+
+    Errors are those at the fewest and the most steps that every grid has.
+    """
     few, many = steps[0], max((n for n in steps if n <= 320), default=steps[-1])
     grids = ("karras", "leading", "trailing", "karras to 0")
     head = [
@@ -160,33 +158,35 @@ def deterministic_table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) ->
     for row in rows:
         slopes = [row["slopes"].get(grid) for grid in ("lambda", "karras")]
         cells = [label(row["sampler"], row["options"]), str(row["order"])]
-        cells += ["" if found is None else f"{found[0]:.2f} ({found[1]} on)" for found in slopes]
+        cells += ["" if found is None else f"{found[0]:.2f} (from {found[1]})" for found in slopes]
         for grid in grids:
-            cells += [told(row["errors"][grid][list(steps).index(n)]) for n in dict.fromkeys((few, many))]
+            cells += [
+                error_text(row["errors"][grid][list(steps).index(n)]) for n in dict.fromkeys((few, many))
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def told(error: float | None) -> str:
-    """An error in two digits; a dash where the grid refuses the number of steps."""
+def error_text(error: float | None) -> str:
+    """Return an error in two digits; a dash if the grid refuses the number of steps."""
     return "–" if error is None else f"{error:.1e}"
 
 
 def stochastic_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: biases in standard errors, weak slope, largest deviation of the samples."""
+    """Return a Markdown table of biases, weak slopes, and the largest error of the samples."""
     head = [
         "sampler",
         "steps",
         "bias of the mean",
-        "bias of the deviation",
+        "bias of the standard deviation",
         "weak order",
         "slope, 160 to 320",
-        "largest deviation of samples",
+        "largest error of the samples",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         weak = (
-            ["its own steps", ""]
+            ["own steps", ""]
             if row["weak_order"] is None
             else [str(row["weak_order"]), f"{row['weak_slope']:.2f}"]
         )

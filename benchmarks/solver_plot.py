@@ -1,4 +1,4 @@
-"""Distance against evaluations as a picture: a line for each sampler, named at its end."""
+"""Plot distance against evaluations: one line per sampler, labelled at its end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def merged(rows: Sequence[Row], by: str) -> dict[str, list[Row]]:
-    """Curves by name; those that are the same (Euler is DDIM) under one name."""
+    """Return curves by name; identical ones (Euler and DDIM) share one entry."""
     curves: dict[tuple[Any, ...], tuple[list[str], list[Row]]] = {}
     for name in dict.fromkeys(str(row[by]) for row in rows):
         mine = sorted((row for row in rows if str(row[by]) == name), key=lambda row: row["evaluations"])
@@ -40,7 +40,7 @@ def merged(rows: Sequence[Row], by: str) -> dict[str, list[Row]]:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved apart to at least ``gap``, in their order, about where they were."""
+    """Return heights moved apart to at least `gap`, in their order, near their places."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed = list(heights)
     for _ in range(200):
@@ -53,7 +53,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def draw(axis: Any, rows: Sequence[Row], by: str, title: str, tolerance: float) -> None:
-    """One panel, both axes logarithmic; names stand right of the lines' ends, moved apart."""
+    """Draw one panel with logarithmic axes; labels are right of the lines' ends, moved apart."""
     curves = merged(rows, by)
     ends = {name: math.log10(max(mine[-1]["distance"], 1e-3)) for name, mine in curves.items()}
     least, greatest = (f(max(row["distance"], 1e-3) for row in rows) for f in (min, max))
@@ -100,7 +100,7 @@ def draw(axis: Any, rows: Sequence[Row], by: str, title: str, tolerance: float) 
 
 
 def thinned(ticks: Sequence[int]) -> list[int]:
-    """Ticks at least a quarter apart, so that their numbers do not touch."""
+    """Return ticks at least a quarter apart, so that their labels do not overlap."""
     kept: list[int] = []
     for tick in ticks:
         if not kept or tick >= 1.25 * kept[-1]:
@@ -109,7 +109,7 @@ def thinned(ticks: Sequence[int]) -> list[int]:
 
 
 def plot(path: Path, models: dict[str, dict[str, list[Row]]], tolerance: float) -> None:
-    """A PNG with a line of panels for each model; whole or not there."""
+    """Write a PNG with one row of panels per model, atomically."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,11 @@
-"""How near does each sampler come, and at what cost? ``python benchmarks/solvers.py`` answers twice.
+"""Measure the accuracy of the samplers against their cost, on an oracle and on models.
 
-On an oracle (``--part oracle``): errors against the exact flow of a Gaussian mixture by grid and number of
-steps, the slopes where they are asymptotic, and the biases of the stochastic samplers. On models (``--part
-images``): the distance to the picture that 1,000 steps make, against evaluations, for each sampler, and for
-the default sampler on each spacing; and what follows for the default.
+    python benchmarks/solvers.py --part oracle
+    python benchmarks/solvers.py --part images
+
+On an oracle: errors against the exact flow of a Gaussian mixture by grid and number of steps, asymptotic
+slopes, and the biases of the stochastic samplers. On models: the distance to the 1,000-step image against
+evaluations, for each sampler, and for the default sampler on each spacing; and the default that follows.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ PROMPTS = (
 
 
 def oracle(options: argparse.Namespace) -> dict[str, Any]:
-    """The tables of the first part, printed; and their rows."""
+    """Print the tables of the first part and return their rows."""
     result: dict[str, Any] = {"deterministic": [], "stochastic": []}
     for schedule in options.schedules:
         rows = solver_oracle.deterministic_rows(schedule, options.oracle_steps, options.samplers)
@@ -56,7 +58,7 @@ def oracle(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def images(options: argparse.Namespace) -> dict[str, Any]:
-    """The tables of the second part, printed; rows and recommendation of each model."""
+    """Print the tables of the second part; return rows and recommendation of each model."""
     result = {}
     for model in options.models:
         pipe = ldm.load(model, dtype=options.dtype)
@@ -76,8 +78,8 @@ def images(options: argparse.Namespace) -> dict[str, Any]:
         )
         chosen = solver_images.recommend(rows, options.tolerance)
         print(
-            f"\n{model}: distance to the {bench.reference_steps}-step picture, levels of 255, mean of"
-            f" {len(bench.prompts)} pictures"
+            f"\n{model}: distance to the {bench.reference_steps}-step image, levels of 255, mean of"
+            f" {len(bench.prompts)} images"
         )
         for kind, by in (("flow", "sampler"), ("path", "sampler"), ("spacing", "spacing")):
             if rows[kind]:
@@ -86,7 +88,7 @@ def images(options: argparse.Namespace) -> dict[str, Any]:
         result[model] = {
             "rows": rows,
             "recommended": chosen,
-            "pictures": len(bench.prompts),
+            "images": len(bench.prompts),
             "reference_steps": bench.reference_steps,
         }
     return result
@@ -95,7 +97,7 @@ def images(options: argparse.Namespace) -> dict[str, Any]:
 def advice(
     defaults: Any, rows: dict[str, list[dict[str, Any]]], chosen: dict[str, Any] | None, tolerance: float
 ) -> str:
-    """The rule and what it gives, in a sentence."""
+    """Return a sentence with the rule and its result."""
     rule = (
         f"Fewest evaluations at a mean distance of at most {tolerance:g} levels of 255 among the"
         " deterministic samplers"
@@ -111,56 +113,54 @@ def advice(
     spacing = "" if chosen["spacing"] is None else f" on {chosen['spacing']}"
     return (
         f"{rule}: {chosen['sampler']}{spacing}, {chosen['steps']} steps, {chosen['evaluations']:.0f}"
-        f" evaluations, {chosen['distance']:.2f} ± {chosen['error']:.2f}. The card says {defaults.sampler},"
-        f" {defaults.steps} steps."
+        f" evaluations, {chosen['distance']:.2f} ± {chosen['error']:.2f}. The card's default is"
+        f" {defaults.sampler}, {defaults.steps} steps."
     )
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; impossible ones are refused."""
+    """Parse the options; exit with a message for impossible ones."""
     parser = argparse.ArgumentParser(
-        description="Errors of the samplers on an oracle, and their distance to the limit on a model."
+        description="Measure the samplers' errors on an oracle, and their distance to the limit on a model."
     )
     parser.add_argument("--part", choices=("oracle", "images", "both"), default="both")
-    parser.add_argument("--samplers", nargs="+", help="which samplers (default: every one that has a limit)")
+    parser.add_argument("--samplers", nargs="+", help="samplers to measure (default: all that have a limit)")
     parser.add_argument(
         "--schedules",
         nargs="+",
         choices=SCHEDULE_NAMES,
         default=["scaled_linear"],
-        help="of the oracle",
+        help="schedules of the oracle",
     )
     parser.add_argument(
         "--oracle-steps",
         nargs="+",
         type=int,
         default=list(solver_oracle.STEPS),
-        help="rising (default: 20 … 640)",
+        help="numbers of steps, ascending (default: 20 … 640)",
     )
     parser.add_argument(
         "--samples",
         type=int,
         default=20_000,
-        help="samples of the stochastic table, 0 to leave it out (default: %(default)s)",
+        help="samples of the stochastic table, 0 to skip it (default: %(default)s)",
     )
-    parser.add_argument(
-        "--models", nargs="+", default=["emoji-ldm"], help="names of models (default: emoji-ldm)"
-    )
+    parser.add_argument("--models", nargs="+", default=["emoji-ldm"], help="models (default: emoji-ldm)")
     parser.add_argument(
         "--budgets",
         nargs="+",
         type=int,
         default=[5, 8, 10, 15, 20, 30, 50],
-        help="evaluations (default: 5 … 50)",
+        help="numbers of evaluations (default: 5 … 50)",
     )
     parser.add_argument(
         "--spacings",
         nargs="*",
         default=[s for s in SPACINGS if s != "exponential"],
-        help="for the default sampler (default: all)",
+        help="spacings for the default sampler (default: all)",
     )
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
-    parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="images per prompt (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the card's)")
     parser.add_argument(
         "--reference-steps", type=int, default=1000, help="steps of the reference (default: %(default)s)"
@@ -169,23 +169,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--tolerance",
         type=float,
         default=4.0,
-        help="of the recommendation, in levels of 255 (default: %(default)s)",
+        help="largest distance of the recommendation, in levels of 255 (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=16, help="pictures made at once (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch (default: %(default)s)")
     parser.add_argument(
         "--dtype",
         default="float32",
-        help="what the model computes in (default: %(default)s, so that rounding is no part of it)",
+        help="dtype of the model (default: %(default)s, to exclude rounding)",
     )
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--plot", type=Path, help="write a PNG of the second part here (needs matplotlib)")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument(
+        "--plot", type=Path, help="write a plot of the second part to this PNG (needs matplotlib)"
+    )
     options = parser.parse_args(arguments)
     refuse(parser, options)
     return options
 
 
 def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends with a message where the options cannot work."""
+    """Exit with a message if the options cannot work."""
     for what, names, choices in (
         ("sampler", options.samplers or (), SAMPLERS),
         ("spacing", options.spacings, SPACINGS),
@@ -200,7 +202,7 @@ def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     ):
         parser.error("budgets, steps, seeds, batch and tolerance must be positive")
     if sorted(set(options.oracle_steps)) != options.oracle_steps:
-        parser.error("--oracle-steps must rise")
+        parser.error("--oracle-steps must be ascending")
     options.budgets = sorted(set(options.budgets))
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():

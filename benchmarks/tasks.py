@@ -1,14 +1,15 @@
-"""What the tasks on pictures are held to: inpainting, image-to-image and inversion on held-out pictures,
-outpainting and attention's maps on those of the training set, whose names the model knows.
+"""Measure the tasks on images.
 
-Inpainting: the right half of held-out pictures hidden; is what is made nearer to the truth (squared error
-over that half) than the mean picture of the training set, than a random sample of the model, and than its
-sample of the same prompt? Outpainting: the left half of pictures, cut through the object, made twice as wide;
-is the step across the border as small as the picture's own? Image-to-image at strength 0 and 1;
-reconstruction by inversion, against the autoencoder's. Attention: of two things side by side, does each one's
-map lie on its own half? Over all pairs, and over those that the model draws as asked: each half of the
-picture is nearer (squared error) to its own thing than to the other; and over those that it knows: the judge
-of `emoji_quality.py` has the names of both halves among its first five.
+- inpaint: the right half of held-out images is hidden. Is the result nearer to the truth (squared error over
+  that half) than the mean image of the training set, than a random sample of the model, and than its sample
+  of the same prompt?
+- outpaint: the left half of training images, cut through the object, is extended to twice the width. Is the
+  step across the border as small as the steps within the image?
+- image: image-to-image at strength 0 and 1 against the autoencoder and text-to-image.
+- reconstruct: inversion and back, against the autoencoder alone.
+- attention: of two objects side by side, does each one's attention map lie on its own half? Over all pairs;
+  over those drawn as asked (each half is nearer to its own object than to the other); and over those that the
+  model knows (the judge of `emoji_quality.py` has the names of both halves among its first five).
 """
 
 from __future__ import annotations
@@ -35,38 +36,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="emoji-ldm")
-    parser.add_argument("--weights", help="weights to judge in place of the model's own")
-    parser.add_argument("--dtype", help="what to compute in (default: the fastest that is safe)")
+    parser.add_argument("--weights", help="weights to judge instead of the model's own")
+    parser.add_argument("--dtype", help="dtype (default: the fastest that is safe)")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
     parser.add_argument(
         "--only",
         choices=("inpaint", "outpaint", "image", "reconstruct", "attention"),
         nargs="+",
-        help="(default: all)",
+        help="tasks to measure (default: all)",
     )
     parser.add_argument(
         "--n",
         type=int,
         default=50,
-        help="held-out pictures to inpaint, and pairs to attend to (default: %(default)s)",
+        help="held-out images to inpaint, and pairs for attention (default: %(default)s)",
     )
+    parser.add_argument("--m", type=int, default=20, help="images of each other task (default: %(default)s)")
     parser.add_argument(
-        "--m", type=int, default=20, help="pictures of each other task (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the random choice (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=10, help="pictures made at once (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=10, help="images per batch (default: %(default)s)")
     parser.add_argument(
         "--resample",
         type=int,
         nargs="+",
         default=[1],
-        help="RePaint: how often each stretch is taken (default: %(default)s)",
+        help="RePaint: how often each stretch is repeated (default: %(default)s)",
     )
-    parser.add_argument("--jump", type=int, default=5, help="the steps of a stretch (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument(
-        "--sheet", type=Path, help="write a PNG here: truth, what is known, and what was made, in rows"
-    )
+    parser.add_argument("--jump", type=int, default=5, help="steps of a stretch (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--sheet", type=Path, help="write rows of truth, input and results to this PNG")
     options = parser.parse_args()
     data = EmojiData.open(options.data)
     pipe = ldm.load(options.model, weights=options.weights, dtype=options.dtype)
@@ -81,10 +80,7 @@ def main() -> None:
     for name in options.only or measures:
         figures[name] = measures[name](pipe, data, options, rows)
         print(f"{name}: {json.dumps(figures[name], indent=1)}", flush=True)
-    print(
-        f"{torch.get_num_threads()} threads, {pipe.dtype}, {time.perf_counter() - start:.0f} s, beside other"
-        " work or not"
-    )
+    print(f"{torch.get_num_threads()} threads, {pipe.dtype}, {time.perf_counter() - start:.0f} s")
     if options.json is not None:
         settings = {
             key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
@@ -105,38 +101,38 @@ def main() -> None:
         save_sheet(options.sheet, rows)
 
 
-def pictures(data: EmojiData, rows: np.ndarray) -> tuple[Tensor, list[str]]:
-    """Pictures (B, 3, 128, 128) in [0, 1] of some rows on white, and their captions."""
+def rendered(data: EmojiData, rows: np.ndarray) -> tuple[Tensor, list[str]]:
+    """Return the images (B, 3, 128, 128) in [0, 1] of some rows on white, and their captions."""
     shown = [Composition(image=int(row)) for row in rows]
     return real(data, shown), [caption(c, data.index) for c in shown]
 
 
 def real(data: EmojiData, compositions: list[Composition]) -> Tensor:
-    """The data's own images of compositions, (B, 3, 128, 128) in [0, 1]."""
+    """Render compositions from the data set, (B, 3, 128, 128) in [0, 1]."""
     return torch.from_numpy(render_batch(compositions, data.images)).permute(0, 3, 1, 2).float() / 255
 
 
 def batches(task: Any, n: int, size: int) -> Tensor:
-    """What ``task(slice)`` makes of n pictures, some at a time."""
+    """Return the images of `task(slice)` for n images, in batches of `size`."""
     return torch.cat([task(slice(i, min(i + size, n))).tensor for i in range(0, n, size)])
 
 
 def inpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
-    """Held-out pictures with their right half hidden."""
+    """Inpaint held-out images with their right half hidden."""
     chosen = np.random.default_rng(options.seed).permutation(data.held_out)[: options.n]
-    x, captions = pictures(data, chosen)
+    x, captions = rendered(data, chosen)
     n, half = len(x), x.shape[-1] // 2
     mask = torch.zeros(1, 1, *x.shape[-2:])
     mask[..., half:] = 1
     hidden = x * (1 - mask)  # black under the mask, so that nothing can be seen there
-    mean = pictures(data, data.train)[0].mean(0, keepdim=True)
+    mean = rendered(data, data.train)[0].mean(0, keepdim=True)
     own = {"progress": False}
 
     def seeds(first: int) -> list[int]:
         return list(range(first, first + n))
 
     rivals = {
-        "mean picture": mean.expand_as(x),
+        "mean image": mean.expand_as(x),
         "random sample": batches(
             lambda s: pipe.text_to_image([""] * len(x[s]), guidance=1.0, seed=seeds(10_000)[s], **own),
             n,
@@ -183,22 +179,26 @@ def inpainting(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: li
 
 
 def batches_of_ae(pipe: Any, x: Tensor) -> Tensor:
-    """What the autoencoder leaves of pictures."""
+    """Return the reconstructions of the autoencoder."""
     return torch.cat([pipe.decode(pipe.encode(part)) for part in x.split(16)])
 
 
 def outpainting(
     pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]
 ) -> dict[str, Any]:
-    """Pictures cut through their object, made twice as wide."""
+    """Extend images cut through their object to twice the width."""
     chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: options.m]
-    x, captions = pictures(data, chosen)
+    x, captions = rendered(data, chosen)
     half = x.shape[-1] // 2
     given = x[..., :half]
     found: dict[str, Any] = {"n": len(x)}
-    # by this measure, the pictures that were never cut: flat ones have a 95th percentile of 0
+    # images whose uncut version passes this measure: flat ones have a 95th percentile of 0
     seamless = torch.ones(len(x), dtype=torch.bool)
-    for name, own_options in (("the uncut picture", None), ("as made", {"seam": 0.0}), ("corrected", {})):
+    for name, own_options in (
+        ("uncut image", None),
+        ("without seam correction", {"seam": 0.0}),
+        ("with seam correction", {}),
+    ):
         made = x
         if own_options is not None:
             made = batches(
@@ -220,12 +220,12 @@ def outpainting(
             "known pixels exact": bool(torch.equal(made[..., :half], given)),
             "mean step across the border": round(float(step.mean()), 4),
             "its 95th percentile": round(float(step.quantile(0.95, dim=1).mean()), 4),
-            "the picture's 95th percentile": round(float(own.mean()), 4),
+            "the image's 95th percentile": round(float(own.mean()), 4),
             "mean step within it, %": round(100 * float(within.float().mean()), 1),
-            "the same, of those whose uncut picture's is": (
+            "the same, of those whose uncut image's is": (
                 f"{int((within & seamless).sum())} of {int(seamless.sum())}"
             ),
-            "mean step within the whole picture's 95th percentile, %": round(
+            "mean step within the whole image's 95th percentile, %": round(
                 100 * float((step.mean(1) <= whole).float().mean()), 1
             ),
             "95th percentile within it, %": round(
@@ -239,8 +239,8 @@ def outpainting(
 def image_to_image(
     pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]
 ) -> dict[str, Any]:
-    """Strength 0 against the autoencoder, strength 1 against text-to-image."""
-    x, captions = pictures(data, data.held_out[:4])
+    """Compare strength 0 with the autoencoder, and strength 1 with text-to-image."""
+    x, captions = rendered(data, data.held_out[:4])
     zero, one = (
         pipe.image_to_image(captions, x, strength=strength, progress=False).tensor for strength in (0, 1)
     )
@@ -256,9 +256,9 @@ def image_to_image(
 def reconstruction(
     pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]
 ) -> dict[str, Any]:
-    """Inversion and back over 50 steps, against the autoencoder alone."""
+    """Invert and reconstruct over 50 steps; compare with the autoencoder alone."""
     chosen = np.random.default_rng(options.seed).permutation(data.held_out)[: options.m]
-    x, _ = pictures(data, chosen)
+    x, _ = rendered(data, chosen)
 
     def psnr(y: Tensor) -> Tensor:
         return -10 * (y - x).square().flatten(1).mean(1).log10()
@@ -283,7 +283,7 @@ def reconstruction(
 
 
 def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: list[Tensor]) -> dict[str, Any]:
-    """Pairs of names side by side: how much of each one's map lies on the left half of the picture."""
+    """Draw pairs of names side by side; measure how much of each one's map is on the left half."""
     chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: 2 * options.n]
     judge, shares, drawn, known, heat = EmojiJudge(data), [], [], [], []
     for i, (first, second) in enumerate(chosen.reshape(-1, 2)):
@@ -301,7 +301,7 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
                 for i in (0, 1)
             )
         )
-        side = made.shape[-1] // 2  # each thing stands in a square of half the side
+        side = made.shape[-1] // 2  # each object is in a square of half the side
         squares = torch.cat(made[..., side // 2 : side // 2 + side, :].float().cpu().split(side, dim=-1))
         known.append(
             all(verdict.rank < 5 for verdict in judge(squares, [one.name for one in about], [None, None]))
@@ -328,7 +328,7 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
 
 
 def save_sheet(path: Path, rows: list[Tensor]) -> None:
-    """The pictures, a row for each tensor, the first 20 of each."""
+    """Write the images, one row per tensor, the first 20 of each."""
     from PIL import Image
 
     width = max(min(len(row), 20) for row in rows)

@@ -1,8 +1,7 @@
-"""How long does a whole call take, from the prompt to the picture, against diffusers with the same (random)
-weights?
+"""Measure a whole call, from prompt to image, against diffusers with the same random weights.
 
-python benchmarks/text_to_image.py --json text-to-image.json python benchmarks/text_to_image.py --size 128
---steps 2 --repeats 1
+python benchmarks/text_to_image.py --json text-to-image.json
+python benchmarks/text_to_image.py --size 128 --steps 2 --repeats 1
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse", "blurry"
 
 
 def prepare(folder: Path, card: str, dtype: str) -> Path:
-    """A folder in diffusers' layout with random weights, made where it is not there."""
+    """Return a diffusers folder with random weights; create it if it is missing."""
     card = name_of(card)
     path = folder / f"{card}-{dtype}"
     if not (path / "model_index.json").is_file():
@@ -30,12 +29,12 @@ def prepare(folder: Path, card: str, dtype: str) -> Path:
 
 
 def ours(path: Path, card: str, dtype: str, *, memory: bool = False) -> Any:
-    """Our pipeline, optimised."""
+    """Return ldm's pipeline, optimised."""
     return ldm.optimize(ldm.load(name_of(card), weights=path, device="cpu", dtype=dtype), memory=memory)
 
 
 def theirs(path: Path, dtype: str) -> Any:
-    """Diffusers' pipeline with DPM++ 2M."""
+    """Return diffusers' pipeline with DPM++ 2M."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
@@ -47,7 +46,7 @@ def theirs(path: Path, dtype: str) -> Any:
 
 
 def call(pipe: Any, who: str, size: int, steps: int, guidance: float) -> Any:
-    """One call of either side."""
+    """Call one side's pipeline."""
     options = {"height": size, "width": size}
     if who == "ldm":
         return pipe.text_to_image(
@@ -71,17 +70,17 @@ def call(pipe: Any, who: str, size: int, steps: int, guidance: float) -> Any:
 
 
 def options(description: str, repeats: int) -> Any:
-    """The options that the benchmarks of a whole call share."""
+    """Return the parser with the options shared by the benchmarks of a whole call."""
     made = parser(description, repeats=repeats)
     made.add_argument(
-        "--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family, or the YAML of one"
+        "--card", default="sd-v1-5", help="a card of Stable Diffusion 1's family, or its YAML file"
     )
     made.add_argument("--dtype", choices=DTYPES, default="bf16")
     made.add_argument("--size", type=int, default=512)
     made.add_argument("--steps", type=int, default=20)
     made.add_argument("--guidance", type=float, default=7.5)
     made.add_argument(
-        "--folder", type=Path, help="where the weights are made and kept, 2 GB (default: a temporary folder)"
+        "--folder", type=Path, help="folder to keep the weights in, 2 GB (default: a temporary folder)"
     )
     return made
 

@@ -1,11 +1,10 @@
-"""How long does a training step of emoji-ldm's UNet take, against diffusers' UNet2DConditionModel of the same
-architecture?
+"""Measure a training step of emoji-ldm's UNet against the same architecture in diffusers.
 
     python benchmarks/train.py --json train.json
-    python benchmarks/train.py --profile                 # where the time of either side goes
+    python benchmarks/train.py --profile  # the operators that take the time on each side
 
-The step is that of `ldm.training`: autocast to bfloat16 where the processor has it, forward, backward,
-clipping, AdamW, on both sides; on ours the network is made ready by `for_training`, as there.
+The step is that of `ldm.training` on both sides: autocast to bfloat16 if the processor supports it, forward,
+backward, clipping, AdamW. ldm's network is prepared by `for_training`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ldm.weights.formats.ldm_folder import read_part_config
 
 
 def peer(c: UNetConfig) -> Any:
-    """The same architecture of diffusers' own parts."""
+    """Return the same architecture built from diffusers' parts."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 
@@ -47,7 +46,7 @@ def peer(c: UNetConfig) -> Any:
         class_embed_type="projection",
         projection_class_embeddings_input_dim=c.pooled_dim,
     )
-    assert not c.mid_depth  # UNet2DConditionModel gives such a middle one residual block, ours has two
+    assert not c.mid_depth  # UNet2DConditionModel gives such a middle one residual block, ldm two
     net.mid_block = UNetMidBlock2D(
         c.channels[-1],
         4 * c.channels[0],
@@ -60,7 +59,7 @@ def peer(c: UNetConfig) -> Any:
 
 
 def step(net: torch.nn.Module, predict: Any, target: torch.Tensor, dtype: torch.dtype) -> Any:
-    """One training step as a function."""
+    """Return one training step as a function."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
 
     def run() -> None:
@@ -97,7 +96,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--latent", type=int, default=16, help="side of the latent")
     options.add_argument("--tokens", type=int, default=12)
-    options.add_argument("--profile", action="store_true", help="then print the operators that take the time")
+    options.add_argument("--profile", action="store_true", help="also print the operators that take the time")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     config = read_part_config(Path(ldm.__file__).parent / "assets" / "emoji-ldm", "unet")

@@ -1,11 +1,10 @@
-"""Where does unCLIP's error come from: the prior or the decoder? (Ramesh et al. 2022, figure 8: image
-embedding, prior, text embedding)
+"""Attribute unCLIP's error to the prior and to the decoder (Ramesh et al. 2022, figure 8).
 
     python benchmarks/unclip_error.py --model emoji-unclip
 
-The same decoder makes pictures of the same prompts with the same seeds from three embeddings: that of the
-true picture, the prior's, and the text's own used in its place. What the first row misses is the decoder's
-error; what the others miss beyond it is that of the embedding.
+The same decoder generates images of the same prompts with the same seeds from three embeddings: the true
+image's, the prior's, and the text's used in its place. The error of the first row is the decoder's; what the
+other rows add is the embedding's.
 """
 
 from __future__ import annotations
@@ -30,16 +29,24 @@ from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.data import EmojiData, caption
 from ldm.support.files import write_atomically
 
-ROWS = ("image", "prior", "text")  # whose embedding the decoder is given
+ROWS = ("image", "prior", "text")  # source of the decoder's embedding
 Make = Callable[[ImageEmbedding, Sequence[str], Sequence[int]], Tensor]
 
 
 def embeddings(
     pipe: Any, truth: Tensor, prompts: Sequence[str], seeds: Sequence[int], *, candidates: int = 1
 ) -> dict[str, ImageEmbedding]:
-    """The three embeddings of each prompt; ``truth``: the true pictures (B, 3, H, W) in [0, 1].
+    """Return the three embeddings of each prompt.
 
-    The text's is brought to the length of the true ones, which the decoder knows.
+    Args:
+        pipe: The unCLIP model.
+        truth: The true images, (B, 3, H, W) in [0, 1].
+        prompts: One prompt per image.
+        seeds: One seed per image, for the prior.
+        candidates: Embeddings that the prior chooses from. Default: 1.
+
+    Returns:
+        "image", "prior" and "text"; the text's embedding is scaled to the mean length of the true ones.
     """
     image, text = pipe.clip.image_embedding(truth), pipe.clip.text_embedding(list(prompts))
     length = image.vector.norm(dim=1).mean()
@@ -54,18 +61,25 @@ def compare(
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """For each row: its pictures, their mean squared error to the truth, and the mean cosine of the embedding
-    and the true picture's."""
+    """Return for each embedding: images, their mean squared error, and the mean cosine to the true embedding.
+
+    Args:
+        make: The decoder, `(embedding, prompts, seeds) -> images`.
+        given: The embeddings by row; "image" is the true one.
+        truth: The true images, (B, 3, H, W) in [0, 1].
+        prompts: One prompt per image.
+        seeds: One seed per image.
+    """
     rows: dict[str, Any] = {}
     for name, embedding in given.items():
-        pictures = make(embedding, prompts, seeds)
+        images = make(embedding, prompts, seeds)
         size = truth.shape[-2:]
-        seen = pictures if pictures.shape[-2:] == size else F.interpolate(pictures, size, mode="area")
+        seen = images if images.shape[-2:] == size else F.interpolate(images, size, mode="area")
         cosine = F.cosine_similarity(
             embedding.vector, given["image"].vector.to(embedding.vector.device), dim=-1
         )
         rows[name] = {
-            "pictures": pictures,
+            "images": images,
             "mse": float((seen - truth).square().mean()),
             "cosine": float(cosine.mean()),
         }
@@ -73,13 +87,12 @@ def compare(
 
 
 def attribute(errors: Mapping[str, float]) -> dict[str, float]:
-    """Errors of the rows (smaller is better) → the decoder's, made even from true embeddings, and what each
-    other embedding adds to it."""
+    """Return the decoder's error (that of the true embeddings), and what each other embedding adds to it."""
     return {"decoder": errors["image"], **{name: errors[name] - errors["image"] for name in ROWS[1:]}}
 
 
 def maker(pipe: Any, options: argparse.Namespace) -> Make:
-    """The decoder as a function, at its default settings but for those given, without upsamplers."""
+    """Return the decoder without upsamplers as a function, with the settings given and defaults otherwise."""
     settings = {
         key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None
     }
@@ -104,7 +117,7 @@ def maker(pipe: Any, options: argparse.Namespace) -> Make:
 
 
 def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of all rows, as emoji_quality.py defines them, and whose error it is."""
+    """Return the figures of all rows, as in emoji_quality.py, and the attribution of the error."""
     rng = np.random.default_rng(options.seed)
     compositions = draw_training(data, options.n, rng)
     prompts, seeds = (
@@ -123,7 +136,7 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> dict[str
     judge = EmojiJudge(data)
     for row in rows.values():
         verdicts = judge(
-            row.pop("pictures"),
+            row.pop("images"),
             [data.index[c.image].name for c in compositions],
             [c.background for c in compositions],
         )
@@ -134,14 +147,14 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> dict[str
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The rows as a Markdown table, and below it whose error it is."""
-    label = {"image": "true image embedding", "prior": "the prior's", "text": "text embedding in its place"}
+    """Return the rows as a Markdown table, followed by the attribution of the error."""
+    label = {"image": "true image embedding", "prior": "prior's embedding", "text": "text embedding instead"}
     lines = [
-        "| embedding | cosine to the true one | mse | top-1 | top-5 | ground |",
+        "| embedding | cosine to the true one | MSE | top-1 | top-5 | background |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
-        shares = " | ".join(f"{row[what]:.1f} %" for what in ("top1", "top5", "ground"))
+        shares = " | ".join(f"{row[what]:.1f} %" for what in ("top1", "top5", "background"))
         lines.append(f"| {label[name]} | {row['cosine']:.3f} | {row['mse']:.4f} | {shares} |")
     for what, parts in result["error of"].items():
         lines.append(f"\n{what}: " + ", ".join(f"{name} {value:+.4g}" for name, value in parts.items()))
@@ -149,24 +162,27 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; impossible ones are refused."""
+    """Parse the options; exit with a message for impossible ones."""
     parser = argparse.ArgumentParser(description="Attribute unCLIP's error to prior and decoder.")
     parser.add_argument(
-        "--model", default=None, help="default: the one in the folder of weights, else emoji-unclip"
+        "--model", default=None, help="model (default: the one in the folder of weights, else emoji-unclip)"
     )
-    parser.add_argument("--weights", default=None, help="weights to judge in place of the model's own")
+    parser.add_argument("--weights", default=None, help="weights to judge instead of the model's own")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
     parser.add_argument(
-        "--n", type=int, default=100, help="prompts, half with a ground (default: %(default)s)"
+        "--n", type=int, default=100, help="prompts, half of them with a background (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="of the decoder (default: the card's)")
     parser.add_argument("--guidance", type=float, default=None, help="of the decoder (default: the card's)")
     parser.add_argument(
-        "--candidates", type=int, default=1, help="embeddings the prior chooses from (default: %(default)s)"
+        "--candidates",
+        type=int,
+        default=1,
+        help="embeddings that the prior chooses from (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     options = parser.parse_args(arguments)
     if options.n < 2 or options.batch < 1 or options.candidates < 1:
         parser.error("--n must be at least 2, --batch and --candidates at least 1")

@@ -1,13 +1,14 @@
-"""How good are the parts of an emoji unCLIP? ``python benchmarks/unclip_quality.py --model emoji-unclip``
+"""Measure the parts of an emoji unCLIP.
 
-- prior: cosine of its embeddings and the true images' on captions that no training saw, against that of the
-  text's own embedding.
-- variations: of held-out images, four each: how often at least one has the same name, by the judge of
-  ``emoji_quality.py``; from embedding and inverted noise (the paper's bipartite latent, varied by DDIM's
-  ``--eta``), and from the embedding alone.
-- reconstruction: PSNR of an image from its embedding and its inverted noise, against that of the autoencoder
-  alone.
-- upsampler: PSNR of held-out images made from their halves, against bicubic enlargement, with a side-by-side
+    python benchmarks/unclip_quality.py --model emoji-unclip
+
+- prior: cosine between its embeddings and the true images' on captions held out of training, against that of
+  the text's embedding.
+- variations: four of each held-out image; how often at least one has the same name, by the judge of
+  `emoji_quality.py`; from embedding and inverted noise (the paper's bipartite latent, varied by DDIM's
+  `--eta`), and from the embedding alone.
+- reconstruction: PSNR of an image from its embedding and its inverted noise, against the autoencoder alone.
+- upsampler: PSNR of held-out images from half their size, against bicubic enlargement, with a side-by-side
   image.
 """
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from emoji_judge import EmojiJudge
-from emoji_quality import draw_held_out_pairs, draw_held_out_pictures, mean_psnr, real
+from emoji_quality import draw_held_out_images, draw_held_out_pairs, mean_psnr, real
 from torch import Tensor
 
 import ldm
@@ -40,25 +41,27 @@ Figures = dict[str, float]
 
 
 def in_parts(make: Callable[[slice], Tensor], n: int, batch: int = BATCH) -> Tensor:
-    """What ``make`` gives for the slices of n things, joined."""
+    """Return the concatenated results of `make` for the slices of n items."""
     return torch.cat([make(slice(i, min(i + batch, n))) for i in range(0, n, batch)])
 
 
 def held_out(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
-    """Up to n pictures that no training saw, every other one on a ground."""
-    drawn = draw_held_out_pictures(data, rng)
+    """Return up to n images held out of training, every other one on a background."""
+    drawn = draw_held_out_images(data, rng)
     return [drawn[i] for i in rng.permutation(len(drawn))[:n]]
 
 
 def prior_cosines(
     pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, Figures]:
-    """Mean cosines on held-out (name, ground) pairs and on held-out pictures: of the prior's embedding, and
-    of the text's, to the picture's."""
+    """Return mean cosines of the prior's and of the text's embedding to the image's, on held-out data.
+
+    The sets are held-out (name, background) pairs and held-out images.
+    """
     rows = {}
     for name, chosen in (
         ("held-out pairs", draw_held_out_pairs(data, options.n, rng)),
-        ("held-out pictures", held_out(data, options.n, rng)),
+        ("held-out images", held_out(data, options.n, rng)),
     ):
         prompts = [caption(c, data.index) for c in chosen]
         true = pipe.clip.image_embedding(real(chosen, data, pipe.card.decoder.defaults.height)).vector.cpu()
@@ -76,9 +79,11 @@ def prior_cosines(
 def variations(
     pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, Figures]:
-    """Of held-out pictures, four variations each, from the bipartite latent and from the embedding alone: the
-    shares, in per cent, of pictures and of variations whose name is the judge's first; and the mean PSNR in
-    dB between two of one picture, which says how much they vary.
+    """Return how often variations of held-out images keep the name, and how much they vary.
+
+    There are four variations per image, from the bipartite latent and from the embedding alone. The figures
+    are the shares, in per cent, of images and of variations whose name is the judge's first, and the mean
+    PSNR in dB between two variations of one image.
     """
     chosen, judge = held_out(data, options.pictures, rng), EmojiJudge(data)
     truth = real(chosen, data, pipe.card.decoder.defaults.height)
@@ -94,8 +99,8 @@ def variations(
         ("embedding alone", {"upsample": False}),
     ):
         hits, between = [], []
-        for k, (picture, composition) in enumerate(zip(truth, chosen, strict=True)):
-            made = pipe.variations(picture, n=4, seed=options.seed + 4 * k, progress=False, **settings).tensor
+        for k, (image, composition) in enumerate(zip(truth, chosen, strict=True)):
+            made = pipe.variations(image, n=4, seed=options.seed + 4 * k, progress=False, **settings).tensor
             verdicts = judge(made, [data.index[composition.image].name] * 4, [composition.background] * 4)
             hits.append([verdict.rank == 0 for verdict in verdicts])
             between.append(mean_psnr(made[:1], made[1:2]))
@@ -108,13 +113,12 @@ def variations(
 def reconstruction(
     pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
 ) -> Figures:
-    """Mean PSNR in dB of held-out pictures from embedding and inverted noise, of the autoencoder alone, and
-    what is lost between."""
+    """Return the PSNR in dB of held-out images from embedding and inverted noise, and of the autoencoder."""
     truth = real(held_out(data, options.pictures, rng), data, pipe.card.decoder.defaults.height)
     space = pipe.decoder.space
     alone = in_parts(lambda at: space.decode(space.encode(truth[at], pipe.device)), len(truth))
     settings = {"steps": options.invert_steps, "iterations": options.iterations, "progress": False}
-    again = torch.cat([pipe.reconstruct(picture, **settings).tensor for picture in truth])
+    again = torch.cat([pipe.reconstruct(image, **settings).tensor for image in truth])
     figures = {"reconstruction": mean_psnr(again, truth), "autoencoder": mean_psnr(alone, truth)}
     return {"n": len(truth), **figures, "lost": figures["autoencoder"] - figures["reconstruction"]}
 
@@ -122,8 +126,10 @@ def reconstruction(
 def upsampler(
     pipe: Any, data: EmojiData, options: argparse.Namespace, rng: np.random.Generator
 ) -> tuple[Figures, Tensor]:
-    """Mean PSNR in dB of held-out pictures from their halves, and of bicubic enlargement; rows of half,
-    bicubic, ours and truth."""
+    """Return the mean PSNR in dB of held-out images from half their size, and of bicubic enlargement.
+
+    The second value holds rows of half, bicubic, upsampled and true image.
+    """
     stage, side = pipe.upsamplers[0], options.side
     truth = real(held_out(data, options.pictures, rng), data, side)
     factor = pipe.card.upsamplers[0].defaults.height // pipe.card.decoder.defaults.height
@@ -143,7 +149,7 @@ def upsampler(
 
 
 def other_prior(pipe: Any, folder: Path) -> None:
-    """Put the prior in a folder of an export in the model's own's place; it must be of the same CLIP."""
+    """Replace the model's prior by the one in a folder of an export; it must be of the same CLIP."""
     network, about = read_network(folder, "prior")
     clip = about_part(folder, "prior").get("clip", pipe.card.clip)
     if clip != pipe.card.clip:
@@ -155,8 +161,7 @@ def other_prior(pipe: Any, folder: Path) -> None:
 
 
 def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor | None]:
-    """The figures asked for, each over pictures drawn anew from the seed; and the rows of the upsampler's
-    picture."""
+    """Return the requested figures, each over images chosen by the same seed, and the upsampler's rows."""
     result: dict[str, Any] = {}
     shown = None
     for name in options.only:
@@ -174,7 +179,7 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> tuple[di
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as Markdown, with the bar that each is held to."""
+    """Return the figures as a Markdown table with their bars."""
     lines = ["| what | figure | against | difference | bar |", "|---|---|---|---|---|"]
     for name, row in result.get("prior", {}).items():
         lines.append(
@@ -182,7 +187,7 @@ def table(result: dict[str, Any]) -> str:
             f" {row['gain']:+.4f} | higher |"
         )
     for name, row in result.get("variations", {}).items():
-        against = f"of each {row['each']:.0f} %; {row['between']:.1f} dB between two"
+        against = f"each {row['each']:.0f} %; {row['between']:.1f} dB between two"
         bar = "" if name == "embedding alone" else "at least 70 %"
         lines.append(
             f"| variations from {name}: one of four has the name | {row['one of four']:.0f} % | {against} | |"
@@ -202,7 +207,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def save_rows(path: Path, shown: Tensor) -> None:
-    """Half, bicubic, ours, truth: four columns."""
+    """Write the rows of half, bicubic, upsampled and true image in four columns."""
     ldm.Images(tensor=shown, seeds=(0,) * len(shown), prompts=("",) * len(shown)).grid(columns=4).save(path)
 
 
@@ -210,43 +215,52 @@ NAMES = ("prior", "variations", "reconstruction", "upsampler")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; impossible ones are refused."""
-    parser = argparse.ArgumentParser(description="Judge the parts of an emoji unCLIP.")
+    """Parse the options; exit with a message for impossible ones."""
+    parser = argparse.ArgumentParser(description="Measure the parts of an emoji unCLIP.")
     parser.add_argument(
-        "--model", default=None, help="default: the one in the folder of weights, else emoji-unclip"
+        "--model", default=None, help="model (default: the one in the folder of weights, else emoji-unclip)"
     )
-    parser.add_argument("--weights", default=None, help="weights to judge in place of the model's own")
+    parser.add_argument("--weights", default=None, help="weights to judge instead of the model's own")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, help="which figures (default: all)"
+        "--only", nargs="+", choices=NAMES, default=NAMES, help="figures to measure (default: all)"
     )
     parser.add_argument(
         "--prior",
         type=Path,
         default=None,
-        help="folder of another prior's export, such as the autoregressive one's",
+        help="folder of another prior's export, such as the autoregressive one",
     )
-    parser.add_argument("--n", type=int, default=200, help="captions of each set (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=50, help="held-out pictures (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=200, help="captions per set (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=50, help="held-out images (default: %(default)s)")
     parser.add_argument(
-        "--candidates", type=int, default=1, help="embeddings the prior chooses from (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--eta", type=float, default=0.25, help="of variations from inverted noise (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--invert-steps", type=int, default=50, help="of DDIM and its inversion (default: %(default)s)"
+        "--candidates",
+        type=int,
+        default=1,
+        help="embeddings that the prior chooses from (default: %(default)s)",
     )
     parser.add_argument(
-        "--iterations", type=int, default=4, help="of the inversion's fixed point (default: %(default)s)"
+        "--eta", type=float, default=0.25, help="eta of variations from inverted noise (default: %(default)s)"
     )
     parser.add_argument(
-        "--side", type=int, default=128, help="pixels of the upsampler's pictures (default: %(default)s)"
+        "--invert-steps", type=int, default=50, help="steps of DDIM and its inversion (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=4,
+        help="fixed-point iterations of the inversion (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=128,
+        help="side of the upsampler's images in pixels (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     parser.add_argument(
-        "--picture", type=Path, default=None, help="write the upsampler's side-by-side picture here"
+        "--picture", type=Path, default=None, help="write the upsampler's side-by-side image to this file"
     )
     options = parser.parse_args(arguments)
     if (
@@ -260,7 +274,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
         < 1
     ):
-        parser.error("numbers of things must be at least 1")
+        parser.error(
+            "--n, --pictures, --candidates, --invert-steps, --iterations and --side must be at least 1"
+        )
     return options
 
 

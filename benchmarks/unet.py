@@ -1,8 +1,7 @@
-"""How long does one evaluation of a UNet take, against diffusers' and OpenVINO's, with the same weights and
-inputs?
+"""Measure one UNet evaluation against diffusers and OpenVINO with the same weights and inputs.
 
-python benchmarks/unet.py --dtype bf16 --json unet-bf16.json python benchmarks/unet.py --model sdxl --batch 1
---latent 128 --repeats 3
+python benchmarks/unet.py --dtype bf16 --json unet-bf16.json
+python benchmarks/unet.py --model sdxl --batch 1 --latent 128 --repeats 3
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def main() -> None:
         nargs="*",
         choices=("plain", *BACKENDS),
         default=[],
-        help="our UNet without ldm.optimize, or by a backend",
+        help="also measure ldm's UNet without ldm.optimize, or by a backend",
     )
     options.add_argument("--no-kernels", action="store_true", help="ldm.optimize without compiled kernels")
     options.add_argument("--no-openvino", action="store_true")
@@ -67,7 +66,7 @@ def main() -> None:
         "tokens": args.tokens,
     }
     extra = {
-        "difference from diffusers (rms / deviation)": wrong,
+        "difference from diffusers (RMS / standard deviation)": wrong,
         "optimizations": "; ".join(ours.optimizations),
     }
     report(

@@ -1,5 +1,4 @@
-"""How long does decoding a latent take, against diffusers (in its default memory format) and OpenVINO, with
-the same weights?
+"""Measure decoding a latent against diffusers (default memory format) and OpenVINO with the same weights.
 
 python benchmarks/vae.py --size 512 --dtype bf16 --json vae.json
 """
@@ -14,7 +13,7 @@ import ldm
 
 
 class _Decode(torch.nn.Module):
-    """Only the decoder of a peer, for OpenVINO."""
+    """The decoder of a peer alone, for OpenVINO."""
 
     def __init__(self, vae: torch.nn.Module) -> None:
         super().__init__()
@@ -26,7 +25,7 @@ class _Decode(torch.nn.Module):
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0], repeats=5)
-    options.add_argument("--size", type=int, default=512, help="side of the picture")
+    options.add_argument("--size", type=int, default=512, help="side of the image")
     options.add_argument("--dtype", choices=DTYPES, default="bf16")
     options.add_argument("--small", action="store_true", help="a quarter of the channels, for a quick look")
     options.add_argument("--no-openvino", action="store_true")
@@ -45,7 +44,7 @@ def main() -> None:
     wrong = difference(sides["ldm"](), sides["diffusers"]())
     seconds = measure(sides, args.repeats, args.clock)
     settings = {"size": args.size, "dtype": args.dtype, "small": args.small}
-    extra = {"difference from diffusers (rms / deviation)": wrong}
+    extra = {"difference from diffusers (RMS / standard deviation)": wrong}
     report("VAE decode", settings, seconds, args, bars={"diffusers": 0.65, "openvino": 1.0}, extra=extra)
 
 

@@ -5,7 +5,7 @@ import emoji_quality
 import numpy as np
 import pytest
 import torch
-from emoji_judge import EmojiJudge, ground_of, least_mse, shifted_and_scaled
+from emoji_judge import EmojiJudge, background_of, least_mse, shifted_and_scaled
 
 from ldm.data import PALETTE, Composition, render_batch
 
@@ -19,11 +19,11 @@ def judge(drawn):
     return EmojiJudge(drawn)
 
 
-@pytest.mark.parametrize("ground", [None, "black", "yellow"])
-def test_images_of_the_data_set_are_judged_correct(drawn, judge, ground):
-    made = [Composition(image=i, background=ground) for i in range(18)]
+@pytest.mark.parametrize("background", [None, "black", "yellow"])
+def test_images_of_the_data_set_are_judged_correct(drawn, judge, background):
+    made = [Composition(image=i, background=background) for i in range(18)]
     for i, verdict in enumerate(
-        judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [ground] * 18)
+        judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [background] * 18)
     ):
         assert (verdict.rank, verdict.nearest, verdict.nearest_style) == (
             0,
@@ -31,7 +31,7 @@ def test_images_of_the_data_set_are_judged_correct(drawn, judge, ground):
             drawn.index[i].style,
         )
         # 8-bit rounding has a mean squared error of 1/255² / 12 = 1.3e-6
-        assert verdict.mse < 1e-5 and verdict.ground_right
+        assert verdict.mse < 1e-5 and verdict.background_right
 
 
 def test_shifts_scales_and_noise_are_tolerated(drawn, judge):
@@ -111,11 +111,11 @@ def test_ground_of_finds_each_background_colour_under_noise(name):
     image = (torch.tensor(PALETTE[name]).view(3, 1, 1) / 255).expand(3, 128, 128).clone()
     image[:, 10:118, 10:118] = torch.rand(3, 108, 108)
     image[:, :10, :10] = 0.5  # one corner that the object covers
-    assert ground_of((image + 0.03 * torch.randn_like(image)).clamp(0, 1)) == name
+    assert background_of((image + 0.03 * torch.randn_like(image)).clamp(0, 1)) == name
 
 
 def test_wrong_input_is_refused(judge):
-    with pytest.raises(ValueError, match="B names and grounds"):
+    with pytest.raises(ValueError, match="B names and backgrounds"):
         judge(torch.rand(2, 3, 64, 64), ["ring"], [None])
     with pytest.raises(ValueError, match="no-such"):
         judge(torch.rand(1, 3, 64, 64), ["no-such"], [None])
@@ -148,5 +148,5 @@ def test_compositions_are_drawn_from_the_training_set_or_held_out(many):
     assert sum(c.background is not None for c in seen) == 50 and len({c.image for c in seen}) == 100
     assert not any(many[c.image].held_out for c in (*seen, *unseen))
     assert {many[c.image].style for c in (*seen, *unseen)} == {"noto"}
-    pictures = emoji_quality.draw_held_out_pictures(data, np.random.default_rng(0))
+    pictures = emoji_quality.draw_held_out_images(data, np.random.default_rng(0))
     assert [c.image for c in pictures] == many.held_out.tolist()

@@ -157,7 +157,7 @@ def test_a_complete_run_prints_tables_and_writes_files(tiny, tmp_path, capsys):
         (["--samplers", "ddin"], "did you mean 'ddim'"),
         (["--spacings", "karas"], "unknown spacing 'karas'"),
         (["--budgets", "0"], "must be positive"),
-        (["--oracle-steps", "40", "20"], "must rise"),
+        (["--oracle-steps", "40", "20"], "must be ascending"),
         (["--json", "nowhere/a.json"], "no such folder"),
         (["--part", "oracle", "--plot", "a.png"], "second part"),
     ],

@@ -68,7 +68,7 @@ def test_a_prior_with_the_true_embeddings_has_a_cosine_of_one(drawn, monkeypatch
         benchmark, "draw_held_out_pairs", lambda data, n, rng: benchmark.held_out(data, n, rng)
     )
     rows = benchmark.prior_cosines(model, drawn, options(), np.random.default_rng(0))
-    assert set(rows) == {"held-out pairs", "held-out pictures"}
+    assert set(rows) == {"held-out pairs", "held-out images"}
     for row in rows.values():
         assert (
             row["prior"] == pytest.approx(1, abs=1e-5)
