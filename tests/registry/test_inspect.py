@@ -1,4 +1,4 @@
-"""What `inspect` says of files good and bad, and that it executes nothing."""
+"""What `inspect` reports of good and bad files, and that it executes nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from sparse_files import sd1_shapes, sparse_file
 
+from ldm.catalog.lookup import ASSETS
 from ldm.models.unet import UNet, UNetConfig
 from ldm.registry.inspection import Candidate, inspect
 from ldm.weights.detection import Detection
@@ -161,6 +162,91 @@ def test_folders(tmp_path: Path) -> None:
     assert not mark.exists()
     (tmp_path / "empty").mkdir()
     assert any("no weights" in problem for problem in inspect(tmp_path / "empty").problems)
+
+
+def copied(path: Path, *names: str) -> Path:
+    """A folder with copies of files of the embedded models."""
+    path.mkdir()
+    for name in names:
+        shutil.copy(ASSETS / name, path / Path(name).name)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("emoji-ldm", {"draft": "Draft", "text": "TextTower", "unet": "UNet", "vae": "AutoencoderKL"}),
+        ("emoji-clip", {"vision": "VisionTower"}),  # a training's export: no card
+        (
+            "emoji-unclip",
+            {
+                "decoder": "Decoder",
+                "prior": "Prior",
+                "text": "TextTower",
+                "upsampler": "UNet",
+                "vae": "AutoencoderKL",  # where the card says that it is
+                "vision": "VisionTower",
+            },
+        ),
+    ],
+)
+def test_the_embedded_folders_are_recognised(name: str, parts: dict[str, str]) -> None:
+    report = inspect(ASSETS / name, digest=False, nan=True)
+    assert report.problems == () and report.bad == ()
+    assert {part: str(value).split(",")[0] for part, value in report.values.items()} == parts
+    assert {part.name for part in report.parts} == set(parts) and report.size > 0
+    assert "ldm layout" in report.kind
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("emoji-ldm/unet", "unet of emoji-ldm, in ldm layout"),
+        ("emoji-ldm/draft", "draft of emoji-ldm, in ldm layout"),
+        ("emoji-ldm/text", "text of emoji-ldm, in ldm layout"),
+        ("emoji-unclip/prior", "prior of emoji-unclip, in ldm layout"),
+        ("emoji-clip/vision", "vision of a model in ldm layout"),
+    ],
+)
+def test_the_embedded_files_are_recognised(name: str, kind: str) -> None:
+    path = ASSETS / f"{name}.safetensors"
+    report = inspect(path)
+    assert report.kind == kind and report.problems == () and report.found is None
+    (part,) = report.parts
+    assert part.name == path.stem and part.parameters > 0 and list(report.values) == [path.stem]
+    assert report.sha256 == {path.name: sha256(path)}
+
+
+def test_a_part_without_its_yaml(tmp_path: Path) -> None:
+    path = copied(tmp_path / "alone", "emoji-ldm/draft.safetensors") / "draft.safetensors"
+    report = inspect(path)
+    assert report.parts[0].name == "draft" and "draft of a model in ldm layout" in report.kind
+    assert report.problems == ("draft.yaml, which states the network of draft.safetensors, is not beside it",)
+
+
+def test_parts_that_do_not_fit_their_yaml(tmp_path: Path) -> None:
+    names = ("emoji-clip/vision.safetensors", "emoji-clip/vision.yaml")
+    folder = copied(tmp_path / "clip", *names)
+    about = (folder / "vision.yaml").read_text()
+    (folder / "vision.yaml").write_text(about.replace("layers: 4", "layers: 5"))
+    assert "vision.yaml: 12 missing" in inspect(folder, digest=False).problems[0]
+    (folder / "vision.yaml").write_text(about.replace("sha256: f2", "sha256: 00"))
+    for path in (folder, folder / "vision.safetensors"):
+        assert inspect(path, digest=False).problems == ()
+        assert "its sha256 differs" in inspect(path).problems[0]
+    (folder / "vision.safetensors").unlink()
+    report = inspect(folder)
+    assert report.parts == () and "vision.safetensors is absent" in report.problems[0]
+
+
+def test_a_folder_whose_card_needs_an_absent_part(tmp_path: Path) -> None:
+    folder = copied(
+        tmp_path / "ldm",
+        *("emoji-ldm/card.yaml", "emoji-ldm/vae.yaml", "emoji-ldm/vae.safetensors"),
+    )
+    report = inspect(folder, digest=False)
+    assert [part.name for part in report.parts] == ["vae"] and "emoji-ldm" in report.kind
+    assert len(report.problems) == 2 and "no unet in" in report.problems[0]
 
 
 def headers(path: Path) -> int:

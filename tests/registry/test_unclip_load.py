@@ -190,7 +190,7 @@ def test_parts_may_lie_in_another_models_folder(tmp_path: Path) -> None:
         reduced_unclip_families.load(None, weights=tmp_path / "a")
 
 
-def test_inspect_knows_a_folder_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_reports_a_folder_in_ldm_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ldm.save(tiny_karlo(), tmp_path / "karlo")
     assert main(["inspect", str(tmp_path / "karlo")]) == 0
     out = capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""Report what is in a folder in diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.registry.candidates import Candidates, fit_candidates, tensor_shapes
+from ldm.registry.report import Report, non_finite_in_parts, report_part
+from ldm.weights.detection import Detection, detect
+from ldm.weights.formats.diffusers_folder import (
+    PARTS,
+    Component,
+    is_folder,
+    list_variants,
+    read_component,
+    read_folder,
+)
+from ldm.weights.formats.pickles import scan_file
+from ldm.weights.formats.safetensors import sha256
+
+
+def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, digest: bool) -> Report:
+    """Report what is in a pipeline's folder, or in the folder of one part.
+
+    Args:
+        path: The folder.
+        candidates: The cards to compare with, given the detected family.
+        nan: Whether to look for NaN and infinity.
+        digest: Whether to compute SHA-256.
+    """
+    problems: list[str] = []
+    values: dict[str, object] = {}
+    if is_folder(path):
+        try:
+            top = read_folder(path, parts=())
+            values = {"class": top.class_name, **top.options}
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    folders = (
+        [path]
+        if list_variants(path)
+        else sorted(folder for folder in path.iterdir() if folder.is_dir() and list_variants(folder))
+    )
+    if not folders and not problems:
+        problems.append(f"{str(path)!r} holds no weights in a known layout")
+    names, unsafe = scan_pickles(folders)
+    components: dict[str, Component] = {}
+    for folder in folders:
+        try:
+            components[folder.name] = read_component(folder)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    parts = {name: dict(component.tensors) for name, component in components.items()}
+    found = folder_family(parts, path, problems)
+    files = [file for component in components.values() for file in component.files]
+    return Report(
+        path=path,
+        kind="diffusers folder" if is_folder(path) else "folder",
+        size=sum(file.stat().st_size for file in files),
+        found=found,
+        sha256={str(file.relative_to(path)): sha256(file) for file in files} if digest else {},
+        values=values,
+        parts=tuple(report_part(name, part) for name, part in parts.items()),
+        fits=fit_candidates(candidates, found, {PARTS.get(name, name): part for name, part in parts.items()}),
+        globals=names,
+        bad=non_finite_in_parts(parts) if nan else None,
+        unsafe=unsafe,
+        problems=tuple(problems),
+    )
+
+
+def scan_pickles(folders: Iterable[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the globals that the .bin files of sub-folders name, and the refused ones with their file."""
+    names, unsafe = dict[str, None](), dict[str, None]()
+    for folder in folders:
+        for file in list_variants(folder).values():
+            if file.suffix != ".bin":
+                continue
+            try:
+                scanned = scan_file(file)
+            except ValueError:
+                continue  # read_component states the reason
+            names |= dict.fromkeys(scanned.globals)
+            unsafe |= dict.fromkeys(f"{folder.name}/{file.name}: {each}" for each in scanned.refused)
+    return tuple(names), tuple(unsafe)
+
+
+def folder_family(
+    parts: Mapping[str, Mapping[str, Tensor]], path: Path, problems: list[str]
+) -> Detection | None:
+    """Return the family of a folder by its UNet, its prior or its only part; None if it is unknown.
+
+    Args:
+        parts: The tensors by sub-folder.
+        path: The folder.
+        problems: List to which the reason is appended if the family is unknown.
+    """
+    only = next(iter(parts.values())) if len(parts) == 1 else None
+    deciding = parts.get("unet") or parts.get("prior") or only
+    if deciding is None:
+        return None
+    try:
+        return detect(tensor_shapes(deciding), source=path)
+    except ValueError as error:
+        problems.append(str(error))
+        return None

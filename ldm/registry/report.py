@@ -1,0 +1,130 @@
+"""What `ldm.registry.inspection.inspect` reports of a file or folder of weights."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.weights.cast import is_finite
+from ldm.weights.detection import Detection
+from ldm.weights.keymap import Fit
+
+Row = tuple[str, str]  # label and text of one line
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """One part of a model.
+
+    Args:
+        name: Name of the part, such as "unet".
+        tensors: Number of tensors.
+        parameters: Number of their floating-point entries.
+        dtypes: Number of tensors of each dtype, the most frequent first.
+    """
+
+    name: str
+    tensors: int
+    parameters: int
+    dtypes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The content of a file or folder of weights; `text` formats it.
+
+    Args:
+        path: The file or folder.
+        kind: Kind of file or folder, in words.
+        size: Size of the weights in bytes.
+        sha256: SHA-256 by file name; empty if it was not asked for.
+        found: The family of published models; None if there is none.
+        parts: The parts of the model.
+        averaged: Number of tensors that have an averaged (EMA) copy.
+        values: What else the file states.
+        fits: How the keys fit each candidate: name of the cards -> part -> fit.
+        bad: Names of tensors with NaN or infinity; None if it was not asked for.
+        globals: Names of the globals that a pickle refers to.
+        unsafe: Those that are refused.
+        problems: Reasons why the weights cannot be loaded as they are.
+    """
+
+    path: Path
+    kind: str
+    size: int
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    found: Detection | None = None
+    parts: tuple[PartReport, ...] = ()
+    averaged: int = 0
+    values: Mapping[str, object] = field(default_factory=dict)
+    fits: Mapping[str, Mapping[str, Fit]] = field(default_factory=dict)
+    bad: tuple[str, ...] | None = None
+    globals: tuple[str, ...] = ()
+    unsafe: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Return the report in lines of text."""
+        rows: list[Row] = [("file", f"{self.path}: {self.kind}, {self.size:,} bytes")]
+        rows += [("sha256", f"{value}  {name}") for name, value in self.sha256.items()]
+        rows += [*self._family_rows(), *self._part_rows(), *self._card_rows(), *self._safety_rows()]
+        rows += [("PROBLEM", problem) for problem in self.problems]
+        return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+    def _family_rows(self) -> Iterator[Row]:
+        if self.found is None:
+            return
+        name, family = self.found.name, self.found.family
+        yield "family", f"{name}: {family.title}, {self.found.layout} layout ({self.found.evidence})"
+        if family.refusal:
+            yield "", f"it {family.refusal}"
+        if family.note:
+            yield "note", family.note
+
+    def _part_rows(self) -> Iterator[Row]:
+        for part in self.parts:
+            dtypes = ", ".join(f"{name} × {count}" for name, count in part.dtypes.items())
+            counts = f"{part.tensors:>5} tensors  {part.parameters:>13,} parameters"
+            yield "part", f"{part.name:<8} {counts}  {dtypes}"
+        yield "averages", f"EMA copies of {self.averaged} tensors" if self.averaged else "no EMA copies"
+        for key, value in self.values.items():
+            yield "stored", f"{key} = {textwrap.shorten(str(value), 80)}"
+
+    def _card_rows(self) -> Iterator[Row]:
+        for name, parts in self.fits.items():
+            for part, fit in parts.items():
+                yield "card", f"{name}, {part}: {fit}"
+        if self.fits:
+            fitting = [name for name, parts in self.fits.items() if all(parts.values())]
+            yield "loads as", ", ".join(fitting) or "none of the cards"
+
+    def _safety_rows(self) -> Iterator[Row]:
+        if self.globals:
+            yield "pickle", f"names {', '.join(self.globals)}"
+            yield "", f"UNSAFE: {', '.join(self.unsafe)}" if self.unsafe else "nothing unsafe"
+        if self.bad:
+            yield "NaN", f"NaN or infinity in {len(self.bad)} tensors: {', '.join(self.bad[:8])}"
+        elif self.bad is not None:
+            yield "NaN", "no NaN and no infinity"
+
+
+def report_part(name: str, state: Mapping[str, Tensor]) -> PartReport:
+    """Return the report of one part from its tensors."""
+    parameters = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
+    return PartReport(name=name, tensors=len(state), parameters=parameters, dtypes=dict(dtypes.most_common()))
+
+
+def non_finite(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of the tensors that contain NaN or infinity."""
+    return tuple(key for key, tensor in state.items() if not is_finite(tensor))
+
+
+def non_finite_in_parts(parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """Return the names of the tensors that contain NaN or infinity, each after the name of its part."""
+    return tuple(f"{part}: {key}" for part, state in parts.items() for key in non_finite(state))
