@@ -158,7 +158,7 @@ def corner_of(place: Place, size: int) -> tuple[int, int]:
 def _blend(rgba: np.ndarray, background: tuple[int, int, int], factor: int) -> np.ndarray:
     """Blend (P, P, 4) uint8 RGBA onto a colour and reduce it: (P/factor, P/factor, 3) uint8, rounded once."""
     alpha = rgba[..., 3].astype(np.uint16)
-    clear = 255 - alpha
+    clear = np.uint16(255) - alpha
     side = len(rgba) // factor
     out = np.empty((side, side, 3), dtype=np.uint8)
     for channel, colour in enumerate(background):  # plane by plane: NumPy is fastest on long inner loops

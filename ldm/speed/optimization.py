@@ -136,7 +136,7 @@ def for_training(network: P) -> P:
     maps are channels last, group norm with SiLU has compiled kernels forwards and backwards.
 
     To be called before an optimiser is made: convolutions' weights are laid out anew, and the fused AdamW
-    wants its moments as the weights lie (`ldm.training.loop.lie_as_weights`). Gradients of gradients are not
+    wants its moments as the weights lie (`ldm.training.checkpoint.match_strides`). Gradients of gradients are not
     to be had. Without kernels (`ldm.speed.kernels.build`) the network stays as it is.
     """
     try:

@@ -1,0 +1,1 @@
+"""Training: one loop for every network, losses, caches, checkpoints, and recipes of several stages."""

@@ -1,18 +1,22 @@
-"""The state of a run in training, as a file."""
+"""Checkpoints: the state of a training run in a file, and the check that a run resumes what it began."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.support.files import write_atomically
+from ldm.training.config import RunConfig
+
+REPORTING = frozenset({"log_every", "validate_every", "sample_every", "checkpoint_every"})
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state."""
+    """Write a training state; the file appears when it is complete."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())
@@ -20,4 +24,63 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a training state; nothing in the file is executed."""
-    return torch.load(path, weights_only=True, map_location="cpu")
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint, or 0 if there is none; the weights stay on the disk."""
+    if not path.is_file():
+        return 0
+    return int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["step"])
+
+
+def match_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Lay an optimizer's state out in memory as its weights are.
+
+    The fused AdamW reads both in the order of memory, whatever their strides: a state saved from a network
+    with other strides would silently be applied to the wrong weights.
+    """
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], run: RunConfig, step: int) -> None:
+    """Check that a run is resumed with the configuration that it began with.
+
+    The name and the reporting intervals may change. The number of steps and the decay may change as long as
+    the learning rate has not begun to fall.
+
+    Args:
+        old: The checkpoint's configuration, as plain mappings.
+        new: The configuration to resume with, as plain mappings.
+        run: The run's part of `new`.
+        step: The checkpoint's step.
+
+    Raises:
+        ValueError: For any other difference; the message names each.
+    """
+    free = {"name", *REPORTING}
+    if step <= min(old["run"]["steps"] - old["run"]["optimizer"]["decay"], run.steps - run.optimizer.decay):
+        free |= {"steps", "decay"}
+    differences = [key for key in config_differences(old, new) if key.rpartition(".")[2] not in free]
+    if differences:
+        raise ValueError(
+            f"the run is at step {step} of a configuration that differs in {', '.join(differences)}: restore"
+            " these, or give the run another name"
+        )
+
+
+def config_differences(old: object, new: object, where: str = "") -> list[str]:
+    """Return the dotted keys at which two nested mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in config_differences(
+                old.get(key), new.get(key), f"{where}.{key}" if where else key
+            )
+        ]
+    return [] if old == new else [where]

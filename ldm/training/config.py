@@ -1,4 +1,4 @@
-"""What every training run's configuration holds, whichever part it trains."""
+"""The configuration that all training runs share, whichever network they train."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal
 from ldm.data.mix import Mix
 
 
-def at_least(low: float, **values: float) -> None:
-    """Raise ValueError for the first value below ``low``."""
+def check_at_least(low: float, **values: float) -> None:
+    """Raise ValueError for the first value below `low`."""
     for name, value in values.items():
         if not value >= low:
             raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
-def share(**values: float) -> None:
+def check_share(**values: float) -> None:
     """Raise ValueError for the first value outside [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:
@@ -24,8 +24,17 @@ def share(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly over ``warmup`` steps, stays, falls to ``final`` of itself over
-    the last ``decay`` steps."""
+    """AdamW and its learning rate schedule: linear warm-up, constant, linear decay.
+
+    Args:
+        lr: The highest learning rate.
+        warmup: Steps over which the rate rises from 0. Default: 500.
+        decay: Last steps over which the rate falls. Default: 0.
+        final: Where the rate ends, as a fraction of `lr`. Default: 0.
+        betas: AdamW's decay rates of the moments. Default: (0.9, 0.99).
+        weight_decay: AdamW's weight decay. Default: 0.01.
+        clip: The largest norm of the gradient; 0 disables clipping. Default: 1.
+    """
 
     lr: float
     warmup: int = 500
@@ -36,7 +45,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        at_least(
+        check_at_least(
             0,
             lr=self.lr,
             warmup=self.warmup,
@@ -49,7 +58,7 @@ class OptimizerConfig:
             raise ValueError(f"betas: expected numbers in [0, 1), got {self.betas}")
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0 … steps − 1."""
+        """Return the learning rate of a step in 0 … steps − 1."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         left = steps - step
         fall = 1.0 if left >= self.decay else self.final + (1 - self.final) * left / self.decay
@@ -58,8 +67,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures, at which size, composed in which shares: by ``mix`` in what is computed once, by
-    ``drawn`` in training (None: ``mix``)."""
+    """The training images.
+
+    Args:
+        folder: Folder of the data set. Default: "data/emoji".
+        size: Side of the rendered images in pixels, at least 8. Default: 128.
+        mix: Probabilities of compositions; the caches hold what this mix can draw.
+        drawn: Probabilities by which training draws from the caches; None for `mix`. Default: None.
+    """
 
     folder: str = "data/emoji"
     size: int = 128
@@ -67,12 +82,27 @@ class DataConfig:
     drawn: Mix | None = None
 
     def __post_init__(self) -> None:
-        at_least(8, size=self.size)
+        check_at_least(8, size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How a run goes: its length, its batches, its optimiser, and how often it reports, samples and saves."""
+    """Length, batches, optimizer and reports of a run.
+
+    Args:
+        name: Name of the run's folder.
+        seed: Seed of weights and draws, at least 0. Default: 0.
+        steps: Number of optimizer steps.
+        batch: Samples per step.
+        optimizer: AdamW and its learning rate.
+        ema: Decay of the moving average of the weights, in [0, 1). Default: 0.999.
+        precision: Autocast dtype; "auto" is bfloat16 where the hardware multiplies it, else float32.
+            Default: "auto".
+        log_every: Steps between lines of ``metrics.jsonl``. Default: 20.
+        validate_every: Steps between validations. Default: 1000.
+        sample_every: Steps between sample images, which are made at validations only. Default: 1000.
+        checkpoint_every: Steps between checkpoints. Default: 500.
+    """
 
     name: str
     seed: int = 0
@@ -87,15 +117,16 @@ class RunConfig:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        at_least(
+        check_at_least(
             1,
             steps=self.steps,
             batch=self.batch,
             log_every=self.log_every,
             validate_every=self.validate_every,
+            sample_every=self.sample_every,
+            checkpoint_every=self.checkpoint_every,
         )
-        at_least(1, sample_every=self.sample_every, checkpoint_every=self.checkpoint_every)
-        at_least(0, seed=self.seed)
+        check_at_least(0, seed=self.seed)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
         if not self.name or "/" in self.name or self.name.startswith("."):

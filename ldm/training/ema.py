@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """shadow ← d · shadow + (1 − d) · weights, with d rising as (1 + k)/(10 + k) to ``decay``, so that the
-    start is soon forgotten."""
+    """The exponential moving average of a model's trained parameters.
+
+    shadow ← d · shadow + (1 − d) · weights, where d rises with step k as (1 + k)/(10 + k) up to `decay`, so
+    that the initial weights lose their influence early.
+
+    Args:
+        model: The model; parameters without gradients are left out.
+        decay: The highest d, in [0, 1).
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -20,28 +27,32 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step 0, 1, …"""
+        """Include the weights after step 0, 1, …"""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the model holds the averages; afterwards its own weights again."""
-        own = {name: p.data for name, p in self.parameters.items()}
+        """Give the model the averages inside the context, and its own weights afterwards."""
+        trained = {name: p.data for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             p.data = self.shadow[name]
         try:
             yield
         finally:
             for name, p in self.parameters.items():
-                p.data = own[name]
+                p.data = trained[name]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by name."""
+        """Return the averages by parameter name."""
         return self.shadow
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over averages saved before; KeyError if the names differ."""
+        """Load saved averages.
+
+        Raises:
+            KeyError: If the parameter names differ.
+        """
         if state.keys() != self.shadow.keys():
             raise KeyError(f"averages of other parameters: {sorted(state.keys() ^ self.shadow.keys())[:5]}")
         for name, value in state.items():

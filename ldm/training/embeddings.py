@@ -1,8 +1,8 @@
-"""CLIP's embeddings of compositions and captions, for the parts of unCLIP in training."""
+"""CLIP's embeddings of compositions and captions, for the networks of unCLIP in training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,19 +14,19 @@ from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption
 from ldm.models.clip.towers import VisionConfig, VisionTower
-from ldm.training.compositions import Compositions
-from ldm.training.config import RunConfig
-from ldm.training.data import Pictures
-from ldm.training.imagined import Imagined
-from ldm.training.latents import CACHES, cache_name, write_rows
+from ldm.training.compositions import CachedCompositions
+from ldm.training.images import TrainingImages
+from ldm.training.prior_embeddings import PriorEmbeddings
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_part, read_text
 
 
 def read_clip(text: str | Path | None, vision: str | Path, *, length: int | None = None) -> ClipPair:
-    """The CLIP of two folders (``text`` None: its image tower alone), frozen, reading texts at a length
-    (None: that of the longest in a batch).
+    """Read the frozen CLIP of two folders; its name holds the hash of its image tower.
 
-    Its name holds the hash of its vision tower: that tells two trainings apart.
+    Args:
+        text: Folder of the text tower; None for the image tower alone.
+        vision: Folder of the image tower.
+        length: Number of tokens that texts are padded to; None for the longest of a batch. Default: None.
     """
     tower, _ = read_part(vision, "vision", VisionConfig, VisionTower)
     assert isinstance(tower, VisionTower)
@@ -40,101 +40,122 @@ def read_clip(text: str | Path | None, vision: str | Path, *, length: int | None
 
 
 def clip_name(vision: str | Path) -> str:
-    """What a CLIP trained here is called: after its vision tower's hash."""
+    """Return the name of a CLIP trained here, which holds the hash of the image tower in a folder."""
     return f"emoji-clip/{about_part(vision, 'vision')['sha256'][:12]}"
 
 
-@dataclass(frozen=True)
+def check_embed_dim(key: str, embed_dim: int, clip: ClipPair, *, embeddings: int = 1) -> None:
+    """Raise ValueError unless the width under `key` is that of `embeddings` joined embeddings of a CLIP."""
+    if embed_dim != embeddings * clip.width:
+        raise ValueError(
+            f"{key} {embed_dim}: the embeddings of {clip.name!r} are {embeddings * clip.width} wide"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbeddingCache:
-    """The image embeddings of all compositions that are kept, (N, E) float16, memory-mapped; and as many that
-    a prior makes, of which ``share`` are drawn."""
+    """The image embeddings of all cached compositions.
+
+    Args:
+        vectors: The images' own embeddings, (N, E) float16, memory-mapped.
+        from_prior: Embeddings that a prior samples from a caption of each, (N, E), or None. Default: None.
+        share: Share of embeddings that `draw` takes from the prior. Default: 0.
+    """
 
     vectors: np.ndarray
-    compositions: Compositions
-    imagined: np.ndarray | None = None
+    from_prior: np.ndarray | None = None
     share: float = 0.0
 
     @classmethod
-    def of_run(
-        cls,
-        run: RunConfig,
-        pictures: Pictures,
-        clip: ClipPair,
-        variants: int,
-        imagined: Imagined | None = None,
+    def open(
+        cls, clip: ClipPair, compositions: CachedCompositions, prior: PriorEmbeddings | None = None
     ) -> EmbeddingCache:
-        """The cache of a run, shared by all that have its pictures, seed and CLIP (and prior, which reads a
-        caption of each composition by ``clip``); computed if it is not there."""
-        compositions = Compositions.of(pictures, variants=variants, seed=run.seed)
+        """Open the cached embeddings, after computing them if they are absent.
 
-        def computed(key: str, compute: Callable[[Sequence[Composition]], Tensor]) -> np.ndarray:
-            path = CACHES / f"embeddings-{cache_name(pictures, variants, run.seed, key)}.npy"
-            if not path.exists():
-                write_rows(path, compositions.rows, (clip.width,), compute)
-            return np.load(path, mmap_mode="r")
-
-        own = computed(clip.name, lambda part: embed(clip, pictures, part))
-        if imagined is None:
-            return cls(own, compositions)
-        made, rng = imagined.maker(clip), np.random.default_rng(run.seed)
-        from_text = computed(
-            imagined.key, lambda part: made([caption(c, pictures.data.index, rng) for c in part])
+        Args:
+            clip: The CLIP; it also reads the captions for the prior.
+            compositions: The cached compositions of the run.
+            prior: Where a share of the embeddings comes from; None for images alone. Default: None.
+        """
+        images, shape = compositions.images, (clip.width,)
+        vectors = compositions.cached("embeddings", clip.name, shape, lambda part: embed(clip, images, part))
+        if prior is None:
+            return cls(vectors=vectors)
+        sample, rng = prior.sampler(clip), np.random.default_rng(compositions.seed)
+        from_prior = compositions.cached(
+            "embeddings", prior.key, shape, lambda part: sample([caption(c, images.index, rng) for c in part])
         )
-        return cls(own, compositions, from_text, imagined.share)
-
-    def choose(self, composition: Composition, rng: np.random.Generator) -> tuple[Composition, int]:
-        """See `Compositions.choose`."""
-        return self.compositions.choose(composition, rng)
+        return cls(vectors=vectors, from_prior=from_prior, share=prior.share)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """The embeddings (B, E) float32 of rows, the pictures' own."""
+        """Return the images' own embeddings of rows, (B, E) float32."""
         return torch.from_numpy(self.vectors[np.asarray(rows)]).float()
 
     def draw(self, rows: Sequence[int], rng: np.random.Generator) -> Tensor:
-        """The embeddings (B, E) float32 of rows, each the picture's own or, by ``share``, the prior's."""
+        """Return embeddings of rows, (B, E) float32, each from the prior with probability `share`."""
         own = self[rows]
-        if self.imagined is None:
+        if self.from_prior is None:
             return own
         chosen = torch.from_numpy(rng.random(len(rows)) < self.share)
-        return torch.where(chosen[:, None], torch.from_numpy(self.imagined[np.asarray(rows)]).float(), own)
+        return torch.where(chosen[:, None], torch.from_numpy(self.from_prior[np.asarray(rows)]).float(), own)
 
 
-def caption_embeddings(
-    run: RunConfig, pictures: Pictures, clip: ClipPair, variants: int, text: str | Path
-) -> np.ndarray:
-    """The text embeddings of each kept composition's plain caption and of one that is drawn, (N, 2, E)
-    float16, memory-mapped; computed if they are not there. ``text``: the folder of the tower by which
-    ``clip`` reads.
+def caption_embeddings(clip: ClipPair, text: str | Path, compositions: CachedCompositions) -> np.ndarray:
+    """Open the cached text embeddings of two captions of each composition, after computing them if absent.
+
+    Args:
+        clip: The CLIP that reads the captions.
+        text: Folder of its text tower.
+        compositions: The cached compositions of the run.
+
+    Returns:
+        Embeddings of the canonical caption and of a random one, (N, 2, E) float16, memory-mapped.
     """
-    path = (
-        CACHES
-        / f"captions-{cache_name(pictures, variants, run.seed, about_part(text, 'text')['sha256'])}.npy"
-    )
-    if not path.exists():
-        index, rng = pictures.data.index, np.random.default_rng(run.seed)
+    index, rng = compositions.images.index, np.random.default_rng(compositions.seed)
 
-        def compute(part: Sequence[Composition]) -> Tensor:
-            captions = [words for c in part for words in (caption(c, index), caption(c, index, rng))]
-            return clip.text_embedding(captions).vector.view(len(part), 2, -1)
+    def compute(part: Sequence[Composition]) -> Tensor:
+        captions = [words for c in part for words in (caption(c, index), caption(c, index, rng))]
+        return clip.text_embedding(captions).vector.view(len(part), 2, -1)
 
-        write_rows(
-            path, Compositions.of(pictures, variants=variants, seed=run.seed).rows, (2, clip.width), compute
-        )
-    return np.load(path, mmap_mode="r")
+    return compositions.cached("captions", about_part(text, "text")["sha256"], (2, clip.width), compute)
 
 
 @torch.no_grad()
 def embed(
-    clip: ClipPair, pictures: Pictures, compositions: Sequence[Composition], *, batch: int = 64
+    clip: ClipPair, images: TrainingImages, compositions: Sequence[Composition], *, batch: int = 64
 ) -> Tensor:
-    """The image embeddings of compositions, (B, E) float32, not of length 1."""
+    """Compute the image embeddings of compositions, not normalised.
+
+    Args:
+        clip: The CLIP.
+        images: Renders the compositions.
+        compositions: B compositions.
+        batch: Compositions per call of the image tower. Default: 64.
+
+    Returns:
+        Embeddings, (B, E) float32.
+    """
     parts = [compositions[i : i + batch] for i in range(0, len(compositions), batch)]
     return torch.cat(
-        [clip.image_embedding(((pictures.tensor(part) + 1) / 2).clamp(0, 1)).vector for part in parts]
+        [clip.image_embedding(((images.tensor(part) + 1) / 2).clamp(0, 1)).vector for part in parts]
     )
 
 
 def embedding_statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, E) of embeddings (N, E), the latter at least a thousandth of the mean one."""
+    """Return mean and standard deviation (1, E) of embeddings (N, E).
+
+    A component's standard deviation is at least a thousandth of the components' mean one.
+    """
     mean, std = embeddings.mean(0, keepdim=True), embeddings.std(0, keepdim=True)
     return mean, std.clamp_min(1e-3 * float(std.mean()) + 1e-8)
+
+
+def retrieval_figures(image: Tensor, text: Tensor) -> dict[str, float]:
+    """Compare embeddings of images with those of their captions, each (N, E) and of length 1.
+
+    Returns:
+        How often the nearest image of a caption is its own, and the mean cosine of the pairs.
+    """
+    similarity = text @ image.T
+    hits = similarity.argmax(1) == torch.arange(len(image))
+    return {"text_to_image_top1": float(hits.float().mean()), "cosine": float(similarity.diagonal().mean())}

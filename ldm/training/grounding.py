@@ -1,5 +1,7 @@
-"""Teaching cross-attention to lie where the thing is drawn that a word names, so that maps can be read
-(FastComposer, Xiao et al. 2023, 4.3)."""
+"""Grounding of cross-attention: a word attends to the place where the thing that it names is drawn.
+
+FastComposer, Xiao et al. 2023, section 4.3.
+"""
 
 from __future__ import annotations
 
@@ -19,93 +21,114 @@ from ldm.data import Composition
 from ldm.data.captions import CaptionPieces, join_captions
 from ldm.data.compose import coverage
 from ldm.models.layers.attention import Attention, AttentionBlock, attention_control
-from ldm.training.config import at_least
+from ldm.training.config import check_at_least
 
-LEAST = 0.01  # of a picture: what covers less of it is not looked for
+LEAST_COVERAGE = 0.01  # things that cover less of an image are ignored
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grounding:
-    """``weight``: that of `grounding_loss` beside the diffusion's; ``only``: whether nothing learns but
-    cross-attention's queries and keys, which say where it looks."""
+    """How grounding is trained.
+
+    Args:
+        weight: Weight of `grounding_loss` beside the diffusion loss, at least 0.
+        only: Whether only the queries and keys of cross-attention are trained. Default: False.
+    """
 
     weight: float
     only: bool = False
 
     def __post_init__(self) -> None:
-        at_least(0, weight=self.weight)
+        check_at_least(0, weight=self.weight)
 
 
-@dataclass(frozen=True, eq=False)
-class Named:
-    """What words of a caption name: the ``sample`` of the batch, the places of the words' tokens, and the
-    ``area`` (H, W) in [0, 1] of the thing."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NamedArea:
+    """The tokens of a caption that name a thing, and the area that the thing covers.
+
+    Args:
+        sample: Index of the sample in the batch.
+        tokens: Positions of the tokens in the context.
+        area: Coverage of each pixel, (H, W) in [0, 1].
+    """
 
     sample: int
-    places: list[int]
+    tokens: list[int]
     area: Tensor
 
 
-def named(
-    said: Sequence[CaptionPieces],
+def find_named_areas(
+    captions: Sequence[CaptionPieces],
     compositions: Sequence[Composition],
-    pictures: np.ndarray,
+    images: np.ndarray,
     text: TextConditioner,
     size: int,
-) -> list[Named]:
-    """All that captions, given in pieces, name of the areas of their compositions; an empty caption names
-    nothing."""
+) -> list[NamedArea]:
+    """Find the things that captions name, with their tokens and areas.
+
+    Args:
+        captions: Captions in pieces, B; an empty one names nothing.
+        compositions: What they describe, B.
+        images: The images of the data set, (N, P, P, 4) uint8.
+        text: Places the words of a caption in the context.
+        size: Side of the areas in pixels.
+    """
     found = []
     for sample, (pieces, caption, composition) in enumerate(
-        zip(said, join_captions(said), compositions, strict=True)
+        zip(captions, join_captions(captions), compositions, strict=True)
     ):
-        owners = [area for piece, area in pieces for _ in text.places(piece)]
-        there = text.places(caption)
-        shown = coverage(composition, pictures, size) if any(owners) else {}
-        for area, pixels in shown.items():
-            places = [
-                place for owner, (_, own) in zip(owners, there, strict=True) if owner == area for place in own
+        word_areas = [area for piece, area in pieces for _ in text.places(piece)]
+        word_tokens = [tokens for _, tokens in text.places(caption)]
+        areas = coverage(composition, images, size) if any(word_areas) else {}
+        for area, pixels in areas.items():
+            tokens = [
+                token
+                for word_area, positions in zip(word_areas, word_tokens, strict=True)
+                if word_area == area
+                for token in positions
             ]
-            if places and pixels.mean() >= LEAST:
-                found.append(Named(sample, places, torch.from_numpy(pixels)))
+            if tokens and pixels.mean() >= LEAST_COVERAGE:
+                found.append(NamedArea(sample=sample, tokens=tokens, area=torch.from_numpy(pixels)))
     return found
 
 
-def grounding_loss(maps: Iterable[Tensor], wanted: Sequence[Named]) -> Tensor:
-    """The mean over attentions and named things of KL(area ‖ attention), both made distributions over
-    positions, in nats: 0 where they are alike.
+def grounding_loss(maps: Iterable[Tensor], named: Sequence[NamedArea]) -> Tensor:
+    """Compute the mean of KL(area ‖ attention) over attentions and named things, in nats.
 
-    ``maps``: probabilities (B, L, M) of each cross-attention, L the positions of a square. The attention to a
-    thing is the sum over its tokens.
+    Both are normalised to distributions over positions. The attention to a thing is the sum over its tokens.
+
+    Args:
+        maps: Probabilities of each cross-attention, (B, L, M), with L the positions of a square.
+        named: The named things of the batch.
+
+    Returns:
+        The loss, (); 0 where attention and area have the same shape, or nothing is named.
     """
-    if not wanted:
+    if not named:
         return torch.zeros(())
-    samples, areas = [one.sample for one in wanted], torch.stack([one.area for one in wanted])[:, None]
+    samples, areas = [one.sample for one in named], torch.stack([one.area for one in named])[:, None]
     losses = []
     for probabilities in maps:
         positions, tokens = probabilities.shape[1:]
         side = math.isqrt(positions)
-        chosen = torch.zeros(len(wanted), tokens)
-        for row, one in zip(chosen, wanted, strict=True):
-            row[one.places] = 1
-        # (N, L)
-        seen = (
-            (probabilities[samples].float() * chosen[:, None].to(probabilities.device))
-            .sum(-1)
-            .clamp_min(1e-12)
-        )
-        target = F.adaptive_avg_pool2d(areas, side).flatten(1).to(seen)
+        chosen = torch.zeros(len(named), tokens)
+        for row, one in zip(chosen, named, strict=True):
+            row[one.tokens] = 1
+        attention = probabilities[samples].float() * chosen[:, None].to(probabilities.device)  # (N, L, M)
+        attention = attention.sum(-1).clamp_min(1e-12)  # (N, L)
+        attention = attention / attention.sum(1, keepdim=True)
+        target = F.adaptive_avg_pool2d(areas, side).flatten(1).to(attention)
         target = target / target.sum(1, keepdim=True)
-        losses.append(
-            (torch.xlogy(target, target) - target * (seen / seen.sum(1, keepdim=True)).log()).sum(1).mean()
-        )
+        losses.append((torch.xlogy(target, target) - target * attention.log()).sum(1).mean())
     return torch.stack(losses).mean()
 
 
 @contextmanager
-def attended(network: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within it, by their names, the probabilities (B, L, M) of a network's cross-attentions at its last
-    call: means over heads, with gradients."""
+def record_attention(network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the probabilities (B, L, M) of a network's cross-attentions in a call inside the context.
+
+    The maps are means over heads and carry gradients; a second call overwrites those of the first.
+    """
     maps: dict[str, Tensor] = {}
 
     def keep(name: str, probabilities: Tensor) -> None:
@@ -115,11 +138,11 @@ def attended(network: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield maps
 
 
-def learn_where_to_look(network: nn.Module) -> None:
-    """Leave nothing of a network to be learnt but the queries and keys of its cross-attentions."""
+def freeze_all_but_cross_attention(network: nn.Module) -> None:
+    """Freeze a network except for the queries and keys of its cross-attentions."""
     network.requires_grad_(False)
     for part in network.modules():
         if isinstance(part, Attention) and part.cross:
             part.to_q.requires_grad_(True)
-            # of the context
+            # the keys of the context
             (part.add_k_proj if isinstance(part, AttentionBlock) else part.to_k).requires_grad_(True)

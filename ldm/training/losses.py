@@ -1,21 +1,86 @@
-"""The one loss of diffusion training."""
+"""The losses that several trainings share."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import target
+from ldm.training.diffusion import DiffusionConfig
+from ldm.training.draws import Draws
 
 
 def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
-    """Mean squared error of the raw prediction at x_t = alpha·x0 + sigma·eps, one for each sample: (B,) (Ho
-    et al. 2020, eq. 14, for any prediction).
+    """Compute the mean squared error of the prediction at x_t = alpha·x0 + sigma·eps, for each sample.
 
-    x0 and eps (B, *S), t (B,) in timesteps.
+    Ho et al. 2020, eq. 14, for any prediction.
+
+    Args:
+        denoiser: The network in training.
+        x0: Clean samples, (B, *S).
+        cond: Their condition.
+        t: Timesteps, (B,).
+        eps: Noise, (B, *S).
+
+    Returns:
+        The loss of each sample, (B,).
     """
     x_t = denoiser.schedule.add_noise(x0, t, eps)
     alpha, sigma = denoiser.schedule.alpha_sigma_like(t, x0)
     raw = denoiser.predict(x_t, t, cond)
     return (raw.float() - target(x0, eps, alpha, sigma, denoiser.prediction)).square().flatten(1).mean(1)
+
+
+class DiffusionLoss(NamedTuple):
+    """The loss of a batch at drawn timesteps.
+
+    Args:
+        weighted: The mean of the weighted losses, ().
+        losses: The losses without weights, (B,).
+        t: The timesteps, (B,).
+    """
+
+    weighted: Tensor
+    losses: Tensor
+    t: Tensor
+
+
+def draw_diffusion_loss(
+    denoiser: Denoiser, config: DiffusionConfig, x0: Tensor, cond: Cond, draws: Draws
+) -> DiffusionLoss:
+    """Draw timesteps and noise, and compute the weighted diffusion loss.
+
+    Args:
+        denoiser: The network in training.
+        config: Distribution and weight of the timesteps.
+        x0: Clean samples, (B, *S).
+        cond: Their condition.
+        draws: The random numbers of the step.
+    """
+    t = config.draw(len(x0), draws.torch).to(x0.device)
+    losses = diffusion_loss(denoiser, x0, cond, t, draws.normal(*x0.shape).to(x0.device))
+    weight = config.weight(denoiser.schedule.snr(t)).to(losses)
+    return DiffusionLoss((weight * losses).mean(), losses, t)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute CLIP's symmetric cross-entropy (Radford et al. 2021, figure 3).
+
+    Args:
+        image: Image embeddings of length 1, (B, E).
+        text: The embeddings of their captions, of length 1, (B, E).
+        log_scale: Logarithm of the factor on the cosines, (); it is clamped at log(100).
+
+    Returns:
+        The loss, and figures to log: how often the nearest image of a caption is its own, and the factor.
+    """
+    from open_clip.loss import ClipLoss
+
+    scale = log_scale.float().clamp(max=np.log(100.0)).exp()
+    hit = ((text @ image.T).argmax(1) == torch.arange(len(image), device=image.device)).float().mean()
+    return ClipLoss()(image, text, scale), {"accuracy": hit, "scale": scale}

@@ -52,9 +52,9 @@ def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
         "variants": 5,
         "model": {"embed_dim": 16, "width": 16, "channels": 4, "size": 8},
     }
-    ldm = {
-        "part": "ldm",
-        "run": run("ldm", **changes),
+    unet = {
+        "part": "unet",
+        "run": run("unet", **changes),
         "data": source,
         "vae": "runs/vae/export",
         "variants": 5,
@@ -70,7 +70,7 @@ def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
             "pooled_dim": 16,
         },
     }
-    return {"vae": vae, "clip": clip, "draft": draft, "ldm": ldm}
+    return {"vae": vae, "clip": clip, "draft": draft, "unet": unet}
 
 
 def write(config: dict[str, Any], path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Runs from configuration files: refused early, resumed exactly, exported whole."""
+"""Runs from stage files: early errors, exact resumption, complete exports."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 import torch
 from tiny_trainings import configs, write
 
-from ldm.training.loop import lie_as_weights, thinned
-from ldm.training.parts.latent_diffusion import Diffusion
+from ldm.training.checkpoint import match_strides
+from ldm.training.diffusion import DiffusionConfig
+from ldm.training.metrics import thin_rows
 from ldm.training.run import open_run, read_training_config
 from ldm.weights.formats.ldm_folder import about_part, read_text
 from ldm.weights.formats.safetensors import read_safetensors
@@ -23,7 +24,7 @@ from ldm.weights.formats.safetensors import read_safetensors
 
 @pytest.fixture
 def place(folder, tmp_path, monkeypatch):
-    """A folder to run in; the drawn data set lies beside."""
+    """Change to a folder that holds the drawn data set."""
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -39,7 +40,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     return {**state["model"], **{f"ema.{key}": value for key, value in state["ema"].items()}}
 
 
-def test_every_part_trains_and_the_next_one_starts_from_its_export(place):
+def test_every_network_trains_and_the_next_one_reads_its_export(place):
     for name, config in configs(place).items():
         run = train(write(config, Path(f"{name}.yaml")))
         run.export(Path(f"runs/{name}/export"))
@@ -48,24 +49,24 @@ def test_every_part_trains_and_the_next_one_starts_from_its_export(place):
         assert any(key.startswith("validation/") for row in rows for key in row)
     assert about_part("runs/vae/export", "vae")["latent_scale"] > 0
     assert all(
-        t.dtype == torch.float16 for t in read_safetensors("runs/ldm/export/unet.safetensors").values()
+        t.dtype == torch.float16 for t in read_safetensors("runs/unet/export/unet.safetensors").values()
     )
-    assert Path("runs/ldm/samples/0000004.png").is_file()
-    clip, draft, text = (read_text(f"runs/{name}/export") for name in ("clip", "draft", "ldm"))
+    assert Path("runs/unet/samples/0000004.png").is_file()
+    clip, draft, text = (read_text(f"runs/{name}/export") for name in ("clip", "draft", "unet"))
     assert "kitty" in text.words and clip.draft is None
     for before, after in (
         (clip, draft),
         (draft, text),
-    ):  # the tower was tuned each time, and the draft with it
+    ):  # the tower was trained each time
         assert not torch.equal(before.tower.token_embedding.weight, after.tower.token_embedding.weight)
     assert not torch.equal(draft.draft.fc1.weight, text.draft.fc1.weight)
     assert text(["kitty"], (4, 12)).concat.shape == (1, 4, 4, 12)
 
 
-@pytest.mark.parametrize("name", ["vae", "clip", "draft", "ldm"])
-def test_a_run_stopped_and_resumed_equals_one_never_stopped(place, name):
+@pytest.mark.parametrize("name", ["vae", "clip", "draft", "unet"])
+def test_a_resumed_run_equals_an_uninterrupted_one(place, name):
     made = configs(place)
-    needed = {"draft": ["vae", "clip"], "ldm": ["vae", "clip", "draft"]}
+    needed = {"draft": ["vae", "clip"], "unet": ["vae", "clip", "draft"]}
     for part in needed.get(name, []):
         train(write(made[part], Path(f"{part}.yaml"))).export(Path(f"runs/{part}/export"))
     whole, halves = made[name], {**made[name], "run": {**made[name]["run"], "name": "halves"}}
@@ -80,9 +81,8 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(place, name):
     assert [row["step"] for row in lines if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_state_saved_from_other_strides_is_laid_out_as_the_weights_lie():
-    """A run may go on on a machine with kernels that was begun on one without: the fused AdamW would take one
-    weight's moments for another's."""
+def test_optimizer_state_of_other_strides_is_laid_out_as_the_weights():
+    """A run may resume on a machine whose kernels use other strides; the fused AdamW ignores strides."""
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn(3, 8, 4, 3, 3, generator=generator)
     found = []
@@ -97,7 +97,7 @@ def test_a_state_saved_from_other_strides_is_laid_out_as_the_weights_lie():
             optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
             if state is not None:
                 optimizer.load_state_dict(state)
-                lie_as_weights(optimizer)
+                match_strides(optimizer)
             p.grad = gradient.clone(memory_format=layout)
             optimizer.step()
             state, weight = optimizer.state_dict(), p.detach().clone()
@@ -105,13 +105,13 @@ def test_a_state_saved_from_other_strides_is_laid_out_as_the_weights_lie():
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_a_run_killed_at_any_moment_gives_the_same_weights_bit_for_bit(place):
+def test_a_run_killed_at_any_moment_gives_identical_weights(place):
     config = configs(place, steps=60, checkpoint_every=3, validate_every=50)["vae"]
     train(write({**config, "run": {**config["run"], "name": "whole"}}, Path("whole.yaml")))
     path = write(config, Path("vae.yaml"))
     code = f"from ldm.training.run import open_run; open_run({str(path)!r}).train(progress=False)"
     metrics, kills = Path("runs/vae/metrics.jsonl"), 0
-    for wanted in (4, 17, 38):  # steps after which the process is killed, wherever it then is
+    for wanted in (4, 17, 38):  # lines of metrics after which the process is killed
         process = subprocess.Popen(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         )
@@ -128,17 +128,16 @@ def test_a_run_killed_at_any_moment_gives_the_same_weights_bit_for_bit(place):
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
-def test_a_short_curve_is_kept_whole_and_a_long_one_thinned_evenly(tmp_path):
+def test_a_short_curve_is_kept_and_a_long_one_thinned_evenly(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for n in (7, 100, 1000):
         path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, n + 1)))
-        steps = [json.loads(line)["step"] for line in thinned(path).splitlines()]
+        steps = [json.loads(line)["step"] for line in thin_rows(path).splitlines()]
         assert len(steps) == min(n, 100) and steps[0] == 1 and steps[-1] == n
 
 
-def test_training_learns(place):
-    """300 steps at a high rate halve the error of the first ten, where the decoder still gives the same grey
-    for every picture."""
+def test_training_reduces_the_loss(place):
+    """300 steps at a high rate halve the error of the first ten."""
     config = configs(
         place, steps=300, log_every=10, validate_every=300, optimizer={"lr": 5e-3, "warmup": 10, "decay": 50}
     )["vae"]
@@ -178,15 +177,15 @@ def test_a_wrong_configuration_is_refused_before_any_work(place, where, value, m
     assert not Path("runs").exists()
 
 
-def test_a_second_run_begins_with_the_first_ones_weights(place):
+def test_a_run_begins_with_the_weights_of_another(place):
     made = configs(place)
     for name, config in made.items():
         train(write(config, Path(f"{name}.yaml"))).export(Path(f"runs/{name}/export"))
-    # nothing moves: what comes out is what went in, through float16, which holds it exactly
+    # nothing is trained: the output is the input, which float16 holds exactly
     still = {"lr": 0.0, "warmup": 1}
     again = {
         "draft": {"text": "runs/draft/export"},
-        "ldm": {"net": "runs/ldm/export", "text": {"folder": "runs/ldm/export", "tuned": True}},
+        "unet": {"net": "runs/unet/export", "text": {"folder": "runs/unet/export", "tuned": True}},
     }
     for name, changes in again.items():
         config = {
@@ -195,7 +194,7 @@ def test_a_second_run_begins_with_the_first_ones_weights(place):
             **changes,
         }
         train(write(config, Path(f"{name}-2.yaml"))).export(Path(f"runs/{name}-2/export"))
-        for file in ("text", "draft", *(["unet"] if name == "ldm" else [])):
+        for file in ("text", "draft", *(["unet"] if name == "unet" else [])):
             before, after = (
                 read_safetensors(f"runs/{folder}/export/{file}.safetensors") for folder in (name, f"{name}-2")
             )
@@ -219,40 +218,47 @@ def test_a_second_run_begins_with_the_first_ones_weights(place):
     assert wide.draft.config.width == 1030 and torch.allclose(
         wide(["a cat"]).concat, own(["a cat"]).concat, atol=1e-6
     )
-    with pytest.raises(ValueError, match="the unet in 'runs/ldm/export' has another shape"):
-        wider = {**made["ldm"]["model"], "blocks": 2}
+    with pytest.raises(ValueError, match="the unet in 'runs/unet/export' has another shape"):
+        wider = {**made["unet"]["model"], "blocks": 2}
         open_run(
-            write({**made["ldm"], "net": "runs/ldm/export", "model": wider}, Path("ldm-3.yaml")), runs="other"
+            write({**made["unet"], "net": "runs/unet/export", "model": wider}, Path("unet-3.yaml")),
+            runs="other",
         )
 
 
-def test_a_draft_that_does_not_fit_its_latent_or_network_is_refused(place):
+def test_a_draft_that_does_not_fit_latent_or_network_is_refused(place):
     made = configs(place)
     for part in ("vae", "clip"):
         train(write(made[part], Path(f"{part}.yaml"))).export(Path(f"runs/{part}/export"))
-    with pytest.raises(ValueError, match="expected 4 channels of size 8, as the latent has, got 4 of 16"):
+    with pytest.raises(
+        ValueError, match="expected 4 channels of size 8, the shape of a latent, got 4 of size 16"
+    ):
         open_run(write({**made["draft"], "model": {"embed_dim": 16, "size": 16}}, Path("draft.yaml")))
     with pytest.raises(ValueError, match="embeddings 12 wide, the text tower's are 16"):
         open_run(write({**made["draft"], "model": {"embed_dim": 12, "size": 8}}, Path("draft.yaml")))
-    plain = {**made["ldm"], "text": {"folder": "runs/clip/export"}}
-    with pytest.raises(ValueError, match=r"in_channels 8: the latent has 4, the text tower's draft 0"):
-        open_run(write(plain, Path("ldm.yaml")))
-    with pytest.raises(ValueError, match="prior 1.0: a text tower that is not tuned"):
+    plain = {**made["unet"], "text": {"folder": "runs/clip/export"}}
+    with pytest.raises(
+        ValueError, match=r"in_channels 8: expected 4, because the latent has 4 and the text tower's draft 0"
+    ):
+        open_run(write(plain, Path("unet.yaml")))
+    with pytest.raises(ValueError, match="prior 1.0: expected 0 for a text tower that is not tuned"):
         read_training_config(
-            write({**plain, "text": {"folder": "runs/clip/export", "prior": 1.0}}, Path("ldm.yaml"))
+            write({**plain, "text": {"folder": "runs/clip/export", "prior": 1.0}}, Path("unet.yaml"))
         )
     with pytest.raises(ValueError, match="shift: expected a positive number, got 0"):
-        read_training_config(write({**plain, "diffusion": {"shift": 0.0}}, Path("ldm.yaml")))
+        read_training_config(write({**plain, "diffusion": {"shift": 0.0}}, Path("unet.yaml")))
 
 
-def test_a_shift_draws_noisier_timesteps_and_one_draws_them_evenly():
+def test_the_median_of_shifted_timesteps():
     for shift, median in ((1.0, 500), (3.0, 750), (1 / 3, 250)):  # s·½ / (1 + (s − 1)·½)
-        t = Diffusion(shift=shift).draw(1000, torch.Generator().manual_seed(0))
+        t = DiffusionConfig(shift=shift).draw(1000, torch.Generator().manual_seed(0))
         assert t.shape == (1000,) and t.min() >= 0 and t.max() <= 999
-        assert abs(float(t.float().median()) - median) < 2  # one draw in every thousandth of the distribution
+        assert (
+            abs(float(t.float().median()) - median) < 2
+        )  # stratified: one draw in each thousandth of the distribution
 
 
-def test_going_on_with_another_configuration_is_refused_but_a_longer_run_is_not(place):
+def test_another_configuration_is_refused_but_more_steps_are_not(place):
     config = configs(place)["vae"]
     train(write(config, Path("vae.yaml")), until=2)
     config["run"]["batch"] = 5
@@ -262,9 +268,9 @@ def test_going_on_with_another_configuration_is_refused_but_a_longer_run_is_not(
     assert train(write(config, Path("vae.yaml"))).step == 9
 
 
-def test_a_missing_data_set_or_part_says_what_to_run(place):
+def test_the_error_for_a_missing_data_set_or_part_names_the_command(place):
     made = configs(place)
     with pytest.raises(FileNotFoundError, match=r"python -m ldm\.data\.emoji"):
         open_run(write({**made["vae"], "data": {"folder": "nowhere"}}, Path("vae.yaml")))
     with pytest.raises(FileNotFoundError, match="no vae in"):
-        open_run(write(made["ldm"], Path("ldm.yaml")))
+        open_run(write(made["unet"], Path("unet.yaml")))

@@ -1,4 +1,4 @@
-"""unCLIP's parts in training: refused early, resumed exactly, exported whole, and what they learn from."""
+"""Training of unCLIP's networks: early errors, exact resumption, complete exports, and their inputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from ldm.models.draft import Draft, DraftConfig
 from ldm.models.unclip.decoder import Decoder, DecoderConfig
 from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
-from ldm.training.compositions import Compositions
-from ldm.training.degrade import Degradation, blur, round_blocks
+from ldm.training.degradation import Degradation, blur, round_blocks
+from ldm.training.draws import Draws
 from ldm.training.embeddings import EmbeddingCache, embed
-from ldm.training.loop import Draws
 from ldm.training.parts.image_draft import whiten
 from ldm.training.parts.prior import PriorPart
 from ldm.training.run import open_run, read_training_config
@@ -39,13 +38,15 @@ CONDITION = {
 
 
 def unet_in(channels: int) -> dict[str, Any]:
-    """The decoders' UNet with some channels joined to the latent's."""
+    """Return the decoders' UNet with `channels` input channels, those of the draft included."""
     return {**UNET, "in_channels": channels, "out_channels": 4}
 
 
 def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
-    """The parts, and the second prior, over the exports of clip, vae and a UNet of emoji-ldm's kind; in the
-    order in which they need one another."""
+    """Return configurations of all networks of unCLIP, in the order in which they read one another.
+
+    They read the exports of clip, vae and unet as well.
+    """
     source = configs(data)["vae"]["data"]
     towers = {"text": "runs/clip/export", "vision": "runs/clip/export"}
     prior = {
@@ -92,19 +93,19 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
             "run": run("decoder-draft"),
             **joined,
             "draft": "runs/image-draft/export",
-            "net": "runs/ldm/export",
+            "net": "runs/unet/export",
             "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
         },
-        "image-draft-imagined": {
+        "image-draft-from-prior": {
             "part": "image-draft",
-            "run": run("image-draft-imagined"),
+            "run": run("image-draft-from-prior"),
             "data": source,
             "vae": "runs/vae/export",
             "variants": 5,
             "model": DRAFT,
             **towers,
             "net": "runs/image-draft/export",
-            "imagined": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
+            "from_prior": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
         },
         "image-draft-text": {
             "part": "image-draft",
@@ -130,14 +131,14 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
                 "draft_text": True,
             },
         },
-        "decoder-imagined": {
+        "decoder-from-prior": {
             **decoder,
-            "run": run("decoder-imagined"),
+            "run": run("decoder-from-prior"),
             **towers,
-            "draft": "runs/image-draft-imagined/export",
+            "draft": "runs/image-draft-from-prior/export",
             "net": "runs/decoder-draft/export",
             "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
-            "imagined": {"prior": "runs/prior/export", "steps": 1},
+            "from_prior": {"prior": "runs/prior/export", "steps": 1},
         },
         "upsampler": {
             "part": "upsampler",
@@ -163,11 +164,11 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def place(folder, tmp_path, monkeypatch):
-    """A folder to run in, with the exports that the parts begin from; the drawn data set lies beside."""
+    """Change to a folder that holds the drawn data set and the exports that the networks begin with."""
     monkeypatch.chdir(tmp_path)
     made = configs(folder)
-    made["ldm"]["text"] = {"folder": "runs/draft/export"}
-    for name in ("vae", "clip", "draft", "ldm"):
+    made["unet"]["text"] = {"folder": "runs/draft/export"}
+    for name in ("vae", "clip", "draft", "unet"):
         begun = open_run(write(made[name], Path(f"{name}.yaml")))
         begun.train(progress=False, until=2)
         begun.export(Path(f"runs/{name}/export"))
@@ -179,7 +180,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     return {**state["model"], **{f"ema.{key}": value for key, value in state["ema"].items()}}
 
 
-def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
+def test_every_network_trains_resumes_exactly_and_is_exported(place):
     for name, config in unclip_configs(place).items():
         path = write(config, Path(f"{name}.yaml"))
         whole = open_run(path)
@@ -197,12 +198,12 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
         == about_part("runs/decoder/export", "decoder")["clip"]
     )
     net, about = read_part("runs/prior/export", "prior", PriorConfig, Prior)
-    assert float((net.clip_std - 1).abs().max()) > 1e-3  # measured, not left at one
+    assert float((net.clip_std - 1).abs().max()) > 1e-3  # measured, not the initial ones
     assert about["network"] == "Prior" and {"cosine", "text_cosine"} <= about["figures"].keys()
     began, learned = (
         read_part(f"runs/{name}/export", part, *kinds)[0].state_dict()
         for name, part, kinds in (
-            ("ldm", "unet", (UNetConfig, UNet)),
+            ("unet", "unet", (UNetConfig, UNet)),
             ("decoder-draft", "decoder", (DecoderConfig, Decoder)),
         )
     )
@@ -215,11 +216,11 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
     assert max(float((learned[key] - value).abs().max()) for key, value in near.items()) < 0.007
     assert all(
         torch.equal(learned[f"draft.{key}"], value) for key, value in draft.items()
-    )  # the draft stays as it is
+    )  # the draft is frozen
     text_draft = read_part("runs/image-draft-text/export", "draft", DraftConfig, Draft)[0].state_dict()
     by_text = read_part("runs/decoder-text/export", "decoder", DecoderConfig, Decoder)[
         0
-    ].state_dict()  # begun as another, but for its draft
+    ].state_dict()  # begun with another decoder, but its own draft
     assert all(torch.equal(by_text[f"draft.{key}"], value) for key, value in text_draft.items())
     assert (
         max(
@@ -240,7 +241,7 @@ def test_every_part_trains_resumes_to_the_bit_and_is_exported(place):
     assert Path("runs/upsampler/samples/0000004.png").is_file()
 
 
-def test_every_part_takes_a_step_in_bfloat16(place):
+def test_every_network_takes_a_step_in_bfloat16(place):
     for name, config in unclip_configs(place).items():
         made = open_run(
             write(
@@ -257,7 +258,7 @@ def test_every_part_takes_a_step_in_bfloat16(place):
 
 
 def test_a_prior_learns_the_embeddings_of_its_captions(place):
-    """240 steps on six shapes: it explains more than 40 % of the embeddings' variance."""
+    """After 240 steps on six shapes it explains more than 40 % of the embeddings' variance."""
     config = unclip_configs(place)["prior"]
     model = {**PRIOR, "width": 32, "layers": 2, "heads": 4}
     settings = run(
@@ -279,7 +280,7 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         for row in map(json.loads, Path("runs/long/metrics.jsonl").read_text().splitlines())
         if "loss" in row
     ]
-    # x0 is normalised to unit variance: the mean embedding, whatever the caption, would have a loss of 1
+    # x0 has unit variance: predicting the mean embedding has a loss of 1
     assert losses[-1] < 0.6 < 1 < losses[0]
 
 
@@ -292,12 +293,12 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         (
             "decoder",
             {"model": {"unet": {**UNET, "out_channels": 8}, "condition": CONDITION}},
-            "learns no variance",
+            "a learned variance is not supported",
         ),
         (
             "decoder",
             {"model": {"unet": UNET, "condition": CONDITION, "draft": DRAFT}},
-            "less those of a draft",
+            "without those of a draft",
         ),
         (
             "decoder-draft",
@@ -314,23 +315,23 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
             {"model": {"unet": UNET, "condition": CONDITION, "draft_text": True}},
             "draft_text: expected a draft",
         ),
-        ("image-draft", {"reads_text": True}, "text: the folder of a tower"),
+        ("image-draft", {"reads_text": True}, "text: expected the folder of a text tower"),
         ("image-draft-text", {"drop": 1.0}, "drop: expected a share"),
         ("image-draft-text", {"net": "runs/image-draft/export"}, "whitened: expected false"),
         ("image-draft", {"jitter": -1.0}, "jitter: expected at least 0, got -1.0"),
         (
             "image-draft",
-            {"imagined": {"prior": "runs/prior/export"}},
-            "text: the folder of a tower where a prior",
+            {"from_prior": {"prior": "runs/prior/export"}},
+            "text: expected the folder of a text tower if a prior",
         ),
         (
-            "image-draft-imagined",
-            {"imagined": {"prior": "runs/prior/export", "share": 0.0}},
+            "image-draft-from-prior",
+            {"from_prior": {"prior": "runs/prior/export", "share": 0.0}},
             "share: expected more than 0",
         ),
         (
-            "image-draft-imagined",
-            {"imagined": {"prior": "runs/prior/export", "steps": 0}},
+            "image-draft-from-prior",
+            {"from_prior": {"prior": "runs/prior/export", "steps": 0}},
             "steps: expected at least 1",
         ),
         ("upsampler", {"residual": 0.0}, "residual: expected a positive number or None, got 0.0"),
@@ -344,22 +345,24 @@ def test_configurations_that_cannot_work_are_refused_before_any_work(folder, tmp
         read_training_config(path)
 
 
-def test_what_a_decoder_begins_with_must_fit(place):
+def test_weights_of_another_shape_are_refused(place):
     made = unclip_configs(place)
-    with pytest.raises(ValueError, match="draft 'runs/image-draft/export': model.draft says no shape"):
+    with pytest.raises(
+        ValueError, match="draft 'runs/image-draft/export': expected its shape in model.draft"
+    ):
         open_run(write({**made["decoder"], "draft": "runs/image-draft/export"}, Path("shapeless.yaml")))
     with pytest.raises(
         ValueError,
-        match="the unet in 'runs/ldm/export' has another shape, first at 'conv_in.weight': expected",
+        match="the unet in 'runs/unet/export' has another shape, first at 'conv_in.weight': expected",
     ):
-        open_run(write({**made["decoder"], "net": "runs/ldm/export"}, Path("narrow.yaml")))
+        open_run(write({**made["decoder"], "net": "runs/unet/export"}, Path("narrow.yaml")))
 
 
-def test_cached_embeddings_are_those_of_the_pictures(place):
-    """Float16 keeps eleven bits: a thousandth of the largest."""
+def test_cached_embeddings_are_those_of_the_images(place):
+    """Float16 has eleven significant bits, an error of less than a thousandth of the largest."""
     part = open_run(write(unclip_configs(place)["prior"], Path("prior.yaml"))).part
     rows = [0, 7, len(part.embeddings.vectors) - 1]
-    expected = embed(part.clip, part.pictures, [part.embeddings.compositions.rows[row] for row in rows])
+    expected = embed(part.clip, part.images, [part.compositions.rows[row] for row in rows])
     assert torch.allclose(part.embeddings[rows], expected, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -378,18 +381,10 @@ def test_a_second_prior_begins_with_the_first_ones_weights(place):
     assert all(torch.equal(again.state_dict()[key], value) for key, value in first.state_dict().items())
 
 
-def test_a_prior_as_wide_as_another_clip_is_refused(place):
+def test_a_prior_of_another_width_is_refused(place):
     config = unclip_configs(place)["prior"]
     with pytest.raises(ValueError, match="embed_dim 12: the embeddings of 'emoji-clip/"):
         open_run(write({**config, "model": {**PRIOR, "embed_dim": 12}}, Path("narrow.yaml")))
-
-
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "configs").glob("emoji-*.yaml")), ids=lambda p: p.stem
-)
-def test_the_configurations_in_the_repository_are_whole(path):
-    name, config = read_training_config(path)
-    assert config.run.name == path.stem and name in path.stem
 
 
 def test_blur_of_an_impulse_is_the_gaussian():
@@ -397,12 +392,12 @@ def test_blur_of_an_impulse_is_the_gaussian():
     x[:, :, 15, 15] = 1
     y = blur(x, torch.tensor([1.5, 0.0]))
     line = torch.exp(-(torch.arange(31.0) - 15).square() / 4.5)
-    line[(torch.arange(31) - 15).abs() > 5] = 0  # cut at three deviations
+    line[(torch.arange(31) - 15).abs() > 5] = 0  # cut at three standard deviations
     line = line / line.sum()
     assert torch.allclose(y[0, 0], line[:, None] * line, atol=1e-6) and torch.allclose(y[1], x[1], atol=1e-6)
 
 
-def test_rounded_blocks_are_the_picture_up_to_half_a_step():
+def test_rounded_blocks_differ_by_half_a_step_at_most():
     x = torch.rand(2, 3, 19, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = round_blocks(x, torch.tensor([0.0, 0.2]).view(2, 1, 1, 1))
     assert torch.equal(y[0], round_blocks(x, torch.zeros(2, 1, 1, 1))[0]) and torch.allclose(
@@ -411,14 +406,14 @@ def test_rounded_blocks_are_the_picture_up_to_half_a_step():
     error = (y[1] - x[1]).square().mean().sqrt()
     assert (
         0.5 * 0.2 / 12**0.5 < error < 1.5 * 0.2 / 12**0.5
-    )  # an orthonormal transform keeps the deviation of rounding, step/√12
+    )  # an orthonormal transform keeps the RMS of rounding, step/√12
     flat = torch.full((1, 3, 16, 16), 0.4)
     assert torch.allclose(
         round_blocks(flat, torch.full((1, 1, 1, 1), 0.1)), flat, atol=0.1 / 16 + 1e-5
-    )  # one coefficient, 8 times the value
+    )  # one coefficient: 8 times the value
 
 
-def test_degradation_is_keyed_and_within_range():
+def test_degradation_depends_on_the_generator_and_stays_in_range():
     x, noise = torch.rand(4, 3, 16, 16) * 2 - 1, torch.randn(4, 3, 16, 16)
     worse = Degradation(blur=1.0, noise=0.3, blocks=0.3)
     a, b, c = (worse(x, np.random.default_rng(seed), noise) for seed in (1, 1, 2))
@@ -427,25 +422,25 @@ def test_degradation_is_keyed_and_within_range():
     assert torch.equal(none(x, np.random.default_rng(1), noise), x)
 
 
-def test_embeddings_are_drawn_from_the_pictures_and_from_the_prior_by_share() -> None:
+def test_the_share_of_embeddings_from_the_prior() -> None:
     own, made = np.zeros((8, 4), np.float16), np.ones((8, 4), np.float16)
-    cache = EmbeddingCache(own, Compositions((), {}, 0), made, 0.25)
+    cache = EmbeddingCache(vectors=own, from_prior=made, share=0.25)
     drawn = cache.draw([0, 7] * 2000, np.random.default_rng(0))
     assert set(drawn.unique().tolist()) == {0.0, 1.0} and bool(
         (drawn == drawn[:, :1]).all()
-    )  # whole embeddings
+    )  # no embedding is mixed
     assert abs(float(drawn.mean()) - 0.25) < 0.03  # 4.4 standard errors of 4,000 draws
-    assert bool((cache[[3, 4]] == 0).all())  # what is asked for by row is the picture's own
+    assert bool((cache[[3, 4]] == 0).all())  # rows alone give the images' own embeddings
 
 
 def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
     made = unclip_configs(place)
     part = open_run(write(made["image-draft-text"], Path("text.yaml"))).part
     rows = list(range(0, len(part.embeddings.vectors), 2))
-    read = part.embedding(rows, Draws(0, 5))
+    read = part.read_embeddings(rows, Draws(0, 5))
     none = part.clip.text_embedding([""]).vector
     plain = part.clip.text_embedding(
-        [caption(part.embeddings.compositions.rows[row], part.pictures.data.index) for row in rows]
+        [caption(part.compositions.rows[row], part.images.index) for row in rows]
     ).vector
     assert torch.allclose(read[:, :16], part.embeddings[rows], atol=1e-6)
     is_none = torch.isclose(read[:, 16:], none, atol=1e-5).all(1)
@@ -453,13 +448,12 @@ def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
     assert (
         0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7
     )  # shares 0.3, and 0.35 or so
-    counts = [c.background is not None for c in part.pictures.draw(np.random.default_rng(0), 400)]
-    assert np.mean(counts) > 0.75  # drawn by 0.9, where the cache's mix has 0.5
+    counts = [c.background is not None for c in part.images.draw(np.random.default_rng(0), 400)]
+    assert np.mean(counts) > 0.75  # drawn with 0.9, while the mix of the cache has 0.5
 
 
-def test_a_whitened_draft_sees_all_directions_alike() -> None:
-    """The singular values of 400×8 normal numbers lie within √400 ± √8 or so: their squares within 1.8 of
-    each other."""
+def test_a_whitened_draft_has_equal_variance_in_all_directions() -> None:
+    """Singular values of 400×8 normal numbers are about √400 ± √8: their squares differ by less than 1.8×."""
     embeddings = 3 + torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(
         0, -1.5, 8
     )
@@ -474,19 +468,19 @@ def test_a_whitened_draft_sees_all_directions_alike() -> None:
     assert float(first.mean(0).abs().max()) < 1e-4 and 0.8 < float(first.std()) < 1.25
 
 
-def test_embeddings_of_a_prior_of_another_clip_are_refused(place) -> None:
+def test_a_prior_of_another_clip_is_refused(place) -> None:
     config = unclip_configs(place)["prior"]
     made = open_run(write(config, Path("prior.yaml")))
     made.train(progress=False, until=1)
     made.export(Path("runs/prior/export"))
     other = replace_clip(Path("runs/prior/export/prior.yaml"))
-    imagined = {**unclip_configs(place)["image-draft-imagined"], "net": None}
+    config_from_prior = {**unclip_configs(place)["image-draft-from-prior"], "net": None}
     with pytest.raises(ValueError, match=f"embeddings of {other!r}, expected 'emoji-clip/"):
-        open_run(write(imagined, Path("imagined.yaml")))
+        open_run(write(config_from_prior, Path("from-prior.yaml")))
 
 
 def replace_clip(about: Path, name: str = "emoji-clip/0123") -> str:
-    """Say in a prior's YAML that it belongs to another CLIP."""
+    """Replace the name of the CLIP in a prior's YAML."""
     lines = about.read_text().splitlines()
     about.write_text(
         "".join(f"clip: {name}\n" if line.startswith("clip: ") else f"{line}\n" for line in lines)

@@ -1,33 +1,37 @@
-"""Training CLIP: image and text towers whose embeddings of a picture and its caption agree (Radford et al.
-2021, figure 3)."""
+"""Training of CLIP: image and text towers whose embeddings of an image and its caption agree.
+
+Radford et al. 2021, figure 3.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Composition, caption
-from ldm.data.captions import vocabulary
+from ldm.data import Composition, ImageIndex, caption
+from ldm.data.captions import caption_nouns, vocabulary
 from ldm.models.clip.towers import CLIP, CLIPConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.config import DataConfig, RunConfig
-from ldm.training.data import Pictures
-from ldm.training.loop import Draws
+from ldm.training.draws import Draws
+from ldm.training.embeddings import retrieval_figures
+from ldm.training.images import TrainingImages
+from ldm.training.losses import contrastive_loss
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTraining:
-    """The configuration of CLIP's training; the vocabulary's size, and so the embedding's, is that of the
-    tokens that captions use."""
+    """The configuration of CLIP's training.
+
+    The vocabulary is the set of tokens that captions use; it replaces the vocabulary of `model.text`.
+    """
 
     run: RunConfig
     data: DataConfig
@@ -39,8 +43,8 @@ class CLIPPart:
 
     def __init__(self, config: CLIPTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.pictures = Pictures(config.data)
-        self.tokenizer = Tokenizer(vocabulary=caption_tokens(self.pictures))
+        self.images = TrainingImages(config.data)
+        self.tokenizer = Tokenizer(vocabulary=caption_tokens(self.images.index))
         text = replace(
             config.model.text,
             vocab_size=len(self.tokenizer),
@@ -51,66 +55,57 @@ class CLIPPart:
         self.model = CLIP(replace(config.model, text=text)).to(device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        from open_clip.loss import ClipLoss
+        chosen = self.images.draw(draws.rng, batch)
+        text = self.embed_texts([caption(c, self.images.index, draws.rng) for c in chosen])
+        return contrastive_loss(self.embed_images(chosen), text, self.model.logit_scale)
 
-        index = self.pictures.data.index
-        chosen = self.pictures.draw(draws.rng, batch)
-        ids = self.tokenizer([caption(c, index, draws.rng) for c in chosen], context_length=None, pad=0).to(
-            self.device
-        )
-        x = self.pictures.tensor(chosen).to(self.device)
-        image = F.normalize(self.model.encode_image((x + 1) / 2).float(), dim=-1)
-        text = F.normalize(self.model.encode_text(ids).float(), dim=-1)
-        scale = self.model.logit_scale.float().clamp(max=np.log(100.0)).exp()
-        loss = ClipLoss()(image, text, scale)
-        hit = ((text @ image.T).argmax(1) == torch.arange(batch, device=self.device)).float().mean()
-        return loss, {"accuracy": hit, "scale": scale}
+    def embed_images(self, chosen: list[Composition]) -> Tensor:
+        """Return embeddings of images, (B, E) float32, of length 1."""
+        x = self.images.tensor(chosen).to(self.device)  # (B, 3, H, W)
+        return F.normalize(self.model.encode_image((x + 1) / 2).float(), dim=-1)
+
+    def embed_texts(self, captions: list[str]) -> Tensor:
+        """Return embeddings of captions, (B, E) float32, of length 1."""
+        ids = self.tokenizer(captions, context_length=None, pad=0).to(self.device)  # (B, L)
+        return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
     def validate(self) -> dict[str, float]:
-        """Of all noto names that training sees, how often the caption's nearest picture (all of them on
-        white) is its own."""
-        index = self.pictures.data.index
-        rows = index.train_of["noto"]
-        chosen = [Composition(image=int(row)) for row in rows]
+        """Return how often the nearest image of a caption is its own, over the training images in noto."""
+        chosen = [Composition(image=int(row)) for row in self.images.index.train_of["noto"]]
         image, text = self.embed(chosen)
-        hits = (text @ image.T).argmax(1) == torch.arange(len(rows))
-        return {"text_to_image_top1": float(hits.float().mean())}
+        return {"text_to_image_top1": retrieval_figures(image, text)["text_to_image_top1"]}
 
     def embed(self, chosen: list[Composition]) -> tuple[Tensor, Tensor]:
-        """Normalised image and text embeddings of compositions and their canonical captions, each (B, E)."""
-        index, images, texts = self.pictures.data.index, [], []
-        for start in range(0, len(chosen), 128):
-            part = chosen[start : start + 128]
-            ids = self.tokenizer([caption(c, index) for c in part], context_length=None, pad=0).to(
-                self.device
-            )
-            images.append(
-                F.normalize(
-                    self.model.encode_image((self.pictures.tensor(part).to(self.device) + 1) / 2), dim=-1
-                )
-            )
-            texts.append(F.normalize(self.model.encode_text(ids), dim=-1))
-        return torch.cat(images).float().cpu(), torch.cat(texts).float().cpu()
+        """Return embeddings of images and of their canonical captions, each (B, E) and of length 1."""
+        parts = [chosen[start : start + 128] for start in range(0, len(chosen), 128)]
+        images = [self.embed_images(part) for part in parts]
+        texts = [self.embed_texts([caption(c, self.images.index) for c in part]) for part in parts]
+        return torch.cat(images).cpu(), torch.cat(texts).cpu()
 
     def preview(self) -> None:
+        """Return None: embeddings cannot be shown."""
         return None
 
-    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Write the two towers as text.* and vision.*; the scale of their similarity stands among vision's
-        facts."""
-        facts = {"logit_scale": float(self.model.logit_scale), "figures": self.validate(), "training": record}
-        write_part(folder, "vision", self.model.visual, self.model.config.vision, **facts)
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the towers as text.* and vision.*; vision.yaml holds the scale of their similarity."""
+        write_part(
+            folder,
+            "vision",
+            self.model.visual,
+            self.model.config.vision,
+            logit_scale=float(self.model.logit_scale),
+            figures=self.validate(),
+            training=record,
+        )
         text = TextConditioner(self.model.text_tower(), self.tokenizer, EMOJI_TEXT)
-        write_text(folder, text, words=vocabulary(self.pictures.data.index), training=record)
+        write_text(folder, text, words=sorted(vocabulary(self.images.index)), training=record)
 
 
-def caption_tokens(pictures: Pictures) -> list[int]:
-    """The tokens that the words of captions can become, sorted."""
-    tokenizer, found = Tokenizer(), set()
-    for word in vocabulary(pictures.data.index):
-        found.update(tokenizer.encode(word))
-    index = pictures.data.index  # punctuation and joined words give tokens of their own
-    for i in index.train:
-        for noun in (index[i].phrase, index[i].label or "", *index.caption_tags[i]):
-            found.update(tokenizer.encode(noun))
+def caption_tokens(index: ImageIndex) -> list[int]:
+    """Return the tokens that captions can contain, sorted."""
+    tokenizer = Tokenizer()
+    found: set[int] = set()
+    # nouns too: punctuation and joined words have tokens that no single word has
+    for text in (*vocabulary(index), *caption_nouns(index)):
+        found.update(tokenizer.encode(text))
     return sorted(found)

@@ -1,11 +1,10 @@
-"""Training a text tower for an image tower that stays as it is: locked-image tuning (Zhai et al. 2022)."""
+"""Training of a text tower for a frozen image tower: locked-image tuning (Zhai et al. 2022)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +14,25 @@ from torch import Tensor, nn
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
+from ldm.training.compositions import CachedCompositions
 from ldm.training.config import DataConfig, RunConfig
-from ldm.training.data import Pictures
-from ldm.training.embeddings import EmbeddingCache, read_clip
-from ldm.training.loop import Draws
+from ldm.training.draws import Draws
+from ldm.training.embeddings import EmbeddingCache, read_clip, retrieval_figures
+from ldm.training.images import TrainingImages
+from ldm.training.losses import contrastive_loss
 from ldm.weights.formats.ldm_folder import read_text, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextTraining:
-    """The configuration of a text tower's training. ``text``: the folder of the tower to begin with, whose
-    draft is left behind; ``vision``: that of the image tower, which is asked only once for each composition;
-    ``variants``: see `Compositions`.
+    """The configuration of a text tower's training.
+
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        text: Folder of the tower to begin with; its draft, if it has one, is not used.
+        vision: Folder of the image tower; it is run once for each cached composition.
+        variants: Number of cached small and double compositions; see `CachedCompositions`.
     """
 
     run: RunConfig
@@ -37,56 +43,53 @@ class CLIPTextTraining:
 
 
 class CLIPTextPart:
-    """A text tower in training under fixed image embeddings."""
+    """A text tower in training on fixed image embeddings."""
 
     def __init__(self, config: CLIPTextTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.pictures = Pictures(config.data)
+        self.images = TrainingImages(config.data)
         self.clip = read_clip(None, config.vision)
-        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
+        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
+        self.embeddings = EmbeddingCache.open(self.clip, self.compositions)
         read = read_text(config.text)
-        self.text = (
-            TextConditioner(read.tower, read.tokenizer, read.convention, read.words)
-            .to(device)
-            .requires_grad_(True)
-        )
+        text = TextConditioner(read.tower, read.tokenizer, read.convention, read.words)
+        self.text = text.to(device).requires_grad_(True)
         self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32, device=device))
         self.model = nn.ModuleDict({"text": self.text, "scale": nn.ParameterList([self.logit_scale])})
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        from open_clip.loss import ClipLoss
+        chosen, rows = self.compositions.draw(draws.rng, batch)
+        image = F.normalize(self.embeddings[rows].to(self.device), dim=-1)
+        text = self.embed_texts([caption(c, self.images.index, draws.rng) for c in chosen])
+        return contrastive_loss(image, text, self.logit_scale)
 
-        chosen = [self.embeddings.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
-        image = F.normalize(self.embeddings[[row for _, row in chosen]].to(self.device), dim=-1)
-        text = self.read([caption(c, self.pictures.data.index, draws.rng) for c, _ in chosen])
-        scale = self.logit_scale.clamp(max=np.log(100.0)).exp()
-        hit = ((text @ image.T).argmax(1) == torch.arange(batch, device=self.device)).float().mean()
-        return ClipLoss()(image, text, scale), {"accuracy": hit, "scale": scale}
-
-    def read(self, captions: list[str]) -> Tensor:
-        """Embeddings (B, E) of captions, at length 1."""
+    def embed_texts(self, captions: list[str]) -> Tensor:
+        """Return embeddings of captions, (B, E) float32, of length 1."""
         pooled = self.text(captions).pooled
         assert pooled is not None
         return F.normalize(pooled.float(), dim=-1)
 
     def validate(self) -> dict[str, float]:
-        """Of all noto names that training sees, how often the caption's nearest picture (all of them on
-        white) is its own, and their mean cosine."""
-        index = self.pictures.data.index
+        """Return retrieval figures (see `retrieval_figures`) of all training names in noto on white."""
+        index = self.images.index
         chosen = [Composition(image=int(row)) for row in index.train_of["noto"]]
-        image = F.normalize(
-            self.embeddings[[self.embeddings.choose(c, np.random.default_rng(0))[1] for c in chosen]], dim=-1
-        )
-        text = torch.cat(
-            [self.read([caption(c, index) for c in chosen[i : i + 64]]) for i in range(0, len(chosen), 64)]
-        ).cpu()
-        similar = text @ image.T
-        hits = similar.argmax(1) == torch.arange(len(chosen))
-        return {"text_to_image_top1": float(hits.float().mean()), "cosine": float(similar.diagonal().mean())}
+        rows = [self.compositions.row_of[c.image, None] for c in chosen]
+        captions = [caption(c, index) for c in chosen]
+        text = [self.embed_texts(captions[i : i + 64]) for i in range(0, len(chosen), 64)]
+        return retrieval_figures(F.normalize(self.embeddings[rows], dim=-1), torch.cat(text).cpu())
 
     def preview(self) -> None:
+        """Return None: embeddings cannot be shown."""
         return None
 
-    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        facts = {"clip": self.clip.name, "logit_scale": float(self.logit_scale), "figures": self.validate()}
-        write_text(folder, self.text, words=vocabulary(self.pictures.data.index), training=record, **facts)
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the text tower, with the name of its CLIP and the scale of their similarity."""
+        write_text(
+            folder,
+            self.text,
+            words=sorted(vocabulary(self.images.index)),
+            training=record,
+            clip=self.clip.name,
+            logit_scale=float(self.logit_scale),
+            figures=self.validate(),
+        )

@@ -1,48 +1,54 @@
-"""Training the decoder: latents under CLIP's embedding of their own picture, and its caption (Ramesh et al.
-2022, section 2.1)."""
+"""Training of the decoder: latents conditioned on CLIP's embedding of their own image, and on its caption.
+
+Ramesh et al. 2022, section 2.1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.data import Composition, caption
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.guidance import cfg
-from ldm.diffusion.noise import initial_noise
 from ldm.models.unclip.decoder import Decoder, DecoderConfig
-from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
-from ldm.training.config import DataConfig, RunConfig, share
-from ldm.training.data import Pictures, picture_grid, to_uint8
-from ldm.training.embeddings import EmbeddingCache, embed, read_clip
-from ldm.training.imagined import Imagined
-from ldm.training.latents import LatentCache
-from ldm.training.loop import Draws
-from ldm.training.losses import diffusion_loss
-from ldm.training.parts.latent_diffusion import Diffusion, zero_outputs
-from ldm.training.parts.vae import held_out_compositions
-from ldm.weights.formats.ldm_folder import begin_with, read_part, write_part
+from ldm.training.compositions import CachedCompositions, draw_captions
+from ldm.training.config import DataConfig, RunConfig, check_share
+from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
+from ldm.training.draws import Draws
+from ldm.training.embeddings import EmbeddingCache, check_embed_dim, embed, read_clip
+from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.latents import LatentSpace, read_latent_shape
+from ldm.training.losses import draw_diffusion_loss
+from ldm.training.prior_embeddings import PriorEmbeddings
+from ldm.weights.formats.ldm_folder import begin_with, write_part
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderTraining:
     """The configuration of a latent decoder's training.
 
-    ``diffusion.drop``: the share of captions made empty (the paper: half); ``drop_image``: of embeddings
-    replaced by the learned one of no image (a tenth). ``length``: tokens that captions are read at. ``net``:
-    the folder of a UNet or a whole decoder to begin with, ``draft``: that of an image's draft, which stays as
-    it is (`image-draft` trains it); None to begin anew. Without the squared error of its own a draft drifts
-    away from what it was trained to be. ``imagined``: a prior whose embeddings are learnt from beside the
-    pictures'.
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        vae: Folder of the autoencoder.
+        text: Folder of CLIP's text tower, which is frozen.
+        vision: Folder of CLIP's image tower, which is frozen.
+        model: Shape of the decoder.
+        diffusion: Schedule, prediction and timesteps; `drop` is the share of captions replaced by the empty
+            one (half of them in the paper).
+        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        drop_image: Share of embeddings replaced by the learned embedding of no image (a tenth in the paper).
+            Default: 0.1.
+        length: Number of tokens that captions are padded to. Default: 32.
+        net: Folder of a UNet or of a decoder to begin with; None to begin from scratch. Default: None.
+        draft: Folder of an image draft, which is frozen: without a loss of its own it would drift away from
+            what it was trained for. None if the decoder has none, or for that of `net`. Default: None.
+        from_prior: A prior that makes a share of the embeddings; None for images alone. Default: None.
     """
 
     run: RunConfig
@@ -51,25 +57,25 @@ class DecoderTraining:
     text: str
     vision: str
     model: DecoderConfig
-    diffusion: Diffusion
+    diffusion: DiffusionConfig
     variants: int
     drop_image: float = 0.1
     length: int = 32
     net: str | None = None
     draft: str | None = None
-    imagined: Imagined | None = None
+    from_prior: PriorEmbeddings | None = None
 
     def __post_init__(self) -> None:
-        share(drop_image=self.drop_image)
+        check_share(drop_image=self.drop_image)
         joined = 0 if self.model.draft is None else self.model.draft.channels
         if self.model.unet.in_channels != self.model.unet.out_channels + joined:
             raise ValueError(
-                "model.unet: training here learns no variance, expected as many channels out as in, less"
-                " those of a draft"
+                "model.unet: expected as many channels out as in, without those of a draft, because a learned"
+                " variance is not supported in training"
             )
         if not self.model.condition.null_image:
             raise ValueError(
-                "model.condition.null_image: expected true, as the embedding of no image is learned here"
+                "model.condition.null_image: expected true, because the embedding of no image is trained here"
             )
 
 
@@ -78,112 +84,117 @@ class DecoderPart:
 
     def __init__(self, config: DecoderTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.pictures = Pictures(config.data)
-        vae, about = read_part(config.vae, "vae", VAEConfig, AutoencoderKL)
-        assert isinstance(vae, AutoencoderKL)
-        self.vae = vae.to(device)
+        self.images = TrainingImages(config.data)
         self.clip = read_clip(config.text, config.vision, length=config.length).to(device)
-        if self.clip.width != config.model.condition.embed_dim:
+        check_embed_dim("model.condition.embed_dim", config.model.condition.embed_dim, self.clip)
+        channels, *_ = read_latent_shape(config.vae, self.images)
+        if channels != config.model.unet.out_channels:
             raise ValueError(
-                f"model.condition.embed_dim {config.model.condition.embed_dim}: embeddings are"
-                f" {self.clip.width} wide"
+                f"model.unet.out_channels {config.model.unet.out_channels}: the latent has {channels}"
             )
-        if vae.config.latent_channels != config.model.unet.out_channels:
-            raise ValueError(
-                f"model.unet.out_channels {config.model.unet.out_channels}: the latent has"
-                f" {vae.config.latent_channels}"
-            )
-        torch.manual_seed(config.run.seed)
-        net = Decoder(config.model)
-        if config.net is None:
-            zero_outputs(net.unet)
-        elif (Path(config.net) / "decoder.yaml").is_file():
-            begin_with(net, config.net, "decoder", leave=None if config.draft is None else "draft")
-        else:
-            # the vector comes from the embedding here
-            begin_with(net.unet, config.net, "unet", leave="add_embedding")
-        if config.draft is not None:
-            if net.draft is None:
-                raise ValueError(f"draft {config.draft!r}: model.draft says no shape for it")
-            begin_with(net.draft, config.draft, "draft")
-            net.draft.requires_grad_(False)
-        self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
-        self.net = net
-        self.model: nn.Module = nn.ModuleDict({"net": net})
-        self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
-        self.embeddings = EmbeddingCache.of_run(
-            config.run, self.pictures, self.clip, config.variants, config.imagined
-        )
+        self.net = make_decoder(config).to(device)
+        self.denoiser = Denoiser(self.net, config.diffusion.make(), config.diffusion.prediction)
+        self.model = nn.ModuleDict({"net": self.net})
+        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.compositions, device)
+        self.embeddings = EmbeddingCache.open(self.clip, self.compositions, config.from_prior)
 
     def condition(self, captions: Sequence[str], image: Tensor) -> Cond:
-        """What the network is told; captions are left out where it reads none."""
+        """Return the condition of captions and image embeddings (B, E); unread fields are left out."""
         c, cond = self.config.model.condition, Cond()
         if c.text_dim is not None or c.pooled_dim is not None:
             cond = self.clip.read(captions)
-            cond = replace(
-                cond,
-                context=cond.context if c.text_dim else None,
-                context_mask=cond.context_mask if c.text_dim else None,
-            )
-            cond = replace(cond, pooled=cond.pooled if c.pooled_dim else None)
-        return replace(cond, image_emb=image)
+        if not c.text_dim:
+            cond = replace(cond, context=None, context_mask=None)
+        return replace(cond, pooled=cond.pooled if c.pooled_dim else None, image_emb=image)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        diffusion, schedule = self.config.diffusion, self.denoiser.schedule
-        rows = [self.cache.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
-        numbers = [row for _, row in rows]
-        x0 = self.cache.sample(numbers, draws).to(self.device)  # (B, C, h, w)
-        captions = [
-            "" if draws.rng.random() < diffusion.drop else caption(c, self.pictures.data.index, draws.rng)
-            for c, _ in rows
-        ]
+        diffusion = self.config.diffusion
+        chosen, rows = self.compositions.draw(draws.rng, batch)
+        x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
+        captions = draw_captions(chosen, self.images.index, draws.rng, drop=diffusion.drop)
         kept = torch.from_numpy(draws.rng.random(batch) >= self.config.drop_image).to(self.device)
-        image = torch.where(
-            kept[:, None],
-            self.embeddings.draw(numbers, draws.rng).to(self.device),
-            self.net.condition.nothing(),
-        )
-        t = diffusion.draw(batch, draws.torch).to(self.device)
-        losses = diffusion_loss(
-            self.denoiser, x0, self.condition(captions, image), t, draws.normal(*x0.shape).to(self.device)
-        )
-        return (diffusion.weight(schedule.snr(t)).to(losses) * losses).mean(), {}
+        image = self.embeddings.draw(rows, draws.rng).to(self.device)  # (B, E)
+        image = torch.where(kept[:, None], image, self.net.condition.nothing())
+        cond = self.condition(captions, image)
+        return draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws).weighted, {}
 
     def sample(
         self, captions: Sequence[str], image: Tensor, *, steps: int = 10, guidance: float = 2.0, seed: int = 0
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in about [−1, 1] of embeddings and captions."""
-        latent = (self.vae.config.latent_channels, *[self.config.data.size // self.vae.config.factor] * 2)
-        nothing = self.condition([""] * len(image), self.net.condition.nothing().expand(len(image), -1))
-        fn = cfg(self.denoiser, self.condition(captions, image), nothing, guidance)
-        x = initial_noise(range(seed, seed + len(image)), latent).to(self.device)
-        return self.vae.decode(
-            dpmpp_2m(fn, x, TimeGrid.make(self.denoiser.schedule, steps, spacing="trailing"))
-            / self.cache.scale
+        """Sample images of captions and embeddings.
+
+        Args:
+            captions: B captions.
+            image: Image embeddings, (B, E).
+            steps: Sampling steps. Default: 10.
+            guidance: Guidance scale. Default: 2.
+            seed: Seed of the first image. Default: 0.
+
+        Returns:
+            Images, (B, 3, H, W) in about [−1, 1].
+        """
+        n = len(image)
+        nothing = self.condition([""] * n, self.net.condition.nothing().expand(n, -1))
+        z = sample_latents(
+            self.denoiser,
+            self.condition(captions, image),
+            nothing,
+            self.latents.shape,
+            n=n,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
         )
+        return self.latents.decode(z)
 
     def validate(self) -> dict[str, float]:
-        """Over 64 pictures that training never sees: the mean squared error of what is made of their
-        embeddings, without a caption."""
-        chosen = held_out_compositions(self.pictures, 64)
+        """Return the mean squared error of 64 held-out images, sampled from their embeddings alone."""
+        chosen = self.images.held_out(64)
         errors = []
         for part in (chosen[i : i + 16] for i in range(0, len(chosen), 16)):
-            made = self.sample([""] * len(part), embed(self.clip, self.pictures, part)).cpu()
-            errors.append((made - self.pictures.tensor(part)).square().flatten(1).mean(1))
+            made = self.sample([""] * len(part), embed(self.clip, self.images, part)).cpu()
+            errors.append((made - self.images.tensor(part)).square().flatten(1).mean(1))
         return {"sample_mse": float(torch.cat(errors).mean())}
 
     def preview(self) -> np.ndarray:
-        chosen: list[Composition] = held_out_compositions(self.pictures, 12)
-        made = self.sample([""] * len(chosen), embed(self.clip, self.pictures, chosen)).cpu()
-        return picture_grid(
-            to_uint8(torch.stack([self.pictures.tensor(chosen), made], 1).flatten(0, 1)), columns=8
+        """Show held-out images, each with a sample from its embedding."""
+        chosen = self.images.held_out(12)
+        made = self.sample([""] * len(chosen), embed(self.clip, self.images, chosen))
+        return comparison_grid(self.images.tensor(chosen), made, columns=8)
+
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the decoder, with the name of its CLIP."""
+        write_part(
+            folder,
+            "decoder",
+            self.net,
+            self.config.model,
+            clip=self.clip.name,
+            diffusion=self.config.diffusion,
+            figures=self.validate(),
+            training=record,
         )
 
-    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        facts = {
-            "clip": self.clip.name,
-            "diffusion": self.config.diffusion,
-            "figures": self.validate(),
-            "training": record,
-        }
-        write_part(folder, "decoder", self.net, self.config.model, **facts)
+
+def make_decoder(config: DecoderTraining) -> Decoder:
+    """Build a decoder, with the weights of `config.net` and the frozen draft of `config.draft`.
+
+    Raises:
+        ValueError: If one of these has another shape, or the decoder has no draft.
+    """
+    torch.manual_seed(config.run.seed)
+    net = Decoder(config.model)
+    if config.net is None:
+        zero_outputs(net.unet)
+    elif (Path(config.net) / "decoder.yaml").is_file():
+        begin_with(net, config.net, "decoder", leave=None if config.draft is None else "draft")
+    else:
+        # a decoder's added embedding reads the image, a UNet's reads the text
+        begin_with(net.unet, config.net, "unet", leave="add_embedding")
+    if config.draft is not None:
+        if net.draft is None:
+            raise ValueError(f"draft {config.draft!r}: expected its shape in model.draft, which is absent")
+        begin_with(net.draft, config.draft, "draft")
+        net.draft.requires_grad_(False)
+    return net

@@ -1,35 +1,43 @@
-"""Training the draft: a text tower and the layers behind it learn the latent of a caption by squared error
-(Popov et al. 2021, the prior loss)."""
+"""Training of the draft: a text tower and the layers behind it predict the latent of a caption's image.
+
+The loss is the squared error (the prior loss of Popov et al. 2021).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Composition, caption, held_out_pair
+from ldm.data import PALETTE, caption, held_out_pair
 from ldm.data.captions import vocabulary
-from ldm.data.palette import PALETTE
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.training.config import DataConfig, RunConfig, share
-from ldm.training.data import Pictures, picture_grid, to_uint8
-from ldm.training.latents import LatentCache
-from ldm.training.loop import Draws
-from ldm.weights.formats.ldm_folder import read_part, read_text, write_text
+from ldm.training.compositions import CachedCompositions, draw_captions
+from ldm.training.config import DataConfig, RunConfig, check_share
+from ldm.training.draws import Draws
+from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.latents import LatentSpace, check_draft_shape, read_latent_shape
+from ldm.weights.formats.ldm_folder import read_text, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftTraining:
-    """The configuration of a draft's training. ``text``: the folder of the tower to begin with, and of its
-    draft if it has one already, which may be less wide or lack its `Finish`; ``drop``: the share of captions
-    made empty.
+    """The configuration of a draft's training.
+
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        vae: Folder of the autoencoder.
+        text: Folder of the text tower to begin with. A draft in it is continued; it may be narrower than
+            `model`, or lack its `Finish`.
+        model: Shape of the draft.
+        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        drop: Share of captions replaced by the empty one. Default: 0.1.
     """
 
     run: RunConfig
@@ -41,7 +49,7 @@ class DraftTraining:
     drop: float = 0.1
 
     def __post_init__(self) -> None:
-        share(drop=self.drop)
+        check_share(drop=self.drop)
 
 
 class DraftPart:
@@ -49,43 +57,25 @@ class DraftPart:
 
     def __init__(self, config: DraftTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.pictures = Pictures(config.data)
-        vae, about = read_part(config.vae, "vae", VAEConfig, AutoencoderKL)
-        assert isinstance(vae, AutoencoderKL)
-        self.vae = vae.to(device)
-        latent = (vae.config.latent_channels, config.data.size // vae.config.factor)
-        if (config.model.channels, config.model.size) != latent:
-            got = f"{config.model.channels} of {config.model.size}"
-            raise ValueError(
-                f"model: expected {latent[0]} channels of size {latent[1]}, as the latent has, got {got}"
-            )
-        text = read_text(config.text)
-        torch.manual_seed(config.run.seed)
-        if text.draft is None:
-            text = TextConditioner(
-                text.tower, text.tokenizer, text.convention, text.words, Draft(config.model)
-            )
-        elif text.draft.config != config.model:
-            try:
-                text.draft = text.draft.grown(config.model)
-            except ValueError as error:
-                raise ValueError(f"model: in {config.text!r}, {error}") from None
+        self.images = TrainingImages(config.data)
+        check_draft_shape(config.model, read_latent_shape(config.vae, self.images))
+        text = with_draft(read_text(config.text), config)
         self.text = text.to(device).requires_grad_(True)
-        self.model: nn.Module = self.text
-        self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
+        self.model = self.text
+        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.compositions, device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = [self.cache.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
-        x0 = self.cache.sample([row for _, row in chosen], draws).to(self.device)  # (B, C, h, w)
-        captions = [
-            "" if draws.rng.random() < self.config.drop else caption(c, self.pictures.data.index, draws.rng)
-            for c, _ in chosen
-        ]
+        chosen, rows = self.compositions.draw(draws.rng, batch)
+        x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
+        captions = draw_captions(chosen, self.images.index, draws.rng, drop=self.config.drop)
         return (self.draft(captions) - x0).square().mean(), {}
 
     def draft(self, captions: Sequence[str], group: int = 16) -> Tensor:
-        """Drafts of captions, (B, C, h, w) float32; computed in groups of like length, for a long caption
-        makes all beside it as long."""
+        """Compute the drafts of captions, (B, C, h, w) float32.
+
+        Captions are grouped by length, because a batch is padded to its longest caption.
+        """
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         parts = [
             self.text([captions[i] for i in order[start : start + group]]).concat
@@ -95,57 +85,63 @@ class DraftPart:
         return drafts[torch.tensor(order, device=drafts.device).argsort()]
 
     def validate(self) -> dict[str, float]:
-        """Mean squared errors over 256 noto names on white and 64 pairs of name and ground that training
-        never sees; and how often the nearest latent of the 256 is the asked name's."""
-        index = self.pictures.data.index
-        plain = [
-            Composition(image=int(row))
-            for row in np.random.default_rng(7).permutation(index.train_of["noto"])[:256]
-        ]
+        """Return mean squared errors and the retrieval accuracy of drafts from canonical captions.
+
+        Errors are over 256 training images on white, and over 64 held-out (name, background) pairs. The
+        accuracy is how often the latent nearest to a draft is its own, of the 256.
+        """
+        index = self.images.index
+        plain = self.images.plain(256, seed=7)
         pairs = [
-            replace(c, background=ground)
+            replace(c, background=background)
             for c in plain
-            for ground in PALETTE
-            if held_out_pair(index[c.image].name, ground)
+            for background in PALETTE
+            if held_out_pair(index[c.image].name, background)
         ][:64]
-        # (256, C·h·w)
-        drafts, truth = (
-            self.draft([caption(c, index) for c in plain]).cpu().flatten(1),
-            self.encode(plain).flatten(1),
-        )
+        drafts = self.draft([caption(c, index) for c in plain]).cpu().flatten(1)  # (256, C·h·w)
+        truth = self.latents.encode(plain).cpu().flatten(1)
         hits = torch.cdist(drafts, truth).argmin(1) == torch.arange(len(plain))
         figures = {
             "plain_mse": float((drafts - truth).square().mean()),
             "plain_top1": float(hits.float().mean()),
         }
         if pairs:
-            figures["held_out_pairs_mse"] = float(
-                (self.draft([caption(c, index) for c in pairs]).cpu() - self.encode(pairs)).square().mean()
-            )
+            drafts = self.draft([caption(c, index) for c in pairs]).cpu()
+            figures["held_out_pairs_mse"] = float((drafts - self.latents.encode(pairs).cpu()).square().mean())
         return figures
 
-    def encode(self, compositions: Sequence[Composition]) -> Tensor:
-        """The scaled latents' means of compositions, (B, C, h, w)."""
-        parts = self.pictures.tensor(compositions).to(self.device).split(32)
-        return self.cache.scale * torch.cat([self.vae.encode(x).mean for x in parts]).cpu()
-
     def preview(self) -> np.ndarray:
-        index = self.pictures.data.index
-        rows = np.random.default_rng(3).permutation(index.train_of["noto"])[:16]
+        """Show training images, each with the draft of its caption."""
         chosen = [
-            Composition(image=int(row), background=(None, "blue", None, "yellow")[i % 4])
-            for i, row in enumerate(rows)
+            replace(c, background=(None, "blue", None, "yellow")[i % 4])
+            for i, c in enumerate(self.images.plain(16, seed=3))
         ]
-        drafts = self.vae.decode(self.draft([caption(c, index) for c in chosen]) / self.cache.scale)
-        return picture_grid(
-            to_uint8(torch.stack([self.pictures.tensor(chosen), drafts.cpu()], 1).flatten(0, 1)), columns=8
-        )
+        drafts = self.latents.decode(self.draft([caption(c, self.images.index) for c in chosen]))
+        return comparison_grid(self.images.tensor(chosen), drafts, columns=8)
 
-    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the text tower and its draft."""
         write_text(
             folder,
             self.text,
-            words=sorted(vocabulary(self.pictures.data.index)),
+            words=sorted(vocabulary(self.images.index)),
             figures=self.validate(),
             training=record,
         )
+
+
+def with_draft(text: TextConditioner, config: DraftTraining) -> TextConditioner:
+    """Give a text tower a new draft of the configured shape, or let its own draft grow to that shape.
+
+    Raises:
+        ValueError: If the tower's draft cannot grow to the shape.
+    """
+    torch.manual_seed(config.run.seed)
+    if text.draft is None:
+        return TextConditioner(text.tower, text.tokenizer, text.convention, text.words, Draft(config.model))
+    if text.draft.config != config.model:
+        try:
+            text.draft = text.draft.grown(config.model)
+        except ValueError as error:
+            raise ValueError(f"model: in {config.text!r}, {error}") from None
+    return text

@@ -1,40 +1,49 @@
-"""Training a draft of the latent from CLIP's embeddings, by squared error, for a decoder to begin with (see
-`ldm.models.draft`)."""
+"""Training of a draft of the latent from CLIP's embeddings, by squared error, for a decoder to begin with.
+
+See `ldm.models.draft`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.data import Composition, caption
+from ldm.data import PALETTE, Composition, caption
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.training.config import DataConfig, RunConfig, at_least, share
-from ldm.training.data import Pictures, picture_grid, to_uint8
-from ldm.training.embeddings import EmbeddingCache, caption_embeddings, embed, read_clip
-from ldm.training.imagined import Imagined
-from ldm.training.latents import LatentCache
-from ldm.training.loop import Draws
-from ldm.training.parts.vae import held_out_compositions
-from ldm.weights.formats.ldm_folder import begin_with, read_part, write_part
+from ldm.training.compositions import CachedCompositions
+from ldm.training.config import DataConfig, RunConfig, check_at_least, check_share
+from ldm.training.draws import Draws
+from ldm.training.embeddings import EmbeddingCache, caption_embeddings, check_embed_dim, embed, read_clip
+from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.latents import LatentSpace, check_draft_shape, read_latent_shape
+from ldm.training.prior_embeddings import PriorEmbeddings
+from ldm.weights.formats.ldm_folder import begin_with, write_part
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDraftTraining:
-    """The configuration of an image draft's training. ``vision``: the folder of CLIP's image tower, ``text``:
-    that of its text tower, which stay as they are.
+    """The configuration of an image draft's training.
 
-    ``reads_text``: whether the draft reads the text's embedding behind the image's, which is that of no text
-    in a share ``drop`` of the samples. ``jitter``: the standard deviation of noise added to image embeddings,
-    as a share of each component's own. ``whitened``: see `whiten`. ``imagined``: a prior whose embeddings of
-    captions are learnt from beside the pictures' own; ``net``: the folder of a draft to begin with. None for
-    neither.
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        vae: Folder of the autoencoder.
+        vision: Folder of CLIP's image tower, which is frozen.
+        model: Shape of the draft.
+        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        text: Folder of CLIP's text tower, which is frozen; None if nothing reads captions. Default: None.
+        reads_text: Whether the draft reads the text embedding after the image embedding. Default: False.
+        drop: Share of text embeddings replaced by that of the empty caption. Default: 0.3.
+        jitter: Standard deviation of noise added to image embeddings, as a share of each component's
+            standard deviation. Default: 0.
+        whitened: Whether the draft is initialised by `whiten`. Default: False.
+        from_prior: A prior that makes a share of the embeddings; None for images alone. Default: None.
+        net: Folder of a draft to begin with; None to begin from scratch. Default: None.
     """
 
     run: RunConfig
@@ -48,19 +57,19 @@ class ImageDraftTraining:
     drop: float = 0.3
     jitter: float = 0.0
     whitened: bool = False
-    imagined: Imagined | None = None
+    from_prior: PriorEmbeddings | None = None
     net: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.text is not None) != (self.imagined is not None or self.reads_text):
+        if (self.text is not None) != (self.from_prior is not None or self.reads_text):
             raise ValueError(
-                "text: the folder of a tower where a prior (imagined) or the draft (reads_text) reads"
-                f" captions, else None; got {self.text!r}"
+                "text: expected the folder of a text tower if a prior (from_prior) or the draft (reads_text)"
+                f" reads captions, else None; got {self.text!r}"
             )
-        share(drop=self.drop)
-        at_least(0, jitter=self.jitter)
+        check_share(drop=self.drop)
+        check_at_least(0, jitter=self.jitter)
         if self.whitened and self.net is not None:
-            raise ValueError(f"whitened: expected false for a draft that begins as the one in {self.net!r}")
+            raise ValueError(f"whitened: expected false for a draft that begins with the one in {self.net!r}")
 
 
 class ImageDraftPart:
@@ -68,104 +77,84 @@ class ImageDraftPart:
 
     def __init__(self, config: ImageDraftTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.pictures = Pictures(config.data)
-        vae, about = read_part(config.vae, "vae", VAEConfig, AutoencoderKL)
-        assert isinstance(vae, AutoencoderKL)
-        self.vae = vae.to(device)
-        self.clip = read_clip(
-            config.text, config.vision, length=None if config.imagined is None else config.imagined.length
-        ).to(device)
-        read = self.clip.width * (2 if config.reads_text else 1)
-        if read != config.model.embed_dim:
-            raise ValueError(f"model.embed_dim {config.model.embed_dim}: embeddings are {read} wide")
-        latent = (vae.config.latent_channels, config.data.size // vae.config.factor)
-        if (config.model.channels, config.model.size) != latent:
-            raise ValueError(
-                f"model: expected {latent[0]} channels of size {latent[1]}, got {config.model.channels} of"
-                f" {config.model.size}"
-            )
-        self.cache = LatentCache.of_run(config.run, self.pictures, self.vae, about, config.variants)
-        self.embeddings = EmbeddingCache.of_run(
-            config.run, self.pictures, self.clip, config.variants, config.imagined
+        self.images = TrainingImages(config.data)
+        length = None if config.from_prior is None else config.from_prior.length
+        self.clip = read_clip(config.text, config.vision, length=length).to(device)
+        check_embed_dim(
+            "model.embed_dim", config.model.embed_dim, self.clip, embeddings=2 if config.reads_text else 1
         )
-        # (E,)
-        self.spread = torch.from_numpy(self.embeddings.vectors[::37].astype(np.float32)).std(0).to(device)
+        check_draft_shape(config.model, read_latent_shape(config.vae, self.images))
+        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.compositions, device)
+        self.embeddings = EmbeddingCache.open(self.clip, self.compositions, config.from_prior)
+        vectors = self.embeddings.vectors
+        self.spread = torch.from_numpy(vectors[::37].astype(np.float32)).std(0).to(device)  # (E,)
         self.captions: np.ndarray | None = None
         if config.text is not None and config.reads_text:
-            self.captions = caption_embeddings(
-                config.run, self.pictures, self.clip, config.variants, config.text
-            )
+            self.captions = caption_embeddings(self.clip, config.text, self.compositions)
             self.no_text = self.clip.text_embedding([""]).vector.cpu()
         torch.manual_seed(config.run.seed)
         self.net = Draft(config.model).to(device)
         if config.net is not None:
             begin_with(self.net, config.net, "draft")
         elif config.whitened:
-            whiten(
-                self.net,
-                self.embedding(
-                    range(0, len(self.embeddings.vectors), 7), Draws(config.run.seed, 0, stream=1)
-                ),
-            )
-        self.model: nn.Module = nn.ModuleDict({"net": self.net})
+            draws = Draws(config.run.seed, 0, stream=1)
+            whiten(self.net, self.read_embeddings(range(0, len(vectors), 7), draws))
+        self.model = nn.ModuleDict({"net": self.net})
 
-    def embedding(self, rows: list[int] | range, draws: Draws) -> Tensor:
-        """What the draft reads (B, E) of kept compositions."""
+    def read_embeddings(self, rows: Sequence[int], draws: Draws) -> Tensor:
+        """Return the draft's inputs of cached compositions, (B, E) or (B, 2E)."""
         image = self.embeddings.draw(rows, draws.rng).to(self.device)
         if self.config.jitter > 0:
             image = image + self.config.jitter * self.spread * draws.normal(*image.shape).to(self.device)
         if self.captions is None:
             return image
-        text = torch.from_numpy(
-            self.captions[np.asarray(rows), draws.rng.integers(2, size=len(rows))]
-        ).float()
-        told = torch.from_numpy(draws.rng.random(len(rows)) >= self.config.drop)
-        return torch.cat([image, torch.where(told[:, None], text, self.no_text).to(self.device)], dim=1)
+        version = draws.rng.integers(2, size=len(rows))  # canonical or random caption
+        text = torch.from_numpy(self.captions[np.asarray(rows), version]).float()
+        kept = torch.from_numpy(draws.rng.random(len(rows)) >= self.config.drop)
+        return torch.cat([image, torch.where(kept[:, None], text, self.no_text).to(self.device)], dim=1)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = [self.cache.choose(c, draws.rng)[1] for c in self.pictures.draw(draws.rng, batch)]
-        x0 = self.cache.sample(rows, draws).to(self.device)  # (B, C, h, w)
-        return (self.net(self.embedding(rows, draws)) - x0).square().mean(), {}
+        _, rows = self.compositions.draw(draws.rng, batch)
+        x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
+        return (self.net(self.read_embeddings(rows, draws)) - x0).square().mean(), {}
 
     def validate(self) -> dict[str, float]:
-        """Mean squared errors of 256 noto names on white, of as many on grounds, and of 64 pictures that
-        training never sees."""
-        rows = np.random.default_rng(7).permutation(self.pictures.data.index.train_of["noto"])[:256]
-        plain = [Composition(image=int(row)) for row in rows]
-        grounds = list(self.pictures.palette)
-        on_ground = [
-            Composition(image=int(row), background=grounds[i % len(grounds)]) for i, row in enumerate(rows)
-        ]
+        """Return mean squared errors of drafts from canonical captions.
+
+        Over 256 training images on white, the same on backgrounds, and 64 held-out images.
+        """
+        plain = self.images.plain(256, seed=7)
+        colours = list(PALETTE)
+        on_background = [replace(c, background=colours[i % len(colours)]) for i, c in enumerate(plain)]
         sets = {
             "plain_mse": plain,
-            "ground_mse": on_ground,
-            "held_out_mse": held_out_compositions(self.pictures, 64),
+            "background_mse": on_background,
+            "held_out_mse": self.images.held_out(64),
         }
         return {name: self.error(chosen) for name, chosen in sets.items()}
 
     def error(self, chosen: list[Composition]) -> float:
-        """The mean squared error of the drafts of compositions."""
-        parts = self.pictures.tensor(chosen).to(self.device).split(32)
-        latents = self.cache.scale * torch.cat([self.vae.encode(x).mean for x in parts])
+        """Return the mean squared error of the drafts of compositions."""
+        latents = self.latents.encode(chosen)
         return float((self.drafts(chosen) - latents).square().mean())
 
     def drafts(self, chosen: list[Composition]) -> Tensor:
-        """The drafts (B, C, h, w) of compositions, by the embeddings of their pictures and of their plain
-        captions."""
-        read = embed(self.clip, self.pictures, chosen)
+        """Return drafts from the embeddings of images and of their canonical captions, (B, C, h, w)."""
+        read = embed(self.clip, self.images, chosen)  # (B, E)
         if self.captions is not None:
-            text = self.clip.text_embedding([caption(c, self.pictures.data.index) for c in chosen]).vector
-            read = torch.cat([read, text], dim=1)
+            text = self.clip.text_embedding([caption(c, self.images.index) for c in chosen]).vector
+            read = torch.cat([read, text], dim=1)  # (B, 2E)
         return self.net(read)
 
     def preview(self) -> np.ndarray:
-        chosen = held_out_compositions(self.pictures, 16)
-        drafts = self.vae.decode(self.drafts(chosen) / self.cache.scale)
-        return picture_grid(
-            to_uint8(torch.stack([self.pictures.tensor(chosen), drafts.cpu()], 1).flatten(0, 1)), columns=8
-        )
+        """Show held-out images, each with its draft."""
+        chosen = self.images.held_out(16)
+        drafts = self.latents.decode(self.drafts(chosen))
+        return comparison_grid(self.images.tensor(chosen), drafts, columns=8)
 
-    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the draft, with the name of its CLIP."""
         write_part(
             folder,
             "draft",
@@ -179,11 +168,11 @@ class ImageDraftPart:
 
 @torch.no_grad()
 def whiten(net: Draft, embeddings: Tensor) -> None:
-    """Begin a draft so that its first layer's outputs over embeddings (N, E) are white and normal, and the
-    others' as large (He et al. 2015).
+    """Initialise a draft so that the outputs of its first layer are white over embeddings (N, E).
 
-    CLIP's embeddings differ most in a few directions, and pictures of one kind in the others, by a hundredth
-    of the variance: a first layer that begins blind to these takes long to see them.
+    The other layers keep their inputs' variance (He et al. 2015). CLIP's embeddings differ most in a few
+    directions, and images of one kind differ in the others, by a hundredth of the variance: a first layer
+    that is initialised without regard to this needs long to use them.
     """
     mean, covariance = embeddings.mean(0), torch.cov(embeddings.T)
     values, vectors = torch.linalg.eigh(covariance)

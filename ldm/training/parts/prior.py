@@ -1,42 +1,57 @@
-"""Training the prior: from a caption to CLIP's embedding of its picture, by diffusion or by components
-(Ramesh et al. 2022, section 2.2)."""
+"""Training of the prior: from a caption to CLIP's embedding of its image, by diffusion or autoregression.
+
+Ramesh et al. 2022, section 2.2.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.data import Composition, caption
+from ldm.data import caption
 from ldm.data.captions import vocabulary
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from ldm.models.unclip.prior import Prior, PriorConfig
-from ldm.training.config import DataConfig, RunConfig, at_least
-from ldm.training.data import Pictures
-from ldm.training.embeddings import EmbeddingCache, embed, embedding_statistics, read_clip
-from ldm.training.imagined import imagine
-from ldm.training.loop import Draws
-from ldm.training.losses import diffusion_loss
-from ldm.training.parts.latent_diffusion import Diffusion
-from ldm.training.parts.vae import held_out_compositions
+from ldm.training.compositions import CachedCompositions, draw_captions
+from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.diffusion import DiffusionConfig
+from ldm.training.draws import Draws
+from ldm.training.embeddings import (
+    EmbeddingCache,
+    check_embed_dim,
+    embed,
+    embedding_statistics,
+    read_clip,
+)
+from ldm.training.images import TrainingImages
+from ldm.training.losses import draw_diffusion_loss
+from ldm.training.prior_embeddings import sample_prior
 from ldm.weights.formats.ldm_folder import begin_with, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorTraining:
-    """The configuration of a prior's training: ``model`` for the diffusion prior, ``autoregressive`` for the
-    other.
+    """The configuration of a prior's training.
 
-    ``text`` and ``vision``: folders of CLIP's towers, which stay as they are; ``variants``: see
-    `Compositions`; ``measured``: embeddings that statistics and components are of; ``net``: the folder of a
-    prior to begin with, statistics included, None to begin anew.
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        text: Folder of CLIP's text tower, which is frozen.
+        vision: Folder of CLIP's image tower, which is frozen.
+        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        diffusion: Schedule and timesteps; the prediction is x0. Of an autoregressive prior only `drop` is
+            used.
+        model: Shape of a diffusion prior; None for an autoregressive one. Default: None.
+        autoregressive: Shape of an autoregressive prior; None for a diffusion prior. Default: None.
+        measured: Number of embeddings that statistics or codes are fitted to, at least 8. Default: 4096.
+        net: Folder of a prior to begin with, its statistics included; None to begin from scratch.
+            Default: None.
     """
 
     run: RunConfig
@@ -44,7 +59,7 @@ class PriorTraining:
     text: str
     vision: str
     variants: int
-    diffusion: Diffusion
+    diffusion: DiffusionConfig
     model: PriorConfig | None = None
     autoregressive: AutoregressiveConfig | None = None
     measured: int = 4096
@@ -52,10 +67,17 @@ class PriorTraining:
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.autoregressive is None):
-            raise ValueError("expected one of model (the diffusion prior) and autoregressive")
+            raise ValueError("expected one of model (a diffusion prior) and autoregressive")
         if self.diffusion.prediction != "x0":
             raise ValueError(f"diffusion.prediction: a prior predicts x0, got {self.diffusion.prediction!r}")
-        at_least(8, measured=self.measured)
+        check_at_least(8, measured=self.measured)
+
+    @property
+    def shape(self) -> PriorConfig | AutoregressiveConfig:
+        """The shape of the network, of either kind."""
+        shape = self.model or self.autoregressive
+        assert shape is not None
+        return shape
 
 
 class PriorPart:
@@ -63,28 +85,19 @@ class PriorPart:
 
     def __init__(self, config: PriorTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        shape = config.model or config.autoregressive
-        assert shape is not None
-        self.pictures = Pictures(config.data)
-        self.clip = read_clip(config.text, config.vision, length=shape.length).to(device)
-        if self.clip.width != shape.embed_dim:
-            raise ValueError(
-                f"embed_dim {shape.embed_dim}: the embeddings of {self.clip.name!r} are {self.clip.width}"
-                " wide"
-            )
+        self.images = TrainingImages(config.data)
+        self.clip = read_clip(config.text, config.vision, length=config.shape.length).to(device)
+        check_embed_dim("embed_dim", config.shape.embed_dim, self.clip)
         torch.manual_seed(config.run.seed)
-        net: Prior | AutoregressivePrior = (
-            Prior(config.model) if config.model is not None else AutoregressivePrior(config.autoregressive)
-        )  # type: ignore[arg-type]
-        self.embeddings = EmbeddingCache.of_run(config.run, self.pictures, self.clip, config.variants)
+        net = make_prior(config.shape)
+        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
+        self.embeddings = EmbeddingCache.open(self.clip, self.compositions)
         draws = Draws(config.run.seed, 0, stream=1)
-        seen = self.embeddings[
-            [self.embeddings.choose(c, draws.rng)[1] for c in self.pictures.draw(draws.rng, config.measured)]
-        ]
+        measured = self.embeddings[self.compositions.draw(draws.rng, config.measured)[1]]
         if isinstance(net, AutoregressivePrior):
-            net.codes.fit(seen)
+            net.codes.fit(measured)
         elif net.config.normalize == "statistics":
-            net.clip_mean, net.clip_std = embedding_statistics(seen)
+            net.clip_mean, net.clip_std = embedding_statistics(measured)
         if config.net is not None:
             begin_with(net, config.net, "prior")
         self.net = net.to(device)
@@ -94,57 +107,60 @@ class PriorPart:
         self.model = nn.ModuleDict({"net": self.net})
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        drop = self.config.diffusion.drop
-        chosen = [self.embeddings.choose(c, draws.rng) for c in self.pictures.draw(draws.rng, batch)]
-        captions = [
-            "" if draws.rng.random() < drop else caption(c, self.pictures.data.index, draws.rng)
-            for c, _ in chosen
-        ]
-        image, cond = self.embeddings[[row for _, row in chosen]].to(self.device), self.clip.read(captions)
-        if self.denoiser is None:
-            assert isinstance(self.net, AutoregressivePrior)
+        diffusion = self.config.diffusion
+        chosen, rows = self.compositions.draw(draws.rng, batch)
+        captions = draw_captions(chosen, self.images.index, draws.rng, drop=diffusion.drop)
+        image, cond = self.embeddings[rows].to(self.device), self.clip.read(captions)
+        if isinstance(self.net, AutoregressivePrior):
             return self.net.loss(image, cond).mean(), {}
-        assert isinstance(self.net, Prior)
-        t = self.config.diffusion.draw(batch, draws.torch).to(self.device)
-        x0, eps = self.net.normalize(image), draws.normal(*image.shape).to(self.device)
-        losses = diffusion_loss(self.denoiser, x0, cond, t, eps)
-        weight = self.config.diffusion.weight(self.denoiser.schedule.snr(t)).to(losses)
-        return (weight * losses).mean(), {}
+        assert self.denoiser is not None
+        x0 = self.net.normalize(image)  # (B, E)
+        return draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws).weighted, {}
 
-    def imagine(
+    def sample(
         self, captions: Sequence[str], *, seed: int = 0, steps: int = 10, guidance: float = 1.0
     ) -> Tensor:
-        """Image embeddings (B, E) of captions."""
-        if self.denoiser is None:
-            assert isinstance(self.net, AutoregressivePrior)
+        """Sample image embeddings of captions, (B, E); an autoregressive prior ignores steps and guidance."""
+        if isinstance(self.net, AutoregressivePrior):
             return self.net.sample(self.clip.read(captions), list(range(seed, seed + len(captions))))
-        return imagine(self.denoiser, self.clip, captions, seed=seed, steps=steps, guidance=guidance)
+        assert self.denoiser is not None
+        return sample_prior(self.denoiser, self.clip, captions, seed=seed, steps=steps, guidance=guidance)
 
     def validate(self) -> dict[str, float]:
-        """Of 128 pictures that training never sees: the cosine of their embeddings and those made of their
-        captions, and of the captions' own."""
-        chosen = held_out_compositions(self.pictures, 128)
-        return self.cosines(chosen)
+        """Return mean cosines over 128 held-out images.
 
-    def cosines(self, chosen: list[Composition]) -> dict[str, float]:
-        captions = [caption(c, self.pictures.data.index) for c in chosen]
-        true, made = embed(self.clip, self.pictures, chosen), self.imagine(captions).float()
+        Between the images' embeddings and those sampled from their captions, and between the images'
+        embeddings and the captions' own.
+        """
+        chosen = self.images.held_out(128)
+        captions = [caption(c, self.images.index) for c in chosen]
+        true, made = embed(self.clip, self.images, chosen), self.sample(captions).float()
         text = self.clip.text_embedding(captions).vector
         return {
             "cosine": float(F.cosine_similarity(made, true).mean()),
             "text_cosine": float(F.cosine_similarity(text, true).mean()),
         }
 
-    def preview(self) -> np.ndarray | None:
+    def preview(self) -> None:
+        """Return None: embeddings cannot be shown."""
         return None
 
-    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        facts = {
-            "clip": self.clip.name,
-            "diffusion": self.config.diffusion,
-            "figures": self.validate(),
-            "training": record,
-        }
-        write_part(folder, "prior", self.net, self.net.config, **facts)
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the prior, with the name of its CLIP, and the text tower that it reads."""
+        write_part(
+            folder,
+            "prior",
+            self.net,
+            self.net.config,
+            clip=self.clip.name,
+            diffusion=self.config.diffusion,
+            figures=self.validate(),
+            training=record,
+        )
         assert self.clip.text is not None
-        write_text(folder, self.clip.text, words=vocabulary(self.pictures.data.index), training=record)
+        write_text(folder, self.clip.text, words=sorted(vocabulary(self.images.index)), training=record)
+
+
+def make_prior(shape: PriorConfig | AutoregressiveConfig) -> Prior | AutoregressivePrior:
+    """Build a prior of either kind."""
+    return Prior(shape) if isinstance(shape, PriorConfig) else AutoregressivePrior(shape)

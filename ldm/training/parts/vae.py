@@ -1,35 +1,36 @@
-"""Training the autoencoder: reconstruction and a small KL term (Rombach et al. 2022, section 3.1), without a
-discriminator."""
+"""Training of the autoencoder: reconstruction and a small KL term, without a discriminator.
+
+Rombach et al. 2022, section 3.1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.compose import Composition
 from ldm.models.vae import AutoencoderKL, VAEConfig, psnr
-from ldm.training.config import DataConfig, RunConfig, at_least
-from ldm.training.data import Pictures, picture_grid, to_uint8
-from ldm.training.loop import Draws
+from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.draws import Draws
+from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.latents import measure_scale
 from ldm.weights.formats.ldm_folder import write_part
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAELoss:
-    """Weights: l1 · mean|x − y| + mse · mean(x − y)² + kl · KL / (numbers in a picture)."""
+    """Weights of the loss l1 · mean|x − y| + mse · mean(x − y)² + kl · KL / (numbers per image)."""
 
     l1: float = 1.0
     mse: float = 1.0
     kl: float = 1e-3
 
     def __post_init__(self) -> None:
-        at_least(0, l1=self.l1, mse=self.mse, kl=self.kl)
+        check_at_least(0, l1=self.l1, mse=self.mse, kl=self.kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,12 @@ class VAEPart:
                 f"data.size {config.data.size}: expected a multiple of the autoencoder's factor"
                 f" {config.model.factor}"
             )
-        self.pictures = Pictures(config.data)
+        self.images = TrainingImages(config.data)
         torch.manual_seed(config.run.seed)
         self.model = AutoencoderKL(config.model).to(device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        x = self.pictures.tensor(self.pictures.draw(draws.rng, batch)).to(self.device)  # (B, 3, H, W)
+        x = self.images.tensor(self.images.draw(draws.rng, batch)).to(self.device)  # (B, 3, H, W)
         latent = self.config.data.size // self.config.model.factor
         noise = draws.normal(batch, self.config.model.latent_channels, latent, latent).to(self.device)
         y, posterior = self.model(x, noise)
@@ -66,9 +67,12 @@ class VAEPart:
         return weights.l1 * l1 + weights.mse * mse + weights.kl * kl, {"l1": l1, "mse": mse, "kl": kl}
 
     def validate(self) -> dict[str, float]:
-        """Mean PSNR over 128 held-out pictures (half on a ground), and the latents' spread: of the means over
-        the pictures, and of one posterior."""
-        x = self.pictures.tensor(held_out_compositions(self.pictures, 128)).to(self.device)
+        """Return figures over 128 held-out images, half of them on a background.
+
+        The mean PSNR in dB, the standard deviation of the latents' means over the images, and the mean
+        standard deviation of a posterior.
+        """
+        x = self.images.tensor(self.images.held_out(128)).to(self.device)
         posteriors = [self.model.encode(part) for part in x.split(16)]
         y = torch.cat([self.model.decode(p.mode()) for p in posteriors])
         means = torch.cat([p.mean for p in posteriors])
@@ -80,14 +84,13 @@ class VAEPart:
         }
 
     def preview(self) -> np.ndarray:
-        x = self.pictures.tensor(held_out_compositions(self.pictures, 16)).to(self.device)
-        y = self.model.decode(self.model.encode(x).mode())
-        return picture_grid(to_uint8(torch.stack([x, y], 1).flatten(0, 1)), columns=8)
+        """Show held-out images, each with its reconstruction."""
+        x = self.images.tensor(self.images.held_out(16)).to(self.device)
+        return comparison_grid(x, self.model.decode(self.model.encode(x).mode()), columns=8)
 
-    def export(self, folder: Path, record: Mapping[str, Any]) -> None:
-        from ldm.training.latents import measure_scale
-
-        scale = round(measure_scale(self.model, self.pictures), 5)
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the autoencoder, with the factor that gives its latents unit variance."""
+        scale = round(measure_scale(self.model, self.images), 5)
         write_part(
             folder,
             "vae",
@@ -97,14 +100,3 @@ class VAEPart:
             figures=self.validate(),
             training=record,
         )
-
-
-def held_out_compositions(pictures: Pictures, n: int) -> list[Composition]:
-    """n held-out pictures, drawn with a fixed seed, every second one on a random ground."""
-    rng = np.random.default_rng(20)
-    rows = rng.permutation(pictures.data.held_out)[:n]
-    grounds = rng.choice(list(pictures.palette), size=len(rows))
-    return [
-        Composition(image=int(row), background=str(ground) if i % 2 else None)
-        for i, (row, ground) in enumerate(zip(rows, grounds, strict=True))
-    ]

@@ -1,4 +1,4 @@
-"""What a prior makes of captions, in the place of embeddings of pictures."""
+"""Image embeddings that a prior samples from captions, used in place of the images' own embeddings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from ldm.diffusion.noise import initial_noise
 from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.samplers.ode.ddim import ddim
 from ldm.support.config import build
-from ldm.training.config import at_least
-from ldm.training.parts.latent_diffusion import Diffusion
+from ldm.training.config import check_at_least
+from ldm.training.diffusion import DiffusionConfig
 from ldm.weights.formats.ldm_folder import about_part, read_part
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imagined:
-    """A ``share`` of embeddings that are not a picture's own but those that a prior makes of its caption.
+class PriorEmbeddings:
+    """A share of training embeddings that a frozen prior samples from captions.
 
-    ``prior``: the folder of a diffusion prior, which stays as it is; ``steps``: of DDIM. A network that has
-    only ever seen the embeddings of pictures takes what a prior gets wrong for another picture.
+    A network that is trained on the embeddings of images alone misreads the errors of a prior as another
+    image.
+
+    Args:
+        prior: Folder of a diffusion prior.
+        share: Share of embeddings that come from the prior, in (0, 1]. Default: 0.5.
+        steps: DDIM steps. Default: 2.
     """
 
     prior: str
@@ -36,37 +41,41 @@ class Imagined:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share: expected more than 0 and at most 1, got {self.share}")
-        at_least(1, steps=self.steps)
+        check_at_least(1, steps=self.steps)
 
     @property
     def length(self) -> int:
-        """How many tokens the prior reads."""
+        """Number of tokens that the prior reads."""
         return int(about_part(self.prior, "prior")["model"]["length"])
 
     @property
     def key(self) -> str:
-        """What tells the embeddings of two priors apart: its weights, and how they are used."""
+        """Identifies the embeddings: the hash of the prior's weights, and the number of steps."""
         return f"{about_part(self.prior, 'prior')['sha256']}/{self.steps}"
 
-    def maker(self, clip: ClipPair) -> Callable[[Sequence[str]], Tensor]:
-        """Captions → embeddings (B, E), by the prior, of the CLIP that it was trained with (ValueError for
-        another), its texts read by ``clip``."""
+    def sampler(self, clip: ClipPair) -> Callable[[Sequence[str]], Tensor]:
+        """Read the prior and return a function from captions to embeddings (B, E).
+
+        Args:
+            clip: Reads the captions; it must be the CLIP that the prior was trained with.
+
+        Raises:
+            ValueError: If the prior was trained with another CLIP.
+        """
         net, about = read_part(self.prior, "prior", PriorConfig, Prior)
         assert isinstance(net, Prior)
         if about["clip"] != clip.name:
             raise ValueError(
                 f"the prior in {self.prior!r} makes embeddings of {about['clip']!r}, expected {clip.name!r}"
             )
-        denoiser = Denoiser(
-            net.to(next(clip.parameters()).device).eval(),
-            build(Diffusion, about["diffusion"], "diffusion").make(),
-            "x0",
-        )
-        return lambda captions: imagine(denoiser, clip, captions, steps=self.steps)
+        config: DiffusionConfig = build(DiffusionConfig, about["diffusion"], "diffusion")
+        net = net.to(next(clip.parameters()).device).eval()
+        denoiser = Denoiser(net, config.make(), "x0")
+        return lambda captions: sample_prior(denoiser, clip, captions, steps=self.steps)
 
 
 @torch.no_grad()
-def imagine(
+def sample_prior(
     denoiser: Denoiser,
     clip: ClipPair,
     captions: Sequence[str],
@@ -75,7 +84,19 @@ def imagine(
     steps: int = 10,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Image embeddings (B, E), as CLIP gives them, that a diffusion prior makes of captions."""
+    """Sample image embeddings from captions with a diffusion prior.
+
+    Args:
+        denoiser: The prior.
+        clip: Reads the captions.
+        captions: B captions.
+        seed: Seed of the first sample; sample i has seed `seed` + i. Default: 0.
+        steps: DDIM steps. Default: 10.
+        guidance: Guidance scale; 1 is no guidance. Default: 1.
+
+    Returns:
+        Embeddings on the scale of CLIP's, (B, E).
+    """
     net = denoiser.net
     assert isinstance(net, Prior)
     fn = cfg(denoiser, clip.read(captions), clip.read([""]), guidance)

@@ -1,0 +1,82 @@
+"""Training images: random compositions, rendered and converted to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ldm.data import PALETTE, Composition, EmojiData, ImageIndex, render_batch, sample_composition
+from ldm.data.mix import Mix
+from ldm.training.config import DataConfig
+
+
+class TrainingImages:
+    """The data set as a training run sees it."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.data = EmojiData.open(config.folder)
+
+    @property
+    def index(self) -> ImageIndex:
+        """The index of the data set."""
+        return self.data.index
+
+    def draw(self, rng: np.random.Generator, n: int, mix: Mix | None = None) -> list[Composition]:
+        """Draw n compositions, none of them held out.
+
+        Args:
+            rng: The source of randomness.
+            n: Number of compositions.
+            mix: The probabilities; None for the configuration's `drawn`, or its `mix`. Default: None.
+        """
+        mix = mix or self.config.drawn or self.config.mix
+        return [sample_composition(rng, self.index, mix) for _ in range(n)]
+
+    def held_out(self, n: int) -> list[Composition]:
+        """Return n held-out images, the same at every call, every second one on a random background."""
+        rng = np.random.default_rng(20)
+        rows = rng.permutation(self.data.held_out)[:n]
+        backgrounds = rng.choice(list(PALETTE), size=len(rows))
+        return [
+            Composition(image=int(row), background=str(background) if i % 2 else None)
+            for i, (row, background) in enumerate(zip(rows, backgrounds, strict=True))
+        ]
+
+    def plain(self, n: int, seed: int) -> list[Composition]:
+        """Return n random training images of the style noto, on white and without repeats."""
+        rows = np.random.default_rng(seed).permutation(self.index.train_of["noto"])[:n]
+        return [Composition(image=int(row)) for row in rows]
+
+    def tensor(self, compositions: Sequence[Composition]) -> Tensor:
+        """Render compositions to (B, 3, H, W) float32 in [−1, 1]."""
+        return to_tensor(render_batch(compositions, self.data.images, self.config.size))
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """Convert (B, H, W, 3) uint8 to (B, 3, H, W) float32 in [−1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Convert (B, 3, H, W) in [−1, 1] to (B, H, W, 3) uint8; values outside the range are clamped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Arrange (B, H, W, 3) images row by row in one image, on white."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * columns, h, w, c), 255, dtype=np.uint8)
+    sheet[:n] = images
+    return rearrange(sheet, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns)
+
+
+def comparison_grid(*versions: Tensor, columns: int) -> np.ndarray:
+    """Arrange versions (B, 3, H, W) of the same images side by side in one image, (H', W', 3) uint8."""
+    interleaved = torch.stack([version.cpu() for version in versions], 1).flatten(0, 1)
+    return image_grid(to_uint8(interleaved), columns)

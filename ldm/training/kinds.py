@@ -1,0 +1,54 @@
+"""The kinds of networks that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm.training.loop import Trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartKind:
+    """A kind of network that can be trained.
+
+    Args:
+        config: The class of its configuration, which has a field `run`.
+        part: Builds the network in training from its configuration and a device.
+        exports: The parts that its export holds; a draft is there only if the text tower has one.
+    """
+
+    config: type
+    part: Callable[[Any, torch.device], Trainable]  # Any: each part takes a configuration of its own class
+    exports: frozenset[str]
+
+
+def part_kinds() -> dict[str, PartKind]:
+    """Return the kinds of networks that can be trained, by the name that `part` has in a stage file."""
+    from ldm.training.parts.clip import CLIPPart, CLIPTraining
+    from ldm.training.parts.clip_text import CLIPTextPart, CLIPTextTraining
+    from ldm.training.parts.decoder import DecoderPart, DecoderTraining
+    from ldm.training.parts.draft import DraftPart, DraftTraining
+    from ldm.training.parts.image_draft import ImageDraftPart, ImageDraftTraining
+    from ldm.training.parts.prior import PriorPart, PriorTraining
+    from ldm.training.parts.unet import UNetPart, UNetTraining
+    from ldm.training.parts.upsampler import UpsamplerPart, UpsamplerTraining
+    from ldm.training.parts.vae import VAEPart, VAETraining
+
+    def kind(config: type, part: Callable[[Any, torch.device], Trainable], *exports: str) -> PartKind:
+        return PartKind(config=config, part=part, exports=frozenset(exports))
+
+    return {
+        "vae": kind(VAETraining, VAEPart, "vae"),
+        "clip": kind(CLIPTraining, CLIPPart, "text", "vision"),
+        "clip-text": kind(CLIPTextTraining, CLIPTextPart, "text"),
+        "draft": kind(DraftTraining, DraftPart, "text", "draft"),
+        "unet": kind(UNetTraining, UNetPart, "unet", "text", "draft"),
+        "image-draft": kind(ImageDraftTraining, ImageDraftPart, "draft"),
+        "prior": kind(PriorTraining, PriorPart, "prior", "text"),
+        "decoder": kind(DecoderTraining, DecoderPart, "decoder"),
+        "upsampler": kind(UpsamplerTraining, UpsamplerPart, "upsampler"),
+    }

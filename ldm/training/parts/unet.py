@@ -1,0 +1,254 @@
+"""Training of the UNet of latent diffusion: cached latents, and a text tower that is frozen or tuned with it.
+
+Rombach et al. 2022, eq. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.conditioner import TextConditioner
+from ldm.data import Composition, caption
+from ldm.data.captions import CaptionPieces, caption_pieces, join_captions, vocabulary
+from ldm.diffusion.denoiser import Denoiser
+from ldm.models.unet import UNet, UNetConfig
+from ldm.training.compositions import CachedCompositions
+from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
+from ldm.training.draws import Draws
+from ldm.training.grounding import (
+    Grounding,
+    find_named_areas,
+    freeze_all_but_cross_attention,
+    grounding_loss,
+    record_attention,
+)
+from ldm.training.images import TrainingImages, image_grid, to_uint8
+from ldm.training.latents import LatentSpace, read_latent_shape
+from ldm.training.losses import diffusion_loss, draw_diffusion_loss
+from ldm.weights.formats.ldm_folder import begin_with, read_text, write_part, write_text
+
+PREVIEW_NAMES = (
+    "red-apple",
+    "cat-face",
+    "snowman",
+    "rocket",
+    "grinning-face",
+    "guitar",
+    "sunflower",
+    "fire-engine",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """The text tower, with its draft if it has one.
+
+    Args:
+        folder: Folder that it was exported to.
+        tuned: Whether it is trained with the UNet; otherwise it is frozen. Default: False.
+        prior: Weight of the draft's squared error beside the diffusion loss, for a tower that is tuned
+            (Popov et al. 2021). Default: 0.
+    """
+
+    folder: str
+    tuned: bool = False
+    prior: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, prior=self.prior)
+        if self.prior and not self.tuned:
+            raise ValueError(f"prior {self.prior}: expected 0 for a text tower that is not tuned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetTraining:
+    """The configuration of a UNet's training.
+
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        vae: Folder of the autoencoder.
+        text: The text tower.
+        model: Shape of the UNet.
+        diffusion: Schedule, prediction and timesteps.
+        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        net: Folder of a UNet of this shape to begin with; None to begin from scratch. Default: None.
+        grounding: How cross-attention is taught where things are drawn; None for not at all. Default: None.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    vae: str
+    text: TextSource
+    model: UNetConfig
+    diffusion: DiffusionConfig
+    variants: int
+    net: str | None = None
+    grounding: Grounding | None = None
+
+    def __post_init__(self) -> None:
+        if self.grounding is not None and self.grounding.only and (self.text.tuned or self.net is None):
+            raise ValueError(
+                "grounding.only: expected a net to begin with and a text tower that is not tuned, because"
+                f" nothing else is trained; got net {self.net!r} and text.tuned {self.text.tuned}"
+            )
+
+
+class UNetPart:
+    """A UNet in training, with its text tower."""
+
+    def __init__(self, config: UNetTraining, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.images = TrainingImages(config.data)
+        channels, *_ = read_latent_shape(config.vae, self.images)
+        self.text = read_text(config.text.folder).to(device).requires_grad_(config.text.tuned)
+        check_input_widths(config, self.text, channels)
+        torch.manual_seed(config.run.seed)
+        net = UNet(config.model)
+        if config.net is None:
+            zero_outputs(net)
+        else:
+            begin_with(net, config.net, "unet")
+        if config.grounding is not None and config.grounding.only:
+            freeze_all_but_cross_attention(net)
+        self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
+        self.model = nn.ModuleDict({"net": net, "text": self.text})
+        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.compositions, device)
+
+    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        config, diffusion = self.config, self.config.diffusion
+        chosen, rows = self.compositions.draw(draws.rng, batch)
+        x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
+        captions = [
+            [] if draws.rng.random() < diffusion.drop else caption_pieces(c, self.images.index, draws.rng)
+            for c in chosen
+        ]
+        cond = self.text(join_captions(captions))
+        with self.record_attention() as maps:
+            loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
+        high = t >= diffusion.timesteps // 2
+        figures = {"loss_high_t": losses[high].mean(), "loss_low_t": losses[~high].mean()}
+        if cond.concat is not None:
+            figures["prior"] = (cond.concat.float() - x0).square().mean()
+            loss = loss + config.text.prior * figures["prior"]
+        if config.grounding is not None:
+            figures["grounding"] = self.grounding(maps, captions, chosen)
+            loss = loss + config.grounding.weight * figures["grounding"]
+        return loss, figures
+
+    def record_attention(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Return the context of `record_attention` where grounding is trained, else an empty one."""
+        return nullcontext({}) if self.config.grounding is None else record_attention(self.denoiser.net)
+
+    def grounding(
+        self, maps: Mapping[str, Tensor], captions: Sequence[CaptionPieces], chosen: Sequence[Composition]
+    ) -> Tensor:
+        """Return the `grounding_loss` of attention maps under captions of compositions."""
+        size = self.config.data.size
+        named = find_named_areas(captions, chosen, self.images.data.images, self.text, size)
+        return grounding_loss(maps.values(), named).to(self.device)
+
+    def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
+        """Sample images of prompts, (B, 3, H, W) in about [−1, 1]."""
+        z = sample_latents(
+            self.denoiser,
+            self.text(prompts),
+            self.text([""]),
+            self.latents.shape,
+            n=len(prompts),
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+        )
+        return self.latents.decode(z)
+
+    def validate(self) -> dict[str, float]:
+        """Return figures over 64 training images on white.
+
+        The loss at fixed timesteps and noise, and the mean squared error between samples and the images of
+        their captions. Where grounding is trained, also the grounding loss over 64 pairs side by side.
+        """
+        chosen = self.images.plain(64, seed=7)
+        captions = [caption(c, self.images.index) for c in chosen]
+        draws, losses, errors = Draws(7, 0), [], []
+        for part in (slice(i, i + 16) for i in range(0, len(chosen), 16)):
+            losses.append(self.fixed_loss(chosen[part], captions[part], draws).cpu())
+            made = self.sample(captions[part], steps=10).cpu()
+            errors.append((self.images.tensor(chosen[part]) - made).square().flatten(1).mean(1))
+        figures = {"loss": float(torch.cat(losses).mean()), "sample_mse": float(torch.cat(errors).mean())}
+        if self.config.grounding is not None:
+            figures["pairs_grounding"] = self.pairs_grounding()
+        return figures
+
+    def fixed_loss(self, chosen: Sequence[Composition], captions: list[str], draws: Draws) -> Tensor:
+        """Return the losses (B,) of the mean latents of compositions at drawn timesteps and noise."""
+        x0 = self.latents.encode(chosen)
+        t = self.config.diffusion.draw(len(x0), draws.torch).to(self.device)
+        eps = draws.normal(*x0.shape).to(self.device)
+        return diffusion_loss(self.denoiser, x0, self.text(captions), t, eps)
+
+    def pairs_grounding(self) -> float:
+        """Return the `grounding_loss` over 64 pairs of training images, at fixed timesteps and noise."""
+        rows = [c.image for c in self.images.plain(128, seed=8)]
+        pairs = [
+            Composition(image=first, second=second)
+            for first, second in zip(rows[::2], rows[1::2], strict=False)
+        ]
+        captions = [caption_pieces(c, self.images.index) for c in pairs]
+        with self.record_attention() as maps:
+            self.fixed_loss(pairs, join_captions(captions), Draws(8, 0))
+        return float(self.grounding(maps, captions, pairs))
+
+    def preview(self) -> np.ndarray:
+        """Show samples of well-known and of random names, half of them on a background."""
+        index = self.images.index
+        rng = np.random.default_rng(3)
+        names = [name for name in PREVIEW_NAMES if index.has(name)]
+        names += list(rng.choice(index.names("noto", held_out=False), 24 - len(PREVIEW_NAMES)))
+        prompts = [
+            name.replace("-", " ") + (f" on a {background} background" if background else "")
+            for name, background in zip(names, [None, "blue", None, "yellow"] * 6, strict=False)
+        ]
+        made = torch.cat([self.sample(prompts[:12]), self.sample(prompts[12:], seed=12)])
+        return image_grid(to_uint8(made), columns=8)
+
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the UNet, and the text tower with its draft."""
+        write_part(
+            folder,
+            "unet",
+            self.denoiser.net,
+            self.config.model,
+            diffusion=self.config.diffusion,
+            figures=self.validate(),
+            training=record,
+        )
+        write_text(folder, self.text, words=sorted(vocabulary(self.images.index)), training=record)
+
+
+def check_input_widths(config: UNetTraining, text: TextConditioner, channels: int) -> None:
+    """Raise ValueError unless the UNet's inputs fit the text tower, its draft and a latent's channels."""
+    model = config.model
+    if text.width != model.context_dim:
+        raise ValueError(
+            f"model.context_dim {model.context_dim}: the text tower's tokens are {text.width} wide"
+        )
+    draft = 0 if text.draft is None else text.draft.config.channels
+    if model.in_channels != channels + draft:
+        raise ValueError(
+            f"model.in_channels {model.in_channels}: expected {channels + draft}, because the latent has"
+            f" {channels} and the text tower's draft {draft}"
+        )
+    if config.text.prior and not draft:
+        raise ValueError(
+            f"text.prior {config.text.prior}: the text tower in {config.text.folder!r} has no draft"
+        )
