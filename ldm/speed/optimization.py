@@ -135,9 +135,9 @@ def for_training(network: P) -> P:
     """The network itself, made faster to train on a CPU, its function and gradients the same up to rounding:
     maps are channels last, group norm with SiLU has compiled kernels forwards and backwards.
 
-    To be called before an optimiser is made: convolutions' weights are laid out anew, and the fused AdamW
-    wants its moments as the weights lie (`ldm.training.checkpoint.match_strides`). Gradients of gradients are not
-    to be had. Without kernels (`ldm.speed.kernels.build`) the network stays as it is.
+    Call this before the optimizer is made: it changes the memory layout of the convolutions' weights, and
+    the fused AdamW needs its moments in the same layout (see `ldm.training.checkpoint.match_strides`). Double
+    backward is not supported. Without kernels (`ldm.speed.kernels.build`) the network stays unchanged.
     """
     try:
         ops = Native()
