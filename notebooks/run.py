@@ -1,5 +1,8 @@
-"""Execute the notebooks and keep their outputs in the files: ``python notebooks/run.py`` for all, ``python
-notebooks/run.py 01 07`` for some."""
+"""Execute the notebooks and keep their outputs in the files.
+
+python notebooks/run.py        # all
+python notebooks/run.py 01 07  # some
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,30 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-KERNEL = "ldm-notebooks"  # a kernel of this very Python, whatever others are installed under the usual names
+KERNEL = "ldm-notebooks"  # a kernel of this Python, whatever others are installed under the usual names
 
 
 def notebooks() -> list[Path]:
-    """The notebooks in order."""
+    """Return the notebooks in order."""
     return sorted(FOLDER.glob("[0-9][0-9]-*.ipynb"))
 
 
 def execute(
     path: Path, folder: Path, *, timeout: int = 600, environment: Mapping[str, str] | None = None
 ) -> Any:
-    """The notebook with its outputs: run from top to bottom in a fresh kernel of this Python, with ``folder``
-    as the current one.
+    """Execute a notebook from top to bottom in a fresh kernel of this Python.
 
-    ``environment``: variables that the kernel has besides its parent's. An error in a cell is raised.
+    Args:
+        path: The notebook's file.
+        folder: The kernel's working directory.
+        timeout: Seconds that a cell may take. Default: 600.
+        environment: Variables that the kernel has in addition to its parent's.
+
+    Returns:
+        The notebook with its outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: If a cell raises an error.
     """
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as kernels:
@@ -68,33 +80,30 @@ def execute(
 
 
 def shrink(notebook: Any) -> None:
-    """Pictures in the outputs made small, so that a file can be read in a browser: drawings with 256 colours
-    of their own, others as JPEG."""
+    """Compress the images in the outputs: plots as PNG with 256 colours, others as JPEG."""
     from PIL import Image, ImageChops, ImageStat
 
     for data in (output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])):
         if "image/png" not in data:
             continue
-        data.pop("image/jpeg", None)  # a picture of PIL shows itself as both
-        picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-        drawn = picture.quantize(256, dither=Image.Dither.NONE)
+        data.pop("image/jpeg", None)  # a PIL image represents itself as both
+        image = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+        drawn = image.quantize(256, dither=Image.Dither.NONE)
         small = io.BytesIO()
-        if (
-            max(ImageStat.Stat(ImageChops.difference(picture, drawn.convert("RGB"))).rms) < 1.5
-        ):  # levels of 255
+        if max(ImageStat.Stat(ImageChops.difference(image, drawn.convert("RGB"))).rms) < 1.5:  # levels of 255
             drawn.save(small, "PNG", optimize=True)
             kind = "image/png"
         else:
-            picture.save(small, "JPEG", quality=85)
+            image.save(small, "JPEG", quality=85)
             kind = "image/jpeg"
         del data["image/png"]
         data[kind] = base64.b64encode(small.getvalue()).decode()
 
 
 def main() -> None:
-    """Execute and write."""
+    """Execute the notebooks named and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="beginnings of names; none for all")
+    parser.add_argument("names", nargs="*", help="prefixes of names (default: all)")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds a cell may take")
     options = parser.parse_args()
     for path in notebooks():
@@ -107,10 +116,7 @@ def main() -> None:
         temporary = path.with_suffix(".tmp")
         nbformat.write(notebook, temporary)
         os.replace(temporary, path)
-        spent = (
-            f"{time.monotonic() - start:.0f} s, {sum(os.times()[2:4]) - computed:.0f} s of them on a"
-            " processor"
-        )
+        spent = f"{time.monotonic() - start:.0f} s, processor {sum(os.times()[2:4]) - computed:.0f} s"
         print(f"{path.name}: {spent}, {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 

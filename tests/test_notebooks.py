@@ -1,7 +1,6 @@
-"""The notebooks: executed from top to bottom in a clean folder, and kept with outputs that can be read on a
-code host.
+"""Check the notebooks: they run from top to bottom in a clean folder, and their kept outputs are complete.
 
-All with what they say in full: ``python notebooks/run.py``. Here 09 trains for a fiftieth of its minute.
+Notebook 09 trains for a fiftieth of its minute here; `python notebooks/run.py` executes it in full.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 SHORT = {"LDM_NOTEBOOK_MINUTES": "0.02"}
 
 
-def pictures(notebook):
-    """How many pictures a notebook's outputs hold, cell by cell."""
+def image_counts(notebook):
+    """Return the number of images in the outputs of each cell."""
     return [
         sum(
             bool({"image/png", "image/jpeg"} & {*output.get("data", {})})
@@ -39,10 +38,10 @@ def test_there_are_ten():
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_in_a_clean_folder(path, tmp_path):
     made = execute(path, tmp_path, timeout=900, environment=SHORT)
-    assert sum(pictures(made)) > 0
+    assert sum(image_counts(made)) > 0
     kept = nbformat.read(path, as_version=4)
     assert [cell.source for cell in made.cells] == [cell.source for cell in kept.cells]
-    assert pictures(made) == pictures(kept), "python notebooks/run.py keeps its outputs"
+    assert image_counts(made) == image_counts(kept), "run python notebooks/run.py to keep its outputs"
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
@@ -57,7 +56,7 @@ def test_a_notebook_is_kept_with_outputs_small_enough_to_be_read_in_a_browser(pa
         for cell in cells
         for output in cell.outputs
     )
-    assert kept.cells[0].cell_type == "markdown" and "?" in kept.cells[0].source  # its question
+    assert kept.cells[0].cell_type == "markdown" and "?" in kept.cells[0].source  # the question
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
