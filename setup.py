@@ -14,7 +14,7 @@ setup(
     name="ldm",
     version=VERSION,
     description=(
-        "Latent diffusion and unCLIP from scratch: readable, exact, and alive straight after pip install"
+        "Latent diffusion and unCLIP from scratch in PyTorch, with small models that work after pip install"
     ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
