@@ -1,29 +1,54 @@
-"""Image files: written whole or not at all, with the recipe inside."""
+"""Image files that carry their recipe: PNG, JPEG and WebP, and the checks made before sampling.
+
+| suffix | format | recipe | pixels |
+|---|---|---|---|
+| `.png` | PNG | iTXt chunk "ldm", JSON | exact |
+| `.jpg`, `.jpeg` | JPEG, no chroma subsampling | EXIF UserComment, JSON `{"ldm": recipe}` | lossy |
+| `.webp` | WebP | EXIF UserComment, JSON `{"ldm": recipe}` | lossy |
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.support.files import write_atomically
+
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Exif, Image
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix → name in PIL
+DEFAULT_QUALITY = 95  # default of the lossy formats
+RECIPE_KEY = "ldm"  # name of the PNG text chunk
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286  # tags of EXIF 2.3
+COMMENT_START = b'ASCII\0\0\0{"ldm": '  # the character code of a UserComment, and the JSON key
+MAX_JPEG_EXIF = 65_533  # bytes in one APP1 segment
 
 
-RECIPE_KEY = "ldm"  # the PNG text chunk that holds the recipe, as JSON
+def check_writable(path: str | Path, suffixes: Collection[str] = tuple(FORMATS)) -> Path:
+    """Return the path if a file with one of the suffixes can be written there.
 
-
-def check_writable(path: str | Path, suffix: str = ".png") -> Path:
-    """The path, if a PNG (or GIF) can be written there: found out before any work; ValueError or an OSError
-    that names it otherwise."""
+    Raises:
+        ValueError: If the suffix is not one of `suffixes`, or this build of Pillow cannot write WebP.
+        OSError: If the path is a folder, its folder does not exist, or the file cannot be written.
+    """
     path = Path(path)
-    if path.suffix.lower() != suffix:
-        raise ValueError(
-            f"{str(path)!r}: {suffix[1:].upper()} is written, expected a name that ends in {suffix}"
-        )
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        *others, last = suffixes
+        choices = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{str(path)!r}: expected a file name that ends in {choices}")
+    if suffix == ".webp":
+        from PIL import features
+
+        if not features.check("webp"):
+            raise ValueError(f"{str(path)!r}: this build of Pillow has no WebP; choose .png or .jpg")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
     if not path.parent.is_dir():
@@ -38,27 +63,67 @@ def check_writable(path: str | Path, suffix: str = ".png") -> Path:
     return path
 
 
-def _write_png(path: Path, image: Image, recipe: Mapping[str, Any]) -> None:
-    from PIL.PngImagePlugin import PngInfo
+def check_quality(path: str | Path, quality: int | None) -> None:
+    """Raise ValueError unless `quality` is None, or in [1, 100] for a file in a lossy format."""
+    if quality is None:
+        return
+    if Path(path).suffix.lower() == ".png":
+        raise ValueError(f"quality {quality}: {str(path)!r} is a PNG, which is lossless; leave quality out")
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise ValueError(f"quality: expected a whole number from 1 to 100, got {quality!r}")
 
+
+def write_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality: int | None = None) -> None:
+    """Write an image with its recipe in the format's own metadata, whole or not at all.
+
+    Args:
+        path: The file; its suffix selects the format (see `FORMATS`).
+        image: The image, 8-bit RGB.
+        recipe: The recipe, as JSON can hold it.
+        quality: Quality of JPEG and WebP, from 1 to 100; PNG has none. Default: None, `DEFAULT_QUALITY`.
+
+    Raises:
+        ValueError: For another suffix, a quality out of range, or a recipe too long for JPEG (64 KiB).
+        OSError: If the file cannot be written.
+    """
     check_writable(path)
-    info = PngInfo()
-    info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
-    _write_whole(path, lambda target: image.save(target, format="PNG", pnginfo=info))
+    check_quality(path, quality)
+    name, buffer = FORMATS[path.suffix.lower()], io.BytesIO()
+    if name == "PNG":
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
+        image.save(buffer, format=name, pnginfo=info)
+    else:
+        exif = exif_with_recipe(recipe)
+        if name == "JPEG" and (size := len(exif.tobytes())) > MAX_JPEG_EXIF:
+            raise ValueError(
+                f"{str(path)!r}: the recipe has {size} bytes, a JPEG holds {MAX_JPEG_EXIF}; use .png or .webp"
+            )
+        chroma = {"subsampling": 0} if name == "JPEG" else {}
+        image.save(
+            buffer, format=name, exif=exif, quality=DEFAULT_QUALITY if quality is None else quality, **chroma
+        )
+    write_atomically(path, buffer.getvalue())
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def exif_with_recipe(recipe: Mapping[str, Any]) -> Exif:
+    """Return EXIF data whose UserComment is the JSON mapping `{"ldm": recipe}` in ASCII."""
+    from PIL.Image import Exif
+
+    exif = Exif()
+    exif[EXIF_IFD] = {USER_COMMENT: COMMENT_START + json.dumps(recipe).encode("ascii") + b"}"}
+    return exif
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe inside a PNG; FileNotFoundError, or ValueError if the file is no picture or has none."""
+    """Return the recipe inside a PNG, JPEG or WebP file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a readable image, or has no recipe.
+    """
     from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
@@ -67,9 +132,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             image.load()
-            text = getattr(image, "text", {}).get(RECIPE_KEY)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{str(path)!r} is not a picture that can be read: {error}") from None
+            text = find_recipe_text(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable image: {error}") from None
     if text is None:
         raise ValueError(
             f"{str(path)!r} has no recipe inside: it was not made by ldm, or its metadata was removed"
@@ -79,5 +144,19 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except ValueError:
         recipe = None
     if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe in {str(path)!r} cannot be read: it is no JSON mapping")
+        raise ValueError(f"the recipe in {str(path)!r} is damaged: it is not a JSON mapping")
     return recipe
+
+
+def find_recipe_text(image: Image) -> str | None:
+    """Return the JSON text of the recipe in an open image, None if the image has none."""
+    text = getattr(image, "text", {}).get(RECIPE_KEY)  # of a PNG
+    if text is not None:
+        return str(text)
+    try:
+        comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+    except (ValueError, TypeError, KeyError, IndexError, struct.error):  # malformed EXIF of another program
+        return None
+    if not isinstance(comment, bytes) or not comment.startswith(COMMENT_START):
+        return None
+    return comment.removeprefix(COMMENT_START).decode("ascii", errors="replace").removesuffix("}")

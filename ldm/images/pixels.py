@@ -1,88 +1,122 @@
-"""Pictures, masks and depth maps as callers have them, as tensors."""
+"""Images, masks and depth maps from paths, PIL images, arrays and tensors, as tensors.
+
+`ImageInput` lists what every `image=` argument of the library accepts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ldm.images.eight_bit import rgba
 
-# a path, a PIL image, a tensor (3, H, W) or (B, 3, H, W) in [0, 1], a uint8 array (H, W, 3), or a sequence of
-# these of one size
-ImageInput = Any
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+ImageInput: TypeAlias = "str | Path | Image | np.ndarray | Tensor | Sequence[ImageInput]"
+"""What an `image=` argument accepts.
+
+- `str`, `Path`: a file in any format that PIL reads. It is rotated as its EXIF orientation says; gray,
+  palette, CMYK and 16-bit files are converted to 8-bit RGB. Where a task takes a prompt or an image in the
+  same argument (`interpolate`, `UnCLIP.embed`), a `str` is a prompt and only a `Path` is a file.
+- PIL image: converted in the same way.
+- `np.ndarray`: uint8, shape (H, W), (H, W, 3) or (H, W, 4).
+- `Tensor`: floating point in [0, 1], shape (3, H, W) or (B, 3, H, W).
+- a sequence of these, all of one size: a batch.
+
+Transparent pixels are composited on white. A call with a file is replayable from its recipe; one with an
+image in memory is not.
+"""
 
 
 def to_pixels(image: ImageInput) -> Tensor:
-    """Pictures as (B, 3, H, W) float32 in [0, 1]; transparency is laid on white, files are read as `rgba`
-    says.
+    """Return images as a tensor (B, 3, H, W), float32 in [0, 1].
 
-    ValueError for another shape or range, or several sizes; FileNotFoundError for a path that leads nowhere.
+    Args:
+        image: One image or a sequence of images of one size; see `ImageInput`.
+
+    Raises:
+        ValueError: For another shape or range, images of several sizes, or a file that is not an image.
+        FileNotFoundError: If a path does not exist.
     """
     if isinstance(image, Sequence) and not isinstance(image, str):
         parts = [to_pixels(part) for part in image]
         if not parts or len({part.shape[1:] for part in parts}) > 1:
             raise ValueError(
-                f"image: expected pictures of one size, got {[tuple(part.shape) for part in parts]}"
+                f"image: expected images of one size, got {[tuple(part.shape) for part in parts]}"
             )
         return torch.cat(parts)
     if isinstance(image, Tensor):
-        return _checked(image[None] if image.ndim == 3 else image, 3, "image")
-    array = _array(image, "image")
-    if array.ndim == 2:
-        array = array[..., None].expand(-1, -1, 3)
-    if array.ndim != 3 or array.shape[-1] not in (3, 4):
-        raise ValueError(f"image: expected (H, W), (H, W, 3) or (H, W, 4), got {tuple(array.shape)}")
-    pixels, alpha = array[..., :3].float() / 255, array[..., 3:].float() / 255
+        return check_pixel_tensor(image[None] if image.ndim == 3 else image, 3, "image")
+    values = read_values(image, "image")
+    if values.ndim == 2:
+        values = repeat(values, "h w -> h w c", c=3)
+    if values.ndim != 3 or values.shape[-1] not in (3, 4):
+        raise ValueError(f"image: expected (H, W), (H, W, 3) or (H, W, 4), got {tuple(values.shape)}")
+    pixels, alpha = values[..., :3].float() / 255, values[..., 3:].float() / 255
     if alpha.shape[-1]:
         pixels = pixels * alpha + (1 - alpha)
-    return pixels.permute(2, 0, 1)[None].contiguous()
+    return rearrange(pixels, "h w c -> 1 c h w").contiguous()
 
 
 def to_mask(mask: ImageInput, size: Sequence[int]) -> Tensor:
-    """A mask as (B, 1, H, W) of 0 and 1, 1 (white) where it says to repaint, cut at one half.
+    """Return a mask as a tensor (B, 1, H, W) of 0 and 1: 1 where the image is repainted.
 
-    ``size`` (H, W): the picture's, which the mask must have; ValueError otherwise.
+    Args:
+        mask: One mask, white (1) where to repaint, thresholded at one half. A file, PIL image or uint8 array
+            as in `ImageInput`, or a floating-point tensor (H, W), (1, H, W) or (B, 1, H, W) in [0, 1].
+        size: (H, W) of the image.
+
+    Raises:
+        ValueError: If the mask has another size, shape or range.
+        FileNotFoundError: If a path does not exist.
     """
     if isinstance(mask, Tensor):
         values = mask.float()
-        values = (
-            values.reshape(1, 1, *values.shape)
-            if values.ndim == 2
-            else values[None]
-            if values.ndim == 3
-            else values
-        )
-        values = _checked(values, 1, "mask")
+        while 2 <= values.ndim < 4:
+            values = values[None]
+        values = check_pixel_tensor(values, 1, "mask")
     else:
-        array = _array(mask, "mask").float() / 255
-        values = (array if array.ndim == 2 else array[..., :3].mean(-1))[None, None]
+        gray = read_values(mask, "mask").float() / 255
+        values = (gray if gray.ndim == 2 else gray[..., :3].mean(-1))[None, None]
     if tuple(values.shape[-2:]) != tuple(size):
         raise ValueError(
-            f"mask: expected the picture's size {size[0]}×{size[1]}, got"
-            f" {values.shape[-2]}×{values.shape[-1]}"
+            f"mask: expected the image's size {size[0]}×{size[1]}, got {values.shape[-2]}×{values.shape[-1]}"
         )
     return (values >= 0.5).float()
 
 
 def to_depth(depth: ImageInput, size: Sequence[int]) -> Tensor:
-    """Depth maps, (H, W) or (B, 1, H, W) in any unit, as (B, 1, h, w) in [−1, 1]: resized (bicubic), then
-    each drawn to its own range."""
-    values = depth.float() if isinstance(depth, Tensor) else _array(depth, "depth").float()
+    """Return depth maps as a tensor (B, 1, h, w) in [−1, 1], each normalized to its own range.
+
+    Args:
+        depth: Depth maps in any unit, larger being nearer: a file, PIL image or array (H, W), or a tensor
+            (H, W) or (B, 1, H, W).
+        size: (h, w), to which the maps are resized (bicubic) before they are normalized.
+
+    Raises:
+        ValueError: For another shape, or values that are not finite.
+        FileNotFoundError: If a path does not exist.
+    """
+    values = depth.float() if isinstance(depth, Tensor) else read_values(depth, "depth").float()
     if values.ndim == 2:
         values = values[None, None]
     if values.ndim != 4 or values.shape[1] != 1 or not bool(values.isfinite().all()):
         raise ValueError(f"depth: expected finite (H, W) or (B, 1, H, W), got {tuple(values.shape)}")
-    values = F.interpolate(values, tuple(size), mode="bicubic", align_corners=False)
+    values = F.interpolate(values, tuple(size), mode="bicubic", align_corners=False)  # (B, 1, h, w)
     low, high = values.amin((1, 2, 3), keepdim=True), values.amax((1, 2, 3), keepdim=True)
     return 2 * (values - low) / (high - low).clamp_min(1e-8) - 1
 
 
-def _checked(values: Tensor, channels: int, name: str) -> Tensor:
+def check_pixel_tensor(values: Tensor, channels: int, name: str) -> Tensor:
+    """Return a tensor (B, channels, H, W) in [0, 1] as float32; ValueError for another shape or range."""
     if values.ndim != 4 or values.shape[1] != channels or not values.is_floating_point():
         raise ValueError(
             f"{name}: expected floating-point (B, {channels}, H, W) in [0, 1], got {values.dtype}"
@@ -95,8 +129,8 @@ def _checked(values: Tensor, channels: int, name: str) -> Tensor:
     return values.float()
 
 
-def _array(image: Any, name: str) -> Tensor:
-    """The numbers of a PIL image, an array or a file, as they are."""
+def read_values(image: ImageInput, name: Literal["image", "mask", "depth"]) -> Tensor:
+    """Return the values of a file, PIL image or array: uint8 for images and masks, unchanged for depth."""
     import numpy as np
 
     if isinstance(image, str | Path):
@@ -107,19 +141,25 @@ def _array(image: Any, name: str) -> Tensor:
             raise FileNotFoundError(f"{name}: no such file: {str(path)!r}")
         try:
             with Image.open(path) as opened:
-                image = (
-                    rgba(opened)
-                    if name == "image"
-                    else opened.convert("L" if name == "mask" else opened.mode)
-                )
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{name}: {str(path)!r} is not a picture that can be read: {error}") from None
-    if hasattr(image, "convert"):  # a PIL image
-        image = rgba(image) if name == "image" else image.convert("L") if name == "mask" else image
+                image = convert_mode(opened, name)
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{name}: {str(path)!r} is not a readable image: {error}") from None
+    elif is_pil(image):
+        image = convert_mode(image, name)
     array = np.asarray(image)
     if name != "depth" and array.dtype != np.uint8:
         raise ValueError(
-            f"{name}: expected 8-bit numbers, a tensor, a PIL image or a path, got {type(image).__name__} of"
+            f"{name}: expected 8-bit values, a tensor, a PIL image or a path, got {type(image).__name__} of"
             f" {array.dtype}"
         )
     return torch.from_numpy(array.copy())
+
+
+def is_pil(image: object) -> TypeGuard[Image]:
+    """Return whether an object is a PIL image, without importing PIL."""
+    return hasattr(image, "convert")
+
+
+def convert_mode(image: Image, name: Literal["image", "mask", "depth"]) -> Image:
+    """Return a PIL image as RGBA (image), as gray (mask) or in its own mode (depth)."""
+    return rgba(image) if name == "image" else image.convert("L" if name == "mask" else image.mode)

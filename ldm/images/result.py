@@ -1,4 +1,4 @@
-"""What every task returns: pictures, the seeds they came from, and the recipe that makes them again."""
+"""`Images`: what every task returns."""
 
 from __future__ import annotations
 
@@ -11,22 +11,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.images.files import _write_png, _write_whole, check_writable
-from ldm.images.sheets import captioned, sheet_of, to_bytes
+from ldm.images.files import check_quality, check_writable, write_image
+from ldm.images.sheets import arrange, to_bytes, with_caption
+from ldm.support.files import write_atomically
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Images:
-    """Pictures and where they come from.
+    """Generated images with their seeds and the recipe that reproduces them.
 
-    ``tensor`` (B, 3, H, W) float32 in [0, 1]; ``seeds`` and ``prompts`` one for each picture; ``recipe``
-    every option of the call, with the hashes of the weights and the versions of the software, as JSON can
-    hold it. ``flagged``: what the safety checker said of each picture, None where there was none. ``steps``
-    (N, B, 3, H, W): what each step of the sampler took the pictures to be, where a call was asked to keep
-    them.
+    Args:
+        tensor: The images, shape (B, 3, H, W), float32 in [0, 1].
+        seeds: The seed of each image, length B.
+        prompts: The prompt of each image, length B.
+        recipe: Every option of the call, the SHA-256 of the weights and the software versions, as JSON can
+            hold it. `save` writes it into the file; `ldm replay FILE` repeats the call. Default: empty.
+        flagged: The safety checker's verdict on each image, length B; None without a checker. Default: None.
+        steps: The denoised prediction of each sampling step, shape (N, B, 3, H, W) in [0, 1]; None unless
+            the call had `keep_steps=True`. Default: None.
+
+    Raises:
+        ValueError: If shapes or lengths differ, or a value is NaN or infinite.
     """
 
     tensor: Tensor
@@ -39,21 +48,16 @@ class Images:
     def __post_init__(self) -> None:
         if self.tensor.ndim != 4 or self.tensor.shape[1] != 3:
             raise ValueError(f"tensor has shape {tuple(self.tensor.shape)}, expected (B, 3, H, W)")
-        if not len(self.tensor) == len(self.seeds) == len(self.prompts):
-            raise ValueError(
-                f"{len(self.tensor)} pictures with {len(self.seeds)} seeds and {len(self.prompts)} prompts"
-            )
-        if self.flagged is not None and len(self.flagged) != len(self.tensor):
-            raise ValueError(
-                f"{len(self.tensor)} pictures with {len(self.flagged)} verdicts of the safety checker"
-            )
+        b = len(self.tensor)
+        if not b == len(self.seeds) == len(self.prompts):
+            raise ValueError(f"{b} images with {len(self.seeds)} seeds and {len(self.prompts)} prompts")
+        if self.flagged is not None and len(self.flagged) != b:
+            raise ValueError(f"{b} images with {len(self.flagged)} verdicts of the safety checker")
         if self.steps is not None and (self.steps.ndim != 5 or self.steps.shape[1:] != self.tensor.shape):
-            raise ValueError(
-                f"steps have shape {tuple(self.steps.shape)}, expected (N,"
-                f" {', '.join(map(str, self.tensor.shape))})"
-            )
+            expected = ", ".join(map(str, self.tensor.shape))
+            raise ValueError(f"steps have shape {tuple(self.steps.shape)}, expected (N, {expected})")
         if not torch.isfinite(self.tensor).all():
-            raise ValueError("a picture holds NaN or infinity: the model overflowed; try dtype='float32'")
+            raise ValueError("an image has NaN or infinite values: the model overflowed; try dtype='float32'")
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -62,70 +66,97 @@ class Images:
         return iter(self.pil())
 
     def pil(self) -> list[Image]:
-        """The pictures as PIL images, 8 bits a channel, rounded to nearest."""
+        """Return the images as PIL images, 8 bits per channel, rounded to nearest."""
         from PIL import Image
 
-        return [Image.fromarray(picture) for picture in to_bytes(self.tensor)]
+        return [Image.fromarray(pixels) for pixels in to_bytes(self.tensor)]
 
-    def numpy(self) -> Any:
-        """The pictures as (B, H, W, 3) uint8."""
+    def numpy(self) -> np.ndarray:
+        """Return the images as a uint8 array (B, H, W, 3), rounded to nearest."""
         return to_bytes(self.tensor)
 
     def grid(self, columns: int | None = None) -> Image:
-        """All pictures in one, row by row, as near to a square as it goes unless ``columns`` is given."""
-        return sheet_of(self.pil(), columns)
+        """Return all images in one, row by row.
+
+        Args:
+            columns: Images per row. Default: None, a grid as close to square as possible.
+        """
+        return arrange(self.pil(), columns)
 
     def captioned(self, columns: int | None = None) -> Image:
-        """The grid with prompt and seed under each picture; a prompt that needs more than three lines ends in
-        "…"."""
-        pictures = self.pil()
-        return sheet_of(
-            [captioned(*row) for row in zip(pictures, self.prompts, self.seeds, strict=True)], columns
-        )
+        """Return the grid with prompt and seed below each image; prompts are cut after three lines.
+
+        Args:
+            columns: Images per row. Default: None, a grid as close to square as possible.
+        """
+        captions = zip(self.pil(), self.prompts, self.seeds, strict=True)
+        return arrange([with_caption(*caption) for caption in captions], columns)
 
     def animate(
         self, path: str | Path, *, seconds: float = 0.12, hold: float = 1.5, columns: int | None = None
     ) -> Path:
-        """Write a GIF of the denoising: the grid as each step took it to be, then the pictures; ``seconds`` a
-        step, ``hold`` for the last frame.
+        """Write a GIF of the denoising: the grid predicted at each step, then the images.
 
-        Returns the path. ValueError for pictures whose steps were not kept, a name that does not end in .gif,
-        or times below 0.02 seconds, which viewers do not keep to; the file is whole or not there.
+        Args:
+            path: The file, with the suffix .gif. It is written whole or not at all.
+            seconds: Duration of each step, at least 0.02 (viewers ignore shorter ones). Default: 0.12.
+            hold: Duration of the last frame in seconds, at least 0.02. Default: 1.5.
+            columns: Images per row. Default: None, a grid as close to square as possible.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If the steps were not kept, or for another suffix or a duration below 0.02.
+            OSError: If the file cannot be written.
         """
         if self.steps is None:
-            raise ValueError("these pictures have no steps to animate: make them with keep_steps=True")
+            raise ValueError("no steps to animate: generate the images with keep_steps=True")
         if not min(seconds, hold) >= 0.02:
             raise ValueError(f"seconds and hold: expected at least 0.02, got {seconds} and {hold}")
-        path = check_writable(path, ".gif")
+        path, buffer = check_writable(path, (".gif",)), io.BytesIO()
         frames = [replace(self, tensor=step, steps=None).grid(columns) for step in (*self.steps, self.tensor)]
-        times = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
-        # no frame is the difference from the last one, so that none is dropped where two are equal
-        options = {
-            "format": "GIF",
-            "save_all": True,
-            "append_images": frames[1:],
-            "duration": times,
-            "loop": 0,
-            "disposal": 2,
-        }
-        _write_whole(path, lambda target: frames[0].save(target, **options))
+        frames[0].save(
+            buffer,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=[round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)],
+            loop=0,
+            disposal=2,  # frames do not depend on the last one, so none is dropped where two are equal
+        )
+        write_atomically(path, buffer.getvalue())
         return path
 
-    def save(self, path: str | Path, *, separate: bool = False) -> list[Path]:
-        """Write a PNG with the recipe inside: one file (a grid where there are several), or NAME-SEED.png for
-        each with ``separate``.
+    def save(self, path: str | Path, *, separate: bool = False, quality: int | None = None) -> list[Path]:
+        """Write the images to a file with the recipe in its metadata: one file, as a grid if B > 1.
 
-        Returns the paths. ValueError for a name that does not end in .png; the file is whole or not there.
+        PNG is lossless: `ldm replay` reproduces its pixels exactly. JPEG (without chroma subsampling) and
+        WebP are lossy: a replay reproduces the pixels before compression.
+
+        Args:
+            path: The file, with the suffix .png, .jpg, .jpeg or .webp. Each file is written whole or not at
+                all.
+            separate: Write NAME-SEED.SUFFIX for each image instead of a grid. Default: False.
+            quality: Quality of JPEG and WebP, from 1 to 100. Default: None, 95.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            ValueError: For another suffix, a quality out of range, or a quality for a PNG.
+            OSError: If a file cannot be written.
         """
         path = Path(path)
+        check_quality(path, quality)
         if not separate or len(self) == 1:
-            _write_png(path, self.grid(), self.recipe)
+            write_image(path, self.grid(), self.recipe, quality=quality)
             return [path]
         paths = [path.with_name(f"{path.stem}-{seed}{path.suffix}") for seed in self.seeds]
         if len(set(paths)) != len(paths):
             paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self))]
-        for i, (target, picture) in enumerate(zip(paths, self.pil(), strict=True)):
-            _write_png(target, picture, {**self.recipe, "index": i})
+        for i, (target, image) in enumerate(zip(paths, self.pil(), strict=True)):
+            write_image(target, image, {**self.recipe, "index": i}, quality=quality)
         return paths
 
     def _repr_png_(self) -> bytes:
@@ -136,7 +167,5 @@ class Images:
     def __repr__(self) -> str:
         b, _, h, w = self.tensor.shape
         flagged = f", {sum(self.flagged)} flagged by the safety checker" if self.flagged is not None else ""
-        return (
-            f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts"
-            f" {list(dict.fromkeys(self.prompts))}{flagged})"
-        )
+        prompts = list(dict.fromkeys(self.prompts))
+        return f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts {prompts}{flagged})"

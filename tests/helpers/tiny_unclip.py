@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from ldm.catalog.cards import Defaults
 from ldm.catalog.published_unclip import (
     KANDINSKY21_CARD,
     KANDINSKY22_CARD,
     KARLO_CARD,
     UNCLIP_L,
-    stage_defaults,
 )
 from ldm.catalog.shapes import KANDINSKY21 as KANDINSKY21_SHAPE
 from ldm.catalog.shapes import KANDINSKY22 as KANDINSKY22_SHAPE
@@ -92,13 +92,13 @@ def prior_stage(card: UnCLIPCard) -> PriorStage:
 
 def tiny_karlo() -> UnCLIP:
     """Return a Karlo model: a pixel decoder of 16×16 and an upsampler to 32×32 with two networks."""
-    decoder = replace(KARLO_CARD.decoder, defaults=stage_defaults(4, 3.0, 16))
-    upsampler = replace(KARLO_CARD.upsamplers[0], defaults=stage_defaults(3, 1.0, 32))
+    decoder = replace(KARLO_CARD.decoder, defaults=Defaults.square("ddpm", 4, 3.0, 16))
+    upsampler = replace(KARLO_CARD.upsamplers[0], defaults=Defaults.square("ddpm", 3, 1.0, 32))
     card = replace(
         KARLO_CARD,
         decoder=decoder,
         upsamplers=(upsampler,),
-        prior=replace(KARLO_CARD.prior, defaults=stage_defaults(4, 2.0, 16)),
+        prior=replace(KARLO_CARD.prior, defaults=Defaults.square("ddpm", 4, 2.0, 16)),
     )
     clip = clip_pair(card.clip)
     network = random_network(
@@ -111,9 +111,9 @@ def tiny_karlo() -> UnCLIP:
 
 def tiny_stable() -> UnCLIP:
     """Return a Stable unCLIP-l model: a latent decoder with its own text tower."""
-    decoder = replace(UNCLIP_L.decoder, defaults=stage_defaults(4, 3.0, 32, "ddim"))
+    decoder = replace(UNCLIP_L.decoder, defaults=Defaults.square("ddim", 4, 3.0, 32))
     card = replace(
-        UNCLIP_L, decoder=decoder, prior=replace(UNCLIP_L.prior, defaults=stage_defaults(4, 2.0, 16))
+        UNCLIP_L, decoder=decoder, prior=replace(UNCLIP_L.prior, defaults=Defaults.square("ddpm", 4, 2.0, 16))
     )
     unet = UNetConfig(
         channels=(32, 64),
@@ -153,8 +153,10 @@ PIECES = [
 def kandinsky(
     card: UnCLIPCard, condition: ImageConditionConfig, words: XLMRConditioner | None = None, **changes: Any
 ) -> UnCLIP:
-    decoder = replace(card.decoder, defaults=stage_defaults(4, 3.0, 32))
-    card = replace(card, decoder=decoder, prior=replace(card.prior, defaults=stage_defaults(4, 2.0, 16)))
+    decoder = replace(card.decoder, defaults=Defaults.square("ddpm", 4, 3.0, 32))
+    card = replace(
+        card, decoder=decoder, prior=replace(card.prior, defaults=Defaults.square("ddpm", 4, 2.0, 16))
+    )
     unet = replace(PIXELS, **{"in_channels": 4, "out_channels": 8, **changes})
     network = random_network(DecoderConfig(unet=unet, condition=condition), 4)
     stage = DecoderStage(

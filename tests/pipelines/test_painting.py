@@ -96,7 +96,7 @@ def test_files_arrays_and_pictures_are_taken_alike(pipe: Any, tmp_path: Any) -> 
 
 def test_a_size_that_does_not_fit_is_padded_aloud_and_cut_back(pipe: Any) -> None:
     image, mask = picture(31, 29), hole(31, 29)
-    with pytest.warns(Padded, match="29×31 is no multiple of 4: padded to 32×32"):
+    with pytest.warns(Padded, match="29×31 is not a multiple of 4: padded to 32×32"):
         made = pipe.inpaint("cat", image, mask, **OPTIONS).tensor
     assert made.shape == image.shape and torch.equal(outside(made, mask), outside(image, mask))
     with pytest.warns(Padded):
@@ -233,8 +233,8 @@ def test_stopping_and_seeds(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.inpaint("cat", picture(), torch.zeros(32, 32)), "black all over"),
-        (lambda p: p.inpaint("cat", picture(), torch.ones(32, 30)), "picture's size 32×32, got 32×30"),
+        (lambda p: p.inpaint("cat", picture(), torch.zeros(32, 32)), "black everywhere"),
+        (lambda p: p.inpaint("cat", picture(), torch.ones(32, 30)), "image's size 32×32, got 32×30"),
         (
             lambda p: p.inpaint("cat", picture(), torch.ones(3, 1, 32, 32), n=2),
             "3 masks for 2 pictures to be made",
@@ -247,11 +247,11 @@ def test_stopping_and_seeds(pipe: Any) -> None:
         (lambda p: p.inpaint("cat", picture(), "absent.png"), "mask: no such file"),
         (
             lambda p: p.outpaint("cat", picture(), left=-4),
-            "left: expected a number of pixels of at least 0, got -4",
+            "left: expected a whole number of pixels, at least 0, got -4",
         ),
         (lambda p: p.outpaint("cat", picture()), "nothing to outpaint"),
         (lambda p: p.outpaint("cat", picture(), left=4, width=64), "width 64: the picture has 36"),
-        (lambda p: p.outpaint("cat", __file__, left=4), "not a picture that can be read"),
+        (lambda p: p.outpaint("cat", __file__, left=4), "is not a readable image"),
     ],
 )
 def test_wrong_input_is_refused(pipe: Any, call: Any, message: str) -> None:

@@ -264,9 +264,9 @@ def test_pictures_in_any_form_are_the_same_picture(tmp_path: Path) -> None:
     [
         (lambda: to_pixels(torch.zeros(3, 4, 4, dtype=torch.uint8)), "floating-point"),
         (lambda: to_pixels(torch.full((3, 4, 4), 255.0)), r"expected \[0, 1\], got \[255, 255\]"),
-        (lambda: to_pixels([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]), "pictures of one size"),
+        (lambda: to_pixels([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]), "images of one size"),
         (lambda: to_pixels(np.zeros((4, 4, 2), dtype=np.uint8)), r"\(4, 4, 2\)"),
-        (lambda: to_mask(torch.zeros(4, 4), (4, 5)), "picture's size 4×5, got 4×4"),
+        (lambda: to_mask(torch.zeros(4, 4), (4, 5)), "image's size 4×5, got 4×4"),
         (lambda: to_depth(torch.zeros(2, 3, 4, 4), (2, 2)), "depth"),
         (lambda: to_depth(torch.full((4, 4), float("nan")), (2, 2)), "finite"),
     ],
@@ -280,7 +280,7 @@ def test_a_picture_that_is_not_there(models: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.png"):
         models("sd-v1-5").image_to_image("a cat", tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.png.*not a picture"):
+    with pytest.raises(ValueError, match=r"text\.png.*not a readable image"):
         to_pixels(tmp_path / "text.png")
     with pytest.raises(ValueError, match="height 64: the picture has 32"):
         models("sd-v1-5").image_to_image("a cat", picture(), height=64)

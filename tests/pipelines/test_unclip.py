@@ -193,7 +193,7 @@ def test_inpainting_keeps_every_pixel_that_is_not_masked(name, request):
     assert torch.equal(again.tensor[..., :8], images.tensor[..., :8]) and not torch.allclose(
         again.tensor, images.tensor, atol=0.01
     )
-    with pytest.raises(ValueError, match="black all over"):
+    with pytest.raises(ValueError, match="black everywhere"):
         pipe.inpaint("a cat", SMALL, 0 * HOLE, **PAINT)
     with pytest.raises(ValueError, match="3 pictures for 2 to be made"):
         pipe.inpaint("a cat", SMALL.expand(3, -1, -1, -1), HOLE, **PAINT)

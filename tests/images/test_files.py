@@ -1,0 +1,151 @@
+"""Image files: each format carries the recipe, and what cannot be written is refused before sampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.images.files import check_writable, read_recipe, write_image
+from ldm.images.result import Images
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPG")
+RECIPE = {
+    "prompt": "ein Apfel 🍎 }",
+    "seed": [0],
+    "guidance": 2.5,
+    "negative": None,
+    "weights": {"unet": "0"},
+}
+
+
+def smooth_images(n: int = 1) -> Images:
+    """Return images that lossy formats hardly change."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")
+    tensor = torch.stack([x, y, 1 - x])[None].repeat(n, 1, 1, 1)
+    return Images(tensor=tensor, seeds=tuple(range(n)), prompts=("x",) * n, recipe=RECIPE)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_each_format_carries_the_recipe(tmp_path, suffix):
+    made, path = smooth_images(2), tmp_path / f"a{suffix}"
+    assert made.save(path) == [path] and read_recipe(path) == RECIPE
+    first, second = made.save(tmp_path / f"b{suffix}", separate=True)
+    assert read_recipe(second) == {**RECIPE, "index": 1}
+    assert first.name == f"b-0{suffix}" and second.name == f"b-1{suffix}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, first.name, second.name])
+
+
+@pytest.mark.parametrize(("suffix", "error"), [(".png", 0), (".jpg", 4), (".webp", 8)])
+def test_pixels_are_exact_in_png_and_close_in_lossy_formats(tmp_path, suffix, error):
+    made = smooth_images()
+    (path,) = made.save(tmp_path / f"a{suffix}")
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(pixels - made.numpy()[0]).max() <= error
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".png", "PNG"), (".jpg", "JPEG"), (".webp", "WEBP")])
+def test_the_suffix_selects_the_format(tmp_path, suffix, name):
+    (path,) = smooth_images().save(tmp_path / f"a{suffix}")
+    with Image.open(path) as image:
+        assert image.format == name
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_lower_quality_makes_a_smaller_file(tmp_path, suffix):
+    noise = Images(tensor=torch.rand(1, 3, 64, 64), seeds=(0,), prompts=("",))
+    sizes = [
+        noise.save(tmp_path / f"{quality}{suffix}", quality=quality)[0].stat().st_size
+        for quality in (10, 50, None, 100)
+    ]
+    assert sizes == sorted(set(sizes))
+    for wrong in (0, 101, 50.5):
+        with pytest.raises(ValueError, match=f"from 1 to 100, got {wrong}"):
+            noise.save(tmp_path / f"a{suffix}", quality=wrong)
+    with pytest.raises(ValueError, match=r"quality 50: .*a\.png' is a PNG, which is lossless"):
+        noise.save(tmp_path / "a.png", quality=50)
+
+
+def test_jpeg_keeps_the_resolution_of_colors(tmp_path):
+    stripes = torch.zeros(1, 3, 16, 16)
+    stripes[:, 0, :, ::2] = 1
+    stripes[:, 2, :, 1::2] = 1  # red and blue columns of one pixel, which chroma subsampling would mix
+    (path,) = Images(tensor=stripes, seeds=(0,), prompts=("",)).save(tmp_path / "a.jpg")
+    pixels = np.asarray(Image.open(path)).astype(int)
+    assert np.abs(pixels - (stripes[0] * 255).permute(1, 2, 0).numpy()).max() < 40
+
+
+def test_a_recipe_too_long_for_jpeg_is_refused(tmp_path):
+    image, recipe = smooth_images().pil()[0], {"prompt": "x" * 70_000}
+    with pytest.raises(ValueError, match=r"a JPEG holds 65533; use \.png or \.webp"):
+        write_image(tmp_path / "a.jpg", image, recipe)
+    write_image(tmp_path / "b.jpg", image, {"prompt": "x" * 60_000})
+    for suffix in (".png", ".webp"):
+        write_image(tmp_path / f"a{suffix}", image, recipe)
+        assert read_recipe(tmp_path / f"a{suffix}") == recipe
+    assert not (tmp_path / "a.jpg").exists() and len(read_recipe(tmp_path / "b.jpg")["prompt"]) == 60_000
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    for name in ("a.bmp", "a", ".png"):
+        with pytest.raises(ValueError, match=r"ends in \.png, \.jpg, \.jpeg or \.webp"):
+            check_writable(tmp_path / name)
+    with pytest.raises(ValueError, match=r"ends in \.gif$"):
+        check_writable(tmp_path / "a.png", (".gif",))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        check_writable(tmp_path / "none" / "a.png")
+    (tmp_path / "d.webp").mkdir()
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path / "d.webp")
+    with pytest.raises(PermissionError, match="cannot be written"):
+        check_writable("/proc/a.png")
+
+
+def test_webp_needs_a_pillow_that_writes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.features.check", lambda name: name != "webp")
+    with pytest.raises(ValueError, match=r"no WebP; choose \.png or \.jpg"):
+        check_writable(tmp_path / "a.webp")
+    assert check_writable(tmp_path / "a.jpg") == tmp_path / "a.jpg"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_file_without_a_recipe_is_refused(tmp_path, suffix):
+    plain = Image.new("RGB", (16, 16))
+    plain.save(tmp_path / f"plain{suffix}")
+    exif = Image.Exif()
+    exif[0x8769] = {0x9286: b"ASCII\0\0\0a comment of another program"}
+    plain.save(tmp_path / f"comment{suffix}", exif=exif)
+    for name in ("plain", "comment"):
+        with pytest.raises(ValueError, match="no recipe inside"):
+            read_recipe(tmp_path / f"{name}{suffix}")
+    (tmp_path / f"not{suffix}").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is not a readable image"):
+        read_recipe(tmp_path / f"not{suffix}")
+    with pytest.raises(FileNotFoundError):
+        read_recipe(tmp_path / f"absent{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_truncated_file_is_refused(tmp_path, suffix):
+    (path,) = smooth_images().save(tmp_path / f"cut{suffix}")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"cut{suffix}"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_damaged_recipe_is_refused(tmp_path, monkeypatch, suffix, text):
+    monkeypatch.setattr("ldm.images.files.json.dumps", lambda *_, **__: text)
+    write_image(tmp_path / f"a{suffix}", Image.new("RGB", (16, 16)), {})
+    with pytest.raises(ValueError, match="is damaged: it is not a JSON mapping"):
+        read_recipe(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_the_exif_comment_is_json_for_other_programs(tmp_path, suffix):
+    write_image(tmp_path / f"a{suffix}", Image.new("RGB", (16, 16)), {"prompt": "é"})
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b'ASCII\0\0\0{"ldm": {"prompt": "\\u00e9"}}'
