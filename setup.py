@@ -56,5 +56,5 @@ setup(
         "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],
         "bench": ["openvino"],
     },
-    entry_points={"console_scripts": ["ldm = ldm.__main__:main"]},
+    entry_points={"console_scripts": ["ldm = ldm.cli.commands:run_command_line"]},
 )

@@ -1,1 +1,1 @@
-"""The commands of `ldm`."""
+"""The commands of `ldm`: `commands` lists and dispatches them, `tools` holds those that sample no prompt."""

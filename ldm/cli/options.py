@@ -1,126 +1,110 @@
-"""Options that several commands share, and what is done with them."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from ldm.images.result import Images
+from ldm.cli.parsing import argument, parse_size
 
-SAMPLING = ("n", "seed", "steps", "guidance", "negative", "sampler", "convention", "spacing")
+PROMPT = argument("prompt", "what the images show; an empty text is unconditional")
+IMAGE = argument("image", "the image file", type=Path)
+IMAGE_PROMPT = argument("--prompt", "what the image shows (default: no prompt)")
+IMAGE_SIZE = argument("--size", "SIDE or WIDTHxHEIGHT in pixels (default: the model's)", type=parse_size)
+WINDOW = argument("--window", "side in pixels of the part that the network sees at a time", type=int)
+EXACT = argument(
+    "--exact",
+    "invert by EDICT's two coupled tracks, which are exactly reversible (default), or by DDIM",
+    action=argparse.BooleanOptionalAction,
+)
 
-
-def picture_options(parser: argparse.ArgumentParser, *without: str) -> None:
-    """The options of every command that makes pictures, but for those ``without``."""
-    parser.add_argument("-o", "--output", default="ldm.png", help="the PNG to write (default: %(default)s)")
-    if "n" not in without:
-        parser.add_argument("--n", type=int, help="how many pictures (default: the task's or the model's)")
-    parser.add_argument(
-        "--seed", type=int, help="seed of the first picture; the next has the next (default: 0)"
-    )
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; 50 of inversion)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
-    parser.add_argument("--negative", help="what not to show")
-    if "sampler" not in without:
-        parser.add_argument("--sampler", help="sampling method (default: the model's)")
-    grid_options(parser)
-    parser.add_argument(
-        "--separate", action="store_true", help="one file a picture, named by seed, in place of a grid"
-    )
-    model_options(parser)
-
-
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of the sampling options, and of the options of these names, that were given."""
-    return {
-        name: getattr(args, name) for name in (*SAMPLING, *names) if getattr(args, name, None) is not None
-    }
-
-
-def write(images: Images, args: argparse.Namespace) -> None:
-    """Write the pictures where the options say, and print the paths; flagged ones are named on standard
-    error."""
-    if images.flagged is not None and any(images.flagged):
-        seeds = ", ".join(str(seed) for seed, flag in zip(images.seeds, images.flagged, strict=True) if flag)
-        print(f"warning: the safety checker flagged the pictures of seeds {seeds}", file=sys.stderr)
-    for path in images.save(args.output, separate=args.separate):
-        print(path)
-
-
-def model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model, and where it runs."""
-    parser.add_argument(
-        "--model",
-        help=(
-            "the model's name; `ldm models` lists them (default: that of the folder of weights, else"
-            " emoji-ldm)"
-        ),
-    )
-    parser.add_argument(
-        "--weights",
-        help=(
-            "a single file, a folder of diffusers, one that ldm.save wrote, or `random`; in place of the"
-            " model's own"
-        ),
-    )
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest that is safe)")
-    parser.add_argument("--variant", help="of a folder's files, such as fp16")
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="the averaged weights of a file that has both (default: if it has them)",
-    )
-    parser.add_argument(
-        "--prediction",
-        choices=("eps", "v"),
-        help="what the network predicts, where keys cannot tell (default: the model's)",
-    )
-    parser.add_argument(
-        "--safety", help="the safety checker's file or folder; flagged pictures are named on standard error"
-    )
-    parser.add_argument("--black", action="store_true", help="make flagged pictures black")
-
-
-def grid_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how the timesteps are laid."""
-    parser.add_argument(
+GRID = (
+    argument(
         "--convention",
-        help="lay the grid, start and draw noise as diffusers, compvis, sgm or k does (default: the model's)",
-    )
-    parser.add_argument(
+        "grid, start and noise of diffusers, compvis, sgm or k (default: the model's)",
+    ),
+    argument(
         "--spacing",
-        help=(
-            "leading, trailing, linspace, karras, lambda, … in place of the convention's; a wrong name"
-            " lists all"
-        ),
-    )
+        "leading, trailing, linspace, karras, lambda, … instead of the convention's; a wrong name lists all",
+    ),
+)
+
+SAMPLING = (
+    argument("--n", "number of images (default: the task's or the model's)", type=int),
+    argument("--seed", "seed of the first image; each next image has the next seed (default: 0)", type=int),
+    argument("--steps", "sampling steps (default: the model's; 50 for inversion)", type=int),
+    argument("--guidance", "guidance scale; 1 is no guidance (default: the model's)", type=float),
+    argument("--negative", "what not to show"),
+    argument("--sampler", "sampling method (default: the model's); a wrong name lists all"),
+    *GRID,
+)
+
+BORDER = (
+    argument("--resample", "times each stretch of steps is run (RePaint; default: 1)", type=int),
+    argument("--jump", "steps in such a stretch (default: 5)", type=int),
+    argument(
+        "--seam",
+        "reach in pixels of the correction at the border (default: an eighth of the model's side; 0: none)",
+        type=float,
+    ),
+    argument(
+        "--feather",
+        "pixels inside the mask over which the given image blends into the generated one (default: 0)",
+        type=int,
+    ),
+    WINDOW,
+)
+
+QUALITY = argument("--quality", "quality of .jpg and .webp, 1 to 100 (default: 95)", type=int)
+
+OUTPUT = (
+    argument(
+        "--output",
+        "file to write (default: %(default)s): .png is lossless, .jpg and .webp are lossy; each carries the"
+        " recipe that `ldm replay` reads",
+        default="ldm.png",
+    ),
+    QUALITY,
+    argument("--separate", "write a file for each image, named by its seed, not a grid", action="store_true"),
+)
+
+MODEL = (
+    argument(
+        "--model",
+        "name of the model; `ldm models` lists them (default: that of the folder of weights, else emoji-ldm)",
+    ),
+    argument(
+        "--weights",
+        "weights instead of the model's own: a single file, a diffusers folder, a folder that ldm.save wrote,"
+        " or `random`",
+    ),
+    argument("--device", "cpu, cuda or mps (default: the best available)"),
+    argument("--dtype", "float32, bfloat16 or float16 (default: the fastest that is safe)"),
+    argument("--variant", "variant of a folder's files, such as fp16"),
+    argument(
+        "--ema",
+        "averaged weights of a file that has both (default: if it has them)",
+        action=argparse.BooleanOptionalAction,
+    ),
+    argument(
+        "--prediction",
+        "what the network predicts, where the weights cannot tell (default: the model's)",
+        choices=("eps", "v"),
+    ),
+    argument(
+        "--safety",
+        "file or folder of a safety checker; flagged images are named on standard error",
+    ),
+    argument("--black", "make flagged images black", action="store_true"),
+)
+MODEL_KEYWORDS = tuple(each.dest for each in MODEL if each.dest != "model")
 
 
-def load(args: argparse.Namespace) -> Any:
-    """The model that the options name."""
-    from ldm.registry.loading import load as load_model
+def check_device(name: str | None) -> None:
+    """Raise ValueError unless torch can compute on the device; None is the best available."""
+    import torch
 
-    return load_model(
-        args.model,
-        weights=args.weights,
-        device=args.device,
-        dtype=args.dtype,
-        variant=args.variant,
-        ema=args.ema,
-        prediction=args.prediction,
-        safety=args.safety,
-        black=args.black,
-    )
-
-
-def size(text: str) -> tuple[int, int]:
-    """SIDE or WIDTHxHEIGHT as (width, height)."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected SIDE or WIDTHxHEIGHT in pixels, such as 128 or 128x192"
-        )
-    return int(sides[0]), int(sides[-1])
+    try:
+        torch.empty(0, device=name or "cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None

@@ -139,7 +139,7 @@ def test_every_task_has_its_command(tiny: Path, capsys: pytest.CaptureFixture[st
         assert (np.asarray(Image.open("out.png")) == np.asarray(Image.open("out-replay.png"))).all()
     assert (
         main(["edit", "a cat", "a dog", *common]) == 2
-        and "makes no pictures by edit" in capsys.readouterr().err
+        and "'tiny-unclip' has no edit; its commands: generate, inpaint" in capsys.readouterr().err
     )
 
 

@@ -1,0 +1,161 @@
+"""The table of all commands, and `run_command_line`, which dispatches from it.
+
+A command that generates images has the name of its method with hyphens; `generate` is `text_to_image`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ldm.cli.options import MODEL, MODEL_KEYWORDS, OUTPUT, check_device
+from ldm.cli.parsing import Command, UsageError
+from ldm.cli.tasks import IMAGE_TASKS, ImageTask
+from ldm.cli.tools import TOOLS
+
+if TYPE_CHECKING:
+    from ldm.images.result import Images
+
+EXAMPLES = """examples:
+  ldm "a red apple" --n 4 -o apples.png
+  ldm inpaint "a green apple" photo.png mask.png -o edited.jpg
+  ldm replay apples.png"""
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "overflow")  # in the RuntimeErrors of torch
+
+
+def run_command_line(argv: Sequence[str] | None = None) -> int:
+    """Run `ldm` with the given arguments; wrong input is reported in one line on standard error.
+
+    Args:
+        argv: A command's name and its arguments, or a prompt and the options of `generate`. Default: None,
+            `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0, or 2 for wrong input, or 130 if interrupted; `inspect` returns 1 for a file with
+        damage, NaN or code.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(describe_commands())
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            command, args = parse_command(argv)
+            return command.run(args)
+        except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+            return report_error(error)
+        except (RuntimeError, MemoryError) as error:  # other RuntimeErrors keep their traceback
+            if isinstance(error, MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY):
+                return report_error(error)
+            raise
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def report_error(error: Exception) -> int:
+    """Print an error in one line on standard error; return the exit status 2."""
+    print("error:", " ".join(str(error).splitlines()) or "out of memory", file=sys.stderr)
+    return 2
+
+
+def parse_command(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """Return the command that the arguments name, `generate` if they name none, and its parsed arguments."""
+    if not argv:
+        raise UsageError('expected a prompt or a command, such as ldm "a red apple" (see `ldm --help`)')
+    names = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
+    if argv[0] in names:
+        return names[argv[0]], names[argv[0]].parser().parse_args(argv[1:])
+    try:
+        return names["generate"], names["generate"].parser().parse_args(argv)
+    except UsageError as error:
+        similar = difflib.get_close_matches(argv[0], names, n=1, cutoff=0.7)
+        hint = f"; did you mean the command {similar[0]!r}?" if similar else ""
+        raise UsageError(f"{error}{hint}") from None
+
+
+def describe_commands() -> str:
+    """Return the text of `ldm --help`."""
+    lines = []
+    for command in COMMANDS:
+        also = f" (also: {', '.join(command.aliases)})" if command.aliases else ""
+        lines.append(f"  {command.name:<16} {command.summary}{also}")
+    return "\n".join(
+        [
+            "usage: ldm PROMPT [OPTIONS]",
+            "       ldm COMMAND [ARGUMENTS] [OPTIONS]",
+            "",
+            "Latent diffusion from scratch: text in, image out.",
+            "`ldm PROMPT` is short for `ldm generate PROMPT`. If the prompt is the name of a command, write",
+            "`ldm generate inpaint` or `ldm -- inpaint`.",
+            "",
+            "commands (`ldm COMMAND --help` lists the options of each):",
+            *lines,
+            "",
+            EXAMPLES,
+        ]
+    )
+
+
+def run_task(task: ImageTask, args: argparse.Namespace) -> int:
+    """Load the model, call its method with the arguments that were given, and write the images."""
+    from ldm.images.files import check_quality, check_writable
+
+    check_quality(check_writable(args.output), args.quality)
+    if task.prepare is not None:
+        task.prepare(args)
+    positional = [getattr(args, each.dest) for each in task.passed if each.positional]
+    options = {each.dest: getattr(args, each.dest) for each in task.passed if not each.positional}
+    if (size := options.pop("size", None)) is not None:
+        options["width"], options["height"] = size
+    method = load_method(task, args)
+    images = method(*positional, **{name: value for name, value in options.items() if value is not None})
+    save_images(images, args)
+    return 0
+
+
+def load_method(task: ImageTask, args: argparse.Namespace) -> Callable[..., Images]:
+    """Load the model that the options name and return its method; ValueError if it has none for the task."""
+    from ldm.registry.loading import load
+
+    check_device(args.device)
+    pipe = load(args.model, **{name: getattr(args, name) for name in MODEL_KEYWORDS})
+    if not hasattr(pipe, "text_to_image"):
+        raise ValueError(f"{args.model or args.weights!r} is a single network, which generates no images")
+    method: Callable[..., Images] | None = getattr(pipe, task.method_name, None)
+    if method is None:
+        others = ", ".join(each.name for each in IMAGE_TASKS if hasattr(pipe, each.method_name))
+        raise ValueError(f"{pipe.card.name!r} has no {task.name}; its commands: {others}")
+    return method
+
+
+def save_images(images: Images, args: argparse.Namespace) -> None:
+    """Write images where the options say and print the paths; name flagged images on standard error."""
+    if images.flagged is not None and any(images.flagged):
+        seeds = ", ".join(str(seed) for seed, flag in zip(images.seeds, images.flagged, strict=True) if flag)
+        print(f"warning: the safety checker flagged the images with seeds {seeds}", file=sys.stderr)
+    for path in images.save(args.output, separate=args.separate, quality=args.quality):
+        print(path)
+
+
+COMMANDS: tuple[Command, ...] = (
+    *(
+        Command(
+            name=task.name,
+            summary=task.summary,
+            arguments=(*task.passed, *OUTPUT, *MODEL),
+            run=partial(run_task, task),
+            aliases=task.aliases,
+            details=task.details,
+        )
+        for task in IMAGE_TASKS
+    ),
+    *TOOLS,
+)

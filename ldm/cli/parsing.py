@@ -1,0 +1,117 @@
+"""Arguments as data, a parser whose errors are one line, and the types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+class UsageError(ValueError):
+    """The command line does not fit the command's arguments."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that raises `UsageError` instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """One argument of a command.
+
+    Args:
+        name: "image" for a positional argument, "--strength" for an option.
+        help: Its line in the help text.
+        settings: Further keywords of `ArgumentParser.add_argument`, such as `type` and `default`.
+    """
+
+    name: str
+    help: str
+    settings: Mapping[str, Any]  # argparse's own keywords, which have no common type
+
+    @property
+    def positional(self) -> bool:
+        """Return whether the argument is given by its place."""
+        return not self.name.startswith("-")
+
+    @property
+    def dest(self) -> str:
+        """Return the name of its value: that of the Python argument."""
+        return self.name.lstrip("-").replace("-", "_")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Add the argument to a parser."""
+        short = ("-o",) if self.name == "--output" else ()
+        parser.add_argument(*short, self.name, help=self.help, **self.settings)
+
+
+def argument(name: str, help: str, **settings: Any) -> Argument:
+    """Return an `Argument`; the settings are keywords of `ArgumentParser.add_argument`."""
+    return Argument(name=name, help=help, settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command of the command line.
+
+    Args:
+        name: Its name.
+        summary: One sentence, shown by `ldm --help` and at the top of `ldm NAME --help`.
+        arguments: Its arguments, positional ones first.
+        run: Runs it on the parsed arguments and returns the exit status.
+        aliases: Other names. Default: none.
+        details: Further text of `ldm NAME --help`. Default: none.
+    """
+
+    name: str
+    summary: str
+    arguments: Sequence[Argument]
+    run: Callable[[argparse.Namespace], int]
+    aliases: Sequence[str] = ()
+    details: str = ""
+
+    def parser(self) -> CommandParser:
+        """Return the parser of its arguments."""
+        also = f"Also: {', '.join(self.aliases)}." if self.aliases else ""
+        description = " ".join(part for part in (self.summary, self.details, also) if part)
+        parser = CommandParser(prog=f"ldm {self.name}", description=description)
+        for each in self.arguments:
+            each.add_to(parser)
+        return parser
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return SIDE or WIDTHxHEIGHT as (width, height) in pixels."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected SIDE or WIDTHxHEIGHT in pixels, such as 128 or 128x192"
+        )
+    return int(sides[0]), int(sides[-1])
+
+
+def parse_emphasis(text: str) -> tuple[str, float]:
+    """Return WORD=FACTOR as (word, factor)."""
+    word, _, factor = text.partition("=")
+    try:
+        return word, float(factor)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WORD=FACTOR, such as red=2") from None
+
+
+class CollectPairs(argparse.Action):
+    """Collect the (key, value) pairs of a repeatable option in a dictionary."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,  # what `type` returned
+        option_string: str | None = None,
+    ) -> None:
+        key, value = values
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), key: value})

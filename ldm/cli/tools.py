@@ -1,0 +1,177 @@
+"""The commands that sample no prompt: replay, models, training, grids and files of weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ldm.cli.options import GRID, QUALITY, check_device
+from ldm.cli.parsing import Command, argument
+
+
+def replay_file(args: argparse.Namespace) -> int:
+    """Generate the image of a file again from its recipe."""
+    from ldm.images.files import check_quality, check_writable, read_recipe
+    from ldm.registry.replaying import replay
+
+    recipe, source = read_recipe(args.image), Path(args.image)
+    output = check_writable(args.output or source.with_name(f"{source.stem}-replay{source.suffix}"))
+    check_quality(output, args.quality)
+    for path in replay(recipe, weights=args.weights).save(output, quality=args.quality):
+        print(path)
+    return 0
+
+
+def print_models(args: argparse.Namespace) -> int:
+    """Print the name and the summary of each model."""
+    from ldm.catalog.lookup import find_card
+    from ldm.registry.names import list_models
+
+    for name in list_models():
+        print(f"{name}: {find_card(name)[0].summary}")
+    return 0
+
+
+def train_config(args: argparse.Namespace) -> int:
+    """Train a part, and export it when the training is complete."""
+    from ldm.training.run import open_run
+
+    check_device(args.device)
+    run = open_run(args.config, runs=args.runs, device=args.device)
+    try:
+        run.train(until=args.until)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted at step {run.step}; the same command resumes from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+    if run.step == run.config.steps:
+        run.export(run.folder / "export")
+        print(run.folder / "export")
+    return 0
+
+
+def export_run(args: argparse.Namespace) -> int:
+    """Write the averaged weights of a run."""
+    from ldm.training.run import open_run
+
+    run = open_run(args.config, runs=args.runs)
+    if run.step == 0:
+        raise ValueError(f"{args.config!r}: the run {run.config.name!r} has no checkpoint; train it first")
+    folder = Path(args.to) if args.to else run.folder / "export"
+    run.export(folder)
+    print(folder)
+    return 0
+
+
+def assemble_folder(args: argparse.Namespace) -> int:
+    """Write the folder of an unCLIP model."""
+    from ldm.registry.unclip.bundle import gather
+
+    print(gather(args.card, args.folder))
+    return 0
+
+
+def print_grid(args: argparse.Namespace) -> int:
+    """Print the states and evaluations of a sampler on a model's grid."""
+    from ldm.analysis.plan import describe_grid
+    from ldm.catalog.lookup import find_model
+    from ldm.samplers.conventions import get_convention
+
+    card = find_model(args.model)
+    convention = get_convention(args.convention) if args.convention else card.grids()
+    sampler = args.sampler or card.defaults.sampler
+    steps = card.defaults.steps if args.steps is None else args.steps
+    spacing = {"spacing": args.spacing} if args.spacing else {}
+    grid = convention.grid(card.schedule.make(), steps, sampler, **spacing)
+    print(describe_grid(grid, sampler, **convention.options.get(sampler, {})))
+    return 0
+
+
+def print_report(args: argparse.Namespace) -> int:
+    """Print what a file of weights holds; return 1 if it has damage, NaN or code, or no known part."""
+    from ldm.registry.inspection import inspect
+
+    report = inspect(args.path, nan=args.nan, digest=not args.no_hash)
+    print(report.text())
+    return 1 if report.unsafe or report.bad or not report.parts else 0
+
+
+CONFIG = argument("config", "a YAML file, such as configs/emoji-vae.yaml")
+RUNS = argument("--runs", "folder of the runs (default: %(default)s)", default="runs")
+TOOLS: tuple[Command, ...] = (
+    Command(
+        name="replay",
+        summary="Generate an image again from the recipe in its file.",
+        details=(
+            "The pixels are identical on the same machine with the same versions. JPEG and WebP are lossy:"
+            " there, this holds for the pixels before compression, and the files are identical if they are"
+            " written with the same --quality."
+        ),
+        arguments=(
+            argument("image", "a .png, .jpg or .webp file that ldm has written"),
+            argument("--output", "file to write (default: NAME-replay with the suffix of the input)"),
+            QUALITY,
+            argument("--weights", "weights of the model, if the image was not generated with its own"),
+        ),
+        run=replay_file,
+    ),
+    Command(name="models", summary="List the models.", arguments=(), run=print_models),
+    Command(
+        name="train",
+        summary="Train a part of a model from its configuration.",
+        details="An interrupted run resumes from its last checkpoint.",
+        arguments=(
+            CONFIG,
+            RUNS,
+            argument("--device", "device to train on (default: %(default)s)", default="cpu"),
+            argument("--until", "stop at this step with a checkpoint", type=int),
+        ),
+        run=train_config,
+    ),
+    Command(
+        name="export",
+        summary="Write the averaged weights of a run, finished or not.",
+        details="The files have half precision.",
+        arguments=(CONFIG, argument("--to", "folder to write (default: RUN/export)"), RUNS),
+        run=export_run,
+    ),
+    Command(
+        name="assemble",
+        summary="Bundle trained parts into the folder of an unCLIP model.",
+        arguments=(
+            argument("card", "a YAML file with the model's card and the folder of each exported part"),
+            argument("folder", "folder to write, which --weights and ldm.load read"),
+        ),
+        run=assemble_folder,
+    ),
+    Command(
+        name="grid",
+        summary="Print the timesteps, noise levels and evaluations of a sampler.",
+        details="The columns are t, alpha-bar, sigma, sigma/alpha and lambda.",
+        arguments=(
+            argument(
+                "--model",
+                "model whose schedule and convention are used (default: %(default)s)",
+                default="emoji-ldm",
+            ),
+            argument("--sampler", "sampling method (default: the model's)"),
+            argument("--steps", "sampling steps (default: the model's)", type=int),
+            *GRID,
+        ),
+        run=print_grid,
+    ),
+    Command(
+        name="inspect",
+        summary="Print what a file of weights holds, without executing anything in it.",
+        details="The exit status is 1 if the file has damage, NaN or code.",
+        arguments=(
+            argument("path", "a .safetensors, .ckpt or .pt file, or a folder"),
+            argument("--nan", "look for NaN and infinity, which reads every tensor", action="store_true"),
+            argument("--no-hash", "leave out the SHA-256, which reads every byte", action="store_true"),
+        ),
+        run=print_report,
+    ),
+)
