@@ -199,7 +199,7 @@ class Trace:
             raise ValueError("nothing is recorded yet: run a task of the traced model first")
         return self.images
 
-    # The methods of `ldm.pipelines.conditions.Watcher`, which the pipeline calls.
+    # The methods of `ldm.pipelines.protocol.Watcher`, which the pipeline calls.
 
     def begin(self, call: Call) -> None:
         """Discard the record of an earlier run."""
@@ -207,7 +207,7 @@ class Trace:
         self.outputs.clear()
         self._step_attention.clear()
 
-    def told(self, pair: Pair) -> None:
+    def conditioned(self, pair: Pair) -> None:
         """Keep the context of the conditional branch."""
         self._context = pair[0].context
 

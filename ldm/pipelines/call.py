@@ -1,36 +1,39 @@
-"""The options of a call, settled: what the caller said, else what the card says, checked before any work."""
+"""The options of a call, settled: the caller's, else the card's defaults, checked before any work."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from ldm.catalog.cards import ModelCard
-from ldm.conditioning.conditioner import Conditioner
+from ldm.catalog.cards import DiffusionCard
 from ldm.diffusion.grid import TimeGrid
-from ldm.diffusion.interfaces import Denoised, OnStep, Sampler
+from ldm.diffusion.interfaces import OnStep, Sampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.seeds import check_seeds
+from ldm.pipelines.checks import Prompts, check_count, check_negative, check_options, check_prompts
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
-from ldm.support.config import build, nearest, to_dict
+from ldm.support.config import build, to_dict
 
-Prompts = str | int | Sequence[str] | Sequence[int]
-Rules = str | Convention | Mapping[str, Any]  # a convention by name, one's own, or as a recipe holds it
-# one of one's own, a list of falling timesteps, or as a recipe holds it
+Rules = str | Convention | Mapping[str, Any]  # a convention, by name, as an object, or as a recipe holds it
+# a grid, a list of falling timesteps, or as a recipe holds it
 Grid = TimeGrid | Sequence[float] | Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeCondition:
-    """What SDXL is told of a picture, in pixels (Podell et al. 2023, section 2.2): its size before it was
-    scaled, what was cropped off its top and left, and the size wanted, each (height, width), None for the
-    size of the picture that is made; for the refiner its aesthetic score in place of the last."""
+    """SDXL's size conditions, in pixels (Podell et al. 2023, section 2.2).
+
+    Attributes:
+        original: (height, width) of the image before it was scaled. None: the size of the image made.
+        crop: (top, left) of the crop.
+        target: (height, width) wanted. None: the size of the image made.
+        aesthetic: Aesthetic score, which the refiner takes in place of `target`.
+        negative_aesthetic: The score of the unconditional branch.
+    """
 
     original: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
@@ -41,10 +44,27 @@ class SizeCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call: a prompt (or class) and a seed for each picture, a negative prompt for all or one for each,
-    the solver with its options, rules and grid, and what happens on the way.
+    """The settled options of one call, of B images.
 
-    ``asked``: the sampler's options and the grid's as the caller gave them, for the recipe.
+    Attributes:
+        prompts: A prompt, or a class number, for each image.
+        negative: One negative prompt for all images, or one for each.
+        n: Number of images of each prompt.
+        seeds: A seed for each image.
+        sampler: Name of the sampler.
+        solve: The sampler.
+        options: Options of the sampler: the convention's, then the caller's.
+        asked: The options of sampler and grid that the caller gave, for the recipe.
+        rules: The convention: grids, first state, noise.
+        grid: The time grid.
+        guidance: Guidance scale.
+        height, width: Size of the images in pixels.
+        sizes: SDXL's size conditions.
+        latents: The caller's noise (B, C, h, w) in place of the seeds'.
+        progress: Whether a progress bar is shown.
+        on_step: The caller's hook.
+        keep_steps: Whether the prediction of every step is kept.
+        others: Options of the other stages (unCLIP's prior and upsamplers), by the caller's names.
     """
 
     prompts: tuple[str, ...] | tuple[int, ...]
@@ -65,23 +85,30 @@ class Call:
     progress: bool
     on_step: OnStep | None
     keep_steps: bool = False
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def negatives(self) -> list[str]:
-        """The negative prompts: one, or one for each picture."""
+        """The negative prompts: one, or one for each image."""
         return [self.negative] if isinstance(self.negative, str) else list(self.negative)
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts as texts."""
+        return tuple(str(prompt) for prompt in self.prompts)
+
+    @property
     def replayable(self) -> bool:
-        """Whether a recipe can hold all that the call depends on."""
-        return self.latents is None and self.on_step is None
+        """Whether a recipe can hold all that the call depends on: no tensors, no hook."""
+        tensors = any(isinstance(value, Tensor) for value in self.others.values())
+        return self.latents is None and self.on_step is None and not tensors
 
     def over(self, grid: TimeGrid) -> Call:
-        """The call over another grid, a part of its own."""
+        """Return the call over another grid, such as a part of its own."""
         return replace(self, grid=grid)
 
     def recipe(self, task: str) -> dict[str, Any]:
-        """The options as a recipe states them; those of SDXL only where they were given."""
+        """Return the options as a recipe states them; SDXL's sizes only where they were given."""
         one = len(set(self.prompts)) == 1
         sizes = {"sizes": to_dict(self.sizes)} if self.sizes != SizeCondition() else {}
         return {
@@ -97,11 +124,12 @@ class Call:
             "width": self.width,
             **sizes,
             **self.asked,
+            **{name: value for name, value in self.others.items() if not isinstance(value, Tensor)},
         }
 
 
 def settle(
-    card: ModelCard,
+    card: DiffusionCard,
     schedule: NoiseSchedule,
     prompt: Prompts,
     *,
@@ -123,15 +151,19 @@ def settle(
     keep_steps: bool = False,
     **sampler_options: Any,
 ) -> Call:
-    """The call of some options; None for what the card says. ValueError names what is wrong."""
-    defaults = card.defaults
-    prompts = check_prompts(prompt)
-    each = check_count(n)
+    """Settle the options of a call; None stands for the card's default.
+
+    The arguments are those of `LatentDiffusion.text_to_image`.
+
+    Raises:
+        ValueError: If an option is unknown or out of range; the message names it.
+    """
+    defaults, prompts, each = card.defaults, check_prompts(prompt), check_count(n)
     name = sampler or defaults.sampler
     solve, rules = get_sampler(name), card.grids() if convention is None else get_convention(convention)
     check_options(name, sampler_options)
-    laid = lay(rules, schedule, name, steps, defaults.steps, spacing, grid)
-    said = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
+    laid = lay_grid(rules, schedule, name, steps, defaults.steps, spacing, grid)
+    asked = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
     return Call(
         prompts=tuple(p for p in prompts for _ in range(each)),
         negative=check_negative(negative, len(prompts), each),
@@ -142,7 +174,7 @@ def settle(
         options={**rules.options.get(name, {}), **sampler_options},
         rules=rules,
         grid=laid,
-        asked={**sampler_options, **{key: value for key, value in said.items() if value is not None}},
+        asked={**sampler_options, **{key: value for key, value in asked.items() if value is not None}},
         guidance=defaults.guidance if guidance is None else float(guidance),
         height=height or defaults.height,
         width=width or defaults.width,
@@ -154,7 +186,7 @@ def settle(
     )
 
 
-def lay(
+def lay_grid(
     rules: Convention,
     schedule: NoiseSchedule,
     sampler: str,
@@ -163,102 +195,28 @@ def lay(
     spacing: str | None,
     grid: Grid | None,
 ) -> TimeGrid:
-    """The caller's grid, or the convention's with the caller's spacing; ``usual``: the card's number of
-    steps."""
+    """Return the caller's grid, or the convention's with the caller's spacing.
+
+    Args:
+        rules: The convention.
+        schedule: The model's noise schedule.
+        sampler: Name of the sampler, by which conventions choose a grid.
+        steps: Number of steps. None: `usual`, the card's default.
+        usual: The card's number of steps.
+        spacing: Spacing in place of the convention's.
+        grid: A grid that replaces steps and spacing.
+
+    Raises:
+        ValueError: If `grid` is given together with a spacing or another number of steps.
+    """
     if grid is None:
-        return rules.grid(
-            schedule,
-            usual if steps is None else steps,
-            sampler,
-            **({} if spacing is None else {"spacing": spacing}),
-        )
+        changes = {} if spacing is None else {"spacing": spacing}
+        return rules.grid(schedule, usual if steps is None else steps, sampler, **changes)
     if isinstance(grid, Mapping):
         grid = TimeGrid.from_dict(schedule, grid)
     laid = grid if isinstance(grid, TimeGrid) else TimeGrid.explicit(schedule, grid)
     if spacing is not None or steps not in (None, len(laid)):
         raise ValueError(
-            f"grid says all of its {len(laid)} steps: leave spacing ({spacing!r}) and steps ({steps!r}) out"
+            f"grid states all of its {len(laid)} steps: leave out spacing ({spacing!r}) and steps ({steps!r})"
         )
     return laid
-
-
-def check_prompts(prompt: Prompts) -> list[Any]:
-    """The prompts as a list; ValueError if there is none, or it holds anything but texts alone or classes
-    alone."""
-    prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
-    kinds = {type(p) for p in prompts}
-    if kinds not in ({str}, {int}):
-        raise ValueError(f"prompt: expected a text or several, got {prompt!r}")
-    return prompts
-
-
-def check_negative(negative: str | Sequence[str], prompts: int, each: int) -> str | tuple[str, ...]:
-    """The negative prompt of all pictures, or one for each: a list has one for each prompt or for each
-    picture; ValueError for another number."""
-    if isinstance(negative, str):
-        return negative
-    given = list(negative)
-    if any(not isinstance(text, str) for text in given) or len(given) not in (prompts, prompts * each):
-        raise ValueError(
-            f"negative: expected a text, or {prompts} (one for each prompt) or {prompts * each} (for each"
-            f" picture), got {negative!r}"
-        )
-    return (
-        tuple(given) if len(given) == prompts * each else tuple(text for text in given for _ in range(each))
-    )
-
-
-def check_count(n: int | None) -> int:
-    """n, or 1 for None; ValueError if it is not a number of pictures."""
-    if n is None:
-        return 1
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"n: expected a number of pictures of at least 1, got {n!r}")
-    return n
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError for an option that the sampler does not take."""
-    parameters = inspect.signature(get_sampler(name)).parameters
-    known = [key for key in parameters if key not in ("denoise", "x", "grid", "noise", "on_step")]
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"sampler {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}"
-            )
-
-
-class UnknownWords(UserWarning):
-    """A prompt has words that the model has never seen."""
-
-
-def warn_unknown(model: str, text: Conditioner | None, prompts: Sequence[Any], *, stacklevel: int) -> None:
-    """A warning that names the words of prompts which a model has never seen; none where it reads no texts,
-    or its words are not known."""
-    texts = [] if text is None else [prompt for prompt in prompts if isinstance(prompt, str)]
-    unknown = list(dict.fromkeys(word for prompt in texts for word in text.unknown(prompt)))  # type: ignore[union-attr]
-    if unknown:
-        words = ", ".join(repr(word) for word in unknown)
-        warnings.warn(
-            f"{model} has never seen {words}: the picture may not show it",
-            UnknownWords,
-            stacklevel=stacklevel,
-        )
-
-
-def all_hooks(own: OnStep | None, *others: Callable[[int, Tensor, Denoised], Any]) -> OnStep:
-    """A hook that calls all: the others look, then the caller's own, which may return a new x or stop."""
-
-    def hook(i: int, x: Tensor, d: Denoised) -> Tensor | None:
-        for other in others:
-            other(i, x, d)
-        return None if own is None else own(i, x, d)
-
-    return hook
-
-
-def progress_bar(total: int, shown: bool) -> Any:
-    """A bar on standard error, on a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="step", leave=False, disable=None if shown else True)

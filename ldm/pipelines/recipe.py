@@ -1,4 +1,4 @@
-"""What a recipe says besides the options of the call."""
+"""What a recipe states besides the options of the call."""
 
 from __future__ import annotations
 
@@ -19,8 +19,18 @@ def stamp(
     origin: Mapping[str, Any],
     replayable: bool,
 ) -> dict[str, Any]:
-    """The recipe of a task: the model, where and in what it was computed, the hashes of its weights and the
-    versions of the software."""
+    """Return the recipe of a task.
+
+    Args:
+        model: Name of the model.
+        task: Options and facts of the task.
+        device, dtype: What the denoiser computed on and in.
+        origin: Hashes of the weights.
+        replayable: Whether the recipe holds all that the images depend on.
+
+    Returns:
+        The recipe, as JSON can hold it, with the versions of the software.
+    """
     import platform
 
     from ldm.support.version import __version__

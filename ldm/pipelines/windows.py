@@ -1,4 +1,4 @@
-"""Large pictures by a network that sees a part at a time (MultiDiffusion, Bar-Tal et al. 2023, eq. 5)."""
+"""Large images by a network that sees a part at a time (MultiDiffusion, Bar-Tal et al. 2023, eq. 5)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 
-Crop = tuple[Any, slice, slice]  # an index of (B, C, h, w): every sample and channel, rows, columns
+Crop = tuple[Any, slice, slice]  # an index of (B, C, h, w): all samples and channels, rows, columns
 
 
 def window_starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side: at most tile − overlap apart, the last at its end."""
+    """Return where windows begin along a side: at most tile − overlap apart, the last one at its end."""
     if side <= tile:
         return [0]
     count = -(-(side - overlap) // (tile - overlap))
@@ -25,17 +25,21 @@ def window_starts(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def ramp(tile: int, overlap: int) -> Tensor:
-    """The weight of a tile's pixels along one side: rising over the overlap, never 0."""
+    """Return the weights of a window's positions along one side, (tile,): rising over the overlap, never 0."""
     edge = (torch.arange(tile) + 1.0) / (overlap + 1)
     return torch.minimum(torch.minimum(edge, edge.flip(0)), torch.ones(()))
 
 
 def windowed(make: Callable[[Crop], DenoiseFn], tile: int, *, overlap: int) -> DenoiseFn:
-    """The denoisers of overlapping windows of x_t (B, C, h, w), blended at every step with weights that fall
-    towards the windows' edges.
+    """Return a DenoiseFn that blends the predictions of overlapping windows at every step.
 
-    ``make`` gives the denoiser of a window, and is called once for each. As x0 and eps are affine in each
-    other, blending both keeps x_t = alpha·x0 + sigma·eps.
+    Weights fall towards the edges of a window. As x0 and eps are affine in each other, blending both keeps
+    x_t = alpha·x0 + sigma·eps.
+
+    Args:
+        make: Makes the DenoiseFn of a window; called once for each.
+        tile: Side of a window, in positions of the state.
+        overlap: Positions that neighbouring windows share, 0 to tile − 1.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap: expected 0 to {tile - 1}, got {overlap}")
@@ -44,7 +48,7 @@ def windowed(make: Callable[[Crop], DenoiseFn], tile: int, *, overlap: int) -> D
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         h, w = x_t.shape[-2:]
         th, tw = min(tile, h), min(tile, w)
-        # (th, tw)
+        # weights of a window, (th, tw)
         weight = (ramp(th, min(overlap, th - 1))[:, None] * ramp(tw, min(overlap, tw - 1))).to(x_t)
         total = x_t.new_zeros(h, w)
         sums: list[Tensor] | None = None
@@ -66,7 +70,7 @@ def windowed(make: Callable[[Crop], DenoiseFn], tile: int, *, overlap: int) -> D
 
 
 def tiled(denoiser: Denoiser, cond: Cond, tile: int, *, overlap: int) -> DenoiseFn:
-    """The denoiser on tiles of x_t and `Cond.concat`: see `windowed`."""
+    """Return the denoiser on windows of x_t and `Cond.concat`; see `windowed`."""
 
     def make(part: Crop) -> DenoiseFn:
         return denoiser.bind(cond if cond.concat is None else replace(cond, concat=cond.concat[part]))

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.images.result import Images
-from ldm.pipelines.latent import REPLAYABLE
-from ldm.pipelines.replayable import restored
+from ldm.pipelines.replayable import BY_OPTIONS, from_json
 from ldm.registry.loading import load
 
 ABOUT = ("task", "prompt", "model", "device", "dtype", "replayable", "weights", "versions", "index")
@@ -31,7 +30,7 @@ def replay(recipe: Mapping[str, Any], *, weights: str | Path | None = None) -> I
         )
         raise ValueError(f"this picture cannot be made again: {reason}")
     arguments = (
-        {name: restored(name, value) for name, value in recipe["arguments"].items()}
+        {name: from_json(name, value) for name, value in recipe["arguments"].items()}
         if "arguments" in recipe
         else _options(recipe)
     )
@@ -42,7 +41,7 @@ def replay(recipe: Mapping[str, Any], *, weights: str | Path | None = None) -> I
             f" here {pipe.origin})"
         )
     task = getattr(pipe, str(recipe["task"]), None)
-    if recipe["task"] not in REPLAYABLE and not hasattr(task, "replayable"):
+    if recipe["task"] not in BY_OPTIONS and not hasattr(task, "replayable"):
         raise ValueError(f"task {recipe['task']!r}: {recipe['model']!r} has no task of this name")
     images = task(**arguments)
     then, now = recipe["versions"], images.recipe["versions"]

@@ -1,4 +1,4 @@
-"""The autoregressive prior as a stage of unCLIP (Ramesh et al. 2022, section 2.2)."""
+"""The autoregressive prior of unCLIP (Ramesh et al. 2022, section 2.2)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.seeds import check_seeds
 from ldm.models.unclip.autoregressive import AutoregressivePrior
-from ldm.pipelines.call import check_count, check_prompts
-from ldm.pipelines.stages.prior import best_of
-from ldm.pipelines.stages.stage import PRIOR, STEPS
+from ldm.pipelines.checks import check_count, check_prompts
+from ldm.pipelines.stages.prior import best_of, check_same_clip
+from ldm.pipelines.stages.stage import DRAWS_PER_STAGE, PRIOR
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveCall:
-    """A prompt and a seed for each embedding; see `AutoregressivePrior.sample` for the rest."""
+    """The settled options of one call of an autoregressive prior.
+
+    Attributes:
+        prompts: A prompt for each embedding.
+        seeds: A seed for each embedding.
+        similarity, temperature: See `AutoregressivePrior.sample`.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -30,8 +36,13 @@ class AutoregressiveCall:
 
 
 class AutoregressiveStage(nn.Module):
-    """Texts → image embeddings of the CLIP ``clip``, component by component; options ``similarity`` and
-    ``temperature``."""
+    """Texts → image embeddings, component by component.
+
+    Args:
+        net: The network.
+        card: How it is sampled.
+        clip: Name of the CLIP whose embeddings it makes.
+    """
 
     options = ("similarity", "temperature")
 
@@ -49,12 +60,22 @@ class AutoregressiveStage(nn.Module):
         progress: bool = True,
         **own: Any,
     ) -> AutoregressiveCall:
-        """The call of some options, None for what the card says; a ``negative`` prompt raises ValueError, as
-        there is no guidance."""
+        """Settle the options of a call; None stands for the card's default.
+
+        Args:
+            prompt: One prompt or several.
+            n: Number of embeddings of each prompt. Default: 1.
+            negative: Must be empty.
+            seed: Embedding i has seed `seed` + i; or a sequence with one seed for each.
+            progress: Not used.
+            own: `similarity` and `temperature`.
+
+        Raises:
+            ValueError: If there is a negative prompt, as this prior has no guidance.
+        """
         if any(negative):
             raise ValueError(
-                f"negative {negative!r}: an autoregressive prior has no guidance, which would turn away"
-                " from it"
+                f"negative {negative!r}: an autoregressive prior has no guidance, so it takes no negative prompt"
             )
         each, texts = check_count(n), [str(text) for text in check_prompts(prompt)]
         settings = {
@@ -66,17 +87,12 @@ class AutoregressiveStage(nn.Module):
 
     @torch.no_grad()
     def forward(self, clip: ClipPair, call: AutoregressiveCall, *, candidates: int = 1) -> ImageEmbedding:
-        """One embedding for each prompt of the call, of ``candidates`` the best as in `PriorStage`;
-        ValueError for texts of another CLIP."""
-        if clip.name != self.clip:
-            raise ValueError(
-                f"the prior was trained on {self.clip!r}, and the texts are read by {clip.name!r}: two CLIPs"
-                " share no space"
-            )
+        """Sample one embedding for each prompt of the call; see `PriorStage.forward`."""
+        check_same_clip(self.clip, clip)
         cond = clip.read(call.prompts)
 
-        def sample(k: int) -> torch.Tensor:
-            first = (PRIOR + k) * STEPS
+        def sample(k: int) -> Tensor:
+            first = (PRIOR + k) * DRAWS_PER_STAGE
             return self.net.sample(
                 cond, call.seeds, similarity=call.similarity, temperature=call.temperature, first=first
             )

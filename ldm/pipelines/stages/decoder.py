@@ -1,4 +1,4 @@
-"""The stage that makes an image of an embedding."""
+"""The decoder of unCLIP: image embeddings → images (Ramesh et al. 2022, section 2.1)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import StageCard
 from ldm.conditioning.conditioner import Conditioner
@@ -15,22 +15,28 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.noise import keyed_normal
 from ldm.models.unclip.decoder import Decoder
 from ldm.models.unclip.noise_augmentation import NoiseAugmentation
-from ldm.models.unet import UNetConfig
+from ldm.models.unet import UNet
 from ldm.pipelines.call import Call
+from ldm.pipelines.conditions import Pair
 from ldm.pipelines.stages.space import Space
-from ldm.pipelines.stages.stage import AUGMENT, STEPS, Stage
+from ldm.pipelines.stages.stage import AUGMENT, DRAWS_PER_STAGE, Stage
 
 
-class DecoderStage(Stage):
-    """Image embeddings of the CLIP ``clip``, with texts → pictures.
+class DecoderStage(nn.Module):
+    """Image embeddings, with texts → images.
 
-    ``net``: a `Decoder`, or a UNet beside an ``augmentation`` (Stable unCLIP). ``text``: what reads the
-    texts, None where none are read.
+    Args:
+        net: A `Decoder`, or a `UNet` with an `augmentation` (Stable unCLIP).
+        card: How it is sampled.
+        clip: Name of the CLIP whose embeddings it takes.
+        space: The space of its states.
+        text: Reads the texts; None if it takes none.
+        augmentation: Noises the embeddings (Stable unCLIP).
     """
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Decoder | UNet,
         card: StageCard,
         *,
         clip: str,
@@ -38,66 +44,82 @@ class DecoderStage(Stage):
         text: Conditioner | None = None,
         augmentation: NoiseAugmentation | None = None,
     ) -> None:
-        super().__init__(net, card, number=0, label="decoder")
-        unet: UNetConfig = net.config.unet if isinstance(net, Decoder) else net.config  # type: ignore[assignment]
-        if (made := unet.out_channels // (2 if card.learned_var else 1)) != space.channels:
+        super().__init__()
+        unet = net.config.unet if isinstance(net, Decoder) else net.config
+        made = unet.out_channels // (2 if card.learned_var else 1)
+        if made != space.channels:
             where = (
                 "pixels, as there is no autoencoder," if space.vae is None else "the autoencoder's latents"
             )
             raise ValueError(f"the decoder makes {made} channels, {where} have {space.channels}")
-        self.clip, self.space, self.augmentation, self.unet_config = clip, space, augmentation, unet
-        self.text: Any = text
+        self.card, self.clip, self.space = card, clip, space
+        self.augmentation = augmentation
+        self.text: Any = text  # a conditioner of any kind, or None
+        self.denoiser = card.make_denoiser(net)
 
     @property
-    def multiple(self) -> int:
-        """What the sides of a picture must be multiples of: the autoencoder's factor, and the UNet's where
-        that cannot round."""
-        return self.space.factor * (self.unet_config.factor if self.unet_config.resample == "resblock" else 1)
+    def stage(self) -> Stage:
+        """The diffusion of images."""
+        return Stage(
+            denoiser=self.denoiser, card=self.card, space=self.space, name=self.clip, label="decoder"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device that it computes on."""
+        return self.stage.device
 
     @property
     def width(self) -> int:
-        """E of the embeddings it reads."""
-        net = self.denoiser.net
+        """E, the width of the embeddings that it takes."""
         if self.augmentation is not None:
             return self.augmentation.config.embed_dim
-        assert isinstance(net, Decoder)
-        return net.config.condition.embed_dim
+        return self._decoder().config.condition.embed_dim
 
     def conditions(
-        self, embedding: ImageEmbedding, nothing: ImageEmbedding | None, call: Call, *, noise_level: int = 0
-    ) -> tuple[Cond, Cond]:
-        """What the network is told with and without the embeddings and texts of a call, both of batch B.
+        self,
+        embedding: ImageEmbedding,
+        nothing: ImageEmbedding | None,
+        call: Call,
+        *,
+        noise_level: int = 0,
+    ) -> Pair:
+        """Return the conditions with and without embeddings and texts, both of batch size B.
 
-        ``nothing``: the embedding of no picture, None for the learned one, or zeros where the condition is
-        noised.
+        Args:
+            embedding: One embedding, or one for each image.
+            nothing: The embedding that stands for no image. None: the learned one, or zeros where the
+                embeddings are noised.
+            call: The call of B images.
+            noise_level: Timestep that the embeddings are noised to (Stable unCLIP).
+
+        Raises:
+            ValueError: If the embeddings are of another CLIP, width or number.
         """
         n = len(call.seeds)
         vector = embedding.of(self.clip, self.width, by="the decoder").to(self.device)
         vector = vector.expand(n, -1) if len(vector) == 1 else vector
         if len(vector) != n:
-            raise ValueError(f"{len(vector)} embeddings for {n} pictures: expected one, or one for each")
+            raise ValueError(f"{len(vector)} embeddings for {n} images: expected one, or one for each")
         cond, uncond = Cond(), Cond()
         if self.text is not None:
-            cond = self.text([str(prompt) for prompt in call.prompts])
+            cond = self.text(call.texts)
             uncond = self.text(call.negatives).expand(n)
         if self.augmentation is not None:
-            noise = torch.stack(
-                [keyed_normal(seed, AUGMENT * STEPS, vector.shape[1:]) for seed in call.seeds]
-            )
-            told = self.augmentation(vector, noise_level, noise.to(self.device)).float()
-            return replace(cond, pooled=told), replace(uncond, pooled=torch.zeros_like(told))
+            first = AUGMENT * DRAWS_PER_STAGE
+            noise = torch.stack([keyed_normal(seed, first, vector.shape[1:]) for seed in call.seeds])
+            noised: Tensor = self.augmentation(vector, noise_level, noise.to(self.device)).float()
+            return replace(cond, pooled=noised), replace(uncond, pooled=torch.zeros_like(noised))
+        condition = self._decoder().condition
+        cond, uncond = condition.taken(cond), condition.taken(uncond)
+        if nothing is None:
+            absent = condition.nothing()
+        else:
+            absent = nothing.of(self.clip, self.width, by="the decoder")
+        absent = absent.to(self.device).float().expand(n, -1)
+        return replace(cond, image_emb=vector), replace(uncond, image_emb=absent)
+
+    def _decoder(self) -> Decoder:
         net = self.denoiser.net
         assert isinstance(net, Decoder)
-        cond, uncond = net.condition.taken(cond), net.condition.taken(uncond)
-        nothing_vector = (
-            net.condition.nothing()
-            if nothing is None
-            else nothing.of(self.clip, self.width, by="the decoder")
-        )
-        return replace(cond, image_emb=vector), replace(
-            uncond, image_emb=nothing_vector.to(self.device).float().expand(n, -1)
-        )
-
-    def shape(self, call: Call) -> tuple[int, int, int]:
-        """(C, h, w) of the call's pictures; ValueError for a size that cannot be held."""
-        return self.space.shape(call.height, call.width)
+        return net

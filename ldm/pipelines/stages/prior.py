@@ -1,13 +1,14 @@
-"""The stage that makes image embeddings of texts."""
+"""The prior of unCLIP: texts → image embeddings, by diffusion (Ramesh et al. 2022, section 2.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import StageCard
 from ldm.conditioning.clip import ClipPair
@@ -18,45 +19,69 @@ from ldm.pipelines.call import Call
 from ldm.pipelines.stages.stage import PRIOR, Stage
 
 
-class PriorStage(Stage):
-    """Texts → image embeddings of the CLIP ``clip``, by diffusion."""
+class PriorStage(nn.Module):
+    """Texts → image embeddings, by diffusion.
+
+    Args:
+        net: The network.
+        card: How it is sampled.
+        clip: Name of the CLIP whose embeddings it makes.
+    """
 
     options = ("steps", "guidance", "sampler", "latents")
 
     def __init__(self, net: Prior, card: StageCard, *, clip: str) -> None:
-        super().__init__(net, card, number=PRIOR, label="prior")
-        self.net, self.clip = net, clip
+        super().__init__()
+        self.net, self.card, self.clip = net, card, clip
+        self.denoiser = card.make_denoiser(net)
+
+    @property
+    def stage(self) -> Stage:
+        """The diffusion of embeddings."""
+        return Stage(denoiser=self.denoiser, card=self.card, name=self.clip, number=PRIOR, label="prior")
+
+    def settle(self, prompt: Any, **options: Any) -> Call:
+        """Settle the options of a call; see `ldm.pipelines.call.settle`."""
+        return self.stage.settle(prompt, **options)
 
     @torch.no_grad()
     def forward(self, clip: ClipPair, call: Call, *, candidates: int = 1) -> ImageEmbedding:
-        """One embedding for each prompt of the call: of ``candidates`` the one with the largest dot product
-        with the text's (Ramesh et al. 2022, section 2.2). ValueError for texts of another CLIP.
+        """Sample one embedding for each prompt of the call.
+
+        Args:
+            clip: The CLIP that reads the texts.
+            call: The settled options.
+            candidates: Number of embeddings sampled for each, of which the one with the largest dot product
+                with the text's embedding is returned.
+
+        Raises:
+            ValueError: If the texts are read by another CLIP.
         """
-        if clip.name != self.clip:
-            raise ValueError(
-                f"the prior was trained on {self.clip!r}, and the texts are read by {clip.name!r}: two CLIPs"
-                " share no space"
-            )
-        prompts = [str(prompt) for prompt in call.prompts]
-        cond = self.read(clip, prompts)
+        check_same_clip(self.clip, clip)
+        cond = self.read(clip, call.texts)
         learned = self.net.config.blocks == "cosine" and not any(call.negatives)
-        uncond = self.net.unconditional(1, device=self.device) if learned else self.read(clip, call.negatives)
-        fn = self.guided(cond, uncond.expand(len(prompts)), call.guidance)
+        stage = self.stage
+        uncond = (
+            self.net.unconditional(1, device=stage.device) if learned else self.read(clip, call.negatives)
+        )
+        pair = cond, uncond.expand(len(call.prompts))
 
         def sample(k: int) -> Tensor:
-            number = self.number + k
-            return self.net.denormalize(
-                self.run(
-                    fn, self.start(call, (self.net.config.embed_dim,), number=number), call, number=number
-                )
-            )
+            own = replace(stage, number=PRIOR + k)
+            begun, x = own.begin(call, shape=(self.net.config.embed_dim,))
+            return self.net.denormalize(own.sample(begun, x, pair))
 
         length: Length = "unit" if self.net.config.normalize == "unit" else "clip"
         return ImageEmbedding(vector=best_of(sample, candidates, cond), clip=self.clip, length=length)
 
     def read(self, clip: ClipPair, prompts: Sequence[str]) -> Cond:
-        """Texts as the network takes them: a "unit" prior reads the text's embedding at length 1 too, and as
-        many tokens as it was made for."""
+        """Read texts as the network takes them.
+
+        A "unit" prior takes the text's embedding at length 1, and a fixed number of tokens.
+
+        Raises:
+            ValueError: If the text tower gives more tokens than that.
+        """
         cond, config = clip.read(prompts), self.net.config
         if config.normalize == "statistics":
             return cond
@@ -70,9 +95,26 @@ class PriorStage(Stage):
         return replace(cond, context=context, context_mask=mask, pooled=F.normalize(cond.pooled, dim=-1))
 
 
+def check_same_clip(trained: str, clip: ClipPair) -> None:
+    """Raise ValueError if a prior was trained on another CLIP than the one that reads the texts."""
+    if clip.name != trained:
+        raise ValueError(
+            f"the prior was trained on {trained!r}, and the texts are read by {clip.name!r}: two CLIPs share no"
+            " space"
+        )
+
+
 def best_of(sample: Callable[[int], Tensor], candidates: int, cond: Cond) -> Tensor:
-    """Of embeddings (B, E), made for k = 0 … candidates − 1, each the one with the largest dot product with
-    the text's; float32."""
+    """Return, for each text, the candidate with the largest dot product with the text's embedding.
+
+    Args:
+        sample: Makes candidate k of all texts, (B, E).
+        candidates: Number of candidates.
+        cond: The texts' condition, with their embeddings (B, E) in `pooled`.
+
+    Returns:
+        Embeddings (B, E), float32.
+    """
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
     stack = torch.stack([sample(k).float() for k in range(candidates)], dim=1)  # (B, k, E)

@@ -1,4 +1,4 @@
-"""Where a diffusion of pictures runs: in the latents of an autoencoder, or in pixels."""
+"""The space that a diffusion works in: the latents of an autoencoder, or pixels."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ from torch import Tensor, nn
 
 
 class Space(nn.Module):
-    """Pictures (B, 3, H, W) in [0, 1] ↔ what the diffusion runs on. ``vae`` None: the pixels themselves, in
-    [−1, 1]."""
+    """Images (B, 3, H, W) in [0, 1] ↔ the states of a diffusion.
+
+    Args:
+        vae: The autoencoder. None: the diffusion runs on pixels in [−1, 1].
+        scale: Factor by which encoded latents are multiplied. Default: 1.
+    """
 
     def __init__(self, vae: nn.Module | None = None, scale: float = 1.0) -> None:
         super().__init__()
-        self.vae: Any = vae
+        self.vae: Any = vae  # an autoencoder of any kind: encode, decode, config
         self.scale = scale
 
     @property
     def channels(self) -> int:
-        """Channels of what the diffusion runs on."""
+        """Channels of a state."""
         return 3 if self.vae is None else self.vae.config.latent_channels
 
     @property
     def factor(self) -> int:
-        """ImageRecord size over the diffusion's size."""
+        """Image size divided by the size of a state."""
         return 1 if self.vae is None else self.vae.config.factor
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture's size; ValueError for a size that the autoencoder cannot hold."""
+        """Return the shape (C, h, w) of a state.
+
+        Raises:
+            ValueError: If a side is not a positive multiple of `factor`.
+        """
         for side, value in (("height", height), ("width", width)):
             if value < self.factor or value % self.factor:
                 near = max(self.factor, round(value / self.factor) * self.factor)
@@ -40,14 +48,28 @@ class Space(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor, device: torch.device) -> Tensor:
-        """Pictures in [0, 1] → float32 on the device: the posterior's mean, scaled."""
+        """Encode images as states, float32 on `device`; of a latent space, the scaled posterior mean.
+
+        Args:
+            x: Images (B, 3, H, W) in [0, 1].
+            device: Where the autoencoder is.
+
+        Returns:
+            States (B, C, H/factor, W/factor).
+        """
         x = (2 * x - 1).to(device)
         if self.vae is None:
             return x.float()
-        return self.vae.encode(x.to(next(self.vae.parameters()).dtype)).mode().float() * self.scale
+        mean: Tensor = self.vae.encode(x.to(next(self.vae.parameters()).dtype)).mode()
+        return mean.float() * self.scale
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """→ pictures float32 in [0, 1] on the CPU; values outside are clamped, NaN stays to be found."""
-        x = z if self.vae is None else self.vae.decode((z / self.scale).to(next(self.vae.parameters()).dtype))
+        """Decode states (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1] on the CPU.
+
+        Values outside [0, 1] are clamped. NaN is kept, so that it is found later.
+        """
+        x: Tensor = z
+        if self.vae is not None:
+            x = self.vae.decode((z / self.scale).to(next(self.vae.parameters()).dtype))
         return ((x.float() + 1) / 2).clamp(0, 1).cpu()

@@ -1,4 +1,4 @@
-"""The images most similar to their prompt by CLIP."""
+"""Reranking: the images most similar to their prompt by CLIP."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from ldm.images.result import Images
 
 
 def rerank(images: Images, clip: ClipPair, *, keep: int = 1) -> Images:
-    """Of the pictures of each prompt the ``keep`` most similar to it by CLIP, best first (Ramesh et al. 2021,
-    section 2.6).
+    """Return the images of each prompt that are most similar to it by CLIP, best first.
 
-    ValueError for fewer pictures of a prompt than are to be kept.
+    The score is the cosine of the image's and the text's embedding (Ramesh et al. 2021, section 2.6).
+
+    Args:
+        images: Images of one prompt or several.
+        clip: Both towers of a CLIP.
+        keep: Number of images kept of each prompt.
+
+    Raises:
+        ValueError: If a prompt has fewer images than that.
     """
     scores = clip.similarity(images.tensor, images.prompts).cpu()
     chosen: list[int] = []
     for prompt in dict.fromkeys(images.prompts):
         own = [i for i, p in enumerate(images.prompts) if p == prompt]
         if not 1 <= keep <= len(own):
-            raise ValueError(f"keep: expected 1 to {len(own)}, the pictures of {prompt!r}, got {keep}")
+            raise ValueError(f"keep: expected 1 to {len(own)}, the images of {prompt!r}, got {keep}")
         chosen += sorted(own, key=lambda i: -float(scores[i]))[:keep]
     recipe = {
         **images.recipe,

@@ -1,0 +1,97 @@
+"""What all pipelines share: images with their recipe, the safety checker, watchers, and inpainting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.images.result import Images
+from ldm.models.safety import SafetyChecker
+from ldm.pipelines.call import Call
+from ldm.pipelines.protocol import Request, Watcher
+from ldm.pipelines.recipe import stamp
+from ldm.pipelines.replayable import BY_OPTIONS, replayable
+from ldm.pipelines.stages.stage import Stage, StepHook
+from ldm.pipelines.tasks.inpaint import inpaint
+from ldm.pipelines.tasks.outpaint import outpaint
+
+
+class BasePipeline(nn.Module):
+    """A model that draws images, whatever its conditions are made of.
+
+    Attributes:
+        origin: Hashes of the weights, for recipes.
+        safety: Safety checker, applied to all images; None: no check.
+        watchers: Observers of every run (see `ldm.trace`).
+    """
+
+    def __init__(self, *, origin: Mapping[str, Any] | None, safety: SafetyChecker | None) -> None:
+        super().__init__()
+        self.origin = dict(origin or {})
+        self.safety = safety
+        self.watchers: list[Watcher] = []
+
+    @property
+    def name(self) -> str:
+        """Name of the model, from its card."""
+        raise NotImplementedError
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that makes the image."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the denoiser computes on."""
+        return self.stage.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the denoiser computes in; the state of a sampler is float32."""
+        return self.stage.dtype
+
+    @property
+    def multiple(self) -> int:
+        """Number of which the sides of an image must be multiples; see `Stage.multiple`."""
+        return self.stage.multiple
+
+    @property
+    def hooks(self) -> tuple[StepHook, ...]:
+        """The step hooks of the watchers."""
+        return tuple(watcher.step for watcher in self.watchers)
+
+    def finish_images(
+        self, call: Call, pixels: Tensor, request: Request, *, steps: Tensor | None = None
+    ) -> Images:
+        """Return images with their recipe.
+
+        Args:
+            call: The call that they were drawn by.
+            pixels: Images (B, 3, H, W) in [0, 1]. Those that the safety checker flags are made black if it
+                says so.
+            request: The request, with the task's name and the facts for the recipe.
+            steps: The prediction of every step (N, B, 3, H, W), where it was kept.
+        """
+        flagged = None
+        if self.safety is not None:
+            flagged = self.safety(pixels)
+            pixels = self.safety.hide(pixels, flagged)
+        facts = {} if request.given is None else {"strength": request.strength}
+        recipe = stamp(
+            self.name,
+            {**call.recipe(request.task), **facts, **request.facts},
+            device=self.device,
+            dtype=self.dtype,
+            origin=self.origin,
+            replayable=call.replayable and request.task in BY_OPTIONS,
+        )
+        return Images(
+            tensor=pixels, seeds=call.seeds, prompts=call.texts, recipe=recipe, flagged=flagged, steps=steps
+        )
+
+    inpaint = replayable(inpaint)
+    outpaint = replayable(outpaint)
