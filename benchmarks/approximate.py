@@ -12,6 +12,7 @@ latents relative to their standard deviation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,9 +57,7 @@ def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
         options = dict(options)
         interval = options.pop("interval", None)
         ldm.optimize(pipe, **options)
-        pipe.__dict__.pop("_guided", None)
-        if interval is not None:
-            pipe._guided = lambda call, pair, _: cfg(pipe.denoiser, *pair, call.guidance, interval=interval)
+        pipe.guide = cfg if interval is None else partial(cfg, interval=interval)
         return lambda: pipe.text_to_image(PROMPTS[: args.batch], steps=args.steps, progress=False).tensor
 
     return side

@@ -15,7 +15,7 @@ import ldm
 from ldm.catalog.lookup import ASSETS
 from ldm.images.files import read_recipe
 from ldm.models.clip.towers import VisionConfig, VisionTower
-from ldm.pipelines.call import UnknownWords
+from ldm.pipelines.checks import UnknownWords
 from ldm.support.device import fast_dtype
 from ldm.weights.formats.ldm_folder import read_part
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.guidance import cfg
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.call import Call
 from ldm.pipelines.protocol import Request, Watcher
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.replayable import BY_OPTIONS, replayable
-from ldm.pipelines.stages.stage import Stage, StepHook
+from ldm.pipelines.stages.stage import Guide, Stage, StepHook
 from ldm.pipelines.tasks.inpaint import inpaint
 from ldm.pipelines.tasks.outpaint import outpaint
 
@@ -26,6 +27,8 @@ class BasePipeline(nn.Module):
         origin: Hashes of the weights, for recipes.
         safety: Safety checker, applied to all images; None: no check.
         watchers: Observers of every run (see `ldm.trace`).
+        guide: Guidance method, (denoiser, cond, uncond, scale) -> DenoiseFn. Default: `ldm.cfg`. Another one,
+            such as `functools.partial(ldm.cfg, interval=(0.28, 5.42))`, makes images that are not replayable.
     """
 
     def __init__(self, *, origin: Mapping[str, Any] | None, safety: SafetyChecker | None) -> None:
@@ -33,6 +36,7 @@ class BasePipeline(nn.Module):
         self.origin = dict(origin or {})
         self.safety = safety
         self.watchers: list[Watcher] = []
+        self.guide: Guide = cfg
 
     @property
     def name(self) -> str:
@@ -80,14 +84,17 @@ class BasePipeline(nn.Module):
         if self.safety is not None:
             flagged = self.safety(pixels)
             pixels = self.safety.hide(pixels, flagged)
-        facts = {} if request.given is None else {"strength": request.strength}
+        facts: dict[str, Any] = {} if request.given is None else {"strength": request.strength}
+        facts |= request.facts
+        if self.guide is not cfg:
+            facts["because"] = "it was made with a guidance method that a recipe does not hold"
         recipe = stamp(
             self.name,
-            {**call.recipe(request.task), **facts, **request.facts},
+            {**call.recipe(request.task), **facts},
             device=self.device,
             dtype=self.dtype,
             origin=self.origin,
-            replayable=call.replayable and request.task in BY_OPTIONS,
+            replayable=call.replayable and request.task in BY_OPTIONS and self.guide is cfg,
         )
         return Images(
             tensor=pixels, seeds=call.seeds, prompts=call.texts, recipe=recipe, flagged=flagged, steps=steps

@@ -17,10 +17,10 @@ from ldm.pipelines.conditions import Pair
 def with_known_draft(pair: Pair, known: Tensor, hole: Tensor, draft: Draft | None = None) -> Pair:
     """Return both conditions with the known part of a latent in place of the text's draft.
 
-    A draft is the mean of the latent given the text. Given a part of the latent too, that part is its own mean,
-    and the rest is drafted again to agree with it (`Draft.agreeing`). A draft smaller than the latent is laid
-    over the known part once, and continued smoothly around it. Conditions without a draft are returned as they
-    are.
+    A draft is the mean of the latent given the text. Given a part of the latent too, that part is its own
+    mean, and the rest is drafted again to agree with it (`Draft.agreeing`). A draft smaller than the latent
+    is laid over the known part once, and continued smoothly around it. Conditions without a draft are
+    returned as they are.
 
     Args:
         pair: The conditional and the unconditional condition; `concat` is the draft (B, C, h', w').

@@ -1,4 +1,4 @@
-"""Latent diffusion: one stage in the latent space of an autoencoder, and a conditioner (Rombach et al. 2022)."""
+"""Latent diffusion (Rombach et al. 2022): one stage in latent space, and a conditioner."""
 
 from __future__ import annotations
 
@@ -78,7 +78,12 @@ class LatentDiffusion(BasePipeline):
         """The diffusion in latent space."""
         space = Space(self.vae, self.latent_scale)
         return Stage(
-            denoiser=self.denoiser, card=self.card, space=space, name=self.name, concat=self.card.concat
+            denoiser=self.denoiser,
+            card=self.card,
+            space=space,
+            name=self.name,
+            concat=self.card.concat,
+            guide=self.guide,
         )
 
     def networks(self) -> dict[str, nn.Module]:
@@ -117,7 +122,8 @@ class LatentDiffusion(BasePipeline):
             negative: What to guide away from: one text for all images, or one for each prompt or each image.
             n: Number of images of each prompt. Default: 1.
             steps: Sampling steps. Default: the card's.
-            guidance: Guidance scale; 1 is the conditional model, 0 the unconditional one. Default: the card's.
+            guidance: Guidance scale; 1 is the conditional model, 0 the unconditional one. Default: the
+                card's.
             sampler: Name in `ldm.SAMPLERS`. Default: the card's.
             convention: Program whose grids, first state and noise are followed: "diffusers", "compvis", "sgm"
                 or "k", or a `Convention`. Default: the card's.
@@ -192,7 +198,7 @@ class LatentDiffusion(BasePipeline):
     upscale = replayable(upscale)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] as scaled latents (B, C, H/f, W/f), float32: posterior means."""
+        """Encode images (B, 3, H, W) in [0, 1] as scaled latents (B, C, H/f, W/f): posterior means."""
         return self.stage.encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -271,7 +277,7 @@ class LatentDiffusion(BasePipeline):
         return images
 
     def _start(self, call: Call, request: Request, pair: Pair) -> tuple[Tensor | None, float]:
-        """Return the clean latents to start from, None for pure noise, and the part of the grid that is run."""
+        """Return the latents to start from (None: pure noise), and the part of the grid that is run."""
         shape = self.stage.shape(call)
         if request.given is not None and request.strength < 1:
             return self.encode(request.given).expand(len(call.seeds), *shape), request.strength

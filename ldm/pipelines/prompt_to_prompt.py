@@ -38,8 +38,8 @@ def align(
 ) -> Alignment:
     """Align two prompts.
 
-    Words that both have, in order, take the source's attention (section 3, "adding a new phrase"). So do words
-    that stand in the place of as many others ("word swap"), and the tokens before and after all words.
+    Words that both have, in order, take the source's attention (section 3, "adding a new phrase"). So do
+    words that stand in the place of as many others ("word swap"), and the tokens before and after all words.
 
     Args:
         source: Words of the source's prompt.

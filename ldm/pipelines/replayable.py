@@ -27,8 +27,8 @@ class InMemory(Exception):
 def replayable(task: Task) -> Task:
     """Make a task a method whose recipe holds its arguments, so that `ldm replay` can run it again.
 
-    Files are held by path and SHA-256. If an argument is an image in memory, a tensor or a function, the recipe
-    is not replayable, and states the reason as "because".
+    Files are held by path and SHA-256. If an argument is an image in memory, a tensor or a function, the
+    recipe is not replayable, and states the reason as "because".
     """
     signature = inspect.signature(task)
     pipe = next(iter(signature.parameters))
@@ -106,7 +106,7 @@ def from_json(name: str, value: Any) -> Any:
         )
     if (now := sha256(path)) != value["sha256"]:
         raise ValueError(
-            f"{name}: {str(path)!r} is not the file that the image was made of (sha256 {value['sha256']}, here"
-            f" {now})"
+            f"{name}: {str(path)!r} is not the file that the image was made of"
+            f" (sha256 {value['sha256']}, here {now})"
         )
     return path

@@ -86,7 +86,7 @@ class UnCLIP(BasePipeline):
     @property
     def stage(self) -> Stage:
         """The decoder's diffusion, which makes the image."""
-        return replace(self.decoder.stage, name=self.name, concat=self.card.concat)
+        return replace(self.decoder.stage, name=self.name, concat=self.card.concat, guide=self.guide)
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks by part.
@@ -145,9 +145,9 @@ class UnCLIP(BasePipeline):
             embedding: Image embeddings, one or one for each image, in place of the prior's.
             progress: Whether to show progress bars, on a terminal.
             options: `prior_steps`, `prior_guidance`, `prior_sampler`, `prior_latents` of the prior;
-                `upsampler_steps`, `upsampler_sampler`, `upsampler_latents` of the upsamplers; `upsample` False
-                for the decoder's image; `noise_level` of Stable unCLIP's embedding, 0 to 999; `tile`, the side
-                that upsamplers see at a time; others are options of the decoder's sampler.
+                `upsampler_steps`, `upsampler_sampler`, `upsampler_latents` of the upsamplers; `upsample`
+                False for the decoder's image; `noise_level` of Stable unCLIP's embedding, 0 to 999; `tile`,
+                the side that upsamplers see at a time; others are options of the decoder's sampler.
 
         Raises:
             ValueError: If the embedding is of another CLIP or width, the model has no prior, or an option is

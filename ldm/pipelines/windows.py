@@ -25,7 +25,7 @@ def window_starts(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def ramp(tile: int, overlap: int) -> Tensor:
-    """Return the weights of a window's positions along one side, (tile,): rising over the overlap, never 0."""
+    """Return the weights (tile,) of positions along a window's side: rising over the overlap, never 0."""
     edge = (torch.arange(tile) + 1.0) / (overlap + 1)
     return torch.minimum(torch.minimum(edge, edge.flip(0)), torch.ones(()))
 

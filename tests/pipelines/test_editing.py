@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import attention_control
-from ldm.pipelines.attention_control import align
 from ldm.pipelines.conditions import between_conditions
+from ldm.pipelines.prompt_to_prompt import align
 
 OPTIONS: dict[str, Any] = {"progress": False, "steps": 4, "sampler": "ddim"}
 OWN: dict[str, Any] = {"progress": False, "steps": 4}

@@ -9,7 +9,7 @@ from tiny_latent_diffusion import tiny_model
 from ldm import SAMPLERS, TimeGrid
 from ldm.diffusion.noise import initial_noise
 from ldm.images.canvas import Padded
-from ldm.pipelines.call import UnknownWords
+from ldm.pipelines.checks import UnknownWords
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_unknown_words_are_named_in_a_warning(pipe):
     [
         ({"height": 30}, "height 30: expected a multiple of 4"),
         ({"width": 2}, "width 2: expected a multiple of 4"),
-        ({"n": 0}, "n: expected a number of pictures of at least 1, got 0"),
+        ({"n": 0}, "n: expected a number of images of at least 1, got 0"),
         ({"n": 1.5}, "n: expected"),
         ({"steps": 0}, "from 1 to 1000"),
         ({"steps": 1001}, "from 1 to 1000"),
@@ -130,12 +130,15 @@ def test_unknown_words_are_named_in_a_warning(pipe):
         ({"sampler": "ddim", "etta": 1.0}, "did you mean 'eta'"),
         ({"seed": -1}, "seed"),
         ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
-        ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents have shape \(1, 4, 3, 3\), expected \(1, 4, 8, 8\)"),
+        (
+            {"latents": torch.zeros(1, 4, 3, 3)},
+            r"latents of the model have shape \(1, 4, 3, 3\), expected \(1, 4, 8, 8\)",
+        ),
         ({"prompt": []}, "prompt"),
         ({"prompt": "(cat:much)"}, r"weight 'much': expected a number from 0 to 10, as in \(red:1.3\)"),
         (
             {"negative": ["cat", "cat"]},
-            "negative: expected a text, or 1 .one for each prompt. or 1 .for each picture.",
+            "negative: expected a text, or 1 .one for each prompt. or 1 .for each image.",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.diffusion.cond import Cond
 from ldm.images.canvas import Padded
-from ldm.pipelines.conditions import anchor, drafted
+from ldm.pipelines.drafts import window_start, with_known_draft
 from ldm.pipelines.latent import DRAFTED
 
 OPTIONS: dict[str, Any] = {"progress": False, "steps": 3, "sampler": "ddim"}
@@ -134,12 +134,12 @@ def test_a_draft_gives_way_to_what_is_known_and_is_laid_once() -> None:
     draft = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 2, 4, 4)  # rises from left to right
     known, empty = torch.full((1, 2, 4, 10), 9.0), torch.ones(1, 1, 4, 10)
     empty[..., :2] = 0  # two columns known at the left
-    cond, uncond = drafted((Cond(concat=draft), Cond(context=torch.zeros(1, 1, 1))), known, empty)
+    cond, uncond = with_known_draft((Cond(concat=draft), Cond(context=torch.zeros(1, 1, 1))), known, empty)
     assert cond.concat is not None and uncond.concat is None
     assert torch.equal(
         cond.concat[0, 0, 0], torch.tensor([9.0, 9, 2, 3, 3, 3, 3, 3, 3, 3])
     )  # known, draft, its edge continued
-    same = drafted((Cond(concat=draft), Cond()), known[..., :4], torch.ones(1, 1, 4, 4))[0].concat
+    same = with_known_draft((Cond(concat=draft), Cond()), known[..., :4], torch.ones(1, 1, 4, 4))[0].concat
     assert torch.equal(same, draft)
 
 
@@ -160,7 +160,7 @@ def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(
 ) -> None:
     where = torch.zeros(side, dtype=torch.bool)
     where[known[0] : known[1]] = True
-    assert anchor(where, tile) == begin
+    assert window_start(where, tile) == begin
 
 
 def test_all_white_repaints_all(pipe: Any) -> None:

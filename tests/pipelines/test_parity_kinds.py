@@ -154,7 +154,7 @@ def test_the_upscaler_with_its_level_of_noise(tmp_path: Path, monkeypatch: pytes
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     # the noise on the small image is the peer's, whose generator draws it first
     drawn = torch.randn(low.shape, generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr("ldm.pipelines.editing.keyed_normal", lambda seed, k, shape: drawn[0])
+    monkeypatch.setattr("ldm.pipelines.tasks.upscale.keyed_normal", lambda seed, k, shape: drawn[0])
     results = {}
     for level in (20, 200):
         expected = theirs(

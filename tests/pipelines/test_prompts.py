@@ -8,7 +8,7 @@ import torch
 from tiny_latent_diffusion import tiny_model
 
 import ldm
-from ldm.pipelines.call import UnknownWords
+from ldm.pipelines.checks import UnknownWords
 
 
 @pytest.fixture(scope="module")

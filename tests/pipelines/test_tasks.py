@@ -18,6 +18,7 @@ from ldm.diffusion.guidance import cfg
 from ldm.images.canvas import Canvas
 from ldm.images.pixels import to_depth, to_mask, to_pixels
 from ldm.pipelines.call import SizeCondition
+from ldm.pipelines.tasks.border import latent_then_mask, mask_then_latent
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_inpainting_models_see_mask_and_picture(models: Any, base: str) -> None:
     )  # what is under the mask is not seen
     assert differ(pipe.inpaint(prompt, picture(1), hole(), **OPTIONS), one)
     assert differ(pipe.inpaint(prompt, image, 1 - hole(), **OPTIONS), one)
-    with pytest.raises(ValueError, match="takes a picture beside the latent: call inpaint"):
+    with pytest.raises(ValueError, match="takes an image beside the latent: call inpaint"):
         pipe.text_to_image(prompt, **OPTIONS)
 
 
@@ -100,9 +101,12 @@ def test_the_order_and_values_of_the_extra_channels(models: Any) -> None:
     image, mask = picture(), to_mask(hole(), (32, 32))
     sd, big = models("sd-v1-5-inpainting"), models("ldm-inpainting-big")
     grey, black = image * (1 - mask) + 0.5 * mask, image * (1 - mask)
-    extra = sd._masked(image, mask)
+    canvas = Canvas.masked(image, mask)
+    extra, known = mask_then_latent(sd.stage, canvas, 1.0)
+    assert known is None
     assert torch.equal(extra[:, :1], mask[..., ::2, ::2]) and torch.equal(extra[:, 1:], sd.encode(grey))
-    extra = big._masked(image, mask)
+    extra, known = latent_then_mask(big.stage, canvas, 1.0)
+    assert known is None
     assert torch.equal(extra[:, 3:], 2 * mask[..., ::2, ::2] - 1) and torch.equal(
         extra[:, :3], big.encode(black)
     )
@@ -182,10 +186,10 @@ def test_instructions_are_guided_in_two_ways(models: Any) -> None:
         Cond(context=cond.context, concat=concat),
         Cond(context=nothing.context, concat=torch.zeros_like(concat)),
     )
-    pipe._guided, kept = lambda *_: cfg(pipe.denoiser, *pair, 3.0), pipe._guided
-    expected = pipe.instruct("make it blue", z, **equal)
-    pipe._guided = kept
-    assert torch.allclose(got.tensor, expected.tensor, atol=1e-3)
+    call = pipe.settle("make it blue", guidance=3.0, steps=3, height=32, width=32, **OPTIONS)
+    call, x = pipe.stage.begin(call)
+    expected = pipe.decode(pipe.stage.solve(call, cfg(pipe.denoiser, *pair, 3.0), x))
+    assert torch.allclose(got.tensor, expected, atol=1e-3)
     assert differ(got, pipe.instruct("make it blue", z, **{**equal, "image_guidance": 1.0}))
 
 
@@ -282,9 +286,9 @@ def test_a_picture_that_is_not_there(models: Any, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.png.*not a readable image"):
         to_pixels(tmp_path / "text.png")
-    with pytest.raises(ValueError, match="height 64: the picture has 32"):
+    with pytest.raises(ValueError, match="height 64: the image has 32"):
         models("sd-v1-5").image_to_image("a cat", picture(), height=64)
-    with pytest.raises(ValueError, match="3 pictures for 2 to be made"):
+    with pytest.raises(ValueError, match="3 images for 2 to be made"):
         models("sd-v1-5").image_to_image("a cat", torch.rand(3, 3, 32, 32), n=2)
     for strength in (-0.1, 1.1):
         with pytest.raises(ValueError, match="strength: expected 0 to 1"):

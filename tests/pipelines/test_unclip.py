@@ -83,7 +83,7 @@ def test_embeddings_of_another_clip_width_or_length_are_refused(karlo):
         karlo.text_to_image("a", embedding=replace(good, vector=torch.zeros(1, 7)), **run)
     with pytest.raises(ValueError, match="got ones of length 1"):
         karlo.text_to_image("a", embedding=good.unit(), **run)
-    with pytest.raises(ValueError, match="2 embeddings for 1 pictures"):
+    with pytest.raises(ValueError, match="2 embeddings for 1 images"):
         karlo.text_to_image("a", embedding=good[[0, 0]], **run)
     with pytest.raises(ValueError, match="NaN"):
         ImageEmbedding(vector=torch.full((1, E), float("nan")), clip="x")
@@ -195,7 +195,7 @@ def test_inpainting_keeps_every_pixel_that_is_not_masked(name, request):
     )
     with pytest.raises(ValueError, match="black everywhere"):
         pipe.inpaint("a cat", SMALL, 0 * HOLE, **PAINT)
-    with pytest.raises(ValueError, match="3 pictures for 2 to be made"):
+    with pytest.raises(ValueError, match="3 images for 2 to be made"):
         pipe.inpaint("a cat", SMALL.expand(3, -1, -1, -1), HOLE, **PAINT)
 
 
@@ -209,7 +209,7 @@ def test_outpainting_keeps_the_picture_and_makes_what_is_around_it(kandinsky):
     assert not torch.allclose(images.tensor, whole.tensor, atol=0.01)  # 36 rows, in windows of 32
     with pytest.raises(ValueError, match="nothing to outpaint"):
         kandinsky.outpaint("a cat", SMALL, **PAINT)
-    with pytest.raises(ValueError, match="height 16: the picture has 26"):
+    with pytest.raises(ValueError, match="height 16: the image has 26"):
         kandinsky.outpaint("a cat", SMALL, top=10, height=16, **PAINT)
 
 

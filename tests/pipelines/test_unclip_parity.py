@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_unclip import E, tiny_kandinsky, tiny_kandinsky21, tiny_karlo, tiny_stable
 
-from ldm.pipelines.stages.stage import AUGMENT, PRIOR, STEPS, UPSAMPLE, first_noise, stage_noise
+from ldm.pipelines.stages.stage import AUGMENT, DRAWS_PER_STAGE, PRIOR, UPSAMPLE, first_noise, stage_noise
 
 SEEDS, PROMPT = (3, 4), "a red apple"
 PATCHED = (
@@ -124,7 +124,7 @@ def test_stable_unclip(monkeypatch, tmp_path):
     compare(ours.tensor, expected)
     other = pipe.text_to_image(PROMPT, n=2, seed=SEEDS, progress=False, noise_level=0)
     assert float((other.tensor - ours.tensor).abs().max()) > 2 / 255
-    assert STEPS > 1000  # no stage's draws reach another's
+    assert DRAWS_PER_STAGE > 1000  # no stage's draws reach another's
 
 
 def test_stable_unclips_variations(monkeypatch, tmp_path):

@@ -75,7 +75,8 @@ class AutoregressiveStage(nn.Module):
         """
         if any(negative):
             raise ValueError(
-                f"negative {negative!r}: an autoregressive prior has no guidance, so it takes no negative prompt"
+                f"negative {negative!r}: an autoregressive prior has no guidance, so it takes no negative"
+                " prompt"
             )
         each, texts = check_count(n), [str(text) for text in check_prompts(prompt)]
         settings = {

@@ -99,8 +99,8 @@ def check_same_clip(trained: str, clip: ClipPair) -> None:
     """Raise ValueError if a prior was trained on another CLIP than the one that reads the texts."""
     if clip.name != trained:
         raise ValueError(
-            f"the prior was trained on {trained!r}, and the texts are read by {clip.name!r}: two CLIPs share no"
-            " space"
+            f"the prior was trained on {trained!r}, and the texts are read by {clip.name!r}: two CLIPs"
+            " share no space"
         )
 
 

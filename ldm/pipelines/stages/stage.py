@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.catalog.cards import DiffusionCard
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.constraints import keep_known
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg, compose
@@ -36,6 +37,7 @@ CONCAT_TASKS = {
     "lowres-noised": "upscale",
 }
 
+Guide = Callable[[Denoiser, Cond, Cond, float], DenoiseFn]
 StepHook = Callable[[int, Tensor, Denoised], object]  # (step, state after it, prediction it took)
 
 
@@ -50,6 +52,7 @@ class Stage:
         name: Name of the model, for error messages.
         number: Which draws of a seed are this stage's; 0 for the stage that makes the image.
         label: Name of the stage in error messages.
+        guide: Makes the guided denoiser of (denoiser, cond, uncond, scale). Default: `cfg`.
         concat: What is joined to x_t (see `ldm.catalog.cards`); None: nothing.
     """
 
@@ -60,6 +63,7 @@ class Stage:
     number: int = 0
     label: str = "model"
     concat: str | None = None
+    guide: Guide = cfg
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +123,7 @@ class Stage:
             shape: Shape of a sample. Default: that of the call's images.
 
         Returns:
-            Noise (B, *shape), float32 on the stage's device. For stage 0 it is the seed's own first noise, for
-            others the last of the stage's draws.
+            Noise (B, *shape), float32 on the stage's device.
 
         Raises:
             ValueError: If the call's latents have another shape.
@@ -128,11 +131,7 @@ class Stage:
         shape = self.shape(call) if shape is None else tuple(shape)
         given = call.latents
         if given is None:
-            if self.number == 0:
-                given = initial_noise(call.seeds, shape)
-            else:
-                last = (self.number + 1) * DRAWS_PER_STAGE - 1
-                given = torch.stack([keyed_normal(seed, last, shape) for seed in call.seeds])
+            given = first_noise(call.seeds, self.number, shape)
         elif tuple(given.shape) != (len(call.seeds), *shape):
             raise ValueError(
                 f"latents of the {self.label} have shape {tuple(given.shape)}, expected"
@@ -141,11 +140,10 @@ class Stage:
         return given.to(self.device, torch.float32)
 
     def step_noise(self, call: Call) -> NoiseFn:
-        """Return the noise of the sampler's steps: the convention's for stage 0, else the stage's own draws."""
+        """Return the noise of the sampler's steps: the convention's for stage 0, else own draws."""
         if self.number == 0:
             return call.rules.noise(call.seeds, call.grid, call.sampler, **call.options)
-        draw, first = keyed_noise(call.seeds), self.number * DRAWS_PER_STAGE
-        return lambda k, like: draw(first + k, like)
+        return stage_noise(call.seeds, self.number)
 
     def begin(
         self,
@@ -215,7 +213,7 @@ class Stage:
             scale = torch.full((len(call.seeds),), call.guidance, device=self.device)
             return self.clamped(denoiser.bind(replace(cond, guidance=scale)))
         if image_guidance is None:
-            return self.clamped(cfg(denoiser, cond, uncond, call.guidance))
+            return self.clamped(self.guide(denoiser, cond, uncond, call.guidance))
         assert uncond.concat is not None
         nothing = replace(uncond, concat=torch.zeros_like(uncond.concat))
         # e(0) + s_I·(e(image) − e(0)) + s_T·(e(image, text) − e(image)), collected by condition
@@ -269,6 +267,23 @@ class Stage:
             hook = chain_hooks(call.on_step, lambda *_: bar.update(), *hooks)
             noise = self.step_noise(call)
             return call.solve(fn, x, call.grid, noise=noise, on_step=hook, **call.options)
+
+
+def first_noise(seeds: Sequence[int], number: int, shape: Sequence[int]) -> Tensor:
+    """Return the standard normal noise (B, *shape) that a stage starts from, float32 on the CPU.
+
+    For stage 0 it is the seeds' own first noise, for others the last of the stage's draws.
+    """
+    if number == 0:
+        return initial_noise(seeds, shape)
+    last = (number + 1) * DRAWS_PER_STAGE - 1
+    return torch.stack([keyed_normal(seed, last, shape) for seed in seeds])
+
+
+def stage_noise(seeds: Sequence[int], number: int) -> NoiseFn:
+    """Return the noise of a stage's steps: draw k of stage s is draw s·2^40 + k of each seed."""
+    noise = keyed_noise(seeds)
+    return lambda k, like: noise(number * DRAWS_PER_STAGE + k, like)
 
 
 def chain_hooks(own: OnStep | None, *others: StepHook) -> OnStep:

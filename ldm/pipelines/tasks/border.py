@@ -86,8 +86,8 @@ def fill_canvas(
     call = settle_size(pipe, prompt, canvas.pixels, options, canvas.frame)
     if len(canvas.hole) not in (1, len(call.seeds)):
         raise ValueError(
-            f"mask: {len(canvas.hole)} masks for {len(call.seeds)} images to be made; expected one, or one for"
-            " each"
+            f"mask: {len(canvas.hole)} masks for {len(call.seeds)} images to be made; expected one, or one"
+            " for each"
         )
     if border.resample != 1:
         call = replace(call, solve=repaint(call.solve, times=border.resample, jump=border.jump))
@@ -106,7 +106,8 @@ def fill_canvas(
     return pipe.draw(call, request)
 
 
-# The channels joined to x_t, and the part of the state that is kept during sampling; None where there is none.
+# The channels joined to x_t, and the part of the state that is kept during sampling; None where there is
+# none.
 Hole = tuple[Tensor | None, Known | None]
 
 

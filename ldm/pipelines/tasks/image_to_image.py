@@ -23,12 +23,13 @@ def image_to_image(
 
     Args:
         prompt: What to draw.
-        image: One image, or one for each image to be made; see `ldm.images.pixels.to_pixels`. A size that does
-            not fit the model is padded by repeating the last column and row, with a `Padded` warning, and the
-            result is cut back.
+        image: One image, or one for each image to be made; see `ldm.images.pixels.to_pixels`. A size that
+            does not fit the model is padded by repeating the last column and row, with a `Padded` warning,
+            and the result is cut back.
         strength: Part of the grid that is run, in [0, 1]. 1 is pure noise, and the image is not looked at; 0
             gives the image as the autoencoder reconstructs it.
-        options: Options of `text_to_image`; the size is the image's, and `latents` is the noise that is added.
+        options: Options of `text_to_image`; the size is the image's, and `latents` is the noise that is
+            added.
 
     Raises:
         ValueError: If the image cannot be read, or an option is wrong.

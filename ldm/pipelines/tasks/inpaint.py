@@ -29,16 +29,16 @@ def inpaint(
     """Draw the masked part of an image; every other pixel equals the given one.
 
     A model with input channels for mask and image is given both. Any other keeps the known part of the state
-    (`ldm.diffusion.constraints.keep_known`). A model that drafts starts from the draft of the hole, half of the
-    grid being run, where the draft covers the image.
+    (`ldm.diffusion.constraints.keep_known`). A model that drafts starts from the draft of the hole, half of
+    the grid being run, where the draft covers the image.
 
     Args:
         prompt: What to draw in the hole, or in the whole image.
-        image: One image, or one for each image to be made; see `ldm.images.pixels.to_pixels`. A size that does
-            not fit the model is padded by repeating the last column and row, with a `Padded` warning, and the
-            result is cut back.
-        mask: Mask of the image's size, white (1) where to draw, thresholded at one half; not black everywhere.
-            What it hides is not looked at unless `strength` is below 1.
+        image: One image, or one for each image to be made; see `ldm.images.pixels.to_pixels`. A size that
+            does not fit the model is padded by repeating the last column and row, with a `Padded` warning,
+            and the result is cut back.
+        mask: Mask of the image's size, white (1) where to draw, thresholded at one half; not black
+            everywhere. What it hides is not looked at unless `strength` is below 1.
         strength: Part of the grid that is run from the given image, as in `image_to_image`; 1: pure noise.
         resample: Number of times that each stretch of `jump` steps is taken (RePaint, Lugmayr et al. 2022).
         jump: Steps in such a stretch.

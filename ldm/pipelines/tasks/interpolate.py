@@ -146,7 +146,8 @@ def embedding_interpolate(
         n: Number of images, at least 2.
         seed: Seed of all images.
         prompt: Text for the decoder, the same for all images.
-        invert: Between two images of one size, go from the inverted noise of one to that of the other as well.
+        invert: Between two images of one size, go from the inverted noise of one to that of the other as
+            well.
         options: Options of `text_to_image`.
 
     Raises:

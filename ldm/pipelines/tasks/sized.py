@@ -46,8 +46,8 @@ def fit_image(
     """Read images, pad them to a size that the model makes, and settle a call of that size.
 
     Returns:
-        The padded images (B or 1, 3, H, W) in [0, 1], the call, and the function that cuts results back to the
-        size of the given images.
+        The padded images (B or 1, 3, H, W) in [0, 1], the call, and the function that cuts results back to
+        the size of the given images.
     """
     pixels = to_pixels(image)
     h, w = pixels.shape[-2:]

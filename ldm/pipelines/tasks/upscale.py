@@ -40,7 +40,8 @@ def upscale(
         prompt: What the image shows. Default: not stated.
         factor: How many times the sides grow. Default: 2, or the upscaler's own factor.
         strength: For ordinary models, the part of the grid that is run, in [0, 1].
-        noise_level: For upscalers that are given it, the timestep that the small image is noised to, 0 to 349.
+        noise_level: For upscalers that are given it, the timestep that the small image is noised to, 0 to
+            349.
         window: Side in pixels of what the network sees at a time; windows overlap by half (Bar-Tal et al.
             2023). Default: the model's own side, or the whole image for upscalers.
         options: Options of `text_to_image`.
