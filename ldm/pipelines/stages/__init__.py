@@ -1,0 +1,1 @@
+"""Stages: one diffusion each, in latent space, in pixels or of embeddings."""
