@@ -18,6 +18,7 @@ from ldm.models.unclip.autoregressive import AutoregressivePrior
 from ldm.models.unclip.decoder import Decoder
 from ldm.models.unclip.noise_augmentation import NoiseAugmentation
 from ldm.models.unclip.prior import Prior
+from ldm.models.unet import UNet
 from ldm.pipelines.stages.autoregressive import AutoregressiveStage
 from ldm.pipelines.stages.decoder import DecoderStage
 from ldm.pipelines.stages.prior import PriorStage
@@ -50,6 +51,7 @@ def assemble_unclip(card: UnCLIPCard, source: Source) -> UnCLIP:
             f"{card.name!r}: the card's condition {card.condition!r} does not go with"
             f" {type(network).__name__} as the decoder"
         )
+    assert isinstance(network, Decoder | UNet)
     decoder = DecoderStage(
         network,
         card.decoder,
