@@ -129,7 +129,7 @@ def test_unknown_words_are_named_in_a_warning(pipe):
         ({"sampler": "dpmp_2m"}, "did you mean 'dpmpp_2m'"),
         ({"sampler": "ddim", "etta": 1.0}, "did you mean 'eta'"),
         ({"seed": -1}, "seed"),
-        ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
         (
             {"latents": torch.zeros(1, 4, 3, 3)},
             r"latents of the model have shape \(1, 4, 3, 3\), expected \(1, 4, 8, 8\)",

@@ -237,7 +237,7 @@ def test_stopping_and_seeds(pipe: Any) -> None:
         (lambda p: p.inpaint("cat", picture(), torch.ones(32, 30)), "image's size 32×32, got 32×30"),
         (
             lambda p: p.inpaint("cat", picture(), torch.ones(3, 1, 32, 32), n=2),
-            "3 masks for 2 pictures to be made",
+            "3 masks for 2 images to be made",
         ),
         (lambda p: p.inpaint("cat", picture(), hole(), strength=2), "strength: expected 0 to 1, got 2"),
         (lambda p: p.inpaint("cat", picture(), hole(), resample=0), "times and jump must be at least 1"),
@@ -250,7 +250,7 @@ def test_stopping_and_seeds(pipe: Any) -> None:
             "left: expected a whole number of pixels, at least 0, got -4",
         ),
         (lambda p: p.outpaint("cat", picture()), "nothing to outpaint"),
-        (lambda p: p.outpaint("cat", picture(), left=4, width=64), "width 64: the picture has 36"),
+        (lambda p: p.outpaint("cat", picture(), left=4, width=64), "width 64: the image has 36"),
         (lambda p: p.outpaint("cat", __file__, left=4), "is not a readable image"),
     ],
 )
