@@ -1,4 +1,10 @@
-"""Latent diffusion from scratch: text in, picture out."""
+"""Latent diffusion from scratch: text in, image out.
+
+import ldm
+
+pipe = ldm.load()
+pipe.text_to_image("a red apple", n=4).save("apples.png")
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.support.version import __version__
 
-_PUBLIC = {
+_PUBLIC = {  # public name → module below ldm that defines it
     "Cond": "diffusion.cond",
     "Denoised": "diffusion.interfaces",
     "NoiseSchedule": "diffusion.schedule",
@@ -45,8 +51,8 @@ if TYPE_CHECKING:
     from ldm.speed.optimization import optimize
 
 
-def __getattr__(name: str) -> Any:
-    """Public names are imported when first asked for, so that `import ldm` costs next to nothing."""
+def __getattr__(name: str) -> Any:  # the type of a public name is in the imports above
+    """Import a public name on first access, so that `import ldm` does not import torch."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ldm' has no attribute {name!r}")
     value = getattr(import_module(f"ldm.{_PUBLIC[name]}"), name)
@@ -55,4 +61,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Return the names of the package, including public names that are not imported yet."""
     return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,1 @@
+"""`Images`, image files with recipes, and what image arguments accept."""
