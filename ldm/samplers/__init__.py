@@ -1,4 +1,8 @@
-"""Samplers: one method a file; each solves the reverse process over a TimeGrid."""
+"""Samplers: one method per file, each a plain function that solves the reverse process over a `TimeGrid`.
+
+`ode/` holds the solvers of the probability-flow ODE, `sde/` those that add noise at their steps. `SAMPLERS`
+lists them by name; `common.py` explains the notation.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,11 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def get_sampler(name: str) -> Sampler:
-    """The sampler of a name; ValueError with the nearest one if there is none."""
+    """Return the sampler called `name`.
+
+    Raises:
+        ValueError: If there is none, with the nearest name and all choices.
+    """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; {nearest(name, SAMPLERS)}")
     return SAMPLERS[name]

@@ -1,4 +1,8 @@
-"""Conventions of other programs as data: with the same noise, a result of theirs can be made again."""
+"""Conventions of other programs as data: with the same noise, they reproduce those programs' results.
+
+A convention says how a program chooses its timesteps for each sampler, what its first state is, and which
+noise its stochastic samplers draw. The samplers themselves are the same for all.
+"""
 
 from __future__ import annotations
 
@@ -15,64 +19,89 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import get_sampler
 from ldm.support.config import build, nearest
 
-GridOptions = Mapping[str, Any]
+Options = Mapping[str, Any]  # Any: options of different types, checked by the function that takes them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """How a program lays its grids: options of ``TimeGrid.make`` by sampler, ``*`` for every other one.
+    """How a program runs the samplers.
 
-    ``start``: its first state is noise of deviation 1 (``unit``), or noise·sigma_max in the units of x/alpha
-    (``sigma``), which is sigma_T here. ``quantize``: its network sees t rounded to table entries
-    (``Denoiser(…, quantize=True)``). ``options``: options of the samplers themselves, which the program sets.
-    ``brownian``: samplers whose noise is the increments of one Brownian path, so that one seed gives nearby
-    images at different numbers of steps.
+    Args:
+        grids: Options of `TimeGrid.make` by sampler; "*" stands for every sampler that is not listed.
+        start: The first state: "unit" for noise of standard deviation 1, "sigma" for noise·sigma_max in the
+            units of x/alpha, which is noise·sigma_T in those of x. Default: "unit".
+        quantize: Whether the network gets t rounded to a table entry (`Denoiser(…, quantize=True)`). Default:
+            False.
+        options: Options of the samplers that the program sets, by sampler. Default: none.
+        brownian: Samplers whose noise is the increments of one Brownian path, so that one seed gives similar
+            images at different numbers of steps. Default: none.
     """
 
-    grids: Mapping[str, GridOptions]
+    grids: Mapping[str, Options]
     start: Literal["unit", "sigma"] = "unit"
     quantize: bool = False
-    options: Mapping[str, GridOptions] = field(default_factory=dict)
+    options: Mapping[str, Options] = field(default_factory=dict)
     brownian: tuple[str, ...] = ()
 
     def grid(self, schedule: NoiseSchedule, steps: int, sampler: str, **changes: Any) -> TimeGrid:
-        """The program's grid for a sampler; ``changes`` override single options of ``TimeGrid.make``, e.g.
-        spacing="karras"."""
+        """Return the program's time grid for a sampler.
+
+        Args:
+            schedule: The noise schedule of T timesteps.
+            steps: N, from 1 to T.
+            sampler: Name of the sampler.
+            **changes: Options of `TimeGrid.make` that override the program's, e.g. spacing="karras". Another
+                spacing drops the program's other options, which belong to its own spacing.
+
+        Raises:
+            ValueError: For an unknown sampler, or what `TimeGrid.make` refuses.
+        """
         get_sampler(sampler)
         options = dict(self.grids.get(sampler, self.grids["*"]))
         if "spacing" in changes and changes["spacing"] != options.get("spacing"):
-            # an offset, a last node left out, a step to the table's first entry belong to the spacing that
-            # they were written for
             options = {"final": "data"}
         return TimeGrid.make(schedule, steps, **{**options, **changes})
 
     def start_scale(self, grid: TimeGrid) -> float:
-        """What the initial standard normal noise is multiplied by."""
+        """Return the factor of the initial standard normal noise."""
         return 1.0 if self.start == "unit" else float(grid.sigma[0])
 
     def begin(
         self, grid: TimeGrid, eps: Tensor, image: Tensor | None = None, strength: float = 1.0
     ) -> tuple[TimeGrid, Tensor]:
-        """The steps to take, and the state (B, *S) before them, from standard normal noise eps (B, *S).
+        """Return the steps to take and the state before them.
 
-        With an ``image`` (B, *S) the last round(N·strength) steps, at least one, from the image noised to
-        where they begin. Strength 1 is pure noise whatever the image, the same as without one; strength lies
-        in [0, 1].
+        Without an image, or at strength 1, these are all steps, from pure noise. Otherwise they are the last
+        round(N·strength) steps, at least one, from the image noised to the level where they start.
+
+        Args:
+            grid: The time grid of N steps.
+            eps: Standard normal noise, shape (B, *S).
+            image: The image to start from, shape (B, *S). Default: None.
+            strength: In [0, 1]; must be 1 without an image. Default: 1.
+
+        Returns:
+            The grid of the steps to take, and the state at its entry 0, shape (B, *S).
+
+        Raises:
+            ValueError: If the strength is out of range or needs an image, or the shapes differ.
         """
         if image is None and strength != 1:
             raise ValueError(f"strength {strength} needs an image to start from")
         rest = grid.tail(strength)
         if image is None or strength == 1:
             return grid, self.start_scale(grid) * eps
-        if image.shape != eps.shape:
-            raise ValueError(
-                f"the image {tuple(image.shape)} and the noise {tuple(eps.shape)} must have one shape"
-            )
-        return rest, float(rest.alpha[0]) * image + float(rest.sigma[0]) * eps
+        return rest, rest.add_noise(image, eps)
 
     def noise(self, seeds: Sequence[int], grid: TimeGrid, sampler: str, **options: Any) -> NoiseFn:
-        """The sampler's noise for these seeds: keyed by seed and step, or along a Brownian path; ``options``
-        are the sampler's."""
+        """Return the noise source of a sampler: keyed by seed and step, or along a Brownian path.
+
+        Args:
+            seeds: B seeds.
+            grid: The time grid.
+            sampler: Name of the sampler.
+            **options: Options of the sampler.
+        """
         if sampler not in self.brownian:
             return keyed_noise(seeds)
         return brownian_noise(seeds, grid, inner=options.get("r", 0.5) if sampler == "dpmpp_sde" else None)
@@ -80,7 +109,7 @@ class Convention:
 
 _LEADING = {"spacing": "leading", "offset": 1}
 CONVENTIONS: dict[str, Convention] = {
-    # the schedulers under the configuration of Stable Diffusion 1 and 2: leading, steps_offset 1,
+    # diffusers' schedulers as Stable Diffusion 1 and 2 configure them: leading, steps_offset 1,
     # set_alpha_to_one False
     "diffusers": Convention(
         grids={
@@ -97,10 +126,10 @@ CONVENTIONS: dict[str, Convention] = {
         },
         quantize=True,
         options={"dpmpp_3m_sde": {"curvature": "published"}},
-        brownian=("dpmpp_sde",),  # DPMSolverSDEScheduler; the multistep ones draw anew at every step
+        brownian=("dpmpp_sde",),  # DPMSolverSDEScheduler; its multistep schedulers draw independent noise
     ),
-    # ldm/models/diffusion: ddim and plms with ddim_discretize "uniform"; dpm_solver from T to the table's
-    # first entry, in continuous time
+    # CompVis ldm/models/diffusion: ddim and plms with ddim_discretize "uniform"; dpm_solver from T to the
+    # table's entry 0, in continuous time
     "compvis": Convention(
         grids={
             "dpmpp_2m": {"spacing": "linspace", "integer": False, "final": "none"},
@@ -109,9 +138,10 @@ CONVENTIONS: dict[str, Convention] = {
         },
         options={"dpmpp_2m": {"lower_order_final": True}},
     ),
-    # generative-models: LegacyDDPMDiscretization with do_append_zero, DiscreteDenoiser with quantize_c_noise
+    # Stability AI generative-models: LegacyDDPMDiscretization with do_append_zero, DiscreteDenoiser with
+    # quantize_c_noise
     "sgm": Convention(grids={"*": {"spacing": "sgm"}}, quantize=True),
-    # external.DiscreteSchedule.get_sigmas; the first state is noise·sigma_max
+    # k-diffusion external.DiscreteSchedule.get_sigmas; the first state is noise·sigma_max
     "k": Convention(
         grids={"*": {"spacing": "linspace", "integer": False}},
         start="sigma",
@@ -121,13 +151,16 @@ CONVENTIONS: dict[str, Convention] = {
 }
 
 
-def get_convention(name: str | Convention | Mapping[str, Any]) -> Convention:
-    """The convention of a name, or one's own, or the fields of one as a recipe holds them; ValueError with
-    the nearest name if there is none."""
-    if isinstance(name, Convention):
-        return name
-    if isinstance(name, Mapping):
-        return build(Convention, name)
-    if name not in CONVENTIONS:
-        raise ValueError(f"unknown convention {name!r}; {nearest(name, CONVENTIONS)}")
-    return CONVENTIONS[name]
+def get_convention(convention: str | Convention | Mapping[str, Any]) -> Convention:
+    """Return a convention by its name, by its fields as a recipe stores them, or as it is.
+
+    Raises:
+        ValueError: If there is none of this name, with the nearest name and all choices.
+    """
+    if isinstance(convention, Convention):
+        return convention
+    if isinstance(convention, Mapping):
+        return build(Convention, convention)
+    if convention not in CONVENTIONS:
+        raise ValueError(f"unknown convention {convention!r}; {nearest(convention, CONVENTIONS)}")
+    return CONVENTIONS[convention]

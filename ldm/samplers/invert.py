@@ -1,4 +1,13 @@
-"""Inversion: from clean data back to the noise that a sampler would make it of."""
+"""Inversion: from clean data to the noise from which a sampler would produce it.
+
+DDIM's step is linear in x and eps: x' = a·x + b·eps(x, t) with a = alpha'/alpha, b = sigma' − a·sigma. Its
+inverse
+
+    x = (x' − b·eps(x, t))/a
+
+is implicit. `ddim_invert` solves it by fixed-point iteration; EDICT (Wallace et al. 2022, arXiv:2211.12446)
+couples two copies of the state, each step of which uses the other's eps, and is inverted exactly.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +15,32 @@ from torch import Tensor
 
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, OnStep
-from ldm.samplers.common import after, states, within
+from ldm.samplers.common import alphas_sigmas, call_on_step, check_range
 
-# sigma/alpha to invert to: a rounding of the network is seen so many times as large in the end; Stable
-# Diffusion begins at 14.6
+# sigma/alpha up to which inversion goes: beyond it x/alpha holds the data only as a difference of large
+# numbers, so rounding errors of the network grow by this factor. Stable Diffusion's largest is 14.6.
 NOISIEST = 20.0
 
 
 def ddim_invert(
     denoise: DenoiseFn, x: Tensor, grid: TimeGrid, *, on_step: OnStep | None = None, iterations: int = 1
 ) -> Tensor:
-    """The state 0 (B, *S) from which ``ddim`` leads to x, the grid's last state  (arXiv:2105.05233, section
-    F; fixed point: arXiv:2312.12540).
+    """Return the state 0 from which `ddim` leads to x, shape (B, *S).
 
-    Each step solves x_i = a·x_(i+1) + b·eps(x_i, t_i) by iteration from x_(i+1): once is the usual
-    approximation, more makes it exact where the iteration contracts. ``on_step`` is called with the index of
-    the state reached, N − 1 … 0.
+    Sources: Dhariwal and Nichol 2021, arXiv:2105.05233, section F; fixed point: Pan et al. 2023,
+    arXiv:2312.12540.
+
+    Args:
+        denoise: The denoiser, `(x_t, t) -> Denoised`.
+        x: The grid's last state, shape (B, *S).
+        grid: The time grid of N steps, of `ddim`.
+        on_step: Called after each step with the index of the state reached, N − 1 … 0. Default: None.
+        iterations: Evaluations per step, at least 1. One is the usual approximation eps(x) ≈ eps(x'); more
+            converge to the exact inverse where the iteration contracts. Default: 1.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    alpha, sigma = states(grid)
+    alpha, sigma = alphas_sigmas(grid)
     for i in reversed(range(len(grid))):
         a = alpha[i] / alpha[i + 1]
         b = sigma[i] - a * sigma[i + 1]
@@ -33,7 +48,7 @@ def ddim_invert(
         for _ in range(iterations):
             d = denoise(guess, grid.t[i])
             guess = a * x + b * d.eps
-        x, stop = after(on_step, i, guess, d)
+        x, stop = call_on_step(on_step, i, guess, d)
         if stop:
             break
     return x
@@ -42,14 +57,22 @@ def ddim_invert(
 def edict(
     denoise: DenoiseFn, x: Tensor, y: Tensor, grid: TimeGrid, *, p: float = 0.93
 ) -> tuple[Tensor, Tensor]:
-    """Two coupled DDIM tracks from state 0 to state N, each (B, *S), which ``edict_invert`` undoes exactly
-    (arXiv:2211.12446, eq. 14).
+    """Return the last states of two coupled DDIM trajectories, which `edict_invert` inverts exactly.
 
-    Start with x = y for a new image, or with both of ``edict_invert``. p in (0, 1] mixes the tracks; 1 leaves
-    them apart.
+    Source: EDICT (Wallace et al. 2022, arXiv:2211.12446, eq. 14).
+
+    Args:
+        denoise: The denoiser, `(x_t, t) -> Denoised`.
+        x: State 0 of the first trajectory, shape (B, *S).
+        y: State 0 of the second; equal to x for a new image.
+        grid: The time grid of N steps.
+        p: Mixing weight in (0, 1]; 1 leaves the trajectories unmixed. Default: 0.93.
+
+    Returns:
+        The last states of both trajectories, each (B, *S).
     """
-    _check(p)
-    alpha, sigma = states(grid)
+    _check_mixing(p)
+    alpha, sigma = alphas_sigmas(grid)
     for i, t in enumerate(grid.t):
         a = alpha[i + 1] / alpha[i]
         b = sigma[i + 1] - a * sigma[i]
@@ -63,10 +86,22 @@ def edict(
 def edict_invert(
     denoise: DenoiseFn, x: Tensor, y: Tensor, grid: TimeGrid, *, p: float = 0.93
 ) -> tuple[Tensor, Tensor]:
-    """The states 0 of both tracks from which ``edict`` leads to x and y, up to rounding (which p < 1
-    amplifies by p^(−2N) at most)."""
-    _check(p)
-    alpha, sigma = states(grid)
+    """Return the states 0 of both trajectories from which `edict` leads to x and y, up to rounding.
+
+    With p < 1 rounding errors grow by at most p^(−2N).
+
+    Args:
+        denoise: The denoiser, `(x_t, t) -> Denoised`.
+        x: The last state of the first trajectory, shape (B, *S).
+        y: The last state of the second.
+        grid: The time grid of N steps, of `edict`.
+        p: Mixing weight of `edict`. Default: 0.93.
+
+    Returns:
+        The states 0 of both trajectories, each (B, *S).
+    """
+    _check_mixing(p)
+    alpha, sigma = alphas_sigmas(grid)
     for i in reversed(range(len(grid))):
         a = alpha[i + 1] / alpha[i]
         b = sigma[i + 1] - a * sigma[i]
@@ -77,5 +112,5 @@ def edict_invert(
     return x, y
 
 
-def _check(p: float) -> None:
-    within(p, 1e-6, 1, "p")
+def _check_mixing(p: float) -> None:
+    check_range(p, 1e-6, 1, "p")

@@ -82,7 +82,7 @@ def test_wrong_input() -> None:
         Denoiser(Stub(), schedule.zero_terminal_snr(), "eps")
     with pytest.raises(ValueError, match="did you mean 'v'|Choices"):
         Denoiser(Stub(), schedule, "velocity")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"gave \(1, 4, 2\), expected \(1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"returned \(1, 4, 2\), expected \(1, 2, 2\)"):
         Denoiser(Stub(2), schedule, "eps")(torch.ones(1, 2, 2), 0, Cond())
     with pytest.raises(ValueError, match="cannot serve 3"):
         Denoiser(Stub(), schedule, "eps")(torch.ones(3, 1), 0, Cond(pooled=torch.ones(2, 4)))

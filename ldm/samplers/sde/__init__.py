@@ -1,0 +1,1 @@
+"""Solvers of the reverse SDE: samplers that add noise at their steps."""

@@ -1,4 +1,14 @@
-"""DPM-Solver-2 with ancestral noise."""
+"""DPM-Solver-2 with ancestral noise: a second-order step below the next noise level, then noise up to it.
+
+With y = x/alpha and rho = sigma/alpha, one step is
+
+    rho_down² + rho_up² = rho'²,   rho_m = sqrt(rho·rho_down)
+    y' = y + (rho_down − rho)·eps_m + rho_up·z,   eps_m evaluated at y + (rho_m − rho)·eps and rho_m
+
+The deterministic part is DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1). The step is Euler's
+from pure noise, and where rho_m is below the schedule's smallest level, because the network was not trained
+there.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +16,16 @@ from torch import Tensor
 
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
-from ldm.samplers.common import after, ancestral, demand, ratio, states, toward, within
-from ldm.samplers.ode.dpm2 import midpoint
+from ldm.samplers.common import (
+    alphas_sigmas,
+    ancestral_split,
+    call_on_step,
+    check_range,
+    noise_ratio,
+    require_noise,
+    step_const_x0,
+)
+from ldm.samplers.ode.dpm2 import midpoint_step
 
 
 def dpm2_a(
@@ -20,27 +38,38 @@ def dpm2_a(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """``dpm2``'s step to rho_down, then noise rho_up, with rho_down² + rho_up² = rho'²; eta in [0, 1], 0 is
-    ``dpm2``.
+    """Sample with DPM-Solver-2 and ancestral noise, two evaluations per step.
 
-    The midpoint's level, as that of rho_down itself, must be one that the schedule has: below its least, the
-    step is Euler's.
+    Args:
+        denoise: The denoiser, `(x_t, t) -> Denoised`.
+        x: The state at grid entry 0, shape (B, *S).
+        grid: The time grid of N steps.
+        noise: The noise source, required if eta > 0; draw i is that of step i. Default: None.
+        on_step: Called after each step; see `ldm.diffusion.interfaces.OnStep`. Default: None.
+        eta: Amount of noise added per step, in [0, 1]; 0 is `dpm2`. Default: 1.
+        s_noise: Factor of the noise's standard deviation. Default: 1.
+
+    Returns:
+        The state at the last grid entry, shape (B, *S).
+
+    Raises:
+        ValueError: If eta is out of range, or noise is missing while eta > 0.
     """
-    within(eta, 0, 1, "eta")
-    draw = demand(noise, "dpm2_a") if eta > 0 else None
-    alpha, sigma = states(grid)
-    least = float(grid.schedule.log_ratio[0].exp())
+    check_range(eta, 0, 1, "eta")
+    draw = require_noise(noise, "dpm2_a") if eta > 0 else None
+    alpha, sigma = alphas_sigmas(grid)
+    least = float(grid.schedule.log_ratio[0].exp())  # the schedule's smallest rho
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
-        rho, rho_next = ratio(alpha[i], sigma[i]), ratio(alpha[i + 1], sigma[i + 1])
-        down, up = ancestral(rho, rho_next, eta)
-        if alpha[i] == 0 or rho * down < least**2 * (1 - 1e-9):
-            x = toward(x, d.x0, sigma[i], rho, alpha[i + 1], down)
+        rho, rho_next = noise_ratio(alpha[i], sigma[i]), noise_ratio(alpha[i + 1], sigma[i + 1])
+        rho_down, rho_up = ancestral_split(rho, rho_next, eta)
+        if alpha[i] == 0 or rho * rho_down < least**2 * (1 - 1e-9):
+            x = step_const_x0(x, d.x0, sigma[i], rho, alpha[i + 1], rho_down)
         else:
-            x = midpoint(denoise, x, d.eps, grid, alpha[i], rho, alpha[i + 1], down)
-        if draw is not None and up > 0:
-            x = x + alpha[i + 1] * up * s_noise * draw(i, x)
-        x, stop = after(on_step, i, x, d)
+            x = midpoint_step(denoise, x, d.eps, grid, alpha[i], rho, alpha[i + 1], rho_down)
+        if draw is not None and rho_up > 0:
+            x = x + alpha[i + 1] * rho_up * s_noise * draw(i, x)
+        x, stop = call_on_step(on_step, i, x, d)
         if stop:
             break
     return x

@@ -1,4 +1,14 @@
-"""DPM-Solver++ (SDE): a stochastic midpoint method, two evaluations and two draws a step."""
+"""DPM-Solver++ (SDE): a stochastic midpoint method (Lu et al. 2022, arXiv:2211.01095, section 5).
+
+With rho = sigma/alpha, one step is
+
+    rho_m = rho^(1 − r)·rho'^r
+    x_m = an ancestral step from rho to rho_m with x0
+    x'  = an ancestral step from rho to rho' with (1 − 1/(2r))·x0 + 1/(2r)·x0_m (evaluated at x_m, rho_m)
+
+An ancestral step with x0 goes to rho_down exactly for constant x0 and adds noise rho_up, as in `euler_a`. A
+step to clean data or from pure noise is of order 1.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +18,16 @@ from torch import Tensor
 
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
-from ldm.samplers.common import after, ancestral, demand, of_ratio, ratio, states, toward, within
+from ldm.samplers.common import (
+    alphas_sigmas,
+    ancestral_split,
+    call_on_step,
+    check_range,
+    noise_ratio,
+    require_noise,
+    state_of_ratio,
+    step_const_x0,
+)
 
 
 def dpmpp_sde(
@@ -22,35 +41,49 @@ def dpmpp_sde(
     s_noise: float = 1.0,
     r: float = 0.5,
 ) -> Tensor:
-    """An ancestral step to the inner level rho^(1 − r)·rho'^r, then from the start with x0 extrapolated from
-    both  (arXiv:2211.01095, section 5).
+    """Sample with DPM-Solver++ (SDE) (Lu et al. 2022, section 5), two evaluations and two draws per step.
 
-    Draw 2i is the inner stage's of step i, draw 2i + 1 the step's own. eta in [0, 1], r in (0, 1]. A step to
-    clean data, or from pure noise, is of order 1.
+    Args:
+        denoise: The denoiser, `(x_t, t) -> Denoised`.
+        x: The state at grid entry 0, shape (B, *S).
+        grid: The time grid of N steps.
+        noise: The noise source, required if eta > 0; draw 2i is that of step i's inner stage, draw 2i + 1
+            that of the step itself. Default: None.
+        on_step: Called after each step; see `ldm.diffusion.interfaces.OnStep`. Default: None.
+        eta: Amount of noise added per step, in [0, 1]; 0 is deterministic. Default: 1.
+        s_noise: Factor of the noise's standard deviation. Default: 1.
+        r: Position of the inner stage in lambda, in (0, 1]. Default: 0.5.
+
+    Returns:
+        The state at the last grid entry, shape (B, *S).
+
+    Raises:
+        ValueError: If eta or r is out of range, or noise is missing while eta > 0.
     """
-    within(eta, 0, 1, "eta")
+    check_range(eta, 0, 1, "eta")
     if not 0 < r <= 1:
         raise ValueError(f"r must lie in (0, 1], got {r}")
-    draw = demand(noise, "dpmpp_sde") if eta > 0 else None
-    alpha, sigma = states(grid)
+    draw = require_noise(noise, "dpmpp_sde") if eta > 0 else None
+    alpha, sigma = alphas_sigmas(grid)
+
+    def ancestral_step(
+        x: Tensor, x0: Tensor, sigma: float, rho: float, alpha_next: float, rho_next: float, k: int
+    ) -> Tensor:
+        rho_down, rho_up = ancestral_split(rho, rho_next, eta)
+        x = step_const_x0(x, x0, sigma, rho, alpha_next, rho_down)
+        return x + alpha_next * rho_up * s_noise * draw(k, x) if draw is not None and rho_up > 0 else x
+
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
-        rho, rho_next = ratio(alpha[i], sigma[i]), ratio(alpha[i + 1], sigma[i + 1])
         x0 = d.x0
+        rho, rho_next = noise_ratio(alpha[i], sigma[i]), noise_ratio(alpha[i + 1], sigma[i + 1])
         if alpha[i] > 0 and rho_next > 0:
             rho_mid = rho ** (1 - r) * rho_next**r
-            alpha_mid, _ = of_ratio(rho_mid)
-            down, up = ancestral(rho, rho_mid, eta)
-            middle = toward(x, d.x0, sigma[i], rho, alpha_mid, down)
-            if draw is not None and up > 0:
-                middle = middle + alpha_mid * up * s_noise * draw(2 * i, x)
-            inner = denoise(middle, grid.time(math.log(rho_mid))).x0
-            x0 = (1 - 1 / (2 * r)) * d.x0 + 1 / (2 * r) * inner
-        down, up = ancestral(rho, rho_next, eta)
-        x = toward(x, x0, sigma[i], rho, alpha[i + 1], down)
-        if draw is not None and up > 0:
-            x = x + alpha[i + 1] * up * s_noise * draw(2 * i + 1, x)
-        x, stop = after(on_step, i, x, d)
+            middle = ancestral_step(x, x0, sigma[i], rho, state_of_ratio(rho_mid)[0], rho_mid, 2 * i)
+            x0_mid = denoise(middle, grid.time(math.log(rho_mid))).x0
+            x0 = (1 - 1 / (2 * r)) * x0 + 1 / (2 * r) * x0_mid
+        x = ancestral_step(x, x0, sigma[i], rho, alpha[i + 1], rho_next, 2 * i + 1)
+        x, stop = call_on_step(on_step, i, x, d)
         if stop:
             break
     return x

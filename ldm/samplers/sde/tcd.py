@@ -1,4 +1,13 @@
-"""TCD: trajectory consistency sampling with strategic noise."""
+"""TCD: trajectory consistency sampling, strategic noise (Zheng et al. 2024, arXiv:2402.19159, algorithm 4).
+
+With gamma = eta, one step goes to a time s below t' and is then noised up to t':
+
+    s  = floor((1 − eta)·t')
+    x_s = alpha_s·x0 + sigma_s·eps
+    x' ~ q(x' | x_s) = (alpha'/alpha_s)·x_s + sqrt(sigma'² − (alpha'/alpha_s)²·sigma_s²)·z
+
+eta = 0 is DDIM; eta = 1 adds noise from the schedule's entry 0. A step to clean data adds no noise.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,7 @@ from torch import Tensor
 
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import DenoiseFn, NoiseFn, OnStep
-from ldm.samplers.common import after, demand, states, within
+from ldm.samplers.common import alphas_sigmas, call_on_step, check_range, renoise, require_noise
 
 
 def tcd(
@@ -20,26 +29,35 @@ def tcd(
     on_step: OnStep | None = None,
     eta: float = 0.3,
 ) -> Tensor:
-    """A deterministic step to time s = floor((1 − eta)·t'), then forward noising from s to t'
-    (arXiv:2402.19159, algorithm 4, gamma = eta).
+    """Sample with a trajectory consistency model (Zheng et al. 2024, algorithm 4), one evaluation per step.
 
-    eta in [0, 1]: 0 is DDIM, 1 noises afresh from the schedule's first entry. A step to clean data adds no
-    noise.
+    Args:
+        denoise: The denoiser, `(x_t, t) -> Denoised`.
+        x: The state at grid entry 0, shape (B, *S).
+        grid: The time grid of N steps.
+        noise: The noise source, required if eta > 0; draw i is that of step i. Default: None.
+        on_step: Called after each step; see `ldm.diffusion.interfaces.OnStep`. Default: None.
+        eta: Amount of noise, the paper's gamma, in [0, 1]; 0 is deterministic. Default: 0.3.
+
+    Returns:
+        The state at the last grid entry, shape (B, *S).
+
+    Raises:
+        ValueError: If eta is out of range, or noise is missing while eta > 0.
     """
-    within(eta, 0, 1, "eta")
-    draw = demand(noise, "tcd with eta > 0") if eta > 0 else None
-    alpha, sigma = states(grid)
+    check_range(eta, 0, 1, "eta")
+    draw = require_noise(noise, "tcd with eta > 0") if eta > 0 else None
+    alpha, sigma = alphas_sigmas(grid)
     for i, t in enumerate(grid.t):
         d = denoise(x, t)
-        alpha_s, sigma_s = alpha[i + 1], sigma[i + 1]
-        if draw is not None and i + 1 < len(grid):
+        if draw is None or i + 1 == len(grid):
+            x = alpha[i + 1] * d.x0 + sigma[i + 1] * d.eps
+        else:
             s = math.floor((1 - eta) * float(grid.t[i + 1]))
             alpha_s, sigma_s = (float(value) for value in grid.schedule.alpha_sigma(s))
-        x = alpha_s * d.x0 + sigma_s * d.eps
-        if draw is not None and i + 1 < len(grid):
-            keep = alpha[i + 1] / alpha_s
-            x = keep * x + math.sqrt(1 - keep**2) * draw(i, x)
-        x, stop = after(on_step, i, x, d)
+            x_s = alpha_s * d.x0 + sigma_s * d.eps
+            x = renoise(x_s, draw(i, x_s), alpha_s, sigma_s, alpha[i + 1], sigma[i + 1])
+        x, stop = call_on_step(on_step, i, x, d)
         if stop:
             break
     return x
