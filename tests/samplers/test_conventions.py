@@ -89,7 +89,7 @@ def test_begin_noises_the_image_to_where_the_steps_begin() -> None:
     for wrong, message in (
         ((eps, None, 0.5), "needs an image"),
         ((eps, image, 1.5), "strength must lie"),
-        ((eps, image[:1], 0.5), "one shape"),
+        ((eps, image[:1], 0.5), "same shape"),
     ):
         with pytest.raises(ValueError, match=message):
             rules.begin(grid, *wrong)
