@@ -23,8 +23,9 @@ from pairs import MODELS, unet_inputs, unets
 from torch import nn
 
 import ldm
-from ldm.models.layers.attention import GEGLU, Attention
+from ldm.models.layers.attention import Attention
 from ldm.models.layers.resblock import ResBlock, Upsample
+from ldm.models.layers.transformer import GEGLU
 
 CONVOLUTIONS = ("convolution 3×3", "convolution 1×1", "upsampling")
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Denoised
 from ldm.images.result import Images
-from ldm.models.layers.attention import AttentionBlock, SpatialTransformer, attention_control
+from ldm.models.layers.attention import AttentionBlock, attention_control
+from ldm.models.layers.transformer import SpatialTransformer
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair
 from ldm.pipelines.latent import LatentDiffusion

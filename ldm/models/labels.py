@@ -1,4 +1,4 @@
-"""Classes as conditions: one learned token each (Rombach et al. 2022, section 4.3.2)."""
+"""Class labels as conditions: one learned token per class (Rombach et al. 2022, section 4.3.2)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from ldm.diffusion.cond import Cond
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """``classes`` tokens of a ``width``; where the model knows an unconditional class (cin256-v2: the last),
-    it is one of them."""
+    """Shape of a `LabelConditioner`.
+
+    Args:
+        classes: Number of classes, including the unconditional one if the model has one (cin256-v2: the last
+            class). Default: 1001.
+        width: Width D of a token. Default: 512.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
 
     classes: int = 1001
     width: int = 512
@@ -25,7 +33,7 @@ class LabelConfig:
 
 
 class LabelConditioner(nn.Module):
-    """Classes in, `Cond` out."""
+    """Conditioner from class labels to `Cond`."""
 
     def __init__(self, config: LabelConfig) -> None:
         super().__init__()
@@ -33,18 +41,21 @@ class LabelConditioner(nn.Module):
         self.embedding = nn.Embedding(config.classes, config.width)
 
     def forward(self, labels: Sequence[int]) -> Cond:
-        """The condition of B classes: a context of one token, (B, 1, D); ValueError for a class that there is
-        not."""
+        """Return the condition of B classes: a context of one token, (B, 1, D).
+
+        Raises:
+            ValueError: If a class is out of range.
+        """
         for label in labels:
             if not 0 <= label < self.config.classes:
                 raise ValueError(f"class {label}: expected 0 to {self.config.classes - 1}")
-        ids = torch.tensor(list(labels), device=self.embedding.weight.device, dtype=torch.long)
+        ids = torch.tensor(list(labels), device=self.embedding.weight.device, dtype=torch.long)  # (B,)
         return Cond(context=self.embedding(ids)[:, None])
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words that the model has never seen: it takes none."""
+        """Return no words: the model reads no prompts, so that no word is unknown."""
         return []
 
     def networks(self) -> dict[str, nn.Module]:
-        """The table, as "class"."""
+        """Return the embedding table under the name "class"."""
         return {"class": self}

@@ -1,8 +1,8 @@
-"""Networks without data: built on the meta device, to be filled from a file."""
+"""Networks without data: built on the meta device, and filled from a file afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves tensors as they are where torch.nn.init would fill them: it would have no effect, but import
-    torch's compiler (seconds)."""
+    """Mode in which the functions of `torch.nn.init` return their tensor unchanged.
+
+    On the meta device they have no effect, but they import torch's compiler, which takes seconds.
+    """
 
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
+        types: Collection[type],
+        args: tuple[Any, ...] = (),  # of any function of torch
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
@@ -29,6 +31,6 @@ class _SkipInit(TorchFunctionMode):
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Inside, modules are built without data and without initialisation."""
+    """Build modules without data and without initialization, inside a `with` block."""
     with torch.device("meta"), _SkipInit():
         yield

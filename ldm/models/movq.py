@@ -1,5 +1,7 @@
-"""MoVQ, the autoencoder of Kandinsky (Zheng et al. 2022): a VQ model whose latent modulates every norm of its
-decoder."""
+"""MoVQ, the autoencoder of Kandinsky (Zheng et al. 2022).
+
+It is a vector-quantized autoencoder whose latent modulates every norm of the decoder.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,20 @@ from ldm.models.vq import VQConfig, VQModel
 
 @dataclass(frozen=True, kw_only=True)
 class MoVQConfig(VQConfig):
-    """The shape of a MoVQ; see `VQConfig`."""
+    """Shape of a MoVQ; the arguments are those of `VQConfig`."""
 
 
 class MoVQ(VQModel):
-    """Pictures in [−1, 1] to latents and back. Kandinsky decodes its latents as they are, without taking them
-    to their nearest codes."""
+    """Autoencoder of images in [−1, 1]; Kandinsky decodes its latents without quantization."""
 
     def __init__(self, config: MoVQConfig) -> None:
         super().__init__(config)
         self.decoder = VAEDecoder(config, spatial=config.latent_channels)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w), not quantised → pictures (B, 3, f·h, f·w), about [−1, 1]."""
+        """Return images (B, 3, f·h, f·w), about in [−1, 1], of latents z (B, C, h, w), not quantized."""
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z), z), self.config.patch)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """The indices of codes (B, h, w) → pictures (B, 3, f·h, f·w), about [−1, 1]."""
+        """Return images (B, 3, f·h, f·w), about in [−1, 1], of the indices of codes (B, h, w)."""
         return self.decode(self.quantize.vectors(indices))

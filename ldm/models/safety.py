@@ -1,5 +1,8 @@
-"""The safety checker published with Stable Diffusion 1: a CLIP vision tower and vectors that pictures must
-not come near to."""
+"""The safety checker published with Stable Diffusion 1.
+
+A CLIP vision tower embeds an image; the image is flagged if its embedding is close to one of the concepts'
+embeddings.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.clip.towers import VisionConfig, VisionTower
+from ldm.models.clip.config import VisionConfig
+from ldm.models.clip.towers import VisionTower
 
-SPECIAL_CARE = 0.01  # what a picture near a special vector has added to every score that follows
+SPECIAL_CARE = 0.01  # added to the later scores of an image that is close to a special-care embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
-    """The shape of a checker; the defaults are the published one's (ViT-L/14, 17 concepts, 3 special
-    ones)."""
+    """Shape of a safety checker; the defaults are those of the published one, with a ViT-L/14.
+
+    Args:
+        vision: Shape of the vision tower, which must have a projection.
+        concepts: Number of concepts. Default: 17.
+        special: Number of special-care embeddings. Default: 3.
+
+    Raises:
+        ValueError: If the tower has no projection, or a number is out of range.
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     concepts: int = 17
@@ -30,8 +42,12 @@ class SafetyConfig:
 
 
 class SafetyChecker(nn.Module):
-    """Pictures to whether they are flagged. ``black``: whether `hide` blackens the flagged ones; nothing is
-    hidden unless asked."""
+    """Network that flags images.
+
+    Args:
+        config: Shape of the checker.
+        black: Whether `hide` replaces flagged images by black ones. Default: False.
+    """
 
     def __init__(self, config: SafetyConfig, *, black: bool = False) -> None:
         super().__init__()
@@ -46,40 +62,46 @@ class SafetyChecker(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[bool, ...]:
-        """Pictures (B, 3, H, W) in [0, 1], seen in 8 bits as they will be stored → whether each is
-        flagged."""
-        pixels = (pixels * 255).round() / 255
+        """Return whether each image is flagged.
+
+        Args:
+            pixels: Images in [0, 1], shape (B, 3, H, W). They are rounded to 8 bits, as they will be stored.
+        """
+        pixels = (pixels * 255).round() / 255  # (B, 3, H, W)
         weight = self.vision.conv1.weight
         return self.flags(self.vision.prepare(pixels.to(weight.device)).to(weight.dtype))
 
     @torch.no_grad()
     def flags(self, prepared: Tensor) -> tuple[bool, ...]:
-        """Prepared pixels (B, 3, S, S) → whether each is flagged: a concept's cosine exceeds its threshold,
-        to three digits."""
+        """Return whether each image is flagged.
+
+        The score of a concept is its cosine with the image minus its threshold, rounded to three decimals; an
+        image is flagged if a score is above 0. Special-care embeddings are compared first: a match adds
+        `SPECIAL_CARE` to all scores after it.
+
+        Args:
+            prepared: Pixels from `VisionTower.prepare`, shape (B, 3, S, S).
+        """
         image = self.vision(prepared).pooled  # (B, E)
-        special, concepts = (
-            similarity(image, self.special_care_embeds),
-            similarity(image, self.concept_embeds),
-        )
+        special = pairwise_cosines(image, self.special_care_embeds)  # (B, special)
+        concepts = pairwise_cosines(image, self.concept_embeds)  # (B, concepts)
         added = torch.zeros(len(image))
-        for k, threshold in enumerate(
-            self.special_care_embeds_weights.float().cpu()
-        ):  # in order: one that is near counts for those after it
-            near = torch.round(special[:, k] - threshold + added, decimals=3) > 0
-            added = torch.where(near, SPECIAL_CARE, added)
-        # (B, concepts)
+        # in order: a match raises the scores of the embeddings after it
+        for k, threshold in enumerate(self.special_care_embeds_weights.float().cpu()):
+            near = torch.round(special[:, k] - threshold + added, decimals=3) > 0  # (B,)
+            added = torch.where(near, SPECIAL_CARE, added)  # (B,)
         scores = torch.round(
             concepts - self.concept_embeds_weights.float().cpu() + added[:, None], decimals=3
-        )
+        )  # (B, concepts)
         return tuple(bool(flag) for flag in (scores > 0).any(dim=1))
 
     def hide(self, pixels: Tensor, flagged: Sequence[bool]) -> Tensor:
-        """The pictures, the flagged ones black if ``black`` says so."""
+        """Return the images (B, 3, H, W) with flagged ones black if `black` is True, else unchanged."""
         if not self.black or not any(flagged):
             return pixels
         return torch.where(torch.tensor(flagged)[:, None, None, None], torch.zeros_like(pixels), pixels)
 
 
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines of rows (B, E) and (K, E), (B, K) float32 on the CPU."""
+def pairwise_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosines (B, K) of rows a (B, E) and b (K, E), in float32 on the CPU."""
     return (F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T).float().cpu()

@@ -1,5 +1,7 @@
-"""The tiny autoencoder TAESD: small convolutions in the place of the large first stages, for previews and
-slow machines (Bohan 2023)."""
+"""TAESD, a tiny autoencoder for previews and slow machines (Bohan 2023).
+
+Its small convolutions replace the large autoencoders of the diffusion models.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.vae import Point, check_size
+from ldm.models.checks import check_positive
+from ldm.models.posterior import Point
+from ldm.models.vae import check_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """The shape of a tiny autoencoder; the defaults are those of TAESD and TAESDXL. ``encoder`` and
-    ``decoder``: blocks at each size, in order.
+    """Shape of a tiny autoencoder; the defaults are those of TAESD and TAESDXL.
 
-    Its latents have the diffusion model's own scale: what it encodes and decodes is not to be scaled again.
+    Its latents are at the scale of the diffusion model, so they are not scaled again.
+
+    Args:
+        width: Channels of all hidden layers. Default: 64.
+        encoder: Residual blocks of the encoder at each size, largest size first.
+        decoder: Residual blocks of the decoder at each size, smallest size first.
+        latent_channels: Channels C of the latent. Default: 4.
+        picture_channels: Channels of an image. Default: 3.
+
+    Raises:
+        ValueError: If `encoder` and `decoder` differ in length, or a number is out of range.
     """
 
     width: int = 64
@@ -36,18 +49,18 @@ class TinyConfig:
                 f"encoder and decoder: expected as many numbers of blocks in both, got {self.encoder} and"
                 f" {self.decoder}"
             )
-        for name in ("width", "latent_channels", "picture_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_positive(
+            width=self.width, latent_channels=self.latent_channels, picture_channels=self.picture_channels
+        )
 
     @property
     def factor(self) -> int:
-        """ImageRecord size over latent size."""
+        """Image size divided by latent size."""
         return 2 ** (len(self.encoder) - 1)
 
 
 class TinyBlock(nn.Module):
-    """Three convolutions beside the identity, rectified behind the sum."""
+    """Three 3×3 convolutions with a residual sum, and a ReLU after the sum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,11 +68,12 @@ class TinyBlock(nn.Module):
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output (B, width, h, w) for x (B, width, h, w)."""
         return F.relu(self.conv(x) + x)
 
 
 class TinyEncoder(nn.Module):
-    """Pictures in [−1, 1] to latents."""
+    """Encoder of images in [−1, 1] to latents."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -72,11 +86,12 @@ class TinyEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers((x + 1) / 2)  # its pictures are in [0, 1]
+        """Return latents (B, C, H/f, W/f) of images x (B, 3, H, W)."""
+        return self.layers((x + 1) / 2)  # the published network takes images in [0, 1]
 
 
 class TinyDecoder(nn.Module):
-    """Latents, softly held within ±3, to pictures in about [−1, 1]."""
+    """Decoder of latents, which a tanh limits to ±3, to images about in [−1, 1]."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -89,11 +104,15 @@ class TinyDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.picture_channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return images (B, 3, f·h, f·w) of latents z (B, C, h, w)."""
         return 2 * self.layers(3 * torch.tanh(z / 3)) - 1
 
 
 class AutoencoderTiny(nn.Module):
-    """Pictures in [−1, 1] to latents at the diffusion model's own scale, and back."""
+    """Autoencoder of images in [−1, 1], with latents at the scale of the diffusion model.
+
+    f below is `TinyConfig.factor`.
+    """
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -102,11 +121,17 @@ class AutoencoderTiny(nn.Module):
         self.decoder = TinyDecoder(config)
 
     def encode(self, x: Tensor) -> Point:
-        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → latents (B, C, H/f, W/f); ValueError
-        otherwise."""
+        """Return the latent (B, C, H/f, W/f), in float32.
+
+        Args:
+            x: Images in [−1, 1], shape (B, 3, H, W).
+
+        Raises:
+            ValueError: If H or W is not a multiple of f.
+        """
         check_size(x, self.config.factor)
         return Point(self.encoder(x).float())
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w) → pictures (B, 3, f·h, f·w), about [−1, 1]."""
+        """Return images (B, 3, f·h, f·w), about in [−1, 1], of latents z (B, C, h, w)."""
         return self.decoder(z)

@@ -1,201 +1,137 @@
-"""The UNet of latent diffusion and its relatives (Rombach et al. 2022, section 3.3; Dhariwal & Nichol 2021;
-Ronneberger et al. 2015)."""
+"""The UNet of latent diffusion and its relatives (Rombach et al. 2022, section 3.3).
+
+The architecture is that of Ronneberger et al. (2015) with the residual and attention blocks of Dhariwal &
+Nichol (2021).
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
-from ldm.models.layers.attention import AttentionBlock, SpatialTransformer
+from ldm.models.layers.attention import AttentionBlock
 from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
+from ldm.models.layers.modules import ModuleListOf
 from ldm.models.layers.norm import group_norm_32
 from ldm.models.layers.resblock import Downsample, Resample, ResBlock, Upsample
+from ldm.models.layers.transformer import SpatialTransformer
+from ldm.models.unet_config import UNetConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The shape of a UNet; the defaults are Stable Diffusion 1's.
-
-    ``channels`` and ``depth`` have one entry a level: its width, and the transformer blocks behind each of
-    its residual blocks (0: none). Either ``heads`` (one number a level, or one for all) or ``head_dim``
-    (channels of a head, at every level) says how attention is split. ``blocks``: residual blocks a level on
-    the way down; one more on the way up.
-
-    ``attention``: None for transformers, "block" for AttentionBlocks, at most one behind a residual block,
-    with a context only if there is a ``context_dim``. ``only_cross``: the levels whose transformers have no
-    self-attention (both attend to the context). ``resample``: None for convolutions, "resblock" to change
-    sizes inside residual blocks. ``scale_shift``: the embedding scales and shifts their second norm.
-
-    Conditions that join the timestep's embedding: ``pooled_dim`` is the width of `Cond.pooled`; ``class_dim``
-    is the same under the name that Stable unCLIP gave it; ``classes`` is the size of a table, and
-    `Cond.pooled` then holds one whole number a sample (B,), a class or a level of noise; ``guidance_dim`` is
-    the width of the sinusoid of `Cond.guidance` (latent consistency models). ``embedded``: `Cond.pooled` is
-    of the embedding's own width, 4·channels[0], and is added as it is (unCLIP decoders, whose projections
-    stand outside).
-    """
-
-    in_channels: int = 4
-    out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    depth: tuple[int, ...] = (1, 1, 1, 0)
-    mid_depth: int = 1
-    blocks: int = 2
-    heads: int | tuple[int, ...] | None = 8
-    head_dim: int | None = None
-    context_dim: int | None = 768
-    linear_projection: bool = False
-    pooled_dim: int | None = None
-    scale_shift: bool = False
-    dropout: float = 0.0
-    attention: Literal["block"] | None = None
-    only_cross: tuple[bool, ...] | None = None
-    resample: Literal["resblock"] | None = None
-    class_dim: int | None = None
-    classes: int | None = None
-    guidance_dim: int | None = None
-    embedded: bool | None = None
-
-    def __post_init__(self) -> None:
-        levels = len(self.channels)
-        if not levels or min(self.channels) < 1:
-            raise ValueError(f"channels: expected one positive number a level, got {self.channels}")
-        if len(self.depth) != levels or min(self.depth) < 0 or self.mid_depth < 0:
-            raise ValueError(
-                f"depth: expected {levels} numbers of 0 or more, one for each of channels, got {self.depth}"
-            )
-        if (self.heads is None) == (self.head_dim is None):
-            raise ValueError(
-                f"expected one of heads and head_dim, got heads={self.heads}, head_dim={self.head_dim}"
-            )
-        if isinstance(self.heads, tuple) and len(self.heads) != levels:
-            raise ValueError(f"heads: expected {levels} numbers, got {self.heads}")
-        for level, width in enumerate(self.channels):
-            if self.depth[level] or (level == levels - 1 and self.mid_depth):
-                heads, head_dim = self.split(level)
-                if heads * head_dim != width:
-                    raise ValueError(
-                        f"level {level}: {width} channels cannot be split into {heads} heads of"
-                        f" {self.head_dim or 'equal width'}"
-                    )
-        self._check_attention()
-        given = (self.pooled_dim, self.class_dim, self.classes, self.embedded or None)
-        if sum(value is not None for value in given) > 1:
-            raise ValueError(
-                "expected one of pooled_dim, class_dim, classes and embedded, got"
-                f" {', '.join(map(str, given))}"
-            )
-
-    def _check_attention(self) -> None:
-        attends = any(self.depth) or self.mid_depth > 0
-        if self.attention not in (None, "block"):
-            raise ValueError(f'attention: expected None or "block", got {self.attention!r}')
-        if self.resample not in (None, "resblock"):
-            raise ValueError(f'resample: expected None or "resblock", got {self.resample!r}')
-        if self.attention == "block" and max(*self.depth, self.mid_depth) > 1:
-            raise ValueError(
-                f"depth: AttentionBlocks do not stack, expected 0 or 1, got {self.depth} and mid_depth"
-                f" {self.mid_depth}"
-            )
-        if self.attention is None and attends and self.context_dim is None:
-            raise ValueError(
-                'context_dim: transformers attend to a context, expected its width; attention="block" can do'
-                " without"
-            )
-        if self.only_cross is not None and (
-            len(self.only_cross) != len(self.channels) or self.attention is not None
-        ):
-            raise ValueError(
-                f"only_cross: expected {len(self.channels)} truth values for transformers, got"
-                f" {self.only_cross}"
-            )
-
-    def split(self, level: int) -> tuple[int, int]:
-        """(number of heads, channels of a head) of the attention at a level."""
-        width = self.channels[level]
-        if self.head_dim is not None:
-            return width // self.head_dim, self.head_dim
-        heads = self.heads[level] if isinstance(self.heads, tuple) else self.heads
-        assert heads is not None
-        return heads, width // heads
-
-    @property
-    def takes_context(self) -> bool:
-        """Whether anything in the network attends to `Cond.context`."""
-        return self.context_dim is not None and (any(self.depth) or self.mid_depth > 0)
-
-    @property
-    def factor(self) -> int:
-        """How often the smallest level halves the input: sizes that are multiples of it never round."""
-        return 2 ** (len(self.channels) - 1)
+__all__ = ["UNet", "UNetConfig"]
 
 
 class UNetLevel(nn.Module):
-    """Residual blocks at one size, each followed by attention if the level has any, and a change of size
-    behind them."""
+    """Residual blocks at one size, each followed by attention if the level has any, then a change of size.
+
+    Args:
+        config: Shape of the UNet.
+        level: Index of the level, 0 for the largest size.
+        widths: Input channels of each residual block.
+        emb_dim: Width D of the time embedding.
+        resample: "down", "up", or None for a level that keeps its size.
+    """
 
     def __init__(
         self, config: UNetConfig, level: int, widths: list[int], emb_dim: int, resample: Resample | None
     ) -> None:
         super().__init__()
         width = config.channels[level]
-        self.resnets = nn.ModuleList(
+        self.resnets: ModuleListOf[ResBlock] = ModuleListOf(
             ResBlock(w, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout)
             for w in widths
         )
         only_cross = config.only_cross is not None and config.only_cross[level]
         depth = config.depth[level]
-        self.attentions = (
-            nn.ModuleList(attention(config, level, depth, only_cross) for _ in widths) if depth else None
+        self.attentions: ModuleListOf[AttentionBlock | SpatialTransformer] | None = (
+            ModuleListOf(make_attention(config, level, depth, only_cross) for _ in widths) if depth else None
         )
-        if resample is not None:
-            resize: nn.Module
-            if config.resample == "resblock":
-                resize = ResBlock(
-                    width,
-                    width,
-                    emb_dim=emb_dim,
-                    scale_shift=config.scale_shift,
-                    resample=resample,
-                    dropout=config.dropout,
-                )
+        # lists of one element, because the published names are downsamplers.0 and upsamplers.0
+        self.downsamplers: ModuleListOf[Downsample | ResBlock] | None = None
+        self.upsamplers: ModuleListOf[Upsample | ResBlock] | None = None
+        if resample is None:
+            return
+        if config.resample == "resblock":
+            resizing = ResBlock(
+                width,
+                width,
+                emb_dim=emb_dim,
+                scale_shift=config.scale_shift,
+                resample=resample,
+                dropout=config.dropout,
+            )
+            if resample == "down":
+                self.downsamplers = ModuleListOf([resizing])
             else:
-                resize = Downsample(width) if resample == "down" else Upsample(width)
-            setattr(self, f"{resample}samplers", nn.ModuleList([resize]))
+                self.upsamplers = ModuleListOf([resizing])
+        elif resample == "down":
+            self.downsamplers = ModuleListOf([Downsample(width)])
+        else:
+            self.upsamplers = ModuleListOf([Upsample(width)])
 
     def block(self, i: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The i-th residual block and what attends behind it."""
-        x = self.resnets[i](x, emb)
+        """Return the output of residual block i and of the attention behind it.
+
+        Args:
+            i: Index of the residual block.
+            x: Feature map, shape (B, widths[i], h, w).
+            emb: Time embedding, shape (B, D).
+            context: Shape (B, L, D_c), or None.
+            mask: True for tokens that are attended to, bool, shape (B, L), or None.
+
+        Returns:
+            Shape (B, C, h, w).
+        """
+        x = self.resnets[i](x, emb)  # (B, C, h, w)
         return x if self.attentions is None else self.attentions[i](x, context, mask)
+
+    def downsample(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Return x (B, C, h, w) at half the size, for a level with a downsampler."""
+        assert self.downsamplers is not None
+        layer = self.downsamplers[0]
+        return layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+
+    def upsample(self, x: Tensor, emb: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return x (B, C, h, w) at `size`, about twice the size, for a level with an upsampler."""
+        assert self.upsamplers is not None
+        layer = self.upsamplers[0]
+        return layer(x, emb) if isinstance(layer, ResBlock) else layer(x, size)
 
 
 class UNetMid(nn.Module):
-    """Block, attention, block at the smallest size."""
+    """Residual block, attention (if `mid_depth` is not 0) and residual block at the smallest size."""
 
     def __init__(self, config: UNetConfig, emb_dim: int) -> None:
         super().__init__()
         width, last = config.channels[-1], len(config.channels) - 1
-        self.resnets = nn.ModuleList(
+        self.resnets: ModuleListOf[ResBlock] = ModuleListOf(
             ResBlock(width, width, emb_dim=emb_dim, scale_shift=config.scale_shift, dropout=config.dropout)
             for _ in range(2)
         )
-        self.attentions = (
-            nn.ModuleList([attention(config, last, config.mid_depth)]) if config.mid_depth else None
+        self.attentions: ModuleListOf[AttentionBlock | SpatialTransformer] | None = (
+            ModuleListOf([make_attention(config, last, config.mid_depth)]) if config.mid_depth else None
         )
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = self.resnets[0](x, emb)
+        """Return the output (B, C, h, w) for x (B, C, h, w); the other arguments as in `UNetLevel.block`."""
+        x = self.resnets[0](x, emb)  # (B, C, h, w)
         if self.attentions is not None:
-            x = self.attentions[0](x, context, mask)
+            x = self.attentions[0](x, context, mask)  # (B, C, h, w)
         return self.resnets[1](x, emb)
 
 
-def attention(config: UNetConfig, level: int, depth: int, only_cross: bool = False) -> nn.Module:
-    """What attends behind a residual block of a level."""
+def make_attention(
+    config: UNetConfig, level: int, depth: int, only_cross: bool = False
+) -> AttentionBlock | SpatialTransformer:
+    """Return the attention behind a residual block.
+
+    Args:
+        config: Shape of the UNet.
+        level: Index of the level.
+        depth: Number of transformer blocks; ignored for `AttentionBlock`s.
+        only_cross: See `SpatialTransformer`. Default: False.
+    """
     width, (heads, head_dim) = config.channels[level], config.split(level)
     if config.attention == "block":
         return AttentionBlock(width, heads=heads, head_dim=head_dim, context_dim=config.context_dim)
@@ -212,7 +148,7 @@ def attention(config: UNetConfig, level: int, depth: int, only_cross: bool = Fal
 
 
 class UNet(nn.Module):
-    """net(x_t, t, cond) → the raw prediction, for any size of x_t."""
+    """The network `net(x_t, t, cond)` that returns the raw prediction, for x_t of any size."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -230,7 +166,7 @@ class UNet(nn.Module):
             )
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks: ModuleListOf[UNetLevel] = ModuleListOf()
         width, skips = channels[0], [channels[0]]
         for level in range(levels):
             widths = [width] + [channels[level]] * (config.blocks - 1)
@@ -240,7 +176,7 @@ class UNet(nn.Module):
             skips += [width] * (config.blocks + (not last))
 
         self.mid_block = UNetMid(config, emb_dim)
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks: ModuleListOf[UNetLevel] = ModuleListOf()
         for level in reversed(range(levels)):
             widths = []
             for _ in range(config.blocks + 1):
@@ -251,37 +187,54 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t (B, C, h, w); t (B,) in timesteps; `Cond.context` (B, L, D) with its mask, `Cond.pooled`,
-        `Cond.concat` → (B, C_out, h, w)."""
-        x = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)
+        """Return the raw prediction.
+
+        Args:
+            x_t: Noisy sample, shape (B, C, h, w).
+            t: Timesteps, shape (B,); they may be fractional.
+            cond: `context` (B, L, D_c) with its mask, `pooled`, `concat` and `guidance`, as the configuration
+                requires.
+
+        Returns:
+            Shape (B, C_out, h, w).
+
+        Raises:
+            ValueError: If x_t or the condition does not fit the configuration; see `check`.
+        """
+        x = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)  # (B, C_in, h, w)
         self.check(x, cond)
         emb = self.embed(t, cond, x_t.dtype)  # (B, 4·channels[0])
-        context, mask = cond.context, cond.context_mask
+        context, mask = cond.context, cond.context_mask  # (B, L, D_c), (B, L)
 
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # (B, channels[0], h, w)
         skips = [x]
         for level in self.down_blocks:
             for i in range(self.config.blocks):
-                x = level.block(i, x, emb, context, mask)
+                x = level.block(i, x, emb, context, mask)  # (B, channels[level], h', w')
                 skips.append(x)
-            if hasattr(level, "downsamplers"):
-                x = (
-                    level.downsamplers[0](x)
-                    if self.config.resample is None
-                    else level.downsamplers[0](x, emb)
-                )
+            if level.downsamplers is not None:
+                x = level.downsample(x, emb)  # (B, channels[level], h'/2, w'/2)
                 skips.append(x)
-        x = self.mid_block(x, emb, context, mask)
+        x = self.mid_block(x, emb, context, mask)  # (B, channels[-1], h', w')
         for level in self.up_blocks:
             for i in range(self.config.blocks + 1):
-                x = level.block(i, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
-            if hasattr(level, "upsamplers"):
-                x = level.upsamplers[0](x, skips[-1].shape[-2:] if self.config.resample is None else emb)
+                x = torch.cat([x, skips.pop()], dim=1)  # (B, channels of both, h', w')
+                x = level.block(i, x, emb, context, mask)  # (B, channels[level], h', w')
+            if level.upsamplers is not None:
+                x = level.upsample(x, emb, skips[-1].shape[-2:])  # (B, channels[level], 2h', 2w')
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def check(self, x: Tensor, cond: Cond) -> None:
-        """ValueError for an input (x_t and `Cond.concat`) or a condition that this network cannot take, or a
-        condition that it lacks."""
+        """Raise ValueError for an input or a condition that the network does not take.
+
+        Args:
+            x: x_t and `Cond.concat`, concatenated, shape (B, C_in, h, w).
+            cond: The condition.
+
+        Raises:
+            ValueError: If x has another number of channels or a size that cannot be halved, if a condition
+                that the network requires is missing, or if one that it does not read is given.
+        """
         config = self.config
         if x.shape[1] != config.in_channels:
             raise ValueError(
@@ -290,38 +243,47 @@ class UNet(nn.Module):
             )
         if config.resample == "resblock" and (x.shape[-2] % config.factor or x.shape[-1] % config.factor):
             raise ValueError(
-                f"input size {x.shape[-2]}×{x.shape[-1]}: this UNet halves by averages, expected multiples of"
-                f" {config.factor}"
+                f"input size {x.shape[-2]}×{x.shape[-1]}: this UNet halves sizes by averaging, expected"
+                f" multiples of {config.factor}"
             )
         if config.takes_context and cond.context is None:
             raise ValueError("this UNet attends to a context: Cond.context is None")
         if config.guidance_dim and cond.guidance is None:
             raise ValueError("this UNet takes the guidance scale: Cond.guidance is None")
-        wanted = (
-            config.pooled_dim or config.class_dim or (4 * config.channels[0] if config.embedded else None)
-        )
-        if (wanted or config.classes) and cond.pooled is None:
-            kind = f"a pooled condition of width {wanted}" if wanted else f"one of {config.classes} classes"
+        width = config.pooled_dim or config.class_dim or (4 * config.channels[0] if config.embedded else None)
+        if (width or config.classes) and cond.pooled is None:
+            kind = f"a pooled condition of width {width}" if width else f"one of {config.classes} classes"
             raise ValueError(f"this UNet takes {kind}: Cond.pooled is None")
-        unused = {
+        reads = {
             "context": config.takes_context,
-            "pooled": wanted or config.classes,
+            "pooled": width or config.classes,
             "guidance": config.guidance_dim,
         }
-        for name, taken in unused.items():
-            if not taken and getattr(cond, name) is not None:
+        for name, read in reads.items():
+            if not read and getattr(cond, name) is not None:
                 raise ValueError(
                     f"this UNet takes no Cond.{name}, expected None, got shape"
                     f" {tuple(getattr(cond, name).shape)}"
                 )
 
     def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-        """The embedding that every residual block receives: the timestep's, and those of the conditions that
-        join it; (B, 4·channels[0])."""
+        """Return the embedding of the timesteps and of the conditions that are added to it.
+
+        Args:
+            t: Timesteps, shape (B,).
+            cond: The condition, of which `pooled` and `guidance` are read.
+            dtype: The dtype of the embedding.
+
+        Returns:
+            Shape (B, 4·channels[0]).
+
+        Raises:
+            ValueError: If classes are not integers of shape (B,), or out of range.
+        """
         guidance = None
         if self.config.guidance_dim is not None and cond.guidance is not None:
-            guidance = guidance_sinusoid(cond.guidance, self.config.guidance_dim).to(dtype)
-        emb = self.time_embedding(sinusoid(t, self.config.channels[0]).to(dtype), guidance)
+            guidance = guidance_sinusoid(cond.guidance, self.config.guidance_dim).to(dtype)  # (B, D_g)
+        emb = self.time_embedding(sinusoid(t, self.config.channels[0]).to(dtype), guidance)  # (B, D)
         pooled, classes = cond.pooled, self.config.classes
         if pooled is None:
             return emb
@@ -334,7 +296,7 @@ class UNet(nn.Module):
             return emb + self.class_embedding(pooled.to(dtype))
         if pooled.ndim != 1 or pooled.is_floating_point():
             raise ValueError(
-                f"Cond.pooled: this UNet takes classes, expected whole numbers (B,), got {pooled.dtype}"
+                f"Cond.pooled: this UNet takes classes, expected integers of shape (B,), got {pooled.dtype}"
                 f" {tuple(pooled.shape)}"
             )
         if pooled.numel() and not 0 <= int(pooled.min()) <= int(pooled.max()) < classes:

@@ -1,5 +1,7 @@
-"""The vector-quantised autoencoder of latent diffusion (van den Oord et al. 2017; Esser et al. 2021; Rombach
-et al. 2022, section 3.1)."""
+"""The vector-quantized autoencoder of latent diffusion (Rombach et al. 2022, section 3.1).
+
+Vector quantization is due to van den Oord et al. (2017), the architecture to Esser et al. (2021).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.vae import Point, VAEConfig, VAEDecoder, VAEEncoder, check_size
+from ldm.models.checks import check_positive
+from ldm.models.posterior import Point
+from ldm.models.vae import VAEConfig, VAEDecoder, VAEEncoder, check_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig(VAEConfig):
-    """The shape of an autoencoder with ``codes`` vectors in its codebook, each ``latent_channels`` wide."""
+    """Shape of a vector-quantized autoencoder; the other arguments are those of `VAEConfig`.
+
+    Args:
+        latent_channels: Channels C of the latent, and width of a codebook vector. Default: 3.
+        codes: Number K of vectors in the codebook. Default: 8192.
+    """
 
     channels: tuple[int, ...] = (128, 256, 512)
     latent_channels: int = 3
@@ -22,12 +31,11 @@ class VQConfig(VAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.codes < 1:
-            raise ValueError(f"codes: expected at least 1, got {self.codes}")
+        check_positive(codes=self.codes)
 
 
 class Codebook(nn.Module):
-    """The vectors that a latent may be made of."""
+    """The K vectors, of width C, that positions of a latent are quantized to."""
 
     def __init__(self, codes: int, dim: int) -> None:
         super().__init__()
@@ -35,23 +43,27 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w) → the index of the nearest vector at each position, (B, h, w); distances are in
-        float32 whatever z is."""
+        """Return the index of the nearest vector at each position, (B, h, w), for z (B, C, h, w).
+
+        Distances are computed in float32, whatever the dtype of z.
+        """
         table = self.embedding.weight.float()  # (K, C)
         rows = z.float().movedim(1, -1).flatten(0, 2)  # (B·h·w, C)
-        squares = table.square().sum(1)  # |z − e|² = |z|² − 2 z·e + |e|², where |z|² decides nothing
-        # 4096: memory stays bounded
+        squares = table.square().sum(1)  # (K,); |z − e|² = |z|² − 2 z·e + |e|², and |z|² is constant
+        # parts of 4096 positions bound the memory
         indices = [torch.addmm(squares, part, table.T, alpha=-2).argmin(1) for part in rows.split(4096)]
         return torch.cat(indices).view(len(z), *z.shape[-2:])
 
     def vectors(self, indices: Tensor) -> Tensor:
-        """Indices (B, h, w) → latents (B, C, h, w)."""
+        """Return the vectors (B, C, h, w) of indices (B, h, w)."""
         return self.embedding(indices).movedim(-1, 1)
 
 
 class VQModel(nn.Module):
-    """Pictures in [−1, 1] to latents and back. Diffusion runs on the continuous latents; decoding first takes
-    each to its nearest code."""
+    """Autoencoder of images in [−1, 1] whose decoder quantizes latents to the nearest codes.
+
+    Diffusion runs on the continuous latents that `encode` returns. f below is `VAEConfig.factor`.
+    """
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -64,22 +76,28 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, x: Tensor) -> Point:
-        """x (B, 3, H, W) in [−1, 1], H and W multiples of the factor → the latent (B, C, H/f, W/f) before
-        quantisation; ValueError otherwise."""
+        """Return the latent (B, C, H/f, W/f) before quantization, in float32.
+
+        Args:
+            x: Images in [−1, 1], shape (B, 3, H, W).
+
+        Raises:
+            ValueError: If H or W is not a multiple of f.
+        """
         check_size(x, self.config.factor)
-        x = F.pixel_unshuffle(x, self.config.patch)
+        x = F.pixel_unshuffle(x, self.config.patch)  # (B, 3·p², H/p, W/p)
         return Point(self.quant_conv(self.encoder(x)).float())
 
     def indices(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) → the indices of their codes (B, h, w)."""
+        """Return the indices of the nearest codes (B, h, w) of latents z (B, C, h, w)."""
         return self.quantize.nearest(z)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w), quantised here → pictures (B, 3, f·h, f·w), about [−1, 1]."""
+        """Return images (B, 3, f·h, f·w), about in [−1, 1], of latents z (B, C, h, w), quantized first."""
         return self.decode_indices(self.indices(z))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """The indices of codes (B, h, w) → pictures (B, 3, f·h, f·w), about [−1, 1]."""
+        """Return images (B, 3, f·h, f·w), about in [−1, 1], of the indices of codes (B, h, w)."""
         return F.pixel_shuffle(
             self.decoder(self.post_quant_conv(self.quantize.vectors(indices))), self.config.patch
         )

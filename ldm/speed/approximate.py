@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
-from ldm.models.layers.attention import Attention, SpatialTransformer
+from ldm.models.layers.attention import Attention
+from ldm.models.layers.transformer import SpatialTransformer
 from ldm.models.unet import UNet
 from ldm.speed.substitute import Substitute
 
@@ -122,7 +123,7 @@ class Reuse(Substitute):
         x = features
         for level, i in rises(net)[-self.branch - 1 :]:
             x = level.block(i, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
-            if i == net.config.blocks and hasattr(level, "upsamplers"):
+            if i == net.config.blocks and level.upsamplers is not None:
                 x = level.upsamplers[0](x, skips[-1].shape[-2:] if net.config.resample is None else emb)
         return net.conv_out(F.silu(net.conv_norm_out(x)))
 
@@ -137,7 +138,7 @@ def falls(net: Any) -> list[tuple[Any, int | None]]:
     return [
         (level, i)
         for level in net.down_blocks
-        for i in (*range(net.config.blocks), *([None] if hasattr(level, "downsamplers") else []))
+        for i in (*range(net.config.blocks), *([None] if level.downsamplers is not None else []))
     ]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.layers.attention import GEGLU, SpatialTransformer
 from ldm.models.layers.resblock import Upsample
+from ldm.models.layers.transformer import GEGLU, SpatialTransformer
 from ldm.speed.approximate import unets
 from ldm.speed.packed import ContextLinear, Packed, with_grad
 from ldm.speed.substitute import Substitute

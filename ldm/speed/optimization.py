@@ -7,8 +7,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ldm.models.layers.attention import GEGLU, Attention, AttentionBlock
+from ldm.models.layers.attention import Attention, AttentionBlock
 from ldm.models.layers.resblock import ResBlock, Upsample
+from ldm.models.layers.transformer import GEGLU
 from ldm.models.vae import VAEDecoder
 from ldm.speed.approximate import merge_tokens, reuse_features
 from ldm.speed.backends import check_backend, leave, networks, use

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers.attention import GEGLU
 from ldm.models.layers.resblock import Upsample
+from ldm.models.layers.transformer import GEGLU
 from ldm.models.meta import on_meta
 from ldm.speed.kernels.ops import CHANNELS_LAST, Native, Plain, winograd
 

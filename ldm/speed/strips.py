@@ -202,7 +202,7 @@ class StripDecoder(VAEDecoder):
                 if level.attentions is not None:
                     source = Map(level.attentions[i](source.x))
             del inner
-            if hasattr(level, "upsamplers"):  # large maps are doubled when their rows are read
+            if level.upsamplers is not None:  # large maps are doubled when their rows are read
                 doubled = Map(source.x, level.upsamplers[0])
                 source = doubled if 4 * source.x.numel() >= LARGE else Map(doubled.rows(0, doubled.height))
         out = source.empty(self.conv_out.out_channels)

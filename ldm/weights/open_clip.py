@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.models.clip.towers import CLIP, Activation, CLIPConfig, TextConfig, VisionConfig
+from ldm.models.clip.config import Activation, CLIPConfig, TextConfig, VisionConfig
+from ldm.models.clip.towers import CLIP
 from ldm.models.meta import on_meta
 from ldm.support.config import nearest
 from ldm.weights.formats.safetensors import load_strict

@@ -108,7 +108,7 @@ def test_what_cannot_be_controlled_is_refused(net, call):
     ):
         pass
     with (
-        pytest.raises(ValueError, match=r"expected \(2, 2, 16, 5\)"),
+        pytest.raises(ValueError, match=r"expected shape \(2, 2, 16, 5\)"),
         attention_control(net, lambda name, p: p[:1]),
     ):
         call()

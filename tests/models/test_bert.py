@@ -87,7 +87,7 @@ def test_prompts_are_never_cut(tokenizer):
     assert tokenizer(["the cat"], 4) == [
         [VOCABULARY.index(token) for token in ("[CLS]", "the", "cat", "[SEP]")]
     ]
-    with pytest.raises(ValueError, match="has 5 tokens, expected at most 4"):
+    with pytest.raises(ValueError, match="has 5 tokens with start and end, expected at most 4"):
         tokenizer(["of the cat"], 4)
 
 

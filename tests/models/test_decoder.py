@@ -289,7 +289,7 @@ def test_kandinskys_decoders_equal_the_peers(version):
     assert error(ours(X, T, cond), expected) < TOLERANCE
     for name, value in cond.items():
         assert error(ours(X, T, replace(cond, **{name: value.flip(0)})), expected) > VISIBLE, name
-    with pytest.raises(ValueError, match="no learned embedding of no image"):
+    with pytest.raises(ValueError, match="no learned embedding for no image"):
         ours.condition.nothing()
 
 

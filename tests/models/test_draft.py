@@ -51,7 +51,7 @@ def test_a_widened_draft_is_the_same_function_with_units_that_can_learn(layers: 
     for other in ({"width": 4}, {"width": 9, "channels": 2}):
         with pytest.raises(
             ValueError,
-            match="this draft is .*width=5.* expected more width, or finish where it is None, got .*",
+            match="this draft is .*width=5.* expected a larger width, or finish where it is None, got .*",
         ):
             draft.grown(replace(draft.config, **other))
 
@@ -141,12 +141,12 @@ def test_a_finished_draft_agrees_by_what_the_hidden_layer_does_behind_its_convol
     unit = 1e-3
 
     def moved(by: torch.Tensor) -> torch.Tensor:
-        begun = draft._begun(text) + (draft.fc2.weight @ by).view(1, 2, 6, 6)
+        begun = draft._unfinished(text) + (draft.fc2.weight @ by).view(1, 2, 6, 6)
         return draft.finish(begun, text).detach()
 
     step = (moved(unit * hidden) - moved(-unit * hidden)).flatten() / (2 * unit)
     assert torch.allclose(
-        draft._directions(text) @ hidden, step, atol=2e-3
+        draft._jacobian(text) @ hidden, step, atol=2e-3
     )  # float32's rounding over the step: 1e-7·10/1e-3
     truth = moved(0.3 * hidden)
     hole = torch.zeros(1, 1, 6, 6)

@@ -337,7 +337,7 @@ def test_shapes_that_no_prior_has(change, message):
 
 def test_conditions_that_do_not_fit_are_named():
     net, cond, t = Prior(SMALL), condition(SMALL), torch.zeros(2)
-    with pytest.raises(ValueError, match=r"embeddings 24 wide, got \(2, 25\)"):
+    with pytest.raises(ValueError, match=r"embeddings 24 wide, got x_t of shape \(2, 25\)"):
         net(torch.zeros(2, 25), t, cond)
     with pytest.raises(ValueError, match=r"Cond.pooled of shape \(B, 24\), got None"):
         net(torch.zeros(2, 24), t, replace(cond, pooled=None))

@@ -223,7 +223,7 @@ def test_conditions_that_are_missing_or_not_taken_are_refused():
         alone(x[:, :, :7], t, Cond())
     with pytest.raises(ValueError, match=r"one of 10 classes: Cond\.pooled is None"):
         classes(x, t, Cond(context=context))
-    with pytest.raises(ValueError, match=r"expected whole numbers \(B,\), got torch\.float32"):
+    with pytest.raises(ValueError, match=r"expected integers of shape \(B,\), got torch\.float32"):
         classes(x, t, Cond(context=context, pooled=torch.ones(1)))
     with pytest.raises(ValueError, match=r"expected classes from 0 to 9, got \[10\]"):
         classes(x, t, Cond(context=context, pooled=torch.tensor([10])))

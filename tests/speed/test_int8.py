@@ -10,7 +10,7 @@ from test_optimize import UNETS, inputs, make, rms
 from torch import nn
 
 import ldm
-from ldm.models.layers.attention import GEGLU
+from ldm.models.layers.transformer import GEGLU
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.speed.int8 import Int8, quantise
 

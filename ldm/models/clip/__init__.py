@@ -1,0 +1,1 @@
+"""CLIP: configurations, text and vision towers, and the preparation of their pixels."""

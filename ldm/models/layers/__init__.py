@@ -1,0 +1,1 @@
+"""Layers that several networks share: attention, transformers, residual blocks, norms, embeddings."""

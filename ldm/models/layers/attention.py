@@ -1,4 +1,4 @@
-"""Attention: the product itself, and the transformer blocks of the diffusion networks."""
+"""Attention: the product, control over its probabilities, and the attention layers of the networks."""
 
 from __future__ import annotations
 
@@ -12,58 +12,78 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.layers.modules import ModuleListOf
 from ldm.models.layers.norm import SpatialNorm, group_norm_32
 
-# probabilities (B, H, L, M) float32 -> others in their place, or None to leave them
+# probabilities (B, H, L, M) float32 -> replacements of the same shape, or None to keep them
 AttentionControl = Callable[[Tensor], Tensor | None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
+    """Return softmax(q kᵀ / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
 
-    q (B, H, L, d), k and v (B, H, M, d); mask: bool, broadcastable to (B, H, L, M), True where a query may
-    look. With gradients on the CPU it is written as two matrix products: the fused kernel's backward is
-    several times slower there in bfloat16.
+    On the CPU, if q requires a gradient, the two matrix products are computed separately, because the
+    backward pass of the fused kernel is several times slower in bfloat16.
+
+    Args:
+        q: Queries, shape (B, H, L, d).
+        k: Keys, shape (B, H, M, d).
+        v: Values, shape (B, H, M, d).
+        mask: True where a query attends to a key, bool, broadcastable to (B, H, L, M). None attends to all.
+
+    Returns:
+        Shape (B, H, L, d).
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, M)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores.masked_fill(~mask, float("-inf"))  # (B, H, L, M)
         return scores.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)), (B, H, L, M), computed in float32 whatever q and k are in, under autocast too;
-    arguments as in `attend`."""
+    """Return softmax(q kᵀ / sqrt(d)), (B, H, L, M), in float32 also under autocast; arguments as `attend`."""
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)  # (B, H, L, M)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf"))  # (B, H, L, M)
     return scores.softmax(dim=-1)
 
 
 def attend_controlled(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, controls: tuple[AttentionControl, ...]
 ) -> Tensor:
-    """`attend` with the probabilities shown to ``controls``, in order, each of which may replace them for
-    those behind it and for the product.
+    """Return `attend` with probabilities that pass through `controls`.
 
-    Where none does, the product is that of `attend`: looking changes nothing, to the bit. Replaced ones are
-    multiplied out explicitly, which differs from the fused kernel by rounding (2e-7 of a value in float32).
+    If no control replaces the probabilities, the result is bit-identical to `attend`. Replaced probabilities
+    are multiplied explicitly, which differs from the fused kernel by rounding (2e-7, relative, in float32).
+
+    Args:
+        q: Queries, shape (B, H, L, d).
+        k: Keys, shape (B, H, M, d).
+        v: Values, shape (B, H, M, d).
+        mask: True where a query attends to a key, broadcastable to (B, H, L, M), or None.
+        controls: Called in order with the probabilities; a replacement is passed to the controls after it.
+
+    Returns:
+        Shape (B, H, L, d).
+
+    Raises:
+        ValueError: If a control returns another shape.
     """
-    shown = probabilities(q, k, mask)
-    p = shown
+    original = probabilities(q, k, mask)  # (B, H, L, M)
+    p = original
     for control in controls:
-        changed = control(p)
-        if changed is not None:
-            if changed.shape != shown.shape:
+        replacement = control(p)
+        if replacement is not None:
+            if replacement.shape != original.shape:
                 raise ValueError(
-                    f"attention probabilities: expected {tuple(shown.shape)} (B, H, L, M), the control gave"
-                    f" {tuple(changed.shape)}"
+                    f"attention probabilities: expected shape {tuple(original.shape)} (B, H, L, M), the"
+                    f" control returned {tuple(replacement.shape)}"
                 )
-            p = changed
-    return attend(q, k, v, mask) if p is shown else p.to(v.dtype) @ v
+            p = replacement  # (B, H, L, M)
+    return attend(q, k, v, mask) if p is original else p.to(v.dtype) @ v
 
 
 @contextmanager
@@ -73,15 +93,24 @@ def attention_control(
     *,
     of: Literal["cross", "self", "all"] = "cross",
 ) -> Iterator[list[str]]:
-    """Within it, ``fn(name, probabilities)`` is called by every attention of a network, and may return others
-    to be used in their place.
+    """Call a function with the probabilities of every attention of a network, inside a `with` block.
 
-    ``name`` is the attention's own in the network ("mid_block.attentions.0.transformer_blocks.0.attn2");
-    probabilities are (B, H, L, M) float32, L positions over M tokens or positions, each row summing to 1.
-    Under guidance the batch is that of `ldm.diffusion.guidance.under`: the pictures with their prompts first,
-    then the same pictures without. ``of``: attention to a context, to the positions themselves, or all.
-    Yields the names. Controls may be nested: an inner one sees what the outer one made. ValueError where the
-    network has none of the kind.
+    Blocks may be nested: an inner function receives what the outer one returned. Under guidance the batch is
+    that of `ldm.diffusion.guidance.under`: the samples with their prompts, then the same samples without.
+
+    Args:
+        network: The network whose attentions are controlled.
+        fn: Called as `fn(name, probabilities)`. `name` is the module's name in the network, for instance
+            "mid_block.attentions.0.transformer_blocks.0.attn2". The probabilities have shape (B, H, L, M),
+            float32, for L positions over M tokens or positions; each row sums to 1. A returned tensor
+            replaces them, None keeps them.
+        of: Which attentions: "cross" (to a context), "self" (to the positions), or "all". Default: "cross".
+
+    Yields:
+        The names of the attentions.
+
+    Raises:
+        ValueError: If the network has no attention of this kind, or `of` is unknown.
     """
     if of not in ("cross", "self", "all"):
         raise ValueError(f"of: expected cross, self or all, got {of!r}")
@@ -94,23 +123,29 @@ def attention_control(
         raise ValueError(
             f"the network {type(network).__name__} has no {'' if of == 'all' else of + '-'}attention"
         )
-    own = {name: partial(fn, name) for name in found}
+    added = {name: partial(fn, name) for name in found}
     for name, part in found.items():
-        part.controls = (*part.controls, own[name])
+        part.controls = (*part.controls, added[name])
     try:
         yield list(found)
     finally:
         for name, part in found.items():
-            part.controls = tuple(control for control in part.controls if control is not own[name])
+            part.controls = tuple(control for control in part.controls if control is not added[name])
 
 
 class Attention(nn.Module):
-    """Multi-head attention of (B, L, D) queries over a context (B, M, D_context), or over themselves without
-    one.
+    """Multi-head attention of a sequence to a context, or to itself.
 
-    The mask is bool, True where a query may look: (B, M) for all of them alike, or (B, L, M). ``controls``:
-    who sees the probabilities and may replace them (`attention_control`); with none, the default, nothing but
-    the product is computed.
+    Args:
+        width: Width D of the sequence.
+        heads: Number of heads H.
+        head_dim: Channels d of a head.
+        context_dim: Width D_c of the context; None for self-attention. Default: None.
+        bias: Whether the projections to queries, keys and values have a bias. Default: False.
+
+    Attributes:
+        controls: Functions that receive the probabilities and may replace them; see `attention_control`.
+            Without any, the default, the probabilities are not computed.
     """
 
     controls: tuple[AttentionControl, ...] = ()
@@ -125,32 +160,51 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, inner, bias=bias)
         self.to_k = nn.Linear(context_dim or width, inner, bias=bias)
         self.to_v = nn.Linear(context_dim or width, inner, bias=bias)
-        # a list of one: the published names say to_out.0
-        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+        # a list of one element, because the published name is to_out.0
+        self.to_out: ModuleListOf[nn.Linear] = ModuleListOf([nn.Linear(inner, width)])
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
+        """Return the attention of x to the context.
+
+        Args:
+            x: Sequence, shape (B, L, D).
+            context: Shape (B, M, D_c); None attends to x itself.
+            mask: True where a query attends to a token, bool, shape (B, M) for all queries or (B, L, M).
+                None attends to all.
+
+        Returns:
+            Shape (B, L, D).
+        """
+        context = x if context is None else context  # (B, M, D_c)
         q, k, v = (
             rearrange(t, "b l (h d) -> b h l d", h=self.heads)
             for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        if mask is not None:
+        )  # (B, H, L, d), (B, H, M, d), (B, H, M, d)
+        if mask is not None:  # (B, 1, 1, M) or (B, 1, L, M)
             mask = (
                 rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
             )
         return self.to_out[0](rearrange(self.product(q, k, v, mask), "b h l d -> b l (h d)"))
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """`attend`, before the eyes of the controls where there are any."""
+        """Return `attend` of the arguments, through the controls if there are any."""
         return attend_controlled(q, k, v, mask, self.controls) if self.controls else attend(q, k, v, mask)
 
 
 class AttentionBlock(Attention):
-    """Attention of a feature map's positions (B, C, h, w) to each other, with its own norm and residual sum
-    (Dhariwal & Nichol 2021).
+    """Attention of the positions of a feature map to each other, with norm and residual sum.
 
-    With a ``context_dim`` the positions attend to a context (B, M, D) as well, in the same softmax (Nichol et
-    al. 2022, section 3). ``spatial``: the channels of a latent z that modulates the norm.
+    The block is that of Dhariwal & Nichol (2021). With a context the positions attend to it and to each other
+    in one softmax (Nichol et al. 2022, section 3).
+
+    Args:
+        channels: Channels C of the map.
+        heads: Number of heads H.
+        head_dim: Channels d of a head.
+        context_dim: Width D_c of the context; None for none. Default: None.
+        eps: Constant added to the variance in the norm. Default: 1e-5.
+        spatial: Channels C_z of a latent that modulates the norm (`SpatialNorm`). None for a group norm.
+            Default: None.
     """
 
     def __init__(
@@ -176,110 +230,30 @@ class AttentionBlock(Attention):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, z: Tensor | None = None
     ) -> Tensor:
+        """Return the map plus its attention.
+
+        Args:
+            x: Feature map, shape (B, C, h, w).
+            context: Shape (B, M, D_c), or None.
+            mask: True for tokens of the context that are attended to, bool, shape (B, M). None attends to
+                all.
+            z: Latent that modulates the norm, shape (B, C_z, *, *); None for a group norm.
+
+        Returns:
+            Shape (B, C, h, w).
+        """
         h, w = x.shape[-2:]
-        y = self.group_norm(x) if z is None else self.spatial_norm(x, z)
-        y = rearrange(y, "b c h w -> b (h w) c")
-        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)  # (B, h·w, H·d)
+        y = self.group_norm(x) if z is None else self.spatial_norm(x, z)  # (B, C, h, w)
+        y = rearrange(y, "b c h w -> b (h w) c")  # (B, h·w, C)
+        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)  # (B, h·w, H·d) each
         if context is None:
             mask = None
         else:
-            # (B, M + h·w, H·d)
-            k, v = (
-                torch.cat([self.add_k_proj(context), k], dim=1),
-                torch.cat([self.add_v_proj(context), v], dim=1),
-            )
+            k = torch.cat([self.add_k_proj(context), k], dim=1)  # (B, M + h·w, H·d)
+            v = torch.cat([self.add_v_proj(context), v], dim=1)  # (B, M + h·w, H·d)
+            # (B, 1, 1, M + h·w)
             mask = None if mask is None else rearrange(F.pad(mask, (0, h * w), value=True), "b m -> b 1 1 m")
         q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in (q, k, v))
-        y = self.product(q, k, v, mask)
-        y = self.to_out[0](rearrange(y, "b h l d -> b l (h d)"))
+        y = self.product(q, k, v, mask)  # (B, H, h·w, d)
+        y = self.to_out[0](rearrange(y, "b h l d -> b l (h d)"))  # (B, h·w, C)
         return x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
-
-
-class GEGLU(nn.Module):
-    """value · gelu(gate), with the exact gelu (Shazeer 2020)."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each before a residual sum (Rombach et al. 2022,
-    appendix E.2.1)."""
-
-    def __init__(
-        self, width: int, *, heads: int, head_dim: int, context_dim: int, only_cross: bool = False
-    ) -> None:
-        super().__init__()
-        self.only_cross = only_cross
-        self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(
-            width, heads=heads, head_dim=head_dim, context_dim=context_dim if only_cross else None
-        )
-        self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, heads=heads, head_dim=head_dim, context_dim=context_dim)
-        self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + (self.attn1(self.norm1(x), context, mask) if self.only_cross else self.attn1(self.norm1(x)))
-        x = x + self.attn2(self.norm2(x), context, mask)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map (B, C, h, w), attending to a context (B, L,
-    D)."""
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        heads: int,
-        head_dim: int,
-        depth: int,
-        context_dim: int,
-        linear: bool = False,
-        only_cross: bool = False,
-    ) -> None:
-        super().__init__()
-        inner = heads * head_dim
-        self.linear = linear
-        self.norm = nn.GroupNorm(group_norm_32(channels), channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(
-                inner, heads=heads, head_dim=head_dim, context_dim=context_dim, only_cross=only_cross
-            )
-            for _ in range(depth)
-        )
-        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        h, w = x.shape[-2:]
-        y = self.norm(x)
-        y = (
-            self.proj_in(rearrange(y, "b c h w -> b (h w) c"))
-            if self.linear
-            else rearrange(self.proj_in(y), "b c h w -> b (h w) c")
-        )
-        for block in self.transformer_blocks:
-            y = block(y, context, mask)  # (B, h·w, C)
-        if self.linear:
-            return x + rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=h, w=w)
-        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h, w=w))

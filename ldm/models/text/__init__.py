@@ -1,0 +1,1 @@
+"""Text encoders other than CLIP's, and the tokenizers of all text encoders."""

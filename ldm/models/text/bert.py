@@ -1,5 +1,7 @@
-"""The text encoder of LDM's first text-to-image models: a bidirectional transformer over WordPiece tokens
-(Rombach et al. 2022, section 4.3)."""
+"""The text encoder of LDM's first text-to-image models (Rombach et al. 2022, section 4.3).
+
+It is a bidirectional transformer over WordPiece tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.checks import check_positive
 from ldm.models.layers.attention import attend
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The shape of the encoder; the defaults are those of text2img-large. Attention is heads × head_dim wide
-    inside, whatever the width."""
+    """Shape of the encoder; the defaults are those of text2img-large.
+
+    Args:
+        vocabulary: Number of token ids. Default: 30522.
+        width: Width D of a token. Default: 1280.
+        layers: Number of layers. Default: 32.
+        heads: Number of attention heads H. Default: 8.
+        head_dim: Channels d of a head; H·d may differ from D. Default: 64.
+        length: Maximum number L of tokens. Default: 77.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
 
     vocabulary: int = 30522
     width: int = 1280
@@ -25,13 +39,11 @@ class BertConfig:
     length: int = 77
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "width", "layers", "heads", "head_dim", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_positive(**vars(self))
 
 
 class BertSelfAttention(nn.Module):
-    """Every token looks at every token, padding included."""
+    """Multi-head self-attention without a mask: padding is attended to."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -42,15 +54,16 @@ class BertSelfAttention(nn.Module):
         self.out_proj = nn.Linear(inner, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the attention (B, L, D) of x (B, L, D)."""
         q, k, v = (
             rearrange(p(x), "b l (h d) -> b h l d", h=self.heads)
             for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        )  # (B, H, L, d) each
         return self.out_proj(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
 
 
 class BertLayer(nn.Module):
-    """Self-attention and feed-forward with the exact gelu, each behind its norm and before a residual sum."""
+    """Self-attention and feed-forward with the exact gelu, each after a layer norm and added to its input."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -61,12 +74,13 @@ class BertLayer(nn.Module):
         self.fc2 = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        """Return the output (B, L, D) for x (B, L, D)."""
+        x = x + self.self_attn(self.self_attn_layer_norm(x))  # (B, L, D)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
 class BertTransformer(nn.Module):
-    """Token and position embeddings, the layers, and a last norm."""
+    """Token and position embeddings, the layers, and a final norm."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -76,15 +90,18 @@ class BertTransformer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return token states (B, L, D) of ids (B, L)."""
         x = self.embed_tokens(ids) + self.embed_positions.weight[: ids.shape[1]]  # (B, L, D)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x)  # (B, L, D)
         return self.layer_norm(x)
 
 
 class LDMBert(nn.Module):
-    """Token ids to the context of the UNet. The published files' projection to logits (`to_logits`) serves
-    nothing and is left out."""
+    """Encoder from token ids to the context of the UNet.
+
+    The published files also hold a projection to logits (`to_logits`), which is not used and not included.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -92,7 +109,11 @@ class LDMBert(nn.Module):
         self.model = BertTransformer(config)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L), L at most the length → (B, L, D); ValueError for longer ones."""
+        """Return token states (B, L, D) of ids (B, L).
+
+        Raises:
+            ValueError: If L exceeds the configured length.
+        """
         if ids.shape[1] > self.config.length:
             raise ValueError(f"got {ids.shape[1]} tokens, expected at most {self.config.length}")
         return self.model(ids)

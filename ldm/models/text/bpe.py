@@ -1,9 +1,8 @@
-"""CLIP's byte-pair tokenizer (Sennrich et al. 2016; Radford et al. 2021), with ids equal to open_clip's but
-without importing it.
+"""CLIP's byte-pair tokenizer (Sennrich et al. 2016; Radford et al. 2021), with the same ids as open_clip's.
 
-Importing open_clip takes seconds. This reads the merges file that it ships, and treats plain ASCII with the
-standard library alone: the repair of broken encodings (ftfy) and Unicode's letter classes (regex) are
-imported for a text that needs them.
+Importing open_clip takes seconds, so this module only reads the merges file that the package contains. ASCII
+text needs the standard library alone; the packages that repair encodings (ftfy) and know Unicode's letter
+classes (regex) are imported when a text requires them.
 """
 
 from __future__ import annotations
@@ -20,26 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MERGES = 48_894  # lines used of the merges file
-FILE_BYTES = 600_000  # more than these lines take; the file goes on to 3 MB
-BASE = 512  # 256 bytes inside a word, 256 at a word's end
+MERGES = 48_894  # merges in the vocabulary; the file has more
+FILE_BYTES = 600_000  # bytes that contain these merges, of the 3 MB of the file
+BASE = 512  # ids of single bytes: 256 inside a word and 256 at its end
 BOS, EOT = BASE + MERGES, BASE + MERGES + 1  # 49406, 49407
 SIZE = EOT + 1
-WORD_END = "</w>"  # marks a word's last symbol
+WORD_END = "</w>"  # suffix of the last symbol of a word
 SPECIAL = {"<start_of_text>": BOS, "<end_of_text>": EOT}
 PATTERN_PARTS = "|".join(SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d"
-PRINTABLE_ASCII = re.compile(
-    r"[\t\n -%'-~]*"
-)  # printable ASCII without &: ftfy and HTML unescaping leave it as it is
+# printable ASCII without &, which ftfy and HTML unescaping do not change
+PRINTABLE_ASCII = re.compile(r"[\t\n -%'-~]*")
 ASCII_WORDS = re.compile(PATTERN_PARTS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
 class Tokenizer:
-    """Text to ids and back, in the full vocabulary of 49,408 or in a part of it.
+    """Tokenizer with the full vocabulary of 49,408 ids, or with a part of it.
 
-    ``vocabulary``: the full ids that a small model embeds; the ids given out are then the places in their
-    sorted list, to which those of start and end are added. Words with a token outside it are left out;
-    `unknown` names them, so that the caller can say so.
+    Args:
+        vocabulary: Full ids that a small model embeds; the ids of start and end are added. The tokenizer's
+            ids are then indices into their sorted list, and words with a token outside the list are left
+            out (see `unknown`). None for the full vocabulary. Default: None.
+
+    Raises:
+        ValueError: If an id is out of range.
     """
 
     def __init__(self, vocabulary: Iterable[int] | None = None) -> None:
@@ -52,28 +54,28 @@ class Tokenizer:
                     f"vocabulary: ids {[i for i in ids if not 0 <= i < SIZE]} are outside [0, {SIZE - 1}]"
                 )
             self.vocabulary, self._row = tuple(ids), {token: row for row, token in enumerate(ids)}
-        self._words: dict[str, tuple[int, ...]] = {}
+        self._cache: dict[str, tuple[int, ...]] = {}  # full ids by word
 
     def __len__(self) -> int:
-        """The number of ids."""
+        """Return the number of ids."""
         return SIZE if self.vocabulary is None else len(self.vocabulary)
 
     @property
     def bos_id(self) -> int:
-        """The id that starts a text."""
+        """Id of the start token."""
         return BOS if self._row is None else self._row[BOS]
 
     @property
     def eot_id(self) -> int:
-        """The id that ends a text."""
+        """Id of the end token."""
         return EOT if self._row is None else self._row[EOT]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without those of start and end."""
+        """Return the ids of a text, without start and end."""
         return [token for _, ids in self.words(text) for token in ids]
 
     def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The words of a text that have ids, and those ids, in order."""
+        """Return the words of a text that are in the vocabulary, in order, each with its ids."""
         found = [(word, self._bpe(word)) for word in bpe_words(text)]
         if self._row is None:
             return found
@@ -85,7 +87,7 @@ class Tokenizer:
         ]
 
     def unknown(self, text: str) -> list[str]:
-        """The words of a text that the vocabulary lacks and `encode` leaves out, in order, each once."""
+        """Return the words of a text that `encode` leaves out, in order and without repetition."""
         if self._row is None:
             return []
         return [
@@ -95,8 +97,11 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, a space after each word; bytes that are no UTF-8 become U+FFFD. ValueError for an
-        id out of range."""
+        """Return the text of ids, with a space after each word; invalid UTF-8 becomes U+FFFD.
+
+        Raises:
+            ValueError: If an id is out of range.
+        """
         ids = [int(i) for i in ids]
         wrong = [i for i in ids if not 0 <= i < len(self)]
         if wrong:
@@ -117,11 +122,19 @@ class Tokenizer:
         pad: int = 0,
         truncate: bool = False,
     ) -> Tensor:
-        """The ids of B texts, (B, L) int64: start, tokens, end, then ``pad``.
+        """Return the ids of B texts: start, tokens, end, then padding.
 
-        ``context_length``: L, None for the longest of the batch; ``pad``: an id as given out, 0 in open_clip,
-        49407 (end) as Stable Diffusion 1 pads. ValueError for a text that is too long, which ``truncate``
-        cuts instead, keeping the end.
+        Args:
+            texts: One text, or B texts.
+            context_length: Length L of the rows, at least 2. None for the longest row. Default: 77.
+            pad: Id of the padding: 0 in open_clip, 49407 (end) in Stable Diffusion 1. Default: 0.
+            truncate: Whether to cut texts that are too long; the end token is kept. Default: False.
+
+        Returns:
+            Shape (B, L), int64.
+
+        Raises:
+            ValueError: If a text is too long and `truncate` is False, or a number is out of range.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if context_length is not None and context_length < 2:
@@ -131,15 +144,26 @@ class Tokenizer:
             if context_length is not None and len(row) + 2 > context_length:
                 if not truncate:
                     raise ValueError(
-                        f"a text of {len(row) + 2} tokens, with those for start and end, does not fit in"
-                        f" {context_length}: shorten it, or ask for truncate=True: {texts[i][:60]!r}"
+                        f"a text has {len(row) + 2} tokens with start and end, expected at most"
+                        f" {context_length}: shorten it, or set truncate=True: {texts[i][:60]!r}"
                     )
                 rows[i] = row[: context_length - 2]
         return self.pad(rows, context_length, pad)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None, pad: int) -> Tensor:
-        """Ids (B, L) int64: start, a row's own, end, then ``pad``; ``length``: L, None for the longest. Rows
-        must fit."""
+        """Return rows of ids between start and end, padded to one length.
+
+        Args:
+            rows: B rows of ids, each at most `length` − 2 long.
+            length: Length L of the result. None for the longest row.
+            pad: Id of the padding.
+
+        Returns:
+            Shape (B, L), int64.
+
+        Raises:
+            ValueError: If `pad` is out of range.
+        """
         if not 0 <= pad < len(self):
             raise ValueError(f"pad: expected an id in [0, {len(self) - 1}], got {pad}")
         result = torch.full((len(rows), length or 2 + max(map(len, rows), default=0)), pad, dtype=torch.long)
@@ -148,12 +172,11 @@ class Tokenizer:
         return result
 
     def _bpe(self, word: str) -> tuple[int, ...]:
-        """The full ids of one word: its bytes, of which the neighbours with the earliest merge are joined
-        until none has one."""
+        """Return the full ids of a word, whose bytes are joined by the merges, earliest merge first."""
         if word in SPECIAL:
             return (SPECIAL[word],)
-        if word in self._words:
-            return self._words[word]
+        if word in self._cache:
+            return self._cache[word]
         ranks, table, ids = merges(), byte_symbols(), base_ids()
         parts = [table[byte] for byte in word.encode("utf-8")]
         parts[-1] += WORD_END
@@ -165,13 +188,15 @@ class Tokenizer:
                 break
             merged[first + second] = BASE + rank
             parts = _join(parts, first, second)
-        self._words[word] = tuple(merged[part] if part in merged else ids[part] for part in parts)
-        return self._words[word]
+        self._cache[word] = tuple(merged[part] if part in merged else ids[part] for part in parts)
+        return self._cache[word]
 
 
 def bpe_words(text: str) -> list[str]:
-    """The words, numerals and runs of punctuation of a text, cleaned: encodings repaired, HTML entities
-    resolved, lower case."""
+    """Return the words, digits and runs of punctuation of a text.
+
+    The text is cleaned first: encodings are repaired, HTML entities resolved, and letters lower-cased.
+    """
     if PRINTABLE_ASCII.fullmatch(text):
         return ASCII_WORDS.findall(text.lower())
     import ftfy
@@ -181,14 +206,14 @@ def bpe_words(text: str) -> list[str]:
 
 
 @functools.cache
-def _unicode_words() -> Any:
+def _unicode_words() -> Any:  # a compiled pattern of the package regex, which has no type information
     import regex
 
     return regex.compile(PATTERN_PARTS + r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def _join(parts: list[str], first: str, second: str) -> list[str]:
-    """The parts with each ``first`` that ``second`` follows joined to it, from the left."""
+    """Return the parts with each pair (`first`, `second`) joined, from the left."""
     joined, i = [], 0
     while i < len(parts):
         pair = parts[i] == first and i + 1 < len(parts) and parts[i + 1] == second
@@ -199,8 +224,10 @@ def _join(parts: list[str], first: str, second: str) -> list[str]:
 
 @functools.cache
 def byte_symbols() -> tuple[str, ...]:
-    """The visible character that stands for each byte: itself where Latin-1 shows it, else the next from
-    U+0100 on."""
+    """Return the visible character that represents each byte.
+
+    It is the Latin-1 character of the byte if that is visible, else the next one from U+0100 on.
+    """
     spare = iter(range(256, 512))
     return tuple(chr(byte) if _visible(byte) else chr(next(spare)) for byte in range(256))
 
@@ -211,8 +238,7 @@ def _visible(byte: int) -> bool:
 
 @functools.cache
 def base_ids() -> dict[str, int]:
-    """The ids of single bytes: visible ones first, then the others; after 256 of them, the same at the end of
-    a word."""
+    """Return the ids of single bytes by symbol: visible bytes, the others, then the same at a word's end."""
     table = byte_symbols()
     order = sorted(range(256), key=lambda byte: (not _visible(byte), byte))
     symbols = [table[byte] for byte in order]
@@ -221,23 +247,29 @@ def base_ids() -> dict[str, int]:
 
 @functools.cache
 def merges() -> dict[str, int]:
-    """The ranks of the merges, "first second" by line, from the file that open_clip ships."""
-    spec = importlib.util.find_spec("open_clip")  # finds the folder and imports nothing
+    """Return the rank of each merge "first second", from the file in the package open_clip.
+
+    Raises:
+        ModuleNotFoundError: If open_clip is not installed.
+        ValueError: If the file does not hold the expected merges.
+    """
+    spec = importlib.util.find_spec("open_clip")  # finds the folder without importing
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "open_clip_torch is not installed; it holds the tokenizer's merges: pip install open_clip_torch"
+            "open_clip_torch is not installed, which contains the merges of the tokenizer: pip install"
+            " open_clip_torch"
         )
     path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     with gzip.open(path) as file:
         text = file.read(FILE_BYTES)
-    # the first line is the file's version
+    # the first line is the version of the file
     lines = text.decode("utf-8", errors="ignore").split("\n", MERGES + 1)[1 : MERGES + 1]
     if len(lines) != MERGES or not text.startswith(b'"bpe_simple_vocab_16e6.txt#version'):
-        raise ValueError(f"{str(path)!r} does not hold the {MERGES} merges expected")
+        raise ValueError(f"{str(path)!r} does not contain the expected {MERGES} merges")
     return {line: rank for rank, line in enumerate(lines)}
 
 
 @functools.cache
 def all_symbols() -> tuple[str, ...]:
-    """The symbol of each full id."""
+    """Return the symbol of each full id."""
     return (*base_ids(), *(line.replace(" ", "") for line in merges()), *SPECIAL)

@@ -1,5 +1,4 @@
-"""The tokenizer of XLM-R: pieces of words, of which the likeliest sequence is taken (Kudo 2018, section
-3.2)."""
+"""The tokenizer of XLM-R, which splits words into the most probable pieces (Kudo 2018, section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,13 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
-SPACE = "▁"  # stands before a word
-PENALTY = 10.0  # how much less likely an unknown character is than the least likely piece
+SPACE = "▁"  # prefix of a word
+PENALTY = 10.0  # log-probability of the rarest piece minus that of an unknown character
 
 
 class Unigram:
-    """Text to ids: in Unicode's NFKC form, split at spaces, each word into the pieces whose logarithmic
-    likelihoods sum to the most."""
+    """Unigram tokenizer.
+
+    Texts are normalized to NFKC and split at spaces; each word becomes the pieces with the largest sum of
+    log-probabilities.
+
+    Args:
+        pieces: Pieces with their log-probabilities, in the order of their ids.
+
+    Raises:
+        ValueError: If a special token is missing.
+    """
 
     def __init__(self, pieces: Sequence[tuple[str, float]]) -> None:
         self.ids = {piece: i for i, (piece, _) in enumerate(pieces)}
@@ -25,7 +33,7 @@ class Unigram:
             if token not in self.ids
         ]
         if missing:
-            raise ValueError(f"the vocabulary lacks {', '.join(missing)}, expected XLM-R's")
+            raise ValueError(f"the vocabulary lacks {', '.join(missing)}, expected that of XLM-R")
         special = {UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN, "<mask>"}
         self.scores = {piece: float(score) for piece, score in pieces if piece not in special}
         self.longest = max((len(piece) for piece in self.scores), default=1)
@@ -33,8 +41,12 @@ class Unigram:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Unigram:
-        """The tokenizer of a `tokenizer.json`, or of a folder with it; FileNotFoundError if there is none,
-        ValueError for one of another kind."""
+        """Return the tokenizer of a `tokenizer.json`, or of a folder that contains one.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not that of a Unigram tokenizer.
+        """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -49,7 +61,7 @@ class Unigram:
 
     @classmethod
     def spelling(cls) -> Unigram:
-        """A stand-in that spells, for models with random weights."""
+        """Return a tokenizer of single characters, for models with random weights."""
         letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
         return cls(
             [(token, 0.0) for token in (UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN)]
@@ -57,26 +69,31 @@ class Unigram:
         )
 
     def __call__(self, texts: Sequence[str], length: int) -> list[list[int]]:
-        """Ids of each text between start and end, padded to the length; ValueError for a text that does not
-        fit."""
+        """Return the ids of texts between start and end, padded to `length`.
+
+        Raises:
+            ValueError: If a text is too long.
+        """
         rows = []
         for text in texts:
             row = [self.ids[UNIGRAM_START], *self.encode(text), self.ids[UNIGRAM_END]]
             if len(row) > length:
                 raise ValueError(
-                    f"{text!r} has {len(row)} tokens, expected at most {length} with those for start and end"
+                    f"{text!r} has {len(row)} tokens with start and end, expected at most {length}"
                 )
             rows.append(row + [self.ids[UNIGRAM_PAD]] * (length - len(row)))
         return rows
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without start and end."""
+        """Return the ids of a text, without start and end."""
         return [i for word in unicodedata.normalize("NFKC", text).split() for i in self.pieces(SPACE + word)]
 
     def pieces(self, word: str) -> list[int]:
-        """The ids of the likeliest pieces (Viterbi 1967); unknown characters in a row are one unknown
-        token."""
-        # for each end: the sum of logarithms, and where the last piece begins
+        """Return the ids of the most probable pieces of a word, found by dynamic programming (Viterbi 1967).
+
+        Adjacent unknown characters become one unknown token.
+        """
+        # for each end: the best sum of log-probabilities, and the start of its last piece
         best: list[tuple[float, int]] = [(0.0, 0)]
         for end in range(1, len(word) + 1):
             found = (best[end - 1][0] + self.unknown, end - 1)
@@ -85,7 +102,8 @@ class Unigram:
                 if score is not None and best[start][0] + score > found[0]:
                     found = (best[start][0] + score, start)
             best.append(found)
-        ids, end, unknown = [], len(word), self.ids[UNIGRAM_UNKNOWN]
+        ids: list[int] = []
+        end, unknown = len(word), self.ids[UNIGRAM_UNKNOWN]
         while end > 0:
             start = best[end][1]
             piece = word[start:end]
@@ -96,7 +114,7 @@ class Unigram:
         return ids[::-1]
 
     def to_json(self) -> dict[str, object]:
-        """What `from_file` reads, and Hugging Face's tokenizers."""
+        """Return the content of a `tokenizer.json`, for `from_file` and Hugging Face's tokenizers."""
         vocabulary = [[piece, self.scores.get(piece, 0.0)] for piece in self.ids]
         space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
         return {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WORDPIECE_PAD, WORDPIECE_UNKNOWN, WORDPIECE_START, WORDPIECE_END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
-LONGEST = 100  # characters of a word; longer ones are unknown
-# ideographs, which stand for words each: CJK unified, its extensions A to E, and the compatibility blocks
+LONGEST = 100  # maximum number of characters of a word; longer words are unknown
+# ideographs, each of which is a word: CJK unified, extensions A to E, and the compatibility blocks
 IDEOGRAPHS = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -22,8 +22,17 @@ IDEOGRAPHS = (
 
 
 class WordPiece:
-    """Text to ids: lower-cased, accents taken off, split at spaces and punctuation, then into the longest
-    pieces that the vocabulary has."""
+    """WordPiece tokenizer.
+
+    Texts are lower-cased, stripped of accents, and split at spaces and punctuation; each word is split into
+    the longest pieces of the vocabulary.
+
+    Args:
+        vocabulary: Tokens in the order of their ids.
+
+    Raises:
+        ValueError: If a special token is missing.
+    """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = {token: i for i, token in enumerate(vocabulary)}
@@ -33,12 +42,18 @@ class WordPiece:
             if token not in self.vocabulary
         ]
         if missing:
-            raise ValueError(f"the vocabulary lacks {', '.join(missing)}, expected BERT's: one token a line")
+            raise ValueError(
+                f"the vocabulary lacks {', '.join(missing)}, expected that of BERT: one token per line"
+            )
 
     @classmethod
     def from_file(cls, path: str | Path) -> WordPiece:
-        """The tokenizer of a `vocab.txt`, one token a line (30522 for bert-base-uncased); FileNotFoundError
-        if there is none."""
+        """Return the tokenizer of a `vocab.txt` with one token per line (30522 in bert-base-uncased).
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If a special token is missing.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -50,37 +65,38 @@ class WordPiece:
             raise ValueError(f"{str(path)!r}: {error}") from None
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> list[list[int]]:
-        """Ids of each text between [CLS] and [SEP], padded with [PAD] to the length; ValueError for a text
-        that does not fit."""
+        """Return the ids of texts between [CLS] and [SEP], padded with [PAD] to `length`.
+
+        Raises:
+            ValueError: If a text is too long.
+        """
         rows = [self.encode(text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if len(row) + 2 > length:
                 raise ValueError(
-                    f"{text!r} has {len(row) + 2} tokens, expected at most {length} with those for start"
-                    " and end"
+                    f"{text!r} has {len(row) + 2} tokens with start and end, expected at most {length}"
                 )
         return self.pad(rows, length)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-        """Rows of ids between [CLS] and [SEP], padded with [PAD] to the length, which they must fit."""
+        """Return rows of ids between [CLS] and [SEP], padded with [PAD] to `length`, which they must fit."""
         start, end, pad = (
             self.vocabulary[token] for token in (WORDPIECE_START, WORDPIECE_END, WORDPIECE_PAD)
         )
         return [[start, *row, end] + [pad] * (length - len(row) - 2) for row in rows]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without start and end."""
+        """Return the ids of a text, without start and end."""
         return [token for _, ids in self.words(text) for token in ids]
 
     def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The words of a text and their ids, in order."""
+        """Return the words of a text in order, each with its ids."""
         return [
             (word, tuple(self.vocabulary[piece] for piece in self.pieces(word))) for word in split_words(text)
         ]
 
     def pieces(self, word: str) -> list[str]:
-        """A word cut, from its beginning, into the longest pieces there are; [UNK] alone if that fails
-        anywhere."""
+        """Return a word as the longest pieces, from its start; [UNK] alone if a part has no piece."""
         if len(word) > LONGEST:
             return [WORDPIECE_UNKNOWN]
         found, start = [], 0
@@ -97,7 +113,7 @@ class WordPiece:
 
 
 def split_words(text: str) -> list[str]:
-    """The words and punctuation marks of a text, lower-cased and without accents."""
+    """Return the words and punctuation marks of a text, lower-cased and without accents."""
     spaced = []
     for char in text:
         category = unicodedata.category(char)
@@ -112,8 +128,7 @@ def split_words(text: str) -> list[str]:
 
 
 def is_punctuation(char: str) -> bool:
-    """Unicode's punctuation, and every mark of ASCII that is neither letter, digit nor space ($, +, ^ and the
-    like)."""
+    """Return whether a character is punctuation in Unicode, or an ASCII symbol such as $, + or ^."""
     return unicodedata.category(char).startswith("P") or (
         char.isascii() and char.isprintable() and not char.isalnum() and not char.isspace()
     )

@@ -1,5 +1,7 @@
-"""Kandinsky 2.1's text encoder: XLM-R (Conneau et al. 2020), its states averaged and projected into CLIP's
-space (Carlsson et al. 2022)."""
+"""The text encoder of Kandinsky 2.1, XLM-R (Conneau et al. 2020).
+
+The mean of its token states is projected into CLIP's space (Carlsson et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.checks import check_positive
+
 
 @dataclass(frozen=True, kw_only=True)
 class XLMRConfig:
-    """The shape of the encoder; the defaults are XLM-R large's with CLIP ViT-L's projection. ``length``:
-    tokens a prompt is padded to."""
+    """Shape of the encoder; the defaults are those of XLM-R large with a projection to CLIP ViT-L.
+
+    Args:
+        vocabulary: Number of token ids. Default: 250002.
+        width: Width D of a token. Default: 1024.
+        layers: Number of layers. Default: 24.
+        heads: Number of attention heads H. Default: 16.
+        mlp_width: Hidden width of the MLPs. Default: 4096.
+        positions: Number of position embeddings; the first two are not used by tokens. Default: 514.
+        embed_dim: Width E of the projected embedding. Default: 768.
+        length: Number L of tokens that prompts are padded to. Default: 77.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
 
     vocabulary: int = 250_002
     width: int = 1024
@@ -26,19 +43,17 @@ class XLMRConfig:
     length: int = 77
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_positive(**vars(self))
         if self.width % self.heads:
             raise ValueError(f"width {self.width}: expected a multiple of heads {self.heads}")
-        if self.length + 2 > self.positions:  # the first two are of padding and of nothing
+        if self.length + 2 > self.positions:
             raise ValueError(
-                f"length {self.length}: expected at most {self.positions - 2}, the positions there are"
+                f"length {self.length}: expected at most {self.positions - 2}, the positions available"
             )
 
 
 class XLMRLayer(nn.Module):
-    """Self-attention and an MLP, each with its norm behind the residual sum."""
+    """Self-attention and MLP, each added to its input and followed by a layer norm."""
 
     def __init__(self, config: XLMRConfig) -> None:
         super().__init__()
@@ -50,32 +65,38 @@ class XLMRLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return the output (B, L, D) for x (B, L, D); the mask (B, L) is True for tokens, not padding."""
         q, k, v = (
             rearrange(p(x), "b l (h d) -> b h l d", h=self.heads) for p in (self.query, self.key, self.value)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        x = self.norm1(x + self.out(rearrange(attended, "b h l d -> b l (h d)")))
+        )  # (B, H, L, d) each
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])  # (B, H, L, d)
+        x = self.norm1(x + self.out(rearrange(attended, "b h l d -> b l (h d)")))  # (B, L, D)
         return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
 
 
 class XLMR(nn.Module):
-    """Token ids → the states of every token, and the projection of their mean."""
+    """Encoder from token ids to token states and a text embedding."""
 
     def __init__(self, config: XLMRConfig) -> None:
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Embedding(config.positions, config.width)
-        self.kind = nn.Parameter(torch.zeros(1, config.width))  # of the one kind of token that there is
+        self.kind = nn.Parameter(torch.zeros(1, config.width))  # embedding of the only token type
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(XLMRLayer(config) for _ in range(config.layers))
         self.projection = nn.Linear(config.width, config.embed_dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """ids and mask (B, L), True where a token counts → states (B, L, D), and embeddings (B, E)."""
-        places = mask.long().cumsum(1) * mask + 1  # counted from 2, 1 for padding
-        x = self.norm(self.tokens(ids) + self.positions(places) + self.kind)
+        """Return token states (B, L, D) and text embeddings (B, E).
+
+        Args:
+            ids: Token ids, shape (B, L).
+            mask: True for tokens, False for padding, bool, shape (B, L).
+        """
+        places = mask.long().cumsum(1) * mask + 1  # (B, L); tokens count from 2, padding is 1
+        x = self.norm(self.tokens(ids) + self.positions(places) + self.kind)  # (B, L, D)
         for layer in self.layers:
-            x = layer(x, mask)
-        weight = mask[..., None].to(x.dtype)
+            x = layer(x, mask)  # (B, L, D)
+        weight = mask[..., None].to(x.dtype)  # (B, L, 1)
         return x, self.projection((x * weight).sum(1) / weight.sum(1))

@@ -1,0 +1,1 @@
+"""The networks of unCLIP: diffusion and autoregressive priors, decoders, and noise augmentation."""

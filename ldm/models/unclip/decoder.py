@@ -1,5 +1,7 @@
-"""Decoders of unCLIP: a UNet told an image's CLIP embedding, and its text (Ramesh et al. 2022, section
-2.1)."""
+"""Decoders of unCLIP (Ramesh et al. 2022, section 2.1).
+
+A decoder is a UNet with an image's CLIP embedding, and optionally a text, as condition.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 
 Norm = Literal["image", "tokens", "text", "pooled"]
 
@@ -22,11 +25,18 @@ Norm = Literal["image", "tokens", "text", "pooled"]
 class ImageConditionConfig:
     """How an image embedding and a text enter the UNet; the defaults are Karlo's.
 
-    ``embed_dim``: E of the image embedding, which gives a vector for the time embedding and ``tokens`` of
-    context. ``interleaved``: in the one vector that holds all tokens the token is the fastest axis, as in
-    Karlo; otherwise they stand one behind the other. ``text_dim``, ``pooled_dim``: widths of the text's
-    tokens and of its embedding, None where the decoder reads none. ``norms``: which projections have a
-    LayerNorm behind them. ``null_image``: whether the embedding of no image is learned.
+    Args:
+        embed_dim: Width E of the image embedding. Default: 768.
+        tokens: Number k of context tokens that the image embedding is projected to. Default: 4.
+        interleaved: Layout of the projection to tokens: True if the token is its fastest axis, as in Karlo,
+            False if the tokens are consecutive. Default: True.
+        text_dim: Width D of a text token; None if the decoder reads no tokens. Default: 768.
+        pooled_dim: Width P of the text embedding; None if the decoder reads none. Default: 768.
+        norms: Projections that are followed by a layer norm. Default: ("text",).
+        null_image: Whether the embedding that means "no image" is learned. Default: True.
+
+    Raises:
+        ValueError: If a number is below 1, or a norm belongs to a projection that does not exist.
     """
 
     embed_dim: int = 768
@@ -48,12 +58,18 @@ class ImageConditionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder; ``unet.embedded`` and ``unet.context_dim`` must be set, as the condition is
-    projected before it.
+    """Shape of a decoder.
 
-    ``draft``: of a latent from the image embedding, joined to x_t (`ldm.models.draft`); None for none, as in
-    every published decoder. ``draft_text``: whether the draft reads the text's embedding too, behind the
-    image's.
+    Args:
+        unet: Shape of the UNet; `embedded` and `context_dim` must be set, because the condition is projected
+            outside the UNet.
+        condition: How the condition is projected.
+        draft: Shape of a draft of the latent that is concatenated to x_t (see `ldm.models.draft`). None for
+            none, as in every published decoder. Default: None.
+        draft_text: Whether the draft reads the text embedding too, after the image embedding. Default: False.
+
+    Raises:
+        ValueError: If the parts do not fit together.
     """
 
     unet: UNetConfig
@@ -64,27 +80,33 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if not self.unet.embedded or not self.unet.takes_context:
             raise ValueError(
-                "unet: expected embedded=True and attention with a context_dim, which the image's vector and"
-                " tokens enter"
+                "unet: expected embedded=True and attention with a context_dim, for the vector and the tokens"
+                " of the image"
             )
         if self.draft_text and (self.draft is None or self.condition.pooled_dim is None):
             raise ValueError(
-                "draft_text: expected a draft, and condition.pooled_dim, the width of the text's embedding"
+                "draft_text: expected a draft, and condition.pooled_dim, the width of the text embedding"
             )
-        read = self.condition.embed_dim + (self.condition.pooled_dim or 0 if self.draft_text else 0)
-        if self.draft is not None and self.draft.embed_dim != read:
+        width = self.condition.embed_dim + (self.condition.pooled_dim or 0 if self.draft_text else 0)
+        if self.draft is not None and self.draft.embed_dim != width:
             raise ValueError(
-                f"draft.embed_dim {self.draft.embed_dim}: the embedding that it reads is {read} wide"
+                f"draft.embed_dim {self.draft.embed_dim}: the embedding that it reads is {width} wide"
             )
 
     @property
     def guidance_dim(self) -> int | None:
-        """The width of an embedded guidance scale: see `UNetConfig`."""
+        """Width of an embedded guidance scale; see `UNetConfig`."""
         return self.unet.guidance_dim
 
 
 class ImageCondition(nn.Module):
-    """Image embedding and text → the vector and tokens that a UNet takes."""
+    """Projection of image embedding and text to the vector and the context of a UNet.
+
+    Args:
+        config: Widths of the condition.
+        emb_dim: Width D_t of the time embedding, to which the vector is added.
+        context_dim: Width D_c of the context.
+    """
 
     def __init__(self, config: ImageConditionConfig, *, emb_dim: int, context_dim: int) -> None:
         super().__init__()
@@ -99,59 +121,72 @@ class ImageCondition(nn.Module):
         self.norms = nn.ModuleDict({f"{name}_norm": nn.LayerNorm(widths[name]) for name in c.norms})
 
     def forward(self, cond: Cond) -> Cond:
-        """`Cond.image_emb` (B, E), where text is read also `Cond.context` (B, L, D) and `Cond.pooled` → the
-        context and pooled of the UNet."""
+        """Return the condition of the UNet: `context` (B, k + L, D_c), its mask, and `pooled` (B, D_t).
+
+        Args:
+            cond: `image_emb` (B, E) and, if the decoder reads text, `context` (B, L, D) with its mask and
+                `pooled` (B, P).
+
+        Raises:
+            ValueError: If the condition has other widths; see `check`.
+        """
         self.check(cond)
         assert cond.image_emb is not None
-        emb = self._normed("image", self.image(cond.image_emb))  # (B, 4·C)
+        emb = self._norm("image", self.image(cond.image_emb))  # (B, D_t)
         order = "b (d k) -> b k d" if self.config.interleaved else "b (k d) -> b k d"
-        context = self._normed("tokens", rearrange(self.tokens(cond.image_emb), order, k=self.config.tokens))
+        # (B, k, D_c)
+        context = self._norm("tokens", rearrange(self.tokens(cond.image_emb), order, k=self.config.tokens))
         mask = None
         if self.pooled is not None:
-            emb = emb + self._normed("pooled", self.pooled(cond.pooled))
+            emb = emb + self._norm("pooled", self.pooled(cond.pooled))  # (B, D_t)
         if self.text is not None:
-            # (B, k + L, D)
-            context = torch.cat([context, self._normed("text", self.text(cond.context))], dim=1)
+            # (B, k + L, D_c)
+            context = torch.cat([context, self._norm("text", self.text(cond.context))], dim=1)
             mask = (
                 None
                 if cond.context_mask is None
                 else F.pad(cond.context_mask, (self.config.tokens, 0), value=True)
-            )
+            )  # (B, k + L)
         return replace(cond, context=context, context_mask=mask, pooled=emb, image_emb=None)
 
-    def _normed(self, name: str, x: Tensor) -> Tensor:
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        """Return the layer norm of x that belongs to a projection, or x if it has none."""
         key = f"{name}_norm"
         return self.norms[key](x) if key in self.norms else x
 
     def check(self, cond: Cond) -> None:
-        """ValueError for a condition that is missing, of another width, or not taken."""
+        """Raise ValueError if a field of the condition is missing, has another width, or is not read."""
         c = self.config
         for name, width in (("image_emb", c.embed_dim), ("context", c.text_dim), ("pooled", c.pooled_dim)):
             value: Tensor | None = getattr(cond, name)
             got = None if value is None else value.shape[-1]
             if got != width:
-                what = f"width {width}" if width else "none"
+                expected = f"width {width}" if width else "none"
                 raise ValueError(
-                    f"Cond.{name}: this decoder takes {what}, got {f'width {got}' if got else 'none'}"
+                    f"Cond.{name}: this decoder takes {expected}, got {f'width {got}' if got else 'none'}"
                 )
 
     def taken(self, cond: Cond) -> Cond:
-        """The condition without what this decoder does not read of a text."""
+        """Return the condition without the fields of the text that this decoder does not read."""
         cond = cond if self.text is not None else replace(cond, context=None, context_mask=None)
         return cond if self.pooled is not None else replace(cond, pooled=None)
 
     def nothing(self) -> Tensor:
-        """The embedding (1, E) of no image; ValueError where it is not learned."""
+        """Return the learned embedding (1, E) that means "no image".
+
+        Raises:
+            ValueError: If the decoder has none.
+        """
         if self.null_image is None:
             raise ValueError(
-                "this decoder has no learned embedding of no image: give it one, of an empty picture or of a"
+                "this decoder has no learned embedding for no image: pass one, of an empty image or of a"
                 " negative prompt"
             )
         return self.null_image[None]
 
 
 class Decoder(nn.Module):
-    """net(x_t, t, cond) → the raw prediction: the UNet under `Cond.image_emb` and the text."""
+    """The network `net(x_t, t, cond)`: a UNet conditioned on `Cond.image_emb` and the text."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -164,14 +199,27 @@ class Decoder(nn.Module):
         self.draft = None if config.draft is None else Draft(config.draft)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t (B, C, h, w), t (B,) in timesteps → (B, C_out, h, w)."""
-        told = self.condition(cond)
+        """Return the raw prediction.
+
+        Args:
+            x_t: Noisy sample, shape (B, C, h, w).
+            t: Timesteps, shape (B,).
+            cond: The condition that `ImageCondition` takes, and `concat`.
+
+        Returns:
+            Shape (B, C_out, h, w).
+        """
+        unet_cond = self.condition(cond)
         if self.draft is not None:
-            read = (
-                torch.cat([cond.image_emb, cond.pooled], dim=-1) if self.config.draft_text else cond.image_emb
-            )
-            draft = self.draft(read, size=tuple(x_t.shape[-2:]))  # (B, C, h, w)
-            told = replace(
-                told, concat=draft if told.concat is None else torch.cat([told.concat, draft], dim=1)
-            )
-        return self.unet(x_t, t, told)
+            draft = self.draft(self._draft_input(cond), size=tuple(x_t.shape[-2:]))  # (B, C, h, w)
+            concat = draft if unet_cond.concat is None else torch.cat([unet_cond.concat, draft], dim=1)
+            unet_cond = replace(unet_cond, concat=concat)
+        return self.unet(x_t, t, unet_cond)
+
+    def _draft_input(self, cond: Cond) -> Tensor:
+        """Return the embedding that the draft reads: the image's (B, E), or with the text's (B, E + P)."""
+        assert cond.image_emb is not None
+        if not self.config.draft_text:
+            return cond.image_emb
+        assert cond.pooled is not None
+        return torch.cat([cond.image_emb, cond.pooled], dim=-1)

@@ -1,5 +1,7 @@
-"""Embeddings as sequences of whole numbers: principal components, each cut into buckets (Ramesh et al. 2022,
-section 2.2)."""
+"""Embeddings as sequences of integers (Ramesh et al. 2022, section 2.2).
+
+An embedding is projected to its principal components, and each component is quantized to buckets.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,24 @@ from torch import Tensor, nn
 
 
 class EmbeddingCodes(nn.Module):
-    """(B, E) ↔ (B, K) whole numbers in [0, buckets): the K components of the largest variance, in its order.
+    """Conversion between embeddings (B, E) and codes (B, K), integers in [0, buckets).
 
-    Its numbers are buffers, measured by `fit` on embeddings and stored with the weights.
+    The codes are the K principal components of largest variance, in this order. The buffers are measured with
+    `fit` and stored with the weights.
+
+    Args:
+        embed_dim: Width E of the embedding.
+        components: Number K of components, at most E.
+        buckets: Number of buckets of a component, at least 2.
+
+    Attributes:
+        mean: Mean of the embeddings, shape (E,).
+        basis: Principal directions, shape (K, E).
+        low: Lower end of the first bucket of each component, shape (K,).
+        high: Upper end of the last bucket of each component, shape (K,).
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     mean: Tensor
@@ -32,7 +49,7 @@ class EmbeddingCodes(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """The embedding's first entries, each between −1 and 1, for codes that are fitted to nothing."""
+        """Use the first K entries of the embedding as components, in [−1, 1]."""
         self.mean.zero_()
         self.basis.copy_(torch.eye(*self.basis.shape))
         self.low.fill_(-1)
@@ -40,19 +57,25 @@ class EmbeddingCodes(nn.Module):
 
     @torch.no_grad()
     def fit(self, embeddings: Tensor, *, outside: float = 1e-3) -> float:
-        """Measure the components of embeddings (N, E), N > K; → the part of their variance that the K
-        components keep, in [0, 1].
+        """Measure the principal components and their ranges.
 
-        ``outside``: the part of the values of a component at either end that falls into its first and last
-        bucket.
+        Args:
+            embeddings: Shape (N, E), with N > K.
+            outside: Fraction of the values below `low`, and above `high`, of a component. Default: 0.001.
+
+        Returns:
+            The fraction of the variance that the K components keep, in [0, 1].
+
+        Raises:
+            ValueError: If the embeddings have another shape.
         """
-        e = embeddings.to("cpu", torch.float64)
+        e = embeddings.to("cpu", torch.float64)  # (N, E)
         k = len(self.basis)
         if e.ndim != 2 or e.shape[1] != len(self.mean) or len(e) <= k:
             raise ValueError(f"embeddings: expected (N, {len(self.mean)}) with N > {k}, got {tuple(e.shape)}")
-        mean = e.mean(0)
+        mean = e.mean(0)  # (E,)
         _, s, v = torch.linalg.svd(e - mean, full_matrices=False)
-        # the same on every machine
+        # the sign of the largest entry, so that the basis is the same on every machine; (K,)
         sign = (
             torch.where(v[:k].abs().max(1).indices[:, None] == torch.arange(v.shape[1]), v[:k], 0)
             .sum(1)
@@ -68,26 +91,37 @@ class EmbeddingCodes(nn.Module):
         return float(s[:k].square().sum() / s.square().sum())
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """(B, E) → the components (B, K)."""
+        """Return the components (B, K) of embeddings (B, E)."""
         return (embeddings.to(self.mean.dtype) - self.mean) @ self.basis.T
 
     def restore(self, components: Tensor) -> Tensor:
-        """The first k components (B, k) → embeddings (B, E), the others being their mean."""
+        """Return embeddings (B, E) of the first k components (B, k); the others are set to their mean."""
         return components @ self.basis[: components.shape[1]] + self.mean
 
     def encode(self, embeddings: Tensor) -> Tensor:
-        """(B, E) → whole numbers (B, K)."""
-        place = (self.project(embeddings) - self.low) / (self.high - self.low)
+        """Return the codes (B, K) of embeddings (B, E), int64."""
+        place = (self.project(embeddings) - self.low) / (self.high - self.low)  # (B, K)
         return (place * self.buckets).floor().long().clamp(0, self.buckets - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Whole numbers (B, K) → embeddings (B, E): the middles of the buckets."""
+        """Return embeddings (B, E) of codes (B, K): the centres of the buckets."""
         return self.restore(self.low + (codes + 0.5) / self.buckets * (self.high - self.low))
 
 
 def truncate(embeddings: Tensor, components: int, basis: EmbeddingCodes) -> Tensor:
-    """Embeddings (B, E) of which all but the first components are replaced by their mean (Ramesh et al. 2022,
-    figure 7)."""
+    """Return embeddings whose other components are replaced by their mean (Ramesh et al. 2022, figure 7).
+
+    Args:
+        embeddings: Shape (B, E).
+        components: Number of first components that are kept, in [0, K].
+        basis: The principal components.
+
+    Returns:
+        Shape (B, E).
+
+    Raises:
+        ValueError: If `components` is out of range.
+    """
     if not 0 <= components <= len(basis.basis):
         raise ValueError(f"components: expected 0 to {len(basis.basis)}, got {components}")
     return basis.restore(basis.project(embeddings)[:, :components])

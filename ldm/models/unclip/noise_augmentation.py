@@ -1,5 +1,7 @@
-"""Stable unCLIP's condition: the image embedding, noised to a level that the network is told (Ho et al. 2022,
-cascaded diffusion, section 4)."""
+"""The condition of Stable unCLIP: a noisy image embedding and its noise level.
+
+This is the noise augmentation of cascaded diffusion (Ho et al. 2022, section 4).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from ldm.models.layers.embeddings import sinusoid
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """``embed_dim``: E of the embeddings; ``timesteps``: the levels of the cosine schedule."""
+    """Shape of a `NoiseAugmentation`.
+
+    Args:
+        embed_dim: Width E of the embedding, at least 2. Default: 1024.
+        timesteps: Noise levels of the cosine schedule. Default: 1000.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
 
     embed_dim: int = 1024
     timesteps: int = 1000
@@ -28,10 +38,12 @@ class AugmentationConfig:
 
 
 class NoiseAugmentation(nn.Module):
-    """Embeddings (B, E) → vectors (B, 2·E): normalised, noised, brought back, and the sinusoid of the level
-    behind them.
+    """Adds noise to normalized embeddings, and appends the sinusoid of the noise level.
 
-    ``mean`` and ``std`` (1, E) are stored with the weights of Stable unCLIP-l; those of -h are 0 and 1.
+    Attributes:
+        mean: Mean of the embeddings, shape (1, E). It is stored with the weights of Stable unCLIP-l and is 0
+            for Stable unCLIP-h.
+        std: Their standard deviation, shape (1, E). It is 1 for Stable unCLIP-h.
     """
 
     mean: Tensor
@@ -40,22 +52,31 @@ class NoiseAugmentation(nn.Module):
     def __init__(self, config: AugmentationConfig) -> None:
         super().__init__()
         self.config = config
-        with torch.device("cpu"):  # its tables are numbers wherever the network is built
+        with torch.device("cpu"):  # the schedule holds data, also if the network is built on the meta device
             self.schedule = NoiseSchedule.cosine(config.timesteps)
         self.register_buffer("mean", torch.empty(1, config.embed_dim))
         self.register_buffer("std", torch.empty(1, config.embed_dim))
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Mean 0 and deviation 1."""
+        """Set the mean to 0 and the standard deviation to 1."""
         self.mean.zero_()
         self.std.fill_(1)
 
     def forward(self, embedding: Tensor, level: int, noise: Tensor) -> Tensor:
-        """The condition at a level, with standard normal noise (B, E); level 0 is noised too, as little as
-        the schedule begins with."""
+        """Return the condition (B, 2·E) at a noise level.
+
+        Args:
+            embedding: Image embedding, shape (B, E).
+            level: Noise level in [0, timesteps). Level 0 adds the least noise of the schedule, not none.
+            noise: Standard normal noise, shape (B, E).
+
+        Raises:
+            ValueError: If the level is out of range.
+        """
         if not 0 <= level < self.config.timesteps:
             raise ValueError(f"noise_level: expected 0 to {self.config.timesteps - 1}, got {level}")
+        # (B, E)
         z = self.schedule.add_noise((embedding - self.mean) / self.std, level, noise) * self.std + self.mean
-        levels = torch.full((len(z),), level, device=z.device)
+        levels = torch.full((len(z),), level, device=z.device)  # (B,)
         return torch.cat([z, sinusoid(levels, self.config.embed_dim).to(z.dtype)], dim=1)
