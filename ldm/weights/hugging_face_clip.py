@@ -16,16 +16,9 @@ from typing import Any
 
 import torch
 
+from ldm.models.clip.config import Activation, CLIPConfig, TextConfig, VisionConfig
 from ldm.models.clip.pixels import MEAN, STD
-from ldm.models.clip.towers import (
-    CLIP,
-    Activation,
-    CLIPConfig,
-    TextConfig,
-    TextTower,
-    VisionConfig,
-    VisionTower,
-)
+from ldm.models.clip.towers import CLIP, TextTower, VisionTower
 from ldm.models.meta import on_meta
 from ldm.support.config import nearest
 from ldm.weights.formats.diffusers_folder import read_component, read_json
