@@ -1,0 +1,1 @@
+"""Prompts, classes and images as conditions (`Cond`): prompt syntax, conditioners, image embeddings."""

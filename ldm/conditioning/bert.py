@@ -1,4 +1,4 @@
-"""Prompts to conditions by LDM's BERT-like encoder."""
+"""The conditioner of the first latent diffusion models: prompts to conditions by a BERT-like encoder."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ import torch
 from torch import nn
 
 from ldm.conditioning.prompt import parse, plain_texts
-from ldm.conditioning.reading import States, read, word_places
+from ldm.conditioning.reading import EncoderStates, encode_prompts, word_positions
 from ldm.diffusion.cond import Cond
 from ldm.models.text.bert import LDMBert
 from ldm.models.text.wordpiece import WORDPIECE_UNKNOWN, WordPiece
 
 
 class BertConditioner(nn.Module):
-    """Prompts in, `Cond` out: padded to the encoder's length, the padding attended to, as these models were
-    trained."""
+    """LDM's BERT-like encoder as a conditioner.
+
+    Prompts are padded to the encoder's length; the network attends to the padding, as in training.
+
+    Args:
+        encoder: The encoder.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the encoder.
+    """
 
     def __init__(self, encoder: LDMBert, tokenizer: WordPiece) -> None:
         super().__init__()
@@ -34,29 +43,29 @@ class BertConditioner(nn.Module):
         return self.encoder.config.width
 
     def forward(self, prompts: Sequence[str]) -> Cond:
-        """The condition of B prompts: context (B, M, D), M the encoder's length or a multiple, and a mask if
-        their lengths differ.
+        """Return the condition of B prompts: context (B, M, D), and a mask if their lengths differ.
 
-        Prompts may have weights and blends (`ldm.conditioning.prompt`), and any length
-        (`ldm.conditioning.reading`).
+        Prompts may have weights and blends (`ldm.conditioning.prompt`) and any length
+        (`ldm.conditioning.reading`). M is a multiple of the encoder's length.
         """
-        return read(prompts, self.tokenizer.words, self.encode, self.encoder.config.length - 2)
+        return encode_prompts(prompts, self.tokenizer.words, self.encode, self.encoder.config.length - 2)
 
-    def encode(self, rows: list[list[int]]) -> States:
-        """The encoder's states of rows of ids, each put between start and end and padded."""
+    def encode(self, rows: list[list[int]]) -> EncoderStates:
+        """Return the encoder's states of R rows of token ids, each put between start and end and padded."""
         ids = self.tokenizer.pad(rows, self.encoder.config.length)
-        return States(
-            self.encoder(torch.tensor(ids, device=self.encoder.model.layer_norm.weight.device)), None, None
-        )
+        device = self.encoder.model.layer_norm.weight.device
+        return EncoderStates(self.encoder(torch.tensor(ids, device=device)), None, None)
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """The words of a prompt and where in the context their tokens stand; of a blend's first
-        alternative."""
+        """Return the words of a prompt and the positions of their tokens in the context.
+
+        Of a blend only the first alternative counts.
+        """
         length = self.encoder.config.length
-        return word_places(parse(prompt)[0].spans, self.tokenizer.words, length - 2, length)
+        return word_positions(parse(prompt)[0].spans, self.tokenizer.words, length - 2, length)
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that have no tokens but the one for unknown words."""
+        """Return the words of a prompt that contain a token for unknown text, in order, each once."""
         unk = self.tokenizer.vocabulary[WORDPIECE_UNKNOWN]
         return list(
             dict.fromkeys(
@@ -65,5 +74,5 @@ class BertConditioner(nn.Module):
         )
 
     def networks(self) -> dict[str, nn.Module]:
-        """The encoder, as "text"."""
+        """Return the encoder as "text", its name in weight files."""
         return {"text": self.encoder}

@@ -1,4 +1,4 @@
-"""CLIP as unCLIP uses it: texts and pictures into one space, and pictures judged by it."""
+"""The two towers of one CLIP: texts and images in one space of embeddings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import VisionTower
 
-FLATTEST = 16  # sides in proportion, of a picture that is worth looking at
+MAX_ASPECT = 16  # largest ratio of an image's sides; CLIP sees only the square in the middle
 
 
 class ClipPair(nn.Module):
-    """Both towers of one CLIP by its name; ``text`` is read with the embedding, not of length 1, in
-    `Cond.pooled`. Either may be absent."""
+    """The text tower, the vision tower, or both, of one CLIP.
+
+    Args:
+        name: Name of the CLIP, which its embeddings carry.
+        text: The text tower; its convention must include the pooled embedding. None if absent.
+        vision: The vision tower. None if absent.
+
+    Raises:
+        ValueError: If both are absent, the text tower gives no embedding, or the widths differ.
+    """
 
     def __init__(self, name: str, *, text: TextConditioner | None, vision: VisionTower | None) -> None:
         super().__init__()
@@ -31,8 +39,8 @@ class ClipPair(nn.Module):
             )
         if text is not None and vision is not None and text.tower.config.embed_dim != vision.config.embed_dim:
             raise ValueError(
-                f"{name!r}: embeddings {text.tower.config.embed_dim} wide of text and"
-                f" {vision.config.embed_dim} of pictures are no pair"
+                f"{name!r}: the text tower's embeddings are {text.tower.config.embed_dim} wide, the vision"
+                f" tower's {vision.config.embed_dim}; expected the same width"
             )
         self.name = name
         self.text = text
@@ -41,55 +49,64 @@ class ClipPair(nn.Module):
     @property
     def width(self) -> int:
         """E, the width of an embedding."""
-        width = self.text.tower.config.embed_dim if self.text is not None else self._vision().config.embed_dim
-        assert width is not None
-        return width
+        config = self._require_vision().config if self.text is None else self.text.tower.config
+        assert config.embed_dim is not None
+        return config.embed_dim
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str]) -> Cond:
-        """Texts as a prior and a decoder take them: token states, their mask and the embedding; ValueError
-        without a text tower."""
+        """Return the condition of B texts: context (B, L, D), its mask, and the embedding as pooled (B, E).
+
+        The embedding is not normalised.
+
+        Raises:
+            ValueError: If there is no text tower.
+        """
         if self.text is None:
-            raise ValueError(f"this model has no text tower of {self.name!r}: it takes pictures, not texts")
+            raise ValueError(f"this model has no text tower of {self.name!r}: it takes images, not texts")
         return self.text(prompts)
 
     def text_embedding(self, prompts: Sequence[str]) -> ImageEmbedding:
-        """The embeddings of B texts, in the space of those of pictures."""
+        """Return the embeddings of B texts, in the space of image embeddings."""
         pooled = self.read(prompts).pooled
         assert pooled is not None
         return ImageEmbedding(vector=pooled.float(), clip=self.name)
 
     @torch.no_grad()
     def image_embedding(self, pixels: Tensor) -> ImageEmbedding:
-        """The embeddings of pictures (B, 3, H, W) in [0, 1]; ValueError without a vision tower, or for one of
-        which it would see nearly nothing."""
-        tower = self._vision()
+        """Return the embeddings of images.
+
+        Args:
+            pixels: The images, shape (B, 3, H, W), in [0, 1], with sides of at most 1:16.
+
+        Raises:
+            ValueError: If there is no vision tower, or the images are too long.
+        """
+        tower = self._require_vision()
         h, w = pixels.shape[-2:]
-        if max(h, w) > FLATTEST * min(h, w):
+        if max(h, w) > MAX_ASPECT * min(h, w):
             raise ValueError(
-                f"image: CLIP sees the square in the middle, next to nothing of {w}×{h}; expected sides of"
-                f" 1:{FLATTEST} at most"
+                f"image: CLIP sees only the square in the middle of {w}×{h}; expected sides of at most"
+                f" 1:{MAX_ASPECT}"
             )
         weight = tower.conv1.weight
-        return ImageEmbedding(
-            vector=tower(tower.prepare(pixels.to(weight.device)).to(weight.dtype)).pooled.float(),
-            clip=self.name,
-        )
+        prepared = tower.prepare(pixels.to(weight.device)).to(weight.dtype)
+        return ImageEmbedding(vector=tower(prepared).pooled.float(), clip=self.name)
 
     @torch.no_grad()
     def black(self) -> ImageEmbedding:
-        """The embedding (1, E) of zeros as the tower's input, which Kandinsky takes for no picture."""
-        tower = self._vision()
+        """Return the embedding (1, E) of an input of zeros, which stands for "no image" in Kandinsky."""
+        tower = self._require_vision()
         size, weight = tower.config.image_size, tower.conv1.weight
         zeros = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
         return ImageEmbedding(vector=tower(zeros).pooled.float(), clip=self.name)
 
-    def _vision(self) -> VisionTower:
+    def _require_vision(self) -> VisionTower:
         if self.vision is None:
-            raise ValueError(f"this model has no vision tower of {self.name!r}: it cannot look at pictures")
+            raise ValueError(f"this model has no vision tower of {self.name!r}: it cannot read images")
         return self.vision
 
     def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The cosine of each picture (B, 3, H, W) in [0, 1] and its prompt, (B,)."""
+        """Return the cosine of each image (B, 3, H, W) in [0, 1] and its prompt, shape (B,)."""
         images = self.image_embedding(pixels).unit().vector
         return F.cosine_similarity(images, self.text_embedding(prompts).vector.to(images.device), dim=-1)

@@ -1,4 +1,4 @@
-"""Prompts to conditions: a tokenizer, a text tower, and the convention of how the one feeds the other."""
+"""Conditioners: prompts to conditions by a tokenizer, a text tower, and the convention that connects them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ldm.conditioning.prompt import parse, plain_texts, unknown_words
-from ldm.conditioning.reading import States, read, word_places
+from ldm.conditioning.reading import EncoderStates, encode_prompts, word_positions
 from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
@@ -22,10 +22,14 @@ from ldm.models.text.bpe import Tokenizer
 class TextConvention:
     """How a model reads its text tower.
 
-    ``layer``: which block's output, −1 the last, −2 the last but one; ``final_norm``: whether the final norm
-    is applied to it. ``length``: tokens a prompt is padded to, None for the longest of the batch; ``pad``:
-    the token it is padded with; ``masked``: whether padding is left out of attention. ``pooled``: whether the
-    projected end-of-text state conditions the network too.
+    Args:
+        layer: The block whose output is the context: −1 the last, −2 the last but one. Default: −1.
+        final_norm: Whether the final norm is applied to it. Default: True.
+        length: Tokens that a prompt is padded to, with start and end; None for the longest prompt of the
+            batch. Default: 77.
+        pad: The token that it is padded with. Default: 49407, CLIP's end-of-text token.
+        masked: Whether the padding is masked in attention. Default: False.
+        pooled: Whether the projected end-of-text state conditions the network too. Default: False.
     """
 
     layer: int = -1
@@ -37,25 +41,41 @@ class TextConvention:
 
 
 class Conditioner(Protocol):
-    """What turns prompts into conditions; ``networks`` are its parts by name, as weights are stored."""
+    """What turns prompts into conditions."""
 
-    def __call__(self, prompts: Sequence[str]) -> Cond: ...
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """Return the condition of B prompts."""
+        ...
 
-    def unknown(self, prompt: str) -> list[str]: ...
+    def unknown(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the model was not trained on, as far as known."""
+        ...
 
-    def networks(self) -> dict[str, nn.Module]: ...
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the networks by their names in weight files."""
+        ...
 
 
 class TextConditioner(nn.Module):
-    """Prompts in, `Cond` out. ``words``: those the model was trained on, where that is known; ``draft``: what
-    drafts `Cond.concat`, if anything."""
+    """A CLIP text tower as a conditioner.
+
+    Args:
+        tower: The text tower.
+        tokenizer: Its tokenizer.
+        convention: How the model reads the tower.
+        known_words: The words that the model was trained on; None if not known. Default: None.
+        draft: The network that computes `Cond.concat` from the text embedding. Default: None.
+
+    Raises:
+        ValueError: If the draft reads embeddings of another width than the tower's.
+    """
 
     def __init__(
         self,
         tower: TextTower,
         tokenizer: Tokenizer,
         convention: TextConvention,
-        words: frozenset[str] | None = None,
+        known_words: frozenset[str] | None = None,
         draft: Draft | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +88,7 @@ class TextConditioner(nn.Module):
         self.draft = draft
         self.tokenizer = tokenizer
         self.convention = convention
-        self.words = words
+        self.known_words = known_words
 
     @property
     def width(self) -> int:
@@ -76,16 +96,20 @@ class TextConditioner(nn.Module):
         return self.tower.config.width
 
     def forward(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Cond:
-        """The condition of B prompts: context (B, M, D), its mask where padding is left out, and pooled (B,
-        E) where the network takes it.
+        """Return the condition of B prompts.
 
-        Where the model drafts, concat (B, C, h, w) too, at the latent's ``size`` (h, w), or at the draft's
-        own.
+        Prompts may have weights and blends (`ldm.conditioning.prompt`) and any length
+        (`ldm.conditioning.reading`). Words that a small vocabulary lacks are left out; see `unknown`.
 
-        Prompts may have weights and blends (`ldm.conditioning.prompt`), and any length
-        (`ldm.conditioning.reading`); words that a small vocabulary lacks are left out (see `unknown`).
+        Args:
+            prompts: B prompts.
+            size: (h, w) of the latent, for models with a draft. Default: the draft's own size.
+
+        Returns:
+            A Cond with context (B, M, D), its mask where padding is masked, pooled (B, E) where the network
+            takes it, and concat (B, C, h, w) where the model has a draft.
         """
-        cond = read(prompts, self.tokenizer.words, self.encode, self.room)
+        cond = encode_prompts(prompts, self.tokenizer.words, self.encode, self.room)
         draft = None
         if self.draft is not None:
             assert cond.pooled is not None
@@ -94,35 +118,37 @@ class TextConditioner(nn.Module):
 
     @property
     def room(self) -> int:
-        """The tokens of a prompt that are read at once, besides start and end."""
-        return (
-            min(self.convention.length or self.tower.config.context_length, self.tower.config.context_length)
-            - 2
-        )
+        """The number of tokens that the tower reads at once, without start and end."""
+        longest = self.tower.config.context_length
+        return min(self.convention.length or longest, longest) - 2
 
-    def encode(self, rows: list[list[int]]) -> States:
-        """The tower's states of rows of ids, each put between start and end and padded."""
+    def encode(self, rows: list[list[int]]) -> EncoderStates:
+        """Return the tower's states of R rows of token ids, each put between start and end and padded."""
         c = self.convention
-        ids = self.tokenizer.pad(rows, c.length, c.pad).to(self.tower.token_embedding.weight.device)
+        ids = self.tokenizer.pad(rows, c.length, c.pad).to(self.tower.token_embedding.weight.device)  # (R, L)
         eot = (ids == self.tower.config.eot_id).int().argmax(dim=1)  # (R,) the first one
         mask = torch.arange(ids.shape[1], device=ids.device) <= eot[:, None] if c.masked else None  # (R, L)
         out = self.tower(
             ids, layer=c.layer, final_norm=c.final_norm, pooled=c.pooled or self.draft is not None
         )
-        return States(out.tokens, mask, out.pooled)
+        return EncoderStates(out.tokens, mask, out.pooled)
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """The words of a prompt that have tokens, and where in the context (0 … M − 1) these stand; of a
-        blend's first alternative."""
+        """Return the words of a prompt that have tokens, and the positions 0 … M − 1 of these in the context.
+
+        Of a blend only the first alternative counts.
+        """
         length = None if self.convention.masked else self.convention.length
-        return word_places(parse(prompt)[0].spans, self.tokenizer.words, self.room, length)
+        return word_positions(parse(prompt)[0].spans, self.tokenizer.words, self.room, length)
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that the model has never seen, in order, then what else of it is left out:
-        signs that a small vocabulary lacks, control characters. Where the words are not known, none is named.
+        """Return what the model was not trained on in a prompt, in order, each once.
+
+        First the words that it was not trained on (none if these are not known), then what else is left out:
+        signs that a small vocabulary lacks, and control characters.
         """
         texts = plain_texts(prompt)
-        missing = [] if self.words is None else unknown_words(prompt, self.words)
+        missing = [] if self.known_words is None else unknown_words(prompt, self.known_words)
         signs = [
             part
             for text in texts
@@ -138,15 +164,21 @@ class TextConditioner(nn.Module):
         return list(dict.fromkeys([*missing, *signs, *control]))
 
     def networks(self) -> dict[str, nn.Module]:
-        """The tower as "text", and the draft as "draft" where there is one."""
-        return {"text": self.tower} | ({} if self.draft is None else {"draft": self.draft})
+        """Return the tower as "text", and the draft as "draft" if there is one."""
+        networks: dict[str, nn.Module] = {"text": self.tower}
+        return networks if self.draft is None else networks | {"draft": self.draft}
 
 
 class TwoTowers(nn.Module):
-    """SDXL's conditioner: the tokens of both towers side by side, and the second one's pooled state (Podell
-    et al. 2023, section 2.1).
+    """SDXL's conditioner: the tokens of two towers side by side (Podell et al. 2023, section 2.1).
 
-    ``first`` None: the second tower alone, as in the refiner.
+    Args:
+        first: The first tower; None for the second alone, as in the refiner.
+        second: The second tower, whose pooled state conditions the network too.
+
+    Raises:
+        ValueError: If the second tower has no projection, or its convention does not include the pooled
+            state.
     """
 
     def __init__(self, first: TextConditioner | None, second: TextConditioner) -> None:
@@ -160,12 +192,11 @@ class TwoTowers(nn.Module):
 
     @property
     def width(self) -> int:
-        """D, the width of a token: that of both towers together."""
+        """D, the width of a token: the sum of both towers'."""
         return self.second.width + (0 if self.first is None else self.first.width)
 
     def forward(self, prompts: Sequence[str]) -> Cond:
-        """The condition of B prompts: context (B, M, D), its mask if their lengths differ, and pooled (B,
-        E)."""
+        """Return the condition of B prompts: context (B, M, D), its mask if lengths differ, pooled (B, E)."""
         second = self.second(prompts)
         if self.first is None:
             return second
@@ -174,13 +205,14 @@ class TwoTowers(nn.Module):
         return replace(second, context=torch.cat([first.context, second.context], dim=-1))
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that the second tower has never seen."""
+        """Return the words of a prompt that the second tower was not trained on; see `TextConditioner`."""
         return self.second.unknown(prompt)
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """The words of a prompt and where in the context their tokens stand: in both towers alike."""
+        """Return the words of a prompt and the positions of their tokens, the same in both towers."""
         return self.second.places(prompt)
 
     def networks(self) -> dict[str, nn.Module]:
-        """The towers, as "text" and "text2"."""
-        return ({} if self.first is None else {"text": self.first.tower}) | {"text2": self.second.tower}
+        """Return the towers as "text" and "text2", their names in weight files."""
+        second: dict[str, nn.Module] = {"text2": self.second.tower}
+        return second if self.first is None else {"text": self.first.tower, **second}

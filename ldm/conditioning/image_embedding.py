@@ -1,5 +1,8 @@
-"""CLIP's image embeddings, with where they come from: those of two CLIPs have nothing in common but perhaps
-their width."""
+"""CLIP image embeddings together with the CLIP they belong to.
+
+The embeddings of two CLIPs have nothing in common, even where they have the same width. An `ImageEmbedding`
+carries the name of its CLIP, so that a network rejects embeddings that it cannot read.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,15 @@ Length = Literal["clip", "unit"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageEmbedding:
-    """Image embeddings (B, E), float32.
+    """CLIP image embeddings.
 
-    ``clip``: the name of the CLIP whose space they lie in, whether it made them or a prior did. ``length``:
-    "clip", as long as CLIP makes them, or "unit", of length 1, from which the first cannot be had back.
+    Args:
+        vector: The embeddings, shape (B, E), floating point.
+        clip: Name of the CLIP in whose space they lie, whether it or a prior computed them.
+        length: "clip" for the length that CLIP gives them, "unit" for L2 norm 1. Default: "clip".
+
+    Raises:
+        ValueError: If the shape or the length is wrong, or the vectors hold NaN or infinity.
     """
 
     vector: Tensor
@@ -36,22 +44,33 @@ class ImageEmbedding:
             raise ValueError("an embedding holds NaN or infinity")
 
     def __len__(self) -> int:
-        """B, the number of embeddings."""
+        """Return B, the number of embeddings."""
         return len(self.vector)
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> ImageEmbedding:
-        """Some of them."""
+        """Return some of the embeddings."""
         return replace(self, vector=self.vector[index])
 
     def unit(self) -> ImageEmbedding:
-        """The same at length 1."""
+        """Return the embeddings scaled to L2 norm 1."""
         return replace(self, vector=F.normalize(self.vector, dim=-1), length="unit")
 
     def of(self, clip: str, width: int, length: Length = "clip", *, by: str = "this network") -> Tensor:
-        """The vectors (B, E) for a network that reads embeddings of a CLIP, a width and a length; "clip" is
-        shortened to "unit" where that is read.
+        """Return the vectors for a network that reads embeddings of a given CLIP, width and length.
 
-        ValueError for those of another CLIP, of another width, or of length 1 where CLIP's own is read.
+        Args:
+            clip: Name of the CLIP that the network expects.
+            width: E, the width that it expects.
+            length: The length that it expects; "clip" is normalised to "unit" where that is expected.
+                Default: "clip".
+            by: Name of the network, for error messages.
+
+        Returns:
+            The vectors, shape (B, E).
+
+        Raises:
+            ValueError: For embeddings of another CLIP, of another width, or of unit length where CLIP's own
+                length is expected.
         """
         if self.clip != clip:
             raise ValueError(
@@ -67,18 +86,25 @@ class ImageEmbedding:
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
-    """From a to b (B, *S) on the arc between their directions, their lengths in proportion; weight () or
-    (B,): 0 is a, 1 is b (Shoemake 1985).
+    """Return the spherical interpolation from a to b, with the norm interpolated linearly (Shoemake 1985).
 
-    Directions that are nearly the same, or nearly opposite (where the arc is not defined), are joined by a
-    straight line.
+    With u, v the directions of a and b and θ the angle between them:
+
+        (sin((1 − w)·θ)·u + sin(w·θ)·v)/sin θ · ((1 − w)·|a| + w·|b|)
+
+    Directions that are nearly equal or nearly opposite are interpolated linearly.
+
+    Args:
+        a: Shape (B, *S).
+        b: Shape (B, *S).
+        weight: w, a number or shape (B,): 0 is a, 1 is b.
     """
     shape, a, b = a.shape, a.flatten(1), b.flatten(1)
     w = torch.as_tensor(weight, dtype=a.dtype, device=a.device).reshape(-1, 1)
-    long_a, long_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
-    u, v = a / long_a.clamp_min(1e-12), b / long_b.clamp_min(1e-12)
+    norm_a, norm_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)  # (B, 1)
+    u, v = a / norm_a.clamp_min(1e-12), b / norm_b.clamp_min(1e-12)
     angle = (u * v).sum(1, keepdim=True).clamp(-1, 1).acos()
     sine = angle.sin()
     arc = (((1 - w) * angle).sin() * u + (w * angle).sin() * v) / sine.clamp_min(1e-12)
-    made = torch.where(sine > 1e-4, arc * ((1 - w) * long_a + w * long_b), (1 - w) * a + w * b)
-    return made.reshape(len(made), *shape[1:])
+    result = torch.where(sine > 1e-4, arc * ((1 - w) * norm_a + w * norm_b), (1 - w) * a + w * b)
+    return result.reshape(len(result), *shape[1:])

@@ -1,29 +1,32 @@
-r"""What a prompt says: texts with weights, and blends of several.
+r"""The syntax of prompts: texts with weights, and blends of several texts.
 
-Syntax, of which nothing is needed for a plain prompt:
+A plain prompt needs none of this:
 
-- ``(red:1.3) apple``: "red" with weight 1.3, a number from 0 to 10. Weights nest by multiplication:
+- ``(red:1.3) apple``: "red" with weight 1.3, a number from 0 to 10. Nested weights multiply:
   ``((red:1.2) apple:1.5)`` is "red" with 1.8 and " apple" with 1.5. Weight 1 changes nothing. Parentheses
   without a weight are text: ``apple (fruit)``.
 - ``a {cat:3|dog} face``: a blend of "a cat face" and "a dog face" with the shares 3/4 and 1/4; an alternative
-  without a number has 1. Several braces make every combination, with the product of their shares. Braces
-  without a bar are text; blends do not nest.
-- ``\( \) \{ \} \| \: \\`` are these characters themselves; before anything else a backslash is text.
+without
+  a number has 1. Several braces give every combination, with the product of their shares. Braces without a
+  bar are text; blends do not nest.
+- ``\( \) \{ \} \| \: \\`` are these characters themselves; before any other character a backslash is text.
 
-ValueError where a parenthesis or brace that holds a weight or a bar is not closed or not opened, or a weight
-is no number in its range.
+A parenthesis or brace that holds a weight or a bar but is not opened or closed, and a weight that is not a
+number in its range, raise ValueError.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 
-from ldm.conditioning.words import words
+from ldm.conditioning.words import words_in
 
 ESCAPED = "(){}|:\\"
-HIGHEST_WEIGHT, BRANCHES = 10.0, 64  # the largest weight, and the most alternatives that a prompt may come to
+HIGHEST_WEIGHT = 10.0
+MAX_BRANCHES = 64  # the largest number of alternatives of a prompt
 Chars = list[tuple[str, bool]]  # characters, and whether each was escaped
 
 
@@ -37,25 +40,34 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """One of a prompt's alternatives: its share (those of a prompt sum to 1) and its spans, neighbours of
-    which differ in weight."""
+    """One alternative of a prompt.
+
+    Args:
+        share: Its share; those of all alternatives of a prompt sum to 1.
+        spans: Its texts and their weights, at least one; neighbours differ in weight.
+    """
 
     share: float
     spans: tuple[Span, ...]
 
     @property
     def text(self) -> str:
-        """The text without its weights."""
+        """The text without weights."""
         return "".join(span.text for span in self.spans)
 
 
 def parse(prompt: str) -> tuple[Branch, ...]:
-    """The alternatives of a prompt, at least one; see the module for the syntax and its errors."""
+    """Return the alternatives of a prompt, at least one; the module describes the syntax.
+
+    Raises:
+        ValueError: If the prompt is malformed, naming it and what was expected.
+    """
     if not any(char in prompt for char in ESCAPED):
         return (Branch(share=1.0, spans=(Span(text=prompt),)),)
     try:
         branches = [
-            Branch(share=share, spans=_spans(chars)) for share, chars in _alternatives(_unescape(prompt))
+            Branch(share=share, spans=_weighted_spans(chars))
+            for share, chars in _expand_blends(_unescape(prompt))
         ]
     except ValueError as error:
         raise ValueError(f"prompt {prompt!r}: {error}") from None
@@ -63,11 +75,12 @@ def parse(prompt: str) -> tuple[Branch, ...]:
 
 
 def plain_texts(prompt: str) -> list[str]:
-    """The texts of a prompt's alternatives, without weights."""
+    """Return the texts of a prompt's alternatives, without weights."""
     return [branch.text for branch in parse(prompt)]
 
 
 def _unescape(prompt: str) -> Chars:
+    """Return the characters of a prompt without escaping backslashes, each marked if it was escaped."""
     found, i = [], 0
     while i < len(prompt):
         escaped = prompt[i] == "\\" and prompt[i + 1 : i + 2] in tuple(ESCAPED)
@@ -76,8 +89,8 @@ def _unescape(prompt: str) -> Chars:
     return found
 
 
-def _alternatives(chars: Chars) -> list[tuple[float, Chars]]:
-    """The combinations of all blends, with shares that sum to 1."""
+def _expand_blends(chars: Chars) -> list[tuple[float, Chars]]:
+    """Return every combination of the alternatives of all blends, with shares that sum to 1."""
     parts: list[list[tuple[float, Chars]]] = []
     i = 0
     while i < len(chars):
@@ -86,14 +99,15 @@ def _alternatives(chars: Chars) -> list[tuple[float, Chars]]:
             parts.append([(1.0, [chars[i]])])
             i += 1
             continue
-        sides = [(*_weighed(side, "share"), side) for side in _split(chars[i + 1 : close])]
+        sides = [(*_trailing_number(side, "share"), side) for side in _split_at_bars(chars[i + 1 : close])]
         total = sum(share for share, _, _ in sides)
         if total <= 0:
-            raise ValueError("the shares of a blend sum to 0, expected more")
+            raise ValueError("the shares of a blend sum to 0, expected a positive sum")
         parts.append([(share / total, side[:colon]) for share, colon, side in sides])
         i = close + 1
-    if _count(parts) > BRANCHES:
-        raise ValueError(f"its blends come to {_count(parts)} combinations, expected at most {BRANCHES}")
+    count = math.prod(len(part) for part in parts)
+    if count > MAX_BRANCHES:
+        raise ValueError(f"its blends have {count} combinations, expected at most {MAX_BRANCHES}")
     found = []
     for chosen in itertools.product(*parts):
         share, text = 1.0, []
@@ -104,15 +118,8 @@ def _alternatives(chars: Chars) -> list[tuple[float, Chars]]:
     return found
 
 
-def _count(parts: list[list[tuple[float, Chars]]]) -> int:
-    count = 1
-    for part in parts:
-        count *= len(part)
-    return count
-
-
 def _blend_end(chars: Chars, start: int) -> int | None:
-    """Where the blend that begins here is closed; None if these braces are text."""
+    """Return the index of the brace that closes the blend opened at `start`; None if they are text."""
     bar = False
     for i in range(start + 1, len(chars)):
         if chars[i] == ("{", False):
@@ -127,8 +134,8 @@ def _blend_end(chars: Chars, start: int) -> int | None:
     return None
 
 
-def _split(chars: Chars) -> list[Chars]:
-    """The alternatives between bars."""
+def _split_at_bars(chars: Chars) -> list[Chars]:
+    """Return the alternatives of a blend."""
     sides: list[Chars] = [[]]
     for char in chars:
         if char == ("|", False):
@@ -138,9 +145,13 @@ def _split(chars: Chars) -> list[Chars]:
     return sides
 
 
-def _weighed(chars: Chars, what: str) -> tuple[float, int | None]:
-    """The number behind the last colon, and where that colon stands; 1 and None where there is none, or words
-    stand behind it."""
+def _trailing_number(chars: Chars, what: str) -> tuple[float, int | None]:
+    """Return the number after the last colon and the colon's index; (1, None) if no number is meant.
+
+    Args:
+        chars: The inside of parentheses, or an alternative of a blend.
+        what: "weight" or "share", for error messages.
+    """
     colon = max((i for i, char in enumerate(chars) if char == (":", False)), default=None)
     if colon is None or (")", False) in chars[colon:]:
         return 1.0, None
@@ -155,17 +166,17 @@ def _weighed(chars: Chars, what: str) -> tuple[float, int | None]:
     )
 
 
-def _spans(chars: Chars) -> tuple[Span, ...]:
-    """The texts of one alternative with their weights; neighbours of one weight are one."""
-    opened = _groups(chars)
+def _weighted_spans(chars: Chars) -> tuple[Span, ...]:
+    """Return the texts of one alternative with their weights; neighbours of the same weight are joined."""
+    opened = _weight_groups(chars)
     pieces: list[tuple[str, float]] = []
 
     def walk(start: int, end: int, weight: float) -> None:
         i = start
         while i < end:
             if i in opened:
-                close, own, stop = opened[i]
-                walk(i + 1, stop, weight * own)
+                close, factor, stop = opened[i]
+                walk(i + 1, stop, weight * factor)
                 i = close + 1
             else:
                 pieces.append((chars[i][0], weight))
@@ -178,19 +189,21 @@ def _spans(chars: Chars) -> tuple[Span, ...]:
     )
 
 
-def _groups(chars: Chars) -> dict[int, tuple[int, float, int]]:
-    """The parentheses that hold a weight: where each opens → (where it closes, its weight, where its text
-    ends)."""
+def _weight_groups(chars: Chars) -> dict[int, tuple[int, float, int]]:
+    """Return the parentheses that hold a weight, by opening index: closing index, weight, end of the text."""
     found: dict[int, tuple[int, float, int]] = {}
-    stack, text = [], ["\\" if escaped else char for char, escaped in chars]  # what is escaped is no syntax
+    stack, text = (
+        [],
+        ["\\" if escaped else char for char, escaped in chars],
+    )  # escaped characters are not syntax
     for i, char in enumerate(text):
         if char == "(":
             stack.append(i)
         elif char == ")" and stack:
             start = stack.pop()
-            weight, own = _weighed(chars[start + 1 : i], "weight")
-            if own is not None:
-                found[start] = (i, weight, start + 1 + own)
+            weight, colon = _trailing_number(chars[start + 1 : i], "weight")
+            if colon is not None:
+                found[start] = (i, weight, start + 1 + colon)
                 text[start : i + 1] = " " * (i + 1 - start)
         elif char == ")" and re.search(r":\s*[\d.]+\s*$", "".join(text[:i])):
             raise ValueError(
@@ -203,9 +216,9 @@ def _groups(chars: Chars) -> dict[int, tuple[int, float, int]]:
 
 
 def unknown_words(prompt: str, known: frozenset[str]) -> list[str]:
-    """The words of a prompt that are not among the known ones, in order, each once."""
+    """Return the words of a prompt that are not among the known ones, in order, each once."""
     return [
         word
-        for word in dict.fromkeys(word for text in plain_texts(prompt) for word in words(text))
+        for word in dict.fromkeys(word for text in plain_texts(prompt) for word in words_in(text))
         if word not in known
     ]

@@ -1,5 +1,16 @@
-"""Prompts of any length, with weights and blends, through a text tower that reads a window of tokens at a
-time."""
+"""Long prompts, weights and blends, through a text encoder that reads a window of tokens at a time.
+
+- A long text is divided into windows, each read with its own start and end token. Their states follow each
+other in
+  the context; the pooled states are averaged, weighted by the windows' numbers of tokens.
+- A token with weight w gets the state e + w·(z − e), with z its state and e the state at the same position of
+the
+  empty prompt. The pooled state becomes p + (w − 1)·(p − p'), with p' read without the tokens of that weight.
+- A blend is the mean of its alternatives, weighted by their shares.
+
+The condition of a prompt does not depend on the other prompts of its batch. A prompt of one window without
+weights gets exactly what the encoder returns.
+"""
 
 from __future__ import annotations
 
@@ -10,136 +21,189 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.conditioning.prompt import Span, parse
+from ldm.conditioning.prompt import Branch, Span, parse
 from ldm.diffusion.cond import Cond
 
-Words = list[tuple[str, tuple[int, ...]]]  # the words of a text that have tokens, and their ids
+Tokenize = Callable[[str], list[tuple[str, tuple[int, ...]]]]
+"""`text -> [(word, ids)]`: the words of a text that have tokens, and their token ids."""
 
 
-class States(NamedTuple):
-    """What a tower says of R rows of tokens, each between its start and end: tokens (R, L, D), which of them
-    count (R, L) (None: all), and pooled (R, E), where it is asked for."""
+class EncoderStates(NamedTuple):
+    """What an encoder returns for R rows of tokens, each between a start and an end token.
+
+    Attributes:
+        tokens: States of the tokens, shape (R, L, D).
+        mask: True for tokens that are attended to, bool, shape (R, L); None for all.
+        pooled: Pooled states, shape (R, E); None if there are none.
+    """
 
     tokens: Tensor
     mask: Tensor | None
     pooled: Tensor | None
 
 
-Encode = Callable[[list[list[int]]], States]
+Encode = Callable[[list[list[int]]], EncoderStates]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Tokens that a tower reads at once, without start and end, and the weight of each."""
+    """Token ids that an encoder reads at once, without start and end, and the weight of each."""
 
     ids: list[int]
     weights: list[float]
 
     @property
-    def plain(self) -> bool:
-        """Whether no token has a weight."""
+    def unweighted(self) -> bool:
+        """Whether all weights are 1."""
         return all(weight == 1 for weight in self.weights)
 
 
-def windows(spans: Sequence[Span], words: Callable[[str], Words], room: int) -> list[Window]:
-    """The tokens of a text in windows of at most ``room``, at least one window; a word is divided only if it
-    is longer than a window."""
-    found = [Window(ids=[], weights=[])]
-    for _, ids, weight, new in _laid(spans, words, room):
-        if new:
-            found.append(Window(ids=[], weights=[]))
-        found[-1].ids.extend(ids)
-        found[-1].weights.extend([weight] * len(ids))
-    return found
+class _Piece(NamedTuple):
+    """A word, or a part of a word that is longer than a window."""
+
+    word: str | None  # None for later parts of a divided word
+    ids: tuple[int, ...]
+    weight: float
+    starts_window: bool
 
 
-def word_places(
-    spans: Sequence[Span], words: Callable[[str], Words], room: int, length: int | None
-) -> list[tuple[str, list[int]]]:
-    """The words of a text that have tokens, and where in the context these stand; windows are ``length``
-    wide, or None: as long as they are."""
-    found: list[tuple[str, list[int]]] = []
-    at, start = 1, 0  # a window's first place is its start's
-    for word, ids, _, new in _laid(spans, words, room):
-        if new:
-            start = start + length if length is not None else at + 1
-            at = start + 1
-        own = list(range(at, at + len(ids)))
-        at += len(ids)
-        if word is None:
-            found[-1][1].extend(own)
-        else:
-            found.append((word, own))
-    return found
-
-
-def _laid(
-    spans: Sequence[Span], words: Callable[[str], Words], room: int
-) -> list[tuple[str | None, tuple[int, ...], float, bool]]:
-    """(word, ids, weight, whether a window begins with it) of every word; one longer than a window is
-    divided, and its later parts have None."""
-    found: list[tuple[str | None, tuple[int, ...], float, bool]] = []
+def _pieces(spans: Sequence[Span], tokenize: Tokenize, room: int) -> list[_Piece]:
+    """Return the words of a text in windows of at most `room` tokens; longer words are divided."""
+    pieces: list[_Piece] = []
     left = room
     for span in spans:
-        for word, ids in words(span.text):
+        for word, ids in tokenize(span.text):
             for first in range(0, len(ids), room):
                 part = ids[first : first + room]
-                new = len(part) > left
-                left = (room if new else left) - len(part)
-                found.append((None if first else word, part, span.weight, new))
+                starts_window = len(part) > left
+                left = (room if starts_window else left) - len(part)
+                pieces.append(_Piece(None if first else word, part, span.weight, starts_window))
+    return pieces
+
+
+def split_windows(spans: Sequence[Span], tokenize: Tokenize, room: int) -> list[Window]:
+    """Return the tokens of a text in windows, at least one; only words longer than a window are divided.
+
+    Args:
+        spans: The texts and their weights.
+        tokenize: The tokenizer.
+        room: Largest number of tokens in a window, without start and end.
+    """
+    found = [Window(ids=[], weights=[])]
+    for piece in _pieces(spans, tokenize, room):
+        if piece.starts_window:
+            found.append(Window(ids=[], weights=[]))
+        found[-1].ids.extend(piece.ids)
+        found[-1].weights.extend([piece.weight] * len(piece.ids))
     return found
 
 
-def read(prompts: Sequence[str], words: Callable[[str], Words], encode: Encode, room: int) -> Cond:
-    """The condition of B prompts: context (B, M, D), its mask where something is to be left out, and pooled
-    (B, E) where ``encode`` gives it.
+def word_positions(
+    spans: Sequence[Span], tokenize: Tokenize, room: int, length: int | None
+) -> list[tuple[str, list[int]]]:
+    """Return the words of a text that have tokens, and the positions of these in the context.
 
-    Windows follow each other in the context, each with its own start and end; pooled is their mean, weighted
-    by their tokens. A token with weight w becomes e + w·(z − e), z being its state and e the state in the
-    same place of the empty prompt (in its last place, where it is shorter). Pooled becomes p + (w − 1)·(p −
-    p'), where p' is read without the tokens of that weight, for each run of them. A blend is the mean of its
-    alternatives by their shares. What a prompt comes to does not depend on the others. A prompt of one window
-    without weights is what the tower gives.
+    Args:
+        spans: The texts and their weights.
+        tokenize: The tokenizer.
+        room: Largest number of tokens in a window, without start and end.
+        length: Width of a window in the context; None if windows are not padded.
+    """
+    found: list[tuple[str, list[int]]] = []
+    position, start = 1, 0  # position 0 of a window is its start token
+    for piece in _pieces(spans, tokenize, room):
+        if piece.starts_window:
+            start = start + length if length is not None else position + 1
+            position = start + 1
+        positions = list(range(position, position + len(piece.ids)))
+        position += len(piece.ids)
+        if piece.word is None:
+            found[-1][1].extend(positions)
+        else:
+            found.append((piece.word, positions))
+    return found
+
+
+def encode_prompts(prompts: Sequence[str], tokenize: Tokenize, encode: Encode, room: int) -> Cond:
+    """Return the condition of B prompts, which may be long and have weights and blends.
+
+    Args:
+        prompts: B prompts in the syntax of `ldm.conditioning.prompt`.
+        tokenize: The tokenizer.
+        encode: The encoder: R rows of token ids to their states.
+        room: Largest number of tokens that the encoder reads at once, without start and end.
+
+    Returns:
+        A Cond with context (B, M, D), a mask (B, M) if there is anything to mask, and pooled (B, E) if the
+        encoder returns it.
     """
     branches = [parse(prompt) for prompt in prompts]
-    cut = [[windows(branch.spans, words, room) for branch in of_prompt] for of_prompt in branches]
+    cut = [[split_windows(branch.spans, tokenize, room) for branch in of_prompt] for of_prompt in branches]
     rows = [window for of_prompt in cut for of_branch in of_prompt for window in of_branch]
     states = encode([window.ids for window in rows])
-    if len(rows) == len(prompts) and all(row.plain for row in rows):
+    if len(rows) == len(prompts) and all(row.unweighted for row in rows):
         return Cond(context=states.tokens, context_mask=states.mask, pooled=states.pooled)
-    tokens, pooled = weighed(rows, states, encode)
+    states = apply_weights(rows, states, encode)
     empty = encode([[]])
-    contexts, kept, at = [], [], 0
-    for of_prompt, of_branches in zip(branches, cut, strict=True):
-        parts: list[Tensor] = []
-        vectors: list[Tensor] = []
-        for of_branch in of_branches:
-            own = range(at, at + len(of_branch))
-            at += len(of_branch)
-            # (M, D)
-            parts.append(
-                torch.cat([tokens[r] if states.mask is None else tokens[r][states.mask[r]] for r in own])
+    contexts, pooled, first = [], [], 0
+    for of_prompt, windows in zip(branches, cut, strict=True):
+        context, vector = _blended(of_prompt, windows, states, empty, first)
+        first += sum(len(of_branch) for of_branch in windows)
+        contexts.append(context)
+        if vector is not None:
+            pooled.append(vector)
+    batch, mask = pad_contexts(contexts, masked=states.mask is not None)
+    return Cond(context=batch, context_mask=mask, pooled=torch.stack(pooled) if pooled else None)
+
+
+def _blended(
+    branches: Sequence[Branch],
+    windows: Sequence[Sequence[Window]],
+    states: EncoderStates,
+    empty: EncoderStates,
+    first: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the context (M, D) and the pooled state (E,) of one prompt.
+
+    Args:
+        branches: The alternatives of the prompt.
+        windows: The windows of each alternative.
+        states: The states of all windows of the batch.
+        empty: The states of the empty prompt.
+        first: Row of the prompt's first window in `states`.
+    """
+    contexts: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for of_branch in windows:
+        rows = range(first, first + len(of_branch))
+        first += len(of_branch)
+        tokens, mask, pooled = states
+        contexts.append(
+            torch.cat([tokens[r] if mask is None else tokens[r][mask[r]] for r in rows])
+        )  # (M, D)
+        if pooled is not None:
+            counts = torch.tensor([max(1, len(window.ids)) for window in of_branch], device=pooled.device)
+            vectors.append(
+                pooled[rows[0]]
+                if len(rows) == 1
+                else (pooled[list(rows)] * counts[:, None]).sum(0) / counts.sum()
             )
-            if pooled is not None:
-                counts = torch.tensor([max(1, len(window.ids)) for window in of_branch], device=pooled.device)
-                vectors.append(
-                    pooled[own[0]]
-                    if len(own) == 1
-                    else (pooled[list(own)] * counts[:, None]).sum(0) / counts.sum()
-                )
-        shares = [branch.share for branch in of_prompt]
-        contexts.append(mean(extended(parts, empty), shares))
-        if vectors:
-            kept.append(mean(vectors, shares))
-    context, mask = pad_contexts(contexts, masked=states.mask is not None)
-    return Cond(context=context, context_mask=mask, pooled=torch.stack(kept) if kept else None)
+    shares = [branch.share for branch in branches]
+    context = weighted_mean(extend_to_longest(contexts, empty), shares)
+    return context, weighted_mean(vectors, shares) if vectors else None
 
 
-def weighed(rows: Sequence[Window], states: States, encode: Encode) -> tuple[Tensor, Tensor | None]:
-    """The states and pooled states of windows with their weights."""
-    tokens, pooled = states.tokens, states.pooled
-    if all(row.plain for row in rows):
-        return tokens, pooled
+def apply_weights(rows: Sequence[Window], states: EncoderStates, encode: Encode) -> EncoderStates:
+    """Return the states of windows after their tokens' weights; see the module for the formulas.
+
+    Args:
+        rows: R windows.
+        states: Their states.
+        encode: The encoder, for the empty prompt and for pooled states without the weighted tokens.
+    """
+    if all(row.unweighted for row in rows):
+        return states
+    tokens, mask, pooled = states
     length = tokens.shape[1]
     weight = torch.ones(tokens.shape[:2], dtype=torch.float32)
     for r, row in enumerate(rows):
@@ -150,40 +214,42 @@ def weighed(rows: Sequence[Window], states: States, encode: Encode) -> tuple[Ten
     base = empty.tokens[0, torch.arange(length, device=tokens.device).clamp(max=last)]  # (L, D)
     tokens = torch.where(weight == 1, tokens, (base + weight * (tokens - base)).to(tokens.dtype))
     if pooled is None:
-        return tokens, None
-    runs = [(r, a, b) for r, row in enumerate(rows) for a, b in _runs(row.weights)]
+        return EncoderStates(tokens, mask, None)
+    runs = [(r, a, b) for r, row in enumerate(rows) for a, b in _weighted_runs(row.weights)]
     without = encode([rows[r].ids[:a] + rows[r].ids[b:] for r, a, b in runs]).pooled
     assert without is not None
     changed = pooled.clone()
     for (r, a, _), other in zip(runs, without, strict=True):
         changed[r] += (rows[r].weights[a] - 1) * (pooled[r] - other)
-    return tokens, changed
+    return EncoderStates(tokens, mask, changed)
 
 
-def _runs(weights: Sequence[float]) -> list[tuple[int, int]]:
-    """Where runs of one weight other than 1 begin and end."""
+def _weighted_runs(weights: Sequence[float]) -> list[tuple[int, int]]:
+    """Return start and end of each run of equal weights other than 1."""
     bounds = [0, *(i for i in range(1, len(weights)) if weights[i] != weights[i - 1]), len(weights)]
     return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b and weights[a] != 1]
 
 
-def extended(parts: list[Tensor], empty: States) -> list[Tensor]:
-    """Contexts (M, D) at the longest's length: by empty windows, or by their last state where padding is left
-    out."""
-    length = max(len(part) for part in parts)
+def extend_to_longest(contexts: list[Tensor], empty: EncoderStates) -> list[Tensor]:
+    """Return contexts (M, D) extended to the longest one's length.
+
+    They are extended by windows of the empty prompt, or by their last state where padding is masked.
+    """
+    length = max(len(context) for context in contexts)
     found = []
-    for part in parts:
-        missing = length - len(part)
+    for context in contexts:
+        missing = length - len(context)
         tail = (
-            part[-1:].expand(missing, -1)
+            context[-1:].expand(missing, -1)
             if empty.mask is not None
             else empty.tokens[0].repeat(missing // empty.tokens.shape[1], 1)
         )
-        found.append(torch.cat([part, tail]))
+        found.append(torch.cat([context, tail]))
     return found
 
 
-def mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """The mean by shares that sum to 1; one value stays as it is."""
+def weighted_mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return the mean of tensors by shares that sum to 1, in their dtype; a single tensor is unchanged."""
     if len(values) == 1:
         return values[0]
     return (
@@ -194,7 +260,12 @@ def mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def pad_contexts(contexts: Sequence[Tensor], *, masked: bool) -> tuple[Tensor, Tensor | None]:
-    """Contexts (M, D) as one batch, the shorter ones padded with zeros that the mask leaves out."""
+    """Return contexts (M, D) as one batch (B, M, D) padded with zeros, and its mask (B, M).
+
+    Args:
+        contexts: B contexts.
+        masked: Whether to return a mask even if all have the same length; otherwise it is None then.
+    """
     lengths = torch.tensor([len(context) for context in contexts], device=contexts[0].device)
     batch = torch.nn.utils.rnn.pad_sequence(list(contexts), batch_first=True)  # (B, M, D)
     if not masked and bool((lengths == lengths[0]).all()):

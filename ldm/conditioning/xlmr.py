@@ -1,4 +1,4 @@
-"""Prompts to conditions by XLM-R."""
+"""The conditioner of Kandinsky's decoder: prompts to conditions by XLM-R."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from ldm.models.text.xlmr import XLMR
 
 
 class XLMRConditioner(nn.Module):
-    """Prompts in, `Cond` out: context (B, length, D), padding attended to, and pooled (B, E)."""
+    """XLM-R as a conditioner.
+
+    Args:
+        encoder: The encoder.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the encoder.
+    """
 
     def __init__(self, encoder: XLMR, tokenizer: Unigram) -> None:
         super().__init__()
@@ -24,17 +32,23 @@ class XLMRConditioner(nn.Module):
             )
 
     def forward(self, prompts: Sequence[str]) -> Cond:
-        """The condition of B prompts; ValueError if a prompt has more tokens than the encoder takes."""
+        """Return the condition of B prompts: context (B, L, D) and pooled (B, E).
+
+        All prompts are padded to the encoder's length; the network attends to the padding, as in training.
+
+        Raises:
+            ValueError: If a prompt has more tokens than the encoder takes.
+        """
         ids = torch.tensor(
             self.tokenizer(prompts, self.encoder.config.length), device=self.encoder.kind.device
-        )
+        )  # (B, L)
         states, pooled = self.encoder(ids, ids != self.tokenizer.ids[UNIGRAM_PAD])
         return Cond(context=states, pooled=pooled)
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that the model has never seen: not known of any."""
+        """Return an empty list: which words the model was trained on is not known."""
         return []
 
     def networks(self) -> dict[str, nn.Module]:
-        """The encoder, as "words"."""
+        """Return the encoder as "words", its name in weight files."""
         return {"words": self.encoder}

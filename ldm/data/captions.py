@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.conditioning.words import words
+from ldm.conditioning.words import words_in
 from ldm.data.compose import IMAGE_AREAS, PLACES, Area, Composition, Place, SizeWord
 from ldm.data.index import STYLES, ImageIndex
 from ldm.data.palette import PALETTE
@@ -85,9 +85,9 @@ def vocabulary(index: ImageIndex) -> set[str]:
     """Return every word (see `words`) that a caption of a training image can contain."""
     found = {"a", "an", "and", "background", "on", "side", "by", "small", *STYLES, *PALETTE}
     for place in PLACES:
-        found.update(words(_PLACE_PHRASE[place]))
+        found.update(words_in(_PLACE_PHRASE[place]))
     for noun in caption_nouns(index):
-        found.update(words(noun))
+        found.update(words_in(noun))
     return found
 
 

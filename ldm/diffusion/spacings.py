@@ -36,7 +36,7 @@ AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.11
 DISTILLED = 50  # timesteps that consistency models are distilled at
 
 
-def leading(T: int, n: int, offset: int, integer: bool) -> Tensor:
+def leading_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n multiples of T // n, shifted up by `offset`; they are whole numbers in any case."""
     step = T // n
     if T - n * step > T // 10:
@@ -50,25 +50,25 @@ def leading(T: int, n: int, offset: int, integer: bool) -> Tensor:
     return torch.arange(n - 1, -1, -1, dtype=torch.float64) * step + offset
 
 
-def trailing(T: int, n: int, offset: int, integer: bool) -> Tensor:
+def trailing_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n timesteps in equal steps of T/n down from T − 1; `offset` is not used."""
     t = T - torch.arange(n, dtype=torch.float64) * T / n
     return (t.round() if integer else t) - 1
 
 
-def linspace(T: int, n: int, offset: int, integer: bool) -> Tensor:
+def linspace_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n timesteps in equal steps from T − 1 to 0; `offset` is not used."""
     t = torch.linspace(T - 1, 0, n, dtype=torch.float64)
     return t.round() if integer else t
 
 
-def sgm(T: int, n: int, offset: int, integer: bool) -> Tensor:
+def sgm_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n timesteps in equal steps of (T − 1)/n down from T − 1; `offset` is not used."""
     t = T - 1 - torch.arange(n, dtype=torch.float64) * (T - 1) / n
     return t.floor() if integer else t
 
 
-def lcm(T: int, n: int, offset: int, integer: bool) -> Tensor:
+def lcm_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n of the 50 timesteps of distillation, evenly chosen from the noisiest; `offset` is not used."""
     if T < DISTILLED or n > DISTILLED:
         raise ValueError(f"lcm chooses among the {DISTILLED} timesteps of distillation, got {n} of {T}")
@@ -76,24 +76,24 @@ def lcm(T: int, n: int, offset: int, integer: bool) -> Tensor:
     return ((DISTILLED - chosen) * (T // DISTILLED) - 1).double()
 
 
-def karras(low: float, high: float, n: int, rho: float | None) -> Tensor:
+def karras_levels(low: float, high: float, n: int, rho: float | None) -> Tensor:
     """Return n levels whose (sigma/alpha)^(1/rho) is linear; rho is 7 by default."""
     rho = 7.0 if rho is None else rho
     a, b = math.exp(high / rho), math.exp(low / rho)
     return (a + _ramp(n) * (b - a)).log() * rho
 
 
-def exponential(low: float, high: float, n: int, rho: float | None) -> Tensor:
+def exponential_levels(low: float, high: float, n: int, rho: float | None) -> Tensor:
     """Return n levels in equal steps of log(sigma/alpha); `rho` is not used."""
     return high + _ramp(n) * (low - high)
 
 
-def polyexponential(low: float, high: float, n: int, rho: float | None) -> Tensor:
+def polyexponential_levels(low: float, high: float, n: int, rho: float | None) -> Tensor:
     """Return n levels whose log(sigma/alpha) falls as (1 − u)^rho; rho is 1 by default."""
     return low + (1 - _ramp(n)) ** (1.0 if rho is None else rho) * (high - low)
 
 
-def align_your_steps(table: tuple[float, ...]) -> LevelSpacing:
+def ays_levels(table: tuple[float, ...]) -> LevelSpacing:
     """Return the spacing that interpolates a table of noise levels log-linearly, clamped to [low, high]."""
 
     def spacing(low: float, high: float, n: int, rho: float | None) -> Tensor:
@@ -111,18 +111,18 @@ def _ramp(n: int) -> Tensor:
 
 
 TIME_SPACINGS: dict[str, TimeSpacing] = {
-    "leading": leading,
-    "trailing": trailing,
-    "linspace": linspace,
-    "sgm": sgm,
-    "lcm": lcm,
+    "leading": leading_times,
+    "trailing": trailing_times,
+    "linspace": linspace_times,
+    "sgm": sgm_times,
+    "lcm": lcm_times,
 }
 LEVEL_SPACINGS: dict[str, LevelSpacing] = {
-    "karras": karras,
-    "exponential": exponential,
-    "polyexponential": polyexponential,
-    "lambda": exponential,
-    "ays_sd1": align_your_steps(AYS_SD1),
-    "ays_sdxl": align_your_steps(AYS_SDXL),
+    "karras": karras_levels,
+    "exponential": exponential_levels,
+    "polyexponential": polyexponential_levels,
+    "lambda": exponential_levels,
+    "ays_sd1": ays_levels(AYS_SD1),
+    "ays_sdxl": ays_levels(AYS_SDXL),
 }
 SPACINGS: tuple[str, ...] = (*TIME_SPACINGS, *LEVEL_SPACINGS)

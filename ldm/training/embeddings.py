@@ -34,7 +34,7 @@ def read_clip(text: str | Path | None, vision: str | Path, *, length: int | None
     if text is not None:
         read = read_text(text)
         conditioner = TextConditioner(
-            read.tower, read.tokenizer, replace(EMOJI_TEXT, length=length), read.words
+            read.tower, read.tokenizer, replace(EMOJI_TEXT, length=length), read.known_words
         )
     return ClipPair(clip_name(vision), text=conditioner, vision=tower).eval().requires_grad_(False)
 

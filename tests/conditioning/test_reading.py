@@ -9,7 +9,7 @@ from tiny_latent_diffusion import tiny_model
 from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import TextConditioner, TextConvention, TwoTowers
 from ldm.conditioning.prompt import Span
-from ldm.conditioning.reading import windows
+from ldm.conditioning.reading import split_windows
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.text.bert import BertConfig, LDMBert
 from ldm.models.text.bpe import Tokenizer
@@ -120,21 +120,21 @@ def test_every_token_of_1_to_300_has_a_place_that_holds_it(text, n):
 
 def test_a_word_is_divided_only_if_it_is_longer_than_a_window():
     words = {"ab": [("a", (1,)), ("b", (2, 3))], "long": [("long", tuple(range(7)))]}
-    assert [w.ids for w in windows([Span(text="ab"), Span(text="ab")], words.get, 4)] == [
+    assert [w.ids for w in split_windows([Span(text="ab"), Span(text="ab")], words.get, 4)] == [
         [1, 2, 3, 1],
         [2, 3],
     ]
-    assert [w.ids for w in windows([Span(text="ab"), Span(text="ab")], words.get, 5)] == [
+    assert [w.ids for w in split_windows([Span(text="ab"), Span(text="ab")], words.get, 5)] == [
         [1, 2, 3, 1],
         [2, 3],
     ]
-    assert [w.ids for w in windows([Span(text="ab"), Span(text="long")], words.get, 3)] == [
+    assert [w.ids for w in split_windows([Span(text="ab"), Span(text="long")], words.get, 3)] == [
         [1, 2, 3],
         [0, 1, 2],
         [3, 4, 5],
         [6],
     ]
-    assert [w.ids for w in windows([Span(text="")], lambda text: [], 4)] == [[]]
+    assert [w.ids for w in split_windows([Span(text="")], lambda text: [], 4)] == [[]]
 
 
 @torch.no_grad()

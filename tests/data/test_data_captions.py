@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ldm.conditioning.words import words
+from ldm.conditioning.words import words_in
 from ldm.data import PALETTE, Composition, Mix, caption, sample_composition, vocabulary
 from ldm.data.captions import _article, caption_pieces
 
@@ -74,12 +74,12 @@ def test_varied_captions_describe_every_change(drawn):
         made = sample_composition(rng, drawn.index, mix)
         text = caption(made, drawn.index, rng)
         style = drawn.index[made.image].style
-        assert all((other in words(text)) == (other == style) for other in ("fluent", "twemoji"))
-        assert style == "noto" or words(text).count(style) == (1 if made.second is None else 2)
+        assert all((other in words_in(text)) == (other == style) for other in ("fluent", "twemoji"))
+        assert style == "noto" or words_in(text).count(style) == (1 if made.second is None else 2)
         assert [colour for colour in PALETTE if f"{colour} background" in text] == (
             [made.background] if made.background else []
         )
-        assert ("small" in words(text)) == (made.size == "small")
+        assert ("small" in words_in(text)) == (made.size == "small")
         assert ("side by side" in text) == (made.second is not None)
         assert made.place == "centre" or where.get(made.place, f"in the {made.place} corner") in text
         assert ("background" in text) == (made.background is not None)
@@ -99,13 +99,13 @@ def test_vocabulary_has_every_word_of_training_captions(drawn):
     seen = set()
     for _ in range(3000):
         seen.update(
-            words(caption(sample_composition(rng, drawn.index, Mix(small=0.5, two=0.2)), drawn.index, rng))
+            words_in(caption(sample_composition(rng, drawn.index, Mix(small=0.5, two=0.2)), drawn.index, rng))
         )
     assert seen == vocabulary(drawn.index)
 
 
 def test_words():
-    assert words("A Woman’s T-shirt, on 1st!") == ["a", "woman's", "t", "shirt", "on", "1st"]
+    assert words_in("A Woman’s T-shirt, on 1st!") == ["a", "woman's", "t", "shirt", "on", "1st"]
 
 
 @pytest.mark.parametrize(

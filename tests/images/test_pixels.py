@@ -67,7 +67,7 @@ def test_an_image_one_pixel_wide_is_read_and_refused_by_clip(tmp_path):
     path = save(tmp_path / "w.png", Image.fromarray(np.zeros((300, 1, 3), dtype=np.uint8)))
     pixels = to_pixels(path)
     assert pixels.shape == (1, 3, 300, 1)
-    with pytest.raises(ValueError, match="next to nothing of 1×300"):
+    with pytest.raises(ValueError, match="only the square in the middle of 1×300"):
         clip_pair("x").image_embedding(pixels)
     assert clip_pair("x").image_embedding(to_pixels(np.zeros((5, 1, 3), dtype=np.uint8))).vector.shape == (
         1,

@@ -64,7 +64,7 @@ def write_ldm(
         extra = {"latent_scale": pipe.latent_scale} if part == "vae" else {}
         write_part(folder, part, network, network.config, dtype=dtype, **extra, **facts)
     if isinstance(pipe.text, TextConditioner):
-        write_vocabulary(folder, pipe.text.tokenizer, pipe.text.words)
+        write_vocabulary(folder, pipe.text.tokenizer, pipe.text.known_words)
     elif isinstance(pipe.text, BertConditioner):
         write_word_pieces(folder, pipe.text)
     write_atomically(

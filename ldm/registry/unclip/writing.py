@@ -50,7 +50,7 @@ def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None 
         )
         write_part(folder, part, network, network.config, dtype=dtype, **own, **facts)
     if isinstance(text := pipe.clip.text, TextConditioner):
-        write_vocabulary(folder, text.tokenizer, text.words)
+        write_vocabulary(folder, text.tokenizer, text.known_words)
     if isinstance(words := pipe.decoder.text, XLMRConditioner):
         content = json.dumps(words.tokenizer.to_json(), ensure_ascii=False)
         write_atomically(folder / "words-tokenizer.json", content.encode())

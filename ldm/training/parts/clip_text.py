@@ -52,7 +52,7 @@ class CLIPTextPart:
         self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
         self.embeddings = EmbeddingCache.open(self.clip, self.compositions)
         read = read_text(config.text)
-        text = TextConditioner(read.tower, read.tokenizer, read.convention, read.words)
+        text = TextConditioner(read.tower, read.tokenizer, read.convention, read.known_words)
         self.text = text.to(device).requires_grad_(True)
         self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32, device=device))
         self.model = nn.ModuleDict({"text": self.text, "scale": nn.ParameterList([self.logit_scale])})

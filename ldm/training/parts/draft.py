@@ -138,7 +138,9 @@ def with_draft(text: TextConditioner, config: DraftTraining) -> TextConditioner:
     """
     torch.manual_seed(config.run.seed)
     if text.draft is None:
-        return TextConditioner(text.tower, text.tokenizer, text.convention, text.words, Draft(config.model))
+        return TextConditioner(
+            text.tower, text.tokenizer, text.convention, text.known_words, Draft(config.model)
+        )
     if text.draft.config != config.model:
         try:
             text.draft = text.draft.grown(config.model)
