@@ -48,7 +48,7 @@ class BertConditioner(nn.Module):
         Prompts may have weights and blends (`ldm.conditioning.prompt`) and any length
         (`ldm.conditioning.reading`). M is a multiple of the encoder's length.
         """
-        return encode_prompts(prompts, self.tokenizer.words, self.encode, self.encoder.config.length - 2)
+        return encode_prompts(prompts, self.tokenizer.word_ids, self.encode, self.encoder.config.length - 2)
 
     def encode(self, rows: list[list[int]]) -> EncoderStates:
         """Return the encoder's states of R rows of token ids, each put between start and end and padded."""
@@ -62,14 +62,17 @@ class BertConditioner(nn.Module):
         Of a blend only the first alternative counts.
         """
         length = self.encoder.config.length
-        return word_positions(parse(prompt)[0].spans, self.tokenizer.words, length - 2, length)
+        return word_positions(parse(prompt)[0].spans, self.tokenizer.word_ids, length - 2, length)
 
     def unknown(self, prompt: str) -> list[str]:
         """Return the words of a prompt that contain a token for unknown text, in order, each once."""
         unk = self.tokenizer.vocabulary[WORDPIECE_UNKNOWN]
         return list(
             dict.fromkeys(
-                word for text in plain_texts(prompt) for word, ids in self.tokenizer.words(text) if unk in ids
+                word
+                for text in plain_texts(prompt)
+                for word, ids in self.tokenizer.word_ids(text)
+                if unk in ids
             )
         )
 

@@ -109,7 +109,7 @@ class TextConditioner(nn.Module):
             A Cond with context (B, M, D), its mask where padding is masked, pooled (B, E) where the network
             takes it, and concat (B, C, h, w) where the model has a draft.
         """
-        cond = encode_prompts(prompts, self.tokenizer.words, self.encode, self.room)
+        cond = encode_prompts(prompts, self.tokenizer.word_ids, self.encode, self.room)
         draft = None
         if self.draft is not None:
             assert cond.pooled is not None
@@ -139,7 +139,7 @@ class TextConditioner(nn.Module):
         Of a blend only the first alternative counts.
         """
         length = None if self.convention.masked else self.convention.length
-        return word_positions(parse(prompt)[0].spans, self.tokenizer.words, self.room, length)
+        return word_positions(parse(prompt)[0].spans, self.tokenizer.word_ids, self.room, length)
 
     def unknown(self, prompt: str) -> list[str]:
         """Return what the model was not trained on in a prompt, in order, each once.

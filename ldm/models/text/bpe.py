@@ -72,9 +72,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without start and end."""
-        return [token for _, ids in self.words(text) for token in ids]
+        return [token for _, ids in self.word_ids(text) for token in ids]
 
-    def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
+    def word_ids(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
         """Return the words of a text that are in the vocabulary, in order, each with its ids."""
         found = [(word, self._bpe(word)) for word in bpe_words(text)]
         if self._row is None:

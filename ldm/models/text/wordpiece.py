@@ -87,9 +87,9 @@ class WordPiece:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without start and end."""
-        return [token for _, ids in self.words(text) for token in ids]
+        return [token for _, ids in self.word_ids(text) for token in ids]
 
-    def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
+    def word_ids(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
         """Return the words of a text in order, each with its ids."""
         return [
             (word, tuple(self.vocabulary[piece] for piece in self.pieces(word))) for word in split_words(text)
