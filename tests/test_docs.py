@@ -6,10 +6,13 @@ import functools
 import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+
+from ldm.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -118,6 +121,29 @@ def test_scripts_named_in_the_text_have_the_options_named(path):
         source += (ROOT / "benchmarks" / "text_to_image.py").read_text()  # shares its options
         for flag in re.findall(r"--[\w-]+", match[2]):
             assert f'"{flag}"' in source, f"{relative(path)}: {match[1]} has no option {flag}"
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """Return the command lines of `ldm` in a page, from inline code and shell blocks, split into words."""
+    blocks = [code for language, code in CODE_BLOCK.findall(text_of(path)) if language == "bash"]
+    lines = [line for block in blocks for line in re.split(r"\n|&&", block.replace("\\\n", " "))]
+    return [
+        shlex.split(code)[1:] for code in map(str.strip, [*lines, *inline_code(path)]) if code[:4] == "ldm "
+    ]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=relative)
+def test_commands_named_in_the_text_exist(path):
+    """Placeholders are in capitals; anything that is not one word is a prompt."""
+    commands = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
+    for words in commands_of(path):
+        if not re.fullmatch(r"[a-z-]+", words[0]) or words[0].startswith("-"):
+            words = ["generate", *words]
+        assert words[0] in commands, f"{relative(path)} names the command {words[0]!r}, which does not exist"
+        options = {"--help", "-h", *commands[words[0]].parser()._option_string_actions}
+        for word in words[1:]:
+            if word.startswith("-") and len(word) > 2 or word == "-o":
+                assert word in options, f"{relative(path)}: ldm {words[0]} has no option {word}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)
