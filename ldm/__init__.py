@@ -1,9 +1,6 @@
 """Latent diffusion from scratch: text in, image out.
 
-import ldm
-
-pipe = ldm.load()
-pipe.text_to_image("a red apple", n=4).save("apples.png")
+`ldm.load().text_to_image("a red apple", n=4).save("apples.png")` writes four images.
 """
 
 from __future__ import annotations

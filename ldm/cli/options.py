@@ -62,6 +62,7 @@ OUTPUT = (
         "--output",
         "file to write (default: %(default)s): .png is lossless, .jpg and .webp are lossy; each carries the"
         " recipe that `ldm replay` reads",
+        short="-o",
         default="ldm.png",
     ),
     QUALITY,

@@ -26,11 +26,13 @@ class Argument:
     Args:
         name: "image" for a positional argument, "--strength" for an option.
         help: Its line in the help text.
+        short: Its short form, such as "-o", if it has one; else "".
         settings: Further keywords of `ArgumentParser.add_argument`, such as `type` and `default`.
     """
 
     name: str
     help: str
+    short: str
     settings: Mapping[str, Any]  # argparse's own keywords, which have no common type
 
     @property
@@ -45,13 +47,13 @@ class Argument:
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Add the argument to a parser."""
-        short = ("-o",) if self.name == "--output" else ()
-        parser.add_argument(*short, self.name, help=self.help, **self.settings)
+        names = (self.short, self.name) if self.short else (self.name,)
+        parser.add_argument(*names, help=self.help, **self.settings)
 
 
-def argument(name: str, help: str, **settings: Any) -> Argument:
+def argument(name: str, help: str, *, short: str = "", **settings: Any) -> Argument:
     """Return an `Argument`; the settings are keywords of `ArgumentParser.add_argument`."""
-    return Argument(name=name, help=help, settings=settings)
+    return Argument(name=name, help=help, short=short, settings=settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,8 +123,8 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
         name="interpolate",
         summary="Generate images between two prompts, seeds or images.",
         arguments=(
-            argument("a", "the first end"),
-            argument("b", "the last end"),
+            argument("a", "the first endpoint"),
+            argument("b", "the last endpoint"),
             argument(
                 "--between",
                 "what A and B are (default: %(default)s)",

@@ -112,7 +112,9 @@ TOOLS: tuple[Command, ...] = (
         ),
         arguments=(
             argument("image", "a .png, .jpg or .webp file that ldm has written"),
-            argument("--output", "file to write (default: NAME-replay with the suffix of the input)"),
+            argument(
+                "--output", "file to write (default: NAME-replay with the suffix of the input)", short="-o"
+            ),
             QUALITY,
             argument("--weights", "weights of the model, if the image was not generated with its own"),
         ),

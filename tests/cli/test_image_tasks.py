@@ -169,7 +169,7 @@ def test_a_file_that_is_absent_or_changed_is_refused(changed, capsys):
     assert main(["replay", "in.png"]) == 2
     name = {"given.png": "image", "hole.png": "mask"}[changed]
     assert capsys.readouterr().err.startswith(
-        f"error: {name}: {changed!r} is not the file that the picture was made of"
+        f"error: {name}: {changed!r} is not the file that the image was made of"
     )
     Path(changed).unlink()
     assert main(["replay", "in.png", "-o", "none.png"]) == 2
