@@ -1,5 +1,4 @@
-"""The configurations in the repository, and those of the trials: all of them are ones that training
-accepts."""
+"""The recipes in the repository, and the configurations of the trials, are accepted by training."""
 
 from __future__ import annotations
 
@@ -9,29 +8,62 @@ import pytest
 import trials
 import yaml
 
+from ldm.catalog.lookup import ASSETS, read_card
+from ldm.training.recipe import read_recipe
+from ldm.training.recipe_file import read_recipe_card
 from ldm.training.run import read_training_config
+from ldm.training.stages import get_dotted
+from ldm.weights.formats.ldm_folder import read_part_config
 
-ROOT = Path(__file__).parents[1]
+RECIPES = sorted((Path(__file__).parents[1] / "configs").iterdir())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_is_accepted_and_runs_under_its_own_name(path):
-    _, config = read_training_config(path)
-    assert config.run.name == path.stem
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+def test_a_recipe_is_complete(folder: Path) -> None:
+    recipe = read_recipe(folder)
+    assert recipe.file.name == folder.name
+    bases = {"recipe.yaml", recipe.file.bundle.card, "base.yaml"}
+    own = {path.stem for path in folder.glob("*.yaml") if path.name not in bases}
+    assert own == {name for name, stage in recipe.stages.items() if stage.folder.parent.name == folder.name}
+    for name, stage in recipe.stages.items():
+        assert stage.config.run.name == name and stage.hours
+    for name in own:
+        assert read_training_config(folder / f"{name}.yaml") == (
+            recipe.stages[name].part,
+            recipe.stages[name].config,
+        )
+
+
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+def test_the_card_of_a_recipe_is_that_of_the_embedded_model(folder: Path) -> None:
+    recipe = read_recipe(folder)
+    card = read_recipe_card(recipe.path, recipe.file.bundle)
+    embedded = read_card(ASSETS / folder.name / "card.yaml")
+    places = {"folder", "parts", "hub"}  # where the weights are
+    assert {key: value for key, value in vars(card).items() if key not in places} == {
+        key: value for key, value in vars(embedded).items() if key not in places
+    }
+
+
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+def test_the_trained_networks_have_the_shapes_of_the_embedded_ones(folder: Path) -> None:
+    recipe = read_recipe(folder)
+    card = read_card(ASSETS / folder.name / "card.yaml")
+    for part, where in card.part_folders(ASSETS / folder.name).items():
+        config = recipe.stages[recipe.file.bundle.parts[part]].config
+        if part not in ("text", "vision"):  # their vocabulary is that of the data set
+            assert config.model == read_part_config(where, part), part
 
 
 @pytest.mark.parametrize("question", list(trials.trials(6400)))
-def test_every_trial_is_a_configuration_that_differs_from_its_base_as_it_says(question, tmp_path):
+def test_every_trial_differs_from_its_stage_as_stated(question: str, tmp_path: Path) -> None:
     for answer, stages in trials.trials(6400)[question].items():
-        for base, changes in stages:
-            config = trials.stage_config(base, changes, 6400)
+        for stage, changes in stages:
+            config = trials.trial_config(stage, changes, 6400)
             path = tmp_path / "trial.yaml"
             path.write_text(yaml.safe_dump(config))
             _, built = read_training_config(path)
             assert built.run.steps == changes.get("run.steps", 6400 // built.run.batch), answer
             for key, value in changes.items():
                 if key != "run.steps":
-                    target = config
-                    for part in key.split("."):
-                        target = target[part]
-                    assert target == value
+                    assert get_dotted(config, key) == value

@@ -183,6 +183,14 @@ class DiffusionCard:
         """Return the denoiser of a network that was trained as this card states."""
         return Denoiser(net, self.schedule.make(), self.prediction, quantize=self.grids().quantize)
 
+    def trained_with(self) -> dict[str, object]:
+        """Return the facts of training that a part's YAML states under ``diffusion``."""
+        return {
+            "schedule": self.schedule.kind,
+            "timesteps": self.schedule.timesteps,
+            "prediction": self.prediction,
+        }
+
     def constrain(self, denoise: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
         """Return ``denoise`` with the card's constraints on x0; without any, ``denoise`` itself."""
         return denoise

@@ -75,14 +75,6 @@ class StageCard(DiffusionCard):
         """Return ``denoise`` with x0 clamped to ±``clip_x0``."""
         return denoise if self.clip_x0 is None else clip_x0(denoise, schedule, self.clip_x0)
 
-    def trained_with(self) -> dict[str, object]:
-        """Return the facts of training that a part's YAML states under ``diffusion``."""
-        return {
-            "schedule": self.schedule.kind,
-            "timesteps": self.schedule.timesteps,
-            "prediction": self.prediction,
-        }
-
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveCard:

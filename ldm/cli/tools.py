@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -34,23 +35,30 @@ def print_models(args: argparse.Namespace) -> int:
 
 
 def train_config(args: argparse.Namespace) -> int:
-    """Train a part, and export it when the training is complete."""
-    from ldm.training.run import open_run
+    """Train a recipe or a single stage; print the folder of the model or of the export at the end."""
+    from ldm.training.recipe import train_recipe
 
     check_device(args.device)
-    run = open_run(args.config, runs=args.runs, device=args.device)
     try:
-        run.train(until=args.until)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted at step {run.step}; the same command resumes from the last checkpoint",
-            file=sys.stderr,
+        folder = train_recipe(
+            args.config,
+            runs=args.runs,
+            device=args.device,
+            until=args.until,
+            dry_run=args.dry_run,
+            report=functools.partial(print, flush=True),
         )
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
-    if run.step == run.config.steps:
-        run.export(run.folder / "export")
-        print(run.folder / "export")
+    if folder is not None:
+        print(folder)
     return 0
+
+
+def step_or_stage(text: str) -> int | str:
+    """Return a number of steps, or else the name of a stage."""
+    return int(text) if text.isdecimal() else text
 
 
 def export_run(args: argparse.Namespace) -> int:
@@ -67,8 +75,8 @@ def export_run(args: argparse.Namespace) -> int:
 
 
 def assemble_folder(args: argparse.Namespace) -> int:
-    """Write the folder of an unCLIP model."""
-    from ldm.registry.unclip.bundle import gather
+    """Write the folder of a model."""
+    from ldm.registry.bundling import gather
 
     print(gather(args.card, args.folder))
     return 0
@@ -99,7 +107,6 @@ def print_report(args: argparse.Namespace) -> int:
     return 1 if report.unsafe or report.bad or not report.parts else 0
 
 
-CONFIG = argument("config", "a YAML file, such as configs/emoji-vae.yaml")
 RUNS = argument("--runs", "folder of the runs (default: %(default)s)", default="runs")
 TOOLS: tuple[Command, ...] = (
     Command(
@@ -123,13 +130,23 @@ TOOLS: tuple[Command, ...] = (
     Command(name="models", summary="List the models.", arguments=(), run=print_models),
     Command(
         name="train",
-        summary="Train a part of a model from its configuration.",
-        details="An interrupted run resumes from its last checkpoint.",
+        summary="Train a model from its recipe, or a single stage of it.",
+        details=(
+            "The stages and their expected cost are printed first. Finished stages are skipped, and an"
+            " interrupted one resumes from its last checkpoint. The trained parts are bundled into the folder"
+            " RUNS/RECIPE/model, which --weights and ldm.load read."
+        ),
         arguments=(
-            CONFIG,
+            argument("config", "a recipe's folder, such as configs/emoji-ldm, or a stage's YAML file"),
             RUNS,
             argument("--device", "device to train on (default: %(default)s)", default="cpu"),
-            argument("--until", "stop at this step with a checkpoint", type=int),
+            argument(
+                "--until",
+                "stop when a stage reaches this step, or when the stage of this name is finished",
+                type=step_or_stage,
+                metavar="STEP|STAGE",
+            ),
+            argument("--dry-run", "print the stages and their expected cost only", action="store_true"),
         ),
         run=train_config,
     ),
@@ -137,12 +154,16 @@ TOOLS: tuple[Command, ...] = (
         name="export",
         summary="Write the averaged weights of a run, finished or not.",
         details="The files have half precision.",
-        arguments=(CONFIG, argument("--to", "folder to write (default: RUN/export)"), RUNS),
+        arguments=(
+            argument("config", "a stage's YAML file, such as configs/emoji-ldm/unet.yaml"),
+            argument("--to", "folder to write (default: RUN/export)"),
+            RUNS,
+        ),
         run=export_run,
     ),
     Command(
         name="assemble",
-        summary="Bundle trained parts into the folder of an unCLIP model.",
+        summary="Bundle a card and exported parts into the folder of a model.",
         arguments=(
             argument("card", "a YAML file with the model's card and the folder of each exported part"),
             argument("folder", "folder to write, which --weights and ldm.load read"),

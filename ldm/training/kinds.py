@@ -1,9 +1,9 @@
-"""The kinds of networks that can be trained."""
+"""The kinds of networks that can be trained, what they read and what they export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,18 @@ class PartKind:
     Args:
         config: The class of its configuration, which has a field `run`.
         part: Builds the network in training from its configuration and a device.
-        exports: The parts that its export holds; a draft is there only if the text tower has one.
+        exports: The parts in its export; a draft is there only if the text tower has one.
+        reads: For each dotted key of the configuration that names a folder, the parts that it may hold.
     """
 
     config: type
     part: Callable[[Any, torch.device], Trainable]  # Any: each part takes a configuration of its own class
     exports: frozenset[str]
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+VAE, TEXT, VISION = {"vae": ("vae",)}, {"text": ("text",)}, {"vision": ("vision",)}
+FROM_PRIOR = {"from_prior.prior": ("prior",)}
 
 
 def part_kinds() -> dict[str, PartKind]:
@@ -38,17 +44,37 @@ def part_kinds() -> dict[str, PartKind]:
     from ldm.training.parts.upsampler import UpsamplerPart, UpsamplerTraining
     from ldm.training.parts.vae import VAEPart, VAETraining
 
-    def kind(config: type, part: Callable[[Any, torch.device], Trainable], *exports: str) -> PartKind:
-        return PartKind(config=config, part=part, exports=frozenset(exports))
+    def kind(
+        config: type,
+        part: Callable[[Any, torch.device], Trainable],
+        exports: set[str],
+        reads: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> PartKind:
+        return PartKind(config=config, part=part, exports=frozenset(exports), reads=reads or {})
 
     return {
-        "vae": kind(VAETraining, VAEPart, "vae"),
-        "clip": kind(CLIPTraining, CLIPPart, "text", "vision"),
-        "clip-text": kind(CLIPTextTraining, CLIPTextPart, "text"),
-        "draft": kind(DraftTraining, DraftPart, "text", "draft"),
-        "unet": kind(UNetTraining, UNetPart, "unet", "text", "draft"),
-        "image-draft": kind(ImageDraftTraining, ImageDraftPart, "draft"),
-        "prior": kind(PriorTraining, PriorPart, "prior", "text"),
-        "decoder": kind(DecoderTraining, DecoderPart, "decoder"),
-        "upsampler": kind(UpsamplerTraining, UpsamplerPart, "upsampler"),
+        "vae": kind(VAETraining, VAEPart, {"vae"}),
+        "clip": kind(CLIPTraining, CLIPPart, {"text", "vision"}),
+        "clip-text": kind(CLIPTextTraining, CLIPTextPart, {"text"}, TEXT | VISION),
+        "draft": kind(DraftTraining, DraftPart, {"text", "draft"}, VAE | TEXT),
+        "unet": kind(
+            UNetTraining,
+            UNetPart,
+            {"unet", "text", "draft"},
+            VAE | {"text.folder": ("text",), "net": ("unet",)},
+        ),
+        "image-draft": kind(
+            ImageDraftTraining,
+            ImageDraftPart,
+            {"draft"},
+            VAE | TEXT | VISION | FROM_PRIOR | {"net": ("draft",)},
+        ),
+        "prior": kind(PriorTraining, PriorPart, {"prior", "text"}, TEXT | VISION | {"net": ("prior",)}),
+        "decoder": kind(
+            DecoderTraining,
+            DecoderPart,
+            {"decoder"},
+            VAE | TEXT | VISION | FROM_PRIOR | {"net": ("unet", "decoder"), "draft": ("draft",)},
+        ),
+        "upsampler": kind(UpsamplerTraining, UpsamplerPart, {"upsampler"}),
     }

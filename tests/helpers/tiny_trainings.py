@@ -74,5 +74,48 @@ def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
 
 
 def write(config: dict[str, Any], path: Path) -> Path:
+    """Write a configuration as YAML, and return its path."""
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def latent_stages(data: Path) -> dict[str, dict[str, Any]]:
+    """Return the stage files of a tiny recipe, without what they read from each other."""
+    made = configs(data)
+    stages = {"autoencoder": made["vae"], "clip": made["clip"], "draft": made["draft"], "unet": made["unet"]}
+    for stage in stages.values():
+        del stage["run"]["name"]
+        for key in ("vae", "text"):
+            stage.pop(key, None)
+    stages["unet"]["text"] = {"tuned": True, "prior": 1.0}
+    return stages
+
+
+def latent_recipe() -> dict[str, Any]:
+    """Return the recipe of `latent_stages`."""
+    return {
+        "name": "tiny-ldm",
+        "machine": "any machine",
+        "stages": [
+            {"stage": "autoencoder", "hours": 0.1},
+            {"stage": "clip", "hours": 0.1},
+            {"stage": "draft", "reads": {"vae": "autoencoder", "text": "clip"}, "hours": 0.1},
+            {"stage": "unet", "reads": {"vae": "autoencoder", "text.folder": "draft"}, "hours": 0.2},
+        ],
+        "bundle": {
+            "card": "card.yaml",
+            "parts": {"vae": "autoencoder", "text": "unet", "draft": "unet", "unet": "unet"},
+        },
+    }
+
+
+def write_recipe(
+    folder: Path, recipe: dict[str, Any], stages: dict[str, dict[str, Any]], card: dict[str, Any]
+) -> Path:
+    """Write a recipe, its stage files and its card, and return the folder."""
+    folder.mkdir(parents=True)
+    write(recipe, folder / "recipe.yaml")
+    write(card, folder / "card.yaml")
+    for name, stage in stages.items():
+        write(stage, folder / f"{name}.yaml")
+    return folder

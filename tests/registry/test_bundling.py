@@ -1,4 +1,4 @@
-"""A model's folder from its card and tiny untrained exports of every part, as training would write them."""
+"""Bundling of a card and of tiny exports with random weights, in the form that training writes them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from reduced_unclip_families import load
+from tiny_latent_diffusion import tiny_model
 from tiny_unclip import TEXT, VISION, E, random_network
 
 import ldm
 from ldm.__main__ import main
-from ldm.catalog.lookup import ASSETS, parse_card
-from ldm.catalog.unclip_cards import UnCLIPCard
+from ldm.catalog.lookup import ASSETS
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.draft import DraftConfig
 from ldm.models.text.bpe import Tokenizer
@@ -23,12 +23,13 @@ from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
-from ldm.support.config import read_yaml
+from ldm.registry.bundling import gather
+from ldm.support.config import read_yaml, to_dict
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_network, write_part, write_text
 
 LENGTH = 16
 SETTINGS = {"schedule": "cosine", "timesteps": 1000, "drop": 0.1}
-CARD = Path(__file__).parents[2] / "configs" / "cards" / "emoji-unclip.yaml"
+CARD = ASSETS / "emoji-unclip" / "card.yaml"
 UNET = UNetConfig(
     in_channels=8,
     out_channels=4,
@@ -67,7 +68,7 @@ AUTOREGRESSIVE = AutoregressiveConfig(
 
 
 def exports(place: Path, *, autoregressive: bool = False) -> tuple[dict[str, str], str]:
-    """The folders of the parts, and the name of their CLIP."""
+    """Write the parts; return their folders, and the name of their CLIP."""
     write_part(place / "clip", "vision", random_network(VISION, 2), VISION)
     clip = f"emoji-clip/{read_yaml(place / 'clip' / 'vision.yaml')['sha256'][:12]}"
     write_text(
@@ -115,7 +116,7 @@ def exports(place: Path, *, autoregressive: bool = False) -> tuple[dict[str, str
 
 
 def config(place: Path, **changes: Any) -> Path:
-    """The repository's own card of emoji-unclip, over small exports."""
+    """Write small exports, and a file with the card of emoji-unclip and their folders."""
     folders, clip = exports(place, autoregressive="similarity" in changes.get("prior", {}))
     card = read_yaml(CARD) | {
         "clip": clip,
@@ -143,16 +144,7 @@ def config(place: Path, **changes: Any) -> Path:
 TEXTS = {"pad": 0, "masked": True, "pooled": True}
 
 
-def test_the_repositorys_card_is_whole() -> None:
-    mapping = read_yaml(CARD)
-    assert mapping.pop("exports")
-    card = parse_card(mapping, CARD)
-    assert isinstance(card, UnCLIPCard) and card.pictures == 4 and card.upsamplers[0].defaults.height == 256
-
-
-def test_the_embedded_parts_that_it_shares_are_what_the_card_says() -> None:
-    """The image tower of emoji-clip by its name's hash, and the autoencoder of emoji-ldm, as the loader reads
-    parts."""
+def test_the_parts_that_emoji_unclip_shares_are_those_of_its_card() -> None:
     card, vision = read_yaml(CARD), about_part(ASSETS / "emoji-clip", "vision")
     assert card["clip"] == f"emoji-clip/{vision['sha256'][:12]}" and card["parts"] == {
         "vae": "../emoji-ldm",
@@ -163,9 +155,7 @@ def test_the_embedded_parts_that_it_shares_are_what_the_card_says() -> None:
     assert tower.config.embed_dim == 256 and vae.config.factor * 16 == 128 and about["latent_scale"] > 0
 
 
-def test_a_folder_is_made_of_the_exports_and_makes_pictures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bundled_unclip_model_generates_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["assemble", str(config(tmp_path)), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
     pipe = load(None, weights=tmp_path / "model")
@@ -190,7 +180,7 @@ def test_a_folder_is_made_of_the_exports_and_makes_pictures(
     assert random.tensor.isfinite().all()
 
 
-def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
+def test_a_bundle_with_an_autoregressive_prior(tmp_path: Path) -> None:
     main(
         [
             "assemble",
@@ -247,19 +237,15 @@ def test_an_autoregressive_prior_takes_the_others_place(tmp_path: Path) -> None:
         ({"family": "latent"}, ValueError, "unknown key|missing key"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(
+def test_parts_that_do_not_fit_are_refused_and_leave_no_file(
     tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    from ldm.registry.unclip.bundle import gather
-
     with pytest.raises(error, match=message):
         gather(config(tmp_path, **change), tmp_path / "model")
     assert not [*(tmp_path / "model").glob("*")]
 
 
 def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -> None:
-    from ldm.registry.unclip.bundle import gather
-
     path = config(tmp_path)
     card = yaml.safe_load(path.read_text())
     for stage, field, value, message in (
@@ -288,3 +274,41 @@ def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -
         ValueError, match="upsampler: it was trained with residual 0.06, but the card states None"
     ):
         gather(path, tmp_path / "model")
+
+
+def latent_config(place: Path, **changes: Any) -> Path:
+    """Write the parts of a tiny latent diffusion model, and a file with its card and their folders."""
+    pipe = tiny_model("tiny")
+    write_part(place / "vae", "vae", pipe.vae, pipe.vae.config, latent_scale=pipe.latent_scale)
+    net = pipe.denoiser.net
+    write_part(place / "unet", "unet", net, net.config, diffusion={**SETTINGS, "prediction": "v"})
+    assert isinstance(pipe.text, TextConditioner)
+    write_text(place / "text", pipe.text, words=sorted(pipe.text.words or ()))
+    folders = {"vae": "vae", "unet": "unet", "text": "text", "draft": "text"}
+    exports = {part: str(place / folder) for part, folder in folders.items()}
+    path = place / "card.yaml"
+    path.write_text(yaml.safe_dump({**to_dict(pipe.card), "exports": exports, **changes}))
+    return path
+
+
+def test_a_bundled_latent_diffusion_model_generates_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["assemble", str(latent_config(tmp_path)), str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model")
+    pipe = ldm.load(weights=tmp_path / "model")
+    assert pipe.card.name == "tiny" and pipe.latent_scale == 0.5 and pipe.text.draft is not None
+    assert pipe.text_to_image("red apple", progress=False).tensor.shape == (1, 3, 32, 32)
+
+
+def test_latent_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    exports = yaml.safe_load(latent_config(tmp_path).read_text())["exports"]
+    without_draft = {part: folder for part, folder in exports.items() if part != "draft"}
+    for changes, message in (
+        ({"prediction": "eps"}, "unet: it was trained with prediction 'v', but the card states 'eps'"),
+        ({"exports": without_draft}, "it reads 8 channels, but the latent has 4 and the draft 0"),
+        ({"exports": {**exports, "prior": "x"}}, "exports: 'prior'; Choices: draft, text, unet, vae"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gather(latent_config(tmp_path, **changes), tmp_path / "model")
+        assert not [*(tmp_path / "model").glob("*")]

@@ -1,0 +1,98 @@
+"""Bundle a card and the exports of trainings into the folder of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ldm.catalog.cards import Kind, ModelCard
+from ldm.catalog.lookup import parse_card
+from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
+from ldm.registry.latent.assembly import assemble_latent
+from ldm.registry.latent.sources import latent_from_ldm
+from ldm.registry.part_checks import check_latent_parts, check_unclip_parts
+from ldm.registry.unclip.assembly import assemble_unclip
+from ldm.registry.unclip.sources import unclip_from_ldm
+from ldm.support.config import nearest, read_yaml, to_dict
+from ldm.support.files import write_atomically
+from ldm.weights.formats.ldm_folder import about_part
+
+BUNDLED: tuple[Kind, ...] = ("latent", "unclip")
+
+
+def gather(config: str | Path, folder: str | Path) -> Path:
+    """Bundle the card and the exports that a YAML file names; see `bundle`.
+
+    Args:
+        config: A YAML file with the fields of a `ModelCard` or an `UnCLIPCard`, and `exports`, the folder of
+            each part. Parts of another model's folder are named in the card's `parts`, relative to `folder`.
+        folder: The folder to write.
+    """
+    mapping = dict(read_yaml(config))
+    exports = mapping.pop("exports", None)
+    card = parse_card(mapping, config)
+    if not isinstance(card, ModelCard | UnCLIPCard):
+        raise ValueError(
+            f"{str(config)!r}: expected the card of a {' or '.join(BUNDLED)} model, got one of the family"
+            f" {card.family!r}"
+        )
+    if not isinstance(exports, Mapping):
+        raise ValueError(f"{str(config)!r}: exports: expected a mapping of parts to folders, got {exports!r}")
+    check_part_names(card, exports, f"{str(config)!r}: exports")
+    return bundle(card, exports, folder)
+
+
+def bundle(card: ModelCard | UnCLIPCard, exports: Mapping[str, str | Path], folder: str | Path) -> Path:
+    """Write the folder of a model, which `ldm.load(weights=folder)` reads.
+
+    Args:
+        card: The model's card.
+        exports: The folder of each part.
+        folder: The folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: If a part is absent. No part is left in the folder.
+        ValueError: If a part was trained for another CLIP, schedule, prediction or size than the card states,
+            or does not fit the others. No part is left in the folder.
+    """
+    import yaml
+
+    folder = Path(folder)
+    written: list[Path] = []
+    try:
+        for part, source in exports.items():
+            about_part(source, part)  # raises FileNotFoundError with a hint
+            names = [f"{part}.safetensors", f"{part}.yaml", *(["vocabulary.json"] if part == "text" else [])]
+            for name in names:
+                written.append(folder / name)
+                write_atomically(folder / name, (Path(source) / name).read_bytes())
+        if isinstance(card, UnCLIPCard):
+            check_unclip_parts(card, folder)
+            assemble_unclip(card, unclip_from_ldm(card, folder, torch.float32))
+        else:
+            check_latent_parts(card, folder)
+            assemble_latent(card, latent_from_ldm(card, folder, torch.float32))
+    except (ValueError, OSError):
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    write_atomically(folder / "card.yaml", yaml.safe_dump(to_dict(card), sort_keys=False, width=140).encode())
+    return folder
+
+
+def check_part_names(card: ModelCard | UnCLIPCard, exports: Mapping[str, object], where: str) -> None:
+    """Raise ValueError for a name that is no part of a card's model; `where` begins the message."""
+    known = ["vae", "text", "draft", "unet"]
+    if isinstance(card, UnCLIPCard):
+        upsamplers = [
+            upsampler_name(k, last=last) for k in range(len(card.upsamplers)) for last in (False, True)
+        ]
+        known = ["text", "vision", "prior", "decoder", "noise", "words", "vae", *upsamplers]
+    for part in exports:
+        if part not in known:
+            raise ValueError(f"{where}: {part!r}; {nearest(part, known)}")

@@ -1,0 +1,303 @@
+"""Recipes: training from scratch with interruptions, the bundled model, and errors before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_trainings import latent_recipe, latent_stages, write, write_recipe
+
+import ldm
+from ldm.__main__ import main
+from ldm.support.config import read_yaml
+from ldm.training.config_file import read_stage_file
+from ldm.training.loop import Run
+from ldm.training.recipe import read_recipe, train_recipe
+from ldm.training.run import open_run
+from ldm.training.stages import get_dotted, set_dotted
+
+SMALL = {"sampler": "ddim", "steps": 2, "guidance": 2.0, "height": 32, "width": 32}
+LATENT_CARD = {"base": "emoji-ldm", "name": "tiny-ldm", "defaults": SMALL}
+PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
+CONDITION = {
+    "embed_dim": 16,
+    "text_dim": 16,
+    "pooled_dim": 16,
+    "norms": ["image", "tokens", "text", "pooled"],
+}
+
+
+@pytest.fixture
+def recipe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to a folder that holds the drawn data set, and return that of a tiny recipe in it."""
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(Path("configs/tiny-ldm"), latent_recipe(), latent_stages(folder), LATENT_CARD)
+
+
+def interrupt_each_stage(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
+    """Raise KeyboardInterrupt once in each run that reaches a step; the list names the interrupted runs."""
+    take_step = Run._one_step
+    interrupted: list[str] = []
+
+    def one_step(run: Run) -> dict[str, torch.Tensor]:
+        if run.step == step and run.config.name not in interrupted:
+            interrupted.append(run.config.name)
+            raise KeyboardInterrupt
+        return take_step(run)
+
+    monkeypatch.setattr(Run, "_one_step", one_step)
+    return interrupted
+
+
+def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return {**state["model"], **{f"ema.{key}": value for key, value in state["ema"].items()}}
+
+
+def test_a_recipe_interrupted_in_each_stage_gives_the_same_model(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_recipe(recipe, runs="whole", progress=False)
+    with monkeypatch.context() as patch:
+        interrupted = interrupt_each_stage(patch, step=3)  # checkpoints are at 2 and 4
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                train_recipe(recipe, runs="halves", progress=False)
+        resumed = train_recipe(recipe / "recipe.yaml", runs="halves", progress=False)
+    assert interrupted == ["autoencoder", "clip", "draft", "unet"]
+    assert whole == Path("whole/tiny-ldm/model") and resumed == Path("halves/tiny-ldm/model")
+    for name in read_recipe(recipe).stages:
+        expected, got = (checkpoint(Path(runs, "tiny-ldm", name)) for runs in ("whole", "halves"))
+        assert expected.keys() == got.keys() and all(torch.equal(expected[k], got[k]) for k in expected), name
+    for path in whole.iterdir():
+        if path.suffix in (".safetensors", ".json"):
+            assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
+    assert {path.name for path in whole.glob("*.jsonl")} == {
+        f"{name}.jsonl" for name in read_recipe(recipe).stages
+    }
+    images = ldm.load(weights=resumed).text_to_image("cat face on a blue background", progress=False)
+    assert images.tensor.shape == (1, 3, 32, 32) and images.tensor.isfinite().all()
+
+
+def test_finished_stages_are_skipped_and_changes_of_them_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    assert train_recipe(recipe, until="clip", progress=False, report=lines.append) is None
+    assert [line.partition(":")[0] for line in lines[1:]] == ["stage autoencoder", "stage clip"]
+    assert train_recipe(recipe, until=1, progress=False, report=lines.append) is None
+    assert lines[-1] == "stopped in stage draft: at step 1 of 6"
+    lines.clear()
+    train_recipe(recipe, dry_run=True, report=lines.append)
+    assert len(lines) == 1 and [line.split()[-1] for line in lines[0].splitlines()[1:3]] == ["finished"] * 2
+    assert "0.5 hours (0.3 left) on any machine" in lines[0] and "at step 1 of 6" in lines[0]
+
+    def refused(name: str, key: str, value: object, message: str) -> None:
+        path = recipe / f"{name}.yaml"
+        before = path.read_text()
+        config = read_yaml(path)
+        set_dotted(config, key, value)
+        write(config, path)
+        with pytest.raises(ValueError, match=message):
+            train_recipe(recipe, progress=False)
+        path.write_text(before)
+
+    monkeypatch.setattr(Run, "train", lambda *_, **__: pytest.fail("training began"))
+    refused("clip", "run.steps", 7, "'clip' was finished with a configuration that differs in run.steps")
+    refused("autoencoder", "loss.kl", 0.5, "'autoencoder' was finished .* differs in loss.kl: restore it, or")
+    refused("draft", "model.width", 24, "'draft' was begun with a configuration that differs in model.width")
+    about = Path("runs/tiny-ldm/clip/export/text.yaml")
+    record = Path("runs/tiny-ldm/clip/stage.json")
+    sha256 = read_yaml(about)["sha256"]
+    for path in (about, record):
+        path.write_text(path.read_text().replace(sha256, "f" * 64))
+    with pytest.raises(ValueError, match="'draft' was begun with another export of 'clip': remove"):
+        train_recipe(recipe, progress=False)
+
+
+def test_a_stage_file_of_a_recipe_is_trained_alone(recipe: Path) -> None:
+    assert train_recipe(recipe / "autoencoder.yaml", progress=False) == Path(
+        "runs/tiny-ldm/autoencoder/export"
+    )
+    assert read_recipe(recipe).stages["autoencoder"].finished
+    with pytest.raises(ValueError, match="'draft' reads 'clip', which is not finished"):
+        train_recipe(recipe / "draft.yaml", progress=False)
+    with pytest.raises(ValueError, match="expected a step for a single stage, got 'clip'"):
+        train_recipe(recipe / "clip.yaml", until="clip")
+    assert open_run(recipe / "clip.yaml").folder == Path("runs/tiny-ldm/clip")
+
+
+def test_the_command_prints_the_plan_first(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny-ldm: 4 stages, about 0.5 hours (0.5 left) on any machine"
+    assert lines[1] == "  autoencoder   0.1 h  not started" and lines[-1] == "  model: runs/tiny-ldm/model"
+    assert not Path("runs").exists()
+    assert main(["train", str(recipe), "--until", "autoencoder"]) == 0
+    assert capsys.readouterr().out.splitlines() == [*lines, "stage autoencoder: not started"]
+    assert main(["train", str(recipe), "--until", "draught"]) == 2
+    assert "did you mean 'draft'" in capsys.readouterr().err
+
+
+def unclip_stages(data: Path) -> dict[str, dict[str, Any]]:
+    """Return the stage files of a tiny unCLIP model, which share `latent_stages`."""
+    run = {**latent_stages(data)["autoencoder"]["run"], "steps": 2}
+    shared = {"run": run, "data": latent_stages(data)["autoencoder"]["data"]}
+    base = {**shared, "variants": 5}
+    unet = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16}
+    upsampler = {"channels": [8, 16], "depth": [0, 0], "mid_depth": 0, "blocks": 1, "heads": 1}
+    return {
+        "base": base,
+        "clip-text": {"base": "base.yaml", "part": "clip-text"},
+        "prior": {
+            "base": "base.yaml",
+            "part": "prior",
+            "diffusion": {"prediction": "x0"},
+            "model": PRIOR,
+            "measured": 40,
+        },
+        "image-draft": {
+            "base": "base.yaml",
+            "part": "image-draft",
+            "from_prior": {"steps": 1},
+            "model": {"embed_dim": 16, "width": 12, "channels": 4, "size": 8},
+        },
+        "decoder": {
+            "base": "base.yaml",
+            "part": "decoder",
+            "length": 24,
+            "diffusion": {"prediction": "v", "drop": 0.5},
+            "model": {
+                "unet": {**unet, "in_channels": 8, "out_channels": 4, "embedded": True},
+                "condition": CONDITION,
+                "draft": {"embed_dim": 16, "width": 12, "channels": 4, "size": 8},
+            },
+        },
+        "upsampler": {
+            **shared,
+            "part": "upsampler",
+            "crop": 16,
+            "residual": 0.06,
+            "diffusion": {"prediction": "v", "drop": 0.0},
+            "model": {
+                **upsampler,
+                "in_channels": 6,
+                "out_channels": 3,
+                "context_dim": None,
+                "attention": "block",
+            },
+        },
+    }
+
+
+def test_a_recipe_that_shares_stages_of_another_ends_in_an_unclip_model(recipe: Path, folder: Path) -> None:
+    towers = {"text": "clip-text", "vision": "clip"}
+    names = ("autoencoder", "clip", "draft", "unet")
+    drafted = {"vae": "autoencoder", **towers, "from_prior.prior": "prior"}
+    file = {
+        "name": "tiny-unclip",
+        "machine": "any machine",
+        "stages": [
+            *({"stage": f"../tiny-ldm/{name}"} for name in names),
+            {"stage": "clip-text", "reads": {"text": "draft", "vision": "clip"}, "hours": 0.1},
+            {"stage": "prior", "reads": towers, "hours": 0.1},
+            {"stage": "image-draft", "reads": drafted, "hours": 0.1},
+            {
+                "stage": "decoder",
+                "reads": {"vae": "autoencoder", **towers, "net": "unet", "draft": "image-draft"},
+                "hours": 0.1,
+            },
+            {"stage": "upsampler", "hours": 0.1},
+        ],
+        "bundle": {
+            "card": "card.yaml",
+            "parts": {
+                "text": "clip-text",
+                "vision": "clip",
+                "prior": "prior",
+                "decoder": "decoder",
+                "vae": "autoencoder",
+                "upsampler": "upsampler",
+            },
+        },
+    }
+    embedded = read_yaml(Path(ldm.__file__).parent / "assets" / "emoji-unclip" / "card.yaml")
+    stage_cards = {
+        "prior": {**embedded["prior"], "defaults": SMALL},
+        "decoder": {**embedded["decoder"], "defaults": SMALL},
+        "upsamplers": [{**embedded["upsamplers"][0], "defaults": {**SMALL, "height": 64, "width": 64}}],
+    }
+    card = {**embedded, "parts": {}, "name": "tiny-unclip", "text": {**embedded["text"], "length": 24}}
+    shared = write_recipe(Path("configs/tiny-unclip"), file, unclip_stages(folder), {**card, **stage_cards})
+    model = None
+    for _ in range(10):  # each call stops in the next stage
+        assert model is None
+        model = train_recipe(shared, until=1, progress=False)
+    assert model == Path("runs/tiny-unclip/model")
+    assert {path.name for path in Path("runs").iterdir()} == {"latents", "tiny-ldm", "tiny-unclip"}
+    assert (Path("runs/tiny-ldm/unet") / "stage.json").is_file()
+    pipe = ldm.load(weights=model)
+    assert pipe.card.clip.startswith("emoji-clip/") and pipe.card.clip != embedded["clip"]
+    assert pipe.text_to_image("ring", n=1, progress=False).tensor.shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stages", [{"stage": "decoder", "hours": 1.0}], "stage 'decoder': no such file: .*decoder.yaml"),
+        ("stages.2.reads.vae", "unet", "'draft' reads 'unet': expected a stage listed before it"),
+        ("stages.2.reads.vae", "draft", "'draft' reads 'draft': expected a stage listed before it"),
+        ("stages.2.reads.vae", "autoencodr", "no such stage; did you mean 'autoencoder'"),
+        ("stages.2.reads.vae", "clip", "reads 'clip' as vae: .*exports vae, it exports text, vision"),
+        ("stages.2.reads", {"vea": "autoencoder"}, "unknown key 'vea'; did you mean 'vae'"),
+        ("stages.2.reads", {"vae": "autoencoder"}, "missing key 'text'"),
+        ("stages.2.reads.model", "clip", "'draft' reads 'clip' as model: .* but the stage sets it"),
+        ("stages.1.stage", "autoencoder", "'autoencoder': expected another name"),
+        ("stages.0.hours", None, "'autoencoder': missing key 'hours'"),
+        ("stages.0.optional", True, "'draft' reads 'autoencoder': expected a stage that is not optional"),
+        ("stages.0.hour", 1.0, "unknown key 'hour'; did you mean 'hours'"),
+        ("stages.0.stage", "../tiny-ldm/vae", "not listed in"),
+        ("bundle.parts.vae", "vae", "bundle.parts.vae: stage 'vae'"),
+        ("bundle.parts.vae", "clip", "stage 'clip' exports text, vision, not vae"),
+        ("bundle.parts", {"vea": "autoencoder"}, "bundle.parts: 'vea'; did you mean 'vae'"),
+        ("name", None, "name"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_any_work(
+    recipe: Path, key: str, value: object, message: str
+) -> None:
+    file: dict[str, Any] = read_yaml(recipe / "recipe.yaml")
+    *path, last = key.split(".")
+    target: Any = file
+    for part in path:
+        target = target[int(part)] if part.isdigit() else target[part]
+    target[last] = value
+    write(file, recipe / "recipe.yaml")
+    with pytest.raises(ValueError, match=message):
+        train_recipe(recipe)
+    assert not Path("runs").exists()
+
+
+def test_until_names_a_stage_of_the_recipe(recipe: Path) -> None:
+    with pytest.raises(ValueError, match="until: stage 'drafts'; did you mean 'draft'"):
+        train_recipe(recipe, until="drafts")
+
+
+def test_a_base_is_merged_key_by_key_and_cycles_are_refused(tmp_path: Path) -> None:
+    write({"run": {"steps": 2, "batch": 4}, "data": {"size": 32}, "tags": [1, 2]}, tmp_path / "base.yaml")
+    write({"base": "base.yaml", "run": {"steps": 9}, "tags": [3]}, tmp_path / "stage.yaml")
+    expected = {"run": {"name": "stage", "steps": 9, "batch": 4}, "data": {"size": 32}, "tags": [3]}
+    assert read_stage_file(tmp_path / "stage.yaml") == expected
+    write({"base": "stage.yaml", "data": {"size": None}}, tmp_path / "third.yaml")
+    assert get_dotted(read_stage_file(tmp_path / "third.yaml"), "run.name") == "third"
+    write({"base": "third.yaml"}, tmp_path / "base.yaml")
+    with pytest.raises(ValueError, match=r"a cycle of files: .*stage\.yaml -> .*base\.yaml -> .*third\.yaml"):
+        read_stage_file(tmp_path / "stage.yaml")
+    write({"base": ["stage.yaml"]}, tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match="base: expected the relative path"):
+        read_stage_file(tmp_path / "list.yaml")
+    write({"base": "nowhere.yaml"}, tmp_path / "lost.yaml")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        read_stage_file(tmp_path / "lost.yaml")
