@@ -1,4 +1,4 @@
-"""The syntax of prompts: weights, blends, escapes, and what is refused."""
+"""The syntax of prompts: weights, blends, escapes, and malformed prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 from ldm.conditioning.prompt import parse, plain_texts
 
 
-def said(prompt):
+def parsed(prompt):
+    """Return the shares of a prompt's alternatives, with their texts and weights."""
     return [
         (branch.share, [(span.text, round(span.weight, 6)) for span in branch.spans])
         for branch in parse(prompt)
@@ -21,13 +22,13 @@ def said(prompt):
         ("a (red apple:0.5)", [("a ", 1), ("red apple", 0.5)]),
         ("((red:1.2) apple:1.5)", [("red", 1.8), (" apple", 1.5)]),
         ("(a (red: 2 ) apple)", [("(a ", 1), ("red", 2), (" apple)", 1)]),
-        ("(red:1.2)(blue:1.2)", [("redblue", 1.2)]),  # neighbours of one weight are one text
+        ("(red:1.2)(blue:1.2)", [("redblue", 1.2)]),  # neighbours of equal weight are joined
         ("(at 12\\:30:.5)", [("at 12:30", 0.5)]),
         ("(((red:1.1)", [("((", 1), ("red", 1.1)]),
     ],
 )
 def test_weights(prompt, spans):
-    assert said(prompt) == [(1, spans)]
+    assert parsed(prompt) == [(1, spans)]
 
 
 @pytest.mark.parametrize(
@@ -49,24 +50,20 @@ def test_weights(prompt, spans):
         (r"back\\slash", r"back\slash"),
     ],
 )
-def test_what_is_no_syntax_is_text_and_weight_one_is_none(prompt, text):
-    assert said(prompt) == [(1, [(text, 1)])]
+def test_other_characters_are_text_and_weight_one_changes_nothing(prompt, text):
+    assert parsed(prompt) == [(1, [(text, 1)])]
 
 
-def test_blends_make_every_combination_with_shares_that_sum_to_one():
-    assert said("a {cat:3|dog} face") == [(0.75, [("a cat face", 1)]), (0.25, [("a dog face", 1)])]
-    both = said("{a|b:3} {c|d}")
-    assert [share for share, _ in both] == [0.125, 0.125, 0.375, 0.375] and plain_texts("{a|b:3} {c|d}") == [
-        "a c",
-        "a d",
-        "b c",
-        "b d",
-    ]
-    assert said("{(red:1.3)|blue} apple") == [
+def test_blends_give_every_combination_with_shares_that_sum_to_one():
+    assert parsed("a {cat:3|dog} face") == [(0.75, [("a cat face", 1)]), (0.25, [("a dog face", 1)])]
+    both = parsed("{a|b:3} {c|d}")
+    assert [share for share, _ in both] == [0.125, 0.125, 0.375, 0.375]
+    assert plain_texts("{a|b:3} {c|d}") == ["a c", "a d", "b c", "b d"]
+    assert parsed("{(red:1.3)|blue} apple") == [
         (0.5, [("red", 1.3), (" apple", 1)]),
         (0.5, [("blue apple", 1)]),
     ]
-    assert said("{cat|}") == [(0.5, [("cat", 1)]), (0.5, [("", 1)])]
+    assert parsed("{cat|}") == [(0.5, [("cat", 1)]), (0.5, [("", 1)])]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +85,6 @@ def test_blends_make_every_combination_with_shares_that_sum_to_one():
         ("{a|b}" * 7, "128 combinations"),
     ],
 )
-def test_malformed_weights_and_blends_are_refused(prompt, message):
+def test_malformed_weights_and_blends_raise(prompt, message):
     with pytest.raises(ValueError, match=message):
         parse(prompt)

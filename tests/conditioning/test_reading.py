@@ -1,4 +1,4 @@
-"""Prompts of any length and weight through a small tower: closed forms, and independence of the batch."""
+"""Long prompts, weights and blends through a small tower: closed forms, independence of the batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def text(request):
 
 
 @torch.no_grad()
-def test_a_prompt_of_one_window_is_what_the_tower_gives(text):
+def test_a_prompt_of_one_window_gets_the_tower_s_states(text):
     ids = Tokenizer()(
         ["a red apple", "a cat"], context_length=text.convention.length, pad=text.convention.pad
     )
@@ -54,7 +54,7 @@ def test_a_prompt_of_one_window_is_what_the_tower_gives(text):
 
 
 @torch.no_grad()
-def test_a_long_prompt_is_its_windows_one_after_the_other(text):
+def test_the_windows_of_a_long_prompt_follow_each_other(text):
     words = LONG.split()
     cond, parts = text([LONG]), [text([" ".join(words[:10])]), text([" ".join(words[10:])])]
     assert torch.allclose(cond.context, torch.cat([part.context for part in parts], 1), atol=1e-6)
@@ -63,36 +63,34 @@ def test_a_long_prompt_is_its_windows_one_after_the_other(text):
 
 
 @torch.no_grad()
-def test_weights_go_from_the_empty_prompt_through_the_prompt(text):
+def test_weights_extrapolate_from_the_empty_prompt(text):
     plain, empty = text(["a red apple"]), text([""])
-    # where "red" stands, or the last there is
+    # the state at the position of "red", or the last one
     e = empty.context[0, 2] if text.convention.length else empty.context[0, -1]
     for weight in (0.0, 0.5, 1.7):
         cond = text([f"a (red:{weight}) apple"])
         assert torch.allclose(cond.context[0, 2], e + weight * (plain.context[0, 2] - e), atol=1e-5)
-        assert torch.equal(
-            cond.context[0, [0, 1, 3]], plain.context[0, [0, 1, 3]]
-        )  # the others stay, to the bit
+        assert torch.equal(cond.context[0, [0, 1, 3]], plain.context[0, [0, 1, 3]])
         without = text(["a apple"]).pooled
         assert torch.allclose(cond.pooled, plain.pooled + (weight - 1) * (plain.pooled - without), atol=1e-5)
     assert torch.allclose(text(["a (red:0) apple"]).pooled, text(["a apple"]).pooled, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_blend_is_the_mean_of_its_alternatives_by_their_shares(text):
+def test_a_blend_is_the_mean_of_its_alternatives(text):
     a, b = text(["a red apple"]), text(["a blue apple"])
     cond = text(["a {red:3|blue} apple"])
     assert torch.allclose(cond.context, 0.75 * a.context + 0.25 * b.context, atol=1e-6)
     assert torch.allclose(cond.pooled, 0.75 * a.pooled + 0.25 * b.pooled, atol=1e-6)
     alone = text(["{cat:1|dog:0}"])
     assert torch.allclose(alone.pooled, text(["cat"]).pooled, atol=1e-6)
-    longer = text(["{a cat|" + LONG + "}"])  # of unequal lengths
+    longer = text(["{a cat|" + LONG + "}"])  # alternatives of different lengths
     assert longer.context.shape[1] == text([LONG]).context.shape[1]
     assert torch.allclose(longer.pooled, (text(["a cat"]).pooled + text([LONG]).pooled) / 2, atol=1e-6)
 
 
 @torch.no_grad()
-def test_what_a_prompt_comes_to_does_not_depend_on_the_others(text):
+def test_a_condition_does_not_depend_on_the_other_prompts(text):
     prompts = ["a cat", LONG, "(red:1.5) apple", "", "{a cat|" + LONG + "}"]
     batch = text(prompts)
     for i, prompt in enumerate(prompts):
@@ -106,14 +104,14 @@ def test_what_a_prompt_comes_to_does_not_depend_on_the_others(text):
 
 @torch.no_grad()
 @pytest.mark.parametrize("n", [1, 9, 10, 11, 20, 21, 75, 76, 150, 300])
-def test_every_token_of_1_to_300_has_a_place_that_holds_it(text, n):
+def test_every_token_of_1_to_300_has_its_position(text, n):
     prompt = " ".join(["cat", "dog", "red", "sea"][i % 4] for i in range(n))
     cond, found = text([prompt]), text.places(prompt)
     assert [word for word, _ in found] == prompt.split()
     places = [place for _, own in found for place in own]
     assert len(places) == n == len(set(places)) and max(places) < cond.context.shape[1]
     assert torch.equal(text([prompt]).context, cond.context)
-    changed = text([" ".join([*prompt.split()[:-1], "moon"])])  # the last word is read: it is not cut off
+    changed = text([" ".join([*prompt.split()[:-1], "moon"])])  # the last word is not cut off
     differs = (changed.context - cond.context).abs().amax(-1)[0] > 1e-6
     assert bool(differs[places[-1]]) and not bool(differs[: places[-1]].any())
 
@@ -142,12 +140,12 @@ def test_a_word_is_divided_only_if_it_is_longer_than_a_window():
     "prompt",
     ["🍎", "שלום עולם", "‏مرحبا‎ red", "\x00\x07 apple \x1b[31m", "x" * 500, "é" * 200, " \n\t ", "(🍎:1.3)"],
 )
-def test_any_text_is_read_alike_every_time(text, prompt):
+def test_any_text_is_encoded_deterministically(text, prompt):
     first, second = text([prompt]), text([prompt])
     assert torch.equal(first.context, second.context) and bool(first.context.isfinite().all())
 
 
-def test_what_is_left_out_is_named():
+def test_unknown_words_are_named():
     small = tiny_model().text
     assert small.unknown("a (red:1.3) {apple|zeppelin}, 🍎 \x07") == ["zeppelin", ",", "🍎", "\x07"]
     assert (
@@ -168,7 +166,7 @@ def test_what_is_left_out_is_named():
 
 
 @torch.no_grad()
-def test_both_towers_of_sdxl_read_the_same_windows():
+def test_both_towers_of_sdxl_use_the_same_windows():
     towers = TwoTowers(tower(PADDED), tower(PADDED))
     cond = towers([LONG, "a cat"])
     assert cond.context.shape == (2, 24, 32) and cond.context_mask.sum(1).tolist() == [24, 12]

@@ -1,3 +1,5 @@
+"""The denoiser: predictions, precision, learned variance and rounding of t."""
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 
 
 class Stub(nn.Module):
-    """Remembers what it was given; answers its input, scaled."""
+    """A network that records its arguments and returns its input, scaled."""
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
@@ -23,7 +25,7 @@ class Stub(nn.Module):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_prediction_of_a_perfect_network_says_the_same(prediction: str) -> None:
+def test_every_prediction_of_a_perfect_network_gives_the_same_x0_and_eps(prediction: str) -> None:
     schedule, data = NoiseSchedule.scaled_linear(), gaussian()
     x, t = (
         torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None],
@@ -67,7 +69,7 @@ def test_learned_variance_is_split_off() -> None:
     torch.testing.assert_close(d.var_frac, torch.full((1, 3, 2), (0.4 + 1) / 2))
 
 
-def test_quantize_rounds_what_the_network_sees_alone() -> None:
+def test_quantize_rounds_only_what_the_network_gets() -> None:
     schedule = NoiseSchedule.linear()
     denoiser = Denoiser(Stub(), schedule, "eps", quantize=True)
     x = torch.ones(1, 1)

@@ -1,15 +1,17 @@
+"""Each kind of guidance against its formula, and at the scales where it is a plain model."""
+
 import pytest
 import torch
 from torch import Tensor
 
 from ldm.analysis.oracle import AnalyticNet, gaussian
 from ldm.diffusion.cond import Cond
-from ldm.diffusion.constraints import clip_x0, dynamic_threshold, keep_known
+from ldm.diffusion.constraints import clip_x0
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import apg, autoguidance, cfg, compose, gradient, perp_neg, switch
 from ldm.diffusion.interfaces import Denoised
-from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.prediction import PREDICTIONS, target
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import SAMPLERS
 
@@ -29,7 +31,7 @@ def state(n: int = 3, dims: int = 6) -> Tensor:
     return torch.randn(n, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def test_scale_one_and_zero_are_the_plain_models_at_one_evaluation() -> None:
+def test_scales_one_and_zero_are_one_model_at_one_evaluation() -> None:
     denoiser, x = make(), state()
     cond, uncond = conds()
     for scale, plain in ((1.0, cond), (0.0, uncond)):
@@ -52,7 +54,7 @@ def test_formula_in_one_batch(prediction: str) -> None:
     torch.testing.assert_close(alpha * guided.x0 + sigma * guided.eps, x, rtol=0, atol=1e-11)
 
 
-def test_what_cannot_be_joined_takes_two_calls() -> None:
+def test_conditions_that_cannot_be_joined_take_two_calls() -> None:
     denoiser, x = make(), state()
     cond, _ = conds()
     guided = cfg(denoiser, cond, Cond(), 3.0)(x, T)
@@ -84,14 +86,11 @@ def test_contexts_of_different_lengths_go_in_one_masked_batch() -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_rescale_gives_the_conditional_deviation(prediction: str) -> None:
-    from ldm.diffusion.prediction import target
-    from ldm.diffusion.schedule import broadcast
-
+def test_rescale_gives_the_conditional_standard_deviation(prediction: str) -> None:
     denoiser, x = make(prediction, 500), state(3, 500)
     cond = Cond(pooled=torch.linspace(-2, 2, 500, dtype=torch.float64)[None])
     uncond = Cond(pooled=torch.zeros(1, 500))
-    alpha, sigma = (broadcast(v, x) for v in SCHEDULE.alpha_sigma(T))
+    alpha, sigma = SCHEDULE.alpha_sigma_like(T, x)
 
     def std(d: Denoised) -> Tensor:
         return target(d.x0, d.eps, alpha, sigma, prediction).std(1)
@@ -102,7 +101,7 @@ def test_rescale_gives_the_conditional_deviation(prediction: str) -> None:
     torch.testing.assert_close(alpha * full.x0 + sigma * full.eps, x, rtol=0, atol=1e-10)
 
 
-def test_rescale_is_the_peer_s() -> None:
+def test_rescale_equals_diffusers() -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     denoiser, x = make("eps"), state()
@@ -124,52 +123,11 @@ def test_interval_is_conditional_outside() -> None:
     assert torch.equal(outside.x0, denoiser(x, T, cond).x0)
 
 
-def test_clip_derives_eps_again() -> None:
-    denoiser, x = make(), 3 * state()
-    d = clip_x0(denoiser.bind(conds()[0]), SCHEDULE, 0.5)(x, T)
-    assert float(d.x0.abs().max()) == 0.5
-    alpha, sigma = SCHEDULE.alpha_sigma(T)
-    torch.testing.assert_close(alpha * d.x0 + sigma * d.eps, x, rtol=0, atol=1e-12)
-
-
-def test_dynamic_threshold_formula() -> None:
-    x0 = 4 * state(4, 101)
-    x0[0] *= 0.01  # inside [−1, 1] as it is
-
-    def fn(x_t: Tensor, t: Tensor) -> Denoised:
-        return Denoised(x0, x_t)
-
-    d = dynamic_threshold(fn, SCHEDULE, 0.9)(x0, T)
-    s = torch.quantile(x0.abs(), 0.9, dim=1).clamp(min=1)[:, None]
-    assert float(s[0]) == 1 and float(s[1]) > 1
-    torch.testing.assert_close(d.x0, x0.clamp(-s, s) / s)
-    capped = dynamic_threshold(fn, SCHEDULE, 0.9, most=1.0)(x0, T)
-    torch.testing.assert_close(capped.x0, x0.clamp(-1, 1))
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
-def test_keep_known_carries_the_known_region(sampler: str) -> None:
-    """At every step the known half stands at the level arrived at: alpha'·known + sigma'·(its own noise); at
-    the end it is known, exactly."""
-    x, known = state(), state() * 0 + 0.7
-    mask = torch.tensor([0.0, 0, 0, 1, 1, 1])
-    grid = TimeGrid.make(SCHEDULE, 10, offset=1)
-    x = torch.where(mask == 1, x, SCHEDULE.add_noise(known, grid.t[0], x))
-    noise = (x - float(grid.alpha[0]) * known) / float(grid.sigma[0])
-    seen = []
-    fn = keep_known(make().bind(conds()[0]), SCHEDULE, known, mask)
-    out = SAMPLERS[sampler](fn, x, grid, on_step=lambda i, x, d: seen.append(x))
-    for i, x_i in enumerate(seen):
-        expected = float(grid.alpha[i + 1]) * known + float(grid.sigma[i + 1]) * noise
-        torch.testing.assert_close(x_i[:, :3], expected[:, :3], rtol=0, atol=1e-10)
-    torch.testing.assert_close(out[:, :3], known[:, :3], rtol=0, atol=1e-12)
-
-
 def test_switch() -> None:
-    def says(value: float) -> object:
+    def constant(value: float) -> object:
         return lambda x, t: Denoised(x * 0 + value, x)
 
-    fn = switch(says(1.0), says(2.0), below=100)  # type: ignore[arg-type]
+    fn = switch(constant(1.0), constant(2.0), below=100)  # type: ignore[arg-type]
     x = state()
     assert (
         float(fn(x, torch.tensor(100.0)).x0[0, 0]) == 1
@@ -185,13 +143,9 @@ def test_wrong_input() -> None:
         cfg(denoiser, *conds(), 2.0, rescale=1.5)
     with pytest.raises(ValueError, match="interval"):
         cfg(denoiser, *conds(), 2.0, interval=(2.0, 1.0))
-    with pytest.raises(ValueError, match="quantile"):
-        dynamic_threshold(denoiser.bind(Cond()), SCHEDULE, 0)
-    with pytest.raises(ValueError, match="limit"):
-        clip_x0(denoiser.bind(Cond()), SCHEDULE, 0)
 
 
-def test_interval_is_each_sample_s_own() -> None:
+def test_the_interval_applies_per_sample() -> None:
     denoiser, x = make(), state(2)
     cond, uncond = conds()
     t = torch.tensor([100.0, 900.0])
@@ -217,16 +171,17 @@ def test_compose_of_one_is_cfg_and_weights_add() -> None:
 
 
 def test_perp_neg_ignores_a_negative_along_the_prompt() -> None:
-    """A negative prompt that says the same leaves the guidance as it was; one across it is subtracted
-    whole."""
+    """A negative prompt parallel to the prompt changes nothing; an orthogonal one is subtracted in full."""
     denoiser, x = make(dims=2), state(3, 2)
     uncond = Cond(pooled=torch.zeros(1, 2, dtype=torch.float64))
-    along, across = (Cond(pooled=torch.tensor([v], dtype=torch.float64)) for v in ([1.0, 0.0], [0.0, 1.0]))
-    plain = cfg(denoiser, along, uncond, 6.0)(x, T)
-    same = perp_neg(denoiser, along, [(along, 0.7)], uncond, 6.0)(x, T)
+    parallel, orthogonal = (
+        Cond(pooled=torch.tensor([v], dtype=torch.float64)) for v in ([1.0, 0.0], [0.0, 1.0])
+    )
+    plain = cfg(denoiser, parallel, uncond, 6.0)(x, T)
+    same = perp_neg(denoiser, parallel, [(parallel, 0.7)], uncond, 6.0)(x, T)
     torch.testing.assert_close(same.eps, plain.eps, rtol=0, atol=1e-12)
-    other = perp_neg(denoiser, along, [(across, 0.5)], uncond, 6.0)(x, T)
-    negative = denoiser(x, T, across).eps - denoiser(x, T, uncond).eps
+    other = perp_neg(denoiser, parallel, [(orthogonal, 0.5)], uncond, 6.0)(x, T)
+    negative = denoiser(x, T, orthogonal).eps - denoiser(x, T, uncond).eps
     torch.testing.assert_close(other.eps, plain.eps - 6.0 * 0.5 * negative, rtol=0, atol=1e-12)
     alpha, sigma = SCHEDULE.alpha_sigma(T)
     torch.testing.assert_close(alpha * other.x0 + sigma * other.eps, x, rtol=0, atol=1e-12)
@@ -254,8 +209,10 @@ def test_autoguidance_formula() -> None:
 
 
 def test_classifier_guidance_gives_the_posterior() -> None:
-    """Data N(m, s²), y = x0 + noise of deviation r: with the exact log p(y | x_t) the guided x0 is E[x0 |
-    x_t, y], in closed form."""
+    """With the exact log p(y | x_t) the guided x0 is E[x0 | x_t, y], here in closed form.
+
+    The data are N(m, s²), and y is x0 plus noise of standard deviation r.
+    """
     m, s, r, y = 0.5, 0.8, 0.6, 1.3
     denoiser, x = make(), state()
     alpha, sigma = (float(v) for v in SCHEDULE.alpha_sigma(T))
@@ -274,7 +231,7 @@ def test_classifier_guidance_gives_the_posterior() -> None:
         return (-0.5 * (y - x0) ** 2 / (post_var + r**2)).sum(1)
 
     through = gradient(denoiser.bind(Cond()), SCHEDULE, of_x0, of_x0=True)(x, T)
-    # here x0 is the posterior mean, so both ways are the same
+    # here x0 is the posterior mean, so both gradients are equal
     torch.testing.assert_close(through.x0, exact, rtol=0, atol=1e-10)
     zero = SCHEDULE.zero_terminal_snr()
     fn = gradient(gaussian(dims=6).denoise(zero), zero, log_prob)

@@ -1,5 +1,4 @@
-"""Every guidance with every other: what must hold of a DenoiseFn holds of each pair, and where a pair has a
-closed form it is that."""
+"""Every pair of guidance functions is a consistent denoiser, and equals its closed form if it has one."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import apg, autoguidance, between, cfg, compose, gradient, perp_neg, switch
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
-from ldm.diffusion.schedule import NoiseSchedule, broadcast
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -53,13 +52,13 @@ def classifier(x: Tensor, t: Tensor) -> Tensor:
 
 
 def similarity(x0: Tensor, t: Tensor) -> Tensor:
-    """What CLIP guidance asks for: a nonlinear tower, and the cosine with an embedding."""
-    # not saturated
+    """Return a score like that of CLIP guidance: a nonlinear tower, and the cosine with an embedding."""
+    # 0.05 keeps tanh from saturating
     embedding = torch.tanh(0.05 * torch.stack([x0.flatten(1).roll(k, 1).cumsum(1) for k in range(3)]).sum(0))
     return 3 * torch.nn.functional.cosine_similarity(embedding, DIRECTION[None], dim=1)
 
 
-# what makes a DenoiseFn of a denoiser, what the network is called, in batches
+# functions that build a DenoiseFn from a denoiser
 MAKERS: dict[str, Callable[[Denoiser], DenoiseFn]] = {
     "cfg": lambda d: cfg(d, C, U, 4.0),
     "cfg interval": lambda d: cfg(d, C, U, 4.0, interval=(0.1, RATIO)),
@@ -69,7 +68,7 @@ MAKERS: dict[str, Callable[[Denoiser], DenoiseFn]] = {
     "apg": lambda d: apg(d, C, U, 4.0, eta=0.2, norm=2.0),
     "autoguidance": lambda d: autoguidance(d.bind(C), d.bind(OTHER), 2.0),
 }
-# what wraps one; beside it the same with a strength that changes nothing, where there is one
+# functions that wrap a DenoiseFn, each with the same at a strength that changes nothing, if there is one
 Wrapper = Callable[[DenoiseFn], DenoiseFn]
 WRAPPERS: dict[str, tuple[Wrapper, Wrapper | None]] = {
     "clip_x0": (lambda fn: clip_x0(fn, SCHEDULE, 0.8), lambda fn: clip_x0(fn, SCHEDULE, 1e6)),
@@ -109,23 +108,24 @@ PAIRS = [
 def test_a_pair_is_a_denoiser(
     name: str, wrapper: tuple[Wrapper, Wrapper | None], maker: Callable[[Denoiser], DenoiseFn]
 ) -> None:
-    """x_t = alpha·x0 + sigma·eps; each sample is its own, whatever the batch; without strength the outer
-    leaves the inner as it is."""
+    """A pair keeps x_t = alpha·x0 + sigma·eps and treats samples independently.
+
+    With a neutral strength the outer function leaves the inner one unchanged.
+    """
     x, strong, neutral = state(), *wrapper
     fn = strong(maker(make()))
-    times = TIMES[:1].expand(3) if "switch" in name else TIMES  # a switch is for the whole batch
+    times = TIMES[:1].expand(3) if "switch" in name else TIMES  # switch needs one t per batch
     d = fn(x, times)
-    alpha, sigma = (broadcast(v, x) for v in SCHEDULE.alpha_sigma(times))
+    alpha, sigma = SCHEDULE.alpha_sigma_like(times, x)
     torch.testing.assert_close(alpha * d.x0 + sigma * d.eps, x, rtol=0, atol=1e-12)
     assert not d.x0.requires_grad and d.x0.dtype == torch.float64
     for i in range(3):
         alone = fn(x[i : i + 1], times[i : i + 1])
         torch.testing.assert_close(alone.x0, d.x0[i : i + 1], rtol=1e-12, atol=1e-12)
     inner = maker(make())(x, times)
-    if neutral is not None:  # eps is derived again: to rounding
+    if neutral is not None:  # up to rounding, as eps is derived again
         torch.testing.assert_close(neutral(maker(make()))(x, times).x0, inner.x0, rtol=0, atol=1e-12)
-    # the others change only what lies beyond their limits, and through a clamp that holds every number there
-    # is no slope
+    # the others change only values beyond their limits; a clamp that is active everywhere has no gradient
     if (
         name.startswith(("classifier", "clip guidance", "autoguidance"))
         and name != "clip guidance(clip_x0(cfg))"
@@ -134,7 +134,7 @@ def test_a_pair_is_a_denoiser(
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_outermost_has_the_last_word(maker: str) -> None:
+def test_the_outermost_constraint_holds(maker: str) -> None:
     x, fn = 3 * state(), MAKERS[maker](make())
     for inner in WRAPPERS:
         if inner == "switch":
@@ -161,8 +161,8 @@ def close(a: Denoised, b: Denoised) -> None:
     torch.testing.assert_close(a.eps, b.eps, rtol=1e-10, atol=1e-10)
 
 
-def test_lines_through_lines_are_lines() -> None:
-    """Guidance along straight lines: a line through a line has a closed form."""
+def test_combined_extrapolations_have_closed_forms() -> None:
+    """Guidance extrapolates along straight lines, so a combination of two has a closed form."""
     d, x = make(), state()
     plain = d(x, TIMES, U)
     # u + 1.5·4·(c − u)
@@ -176,16 +176,15 @@ def test_lines_through_lines_are_lines() -> None:
     close(apg(d, C, U, 4.0, eta=1.0)(x, TIMES), cfg(d, C, U, 4.0)(x, TIMES))
 
 
-def test_gradients_add_and_commute_with_lines() -> None:
-    """A classifier of the noisy state moves eps by −scale·sigma·slope, whatever it wraps; two of them add in
-    either order."""
+def test_gradients_add_and_commute() -> None:
+    """A classifier of the noisy state moves eps by −scale·sigma·gradient; two of them add in either order."""
     d, x = make(), state()
 
     def steep(x: Tensor, t: Tensor) -> Tensor:
         return -x.square().sum(1)
 
     inner = cfg(d, C, U, 4.0)
-    _, sigma = (broadcast(v, x) for v in SCHEDULE.alpha_sigma(TIMES))
+    _, sigma = SCHEDULE.alpha_sigma_like(TIMES, x)
     slope = torch.sigmoid(-(x * DIRECTION).sum(1, keepdim=True)) * DIRECTION
     one = gradient(inner, SCHEDULE, classifier, 2.0)
     torch.testing.assert_close(
@@ -200,9 +199,8 @@ def test_gradients_add_and_commute_with_lines() -> None:
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_clip_guidance_goes_through_everything_inside(maker: str) -> None:
-    """The slope of a nonlinear score of x0, through the network and the guidance around it, by central
-    differences."""
+def test_clip_guidance_differentiates_through_everything_inside(maker: str) -> None:
+    """The gradient through the network and the guidance around it equals central differences."""
     x, t = state(1), TIMES[:1]
     inner = MAKERS[maker](make())
     moved = gradient(inner, SCHEDULE, similarity, 1.0, of_x0=True)(x, t)
@@ -211,17 +209,17 @@ def test_clip_guidance_goes_through_everything_inside(maker: str) -> None:
         step = torch.zeros_like(x)
         step[0, i] = 1e-5
         difference = (similarity(inner(x + step, t).x0, t) - similarity(inner(x - step, t).x0, t)) / 2e-5
-        # central differences: 1e-10 of curvature, 1e-16/1e-5 of rounding
+        # error of central differences: 1e-10 by curvature, 1e-16/1e-5 by rounding
         torch.testing.assert_close(
             (inner(x, t).eps - moved.eps)[0, i], (sigma * difference)[0], rtol=0, atol=1e-8
         )
 
 
-def test_between_takes_each_sample_by_its_level_and_only_what_is_needed() -> None:
+def test_between_chooses_per_sample_and_evaluates_only_what_is_needed() -> None:
     d, plain = make(), make()
     fn = between(apg(d, C, U, 4.0), plain.bind(C), SCHEDULE, 0.1, RATIO * 1.001)
     x, out = state(), fn(state(), TIMES)
-    # t 400 and 250 lie inside
+    # t = 400 and 250 are inside
     torch.testing.assert_close(out.x0[:2], apg(make(), C, U, 4.0)(x, TIMES).x0[:2], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.x0[2:], make()(x, TIMES, C).x0[2:], rtol=1e-12, atol=1e-12)
     d.net.calls = plain.net.calls = 0
@@ -233,7 +231,7 @@ def test_between_takes_each_sample_by_its_level_and_only_what_is_needed() -> Non
         between(fn, fn, SCHEDULE, 2.0, 1.0)
 
 
-def test_scales_one_and_zero_are_plain_models_at_one_evaluation_to_the_bit() -> None:
+def test_scales_one_and_zero_are_exactly_one_model_at_one_evaluation() -> None:
     x, d = state(), make()
     kinds: list[tuple[Callable[[], DenoiseFn], Cond]] = [
         (lambda: cfg(d, C, U, 1.0), C),
@@ -256,7 +254,7 @@ def test_scales_one_and_zero_are_plain_models_at_one_evaluation_to_the_bit() -> 
         assert torch.equal(found.x0, expected.x0) and torch.equal(found.eps, expected.eps), i
 
 
-def test_two_weights_that_sum_to_one_leave_the_unconditional_out() -> None:
+def test_weights_that_sum_to_one_skip_the_unconditional_model() -> None:
     sizes: list[int] = []
     d = make()
     d.net.register_forward_pre_hook(lambda net, inputs: sizes.append(len(inputs[0])))
@@ -266,8 +264,7 @@ def test_two_weights_that_sum_to_one_leave_the_unconditional_out() -> None:
 
 
 def test_perp_neg_and_apg_at_pure_noise() -> None:
-    """Zero terminal SNR: at alpha 0 guidance of x0 is defined, and every wrapper that derives eps from it
-    gives eps = x_t."""
+    """At alpha 0 (zero terminal SNR) guidance of x0 is defined, and eps derived from it is x_t."""
     zero = SCHEDULE.zero_terminal_snr()
     d, x = Denoiser(AnalyticNet(gaussian(dims=DIMS), zero, "v"), zero, "v"), state()
     for fn in (

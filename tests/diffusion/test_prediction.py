@@ -1,13 +1,15 @@
+"""Conversions between eps, x0 and v."""
+
 import pytest
 import torch
 
 from ldm.diffusion.prediction import PREDICTIONS, denoised, target
-from ldm.diffusion.schedule import NoiseSchedule, broadcast
+from ldm.diffusion.schedule import NoiseSchedule
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_round_trip(prediction: str) -> None:
-    """What the target says about x_t is the x0 and eps that x_t was made of."""
+    """`denoised` of the target at x_t gives the x0 and eps that x_t was mixed from."""
     schedule = NoiseSchedule.scaled_linear()
     g = torch.Generator().manual_seed(0)
     x0, eps = (
@@ -15,7 +17,7 @@ def test_round_trip(prediction: str) -> None:
         torch.randn(5, 3, 2, generator=g, dtype=torch.float64),
     )
     t = torch.tensor([0.0, 10.5, 400, 998.25, 999], dtype=torch.float64)
-    alpha, sigma = (broadcast(v, x0) for v in schedule.alpha_sigma(t))
+    alpha, sigma = schedule.alpha_sigma_like(t, x0)
     x_t = schedule.add_noise(x0, t, eps)
     d = denoised(target(x0, eps, alpha, sigma, prediction), x_t, alpha, sigma, prediction)
     # dividing by alpha ~ 0.07 or sigma ~ 0.03 costs two digits of 16

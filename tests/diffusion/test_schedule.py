@@ -1,3 +1,5 @@
+"""Noise schedules against the Markov chain, their formulas and diffusers' tables."""
+
 import math
 
 import pytest
@@ -13,22 +15,23 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_add_noise_is_the_chain(name: str) -> None:
-    """q(x_t | x_0) step by step: mean m ← sqrt(1 − beta)·m, variance v ← (1 − beta)·v + beta; add_noise is
-    affine in x0 and eps."""
+def test_add_noise_equals_the_markov_chain(name: str) -> None:
+    """add_noise, affine in x0 and eps, has the mean and variance of q(x_t | x_0) computed step by step.
+
+    Mean m ← sqrt(1 − beta)·m, variance v ← (1 − beta)·v + beta.
+    """
     schedule = SCHEDULES[name]
     mean, var = 1.0, 0.0
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     for t, beta in enumerate(schedule.betas.tolist()):
         mean, var = math.sqrt(1 - beta) * mean, (1 - beta) * var + beta
-        assert float(schedule.add_noise(one, t, zero)) == pytest.approx(
-            mean, rel=1e-10
-        )  # 1000 roundings of 1e-16, with room
+        # 1000 roundings of 1e-16, with room
+        assert float(schedule.add_noise(one, t, zero)) == pytest.approx(mean, rel=1e-10)
         assert float(schedule.add_noise(zero, t, one)) ** 2 == pytest.approx(var, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_variance_preserved_and_snr_falls(name: str) -> None:
+def test_variance_is_preserved_and_snr_decreases(name: str) -> None:
     schedule = SCHEDULES[name]
     t = torch.linspace(0, 999, 5001, dtype=torch.float64)
     alpha, sigma = schedule.alpha_sigma(t)
@@ -55,10 +58,31 @@ def test_tables_against_their_formulas() -> None:
     assert float(NoiseSchedule.scaled_linear().alphas_cumprod[-1]) == pytest.approx(bar, rel=1e-10)
     cosine = NoiseSchedule.cosine(1000).alphas_cumprod
     ratio = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    assert float(cosine[499]) == pytest.approx(
-        ratio, rel=1e-10
-    )  # alpha-bar(u = 1/2): t = 499 is the 500th step
+    # alpha_bar(u = 1/2): t = 499 is the 500th step
+    assert float(cosine[499]) == pytest.approx(ratio, rel=1e-10)
     assert float(1 - cosine[999] / cosine[998]) == pytest.approx(0.999)
+
+
+def test_schedules_by_name() -> None:
+    for name, schedule in SCHEDULES.items():
+        assert torch.equal(NoiseSchedule.make(name).alphas_cumprod, schedule.alphas_cumprod)
+    own = NoiseSchedule.make("linear", 100, beta_start=1e-3, beta_end=0.1)
+    assert torch.equal(own.alphas_cumprod, NoiseSchedule.linear(100, 1e-3, 0.1).alphas_cumprod)
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        NoiseSchedule.make("cosin")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cosine schedule has no beta_end"):
+        NoiseSchedule.make("cosine", beta_end=0.1)
+
+
+def test_time_inverts_alpha_sigma() -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    t = torch.linspace(0, 999, 2341, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(t)
+    torch.testing.assert_close(schedule.time((sigma / alpha).log()), t, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="sigma/alpha must lie"):
+        schedule.time(math.log(20.0))
+    with pytest.raises(ValueError, match="zero-terminal-SNR"):
+        schedule.zero_terminal_snr().time(math.log(1e9))
 
 
 def test_diffusers_tables() -> None:
@@ -70,7 +94,7 @@ def test_diffusers_tables() -> None:
         ("squaredcos_cap_v2", NoiseSchedule.cosine(), {}),
     ):
         peer = DDPMScheduler(num_train_timesteps=1000, beta_schedule=name, **options).alphas_cumprod.double()
-        # the peer multiplies 1000 factors in float32: 1000·6e-8 of relative error at the worst
+        # diffusers multiplies 1000 factors in float32: a relative error of at most 1000·6e-8
         torch.testing.assert_close(schedule.alphas_cumprod, peer, rtol=6e-5, atol=0)
 
 
@@ -79,7 +103,7 @@ def test_zero_terminal_snr() -> None:
     zero = schedule.zero_terminal_snr()
     assert float(zero.alphas_cumprod[-1]) == 0 and float(zero.snr(999)) == 0
     assert float(zero.alphas_cumprod[0]) == pytest.approx(float(schedule.alphas_cumprod[0]), rel=1e-14)
-    # sqrt(alpha-bar) is an affine map of what it was
+    # sqrt(alpha_bar) is an affine function of its old value
     old, new = schedule.alphas_cumprod.sqrt(), zero.alphas_cumprod.sqrt()
     scale = new.diff() / old.diff()
     torch.testing.assert_close(scale, scale[:1].expand(999), rtol=1e-8, atol=0)
@@ -101,7 +125,7 @@ def test_add_noise_per_sample_and_dtype() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), "fall strictly"),
+        (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), "decrease strictly"),
         (lambda: NoiseSchedule(torch.tensor([1.0, 0.6])), r"\[0, 1\)"),
         (lambda: NoiseSchedule(torch.ones(2, 2) / 2), "shape"),
         (lambda: NoiseSchedule.from_betas(torch.tensor([0.0, 0.1])), "betas"),

@@ -1,5 +1,4 @@
-"""Conventions by name: grids for every number of steps, starts, image-to-image, noise; through the pipeline
-and the command line."""
+"""Conventions: grids, first states, image-to-image and noise; through the pipeline and the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from ldm.samplers import SAMPLERS
 from ldm.samplers.conventions import CONVENTIONS, Convention, get_convention
 
 SCHEDULE = NoiseSchedule.scaled_linear()
-# every number of steps that divides, nearly divides or does not divide 1000 in its own way
+# numbers of steps that divide, nearly divide or do not divide 1000
 NUMBERS = [*range(1, 41), 50, 90, 100, 101, 125, 250, 333, 334, 499, 500, 501, 899, 900, 901, 998, 999, 1000]
 
 
@@ -34,9 +33,9 @@ def check(grid: TimeGrid, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_every_sampler_has_a_grid_or_a_neighbour_that_works(name: str) -> None:
+def test_every_sampler_has_a_grid_or_a_number_of_steps_that_works(name: str) -> None:
     rules, kinds = CONVENTIONS[name], {}
-    for sampler in SAMPLERS:  # samplers with one rule have one grid
+    for sampler in SAMPLERS:  # samplers with the same options have the same grid
         kinds[json.dumps(dict(rules.grids.get(sampler, rules.grids["*"])), sort_keys=True)] = sampler
     for sampler in kinds.values():
         for n in NUMBERS:
@@ -51,7 +50,7 @@ def test_every_sampler_has_a_grid_or_a_neighbour_that_works(name: str) -> None:
 @pytest.mark.parametrize("name", CONVENTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs_in_every_convention(name: str, sampler: str) -> None:
-    """With the convention's own grid, options, start and noise."""
+    """With the grid, options, first state and noise of the convention."""
     rules, data, seeds = CONVENTIONS[name], gaussian(dims=3), [5, 6]
     grid, options = rules.grid(SCHEDULE, 6, sampler), rules.options.get(sampler, {})
     _, x = rules.begin(grid, initial_noise(seeds, (3,), dtype=torch.float64))
@@ -63,9 +62,8 @@ def test_every_sampler_runs_in_every_convention(name: str, sampler: str) -> None
 
 @pytest.mark.parametrize("name", CONVENTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_strength_one_is_text_to_image_to_the_bit(name: str, sampler: str) -> None:
-    """Image-to-image at strength 1 starts from pure noise: whatever the image, the picture is that of
-    text-to-image."""
+def test_strength_one_is_exactly_text_to_image(name: str, sampler: str) -> None:
+    """Image-to-image at strength 1 starts from pure noise, so the result does not depend on the image."""
     rules, data, seeds = CONVENTIONS[name], gaussian(dims=3), [5, 6]
     eps = initial_noise(seeds, (3,), dtype=torch.float64)
 
@@ -78,7 +76,7 @@ def test_strength_one_is_text_to_image_to_the_bit(name: str, sampler: str) -> No
         assert torch.equal(run(image), text)
 
 
-def test_begin_noises_the_image_to_where_the_steps_begin() -> None:
+def test_begin_noises_the_image_to_the_first_step() -> None:
     rules, grid = CONVENTIONS["k"], CONVENTIONS["k"].grid(SCHEDULE, 20, "euler")
     eps, image = torch.randn(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
     for strength, n in ((0.75, 15), (0.5, 10), (0.01, 1)):
@@ -95,7 +93,7 @@ def test_begin_noises_the_image_to_where_the_steps_begin() -> None:
             rules.begin(grid, *wrong)
 
 
-def test_brownian_noise_where_the_program_has_it() -> None:
+def test_noise_is_brownian_where_the_program_has_it() -> None:
     like = torch.empty(1, 4, dtype=torch.float64)
     cases = (
         ("k", "dpmpp_2m_sde", True),
@@ -114,7 +112,7 @@ def test_brownian_noise_where_the_program_has_it() -> None:
     )
 
 
-def test_a_convention_by_name_by_fields_or_itself() -> None:
+def test_a_convention_by_name_by_fields_or_as_it_is() -> None:
     own = Convention(grids={"*": {"spacing": "karras"}}, brownian=("dpmpp_sde",))
     assert get_convention("sgm") is CONVENTIONS["sgm"] and get_convention(own) is own
     assert get_convention({"grids": {"*": {"spacing": "karras"}}, "brownian": ["dpmpp_sde"]}) == own
@@ -136,7 +134,7 @@ def run(pipe, **options):
 @pytest.mark.parametrize("name", CONVENTIONS)
 @pytest.mark.parametrize("spacing", [None, "lambda"])
 def test_the_pipeline_follows_a_convention(pipe, name, spacing):
-    """By name it is the convention's own parts put together by hand: grid, start, rounding of t, noise."""
+    """The pipeline equals its parts put together by hand: grid, first state, rounding of t, noise."""
     rules, schedule, changes = (
         CONVENTIONS[name],
         pipe.denoiser.schedule,
@@ -160,7 +158,7 @@ def test_the_pipeline_follows_a_convention(pipe, name, spacing):
     assert images.recipe["convention"] == name and images.recipe.get("spacing") == spacing
 
 
-def test_a_grid_of_timesteps_and_what_contradicts_it(pipe):
+def test_a_grid_of_timesteps_and_options_that_contradict_it(pipe):
     times = [999, 700.5, 300, 20]
     grid = TimeGrid.explicit(pipe.denoiser.schedule, times)
     images = run(pipe, grid=times)
@@ -179,18 +177,18 @@ def test_a_grid_of_timesteps_and_what_contradicts_it(pipe):
     [
         ({"convention": "difusers"}, "did you mean 'diffusers'"),
         ({"spacing": "karas"}, "did you mean 'karras'"),
-        # it lays one node more: 900 nodes a step apart reach up to 900, a tenth from the end; 500 two apart
-        # are further from 701
+        # drop_last adds a node: 900 nodes one step apart reach 900, a tenth from the end; 500 nodes two steps
+        # apart are further from 701
         ({"convention": "diffusers", "steps": 700}, "nearest number of steps that works is 899"),
     ],
 )
-def test_wrong_names_are_refused_with_the_nearest(pipe, options, message):
+def test_wrong_names_raise_with_the_nearest(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, **options)
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def installed(tmp_path, monkeypatch):
     ldm.save(tiny_model(), tmp_path / "assets" / "emoji-ldm")
     monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
@@ -204,21 +202,21 @@ NAMED = [
 
 
 @pytest.mark.parametrize("options", NAMED)
-def test_the_command_line_records_and_replays_them(place, options, capsys):
+def test_the_command_line_records_and_replays_conventions(installed, options, capsys):
     assert main(["cat", "-o", "a.png", *options]) == 0 and main(["replay", "a.png"]) == 0
     recipe = read_recipe("a.png")
     assert recipe == read_recipe("a-replay.png") and recipe[options[0][2:]] == options[1]
     assert (np.asarray(Image.open("a.png")) == np.asarray(Image.open("a-replay.png"))).all()
 
 
-def test_a_picture_on_a_grid_of_its_own_is_replayed(place):
+def test_an_image_on_an_explicit_grid_is_replayed(installed):
     images = ldm.load("emoji-ldm", dtype="float32").text_to_image("cat", grid=[999, 500, 100], progress=False)
     images.save("a.png")
     assert main(["replay", "a.png"]) == 0
     assert (np.asarray(Image.open("a.png")) == np.asarray(Image.open("a-replay.png"))).all()
 
 
-def test_ldm_grid_tells_a_convention(place, capsys):
+def test_ldm_grid_prints_a_convention(installed, capsys):
     assert main(["grid", "--convention", "compvis", "--sampler", "dpmpp_2m", "--steps", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "dpmpp_2m, lower_order_final True: 5 steps, 5 evaluations"
@@ -238,9 +236,8 @@ def test_ldm_grid_tells_a_convention(place, capsys):
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dpm_adaptive"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_network_is_called_as_often_as_announced(pipe, place, sampler, guidance, capsys):
-    """`ldm grid` on the card, and the pipeline's calls of the network: guidance takes its two branches in one
-    batch."""
+def test_the_network_is_called_as_often_as_announced(pipe, installed, sampler, guidance, capsys):
+    """`ldm grid` announces the number of the network's calls; guidance runs both conditions in one batch."""
     for steps in (1, 2, 5):
         calls = []
         hook = pipe.denoiser.net.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023

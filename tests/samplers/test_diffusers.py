@@ -1,22 +1,24 @@
-"""Trajectories and grids equal to diffusers' schedulers.
+"""Trajectories and grids equal those of diffusers' schedulers.
 
-Left out, because the peer is wrong there:
+Some cases are left out because diffusers is wrong there:
+
 - DDIM and DDPM with spacings whose step is not T//N (linspace; trailing where N does not divide T):
   ``prev_timestep = t − T//N`` is then not the next timestep of the grid. For N = 3, trailing: t = 999, 666,
-  332, but 999 − 333 = 666, 666 − 333 = 333 and not 332.
-- DDPM with the large variance and trailing: it adds noise unless t is 0, so sqrt(beta) of noise lands on the
-  finished sample (t = T/N − 1 there).
-- One step of Euler and its like on linspace, karras or exponential: np.linspace(0, 999, 1) is [0], so it
-  starts (and takes sigma_max) at clean data.
-- UniPC bh1 to sigma 0: B(h) = −inf there, and −inf·0 is nan. With the last step to sigma_min it is compared.
-- KDPM2 and its ancestral kind on karras: t is rounded at every other evaluation only. k-diffusion's, which
-  they were taken from, are compared.
+  332, but 999 − 333 = 666 and 666 − 333 = 333, not 332.
+- DDPM with the large variance and trailing: it adds noise unless t is 0, so noise of standard deviation
+  sqrt(beta) is added to the finished sample (t = T/N − 1 there).
+- One step of Euler and similar on linspace, karras or exponential: np.linspace(0, 999, 1) is [0], so it
+starts
+  (and takes sigma_max) at clean data.
+- UniPC bh1 to sigma 0: B(h) = −inf there, and −inf·0 is nan. It is compared with the last step to sigma_min.
+- KDPM2 and its ancestral version on karras: t is rounded at every other evaluation only. The functions of
+  k-diffusion, from which they derive, are compared instead.
 
-Where a grid is laid in sigma, DPM-Solver, DEIS and UniPC hand the network whole t: rounded for karras and
-uniform lambda, cut by a cast to int64 for exponential; the test does the same. DEIS then ends at sigma_min
-and makes a last step from there to there, an evaluation for nothing: N steps are N − 1 here. The peer's
-tables are float32, and its states, so 1e-5 relative is what can be asked; where a difference of its float32
-squares loses digits (below), its own formulas are taken in float64.
+Where a grid is spaced in sigma, DPM-Solver, DEIS and UniPC pass integer t to the network: rounded for karras
+and uniform lambda, rounded down for exponential; the test does the same. DEIS then ends at sigma_min and
+makes a last step of length 0, so its N steps are N − 1 here. The tables and states of diffusers are float32,
+so the tolerance is 1e-5 relative. Where a difference of its float32 squares loses digits (below), its own
+formulas are evaluated in float64.
 """
 
 from __future__ import annotations
@@ -40,55 +42,57 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 NOISE = torch.randn(120, 2, 4, generator=torch.Generator().manual_seed(5))
 FIRST = {"set_alpha_to_one": False}
 STEPS = [1, 5, 10, 20, 50]
+# all samplers and spacings that both libraries have: DDIM, DDPM, PNDM, Euler, Euler ancestral, Heun, KDPM2,
+# KDPM2 ancestral, LMS, DPMSolverSDE, DPMSolverMultistep (2M, 2M SDE by midpoint and heun, third order), UniPC
+# (order 1 to 3, bh1 and bh2), DEIS (order 1 to 3), LCM, TCD
 DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
 SDE = {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
-# every sampler and spacing that both have: DDIM, DDPM, PNDM, Euler, Euler ancestral, Heun, KDPM2, KDPM2
-# ancestral, LMS, DPMSolverSDE, DPMSolverMultistep (2M, 2M SDE by midpoint and heun, third order), UniPC
-# (order 1 to 3, bh1 and bh2), DEIS (order 1 to 3), LCM, TCD
 SIGMAS = {"karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True}}
 
 
 def eps(x: Tensor, t: Tensor) -> Tensor:
-    """A stub network: smooth, nonlinear, depends on t."""
+    """Return the prediction of a stub network: smooth, nonlinear, dependent on t."""
     return 0.6 * torch.sin(1.3 * x + 0.002 * broadcast(torch.as_tensor(t), x)) + 0.4 * x
 
 
-def ours(
+def run_ldm(
     name: str,
     schedule: NoiseSchedule,
     grid: TimeGrid,
     x: Tensor,
     *,
-    seen: Callable[[Tensor], Tensor],
+    rounding: Callable[[Tensor], Tensor],
     **options: Any,
 ) -> Tensor:
+    """Return the result of a sampler whose network gets t rounded; draw k of its noise is NOISE[k]."""
+
     def denoise(x: Tensor, t: Tensor) -> Denoised:
-        alpha, sigma = (broadcast(v, x) for v in schedule.alpha_sigma(t))
-        e = eps(x, seen(t))
+        alpha, sigma = schedule.alpha_sigma_like(t, x)
+        e = eps(x, rounding(t))
         return Denoised((x - sigma * e) / alpha, e)
 
     return SAMPLERS[name](denoise, x, grid, noise=lambda k, like: NOISE[k].to(like.dtype), **options)
 
 
-def theirs(
+def run_diffusers(
     scheduler: Any, steps: int, x: Tensor, grid: TimeGrid, monkeypatch: pytest.MonkeyPatch, **kwargs: Any
 ) -> Tensor:
-    """The peer's loop; its random numbers are NOISE[0], NOISE[1], … in the order of its steps."""
+    """Return the result of a scheduler, whose random numbers are NOISE[0], NOISE[1], … in order."""
     order = iter(NOISE)
     module = __import__(type(scheduler).__module__, fromlist=["_"])
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: next(order))
     scheduler.set_timesteps(steps)
     if "DEIS" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__:
-        # DEIS of third order: its closed-form integrals cancel to h³ of their terms, which leaves 3e-4 in
-        # float32 at 50 steps; so in float64. The SDE's sigma_down² = sigma'² − sigma_up² is sigma'⁴/sigma²:
-        # where sigma'/sigma is 0.02, float32 leaves 6e-8/4e-4 of it
+        # DEIS of third order: the terms of its closed-form integrals cancel up to h³, which leaves an error
+        # of 3e-4 in float32 at 50 steps. The SDE's sigma_down² = sigma'² − sigma_up² is sigma'⁴/sigma²: where
+        # sigma'/sigma is 0.02, float32 has a relative error of 6e-8/4e-4
         scheduler.sigmas = scheduler.sigmas.double()
     if "KDPM2Ancestral" in type(scheduler).__name__:
-        in_double(scheduler)
+        set_float64_tables(scheduler)
     if hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = lambda *_: next(order)
-    # Euler and its like keep x/alpha
+    # Euler and similar schedulers hold x/alpha
     ve = "Discrete" in type(scheduler).__name__ or "SDES" in type(scheduler).__name__
     x = x / float(grid.alpha[0]) if ve else x
     for t in scheduler.timesteps:
@@ -97,9 +101,11 @@ def theirs(
     return x
 
 
-def in_double(scheduler: Any) -> None:
-    """The tables of KDPM2Ancestral by its own formulas in float64: sigma_down² = sigma'² − sigma_up² cancels,
-    as above, and t follows it."""
+def set_float64_tables(scheduler: Any) -> None:
+    """Compute KDPM2Ancestral's tables by its own formulas in float64.
+
+    sigma_down² = sigma'² − sigma_up² cancels, as above, and t depends on it.
+    """
     sigma = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()  # N + 1, the last 0
     after = sigma.roll(-1)
     after[-1] = 0
@@ -122,7 +128,7 @@ def in_double(scheduler: Any) -> None:
     )
 
 
-# name here, peer, its options, spacing, options of the grid here, of the sampler here, of the peer's step
+# name, scheduler, its options, spacing, options of TimeGrid.make, of the sampler, of the scheduler's step
 Case = tuple[str, str, dict[str, Any], str, dict[str, Any], dict[str, Any], dict[str, Any]]
 CASES: list[Case] = []
 for eta in (0.0, 1.0):
@@ -182,8 +188,8 @@ for name, peer, scheduler, here in (
     ("dpmpp_2m", "DPMSolverMultistepScheduler", DPM, {}),
     ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE, {}),
     ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {**SDE, "solver_type": "heun"}, {"solver": "heun"}),
-    # as in k-diffusion, the second difference has half of its weight: (e^(−h) + h − 1)/h² − ½ is phi_3, the
-    # integral of s² is 2·phi_3
+    # as in k-diffusion, the second difference has half of its weight: (e^(−h) + h − 1)/h² − ½ is phi_3, but
+    # the integral of s² is 2·phi_3
     (
         "dpmpp_3m_sde",
         "DPMSolverMultistepScheduler",
@@ -260,9 +266,9 @@ def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
     name, peer, options, spacing, grid_options, here, step_options = case
     in_sigma = spacing in (*SIGMAS, "lambda")
     if steps == 1 and spacing in ("linspace", *SIGMAS) and ("Discrete" in peer or peer == SDE_PEER):
-        pytest.skip("the peer starts at clean data: see above")
+        pytest.skip("the scheduler starts at clean data: see above")
     if steps == 1 and name == "deis" and in_sigma:
-        pytest.skip("the peer's only step is the one for nothing: see above")
+        pytest.skip("the scheduler's only step has length 0: see above")
     named = {} if in_sigma else {"timestep_spacing": spacing}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -271,18 +277,18 @@ def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     grid = TimeGrid.make(schedule, steps - (name == "deis" and in_sigma), spacing=spacing, **grid_options)
     if name == "dpm2_a" and spacing == "linspace":
-        # its sigmas lie on chords between the table's entries, (log sigma'/sigma)²/8 = 1e-5 above ours at t =
-        # 52.6, and its midpoints follow
+        # diffusers interpolates sigma linearly between table entries, which is (log sigma'/sigma)²/8 = 1e-5
+        # above the log-linear value at t = 52.6; its midpoints depend on it
         scheduler.set_timesteps(steps)
         rho = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()
         alpha = 1 / (1 + rho**2).sqrt()
         grid = TimeGrid(t=grid.t, alpha=alpha, sigma=rho * alpha, schedule=schedule)
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    seen: Callable[[Tensor], Tensor] = lambda t: t  # noqa: E731
+    rounding: Callable[[Tensor], Tensor] = lambda t: t  # noqa: E731
     if in_sigma and "Multistep" in peer:
-        seen = torch.floor if spacing == "exponential" else torch.round
-    expected = theirs(scheduler, steps, x, grid, monkeypatch, **step_options)
-    actual = ours(name, schedule, grid, x, seen=seen, **here)
+        rounding = torch.floor if spacing == "exponential" else torch.round
+    expected = run_diffusers(scheduler, steps, x, grid, monkeypatch, **step_options)
+    actual = run_ldm(name, schedule, grid, x, rounding=rounding, **here)
     error = float((actual - expected).abs().max() / expected.abs().max())
     assert error < 1e-5, error
 
@@ -302,16 +308,15 @@ def test_trajectory(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
         ("lms", "LMSDiscreteScheduler", {}),
         ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE),
         ("dpmpp_3m_sde", "DPMSolverMultistepScheduler", {"solver_order": 3}),
-        ("heun", "HeunDiscreteScheduler", {}),  # its timesteps stand there twice
-        ("dpm2", "KDPM2DiscreteScheduler", {}),  # its midpoints stand between
+        ("heun", "HeunDiscreteScheduler", {}),  # lists each timestep twice
+        ("dpm2", "KDPM2DiscreteScheduler", {}),  # lists midpoints too
         ("dpmpp_sde", "DPMSolverSDEScheduler", {}),
     ],
 )
-def test_convention_lays_the_peer_s_grid(
+def test_convention_equals_the_scheduler_s_grid(
     sampler: str, peer: str, options: dict[str, Any], steps: int
 ) -> None:
-    """The convention ``diffusers`` against the scheduler under Stable Diffusion's configuration: timesteps,
-    sigmas."""
+    """Timesteps and sigmas of "diffusers" are those of the scheduler as Stable Diffusion configures it."""
     scheduler = getattr(diffusers, peer)(**SD, steps_offset=1, timestep_spacing="leading", **options)
     scheduler.set_timesteps(steps)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
@@ -323,14 +328,14 @@ def test_convention_lays_the_peer_s_grid(
     )
     assert grid.t.tolist() == [float(t) for t in times]
     if hasattr(scheduler, "sigmas"):
-        # float32 there
+        # diffusers computes in float32
         torch.testing.assert_close(
             grid.ratio, scheduler.sigmas.unique_consecutive().double(), rtol=1e-5, atol=0
         )
 
 
 @pytest.mark.parametrize(("sampler", "peer"), [("lcm", "LCMScheduler"), ("tcd", "TCDScheduler")])
-def test_convention_lays_the_grid_of_distilled_models(sampler: str, peer: str) -> None:
+def test_convention_equals_the_grid_of_distilled_models(sampler: str, peer: str) -> None:
     scheduler = getattr(diffusers, peer)(**SD)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     for steps in range(1, 51):
@@ -340,7 +345,7 @@ def test_convention_lays_the_grid_of_distilled_models(sampler: str, peer: str) -
         ], steps
 
 
-def test_conventions_by_their_formulas() -> None:
+def test_conventions_against_the_programs_formulas() -> None:
     import numpy as np
 
     schedule = NoiseSchedule.scaled_linear()
@@ -352,7 +357,7 @@ def test_conventions_by_their_formulas() -> None:
         k = CONVENTIONS["k"].grid(schedule, n, "euler")
         np.testing.assert_allclose(k.t.numpy(), np.linspace(999, 0, n), atol=1e-9)
         assert CONVENTIONS["k"].start_scale(k) == float(k.sigma[0]) < 1
-        # make_ddim_timesteps "uniform" of CompVis, where it has the length asked for
+        # make_ddim_timesteps "uniform" of CompVis, where it has n entries
         compvis = CONVENTIONS["compvis"].grid(schedule, n, "ddim")
         assert compvis.t.tolist() == [t + 1 for t in range(0, 1000, 1000 // n)][:n][::-1]
         assert float(compvis.alpha[-1] ** 2) == pytest.approx(float(schedule.alphas_cumprod[0]))
@@ -364,14 +369,13 @@ def test_conventions_by_their_formulas() -> None:
         CONVENTIONS["k"].grid(schedule, 10, "eulr")
 
 
-def test_align_your_steps_against_the_peer_s_tables() -> None:
+def test_align_your_steps_against_diffusers_tables() -> None:
     from diffusers.schedulers import AysSchedules
 
     schedule = NoiseSchedule.scaled_linear()
     for spacing, key in (("ays_sd1", "StableDiffusionTimesteps"), ("ays_sdxl", "StableDiffusionXLTimesteps")):
         grid = TimeGrid.make(schedule, 10, spacing=spacing)
-        # the same levels, told there as whole timesteps; the peer's figures are rounded, so that they differ
-        # by up to 2
+        # diffusers stores the levels as integer timesteps, which differ by up to 2
         assert float((grid.t - torch.tensor(AysSchedules[key], dtype=torch.float64)).abs().max()) < 2
         assert len(TimeGrid.make(schedule, 25, spacing=spacing)) == 25
 
@@ -383,12 +387,11 @@ def test_align_your_steps_against_the_peer_s_tables() -> None:
 def test_consistency_samplers(
     name: str, peer: str, here: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the convention's grid. TCD's last step ends at alpha-bar[0] there (prev_timestep = 0), whatever
-    set_alpha_to_one says."""
+    """On the convention's grid; TCD's last step ends at alpha_bar[0] (prev_timestep = 0) in diffusers."""
     scheduler = getattr(diffusers, peer)(**SD, clip_sample=False)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     grid = get_convention("diffusers").grid(schedule, steps, name)
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    expected = theirs(scheduler, steps, x, grid, monkeypatch, **here)
-    actual = ours(name, schedule, grid, x, seen=lambda t: t, **here)
+    expected = run_diffusers(scheduler, steps, x, grid, monkeypatch, **here)
+    actual = run_ldm(name, schedule, grid, x, rounding=lambda t: t, **here)
     assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-5

@@ -1,4 +1,4 @@
-"""Inversion: back to the noise, and forth again."""
+"""Inversion: the noise that it finds leads back to the data."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_one_iteration_approximates_better_with_more_steps() -> None:
     assert errors[1] < 0.4 * errors[0] < 0.2
 
 
-def test_inversion_finds_the_flow_s_noise() -> None:
+def test_inversion_finds_the_noise_of_the_exact_flow() -> None:
     data, grid = gaussian(), TimeGrid.make(SCHEDULE, 500, spacing="linspace", final="none")
     ends = [(float(grid.alpha[i]), float(grid.sigma[i])) for i in (-1, 0)]
     torch.testing.assert_close(
@@ -37,12 +37,12 @@ def test_inversion_finds_the_flow_s_noise() -> None:
 
 
 @pytest.mark.parametrize("p", [1.0, 0.93])
-def test_edict_is_undone_to_rounding(p: float) -> None:
+def test_edict_is_inverted_up_to_rounding(p: float) -> None:
     denoise, grid = mixture().denoise(SCHEDULE), TimeGrid.make(SCHEDULE, 50, offset=1)
     x, y = edict_invert(denoise, X, X, grid, p=p)
     back: tuple[Tensor, Tensor] = edict(denoise, x, y, grid, p=p)
     for track in back:
-        # 0.93^(−100) = 1,400 times rounding, and divisions by alpha
+        # rounding grows by 0.93^(−100) = 1,400 and by divisions by alpha
         torch.testing.assert_close(track, X, rtol=0, atol=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""Trajectories equal to k-diffusion's functions, in float64, on grids that both are given."""
+"""Trajectories equal those of k-diffusion's functions, in float64, on the same grids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 NOISE = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-# name here, name there, options here, options there
+# name, k-diffusion's name, options, k-diffusion's options
 PAIRS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("euler", "sample_euler", {}, {}),
     (
@@ -45,19 +45,18 @@ PAIRS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {"eta": 0.7, "solver": "heun"},
         {"eta": 0.7, "solver_type": "heun"},
     ),
-    # the peer weighs the second difference by phi_3, where the integral of s² is 2·phi_3: see dpmpp_3m_sde,
-    # and its order in test_orders
+    # k-diffusion weighs the second difference by phi_3, but the integral of s² is 2·phi_3: see dpmpp_3m_sde
     ("dpmpp_3m_sde", "sample_dpmpp_3m_sde", {"curvature": "published"}, {}),
 ]
 
 
 def eps(x: Tensor, t: Tensor) -> Tensor:
-    """A stub network: smooth, nonlinear, depends on t."""
+    """Return the prediction of a stub network: smooth, nonlinear, dependent on t."""
     return 0.6 * torch.sin(1.3 * x + 0.002 * broadcast(torch.as_tensor(t), x)) + 0.4 * x
 
 
 def denoise(x: Tensor, t: Tensor) -> Denoised:
-    alpha, sigma = (broadcast(v, x) for v in SCHEDULE.alpha_sigma(t))
+    alpha, sigma = SCHEDULE.alpha_sigma_like(t, x)
     e = eps(x, t)
     return Denoised((x - sigma * e) / alpha, e)
 
@@ -87,29 +86,27 @@ def test_trajectory(
     sampling = k_sampling()
     grid = TimeGrid.make(SCHEDULE, steps, spacing=spacing)
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    if "s_churn" in options:  # the peer draws every step, used or not
+    if "s_churn" in options:  # k-diffusion draws at every step, whether it uses the noise or not
         draws = iter(NOISE)
         monkeypatch.setattr(torch, "randn_like", lambda like: next(draws))
     elif name in ("euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"):
         order = iter(NOISE)
         peer_options = {**peer_options, "noise_sampler": lambda rho, rho_next: next(order)}
-    last = float(grid.alpha[0])
-    # a peer that draws one more at the last step, or one less, would shift the rest: the index says which
-    # draw is meant
+    alpha = float(grid.alpha[0])
     if steps == 1 and peer in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
-        with pytest.raises(UnboundLocalError):  # the peer reads h, which a single step to sigma 0 never sets
-            getattr(sampling, peer)(k_model(grid), x / last, grid.ratio, disable=True, **peer_options)
+        # k-diffusion reads h, which a single step to sigma 0 never sets
+        with pytest.raises(UnboundLocalError):
+            getattr(sampling, peer)(k_model(grid), x / alpha, grid.ratio, disable=True, **peer_options)
         expected = denoise(x, grid.t[0]).x0
     else:
-        expected = getattr(sampling, peer)(k_model(grid), x / last, grid.ratio, disable=True, **peer_options)
+        expected = getattr(sampling, peer)(k_model(grid), x / alpha, grid.ratio, disable=True, **peer_options)
     actual = SAMPLERS[name](denoise, x, grid, noise=lambda k, like: NOISE[k], **options)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)  # both in float64; the bar is 1e-5
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_adaptive(order: int) -> None:
-    """One sample, as the peer's error is the whole batch's. The peer ends at sigma_min and adds no last
-    step."""
+    """For one sample, as k-diffusion's error is that of the whole batch. It ends at sigma_min."""
     sampling = k_sampling()
     grid = TimeGrid.make(SCHEDULE, 5, spacing="karras", final="none")
     x = torch.randn(1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -121,5 +118,5 @@ def test_adaptive(order: int) -> None:
     finally:
         sampling.torch.set_default_dtype(torch.float32)
     actual = SAMPLERS["dpm_adaptive"](denoise, x, grid, order=order) / float(grid.alpha[-1])
-    # the peer stops within 1e-5 of the end in lambda
+    # k-diffusion stops within 1e-5 of the end in lambda
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

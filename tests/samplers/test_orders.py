@@ -1,5 +1,4 @@
-"""Convergence to the exact flow of a Gaussian mixture, from sigma_max to sigma_min (the step to sigma 0 left
-off)."""
+"""Orders of convergence to the exact flow of a Gaussian mixture, from sigma_max to sigma_min."""
 
 from __future__ import annotations
 
@@ -23,14 +22,10 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.noise import keyed_noise
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import SCHEDULE_NAMES, NoiseSchedule
 from ldm.samplers import SAMPLERS
 
-SCHEDULES = {
-    "scaled_linear": NoiseSchedule.scaled_linear(),
-    "linear": NoiseSchedule.linear(),
-    "cosine": NoiseSchedule.cosine(),
-}
+SCHEDULES = {name: NoiseSchedule.make(name) for name in SCHEDULE_NAMES}
 STEPS = [20, 40, 80, 160, 320, 640]
 
 
@@ -42,7 +37,7 @@ def error(name: str, options: SolverOptions, schedule: str, spacing: str, n: int
 def check_order(name: str, options: SolverOptions, order: int, schedule: str, spacing: str) -> None:
     errors = [error(name, options, schedule, spacing, n, start=3) for n in STEPS]
     found, since = settled_slope(STEPS, errors)
-    if since == STEPS[-2]:  # it still moved between the last two pairs: look as far as the table goes
+    if since == STEPS[-2]:  # not settled by the last two pairs: use the whole table
         errors.append(error(name, options, schedule, spacing, len(SCHEDULES[schedule]), start=3))
         found, since = settled_slope([*STEPS, len(SCHEDULES[schedule])], errors)
     assert found == pytest.approx(order, abs=0.15), (found, since, errors)
@@ -52,7 +47,7 @@ def check_order(name: str, options: SolverOptions, order: int, schedule: str, sp
 @pytest.mark.parametrize("spacing", ["lambda", "karras"])
 @pytest.mark.parametrize(("name", "options", "order"), DETERMINISTIC)
 def test_order(name: str, options: SolverOptions, order: int, spacing: str) -> None:
-    """N = 20 … 640, fitted where the slope has settled."""
+    """The slope of log error against log N, N = 20 … 640, where it has settled, is the order."""
     check_order(name, options, order, "scaled_linear", spacing)
 
 
@@ -78,11 +73,11 @@ def test_order_of_one_method_of_each_kind_under_other_schedules(schedule: str) -
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_predictions_take_one_trajectory(name: str, schedule: str) -> None:
-    """eps, x0 and v of the exact network lead to one image, so that the orders above hold for each of them.
+def test_all_predictions_give_one_trajectory(name: str, schedule: str) -> None:
+    """eps, x0 and v of the exact network lead to the same result, so the orders above hold for each of them.
 
-    What is left is rounding: 1e-16 through divisions by the least alpha (5e-5 under cosine) and by the least
-    sigma (6e-3), 40 evaluations.
+    The difference is rounding: 1e-16 through divisions by the smallest alpha (5e-5 for cosine) and the
+    smallest sigma (6e-3), in 40 evaluations.
     """
     table, data = SCHEDULES[schedule], mixture()
     grid = TimeGrid.make(table, 20, spacing="trailing")
@@ -95,9 +90,8 @@ def test_predictions_take_one_trajectory(name: str, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "plms", "unipc"])
-def test_plain_start_keeps_second_order(name: str) -> None:
-    """Without help at the start: one first-order step costs O(h²) once, which is what a second-order method
-    loses anyway."""
+def test_a_first_order_start_keeps_second_order(name: str) -> None:
+    """One first-order step at the start has an error of O(h²), as the whole second-order method."""
     errors = [error(name, {}, "scaled_linear", "lambda", n, start=0) for n in STEPS]
     assert slope(STEPS[-3:], errors[-3:]) > 1.85
 

@@ -1,5 +1,4 @@
-"""RePaint: once is the sampler itself, going up and down keeps a Gaussian's distribution, draws and steps are
-told in order."""
+"""RePaint: one pass is the sampler itself, several keep the distribution, draws and steps are numbered."""
 
 import pytest
 import torch
@@ -19,29 +18,23 @@ SCHEDULE = NoiseSchedule.scaled_linear()
 GRID = TimeGrid.make(SCHEDULE, 40, spacing="trailing")
 
 
-def test_once_is_the_sampler_itself() -> None:
+def test_one_pass_is_the_sampler_itself() -> None:
     fn, x = gaussian().denoise(SCHEDULE), torch.randn(3, 4, dtype=torch.float64)
     assert torch.equal(repaint(dpmpp_2m, times=1, jump=40)(fn, x, GRID), dpmpp_2m(fn, x, GRID))
-    # DDIM has no memory, so that stretches change nothing
+    # DDIM has no history, so stretches change nothing
     assert torch.equal(repaint(ddim, times=1, jump=7)(fn, x, GRID), ddim(fn, x, GRID))
 
 
 @pytest.mark.parametrize("solve", [ddim, ddpm])
-def test_going_up_and_down_keeps_the_distribution(solve) -> None:
+def test_several_passes_keep_the_distribution(solve) -> None:
     data, n = gaussian(), 4000
     grid = TimeGrid.make(SCHEDULE, 60, spacing="trailing")
-    x = torch.randn(
-        n,
-        *data.mean.shape if hasattr(data, "mean") else (1,),
-        dtype=torch.float64,
-        generator=torch.Generator().manual_seed(0),
-    )
+    x = torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = solve(data.denoise(SCHEDULE), x, grid, noise=draws(1))
     again = repaint(solve, times=3, jump=10)(data.denoise(SCHEDULE), x, grid, noise=draws(2))
     for statistic in (torch.mean, torch.std):
-        assert abs(float(statistic(again) - statistic(plain))) < 0.1 * float(
-            plain.std()
-        )  # 1/sqrt(4000) = 0.016 and the solver's own error
+        # 1/sqrt(4000) = 0.016, and the solver's error
+        assert abs(float(statistic(again) - statistic(plain))) < 0.1 * float(plain.std())
 
 
 def draws(seed: int):

@@ -1,4 +1,4 @@
-"""Configurations are read strictly."""
+"""Configurations are checked strictly when they are read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_mapping_becomes_a_dataclass_and_back():
         ({"heads": "many"}, "heads: expected int, got 'many'"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_place(change, message):
+def test_errors_name_the_value_and_its_path(change, message):
     with pytest.raises(ValueError, match=message):
         build(Outer, {"name": "x", **change})
 
@@ -59,7 +59,7 @@ def test_a_missing_key_is_named():
         build(Outer, {})
 
 
-def test_yaml_at_the_edge(tmp_path):
+def test_yaml_is_read_strictly(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("lr: 1e-4\nname: x\n")
     assert read_yaml(path) == {"lr": 1e-4, "name": "x"}

@@ -1,4 +1,4 @@
-"""ddpm, ddim, dpmpp_2m, and what every sampler shares."""
+"""What all samplers share, and the steps of ddpm and ddim in closed form."""
 
 import math
 
@@ -19,7 +19,7 @@ SCHEDULE = NoiseSchedule.scaled_linear()
 
 
 def fixed(x0: Tensor) -> object:
-    """A denoiser that knows x0."""
+    """Return a denoiser whose x0 is given."""
 
     def fn(x: Tensor, t: Tensor) -> Denoised:
         alpha, sigma = SCHEDULE.alpha_sigma(t)
@@ -29,14 +29,13 @@ def fixed(x0: Tensor) -> object:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_one_step_has_the_posterior_of_the_chain(sampler: str) -> None:
-    """q(x_s | x_t, x0) by Bayes from q(x_t | x_s) q(x_s | x0), in closed form: mean and variance, eta 1 and
-    small alike."""
+def test_one_step_draws_from_the_posterior(sampler: str) -> None:
+    """One step has the mean and variance of q(x_s | x_t, x0), by Bayes from q(x_t | x_s) and q(x_s | x0)."""
     grid = TimeGrid.explicit(SCHEDULE, [700.0, 300.0], final="none")
     (a_t, a_s), (_, s_s) = grid.alpha.tolist(), grid.sigma.tolist()
     step, beta = a_t / a_s, 1 - (a_t / a_s) ** 2
     x0, x = 0.6, -0.4
-    # of x_s: prior N(a_s·x0, s_s²), likelihood x_t ~ N(step·x_s, beta)
+    # x_s has the prior N(a_s·x0, s_s²) and the likelihood x_t ~ N(step·x_s, beta)
     precision = 1 / s_s**2 + step**2 / beta
     mean = (a_s * x0 / s_s**2 + step * x / beta) / precision
     options = {"eta": 1.0} if sampler == "ddim" else {"variance": "small"}
@@ -62,9 +61,8 @@ def test_ddpm_variances() -> None:
         return Denoised(x * 0, x, fraction)
 
     def variance(kind: str) -> list[float]:
-        return (ddpm(fn, x, grid, noise=lambda k, like: torch.ones_like(like), variance=kind) ** 2)[
-            0
-        ].tolist()  # type: ignore[arg-type]
+        out = ddpm(fn, x, grid, noise=lambda k, like: torch.ones_like(like), variance=kind)  # type: ignore[arg-type]
+        return (out**2)[0].tolist()
 
     assert variance("small") == pytest.approx([small] * 2)
     assert variance("large") == pytest.approx([beta] * 2)
@@ -81,12 +79,12 @@ def test_step_to_clean_data_adds_no_noise() -> None:
     for name in SAMPLERS:
         noise = keyed_noise([0])
         out = SAMPLERS[name](fixed(x0), torch.randn(1, 3, dtype=torch.float64), grid, noise=noise)
-        # lcm keeps c_skip = 0.25/(9990² + 0.25) = 3e-9 of x
+        # lcm: c_skip = 0.25/(9990² + 0.25) = 3e-9
         torch.testing.assert_close(out, x0, rtol=0, atol=1e-8 if name == "lcm" else 1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_on_step_sees_replaces_and_stops(name: str) -> None:
+def test_on_step_gets_replaces_and_stops(name: str) -> None:
     grid, data = TimeGrid.make(SCHEDULE, 6, spacing="trailing"), gaussian()
     x = torch.ones(2, 1, dtype=torch.float64)
 
@@ -116,7 +114,7 @@ def test_zero_terminal_snr_starts_from_pure_noise() -> None:
         few, many = (
             float((SAMPLERS[name](data.denoise(zero), x, grid) - exact).abs().max()) for grid in grids
         )
-        # the step from lambda = −inf is of order 1: a fourth of the error for four times the steps
+        # the step from lambda = −inf is of order 1: four times the steps give a quarter of the error
         assert few < 0.1 and many < 0.35 * few
 
 

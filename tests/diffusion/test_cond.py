@@ -1,3 +1,5 @@
+"""`Cond`: joining, expanding and indexing batches of conditions."""
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_batch_operations() -> None:
 
 
 def test_wrong_input() -> None:
-    with pytest.raises(ValueError, match="one batch size"):
+    with pytest.raises(ValueError, match="same batch size"):
         Cond(context=torch.ones(2, 3, 4), pooled=torch.ones(1, 2))
     with pytest.raises(ValueError, match="context_mask"):
         Cond(context=torch.ones(2, 3, 4), context_mask=torch.ones(2, 4, dtype=torch.bool))
