@@ -137,7 +137,7 @@ def sampled_scores(
     x = data.sample(samples, seed=3)
     x = grid.add_noise(x, normal(x))
     out = get_sampler(sampler)(data.denoise(table), x, grid, noise=lambda k, like: normal(like), **options)
-    return data.z_scores(out, float(grid.alpha[-1]), float(grid.sigma[-1]))
+    return data.z_scores(out, *grid.alpha_sigma(-1))
 
 
 def deterministic_table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:

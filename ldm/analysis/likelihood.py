@@ -119,9 +119,9 @@ def bound_bits(
         excess = _square(eps) - x0[0].numel()
         losses.append((_square(eps - guess) - torch.sigmoid(-2 * level).square() * excess) * (high - low))
     loss = torch.stack(losses)  # (samples, B)
-    alpha, sigma = float(grid.alpha[0]), float(grid.sigma[0])
+    alpha_0, sigma_0 = grid.alpha_sigma(0)
     dims = x0[0].numel()
-    prior = 0.5 * (alpha**2 * _square(x0) + dims * (sigma**2 - 1 - 2 * math.log(sigma)))
+    prior = 0.5 * (alpha_0**2 * _square(x0) + dims * (sigma_0**2 - 1 - 2 * math.log(sigma_0)))
     reconstruction = 0.5 * dims * (1 + math.log(2 * math.pi) - 2 * high)
     scale = dims * math.log(2)
     bits = (prior + loss.mean(0) + reconstruction) / scale - (

@@ -214,7 +214,7 @@ def flow_error(
     over 9 starting points."""
     x = torch.linspace(-1.6, 1.6, 9, dtype=torch.float64)[:, None]
     return float(
-        (run(data.denoise(schedule), x) - data.flow(x, _state(grid, 0), _state(grid, -1)))
+        (run(data.denoise(schedule), x) - data.flow(x, grid.alpha_sigma(0), grid.alpha_sigma(-1)))
         .square()
         .mean()
         .sqrt()
@@ -235,15 +235,11 @@ def solver_error(
 
     def run(fn: DenoiseFn, x: Tensor) -> Tensor:
         def exact(i: int, x_i: Tensor, d: Denoised) -> Tensor | None:
-            return data.flow(x, _state(grid, 0), _state(grid, i + 1)) if i < start else None
+            return data.flow(x, grid.alpha_sigma(0), grid.alpha_sigma(i + 1)) if i < start else None
 
         return get_sampler(sampler)(fn, x, grid, on_step=exact, **options)
 
     return flow_error(data, schedule, grid, run)
-
-
-def _state(grid: TimeGrid, i: int) -> tuple[float, float]:
-    return float(grid.alpha[i]), float(grid.sigma[i])
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
@@ -299,7 +295,7 @@ def solver_bias(
 
     From the exact state at the grid's beginning; no sampling (``affine_moments``).
     """
-    denoise, (a, s), (b, e) = gaussian(1.0, std).denoise(schedule), _state(grid, 0), _state(grid, -1)
+    denoise, (a, s), (b, e) = gaussian(1.0, std).denoise(schedule), grid.alpha_sigma(0), grid.alpha_sigma(-1)
     restarts = sum(item[2] for item in options.get("restarts", ()))
 
     def run(x: Tensor, noise: NoiseFn) -> Tensor:

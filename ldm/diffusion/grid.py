@@ -179,9 +179,13 @@ class TimeGrid:
         """Return t of state i, 0 … N, shape (); the last state must have noise."""
         return self.t[i] if i < len(self) else self.time(self.ratio[i].log())
 
+    def alpha_sigma(self, i: int) -> tuple[float, float]:
+        """Return alpha and sigma of state i, −N − 1 … N."""
+        return float(self.alpha[i]), float(self.sigma[i])
+
     def add_noise(self, x0: Tensor, eps: Tensor, i: int = 0) -> Tensor:
         """Return state i of clean data x0 with noise eps, alpha_i·x0 + sigma_i·eps, shape (B, *S)."""
-        return forward_noise(x0, eps, float(self.alpha[i]), float(self.sigma[i]))
+        return forward_noise(x0, eps, *self.alpha_sigma(i))
 
     def tail(self, strength: float) -> TimeGrid:
         """Return the last round(N·strength) steps, at least one; strength is in [0, 1]."""

@@ -54,7 +54,7 @@ class Churn:
 
     def __call__(self, x: Tensor, i: int, grid: TimeGrid) -> ChurnedState:
         """Return state i of the grid, x (B, *S), at the raised noise level; unchanged if no churn applies."""
-        alpha, sigma = float(grid.alpha[i]), float(grid.sigma[i])
+        alpha, sigma = grid.alpha_sigma(i)
         rho = noise_ratio(alpha, sigma)
         gamma = min(self.s_churn / len(grid), math.sqrt(2) - 1) if self.s_min <= rho <= self.s_max else 0.0
         rho_hat = min(rho * (1 + gamma), math.exp(float(grid.schedule.log_ratio[-1])))

@@ -30,7 +30,7 @@ def test_one_iteration_approximates_better_with_more_steps() -> None:
 
 def test_inversion_finds_the_noise_of_the_exact_flow() -> None:
     data, grid = gaussian(), TimeGrid.make(SCHEDULE, 500, spacing="linspace", final="none")
-    ends = [(float(grid.alpha[i]), float(grid.sigma[i])) for i in (-1, 0)]
+    ends = [grid.alpha_sigma(i) for i in (-1, 0)]
     torch.testing.assert_close(
         ddim_invert(data.denoise(SCHEDULE), X, grid, iterations=20), data.flow(X, *ends), rtol=0, atol=0.02
     )

@@ -63,7 +63,7 @@ def test_distribution(name: str, options: SolverOptions, order: int | None, step
         noise=lambda k, like: torch.randn(like.shape, generator=g, dtype=like.dtype),
         **options,
     )
-    scores = DATA.z_scores(out, float(grid.alpha[-1]), float(grid.sigma[-1]))
+    scores = DATA.z_scores(out, *grid.alpha_sigma(-1))
     assert max(abs(score) for score in scores.values()) < 3, scores
 
 
