@@ -109,6 +109,14 @@ class Hub:
     stated: bool = False
 
 
+class SampledCard:
+    """Base of the cards that state how one network is sampled."""
+
+    def trained_with(self) -> dict[str, object]:
+        """Return the facts of the training that a part's YAML states under ``diffusion``."""
+        return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """Base of all cards: the identity of a model.
@@ -145,6 +153,14 @@ class Card:
         """Map the names of parts in the authors' single file to the names of this card's parts."""
         return {part: part for part in self.shapes()}
 
+    def stages(self) -> Mapping[str, SampledCard]:
+        """Return how each part that is sampled is sampled, by part."""
+        return {}
+
+    def part_names(self) -> tuple[str, ...]:
+        """Return the names of all parts that such a model may have in ldm layout."""
+        return tuple(self.shapes())
+
     def part_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each part of the model whose card is in ``folder``, in the ldm layout."""
         return dict.fromkeys(self.shapes(), folder)
@@ -155,7 +171,7 @@ class Card:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionCard:
+class DiffusionCard(SampledCard):
     """How one diffusion is sampled: its schedule, prediction, grids and defaults.
 
     Args:
@@ -179,17 +195,17 @@ class DiffusionCard:
         """Return the convention, which gives the grid of every sampler."""
         return get_convention(self.convention) if isinstance(self.convention, str) else self.convention
 
-    def make_denoiser(self, net: nn.Module) -> Denoiser:
-        """Return the denoiser of a network that was trained as this card states."""
-        return Denoiser(net, self.schedule.make(), self.prediction, quantize=self.grids().quantize)
-
     def trained_with(self) -> dict[str, object]:
-        """Return the facts of training that a part's YAML states under ``diffusion``."""
+        """Return the facts of the training that a part's YAML states under ``diffusion``."""
         return {
             "schedule": self.schedule.kind,
             "timesteps": self.schedule.timesteps,
             "prediction": self.prediction,
         }
+
+    def make_denoiser(self, net: nn.Module) -> Denoiser:
+        """Return the denoiser of a network that was trained as this card states."""
+        return Denoiser(net, self.schedule.make(), self.prediction, quantize=self.grids().quantize)
 
     def constrain(self, denoise: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
         """Return ``denoise`` with the card's constraints on x0; without any, ``denoise`` itself."""
@@ -290,6 +306,14 @@ class ModelCard(DiffusionCard, Card):
     def main_stage(self) -> DiffusionCard:
         """Return this card."""
         return self
+
+    def stages(self) -> Mapping[str, SampledCard]:
+        """Return this card, as that of the part "unet"."""
+        return {"unet": self}
+
+    def part_names(self) -> tuple[str, ...]:
+        """Return the names of all parts that such a model may have in ldm layout."""
+        return tuple(self.shapes()) or ("unet", "vae", "text", "draft")
 
     def part_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each part: ``folder``; a draft network is a part if its YAML is there."""

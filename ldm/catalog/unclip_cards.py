@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from ldm.catalog.cards import Card, DiffusionCard, Kind, shape
+from ldm.catalog.cards import Card, DiffusionCard, Kind, SampledCard, shape
 from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
 from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.constraints import clip_x0
@@ -77,7 +77,7 @@ class StageCard(DiffusionCard):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoregressiveCard:
+class AutoregressiveCard(SampledCard):
     """How an autoregressive prior is sampled; see `AutoregressivePrior.sample`.
 
     Args:
@@ -85,13 +85,8 @@ class AutoregressiveCard:
         temperature: Temperature of sampling; 0 takes the most likely code. Default: 1.
     """
 
-    residual: ClassVar[None] = None
     similarity: float = 0.5
     temperature: float = 1.0
-
-    def trained_with(self) -> dict[str, object]:
-        """Return the facts of training that a part's YAML states under ``diffusion``: none."""
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +231,18 @@ class UnCLIPCard(Card):
             for part in dict.fromkeys([*needed, *present])
         }
 
-    def stages(self) -> dict[str, StageCard | AutoregressiveCard]:
+    def stages(self) -> Mapping[str, SampledCard]:
         """Return the stages by part: "prior" (if present), "decoder", "upsampler", "upsampler2" and so on."""
-        prior = {} if self.prior is None else {"prior": self.prior}
+        prior: dict[str, SampledCard] = {} if self.prior is None else {"prior": self.prior}
         upsamplers = {upsampler_name(k): stage for k, stage in enumerate(self.upsamplers)}
         return {**prior, "decoder": self.decoder, **upsamplers}
+
+    def part_names(self) -> tuple[str, ...]:
+        """Return the names of all parts that such a model may have in ldm layout."""
+        upsamplers = [
+            upsampler_name(k, last=last) for k in range(len(self.upsamplers)) for last in (False, True)
+        ]
+        return ("text", "vision", "prior", "decoder", "noise", "words", "vae", *upsamplers)
 
 
 @dataclass(frozen=True, kw_only=True)

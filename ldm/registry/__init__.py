@@ -1,0 +1,1 @@
+"""Load, save, register, list, replay, inspect and bundle models."""

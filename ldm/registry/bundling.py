@@ -9,15 +9,15 @@ import torch
 
 from ldm.catalog.cards import Kind, ModelCard
 from ldm.catalog.lookup import parse_card
-from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
+from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.latent.assembly import assemble_latent
 from ldm.registry.latent.sources import latent_from_ldm
 from ldm.registry.part_checks import check_latent_parts, check_unclip_parts
 from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.sources import unclip_from_ldm
-from ldm.support.config import nearest, read_yaml, to_dict
+from ldm.support.config import nearest, read_yaml
 from ldm.support.files import write_atomically
-from ldm.weights.formats.ldm_folder import about_part
+from ldm.weights.formats.ldm_folder import about_part, write_card
 
 BUNDLED: tuple[Kind, ...] = ("latent", "unclip")
 
@@ -60,8 +60,6 @@ def bundle(card: ModelCard | UnCLIPCard, exports: Mapping[str, str | Path], fold
         ValueError: If a part was trained for another CLIP, schedule, prediction or size than the card states,
             or does not fit the others. No part is left in the folder.
     """
-    import yaml
-
     folder = Path(folder)
     written: list[Path] = []
     try:
@@ -81,18 +79,13 @@ def bundle(card: ModelCard | UnCLIPCard, exports: Mapping[str, str | Path], fold
         for path in written:
             path.unlink(missing_ok=True)
         raise
-    write_atomically(folder / "card.yaml", yaml.safe_dump(to_dict(card), sort_keys=False, width=140).encode())
+    write_card(folder, card)
     return folder
 
 
 def check_part_names(card: ModelCard | UnCLIPCard, exports: Mapping[str, object], where: str) -> None:
     """Raise ValueError for a name that is no part of a card's model; `where` begins the message."""
-    known = ["vae", "text", "draft", "unet"]
-    if isinstance(card, UnCLIPCard):
-        upsamplers = [
-            upsampler_name(k, last=last) for k in range(len(card.upsamplers)) for last in (False, True)
-        ]
-        known = ["text", "vision", "prior", "decoder", "noise", "words", "vae", *upsamplers]
+    known = card.part_names()
     for part in exports:
         if part not in known:
             raise ValueError(f"{where}: {part!r}; {nearest(part, known)}")

@@ -1,4 +1,4 @@
-"""The names of models: `list_models`, `register`."""
+"""List the names of models, and register new ones."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 
 
 def list_models() -> list[str]:
-    """The names that `load` knows, sorted: the embedded models, the published ones, and those that were
-    registered."""
+    """Return the names of all models that `ldm.load` knows, sorted."""
     return sorted({*embedded(), *known_cards()})
 
 
 def register(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
-    """Make a model of one's own known to `load` and `list_models`, by its card in a YAML file.
+    """Make a model known to `ldm.load` and `ldm.list_models` by its card in a YAML file.
 
-    The file states the fields of `ModelCard` (or of `UnCLIPCard`, `PriorCard`); ``base: NAME`` takes those
-    that it leaves out from another card. ValueError for a card that is wrong, or a name that an embedded or
-    published model has.
+    Args:
+        path: The file. It states the fields of `ModelCard`, `UnCLIPCard` or `PriorCard`, or ``base: NAME``
+            and the fields that differ from the card called NAME.
+
+    Returns:
+        The card. It replaces a card that was registered under the same name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a field is wrong, or the name is that of an embedded or published model.
     """
     card = read_card(path)
     if card.name in embedded() or (card.name in known_cards() and card.name not in REGISTERED):

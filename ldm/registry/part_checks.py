@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.catalog.cards import ModelCard
-from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
+from ldm.catalog.unclip_cards import StageCard, UnCLIPCard, upsampler_name
 from ldm.weights.formats.ldm_folder import about_part, read_part_config
 
 
@@ -44,10 +44,10 @@ def check_unclip_parts(card: UnCLIPCard, folder: Path) -> None:
             check_clip_hash(card, about["sha256"])
         if (stage := stages.get(part)) is not None:
             check_trained_with(part, stage.trained_with(), about)
-            if stage.residual != (residual := about.get("residual")):
+            stated = stage.residual if isinstance(stage, StageCard) else None
+            if stated != (residual := about.get("residual")):
                 raise ValueError(
-                    f"{part}: it was trained with residual {residual!r}, but the card states"
-                    f" {stage.residual!r}"
+                    f"{part}: it was trained with residual {residual!r}, but the card states {stated!r}"
                 )
     for k, (small, large) in enumerate(pairwise([card.decoder, *card.upsamplers])):
         part = upsampler_name(k)

@@ -1,4 +1,4 @@
-"""Making a picture again from its recipe."""
+"""Make an image again from its recipe."""
 
 from __future__ import annotations
 
@@ -12,49 +12,47 @@ from ldm.images.result import Images
 from ldm.pipelines.replayable import BY_OPTIONS, from_json
 from ldm.registry.loading import load
 
+# Entries of a recipe that are not arguments of its task.
 ABOUT = ("task", "prompt", "model", "device", "dtype", "replayable", "weights", "versions", "index")
 
 
 def replay(recipe: Mapping[str, Any], *, weights: str | Path | None = None) -> Images:
-    """The pictures of a recipe: the same pixels on the same machine with the same versions and number of
-    threads.
+    """Return the images of a recipe.
 
-    ``weights``: the folder that the model was loaded from, where it was not the embedded one. The files that
-    a picture was made of are read again. ValueError for a recipe that cannot be followed, or if the weights
-    or a file are others than it names; FileNotFoundError for a file that is gone; a warning where versions,
-    threads or what a card says differ.
+    The pixels are the same on the same machine, with the same versions of the software and number of threads;
+    a warning names what differs. Image files that the task was given are read again.
+
+    Args:
+        recipe: The recipe, as `Images.recipe` or `ldm.images.files.read_recipe` returns it. If it has an
+            "index", only that image is returned.
+        weights: File or folder that the model was loaded from, if it was not an embedded one.
+
+    Raises:
+        ValueError: If the recipe is not replayable, its task is unknown, or the weights or an image file
+            differ from those it names.
+        FileNotFoundError: If an image file or the weights are absent.
     """
     if not recipe.get("replayable", False):
         reason = recipe.get(
-            "because", "it was made with latents, hooks or pictures in memory, which a recipe does not hold"
+            "because", "it was made with latents, hooks or images in memory, which a recipe does not hold"
         )
-        raise ValueError(f"this picture cannot be made again: {reason}")
+        raise ValueError(f"this image cannot be made again: {reason}")
     arguments = (
         {name: from_json(name, value) for name, value in recipe["arguments"].items()}
         if "arguments" in recipe
-        else _options(recipe)
+        else _task_arguments(recipe)
     )
     pipe = load(recipe["model"], weights=weights, device=recipe["device"], dtype=recipe["dtype"])
     if pipe.origin != recipe["weights"]:
         raise ValueError(
-            f"the picture was made with other weights of {recipe['model']!r} (sha256 {recipe['weights']},"
+            f"the image was made with other weights of {recipe['model']!r} (sha256 {recipe['weights']},"
             f" here {pipe.origin})"
         )
     task = getattr(pipe, str(recipe["task"]), None)
-    if recipe["task"] not in BY_OPTIONS and not hasattr(task, "replayable"):
+    if task is None or (recipe["task"] not in BY_OPTIONS and not hasattr(task, "replayable")):
         raise ValueError(f"task {recipe['task']!r}: {recipe['model']!r} has no task of this name")
     images = task(**arguments)
-    then, now = recipe["versions"], images.recipe["versions"]
-    changed = [
-        f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value
-    ]
-    said = json.loads(json.dumps(dict(images.recipe)))
-    changed += [
-        f"{key} {recipe.get(key)} then, {value} now"
-        for key, value in said.items()
-        if key != "versions" and recipe.get(key) != value
-    ]
-    if changed:
+    if changed := recipe_changes(recipe, images.recipe):
         warnings.warn(f"the pixels may differ: {'; '.join(changed)}", stacklevel=2)
     if "index" not in recipe:
         return images
@@ -67,8 +65,16 @@ def replay(recipe: Mapping[str, Any], *, weights: str | Path | None = None) -> I
     )
 
 
-def _options(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a task that is given no pictures, of which the recipe says all."""
+def recipe_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two recipes, versions first, each as "KEY OLD then, NEW now"."""
+    old = {**then["versions"], **{key: value for key, value in then.items() if key != "versions"}}
+    plain = json.loads(json.dumps(dict(now)))  # as the recipe in a file: lists instead of tuples
+    new = {**now["versions"], **{key: value for key, value in plain.items() if key != "versions"}}
+    return [f"{key} {old.get(key)} then, {value} now" for key, value in new.items() if old.get(key) != value]
+
+
+def _task_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a task without image arguments, which the recipe states directly."""
     names = {"text_to_image": "prompt", "class_to_image": "label"}
     first = {names[recipe["task"]]: recipe["prompt"]} if recipe["task"] in names else {}
     return {**first, **{key: value for key, value in recipe.items() if key not in ABOUT}}

@@ -1,4 +1,4 @@
-"""Write a model: `save`."""
+"""Write a model in one of three layouts."""
 
 from __future__ import annotations
 
@@ -23,29 +23,43 @@ def save(
     dtype: str | torch.dtype | None = None,
     **facts: Any,
 ) -> Path:
-    """Write a model so that `load(name, weights=path)` reads it back: bit for bit, unless another ``dtype``
-    is asked for.
+    """Write a model in a layout that `ldm.load(name, weights=path)` reads.
 
-    ``layout``: "native", a folder of ours with a YAML for each part (the facts go into it); "original", a
-    single .safetensors file as the model's authors published theirs; "diffusers", a folder of diffusers. The
-    last two are for models of published families; ValueError for others, or for a network that the layout
-    cannot hold. Writing is whole or not at all, file by file.
+    The weights are preserved exactly unless ``dtype`` is given. Each file is written completely or not at
+    all.
+
+    Args:
+        pipe: The model.
+        path: The folder to write, or the .safetensors file for the layout "original".
+        layout: "native", the ldm layout: a folder with a card, and weights and a YAML for each part.
+            "original": a single .safetensors file in the layout of the model's authors. "diffusers": a folder
+            in diffusers layout. The latter two are for `LatentDiffusion` models of published families.
+        dtype: Floating-point type of the weights. None: that of each network.
+        **facts: Entries that the layout "native" adds to every part's YAML.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: If the layout is unknown or cannot hold the model, or a number leaves the range of
+            ``dtype``.
     """
-    kind = None if dtype is None else dtype_of(dtype)
+    weights_dtype = None if dtype is None else dtype_of(dtype)
     path = Path(path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}; {nearest(layout, LAYOUTS)}")
     if isinstance(pipe, UnCLIP):
         if layout != "native":
-            raise ValueError(f"layout {layout!r}: an UnCLIP is written in the native layout alone")
-        return write_unclip(pipe, path, dtype=kind, **facts)
+            raise ValueError(f"layout {layout!r}: expected 'native', the only one for an UnCLIP")
+        return write_unclip(pipe, path, dtype=weights_dtype, **facts)
     if layout == "native":
-        return write_ldm(pipe, path, kind, facts)
+        return write_ldm(pipe, path, weights_dtype, facts)
     if facts:
         raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
     if pipe.card.family == "latent":
         raise ValueError(
-            f"layout {layout!r} is for models of published families, {pipe.card.name!r} is of none: use"
+            f"layout {layout!r} is for models of published families, {pipe.card.name!r} is of none: expected"
             " 'native'"
         )
-    return write_original(pipe, path, kind) if layout == "original" else write_diffusers(pipe, path, kind)
+    write = write_original if layout == "original" else write_diffusers
+    return write(pipe, path, weights_dtype)

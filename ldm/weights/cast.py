@@ -1,5 +1,4 @@
-"""The one copy of the weights that a change of dtype needs, made quickly, and the look for what is not
-finite."""
+"""Convert weights to another dtype with one copy, and check that they are finite."""
 
 from __future__ import annotations
 
@@ -11,31 +10,40 @@ from torch import Tensor
 
 from ldm.speed.kernels.build import NoKernels, library
 
-CHUNK = 2**19  # elements: two cores' caches hold them in three dtypes
-MANY = 2**24  # elements: for fewer it would not pay to compile the kernel, if that is still to be done
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the compiled kernel
+CHUNK = 2**19  # elements; in three dtypes they fit into the caches of two cores
+MANY = 2**24  # elements; compiling the kernel does not pay for fewer
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the compiled kernel's numbers of dtypes
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, Tensor], list[str]]:
-    """Contiguous tensors, the floating-point ones of the given dtype, and the names of those that hold NaN or
-    infinity then.
+    """Convert floating-point tensors to a dtype, and find those that contain NaN or infinity.
 
-    Those that already are of the dtype stay the very same memory. On the CPU a compiled kernel changes
-    float32, float16 and bfloat16 into each other, all the tensors in one call. Where it is not to be had,
-    float16 and bfloat16 go through float32 by chunks: the same rounding, and a fifth of the processor time of
-    torch's direct way. Both see whether numbers are finite while they are in the cache.
+    On the CPU, a compiled kernel converts between float32, float16 and bfloat16, all tensors in one call.
+    Without it, float16 and bfloat16 are converted to each other through float32 in chunks, which rounds
+    identically and takes a fifth of the time of torch's direct conversion. Both check for finite values while
+    these are in the cache.
+
+    Args:
+        tensors: The tensors by name.
+        dtype: The dtype; None keeps each tensor's own.
+
+    Returns:
+        Contiguous tensors by name (those that already have the dtype share the memory of the input), and the
+        names of those that contain NaN or infinity.
     """
     wide = torch.empty(CHUNK, dtype=torch.float32)
-    made = _compiled(tensors, dtype)
+    made = {} if dtype is None else _cast_compiled(tensors, dtype)
     made |= {
-        name: _cast(tensor.detach(), dtype, wide) for name, tensor in tensors.items() if name not in made
+        name: _cast_one(tensor.detach(), dtype, wide) for name, tensor in tensors.items() if name not in made
     }
     return {name: made[name][0] for name in tensors}, [name for name in tensors if not made[name][1]]
 
 
-def _compiled(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, tuple[Tensor, bool]]:
-    """Those that the compiled kernel takes, in the dtype, and whether each is finite; none where they are
-    small or there is no kernel."""
+def _cast_compiled(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, tuple[Tensor, bool]]:
+    """Convert tensors with the compiled kernel; return each one that it takes and whether it is finite.
+
+    The result is empty if the tensors are small or there is no kernel.
+    """
     taken = {
         name: tensor
         for name, tensor in tensors.items()
@@ -63,37 +71,38 @@ def _compiled(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[
         finite,
         torch.get_num_threads(),
     )
-    return {name: (tensor, bool(whole)) for name, tensor, whole in zip(taken, made, finite, strict=True)}
+    return {name: (tensor, bool(ok)) for name, tensor, ok in zip(taken, made, finite, strict=True)}
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; integers always."""
+    """Return whether a tensor contains neither NaN nor infinity; integers never do."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
-    low, high = tensor.aminmax()  # one pass, nothing allocated; NaN spreads
+    low, high = tensor.aminmax()  # one pass without allocation; NaN propagates
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None, wide: Tensor) -> tuple[Tensor, bool]:
+def _cast_one(tensor: Tensor, dtype: torch.dtype | None, wide: Tensor) -> tuple[Tensor, bool]:
+    """Convert a tensor, and return whether it is finite; ``wide`` is a float32 buffer of `CHUNK` elements."""
     if (
         dtype is not None
         and tensor.device.type == "cpu"
         and {tensor.dtype, dtype} == {torch.float16, torch.bfloat16}
     ):
-        return _by_chunks(tensor, dtype, wide)
+        return _cast_by_chunks(tensor, dtype, wide)
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     tensor = tensor.contiguous()
     return tensor, is_finite(tensor)
 
 
-def _by_chunks(tensor: Tensor, dtype: torch.dtype, wide: Tensor) -> tuple[Tensor, bool]:
-    made = torch.empty(
-        tensor.shape, dtype=dtype
-    ).zero_()  # touched as a whole: the pages' first touch costs more in between
-    total = torch.zeros(())  # of float16's numbers: finite if, and only if, all of them are
+def _cast_by_chunks(tensor: Tensor, dtype: torch.dtype, wide: Tensor) -> tuple[Tensor, bool]:
+    """Convert a tensor through float32 in chunks, and return whether it is finite."""
+    # all pages are touched at once: a first touch between the chunks costs more
+    made = torch.empty(tensor.shape, dtype=dtype).zero_()
+    total = torch.zeros(())  # the sum of float16 numbers is finite if, and only if, all of them are
     for piece, out in zip(tensor.contiguous().view(-1).split(CHUNK), made.view(-1).split(CHUNK), strict=True):
         between = wide[: piece.numel()].copy_(piece)
         out.copy_(between)

@@ -22,8 +22,8 @@ from ldm.models.clip.towers import CLIP, TextTower, VisionTower
 from ldm.models.meta import on_meta
 from ldm.support.config import nearest
 from ldm.weights.formats.diffusers_folder import read_component, read_json
-from ldm.weights.formats.safetensors import load_strict
 from ldm.weights.rules.clip import to_clip
+from ldm.weights.strict import load_strict
 
 RGB = tuple[float, float, float]
 ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}

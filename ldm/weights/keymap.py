@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.weights.formats.safetensors import mismatch
+from ldm.weights.strict import mismatch
 
 Shape = tuple[int, ...]
 

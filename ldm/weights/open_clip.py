@@ -22,9 +22,9 @@ from ldm.models.clip.config import Activation, CLIPConfig, TextConfig, VisionCon
 from ldm.models.clip.towers import CLIP
 from ldm.models.meta import on_meta
 from ldm.support.config import nearest
-from ldm.weights.formats.safetensors import load_strict
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.rules.clip import to_clip
+from ldm.weights.strict import load_strict
 
 TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 VISION_KEYS = {"image_size", "patch_size", "width", "head_width", "layers", "mlp_ratio"}

@@ -26,7 +26,6 @@ from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
-from ldm.weights.formats.safetensors import load_strict
 from ldm.weights.keymap import IDENTITY, Section, Shape, Table, from_file, to_file
 from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.clip import clip_table
@@ -35,6 +34,7 @@ from ldm.weights.rules.prior import prior_table
 from ldm.weights.rules.unet import unet_table
 from ldm.weights.rules.vae import DIFFUSERS, vae_table
 from ldm.weights.rules.xlmr import XLMR_TABLE
+from ldm.weights.strict import load_strict
 
 Layout = Literal["original", "diffusers"]
 NETWORKS: dict[type, type[nn.Module]] = {

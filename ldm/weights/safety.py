@@ -9,10 +9,10 @@ import torch
 from ldm.models.meta import on_meta
 from ldm.models.safety import SafetyChecker, SafetyConfig
 from ldm.weights.formats.diffusers_folder import read_component
-from ldm.weights.formats.safetensors import load_strict
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.parts import randomise
 from ldm.weights.rules.clip import to_clip
+from ldm.weights.strict import load_strict
 
 OWN = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")
 

@@ -111,7 +111,7 @@ def damaged(good: tuple[str, Path], tmp_path: Path, kind: str) -> Path:
         ("truncated", "is truncated"),
         ("truncated header", "is truncated"),
         ("truncated ckpt", "truncated or damaged"),
-        ("lying offsets", "the header lies"),
+        ("lying offsets", "the header contradicts itself"),
         ("zip bomb", "zip bomb"),
         ("nan", "NaN or infinity in 1 tensors"),
     ],

@@ -192,13 +192,13 @@ def test_declared_sizes_and_overlaps_are_checked(tmp_path: Path) -> None:
         entries, start = archive.infolist(), archive.start_dir
     directory = bytearray(content[start:])
     at = directory.index(entries[-1].filename.encode()) - 46
-    for offset, value, words in ((20, 10**8, "out of place"), (42, entries[0].header_offset, "out of place")):
+    for offset, value in ((20, 10**8), (42, entries[0].header_offset)):
         changed = bytearray(directory)
         changed[at + offset : at + offset + 4] = value.to_bytes(4, "little")
         if offset == 20:
             changed[at + 24 : at + 28] = value.to_bytes(4, "little")
         (tmp_path / "bad.ckpt").write_bytes(content[:start] + changed)
-        with pytest.raises(ValueError, match=rf"bad.ckpt.*{words}"):
+        with pytest.raises(ValueError, match=r"bad.ckpt.*outside the archive or overlaps"):
             read_ckpt(tmp_path / "bad.ckpt")
 
 

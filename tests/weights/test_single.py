@@ -11,10 +11,11 @@ from original_keys import UNETS
 from sparse_files import sd1_shapes, sparse_file
 
 from ldm.models.unet import UNet, UNetConfig
-from ldm.weights.formats.safetensors import load_strict, write_safetensors
+from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.formats.single_file import choose_ema, ema_names, read_single, read_tensors
 from ldm.weights.keymap import from_file
 from ldm.weights.rules.unet import unet_table
+from ldm.weights.strict import load_strict
 
 
 def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Latent diffusion models: reading from every layout, assembly, writing."""

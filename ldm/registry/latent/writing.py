@@ -1,5 +1,4 @@
-"""Models on their way out: our own folder, the single file of a model's authors, and the folder of
-diffusers."""
+"""Write latent diffusion models in ldm layout, as a single file in the original layout, or for diffusers."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.catalog.cards import ModelCard
 from ldm.catalog.families import COND, FAMILIES
 from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import TextConditioner
@@ -19,7 +19,6 @@ from ldm.models.text.bert import BertConfig
 from ldm.models.text.bpe import EOT, all_symbols, merges
 from ldm.models.unet import UNetConfig
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
 from ldm.weights.formats.diffusers_config import (
     bert_config,
@@ -29,12 +28,13 @@ from ldm.weights.formats.diffusers_config import (
     unet_config,
     vae_config,
 )
-from ldm.weights.formats.ldm_folder import narrow, write_part, write_vocabulary
+from ldm.weights.formats.ldm_folder import narrow, write_card, write_part, write_vocabulary
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import to_layout
 
 LAYOUTS = ("native", "original", "diffusers")
-DIFFUSERS_PIPELINES = {  # family: the class of diffusers that takes it
+WITH_SAFETY_CHECKER = ("sd1", "sd2", "sd1-inpainting", "sd2-inpainting", "sd1-lcm", "instruct-pix2pix")
+DIFFUSERS_PIPELINES = {  # family: class of the pipeline in diffusers
     "sd1": "StableDiffusionPipeline",
     "sd2": "StableDiffusionPipeline",
     "sd1-inpainting": "StableDiffusionInpaintPipeline",
@@ -57,9 +57,17 @@ DIFFUSERS_PIPELINES = {  # family: the class of diffusers that takes it
 def write_ldm(
     pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None, facts: Mapping[str, Any]
 ) -> Path:
-    """A folder of ours: each network with its YAML, the tokenizer's vocabulary, and the card."""
-    import yaml
+    """Write a folder in ldm layout: each network with its YAML, the tokenizer's vocabulary, and the card.
 
+    Args:
+        pipe: The model.
+        folder: The folder to write.
+        dtype: Floating-point type of the weights; None keeps each network's own.
+        facts: Entries that are added to every part's YAML.
+
+    Returns:
+        The folder.
+    """
     for part, network in pipe.networks().items():
         extra = {"latent_scale": pipe.latent_scale} if part == "vae" else {}
         write_part(folder, part, network, network.config, dtype=dtype, **extra, **facts)
@@ -67,21 +75,30 @@ def write_ldm(
         write_vocabulary(folder, pipe.text.tokenizer, pipe.text.known_words)
     elif isinstance(pipe.text, BertConditioner):
         write_word_pieces(folder, pipe.text)
-    write_atomically(
-        folder / "card.yaml", yaml.safe_dump(to_dict(pipe.card), sort_keys=False, width=140).encode()
-    )
+    write_card(folder, pipe.card)
     return folder
 
 
 def write_word_pieces(folder: Path, text: BertConditioner) -> None:
-    """BERT's vocab.txt, one token a line."""
-    write_atomically(
-        folder / "vocab.txt", "".join(f"{token}\n" for token in text.tokenizer.vocabulary).encode()
-    )
+    """Write BERT's vocab.txt, one token per line."""
+    lines = "".join(f"{token}\n" for token in text.tokenizer.vocabulary)
+    write_atomically(folder / "vocab.txt", lines.encode())
 
 
 def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> Path:
-    """A single .safetensors file with every part below its prefix; ValueError for another ending."""
+    """Write a single .safetensors file in the layout of the model's authors, each part below its prefix.
+
+    Args:
+        pipe: The model.
+        path: The file to write.
+        dtype: Floating-point type of the weights; None keeps each network's own.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If the name does not end in .safetensors, or the layout cannot hold a network.
+    """
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{str(path)!r}: the original layout is written as safetensors, expected a name that ends in"
@@ -90,13 +107,12 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
     family = FAMILIES[pipe.card.family]
     state: dict[str, Tensor] = {}
     for part, network in pipe.networks().items():
+        # LDM's inpainting model encodes the masked image with a copy of the autoencoder
+        copies = (COND,) if part == "vae" and f"{COND}*" in family.unneeded else ()
         prefix = family.parts[part]
         inner = to_layout(network, "original", hugging_face=prefix.endswith("transformer."))
-        state |= {prefix + key: narrow(prefix + key, tensor, dtype) for key, tensor in inner.items()}
-        if (
-            part == "vae" and f"{COND}*" in family.unneeded
-        ):  # LDM's inpainting model encodes the masked picture with a copy of it
-            state |= {COND + key: narrow(COND + key, tensor, dtype) for key, tensor in inner.items()}
+        for place in (prefix, *copies):
+            state |= {place + key: narrow(place + key, tensor, dtype) for key, tensor in inner.items()}
     if pipe.latent_scale != pipe.card.latent_scale:
         state["scale_factor"] = torch.tensor(pipe.latent_scale, dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,17 +121,28 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
 
 
 def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> Path:
-    """A folder of diffusers, which its own programs read too; ValueError, before anything is written, for a
-    network that none of them computes."""
+    """Write a folder in diffusers layout.
+
+    model_index.json is written last, so that an interrupted folder is not taken for a model.
+
+    Args:
+        pipe: The model.
+        folder: The folder to write.
+        dtype: Floating-point type of the weights; None keeps each network's own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: Before anything is written, if diffusers has no pipeline or no network for the model.
+    """
     card = pipe.card
     if card.family not in DIFFUSERS_PIPELINES:
         raise ValueError(f"{card.name!r}: no pipeline of diffusers takes the family {card.family!r}")
     bert = isinstance(pipe.text, BertConditioner)
-    # so LDM's pipelines call a first stage of either kind
-    vae = "vqvae" if bert or pipe.text is None else "vae"
     names = {
         "unet": "unet",
-        "vae": vae,
+        "vae": "vqvae" if bert or pipe.text is None else "vae",  # LDM's pipelines use this name for KL too
         "text": "bert" if bert else "text_encoder",
         "text2": "text_encoder_2",
     }
@@ -124,27 +151,44 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
         part: diffusers_description(network, pipe.latent_scale, side)
         for part, network in pipe.networks().items()
     }
-    facts, grids = training_facts(card), card.grids()
-    trailing = grids.grids.get(card.defaults.sampler, grids.grids["*"]).get("spacing") == "trailing"
-    scheduler = scheduler_config(facts, card.defaults.sampler, trailing=trailing)
-
     index: dict[str, Any] = {"_class_name": DIFFUSERS_PIPELINES[card.family], "_diffusers_version": "0.31.0"}
     for part, network in pipe.networks().items():
         class_name, config = described[part]
-        library = (
-            "latent_diffusion"
-            if bert and part == "text"
-            else "transformers"
-            if part in ("text", "text2")
-            else "diffusers"
-        )
-        index[names[part]] = [library, class_name]
         stem = "model" if part in ("text", "text2") else "diffusion_pytorch_model"
+        index[names[part]] = [diffusers_library(part, bert=bert), class_name]
         write_component(folder / names[part], network, config, stem, dtype)
-    index["scheduler"] = ["diffusers", scheduler[0]]
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler[1])
+    index |= write_schedulers(card, folder)
     index |= write_tokenizers(pipe, folder)
-    if card.family in ("sd1", "sd2", "sd1-inpainting", "sd2-inpainting", "sd1-lcm", "instruct-pix2pix"):
+    index |= pipeline_options(card)
+    write_json(folder / "model_index.json", index)
+    return folder
+
+
+def diffusers_library(part: str, *, bert: bool) -> str:
+    """Return the library that model_index.json names for a part; ``bert``: the text encoder is LDM's."""
+    if part not in ("text", "text2"):
+        return "diffusers"
+    return "latent_diffusion" if bert and part == "text" else "transformers"
+
+
+def write_schedulers(card: ModelCard, folder: Path) -> dict[str, Any]:
+    """Write the schedulers' configurations; return their entries of model_index.json."""
+    facts, grids = training_facts(card), card.grids()
+    trailing = grids.grids.get(card.defaults.sampler, grids.grids["*"]).get("spacing") == "trailing"
+    class_name, config = scheduler_config(facts, card.defaults.sampler, trailing=trailing)
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    index: dict[str, Any] = {"scheduler": ["diffusers", class_name]}
+    if card.concat == "lowres-noised":
+        config = scheduler_config({**facts, "prediction_type": "epsilon"}, "ddpm", trailing=False)[1]
+        write_json(folder / "low_res_scheduler" / "scheduler_config.json", config)
+        index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350}
+    return index
+
+
+def pipeline_options(card: ModelCard) -> dict[str, Any]:
+    """Return the options of a pipeline and its absent components, as model_index.json states them."""
+    index: dict[str, Any] = {}
+    if card.family in WITH_SAFETY_CHECKER:
         index |= {
             "safety_checker": [None, None],
             "feature_extractor": [None, None],
@@ -154,18 +198,22 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
         index |= {"force_zeros_for_empty_prompt": card.zero_negative}
     if card.vector == "aesthetic":
         index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
-    if card.concat == "lowres-noised":
-        index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350}
-        low = scheduler_config({**facts, "prediction_type": "epsilon"}, "ddpm", trailing=False)[1]
-        write_json(folder / "low_res_scheduler" / "scheduler_config.json", low)
-    write_json(folder / "model_index.json", index)  # last: without it the folder is none
-    return folder
+    return index
 
 
 def diffusers_description(
     network: nn.Module, latent_scale: float = 1.0, latent_side: int = 64
 ) -> tuple[str, dict[str, Any]]:
-    """The class and configuration of a network in the words of diffusers."""
+    """Return the class of a network in diffusers or transformers, and the content of its config.json.
+
+    Args:
+        network: The network.
+        latent_scale: Scale of the latents, which an autoencoder's configuration states.
+        latent_side: Side of the default latent, which a UNet's configuration states.
+
+    Raises:
+        ValueError: If no class computes the network.
+    """
     config: Any = network.config
     if isinstance(config, UNetConfig):
         return unet_config(config, latent_side)
@@ -177,7 +225,15 @@ def diffusers_description(
 def write_component(
     folder: Path, network: nn.Module, config: Mapping[str, Any], stem: str, dtype: torch.dtype | None
 ) -> None:
-    """One sub-folder: its config.json and its weights."""
+    """Write the sub-folder of one part.
+
+    Args:
+        folder: The sub-folder.
+        network: The network.
+        config: The content of config.json.
+        stem: Name of the weights without ending.
+        dtype: Floating-point type of the weights; None keeps the network's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: narrow(key, tensor, dtype) for key, tensor in to_layout(network, "diffusers").items()}
     write_safetensors(folder / f"{stem}.safetensors", state, {"format": "pt"})
@@ -185,7 +241,7 @@ def write_component(
 
 
 def write_tokenizers(pipe: LatentDiffusion, folder: Path) -> dict[str, list[str]]:
-    """The tokenizers of the text towers, and what model_index.json says of them."""
+    """Write the tokenizers of the text towers; return their entries of model_index.json."""
     if isinstance(pipe.text, BertConditioner):
         write_word_pieces(folder / "tokenizer", pipe.text)
         config = {
@@ -206,9 +262,15 @@ def write_tokenizers(pipe: LatentDiffusion, folder: Path) -> dict[str, list[str]
 
 
 def write_clip_tokenizer(folder: Path, pad: int, length: int) -> None:
-    """CLIP's vocabulary and merges as Hugging Face's tokenizer reads them; the two special tokens have other
-    names there."""
+    """Write CLIP's vocabulary and merges in the layout of Hugging Face.
+
+    Args:
+        folder: The folder to write.
+        pad: Id of the token that texts are padded with.
+        length: Number of tokens that the text tower reads.
+    """
     end = "<|endoftext|>"
+    # the two special tokens have other names in open_clip's vocabulary
     symbols = [*all_symbols()[:-2], "<|startoftext|>", end]
     write_json(folder / "vocab.json", {symbol: i for i, symbol in enumerate(symbols)})
     write_atomically(folder / "merges.txt", "\n".join(["#version: 0.2", *merges(), ""]).encode())
@@ -226,5 +288,5 @@ def write_clip_tokenizer(folder: Path, pad: int, length: int) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

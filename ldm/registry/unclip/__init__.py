@@ -1,0 +1,1 @@
+"""unCLIP models and priors: reading from every layout, assembly, writing."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ldm.support.config import nearest
 from ldm.weights.detection import Detection, detect
-from ldm.weights.formats.safetensors import mismatch
 from ldm.weights.formats.single_file import read_tensors
+from ldm.weights.strict import mismatch
 
 # sub-folder: our name of the part
 PARTS = {

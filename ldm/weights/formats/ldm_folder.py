@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.catalog.cards import Card
 from ldm.conditioning.conditioner import TextConditioner, TextConvention
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.draft import Draft, DraftConfig
@@ -18,8 +19,9 @@ from ldm.models.meta import on_meta
 from ldm.models.text.bpe import Tokenizer
 from ldm.support.config import build, nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
-from ldm.weights.formats.safetensors import load_strict, read_safetensors, sha256, write_safetensors
+from ldm.weights.formats.safetensors import read_safetensors, sha256, write_safetensors
 from ldm.weights.parts import NETWORKS
+from ldm.weights.strict import load_strict
 
 # how the models trained here read their text tower
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
@@ -129,6 +131,14 @@ def read_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a part, of the kind that its YAML states, and what the YAML says; see `read_part`."""
     return read_part(folder, name, *kind_of(folder, name), dtype=dtype)
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write card.yaml."""
+    import yaml
+
+    content = yaml.safe_dump(to_dict(card), sort_keys=False, width=140)
+    write_atomically(folder / "card.yaml", content.encode())
 
 
 def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str | None = None) -> None:

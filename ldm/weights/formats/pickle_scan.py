@@ -1,4 +1,4 @@
-"""What a pickle would do, read from its opcodes; nothing is executed."""
+"""List the globals that a pickle names, from its opcodes; nothing is executed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import IO
 
-# What the restricted reader builds, and what it replaces by objects that do nothing. All else is refused.
+# The globals that the restricted reader builds tensors with (TENSORS), and those that it replaces by objects
+# that do nothing (INERT). Every other global is refused.
 TENSORS = frozenset(
     {
         "torch._utils._rebuild_tensor",
@@ -90,19 +91,23 @@ INERT_PREFIXES = (
     "torch.optim.",
     "pytorch_warmup.",
 )
-MAX_PICKLE = 256 << 20  # bytes; tensors are not inside, so real ones have a few megabytes
+MAX_PICKLE = 256 << 20  # bytes; pickles do not contain tensors, so real ones have a few megabytes
 
 
 def permitted(name: str) -> bool:
-    """Whether the restricted reader accepts a global by this full name: to build tensors, or as a stand-in
-    that does nothing."""
+    """Return whether the restricted reader accepts a global with this full name."""
     return name in TENSORS or name in INERT or name.startswith(INERT_PREFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PickleScan:
-    """The globals that a pickle names (in order, once each), those refused, and the offset of the first byte
-    behind it."""
+    """The globals of a pickle.
+
+    Args:
+        globals: The globals that it names, in order, without repetition.
+        refused: Those that are not permitted.
+        end: Offset of the first byte after the pickle.
+    """
 
     globals: tuple[str, ...]
     refused: tuple[str, ...]
@@ -123,11 +128,14 @@ HIDDEN = "a global whose name is computed"
 
 
 def scan_pickle(data: bytes | IO[bytes]) -> PickleScan:
-    """Read one pickle's opcodes; ValueError if it is cut short, or no pickle, or numbers its memo so as to
-    exhaust the memory."""
+    """Return the globals of one pickle from its opcodes.
+
+    Raises:
+        ValueError: If the data are truncated or no pickle, or memo indices would exhaust the memory.
+    """
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     names: dict[str, None] = {}
-    recent: list[str | None] = []  # the last two values pushed, where they are strings
+    recent: list[str | None] = []  # the last two values pushed; None for what is not a string
     memo: dict[int, str | None] = {}
     count = 0
     for opcode, arg, _ in pickletools.genops(stream):
@@ -143,11 +151,12 @@ def scan_pickle(data: bytes | IO[bytes]) -> PickleScan:
         if kind == "MEMOIZE":
             memo[len(memo)] = recent[-1] if recent else None
         elif kind in PUT:
-            if int(arg) > count:
-                raise ValueError(f"memo index {arg} after {count} opcodes")
-            memo[int(arg)] = recent[-1] if recent else None
+            index = int(str(arg))
+            if index > count:
+                raise ValueError(f"memo index {index} after {count} opcodes")
+            memo[index] = recent[-1] if recent else None
         elif kind not in ("PROTO", "FRAME", "STOP"):
-            value = memo.get(int(arg)) if kind in GET else arg if kind in STRINGS else None
+            value = arg if kind in STRINGS else memo.get(int(str(arg))) if kind in GET else None
             recent = [*recent, value][-2:]
     refused = tuple(name for name in names if not permitted(name))
     return PickleScan(globals=tuple(names), refused=refused, end=stream.tell())

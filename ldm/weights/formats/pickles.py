@@ -1,8 +1,8 @@
-"""PyTorch's pickled files (.ckpt, .pt, .pth, .bin), read without executing anything.
+"""Read PyTorch's pickled files (.ckpt, .pt, .pth, .bin) without executing anything in them.
 
-Such a file is a zip archive with one pickle, data.pkl, and the tensors' bytes, uncompressed. The pickle is
-read by an unpickler that knows how to make tensors and dictionaries; the classes of training frameworks
-become stand-ins that do nothing; every other name is refused. Tensors are memory-mapped.
+Such a file is a zip archive with one pickle, data.pkl, and the uncompressed bytes of the tensors. A
+restricted unpickler builds tensors and dictionaries, replaces the classes of training frameworks by objects
+that do nothing, and refuses every other name. Tensors are memory-mapped.
 """
 
 from __future__ import annotations
@@ -37,16 +37,21 @@ STORAGES = {
         ("Bool", torch.bool),
     )
 }
-# Lightning's; the averaged weights and the weights of DALLE2-pytorch's trainers
+# Entries with the state dict: Lightning's, then DALLE2-pytorch's averaged and plain weights.
 STATES = ("state_dict", "ema_model", "model")
-# the second: torch's magic number, pickled (before 1.6)
+# First bytes of a zip archive, and of PyTorch's format before 1.6: its pickled magic number.
 ZIP, LEGACY = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, plain values beside them (global_step, epoch), and the names of
-    entries that are neither."""
+    """The content of a checkpoint.
+
+    Args:
+        tensors: The tensors by name.
+        values: Numbers and strings beside them, such as global_step.
+        dropped: Names of the entries that are neither.
+    """
 
     tensors: dict[str, Tensor]
     values: dict[str, int | float | str] = field(default_factory=dict)
@@ -54,11 +59,14 @@ class Checkpoint:
 
 
 def read_ckpt(path: str | Path) -> Checkpoint:
-    """The state dict of a .ckpt, .pt, .pth or .bin file, memory-mapped: the first of the entries `STATES`
-    that there is, else the top level.
+    """Return the memory-mapped state dict of a .ckpt, .pt, .pth or .bin file.
 
-    FileNotFoundError if absent; ValueError naming the file if it is damaged, names a global that might run
-    code, is a zip bomb or a TorchScript archive, or holds no tensors.
+    The state dict is the first of the entries `STATES` that is present, otherwise the top level.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, names a global that might run code, is a zip bomb or a TorchScript
+            archive, or holds no tensors; the message names the file.
     """
     content = read_pickle(path)
     if not isinstance(content, dict):
@@ -86,8 +94,10 @@ def read_ckpt(path: str | Path) -> Checkpoint:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What a file written by `torch.save` holds: dictionaries, lists, numbers, strings and memory-mapped
-    tensors; see `read_ckpt`."""
+    """Return the content of a file written by `torch.save`; see `read_ckpt`.
+
+    It consists of dictionaries, lists, numbers, strings, memory-mapped tensors and `StandIn` objects.
+    """
     path = existing_file(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{str(path)!r} is empty")
@@ -95,25 +105,25 @@ def read_pickle(path: str | Path) -> Any:
     if data[:4] == ZIP:
         archive = Archive(path, data)
         text = archive.pickle()
-        refuse(scan(text, path), path)
+        check_globals(scan(text, path), path)
         return _unpickle(text, archive.storage, path)
     if data[: len(LEGACY)] == LEGACY:
-        return _legacy(path)
+        return _read_legacy(path)
     raise ValueError(
         f"{str(path)!r} is not a file written by torch.save (neither a zip archive nor its format before 1.6)"
     )
 
 
 def scan(text: bytes | IO[bytes], path: Path) -> PickleScan:
-    """A pickle's globals; ValueError naming the file if it is damaged."""
+    """Return the globals of a pickle; ValueError naming the file if it is damaged."""
     try:
         return scan_pickle(text)
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{str(path)!r}: its pickle is damaged ({error})") from None
 
 
-def refuse(found: PickleScan, path: Path) -> None:
-    """ValueError naming the globals of a pickle that are not permitted; nothing otherwise."""
+def check_globals(found: PickleScan, path: Path) -> None:
+    """Raise ValueError if a pickle names globals that are not permitted."""
     if found.refused:
         raise ValueError(
             f"{str(path)!r} is refused: its pickle names {', '.join(found.refused[:8])}, which might run"
@@ -122,8 +132,17 @@ def refuse(found: PickleScan, path: Path) -> None:
 
 
 class Archive:
-    """The zip archive that `torch.save` writes, wholly checked: nothing compressed, nothing overlapping, no
-    declared size beyond the file."""
+    """The zip archive that `torch.save` writes.
+
+    It is checked completely: no entry is compressed, overlaps another or extends beyond the file.
+
+    Args:
+        path: The file.
+        data: Its memory map.
+
+    Raises:
+        ValueError: If the archive is damaged, was not written by `torch.save`, or is a zip bomb.
+    """
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data = path, data
@@ -135,8 +154,8 @@ class Archive:
             raise ValueError(
                 f"{str(path)!r} is truncated or damaged: it begins as a zip archive, but {error}"
             ) from None
-        self._check_kind([entry.filename for entry in entries])
-        self._check(sorted(entries, key=lambda entry: entry.header_offset), end)
+        self._refuse_torchscript([entry.filename for entry in entries])
+        self._locate(sorted(entries, key=lambda entry: entry.header_offset), end)
         pickles = [name for name in self.places if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             inside = ", ".join(list(self.places)[:5])
@@ -147,11 +166,10 @@ class Archive:
         self.root = pickles[0].removesuffix("data.pkl")
         order = self.places.get(f"{self.root}byteorder")
         if order is not None and data[order[0] : sum(order)].strip() != b"little":
-            raise ValueError(
-                f"{str(path)!r}: written on a big-endian machine; this reader takes little-endian files"
-            )
+            raise ValueError(f"{str(path)!r}: written on a big-endian machine; expected a little-endian file")
 
-    def _check(self, entries: list[zipfile.ZipInfo], end: int) -> None:
+    def _locate(self, entries: list[zipfile.ZipInfo], end: int) -> None:
+        """Check and record the place of each entry, in the order of the file; ``end``: where entries end."""
         free = 0
         for entry in entries:
             if (
@@ -161,7 +179,7 @@ class Archive:
             ):
                 raise ValueError(
                     f"{str(self.path)!r} is refused: {entry.filename!r} is compressed ({entry.compress_size}"
-                    f" bytes declared to become {entry.file_size}), which torch.save never does: a zip bomb,"
+                    f" bytes that expand to {entry.file_size}), which torch.save never does: it is a zip bomb"
                     " or an archive to be unpacked first"
                 )
             head = self.data[entry.header_offset : entry.header_offset + 30]
@@ -178,23 +196,23 @@ class Archive:
                 or entry.filename in self.places
             ):
                 raise ValueError(
-                    f"{str(self.path)!r} is refused: {entry.filename!r} is out of place in the archive, or"
-                    " overlaps another entry"
+                    f"{str(self.path)!r} is refused: {entry.filename!r} lies outside the archive"
+                    " or overlaps another entry"
                 )
             free = begin + entry.file_size
             self.places[entry.filename] = (begin, entry.file_size)
 
-    def _check_kind(self, names: list[str]) -> None:
+    def _refuse_torchscript(self, names: list[str]) -> None:
         if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
             raise ValueError(
-                f"{str(self.path)!r} is a TorchScript archive (as OpenAI publishes CLIP), which holds code;"
-                " this reader runs none. Take the same weights as safetensors, or, if you trust the file,"
+                f"{str(self.path)!r} is a TorchScript archive (as OpenAI publishes CLIP), which contains"
+                " code that is not run. Use the same weights as safetensors, or, if you trust the file,"
                 " convert it once: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(),"
                 " NEW_FILE)"
             )
 
     def pickle(self) -> bytes:
-        """The bytes of data.pkl."""
+        """Return the bytes of data.pkl."""
         begin, size = self.places[f"{self.root}data.pkl"]
         if size > MAX_PICKLE:
             raise ValueError(
@@ -203,19 +221,21 @@ class Archive:
         return self.data[begin : begin + size]
 
     def storage(self, dtype: torch.dtype, key: str, numel: int) -> Tensor:
-        """The flat tensor of a storage, mapped."""
+        """Return the memory-mapped storage ``key`` of ``numel`` entries as a flat tensor."""
         begin, size = self.places.get(f"{self.root}data/{key}", (0, -1))
         if size != numel * dtype.itemsize:
             what = "is not in the archive" if size < 0 else f"has {size} bytes in the archive"
             raise ValueError(
-                f"{str(self.path)!r}: its pickle lies: storage {key!r} of {numel} × {dtype} {what}"
+                f"{str(self.path)!r}: its pickle is wrong: storage {key!r} of {numel} × {dtype} {what}"
             )
         return mapped_tensor(self.data, dtype, (numel,), begin)
 
 
 class StandIn:
-    """What stands for an object of a training framework: it takes whatever it is given and does nothing;
-    ``state`` is what was stored in it."""
+    """Stands for an object of a training framework: it accepts anything and does nothing.
+
+    ``state`` is the state that was pickled.
+    """
 
     state: object = None
 
@@ -237,9 +257,17 @@ class StandIn:
 
 
 def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], path: Path) -> Any:
-    """Unpickle with fresh makers, so that nothing a pickle does to them outlasts the call."""
+    """Return the content of a pickle.
 
-    class Mapping(dict):  # type: ignore[type-arg]
+    The classes that it may name are defined per call, so that nothing that a pickle does to them persists.
+
+    Args:
+        text: The pickle.
+        storage: (dtype, key, number of entries) -> the storage as a flat tensor.
+        path: The file, for messages.
+    """
+
+    class Mapping(dict[Any, Any]):
         def __setstate__(self, state: object) -> None: ...  # state dicts carry `_metadata`
 
     def tensor(
@@ -277,11 +305,11 @@ def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], p
             return makers.setdefault(full, type(name, (StandIn,), {}))
 
         def persistent_load(self, pid: Any) -> Tensor:
-            tag, kind, key, _, numel = pid
+            tag, storage_type, key, _, numel = pid
             if tag != "storage" or type(numel) is not int or numel < 0 or not isinstance(key, str):
                 raise ValueError(f"it refers to {str(pid)[:80]}, expected a storage")
             if key not in flats:
-                flats[key] = storage(kind.dtype, key, numel)
+                flats[key] = storage(storage_type.dtype, key, numel)
             return flats[key]
 
     try:
@@ -296,15 +324,14 @@ def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], p
 
 
 def scan_file(path: str | Path) -> PickleScan:
-    """The globals that a pickled file names and those that would be refused, from opcodes alone; ValueError
-    naming a file that is damaged."""
+    """Return the globals that a pickled file names, read from its opcodes; ValueError if it is damaged."""
     path = existing_file(path)
     with path.open("rb") as file:
         head = file.read(len(LEGACY))
         if head[:4] == ZIP:
             return scan(Archive(path, map_file(path)).pickle(), path)
         file.seek(0)
-        # before 1.6: magic number, protocol, system, object
+        # before 1.6, four pickles: magic number, protocol, system, content
         found = [scan(file, path) for _ in range(4 if head == LEGACY else 1)]
     names = dict.fromkeys(name for each in found for name in each.globals)
     return PickleScan(
@@ -312,10 +339,12 @@ def scan_file(path: str | Path) -> PickleScan:
     )
 
 
-def _legacy(path: Path) -> Any:
-    """PyTorch's format before 1.6: pickles one after another, then raw storages. Scanned first, then read by
-    torch's own safe reader."""
-    refuse(scan_file(path), path)
+def _read_legacy(path: Path) -> Any:
+    """Return the content of a file in PyTorch's format before 1.6: several pickles, then raw storages.
+
+    The pickles are scanned first; then torch's own restricted reader reads the file.
+    """
+    check_globals(scan_file(path), path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1,8 +1,8 @@
-"""Safetensors files, memory-mapped, and strict loading into a module.
+"""Read and write safetensors files.
 
-The format: 8 bytes little-endian header length, that many bytes of JSON ({name: {dtype, shape,
-data_offsets}}), then the tensors' bytes without holes. Reading touches no page of a tensor before it is used,
-and every number in the header is checked first.
+The format: 8 bytes with the length of the header (little-endian), the header as JSON ({name: {dtype, shape,
+data_offsets}}), then the bytes of the tensors without gaps. Files are memory-mapped, so that a tensor is not
+read before it is used, and every number in the header is checked first.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from ldm.weights.cast import cast, is_finite
+from torch import Tensor
 
 STORED_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -41,12 +39,12 @@ STORED_DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the limit that the format's own reader sets
+MAX_HEADER = 100_000_000  # bytes; the limit of the format's reference reader
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a header says of one tensor; ``begin`` and ``end`` are bytes from the start of the file."""
+    """The description of one tensor in a header; ``begin`` and ``end`` are byte offsets in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,11 +53,12 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """The number of entries."""
         return math.prod(self.shape)
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path, if it is a file: FileNotFoundError or IsADirectoryError (both OSError) otherwise."""
+    """Return ``path`` if it is a file; raise FileNotFoundError or IsADirectoryError otherwise."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file")
@@ -69,8 +68,13 @@ def existing_file(path: str | Path) -> Path:
 
 
 def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors' descriptions and the metadata of a safetensors file, wholly checked against the file's
-    size; ValueError if wrong."""
+    """Return the descriptions of the tensors and the metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file, is truncated, or its header contradicts itself or the
+            size of the file; the message names the file.
+    """
     path = existing_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -78,27 +82,29 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         length = int.from_bytes(head, "little")
         start = file.read(1)
         if len(head) < 8 or start != b"{" or length > MAX_HEADER:
-            raise ValueError(f"{str(path)!r} is not a safetensors file{_guess(head + start)}")
+            raise ValueError(f"{str(path)!r} is not a safetensors file{_likely_content(head + start)}")
         if 8 + length > size:
             raise ValueError(
                 f"{str(path)!r} is truncated: {size} bytes, but its header alone has {8 + length}"
             )
         text = start + file.read(length - 1)
     try:
-        header = json.loads(text, object_pairs_hook=_no_twins)
+        header = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r}: its header is no valid JSON ({error})") from None
+        raise ValueError(f"{str(path)!r}: the header is not valid JSON ({error})") from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{str(path)!r}: the metadata in its header is not a mapping of strings")
     infos = {
-        name: _entry(entry, 8 + length, f"{str(path)!r}: tensor {name!r}") for name, entry in header.items()
+        name: _tensor_info(entry, 8 + length, f"{str(path)!r}: tensor {name!r}")
+        for name, entry in header.items()
     }
     _check_extent(infos, 8 + length, size, path)
     return infos, metadata
 
 
-def _guess(head: bytes) -> str:
+def _likely_content(head: bytes) -> str:
+    """Return what a file that is not in the format looks like, in parentheses; empty if unknown."""
     for magic, what in (
         (b"PK\x03\x04", "a zip archive: a .ckpt or .pt under another name?"),
         (b"version ", "a Git LFS pointer: the weights are not here"),
@@ -111,14 +117,21 @@ def _guess(head: bytes) -> str:
     return ""
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         raise ValueError("a key is given twice")
     return mapping
 
 
-def _entry(entry: Any, base: int, where: str) -> TensorInfo:
+def _tensor_info(entry: Any, base: int, where: str) -> TensorInfo:
+    """Return the checked description of a tensor.
+
+    Args:
+        entry: Its entry in the header.
+        base: Byte offset of the first tensor in the file.
+        where: Start of error messages.
+    """
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(
             f"{where}: expected dtype, shape and data_offsets in the header, got {str(entry)[:80]}"
@@ -128,10 +141,13 @@ def _entry(entry: Any, base: int, where: str) -> TensorInfo:
         raise ValueError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(STORED_DTYPES)}")
     for name, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise ValueError(f"{where}: {name} {str(numbers)[:80]}, expected a list of numbers from 0")
+            raise ValueError(
+                f"{where}: {name} {str(numbers)[:80]}, expected a list of integers of at least 0"
+            )
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * STORED_DTYPES[dtype].itemsize:
         raise ValueError(
-            f"{where}: the header lies: data_offsets {offsets} do not hold shape {shape} of {dtype}"
+            f"{where}: the header contradicts itself: data_offsets {offsets} do not hold shape {shape} of"
+            f" {dtype}"
         )
     return TensorInfo(
         dtype=STORED_DTYPES[dtype], shape=tuple(shape), begin=base + offsets[0], end=base + offsets[1]
@@ -139,12 +155,20 @@ def _entry(entry: Any, base: int, where: str) -> TensorInfo:
 
 
 def _check_extent(infos: Mapping[str, TensorInfo], base: int, size: int, path: Path) -> None:
+    """Raise ValueError unless the tensors fill a file exactly.
+
+    Args:
+        infos: Descriptions of the tensors.
+        base: Byte offset of the first tensor.
+        size: Size of the file in bytes.
+        path: The file, for messages.
+    """
     end = base
     for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != end:
-            what = "overlaps the one before it" if info.begin < end else "leaves a hole before it"
+            what = "overlaps the previous one" if info.begin < end else "leaves a gap before it"
             raise ValueError(
-                f"{str(path)!r}: the header lies: tensor {name!r} {what} (at byte {info.begin}, expected"
+                f"{str(path)!r}: the header is wrong: tensor {name!r} {what} (at byte {info.begin}, expected"
                 f" {end})"
             )
         end = info.end
@@ -157,14 +181,20 @@ def _check_extent(infos: Mapping[str, TensorInfo], base: int, size: int, path: P
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes as a private mapping: read page by page when touched; writing to it changes the
-    memory, never the file."""
+    """Return a private memory map of a file: pages are read when used, and writes stay in memory."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def mapped_tensor(data: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Tensor:
-    """A tensor over mapped bytes; a copy only where the place is not a multiple of the item's size."""
+    """Return a tensor that shares the memory of a map; a copy if its offset is not aligned.
+
+    Args:
+        data: The memory map.
+        dtype: Type of the entries.
+        shape: Shape of the tensor.
+        begin: Byte offset of the first entry.
+    """
     numel = math.prod(shape)
     if numel == 0:
         return torch.empty(shape, dtype=dtype)
@@ -175,17 +205,17 @@ def mapped_tensor(data: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], b
 
 
 def read_safetensors(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; on the CPU they are memory-mapped, so nothing is read before
-    it is used.
+    """Return the tensors of a safetensors file by name; on the CPU they are memory-mapped.
 
-    FileNotFoundError if absent; ValueError naming the file if it is no safetensors file, is truncated or has
-    a header that lies.
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file, is truncated, or has a wrong header.
     """
     return {name: tensor.to(device) for name, tensor in map_safetensors(path)[0].items()}
 
 
 def map_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`read_safetensors` on the CPU, and the metadata beside the tensors."""
+    """Return the memory-mapped tensors of a safetensors file by name, and its metadata."""
     path = existing_file(path)
     infos, metadata = read_header(path)
     data = map_file(path)
@@ -197,42 +227,25 @@ def map_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors by name, whole or not at all: to a temporary file beside ``path``, flushed to the disk,
-    then moved there.
+    """Write a safetensors file, completely or not at all.
 
-    The bytes depend on names, tensors and metadata alone. TypeError for what is no dense tensor or no string.
+    The bytes of the file depend only on names, tensors and metadata.
+
+    Args:
+        path: The file to write. Its folder must exist.
+        tensors: Dense tensors with data, by name.
+        metadata: Strings by name that are written into the header.
+
+    Raises:
+        TypeError: If a tensor is sparse, on the meta device or of an unknown dtype, or metadata are not
+            strings.
     """
     path = Path(path)
     for name, tensor in tensors.items():
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.layout != torch.strided
-            or tensor.is_meta
-            or tensor.dtype not in NAMES
-        ):
-            what = (
-                f"{tensor.layout} {tensor.dtype} on {tensor.device}"
-                if isinstance(tensor, Tensor)
-                else type(tensor).__name__
-            )
-            raise TypeError(f"{name!r}: expected a dense tensor with data, got {what}")
-    header: dict[str, Any] = {}
-    if metadata:
-        if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
-            raise TypeError(f"metadata: expected strings, got {dict(metadata)!r}")
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    # wide items first: all are aligned
+        _check_dense(name, tensor)
+    # widest items first, so that all are aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    end = 0
-    for name in order:
-        begin, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
-        header[name] = {
-            "dtype": NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = _header_text(tensors, order, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -246,22 +259,61 @@ def write_safetensors(
         temporary.unlink(missing_ok=True)
 
 
+def _check_dense(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name!r}: expected a dense tensor with data, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
+        found = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise TypeError(f"{name!r}: expected a dense tensor with data, got {found}")
+
+
+def _header_text(
+    tensors: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str] | None
+) -> bytes:
+    """Return the header of tensors in an order, padded to a multiple of eight bytes."""
+    header: dict[str, Any] = {}
+    if metadata:
+        if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
+            raise TypeError(f"metadata: expected strings, got {dict(metadata)!r}")
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def sha256(path: str | Path) -> str:
-    """The file's SHA-256, 64 hexadecimal digits."""
-    with existing_file(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file in 64 hexadecimal digits."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
+    with existing_file(path).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def fingerprint(path: str | Path, blocks: int = 256, size: int = 4096) -> str:
-    """A name for a file's content that costs milliseconds at any size: SHA-256 over its length and blocks
-    spread evenly over it, 64 digits.
+    """Return a name of a file's content that takes milliseconds to compute at any size.
 
-    It tells files of different weights apart; it does not prove that a file is whole.
+    It tells files of different weights apart, but does not prove that a file is intact.
+
+    Args:
+        path: The file.
+        blocks: Number of blocks, spread evenly over the file. Default: 256.
+        size: Bytes of each block. Default: 4096.
+
+    Returns:
+        The SHA-256 of the file's length and the blocks, in 64 hexadecimal digits.
     """
     path = existing_file(path)
     total = path.stat().st_size
@@ -271,70 +323,3 @@ def fingerprint(path: str | Path, blocks: int = 256, size: int = 4096) -> str:
             file.seek(max(0, total - size) * i // max(1, blocks - 1))
             digest.update(file.read(size))
     return digest.hexdigest()
-
-
-def mismatch(missing: Iterable[str], extra: Iterable[str], misshapen: Iterable[str], show: int = 5) -> str:
-    """One sentence on keys that do not fit, the first few of each kind with counts; empty if all fit."""
-    parts = []
-    for what, keys in (
-        ("missing", list(missing)),
-        ("unexpected", list(extra)),
-        ("misshapen", list(misshapen)),
-    ):
-        if keys:
-            more = f" and {len(keys) - show} more" if len(keys) > show else ""
-            parts.append(f"{len(keys)} {what} ({', '.join(keys[:show])}{more})")
-    return "; ".join(parts)
-
-
-def load_strict(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    source: str | Path,
-    dtype: torch.dtype | None = None,
-    allow_nan: bool = False,
-) -> None:
-    """Put a state dict into a module, strictly both ways, by assignment: a module built on the meta device
-    gets the tensors themselves.
-
-    dtype: what floating-point tensors become (the one copy made); None leaves each as it is. ``source`` names
-    the file in errors. ValueError, one for all, lists missing, unexpected and misshapen keys; another names
-    tensors that hold NaN or infinity. The module is untouched then. Buffers that are not part of the state
-    dict are made again by a ``reset_buffers`` method of their module.
-    """
-    want = module.state_dict()
-    shapes = {key: (tuple(state[key].shape), tuple(want[key].shape)) for key in want if key in state}
-    wrong = mismatch(
-        [key for key in want if key not in state],
-        [key for key in state if key not in want],
-        [f"{key}: {have}, expected {need}" for key, (have, need) in shapes.items() if have != need],
-    )
-    if wrong:
-        raise ValueError(f"{str(source)!r} does not fit {type(module).__name__}: {wrong}")
-    ready, bad = cast({key: state[key] for key in want}, dtype)
-    if bad and not allow_nan:
-        raise ValueError(f"{str(source)!r}{_unsound(bad, ready, state)}")
-    module.load_state_dict(ready, strict=True, assign=True)
-    for part in module.modules():
-        if any(buffer.is_meta for buffer in part.buffers(recurse=False)) and hasattr(part, "reset_buffers"):
-            part.reset_buffers()
-    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    if left:
-        raise RuntimeError(
-            f"{type(module).__name__}: {len(left)} tensors are in no state dict and have no data"
-            f" ({', '.join(left[:5])})"
-        )
-
-
-def _unsound(bad: Sequence[str], ready: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What is wrong with tensors that are not finite: what they were made of, or the dtype that they were
-    made into."""
-    overflown = [key for key in bad if is_finite(state[key])]
-    if overflown:
-        wide, narrow = state[overflown[0]].dtype, ready[overflown[0]].dtype
-        return (
-            f": {narrow} cannot hold the {wide} values of {len(overflown)} tensors"
-            f" ({', '.join(overflown[:5])})"
-        )
-    return f": NaN or infinity in {len(bad)} tensors ({', '.join(bad[:5])}); the weights are damaged"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ldm.weights.detection import Detection, detect, expect, require
 from ldm.weights.formats.pickles import read_ckpt
-from ldm.weights.formats.safetensors import existing_file, map_safetensors, mismatch
+from ldm.weights.formats.safetensors import existing_file, map_safetensors
 from ldm.weights.keymap import below
+from ldm.weights.strict import mismatch
 
 # Buffers of training programs, which follow from the card, and markers. `scale_factor` is not among them: it
 # overrides the card.
