@@ -1,1 +1,1 @@
-"""Weights on disk: reading, writing, naming of the published layouts, and what is in a file."""
+"""Files of weights: detect, read and write them, and map the names of tensors between layouts."""

@@ -1,4 +1,4 @@
-"""Which family of models is in a file? Told from the names and shapes of its tensors alone."""
+"""Detect the family of a file of weights from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """A family by name, whether the keys are the original layout's or diffusers', and the numbers that
-    decided."""
+    """A detected family.
+
+    Args:
+        name: Name of the family.
+        layout: Layout of the file.
+        evidence: What determined the family.
+    """
 
     name: str
     layout: Literal["original", "diffusers"]
@@ -25,11 +30,12 @@ class Detection:
 
     @property
     def family(self) -> Family:
+        """The family of this name."""
         return FAMILIES[self.name]
 
 
 class WrongFamily(ValueError):
-    """Weights of another family than the one expected; ``found`` is theirs."""
+    """Raised for weights of another family than expected; ``found`` is theirs."""
 
     def __init__(self, message: str, found: Detection) -> None:
         super().__init__(message)
@@ -38,8 +44,16 @@ class WrongFamily(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What tells one UNet from another: channels in, width, context and vector widths, number of classes,
-    guidance embedding."""
+    """What tells the UNets of different families apart.
+
+    Args:
+        inputs: Number of input channels.
+        width: Number of channels at the full resolution.
+        context: Width of the context; None without one.
+        vector: Width of the vector condition; None without one.
+        classes: Number of classes; None without classes.
+        guidance: Whether the guidance scale is an input.
+    """
 
     inputs: int
     width: int
@@ -60,7 +74,7 @@ class Facts:
 
 
 def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
-    """The facts of the UNet below a prefix, in either layout; None if there is none."""
+    """Return the facts of the UNet below a prefix, in either layout; None if there is none."""
     stem = shapes.get(f"{prefix}input_blocks.0.0.weight", shapes.get(f"{prefix}conv_in.weight"))
     if stem is None or len(stem) != 4:
         return None
@@ -90,7 +104,7 @@ def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
 
 
 def classify(facts: Facts) -> str | None:
-    """The family of a UNet with these facts; None if there is none of that kind."""
+    """Return the family of a UNet with these facts; None if there is none."""
     lcm = facts.guidance
     if facts.vector is not None:
         by_vector = {  # (width of the vector, channels in)
@@ -125,12 +139,13 @@ def classify(facts: Facts) -> str | None:
     return table.get((facts.context, facts.inputs, facts.width))
 
 
-def _any(pattern: str) -> Callable[[Shapes], bool]:
+def _has_key(pattern: str) -> Callable[[Shapes], bool]:
+    """Return a test for a key that matches a pattern."""
     found = re.compile(pattern)
     return lambda shapes: any(found.search(key) for key in shapes)
 
 
-def _inversion(shapes: Shapes) -> bool:
+def _is_textual_inversion(shapes: Shapes) -> bool:
     if {"string_to_param", "emb_params"} & set(shapes) or {"clip_l", "clip_g"} <= set(shapes):
         return True
     return any(key.startswith("string_to_param.") for key in shapes) or (
@@ -138,47 +153,48 @@ def _inversion(shapes: Shapes) -> bool:
     )
 
 
-# In this order; what is added to a model may stand in one file with the model.
+# Tests before and after that of UNets, in this order. Additions to a model come first, because they may be in
+# one file with the model.
 BEFORE: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers"]], ...] = (
-    (_any(r"^control_model\.time_embed\.0\.weight$"), "controlnet", "original"),
-    (_any(r"^controlnet_cond_embedding\.conv_in\.weight$"), "controlnet", "diffusers"),
+    (_has_key(r"^control_model\.time_embed\.0\.weight$"), "controlnet", "original"),
+    (_has_key(r"^controlnet_cond_embedding\.conv_in\.weight$"), "controlnet", "diffusers"),
     (
-        _any(r"lora_down\.weight$|lora_A\.weight$|_lora\.down\.weight$|lora_linear_layer\.down\.weight$"),
+        _has_key(r"lora_down\.weight$|lora_A\.weight$|_lora\.down\.weight$|lora_linear_layer\.down\.weight$"),
         "lora",
         "original",
     ),
-    (_inversion, "textual-inversion", "original"),
-    (_any(r"^(model\.)?prd_emb$"), "karlo-prior", "original"),
-    (_any(r"^model\.cf_param$"), "karlo-decoder", "original"),
-    (_any(r"^model_first_steps\."), "karlo-sr", "original"),
-    (_any(r"^clip_to_seq\.weight$"), "kandinsky21", "original"),
-    (_any(r"^prd_embedding$"), "karlo-prior", "diffusers"),
-    (_any(r"^encoder_hid_proj\.text_proj\.weight$"), "kandinsky21", "diffusers"),
-    (_any(r"^encoder_hid_proj\.image_embeds\.weight$"), "kandinsky22", "diffusers"),
+    (_is_textual_inversion, "textual-inversion", "original"),
+    (_has_key(r"^(model\.)?prd_emb$"), "karlo-prior", "original"),
+    (_has_key(r"^model\.cf_param$"), "karlo-decoder", "original"),
+    (_has_key(r"^model_first_steps\."), "karlo-sr", "original"),
+    (_has_key(r"^clip_to_seq\.weight$"), "kandinsky21", "original"),
+    (_has_key(r"^prd_embedding$"), "karlo-prior", "diffusers"),
+    (_has_key(r"^encoder_hid_proj\.text_proj\.weight$"), "kandinsky21", "diffusers"),
+    (_has_key(r"^encoder_hid_proj\.image_embeds\.weight$"), "kandinsky22", "diffusers"),
 )
 AFTER: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers"]], ...] = (
-    (_any(r"^concept_embeds$"), "safety-checker", "diffusers"),
-    (_any(r"(^|\.)net\.learned_query$"), "dalle2-prior", "original"),
-    (_any(r"^unets\.0\."), "dalle2-decoder", "original"),
+    (_has_key(r"^concept_embeds$"), "safety-checker", "diffusers"),
+    (_has_key(r"(^|\.)net\.learned_query$"), "dalle2-prior", "original"),
+    (_has_key(r"^unets\.0\."), "dalle2-decoder", "original"),
     (lambda s: "layers.0.glu.fc0.weight" in s and "lm_head.weight" in s, "dalle-mini-decoder", "original"),
-    (_any(r"^layers\.0\.glu\.fc0\.weight$"), "dalle-mini-encoder", "original"),
-    (_any(r"^decoder\.up\.0\..*conv_y\."), "movq", "original"),
-    (_any(r"^decoder\.up_blocks\.0\..*conv_y\."), "movq", "diffusers"),
+    (_has_key(r"^layers\.0\.glu\.fc0\.weight$"), "dalle-mini-encoder", "original"),
+    (_has_key(r"^decoder\.up\.0\..*conv_y\."), "movq", "original"),
+    (_has_key(r"^decoder\.up_blocks\.0\..*conv_y\."), "movq", "diffusers"),
     (
         lambda s: "decoder.up.0.block.0.conv1.weight" in s and "quantize.embedding.weight" in s,
         "first-stage-vq",
         "original",
     ),
-    (_any(r"^decoder\.up\.0\.block\.0\.conv1\.weight$"), "first-stage-kl", "original"),
+    (_has_key(r"^decoder\.up\.0\.block\.0\.conv1\.weight$"), "first-stage-kl", "original"),
     (
         lambda s: "decoder.up_blocks.0.resnets.0.conv1.weight" in s and "quantize.embedding.weight" in s,
         "first-stage-vq",
         "diffusers",
     ),
-    (_any(r"^decoder\.up_blocks\.0\.resnets\.0\.conv1\.weight$"), "first-stage-kl", "diffusers"),
-    (_any(r"^decoder\.layers\.2\.conv\.0\.weight$"), "tiny-autoencoder", "diffusers"),
+    (_has_key(r"^decoder\.up_blocks\.0\.resnets\.0\.conv1\.weight$"), "first-stage-kl", "diffusers"),
+    (_has_key(r"^decoder\.layers\.2\.conv\.0\.weight$"), "tiny-autoencoder", "diffusers"),
     (
-        _any(
+        _has_key(
             r"^(visual\.)?transformer\.resblocks\.0\.attn\.in_proj_weight$|^(text|vision)_model\.encoder\.layers\.0\."
         ),
         "clip",
@@ -188,8 +204,15 @@ AFTER: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers
 
 
 def detect(shapes: Shapes, *, source: str | Path = "") -> Detection:
-    """The family of a file with these tensors; ValueError, with what the file seems to hold, if it is none
-    that is known."""
+    """Return the family of a file with tensors of these names and shapes.
+
+    Args:
+        shapes: Shapes of the tensors by name.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: If the family is unknown; the message describes what the file holds.
+    """
     for test, name, layout in BEFORE:
         if test(shapes):
             return Detection(name=name, layout=layout, evidence="its keys")
@@ -198,11 +221,11 @@ def detect(shapes: Shapes, *, source: str | Path = "") -> Detection:
         bare = prefix == "" and not any(key.startswith(("down_blocks.", "input_blocks.")) for key in shapes)
         if facts is None or bare:
             continue
-        name = classify(facts)
-        if name is None:
+        family = classify(facts)
+        if family is None:
             raise ValueError(f"{str(source)!r} holds a diffusion model of no family that is known ({facts})")
         return Detection(
-            name=name,
+            name=family,
             layout="original" if f"{prefix}input_blocks.0.0.weight" in shapes else "diffusers",
             evidence=str(facts),
         )
@@ -216,7 +239,7 @@ def detect(shapes: Shapes, *, source: str | Path = "") -> Detection:
 
 
 def require(found: Detection, *, source: str | Path) -> Family:
-    """The family, if `ldm.load` can take it; ValueError naming file and family otherwise."""
+    """Return the family; ValueError naming file and family if `ldm.load` does not support it."""
     if found.family.refusal:
         raise ValueError(
             f"{str(source)!r} is a file of the family {found.name} ({found.family.title}), which"
@@ -226,23 +249,28 @@ def require(found: Detection, *, source: str | Path) -> Family:
 
 
 def expect(family: str, shapes: Shapes, *, source: str | Path) -> Detection:
-    """The detection of a file that should be of a family; ValueError, naming both, if it is of another.
+    """Return the detection of a file that is expected to be of a family.
 
-    A file of shapes that no published model has is taken at its caller's word, if its keys stand below the
-    family's prefixes.
+    A file whose shapes no published model has is accepted if its keys are below the family's prefixes.
+
+    Args:
+        family: The expected family.
+        shapes: Shapes of the file's tensors by name.
+        source: The file, for messages.
+
+    Raises:
+        WrongFamily: If the file belongs to another family.
+        ValueError: If the file is unknown and has none of the family's prefixes.
     """
     parts = FAMILIES[family].parts
     if not parts:
-        raise ValueError(
-            f"files of the family {family} ({FAMILIES[family].title}) hold no parts that are known"
-        )
+        raise ValueError(f"files of the family {family} ({FAMILIES[family].title}) have no known parts")
     try:
         found = detect(shapes, source=source)
     except ValueError:
-        lost = [prefix for prefix in parts.values() if not any(key.startswith(prefix) for key in shapes)]
-        if len(lost) == len(parts):
+        if not any(key.startswith(prefix) for prefix in parts.values() for key in shapes):
             raise
-        return Detection(name=family, layout="original", evidence="its caller says so")
+        return Detection(name=family, layout="original", evidence="as expected by the caller")
     if found.name != family:
         what = f"{found.name} ({found.family.title}; {found.evidence})"
         raise WrongFamily(

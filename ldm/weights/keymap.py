@@ -1,9 +1,9 @@
-"""The rule engine between our parameter names and those of published files, in both directions.
+"""Map the tensor names of our networks to those of published files and back, by tables of rules.
 
-A table is data: sections (a prefix of ours, the prefix in the file) with rules (patterns below the prefixes,
-and how the tensors change). Everything starts from the network's own names and shapes, so a file's key is
-never guessed: what the table gives for the network is what the file must hold, and all else in the file is
-unmapped. In patterns ``{a}`` stands for one piece between dots and ``{a*}`` for one or more.
+A table is data: sections (a prefix of our names and one of the file's) with rules (patterns below the
+prefixes, and how the tensors change). Mapping starts from the names and shapes of the network, so that no key
+is guessed: the file must hold exactly the keys that the table gives for the network. In patterns, ``{a}``
+stands for one piece between dots and ``{a*}`` for one or more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,17 +22,22 @@ from torch import Tensor
 from ldm.weights.strict import mismatch
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """How tensors differ between the file and us; the inverse is exact. Where one side has one name and the
-    other several, rows are fused.
+    """How tensors differ between our network and the file; exactly invertible.
 
-    ``transpose``: matrices are transposed. ``ones``: trailing axes of one that a matrix has in the file (a
-    1×1 convolution's weight); any number is accepted when reading. ``heads`` or ``head_dim``: fused rows are
-    ordered (head, part, channel of the head), as guided-diffusion stores qkv; with neither they are (part,
-    row).
+    If one side has one tensor and the other several, the one is the concatenation of their rows.
+
+    Args:
+        transpose: Whether matrices are transposed.
+        ones: Number of trailing axes of size 1 that matrices have in the file, such as the weights of 1×1
+            convolutions; any number is accepted when reading.
+        heads: Number of heads, if concatenated rows are ordered (head, tensor, channel), as in the qkv of
+            guided-diffusion; None for the order (tensor, row).
+        head_dim: Channels of each head, as an alternative to ``heads``.
     """
 
     transpose: bool = False
@@ -40,18 +46,18 @@ class Change:
     head_dim: int | None = None
 
     def from_file(self, tensors: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
-        """The file's tensors as ours, of the given shapes; views where possible."""
-        tensors = [_trim(tensor) for tensor in tensors]
+        """Return the file's tensors as ours, with the given shapes, as views if possible."""
+        tensors = [_without_ones(tensor) for tensor in tensors]
         if self.transpose:
             tensors = [tensor.t() if tensor.ndim == 2 else tensor for tensor in tensors]
         return [
             tensor.reshape(shape)
-            for tensor, shape in zip(self._refuse(tensors, len(shapes)), shapes, strict=True)
+            for tensor, shape in zip(self._split_or_join(tensors, len(shapes)), shapes, strict=True)
         ]
 
     def to_file(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
-        """Our tensors as the file's ``count`` ones."""
-        tensors = self._refuse(tensors, count)
+        """Return our tensors as the file's ``count`` tensors."""
+        tensors = self._split_or_join(tensors, count)
         if self.transpose:
             tensors = [tensor.t() if tensor.ndim == 2 else tensor for tensor in tensors]
         return [
@@ -59,7 +65,7 @@ class Change:
             for tensor in tensors
         ]
 
-    def _refuse(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+    def _split_or_join(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
         if len(tensors) == count:
             return list(tensors)
         if len(tensors) == 1:
@@ -67,11 +73,11 @@ class Change:
         if count == 1:
             return [self._join(tensors)]
         raise ValueError(
-            f"a rule between {len(tensors)} and {count} tensors: expected one on either side, or as many on"
-            " both"
+            f"a rule maps {len(tensors)} tensors to {count}: expected one on one of the sides, or equal"
+            " numbers"
         )
 
-    def _heads(self, rows: int) -> int:
+    def _head_count(self, rows: int) -> int:
         heads = self.heads or (rows // self.head_dim if self.head_dim else 1)
         if rows % heads:
             raise ValueError(f"{rows} rows cannot be split into {heads} heads")
@@ -79,24 +85,23 @@ class Change:
 
     def _split(self, fused: Tensor, parts: int) -> list[Tensor]:
         rows, rest = fused.shape[0] // parts, fused.shape[1:]
-        heads = self._heads(rows)
+        heads = self._head_count(rows)
         split = fused.reshape(heads, parts, rows // heads, *rest).unbind(1)
         return [part.reshape(rows, *rest) for part in split]
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         rows, rest = parts[0].shape[0], parts[0].shape[1:]
-        heads = self._heads(rows)
+        heads = self._head_count(rows)
         stacked = torch.stack([part.reshape(heads, rows // heads, *rest) for part in parts], dim=1)
         return stacked.reshape(len(parts) * rows, *rest)
 
 
-def _trim(tensor: Tensor) -> Tensor:
-    return tensor.reshape(_trim_shape(tuple(tensor.shape)))
+def _without_ones(tensor: Tensor) -> Tensor:
+    return tensor.reshape(_shape_without_ones(tuple(tensor.shape)))
 
 
-def _trim_shape(shape: Shape) -> Shape:
-    """Without trailing ones beyond the second axis: a 1×1 convolution and a linear layer hold the same
-    numbers."""
+def _shape_without_ones(shape: Shape) -> Shape:
+    """Return a shape without ones after the second axis, so that 1×1 convolutions equal linear layers."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -107,8 +112,14 @@ SAME = Change()
 
 @dataclass(frozen=True)
 class Rule:
-    """Our key patterns and the file's, both below their section's prefix. ``also``: other spellings, read but
-    never written."""
+    """Patterns of names below the prefixes of a section.
+
+    Args:
+        ours: Patterns of our names.
+        file: Patterns of the file's names.
+        change: How the tensors differ.
+        also: Other patterns of the file's names, which are read but not written.
+    """
 
     ours: tuple[str, ...]
     file: tuple[str, ...]
@@ -117,7 +128,7 @@ class Rule:
 
 
 def rename(*pairs: tuple[str, str], change: Change = SAME) -> tuple[Rule, ...]:
-    """Rules that rename whole modules: (ours, the file's), for everything below them."""
+    """Return rules that rename modules, with everything below them; each pair is (our name, the file's)."""
     return tuple(Rule((f"{ours}.{{rest*}}",), (f"{file}.{{rest*}}",), change) for ours, file in pairs)
 
 
@@ -126,8 +137,10 @@ IDENTITY = (Rule(("{rest*}",), ("{rest*}",)),)
 
 @dataclass(frozen=True)
 class Section:
-    """Rules for what stands below a prefix of ours ("" for the root) and a prefix in the file. The longest
-    prefix of ours goes first."""
+    """Rules for the names below a prefix of ours ("" for the root) and a prefix in the file.
+
+    The section with the longest prefix of ours takes precedence.
+    """
 
     ours: str
     file: str
@@ -136,7 +149,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Step:
-    """Some of our keys and the file's keys that hold them."""
+    """Some of our names, and the names in the file that hold their tensors."""
 
     ours: tuple[str, ...]
     file: tuple[str, ...]
@@ -146,14 +159,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Table:
-    """All sections of one layout, and patterns (as in a shell) of file keys that no network needs."""
+    """The sections of one layout, and shell patterns of names in the file that are not needed."""
 
     sections: tuple[Section, ...]
     ignore: tuple[str, ...] = ()
 
     def plan(self, names: Iterable[str]) -> list[Step]:
-        """The steps for a network with these names, in their order; ValueError for a name without a rule, or
-        two for one key of a file."""
+        """Return the steps for a network with these names, in their order.
+
+        Raises:
+            ValueError: If a name has no rule, or two are mapped to one name in the file.
+        """
         names = list(names)
         known, by_prefix = set(names), {section.ours: section for section in self.sections}
         steps: dict[tuple[str, ...], Step] = {}
@@ -163,7 +179,7 @@ class Table:
             lost = [sibling for sibling in step.ours if sibling not in known]
             if lost:
                 raise ValueError(
-                    f"{name!r} stands in one tensor with {lost}, which the network does not have"
+                    f"{name!r} shares one tensor of the file with {lost}, which the network does not have"
                 )
             for key in step.file:
                 if owner.setdefault(key, step.ours) != step.ours:
@@ -188,6 +204,7 @@ class Table:
 
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
+    """Return the regular expression of a pattern, with a group for each placeholder."""
     text = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}").replace(r"\*", "*")
     return re.compile(
         re.sub(r"\{(\w+)(\*?)\}", lambda m: f"(?P<{m[1]}>.+)" if m[2] else f"(?P<{m[1]}>[^.]+)", text)
@@ -195,6 +212,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _fill(rule: Rule, section: Section, pieces: Mapping[str, str]) -> Step:
+    """Return the step of a rule with its placeholders replaced."""
+
     def put(patterns: tuple[str, ...], prefix: str) -> tuple[str, ...]:
         texts = (re.sub(r"\{(\w+)\*?\}", lambda m: pieces[m[1]], pattern) for pattern in patterns)
         return tuple(f"{prefix}.{text}" if prefix and text else prefix or text for text in texts)
@@ -204,7 +223,7 @@ def _fill(rule: Rule, section: Section, pieces: Mapping[str, str]) -> Step:
 
 
 def file_shapes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The keys and shapes that a file must hold for a network with these names and shapes."""
+    """Return the names and shapes that a file must hold for a network with these names and shapes."""
     found: dict[str, Shape] = {}
     for step in table.plan(shapes):
         found.update(zip(step.file, _shapes_in_file(step, shapes), strict=True))
@@ -222,7 +241,13 @@ def _shapes_in_file(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How the keys of a file fit a network: what is missing, unexpected or misshapen, in the file's names."""
+    """How a file fits a network, in the file's names; true if it fits.
+
+    Args:
+        missing: Names that are expected and absent.
+        extra: Names that are not expected.
+        misshapen: Names with another shape, with both shapes.
+    """
 
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
@@ -236,13 +261,14 @@ class Fit:
 
 
 def fit_table(table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Fit:
-    """Compare a file's keys and shapes with a network's names and shapes, without any tensor."""
+    """Compare the names and shapes in a file (``have``) with those of a network (``shapes``)."""
     return _match(table, have, shapes)[1]
 
 
 def _match(
     table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]
 ) -> tuple[list[tuple[Step, tuple[str, ...]]], Fit]:
+    """Return the steps with the names that the file has for each, and how the file fits."""
     chosen, missing, misshapen, used = [], [], [], set[str]()
     for step in table.plan(shapes):
         keys = next(
@@ -251,7 +277,7 @@ def _match(
         used.update(keys)
         missing += [key for key in keys if key not in have]
         for key, need in zip(keys, _shapes_in_file(step, shapes), strict=True):
-            if key in have and _trim_shape(tuple(have[key])) != _trim_shape(need):
+            if key in have and _shape_without_ones(tuple(have[key])) != _shape_without_ones(need):
                 misshapen.append(f"{key}: {tuple(have[key])}, expected {need}")
         chosen.append((step, keys))
     extra = [
@@ -265,10 +291,16 @@ def _match(
 def from_file(
     table: Table, state: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, source: str | Path
 ) -> dict[str, Tensor]:
-    """A file's tensors under our names, as views of them where possible.
+    """Return a file's tensors under our names, as views if possible.
 
-    shapes: the network's, ``{name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}``.
-    ValueError, one for all, lists the file's missing, unexpected and misshapen keys.
+    Args:
+        table: The table of the file's layout.
+        state: The file's tensors.
+        shapes: Names and shapes of the network's state dict.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: If names are missing, unexpected or misshapen; one message lists all.
     """
     chosen, result = _match(table, {key: tuple(tensor.shape) for key, tensor in state.items()}, shapes)
     if not result:
@@ -281,7 +313,7 @@ def from_file(
 
 
 def to_file(table: Table, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the file's names: the exact inverse of `from_file`."""
+    """Return our tensors under the file's names: the exact inverse of `from_file`."""
     found: dict[str, Tensor] = {}
     for step in table.plan(state):
         tensors = step.change.to_file([state[name] for name in step.ours], len(step.file))
@@ -289,6 +321,6 @@ def to_file(table: Table, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def below(prefix: str, state: Mapping[str, object]) -> dict[str, object]:
-    """The entries below a prefix ("first_stage_model."), without it; "" gives all."""
+def below(prefix: str, state: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries whose key starts with a prefix, such as "first_stage_model.", without the prefix."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

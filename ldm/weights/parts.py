@@ -1,12 +1,11 @@
-"""One network, one part of a published file: which rule table lies between them, in either layout, and the
-way in and out."""
+"""Build the network of a configuration, and map its tensors to and from the layouts of published files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from ldm.weights.rules.prior import prior_table
 from ldm.weights.rules.unet import unet_table
 from ldm.weights.rules.vae import DIFFUSERS, vae_table
 from ldm.weights.rules.xlmr import XLMR_TABLE
-from ldm.weights.strict import load_strict
+from ldm.weights.strict import ResetsBuffers, load_strict
 
 Layout = Literal["original", "diffusers"]
 NETWORKS: dict[type, type[nn.Module]] = {
@@ -57,26 +56,32 @@ NETWORKS: dict[type, type[nn.Module]] = {
 SAME_NAMES = Table((Section("", "", IDENTITY),))
 
 
-def build_network(config: Any) -> nn.Module:
-    """The network of a configuration, on the meta device: shapes without data."""
+def build_network(config: object) -> nn.Module:
+    """Return the network of a configuration on the meta device: shapes without data."""
     with on_meta():
-        return NETWORKS[type(config)](config)
+        build: Callable[[object], nn.Module] = NETWORKS[type(config)]
+        return build(config)
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """The names and shapes of a network's tensors."""
+    """Return the names and shapes of a network's state dict."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
-    """The table between a network and its part of a file; ``keys``, those of the part, tell how a CLIP tower
-    is spelled.
+    """Return the table between a network and its part of a file.
 
-    ValueError for a network that the layout cannot hold.
+    Args:
+        module: The network.
+        layout: Layout of the file.
+        keys: Names in the file, which determine the spelling of a CLIP tower.
+
+    Raises:
+        ValueError: If the layout cannot hold the network.
     """
     names = shapes_of(module)
     if isinstance(module, TextTower):
-        table = clip_table(names, keys)  # in SD 2's files stands one block more than the model runs
+        table = clip_table(names, keys)  # SD 2's files have one block more than the model
         return replace(table, ignore=(*table.ignore, f"transformer.resblocks.{module.config.layers}.*"))
     if isinstance(module, VisionTower):
         return clip_table(names, keys)
@@ -94,7 +99,8 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
             return unet_table(names)
         if isinstance(config.heads, tuple):
             raise ValueError(
-                "a UNet with AttentionBlocks of different numbers of heads has no original layout"
+                f"heads: expected one number for all AttentionBlocks in the original layout, got"
+                f" {config.heads}"
             )
         return unet_table(names, heads=config.heads, head_dim=config.head_dim)
     if isinstance(module, AutoencoderKL | VQModel):
@@ -110,16 +116,31 @@ def fill_network(
     source: str | Path,
     dtype: torch.dtype | None,
 ) -> nn.Module:
-    """A network on the meta device, given the tensors of its part of a file, in a dtype; ValueError lists the
-    keys that do not fit."""
+    """Load its part of a file into a network on the meta device, and return it in evaluation mode.
+
+    Args:
+        module: The network.
+        state: The tensors of the part.
+        layout: Layout of the file.
+        source: The file, for messages.
+        dtype: Floating-point type to which the weights are converted; None leaves them as they are.
+
+    Raises:
+        ValueError: If names are missing, unexpected or misshapen, or weights are not finite.
+    """
     ours = from_file(part_table(module, layout, state), state, shapes_of(module), source=source)
     load_strict(module, ours, source=source, dtype=dtype)
     return module.eval().requires_grad_(False)
 
 
 def to_layout(module: nn.Module, layout: Layout, *, hugging_face: bool = True) -> dict[str, Tensor]:
-    """A network's tensors under the names of a layout, contiguous; ``hugging_face``: how a CLIP tower is
-    spelled, else as open_clip does."""
+    """Return a network's tensors under the names of a layout, contiguous.
+
+    Args:
+        module: The network.
+        layout: The layout.
+        hugging_face: Whether a CLIP tower has Hugging Face's names; otherwise it has open_clip's.
+    """
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     spelled = ("text_model.", "vision_model.") if hugging_face else ()
     return {
@@ -129,15 +150,19 @@ def to_layout(module: nn.Module, layout: Layout, *, hugging_face: bool = True) -
 
 
 def randomise(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A network on the meta device, given random weights that keep the size of signals: nothing is left at
-    zero or one.
+    """Fill a network on the meta device with random weights that preserve the scale of signals; return it.
 
-    Matrices and filters are uniform with deviation 1/sqrt(inputs), norms about 1, biases about 0, embeddings
-    within ±1.
+    Matrices and filters are uniform with standard deviation 1/sqrt(inputs), norms close to 1, biases close to
+    0, embeddings uniform in [−1, 1]. No weight is exactly zero or one.
+
+    Args:
+        module: The network.
+        seed: Seed of the generator. Default: 0.
+        dtype: Floating-point type of the weights. Default: float32.
     """
-    module.to(dtype).to_empty(device="cpu")  # on meta the change of dtype costs nothing
+    module.to(dtype).to_empty(device="cpu")  # on the meta device a change of dtype is free
     for part in module.modules():
-        if hasattr(part, "reset_buffers"):
+        if isinstance(part, ResetsBuffers):
             part.reset_buffers()
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}

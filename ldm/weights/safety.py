@@ -1,4 +1,4 @@
-"""The safety checker from its published files."""
+"""Load Stable Diffusion's safety checker from its published files."""
 
 from __future__ import annotations
 
@@ -25,26 +25,35 @@ def load_safety(
     dtype: torch.dtype = torch.float32,
     config: SafetyConfig | None = None,
 ) -> SafetyChecker:
-    """The safety checker in a file, in a folder with its config.json, or in a pipeline's folder (below
-    safety_checker); "random" for random weights.
+    """Return the safety checker in evaluation mode.
 
-    FileNotFoundError if there is none; ValueError naming the file if it does not fit.
+    Args:
+        path: A file, its folder in diffusers layout, the folder of a pipeline that contains it, or "random"
+            for random weights.
+        black: Whether flagged images are replaced by black ones. Default: False.
+        variant: Variant of the files in a folder, such as "fp16".
+        dtype: Floating-point type of the weights. Default: float32.
+        config: Configuration of the network. Default: that of the published one.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is not a safety checker, or does not fit; the message names the file.
     """
     with on_meta():
         checker = SafetyChecker(config or SafetyConfig(), black=black)
     if path == "random":
-        return randomise(checker, dtype=dtype)  # type: ignore[return-value]
+        randomise(checker, dtype=dtype)
+        return checker
     path = Path(path)
     if path.is_dir():
         inner = path / "safety_checker" if (path / "safety_checker").is_dir() else path
         tensors = dict(read_component(inner, variant=variant).tensors)
     else:
         tensors, _ = read_tensors(path)
-    lost = [name for name in OWN if name not in tensors]
-    if lost:
-        raise ValueError(f"{str(path)!r} is no safety checker: it has no {', '.join(lost)}")
-    # on the disk the tower stands below vision_model.vision_model; newer versions of its program drop one
-    # level in memory
+    missing = [name for name in OWN if name not in tensors]
+    if missing:
+        raise ValueError(f"{str(path)!r} is no safety checker: it has no {', '.join(missing)}")
+    # files have the image tower below vision_model.vision_model, or below vision_model
     tower = {key.removeprefix("vision_model."): value for key, value in tensors.items() if key not in OWN}
     state = {f"vision.{key}": value for key, value in to_clip(checker.vision, tower, source=path).items()}
     load_strict(checker, {**state, **{name: tensors[name] for name in OWN}}, source=path, dtype=dtype)

@@ -69,7 +69,7 @@ def test_statistics_missing_from_a_folder_of_karlo(karlo: tuple[UnCLIP, Path]) -
     pipe, path = karlo
     without(path / "prior" / WEIGHTS, "clip_mean", "clip_std")
     with pytest.raises(
-        ValueError, match=r"does not hold their mean and deviation: expected ViT-L-14_stats\.th"
+        ValueError, match=r"does not hold their mean and standard deviation: expected ViT-L-14_stats\.th"
     ):
         peers.load_folder(pipe, path)
 
@@ -152,7 +152,7 @@ def test_a_single_file_of_stable_unclip_needs_its_statistics(tmp_path: Path) -> 
     torch.save(
         (pipe.decoder.augmentation.mean[0], -pipe.decoder.augmentation.std[0]), tmp_path / "ViT-L-14_stats.th"
     )
-    with pytest.raises(ValueError, match="deviation of an embedding's entry is not positive"):
+    with pytest.raises(ValueError, match="expected positive standard deviations"):
         reduced_unclip_families.load(name, weights=path)
 
 

@@ -1,5 +1,4 @@
-"""Our configurations in the words of diffusers and transformers: what the config.json of each part of a
-folder says."""
+"""Express our configurations as the config.json files of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -36,10 +35,16 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
-    """The class of a UNet and its configuration (``sample_size``: the usual latent's side); ValueError for
-    one that no class computes."""
-    levels = range(len(config.channels))
-    common = {
+    """Return the class of a UNet in diffusers, and its configuration.
+
+    Args:
+        config: Our configuration.
+        sample_size: Side of the usual latent. Default: 64.
+
+    Raises:
+        ValueError: If no class of diffusers computes this UNet.
+    """
+    common: JSON = {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "block_out_channels": list(config.channels),
@@ -51,53 +56,49 @@ def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
         "downsample_padding": 1,
         "sample_size": sample_size,
     }
-    if config.attention == "block":
-        if (
-            config.scale_shift
-            or config.resample is not None
-            or config.head_dim is None
-            or config.context_dim is not None
-            or not config.mid_depth
-        ):
-            raise ValueError(
-                "no class of diffusers computes this UNet: AttentionBlocks with scale-shift, resampling"
-                " blocks or heads of equal number"
-            )
-        down = ["AttnDownBlock2D" if config.depth[level] else "DownBlock2D" for level in levels]
-        types = {
-            "down_block_types": down,
-            "up_block_types": mirrored(down),
-            "attention_head_dim": config.head_dim,
-            "norm_eps": 1e-5,
-        }
-        return "UNet2DModel", {"_class_name": "UNet2DModel", **common, **types}
+    name, own = unconditional_unet(config) if config.attention == "block" else conditional_unet(config)
+    return name, {"_class_name": name, **common, **own}
+
+
+def unconditional_unet(config: UNetConfig) -> tuple[str, JSON]:
+    """Return the class of a UNet with AttentionBlocks, and the entries that are specific to it."""
+    if (
+        config.scale_shift
+        or config.resample is not None
+        or config.head_dim is None
+        or config.context_dim is not None
+        or not config.mid_depth
+    ):
+        raise ValueError(
+            "no class of diffusers computes this UNet: AttentionBlocks with scale-shift, resampling blocks, a"
+            " context, a given number of heads, or none in the middle"
+        )
+    down = ["AttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
+    return "UNet2DModel", {
+        "down_block_types": down,
+        "up_block_types": mirrored(down),
+        "attention_head_dim": config.head_dim,
+        "norm_eps": 1e-5,
+    }
+
+
+def conditional_unet(config: UNetConfig) -> tuple[str, JSON]:
+    """Return the class of a UNet with transformers, and the entries that are specific to it."""
     if config.scale_shift or config.resample is not None or not config.mid_depth:
         raise ValueError(
             "no class of diffusers computes this UNet: transformers with scale-shift, resampling blocks, or"
             " none in the middle"
         )
+    levels = range(len(config.channels))
     down = ["CrossAttnDownBlock2D" if config.depth[level] else "DownBlock2D" for level in levels]
     depth = [*(depth or 1 for depth in config.depth[:-1]), config.depth[-1] or config.mid_depth]
     if depth[-1] != config.mid_depth:
         raise ValueError(
-            f"diffusers gives the middle as many blocks as the last level: {config.mid_depth} and {depth[-1]}"
-            " differ"
+            "no class of diffusers computes this UNet: the middle must have as many transformer blocks as the"
+            f" last level, got {config.mid_depth} and {depth[-1]}"
         )
-    extra: JSON = {}
-    if config.pooled_dim:
-        extra = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": config.pooled_dim,
-        }
-    elif config.class_dim:
-        extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": config.class_dim}
-    elif config.classes:
-        extra = {"num_class_embeds": config.classes}
     return "UNet2DConditionModel", {
-        "_class_name": "UNet2DConditionModel",
-        **common,
-        **extra,
+        **vector_condition(config),
         "down_block_types": down,
         "up_block_types": mirrored(down),
         "norm_eps": 1e-5,
@@ -111,14 +112,30 @@ def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
     }
 
 
+def vector_condition(config: UNetConfig) -> JSON:
+    """Return the entries of a UNet's pooled, class-embedding or class condition; empty without one."""
+    if config.pooled_dim:
+        return {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": config.pooled_dim,
+        }
+    if config.class_dim:
+        return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": config.class_dim}
+    return {"num_class_embeds": config.classes} if config.classes else {}
+
+
 def mirrored(down: list[str]) -> list[str]:
-    """The blocks on the way up that mirror those on the way down."""
+    """Return the types of the up blocks that mirror the down blocks."""
     return [name.replace("Down", "Up") for name in reversed(down)]
 
 
 def vae_config(config: VAEConfig | VQConfig | TinyConfig, latent_scale: float) -> tuple[str, JSON]:
-    """The class of an autoencoder and its configuration; ValueError for one that no class of diffusers
-    computes."""
+    """Return the class of an autoencoder in diffusers, and its configuration.
+
+    Raises:
+        ValueError: If no class of diffusers computes it.
+    """
     if isinstance(config, TinyConfig):
         counts = {"num_encoder_blocks": list(config.encoder), "num_decoder_blocks": list(config.decoder)}
         widths = {
@@ -161,7 +178,7 @@ def vae_config(config: VAEConfig | VQConfig | TinyConfig, latent_scale: float) -
 
 
 def text_config(config: TextConfig) -> tuple[str, JSON]:
-    """The class of a CLIP text tower and its configuration."""
+    """Return the class of a CLIP text tower in transformers, and its configuration."""
     name = "CLIPTextModel" if config.embed_dim is None else "CLIPTextModelWithProjection"
     return name, {
         "architectures": [name],
@@ -183,7 +200,7 @@ def text_config(config: TextConfig) -> tuple[str, JSON]:
 
 
 def bert_config(config: BertConfig) -> tuple[str, JSON]:
-    """The class of LDM's text encoder and its configuration."""
+    """Return the class of LDM's text encoder in diffusers, and its configuration."""
     return "LDMBertModel", {
         "architectures": ["LDMBertModel"],
         "model_type": "ldmbert",
@@ -226,7 +243,13 @@ def scheduler_conflicts(stated: Mapping[str, Any], card: DiffusionCard) -> list[
 
 
 def scheduler_config(facts: JSON, sampler: str, *, trailing: bool) -> tuple[str, JSON]:
-    """The scheduler of a sampler: its class and its configuration, with the facts of the training."""
+    """Return the class of a sampler's scheduler in diffusers, and its configuration.
+
+    Args:
+        facts: The fields that state the training; see `training_facts`.
+        sampler: Name of the sampler. Samplers without a scheduler get that of DDIM.
+        trailing: Whether the timesteps are spaced "trailing"; otherwise "leading".
+    """
     name = SCHEDULERS.get(sampler, "DDIMScheduler")
     found: JSON = {
         "_class_name": name,
@@ -236,17 +259,17 @@ def scheduler_config(facts: JSON, sampler: str, *, trailing: bool) -> tuple[str,
     }
     if name in ("PNDMScheduler", "DDIMScheduler"):
         found["set_alpha_to_one"] = False
-    found["clip_sample"] = (
-        False  # read by those that clip, and by what is made of this configuration for another sampler
-    )
+    found["clip_sample"] = False
     if name == "PNDMScheduler":
         found["skip_prk_steps"] = True
     return name, found
 
 
 def conflicts(stated: Mapping[str, Any], expected: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """Where a configuration states something else than was expected, in words; numbers for all levels count
-    as one for each."""
+    """Describe where a configuration differs from what is expected, for each of some keys.
+
+    Keys that either side lacks are not compared. One number is equal to a list of this number for each level.
+    """
     found = []
     for key in keys:
         if stated.get(key) is None or expected.get(key) is None:

@@ -1,5 +1,7 @@
-"""Diffusers folders: one sub-folder a part, with its configuration and its weights, whole or in shards, plain
-or in a variant (fp16)."""
+"""Read folders in diffusers layout: a sub-folder for each part, with its configuration and its weights.
+
+Weights are one file or several shards, and may exist in variants such as fp16.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from ldm.weights.detection import Detection, detect
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.strict import mismatch
 
-# sub-folder: our name of the part
+# sub-folder -> name of the part
 PARTS = {
     "unet": "unet",
     "vae": "vae",
@@ -34,8 +36,15 @@ STEMS, ENDINGS = ("diffusion_pytorch_model", "model", "pytorch_model"), ("safete
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One part of a folder: its class and configuration as the files state them, its tensors memory-mapped,
-    and the files they came from."""
+    """One part of a folder.
+
+    Args:
+        path: Its sub-folder.
+        class_name: Its class, as model_index.json or config.json states it; empty if unknown.
+        config: The content of config.json; empty if absent.
+        tensors: The memory-mapped tensors by name.
+        files: The files that they are read from.
+    """
 
     path: Path
     class_name: str
@@ -46,8 +55,15 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A diffusers folder: the pipeline's class and options, the parts by our names, and the configurations of
-    its schedulers by sub-folder."""
+    """A pipeline's folder.
+
+    Args:
+        path: The folder.
+        class_name: Class of the pipeline.
+        parts: The parts by name.
+        options: Options of the pipeline.
+        schedulers: Configurations of the schedulers by sub-folder.
+    """
 
     path: Path
     class_name: str
@@ -56,8 +72,7 @@ class Folder:
     schedulers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def detect(self) -> Detection:
-        """The family, told from the UNet's keys; ValueError if there is no UNet or it is of no known
-        family."""
+        """Return the family by the keys of the UNet; ValueError if there is no UNet or it is unknown."""
         if "unet" not in self.parts:
             raise ValueError(f"{str(self.path)!r} has no unet; its parts: {', '.join(self.parts)}")
         unet = self.parts["unet"]
@@ -65,40 +80,49 @@ class Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; FileNotFoundError if absent, ValueError naming the file if it is no mapping
-    or no JSON."""
+    """Return the mapping in a JSON file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not valid JSON or not a mapping; the message names it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {str(path)!r}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no valid JSON ({error})") from None
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r}: expected a mapping, got {type(content).__name__}")
     return content
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a path is a diffusers pipeline's folder."""
+    """Return whether a path is the folder of a pipeline in diffusers layout."""
     return (Path(path) / "model_index.json").is_file()
 
 
 def read_folder(
     path: str | Path, *, variant: str | None = None, parts: Iterable[str] | None = None
 ) -> Folder:
-    """A diffusers folder with its weights memory-mapped.
+    """Return a pipeline's folder with its weights memory-mapped.
 
-    variant: None for the plain files (or the only variant there is), else a name such as "fp16" or "non_ema",
-    which every part read must have. parts: which of ours to read ("unet", "vae", "text", …); None: all but
-    the safety checker. FileNotFoundError names a part, file or shard that is absent; ValueError a file that
-    is damaged or does not agree with the index.
+    Args:
+        path: The folder.
+        variant: Variant of the files, such as "fp16" or "non_ema", which every part must have. None: the
+            plain files, or the only variant.
+        parts: Names of the parts to read, such as "unet", "vae", "text". None: all but the safety checker.
+
+    Raises:
+        FileNotFoundError: If the folder, a part, a file or a shard is absent.
+        ValueError: If a part is unknown, or a file is damaged or contradicts the index.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no such folder: {str(path)!r}")
     if not is_folder(path):
         raise FileNotFoundError(
-            f"{str(path)!r} has no model_index.json: it is no folder of a diffusers pipeline"
+            f"{str(path)!r} has no model_index.json: it is not the folder of a diffusers pipeline"
         )
     index = read_json(path / "model_index.json")
     listed = {
@@ -140,7 +164,17 @@ def _is_setting(name: str) -> bool:
 
 
 def read_component(path: str | Path, *, variant: str | None = None, class_name: str = "") -> Component:
-    """One sub-folder (unet/, vae/, text_encoder/, …): its config.json and its tensors, memory-mapped."""
+    """Return one sub-folder (unet/, vae/, text_encoder/, …): its config.json and its memory-mapped tensors.
+
+    Args:
+        path: The sub-folder.
+        variant: Variant of the files; None for the plain ones, or the only variant.
+        class_name: Its class, as model_index.json states it; empty to take it from config.json.
+
+    Raises:
+        FileNotFoundError: If the sub-folder, its weights or a shard is absent.
+        ValueError: If a file is damaged or contradicts the index.
+    """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{str(path)!r} is absent, though model_index.json lists it")
@@ -151,7 +185,7 @@ def read_component(path: str | Path, *, variant: str | None = None, class_name: 
         found, _ = read_tensors(file)
         twins = tensors.keys() & found.keys()
         if twins:
-            raise ValueError(f"{str(file)!r}: tensor {min(twins)!r} stands in another shard too")
+            raise ValueError(f"{str(file)!r}: tensor {min(twins)!r} is in another shard too")
         if weight_map is not None:
             _check_shard(file, found, weight_map)
         tensors |= found
@@ -163,14 +197,21 @@ def _check_shard(file: Path, found: Mapping[str, Tensor], weight_map: Mapping[st
     listed = {key for key, name in weight_map.items() if name == file.name}
     wrong = mismatch(sorted(listed - found.keys()), sorted(found.keys() - listed), ())
     if wrong:
-        raise ValueError(f"{str(file)!r} does not hold what its index says: {wrong}")
+        raise ValueError(f"{str(file)!r} does not hold what its index states: {wrong}")
 
 
 def find_weights(path: Path, variant: str | None = None) -> tuple[list[Path], dict[str, str] | None]:
-    """The file or shards with a sub-folder's weights, and the index's map (tensor: file name) where there is
-    one.
+    """Return the files with a sub-folder's weights, and the index's map of tensors to file names or None.
 
-    Safetensors go before .bin. With variant None the plain files, else the only variant there is.
+    Safetensors take precedence over .bin.
+
+    Args:
+        path: The sub-folder.
+        variant: Variant of the files; None for the plain ones, or the only variant.
+
+    Raises:
+        FileNotFoundError: If there are no weights, or not in this variant.
+        ValueError: If there are several variants and no plain files, and ``variant`` is None.
     """
     variants = list_variants(path)
     if not variants:
@@ -181,7 +222,7 @@ def find_weights(path: Path, variant: str | None = None) -> tuple[list[Path], di
     if variant is None:
         if "" not in variants and len(variants) > 1:
             raise ValueError(
-                f"{str(path)!r} has the variants {', '.join(variants)} and no plain weights: say which"
+                f"{str(path)!r} has the variants {', '.join(variants)} and no plain weights: pass variant="
             )
         variant = "" if "" in variants else next(iter(variants))
     if variant not in variants:
@@ -192,21 +233,22 @@ def find_weights(path: Path, variant: str | None = None) -> tuple[list[Path], di
 
 
 def list_variants(path: Path) -> dict[str, Path]:
-    """The variants of a sub-folder's weights ("" is the plain one) with the file, or the index of shards,
-    that each is read from."""
+    """Return the file or index of shards of each variant of a sub-folder's weights; "" is the plain one."""
     found: dict[str, Path] = {}
     for ending in ENDINGS:
         for stem in STEMS:
             for file in sorted(path.glob(f"{stem}*")):
-                variant = _variant(file.name, stem, ending)
+                variant = _variant_name(file.name, stem, ending)
                 if variant is not None:
                     found.setdefault(variant, file)
     return found
 
 
-def _variant(name: str, stem: str, ending: str) -> str | None:
-    """The variant of stem[.variant].ending, of stem[.variant].ending.index.json and of
-    stem.ending.index.variant.json; None for other files."""
+def _variant_name(name: str, stem: str, ending: str) -> str | None:
+    """Return the variant in the name of a file of weights or of an index ("" if plain); None for others.
+
+    The forms are stem[.variant].ending, stem[.variant].ending.index.json and stem.ending.index.variant.json.
+    """
     if not name.startswith(f"{stem}."):
         return None
     middle = name.removeprefix(stem)
@@ -220,8 +262,12 @@ def _variant(name: str, stem: str, ending: str) -> str | None:
 
 
 def read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The shards that an index names, all of which must be there, and its map; nothing outside the index's
-    folder is looked at."""
+    """Return the shards that an index names, and its map of tensors to file names.
+
+    Raises:
+        FileNotFoundError: If a shard is absent.
+        ValueError: If the index is damaged, or names a file outside its folder.
+    """
     weight_map = read_json(path).get("weight_map")
     if (
         not isinstance(weight_map, dict)

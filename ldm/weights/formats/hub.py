@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub, into its own cache; asked only when nothing local was given or found."""
+"""Download weights from the Hugging Face hub into its own cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from ldm.weights.formats.diffusers_folder import is_folder, list_variants, read_folder
 from ldm.weights.formats.safetensors import sha256 as digest
 
-# of a folder of diffusers: configurations, tokenizers and each part's plain weights, but not the single files
-# that may lie beside them
+# Files of a folder in diffusers layout: configurations, tokenizers and the plain weights of each part, but
+# not the single files that may be beside them.
 CONFIGURATIONS, SAFETENSORS, PICKLES = (
     ["*.json", "*.txt"],
     ["*/*.safetensors", "diffusion_pytorch_model.safetensors"],
@@ -20,12 +20,11 @@ UNUSED = ["*.fp16.*", "*.non_ema.*", "safety_checker/*"]
 
 
 class UnexpectedHash(UserWarning):
-    """A downloaded file is not the one that third parties describe."""
+    """Warns that a downloaded file has another hash than third parties list."""
 
 
 def local_path(name: str) -> Path | None:
-    """Where a model's weights lie below LDM_HOME (default ~/.cache/ldm): a folder or file by its name; None
-    if there are none."""
+    """Return the file or folder called ``name`` below LDM_HOME (default: ~/.cache/ldm), or None."""
     home = Path(os.environ.get("LDM_HOME") or Path.home() / ".cache" / "ldm")
     places = [home / name, *(home / f"{name}.{ending}" for ending in ("safetensors", "ckpt"))]
     return next((place for place in places if place.exists()), None)
@@ -34,11 +33,20 @@ def local_path(name: str) -> Path | None:
 def download(
     name: str, repo: str, file: str | None, *, sha256: str | None = None, stated: bool = False
 ) -> Path:
-    """A repository's file, or (None) its folder, from the hub's cache or from the hub.
+    """Return a file or a folder from the hub's cache, downloaded if necessary.
 
-    A file that was just downloaded is compared with ``sha256``: where its publisher ``stated`` that, another
-    is removed and refused with ValueError; else there is a warning. FileNotFoundError, saying what to do, if
-    the hub cannot be reached.
+    Args:
+        name: Name of the model, for messages.
+        repo: Repository, "owner/name".
+        file: File in the repository; None for its folder in diffusers layout. Pickles are downloaded only if
+            there are no safetensors.
+        sha256: Expected SHA-256 of a newly downloaded file.
+        stated: Whether the publisher states ``sha256``. If so, a file with another hash is removed and
+            refused; otherwise there is a warning.
+
+    Raises:
+        FileNotFoundError: If the file is not in the cache and the hub cannot be reached.
+        ValueError: If the file has another hash than its publisher states.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -46,40 +54,39 @@ def download(
         if file is not None:
             return Path(hf_hub_download(repo, file, local_files_only=local))
         path = Path()
-        for weights in (
-            SAFETENSORS,
-            SAFETENSORS + PICKLES,
-        ):  # pickles, read by our own reader, only where there is nothing else
-            options = {
-                "allow_patterns": CONFIGURATIONS + weights,
-                "ignore_patterns": UNUSED,
-                "local_files_only": local,
-            }
-            path = Path(snapshot_download(repo, **options))
-            if _whole(path):
+        for weights in (SAFETENSORS, SAFETENSORS + PICKLES):
+            path = Path(
+                snapshot_download(
+                    repo,
+                    allow_patterns=CONFIGURATIONS + weights,
+                    ignore_patterns=UNUSED,
+                    local_files_only=local,
+                )
+            )
+            if has_all_weights(path):
                 return path
         raise FileNotFoundError(f"{str(path)!r} lacks weights of a part")
 
     try:
         return fetch(True)
     except OSError:
-        pass  # not in the cache, or not all of it
+        pass  # not, or not completely, in the cache
     try:
         path = fetch(False)
     except OSError as error:
         what = f"{repo}/{file}" if file else repo
         raise FileNotFoundError(
-            f"the weights of {name!r} are not on this machine, and {what} cannot be had from the hub"
+            f"the weights of {name!r} are not on this machine, and {what} cannot be downloaded from the hub"
             f" ({type(error).__name__}); pass weights=FILE_OR_FOLDER, put them into LDM_HOME as"
-            f" {name}.safetensors or a folder {name}, or go online"
+            f" {name}.safetensors or a folder {name}, or connect to the network"
         ) from error
     if file is not None and sha256 is not None:
-        _check(path, sha256, stated)
+        check_hash(path, sha256, stated=stated)
     return path
 
 
-def _whole(path: Path) -> bool:
-    """Whether a folder from the hub has the weights of all its parts."""
+def has_all_weights(path: Path) -> bool:
+    """Return whether a folder in diffusers layout holds the weights of all its parts."""
     if not is_folder(path):
         return bool(list_variants(path))
     try:
@@ -89,7 +96,8 @@ def _whole(path: Path) -> bool:
     return True
 
 
-def _check(path: Path, expected: str, stated: bool) -> None:
+def check_hash(path: Path, expected: str, *, stated: bool) -> None:
+    """Warn if a file has another SHA-256 than expected; refuse it, removed, if its publisher states that."""
     found = digest(path)
     if found == expected:
         return
@@ -100,5 +108,5 @@ def _check(path: Path, expected: str, stated: bool) -> None:
     for place in {path.resolve(), path}:
         place.unlink(missing_ok=True)
     raise ValueError(
-        f"{message} as its publisher states it: the download is damaged or was changed, and was removed"
+        f"{message} as its publisher states it: the download is damaged or was changed, and has been removed"
     )

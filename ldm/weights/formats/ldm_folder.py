@@ -1,5 +1,8 @@
-"""Our own layout: a folder with NAME.safetensors and NAME.yaml for each part, which says what the network is
-and where the weights come from."""
+"""Read and write the ldm layout: a folder with NAME.safetensors and NAME.yaml for each part.
+
+NAME.yaml states the class of the network and its configuration, the SHA-256 of the weights, and facts such as
+how they were trained. A text tower has its vocabulary in vocabulary.json, and a whole model its card.yaml.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from ldm.weights.formats.safetensors import read_safetensors, sha256, write_safe
 from ldm.weights.parts import NETWORKS
 from ldm.weights.strict import load_strict
 
-# how the models trained here read their text tower
+# How the text tower of the models that this repository trained is read.
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
 
 
@@ -36,8 +39,19 @@ def write_part(
     dtype: torch.dtype | None = torch.float16,
     **facts: Any,
 ) -> None:
-    """Write a network: ``name``.safetensors in a dtype (None: its own), and ``name``.yaml with its kind and
-    shape, the file's hash and the facts."""
+    """Write the weights and the YAML of a part.
+
+    Args:
+        folder: The folder to write; it is created.
+        name: Name of the part.
+        module: The network.
+        config: Its configuration, a dataclass.
+        dtype: Floating-point type of the weights; None keeps the network's own. Default: float16.
+        **facts: Further entries of the YAML.
+
+    Raises:
+        ValueError: If a number leaves the range of ``dtype``.
+    """
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +68,11 @@ def write_part(
 
 
 def narrow(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor in a dtype; ValueError if a number leaves the dtype's range or is not finite."""
+    """Return a tensor on the CPU in a dtype (None: its own).
+
+    Raises:
+        ValueError: If a number leaves the range of the dtype or is not finite.
+    """
     value = value.detach().cpu()
     if dtype is None or not value.is_floating_point() or value.dtype == dtype:
         return value.contiguous()
@@ -62,19 +80,19 @@ def narrow(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
     if not torch.isfinite(small).all():
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"{key}: not all numbers are finite in {name} (largest {float(value.abs().max()):.3g})"
+            f"{key}: not all numbers are finite in {name} (largest magnitude {float(value.abs().max()):.3g})"
         )
     return small.contiguous()
 
 
 def about_part(folder: str | Path, name: str) -> dict[str, Any]:
-    """What ``name``.yaml says; FileNotFoundError if the part is not there, whole."""
+    """Return the content of ``name``.yaml; FileNotFoundError if it or the weights are absent."""
     about, weights = Path(folder) / f"{name}.yaml", Path(folder) / f"{name}.safetensors"
     for path in (about, weights):
         if not path.is_file():
             raise FileNotFoundError(
-                f"no {name} in {str(folder)!r}: {path.name} is absent (`python -m ldm export CONFIG` writes"
-                " it after training)"
+                f"no {name} in {str(folder)!r}: {path.name} is absent (`ldm export CONFIG` writes it after"
+                " training)"
             )
     return read_yaml(about)
 
@@ -88,10 +106,19 @@ def read_part(
     dtype: torch.dtype = torch.float32,
     check: bool = True,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a part and what its YAML says, in a dtype, ready for use.
+    """Return the network of a part in evaluation mode, and the content of its YAML.
 
-    ValueError if the weights are not those that the YAML was written with (``check``: their sha256 is
-    compared), or do not fit.
+    Args:
+        folder: The folder.
+        name: Name of the part.
+        config: Class of the configuration.
+        network: Class of the network.
+        dtype: Floating-point type of the network. Default: float32.
+        check: Whether to compare the SHA-256 of the weights with the YAML. Default: True.
+
+    Raises:
+        FileNotFoundError: If the part is absent.
+        ValueError: If the weights have another SHA-256 or do not fit.
     """
     about, weights = about_part(folder, name), Path(folder) / f"{name}.safetensors"
     if check and sha256(weights) != about["sha256"]:
@@ -105,8 +132,14 @@ def read_part(
 
 
 def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
-    """The configuration's and the network's class of a part, as its YAML states them (the first exports state
-    none)."""
+    """Return the classes of a part's configuration and network.
+
+    The YAML states the network's class; if it does not, the name of the part decides.
+
+    Raises:
+        FileNotFoundError: If the part is absent.
+        ValueError: If the class is unknown.
+    """
     kinds = {network.__name__: (config, network) for config, network in NETWORKS.items()}
     usual = {
         "vae": "AutoencoderKL",
@@ -122,14 +155,14 @@ def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
 
 
 def read_part_config(folder: str | Path, name: str) -> Any:
-    """The shape of a part, as its YAML states it."""
+    """Return the configuration of a part, as its YAML states it."""
     return build(kind_of(folder, name)[0], about_part(folder, name)["model"], f"{name}.yaml: model")
 
 
 def read_network(
     folder: str | Path, name: str, *, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a part, of the kind that its YAML states, and what the YAML says; see `read_part`."""
+    """Return the network of a part, of the class that its YAML states, and the content of the YAML."""
     return read_part(folder, name, *kind_of(folder, name), dtype=dtype)
 
 
@@ -142,16 +175,26 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str | None = None) -> None:
-    """Give a network the weights of a part; ``leave``: a module that stays as it is, there or not. ValueError
-    if they do not fit."""
-    begun, _ = read_network(folder, name)
+    """Load the weights of a part into a network.
+
+    Args:
+        module: The network.
+        folder: The folder of the part.
+        name: Name of the part.
+        leave: Dotted name of a sub-module that keeps its weights, whether or not the part has it; None for
+            none.
+
+    Raises:
+        ValueError: If the part has other tensors than the network.
+    """
+    source, _ = read_network(folder, name)
     own, state = (
         {
             key: value
             for key, value in net.state_dict().items()
             if leave is None or not key.startswith(f"{leave}.")
         }
-        for net in (module, begun)
+        for net in (module, source)
     )
     wanted, found = ({key: tuple(value.shape) for key, value in weights.items()} for weights in (own, state))
     if wanted != found:
@@ -164,8 +207,14 @@ def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str |
 
 
 def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **facts: Any) -> None:
-    """Write a text tower, its draft if it has one, and vocabulary.json: the tokens that it embeds and the
-    words that training saw."""
+    """Write a text tower, its draft network if it has one, and its vocabulary.
+
+    Args:
+        folder: The folder to write.
+        text: The text tower with its tokenizer.
+        words: The words that its training saw.
+        **facts: Further entries of each part's YAML.
+    """
     for part, network in text.networks().items():
         write_part(folder, part, network, network.config, **facts)
     write_vocabulary(folder, text.tokenizer, words)
@@ -174,14 +223,19 @@ def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **f
 def write_vocabulary(
     folder: Path, tokenizer: Tokenizer, words: Sequence[str] | frozenset[str] | None
 ) -> None:
-    """Write vocabulary.json: the tokens that a tower embeds (None: all), and the words that its training saw
-    (None: not known)."""
+    """Write vocabulary.json.
+
+    Args:
+        folder: The folder to write.
+        tokenizer: The tokenizer, whose tokens are those that the text tower embeds.
+        words: The words that its training saw; None if they are not known.
+    """
     vocabulary = {"tokens": tokenizer.vocabulary, "words": None if words is None else sorted(words)}
     write_atomically(folder / "vocabulary.json", json.dumps(vocabulary, separators=(",", ":")).encode())
 
 
 def read_vocabulary(folder: str | Path) -> tuple[Tokenizer, frozenset[str] | None]:
-    """The tokenizer of a folder and the words that training saw."""
+    """Return the tokenizer of a folder, and the words that the training of its text tower saw, if known."""
     path = Path(folder) / "vocabulary.json"
     if not path.is_file():
         raise FileNotFoundError(f"no vocabulary in {str(folder)!r}: {path.name} is absent")
@@ -197,7 +251,14 @@ def read_text(
     dtype: torch.dtype = torch.float32,
     check: bool = True,
 ) -> TextConditioner:
-    """The text conditioner in a folder."""
+    """Return the text tower in a folder, with its tokenizer and, if present, its draft network.
+
+    Args:
+        folder: The folder.
+        convention: How the text tower is read. Default: that of the models in this package.
+        dtype: Floating-point type of the networks. Default: float32.
+        check: Whether to compare the SHA-256 of the weights with the YAML. Default: True.
+    """
     tower, _ = read_part(folder, "text", TextConfig, TextTower, dtype=dtype, check=check)
     assert isinstance(tower, TextTower)
     tokenizer, words = read_vocabulary(folder)

@@ -1,4 +1,4 @@
-"""Single files: one .ckpt or .safetensors with every part of a model below its prefix."""
+"""Read single files: one .ckpt or .safetensors file with every part of a model below its prefix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.weights.formats.safetensors import existing_file, map_safetensors
 from ldm.weights.keymap import below
 from ldm.weights.strict import mismatch
 
-# Buffers of training programs, which follow from the card, and markers. `scale_factor` is not among them: it
+# Markers and buffers of training programs, which follow from the card. `scale_factor` is not one of them: it
 # overrides the card.
 UNNEEDED_KEYS = (
     "betas",
@@ -37,10 +37,15 @@ UNNEEDED_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFile:
-    """A file's parts, each a state dict in the file's names below its prefix, and what was said beside them.
+    """The content of a single file.
 
-    ``ema``: whether the UNet's tensors are the averaged ones. ``scale_factor``: the latent scale that the
-    file states, None if it does not.
+    Args:
+        path: The file.
+        found: Its family and layout.
+        parts: State dicts by part, with the file's names below the part's prefix.
+        ema: Whether the UNet's tensors are the averaged ones.
+        scale_factor: The latent scale that the file states; None if it states none.
+        values: Numbers and strings beside the tensors.
     """
 
     path: Path
@@ -52,10 +57,13 @@ class SingleFile:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
-    """The memory-mapped tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, and the plain values beside
-    them.
+    """Return the memory-mapped tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, and its values.
 
-    The content decides, not the ending. ValueError naming the file if it is damaged or refused.
+    The content of the file decides how it is read, not its ending.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or refused; the message names it.
     """
     path = existing_file(path)
     with path.open("rb") as file:
@@ -68,10 +76,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | f
 
 
 def ema_names(keys: Iterable[str]) -> dict[str, str]:
-    """Which key of a CompVis file holds the average of which: {"model.x.y": "model_ema.xy"}, built from the
-    known keys.
+    """Return the key of the averaged copy of each trained tensor of a CompVis file that has one.
 
-    The averaged names have lost their dots; ValueError if two keys would share one.
+    The names of averages have no dots: "model_ema.xy" is the average of "model.x.y".
+
+    Raises:
+        ValueError: If an average may be that of two tensors.
     """
     known = set(keys)
     found: dict[str, str] = {}
@@ -89,20 +99,27 @@ def ema_names(keys: Iterable[str]) -> dict[str, str]:
 def choose_ema(
     state: Mapping[str, Tensor], ema: bool | None, *, source: str | Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """The state with the averaged tensors in place of the trained ones, or without them, and whether they are
-    averaged.
+    """Return the state dict without averaged copies, and whether they took the place of the trained tensors.
 
-    ema None: averaged where the file has them. True, but the file has none or only some: ValueError.
+    Args:
+        state: The state dict of a file.
+        ema: True for the averaged tensors, False for the trained ones, None for the averaged ones if the file
+            has them.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: If averages are asked for and the file has none, or if it has those of some tensors only
+            and ``ema`` is not False.
     """
     names = ema_names(state)
     trained = [key for key in state if key.startswith("model.")]
     if names and len(names) != len(trained) and ema is not False:
         lost = [key for key in trained if key not in names]
         some = f"{len(names)} of {len(trained)} tensors only (not of {', '.join(lost[:3])})"
-        raise ValueError(f"{str(source)!r} has averages of {some}; ask for ema=False")
+        raise ValueError(f"{str(source)!r} has averages of {some}: pass ema=False")
     if ema and not names:
-        advice = "files named '-emaonly' hold them as their own: leave ema out"
-        raise ValueError(f"{str(source)!r} has no averaged (EMA) weights beside its own; {advice}")
+        advice = "the plain tensors of a file named '-emaonly' are averaged: leave ema out"
+        raise ValueError(f"{str(source)!r} has no averaged (EMA) copies; {advice}")
     rest = {key: value for key, value in state.items() if not key.startswith("model_ema.")}
     if ema is False or not names:
         return rest, False
@@ -110,10 +127,18 @@ def choose_ema(
 
 
 def read_single(path: str | Path, *, ema: bool | None = None, family: str | None = None) -> SingleFile:
-    """A single file taken apart, memory-mapped; see `choose_ema` for ``ema``.
+    """Return the parts of a single file, memory-mapped.
 
-    ``family``: the one expected, which a file of unknown shapes is then taken for. ValueError naming the file
-    if it is damaged, of another, of no known or no supported family, or holds tensors that belong to no part.
+    Args:
+        path: The file.
+        ema: Which weights to take; see `choose_ema`.
+        family: The expected family; files whose shapes no published model has are taken for it. None: any
+            supported family.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, belongs to another, an unknown or an unsupported family, or holds
+            tensors that belong to no part; the message names it.
     """
     path = existing_file(path)
     state, values = read_tensors(path)
@@ -141,12 +166,14 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
 def split_parts(
     state: Mapping[str, Tensor], found: Detection
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The parts of a file by name (empty ones left out), and the keys that are in no part and not known to be
-    unneeded."""
+    """Return the state dicts of a file's parts, without empty ones, and the keys that belong to no part.
+
+    Keys that are known to be unneeded are left out.
+    """
     family = found.family
     bare = not any(key.startswith(prefix) for prefix in family.parts.values() if prefix for key in state)
     prefixes = {"unet": ""} if bare and "unet" in family.parts else dict(family.parts)
-    parts: dict[str, dict[str, Tensor]] = {name: below(prefix, state) for name, prefix in prefixes.items()}  # type: ignore[misc]
+    parts = {name: below(prefix, state) for name, prefix in prefixes.items()}
     unneeded = (*UNNEEDED_KEYS, *family.unneeded)
     left = [
         key

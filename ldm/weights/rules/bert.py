@@ -1,5 +1,4 @@
-"""The BERT-style text encoder of LDM's text2img models: CompVis' x-transformer against ours (which has the
-names of diffusers' LDMBert)."""
+"""Rules for LDM's text encoder: CompVis' x-transformer and our names, which are diffusers'."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ BERT_FIXED = rename(
 
 
 def layer(i: int) -> Section:
-    """One layer of ours is two of the file's: attention at 2i, feed-forward at 2i + 1, each with its norm."""
+    """Return the rules of layer ``i``, which is two in the file: attention at 2i, feed-forward at 2i + 1."""
     attention, feed_forward = 2 * i, 2 * i + 1
     rules = rename(
         ("self_attn_layer_norm", f"{attention}.0"),
@@ -33,7 +32,12 @@ def layer(i: int) -> Section:
 
 
 def bert_table(names: Iterable[str]) -> Table:
-    """The original layout, below `cond_stage_model.transformer.`, for an encoder with these names; the unused
-    `to_logits` may be absent."""
+    """Return the table of the original layout, below `cond_stage_model.transformer.`.
+
+    The projection to the vocabulary, `to_logits`, is not used and may be absent.
+
+    Args:
+        names: Names of the encoder's tensors.
+    """
     numbers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     return Table((Section("", "", BERT_FIXED), *(layer(i) for i in sorted(numbers))), ("to_logits.*",))

@@ -1,4 +1,4 @@
-"""CLIP towers: the layouts of open_clip, OpenAI and Hugging Face against ours, which is open_clip's."""
+"""Rules for CLIP: the layouts of open_clip, OpenAI and Hugging Face, and our names, which are open_clip's."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ VISION = (
     (("class_embedding",), ("embeddings.class_embedding",)),
     (("conv1.weight",), ("embeddings.patch_embedding.weight",)),
     (("positional_embedding",), ("embeddings.position_embedding.weight",)),
-    (("ln_pre.{leaf}",), ("pre_layrnorm.{leaf}",)),  # spelled so
+    (("ln_pre.{leaf}",), ("pre_layrnorm.{leaf}",)),  # misspelled in the file
     (("ln_post.{leaf}",), ("post_layernorm.{leaf}",)),
 )
-# no weights: configuration and buffers
+# Configuration and buffers.
 NUMBERS = ("input_resolution", "context_length", "vocab_size", "*attn_mask", "*position_ids")
-# What a tower alone does not need of a file with more.
+# What a single tower does not need of a file with both.
 BESIDE_TEXT = ("visual.*", "vision_model.*", "visual_projection.weight", "text_projection*", "logit_scale")
 BESIDE_VISION = (
     "text_model.*",
@@ -52,11 +52,14 @@ BESIDE_VISION = (
 
 
 def clip_table(names: Iterable[str], keys: Iterable[str]) -> Table:
-    """The table between a network (CLIP, a TextTower or a VisionTower, told by its names) and a file, whose
-    layout its keys tell.
+    """Return the table between CLIP or one of its towers and a file.
 
-    The layouts: open_clip's, with the text tower at the top (as OpenAI's) or below ``text.``; Hugging Face's,
-    whose towers may have lost ``text_model.`` or ``vision_model.``.
+    The layouts are open_clip's, with the text tower at the top (as in OpenAI's) or below ``text.``, and
+    Hugging Face's, with or without the prefixes ``text_model.`` and ``vision_model.``.
+
+    Args:
+        names: Names of a `CLIP`, a `TextTower` or a `VisionTower`, which determine the network.
+        keys: Names in the file, which determine the layout.
     """
     names, keys = set(names), set(keys)
     has_text, whole = "token_embedding.weight" in names, "visual.conv1.weight" in names
@@ -75,6 +78,7 @@ def clip_table(names: Iterable[str], keys: Iterable[str]) -> Table:
 
 
 def _hugging_face(has_text: bool, whole: bool) -> Iterable[Section]:
+    """Yield the sections of Hugging Face's layout; ``whole``: the network has both towers."""
     if has_text:
         scale = rename_one("logit_scale", "logit_scale")
         projection = rename_one("text_projection", "text_projection.weight", TRANSPOSED)
@@ -91,14 +95,21 @@ def _hugging_face(has_text: bool, whole: bool) -> Iterable[Section]:
 
 
 def rename_one(ours: str, file: str, change: Change = SAME) -> Rule:
-    """A rule for one tensor."""
+    """Return a rule for one tensor."""
     return Rule((ours,), (file,), change)
 
 
 def _tower(
     rules: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...], prefix: str, blocks: str, *, spare: bool
 ) -> Iterable[Rule]:
-    """The rules of one tower below its prefix in the file; ``spare``: the prefix may be absent."""
+    """Yield the rules of one tower.
+
+    Args:
+        rules: Patterns of our names and the file's, outside the transformer blocks.
+        prefix: Prefix of the tower in the file.
+        blocks: Prefix of our transformer blocks.
+        spare: Whether the prefix may be absent from the file.
+    """
     inner = [
         ((f"{blocks}resblocks.{{i}}.{ours[0]}",), tuple(f"encoder.layers.{{i}}.{name}" for name in file))
         for ours, file in CLIP_BLOCK
@@ -108,9 +119,17 @@ def _tower(
 
 
 def to_clip(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> dict[str, Tensor]:
-    """A file's tensors under the names of CLIP, a TextTower or a VisionTower; ValueError lists what is
-    missing, unexpected or misshapen."""
-    if state and all(key.startswith("module.") for key in state):  # saved from a data-parallel training
+    """Return a file's tensors under the names of a network.
+
+    Args:
+        module: A `CLIP`, a `TextTower` or a `VisionTower`.
+        state: The file's tensors, in any layout; see `clip_table`.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: If names are missing, unexpected or misshapen; one message lists all.
+    """
+    if state and all(key.startswith("module.") for key in state):  # saved by data-parallel training
         state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {
         key: value.reshape(()) if key == "logit_scale" and value.numel() == 1 else value

@@ -1,4 +1,4 @@
-"""unCLIP decoders: the layouts of Karlo and Kandinsky 2.1, and of diffusers, against ours."""
+"""Rules for unCLIP decoders: the layouts of Karlo and Kandinsky 2.1, that of diffusers, and our names."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ KANDINSKY21_RULES = rename(
     ("norms.pooled_norm", "ln_model_n"),
     ("image", "img_layer"),
 )
-# In diffusers' folders Karlo's projections are a part of their own, here below text_proj, with the UNet below
-# decoder.
+# In diffusers layout Karlo's projections and UNet are two parts, read below text_proj and decoder.
 KARLO_DIFFUSERS = (
     Rule(("null_image",), ("learned_classifier_free_guidance_embeddings",)),
     *rename(
@@ -49,8 +48,16 @@ KANDINSKY_DIFFUSERS = rename(
 
 
 def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "original") -> Table:
-    """The table of a decoder's file: "original", below ``model.`` in Karlo's, or "diffusers"; ValueError for
-    one that was not published so."""
+    """Return the table of a decoder's file.
+
+    Args:
+        config: Configuration of the decoder.
+        names: Names of its tensors.
+        layout: "original" (in Karlo's file below ``model.``) or "diffusers".
+
+    Raises:
+        ValueError: If the decoder is not published in this layout.
+    """
     karlo = config.condition.interleaved
     if layout == "diffusers":
         projections = (
@@ -60,18 +67,16 @@ def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "or
         )
         return Table((Section("unet", "decoder" if karlo else "", IDENTITY), projections))
     if not karlo and config.condition.text_dim is None:
-        raise ValueError(
-            'layout: Kandinsky 2.2 was published in the layout of "diffusers" alone, got "original"'
-        )
+        raise ValueError('layout: expected "diffusers", the only layout of Kandinsky 2.2, got "original"')
     below = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
-    inner = unet_table(below, heads=_one(config), head_dim=config.unet.head_dim)
+    inner = unet_table(below, heads=_head_count(config), head_dim=config.unet.head_dim)
     unet = tuple(Section(f"unet.{s.ours}".rstrip("."), s.file, s.rules) for s in inner.sections)
     return Table((*unet, Section("condition", "", KARLO_RULES if karlo else KANDINSKY21_RULES)), inner.ignore)
 
 
-def _one(config: DecoderConfig) -> int | None:
+def _head_count(config: DecoderConfig) -> int | None:
     if isinstance(config.unet.heads, tuple):
         raise ValueError(
-            f"heads: the original layout holds one number for all levels, got {config.unet.heads}"
+            f"heads: expected one number for all levels in the original layout, got {config.unet.heads}"
         )
     return config.unet.heads

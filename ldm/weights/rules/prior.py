@@ -1,4 +1,4 @@
-"""Priors: the layouts of Karlo (and Kandinsky 2.1), of diffusers, and of DALLE2-pytorch against ours."""
+"""Rules for priors: the layouts of Karlo, Kandinsky 2.1, diffusers and DALLE2-pytorch, and our names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DALLE2 = (
 
 
 def karlo_blocks(heads: int) -> tuple[Rule, ...]:
-    """Karlo's blocks: one matrix holds q, k and v, interleaved by head."""
+    """Return the rules of Karlo's blocks, where one matrix holds q, k and v, interleaved by head."""
     at, there = "transformer.blocks.{i}", "transformer.resblocks.{i}"
     fused = tuple(f"{at}.attn1.to_{part}.{{leaf}}" for part in "qkv")
     pairs = (
@@ -51,15 +51,22 @@ def karlo_blocks(heads: int) -> tuple[Rule, ...]:
 
 
 def prior_table(config: PriorConfig, layout: str = "original") -> Table:
-    """The table of a prior's file: "original", below ``model.`` in Karlo's and ``net.`` in DALLE2-pytorch's,
-    or "diffusers".
+    """Return the table of a prior's file.
 
-    The statistics are a file of their own in Karlo's layout: see `with_statistics`.
+    In Karlo's layout the statistics of image embeddings are a separate file; see `with_statistics`.
+
+    Args:
+        config: Configuration of the prior.
+        layout: "original" (in the file below ``model.`` for Karlo, ``net.`` for DALLE2-pytorch) or
+            "diffusers".
+
+    Raises:
+        ValueError: If the prior is not published in this layout.
     """
     if config.blocks == "cosine":
         if layout != "original":
             raise ValueError(
-                f'layout: priors with cosine blocks are published in the "original" one alone, got {layout!r}'
+                f'layout: expected "original", the only layout of priors with cosine blocks, got {layout!r}'
             )
         return Table((Section("", "", DALLE2),), ("noise_scheduler.*", "clip.*"))
     if layout == "diffusers":
@@ -76,25 +83,28 @@ def prior_table(config: PriorConfig, layout: str = "original") -> Table:
 
 
 def with_statistics(state: Mapping[str, Tensor], statistics: Sequence[Tensor] | None) -> dict[str, Tensor]:
-    """A prior's tensors with the mean and deviation of CLIP's image embeddings, (E,) each, from
-    ViT-L-14_stats.th.
+    """Return a prior's tensors with the statistics of CLIP's image embeddings.
 
-    ValueError if they are absent, are not two vectors, or the deviation is not positive.
+    Args:
+        state: The prior's tensors.
+        statistics: Mean and standard deviation, (E,) each, from ViT-L-14_stats.th; None if absent.
+
+    Raises:
+        ValueError: If they are absent, not two vectors, or a standard deviation is not positive.
     """
     if statistics is None:
         raise ValueError(
-            "Karlo's prior runs on normalised embeddings, and its file does not hold their mean and"
-            " deviation: expected ViT-L-14_stats.th beside it"
+            "Karlo's prior predicts normalised embeddings, and its file does not hold their mean and"
+            " standard deviation: expected ViT-L-14_stats.th beside it"
         )
     if len(statistics) != 2 or any(tensor.squeeze().ndim != 1 for tensor in statistics):
         raise ValueError(
-            "statistics: expected a mean and a deviation (E,), got"
+            "statistics: expected a mean and a standard deviation (E,), got"
             f" {[tuple(tensor.shape) for tensor in statistics]}"
         )
     if not bool((statistics[1] > 0).all()):
         raise ValueError(
-            "statistics: the deviation of an embedding's entry is not positive; are mean and deviation"
-            " exchanged?"
+            "statistics: expected positive standard deviations; are mean and standard deviation exchanged?"
         )
     return {
         **state,

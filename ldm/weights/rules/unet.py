@@ -1,5 +1,7 @@
-"""UNets: the layout of CompVis, Stability and guided-diffusion (`input_blocks`, `middle_block`,
-`output_blocks`) against ours."""
+"""Rules for UNets: the layout of CompVis, Stability and guided-diffusion, and our names.
+
+The original layout has `input_blocks`, `middle_block` and `output_blocks`; our names are those of diffusers.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,13 @@ from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, rename
 UNET_FIXED = rename(
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
-    (
-        "time_embedding.cond_proj",
-        "time_embedding.cond_proj",
-    ),  # latent consistency models; there is no older name
-    ("add_embedding.linear_1", "label_emb.0.0"),  # SDXL's vector condition
+    # of latent consistency models, which have no older name
+    ("time_embedding.cond_proj", "time_embedding.cond_proj"),
+    ("add_embedding.linear_1", "label_emb.0.0"),  # vector condition of SDXL
     ("add_embedding.linear_2", "label_emb.0.2"),
-    ("class_embedding.linear_1", "label_emb.0.0"),  # Stable unCLIP's
+    ("class_embedding.linear_1", "label_emb.0.0"),  # Stable unCLIP
     ("class_embedding.linear_2", "label_emb.0.2"),
-    ("class_embedding", "label_emb"),  # the x4 upscaler's table of noise levels
+    ("class_embedding", "label_emb"),  # table of noise levels of the x4 upscaler
     ("conv_in", "input_blocks.0.0"),
     ("conv_norm_out", "out.0"),
     ("conv_out", "out.2"),
@@ -37,8 +37,10 @@ UNET_UPSAMPLE = (*rename(("conv", "conv")), *UNET_RESBLOCK)
 
 
 def attention_block(heads: int | None, head_dim: int | None) -> tuple[Rule, ...]:
-    """Guided-diffusion's AttentionBlock: one 1×1 Conv1d holds q, k and v, interleaved by head; Karlo's adds k
-    and v of the context."""
+    """Return the rules of guided-diffusion's AttentionBlock; see `unet_table` for the arguments.
+
+    One 1×1 Conv1d holds q, k and v, interleaved by head; Karlo adds k and v of the context.
+    """
     fused = Change(ones=1, heads=heads, head_dim=head_dim)
     return (
         *rename(("group_norm", "norm")),
@@ -49,13 +51,19 @@ def attention_block(heads: int | None, head_dim: int | None) -> tuple[Rule, ...]
 
 
 def unet_table(names: Iterable[str], *, heads: int | None = None, head_dim: int | None = None) -> Table:
-    """The original layout for a UNet with these parameter names, which tell its levels, blocks and attention.
+    """Return the table of the original layout for a UNet.
 
-    heads or head_dim: how AttentionBlocks (not transformers) are split; ValueError if the network has them
-    and neither is given.
+    Args:
+        names: Names of its tensors, which determine levels, blocks and attention.
+        heads: Number of heads of AttentionBlocks; None if ``head_dim`` is given or there are none.
+        head_dim: Channels of each head of AttentionBlocks; None if ``heads`` is given or there are none.
+
+    Raises:
+        ValueError: If the network has AttentionBlocks and not exactly one of ``heads`` and ``head_dim`` is
+            given.
     """
     names = list(names)
-    modules = _modules(names)
+    modules = _block_modules(names)
     blocks = 1 + max(
         int(match[1]) for name in names if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))
     )
@@ -66,13 +74,12 @@ def unet_table(names: Iterable[str], *, heads: int | None = None, head_dim: int 
             f" head_dim={head_dim}"
         )
     attention = attention_block(heads, head_dim) if old else IDENTITY
-    sections = [Section("", "", UNET_FIXED)]
-    for ours in modules:
-        sections.append(_section(ours, blocks, modules, attention))
-    return Table(tuple(sections))
+    sections = (_section(ours, blocks, modules, attention) for ours in modules)
+    return Table((Section("", "", UNET_FIXED), *sections))
 
 
-def _modules(names: Iterable[str]) -> dict[str, None]:
+def _block_modules(names: Iterable[str]) -> dict[str, None]:
+    """Return the names of the residual, attention and resampling modules, as an ordered set."""
     pattern = re.compile(
         r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.\d+(?=\.)"
     )
@@ -80,6 +87,14 @@ def _modules(names: Iterable[str]) -> dict[str, None]:
 
 
 def _section(ours: str, blocks: int, modules: Iterable[str], attention: tuple[Rule, ...]) -> Section:
+    """Return the section of one module.
+
+    Args:
+        ours: Its name.
+        blocks: Number of residual blocks of each down block.
+        modules: Names of all modules.
+        attention: Rules of attention.
+    """
     place, kind, j = ours.rsplit(".", 2)
     b, index, attends = place.partition(".")[2], int(j), f"{place}.attentions.0" in modules
     if place == "mid_block":

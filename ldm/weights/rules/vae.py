@@ -1,5 +1,4 @@
-"""First stages (KL, VQ, MoVQ): the layout of CompVis against ours, and the older names inside diffusers
-folders."""
+"""Rules for autoencoders (KL, VQ, MoVQ): CompVis' layout, older names in diffusers layout, our names."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from collections.abc import Iterable
 
 from ldm.weights.keymap import IDENTITY, Change, Rule, Section, Table, rename
 
-POINTWISE = Change(ones=2)  # 1×1 convolutions there, linear layers here
+POINTWISE = Change(ones=2)  # 1×1 convolutions in the file, linear layers in our network
 VAE_RESBLOCK = (*rename(("conv_shortcut", "nin_shortcut")), *IDENTITY)
 ATTENTION = (
     *rename(("group_norm", "norm"), ("spatial_norm", "norm")),
@@ -18,11 +17,11 @@ ROOT = (
     *rename(("encoder.conv_norm_out", "encoder.norm_out"), ("decoder.conv_norm_out", "decoder.norm_out")),
     *IDENTITY,  # conv_in, conv_out, quant_conv, post_quant_conv, quantize.embedding
 )
-VAE_UNNEEDED = ("loss.*", "model_ema.*")  # LPIPS and the discriminator, in files of first stages
+VAE_UNNEEDED = ("loss.*", "model_ema.*")  # LPIPS, discriminator and averages
 
 
 def vae_table(names: Iterable[str]) -> Table:
-    """The original layout for an autoencoder with these parameter names, which tell its levels."""
+    """Return the table of the original layout for an autoencoder with tensors of these names."""
     names = list(names)
     levels = 1 + max(
         int(match[1]) for name in names if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))
@@ -35,6 +34,7 @@ def vae_table(names: Iterable[str]) -> Table:
 
 
 def _section(ours: str, levels: int) -> Section:
+    """Return the section of one module of an autoencoder with a number of levels."""
     half, place, *level, kind, j = ours.split(".")
     rules = ATTENTION if kind == "attentions" else VAE_RESBLOCK
     if place == "mid_block":
@@ -52,8 +52,8 @@ def _section(ours: str, levels: int) -> Section:
     return Section(ours, f"{prefix}.{inner}", rules)
 
 
-# UNets and autoencoders in diffusers folders have our names; files of 2022 and early 2023 spell attention
-# blocks differently.
+# UNets and autoencoders in diffusers layout have our names; files of 2022 and early 2023 have other names in
+# attention blocks.
 OLDER = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
 SPELLINGS = tuple(
     Rule((f"{{at*}}.{new}.{{leaf}}",), (f"{{at*}}.{new}.{{leaf}}",), also=((f"{{at*}}.{old}.{{leaf}}",),))

@@ -1,4 +1,4 @@
-"""Kandinsky 2.1's text encoder: the layout of Hugging Face's XLM-R, with its projection, against ours."""
+"""Rules for Kandinsky 2.1's text encoder: Hugging Face's XLM-R with a projection, and our names."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ XLMR_TABLE = Table(
             ),
         ),
     ),
-    ("*position_ids", "*token_type_ids", "transformer.pooler.*"),  # the last serves nothing here
+    ("*position_ids", "*token_type_ids", "transformer.pooler.*"),  # the pooler is not used
 )
