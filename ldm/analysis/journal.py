@@ -1,23 +1,42 @@
-"""Going on with an interrupted run, for every sampler alike: what the network has said is kept, and not asked
-again."""
+"""Resume an interrupted run of any sampler by replaying recorded network outputs.
+
+A journal holds the outputs of all evaluations of the network so far. Samplers are functions of their
+denoiser, so it is enough to wrap the denoiser, and to write the journal in the sampler's `on_step` hook:
+
+    path = Path("run.journal")
+    journal = read_journal(path) if path.exists() else []
+    denoise = journaled(cfg(denoiser, cond, uncond, 3.0), journal)
+    x0 = SAMPLERS["dpmpp_2m"](denoise, x, grid, noise=noise, on_step=lambda *_: write_journal(path, journal))
+
+When the same program is run again after an interruption, it repeats the recorded steps without evaluating the
+network, with the sampler's history as it was, and continues. The result is bit-identical to that of an
+uninterrupted run.
+"""
 
 from __future__ import annotations
+
+import io
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
+from ldm.support.files import write_atomically
 
-Journal = list[tuple[Tensor, Denoised]]  # (t, answer) of every evaluation, in order
+Journal = list[tuple[Tensor, Denoised]]  # (t, output) of every evaluation, in order
 
 
 def journaled(denoise: DenoiseFn, journal: Journal) -> DenoiseFn:
-    """``denoise`` that takes its first answers from the journal and appends every new one to it.
+    """Return ``denoise`` with its first outputs taken from a journal, and every later one appended to it.
 
-    Call the sampler again with the same x, grid, noise and options: it comes to the state where the run
-    stopped without one evaluation, its history as it was, and goes on from there; the result is that of a run
-    without a stop, bit for bit. ``torch.save`` can keep a journal. Use a new ``journaled`` for every run.
-    Raises ValueError where the journal is of another run: other t, or another shape.
+    The sampler must be called with the same x, grid, noise and options as in the recorded run. Each run needs
+    a new ``journaled`` function, which raises ValueError if an evaluation differs from the recorded one in t
+    or in shape.
+
+    Args:
+        denoise: The denoiser.
+        journal: The journal: empty for a new run, or that of an interrupted one.
     """
     calls = 0
 
@@ -25,13 +44,25 @@ def journaled(denoise: DenoiseFn, journal: Journal) -> DenoiseFn:
         nonlocal calls
         if calls == len(journal):
             journal.append((torch.as_tensor(t).clone(), denoise(x_t, t)))
-        kept_t, d = journal[calls]
-        if not torch.equal(kept_t, torch.as_tensor(t)) or d.x0.shape != x_t.shape:
+        recorded_t, d = journal[calls]
+        if not torch.equal(recorded_t, torch.as_tensor(t)) or d.x0.shape != x_t.shape:
             raise ValueError(
-                f"evaluation {calls} is at t {t} with x of shape {tuple(x_t.shape)}, but the journal's is at"
-                f" t {kept_t} with {tuple(d.x0.shape)}: it is the journal of another run"
+                f"evaluation {calls} is at t {t} with x of shape {tuple(x_t.shape)}, but the journal has t"
+                f" {recorded_t} and shape {tuple(d.x0.shape)}: it is the journal of another run"
             )
         calls += 1
         return d
 
     return fn
+
+
+def write_journal(path: str | Path, journal: Journal) -> None:
+    """Write a journal to a file, completely or not at all."""
+    buffer = io.BytesIO()
+    torch.save([(t, tuple(d)) for t, d in journal], buffer)
+    write_atomically(Path(path), buffer.getvalue())
+
+
+def read_journal(path: str | Path) -> Journal:
+    """Return the journal in a file that `write_journal` wrote."""
+    return [(t, Denoised(*d)) for t, d in torch.load(path, weights_only=True)]

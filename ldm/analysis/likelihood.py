@@ -1,4 +1,4 @@
-"""Likelihood: bits per dimension, by the probability flow and by the variational bound."""
+"""Estimate likelihoods in bits per dimension, by the probability flow and by the variational bound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.diffusion.schedule import alpha_sigma_of_level, broadcast, forward_nois
 
 
 class Bits(NamedTuple):
-    """Bits per dimension of each sample and the standard error of its estimate, each (B,) float64."""
+    """Bits per dimension of each sample, and the standard error of the estimate; each (B,) float64."""
 
     bits: Tensor
     error: Tensor
@@ -29,15 +29,28 @@ def flow_bits(
     probes: int = 1,
     bin_width: float | None = None,
 ) -> Bits:
-    """Bits per dimension of x0 (B, *S) by the probability-flow ODE  (Song et al., arXiv:2011.13456, eq.
-    39–40).
+    """Return bits per dimension by the probability-flow ODE (Song et al., arXiv:2011.13456, eq. 39–40).
 
-    With y = x/alpha, rho = sigma/alpha: dy/drho = eps and dlog p/drho = −div eps, from rho of the grid's last
-    state with noise to its first, by the classical Runge–Kutta method in log rho over the grid's own steps (4
-    evaluations and 4·probes gradients each); there x is taken for standard normal. Hutchinson's estimate of
-    the divergence takes ``probes`` vectors of ±1, the signs of draws 0, 1, … of ``noise``; the error is over
-    them (nan for one probe). ``bin_width``: the data are the bins' dequantised values (2/255 for 8-bit pixels
-    in [−1, 1]) and the bits are those of the bin.
+    With y = x/alpha and rho = sigma/alpha: dy/drho = eps and dlog p/drho = −div eps. The ODE is solved from
+    rho of the grid's last state with noise to that of its first, by the classical Runge–Kutta method in log
+    rho over the grid's steps, with 4 evaluations and 4·probes gradients per step. At the first state x is
+    taken to be standard normal. The divergence is Hutchinson's estimate.
+
+    Args:
+        denoise: The denoiser, differentiable in x.
+        x0: The data, shape (B, *S).
+        grid: The grid. Its first state must have finite sigma/alpha.
+        noise: The noise; the signs of its draws 0, 1, … are the probes.
+        probes: Number of vectors of ±1 that estimate the divergence. Default: 1.
+        bin_width: Width of the bins of dequantised data (2/255 for 8-bit pixels in [−1, 1]), for the bits of
+            the bin; None for the density.
+
+    Returns:
+        The bits, and their standard error over the probes (NaN for one probe).
+
+    Raises:
+        ValueError: If ``probes`` is less than 1, or the grid has fewer than two states with finite
+            sigma/alpha above 0.
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
@@ -67,7 +80,7 @@ def flow_bits(
 def _slope(
     denoise: DenoiseFn, y: Tensor, level: float, grid: TimeGrid, signs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """dy/dlog rho (B, *S) and the estimates of its divergence (probes, B), at log rho = level."""
+    """Return dy/dlog rho (B, *S) and the estimates of its divergence (probes, B) at log rho = ``level``."""
     rho = math.exp(level)
     with torch.inference_mode(False), torch.enable_grad():
         x = (y.detach() / math.sqrt(1 + rho**2)).clone().requires_grad_()
@@ -91,13 +104,25 @@ def bound_bits(
     samples: int = 100,
     bin_width: float | None = None,
 ) -> Bits:
-    """The variational bound on x0's (B, *S) bits per dimension in continuous time  (VDM, arXiv:2107.00630,
-    eq. 11–15).
+    """Return the variational bound on bits per dimension (VDM, arXiv:2107.00630, eq. 11–15).
 
     KL(q(x_T | x0) | N(0, 1)) + (lambda_max − lambda_min)·E ‖eps − eps_hat‖² + E[−log N(x0; y_0, rho_min²)],
-    between the grid's first state and its last with noise, where y_0 = x0 + rho_min·eps. lambda is drawn from
-    ``samples`` equal strata; draw 2k of ``noise`` makes the k-th eps, draw 2k + 1 its place in the stratum.
-    The error is from the differences of neighbouring strata. ``bin_width`` as for ``flow_bits``.
+    between the grid's first state and its last with noise, where y_0 = x0 + rho_min·eps. Time is
+    continuous, and lambda is drawn from equal strata.
+
+    Args:
+        denoise: The denoiser.
+        x0: The data, shape (B, *S).
+        grid: The grid. Its first state must have finite sigma/alpha.
+        noise: The noise; draw 2k is the k-th eps, and draw 2k + 1 gives its place in the stratum.
+        samples: Number of strata. Default: 100.
+        bin_width: As for `flow_bits`.
+
+    Returns:
+        The bits, and their standard error from the differences of neighbouring strata.
+
+    Raises:
+        ValueError: If ``samples`` is less than 2, or the grid starts at infinite sigma/alpha.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
@@ -114,8 +139,7 @@ def bound_bits(
         alpha, sigma = (broadcast(value, x0) for value in alpha_sigma_of_level(level))
         with torch.no_grad():
             guess = denoise(forward_noise(x0, eps, alpha, sigma), grid.time(level)).eps
-        # ‖eps‖² has mean D: subtracted with any weight it leaves the mean, and with alpha⁴ (the best for N(0,
-        # 1)) much of the spread goes
+        # control variate: ‖eps‖² − D has mean 0; the weight alpha⁴ is the best for data N(0, 1)
         excess = _square(eps) - x0[0].numel()
         losses.append((_square(eps - guess) - torch.sigmoid(-2 * level).square() * excess) * (high - low))
     loss = torch.stack(losses)  # (samples, B)
@@ -132,5 +156,5 @@ def bound_bits(
 
 
 def _square(x: Tensor) -> Tensor:
-    """The squared length of each sample, (B,) float64 on the CPU."""
+    """Return the squared norm of each sample, (B,) float64 on the CPU."""
     return x.flatten(1).to("cpu", torch.float64).square().sum(1)

@@ -1,5 +1,7 @@
-"""Denoisers in closed form: Gaussian mixtures, whose score and probability flow are known exactly. What a
-solver does is measured against them."""
+"""Exact denoisers of Gaussian mixtures, and the errors of samplers against them.
+
+Score and probability flow of a Gaussian mixture are known in closed form.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from ldm.samplers import get_sampler
 
 SolverOptions = Mapping[str, Any]
 CHURN = {"s_churn": 10.0, "s_max": 5.0, "s_min": 0.1}
-# Sampler, options, order of its error. UniPC's corrector gives one order more than UniP-p. PLMS takes equal
-# steps for granted: the second is left.
+# Sampler, options, order of its error. UniPC's corrector gives one order more than UniP-p. PLMS assumes equal
+# steps and is of order 2 without them.
 DETERMINISTIC: tuple[tuple[str, SolverOptions, int], ...] = (
     ("ddim", {}, 1),
     ("euler", {}, 1),
@@ -52,8 +54,8 @@ DETERMINISTIC: tuple[tuple[str, SolverOptions, int], ...] = (
     ("unipc", {"order": 3, "lower_order_final": False}, 4),
     ("unipc", {"order": 3, "lower_order_final": False, "variant": "bh1"}, 4),
 )
-# Sampler, options, weak order (None: it has steps of its own), and steps that bring the bias below a standard
-# error of 20,000 samples.
+# Sampler, options, weak order (None for a sampler with its own steps), and the number of steps that brings
+# the bias below the standard error of 20,000 samples.
 STOCHASTIC: tuple[tuple[str, SolverOptions, int | None, int], ...] = (
     ("ddpm", {"variance": "small"}, 1, 1000),
     ("ddpm", {"variance": "large"}, 1, 1000),
@@ -75,14 +77,20 @@ STOCHASTIC: tuple[tuple[str, SolverOptions, int | None, int], ...] = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mixture:
-    """sum_k weights[k]·N(means[k], stds[k]²·I) on vectors of D numbers; one component makes a Gaussian."""
+    """The density sum_k weights[k]·N(means[k], stds[k]²·I) of vectors of D numbers.
 
-    means: Tensor  # (K, D) float64
-    stds: Tensor  # (K,)
-    weights: Tensor  # (K,), summing to 1
+    Args:
+        means: Means of the components, shape (K, D), float64.
+        stds: Standard deviations, shape (K,), float64.
+        weights: Weights, shape (K,), float64; they sum to 1.
+    """
+
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """(n, D) float64."""
+        """Return ``n`` samples, shape (n, D), float64."""
         g = torch.Generator().manual_seed(seed)
         k = torch.multinomial(self.weights, n, replacement=True, generator=g)
         return self.means[k] + self.stds[k, None] * torch.randn(
@@ -90,17 +98,17 @@ class Mixture:
         )
 
     def x0(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x_t = x], (B, D); alpha and sigma broadcast against x."""
+        """Return E[x0 | x_t = x], shape (B, D); ``alpha`` and ``sigma`` are scalars or of shape (B, 1)."""
         a, s = alpha.reshape(-1, 1), sigma.reshape(-1, 1)  # (1 or B, 1)
         var = a**2 * self.stds**2 + s**2  # (1 or B, K)
         delta = x[:, None, :] - a[..., None] * self.means  # (B, K, D)
         logit = self.weights.log() - 0.5 * delta.square().sum(-1) / var - 0.5 * x.shape[1] * var.log()
-        # of each component's posterior, (B, K, D)
+        # posterior mean of each component, (B, K, D)
         means = self.means + (a * self.stds**2 / var)[..., None] * delta
         return (logit.softmax(1)[..., None] * means).sum(1)
 
     def denoise(self, schedule: NoiseSchedule) -> DenoiseFn:
-        """The exact DenoiseFn of the data under a schedule."""
+        """Return the exact denoiser of the mixture under a schedule."""
 
         def fn(x: Tensor, t: Tensor) -> Denoised:
             alpha, sigma = schedule.alpha_sigma_like(t, x)
@@ -110,7 +118,7 @@ class Mixture:
         return fn
 
     def logp(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
-        """log density of x_t, (B,) in nats."""
+        """Return the log density of x_t at ``x``, shape (B,), in nats."""
         var = alpha**2 * self.stds**2 + sigma**2  # (K,)
         square = (x[:, None, :] - alpha * self.means).square().sum(-1)  # (B, K)
         return (
@@ -118,7 +126,7 @@ class Mixture:
         ).logsumexp(1)
 
     def moments(self, alpha: float = 1.0, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Mean (D,) and covariance (D, D) of x_t."""
+        """Return the mean (D,) and the covariance (D, D) of x_t."""
         var = alpha**2 * self.stds**2 + sigma**2  # (K,)
         mean = (self.weights[:, None] * alpha * self.means).sum(0)
         delta = alpha * self.means - mean
@@ -126,10 +134,14 @@ class Mixture:
         return mean, torch.einsum("k,ki,kj->ij", self.weights, delta, delta) + spread
 
     def z_scores(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> dict[str, float]:
-        """How many standard errors the mean, covariance and components' weights of samples x (B, D) of x_t
-        are from the truth.
+        """Return the errors of the moments and component weights of samples of x_t, in standard errors.
 
-        The weights are counted by the nearest component: for components that lie well apart.
+        Weights are estimated by the nearest component, which requires well separated components.
+
+        Args:
+            x: The samples, shape (B, D).
+            alpha: Alpha of x_t. Default: 1.
+            sigma: Sigma of x_t. Default: 0.
         """
         n, (mean, cov) = len(x), self.moments(alpha, sigma)
         scores = {
@@ -147,19 +159,24 @@ class Mixture:
         return scores
 
     def flow(self, x: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
-        """The probability flow's exact map of x (B, 1) from state (alpha, sigma) to another: in one dimension
-        it keeps the quantile."""
+        """Return the exact map of the probability flow, which in one dimension preserves the quantile.
+
+        Args:
+            x: Points, shape (B, 1).
+            start: Their (alpha, sigma).
+            end: (alpha, sigma) of the result.
+        """
         wanted = self._logit_cdf(x, *start)
         width = float(40 * (abs(self.means).max() + self.stds.max() + 1))
         low, high = torch.full_like(x, -width), torch.full_like(x, width)
-        for _ in range(64):  # bisection to the last bit: 2·width/2^64 < 1e-16
+        for _ in range(64):  # bisection to double precision: 2·width/2^64 < 1e-16
             middle = (low + high) / 2
             above = self._logit_cdf(middle, *end) > wanted
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return (low + high) / 2
 
     def _logit_cdf(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """log(F/(1 − F)), which keeps its precision in both tails."""
+        """Return log(F/(1 − F)) of the distribution function F, which is precise in both tails."""
         std = (alpha**2 * self.stds**2 + sigma**2).sqrt()
         z = (x - alpha * self.means[:, 0]) / std  # (B, K)
         below = (self.weights.log() + torch.special.log_ndtr(z)).logsumexp(1, keepdim=True)
@@ -168,13 +185,13 @@ class Mixture:
 
 
 def gaussian(mean: float = 0.5, std: float = 0.8, dims: int = 1) -> Mixture:
-    """N(mean, std²·I)."""
+    """Return the Gaussian N(mean, std²·I) in ``dims`` dimensions."""
     one = torch.ones(1, dtype=torch.float64)
     return Mixture(means=torch.full((1, dims), mean, dtype=torch.float64), stds=std * one, weights=one)
 
 
 def mixture() -> Mixture:
-    """Three well-spread components on the line, wide enough that a hundred steps resolve the flow."""
+    """Return three components on the line, wide enough that a hundred steps resolve the flow."""
     return Mixture(
         means=torch.tensor([[-1.2], [0.3], [1.5]], dtype=torch.float64),
         stds=torch.tensor([0.5, 0.4, 0.6], dtype=torch.float64),
@@ -183,7 +200,7 @@ def mixture() -> Mixture:
 
 
 def planar() -> Mixture:
-    """Three components in the plane, at least 5 deviations apart, so that samples can be told apart."""
+    """Return three components in the plane, at least 5 standard deviations apart."""
     return Mixture(
         means=torch.tensor([[-2.0, 0.0], [1.0, 1.5], [1.0, -2.0]], dtype=torch.float64),
         stds=torch.tensor([0.4, 0.5, 0.3], dtype=torch.float64),
@@ -192,14 +209,22 @@ def planar() -> Mixture:
 
 
 class AnalyticNet(nn.Module):
-    """The network that a perfect training of ``prediction`` would give; Cond.pooled (B, D), where set, shifts
-    the data. ``calls`` counts."""
+    """The network of a perfect training on a mixture.
+
+    `Cond.pooled`, shape (B, D), shifts the data if it is given. ``calls`` counts the evaluations.
+
+    Args:
+        data: The mixture.
+        schedule: The noise schedule.
+        prediction: What the network predicts.
+    """
 
     def __init__(self, data: Mixture, schedule: NoiseSchedule, prediction: Prediction) -> None:
         super().__init__()
         self.data, self.schedule, self.prediction, self.calls = data, schedule, prediction, 0
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return the exact prediction for ``x`` (B, D) at ``t`` (B,)."""
         self.calls += 1
         alpha, sigma = self.schedule.alpha_sigma_like(t, x)
         shift = 0.0 if cond.pooled is None else cond.pooled.to(x.dtype)
@@ -210,8 +235,14 @@ class AnalyticNet(nn.Module):
 def flow_error(
     data: Mixture, schedule: NoiseSchedule, grid: TimeGrid, run: Callable[[DenoiseFn, Tensor], Tensor]
 ) -> float:
-    """Root mean square of a solver's error against the exact flow from the grid's first state to its last,
-    over 9 starting points."""
+    """Return the RMS error of a solver against the exact probability flow, over 9 starting points.
+
+    Args:
+        data: The mixture, in one dimension.
+        schedule: The noise schedule.
+        grid: The grid, whose first and last states are those of the flow.
+        run: (denoiser, first state) -> last state.
+    """
     x = torch.linspace(-1.6, 1.6, 9, dtype=torch.float64)[:, None]
     return float(
         (run(data.denoise(schedule), x) - data.flow(x, grid.alpha_sigma(0), grid.alpha_sigma(-1)))
@@ -230,8 +261,17 @@ def solver_error(
     *,
     start: int = 0,
 ) -> float:
-    """``flow_error`` of a sampler, its first ``start`` steps put on the exact flow: a multistep method shows
-    its order once its history is right."""
+    """Return `flow_error` of a sampler.
+
+    Args:
+        sampler: Name of the sampler.
+        options: Its options.
+        data: The mixture, in one dimension.
+        schedule: The noise schedule.
+        grid: The grid.
+        start: Number of first steps that are replaced by the exact flow, so that a multistep method starts
+            with an exact history. Default: 0.
+    """
 
     def run(fn: DenoiseFn, x: Tensor) -> Tensor:
         def exact(i: int, x_i: Tensor, d: Denoised) -> Tensor | None:
@@ -243,7 +283,7 @@ def solver_error(
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
-    """The order of convergence: minus the slope of log error against log steps, least squares."""
+    """Return the order of convergence: minus the least-squares slope of log error against log steps."""
     x, y = torch.tensor(steps, dtype=torch.float64).log(), torch.tensor(errors, dtype=torch.float64).log()
     return -float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
@@ -251,10 +291,15 @@ def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
 def settled_slope(
     steps: Sequence[int], errors: Sequence[float], *, change: float = 0.05
 ) -> tuple[float, int]:
-    """The slope where it is asymptotic, and from which number of steps on that is.
+    """Return the order of convergence in the asymptotic range, and the number of steps where that begins.
 
-    From the finest pair backwards, for as long as the slope of a pair differs by at most ``change`` from that
-    of the next finer one. The rule does not look at the order that is expected.
+    The range extends from the finest pair backwards, as long as the slope of a pair differs by at most
+    ``change`` from that of the next finer pair. It does not depend on the expected order.
+
+    Args:
+        steps: Numbers of steps, increasing.
+        errors: The error for each.
+        change: Largest change of slope between pairs. Default: 0.05.
     """
     local = [slope(steps[i : i + 2], errors[i : i + 2]) for i in range(len(steps) - 1)]
     first = len(local) - 1
@@ -266,18 +311,26 @@ def settled_slope(
 def affine_moments(
     run: Callable[[Tensor, NoiseFn], Tensor], draws: int, mean: float, std: float
 ) -> tuple[float, float]:
-    """Mean and deviation of what a stochastic solver makes of N(mean, std²) where its denoiser is affine (one
-    Gaussian): exact, no sampling.
+    """Return the exact mean and standard deviation of a stochastic solver's result for an affine denoiser.
 
-    The result is c + a·x + sum_k b_k·z_k. ``run(x (B, 1), noise)`` is called once with a batch of x = 0, x =
-    1 and every unit draw, so c, a and b_k are read off; ``draws`` bounds the number of draws.
+    For a single Gaussian, the result is c + a·x + sum_k b_k·z_k. The solver runs once with a batch of x = 0,
+    x = 1 and every unit draw, which gives c, a and b_k.
+
+    Args:
+        run: (first state (B, 1), noise) -> last state (B, 1).
+        draws: Upper bound of the number of draws of noise.
+        mean: Mean of the first state.
+        std: Standard deviation of the first state.
+
+    Raises:
+        ValueError: If the solver draws noise more often than ``draws``.
     """
     x = torch.zeros(draws + 2, 1, dtype=torch.float64)
     x[1] = 1
 
     def noise(k: int, like: Tensor) -> Tensor:
         if k >= draws:
-            raise ValueError(f"draw {k} was asked for, but only {draws} were reckoned with")
+            raise ValueError(f"draws: expected more than {k} for this solver, got {draws}")
         unit = torch.zeros_like(like)
         unit[k + 2] = 1
         return unit
@@ -290,10 +343,18 @@ def affine_moments(
 def solver_bias(
     sampler: str, options: SolverOptions, std: float, schedule: NoiseSchedule, grid: TimeGrid
 ) -> tuple[float, float, float]:
-    """A stochastic sampler's exact errors of mean and deviation at the grid's end, and the true deviation
-    there, for the data N(1, std²).
+    """Return the exact bias of a stochastic sampler for data N(1, std²), by `affine_moments`.
 
-    From the exact state at the grid's beginning; no sampling (``affine_moments``).
+    Args:
+        sampler: Name of the sampler.
+        options: Its options.
+        std: Standard deviation of the data.
+        schedule: The noise schedule.
+        grid: The grid; the sampler starts from the exact distribution of its first state.
+
+    Returns:
+        Errors of the mean and of the standard deviation at the grid's end, and the true standard deviation
+        there.
     """
     denoise, (a, s), (b, e) = gaussian(1.0, std).denoise(schedule), grid.alpha_sigma(0), grid.alpha_sigma(-1)
     restarts = sum(item[2] for item in options.get("restarts", ()))
@@ -301,6 +362,6 @@ def solver_bias(
     def run(x: Tensor, noise: NoiseFn) -> Tensor:
         return get_sampler(sampler)(denoise, x, grid, noise=noise, **options)
 
-    mean, deviation = affine_moments(run, 2 * len(grid) + restarts, a, math.hypot(a * std, s))
-    truth = math.hypot(b * std, e)
-    return mean - b, deviation - truth, truth
+    mean, final_std = affine_moments(run, 2 * len(grid) + restarts, a, math.hypot(a * std, s))
+    true_std = math.hypot(b * std, e)
+    return mean - b, final_std - true_std, true_std

@@ -1,4 +1,4 @@
-"""What a sampler will do on a grid, told beforehand."""
+"""Show what a sampler will do on a grid: the timesteps of its evaluations and the states of the grid."""
 
 from __future__ import annotations
 
@@ -11,42 +11,54 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.samplers import get_sampler
 
-ADAPTIVE = ("dpm_adaptive",)  # evaluations depend on the network
+ADAPTIVE = ("dpm_adaptive",)  # samplers whose number of evaluations depends on the network
 
 
 def evaluations(grid: TimeGrid, sampler: str, **options: Any) -> int | None:
-    """How often the sampler will call the denoiser on the grid, counted on a stand-in; None where that
-    depends on the network."""
+    """Return how often a sampler evaluates the denoiser on a grid; None if that depends on the network."""
     if sampler in ADAPTIVE:
         return None
     return len(visits(grid, sampler, **options))
 
 
 def visits(grid: TimeGrid, sampler: str, **options: Any) -> list[float]:
-    """The t of every evaluation, in order, on a stand-in network that says 0."""
-    seen: list[float] = []
+    """Return the timestep of every evaluation, in order, found by running the sampler on zeros.
+
+    Args:
+        grid: The grid.
+        sampler: Name of the sampler.
+        **options: Options of the sampler.
+    """
+    times: list[float] = []
 
     def denoise(x: Tensor, t: Tensor) -> Denoised:
-        seen.append(float(torch.as_tensor(t).reshape(-1)[0]))
+        times.append(float(torch.as_tensor(t).reshape(-1)[0]))
         return Denoised(x * 0, x, x * 0)
 
     get_sampler(sampler)(
         denoise, torch.zeros(1, 1), grid, noise=lambda k, like: torch.zeros_like(like), **options
     )
-    return seen
+    return times
 
 
 def describe_grid(grid: TimeGrid, sampler: str, **options: Any) -> str:
-    """A table of the grid's states: step, t, alpha-bar, sigma, sigma/alpha, lambda; above it the sampler, its
-    options and its evaluations."""
+    """Return a table of a grid's states: step, t, alpha-bar, sigma, sigma/alpha, lambda.
+
+    The first line states the sampler, its options and its number of evaluations.
+
+    Args:
+        grid: The grid.
+        sampler: Name of the sampler.
+        **options: Options of the sampler.
+    """
     count = evaluations(grid, sampler, **options)
-    told = (
-        "evaluations: as its error tolerance asks"
+    cost = (
+        "evaluations: as its error tolerance requires"
         if count is None
         else f"{count} evaluation{'s' * (count != 1)}"
     )
     chosen = "".join(f", {name} {value}" for name, value in options.items())
-    lines = [f"{sampler}{chosen}: {len(grid)} step{'s' * (len(grid) != 1)}, {told}"]
+    lines = [f"{sampler}{chosen}: {len(grid)} step{'s' * (len(grid) != 1)}, {cost}"]
     lines.append(f"{'step':>4} {'t':>9} {'alpha-bar':>10} {'sigma':>8} {'sigma/alpha':>11} {'lambda':>9}")
     times = [f"{t:9.3f}".rstrip("0").rstrip(".") for t in grid.t.tolist()] + ["end"]
     states = torch.stack([grid.alpha**2, grid.sigma, grid.ratio, grid.lam], dim=1).tolist()

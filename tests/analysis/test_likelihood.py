@@ -31,7 +31,7 @@ def test_gaussian_within_a_hundredth_of_a_bit(prediction: str) -> None:
     truth = closed_form(data, x0)
     grid = TimeGrid.make(SCHEDULE, 30, spacing="lambda", final="none")
     flow = flow_bits(denoise, x0, grid, noise=keyed_noise(range(64)), probes=2)
-    # what is left: the prior's mismatch, 0.006·0.5 of a deviation, and sigma_min = 0.01 of noise in y
+    # what is left: the prior's mismatch, 0.006·0.5 standard deviations, and sigma_min = 0.01 of noise in y
     assert float((flow.bits - truth).abs().mean()) < 0.01
     assert float((flow.bits.mean() - truth.mean()).abs()) < 0.01
     assert float(flow.error.max()) < 1e-6  # the divergence of an affine field has no variance under ±1 probes

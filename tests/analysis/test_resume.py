@@ -1,14 +1,14 @@
-"""A run that was stopped half way goes on to the bit, whatever history its sampler keeps."""
+"""A run that was interrupted is resumed bit-identical, whatever history its sampler keeps."""
 
 from __future__ import annotations
 
-import io
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldm.analysis.journal import Journal, journaled
+from ldm.analysis.journal import Journal, journaled, read_journal, write_journal
 from ldm.analysis.oracle import gaussian
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
@@ -35,9 +35,8 @@ def killed_after(denoise: DenoiseFn, calls: int) -> DenoiseFn:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_resumed_half_way(name: str) -> None:
-    """Killed in the middle and started anew from the journal: the same noise and the same image to the bit,
-    each evaluation made once."""
+def test_resumed_half_way(name: str, tmp_path: Path) -> None:
+    """Interrupted in the middle and resumed in the same noise: the same result, each evaluation made once."""
     grid, x = TimeGrid.make(SCHEDULE, 8, spacing="trailing"), initial_noise([3, 4], (3,), dtype=torch.float64)
     exact, calls = gaussian(dims=3).denoise(SCHEDULE), 0
 
@@ -58,13 +57,29 @@ def test_resumed_half_way(name: str) -> None:
     with pytest.raises(Killed):
         run(journaled(killed_after(counted, total // 2), journal), {})
     assert len(journal) == calls == total // 2
-    file = io.BytesIO()  # another process reads it
-    torch.save([(t, tuple(d)) for t, d in journal], file)
-    file.seek(0)
-    kept: Journal = [(t, Denoised(*d)) for t, d in torch.load(file, weights_only=True)]
+    write_journal(tmp_path / "run.journal", journal)
+    kept = read_journal(tmp_path / "run.journal")
     assert torch.equal(run(journaled(counted, kept), drawn[1]), whole)
     assert calls == total == len(kept)
     assert drawn[0].keys() == drawn[1].keys() and all(torch.equal(drawn[0][k], drawn[1][k]) for k in drawn[0])
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    """The journal that the `on_step` hook writes resumes a run that is interrupted at any step."""
+    grid, x, path = TimeGrid.make(SCHEDULE, 6), initial_noise([1], (3,), dtype=torch.float64), tmp_path / "j"
+    exact = gaussian(dims=3).denoise(SCHEDULE)
+
+    def run(denoise: DenoiseFn) -> Tensor:
+        journal = read_journal(path) if path.exists() else []
+        return SAMPLERS["dpmpp_2m"](
+            journaled(denoise, journal), x, grid, on_step=lambda *_: write_journal(path, journal)
+        )
+
+    for calls in (2, 3):  # interrupted twice
+        with pytest.raises(Killed):
+            run(killed_after(exact, calls))
+    assert len(read_journal(path)) == 5
+    assert torch.equal(run(killed_after(exact, 1)), SAMPLERS["dpmpp_2m"](exact, x, grid))
 
 
 def test_the_journal_of_another_run_is_refused() -> None:
