@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+UNET_PREFIX, VAE_PREFIX, COND_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +27,16 @@ class Family:
     unneeded: tuple[str, ...] = ()
 
 
-CLIP_L = {"unet": UNET, "vae": VAE, "text": f"{COND}transformer."}
-CLIP_H = {"unet": UNET, "vae": VAE, "text": f"{COND}model."}
+CLIP_L = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text": f"{COND_PREFIX}transformer."}
+CLIP_H = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text": f"{COND_PREFIX}model."}
 SDXL_PARTS = {
-    "unet": UNET,
-    "vae": VAE,
+    "unet": UNET_PREFIX,
+    "vae": VAE_PREFIX,
     "text": "conditioner.embedders.0.transformer.",
     "text2": "conditioner.embedders.1.model.",
 }
 UNCLIP = CLIP_H | {"image": "embedder.model.", "noise": "noise_augmentor."}
-ALONE = {"unet": UNET, "vae": VAE}
+ALONE = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}
 
 EPS_OR_V = "the keys do not tell whether it predicts eps (the 512 base models) or v (768): name the model"
 ADDED = "is added to a model and is not a model itself"
@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {
     "sdxl-lcm": Family(title="latent consistency model on Stable Diffusion XL", parts=SDXL_PARTS),
     "sdxl-refiner": Family(
         title="Stable Diffusion XL refiner",
-        parts={"unet": UNET, "vae": VAE, "text2": "conditioner.embedders.0.model."},
+        parts={"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text2": "conditioner.embedders.0.model."},
     ),
     "ldm-text2img-large": Family(title="LDM text2img-large", parts=CLIP_L),
     "ldm-text2img256": Family(title="LDM text2img256", parts=CLIP_L),
@@ -75,13 +75,15 @@ FAMILIES: dict[str, Family] = {
         note="the keys do not tell celebahq, ffhq and lsun beds apart: name the model",
     ),
     "ldm-churches256": Family(title="LDM lsun churches", parts=ALONE),
-    "ldm-cin256": Family(title="LDM cin256", parts=ALONE | {"class": COND}),
-    "ldm-cin256-v2": Family(title="LDM cin256-v2", parts=ALONE | {"class": COND}),
+    "ldm-cin256": Family(title="LDM cin256", parts=ALONE | {"class": COND_PREFIX}),
+    "ldm-cin256-v2": Family(title="LDM cin256-v2", parts=ALONE | {"class": COND_PREFIX}),
     "ldm-inpainting-big": Family(
-        title="LDM inpainting-big", parts=ALONE, unneeded=(f"{COND}*",)
+        title="LDM inpainting-big", parts=ALONE, unneeded=(f"{COND_PREFIX}*",)
     ),  # a copy of the first stage
     "ldm-bsr-sr": Family(title="LDM bsr-sr", parts=ALONE),
-    "ldm-semantic": Family(title="LDM semantic synthesis", parts=ALONE | {"cond": COND}, refusal=UNSUPPORTED),
+    "ldm-semantic": Family(
+        title="LDM semantic synthesis", parts=ALONE | {"cond": COND_PREFIX}, refusal=UNSUPPORTED
+    ),
     "ldm-layout2img": Family(title="LDM layout2img", parts=CLIP_L, refusal=UNSUPPORTED),
     "rdm768": Family(title="retrieval-augmented diffusion (RDM 768)", parts=ALONE, refusal=UNSUPPORTED),
     "first-stage-kl": Family(

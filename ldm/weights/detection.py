@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ldm.catalog.families import FAMILIES, UNET, Family
+from ldm.catalog.families import FAMILIES, UNET_PREFIX, Family
 from ldm.weights.keymap import Shape
 
 Shapes = Mapping[str, Shape]
@@ -216,7 +216,7 @@ def detect(shapes: Shapes, *, source: str | Path = "") -> Detection:
     for test, name, layout in BEFORE:
         if test(shapes):
             return Detection(name=name, layout=layout, evidence="its keys")
-    for prefix in (UNET, ""):
+    for prefix in (UNET_PREFIX, ""):
         facts = unet_facts(shapes, prefix)
         bare = prefix == "" and not any(key.startswith(("down_blocks.", "input_blocks.")) for key in shapes)
         if facts is None or bare:

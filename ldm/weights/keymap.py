@@ -22,7 +22,7 @@ from torch import Tensor
 from ldm.weights.strict import mismatch
 
 Shape = tuple[int, ...]
-T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +321,6 @@ def to_file(table: Table, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def below(prefix: str, state: Mapping[str, T]) -> dict[str, T]:
+def below(prefix: str, state: Mapping[str, V]) -> dict[str, V]:
     """Return the entries whose key starts with a prefix, such as "first_stage_model.", without the prefix."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.catalog.cards import ModelCard
-from ldm.catalog.families import COND, FAMILIES
+from ldm.catalog.families import COND_PREFIX, FAMILIES
 from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.clip.towers import TextConfig, TextTower
@@ -108,7 +108,7 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
     state: dict[str, Tensor] = {}
     for part, network in pipe.networks().items():
         # LDM's inpainting model encodes the masked image with a copy of the autoencoder
-        copies = (COND,) if part == "vae" and f"{COND}*" in family.unneeded else ()
+        copies = (COND_PREFIX,) if part == "vae" and f"{COND_PREFIX}*" in family.unneeded else ()
         prefix = family.parts[part]
         inner = to_layout(network, "original", hugging_face=prefix.endswith("transformer."))
         for place in (prefix, *copies):

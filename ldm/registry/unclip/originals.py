@@ -24,7 +24,7 @@ from ldm.weights.rules.prior import with_statistics
 STATISTICS_FILE = "ViT-L-14_stats.th"
 # part: pattern of its file's name, and prefix of its keys in the file; a folder is in Hugging Face layout.
 CLIP_FILES = {"text": ("ViT-L-14.*", ""), "vision": ("ViT-L-14.*", "")}
-FILES: dict[str, dict[str, tuple[str, str]]] = {
+ORIGINAL_FILES: dict[str, dict[str, tuple[str, str]]] = {
     "karlo": {
         **CLIP_FILES,
         "prior": ("prior*.ckpt", "model."),
@@ -44,12 +44,12 @@ FILES: dict[str, dict[str, tuple[str, str]]] = {
 
 def is_original(card: UnCLIPCard, path: Path) -> bool:
     """Return whether a folder holds a model's decoder in a file as its authors published it."""
-    return card.family in FILES and bool(list(path.glob(file_patterns(card)["decoder"][0])))
+    return card.family in ORIGINAL_FILES and bool(list(path.glob(file_patterns(card)["decoder"][0])))
 
 
 def file_patterns(card: UnCLIPCard) -> dict[str, tuple[str, str]]:
     """Return the pattern of each part's file name, and the prefix of its keys in the file."""
-    files = FILES[card.family]
+    files = ORIGINAL_FILES[card.family]
     return {**files, "decoder": ("inpainting*.ckpt", "")} if card.concat == "known" else files
 
 

@@ -98,7 +98,7 @@ def conditional_unet(config: UNetConfig) -> tuple[str, JSON]:
             f" last level, got {config.mid_depth} and {depth[-1]}"
         )
     return "UNet2DConditionModel", {
-        **vector_condition(config),
+        **vector_entries(config),
         "down_block_types": down,
         "up_block_types": mirrored(down),
         "norm_eps": 1e-5,
@@ -112,7 +112,7 @@ def conditional_unet(config: UNetConfig) -> tuple[str, JSON]:
     }
 
 
-def vector_condition(config: UNetConfig) -> JSON:
+def vector_entries(config: UNetConfig) -> JSON:
     """Return the entries of a UNet's pooled, class-embedding or class condition; empty without one."""
     if config.pooled_dim:
         return {

@@ -21,12 +21,12 @@ CLIP_BLOCK = (
     (("mlp.c_fc.{leaf}",), ("mlp.fc1.{leaf}",)),
     (("mlp.c_proj.{leaf}",), ("mlp.fc2.{leaf}",)),
 )
-TEXT = (
+TEXT_RULES = (
     (("token_embedding.weight",), ("embeddings.token_embedding.weight",)),
     (("positional_embedding",), ("embeddings.position_embedding.weight",)),
     (("ln_final.{leaf}",), ("final_layer_norm.{leaf}",)),
 )
-VISION = (
+VISION_RULES = (
     (("class_embedding",), ("embeddings.class_embedding",)),
     (("conv1.weight",), ("embeddings.patch_embedding.weight",)),
     (("positional_embedding",), ("embeddings.position_embedding.weight",)),
@@ -83,14 +83,14 @@ def _hugging_face(has_text: bool, whole: bool) -> Iterable[Section]:
         scale = rename_one("logit_scale", "logit_scale")
         projection = rename_one("text_projection", "text_projection.weight", TRANSPOSED)
         yield Section(
-            "", "", (scale, projection, *_tower(TEXT, "text_model.", "transformer.", spare=not whole))
+            "", "", (scale, projection, *_tower(TEXT_RULES, "text_model.", "transformer.", spare=not whole))
         )
     if whole or not has_text:
         projection = rename_one("proj", "visual_projection.weight", TRANSPOSED)
         yield Section(
             "visual" if whole else "",
             "",
-            (projection, *_tower(VISION, "vision_model.", "transformer.", spare=not whole)),
+            (projection, *_tower(VISION_RULES, "vision_model.", "transformer.", spare=not whole)),
         )
 
 
