@@ -69,9 +69,8 @@ def test_the_profile_counts_the_multiplications_of_every_operator():
         }
         for part in net.modules():
             part.__dict__.pop("forward", None), part.__dict__.pop("product", None)
-    assert (
-        work["plain"]["self-attention"] == 3 * 4 * 2 * 64 * 64 * 8
-    )  # once on the way down, twice on the way up: 64 positions, width 8
+    # once on the way down, twice on the way up: 64 positions, width 8
+    assert work["plain"]["self-attention"] == 3 * 4 * 2 * 64 * 64 * 8
     assert work["plain"]["cross-attention"] == 3 * 4 * 2 * 64 * 5 * 8
     assert work["optimised"]["upsampling"] == pytest.approx(work["plain"]["upsampling"] * 4 / 9)
     assert {k: v for k, v in work["plain"].items() if k in ("linear", "convolution 3×3")} == {

@@ -44,9 +44,8 @@ def test_shifts_scales_and_noise_are_tolerated(drawn, judge):
     moved = clean.roll((3, -3), (2, 3))
     names = ["red-disc", "blue-box", "old-cross"]
     assert all(verdict.mse < 1e-5 for verdict in judge(moved, names, ["green"] * 3))
-    assert all(
-        verdict.mse > 1e-3 for verdict in judge(clean.roll((8, 8), (2, 3)), names, ["green"] * 3)
-    )  # a larger shift than is tolerated
+    # a larger shift than is tolerated
+    assert all(verdict.mse > 1e-3 for verdict in judge(clean.roll((8, 8), (2, 3)), names, ["green"] * 3))
     noisy = (moved + 0.1 * torch.randn_like(moved)).clamp(0, 1)
     assert [verdict.rank for verdict in judge(noisy, names, ["green"] * 3)] == [0, 0, 0]
 
@@ -125,9 +124,8 @@ def test_frechet_distance_of_gaussians():
     """For axis-aligned Gaussians the distance is |µa − µb|² + Σ (σa − σb)²."""
     rng = np.random.default_rng(0)
     z = rng.standard_normal((4000, 3))
-    z = np.linalg.solve(
-        np.linalg.cholesky(np.cov(z, rowvar=False)), (z - z.mean(0)).T
-    ).T  # mean exactly 0 and covariance exactly 1
+    # mean exactly 0 and covariance exactly 1
+    z = np.linalg.solve(np.linalg.cholesky(np.cov(z, rowvar=False)), (z - z.mean(0)).T).T
     a, b = z * [1, 2, 3] + [0, 0, 1], z * [2, 2, 1] + [1, 0, 0]
     assert emoji_quality.frechet_distance(a, b) == pytest.approx(2 + 1 + 0 + 4, rel=1e-6)
     assert emoji_quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)

@@ -31,9 +31,8 @@ def test_distance_is_the_mean_of_the_rms_of_each_image():
     a = torch.zeros(2, 3, 4, 4)
     b = torch.cat([torch.full((1, 3, 4, 4), 1 / 255), torch.full((1, 3, 4, 4), 3 / 255)])
     mean, error = solver_images.distance(a, b)
-    assert mean == pytest.approx(2, rel=1e-5) and error == pytest.approx(
-        1, rel=1e-5
-    )  # standard deviation sqrt(2), divided by sqrt(2 images)
+    # standard deviation sqrt(2), divided by sqrt(2 images)
+    assert mean == pytest.approx(2, rel=1e-5) and error == pytest.approx(1, rel=1e-5)
 
 
 def test_the_number_of_steps_fills_the_budget(tiny):

@@ -48,10 +48,8 @@ def diffusers_network(network: nn.Module, latent_scale: float = 1.0) -> nn.Modul
 
 def diffusers_scheduler(pipe: LatentDiffusion, sampler: str) -> Any:
     """Return the diffusers scheduler that a folder written by `ldm.save` names for a sampler."""
-    s, grids = pipe.card.schedule, pipe.card.grids().grids
-    facts = training_facts(
-        s.kind, s.timesteps, s.beta_start, s.beta_end, pipe.card.prediction, zero_snr=s.zero_terminal_snr
-    )
+    grids = pipe.card.grids().grids
+    facts = training_facts(pipe.card)
     name, config = scheduler_config(
         facts, sampler, trailing=grids.get(sampler, grids["*"]).get("spacing") == "trailing"
     )

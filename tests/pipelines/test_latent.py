@@ -1,4 +1,4 @@
-"""Text to image on a tiny model: seeds, batches, guidance, sizes, prompts, wrong input."""
+"""Test text to image on a tiny model: seeds, batches, guidance, sizes, prompts, wrong input."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def run(pipe, prompt="a red apple", **options):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
-def test_picture_i_of_a_batch_is_the_picture_of_its_seed_alone(pipe, sampler):
+def test_image_i_of_a_batch_is_the_image_of_its_seed(pipe, sampler):
     batch = run(pipe, n=4, seed=7, sampler=sampler)
     assert batch.seeds == (7, 8, 9, 10)
     for i in range(4):
         alone = run(pipe, seed=7 + i, sampler=sampler)
-        # the noise is the same to the bit; matrix products of another batch size round differently: a few
+        # the noise is bit-identical, but matrix products of another batch size round differently: by a few
         # float32 ulp over 4 steps
         assert torch.allclose(batch.tensor[i], alone.tensor[0], atol=1e-5)
     assert not torch.allclose(batch.tensor[0], batch.tensor[1], atol=1e-2)
 
 
-def test_seeds_may_be_a_list_and_a_seed_is_the_peers_first_noise(pipe):
+def test_seeds_may_be_a_list_and_a_seed_gives_the_first_noise_of_diffusers(pipe):
     assert run(pipe, n=2, seed=[9, 7]).seeds == (9, 7)
     assert torch.allclose(run(pipe, n=2, seed=[9, 7]).tensor[1], run(pipe, seed=7).tensor[0], atol=1e-5)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -41,11 +41,11 @@ def test_seeds_may_be_a_list_and_a_seed_is_the_peers_first_noise(pipe):
     assert torch.equal(run(pipe, latents=noise).tensor, run(pipe, seed=7).tensor)
 
 
-def test_the_same_call_gives_the_same_bits(pipe):
+def test_the_same_call_gives_a_bit_identical_image(pipe):
     assert torch.equal(run(pipe, n=2).tensor, run(pipe, n=2).tensor)
 
 
-def test_several_prompts_with_several_pictures_each(pipe):
+def test_several_prompts_with_several_images_each(pipe):
     images = run(pipe, ["a red apple", "cat"], n=2)
     assert images.prompts == ("a red apple", "a red apple", "cat", "cat") and images.seeds == (0, 1, 2, 3)
     # the shorter prompt is padded in the batch, and its padding is not attended to
@@ -53,7 +53,7 @@ def test_several_prompts_with_several_pictures_each(pipe):
     assert not torch.allclose(images.tensor[2], run(pipe, "a red apple", seed=2).tensor[0], atol=1e-3)
 
 
-def test_guidance_one_is_the_conditional_model_and_costs_one_evaluation_a_step(pipe):
+def test_guidance_one_is_the_conditional_model_with_one_evaluation_per_step(pipe):
     sizes = []
     hook = pipe.denoiser.net.register_forward_hook(lambda net, inputs, output: sizes.append(len(inputs[0])))
     run(pipe, guidance=1.0)
@@ -62,9 +62,8 @@ def test_guidance_one_is_the_conditional_model_and_costs_one_evaluation_a_step(p
     run(pipe, guidance=3.0)
     hook.remove()
     assert sizes == [2] * 4
-    assert torch.equal(
-        run(pipe, guidance=0.0).tensor, run(pipe, "cat", guidance=0.0).tensor
-    )  # the prompt is not looked at
+    # the prompt has no effect
+    assert torch.equal(run(pipe, guidance=0.0).tensor, run(pipe, "cat", guidance=0.0).tensor)
 
 
 def test_an_empty_prompt_is_unconditional(pipe):
@@ -72,16 +71,16 @@ def test_an_empty_prompt_is_unconditional(pipe):
     assert not torch.allclose(run(pipe, negative="cat").tensor, run(pipe).tensor, atol=1e-4)
 
 
-def test_a_width_and_height_of_ones_own(pipe):
+def test_width_and_height_can_be_given(pipe):
     assert run(pipe, height=48, width=64).tensor.shape == (1, 3, 48, 64)
 
 
-def test_a_grid_of_ones_own(pipe):
+def test_a_grid_can_be_given(pipe):
     grid = TimeGrid.make(pipe.denoiser.schedule, 4, spacing="trailing")
     assert torch.equal(run(pipe, grid=grid).tensor, run(pipe, steps=4).tensor)
 
 
-def test_on_step_sees_every_step_can_change_x_and_can_stop(pipe):
+def test_on_step_sees_every_step_and_can_change_x_or_stop(pipe):
     seen = []
     run(pipe, on_step=lambda i, x, d: seen.append((i, x.shape)))
     assert seen == [(i, (1, 4, 8, 8)) for i in range(4)]
@@ -97,13 +96,12 @@ def test_on_step_sees_every_step_can_change_x_and_can_stop(pipe):
     assert seen == [0]
 
 
-def test_steps_are_kept_when_asked_for(pipe, tmp_path):
+def test_keep_steps_decodes_every_step(pipe, tmp_path):
     plain = run(pipe, n=2)
     made = run(pipe, n=2, keep_steps=True)
     assert torch.equal(made.tensor, plain.tensor) and plain.steps is None and made.recipe == plain.recipe
-    assert made.steps.shape == (4, 2, 3, 32, 32) and torch.allclose(
-        made.steps[-1], made.tensor, atol=1e-6
-    )  # its last step takes x0 as the data
+    # the last step gives x0
+    assert made.steps.shape == (4, 2, 3, 32, 32) and torch.allclose(made.steps[-1], made.tensor, atol=1e-6)
     assert made.animate(tmp_path / "x.gif").stat().st_size > 0
     again = pipe.image_to_image("cat", torch.rand(3, 32, 32), strength=0.5, progress=False, keep_steps=True)
     assert again.steps.shape == (2, 1, 3, 32, 32)
@@ -152,6 +150,6 @@ def test_every_sampler_runs_on_the_pipeline(pipe):
         assert torch.isfinite(run(pipe, sampler=name, steps=4).tensor).all()
 
 
-def test_a_picture_that_overflows_is_an_error_and_not_black(pipe):
+def test_nan_is_an_error_and_not_a_black_image(pipe):
     with pytest.raises(ValueError, match="NaN"):
         run(pipe, on_step=lambda i, x, d: x * float("nan"))

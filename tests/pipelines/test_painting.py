@@ -1,5 +1,4 @@
-"""Inpainting and outpainting: known pixels exact in every kind of model, hidden pixels unseen, drafts
-corrected, windows blended."""
+"""Test inpainting and outpainting: known pixels are exact, hidden pixels have no effect, windows blend."""
 
 from __future__ import annotations
 
@@ -26,11 +25,11 @@ def pipe() -> Any:
     return tiny_model()
 
 
-def picture(h: int = 32, w: int = 32, seed: int = 0) -> Tensor:
+def random_image(h: int = 32, w: int = 32, seed: int = 0) -> Tensor:
     return torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 
-def hole(h: int = 32, w: int = 32) -> Tensor:
+def rectangle_mask(h: int = 32, w: int = 32) -> Tensor:
     mask = torch.zeros(h, w)
     mask[5:17, 6:21] = 1
     return mask
@@ -45,7 +44,7 @@ def outside(x: Tensor, mask: Tensor) -> Tensor:
     [{}, {"seam": 0}, {"feather": 3}, {"resample": 2, "jump": 2}, {"strength": 0.5}, {"window": 16}],
 )
 def test_known_pixels_are_exact(pipe: Any, options: dict[str, Any]) -> None:
-    image, mask = picture(), hole()
+    image, mask = random_image(), rectangle_mask()
     made = pipe.inpaint("cat", image, mask, n=2, **OPTIONS, **options)
     assert made.tensor.shape == (2, 3, 32, 32)
     assert torch.equal(outside(made.tensor, mask), outside(image, mask).expand(2, -1, -1, -1))
@@ -58,7 +57,7 @@ def test_known_pixels_are_exact(pipe: Any, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("base", ["sd-v1-5", "sd-v1-5-inpainting", "ldm-inpainting-big", "ldm-celebahq"])
 def test_known_pixels_are_exact_in_published_families(base: str, tmp_path: Any) -> None:
     model = reduced_families.load(reduced_families.register(base, tmp_path).name)
-    image, mask = picture(), hole()
+    image, mask = random_image(), rectangle_mask()
     prompt = "a cat" if base.startswith("sd") else ""
     for made in (
         model.inpaint(prompt, image, mask, **OPTIONS),
@@ -69,8 +68,8 @@ def test_known_pixels_are_exact_in_published_families(base: str, tmp_path: Any) 
     assert wide.tensor.shape == (1, 3, 39, 56) and torch.equal(wide.tensor[..., 7:, :32], image)
 
 
-def test_what_the_mask_hides_is_not_seen(pipe: Any) -> None:
-    image, mask = picture(), hole()
+def test_pixels_below_the_mask_have_no_effect(pipe: Any) -> None:
+    image, mask = random_image(), rectangle_mask()
     other = outside(image, mask) + mask * 0.9
     one, two = (pipe.inpaint("cat", given, mask, **OPTIONS) for given in (image, other))
     assert torch.equal(one.tensor, two.tensor)
@@ -78,9 +77,9 @@ def test_what_the_mask_hides_is_not_seen(pipe: Any) -> None:
     assert not torch.equal(begun[0].tensor, begun[1].tensor)
 
 
-def test_files_arrays_and_pictures_are_taken_alike(pipe: Any, tmp_path: Any) -> None:
-    array = (picture()[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    mask = (hole().numpy() * 255).astype(np.uint8)
+def test_files_arrays_and_images_give_the_same_result(pipe: Any, tmp_path: Any) -> None:
+    array = (random_image()[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    mask = (rectangle_mask().numpy() * 255).astype(np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     Image.fromarray(mask).save(tmp_path / "m.png")
     kinds = [
@@ -94,8 +93,8 @@ def test_files_arrays_and_pictures_are_taken_alike(pipe: Any, tmp_path: Any) -> 
     assert (known == array[mask == 0]).all()
 
 
-def test_a_size_that_does_not_fit_is_padded_aloud_and_cut_back(pipe: Any) -> None:
-    image, mask = picture(31, 29), hole(31, 29)
+def test_a_size_that_does_not_fit_is_padded_with_a_warning_and_cropped(pipe: Any) -> None:
+    image, mask = random_image(31, 29), rectangle_mask(31, 29)
     with pytest.warns(Padded, match="29×31 is not a multiple of 4: padded to 32×32"):
         made = pipe.inpaint("cat", image, mask, **OPTIONS).tensor
     assert made.shape == image.shape and torch.equal(outside(made, mask), outside(image, mask))
@@ -106,8 +105,8 @@ def test_a_size_that_does_not_fit_is_padded_aloud_and_cut_back(pipe: Any) -> Non
 @pytest.mark.parametrize(
     "margins", [{"right": 32}, {"left": 5, "bottom": 3}, {"left": 40, "right": 41, "top": 33}]
 )
-def test_outpainting_keeps_the_picture_where_it_was(pipe: Any, margins: dict[str, int]) -> None:
-    image = picture()
+def test_outpainting_keeps_the_image_in_place(pipe: Any, margins: dict[str, int]) -> None:
+    image = random_image()
     made = pipe.outpaint("cat", image, n=2, **margins, **OPTIONS)
     left, top = margins.get("left", 0), margins.get("top", 0)
     h, w = 32 + top + margins.get("bottom", 0), 32 + left + margins.get("right", 0)
@@ -116,8 +115,8 @@ def test_outpainting_keeps_the_picture_where_it_was(pipe: Any, margins: dict[str
     assert all(made.recipe[side] == width for side, width in margins.items())
 
 
-def test_windows_are_the_whole_where_one_holds_it(pipe: Any) -> None:
-    image, sizes = picture(32, 16), []
+def test_one_window_over_the_whole_canvas_changes_nothing(pipe: Any) -> None:
+    image, sizes = random_image(32, 16), []
     hook = pipe.denoiser.net.register_forward_hook(
         lambda net, inputs, output: sizes.append(tuple(inputs[0].shape[-2:]))
     )
@@ -127,18 +126,17 @@ def test_windows_are_the_whole_where_one_holds_it(pipe: Any) -> None:
     sizes.clear()
     pipe.outpaint("cat", image, right=48, **OPTIONS)
     hook.remove()
-    assert set(sizes) == {(8, 8)}  # a canvas of 8×16 is seen by the model at its own size
+    assert set(sizes) == {(8, 8)}  # the model sees a canvas of 8×16 in windows of its own size
 
 
-def test_a_draft_gives_way_to_what_is_known_and_is_laid_once() -> None:
-    draft = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 2, 4, 4)  # rises from left to right
+def test_known_latents_replace_the_draft_which_is_placed_once() -> None:
+    draft = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 2, 4, 4)  # increases from left to right
     known, empty = torch.full((1, 2, 4, 10), 9.0), torch.ones(1, 1, 4, 10)
-    empty[..., :2] = 0  # two columns known at the left
+    empty[..., :2] = 0  # the two columns at the left are known
     cond, uncond = with_known_draft((Cond(concat=draft), Cond(context=torch.zeros(1, 1, 1))), known, empty)
     assert cond.concat is not None and uncond.concat is None
-    assert torch.equal(
-        cond.concat[0, 0, 0], torch.tensor([9.0, 9, 2, 3, 3, 3, 3, 3, 3, 3])
-    )  # known, draft, its edge continued
+    # known, then the draft, then its last column repeated
+    assert torch.equal(cond.concat[0, 0, 0], torch.tensor([9.0, 9, 2, 3, 3, 3, 3, 3, 3, 3]))
     same = with_known_draft((Cond(concat=draft), Cond()), known[..., :4], torch.ones(1, 1, 4, 4))[0].concat
     assert torch.equal(same, draft)
 
@@ -155,7 +153,7 @@ def test_a_draft_gives_way_to_what_is_known_and_is_laid_once() -> None:
         ((0, 10), 10, 10, 0),
     ],
 )
-def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(
+def test_the_draft_is_placed_over_the_known_part_nearest_to_the_middle(
     known: tuple[int, int], side: int, tile: int, begin: int
 ) -> None:
     where = torch.zeros(side, dtype=torch.bool)
@@ -163,14 +161,13 @@ def test_a_draft_lies_over_the_known_part_as_near_to_the_middle_as_can_be(
     assert window_start(where, tile) == begin
 
 
-def test_all_white_repaints_all(pipe: Any) -> None:
-    made = pipe.inpaint("cat", picture(), torch.ones(32, 32), seam=0, **OPTIONS)
-    assert torch.allclose(
-        made.tensor, pipe.text_to_image("cat", **OPTIONS).tensor, atol=1e-4
-    )  # eps is derived again: rounding
+def test_a_white_mask_repaints_the_whole_image(pipe: Any) -> None:
+    made = pipe.inpaint("cat", random_image(), torch.ones(32, 32), seam=0, **OPTIONS)
+    # eps is derived from x0 again, which rounds
+    assert torch.allclose(made.tensor, pipe.text_to_image("cat", **OPTIONS).tensor, atol=1e-4)
 
 
-def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -> None:
+def test_inpainting_starts_from_a_draft_that_covers_the_image(pipe: Any) -> None:
     seen: dict[str, list[Tensor]] = {}
 
     def made(name: str, task: Any, *args: Any, **options: Any) -> Any:
@@ -182,12 +179,12 @@ def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -
             on_step=lambda i, x, d: seen[name].append(x.clone()),
         )
 
-    one = made("one", pipe.inpaint, picture(), hole())
-    made("other noise", pipe.inpaint, picture(), hole(), seed=1)
+    one = made("one", pipe.inpaint, random_image(), rectangle_mask())
+    made("other noise", pipe.inpaint, random_image(), rectangle_mask(), seed=1)
     made("text", pipe.text_to_image)
     made("other text", pipe.text_to_image, seed=1)
-    made("all", pipe.inpaint, picture(), torch.ones(32, 32))
-    made("wide", pipe.outpaint, picture(), right=16)
+    made("all", pipe.inpaint, random_image(), torch.ones(32, 32))
+    made("wide", pipe.outpaint, random_image(), right=16)
     taken = round(10 * DRAFTED)
     assert {name: len(states) for name, states in seen.items()} == {
         "one": taken,
@@ -198,9 +195,8 @@ def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -
         "wide": 10,
     }
     repainted = pipe.encode(torch.zeros(1, 3, 32, 32)).new_zeros(1, 1, 8, 8)
-    repainted[..., 1:5, 1:6] = (
-        1  # the latent positions of the hole: other noise matters less there than where nothing is begun from
-    )
+    # the latent positions below the mask: the noise has less effect there than on an image from pure noise
+    repainted[..., 1:5, 1:6] = 1
     by_noise = [
         ((a[-1] - b[-1]) * repainted).square().mean()
         for a, b in ((seen["one"], seen["other noise"]), (seen["text"], seen["other text"]))
@@ -209,16 +205,16 @@ def test_a_hole_begins_from_its_draft_where_that_covers_the_picture(pipe: Any) -
     assert one.recipe["strength"] == 1 and one.recipe["steps"] == taken
 
 
-def test_the_steps_kept_have_the_known_pixels_and_the_picture_s_size(pipe: Any) -> None:
-    image = picture()
+def test_kept_steps_have_the_known_pixels_and_the_size_of_the_image(pipe: Any) -> None:
+    image = random_image()
     made = pipe.outpaint("cat", image, right=6, keep_steps=True, **OPTIONS)
     assert made.steps.shape == (3, *made.tensor.shape) and torch.equal(
         made.steps[..., :32], image.expand(3, 1, -1, -1, -1)
     )
 
 
-def test_stopping_and_seeds(pipe: Any) -> None:
-    image, mask = picture(), hole()
+def test_seeds_and_one_mask_per_image(pipe: Any) -> None:
+    image, mask = random_image(), rectangle_mask()
     four = pipe.inpaint("cat", image, mask, n=3, seed=5, **OPTIONS)
     assert torch.allclose(
         four.tensor[2:], pipe.inpaint("cat", image, mask, seed=7, **OPTIONS).tensor, atol=1e-4
@@ -233,24 +229,30 @@ def test_stopping_and_seeds(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.inpaint("cat", picture(), torch.zeros(32, 32)), "black everywhere"),
-        (lambda p: p.inpaint("cat", picture(), torch.ones(32, 30)), "image's size 32×32, got 32×30"),
+        (lambda p: p.inpaint("cat", random_image(), torch.zeros(32, 32)), "black everywhere"),
+        (lambda p: p.inpaint("cat", random_image(), torch.ones(32, 30)), "image's size 32×32, got 32×30"),
         (
-            lambda p: p.inpaint("cat", picture(), torch.ones(3, 1, 32, 32), n=2),
+            lambda p: p.inpaint("cat", random_image(), torch.ones(3, 1, 32, 32), n=2),
             "3 masks for 2 images to be made",
         ),
-        (lambda p: p.inpaint("cat", picture(), hole(), strength=2), "strength: expected 0 to 1, got 2"),
-        (lambda p: p.inpaint("cat", picture(), hole(), resample=0), "times and jump must be at least 1"),
-        (lambda p: p.inpaint("cat", picture(), hole(), feather=-3), "feather: expected"),
-        (lambda p: p.inpaint("cat", picture(), hole(), window=0), "window: expected"),
-        (lambda p: p.inpaint("cat", np.zeros((4, 4, 2), dtype=np.uint8), hole()), r"\(4, 4, 2\)"),
-        (lambda p: p.inpaint("cat", picture(), "absent.png"), "mask: no such file"),
         (
-            lambda p: p.outpaint("cat", picture(), left=-4),
+            lambda p: p.inpaint("cat", random_image(), rectangle_mask(), strength=2),
+            "strength: expected 0 to 1, got 2",
+        ),
+        (
+            lambda p: p.inpaint("cat", random_image(), rectangle_mask(), resample=0),
+            "times and jump must be at least 1",
+        ),
+        (lambda p: p.inpaint("cat", random_image(), rectangle_mask(), feather=-3), "feather: expected"),
+        (lambda p: p.inpaint("cat", random_image(), rectangle_mask(), window=0), "window: expected"),
+        (lambda p: p.inpaint("cat", np.zeros((4, 4, 2), dtype=np.uint8), rectangle_mask()), r"\(4, 4, 2\)"),
+        (lambda p: p.inpaint("cat", random_image(), "absent.png"), "mask: no such file"),
+        (
+            lambda p: p.outpaint("cat", random_image(), left=-4),
             "left: expected a whole number of pixels, at least 0, got -4",
         ),
-        (lambda p: p.outpaint("cat", picture()), "nothing to outpaint"),
-        (lambda p: p.outpaint("cat", picture(), left=4, width=64), "width 64: the image has 36"),
+        (lambda p: p.outpaint("cat", random_image()), "nothing to outpaint"),
+        (lambda p: p.outpaint("cat", random_image(), left=4, width=64), "width 64: the image has 36"),
         (lambda p: p.outpaint("cat", __file__, left=4), "is not a readable image"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Whole pipelines against diffusers' over the same random weights and noise: every image within 1/255 of
-theirs, pixel by pixel.
+"""Compare complete pipelines with those of diffusers over the same random weights and noise.
 
-At reduced width here; at full size (one image of 64×64, 5 steps): python -m pytest
-tests/pipelines/test_parity.py -m slow The full-size SDXL takes 14 GB of memory, which both pipelines share.
+Every pixel agrees within 1/255. The models have reduced width. At full size (one image of 64×64, 5 steps):
+`python -m pytest tests/pipelines/test_parity.py -m slow`. The full-size SDXL needs 14 GB of memory, which
+both pipelines share.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SIZES = ["reduced", pytest.param("full", marks=pytest.mark.slow)]
         ("sdxl-base", "StableDiffusionXLPipeline"),
     ],
 )
-def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_path: Path) -> None:
+def test_text_to_image_equals_diffusers(base: str, kind: str, size: str, tmp_path: Path) -> None:
     pipe, side = random_pipeline(base, size, tmp_path)
     theirs = diffusers_pipeline(pipe, kind, tmp_path)
     z = seeded_noise(pipe, side)
@@ -49,7 +49,7 @@ def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_pat
     for sampler in ("ddim", "euler"):
         theirs.scheduler = diffusers_scheduler(pipe, sampler)
         for negative in (NEGATIVE, ""):
-            # without a negative prompt SDXL takes zeros, the others the empty text
+            # without a negative prompt SDXL uses zeros, the others the empty text
             words = negative or (None if "XL" in kind else "")
             expected = theirs(
                 PROMPT,
@@ -74,8 +74,8 @@ def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_pat
             ).tensor
             assert_equal(got, expected)
             results[sampler, negative] = got
-    assert differ(results["ddim", NEGATIVE], results["ddim", ""])  # what was varied has an effect
-    if size == "reduced":  # an error in one convention alone is seen
+    assert differ(results["ddim", NEGATIVE], results["ddim", ""])  # the negative prompt has an effect
+    if size == "reduced":  # the prompt has an effect
         other = pipe.text_to_image(
             "a green apple",
             steps=STEPS,
@@ -91,13 +91,13 @@ def test_text_to_image_equals_the_peers(base: str, kind: str, size: str, tmp_pat
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
-def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path) -> None:
+def test_image_to_image_equals_diffusers(sampler: str, size: str, tmp_path: Path) -> None:
     pipe, side = random_pipeline("sd-v1-5", size, tmp_path)
     theirs = diffusers_pipeline(pipe, "StableDiffusionImg2ImgPipeline", tmp_path)
     theirs.scheduler = diffusers_scheduler(pipe, sampler)
     generator = torch.Generator().manual_seed(5)
     shape = seeded_noise(pipe, side).shape
-    # the peer draws first for the posterior (which has no spread), then the noise
+    # diffusers first draws for the posterior (which has almost no variance), then the noise
     torch.randn(shape, generator=generator)
     z = torch.randn(shape, generator=generator)
     expected = theirs(
@@ -133,7 +133,7 @@ def test_image_to_image_equals_the_peers(sampler: str, size: str, tmp_path: Path
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
-def test_nine_channel_inpainting_equals_the_peers(sampler: str, size: str, tmp_path: Path) -> None:
+def test_nine_channel_inpainting_equals_diffusers(sampler: str, size: str, tmp_path: Path) -> None:
     pipe, side = random_pipeline("sd-v1-5-inpainting", size, tmp_path)
     theirs = diffusers_pipeline(pipe, "StableDiffusionInpaintPipeline", tmp_path)
     theirs.scheduler = diffusers_scheduler(pipe, sampler)
@@ -160,7 +160,7 @@ def test_nine_channel_inpainting_equals_the_peers(sampler: str, size: str, tmp_p
         "sampler": sampler,
         "progress": False,
     }
-    options["seam"] = 0  # the peer corrects no border
+    options["seam"] = 0  # diffusers does not correct the border
     assert_filled(
         pipe.inpaint(PROMPT, gradient_image(side), rectangle_mask(side), **options).tensor,
         expected,
@@ -171,7 +171,7 @@ def test_nine_channel_inpainting_equals_the_peers(sampler: str, size: str, tmp_p
     assert differ(other * rectangle_mask(side), expected * rectangle_mask(side))
 
 
-def test_a_folder_that_we_write_is_one_that_the_peer_reads(tmp_path: Path) -> None:
+def test_diffusers_reads_a_folder_that_ldm_writes(tmp_path: Path) -> None:
     import diffusers
 
     pipe, side = random_pipeline("sd-v1-5", "reduced", tmp_path)
@@ -188,6 +188,6 @@ def test_a_folder_that_we_write_is_one_that_the_peer_reads(tmp_path: Path) -> No
         latents=z,
         output_type="pt",
     ).images
-    # plms and 7.5, as the card says
+    # plms and 7.5 are the defaults of the card
     got = pipe.text_to_image(PROMPT, steps=STEPS, height=side, width=side, latents=z, progress=False)
     assert_equal(got.tensor, expected)

@@ -1,5 +1,4 @@
-"""The family's other kinds against diffusers' pipelines over the same random weights and noise, at reduced
-width: within 1/255 per pixel."""
+"""Compare further kinds of pipelines at reduced width with those of diffusers, within 1/255 per pixel."""
 
 from __future__ import annotations
 
@@ -36,7 +35,8 @@ def test_distilled_models_without_guidance(tmp_path: Path) -> None:
         latents=z,
         output_type="pt",
     ).images
-    got = pipe.text_to_image(PROMPT, steps=1, latents=z, **OURS)  # sampler and guidance are the card's
+    # sampler and guidance are the defaults of the card
+    got = pipe.text_to_image(PROMPT, steps=1, latents=z, **OURS)
     assert got.recipe["sampler"] == "euler_a" and got.recipe["guidance"] == 1.0
     assert_equal(got.tensor, expected)
 
@@ -100,7 +100,8 @@ def test_the_refiner_with_its_aesthetic_scores(tmp_path: Path) -> None:
     pipe, side = random_pipeline("sdxl-refiner", "reduced", tmp_path)
     theirs = diffusers_pipeline(pipe, "StableDiffusionXLImg2ImgPipeline", tmp_path)
     generator, shape = torch.Generator().manual_seed(5), seeded_noise(pipe, side).shape
-    torch.randn(shape, generator=generator)  # the peer draws first for the posterior, which has no spread
+    # diffusers first draws for the posterior, which has almost no variance
+    torch.randn(shape, generator=generator)
     z = torch.randn(shape, generator=generator)
     expected = theirs(
         PROMPT,
@@ -152,7 +153,7 @@ def test_the_upscaler_with_its_level_of_noise(tmp_path: Path, monkeypatch: pytes
     pipe, _ = random_pipeline("sd-x4-upscaler", "reduced", tmp_path)
     theirs, low = diffusers_pipeline(pipe, "StableDiffusionUpscalePipeline", tmp_path), gradient_image(8)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    # the noise on the small image is the peer's, whose generator draws it first
+    # the noise on the small image is that of diffusers, whose generator draws it first
     drawn = torch.randn(low.shape, generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr("ldm.pipelines.tasks.upscale.keyed_normal", lambda seed, k, shape: drawn[0])
     results = {}

@@ -1,5 +1,4 @@
-"""Prompts through the whole pipeline: weights, windows, negatives of their own, and pictures that do not
-depend on their neighbours."""
+"""Test prompts through the pipeline: weights, long prompts, negative prompts, independence within a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ def run(pipe, prompt="a red apple", **options):
     return pipe.text_to_image(prompt, progress=False, **{"steps": 2, **options})
 
 
-def test_weight_one_is_no_weight_to_the_bit_and_others_are_seen(pipe):
+def test_weight_one_is_exactly_no_weight_and_others_have_an_effect(pipe):
     plain = run(pipe).tensor
     assert torch.equal(run(pipe, "a (red:1) apple").tensor, plain) and torch.equal(
         run(pipe, "(a red apple:1.0)").tensor, plain
@@ -31,20 +30,19 @@ def test_weight_one_is_no_weight_to_the_bit_and_others_are_seen(pipe):
 
 
 @pytest.mark.parametrize("n", [1, 75, 76, 300])
-def test_long_prompts_make_pictures_that_their_neighbours_do_not_change(pipe, n):
+def test_images_of_long_prompts_do_not_depend_on_the_batch(pipe, n):
     prompt = " ".join(("red", "apple", "cat")[i % 3] for i in range(n))
     alone = run(pipe, prompt, seed=1).tensor
     both = run(pipe, ["cat", prompt], seed=0)
-    # 4 steps of products of another batch size and length, in float32
+    # matrix products of another batch size and length round differently, over 2 steps in float32
     assert torch.allclose(both.tensor[1], alone[0], atol=1e-5) and torch.allclose(
         both.tensor[0], run(pipe, "cat").tensor[0], atol=1e-5
     )
-    assert not torch.allclose(
-        run(pipe, prompt + " blue", seed=1).tensor, alone, atol=1e-5
-    )  # the last word is read
+    # the last word has an effect
+    assert not torch.allclose(run(pipe, prompt + " blue", seed=1).tensor, alone, atol=1e-5)
 
 
-def test_every_picture_may_have_a_negative_prompt_of_its_own(pipe):
+def test_every_image_may_have_its_own_negative_prompt(pipe):
     images = run(pipe, ["cat", "a red apple"], negative=["blue", ""], n=2, seed=[5, 6, 7, 7])
     assert images.seeds == (5, 6, 7, 7) and images.recipe["negative"] == ["blue", "blue", "", ""]
     assert torch.allclose(images.tensor[1], run(pipe, "cat", negative="blue", seed=6).tensor[0], atol=1e-5)
@@ -58,7 +56,7 @@ def test_every_picture_may_have_a_negative_prompt_of_its_own(pipe):
 @pytest.mark.parametrize(
     "prompt", ["", " ", "🍎", "שלום", "a‏red", "\x00cat\x07", "cat\n\tred", "(", "())", "{", "|"]
 )
-def test_any_text_makes_the_same_picture_every_time_and_what_is_left_out_is_said(pipe, prompt, recwarn):
+def test_any_text_gives_a_reproducible_image_and_a_warning_for_unknown_words(pipe, prompt, recwarn):
     first = run(pipe, prompt).tensor
     said = " ".join(str(w.message) for w in recwarn if w.category is UnknownWords)
     left_out = {"🍎": "'🍎'", "שלום": "'שלום'", "\x00cat\x07": repr("\x00"), "(": "'('", "|": "'|'"}

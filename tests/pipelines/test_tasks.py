@@ -1,5 +1,4 @@
-"""What the family's models are told beside a text, and the tasks that tell them: on models of reduced width
-with random weights."""
+"""Test the conditions besides text and their tasks, on models of reduced width with random weights."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from ldm.pipelines.tasks.border import latent_then_mask, mask_then_latent
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Models by the name of their base, each made once."""
+    """Return a function from the name of a published model to its reduced copy, which is made once."""
     folder, made = tmp_path_factory.mktemp("cards"), {}
 
     def get(base: str) -> Any:
@@ -34,11 +33,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def picture(seed: int = 0, side: int = 32) -> Tensor:
+def random_image(seed: int = 0, side: int = 32) -> Tensor:
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def hole(side: int = 32) -> Tensor:
+def rectangle_mask(side: int = 32) -> Tensor:
     mask = torch.zeros(side, side)
     mask[8:16, 4:20] = 1
     return mask
@@ -55,50 +54,50 @@ def test_strength_one_is_text_to_image_and_zero_the_reconstruction(models: Any) 
     pipe = models("sd-v1-5")
     text = pipe.text_to_image("a cat", n=2, **OPTIONS)
     assert torch.equal(
-        pipe.image_to_image("a cat", picture(), strength=1.0, n=2, **OPTIONS).tensor, text.tensor
+        pipe.image_to_image("a cat", random_image(), strength=1.0, n=2, **OPTIONS).tensor, text.tensor
     )
-    again = pipe.image_to_image("a cat", picture(), strength=0.0, **OPTIONS)
-    assert torch.equal(again.tensor, pipe.decode(pipe.encode(picture())))
-    some = pipe.image_to_image("a cat", picture(), strength=0.5, steps=4, **OPTIONS)
+    again = pipe.image_to_image("a cat", random_image(), strength=0.0, **OPTIONS)
+    assert torch.equal(again.tensor, pipe.decode(pipe.encode(random_image())))
+    some = pipe.image_to_image("a cat", random_image(), strength=0.5, steps=4, **OPTIONS)
     assert some.recipe["steps"] == 2 and some.recipe["strength"] == 0.5 and not some.recipe["replayable"]
-    assert differ(some, pipe.image_to_image("a cat", picture(1), strength=0.5, steps=4, **OPTIONS))
+    assert differ(some, pipe.image_to_image("a cat", random_image(1), strength=0.5, steps=4, **OPTIONS))
     batch = pipe.image_to_image(
-        "a cat", torch.cat([picture(), picture(1)]), n=2, strength=0.5, steps=4, **OPTIONS
+        "a cat", torch.cat([random_image(), random_image(1)]), n=2, strength=0.5, steps=4, **OPTIONS
     )
-    assert torch.allclose(
-        batch.tensor[:1], some.tensor, atol=1e-4
-    )  # the batch's matrix products round otherwise
+    # matrix products of a batch round differently
+    assert torch.allclose(batch.tensor[:1], some.tensor, atol=1e-4)
 
 
-def test_an_ordinary_model_keeps_the_known_latent(models: Any) -> None:
+def test_a_model_without_mask_channels_keeps_the_known_latent(models: Any) -> None:
     pipe, last = models("sd-v1-5"), []
-    pipe.inpaint("a cat", picture(), hole(), on_step=lambda i, x, d: last.append(d.x0), **OPTIONS)
-    z = pipe.encode(Canvas.masked(picture(), hole()).filled())
-    small = torch.nn.functional.adaptive_max_pool2d(hole()[None, None], z.shape[-2:])
+    pipe.inpaint(
+        "a cat", random_image(), rectangle_mask(), on_step=lambda i, x, d: last.append(d.x0), **OPTIONS
+    )
+    z = pipe.encode(Canvas.masked(random_image(), rectangle_mask()).filled())
+    small = torch.nn.functional.adaptive_max_pool2d(rectangle_mask()[None, None], z.shape[-2:])
     assert 0 < small.mean() < 1
     assert torch.allclose(last[-1] * (1 - small), z * (1 - small), atol=1e-5)
     assert not torch.allclose(last[-1] * small, z * small, atol=1e-1)
 
 
 @pytest.mark.parametrize("base", ["sd-v1-5-inpainting", "sdxl-inpainting", "ldm-inpainting-big"])
-def test_inpainting_models_see_mask_and_picture(models: Any, base: str) -> None:
+def test_inpainting_models_see_the_mask_and_the_image(models: Any, base: str) -> None:
     pipe = models(base)
     prompt = "" if base.startswith("ldm") else "a cat"
-    image = picture()
-    one = pipe.inpaint(prompt, image, hole(), **OPTIONS)
+    image = random_image()
+    one = pipe.inpaint(prompt, image, rectangle_mask(), **OPTIONS)
     beyond = image.clone()
     beyond[..., 8:16, 4:20] = 0.9
-    assert torch.equal(
-        pipe.inpaint(prompt, beyond, hole(), **OPTIONS).tensor, one.tensor
-    )  # what is under the mask is not seen
-    assert differ(pipe.inpaint(prompt, picture(1), hole(), **OPTIONS), one)
-    assert differ(pipe.inpaint(prompt, image, 1 - hole(), **OPTIONS), one)
+    # pixels below the mask have no effect
+    assert torch.equal(pipe.inpaint(prompt, beyond, rectangle_mask(), **OPTIONS).tensor, one.tensor)
+    assert differ(pipe.inpaint(prompt, random_image(1), rectangle_mask(), **OPTIONS), one)
+    assert differ(pipe.inpaint(prompt, image, 1 - rectangle_mask(), **OPTIONS), one)
     with pytest.raises(ValueError, match="takes an image beside the latent: call inpaint"):
         pipe.text_to_image(prompt, **OPTIONS)
 
 
 def test_the_order_and_values_of_the_extra_channels(models: Any) -> None:
-    image, mask = picture(), to_mask(hole(), (32, 32))
+    image, mask = random_image(), to_mask(rectangle_mask(), (32, 32))
     sd, big = models("sd-v1-5-inpainting"), models("ldm-inpainting-big")
     grey, black = image * (1 - mask) + 0.5 * mask, image * (1 - mask)
     canvas = Canvas.masked(image, mask)
@@ -143,14 +142,15 @@ def test_unconditional(models: Any) -> None:
 
 
 def test_upscalers(models: Any) -> None:
-    pipe, low = models("sd-x4-upscaler"), picture(side=8)
+    pipe, low = models("sd-x4-upscaler"), random_image(side=8)
     big = pipe.upscale(low, "a cat", **OPTIONS)
     assert big.tensor.shape == (1, 3, 32, 32) and big.recipe["noise_level"] == 20
     assert differ(big, pipe.upscale(low, "a cat", noise_level=200, **OPTIONS)) and differ(
-        big, pipe.upscale(picture(1, 8), "a cat", **OPTIONS)
+        big, pipe.upscale(random_image(1, 8), "a cat", **OPTIONS)
     )
     pair = pipe.upscale(low, "a cat", n=2, **OPTIONS)
-    assert torch.allclose(pair.tensor[:1], big.tensor, atol=1e-4)  # the noise of a picture is its seed's
+    # the noise of an image depends on its seed alone
+    assert torch.allclose(pair.tensor[:1], big.tensor, atol=1e-4)
     with pytest.raises(ValueError, match="noise_level: expected 0 to 349, got 350"):
         pipe.upscale(low, noise_level=350)
     sr = models("ldm-bsr-sr").upscale(low, **(OPTIONS | {"sampler": None}))
@@ -162,24 +162,24 @@ def test_upscalers(models: Any) -> None:
 def test_depth(models: Any) -> None:
     pipe = models("sd-v2-depth")
     near = torch.linspace(0, 9, 20 * 30).view(20, 30)
-    one = pipe.depth_to_image("a cat", picture(), near, strength=1.0, **OPTIONS)
+    one = pipe.depth_to_image("a cat", random_image(), near, strength=1.0, **OPTIONS)
     assert torch.allclose(
-        pipe.depth_to_image("a cat", picture(), 5 * near - 3, strength=1.0, **OPTIONS).tensor,
+        pipe.depth_to_image("a cat", random_image(), 5 * near - 3, strength=1.0, **OPTIONS).tensor,
         one.tensor,
         atol=1e-3,
     )
-    assert differ(pipe.depth_to_image("a cat", picture(), near.flip(0), strength=1.0, **OPTIONS), one)
+    assert differ(pipe.depth_to_image("a cat", random_image(), near.flip(0), strength=1.0, **OPTIONS), one)
     small = to_depth(near, (4, 6))
     assert small.shape == (1, 1, 4, 6) and small.min() == -1 and small.max() == 1
     with pytest.raises(ValueError, match="call depth_to_image"):
         pipe.text_to_image("a cat")
 
 
-def test_instructions_are_guided_in_two_ways(models: Any) -> None:
-    pipe, z = models("instruct-pix2pix"), picture()
+def test_instructions_have_two_guidance_scales(models: Any) -> None:
+    pipe, z = models("instruct-pix2pix"), random_image()
     equal = {"guidance": 3.0, "image_guidance": 3.0, "steps": 3, **OPTIONS}
     got = pipe.instruct("make it blue", z, **equal)
-    # with both scales equal the two differences add up to one: e(0) + s·(e(image, text) − e(0))
+    # with equal scales the two differences add up to one: e(0) + s·(e(image, text) − e(0))
     concat = pipe.encode(z) / pipe.latent_scale
     cond, nothing = pipe.text(["make it blue"]), pipe.text([""])
     pair = (
@@ -194,7 +194,7 @@ def test_instructions_are_guided_in_two_ways(models: Any) -> None:
 
 
 @pytest.mark.parametrize("base", ["lcm-sd-v1-5", "lcm-sdxl"])
-def test_consistency_models_take_the_guidance_as_an_input(models: Any, base: str) -> None:
+def test_consistency_models_have_the_guidance_as_an_input(models: Any, base: str) -> None:
     pipe, sizes = models(base), []
     hook = pipe.denoiser.net.register_forward_hook(lambda net, inputs, output: sizes.append(len(inputs[0])))
     one = pipe.text_to_image("a cat", guidance=8.0, steps=2, progress=False)
@@ -206,7 +206,7 @@ def test_consistency_models_take_the_guidance_as_an_input(models: Any, base: str
     ).guidance == torch.tensor([7.51])
 
 
-def test_sizes_reach_sdxl(models: Any) -> None:
+def test_sizes_condition_sdxl(models: Any) -> None:
     pipe = models("sdxl-base")
     plain = pipe.text_to_image("a cat", **OPTIONS)
     assert torch.equal(
@@ -224,7 +224,7 @@ def test_sizes_reach_sdxl(models: Any) -> None:
         pipe.text_to_image("a cat", sizes={"crops": [0, 0]}, **OPTIONS)
     refiner = models("sdxl-refiner")
     scores = [
-        refiner.image_to_image("a cat", picture(), sizes={"aesthetic": score}, strength=0.7, **OPTIONS)
+        refiner.image_to_image("a cat", random_image(), sizes={"aesthetic": score}, strength=0.7, **OPTIONS)
         for score in (6.0, 1.0)
     ]
     assert differ(*scores)
@@ -238,10 +238,16 @@ def test_turbo_starts_at_the_noisiest_timestep(models: Any) -> None:
     )
     pipe.text_to_image("a cat", steps=4, progress=False)
     hook.remove()
-    assert seen == [999, 749, 499, 249]  # diffusers' trailing grid of four steps, and no second branch
+    # the trailing grid of diffusers with four steps, and no unconditional branch
+    assert seen == [
+        999,
+        749,
+        499,
+        249,
+    ]
 
 
-def test_pictures_in_any_form_are_the_same_picture(tmp_path: Path) -> None:
+def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     wanted = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
@@ -255,9 +261,8 @@ def test_pictures_in_any_form_are_the_same_picture(tmp_path: Path) -> None:
     ):
         assert torch.allclose(to_pixels(form), wanted)
     assert to_pixels([pixels, pixels]).shape == (2, 3, 6, 5)
-    assert torch.equal(
-        to_pixels(np.zeros((2, 2, 4), dtype=np.uint8)), torch.ones(1, 3, 2, 2)
-    )  # transparency is laid on white
+    # transparent pixels are composed with white
+    assert torch.equal(to_pixels(np.zeros((2, 2, 4), dtype=np.uint8)), torch.ones(1, 3, 2, 2))
     mask = (pixels[..., 0] >= 128).astype(np.uint8) * 255
     for form in (mask, Image.fromarray(mask), torch.from_numpy(mask) / 255):
         assert torch.equal(to_mask(form, (6, 5))[0, 0], torch.from_numpy(mask) / 255)
@@ -275,21 +280,21 @@ def test_pictures_in_any_form_are_the_same_picture(tmp_path: Path) -> None:
         (lambda: to_depth(torch.full((4, 4), float("nan")), (2, 2)), "finite"),
     ],
 )
-def test_wrong_pictures_are_refused(call: Any, message: str) -> None:
+def test_wrong_images_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_a_picture_that_is_not_there(models: Any, tmp_path: Path) -> None:
+def test_missing_files_wrong_sizes_and_strengths_are_refused(models: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.png"):
         models("sd-v1-5").image_to_image("a cat", tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.png.*not a readable image"):
         to_pixels(tmp_path / "text.png")
     with pytest.raises(ValueError, match="height 64: the image has 32"):
-        models("sd-v1-5").image_to_image("a cat", picture(), height=64)
+        models("sd-v1-5").image_to_image("a cat", random_image(), height=64)
     with pytest.raises(ValueError, match="3 images for 2 to be made"):
         models("sd-v1-5").image_to_image("a cat", torch.rand(3, 3, 32, 32), n=2)
     for strength in (-0.1, 1.1):
         with pytest.raises(ValueError, match="strength: expected 0 to 1"):
-            models("sd-v1-5").image_to_image("a cat", picture(), strength=strength)
+            models("sd-v1-5").image_to_image("a cat", random_image(), strength=strength)

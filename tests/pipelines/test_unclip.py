@@ -1,4 +1,4 @@
-"""unCLIP's tasks on tiny models: closed forms, invariants, misuse."""
+"""Test the tasks of unCLIP on tiny models: closed forms, invariants, wrong input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = F.interpolate(
 FAST = {"steps": 2, "prior_steps": 2, "progress": False, "upsample": False}
 
 
-def test_four_pictures_by_default_of_the_upsamplers_size(karlo):
+def test_the_default_is_four_images_of_the_upsamplers_size(karlo):
     images = karlo.text_to_image("a cat", steps=2, prior_steps=2, upsampler_steps=2, progress=False)
     assert (
         images.tensor.shape == (4, 3, 32, 32) and images.seeds == (0, 1, 2, 3) and images.recipe["replayable"]
@@ -47,7 +47,7 @@ def test_four_pictures_by_default_of_the_upsamplers_size(karlo):
     assert karlo.text_to_image("a cat", **FAST).tensor.shape == (4, 3, 16, 16)
 
 
-def test_the_given_embedding_replaces_the_priors(karlo):
+def test_a_given_embedding_replaces_that_of_the_prior(karlo):
     made = karlo.imagine("a cat", seed=5, prior_steps=2, progress=False)
     given = karlo.text_to_image("a cat", n=1, seed=5, embedding=made, **FAST)
     assert (
@@ -58,7 +58,7 @@ def test_the_given_embedding_replaces_the_priors(karlo):
     assert not torch.allclose(other.tensor, given.tensor, atol=0.02)
 
 
-def test_options_of_no_stage_are_named(karlo):
+def test_options_that_no_stage_has_are_refused(karlo):
     with pytest.raises(ValueError, match="the prior has no option 'stepz'; did you mean 'steps'"):
         karlo.text_to_image("a cat", prior_stepz=3, progress=False)
     with pytest.raises(ValueError, match="sampler 'ddpm' has no option 'prior'"):
@@ -89,7 +89,7 @@ def test_embeddings_of_another_clip_width_or_length_are_refused(karlo):
         ImageEmbedding(vector=torch.full((1, E), float("nan")), clip="x")
 
 
-def test_prior_and_decoder_of_two_clips_are_not_combined(karlo):
+def test_prior_and_decoder_of_different_clips_are_refused(karlo):
     stranger = PriorStage(random_network(PRIOR, 3), karlo.card.prior, clip="laion/ViT-L-14")
     with pytest.raises(ValueError, match="its prior on those of 'laion/ViT-L-14'"):
         UnCLIP(clip=karlo.clip, prior=stranger, decoder=karlo.decoder, card=karlo.card)
@@ -106,9 +106,8 @@ def test_prior_and_decoder_of_two_clips_are_not_combined(karlo):
     assert alone.variations(PICTURE, n=1, **FAST).tensor.shape == (1, 3, 16, 16)
 
 
-def test_inverted_noise_and_the_embedding_reconstruct_a_picture():
-    """On a decoder whose eps is smooth in x_t: with the fixed point iterated, DDIM comes back to where it was
-    inverted from."""
+def test_inverted_noise_and_the_embedding_reconstruct_the_image():
+    """If eps is smooth in x_t, iterating the fixed point makes DDIM return to the inverted image."""
     pipe = tiny_kandinsky()
     with torch.no_grad():
         pipe.decoder.denoiser.net.unet.conv_out.weight.mul_(0.01)
@@ -124,7 +123,7 @@ def test_inverted_noise_and_the_embedding_reconstruct_a_picture():
     assert float((varied.tensor[0] - varied.tensor[1]).abs().max()) > 4 / 255
 
 
-def test_interpolation_ends_in_its_ends(kandinsky):
+def test_interpolation_starts_and_ends_at_its_arguments(kandinsky):
     options = {"steps": 2, "prior_steps": 2, "progress": False}
     path = kandinsky.interpolate("a cat", PICTURE, n=3, seed=4, **options)
     first = kandinsky.text_to_image(
@@ -143,7 +142,7 @@ def test_interpolation_ends_in_its_ends(kandinsky):
     assert inverted.tensor.shape == (2, 3, 32, 32)
 
 
-def test_the_arc_keeps_lengths_and_turns_evenly():
+def test_slerp_keeps_the_length_and_turns_at_a_constant_rate():
     a, b = torch.tensor([[2.0, 0, 0]]), torch.tensor([[0.0, 2, 0]])
     path = slerp(a, b, torch.linspace(0, 1, 5))
     assert torch.allclose(path.norm(dim=1), torch.full((5,), 2.0))
@@ -151,7 +150,7 @@ def test_the_arc_keeps_lengths_and_turns_evenly():
     assert torch.allclose(slerp(a, a, 0.3), a) and torch.isfinite(slerp(a, -a, 0.5)).all()
 
 
-def test_a_text_difference_begins_at_the_picture(kandinsky):
+def test_a_text_difference_starts_at_the_image(kandinsky):
     options = {"steps": 2, "progress": False, "invert": False}
     images = kandinsky.text_difference(PICTURE, "a photo", "a drawing", n=3, most=0.4, seed=4, **options)
     plain = kandinsky.variations(PICTURE, n=1, seed=4, steps=2, progress=False)
@@ -162,7 +161,7 @@ def test_a_text_difference_begins_at_the_picture(kandinsky):
         kandinsky.text_difference(PICTURE, "a photo", "a photo", **options)
 
 
-def test_truncated_embeddings_come_to_the_whole_one(kandinsky):
+def test_truncated_embeddings_converge_to_the_full_one(kandinsky):
     codes = EmbeddingCodes(E, E, 16)
     codes.fit(torch.randn(100, E, generator=torch.Generator().manual_seed(0)))
     images = kandinsky.truncated(PICTURE, codes, [0, 5, E], steps=2, progress=False)
@@ -185,7 +184,7 @@ def test_inpainting_keeps_every_pixel_that_is_not_masked(name, request):
         float((images.tensor[..., 8:] - SMALL[..., 8:]).abs().max()) > 0.1
         and images.recipe["task"] == "inpaint"
     )
-    hidden = torch.where(HOLE > 0, 1 - SMALL, SMALL)  # what is under the mask is not looked at
+    hidden = torch.where(HOLE > 0, 1 - SMALL, SMALL)  # pixels below the mask have no effect
     assert torch.allclose(
         pipe.inpaint("a cat", hidden, HOLE, seed=3, **PAINT).tensor, images.tensor, atol=1e-3
     )
@@ -199,7 +198,7 @@ def test_inpainting_keeps_every_pixel_that_is_not_masked(name, request):
         pipe.inpaint("a cat", SMALL.expand(3, -1, -1, -1), HOLE, **PAINT)
 
 
-def test_outpainting_keeps_the_picture_and_makes_what_is_around_it(kandinsky):
+def test_outpainting_keeps_the_image_and_paints_around_it(kandinsky):
     images = kandinsky.outpaint("a cat", SMALL, left=6, bottom=20, seam=0, **PAINT)
     assert images.tensor.shape == (2, 3, 36, 22) and torch.equal(
         images.tensor[..., :16, 6:], SMALL.expand(2, -1, -1, -1)
@@ -223,14 +222,14 @@ def test_reranking_keeps_the_most_similar(karlo):
         rerank(images, karlo.clip, keep=4)
 
 
-def test_stable_unclip_takes_a_level_of_noise():
+def test_stable_unclip_has_a_noise_level():
     pipe = tiny_stable()
     with pytest.raises(ValueError, match="noise_level: expected 0 to 999, got 1000"):
         pipe.text_to_image("a", n=1, noise_level=1000, steps=2, prior_steps=2, progress=False)
 
 
 class Pointwise(torch.nn.Module):
-    """A network that sees one pixel at a time."""
+    """A network that maps every pixel by itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +239,7 @@ class Pointwise(torch.nn.Module):
         return (self.weight * x + cond.concat).tanh()
 
 
-def test_tiles_give_what_the_whole_gives_where_pixels_stand_alone():
+def test_tiles_change_nothing_for_a_pointwise_network():
     denoiser = Denoiser(Pointwise(), NoiseSchedule.cosine(), "eps")
     x, low = torch.randn(2, 3, 20, 33), torch.randn(2, 3, 20, 33)
     whole, parts = (
@@ -257,7 +256,7 @@ def test_tiles_give_what_the_whole_gives_where_pixels_stand_alone():
         )
 
 
-def test_an_upsampler_of_residuals_adds_them_to_the_enlarged_picture(karlo):
+def test_a_residual_upsampler_adds_to_the_enlarged_image(karlo):
     stage = karlo.upsamplers[0]
     call = stage.settle("", seed=[0], steps=2, height=48, width=64, progress=False)
     low = enlarge(2 * SMALL - 1, (48, 64))
@@ -267,7 +266,7 @@ def test_an_upsampler_of_residuals_adds_them_to_the_enlarged_picture(karlo):
         made = 2 * stage(SMALL, call) - 1
     finally:
         stage.card = card
-    inside = (low.abs() < 0.99) & (whole.abs() < 1)  # what the picture's range does not cut off
+    inside = (low.abs() < 0.99) & (whole.abs() < 1)  # pixels that are not clamped
     assert (
         float((made - low - 1e-3 * whole)[inside].abs().max()) < 1e-5 and float(inside.float().mean()) > 0.1
     )

@@ -1,5 +1,7 @@
-"""Whole unCLIP pipelines at reduced width against diffusers', over the same noise: ours reads the folders
-that theirs writes."""
+"""Compare complete unCLIP pipelines at reduced width with those of diffusers, over the same noise.
+
+ldm reads the folders that diffusers writes.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ PICTURE = torch.nn.functional.interpolate(
 
 
 def feed(monkeypatch, noises: Iterator[torch.Tensor]) -> None:
-    """The peers draw our noise, in the order in which they ask for it."""
+    """Make diffusers draw the given noise, in the order in which it asks for it."""
 
     def draw(shape, **_) -> torch.Tensor:
         noise = next(noises)
@@ -47,7 +49,7 @@ def feed(monkeypatch, noises: Iterator[torch.Tensor]) -> None:
 
 
 def draws(stage: int, shape: tuple[int, ...], steps: int) -> Iterator[torch.Tensor]:
-    """The first state of a stage and the noise of its steps, without the last one's, which adds none."""
+    """Yield the first state of a stage and the noise of each step except the last, which adds none."""
     yield first_noise(SEEDS, stage, shape)
     noise = stage_noise(SEEDS, stage)
     for k in range(steps - 1):
@@ -55,8 +57,7 @@ def draws(stage: int, shape: tuple[int, ...], steps: int) -> Iterator[torch.Tens
 
 
 def compare(images: torch.Tensor, expected, least: float = 0.02) -> None:
-    """At most 2/255 a pixel; and the pictures are none that anything equals: they vary, and differ from one
-    another."""
+    """Assert that pixels agree within 2/255, and that the images are neither flat nor equal."""
     theirs = torch.as_tensor(expected).permute(0, 3, 1, 2).float()
     assert images.shape == theirs.shape
     assert float((images - theirs).abs().max()) <= 2 / 255
@@ -124,12 +125,11 @@ def test_stable_unclip(monkeypatch, tmp_path):
     compare(ours.tensor, expected)
     other = pipe.text_to_image(PROMPT, n=2, seed=SEEDS, progress=False, noise_level=0)
     assert float((other.tensor - ours.tensor).abs().max()) > 2 / 255
-    assert DRAWS_PER_STAGE > 1000  # no stage's draws reach another's
+    assert DRAWS_PER_STAGE > 1000  # the draws of two stages do not overlap
 
 
-def test_stable_unclips_variations(monkeypatch, tmp_path):
-    """The folder of the pipeline that takes pictures has no prior and no text tower of CLIP: it varies
-    pictures."""
+def test_stable_unclip_variations(monkeypatch, tmp_path):
+    """The folder of the image pipeline has no prior and no text tower of CLIP: it only makes variations."""
     made = tiny_stable()
     peer = peers.stable_unclip_img2img(made, tmp_path)
     peer.save_pretrained(tmp_path / "pictures")
@@ -161,7 +161,7 @@ def kandinsky22_prior(pipe, monkeypatch, tmp_path) -> Any:
 
 
 def halving(monkeypatch, module: int, name: str = "downscale_height_and_width") -> None:
-    """The peer rounds a latent's size up for an autoencoder of factor 8; ours here halves once."""
+    """Make diffusers halve the size of the image, for an autoencoder of factor 2 instead of 8."""
     monkeypatch.setattr(
         importlib.import_module(f"diffusers.{PATCHED[module]}"), name, lambda h, w, _: (h // 2, w // 2)
     )
@@ -174,7 +174,7 @@ def test_kandinsky_22(monkeypatch, tmp_path):
     second.save_pretrained(tmp_path / "kandinsky" / "decoder")
     pipe = peers.load_folder(made, tmp_path / "kandinsky")
     again = pipe.imagine(PROMPT, n=2, seed=SEEDS, progress=False)
-    assert torch.allclose(again.vector, embeds.image_embeds, atol=1e-4)  # of order 1
+    assert torch.allclose(again.vector, embeds.image_embeds, atol=1e-4)  # the values are of order 1
     assert torch.allclose(pipe.clip.black().vector, embeds.negative_image_embeds[:1], atol=1e-5)
     halving(monkeypatch, 4)
     noises = draws(0, (4, 16, 16), 4)
@@ -192,9 +192,12 @@ def test_kandinsky_22(monkeypatch, tmp_path):
     compare(pipe.text_to_image(PROMPT, n=2, seed=SEEDS, progress=False).tensor, expected)
 
 
-def test_kandinsky_22_inpainting_is_told_what_the_peers_is(monkeypatch, tmp_path):
-    """The nine channels of the first step; the peer then puts the known part back with one noise for all
-    steps, ours as it is."""
+def test_kandinsky_22_inpainting_has_the_channels_of_diffusers(monkeypatch, tmp_path):
+    """Compare the nine channels of the first step.
+
+    The images differ: diffusers replaces the known part of the state by a noised latent, ldm that of x0 by
+    the latent itself.
+    """
     made = tiny_kandinsky(9)
     embeds = kandinsky22_prior(made, monkeypatch, tmp_path)
     second = peers.kandinsky22(made, diffusers.KandinskyV22InpaintPipeline)
@@ -226,7 +229,7 @@ def test_kandinsky_22_inpainting_is_told_what_the_peers_is(monkeypatch, tmp_path
     ends, decode = [], pipe.decoder.space.decode
     monkeypatch.setattr(pipe.decoder.space, "decode", lambda z: ends.append(z) or decode(z))
     pipe.inpaint(PROMPT, PICTURE, hole, n=2, seed=SEEDS, steps=2, progress=False)
-    # the peer's two steps came first; with and without the embedding the channels are the same
+    # the two steps of diffusers come first; the channels do not depend on the embedding
     theirs, ours = (told[0].chunk(2)[0], told[2])
     assert torch.allclose(ours[:2], theirs, atol=1e-5) and 0 < float(ours[:, 8].mean()) < 1
     known, kept = pipe.decoder.space.encode(PICTURE, pipe.device), ours[:1, 8:] == 1
@@ -250,7 +253,7 @@ def test_kandinsky_21(monkeypatch, tmp_path):
         pipe.imagine(PROMPT, n=2, seed=SEEDS, progress=False).vector, embeds.image_embeds, atol=1e-4
     )
     halving(monkeypatch, 7, "get_new_h_w")
-    # the peer's scheduler lays "leading" steps, ours those that its authors' code does
+    # the scheduler of diffusers has leading spacing, the card that of the authors' code
     expected = second(
         [PROMPT] * 2,
         embeds.image_embeds,
@@ -278,9 +281,9 @@ def test_kandinsky_21(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("make", [tiny_karlo, tiny_stable, tiny_kandinsky, tiny_kandinsky21])
-def test_a_picture_depends_on_its_seed_alone(make: Callable[[], Any]):
+def test_an_image_depends_on_its_seed_alone(make: Callable[[], Any]):
     pipe = make()
     both, alone = (pipe.text_to_image(PROMPT, n=len(s), seed=list(s), progress=False) for s in ((3, 4), (4,)))
-    # the noise is the same to the bit; products of another batch size round differently, over the steps of
-    # all stages
+    # the noise is bit-identical, but matrix products of another batch size round differently, over the steps
+    # of all stages
     assert float((both.tensor[1] - alone.tensor[0]).abs().max()) < 1e-3
