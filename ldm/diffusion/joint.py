@@ -16,7 +16,15 @@ from ldm.diffusion.interfaces import Denoised
 def denoise_both(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond
 ) -> tuple[Denoised, Denoised]:
-    """Return the predictions under two conditions; see `denoise_each`."""
+    """Return the predictions of one state under two conditions; see `denoise_each`.
+
+    Args:
+        denoiser: The denoiser.
+        x_t: The state, shape (B, *S).
+        t: Its timestep, shape () or (B,).
+        cond: The first condition, of batch size 1 or B.
+        uncond: The second condition, of batch size 1 or B.
+    """
     first, second = denoise_each(denoiser, x_t, t, [cond, uncond])
     return first, second
 

@@ -30,7 +30,17 @@ ROUNDING = 1e-9  # tolerance for log(sigma/alpha) at the ends of the table
 
 
 def forward_noise(x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """Return x_t = alpha·x0 + sigma·eps, shape (B, *S); alpha and sigma broadcast (DDPM, eq. 4)."""
+    """Return x_t = alpha·x0 + sigma·eps (DDPM, eq. 4).
+
+    Args:
+        x0: Clean data, shape (B, *S).
+        eps: Standard normal noise, shape (B, *S).
+        alpha: A number, or a tensor that broadcasts against x0.
+        sigma: A number, or a tensor that broadcasts against x0.
+
+    Raises:
+        ValueError: If the shapes of x0 and eps differ.
+    """
     if x0.shape != eps.shape:
         raise ValueError(f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} must have the same shape")
     return alpha * x0 + sigma * eps

@@ -8,15 +8,28 @@ Spacings in t, for a schedule of T entries and i = 0 … N − 1 (the noisiest f
     sgm              T − 1 − i·(T − 1)/N, rounded down
     lcm              N of the 50 timesteps k·(T // 50) − 1 that consistency models are distilled at
 
-Spacings in the noise level rho = sigma/alpha, from its maximum to its minimum, with u = i/(N − 1):
+Spacings in the noise level s = sigma/alpha, from its maximum to its minimum, with u = i/(N − 1):
 
-    karras           (max^(1/rho) + u·(min^(1/rho) − max^(1/rho)))^rho, rho = 7  (arXiv:2206.00364, eq. 5)
-    exponential      log-linear; `lambda` is the same, as log(alpha/sigma) is then linear
-    polyexponential  log rho = log min + (1 − u)^rho·(log max − log min), rho = 1
-    ays_sd1, ays_sdxl  Align Your Steps' tables, interpolated log-linearly  (arXiv:2404.14507)
+    karras           s^(1/rho) falls linearly, with rho = 7  (Karras et al. 2022, arXiv:2206.00364, eq. 5)
+    exponential      log s falls linearly; `lambda` is another name, as log(alpha/sigma) = −log s
+    polyexponential  log s = log min + (1 − u)^rho·(log max − log min), with rho = 1
+    ays_sd1          Align Your Steps' table for SD 1, interpolated log-linearly  (arXiv:2404.14507)
+    ays_sdxl         the same for SDXL
 
-A spacing in t maps `(T, N, offset, integer)` to N decreasing timesteps; a spacing in the noise level maps
-`(log min, log max, N, rho)` to N decreasing values of log(sigma/alpha). Both return float64 tensors (N,).
+All spacings in t take the same arguments and return decreasing timesteps, float64, shape (n,):
+
+    T        number of timesteps of the schedule
+    n        number of nodes, N or N + 1
+    offset   added by the leading spacing
+    integer  whether timesteps are rounded to table entries
+
+All spacings in the noise level take these and return decreasing values of log(sigma/alpha), float64, shape
+(n,):
+
+    low      log of the smallest level
+    high     log of the largest level
+    n        number of nodes, N or N + 1
+    rho      the exponent; None for the spacing's own
 """
 
 from __future__ import annotations

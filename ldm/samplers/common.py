@@ -128,7 +128,14 @@ def renoise_ratio(
 
 
 def call_on_step(on_step: OnStep | None, i: int, x: Tensor, d: Denoised) -> tuple[Tensor, bool]:
-    """Call the hook after step i; return the state it leaves and whether it ended the run."""
+    """Call the hook after step i; return the state it leaves and whether it ended the run.
+
+    Args:
+        on_step: The hook; None leaves the state as it is.
+        i: Index of the step.
+        x: The state after it, shape (B, *S).
+        d: The prediction that it used.
+    """
     if on_step is None:
         return x, False
     try:
@@ -154,6 +161,6 @@ def check_choice(value: str, choices: tuple[str, ...], what: str) -> None:
 
 
 def check_range(value: float, low: float, high: float, what: str) -> None:
-    """Raise ValueError unless low <= value <= high."""
+    """Raise ValueError unless low <= value <= high; `what` is the name of the value."""
     if not low <= value <= high:
         raise ValueError(f"{what} must lie in [{low}, {high}], got {value}")
