@@ -62,7 +62,6 @@ def test_samplers_import_only_diffusion_and_support():
         assert not outside, f"{relative(path)} imports {sorted(outside)}"
 
 
-@pytest.mark.xfail(strict=False, reason="two circles in ldm/pipelines")
 def test_there_is_no_import_circle():
     # the table of lazy names in ldm/__init__.py refers to the modules that are built on the others
     graph = {name: imports(path) for name, path in MODULES.items() if name != "ldm"}
