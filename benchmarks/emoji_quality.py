@@ -248,18 +248,14 @@ def table(result: dict[str, Any]) -> str:
             psnr >= bar,
         ),
     ]
-    if "frechet" in result:
-        n = result["frechet"]["n"]
-        for name in ("samples", "reconstructions", "data"):
-            label = "other data" if name == "data" else name
-            rows.append(
-                (
-                    f"Fréchet distance of CLIP features to the data, {label} (n = {n})",
-                    f"{result['frechet'][name]:.4f}",
-                    "",
-                    None,
-                )
-            )
+    for name, label in {
+        "samples": "samples",
+        "reconstructions": "reconstructions",
+        "data": "other data",
+    }.items():
+        if frechet := result.get("frechet"):
+            what = f"Fréchet distance of CLIP features to the data, {label} (n = {frechet['n']})"
+            rows.append((what, f"{frechet[name]:.4f}", "", None))
     lines = ["| what | figure | bar | |", "|---|---|---|---|"]
     return "\n".join(
         lines

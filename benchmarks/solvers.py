@@ -123,6 +123,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Measure the samplers' errors on an oracle, and their distance to the limit on a model."
     )
+    add_oracle_options(parser)
+    add_image_options(parser)
+    options = parser.parse_args(arguments)
+    refuse(parser, options)
+    return options
+
+
+def add_oracle_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both parts and of the first."""
     parser.add_argument("--part", choices=("oracle", "images", "both"), default="both")
     parser.add_argument("--samplers", nargs="+", help="samplers to measure (default: all that have a limit)")
     parser.add_argument(
@@ -145,6 +154,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=20_000,
         help="samples of the stochastic table, 0 to skip it (default: %(default)s)",
     )
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the second part."""
     parser.add_argument("--models", nargs="+", default=["emoji-ldm"], help="models (default: emoji-ldm)")
     parser.add_argument(
         "--budgets",
@@ -177,13 +191,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="dtype of the model (default: %(default)s, to exclude rounding)",
     )
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument(
         "--plot", type=Path, help="write a plot of the second part to this PNG (needs matplotlib)"
     )
-    options = parser.parse_args(arguments)
-    refuse(parser, options)
-    return options
 
 
 def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -31,7 +31,8 @@ from ldm.data import Composition, EmojiData, caption, render_batch
 from ldm.support.files import write_atomically
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Parse the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +67,11 @@ def main() -> None:
     parser.add_argument("--jump", type=int, default=5, help="steps of a stretch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--sheet", type=Path, help="write rows of truth, input and results to this PNG")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     data = EmojiData.open(options.data)
     pipe = ldm.load(options.model, weights=options.weights, dtype=options.dtype)
     start, figures, rows = time.perf_counter(), {}, []

@@ -263,20 +263,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--picture", type=Path, default=None, help="write the upsampler's side-by-side image to this file"
     )
     options = parser.parse_args(arguments)
-    if (
-        min(
-            options.n,
-            options.pictures,
-            options.candidates,
-            options.invert_steps,
-            options.iterations,
-            options.side,
-        )
-        < 1
-    ):
-        parser.error(
-            "--n, --pictures, --candidates, --invert-steps, --iterations and --side must be at least 1"
-        )
+    for name in ("n", "pictures", "candidates", "invert_steps", "iterations", "side"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return options
 
 
