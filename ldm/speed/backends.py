@@ -1,4 +1,4 @@
-"""Other programs that compute the UNets and the decoder of a pipeline: torch.compile, and OpenVINO."""
+"""Other programs that compute the UNets and the decoder of a pipeline: torch.compile and OpenVINO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet
 from ldm.models.vae import VAEDecoder
-from ldm.speed.packed import with_grad
+from ldm.speed.networks import unets_and_decoders
+from ldm.speed.packed import needs_gradient
 from ldm.speed.substitute import Substitute
 from ldm.support.config import nearest
 
@@ -19,7 +20,16 @@ BACKENDS = ("compile", "openvino")
 
 
 def check_backend(backend: str | None) -> None:
-    """ValueError for a name that is none, ImportError or RuntimeError with what is missing."""
+    """Raise an error if a backend is unknown or not available.
+
+    Args:
+        backend: Name of the backend. None, for ldm's own layers, is always valid.
+
+    Raises:
+        ValueError: If the name is unknown.
+        ImportError: If the package openvino is missing.
+        RuntimeError: If the C++ compiler that torch.compile needs is missing.
+    """
     if backend is None:
         return
     if backend not in BACKENDS:
@@ -45,18 +55,20 @@ def check_backend(backend: str | None) -> None:
             ) from error
 
 
-def networks(pipe: nn.Module) -> list[nn.Module]:
-    """What a backend computes: UNets and decoders; ValueError where there is none."""
-    found = [part for part in pipe.modules() if isinstance(part, UNet | VAEDecoder)]
-    if not found:
-        raise ValueError(f"a backend computes UNets and decoders, and the {type(pipe).__name__} has none")
-    return found
+def use_backend(pipe: nn.Module, backend: str) -> str:
+    """Let a backend compute the UNets and decoders of a pipeline, compiled for each shape at its first call.
 
+    Args:
+        pipe: The pipeline, or a network.
+        backend: "compile" or "openvino".
 
-def use(pipe: nn.Module, backend: str) -> str:
-    """Have a backend compute a pipeline's networks, compiled for each shape when it first comes; says what
-    was done."""
-    for net in networks(pipe):
+    Returns:
+        A description of what was done.
+
+    Raises:
+        ValueError: If the pipeline has neither UNet nor decoder.
+    """
+    for net in unets_and_decoders(pipe):
         if backend == "openvino":
             OpenVINO(net)
         else:
@@ -67,52 +79,62 @@ def use(pipe: nn.Module, backend: str) -> str:
     )
 
 
-def leave(pipe: nn.Module) -> None:
-    """Have no network compiled by torch any more; OpenVINO's are `Substitute`s."""
+def remove_compiled(pipe: nn.Module) -> None:
+    """Remove what torch.compile made of a pipeline's networks; OpenVINO's networks are `Substitute`s."""
     for net in pipe.modules():
         if isinstance(net, UNet | VAEDecoder):
             net._compiled_call_impl = None
 
 
-class OpenVINO(Substitute):
-    """A network compiled by OpenVINO for the two shapes that came last, in the network's dtype and torch's
-    number of threads.
+class OpenVINO(Substitute[UNet | VAEDecoder]):
+    """Forward of a network by OpenVINO, in the network's dtype and with torch's number of threads.
 
-    Compiled networks hold their weights: those loaded or moved later are seen after another ``ldm.optimize``.
-    With gradients and off the CPU the network computes by itself.
+    The network is compiled for each shape, and the last two compilations are kept. They contain the weights,
+    so weights that are loaded or moved later have an effect only after another `ldm.optimize`. The network
+    computes its own forward if a gradient is required, and on other devices than the CPU.
+
+    Attributes:
+        compiled: OpenVINO's compiled models by dtype, shapes and number of threads.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: UNet | VAEDecoder) -> None:
         super().__init__(module)
-        self.compiled: dict[Any, Any] = {}
+        self.compiled: dict[Any, Any] = {}  # openvino has no type information
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled": {}}
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Tensor:  # the arguments of the module's forward
         x = args[0]
-        if with_grad(x) or self.module.training or x.device.type != "cpu":
-            return self.plain(*args)
+        if needs_gradient(x) or self.module.training or x.device.type != "cpu":
+            return self.original_forward(*args)
         names: list[str] = []
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if isinstance(args[-1], Cond):
-            names, given = [name for name, _ in args[-1].items()], [value for _, value in args[-1].items()]
-            tensors += given
+            names, values = [name for name, _ in args[-1].items()], [value for _, value in args[-1].items()]
+            tensors += values
         tensors = [value.float() if value.is_floating_point() else value for value in tensors]
         key = (x.dtype, *names, *(value.shape for value in tensors), torch.get_num_threads())
         if key not in self.compiled:
             if len(self.compiled) > 1:
                 self.compiled.pop(next(iter(self.compiled)))
-            self.compiled[key] = self._compile(names, tensors, x.dtype)
+            self.compiled[key] = self._compiled_model(names, tensors, x.dtype)
         result = next(iter(self.compiled[key]([value.numpy() for value in tensors]).values()))
         return torch.from_numpy(result.copy()).to(x.dtype)
 
-    def _compile(self, names: list[str], tensors: list[Tensor], dtype: torch.dtype) -> Any:
+    def _compiled_model(self, names: list[str], tensors: list[Tensor], dtype: torch.dtype) -> Any:
+        """Return OpenVINO's model of the network for the shapes of tensors.
+
+        Args:
+            names: Fields of the condition, the last of the tensors.
+            tensors: Arguments of the network, floating-point ones in float32.
+            dtype: Dtype of the computation.
+        """
         import openvino
 
         flat = Flat(copy.deepcopy(self.module).float(), names)
         with torch.no_grad():
-            model = openvino.convert_model(torch.export.export(flat, tuple(tensors)))  # of these shapes alone
+            model = openvino.convert_model(torch.export.export(flat, tuple(tensors)))
         hint = "bf16" if dtype == torch.bfloat16 else "f32"
         options = {
             "INFERENCE_PRECISION_HINT": hint,
@@ -123,13 +145,17 @@ class OpenVINO(Substitute):
 
 
 class Flat(nn.Module):
-    """A network as a function of tensors alone: its own arguments, and the fields of a `Cond` by name behind
-    them."""
+    """A network as a function of tensors alone: its own arguments, then the fields of a `Cond`.
+
+    Args:
+        network: The network.
+        names: Names of the fields, in the order of the last arguments.
+    """
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.network, self.names = network, names
-        network.__dict__.pop("forward", None)  # the substitute's copy
+        network.__dict__.pop("forward", None)  # the copy of the substitute
 
     def forward(self, *tensors: Tensor) -> Tensor:
         own = len(tensors) - len(self.names)

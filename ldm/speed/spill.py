@@ -1,11 +1,14 @@
-"""Weights that leave memory while their network is not in use: they lie in a file, and are mapped."""
+"""Weights that leave memory while their network is not in use.
+
+The weights are in a memory-mapped file, from which the system reads the pages that are used.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm.speed.kernels.build import folder
-from ldm.speed.packed import FoldedUpsample, Packed
+from ldm.speed.folded import FoldedUpsample
+from ldm.speed.kernels.build import cache_folder
+from ldm.speed.packed import Packed
 
-DONTNEED = 4  # of madvise: the pages leave memory; a shared mapping's data stay in the file
-# of mallopt: free bytes from which on the heap shrinks; size from which on a block has its own pages
+DONTNEED = 4  # advice of madvise: drop the pages from memory; the data of a shared mapping stay in the file
+# parameters of mallopt: free bytes above which the heap shrinks; size above which a block has its own pages
 TRIM_THRESHOLD, MMAP_THRESHOLD = (-1, -3)
 
 
 class Spilled:
-    """A network whose weights were moved to a file, which has no name any more and ends with the process.
+    """A network whose weights are moved to a file without a name, which ends with the process.
 
-    Linux only: RuntimeError elsewhere. OSError where there is no room on the disk.
+    Parameters of one dimension, such as norms and biases, stay in memory, because reading one of them from
+    the file would also read the weights in the same page.
+
+    Args:
+        network: The network; its parameters on the CPU are moved.
+
+    Raises:
+        RuntimeError: On systems without madvise; Linux has it.
+        OSError: If the disk is full.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -36,19 +48,18 @@ class Spilled:
         own = [p for p in network.parameters() if p.device.type == "cpu"]
         parameters = [p for p in own if p.dim() > 1]
         for p in own:
-            if (
-                p.dim() <= 1
-            ):  # norms and biases stay: reading one in the file would bring back the weights beside it
+            if p.dim() <= 1:
                 p.data = p.data.clone()
         starts, end = [], 0
         for p in parameters:
             starts.append(end)
             end += -(-p.numel() * p.element_size() // 64) * 64
-        folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder()) as file:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_folder()) as file:
             file.truncate(max(end, 1))
             self.storage = torch.UntypedStorage.from_file(file.name, True, max(end, 1))
         for p, start in zip(parameters, starts, strict=True):
+            # torch's stubs of set_ lack the untyped storage, which it accepts
             view = torch.empty(0, dtype=p.dtype).set_(self.storage, start // p.element_size(), p.shape)  # type: ignore[call-overload]
             p.data = view.copy_(p.data)
         for part in network.modules():
@@ -57,43 +68,50 @@ class Spilled:
         self.rest()
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Blocks made inside have pages of their own (glibc), which go back to the system with them: weights
-        between the results of layers would leave the heap full of holes. Afterwards only blocks beyond 32 MB
-        do, as by malloc's own rule once such a block was freed.
+    def separate_allocations(self) -> Iterator[None]:
+        """Allocate blocks in pages of their own (glibc), inside a `with` block.
+
+        The pages return to the system when the block is freed; weights between the results of layers would
+        fragment the heap. Afterwards only blocks above 32 MB have pages of their own, which is malloc's own
+        rule once it has freed such a block.
         """
-        _glibc("mallopt", MMAP_THRESHOLD, 1 << 16)
+        _call_libc("mallopt", MMAP_THRESHOLD, 1 << 16)
         try:
             yield
         finally:
-            _glibc("mallopt", MMAP_THRESHOLD, 1 << 25)
-            _glibc("mallopt", TRIM_THRESHOLD, 1 << 26)
+            _call_libc("mallopt", MMAP_THRESHOLD, 1 << 25)
+            _call_libc("mallopt", TRIM_THRESHOLD, 1 << 26)
 
     def evict(self, weight: Tensor | None = None) -> None:
-        """Let the pages of a weight, or of all, leave memory; they are read again when used."""
+        """Let the pages of a weight, or of all weights, leave memory; they are read again when used.
+
+        Args:
+            weight: The weight; it is ignored if it is not in the file, because it was moved, converted or
+                loaded since. None for all weights. Default: None.
+        """
         begin, size = self.storage.data_ptr(), self.storage.nbytes()
         if weight is not None:
             if not begin <= weight.data_ptr() < begin + size:
-                return  # it was moved, converted or loaded anew since, and lies elsewhere
+                return
             end = weight.data_ptr() + weight.numel() * weight.element_size()
-            # whole pages, which hold nothing else
+            # whole pages, which contain nothing else
             begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             size = max(0, end // mmap.PAGESIZE * mmap.PAGESIZE - begin)
         if size:
-            _madvise(begin, size)
+            _evict_pages(begin, size)
 
     def rest(self) -> None:
-        """Let all that the network holds leave memory, packed weights too."""
+        """Let all weights of the network leave memory, including packed and folded ones."""
         for part in self.network.modules():
             if isinstance(part, Packed):
                 part.unpack()
             elif isinstance(part, FoldedUpsample):
                 part.__dict__.pop("folded", None)
         self.evict()
-        _glibc("malloc_trim", 0)
+        _call_libc("malloc_trim", 0)
 
-    def leave(self) -> None:
-        """Take the weights out of the file, and the network out of the turns."""
+    def release(self) -> None:
+        """Move the weights back to memory, and remove the hooks of the network."""
         for handle in self.handles:
             handle.remove()
         for part in self.network.modules():
@@ -106,16 +124,19 @@ class Spilled:
                 p.data = p.data.clone()
 
 
-def leave_turns(pipe: nn.Module) -> None:
-    """Undo `take_turns`, where it was done."""
+def release_all(pipe: nn.Module) -> None:
+    """Undo `take_turns` for all networks of a pipeline."""
     for own in {
         part.spilled for part in pipe.modules() if isinstance(part, Packed) and part.spilled is not None
     }:
-        own.leave()
+        own.release()
 
 
 def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
-    """Spill networks, so that at most one is in memory: as one begins to compute, the one before rests."""
+    """Move the weights of networks to files, so that at most one network is in memory.
+
+    When a network starts to compute, the weights of the previous one leave memory.
+    """
     spilled = [Spilled(network) for network in networks]
     awake: list[Spilled] = []
 
@@ -125,29 +146,29 @@ def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
                 other.rest()
             awake[:] = [own]
 
+    def wakes(own: Spilled) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: wake(own)
+
+    def evicts(own: Spilled) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, result: own.evict()
+
     for own in spilled:
-        for part in (
-            own.network,
-            *own.network.children(),
-        ):  # some are called by their parts: an autoencoder's encoder, its decoder
-
-            def hook(module: nn.Module, args: Any, own: Spilled = own) -> None:
-                wake(own)
-
-            own.handles.append(part.register_forward_pre_hook(hook))
-        own.handles.append(
-            own.network.register_forward_hook(lambda module, args, result, own=own: own.evict())
-        )
+        # some networks are called by their parts: an autoencoder's encoder and decoder
+        for part in (own.network, *own.network.children()):
+            own.handles.append(part.register_forward_pre_hook(wakes(own)))
+        own.handles.append(own.network.register_forward_hook(evicts(own)))
     return spilled
 
 
-def _glibc(function: str, *numbers: int) -> None:
+def _call_libc(function: str, *numbers: int) -> None:
+    """Call a function of glibc; other C libraries, which lack it, allocate by rules of their own."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, function):  # other libraries place blocks by rules of their own
+    if hasattr(libc, function):
         getattr(libc, function)(*numbers)
 
 
-def _madvise(begin: int, size: int) -> None:
+def _evict_pages(begin: int, size: int) -> None:
+    """Let the pages of `size` bytes from the address `begin` leave memory."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "madvise"):
         raise RuntimeError("memory=True needs madvise, which this system lacks")

@@ -1,22 +1,27 @@
-"""What stands in place of a module's forward, from the outside, and is taken away again."""
+"""`Substitute`: an object that computes a module's forward in its place, and can be removed again."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic
 
 from torch import nn
 
+from ldm.models.layers.modules import M
 
-class Substitute:
-    """Called in place of a module's forward. Its class, parameters and place in the network stay; copies of
-    the network have copies of this."""
 
-    def __init__(self, module: nn.Module) -> None:
+class Substitute(Generic[M]):
+    """Callable that replaces the forward of a module.
+
+    The module keeps its class, its parameters and its place in the network. A copy of the network has a copy
+    of the substitute.
+    """
+
+    def __init__(self, module: M) -> None:
         self.module = module
-        module.forward = self  # type: ignore[assignment]
+        module.forward = self
 
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
+    def original_forward(self, *args: Any, **kwargs: Any) -> Any:  # the arguments of the module's forward
+        """Return the result of the forward that the module's class defines."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -24,7 +29,7 @@ class Substitute:
 
 
 def restore(network: nn.Module) -> None:
-    """Every module computes by its own forward again."""
+    """Remove the substitutes of all modules of a network."""
     for part in network.modules():
         if isinstance(part.__dict__.get("forward"), Substitute):
             del part.__dict__["forward"]

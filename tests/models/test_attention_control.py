@@ -1,5 +1,4 @@
-"""The hook on attention probabilities: looking changes no bit, replacing is what the product says, and
-nothing stays behind."""
+"""Control of attention probabilities: reading changes nothing, replacing changes the product."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def call(net):
 
 @torch.no_grad()
 @pytest.mark.parametrize("of", ["cross", "self", "all"])
-def test_looking_changes_no_bit_and_rows_sum_to_one(net, call, of):
+def test_reading_is_bit_identical_and_rows_sum_to_one(net, call, of):
     plain, seen = call(), {}
     with attention_control(net, lambda name, p: seen.__setitem__(name, p), of=of) as names:
         assert torch.equal(call(), plain)
@@ -45,26 +44,26 @@ def test_looking_changes_no_bit_and_rows_sum_to_one(net, call, of):
         assert p.shape == (2, 2, 16, 5 if name.endswith("attn2") else 16) and p.dtype == torch.float32
         assert (p.sum(-1) - 1).abs().max() < 1e-6  # float32 sums of 16
         if name.endswith("attn2"):
-            assert p[1, ..., 3:].abs().max() == 0 and p[0, ..., 3:].min() > 0  # masked tokens get nothing
+            assert (
+                p[1, ..., 3:].abs().max() == 0 and p[0, ..., 3:].min() > 0
+            )  # masked tokens have probability 0
 
 
 @torch.no_grad()
-def test_probabilities_put_in_their_own_place_give_the_same_within_rounding(net, call):
+def test_probabilities_replaced_by_themselves_give_the_same_within_rounding(net, call):
     plain = call()
     with attention_control(net, lambda name, p: p.clone(), of="all"):
-        assert (
-            call() - plain
-        ).abs().max() < 1e-5  # the explicit product against the fused kernel's, in float32
+        assert (call() - plain).abs().max() < 1e-5  # explicit product and fused kernel, both in float32
 
 
 @torch.no_grad()
-def test_replaced_probabilities_are_what_is_multiplied():
+def test_replaced_probabilities_are_multiplied():
     torch.manual_seed(0)
     layer = Attention(16, heads=2, head_dim=8, context_dim=16)
     x, context = torch.randn(1, 4, 16), torch.randn(1, 3, 16)
     with attention_control(layer, lambda name, p: F.one_hot(torch.tensor(2), 3).float().expand_as(p)):
         got = layer(x, context)
-    # every query sees the third token alone
+    # every query attends only to the third token
     expected = layer.to_out[0](layer.to_v(context[:, 2:3])).expand_as(got)
     assert torch.allclose(got, expected, atol=1e-6) and not torch.allclose(
         layer(x, context), expected, atol=1e-2
@@ -72,7 +71,7 @@ def test_replaced_probabilities_are_what_is_multiplied():
 
 
 @torch.no_grad()
-def test_controls_nest_and_leave_nothing_behind(net, call):
+def test_controls_nest_and_are_removed(net, call):
     plain, seen = call(), []
     with (
         attention_control(net, lambda name, p: torch.full_like(p, 0.2)),
@@ -95,7 +94,7 @@ def test_the_probabilities_are_softmax_of_the_scaled_products():
         assert torch.allclose(probabilities(q, k).double(), expected, atol=1e-6)
 
 
-def test_what_cannot_be_controlled_is_refused(net, call):
+def test_invalid_controls_are_refused(net, call):
     with (
         pytest.raises(ValueError, match="cross, self or all, got 'both'"),
         attention_control(net, lambda name, p: None, of="both"),

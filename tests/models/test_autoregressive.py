@@ -1,4 +1,4 @@
-"""The autoregressive prior and its codes: closed forms, causality, draws."""
+"""The autoregressive prior and its codes: closed forms, causality, sampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = AutoregressiveConfig(
 
 
 def low_rank(n: int = 400) -> torch.Tensor:
-    """Embeddings that vary along four directions of known variance, about a mean."""
+    """Return embeddings that vary in four directions with known variances, around a mean."""
     g = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(12, 4, generator=g))[0]
     return torch.randn(n, 4, generator=g) * torch.tensor([4.0, 2.0, 1.0, 0.5]) @ directions.T + torch.arange(
@@ -46,15 +46,15 @@ def test_the_components_are_those_of_the_largest_variance_and_keep_it():
     variance = codes.project(e).var(0)
     assert (variance.diff() < 0).all() and torch.allclose(
         variance, torch.tensor([16.0, 4, 1, 0.25]), rtol=0.3
-    )  # 400 draws
+    )  # 400 samples
     assert torch.allclose(codes.basis @ codes.basis.T, torch.eye(4), atol=1e-5)
-    # of range r in 1024 buckets, the middle is at most r/2048 away; the few beyond the ends are not asked
+    # a range r in 1024 buckets: at most r/2048 from the center; values outside the range are excluded
     inside = ((codes.project(e) > codes.low) & (codes.project(e) < codes.high)).all(1)
     width = (codes.high - codes.low).square().sum().sqrt() / 2048
     assert (codes.decode(codes.encode(e)) - e)[inside].norm(dim=1).max() <= width * 1.001
 
 
-def test_truncation_keeps_the_first_components_alone():
+def test_truncation_keeps_only_the_first_components():
     codes, e = EmbeddingCodes(12, 4, 8), low_rank()
     codes.fit(e)
     errors = [(truncate(e, k, codes) - e).square().sum(1).mean() for k in range(5)]
@@ -64,7 +64,7 @@ def test_truncation_keeps_the_first_components_alone():
         truncate(e, 5, codes)
 
 
-def test_each_component_is_foretold_from_those_before_it():
+def test_each_component_is_predicted_from_those_before_it():
     torch.manual_seed(0)
     net, cond = AutoregressivePrior(CONFIG).eval(), condition()
     codes, level = torch.randint(0, 32, (2, 3)), torch.tensor([1, 6])
@@ -83,10 +83,10 @@ def test_gumbel_draws_have_the_frequencies_of_the_softmax():
     logits = torch.tensor([0.5, 2.0, -1.0, 0.0])
     draws = torch.stack([logits + gumbel(7, k, 4) for k in range(4000)]).argmax(1)
     frequency = torch.bincount(draws, minlength=4) / 4000
-    assert torch.allclose(frequency, logits.softmax(0), atol=0.03)  # four standard deviations of 4,000 draws
+    assert torch.allclose(frequency, logits.softmax(0), atol=0.03)  # four standard deviations of 4000 samples
 
 
-def test_a_sample_depends_on_its_seed_alone_and_training_makes_it_the_data():
+def test_a_sample_depends_only_on_its_seed_and_training_fits_the_data():
     torch.manual_seed(0)
     net, cond = AutoregressivePrior(CONFIG), condition()
     net.codes.fit(low_rank())
@@ -100,12 +100,12 @@ def test_a_sample_depends_on_its_seed_alone_and_training_makes_it_the_data():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.05  # nats, of log 32 = 3.5 at the beginning
+    assert loss < 0.05  # nats; it starts at log 32 = 3.5
     made = net.eval().sample(cond, [0, 1], temperature=0, similarity=-0.5)
     buckets = ((net.codes.high - net.codes.low) / 32).square().sum().sqrt()
     assert (made - images).norm(
         dim=1
-    ).max() < buckets  # two captions, each with its own picture, up to the buckets
+    ).max() < buckets  # each caption gives its own image embedding, up to the buckets
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_sample_depends_on_its_seed_alone_and_training_makes_it_the_data():
         ({"seeds": [0]}, "1 seeds for a condition of batch"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(options, message):
+def test_invalid_arguments_are_named(options, message):
     net = AutoregressivePrior(CONFIG)
     with pytest.raises(ValueError, match=message):
         net.sample(condition(), **{"seeds": [0, 1], **options})

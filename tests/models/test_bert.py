@@ -1,4 +1,4 @@
-"""The text encoder of LDM's text2img models and its tokenizer: against the peers', and what they refuse."""
+"""The text encoder of LDM's text2img models and its tokenizer: parity with the peers, and errors."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_prompts_are_never_cut(tokenizer):
         tokenizer(["of the cat"], 4)
 
 
-def test_files_that_are_no_vocabulary_are_refused(tmp_path):
+def test_files_without_a_vocabulary_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="vocab"):
         WordPiece.from_file(tmp_path / "vocab.txt")
     (tmp_path / "vocab.txt").write_text("a\nb\n[PAD]\n")
@@ -120,7 +120,7 @@ def test_a_small_encoder_equals_the_peers():
     with twins(peer, lambda: LDMBert(config)) as (theirs, ours):
         expected = theirs.model(ids, position_ids=torch.arange(11)[None])[0]
         assert error(ours(ids), expected) < TOLERANCE
-        assert error(ours(ids.flip(1)), expected.flip(1)) > VISIBLE  # positions count
+        assert error(ours(ids.flip(1)), expected.flip(1)) > VISIBLE  # positions matter
         rotate_qkv(ours, "model.layers.1.self_attn")
         assert error(ours(ids), expected) > VISIBLE
 
@@ -133,8 +133,8 @@ def test_prompts_become_conditions(tokenizer):
     assert cond.context.shape == (2, 9, 16) and cond.context_mask is None and cond.pooled is None
     assert torch.allclose(
         cond.context[1:], conditioner([""]).context, atol=1e-6
-    )  # whatever else is in the batch
-    assert conditioner(["the cat " * 4]).context.shape == (1, 18, 16)  # in windows, none cut off
+    )  # independent of the other prompts
+    assert conditioner(["the cat " * 4]).context.shape == (1, 18, 16)  # in windows, without truncation
     with pytest.raises(ValueError, match="expected at most 9"):
         conditioner.encoder(torch.zeros(1, 10, dtype=torch.long))
     with pytest.raises(ValueError, match="the encoder 5"):

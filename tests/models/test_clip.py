@@ -1,4 +1,4 @@
-"""CLIP's towers by their invariants, the pixels they take, and what they refuse."""
+"""CLIP's towers: invariants, preparation of pixels, and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def clip() -> CLIP:
 # Invariants
 
 
-def test_states_depend_on_what_stands_before_alone(text):
+def test_states_depend_only_on_earlier_tokens(text):
     ids = ids_for(TEXT, (12, 12))
     ids[1, 13:] = torch.randint(0, 298, (7,))
     ids[1, 9] = (ids[0, 9] + 1) % 298
@@ -48,7 +48,7 @@ def test_pooled_does_not_see_padding(text):
     want = text(ids).pooled
     for pad in (0, TEXT.eot_id, 5):
         ids[:, 8:] = pad
-        torch.testing.assert_close(text(ids).pooled, want, rtol=1e-5, atol=1e-6)  # float32 roundings
+        torch.testing.assert_close(text(ids).pooled, want, rtol=1e-5, atol=1e-6)  # float32 rounding
     torch.testing.assert_close(text(ids[:, :8]).pooled, want, rtol=1e-5, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_mask_hides_tokens_from_the_others(text):
     assert not torch.allclose(text(ids).tokens[:, 5:], text(other).tokens[:, 5:], atol=1e-2)
 
 
-def test_patches_are_all_seen(clip):
+def test_every_patch_changes_the_embedding(clip):
     pixels = torch.full((1, 3, 32, 32), 0.5)
     base = clip.encode_image(pixels)
     for row in range(4):
@@ -121,8 +121,7 @@ def test_text_tower_is_the_models_own(clip):
 
 
 def test_gradients_are_those_of_the_fused_attention(clip):
-    """Attention is written out where gradients are wanted: outputs and gradients must be the fused
-    kernel's."""
+    """With gradients attention is computed without the fused kernel, which must not change the outputs."""
     ids, pixels = ids_for(TEXT, (5, 9)), torch.rand(2, 3, 32, 32)
     fused = clip.encode_text(ids), clip.encode_image(pixels)
     clip.requires_grad_(True)
@@ -166,7 +165,7 @@ def test_copies_are_independent(clip):
 # Pixels
 
 
-def test_constant_pictures_are_standardised_exactly():
+def test_constant_images_are_standardized_exactly():
     for shape in ((2, 3, 224, 224), (2, 3, 50, 90), (2, 3, 400, 230)):
         x = prepare(torch.full(shape, 0.25), 224)
         want = torch.tensor([(0.25 - m) / s for m, s in zip(MEAN, STD, strict=True)])
@@ -178,14 +177,14 @@ def test_pixels_equal_open_clips_transform(size):
     transform = pytest.importorskip("open_clip.transform").image_transform(224, is_train=False)
     Image = pytest.importorskip("PIL.Image")
     small = torch.rand(1, 3, 9, 11, generator=torch.Generator().manual_seed(0))
-    # far from where PIL clamps in between
-    picture = (F.interpolate(small, size, mode="bicubic").clamp(0, 1) * 155 + 50).round().byte()[0]
-    theirs = transform(Image.fromarray(picture.permute(1, 2, 0).numpy()))
-    ours = prepare(picture[None].float() / 255, 224)[0]
+    # values far from those that PIL clamps between its passes
+    image_u8 = (F.interpolate(small, size, mode="bicubic").clamp(0, 1) * 155 + 50).round().byte()[0]
+    theirs = transform(Image.fromarray(image_u8.permute(1, 2, 0).numpy()))
+    ours = prepare(image_u8[None].float() / 255, 224)[0]
     levels = (ours - theirs) * torch.tensor(STD)[:, None, None] * 255
     assert (
         levels.abs().max() <= 1.2
-    )  # PIL rounds to whole levels after each pass, and the second enlarges by up to 1.25: 0.5 · 1.25 + 0.5
+    )  # PIL rounds after each pass, and the second amplifies by up to 1.25: 0.5 · 1.25 + 0.5
 
 
 @pytest.mark.parametrize(
@@ -204,7 +203,7 @@ def test_wrong_pixels(clip, pixels, message):
         clip.encode_image(pixels)
 
 
-# Misuse
+# Errors
 
 
 def test_wrong_ids(text):

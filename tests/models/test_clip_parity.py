@@ -1,5 +1,4 @@
-"""CLIP's towers give open_clip's and transformers' outputs on the same random weights, small and at full
-size."""
+"""CLIP's towers equal those of open_clip and transformers with the same weights, small and at full size."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, Visi
 
 
 def peer_clip(config: CLIPConfig) -> Any:
-    """open_clip's model of the same shape."""
+    """Return open_clip's model of the same shape."""
     open_clip = pytest.importorskip("open_clip")
     text, vision = config.text, config.vision
     return open_clip.CLIP(
@@ -56,7 +55,7 @@ def test_small_models_equal_open_clip(activation, shape):
     config = CLIPConfig(text=text, vision=vision)
     model, peer = CLIP(config).eval(), peer_clip(config)
     randomize(model)
-    peer.load_state_dict(model.state_dict())  # strict: the names are equal
+    peer.load_state_dict(model.state_dict())  # strict, so the names are equal
     ids, pixels = ids_for(text, (5, 9, 19, 1)), torch.rand(4, 3, vision.image_size, vision.image_size)
     x = model.visual.prepare(pixels)
     with torch.no_grad():
@@ -86,12 +85,12 @@ def test_gradients_equal_open_clip():
     for name, parameter in model.named_parameters():
         if name != "logit_scale":
             assert parameter.grad is not None
-            # sums that cancel, scaled above the floor of `close`
+            # sums that cancel are scaled above the absolute tolerance of `close`
             close(1e3 * parameter.grad, 1e3 * theirs[name].grad, tolerance=1e-3)
 
 
 def test_small_models_equal_transformers():
-    """Hidden states by number, and the end found by id with other ids above it."""
+    """Hidden states of several layers, and an end token that is not the largest id."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
         vocab_size=310,
@@ -158,20 +157,19 @@ def test_published_sizes(name, count, keys):
     ],
 )
 def test_published_sizes_of_towers(config, count):
-    """Section 4's counts; its 354,032,641 for ViT-H's text part has logit_scale, which no tower holds."""
+    """The published 354,032,641 of ViT-H's text part include logit_scale, which no tower has."""
     with torch.device("meta"):
         tower = TextTower(config) if isinstance(config, TextConfig) else VisionTower(config)
     assert sum(parameter.numel() for parameter in tower.parameters()) == count
 
 
 def fill(module: nn.Module) -> dict[str, Tensor]:
-    """Random weights for a module on meta: slices of one pool of numbers at different places, which is quick
-    at two thousand million."""
+    """Return random weights for a module on the meta device: slices of one pool of numbers, which is fast."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(1_000_003, generator=generator)
     state = {}
     for i, (name, shape) in enumerate((key, value.shape) for key, value in module.state_dict().items()):
-        # scaled before it is repeated: one pass over the memory
+        # scaling before repeating takes one pass over the memory
         values = scaled(name, shape, pool.roll(7919 * i))
         state[name] = values.repeat(-(-shape.numel() // len(pool)))[: shape.numel()].view(shape)
     return state
@@ -179,7 +177,7 @@ def fill(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture
 def freed() -> Iterator[None]:
-    """Gigabytes go back before the next test takes as many."""
+    """Free gigabytes of memory after the test."""
     yield
     gc.collect()
 
@@ -201,8 +199,8 @@ def test_text_towers_equal_open_clip_at_full_size(name, freed):
         ).eval()
     state = fill(tower)
     tower.load_state_dict(state, assign=True)
-    peer.load_state_dict(state, assign=True)  # the same memory
-    peer.attn_mask = torch.full((77, 77), -torch.inf).triu(1)  # a buffer, left on meta
+    peer.load_state_dict(state, assign=True)  # shares the memory
+    peer.attn_mask = torch.full((77, 77), -torch.inf).triu(1)  # a buffer, which is still on the meta device
     inner: list[Tensor] = []
     peer.transformer.resblocks[-2].register_forward_hook(lambda module, args, out: inner.append(out))
     ids = ids_for(config, (11,))
@@ -211,7 +209,7 @@ def test_text_towers_equal_open_clip_at_full_size(name, freed):
     ours = tower(ids, layer=-2, final_norm=False)
     close(ours.tokens, inner[0])
     close(ours.pooled, pooled)
-    if name == "ViT-L-14-quickgelu":  # the one whose last layer a published model reads
+    if name == "ViT-L-14-quickgelu":  # published models read its last layer
         close(tower(ids, pooled=False).tokens, tokens)
 
 

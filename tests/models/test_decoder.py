@@ -1,4 +1,4 @@
-"""unCLIP decoders, upsamplers and MoVQ: counts and keys as published, small ones against the peers'."""
+"""unCLIP decoders, upsamplers and MoVQ: published counts and keys, and parity of small networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from shared_weights import TOLERANCE, VISIBLE, error, fill, rotate_qkv, twins
 
 from ldm.catalog.shapes import DECODERS, KANDINSKY21, KANDINSKY22, MOVQ, UPSAMPLERS
 from ldm.diffusion.cond import Cond
-from ldm.models.draft import DraftConfig
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageCondition, ImageConditionConfig
 from ldm.models.unet import UNet, UNetConfig
@@ -64,7 +63,7 @@ IMAGE = {
 
 
 def peers(name: str) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes of diffusers' classes at full size; Karlo's two folders under a prefix each."""
+    """Return the keys and shapes of diffusers' classes at full size, Karlo's with a prefix per folder."""
     with torch.device("meta"):
         if name == "karlo":
             unet = UNet2DConditionModel(
@@ -113,7 +112,7 @@ def test_decoders_have_the_published_parameters_and_keys(name):
     )
 
 
-# the projections' keys, as the formats are described; the UNet's are tested with the rules of UNets
+# the keys of the projections in the original formats; those of the UNet are tested with its rules
 ORIGINAL = {
     "karlo": {
         "cf_param": (768,),
@@ -205,7 +204,7 @@ X, T = torch.randn(2, 3, 16, 8, generator=G), torch.tensor([3.0, 977.0])
 
 
 def karlo_twins() -> tuple[UNet2DConditionModel, UnCLIPTextProjModel, Decoder]:
-    """diffusers' two parts and our one over the same weights."""
+    """Return diffusers' two networks, and ours with the same weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SMALL_PEER, class_embed_type="identity")
         project = UnCLIPTextProjModel(time_embed_dim=128, cross_attention_dim=40, clip_embeddings_dim=24)
@@ -237,9 +236,9 @@ def test_karlos_decoder_equals_the_peers_and_its_token_axis_matters():
         assert error(ours(X, T, other), expected) > VISIBLE, name
     transposed = Decoder(replace(SMALL, condition=replace(SMALL.condition, interleaved=False))).eval()
     transposed.load_state_dict(ours.state_dict())
-    assert error(transposed(X, T, COND), expected) > VISIBLE  # tokens in four chunks: the usual mistake
+    assert error(transposed(X, T, COND), expected) > VISIBLE  # consecutive instead of interleaved tokens
     assert torch.equal(ours.condition.nothing()[0], project.learned_classifier_free_guidance_embeddings)
-    # through Karlo's own layout and back, bit for bit
+    # conversion to Karlo's layout and back is bit-identical
     native = shapes_of(ours)
     there = to_file(decoder_table(SMALL, native), ours.state_dict())
     back = from_file(decoder_table(SMALL, native), there, native, source="x")
@@ -258,7 +257,7 @@ def test_kandinskys_decoders_equal_the_peers(version):
         "cross_attention_dim": 768 if first else 40,
     }
     with torch.device("meta"):
-        # the peer fixes the width of 2.1's image embedding and pooled text to that of its context
+        # in the peer, the image embedding and the pooled text of 2.1 are as wide as the context
         theirs = UNet2DConditionModel(**SMALL_PEER | extra)
     fill(theirs)
     embed = 768 if first else 24
@@ -315,7 +314,7 @@ def test_a_small_upsampler_equals_the_peers():
 
 
 @torch.inference_mode()
-def test_movq_equals_the_peers_and_decodes_what_is_not_quantised():
+def test_movq_equals_the_peers_and_decodes_without_quantization():
     config = MoVQConfig(channels=(32, 64), blocks=1, latent_channels=4, attention_levels=(1,), codes=50)
 
     def peer() -> VQModel:
@@ -339,7 +338,7 @@ def test_movq_equals_the_peers_and_decodes_what_is_not_quantised():
             error(ours.decode_indices(ours.indices(z)), quantised) < TOLERANCE
             and error(quantised, expected) > VISIBLE
         )
-        other = ours.decoder(ours.post_quant_conv(z), z.flip(-1))  # the latent in the norms, mirrored
+        other = ours.decoder(ours.post_quant_conv(z), z.flip(-1))  # with a mirrored latent in the norms
         assert error(other, expected) > VISIBLE
 
 
@@ -355,62 +354,3 @@ def test_conditions_that_do_not_fit_are_named():
         DecoderConfig(unet=UNetConfig())
     with pytest.raises(ValueError, match="takes a pooled condition of width 128"):
         UNet(SMALL_UNET)(X, T, Cond(context=torch.zeros(2, 3, 40)))
-
-
-def test_a_draft_reads_the_text_behind_the_image():
-    unet = UNetConfig(
-        in_channels=6,
-        out_channels=4,
-        channels=(8, 16),
-        depth=(0, 1),
-        blocks=1,
-        heads=2,
-        context_dim=8,
-        embedded=True,
-    )
-    condition = ImageConditionConfig(embed_dim=6, text_dim=None, pooled_dim=5, norms=())
-    draft = DraftConfig(embed_dim=11, width=5, channels=2, size=4)
-    net = fill(Decoder(DecoderConfig(unet=unet, condition=condition, draft=draft, draft_text=True)))
-    x, t, image, text = (
-        torch.randn(2, 4, 4, 4),
-        torch.tensor([3.0, 500.0]),
-        torch.randn(2, 6),
-        torch.randn(2, 5),
-    )
-    cond = Cond(image_emb=image, pooled=text)
-    told = replace(net.condition(cond), concat=net.draft(torch.cat([image, text], dim=1)))
-    with torch.no_grad():
-        assert torch.equal(net(x, t, cond), net.unet(x, t, told))
-
-
-def test_a_draft_of_the_image_is_joined_behind_what_is_joined_already():
-    unet = UNetConfig(
-        in_channels=6,
-        out_channels=2,
-        channels=(8, 16),
-        depth=(0, 1),
-        blocks=1,
-        heads=2,
-        context_dim=8,
-        embedded=True,
-    )
-    condition = ImageConditionConfig(embed_dim=6, tokens=2, text_dim=None, pooled_dim=None, norms=())
-    torch.manual_seed(0)
-    net = fill(
-        Decoder(
-            DecoderConfig(
-                unet=unet, condition=condition, draft=DraftConfig(embed_dim=6, width=5, channels=2, size=4)
-            )
-        )
-    )
-    x, t, image, known = (
-        torch.randn(3, 2, 8, 8),
-        torch.tensor([1, 40, 900]),
-        torch.randn(3, 6),
-        torch.randn(3, 2, 8, 8),
-    )
-    with torch.no_grad():
-        told = replace(
-            net.condition(Cond(image_emb=image)), concat=torch.cat([known, net.draft(image, (8, 8))], dim=1)
-        )
-        assert torch.equal(net(x, t, Cond(image_emb=image, concat=known)), net.unet(x, t, told))

@@ -1,4 +1,4 @@
-"""The draft: its shape at any size, and that the conditioner hands it to the network."""
+"""The draft of the latent: shapes, growth, agreement with a known part, and its use by the networks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from shared_weights import fill
 from tiny_latent_diffusion import tiny_model
 
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.diffusion.cond import Cond
 from ldm.models.draft import Draft, DraftConfig
+from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageConditionConfig
+from ldm.models.unet import UNetConfig
 from ldm.speed.optimization import optimize
 
 
@@ -23,10 +27,10 @@ def test_a_draft_has_the_latents_shape_and_other_sizes_are_interpolated():
     assert wide.shape == (2, 3, 4, 12)
     assert torch.allclose(
         wide[..., 1::3], own, atol=1e-6
-    )  # of three new columns the middle one's centre is the old column's
+    )  # the middle one of three new columns has the center of the old column
 
 
-def test_hidden_layers_are_as_many_as_asked_for():
+def test_the_number_of_hidden_layers_is_configurable():
     narrow, deep = (
         Draft(DraftConfig(embed_dim=6, width=5, layers=layers, channels=1, size=2)) for layers in (1, 3)
     )
@@ -40,7 +44,7 @@ def test_hidden_layers_are_as_many_as_asked_for():
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_widened_draft_is_the_same_function_with_units_that_can_learn(layers: int):
+def test_a_widened_draft_computes_the_same_function_and_its_units_learn(layers: int):
     draft = Draft(DraftConfig(embed_dim=6, width=5, layers=layers, channels=1, size=2))
     wide = draft.grown(replace(draft.config, width=9))
     assert wide.config == DraftConfig(embed_dim=6, width=9, layers=layers, channels=1, size=2)
@@ -57,7 +61,7 @@ def test_a_widened_draft_is_the_same_function_with_units_that_can_learn(layers: 
 
 
 def finished(seed: int = 0, **config: int) -> Draft:
-    """A draft whose convolutions do something."""
+    """Return a draft whose convolutions do not vanish."""
     torch.manual_seed(seed)
     draft = Draft(DraftConfig(finish=7, **config))
     for p in draft.finish.parameters():
@@ -65,7 +69,7 @@ def finished(seed: int = 0, **config: int) -> Draft:
     return draft
 
 
-def test_a_finish_begins_as_nothing_and_can_be_added_to_a_draft():
+def test_a_finish_starts_at_zero_and_can_be_added_to_a_draft():
     draft = Draft(DraftConfig(embed_dim=6, width=5, channels=2, size=4))
     grown = draft.grown(replace(draft.config, width=9, finish=7))
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -82,7 +86,7 @@ def test_the_embedding_scales_and_shifts_the_channels_of_the_finish():
     finish = finished(embed_dim=6, channels=2, size=4).finish
     x, e = torch.randn(3, 2, 4, 4), torch.randn(3, 6)
     film = finish.film(e)
-    for i in range(3):  # each sample by the weights that its embedding makes
+    for i in range(3):  # each sample with weights that its embedding scales
         scale_in, shift_in, scale, shift = film[i].chunk(4)
         h = F.conv2d(x[i : i + 1], finish.conv_in.weight * (1 + scale_in)[:, None, None, None], padding=1)
         h = F.gelu(h + (finish.conv_in.bias * (1 + scale_in) + shift_in)[:, None, None])
@@ -91,7 +95,7 @@ def test_the_embedding_scales_and_shifts_the_channels_of_the_finish():
         assert torch.allclose(finish(x, e)[i : i + 1], x[i : i + 1] + finish.conv_out(h), atol=1e-5)
 
 
-def test_the_conditioner_joins_the_draft_of_each_prompt_at_the_size_asked_for():
+def test_the_conditioner_concatenates_the_draft_of_each_prompt_at_the_requested_size():
     text = tiny_model().text
     cond = text(["a red apple", ""], (8, 12))
     assert cond.concat.shape == (2, 4, 8, 12) and cond.context.shape[0] == 2
@@ -101,7 +105,7 @@ def test_the_conditioner_joins_the_draft_of_each_prompt_at_the_size_asked_for():
     assert plain(["a red apple"]).concat is None
 
 
-def test_numbers_that_no_draft_has_are_refused():
+def test_invalid_numbers_are_refused():
     with pytest.raises(ValueError, match="width: expected at least 1, got 0"):
         DraftConfig(embed_dim=6, width=0)
     text = tiny_model().text
@@ -109,7 +113,7 @@ def test_numbers_that_no_draft_has_are_refused():
         TextConditioner(text.tower, text.tokenizer, text.convention, draft=Draft(DraftConfig(embed_dim=6)))
 
 
-def test_a_draft_is_drawn_again_to_agree_with_what_is_known():
+def test_a_draft_agrees_with_the_known_part():
     torch.manual_seed(0)
     draft = Draft(DraftConfig(embed_dim=16, width=64, channels=2, size=8))
     text = torch.randn(3, 16)
@@ -122,20 +126,20 @@ def test_a_draft_is_drawn_again_to_agree_with_what_is_known():
 
     plain = draft(text).detach()
     shown, hidden = slice(0, 4), slice(4, 8)
-    # what the hole hides is not seen
+    # values inside the hole are not read
     got = draft.agreeing(text, torch.where(hole > 0, torch.full_like(truth, 7.0), truth), hole, tie=0.001)
     assert bool((error(got, shown) < 0.3 * error(plain, shown)).all())
     assert float(error(got, hidden).mean()) < float(error(plain, hidden).mean())
     tied = draft.agreeing(text, truth, hole, tie=1e6, ridge=1e9)
-    assert torch.allclose(tied, plain, atol=2e-2)  # to the text: within Adam's last step of it
+    assert torch.allclose(tied, plain, atol=2e-2)  # close to the text's draft, up to the last step of Adam
     alone = draft.agreeing(text[1:2], truth[1:2], hole[1:2], tie=0.001)
     assert torch.allclose(
         alone, got[1:2], atol=1e-3
-    )  # each sample by itself; products of another batch round differently
+    )  # samples are independent; products of another batch size round differently
     assert all(p.grad is None for p in draft.parameters())
 
 
-def test_a_finished_draft_agrees_by_what_the_hidden_layer_does_behind_its_convolutions():
+def test_a_finished_draft_agrees_by_the_jacobian_of_its_convolutions():
     draft = finished(embed_dim=4, width=24, channels=2, size=6)
     text, hidden = torch.randn(1, 4), torch.randn(24)
     unit = 1e-3
@@ -147,7 +151,7 @@ def test_a_finished_draft_agrees_by_what_the_hidden_layer_does_behind_its_convol
     step = (moved(unit * hidden) - moved(-unit * hidden)).flatten() / (2 * unit)
     assert torch.allclose(
         draft._jacobian(text) @ hidden, step, atol=2e-3
-    )  # float32's rounding over the step: 1e-7·10/1e-3
+    )  # float32 rounding divided by the step: 1e-7·10/1e-3
     truth = moved(0.3 * hidden)
     hole = torch.zeros(1, 1, 6, 6)
     hole[..., 3:] = 1
@@ -175,7 +179,7 @@ def test_a_draft_of_packed_layers_agrees_as_the_plain_one_does(finish: int | Non
         assert torch.allclose(draft.agreeing(text, known, hole), plain, atol=1e-5)
 
 
-def test_what_the_embedding_cannot_say_is_drawn_from_the_hidden_layer():
+def test_the_hidden_layer_adds_what_the_embedding_does_not_determine():
     torch.manual_seed(0)
     draft = Draft(DraftConfig(embed_dim=4, width=24, channels=2, size=6))
     text = torch.randn(2, 4)
@@ -187,7 +191,7 @@ def test_what_the_embedding_cannot_say_is_drawn_from_the_hidden_layer():
     drawn = draft.agreeing(text, truth, hole, ridge=0.1)
     errors = [((x - truth).square() * hole).sum() / hole.sum() for x in (draft(text), by_text, drawn)]
     assert errors[2] < 0.6 * errors[1] < 0.6 * errors[0], errors
-    # with e at rest it is ridge regression of the hidden layer on what is known, each sample's own
+    # without steps of e it is ridge regression of the hidden layer on the known part, for each sample
     still = draft.agreeing(text, truth, hole, steps=0, ridge=0.5)
     for i in range(2):
         seen = (hole[i].expand(2, -1, -1) == 0).flatten()
@@ -202,4 +206,63 @@ def test_what_the_embedding_cannot_say_is_drawn_from_the_hidden_layer():
     open_all[0] = hole[0]
     assert torch.allclose(
         draft.agreeing(text, truth, open_all)[1], draft(text).detach()[1], atol=1e-5
-    )  # nothing known: the text's own
+    )  # without a known part it is the draft of the text
+
+
+def test_a_draft_reads_the_text_after_the_image():
+    unet = UNetConfig(
+        in_channels=6,
+        out_channels=4,
+        channels=(8, 16),
+        depth=(0, 1),
+        blocks=1,
+        heads=2,
+        context_dim=8,
+        embedded=True,
+    )
+    condition = ImageConditionConfig(embed_dim=6, text_dim=None, pooled_dim=5, norms=())
+    draft = DraftConfig(embed_dim=11, width=5, channels=2, size=4)
+    net = fill(Decoder(DecoderConfig(unet=unet, condition=condition, draft=draft, draft_text=True)))
+    x, t, image, text = (
+        torch.randn(2, 4, 4, 4),
+        torch.tensor([3.0, 500.0]),
+        torch.randn(2, 6),
+        torch.randn(2, 5),
+    )
+    cond = Cond(image_emb=image, pooled=text)
+    unet_cond = replace(net.condition(cond), concat=net.draft(torch.cat([image, text], dim=1)))
+    with torch.no_grad():
+        assert torch.equal(net(x, t, cond), net.unet(x, t, unet_cond))
+
+
+def test_a_draft_is_concatenated_after_other_channels():
+    unet = UNetConfig(
+        in_channels=6,
+        out_channels=2,
+        channels=(8, 16),
+        depth=(0, 1),
+        blocks=1,
+        heads=2,
+        context_dim=8,
+        embedded=True,
+    )
+    condition = ImageConditionConfig(embed_dim=6, tokens=2, text_dim=None, pooled_dim=None, norms=())
+    torch.manual_seed(0)
+    net = fill(
+        Decoder(
+            DecoderConfig(
+                unet=unet, condition=condition, draft=DraftConfig(embed_dim=6, width=5, channels=2, size=4)
+            )
+        )
+    )
+    x, t, image, known = (
+        torch.randn(3, 2, 8, 8),
+        torch.tensor([1, 40, 900]),
+        torch.randn(3, 6),
+        torch.randn(3, 2, 8, 8),
+    )
+    with torch.no_grad():
+        unet_cond = replace(
+            net.condition(Cond(image_emb=image)), concat=torch.cat([known, net.draft(image, (8, 8))], dim=1)
+        )
+        assert torch.equal(net(x, t, Cond(image_emb=image, concat=known)), net.unet(x, t, unet_cond))

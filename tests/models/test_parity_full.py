@@ -1,8 +1,8 @@
-"""Full-size networks with random weights against the peers' own, in float32.
+"""Parity of full-size networks with the peers', with random weights, in float32.
 
-All of them, the slow ones too: python -m pytest tests/models/test_parity_full.py -m "" Each shares its
-weights with the peer, so that the largest (SDXL: 10.3 GB) takes them once. Inputs are small: parameters, not
-pixels, are compared.
+Run all, including the slow ones, with `python -m pytest tests/models/test_parity_full.py -m ""`. A network
+shares its weights with its peer, so that the largest (SDXL, 10.3 GB) are in memory once. Inputs are small,
+because the tests compare parameters, not images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ldm.models.unet import UNet
 
 
 def up(types: tuple[str, ...]) -> tuple[str, ...]:
-    """The way up that mirrors a way down."""
+    """Return the block types of the way up for those of the way down."""
     return tuple(name.replace("Down", "Up") for name in types[::-1])
 
 
@@ -68,7 +68,7 @@ CELEBA = {
     "up_block_types": (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
     "attention_head_dim": 32,
 }
-# name: the peer's configuration, tokens of its context, and the attention whose q, k and v are exchanged
+# name: configuration of the peer, tokens of its context, and the attention whose q, k and v are permuted
 UNET_PEERS: dict[str, tuple[dict[str, Any], int, str]] = {
     "sd1": (SD, 77, "down_blocks.1.attentions.0.transformer_blocks.0.attn1"),
     "sd1-inpaint": (SD | {"in_channels": 9}, 77, "up_blocks.1.attentions.2.transformer_blocks.0.attn1"),
@@ -84,7 +84,7 @@ UNET_PEERS: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 def conditions(name: str, tokens: int) -> tuple[Cond, dict[str, Any]]:
-    """The same conditions in our words and in the peer's."""
+    """Return the same conditions as a `Cond` and as arguments of the peer."""
     config, generator = UNETS[name], torch.Generator().manual_seed(2)
     assert config.context_dim is not None
     context = torch.randn(2, tokens, config.context_dim, generator=generator)
@@ -117,7 +117,7 @@ def test_unets_equal_the_peers(name: str) -> None:
     t = torch.tensor([1.0, 981.0])
     with twins(lambda: UNet2DConditionModel(**peer), lambda: UNet(config)) as (theirs, ours):
         expected = theirs(x, t, **theirs_cond).sample
-        # what an inpainting or upscaling model has beside x_t comes by Cond.concat
+        # the additional channels of inpainting and upscaling models are in Cond.concat
         extra = config.in_channels - 4
         given = cond if extra == 0 else Cond(**dict(cond.items()), concat=x[:, 4:])
         assert error(ours(x[:, :4], t, given), expected) < TOLERANCE
@@ -151,14 +151,14 @@ def test_kl_f8_equals_the_peers() -> None:
     generator = torch.Generator().manual_seed(1)
     x, z = torch.rand(1, 3, 64, 48, generator=generator) * 2 - 1, torch.randn(1, 4, 6, 8, generator=generator)
     with twins(peer, lambda: ldm.models.vae.AutoencoderKL(config)) as (theirs, ours):
-        posterior, pictures = theirs.encode(x).latent_dist, theirs.decode(z).sample
+        posterior, images = theirs.encode(x).latent_dist, theirs.decode(z).sample
         assert error(ours.encode(x).mean, posterior.mean) < TOLERANCE
         assert error(ours.encode(x).logvar, posterior.logvar) < TOLERANCE
-        assert error(ours.decode(z), pictures) < TOLERANCE
+        assert error(ours.decode(z), images) < TOLERANCE
         rotate_qkv(ours, "encoder.mid_block.attentions.0")
         rotate_qkv(ours, "decoder.mid_block.attentions.0")
         assert error(ours.encode(x).mean, posterior.mean) > VISIBLE
-        assert error(ours.decode(z), pictures) > VISIBLE
+        assert error(ours.decode(z), images) > VISIBLE
 
 
 def test_vq_f4_equals_the_peers() -> None:
@@ -180,13 +180,13 @@ def test_vq_f4_equals_the_peers() -> None:
         torch.randn(1, 3, 12, 16, generator=generator),
     )
     with twins(peer, lambda: ldm.models.vq.VQModel(config)) as (theirs, ours):
-        latents, pictures = theirs.encode(x).latents, theirs.decode(z).sample
+        latents, images = theirs.encode(x).latents, theirs.decode(z).sample
         assert error(ours.encode(x).mean, latents) < TOLERANCE
-        assert error(ours.decode(z), pictures) < TOLERANCE
+        assert error(ours.decode(z), images) < TOLERANCE
         rotate_qkv(ours, "encoder.mid_block.attentions.0")
         rotate_qkv(ours, "decoder.mid_block.attentions.0")
         assert error(ours.encode(x).mean, latents) > VISIBLE
-        assert error(ours.decode(z), pictures) > VISIBLE
+        assert error(ours.decode(z), images) > VISIBLE
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The diffusion prior: counts and keys as published, small ones against the peers', and what is invariant."""
+"""The diffusion prior: published counts and keys, parity of small networks, and invariants."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COSINE = PriorConfig(
 
 
 def karlo_keys(c: PriorConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of Karlo's file, written down from its description."""
+    """Return the keys and shapes of Karlo's file."""
     w, e = c.width, c.embed_dim
     keys: dict[str, tuple[int, ...]] = {"positional_embedding": (1, c.length + 4, w), "prd_emb": (1, 1, w)}
     layers = {
@@ -75,7 +75,7 @@ def karlo_keys(c: PriorConfig) -> dict[str, tuple[int, ...]]:
 
 
 def dalle2_keys(c: PriorConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of DALLE2-pytorch's network, written down from its description."""
+    """Return the keys and shapes of DALLE2-pytorch's network."""
     d, h = c.width, c.heads
     keys = {
         "learned_query": (d,),
@@ -114,9 +114,8 @@ def test_every_shape_is_counted():
 def test_priors_have_the_published_parameters_and_keys(name):
     config, (parameters, keys) = PRIORS[name], COUNTS[name]
     network = build_network(config)
-    # learned ones: rotary frequencies stand in the file, but are fixed; mean and deviation stand in a file of
-    # their own
-    # its count is that of diffusers' class, where they are parameters
+    # learned parameters only: rotary frequencies are in the file, but fixed; mean and standard deviation are
+    # in a file of their own, except in diffusers' class, where they are parameters (kandinsky22)
     statistics = 2 * config.embed_dim if name == "kandinsky22" else 0
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) + statistics == parameters
     original = file_shapes(prior_table(config), shapes_of(network))
@@ -153,7 +152,7 @@ def small_peer(config: PriorConfig) -> PriorTransformer:
         )
     theirs = fill(theirs)
     causal = torch.full((config.length + 4, config.length + 4), -10000.0).triu(1)[None]
-    # `fill` gave it storage, not numbers
+    # `fill` allocates the buffer without setting it
     theirs.register_buffer("causal_attention_mask", causal, persistent=False)
     return theirs
 
@@ -167,7 +166,7 @@ def ours_of(theirs: PriorTransformer, config: PriorConfig, layout: str = "diffus
 
 @torch.inference_mode()
 def test_a_small_prior_equals_the_peers():
-    config = replace(SMALL, text_dim=SMALL.embed_dim)  # the peer knows one width for both
+    config = replace(SMALL, text_dim=SMALL.embed_dim)  # the peer has one width for both
     theirs, cond = small_peer(config), condition(config)
     ours = ours_of(theirs, config)
     x, t = (
@@ -183,12 +182,12 @@ def test_a_small_prior_equals_the_peers():
     ):
         assert error(ours(x, t, other), expected) > VISIBLE
     assert torch.allclose(ours.denormalize(x), theirs.post_process_latents(x))
-    # through Karlo's own layout and back, where q, k and v are interleaved by head
+    # conversion to Karlo's layout, where q, k and v are interleaved by head, and back
     there = to_file(prior_table(config), ours.state_dict())
     again = Prior(config).eval()
     again.load_state_dict(from_file(prior_table(config), there, shapes_of(again), source="x"))
     assert torch.equal(again(x, t, cond), ours(x, t, cond))
-    # (part, row) order
+    # with rows in the order (q|k|v, channel)
     again.load_state_dict(
         from_file(prior_table(replace(config, heads=1)), there, shapes_of(again), source="x")
     )
@@ -196,8 +195,7 @@ def test_a_small_prior_equals_the_peers():
 
 
 def published_attention(state: dict[str, torch.Tensor], x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Karlo's attention as its description has it: rows (head, q|k|v, channel), both sides scaled by the
-    fourth root."""
+    """Return Karlo's attention: rows are (head, q|k|v, channel), and q and k are both scaled by d^(−1/4)."""
     qkv = x @ state["c_qkv.weight"].T + state["c_qkv.bias"]
     b, n, width = qkv.shape
     q, k, v = qkv.view(b, n, heads, -1).split(width // heads // 3, dim=-1)
@@ -244,7 +242,7 @@ def test_cosine_blocks_equal_the_published_program(cosine_sim):
     ours = Prior(config).eval()
     ours.load_state_dict(from_file(prior_table(config), net.state_dict(), shapes_of(ours), source="peer"))
     cond, x, t = condition(config), torch.randn(2, 48, generator=generator), torch.tensor([3, 977])
-    # the program tells padding by its zeros
+    # the program detects padding by zeros
     zeroed = torch.where(cond.context_mask[..., None], cond.context, 0.0)
     expected = net.eval()(x, t, text_embed=cond.pooled, text_encodings=zeroed)
     assert error(ours(x, t.float(), cond), expected) < TOLERANCE
@@ -257,18 +255,18 @@ def test_cosine_blocks_equal_the_published_program(cosine_sim):
 
 @pytest.mark.parametrize("config", [SMALL, COSINE], ids=["plain", "cosine"])
 @torch.inference_mode()
-def test_only_the_last_token_sees_everything(config):
-    """Causal: text after a token, the time and the image do not change what stands before them."""
+def test_only_the_last_token_attends_to_everything(config):
+    """The transformer is causal: a token does not change the outputs of earlier ones."""
     net = randomise(build_network(config))
     x = torch.randn(1, 9, config.width, generator=torch.Generator().manual_seed(0))
     changed = x.clone()
-    changed[:, 5:] = -changed[:, 5:]  # not a shift, which the norms would undo
+    changed[:, 5:] = -changed[:, 5:]  # not a shift, which the norms would remove
     a, b = net.transformer(x, None), net.transformer(changed, None)
     assert torch.allclose(a[:, :5], b[:, :5], atol=1e-5) and not torch.allclose(a[:, 5:], b[:, 5:], atol=1e-2)
 
 
 @torch.inference_mode()
-def test_padding_behind_the_text_is_not_looked_at():
+def test_padding_after_the_text_is_masked():
     net, cond = randomise(build_network(SMALL)), condition(SMALL)
     x, t = torch.randn(2, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 500.0])
     noisy = torch.where(cond.context_mask[..., None], cond.context, torch.full_like(cond.context, 9.0))
@@ -279,8 +277,8 @@ def test_padding_behind_the_text_is_not_looked_at():
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 @torch.inference_mode()
-def test_it_runs_with_the_samplers_of_pictures_on_vectors(sampler):
-    """With guidance on x0 and a clamp, as Karlo's; the x0 of the last step is the result."""
+def test_the_samplers_work_on_vectors(sampler):
+    """As in Karlo, guidance is on x0 and clamped; the x0 of the last step is the result."""
     net, cond = randomise(build_network(SMALL)), condition(SMALL)
     denoiser = Denoiser(net, NoiseSchedule.cosine(), "x0")
     fn = clip_x0(cfg(denoiser, cond, cond[[1, 0]], 4.0), denoiser.schedule, 0.5)
@@ -297,7 +295,7 @@ def test_it_runs_with_the_samplers_of_pictures_on_vectors(sampler):
     assert max(float(x0.abs().max()) for x0 in seen) <= 0.5 and float(seen[0].abs().max()) == 0.5
 
 
-def test_normalisation_is_undone():
+def test_denormalization_inverts_normalization():
     e = torch.randn(3, 24)
     net = Prior(SMALL)
     net.clip_mean, net.clip_std = torch.randn(1, 24), torch.rand(1, 24) + 0.5
@@ -308,7 +306,7 @@ def test_normalisation_is_undone():
     assert torch.allclose(unit.denormalize(unit.normalize(e)), e / e.norm(dim=1, keepdim=True), atol=1e-6)
 
 
-def test_statistics_that_are_absent_or_exchanged_are_refused():
+def test_missing_or_exchanged_statistics_are_refused():
     mean, std = torch.randn(24), torch.rand(24) + 0.5
     assert with_statistics({}, (mean, std))["clip_std"].shape == (1, 24)
     with pytest.raises(ValueError, match="ViT-L-14_stats.th"):
@@ -317,7 +315,7 @@ def test_statistics_that_are_absent_or_exchanged_are_refused():
         with_statistics({}, (std, mean))
     state = to_file(prior_table(SMALL), randomise(build_network(SMALL)).state_dict())
     without = {key: value for key, value in state.items() if key not in ("clip_mean", "clip_std")}
-    with pytest.raises(ValueError, match="clip_mean"):  # a folder whose statistics were lost
+    with pytest.raises(ValueError, match="clip_mean"):  # a folder without statistics
         from_file(prior_table(SMALL), without, shapes_of(build_network(SMALL)), source="x")
 
 
@@ -330,7 +328,7 @@ def test_statistics_that_are_absent_or_exchanged_are_refused():
         ({"blocks": "cosine"}, "expected one width"),
     ],
 )
-def test_shapes_that_no_prior_has(change, message):
+def test_invalid_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **change)
 

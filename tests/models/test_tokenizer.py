@@ -1,5 +1,4 @@
-"""The tokenizer against open_clip's, id by id; then what is ours: lengths, a part of the vocabulary, and no
-slow import."""
+"""The tokenizer: ids equal to open_clip's, lengths, parts of the vocabulary, and no slow imports."""
 
 from __future__ import annotations
 
@@ -86,7 +85,7 @@ def fuzz(seed: int, count: int) -> list[str]:
     return texts
 
 
-def test_vocabulary_is_whole_and_without_twins():
+def test_vocabulary_is_complete_and_without_duplicates():
     symbols = all_symbols()
     assert len(symbols) == len(set(symbols)) == SIZE == 49408
     assert len(set(byte_symbols())) == 256 and not any(symbol.isspace() for symbol in byte_symbols())
@@ -139,7 +138,7 @@ def test_padding():
 
 
 def test_too_long_names_the_count():
-    assert ours()("word " * 75).shape == (1, 77)  # 75 and two: fits exactly
+    assert ours()("word " * 75).shape == (1, 77)  # 75 tokens with start and end fit exactly
     with pytest.raises(ValueError, match=r"78 tokens.*77.*truncate"):
         ours()(["fine", "word " * 76])
     cut = ours()("word " * 76, truncate=True)
@@ -155,7 +154,7 @@ def test_impossible_options(options, message):
         ours()("a cat", **options)
 
 
-def test_decode_refuses_what_is_no_id():
+def test_decode_refuses_ids_out_of_range():
     with pytest.raises(ValueError, match="49408"):
         ours().decode([320, 49408])
 
@@ -172,10 +171,10 @@ def test_part_of_the_vocabulary():
     assert Tokenizer(vocabulary=small.vocabulary).vocabulary == small.vocabulary
 
 
-def test_words_outside_the_vocabulary_are_named_and_left_out_whole():
+def test_words_outside_the_vocabulary_are_reported_and_left_out():
     full = ours()
     pieces = full.encode("snowplough")
-    assert len(pieces) > 1  # a word of several tokens, of which only the first is known
+    assert len(pieces) > 1  # a word of several tokens, of which the vocabulary has only the first
     small = Tokenizer(vocabulary=[*full.encode("a red apple"), pieces[0]])
     assert small.unknown("A zebra, a snowplough and a Zebra") == ["zebra", ",", "snowplough", "and"]
     assert small.encode("a snowplough apple") == small.encode("a apple")

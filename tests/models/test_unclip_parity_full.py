@@ -1,7 +1,8 @@
-"""unCLIP's networks at full size with random weights against the peers' own, in float32.
+"""Parity of unCLIP's full-size networks with the peers', with random weights, in float32.
 
-All of them are slow and take up to 5 GB: python -m pytest tests/models/test_unclip_parity_full.py -m slow
-Weights are shared with the peer; inputs are small: parameters, not pixels, are compared.
+All tests are slow and take up to 5 GB: `python -m pytest tests/models/test_unclip_parity_full.py -m slow`.
+A network shares its weights with its peer. Inputs are small, because the tests compare parameters, not
+images.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ T = torch.tensor([1.0, 981.0])
 def renamed(
     peers: dict[str, Callable[[], nn.Module]], config: Any
 ) -> Iterator[tuple[list[nn.Module], nn.Module]]:
-    """Peers (by the prefix of their keys) and our network of a configuration over the same random weights,
-    through our rules."""
+    """Yield peers, and our network with the same random weights, converted by the rules.
+
+    Args:
+        peers: Constructors of the peers by the prefix of their keys.
+        config: Configuration of our network.
+    """
     with torch.device("meta"):
         theirs = {prefix: make() for prefix, make in peers.items()}
     state = {}
@@ -60,7 +65,7 @@ def renamed(
 def test_karlos_prior() -> None:
     with renamed({"": PriorTransformer}, PRIORS["karlo"]) as ((theirs,), ours):
         causal = torch.full((81, 81), -10000.0).triu(1)[None]
-        # `fill` gave it storage, not numbers
+        # `fill` allocates the buffer without setting it
         theirs.register_buffer("causal_attention_mask", causal, persistent=False)
         mask = torch.arange(77) < torch.tensor([[77], [9]])
         cond = Cond(
@@ -105,7 +110,9 @@ def test_karlos_decoder() -> None:
         mask = torch.nn.functional.pad(mask, (4, 0), value=True)
         expected = unet(x, T, encoder_hidden_states=context, class_labels=vector, attention_mask=mask).sample
         assert error(ours(x, T, cond), expected) < TOLERANCE
-        ours.condition.config = replace(ours.condition.config, interleaved=False)  # the token axis transposed
+        ours.condition.config = replace(
+            ours.condition.config, interleaved=False
+        )  # with a transposed token axis
         assert error(ours(x, T, cond), expected) > VISIBLE
 
 

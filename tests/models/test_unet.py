@@ -1,4 +1,4 @@
-"""The UNet: published counts, parity with the peer, conditions, what it refuses."""
+"""The UNet: published counts, parity with the peer, conditions, and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_parameters_are_those_of_the_published_models(config, parameters):
 
 
 def randomize(module: torch.nn.Module) -> None:
-    """Random weights everywhere, so that no layer starts at zero and hides a mistake behind it."""
+    """Add random numbers to all weights, because layers that start at zero would hide errors."""
     generator = torch.Generator().manual_seed(0)
     for p in module.parameters():
         p.data.add_(0.02 * torch.randn(p.shape, generator=generator))
@@ -56,17 +56,17 @@ def test_a_small_unet_equals_the_peers(linear):
         channels=(32, 64, 64), depth=(0, 1, 1), heads=4, context_dim=24, linear_projection=linear
     ).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    # sizes that round on the way down
+    # sizes that are rounded on the way down
     x, t, context = (torch.randn(2, 4, 15, 10), torch.tensor([3.0, 977.0]), torch.randn(2, 7, 24))
     expected = theirs(x, t, context).sample
-    # the same operations in float32 in another order
+    # the same operations in another order, in float32
     assert torch.allclose(ours(x, t, Cond(context=context)), expected, atol=1e-4 * float(expected.std()))
     permuted = ours(x, t, Cond(context=context.flip(-1)))
     assert not torch.allclose(permuted, expected, atol=1e-2 * float(expected.std()))
 
 
 @torch.no_grad()
-def test_padding_that_the_mask_leaves_out_does_not_count():
+def test_masked_padding_does_not_change_the_result():
     torch.manual_seed(0)
     net = UNet(UNetConfig(channels=(16, 32), depth=(1, 1), blocks=1, heads=2, context_dim=8))
     x, t, context = torch.randn(2, 4, 8, 8), torch.full((2,), 10.0), torch.randn(2, 5, 8)
@@ -94,7 +94,7 @@ def test_gradients_equal_those_of_the_fused_attention():
     assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_inputs_and_configurations_are_refused():
     net = UNet(UNetConfig(channels=(8, 16), depth=(0, 1), blocks=1, heads=2, context_dim=8, pooled_dim=8))
     x, t, context = torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8)
     with pytest.raises(ValueError, match=r"Cond\.pooled is None"):

@@ -1,4 +1,4 @@
-"""The UNet's other kinds: small ones against the peer's, every condition, and what they refuse."""
+"""Variants of the UNet: parity of small networks, conditions, and errors."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ TEXT, VECTOR, SIZES = (
 
 
 def compare(peer, config: dict, cond: Cond, swapped: str, **theirs_cond) -> None:
-    """Equal outputs, at sizes that are not square; different ones once q, k and v are exchanged, and with
-    another value of each condition."""
+    """Check that outputs equal the peer's, and that permuted q, k and v and other conditions change them."""
     x, t = (
         torch.randn(2, config.get("in_channels", 4), 16, 24, generator=torch.Generator().manual_seed(1)),
         torch.tensor([1.0, 981.0]),
@@ -47,7 +46,7 @@ def compare(peer, config: dict, cond: Cond, swapped: str, **theirs_cond) -> None
 
 @pytest.mark.parametrize("resnet", [False, True])
 def test_self_attention_alone(resnet):
-    """celebahq's kind; with sizes changed in residual blocks, inpainting_big's."""
+    """The UNet of celebahq; with sizes changed in residual blocks, that of inpainting_big."""
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
     how = "resnet" if resnet else "conv"
 
@@ -76,7 +75,7 @@ def test_self_attention_alone(resnet):
 
 
 def test_attention_blocks_with_a_context_and_scale_and_shift():
-    """The kind of Karlo's decoder, three blocks a level."""
+    """The UNet of Karlo's decoder, with three blocks per level."""
     types = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D")
 
     def peer() -> UNet2DConditionModel:
@@ -99,7 +98,7 @@ def test_attention_blocks_with_a_context_and_scale_and_shift():
 
 
 def test_levels_without_self_attention_and_a_level_of_noise():
-    """The x4 upscaler's kind."""
+    """The UNet of the x4 upscaler."""
     levels = torch.tensor([20, 349])
     peer = CROSS | {
         "only_cross_attention": (True, True, False),
@@ -115,7 +114,7 @@ def test_levels_without_self_attention_and_a_level_of_noise():
 
 
 def test_a_vector_and_depths_that_differ():
-    """SDXL's kind: pooled text and six numbers, another depth at every level."""
+    """The UNet of SDXL: pooled text and six numbers, and a different depth at every level."""
     extra = {
         "transformer_layers_per_block": (1, 2, 3),
         "use_linear_projection": True,
@@ -138,7 +137,7 @@ def test_a_vector_and_depths_that_differ():
 
 
 def test_a_vector_under_the_name_of_a_class():
-    """Stable unCLIP's kind."""
+    """The UNet of Stable unCLIP."""
     extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 20}
     at = "mid_block.attentions.0.transformer_blocks.0.attn1"
     cond = Cond(context=TEXT, pooled=VECTOR)
@@ -153,7 +152,7 @@ def test_a_vector_under_the_name_of_a_class():
 
 
 def test_an_embedded_guidance_scale():
-    """Latent consistency models' kind: the peer is told the scale less one, as its pipeline does."""
+    """The UNet of latent consistency models; the peer takes the scale minus one."""
     module = pytest.importorskip(
         "diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img"
     )
@@ -161,7 +160,7 @@ def test_an_embedded_guidance_scale():
     theirs = module.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
         None, scale - 1, embedding_dim=256
     )
-    # arguments up to 7500 rad in float32 (half an ulp is 2.4e-4 rad), a few roundings each
+    # a few roundings of arguments up to 7500 rad in float32, where half an ulp is 2.4e-4 rad
     assert torch.allclose(guidance_sinusoid(scale), theirs, atol=2e-3)
     at = "mid_block.attentions.0.transformer_blocks.0.attn1"
     cond = Cond(context=TEXT, guidance=scale)
@@ -176,13 +175,13 @@ def test_an_embedded_guidance_scale():
     )
 
 
-def test_no_guidance_is_the_zero_of_its_embedding():
+def test_no_guidance_is_the_embedding_of_zero():
     assert torch.equal(guidance_sinusoid(torch.tensor([1.0]), 8), torch.tensor([[0.0, 0, 0, 0, 1, 1, 1, 1]]))
     # w = 0.001: the first frequency is 1, the last one 1/10000
     rows = guidance_sinusoid(torch.tensor([1.001]), 8)
     assert torch.allclose(
         rows[0, [0, 3]], torch.tensor([1.0, 1e-4]).sin(), rtol=1e-2
-    )  # 1.001 − 1 in float32 keeps 4 digits
+    )  # 1.001 − 1 in float32 has 4 digits
 
 
 def test_the_vector_condition_is_text_then_numbers_in_order():
@@ -195,7 +194,7 @@ def test_the_vector_condition_is_text_then_numbers_in_order():
 
 
 @torch.no_grad()
-def test_attention_blocks_leave_masked_tokens_out():
+def test_attention_blocks_exclude_masked_tokens():
     torch.manual_seed(0)
     net = UNet(
         UNetConfig(channels=(16, 32), depth=(1, 1), blocks=1, heads=2, context_dim=8, attention="block")
@@ -209,7 +208,7 @@ def test_attention_blocks_leave_masked_tokens_out():
     assert not torch.allclose(net(x, t, Cond(context=padded)), net(x, t, Cond(context=context)), atol=1e-4)
 
 
-def test_conditions_that_are_missing_or_not_taken_are_refused():
+def test_missing_and_unused_conditions_are_refused():
     x, t, context = torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8)
     small = {"channels": (8, 16), "depth": (0, 1), "blocks": 1, "heads": 2, "context_dim": 8}
     plain, classes = UNet(UNetConfig(**small)), UNet(UNetConfig(**small, classes=10))
@@ -244,6 +243,6 @@ def test_conditions_that_are_missing_or_not_taken_are_refused():
         ({"heads": None, "head_dim": 48}, "level 0: 320 channels cannot be split into 6 heads of 48"),
     ],
 )
-def test_shapes_that_make_no_network_are_refused(wrong, message):
+def test_invalid_configurations_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**wrong)

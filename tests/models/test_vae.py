@@ -1,4 +1,4 @@
-"""The autoencoder: published counts, parity with the peer, round trips of shape, what it refuses."""
+"""The autoencoder: published counts, parity with the peer, shapes, and errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_encoder_and_decoder_equal_the_peers_at_full_size():
     ours.load_state_dict(theirs.state_dict(), assign=True)
     x = torch.rand(1, 3, 64, 96) * 2 - 1
     posterior, expected = ours.encode(x), theirs.encode(x).latent_dist
-    # float32 on both sides, about 30 convolutions deep: a few hundred ulp
+    # about 30 convolutions in float32 on both sides: a few hundred ulp
     assert torch.allclose(posterior.mean, expected.mean, atol=1e-4 * float(expected.mean.std()))
     assert torch.allclose(posterior.logvar, expected.logvar, atol=1e-4 * float(expected.logvar.std()))
     z = torch.randn(1, 4, 8, 12)
@@ -64,7 +64,7 @@ def test_encoder_and_decoder_equal_the_peers_at_full_size():
 
 
 @torch.no_grad()
-def test_permuted_attention_weights_would_be_noticed():
+def test_permuted_attention_weights_change_the_result():
     theirs = peer(block_out_channels=(32, 64), layers_per_block=1, latent_channels=4)
     ours = on_meta(channels=(32, 64), blocks=1).eval()
     state = theirs.state_dict()
@@ -94,7 +94,7 @@ def test_patches_change_the_factor_and_keep_the_size():
     assert y.shape == (1, 3, 16, 32) and posterior.mean.shape == (1, 4, 4, 8)
 
 
-def test_sizes_and_shapes_that_do_not_fit_are_refused():
+def test_invalid_sizes_and_configurations_are_refused():
     model = AutoencoderKL(VAEConfig(channels=(8, 16), blocks=1))
     with pytest.raises(ValueError, match="multiples of 2"):
         model.encode(torch.zeros(1, 3, 15, 16))

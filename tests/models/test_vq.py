@@ -1,4 +1,4 @@
-"""The vector-quantised autoencoder: codes against a search by hand, parity with the peer, what it refuses."""
+"""The vector-quantized autoencoder: nearest codes, parity with the peer, and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_nearest_code_is_the_one_a_search_finds():
 
 
 def test_codes_are_their_own_nearest():
-    """Also where positions are searched in several parts, and in half precision."""
+    """This holds for positions in several parts, and in half precision."""
     codebook = Codebook(300, 4)
     torch.nn.init.normal_(codebook.embedding.weight, generator=torch.Generator().manual_seed(0))
     indices = torch.randint(0, 300, (2, 70, 80), generator=torch.Generator().manual_seed(1))
@@ -50,16 +50,16 @@ def test_small_models_equal_the_peers(mid):
     x, z = torch.rand(2, 3, 16, 32, generator=generator) * 2 - 1, torch.randn(2, 3, 6, 8, generator=generator)
     with twins(peer, lambda: VQModel(VQConfig(**SMALL, mid_attention=mid))) as (theirs, ours):
         assert error(ours.encode(x).mean, theirs.encode(x).latents) < TOLERANCE
-        pictures = theirs.decode(z).sample
-        assert error(ours.decode(z), pictures) < TOLERANCE
-        unquantised = theirs.decode(z, force_not_quantize=True).sample
-        assert error(ours.decode(z), unquantised) > VISIBLE  # the codes matter
+        images = theirs.decode(z).sample
+        assert error(ours.decode(z), images) < TOLERANCE
+        unquantized = theirs.decode(z, force_not_quantize=True).sample
+        assert error(ours.decode(z), unquantized) > VISIBLE  # the codes matter
         rotate_qkv(ours, "decoder.up_blocks.0.attentions.0")
-        assert error(ours.decode(z), pictures) > VISIBLE
+        assert error(ours.decode(z), images) > VISIBLE
 
 
 @torch.no_grad()
-def test_latents_are_continuous_and_decoding_quantises_them():
+def test_latents_are_continuous_and_decoding_quantizes_them():
     torch.manual_seed(0)
     model = VQModel(VQConfig(**SMALL)).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight)
@@ -67,14 +67,14 @@ def test_latents_are_continuous_and_decoding_quantises_them():
     z = latent.mode()
     assert z.shape == (1, 3, 8, 8) and torch.equal(latent.sample(torch.randn_like(z)), z)
     indices = model.indices(z)
-    quantised = model.quantize.vectors(indices)
-    assert not torch.allclose(quantised, z, atol=1e-2)
-    assert torch.equal(model.decode(z), model.decode(quantised)) and torch.equal(
+    quantized = model.quantize.vectors(indices)
+    assert not torch.allclose(quantized, z, atol=1e-2)
+    assert torch.equal(model.decode(z), model.decode(quantized)) and torch.equal(
         model.decode(z), model.decode_indices(indices)
     )
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_sizes_and_configurations_are_refused():
     with pytest.raises(ValueError, match="codes: expected at least 1"):
         VQConfig(codes=0)
     with pytest.raises(ValueError, match="multiples of 2"):

@@ -1,4 +1,4 @@
-"""Other programs as backends."""
+"""torch.compile and OpenVINO as backends of `ldm.optimize`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from test_optimize import UNETS, inputs, make, rms
+from small_networks import UNETS, inputs, make, rms
 from tiny_latent_diffusion import tiny_model
 from torch import nn
 
@@ -16,7 +16,7 @@ import ldm
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", UNETS)
-def test_openvino_computes_the_same_and_can_be_left(name):
+def test_openvino_computes_the_same_and_can_be_removed(name):
     pytest.importorskip("openvino")
     net = make(UNETS[name])
     x, t, cond = inputs(UNETS[name], torch.float32)
@@ -34,7 +34,7 @@ def test_openvino_computes_the_same_and_can_be_left(name):
 
 
 @torch.no_grad()
-def test_openvino_makes_whole_pictures_of_a_pipeline():
+def test_openvino_computes_the_images_of_a_pipeline():
     pytest.importorskip("openvino")
     pipe = tiny_model()
     options = {"steps": 3, "guidance": 3.0, "progress": False}
@@ -46,7 +46,7 @@ def test_openvino_makes_whole_pictures_of_a_pipeline():
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_torch_compile_computes_the_same_and_can_be_left():
+def test_torch_compile_computes_the_same_and_can_be_removed():
     net = ldm.optimize(make(UNETS["sd"]))
     args = inputs(UNETS["sd"], torch.float32)
     fast = net(*args)
@@ -55,7 +55,7 @@ def test_torch_compile_computes_the_same_and_can_be_left():
     assert ldm.optimize(net)._compiled_call_impl is None and torch.equal(net(*args), fast)
 
 
-def test_a_backend_that_is_not_there_is_named(monkeypatch):
+def test_unknown_and_missing_backends_are_named(monkeypatch):
     net = make(UNETS["sd"])
     with pytest.raises(ValueError, match="did you mean 'openvino'"):
         ldm.optimize(net, backend="openvin")

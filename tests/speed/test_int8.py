@@ -1,4 +1,4 @@
-"""Products in 8 bits: how far, and that they can be taken away."""
+"""Products in 8 bits: how much they change the result, and that they can be removed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_optimize import UNETS, inputs, make, rms
+from small_networks import UNETS, inputs, make, rms
 from torch import nn
 
 import ldm
@@ -15,7 +15,7 @@ from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.speed.int8 import Int8, quantise
 
 
-def test_eight_bits_hold_a_range_to_half_a_step():
+def test_quantization_rounds_to_half_a_step():
     for x in (torch.randn(3, 500), torch.rand(3, 500) + 1, -torch.rand(3, 500) - 1, torch.zeros(3, 4)):
         q, scale, zero = quantise(x.to(torch.bfloat16))
         assert q.dtype == torch.uint8 and 0 <= zero <= 255
@@ -28,14 +28,14 @@ def vnni():
 
 
 def rounded(w):
-    """A weight as 8 bits hold it, float64."""
+    """Return a weight rounded to 8 bits, in float64."""
     scale = w.double().flatten(1).abs().amax(1).view(-1, *[1] * (w.ndim - 1)) / 127
     return (w.double() / scale).round() * scale
 
 
 @torch.no_grad()
 @pytest.mark.skipif(not vnni(), reason="needs AVX-512 VNNI")
-def test_a_layer_multiplies_what_8_bits_hold():
+def test_a_layer_multiplies_the_quantized_numbers():
     torch.manual_seed(0)
     linear, conv, geglu = nn.Linear(64, 48), nn.Conv2d(32, 48, 3, stride=2, padding=1), GEGLU(64, 96)
     for layer, x in (
@@ -59,16 +59,16 @@ def test_a_layer_multiplies_what_8_bits_hold():
 @pytest.mark.skipif(not vnni(), reason="needs AVX-512 VNNI")
 @pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_of_8_bits_differ_by_hundredths_and_can_be_left(name, dtype):
+def test_products_in_8_bits_have_an_error_of_hundredths_and_can_be_removed(name, dtype):
     net = ldm.optimize(make(UNETS[name], dtype))
     args = inputs(UNETS[name], dtype)
     exact = net(*args)
     ldm.optimize(net, int8=True)
-    assert 1e-3 < rms(net(*args), exact) < 0.1  # of random weights; a hundredth a layer
+    assert 1e-3 < rms(net(*args), exact) < 0.1  # random weights; about 0.01 per layer
     state = net.state_dict()
     assert state.keys() == make(UNETS[name], dtype).state_dict().keys()
     twice = {key: 2 * value if key.endswith("conv2.weight") else value for key, value in state.items()}
-    net.load_state_dict(twice)  # other weights are seen
+    net.load_state_dict(twice)  # other weights are used
     other = net(*args)
     assert rms(other, exact) > 0.1
     assert torch.equal(copy.deepcopy(net)(*args), other)
@@ -79,7 +79,7 @@ def test_products_of_8_bits_differ_by_hundredths_and_can_be_left(name, dtype):
 
 
 @torch.no_grad()
-def test_8_bits_that_are_not_there_are_refused_and_gradients_go_by_the_plain_weights(monkeypatch):
+def test_missing_8_bit_products_are_refused_and_gradients_use_the_plain_weights(monkeypatch):
     net = make(UNETS["sd"])
     x, t, cond = inputs(UNETS["sd"], torch.float32)
     if vnni():

@@ -1,5 +1,4 @@
-"""The kernels and PyTorch's operators give the same functions: each against float64, in every shape the
-networks have in kind."""
+"""The compiled kernels and PyTorch's operators, each compared with float64, in shapes of the networks."""
 
 from __future__ import annotations
 
@@ -12,18 +11,18 @@ from torch import nn
 
 from ldm.speed.kernels import build
 from ldm.speed.kernels import ops as module
-from ldm.speed.kernels.ops import Native, Plain
+from ldm.speed.kernels.ops import CompiledOps, TorchOps
 
-# of the output's deviation: the project's bars for exact gains
+# permitted RMS error, relative to the standard deviation of the output
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(params=["plain", "native"])
+@pytest.fixture(params=["torch", "compiled"])
 def ops(request):
-    if request.param == "plain":
-        return Plain()
+    if request.param == "torch":
+        return TorchOps()
     try:
-        return Native()
+        return CompiledOps()
     except build.NoKernels as error:
         pytest.skip(str(error))
 
@@ -63,10 +62,10 @@ def test_attention(ops, dtype, heads, rows, keys, dim):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_holds_for_scores_that_overflow_an_exponential(ops, dtype):
+def test_attention_with_scores_that_overflow_an_exponential(ops, dtype):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 2, n, 40, generator=generator) for n in (60, 700, 700))
-    # the last rows attend to one key alone, whose score is in the hundreds
+    # the last rows attend to a single key, with a score in the hundreds
     q = q * torch.logspace(-2, 2, 60)[:, None]
     q, k, v = (t.to(dtype) for t in (q, k, v))
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -80,7 +79,7 @@ def test_attention_holds_for_scores_that_overflow_an_exponential(ops, dtype):
 )
 def test_group_norm(ops, dtype, channels, groups, size):
     generator = torch.Generator().manual_seed(2)
-    # a mean of ten deviations
+    # a mean of ten standard deviations
     x = (
         (torch.randn(2, channels, *size, generator=generator) * 2 + 20)
         .to(dtype)
@@ -93,9 +92,9 @@ def test_group_norm(ops, dtype, channels, groups, size):
     wide = [t.double()[:, :, None, None] for t in (add, gain, offset)]
     for silu in (False, True):
         last = F.silu if silu else (lambda y: y)
-        # float32 rounds x itself to 2e-6 of its deviation here; bfloat16's sum x + add, where PyTorch takes
-        # it, to a twentieth
-        bar = DTYPES[dtype] if isinstance(ops, Native) else 8 * DTYPES[dtype]
+        # rounding of x itself is 2e-6 of its standard deviation in float32; PyTorch also rounds x + add in
+        # bfloat16, to a twentieth
+        bar = DTYPES[dtype] if isinstance(ops, CompiledOps) else 8 * DTYPES[dtype]
         assert error(ops.group_norm(x, norm, silu=silu), last(exact(x.double()))) < bar
         everything = last(exact(x.double() + wide[0]) * (1 + wide[1]) + wide[2])
         assert error(ops.group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset), everything) < bar
@@ -107,8 +106,7 @@ def test_group_norm(ops, dtype, channels, groups, size):
 )
 @pytest.mark.parametrize("behind", [(), ("add",), ("gain", "offset"), ("add", "gain", "offset")], ids=str)
 def test_gradients_of_group_norm(ops, dtype, batch, channels, groups, size, behind):
-    """Of the map, the norm's weights, and what is added and multiplied, each against float64's; fewer samples
-    than threads, and more, among them."""
+    """All gradients are compared with float64, for fewer samples than threads and more."""
     generator = torch.Generator().manual_seed(4)
     x, dy = (torch.randn(batch, channels, *size, generator=generator).add(1).to(dtype) for _ in range(2))
     extra = {name: torch.randn(batch, channels, generator=generator).to(dtype) for name in behind}
@@ -121,7 +119,7 @@ def test_gradients_of_group_norm(ops, dtype, batch, channels, groups, size, behi
         return torch.autograd.grad(y, [*inputs, norm.weight, norm.bias], wide(dy))
 
     for silu in (False, True):
-        expected = gradients(Plain(), copy.deepcopy(norm).double(), silu, torch.Tensor.double)
+        expected = gradients(TorchOps(), copy.deepcopy(norm).double(), silu, torch.Tensor.double)
         got = gradients(ops, norm, silu, lambda t: t)
         assert [t.dtype for t in got] == [dtype] * (1 + len(extra)) + [torch.float32] * 2
         assert max(error(a, b) for a, b in zip(got, expected, strict=True)) < DTYPES[dtype]
@@ -129,7 +127,7 @@ def test_gradients_of_group_norm(ops, dtype, batch, channels, groups, size, behi
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_moments_and_affine_are_a_group_norm_taken_apart(ops, dtype):
+def test_moments_and_affine_are_the_steps_of_a_group_norm(ops, dtype):
     x = (
         (torch.randn(2, 40, 11, 9, generator=torch.Generator().manual_seed(3)) + 3)
         .to(dtype)
@@ -155,20 +153,19 @@ SHAPES = [(2, 320, 32, (9, 8)), (1, 16, 48, (13, 7)), (3, 128, 128, (1, 1)), (1,
 @pytest.mark.parametrize(("batch", "channels", "made", "size"), SHAPES)
 @pytest.mark.parametrize("block", [2**23, 1])
 def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, size, block):
-    """Odd sides, blocks that end within a row, and maps of one pixel among them; the largest error, not the
-    mean one, is held to the bar."""
-    if not isinstance(ops, Native):
-        pytest.skip("a kernel of its own; without it oneDNN convolves")
-    monkeypatch.setattr(module, "BLOCK", block)  # of the least, 64 tiles
+    """The shapes include odd sides, blocks that end inside a row, and one pixel; the maximum is tested."""
+    if not isinstance(ops, CompiledOps):
+        pytest.skip("only the compiled kernels have this operator")
+    monkeypatch.setattr(module, "BLOCK", block)  # 1 gives the minimum, 64 tiles
     conv = nn.Conv2d(channels, made, 3, padding=1)
     x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1)) + 0.5
     for bias in (conv.bias.detach(), None):
         expected = F.conv2d(
             x.double(), conv.weight.double(), None if bias is None else bias.double(), padding=1
         )
-        torch.set_default_dtype(torch.float64)  # the result's is the map's, whatever the default is
+        torch.set_default_dtype(torch.float64)  # the dtype of the result must not depend on the default
         try:
-            got = ops.conv3x3(x, module.winograd(conv.weight.detach()), bias)
+            got = ops.conv3x3(x, module.winograd_weights(conv.weight.detach()), bias)
         finally:
             torch.set_default_dtype(torch.float32)
         assert (
@@ -185,7 +182,7 @@ def test_extremes_of_silu(ops):
     assert torch.allclose(got, F.silu(x), atol=1e-6)
 
 
-def test_why_there_are_no_kernels_is_said(monkeypatch, tmp_path):
+def test_the_reason_for_missing_kernels_is_reported(monkeypatch, tmp_path):
     build.library.cache_clear()
     try:
         monkeypatch.setenv("LDM_HOME", str(tmp_path))
@@ -199,6 +196,6 @@ def test_why_there_are_no_kernels_is_said(monkeypatch, tmp_path):
         monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/false")
         with pytest.raises(build.NoKernels, match="false failed"):
             build.library()
-        assert not list((tmp_path / "kernels").iterdir())  # nothing half made
+        assert not list((tmp_path / "kernels").iterdir())  # no incomplete library
     finally:
         build.library.cache_clear()

@@ -1,20 +1,21 @@
-// Attention of a CPU with AVX-512, where PyTorch's own runs at a third of the processor's rate.
+// Attention for CPUs with AVX-512, where PyTorch's kernel reaches a third of the processor's peak rate.
 //
-// It follows FlashAttention (Dao et al. 2022, algorithm 1) with blocks that fit the L2 cache: 48 queries against 512 keys. Keys and values are packed
-// once a head, so that the inner loops are products of registers: one instruction multiplies 16 columns, in bfloat16 pairs of them.
+// The algorithm is FlashAttention (Dao et al. 2022, algorithm 1) with blocks that fit in the L2 cache: 48
+// queries against 512 keys. Keys and values are packed once per head, so that the inner loops multiply
+// registers: one instruction multiplies 16 columns, or 16 pairs of columns in bfloat16.
 #include "simd.h"
 
 namespace {
 
-constexpr int ROWS = 48, KEYS = 512;  // of one block of scores: 96 KiB in float32
-constexpr float LOWEST = -1e30f;      // the score of a key that does not count
+constexpr int ROWS = 48, KEYS = 512;  // size of one block of scores, 96 KiB in float32
+constexpr float LOWEST = -1e30f;      // the score of a masked key
 
-struct View {  // (B, H, L, d) of elements, d contiguous
+struct View {  // (B, H, L, d) with contiguous d; the strides are in elements
     const void* data;
     int64_t batch, head, row;
 };
 
-// The keys of a head as [M/16][d words][16 keys].
+// Packs the keys of a head as [M/16][d words][16 keys].
 template <class T>
 void pack_keys(const typename T::Elem* k, int64_t row, int keys, int padded, int d, uint32_t* out) {
     const int words = d / T::PAIR;
@@ -31,7 +32,7 @@ void pack_keys(const typename T::Elem* k, int64_t row, int keys, int padded, int
         }
 }
 
-// The values of a head as [M words][wide], a word holding one column of one key or of a pair of keys.
+// Packs the values of a head as [M words][wide]; a word holds one column of one key, or of a pair of keys.
 template <class T>
 void pack_values(const typename T::Elem* v, int64_t row, int keys, int padded, int d, int wide, uint32_t* out) {
     for (int key = 0; key < padded; key += T::PAIR)
@@ -48,7 +49,7 @@ void pack_values(const typename T::Elem* v, int64_t row, int keys, int padded, i
         }
 }
 
-// Scores of 6 queries against C·16 keys, and the largest of each query so far.
+// Computes the scores of 6 queries against C·16 keys, and updates the maximum of each query.
 template <class T, int C>
 inline void score_tile(const uint32_t* q, int words, const uint32_t* k, const float* bias, float* s, float* top) {
     __m512 acc[6][C];
@@ -72,7 +73,8 @@ inline void score_tile(const uint32_t* q, int words, const uint32_t* k, const fl
     }
 }
 
-// Adds the product of R rows of probabilities with C·16 (and 8 more) columns of values to the output's accumulators, first times their alpha.
+// Multiplies the accumulators of the output by alpha, and adds the product of R rows of probabilities and
+// C·16 (with HALF 8 more) columns of values.
 template <class T, int R, int C, bool HALF>
 inline void value_tile(const uint32_t* p, int steps, const uint32_t* v, int wide, const float* alpha, float* o) {
     __m512 acc[R][C > 0 ? C : 1];
@@ -104,7 +106,7 @@ void value_columns(const uint32_t* p, int steps, const uint32_t* v, int wide, co
     for (int r = 0; r < ROWS; r += R) value_tile<T, R, C, HALF>(p + r * (KEYS / T::PAIR), steps, v, wide, alpha + r, o + r * wide);
 }
 
-// All columns, in runs whose accumulators fill the registers.
+// Applies value_tile to all columns, in groups whose accumulators fill the registers.
 template <class T>
 void values(const uint32_t* p, int steps, const uint32_t* v, int d, int wide, const float* alpha, float* o) {
     int left = d / 16;
@@ -127,7 +129,8 @@ void values(const uint32_t* p, int steps, const uint32_t* v, int d, int wide, co
         }
 }
 
-// Scores become probabilities (not yet divided by their sum); alpha is what earlier blocks' sums must be multiplied by.
+// Turns scores into probabilities, not yet divided by their sum; alpha is the factor for the sums of earlier
+// blocks.
 template <class T>
 inline void exponentials(float* s, uint32_t* p, int keys, float scale, float* top, float& best, float& sum, float& alpha) {
     const float m = std::max(best, _mm512_reduce_max_ps(_mm512_loadu_ps(top)));
@@ -135,7 +138,7 @@ inline void exponentials(float* s, uint32_t* p, int keys, float scale, float* to
     best = m;
     const __m512 c = _mm512_set1_ps(scale), shift = _mm512_set1_ps(-m * scale), floor = _mm512_set1_ps(-126.f);
     __m512 total = _mm512_setzero_ps(), other = _mm512_setzero_ps();
-    for (int j = 0; j < keys; j += 32) {  // one column of 16 too many may be computed: the buffer has it, and nothing reads it
+    for (int j = 0; j < keys; j += 32) {  // may compute 16 columns too many, which are in the buffer and never read
         const __m512 a = exp2_<T::DEGREE>(_mm512_max_ps(floor, _mm512_fmadd_ps(_mm512_loadu_ps(s + j), c, shift)));
         const __m512 b = exp2_<T::DEGREE>(_mm512_max_ps(floor, _mm512_fmadd_ps(_mm512_loadu_ps(s + j + 16), c, shift)));
         total = _mm512_add_ps(total, a);
@@ -227,7 +230,8 @@ int has_bf16() {
 #endif
 }
 
-// strides: of q, k, v and out, each (batch, head, row) in elements; mask (B, M) of bytes, or null.
+// Computes softmax(q kᵀ / sqrt(d)) v. strides: (batch, head, row) of q, k, v and out, in elements. mask: (B,
+// M) bytes, 0 for masked keys; or null.
 void ldm_attention(int bf16, const void* q, const void* k, const void* v, const uint8_t* mask, void* out, const int64_t* strides, int B, int H, int L,
                    int M, int d, int threads) {
     const int64_t* s = strides;

@@ -1,4 +1,5 @@
-// Changes of dtype among float32, bfloat16 and float16, rounded to nearest even, with a look for what is not finite.
+// Conversion between float32, bfloat16 and float16, rounded to nearest even, with a check for values that are
+// not finite.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -6,7 +7,7 @@
 
 namespace {
 
-// Each dtype as 16 lanes of float32: `store` rounds, and gives the lanes that are NaN or infinite then.
+// Each dtype as 16 lanes of float32. `store` rounds, and returns the lanes whose result is NaN or infinite.
 struct Single {
     using Elem = float;
     static __m512 load(const Elem* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
@@ -21,7 +22,7 @@ struct Brain {
     static __m512 load(const Elem* p, __mmask16 m) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
     }
-    static __mmask16 store(Elem* p, __m512 x, __mmask16 m) {  // in whole numbers: the instruction takes subnormal numbers for zero
+    static __mmask16 store(Elem* p, __m512 x, __mmask16 m) {  // in integer arithmetic, because the instruction flushes subnormal numbers to zero
         const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         __m512i y = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
         y = _mm512_mask_mov_epi32(y, _mm512_fpclass_ps_mask(x, 0x81), _mm512_set1_epi32(0x7fc0));
@@ -40,7 +41,7 @@ struct Half {
     }
 };
 
-// 16 numbers, or those of a mask; the lanes that are not finite then.
+// Converts 16 numbers, or those of a mask; returns the lanes whose result is not finite.
 template <class From, class To>
 inline __mmask16 step(const typename From::Elem* x, typename To::Elem* y, __mmask16 in) {
     return To::store(y, From::load(x, in), in);
@@ -48,7 +49,7 @@ inline __mmask16 step(const typename From::Elem* x, typename To::Elem* y, __mmas
 
 #ifdef __AVX512BF16__
 template <>
-inline __mmask16 step<Half, Brain>(const uint16_t* x, uint16_t* y, __mmask16 in) {  // no float16 is a subnormal bfloat16, so the instruction serves
+inline __mmask16 step<Half, Brain>(const uint16_t* x, uint16_t* y, __mmask16 in) {  // no float16 is a subnormal bfloat16, so the instruction can be used
     const __m256i from = _mm256_maskz_loadu_epi16(in, x), full = _mm256_set1_epi16(0x7c00);
     _mm256_mask_storeu_epi16(y, in, (__m256i)_mm512_cvtneps_pbh(_mm512_cvtph_ps(from)));
     return _mm256_cmpeq_epi16_mask(_mm256_and_si256(from, full), full);
@@ -57,7 +58,8 @@ inline __mmask16 step<Half, Brain>(const uint16_t* x, uint16_t* y, __mmask16 in)
 
 constexpr int64_t CHUNK = 1 << 19;  // elements
 
-// Has the kernel make the pages that lie wholly in [p, p + bytes) at once, which costs half of a fault for each; where it cannot, they fault.
+// Asks the operating system for all pages inside [p, p + bytes) at once, at half of the cost of a page fault
+// each; otherwise they fault one by one.
 inline void touch(void* p, size_t bytes) {
 #ifdef MADV_POPULATE_WRITE
     static const uintptr_t page = sysconf(_SC_PAGESIZE);
@@ -66,7 +68,7 @@ inline void touch(void* p, size_t bytes) {
 #endif
 }
 
-// One chunk; whether all of it is finite.
+// Converts one chunk; returns whether all results are finite.
 template <class From, class To>
 bool convert(const void* from, void* to, int64_t begin, int64_t end) {
     const auto* x = (const typename From::Elem*)from;
@@ -86,8 +88,8 @@ constexpr const Convert* CONVERT[3] = {OF<Single>, OF<Brain>, OF<Half>};
 
 }  // namespace
 
-// Tensors from[k] of n[k] elements -> to[k] in another dtype, and whether each is finite then; dtypes: 0 float32, 1 bfloat16, 2 float16. The threads go on
-// from one tensor to the next without waiting for each other.
+// Converts tensors from[k] of n[k] elements to to[k] in the dtype `made`, and sets finite[k]. dtypes: 0
+// float32, 1 bfloat16, 2 float16. Threads continue with the next tensor without waiting for each other.
 extern "C" void ldm_convert(
     int count, const void* const* from, void* const* to, const int64_t* n, const int* dtype, int made, uint8_t* finite, int threads) {
     std::fill(finite, finite + count, 1);

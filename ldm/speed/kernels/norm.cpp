@@ -1,15 +1,16 @@
-// Group normalisation of channels-last maps, with SiLU in the same pass.
+// Group normalization of channels-last maps, with SiLU in the same pass.
 #include "simd.h"
 
 namespace {
 
-// sums += x, 16 lanes.
+// sums += x for 16 lanes.
 inline void add_wide(double* sums, __m512 x) {
     _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(_mm512_castps512_ps256(x))));
     _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))));
 }
 
-// Adds to sums the differences, and their squares (lanes further on), of positions begin to end to position 0, for V·16 channels.
+// Adds to sums the differences of positions [begin, end) from position 0, and at sums + lanes their squares,
+// for V·16 channels.
 template <class T, int V>
 inline void part_moments(const typename T::Elem* x, int64_t begin, int64_t end, int C, __mmask16 in, double* sums, int64_t lanes) {
     __m512 first[V], one[V], two[V];
@@ -22,8 +23,9 @@ inline void part_moments(const typename T::Elem* x, int64_t begin, int64_t end, 
     for (int v = 0; v < V; v++) add_wide(sums + 16 * v, one[v]), add_wide(sums + lanes + 16 * v, two[v]);
 }
 
-// Sums over the positions of each sample, (B, 2, lanes), of what add(b, begin, end, sums) adds for a part of them; samples are shared among the threads, or
-// where they are too few the parts of each.
+// Computes sums (B, 2, lanes) over the positions of each sample, to which add(b, begin, end, sums) adds those
+// of a part. The threads share the samples, or the parts of each sample if there are fewer samples than
+// threads.
 template <class Add>
 void totals(int B, int64_t N, int64_t lanes, int threads, double* sums, Add add) {
     const int64_t part = 64, parts = (N + part - 1) / part;
@@ -49,7 +51,8 @@ void totals(int B, int64_t N, int64_t lanes, int threads, double* sums, Add add)
     }
 }
 
-// Mean and sum of squared deviations of each channel of a map (B, N, C); differences to the first position keep a large mean from costing digits.
+// Computes the mean and the sum of squared deviations of each channel of a map (B, N, C). Differences from
+// the first position avoid cancellation for large means.
 template <class T>
 void moments(const typename T::Elem* x, double* mean, double* m2, int B, int64_t N, int C, int threads) {
     const int64_t lanes = (C + 15) / 16 * 16;
@@ -88,7 +91,7 @@ inline void part_affine(const typename T::Elem* x, const float* scale, const flo
         }
 }
 
-// y = x·scale + shift of each channel of each sample, and SiLU behind it if asked.
+// Computes y = x·scale + shift for each channel of each sample, followed by SiLU if silu.
 template <class T>
 void affine(const typename T::Elem* x, const float* scale, const float* shift, typename T::Elem* y, int B, int64_t N, int C, bool silu, int threads) {
     const int64_t part = std::max<int64_t>(1, 16384 / C), parts = (N + part - 1) / part;
@@ -103,7 +106,8 @@ void affine(const typename T::Elem* x, const float* scale, const float* shift, t
     }
 }
 
-// What a norm is made of: weight and bias (C,); add (before the norm), gain and offset (behind it: times 1 + gain, plus offset) (B, C), or null.
+// Parameters of a norm: silu(norm(x + add) · (1 + gain) + offset), with weight and bias (C,), and add, gain
+// and offset (B, C) or null.
 struct Norm {
     const float *weight, *bias, *add, *gain, *offset;
     int B, C, groups;
@@ -111,7 +115,8 @@ struct Norm {
 
     int width() const { return C / groups; }
 
-    // scale and shift (B, C) such that the norm's result is x·scale + shift, from the mean and 1 / deviation of each group of x + add.
+    // Computes scale and shift (B, C) such that the norm is x·scale + shift, from the mean and the inverse
+    // standard deviation of each group of x + add.
     void coefficients(const double* mu, const double* rstd, float* scale, float* shift) const {
         for (int i = 0; i < B * C; i++) {
             const int c = i % C, g = i / width();
@@ -121,7 +126,8 @@ struct Norm {
     }
 };
 
-// y; and each channel's mean (B, C), each group's mean and 1 / deviation (B, groups), of x + add.
+// Computes y; and of x + add the mean of each channel (B, C), and the mean and the inverse standard deviation
+// of each group (B, groups).
 template <class T>
 void group_norm(const typename T::Elem* x, const Norm& norm, typename T::Elem* y, double* mean, double* mu, double* rstd, double eps, bool silu,
                 int threads) {
@@ -131,7 +137,7 @@ void group_norm(const typename T::Elem* x, const Norm& norm, typename T::Elem* y
     auto scale = buffer<float>((size_t)B * C), shift = buffer<float>((size_t)B * C);
     moments<T>(x, mean, m2.get(), B, N, C, threads);
     for (int g = 0; g < B * norm.groups; g++) {
-        const size_t from = (size_t)g * width;  // (b, c) in one index
+        const size_t from = (size_t)g * width;  // (b, c) as one index
         double sum = 0, var = 0;
         for (size_t i = from; i < from + width; i++) sum += (mean[i] += norm.add ? norm.add[i] : 0.f);
         mu[g] = sum / width;
@@ -142,7 +148,7 @@ void group_norm(const typename T::Elem* x, const Norm& norm, typename T::Elem* y
     affine<T>(x, scale.get(), shift.get(), y, B, N, C, silu, threads);
 }
 
-// The gradient of SiLU's input from that of its output.
+// Returns the gradient of SiLU's input from that of its output.
 template <class T>
 inline __m512 silu_gradient(__m512 z, __m512 dy) {
     const __m512 one = _mm512_set1_ps(1.f), most = _mm512_set1_ps(126.f);
@@ -152,7 +158,8 @@ inline __m512 silu_gradient(__m512 z, __m512 dy) {
     return _mm512_mul_ps(dy, _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one)));
 }
 
-// For V·16 channels of some positions: adds the sums of dz and of dz·(x - centre) to sums, or with WRITE sets dx = dz·scale + x·slope + level.
+// For V·16 channels of some positions: adds the sums of dz and dz·(x - center) to sums, or with WRITE computes
+// dx = dz·scale + x·slope + level.
 template <class T, int V, bool WRITE>
 inline void part_gradient(const typename T::Elem* x, const typename T::Elem* dy, const float* scale, const float* shift, const float* slope,
                           const float* level, typename T::Elem* dx, double* sums, int64_t lanes, int64_t rows, int C, __mmask16 in, bool silu) {
@@ -176,7 +183,7 @@ inline void part_gradient(const typename T::Elem* x, const typename T::Elem* dy,
         for (int v = 0; v < V; v++) add_wide(sums + 16 * v, one[v]), add_wide(sums + lanes + 16 * v, two[v]);
 }
 
-// The gradients of everything that goes into a norm: dx; dweight and dbias (C,); dadd, dgain and doffset (B, C).
+// Computes the gradients of all inputs of a norm: dx; dweight and dbias (C,); dadd, dgain and doffset (B, C).
 template <class T>
 void group_norm_gradient(const typename T::Elem* x, const typename T::Elem* dy, const Norm& norm, const double* mean, const double* mu,
                          const double* rstd, typename T::Elem* dx, float* dweight, float* dbias, float* dadd, float* dgain, float* doffset, bool silu,
@@ -237,7 +244,8 @@ void group_norm_gradient(const typename T::Elem* x, const typename T::Elem* dy, 
 
 extern "C" {
 
-// x and y (B, N, C); what the norm is made of: `Norm`; mean (B, C), mu and rstd (B, groups): as `group_norm` gives them.
+// x and y are (B, N, C). The parameters of the norm are those of `Norm`; mean (B, C), mu and rstd (B, groups)
+// are outputs, see `group_norm`.
 void ldm_group_norm(int bf16, const void* x, const float* weight, const float* bias, const float* add, const float* gain, const float* offset, void* y,
                     double* mean, double* mu, double* rstd, int B, int64_t N, int C, int groups, double eps, int silu, int threads) {
     const Norm norm{weight, bias, add, gain, offset, B, C, groups, N};
@@ -245,7 +253,7 @@ void ldm_group_norm(int bf16, const void* x, const float* weight, const float* b
          group_norm<F32>((const float*)x, norm, (float*)y, mean, mu, rstd, eps, silu, threads));
 }
 
-// The gradients of what goes into it, from that of y.
+// Computes the gradients of the inputs from that of y.
 void ldm_group_norm_gradient(int bf16, const void* x, const void* dy, const float* weight, const float* bias, const float* add, const float* gain,
                              const float* offset, const double* mean, const double* mu, const double* rstd, void* dx, float* dweight, float* dbias,
                              float* dadd, float* dgain, float* doffset, int B, int64_t N, int C, int groups, int silu, int threads) {

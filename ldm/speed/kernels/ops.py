@@ -1,5 +1,4 @@
-"""The operators that have kernels of their own, by PyTorch (`Plain`) and by the compiled kernels (`Native`):
-the same functions."""
+"""The operators that have compiled kernels: `TorchOps` uses PyTorch, `CompiledOps` the kernels."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ from torch.autograd.function import once_differentiable
 from ldm.speed.kernels.build import library
 
 CHANNELS_LAST = torch.channels_last
-BLOCK = 2**23  # bytes of tiles that go through Winograd's products at once: they stay in the cache between
+BLOCK = 2**23  # bytes of the tiles that Winograd's products take at once, so that they stay in the cache
 
 
-class Plain:
-    """By PyTorch's own operators, anywhere."""
+class TorchOps:
+    """The operators, computed by PyTorch on any device."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q kᵀ / sqrt(d)) v; arguments as in `ldm.models.layers.attention.attend`."""
+        """Return softmax(q kᵀ / sqrt(d)) v; arguments as in `ldm.models.layers.attention.attend`."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def group_norm(
@@ -34,8 +33,19 @@ class Plain:
         gain: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Tensor:
-        """silu(norm(x + add) · (1 + gain) + offset) of a map (B, C, h, w); add, gain and offset (B, C), each
-        may be absent."""
+        """Return silu(norm(x + add) · (1 + gain) + offset).
+
+        Args:
+            x: Feature map, shape (B, C, h, w).
+            norm: The group norm.
+            silu: Whether to apply SiLU. Default: False.
+            add: Shape (B, C). None for 0. Default: None.
+            gain: Shape (B, C). None for 0. Default: None.
+            offset: Shape (B, C). None for 0. Default: None.
+
+        Returns:
+            Shape (B, C, h, w).
+        """
         y = F.group_norm(
             x if add is None else x + add[:, :, None, None], norm.num_groups, norm.weight, norm.bias, norm.eps
         )
@@ -46,51 +56,81 @@ class Plain:
         return F.silu(y) if silu else y
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sum of squared deviations of each channel of a map (B, C, h, w): (B, C) float64 each."""
-        wide = x.flatten(2).float()
-        var, mean = torch.var_mean(wide, dim=2, correction=0)
+        """Return the mean and the sum of squared deviations of each channel of a map.
+
+        Args:
+            x: Feature map, shape (B, C, h, w).
+
+        Returns:
+            Two tensors of shape (B, C), float64.
+        """
+        wide = x.flatten(2).float()  # (B, C, h·w)
+        var, mean = torch.var_mean(wide, dim=2, correction=0)  # (B, C) each
         return mean.double(), var.double() * wide.shape[2]
 
     def affine(self, x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool) -> Tensor:
-        """x·scale + shift, and SiLU behind it if asked; scale and shift (B, C) float32."""
-        y = torch.addcmul(shift[:, :, None, None], x.float(), scale[:, :, None, None])
+        """Return x·scale + shift, with SiLU if `silu`, channels last.
+
+        Args:
+            x: Feature map, shape (B, C, h, w).
+            scale: Shape (B, C), float32.
+            shift: Shape (B, C), float32.
+            silu: Whether to apply SiLU.
+
+        Returns:
+            Shape (B, C, h, w), in the dtype of x.
+        """
+        y = torch.addcmul(shift[:, :, None, None], x.float(), scale[:, :, None, None])  # (B, C, h, w)
         return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
 
 
-def winograd(weight: Tensor) -> Tensor:
-    """Weights (C', C, 3, 3) → G g Gᵀ of F(2×2, 3×3) (Lavin and Gray 2016, eq. 10), (16, C, C'): 16 products
-    for four pixels, not 36."""
+def winograd_weights(weight: Tensor) -> Tensor:
+    """Return G g Gᵀ of Winograd's convolution F(2×2, 3×3) (Lavin and Gray 2016, eq. 10).
+
+    The convolution takes 16 products for four pixels, instead of 36.
+
+    Args:
+        weight: Weights g of a 3×3 convolution, shape (C_out, C, 3, 3).
+
+    Returns:
+        Shape (16, C, C_out).
+    """
     g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     return torch.stack(
         [torch.einsum("ab,ocab->co", torch.outer(row, column), weight.double()) for row in g for column in g]
     ).to(weight.dtype)
 
 
-class Native(Plain):
-    """By the compiled kernels, on CPU tensors of float32 or bfloat16; by PyTorch where they cannot. NoKernels
-    if there are none."""
+class CompiledOps(TorchOps):
+    """The operators, computed by the compiled kernels, or by PyTorch for arguments that these do not support.
+
+    The kernels support CPU tensors of float32 and, if the processor does, bfloat16.
+
+    Raises:
+        NoKernels: If the kernels are not available.
+    """
 
     def __init__(self) -> None:
         self.lib = library()
         self.dtypes = (torch.float32, torch.bfloat16) if self.lib.has_bf16() else (torch.float32,)
 
-    def __reduce__(self) -> tuple[type[Native], tuple[()]]:
-        return Native, ()
+    def __reduce__(self) -> tuple[type[CompiledOps], tuple[()]]:
+        return CompiledOps, ()
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether the kernels take a tensor."""
+    def supports(self, x: Tensor) -> bool:
+        """Return whether the kernels support a tensor."""
         return x.device.type == "cpu" and x.dtype in self.dtypes and x.numel() > 0
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         dim, keys = q.shape[-1], k.shape[-2]
-        kinds = {t.dtype for t in (q, k, v)}
-        # of keys alone
+        dtypes = {t.dtype for t in (q, k, v)}
+        # a mask of keys, the same for all heads and queries
         simple = mask is None or (mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool)
-        wide = q.dtype == torch.float32 and dim >= 128  # there PyTorch's is as fast
+        wide = q.dtype == torch.float32 and dim >= 128  # PyTorch's kernel is as fast for these
         if (
             not simple
-            or not self.takes(q)
-            or len(kinds) > 1
+            or not self.supports(q)
+            or len(dtypes) > 1
             or dim % 8
             or wide
             or v.shape[-1] != dim
@@ -99,20 +139,20 @@ class Native(Plain):
             return super().attention(q, k, v, mask)
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         batch, heads, rows = q.shape[:3]
-        out = q.new_empty(batch, rows, heads, dim).transpose(1, 2)  # (B, H, L, d) over (B, L, H, d)
+        out = q.new_empty(batch, rows, heads, dim).transpose(1, 2)  # (B, H, L, d), stored as (B, L, H, d)
         strides = (ctypes.c_int64 * 12)(*(s for t in (q, k, v, out) for s in t.stride()[:3]))
-        byte = (
+        key_mask = (
             None
             if mask is None
             else mask.expand(batch, 1, 1, keys).reshape(batch, keys).contiguous().view(torch.uint8)
-        )
+        )  # (B, M)
         self.lib.ldm_attention(
-            _code(q),
-            _at(q),
-            _at(k),
-            _at(v),
-            _at(byte),
-            _at(out),
+            _dtype_code(q),
+            _pointer(q),
+            _pointer(k),
+            _pointer(v),
+            _pointer(key_mask),
+            _pointer(out),
             strides,
             batch,
             heads,
@@ -133,7 +173,7 @@ class Native(Plain):
         gain: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Tensor:
-        if not self.takes(x) or norm.weight is None:
+        if not self.supports(x) or norm.weight is None:
             return super().group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset)
         small = (norm.weight, norm.bias, add, gain, offset)
         return _GroupNorm.apply(
@@ -141,16 +181,16 @@ class Native(Plain):
         )
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.takes(x):
+        if not self.supports(x):
             return super().moments(x)
         x = x.contiguous(memory_format=CHANNELS_LAST)
         batch, channels, h, w = x.shape
         mean, m2 = torch.empty(2, batch, channels, dtype=torch.float64)
         self.lib.ldm_moments(
-            _code(x),
-            _at(x),
-            _at(mean),
-            _at(m2),
+            _dtype_code(x),
+            _pointer(x),
+            _pointer(mean),
+            _pointer(m2),
             batch,
             ctypes.c_int64(h * w),
             channels,
@@ -159,7 +199,7 @@ class Native(Plain):
         return mean, m2
 
     def affine(self, x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool) -> Tensor:
-        if not self.takes(x):
+        if not self.supports(x):
             return super().affine(x, scale, shift, silu=silu)
         x, scale, shift = (
             x.contiguous(memory_format=CHANNELS_LAST),
@@ -170,11 +210,11 @@ class Native(Plain):
         y = torch.empty_like(x)
         threads = torch.get_num_threads()
         self.lib.ldm_affine(
-            _code(x),
-            _at(x),
-            _at(scale),
-            _at(shift),
-            _at(y),
+            _dtype_code(x),
+            _pointer(x),
+            _pointer(scale),
+            _pointer(shift),
+            _pointer(y),
             batch,
             ctypes.c_int64(h * w),
             channels,
@@ -184,35 +224,49 @@ class Native(Plain):
         return y
 
     def conv3x3(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-        """A 3×3 convolution of a float32 map (B, C, h, w), one pixel of zeros around it, by weights that
-        `winograd` makes; the channels are multiples of 16."""
+        """Return a 3×3 convolution with padding 1, by Winograd's F(2×2, 3×3).
+
+        Args:
+            x: Feature map, float32, shape (B, C, h, w). C is a multiple of 16.
+            weights: Weights from `winograd_weights`, shape (16, C, C_out). C_out is a multiple of 16.
+            bias: Shape (C_out,), or None.
+
+        Returns:
+            Shape (B, C_out, h, w), channels last.
+        """
         x = x.contiguous(memory_format=CHANNELS_LAST)
         batch, channels, h, w = x.shape
-        made = weights.shape[2]
-        y = torch.empty(batch, made, h, w, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
+        out_channels = weights.shape[2]
+        y = torch.empty(
+            batch, out_channels, h, w, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST
+        )
         tiles = batch * -(-h // 2) * -(-w // 2)
         step = min(tiles, max(64, BLOCK // (64 * channels)))
-        before, behind = x.new_empty(16 * step * channels), x.new_empty(16 * step * made)
+        v_buffer, m_buffer = x.new_empty(16 * step * channels), x.new_empty(16 * step * out_channels)
         threads = torch.get_num_threads()
         for first in range(0, tiles, step):
             n = min(step, tiles - first)
-            v, m = (
-                before[: 16 * n * channels].view(16, n, channels),
-                behind[: 16 * n * made].view(16, n, made),
-            )
-            own = ctypes.c_int64(first), ctypes.c_int64(n), threads
-            self.lib.ldm_winograd_in(_at(x), _at(v), h, w, channels, *own)
+            v = v_buffer[: 16 * n * channels].view(16, n, channels)  # transformed inputs
+            m = m_buffer[: 16 * n * out_channels].view(16, n, out_channels)  # products
+            part = ctypes.c_int64(first), ctypes.c_int64(n), threads
+            self.lib.ldm_winograd_in(_pointer(x), _pointer(v), h, w, channels, *part)
             torch.bmm(v, weights, out=m)
-            self.lib.ldm_winograd_out(_at(m), _at(bias), _at(y), h, w, made, *own)
+            self.lib.ldm_winograd_out(_pointer(m), _pointer(bias), _pointer(y), h, w, out_channels, *part)
         return y
 
 
 class _GroupNorm(torch.autograd.Function):
-    """The compiled group norm with the gradients of all that goes into it."""
+    """The compiled group norm, with gradients of all its tensors; double backward is not supported."""
 
     @staticmethod
     def forward(
-        ctx: Any, lib: ctypes.CDLL, groups: int, eps: float, silu: bool, x: Tensor, *small: Tensor | None
+        ctx: Any,  # the context object of torch.autograd.Function, whose attributes are set here
+        lib: ctypes.CDLL,
+        groups: int,
+        eps: float,
+        silu: bool,
+        x: Tensor,
+        *small: Tensor | None,
     ) -> Tensor:
         batch, channels, h, w = x.shape
         y = torch.empty_like(x)
@@ -223,11 +277,11 @@ class _GroupNorm(torch.autograd.Function):
         wide = [None if t is None else t.float().contiguous() for t in small]
         ctx.sizes = batch, ctypes.c_int64(h * w), channels, groups
         lib.ldm_group_norm(
-            _code(x),
-            _at(x),
-            *map(_at, wide),
-            _at(y),
-            *map(_at, (mean, *stats)),
+            _dtype_code(x),
+            _pointer(x),
+            *map(_pointer, wide),
+            _pointer(y),
+            *map(_pointer, (mean, *stats)),
             *ctx.sizes,
             ctypes.c_double(eps),
             int(silu),
@@ -244,17 +298,33 @@ class _GroupNorm(torch.autograd.Function):
         dy, dx = dy.contiguous(memory_format=CHANNELS_LAST), torch.empty_like(x)
         wide = [None if t is None else t.float().contiguous() for t in small]
         grads = [None if t is None else torch.empty_like(t) for t in wide]
-        at = (*map(_at, wide), *map(_at, (mean, *stats)), _at(dx), *map(_at, grads))
-        ctx.lib.ldm_group_norm_gradient(
-            _code(x), _at(x), _at(dy), *at, *ctx.sizes, int(ctx.silu), torch.get_num_threads()
+        pointers = (
+            *map(_pointer, wide),
+            *map(_pointer, (mean, *stats)),
+            _pointer(dx),
+            *map(_pointer, grads),
         )
-        back = (None if t is None else made.to(t.dtype) for t, made in zip(small, grads, strict=True))
-        return None, None, None, None, dx, *back
+        ctx.lib.ldm_group_norm_gradient(
+            _dtype_code(x),
+            _pointer(x),
+            _pointer(dy),
+            *pointers,
+            *ctx.sizes,
+            int(ctx.silu),
+            torch.get_num_threads(),
+        )
+        small_grads = (
+            None if t is None or grad is None else grad.to(t.dtype)
+            for t, grad in zip(small, grads, strict=True)
+        )
+        return None, None, None, None, dx, *small_grads
 
 
-def _code(x: Tensor) -> int:
+def _dtype_code(x: Tensor) -> int:
+    """Return the number by which the kernels know the dtype: 0 for float32, 1 for bfloat16."""
     return int(x.dtype == torch.bfloat16)
 
 
-def _at(x: Tensor | None) -> Any:
+def _pointer(x: Tensor | None) -> ctypes.c_void_p | None:
+    """Return the address of a tensor's data, or None, the null pointer."""
     return None if x is None else ctypes.c_void_p(x.data_ptr())

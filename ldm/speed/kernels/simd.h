@@ -1,4 +1,4 @@
-// What the kernels share: buffers, 2^x, and float32 and bfloat16 as the same few operations on 16 lanes.
+// Common to all kernels: buffers, 2^x, and the operations of float32 and bfloat16 on 16 lanes.
 #pragma once
 #include <immintrin.h>
 #include <omp.h>
@@ -23,13 +23,14 @@ Buffer<T> buffer(size_t n) {
     return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)));
 }
 
-// 2^x for |x| <= 126: the polynomial of least relative error on |f| <= 1/2 (7e-5 of degree 3, 2e-9 of degree 6), and the whole part to the exponent.
+// 2^x for |x| <= 126: the minimax polynomial of the fraction |f| <= 1/2 (relative error 7e-5 for degree 3,
+// 2e-9 for degree 6), and the integer part as exponent.
 template <int DEGREE>
 inline __m512 exp2_(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(12582912.f);  // 1.5·2^23: adding it rounds to whole numbers
+    const __m512 magic = _mm512_set1_ps(12582912.f);  // 1.5·2^23: adding it rounds to integers
     __m512 t = _mm512_add_ps(x, magic), f = _mm512_sub_ps(x, _mm512_sub_ps(t, magic));
     __m512 p;
-    if constexpr (DEGREE == 3) {  // a twentieth of what rounding to bfloat16 adds
+    if constexpr (DEGREE == 3) {  // its error is a twentieth of the rounding to bfloat16
         p = _mm512_set1_ps(0.05517166f);
         p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24261116f));
         p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69326099f));
@@ -46,7 +47,7 @@ inline __m512 exp2_(__m512 x) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
 
-// What differs between the dtypes. A word is what one lane multiplies: a float, or a pair of bfloat16.
+// The operations of each dtype. A word is the operand of one lane: a float32, or a pair of bfloat16.
 struct F32 {
     using Elem = float;
     static constexpr int PAIR = 1, DEGREE = 6;
@@ -77,7 +78,7 @@ inline __mmask16 tail(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u <
 
 }  // namespace
 
-// Calls the kernel of a dtype.
+// Calls the kernel for a dtype.
 #ifdef __AVX512BF16__
 #define EACH(bf16, call_bf16, call_f32) (bf16) ? (call_bf16) : (call_f32)
 #else

@@ -1,15 +1,16 @@
-// What stands before and behind the sixteen products of a 3×3 convolution by Winograd's F(2×2, 3×3), on channels-last maps of float32.
+// The transforms before and after the 16 products of Winograd's 3×3 convolution F(2×2, 3×3), for
+// channels-last maps in float32.
 #include "simd.h"
 
 namespace {
 
-// Bᵀ d of four rows, or d B of four columns.
+// Computes Bᵀ d of four rows, or d B of four columns.
 inline void into(__m512& a, __m512& b, __m512& c, __m512& d) {
     const __m512 first = _mm512_sub_ps(a, c), sum = _mm512_add_ps(b, c), difference = _mm512_sub_ps(c, b);
     d = _mm512_sub_ps(b, d), a = first, b = sum, c = difference;
 }
 
-// Aᵀ m of four rows, or m A of four columns: two are left, in a and b.
+// Computes Aᵀ m of four rows, or m A of four columns; the two results are in a and b.
 inline void out_of(__m512& a, __m512& b, __m512 c, __m512 d) {
     const __m512 sum = _mm512_add_ps(b, c), difference = _mm512_sub_ps(b, c);
     a = _mm512_add_ps(a, sum), b = _mm512_sub_ps(difference, d);
@@ -19,7 +20,8 @@ inline void out_of(__m512& a, __m512& b, __m512 c, __m512 d) {
 
 extern "C" {
 
-// x (B, H, W, C), C a multiple of 16 -> v (16, n, C): Bᵀ d B of each 4×4 tile d, two pixels from the next, of the n from the first on; 0 outside the map.
+// Computes v (16, n, C) = Bᵀ d B of n tiles d, from tile `first` on, of x (B, H, W, C). Tiles are 4×4 and two
+// pixels apart, 0 outside the map; C is a multiple of 16.
 void ldm_winograd_in(const float* x, float* v, int H, int W, int C, int64_t first, int64_t n, int threads) {
     const int64_t across = (W + 1) / 2, down = (H + 1) / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -41,7 +43,8 @@ void ldm_winograd_in(const float* x, float* v, int H, int W, int C, int64_t firs
     }
 }
 
-// m (16, n, C) -> the tiles' own pixels of y (B, H, W, C): Aᵀ m A, 2×2 of each, and the bias (C,), or null.
+// Computes the 2×2 pixels Aᵀ m A of n tiles, from tile `first` on, of y (B, H, W, C), plus the bias (C,), or
+// null; m is (16, n, C).
 void ldm_winograd_out(const float* m, const float* bias, float* y, int H, int W, int C, int64_t first, int64_t n, int threads) {
     const int64_t across = (W + 1) / 2, down = (H + 1) / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)

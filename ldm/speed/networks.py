@@ -1,0 +1,32 @@
+"""The networks of a pipeline that optimizations act on."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ldm.models.unet import UNet
+from ldm.models.vae import VAEDecoder
+
+
+def unets(pipe: nn.Module) -> list[UNet]:
+    """Return the UNets of a pipeline, or the network itself.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [part for part in pipe.modules() if isinstance(part, UNet)]
+    if not found:
+        raise ValueError(f"reuse, merge and int8 act on a UNet, and the {type(pipe).__name__} has none")
+    return found
+
+
+def unets_and_decoders(pipe: nn.Module) -> list[UNet | VAEDecoder]:
+    """Return the UNets and the autoencoders' decoders of a pipeline, or the network itself.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [part for part in pipe.modules() if isinstance(part, UNet | VAEDecoder)]
+    if not found:
+        raise ValueError(f"a backend computes UNets and decoders, and the {type(pipe).__name__} has none")
+    return found

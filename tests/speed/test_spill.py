@@ -1,0 +1,84 @@
+"""Weights leave memory while their network is not in use, and results stay the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_networks import UNETS, inputs, make, rms
+from tiny_latent_diffusion import tiny_model
+
+import ldm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [False, True])
+def test_memory_can_be_set_after_a_run_unset_and_used_with_conversions(before):
+    """Weights that are not in the file any more must not be evicted."""
+    plain = make(UNETS["sd"])
+    args = inputs(UNETS["sd"], torch.float32)
+    expected, fast = plain(*args), ldm.optimize(copy.deepcopy(plain))
+    if before:
+        fast(*args)  # packs the weights
+    ldm.optimize(fast, memory=True)
+    for _ in range(2):
+        assert rms(fast(*args), expected) < 1e-5
+    storage = fast.conv_in.spilled.storage
+    assert fast.conv_in.weight.untyped_storage().data_ptr() == storage.data_ptr()
+    fast.double().float()
+    for _ in range(2):
+        assert rms(fast(*args), expected) < 1e-5
+    ldm.optimize(fast, memory=True)
+    ldm.optimize(fast)
+    assert (
+        fast.conv_in.spilled is None
+        and not fast._forward_hooks
+        and not any("at rest" in line for line in fast.optimizations)
+    )
+    for _ in range(2):
+        assert rms(fast(*args), expected) < 1e-5
+
+
+def mapped(network):
+    """Return the bytes of the process's memory that are pages of spilled weights."""
+    lines, total, inside = open("/proc/self/smaps").read().splitlines(), 0, False
+    begin = network.storage.data_ptr()
+    for line in lines:
+        if "-" in line.split()[0] and not line.split()[0].endswith(":"):
+            low, high = (int(v, 16) for v in line.split()[0].split("-"))
+            inside = low <= begin < high
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
+    from ldm.speed import spill
+
+    monkeypatch.setenv("LDM_HOME", str(tmp_path))
+    pipe, other = tiny_model().requires_grad_(False), tiny_model()
+    whole = pipe.text_to_image("a red cat", steps=2, progress=False).tensor
+    state = other.state_dict()
+    spilled = spill.take_turns(ldm.optimize(pipe).networks().values())
+    assert not list((tmp_path / "kernels").glob("tmp*"))  # the file has no name
+    assert all(torch.equal(value, state[key]) for key, value in pipe.state_dict().items())
+    for own in spilled:
+        own.rest()
+    assert all(mapped(own) == 0 for own in spilled)
+    unet = next(own for own in spilled if own.network is pipe.denoiser.net)
+    begin, end = unet.storage.data_ptr(), unet.storage.data_ptr() + unet.storage.nbytes()
+    assert all(
+        (begin <= p.data_ptr() < end) == (p.dim() > 1) for p in unet.network.parameters()
+    )  # norms in the file would keep the weights of their page in memory
+    between = []
+    for _ in range(2):
+        made = pipe.text_to_image(
+            "a red cat", steps=2, progress=False, on_step=lambda i, x, d: between.append(mapped(unet))
+        )
+        assert (made.tensor - whole).abs().max() < 1e-4
+        assert between and not any(between)  # the weights are packed, and the plain ones have left memory
+        assert (
+            pipe.vae.decoder.conv_in.packed is not None and pipe.denoiser.net.conv_in.packed is None
+        )  # the last network that computed, and one at rest
+        assert mapped(unet) == 0
