@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from ldm.analysis.oracle import (
+from ldm.analysis.oracle import mixture, planar
+from ldm.analysis.solver_errors import (
     DETERMINISTIC,
     STOCHASTIC,
     SolverOptions,
-    mixture,
-    planar,
     settled_slope,
     slope,
     solver_bias,

@@ -80,9 +80,13 @@ class Trace:
     def x0(self) -> list[Images]:
         """Return the decoded predictions of the clean image, one `Images` per step."""
         images = self._recorded_images()
-        decode = self.pipe.decoder.space.decode if isinstance(self.pipe, UnCLIP) else self.pipe.decode
+        space = self.pipe.stage.images
         return [
-            Images(tensor=decode(step.x0.to(self.pipe.device)), seeds=images.seeds, prompts=images.prompts)
+            Images(
+                tensor=space.decode(step.x0.to(self.pipe.device)),
+                seeds=images.seeds,
+                prompts=images.prompts,
+            )
             for step in self.steps
         ]
 
@@ -129,7 +133,7 @@ class Trace:
         chosen = self.steps if steps is None else [self.steps[i] for i in steps]
         if not chosen:
             raise ValueError("steps: expected at least one")
-        factor = self._attending_pipe().vae.config.factor
+        factor = self._attending_pipe().stage.images.factor
         size = (images.tensor.shape[-2] // factor, images.tensor.shape[-1] // factor)
         total, count = torch.zeros(len(self.prompts), *size), 0
         for step in chosen:
@@ -291,7 +295,7 @@ def trace(
     for name in wanted:
         if name not in named:
             raise ValueError(f"no module {name!r}; {nearest(name, list(named))}")
-    net: Any = (pipe.decoder if isinstance(pipe, UnCLIP) else pipe).denoiser.net
+    net = pipe.stage.denoiser.net
     with ExitStack() as stack:
         for name, fn in wanted.items():
             stack.callback(named[name].register_forward_hook(fn or _collect(record, name)).remove)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ldm.catalog.cards import Kind, ModelCard
+from ldm.catalog.cards import Card, Kind, ModelCard
 from ldm.catalog.lookup import parse_card
 from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.latent.assembly import assemble_latent
@@ -19,7 +20,21 @@ from ldm.support.config import nearest, read_yaml
 from ldm.support.files import write_atomically
 from ldm.weights.formats.ldm_folder import about_part, write_card
 
-BUNDLED: tuple[Kind, ...] = ("latent", "unclip")
+
+def check_latent(card: ModelCard, folder: Path) -> None:
+    """Check that the parts in a folder fit the card of a latent diffusion model and each other."""
+    check_latent_parts(card, folder)
+    assemble_latent(card, latent_from_ldm(card, folder, torch.float32))
+
+
+def check_unclip(card: UnCLIPCard, folder: Path) -> None:
+    """Check that the parts in a folder fit the card of an unCLIP model and each other."""
+    check_unclip_parts(card, folder)
+    assemble_unclip(card, unclip_from_ldm(card, folder, torch.float32))
+
+
+# The check of each kind of model that can be bundled; its first argument is a card of that kind, hence Any.
+CHECKS: Mapping[Kind, Callable[[Any, Path], None]] = {"latent": check_latent, "unclip": check_unclip}
 
 
 def gather(config: str | Path, folder: str | Path) -> Path:
@@ -33,9 +48,9 @@ def gather(config: str | Path, folder: str | Path) -> Path:
     mapping = dict(read_yaml(config))
     exports = mapping.pop("exports", None)
     card = parse_card(mapping, config)
-    if not isinstance(card, ModelCard | UnCLIPCard):
+    if card.kind not in CHECKS:
         raise ValueError(
-            f"{str(config)!r}: expected the card of a {' or '.join(BUNDLED)} model, got one of the family"
+            f"{str(config)!r}: expected the card of a {' or '.join(CHECKS)} model, got one of the family"
             f" {card.family!r}"
         )
     if not isinstance(exports, Mapping):
@@ -44,7 +59,7 @@ def gather(config: str | Path, folder: str | Path) -> Path:
     return bundle(card, exports, folder)
 
 
-def bundle(card: ModelCard | UnCLIPCard, exports: Mapping[str, str | Path], folder: str | Path) -> Path:
+def bundle(card: Card, exports: Mapping[str, str | Path], folder: str | Path) -> Path:
     """Write the folder of a model, which `ldm.load(weights=folder)` reads.
 
     Args:
@@ -69,12 +84,7 @@ def bundle(card: ModelCard | UnCLIPCard, exports: Mapping[str, str | Path], fold
             for name in names:
                 written.append(folder / name)
                 write_atomically(folder / name, (Path(source) / name).read_bytes())
-        if isinstance(card, UnCLIPCard):
-            check_unclip_parts(card, folder)
-            assemble_unclip(card, unclip_from_ldm(card, folder, torch.float32))
-        else:
-            check_latent_parts(card, folder)
-            assemble_latent(card, latent_from_ldm(card, folder, torch.float32))
+        CHECKS[card.kind](card, folder)
     except (ValueError, OSError):
         for path in written:
             path.unlink(missing_ok=True)
@@ -83,7 +93,7 @@ def bundle(card: ModelCard | UnCLIPCard, exports: Mapping[str, str | Path], fold
     return folder
 
 
-def check_part_names(card: ModelCard | UnCLIPCard, exports: Mapping[str, object], where: str) -> None:
+def check_part_names(card: Card, exports: Mapping[str, object], where: str) -> None:
     """Raise ValueError for a name that is no part of a card's model; `where` begins the message."""
     known = card.part_names()
     for part in exports:

@@ -7,12 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from ldm.analysis.oracle import (
+from ldm.analysis.oracle import AnalyticNet, mixture
+from ldm.analysis.solver_errors import (
     DETERMINISTIC,
-    AnalyticNet,
     SolverOptions,
     flow_error,
-    mixture,
     settled_slope,
     slope,
     solver_error,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.analysis.oracle import STOCHASTIC, SolverOptions, gaussian, mixture, planar, slope, solver_bias
+from ldm.analysis.oracle import gaussian, mixture, planar
+from ldm.analysis.solver_errors import STOCHASTIC, SolverOptions, slope, solver_bias
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.diffusion.noise import brownian_noise, initial_noise, keyed_noise

@@ -8,9 +8,8 @@ that do nothing, and refuses every other name. Tensors are memory-mapped.
 from __future__ import annotations
 
 import io
-import mmap
+import math
 import pickle
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ldm.weights.formats.pickle_scan import MAX_PICKLE, PickleScan, permitted, scan_pickle
-from ldm.weights.formats.safetensors import existing_file, map_file, mapped_tensor
+from ldm.weights.formats.pickle_scan import PickleScan, permitted, scan_pickle
+from ldm.weights.formats.safetensors import existing_file, map_file
+from ldm.weights.formats.torch_archive import ZIP, TorchArchive
 
 STORAGES = {
     f"torch.{kind}Storage": dtype
@@ -39,8 +39,7 @@ STORAGES = {
 }
 # Entries with the state dict: Lightning's, then DALLE2-pytorch's averaged and plain weights.
 STATES = ("state_dict", "ema_model", "model")
-# First bytes of a zip archive, and of PyTorch's format before 1.6: its pickled magic number.
-ZIP, LEGACY = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # PyTorch's magic number before 1.6, pickled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def read_pickle(path: str | Path) -> Any:
         raise ValueError(f"{str(path)!r} is empty")
     data = map_file(path)
     if data[:4] == ZIP:
-        archive = Archive(path, data)
+        archive = TorchArchive(path, data)
         text = archive.pickle()
         check_globals(scan(text, path), path)
         return _unpickle(text, archive.storage, path)
@@ -129,106 +128,6 @@ def check_globals(found: PickleScan, path: Path) -> None:
             f"{str(path)!r} is refused: its pickle names {', '.join(found.refused[:8])}, which might run"
             " code. Nothing was executed. Ask for the weights as safetensors."
         )
-
-
-class Archive:
-    """The zip archive that `torch.save` writes.
-
-    It is checked completely: no entry is compressed, overlaps another or extends beyond the file.
-
-    Args:
-        path: The file.
-        data: Its memory map.
-
-    Raises:
-        ValueError: If the archive is damaged, was not written by `torch.save`, or is a zip bomb.
-    """
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data = path, data
-        self.places: dict[str, tuple[int, int]] = {}  # name: (first byte, bytes)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                entries, end = archive.infolist(), archive.start_dir
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-            raise ValueError(
-                f"{str(path)!r} is truncated or damaged: it begins as a zip archive, but {error}"
-            ) from None
-        self._refuse_torchscript([entry.filename for entry in entries])
-        self._locate(sorted(entries, key=lambda entry: entry.header_offset), end)
-        pickles = [name for name in self.places if name == "data.pkl" or name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            inside = ", ".join(list(self.places)[:5])
-            raise ValueError(
-                f"{str(path)!r} is a zip archive, but not one that torch.save writes; unpack it first. It"
-                f" holds: {inside}"
-            )
-        self.root = pickles[0].removesuffix("data.pkl")
-        order = self.places.get(f"{self.root}byteorder")
-        if order is not None and data[order[0] : sum(order)].strip() != b"little":
-            raise ValueError(f"{str(path)!r}: written on a big-endian machine; expected a little-endian file")
-
-    def _locate(self, entries: list[zipfile.ZipInfo], end: int) -> None:
-        """Check and record the place of each entry, in the order of the file; ``end``: where entries end."""
-        free = 0
-        for entry in entries:
-            if (
-                entry.compress_type != zipfile.ZIP_STORED
-                or entry.file_size != entry.compress_size
-                or entry.flag_bits & 1
-            ):
-                raise ValueError(
-                    f"{str(self.path)!r} is refused: {entry.filename!r} is compressed ({entry.compress_size}"
-                    f" bytes that expand to {entry.file_size}), which torch.save never does: it is a zip bomb"
-                    " or an archive to be unpacked first"
-                )
-            head = self.data[entry.header_offset : entry.header_offset + 30]
-            begin = (
-                entry.header_offset
-                + 30
-                + int.from_bytes(head[26:28], "little")
-                + int.from_bytes(head[28:30], "little")
-            )
-            if (
-                head[:4] != ZIP
-                or entry.header_offset < free
-                or begin + entry.file_size > end
-                or entry.filename in self.places
-            ):
-                raise ValueError(
-                    f"{str(self.path)!r} is refused: {entry.filename!r} lies outside the archive"
-                    " or overlaps another entry"
-                )
-            free = begin + entry.file_size
-            self.places[entry.filename] = (begin, entry.file_size)
-
-    def _refuse_torchscript(self, names: list[str]) -> None:
-        if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
-            raise ValueError(
-                f"{str(self.path)!r} is a TorchScript archive (as OpenAI publishes CLIP), which contains"
-                " code that is not run. Use the same weights as safetensors, or, if you trust the file,"
-                " convert it once: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(),"
-                " NEW_FILE)"
-            )
-
-    def pickle(self) -> bytes:
-        """Return the bytes of data.pkl."""
-        begin, size = self.places[f"{self.root}data.pkl"]
-        if size > MAX_PICKLE:
-            raise ValueError(
-                f"{str(self.path)!r} is refused: a pickle of {size} bytes, the limit is {MAX_PICKLE}"
-            )
-        return self.data[begin : begin + size]
-
-    def storage(self, dtype: torch.dtype, key: str, numel: int) -> Tensor:
-        """Return the memory-mapped storage ``key`` of ``numel`` entries as a flat tensor."""
-        begin, size = self.places.get(f"{self.root}data/{key}", (0, -1))
-        if size != numel * dtype.itemsize:
-            what = "is not in the archive" if size < 0 else f"has {size} bytes in the archive"
-            raise ValueError(
-                f"{str(self.path)!r}: its pickle is wrong: storage {key!r} of {numel} × {dtype} {what}"
-            )
-        return mapped_tensor(self.data, dtype, (numel,), begin)
 
 
 class StandIn:
@@ -259,50 +158,22 @@ class StandIn:
 def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], path: Path) -> Any:
     """Return the content of a pickle.
 
-    The classes that it may name are defined per call, so that nothing that a pickle does to them persists.
-
     Args:
         text: The pickle.
         storage: (dtype, key, number of entries) -> the storage as a flat tensor.
         path: The file, for messages.
     """
-
-    class Mapping(dict[Any, Any]):
-        def __setstate__(self, state: object) -> None: ...  # state dicts carry `_metadata`
-
-    def tensor(
-        flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-    ) -> Tensor:
-        wanted = 1
-        for n in size:
-            wanted *= n
-        if not isinstance(flat, Tensor) or min((offset, *size, *stride)) < 0 or wanted > flat.numel():
-            raise ValueError(f"a tensor of shape {tuple(size)} does not fit its storage")
-        return torch.as_strided(flat, tuple(size), tuple(stride), offset)
-
-    def parameter(data: Tensor, *_: object) -> Tensor:
-        return data
-
-    def shape(sizes: Any = ()) -> tuple[int, ...]:
-        return tuple(sizes)
-
-    makers: dict[str, Any] = {
-        "collections.OrderedDict": Mapping,
-        "torch._utils._rebuild_tensor": tensor,
-        "torch._utils._rebuild_tensor_v2": tensor,
-        "torch._utils._rebuild_parameter": parameter,
-        "torch.Size": shape,
-    }
+    builders = _new_builders()
     flats: dict[str, Tensor] = {}
 
     class Reader(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             full = f"{module}.{name}"
             if full in STORAGES:
-                return makers.setdefault(full, type(name, (StandIn,), {"dtype": STORAGES[full]}))
+                return builders.setdefault(full, type(name, (StandIn,), {"dtype": STORAGES[full]}))
             if not permitted(full):
                 raise ValueError(f"it names {full}, which might run code")
-            return makers.setdefault(full, type(name, (StandIn,), {}))
+            return builders.setdefault(full, type(name, (StandIn,), {}))
 
         def persistent_load(self, pid: Any) -> Tensor:
             tag, storage_type, key, _, numel = pid
@@ -323,13 +194,48 @@ def _unpickle(text: bytes, storage: Callable[[torch.dtype, str, int], Tensor], p
         ) from None
 
 
+def _new_builders() -> dict[str, Any]:
+    """Return new builders of dictionaries, tensors and shapes, by the global that a pickle names.
+
+    They are created for each pickle, so that nothing that a pickle does to them persists.
+    """
+
+    class Mapping(dict[Any, Any]):
+        def __setstate__(self, state: object) -> None: ...  # state dicts carry `_metadata`
+
+    def tensor(
+        flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    ) -> Tensor:
+        if (
+            not isinstance(flat, Tensor)
+            or min((offset, *size, *stride)) < 0
+            or math.prod(size) > flat.numel()
+        ):
+            raise ValueError(f"a tensor of shape {tuple(size)} does not fit its storage")
+        return torch.as_strided(flat, tuple(size), tuple(stride), offset)
+
+    def parameter(data: Tensor, *_: object) -> Tensor:
+        return data
+
+    def shape(sizes: Any = ()) -> tuple[int, ...]:
+        return tuple(sizes)
+
+    return {
+        "collections.OrderedDict": Mapping,
+        "torch._utils._rebuild_tensor": tensor,
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_parameter": parameter,
+        "torch.Size": shape,
+    }
+
+
 def scan_file(path: str | Path) -> PickleScan:
     """Return the globals that a pickled file names, read from its opcodes; ValueError if it is damaged."""
     path = existing_file(path)
     with path.open("rb") as file:
         head = file.read(len(LEGACY))
         if head[:4] == ZIP:
-            return scan(Archive(path, map_file(path)).pickle(), path)
+            return scan(TorchArchive(path, map_file(path)).pickle(), path)
         file.seek(0)
         # before 1.6, four pickles: magic number, protocol, system, content
         found = [scan(file, path) for _ in range(4 if head == LEGACY else 1)]
