@@ -9,7 +9,7 @@ import trials
 import yaml
 
 from ldm.catalog.lookup import ASSETS, read_card
-from ldm.training.recipe import read_recipe
+from ldm.training.recipe import open_recipe
 from ldm.training.recipe_file import read_recipe_card
 from ldm.training.run import read_training_config
 from ldm.training.stages import get_dotted
@@ -20,7 +20,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "configs").iterdir())
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
 def test_a_recipe_is_complete(folder: Path) -> None:
-    recipe = read_recipe(folder)
+    recipe = open_recipe(folder)
     assert recipe.file.name == folder.name
     bases = {"recipe.yaml", recipe.file.bundle.card, "base.yaml"}
     own = {path.stem for path in folder.glob("*.yaml") if path.name not in bases}
@@ -36,7 +36,7 @@ def test_a_recipe_is_complete(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
 def test_the_card_of_a_recipe_is_that_of_the_embedded_model(folder: Path) -> None:
-    recipe = read_recipe(folder)
+    recipe = open_recipe(folder)
     card = read_recipe_card(recipe.path, recipe.file.bundle)
     embedded = read_card(ASSETS / folder.name / "card.yaml")
     places = {"folder", "parts", "hub"}  # where the weights are
@@ -47,7 +47,7 @@ def test_the_card_of_a_recipe_is_that_of_the_embedded_model(folder: Path) -> Non
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
 def test_the_trained_networks_have_the_shapes_of_the_embedded_ones(folder: Path) -> None:
-    recipe = read_recipe(folder)
+    recipe = open_recipe(folder)
     card = read_card(ASSETS / folder.name / "card.yaml")
     for part, where in card.part_folders(ASSETS / folder.name).items():
         config = recipe.stages[recipe.file.bundle.parts[part]].config

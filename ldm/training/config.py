@@ -15,7 +15,7 @@ def check_at_least(low: float, **values: float) -> None:
             raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
-def check_share(**values: float) -> None:
+def check_fraction(**values: float) -> None:
     """Raise ValueError for the first value outside [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:

@@ -16,7 +16,7 @@ from ldm.diffusion.noise import initial_noise
 from ldm.diffusion.schedule import NoiseSchedule, ScheduleName
 from ldm.models.unet import UNet
 from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
-from ldm.training.config import check_at_least, check_share
+from ldm.training.config import check_at_least, check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_at_least(2, timesteps=self.timesteps)
-        check_share(drop=self.drop)
+        check_fraction(drop=self.drop)
         if not self.shift > 0:
             raise ValueError(f"shift: expected a positive number, got {self.shift}")
         if self.min_snr is not None and self.min_snr <= 0:

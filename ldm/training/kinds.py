@@ -28,8 +28,8 @@ class PartKind:
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-VAE, TEXT, VISION = {"vae": ("vae",)}, {"text": ("text",)}, {"vision": ("vision",)}
-FROM_PRIOR = {"from_prior.prior": ("prior",)}
+_VAE, _TEXT, _VISION = {"vae": ("vae",)}, {"text": ("text",)}, {"vision": ("vision",)}
+_FROM_PRIOR = {"from_prior.prior": ("prior",)}
 
 
 def part_kinds() -> dict[str, PartKind]:
@@ -55,26 +55,26 @@ def part_kinds() -> dict[str, PartKind]:
     return {
         "vae": kind(VAETraining, VAEPart, {"vae"}),
         "clip": kind(CLIPTraining, CLIPPart, {"text", "vision"}),
-        "clip-text": kind(CLIPTextTraining, CLIPTextPart, {"text"}, TEXT | VISION),
-        "draft": kind(DraftTraining, DraftPart, {"text", "draft"}, VAE | TEXT),
+        "clip-text": kind(CLIPTextTraining, CLIPTextPart, {"text"}, _TEXT | _VISION),
+        "draft": kind(DraftTraining, DraftPart, {"text", "draft"}, _VAE | _TEXT),
         "unet": kind(
             UNetTraining,
             UNetPart,
             {"unet", "text", "draft"},
-            VAE | {"text.folder": ("text",), "net": ("unet",)},
+            _VAE | {"text.folder": ("text",), "net": ("unet",)},
         ),
         "image-draft": kind(
             ImageDraftTraining,
             ImageDraftPart,
             {"draft"},
-            VAE | TEXT | VISION | FROM_PRIOR | {"net": ("draft",)},
+            _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("draft",)},
         ),
-        "prior": kind(PriorTraining, PriorPart, {"prior", "text"}, TEXT | VISION | {"net": ("prior",)}),
+        "prior": kind(PriorTraining, PriorPart, {"prior", "text"}, _TEXT | _VISION | {"net": ("prior",)}),
         "decoder": kind(
             DecoderTraining,
             DecoderPart,
             {"decoder"},
-            VAE | TEXT | VISION | FROM_PRIOR | {"net": ("unet", "decoder"), "draft": ("draft",)},
+            _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("unet", "decoder"), "draft": ("draft",)},
         ),
         "upsampler": kind(UpsamplerTraining, UpsamplerPart, {"upsampler"}),
     }

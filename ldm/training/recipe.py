@@ -11,8 +11,8 @@ import torch
 from ldm.registry.bundling import bundle
 from ldm.support.config import nearest
 from ldm.support.files import write_atomically
+from ldm.training.caches.embeddings import clip_name
 from ldm.training.config_file import build_stage_config, read_stage_file
-from ldm.training.embeddings import clip_name
 from ldm.training.recipe_file import (
     MODEL_FOLDER,
     RECIPE_FILE,
@@ -21,7 +21,7 @@ from ldm.training.recipe_file import (
     read_recipe_file,
     resolve_stages,
 )
-from ldm.training.stages import Stage
+from ldm.training.stages import TrainingStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class Recipe:
 
     path: Path
     file: RecipeFile
-    stages: dict[str, Stage]
+    stages: dict[str, TrainingStage]
     model: Path
 
-    def required(self) -> list[Stage]:
+    def required(self) -> list[TrainingStage]:
         """Return the stages that are not optional."""
         return [stage for stage in self.stages.values() if not stage.optional]
 
@@ -111,7 +111,7 @@ def train_recipe(
     report = report or (lambda line: None)
     if not is_recipe(path):
         return _train_stage_file(path, runs, device, until, dry_run, report, progress)
-    recipe = read_recipe(path, runs)
+    recipe = open_recipe(path, runs)
     if isinstance(until, str) and until not in recipe.stages:
         raise ValueError(f"until: stage {until!r}; {nearest(until, recipe.stages)}")
     recipe.check()
@@ -160,19 +160,19 @@ def is_recipe(path: str | Path) -> bool:
     return Path(path).is_dir() or Path(path).name == RECIPE_FILE
 
 
-def find_stage(path: str | Path, runs: str | Path = "runs") -> Stage:
+def find_stage(path: str | Path, runs: str | Path = "runs") -> TrainingStage:
     """Return the stage of a stage file: as the recipe beside it lists it, or alone."""
     path = Path(path)
     recipe = path.parent / RECIPE_FILE
     if recipe.is_file():
         file = read_recipe_file(recipe)
         if path.name in [f"{entry.stage}.yaml" for entry in file.stages]:
-            return read_recipe(recipe, runs).stages[path.stem]
+            return open_recipe(recipe, runs).stages[path.stem]
     part, config = build_stage_config(read_stage_file(path), path)
-    return Stage(name=config.run.name, folder=Path(runs) / config.run.name, part=part, config=config)
+    return TrainingStage(name=config.run.name, folder=Path(runs) / config.run.name, part=part, config=config)
 
 
-def read_recipe(path: str | Path, runs: str | Path = "runs") -> Recipe:
+def open_recipe(path: str | Path, runs: str | Path = "runs") -> Recipe:
     """Read a recipe and all its files, and check them.
 
     Args:

@@ -30,7 +30,7 @@ from ldm.registry.bundling import check_part_names
 from ldm.support.config import build, nearest, read_yaml
 from ldm.training.config_file import build_stage_config, read_stage_file
 from ldm.training.kinds import part_kinds
-from ldm.training.stages import Stage, get_dotted, set_dotted
+from ldm.training.stages import TrainingStage, get_dotted, set_dotted
 
 RECIPE_FILE = "recipe.yaml"
 MODEL_FOLDER = "model"
@@ -86,7 +86,7 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
         raise ValueError(f"{str(path)!r}: {error}") from None
 
 
-def resolve_stages(file: RecipeFile, path: Path, runs: str | Path) -> dict[str, Stage]:
+def resolve_stages(file: RecipeFile, path: Path, runs: str | Path) -> dict[str, TrainingStage]:
     """Read the stage files of a recipe and check them.
 
     Args:
@@ -101,7 +101,7 @@ def resolve_stages(file: RecipeFile, path: Path, runs: str | Path) -> dict[str, 
         ValueError: If a file is absent or wrong, a stage reads one that does not come before it or does not
             export what it reads, or the bundle names an unknown stage or part.
     """
-    stages: dict[str, Stage] = {}
+    stages: dict[str, TrainingStage] = {}
     try:
         for entry in file.stages:
             stage = _resolve_stage(entry, file, path, runs, stages)
@@ -115,8 +115,8 @@ def resolve_stages(file: RecipeFile, path: Path, runs: str | Path) -> dict[str, 
 
 
 def _resolve_stage(
-    entry: StageEntry, file: RecipeFile, path: Path, runs: str | Path, earlier: Mapping[str, Stage]
-) -> Stage:
+    entry: StageEntry, file: RecipeFile, path: Path, runs: str | Path, earlier: Mapping[str, TrainingStage]
+) -> TrainingStage:
     """Return the stage of an entry; `earlier` are the stages listed before it."""
     name = entry.stage
     if "/" in name:
@@ -138,7 +138,7 @@ def _resolve_stage(
     part, config = build_stage_config(mapping, stage_file)
     for key, source in reads.items():
         _check_read(name, part, key, source)
-    return Stage(
+    return TrainingStage(
         name=name,
         folder=Path(runs) / file.name / name,
         part=part,
@@ -150,8 +150,8 @@ def _resolve_stage(
 
 
 def _resolve_reads(
-    entry: StageEntry, file: RecipeFile, mapping: dict[str, Any], earlier: Mapping[str, Stage]
-) -> dict[str, Stage]:
+    entry: StageEntry, file: RecipeFile, mapping: dict[str, Any], earlier: Mapping[str, TrainingStage]
+) -> dict[str, TrainingStage]:
     """Return the stages that an entry reads, and set their folders in the mapping of its file."""
     listed = [Path(other.stage).name for other in file.stages]
     for key, name in entry.reads.items():
@@ -168,7 +168,7 @@ def _resolve_reads(
     return {key: earlier[name] for key, name in entry.reads.items()}
 
 
-def _check_read(name: str, part: str, key: str, source: Stage) -> None:
+def _check_read(name: str, part: str, key: str, source: TrainingStage) -> None:
     """Raise ValueError unless a part reads a folder under a key, and a stage exports what it reads there."""
     kinds = part_kinds()
     if key not in kinds[part].reads:
@@ -181,7 +181,7 @@ def _check_read(name: str, part: str, key: str, source: Stage) -> None:
         )
 
 
-def _check_bundle(file: RecipeFile, path: Path, stages: Mapping[str, Stage]) -> None:
+def _check_bundle(file: RecipeFile, path: Path, stages: Mapping[str, TrainingStage]) -> None:
     """Raise ValueError if the bundle names an unknown stage or part, or the card is wrong."""
     card = read_recipe_card(path, file.bundle)
     check_part_names(card, file.bundle.parts, "bundle.parts")

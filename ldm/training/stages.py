@@ -24,7 +24,7 @@ Hashes = dict[str, str]  # part -> SHA-256 of its weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class TrainingStage:
     """A training as one step of a recipe, or alone.
 
     Args:
@@ -41,7 +41,7 @@ class Stage:
     folder: Path
     part: str
     config: Any
-    reads: Mapping[str, Stage] = field(default_factory=dict)
+    reads: Mapping[str, TrainingStage] = field(default_factory=dict)
     hours: float | None = None
     optional: bool = False
 

@@ -7,6 +7,29 @@ from typing import Any
 
 import yaml
 
+PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
+X0 = {"prediction": "x0", "drop": 0.2}
+UNET = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "embedded": True}
+DRAFT = {"embed_dim": 16, "width": 12, "layers": 2, "channels": 4, "size": 8}
+CONDITION = {
+    "embed_dim": 16,
+    "text_dim": 16,
+    "pooled_dim": 16,
+    "norms": ["image", "tokens", "text", "pooled"],
+}
+UPSAMPLER = {
+    "in_channels": 6,
+    "out_channels": 3,
+    "channels": [8, 16],
+    "depth": [0, 0],
+    "mid_depth": 0,
+    "blocks": 1,
+    "heads": 1,
+    "context_dim": None,
+    "attention": "block",
+}
+TOWERS = {"text": "runs/clip/export", "vision": "runs/clip/export"}
+
 
 def run(name: str, **changes: Any) -> dict[str, Any]:
     optimizer = {"lr": 1e-3, "warmup": 2, "decay": 2}
@@ -73,6 +96,103 @@ def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
     return {"vae": vae, "clip": clip, "draft": draft, "unet": unet}
 
 
+def unet_in(channels: int) -> dict[str, Any]:
+    """Return the decoders' UNet with `channels` input channels, those of the draft included."""
+    return {**UNET, "in_channels": channels, "out_channels": 4}
+
+
+def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
+    """Return configurations of all networks of unCLIP, in the order in which they read one another.
+
+    They read the exports of clip, vae and unet as well.
+    """
+    source = configs(data)["vae"]["data"]
+    cached = {"data": source, "variants": 5}
+    priors = {"part": "prior", **cached, **TOWERS, "diffusion": X0, "measured": 40}
+    codes = {"components": 4, "buckets": 16, "similarities": 4}
+    drafts, decoders = image_draft_configs(cached), decoder_configs(cached)
+    upsampler = {
+        "part": "upsampler",
+        "data": source,
+        "crop": 16,
+        "diffusion": {"prediction": "v", "drop": 0.0},
+        "degradation": {"blur": 0.6, "noise": 0.1, "blocks": 0.1},
+        "model": UPSAMPLER,
+    }
+    made: dict[str, dict[str, Any]] = {
+        "clip-text": {"part": "clip-text", **cached, **TOWERS},
+        "image-draft": drafts["image-draft"],
+        "prior": {**priors, "model": PRIOR},
+        "prior-ar": {**priors, "autoregressive": {**PRIOR, **codes}},
+        "decoder": decoders["decoder"],
+        "decoder-draft": decoders["decoder-draft"],
+        "image-draft-from-prior": drafts["image-draft-from-prior"],
+        "image-draft-text": drafts["image-draft-text"],
+        "decoder-text": decoders["decoder-text"],
+        "decoder-from-prior": decoders["decoder-from-prior"],
+        "upsampler": upsampler,
+    }
+    return {name: {**config, "run": run(name)} for name, config in made.items()}
+
+
+def image_draft_configs(cached: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return configurations of image drafts: of images, of a prior's embeddings too, and with text."""
+    draft = {"part": "image-draft", **cached, "vae": "runs/vae/export", "model": DRAFT}
+    return {
+        "image-draft": {**draft, "vision": TOWERS["vision"], "jitter": 0.1},
+        "image-draft-from-prior": {
+            **draft,
+            **TOWERS,
+            "net": "runs/image-draft/export",
+            "from_prior": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
+        },
+        "image-draft-text": {
+            **draft,
+            **TOWERS,
+            "data": {**cached["data"], "drawn": {"background": 0.9}},
+            "model": {**DRAFT, "embed_dim": 32},
+            "reads_text": True,
+            "whitened": True,
+        },
+    }
+
+
+def decoder_configs(cached: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return configurations of decoders: without a draft, and with each of the drafts."""
+    decoder = {
+        "part": "decoder",
+        **cached,
+        **TOWERS,
+        "vae": "runs/vae/export",
+        "length": 24,
+        "diffusion": {"prediction": "v", "drop": 0.5},
+    }
+    drafted = {"unet": unet_in(8), "condition": CONDITION, "draft": DRAFT}
+    return {
+        "decoder": {**decoder, "model": {"unet": UNET, "condition": CONDITION}},
+        "decoder-draft": {
+            **decoder,
+            "text": "runs/clip-text/export",
+            "draft": "runs/image-draft/export",
+            "net": "runs/unet/export",
+            "model": drafted,
+        },
+        "decoder-text": {
+            **decoder,
+            "draft": "runs/image-draft-text/export",
+            "net": "runs/decoder-draft/export",
+            "model": {**drafted, "draft": {**DRAFT, "embed_dim": 32}, "draft_text": True},
+        },
+        "decoder-from-prior": {
+            **decoder,
+            "draft": "runs/image-draft-from-prior/export",
+            "net": "runs/decoder-draft/export",
+            "model": drafted,
+            "from_prior": {"prior": "runs/prior/export", "steps": 1},
+        },
+    }
+
+
 def write(config: dict[str, Any], path: Path) -> Path:
     """Write a configuration as YAML, and return its path."""
     path.write_text(yaml.safe_dump(config))
@@ -91,6 +211,20 @@ def latent_stages(data: Path) -> dict[str, dict[str, Any]]:
     return stages
 
 
+def unclip_stages(data: Path) -> dict[str, dict[str, Any]]:
+    """Return the stage files of a tiny unCLIP recipe, which shares `latent_stages`."""
+    made = unclip_configs(data)
+    stages = {name: made[name] for name in ("clip-text", "prior", "upsampler")}
+    stages |= {"image-draft": made["image-draft-from-prior"], "decoder": made["decoder-from-prior"]}
+    for stage in stages.values():
+        del stage["run"]["name"]
+        stage["run"]["steps"] = 2
+        for key in ("vae", "text", "vision", "net", "draft"):
+            stage.pop(key, None)
+        stage.get("from_prior", {}).pop("prior", None)
+    return stages
+
+
 def latent_recipe() -> dict[str, Any]:
     """Return the recipe of `latent_stages`."""
     return {
@@ -106,6 +240,33 @@ def latent_recipe() -> dict[str, Any]:
             "card": "card.yaml",
             "parts": {"vae": "autoencoder", "text": "unet", "draft": "unet", "unet": "unet"},
         },
+    }
+
+
+def unclip_recipe() -> dict[str, Any]:
+    """Return the recipe of `unclip_stages`."""
+    towers = {"text": "clip-text", "vision": "clip"}
+    reads = {
+        "clip-text": {"text": "draft", "vision": "clip"},
+        "prior": towers,
+        "image-draft": {"vae": "autoencoder", **towers, "from_prior.prior": "prior"},
+        "decoder": {
+            "vae": "autoencoder",
+            **towers,
+            "net": "unet",
+            "draft": "image-draft",
+            "from_prior.prior": "prior",
+        },
+        "upsampler": {},
+    }
+    own = [{"stage": name, "reads": sources, "hours": 0.1} for name, sources in reads.items()]
+    shared = [{"stage": f"../tiny-ldm/{entry['stage']}"} for entry in latent_recipe()["stages"]]
+    parts = {"prior": "prior", "decoder": "decoder", "vae": "autoencoder", "upsampler": "upsampler"}
+    return {
+        "name": "tiny-unclip",
+        "machine": "any machine",
+        "stages": shared + own,
+        "bundle": {"card": "card.yaml", "parts": {**towers, **parts}},
     }
 
 

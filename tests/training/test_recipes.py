@@ -7,26 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trainings import latent_recipe, latent_stages, write, write_recipe
+from tiny_trainings import (
+    latent_recipe,
+    latent_stages,
+    unclip_recipe,
+    unclip_stages,
+    write,
+    write_recipe,
+)
 
 import ldm
 from ldm.__main__ import main
 from ldm.support.config import read_yaml
 from ldm.training.config_file import read_stage_file
 from ldm.training.loop import Run
-from ldm.training.recipe import read_recipe, train_recipe
+from ldm.training.recipe import open_recipe, train_recipe
 from ldm.training.run import open_run
 from ldm.training.stages import get_dotted, set_dotted
 
 SMALL = {"sampler": "ddim", "steps": 2, "guidance": 2.0, "height": 32, "width": 32}
+LARGE = {**SMALL, "height": 64, "width": 64}
 LATENT_CARD = {"base": "emoji-ldm", "name": "tiny-ldm", "defaults": SMALL}
-PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
-CONDITION = {
-    "embed_dim": 16,
-    "text_dim": 16,
-    "pooled_dim": 16,
-    "norms": ["image", "tokens", "text", "pooled"],
-}
 
 
 @pytest.fixture
@@ -68,14 +69,14 @@ def test_a_recipe_interrupted_in_each_stage_gives_the_same_model(
         resumed = train_recipe(recipe / "recipe.yaml", runs="halves", progress=False)
     assert interrupted == ["autoencoder", "clip", "draft", "unet"]
     assert whole == Path("whole/tiny-ldm/model") and resumed == Path("halves/tiny-ldm/model")
-    for name in read_recipe(recipe).stages:
+    for name in open_recipe(recipe).stages:
         expected, got = (checkpoint(Path(runs, "tiny-ldm", name)) for runs in ("whole", "halves"))
         assert expected.keys() == got.keys() and all(torch.equal(expected[k], got[k]) for k in expected), name
     for path in whole.iterdir():
         if path.suffix in (".safetensors", ".json"):
             assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
     assert {path.name for path in whole.glob("*.jsonl")} == {
-        f"{name}.jsonl" for name in read_recipe(recipe).stages
+        f"{name}.jsonl" for name in open_recipe(recipe).stages
     }
     images = ldm.load(weights=resumed).text_to_image("cat face on a blue background", progress=False)
     assert images.tensor.shape == (1, 3, 32, 32) and images.tensor.isfinite().all()
@@ -121,7 +122,7 @@ def test_a_stage_file_of_a_recipe_is_trained_alone(recipe: Path) -> None:
     assert train_recipe(recipe / "autoencoder.yaml", progress=False) == Path(
         "runs/tiny-ldm/autoencoder/export"
     )
-    assert read_recipe(recipe).stages["autoencoder"].finished
+    assert open_recipe(recipe).stages["autoencoder"].finished
     with pytest.raises(ValueError, match="'draft' reads 'clip', which is not finished"):
         train_recipe(recipe / "draft.yaml", progress=False)
     with pytest.raises(ValueError, match="expected a step for a single stage, got 'clip'"):
@@ -141,96 +142,17 @@ def test_the_command_prints_the_plan_first(recipe: Path, capsys: pytest.CaptureF
     assert "did you mean 'draft'" in capsys.readouterr().err
 
 
-def unclip_stages(data: Path) -> dict[str, dict[str, Any]]:
-    """Return the stage files of a tiny unCLIP model, which share `latent_stages`."""
-    run = {**latent_stages(data)["autoencoder"]["run"], "steps": 2}
-    shared = {"run": run, "data": latent_stages(data)["autoencoder"]["data"]}
-    base = {**shared, "variants": 5}
-    unet = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16}
-    upsampler = {"channels": [8, 16], "depth": [0, 0], "mid_depth": 0, "blocks": 1, "heads": 1}
-    return {
-        "base": base,
-        "clip-text": {"base": "base.yaml", "part": "clip-text"},
-        "prior": {
-            "base": "base.yaml",
-            "part": "prior",
-            "diffusion": {"prediction": "x0"},
-            "model": PRIOR,
-            "measured": 40,
-        },
-        "image-draft": {
-            "base": "base.yaml",
-            "part": "image-draft",
-            "from_prior": {"steps": 1},
-            "model": {"embed_dim": 16, "width": 12, "channels": 4, "size": 8},
-        },
-        "decoder": {
-            "base": "base.yaml",
-            "part": "decoder",
-            "length": 24,
-            "diffusion": {"prediction": "v", "drop": 0.5},
-            "model": {
-                "unet": {**unet, "in_channels": 8, "out_channels": 4, "embedded": True},
-                "condition": CONDITION,
-                "draft": {"embed_dim": 16, "width": 12, "channels": 4, "size": 8},
-            },
-        },
-        "upsampler": {
-            **shared,
-            "part": "upsampler",
-            "crop": 16,
-            "residual": 0.06,
-            "diffusion": {"prediction": "v", "drop": 0.0},
-            "model": {
-                **upsampler,
-                "in_channels": 6,
-                "out_channels": 3,
-                "context_dim": None,
-                "attention": "block",
-            },
-        },
-    }
-
-
 def test_a_recipe_that_shares_stages_of_another_ends_in_an_unclip_model(recipe: Path, folder: Path) -> None:
-    towers = {"text": "clip-text", "vision": "clip"}
-    names = ("autoencoder", "clip", "draft", "unet")
-    drafted = {"vae": "autoencoder", **towers, "from_prior.prior": "prior"}
-    file = {
-        "name": "tiny-unclip",
-        "machine": "any machine",
-        "stages": [
-            *({"stage": f"../tiny-ldm/{name}"} for name in names),
-            {"stage": "clip-text", "reads": {"text": "draft", "vision": "clip"}, "hours": 0.1},
-            {"stage": "prior", "reads": towers, "hours": 0.1},
-            {"stage": "image-draft", "reads": drafted, "hours": 0.1},
-            {
-                "stage": "decoder",
-                "reads": {"vae": "autoencoder", **towers, "net": "unet", "draft": "image-draft"},
-                "hours": 0.1,
-            },
-            {"stage": "upsampler", "hours": 0.1},
-        ],
-        "bundle": {
-            "card": "card.yaml",
-            "parts": {
-                "text": "clip-text",
-                "vision": "clip",
-                "prior": "prior",
-                "decoder": "decoder",
-                "vae": "autoencoder",
-                "upsampler": "upsampler",
-            },
-        },
-    }
     embedded = read_yaml(Path(ldm.__file__).parent / "assets" / "emoji-unclip" / "card.yaml")
     stage_cards = {
         "prior": {**embedded["prior"], "defaults": SMALL},
         "decoder": {**embedded["decoder"], "defaults": SMALL},
-        "upsamplers": [{**embedded["upsamplers"][0], "defaults": {**SMALL, "height": 64, "width": 64}}],
+        "upsamplers": [{**embedded["upsamplers"][0], "residual": None, "defaults": LARGE}],
     }
     card = {**embedded, "parts": {}, "name": "tiny-unclip", "text": {**embedded["text"], "length": 24}}
-    shared = write_recipe(Path("configs/tiny-unclip"), file, unclip_stages(folder), {**card, **stage_cards})
+    shared = write_recipe(
+        Path("configs/tiny-unclip"), unclip_recipe(), unclip_stages(folder), {**card, **stage_cards}
+    )
     model = None
     for _ in range(10):  # each call stops in the next stage
         assert model is None

@@ -5,161 +5,34 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_trainings import configs, run, write
+from tiny_trainings import (
+    CONDITION,
+    DRAFT,
+    PRIOR,
+    UNET,
+    configs,
+    run,
+    unclip_configs,
+    unet_in,
+    write,
+)
 
 from ldm.data import caption
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.unclip.decoder import Decoder, DecoderConfig
 from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
+from ldm.training.caches.embeddings import EmbeddingCache, embed
 from ldm.training.degradation import Degradation, blur, round_blocks
 from ldm.training.draws import Draws
-from ldm.training.embeddings import EmbeddingCache, embed
 from ldm.training.parts.image_draft import whiten
 from ldm.training.parts.prior import PriorPart
 from ldm.training.run import open_run, read_training_config
 from ldm.weights.formats.ldm_folder import about_part, read_part, read_text
-
-PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
-X0 = {"prediction": "x0", "drop": 0.2}
-UNET = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "embedded": True}
-DRAFT = {"embed_dim": 16, "width": 12, "layers": 2, "channels": 4, "size": 8}
-CONDITION = {
-    "embed_dim": 16,
-    "text_dim": 16,
-    "pooled_dim": 16,
-    "norms": ["image", "tokens", "text", "pooled"],
-}
-
-
-def unet_in(channels: int) -> dict[str, Any]:
-    """Return the decoders' UNet with `channels` input channels, those of the draft included."""
-    return {**UNET, "in_channels": channels, "out_channels": 4}
-
-
-def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
-    """Return configurations of all networks of unCLIP, in the order in which they read one another.
-
-    They read the exports of clip, vae and unet as well.
-    """
-    source = configs(data)["vae"]["data"]
-    towers = {"text": "runs/clip/export", "vision": "runs/clip/export"}
-    prior = {
-        "part": "prior",
-        "run": run("prior"),
-        "data": source,
-        **towers,
-        "variants": 5,
-        "diffusion": X0,
-        "measured": 40,
-    }
-    unet, joined = unet_in(8), {"text": "runs/clip-text/export", "vision": "runs/clip/export"}
-    codes = {"components": 4, "buckets": 16, "similarities": 4}
-    decoder = {
-        "part": "decoder",
-        "data": source,
-        "vae": "runs/vae/export",
-        "variants": 5,
-        "length": 24,
-        "diffusion": {"prediction": "v", "drop": 0.5},
-    }
-    return {
-        "clip-text": {"part": "clip-text", "run": run("clip-text"), "data": source, "variants": 5, **towers},
-        "image-draft": {
-            "part": "image-draft",
-            "run": run("image-draft"),
-            "data": source,
-            "vae": "runs/vae/export",
-            "variants": 5,
-            "model": DRAFT,
-            "vision": "runs/clip/export",
-            "jitter": 0.1,
-        },
-        "prior": {**prior, "model": PRIOR},
-        "prior-ar": {**prior, "run": run("prior-ar"), "autoregressive": {**PRIOR, **codes}},
-        "decoder": {
-            **decoder,
-            "run": run("decoder"),
-            **towers,
-            "model": {"unet": UNET, "condition": CONDITION},
-        },
-        "decoder-draft": {
-            **decoder,
-            "run": run("decoder-draft"),
-            **joined,
-            "draft": "runs/image-draft/export",
-            "net": "runs/unet/export",
-            "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
-        },
-        "image-draft-from-prior": {
-            "part": "image-draft",
-            "run": run("image-draft-from-prior"),
-            "data": source,
-            "vae": "runs/vae/export",
-            "variants": 5,
-            "model": DRAFT,
-            **towers,
-            "net": "runs/image-draft/export",
-            "from_prior": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
-        },
-        "image-draft-text": {
-            "part": "image-draft",
-            "run": run("image-draft-text"),
-            "data": {**source, "drawn": {"background": 0.9}},
-            "vae": "runs/vae/export",
-            "variants": 5,
-            "model": {**DRAFT, "embed_dim": 32},
-            **towers,
-            "reads_text": True,
-            "whitened": True,
-        },
-        "decoder-text": {
-            **decoder,
-            "run": run("decoder-text"),
-            **towers,
-            "draft": "runs/image-draft-text/export",
-            "net": "runs/decoder-draft/export",
-            "model": {
-                "unet": unet,
-                "condition": CONDITION,
-                "draft": {**DRAFT, "embed_dim": 32},
-                "draft_text": True,
-            },
-        },
-        "decoder-from-prior": {
-            **decoder,
-            "run": run("decoder-from-prior"),
-            **towers,
-            "draft": "runs/image-draft-from-prior/export",
-            "net": "runs/decoder-draft/export",
-            "model": {"unet": unet, "condition": CONDITION, "draft": DRAFT},
-            "from_prior": {"prior": "runs/prior/export", "steps": 1},
-        },
-        "upsampler": {
-            "part": "upsampler",
-            "run": run("upsampler"),
-            "data": source,
-            "crop": 16,
-            "diffusion": {"prediction": "v", "drop": 0.0},
-            "degradation": {"blur": 0.6, "noise": 0.1, "blocks": 0.1},
-            "model": {
-                "in_channels": 6,
-                "out_channels": 3,
-                "channels": [8, 16],
-                "depth": [0, 0],
-                "mid_depth": 0,
-                "blocks": 1,
-                "heads": 1,
-                "context_dim": None,
-                "attention": "block",
-            },
-        },
-    }
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from ldm.data import Composition, ImageIndex, caption
 from ldm.data.captions import caption_nouns, vocabulary
 from ldm.models.clip.towers import CLIP, CLIPConfig
 from ldm.models.text.bpe import Tokenizer
+from ldm.training.caches.embeddings import retrieval_figures
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.draws import Draws
-from ldm.training.embeddings import retrieval_figures
 from ldm.training.images import TrainingImages
 from ldm.training.losses import contrastive_loss
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, write_part, write_text

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption
 from ldm.data.captions import vocabulary
-from ldm.training.compositions import CachedCompositions
+from ldm.training.caches.compositions import CachedCompositions
+from ldm.training.caches.embeddings import EmbeddingCache, read_clip, retrieval_figures
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.draws import Draws
-from ldm.training.embeddings import EmbeddingCache, read_clip, retrieval_figures
 from ldm.training.images import TrainingImages
 from ldm.training.losses import contrastive_loss
 from ldm.weights.formats.ldm_folder import read_text, write_text

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unclip.decoder import Decoder, DecoderConfig
-from ldm.training.compositions import CachedCompositions, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_share
+from ldm.training.caches.compositions import CachedCompositions, draw_captions
+from ldm.training.caches.embeddings import EmbeddingCache, check_embed_dim, embed, read_clip
+from ldm.training.caches.latents import LatentSpace, read_latent_shape
+from ldm.training.caches.prior_embeddings import PriorEmbeddings
+from ldm.training.config import DataConfig, RunConfig, check_fraction
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
-from ldm.training.embeddings import EmbeddingCache, check_embed_dim, embed, read_clip
 from ldm.training.images import TrainingImages, comparison_grid
-from ldm.training.latents import LatentSpace, read_latent_shape
 from ldm.training.losses import draw_diffusion_loss
-from ldm.training.prior_embeddings import PriorEmbeddings
 from ldm.weights.formats.ldm_folder import begin_with, write_part
 
 
@@ -66,7 +66,7 @@ class DecoderTraining:
     from_prior: PriorEmbeddings | None = None
 
     def __post_init__(self) -> None:
-        check_share(drop_image=self.drop_image)
+        check_fraction(drop_image=self.drop_image)
         joined = 0 if self.model.draft is None else self.model.draft.channels
         if self.model.unet.in_channels != self.model.unet.out_channels + joined:
             raise ValueError(

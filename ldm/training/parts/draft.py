@@ -17,11 +17,11 @@ from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import PALETTE, caption, held_out_pair
 from ldm.data.captions import vocabulary
 from ldm.models.draft import Draft, DraftConfig
-from ldm.training.compositions import CachedCompositions, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_share
+from ldm.training.caches.compositions import CachedCompositions, draw_captions
+from ldm.training.caches.latents import LatentSpace, check_draft_shape, read_latent_shape
+from ldm.training.config import DataConfig, RunConfig, check_fraction
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
-from ldm.training.latents import LatentSpace, check_draft_shape, read_latent_shape
 from ldm.weights.formats.ldm_folder import read_text, write_text
 
 
@@ -49,7 +49,7 @@ class DraftTraining:
     drop: float = 0.1
 
     def __post_init__(self) -> None:
-        check_share(drop=self.drop)
+        check_fraction(drop=self.drop)
 
 
 class DraftPart:

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from ldm.data import PALETTE, Composition, caption
 from ldm.models.draft import Draft, DraftConfig
-from ldm.training.compositions import CachedCompositions
-from ldm.training.config import DataConfig, RunConfig, check_at_least, check_share
+from ldm.training.caches.compositions import CachedCompositions
+from ldm.training.caches.embeddings import (
+    EmbeddingCache,
+    caption_embeddings,
+    check_embed_dim,
+    embed,
+    read_clip,
+)
+from ldm.training.caches.latents import LatentSpace, check_draft_shape, read_latent_shape
+from ldm.training.caches.prior_embeddings import PriorEmbeddings
+from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fraction
 from ldm.training.draws import Draws
-from ldm.training.embeddings import EmbeddingCache, caption_embeddings, check_embed_dim, embed, read_clip
 from ldm.training.images import TrainingImages, comparison_grid
-from ldm.training.latents import LatentSpace, check_draft_shape, read_latent_shape
-from ldm.training.prior_embeddings import PriorEmbeddings
 from ldm.weights.formats.ldm_folder import begin_with, write_part
 
 
@@ -66,7 +72,7 @@ class ImageDraftTraining:
                 "text: expected the folder of a text tower if a prior (from_prior) or the draft (reads_text)"
                 f" reads captions, else None; got {self.text!r}"
             )
-        check_share(drop=self.drop)
+        check_fraction(drop=self.drop)
         check_at_least(0, jitter=self.jitter)
         if self.whitened and self.net is not None:
             raise ValueError(f"whitened: expected false for a draft that begins with the one in {self.net!r}")

@@ -18,20 +18,20 @@ from ldm.data.captions import vocabulary
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from ldm.models.unclip.prior import Prior, PriorConfig
-from ldm.training.compositions import CachedCompositions, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_at_least
-from ldm.training.diffusion import DiffusionConfig
-from ldm.training.draws import Draws
-from ldm.training.embeddings import (
+from ldm.training.caches.compositions import CachedCompositions, draw_captions
+from ldm.training.caches.embeddings import (
     EmbeddingCache,
     check_embed_dim,
     embed,
     embedding_statistics,
     read_clip,
 )
+from ldm.training.caches.prior_embeddings import sample_prior
+from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.diffusion import DiffusionConfig
+from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
 from ldm.training.losses import draw_diffusion_loss
-from ldm.training.prior_embeddings import sample_prior
 from ldm.weights.formats.ldm_folder import begin_with, write_part, write_text
 
 

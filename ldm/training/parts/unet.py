@@ -19,7 +19,8 @@ from ldm.data import Composition, caption
 from ldm.data.captions import CaptionPieces, caption_pieces, join_captions, vocabulary
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unet import UNet, UNetConfig
-from ldm.training.compositions import CachedCompositions
+from ldm.training.caches.compositions import CachedCompositions
+from ldm.training.caches.latents import LatentSpace, read_latent_shape
 from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
@@ -31,7 +32,6 @@ from ldm.training.grounding import (
     record_attention,
 )
 from ldm.training.images import TrainingImages, image_grid, to_uint8
-from ldm.training.latents import LatentSpace, read_latent_shape
 from ldm.training.losses import diffusion_loss, draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import begin_with, read_text, write_part, write_text
 

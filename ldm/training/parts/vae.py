@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ldm.models.vae import AutoencoderKL, VAEConfig, psnr
+from ldm.training.caches.latents import measure_scale
 from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
-from ldm.training.latents import measure_scale
 from ldm.weights.formats.ldm_folder import write_part
 
 

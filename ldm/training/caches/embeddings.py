@@ -14,9 +14,9 @@ from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.data import Composition, caption
 from ldm.models.clip.towers import VisionConfig, VisionTower
-from ldm.training.compositions import CachedCompositions
+from ldm.training.caches.compositions import CachedCompositions
+from ldm.training.caches.prior_embeddings import PriorEmbeddings
 from ldm.training.images import TrainingImages
-from ldm.training.prior_embeddings import PriorEmbeddings
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_part, read_text
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.data import Composition
 from ldm.models.draft import DraftConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.training.compositions import CachedCompositions
+from ldm.training.caches.compositions import CachedCompositions
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
 from ldm.weights.formats.ldm_folder import read_part, read_part_config
