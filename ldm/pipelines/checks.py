@@ -71,7 +71,7 @@ def check_path_count(n: int) -> int:
     return n
 
 
-def check_share(**shares: float) -> None:
+def check_unit_interval(**shares: float) -> None:
     """Raise ValueError for the first value outside [0, 1]."""
     for name, value in shares.items():
         if not 0 <= value <= 1:

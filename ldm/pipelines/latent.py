@@ -17,7 +17,7 @@ from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.base import BasePipeline
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition
-from ldm.pipelines.checks import check_share, warn_unknown_words
+from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair, prompt_conditions
 from ldm.pipelines.drafts import with_known_draft
 from ldm.pipelines.protocol import Known, Request
@@ -251,7 +251,7 @@ class LatentDiffusion(BasePipeline):
         if stage.concat is not None and "concat" not in request.extra:
             task = CONCAT_TASKS[stage.concat]
             raise ValueError(f"{self.name!r} takes an image beside the latent: call {task}")
-        check_share(strength=request.strength)
+        check_unit_interval(strength=request.strength)
         for watcher in self.watchers:
             watcher.begin(call)
         if request.given is not None and request.strength == 0:

@@ -15,7 +15,11 @@ from ldm.weights.formats.safetensors import sha256
 Task = TypeVar("Task", bound=Callable[..., Images])
 # Tasks of which the options in the recipe say all; the recipes of other tasks hold their arguments.
 BY_OPTIONS = ("text_to_image", "class_to_image", "unconditional")
-FILES = ("image", "mask", "depth")  # arguments that are paths if they are texts; of others only a `Path` is
+FILE_ARGUMENTS = (
+    "image",
+    "mask",
+    "depth",
+)  # arguments that are paths if they are texts; of others only a `Path` is
 SETTLED = ("convention", "grid", "sizes")  # options that the recipe holds already, as plain mappings
 ENTRY = {"path", "sha256"}  # keys of a file in a recipe
 
@@ -69,7 +73,7 @@ def as_json(name: str, value: Any) -> Any:
     Raises:
         InMemory: If JSON cannot hold it.
     """
-    if isinstance(value, Path) or (name in FILES and isinstance(value, str)):
+    if isinstance(value, Path) or (name in FILE_ARGUMENTS and isinstance(value, str)):
         # a file that is absent is reported by the task
         return {"path": str(value), "sha256": sha256(value)} if Path(value).is_file() else None
     if value is None or isinstance(value, bool | int | float | str):

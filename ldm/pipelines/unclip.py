@@ -19,7 +19,7 @@ from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.base import BasePipeline
 from ldm.pipelines.call import Call
-from ldm.pipelines.checks import check_share, warn_unknown_words
+from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair
 from ldm.pipelines.protocol import Request
 from ldm.pipelines.replayable import replayable
@@ -276,7 +276,7 @@ class UnCLIP(BasePipeline):
         """
         stage, n = self.stage, len(call.seeds)
         shape = stage.shape(call)
-        check_share(strength=request.strength)
+        check_unit_interval(strength=request.strength)
         if request.pair is not None and call.others.get("candidates", 1) != 1:
             raise ValueError("candidates: the embeddings are given, so the prior makes none")
         pair = self.conditions(call) if request.pair is None else request.pair(shape[1:])

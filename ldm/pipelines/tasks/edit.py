@@ -16,7 +16,7 @@ from ldm.diffusion.joint import denoise_both
 from ldm.images.pixels import ImageInput
 from ldm.images.result import Images
 from ldm.pipelines.call import Call
-from ldm.pipelines.checks import check_share
+from ldm.pipelines.checks import check_unit_interval
 from ldm.pipelines.conditions import expanded_pair
 from ldm.pipelines.prompt_to_prompt import SourceAttention, align
 from ldm.pipelines.protocol import LatentPipeline, Request
@@ -99,7 +99,7 @@ def edit(
         emphasis=emphasis or {},
         given=image is not None,
     )
-    check_share(cross=lead.cross, within=lead.within)
+    check_unit_interval(cross=lead.cross, within=lead.within)
     if image is None:
         return _edit_seed(pipe, prompt, lead, options)
     inverted = invert(

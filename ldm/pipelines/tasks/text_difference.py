@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ldm.conditioning.image_embedding import slerp
 from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
-from ldm.pipelines.checks import check_share
+from ldm.pipelines.checks import check_unit_interval
 from ldm.pipelines.protocol import EmbeddingPipeline
 from ldm.pipelines.tasks.embeddings import draw_embeddings, invert_embedding
 
@@ -46,7 +46,7 @@ def text_difference(
     Raises:
         ValueError: If `most` is outside [0, 1], or both texts have one embedding.
     """
-    check_share(most=most)
+    check_unit_interval(most=most)
     pixels = to_pixels(image)
     start = pipe.clip.image_embedding(pixels)
     texts = pipe.clip.text_embedding([source, target]).unit().vector
