@@ -70,6 +70,12 @@ def joined_conditions(
 
     The result is cached: the same conditions give the same tensor objects at every step, so a network can
     cache what it derives from them.
+
+    Args:
+        conds: K conditions, each of batch size 1 or n.
+        n: The batch size of each.
+        device: Device of the result.
+        dtype: Dtype of its floating-point fields; None keeps theirs.
     """
     expanded = [cond.expand(n) for cond in conds]
     return Cond.cat(expanded).to(device, dtype) if Cond.can_cat(expanded) else None

@@ -166,7 +166,7 @@ def test_a_grid_of_timesteps_and_options_that_contradict_it(pipe):
     written = json.loads(json.dumps(images.recipe["grid"]))
     assert torch.equal(images.tensor, run(pipe, grid=written).tensor)
     for wrong in ({"steps": 5}, {"spacing": "karras"}):
-        with pytest.raises(ValueError, match="grid says all of its 4 steps"):
+        with pytest.raises(ValueError, match="grid states all of its 4 steps"):
             run(pipe, grid=grid, **wrong)
     with pytest.raises(ValueError, match="written as t, alpha and sigma"):
         run(pipe, grid={"t": times})
