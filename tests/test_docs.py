@@ -106,6 +106,15 @@ def test_modules_and_functions_named_in_the_text_exist(path):
                 raise AssertionError(f"{relative(path)} names {name}, which does not exist") from None
 
 
+def test_modules_that_the_changelog_points_to_exist():
+    table = (ROOT / HISTORY).read_text(encoding="utf-8").split("### What moved where")[1]
+    rows = [row.strip("| ").split(" | ", 1) for row in table.splitlines() if row.startswith("| `ldm")]
+    assert rows
+    for _, new in rows:
+        for name in re.findall(r"`(ldm\.[\w.]+)`", new):
+            importlib.import_module(name)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=relative)
 def test_scripts_named_in_the_text_have_the_options_named(path):
     for code in inline_code(path):
