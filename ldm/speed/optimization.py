@@ -48,7 +48,7 @@ def optimize(
 
     The classes of layers change and their parameters keep their names, so state dicts and `ldm.save` work as
     before. On other devices than the CPU the layers compute as before. Each call replaces the options of the
-    last one. `reuse`, `merge` and `int8` change the results (errors: benchmarks/README.md).
+    last one. `reuse`, `merge` and `int8` change the results (errors: docs/speed.md).
 
     Args:
         pipe: The pipeline or network, which is changed in place.
