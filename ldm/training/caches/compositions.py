@@ -126,7 +126,14 @@ def draw_variants(images: TrainingImages, n: int, seed: int) -> list[Composition
 def draw_captions(
     compositions: Sequence[Composition], index: ImageIndex, rng: np.random.Generator, *, drop: float
 ) -> list[str]:
-    """Draw a caption for each composition; it is empty with probability `drop`."""
+    """Draw a caption for each composition.
+
+    Args:
+        compositions: B compositions.
+        index: The index of the data set.
+        rng: The source of randomness.
+        drop: Probability of the empty caption.
+    """
     return ["" if rng.random() < drop else caption(c, index, rng) for c in compositions]
 
 

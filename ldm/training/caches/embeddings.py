@@ -45,7 +45,14 @@ def clip_name(vision: str | Path) -> str:
 
 
 def check_embed_dim(key: str, embed_dim: int, clip: ClipPair, *, embeddings: int = 1) -> None:
-    """Raise ValueError unless the width under `key` is that of `embeddings` joined embeddings of a CLIP."""
+    """Raise ValueError unless a configured width is that of a CLIP's embeddings.
+
+    Args:
+        key: The configuration's key, which the message names.
+        embed_dim: The configured width.
+        clip: The CLIP.
+        embeddings: Number of embeddings that are joined. Default: 1.
+    """
     if embed_dim != embeddings * clip.width:
         raise ValueError(
             f"{key} {embed_dim}: the embeddings of {clip.name!r} are {embeddings * clip.width} wide"

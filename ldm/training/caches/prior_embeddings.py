@@ -45,12 +45,12 @@ class PriorEmbeddings:
 
     @property
     def length(self) -> int:
-        """Number of tokens that the prior reads."""
+        """The number of tokens that the prior reads."""
         return int(about_part(self.prior, "prior")["model"]["length"])
 
     @property
     def key(self) -> str:
-        """Identifies the embeddings: the hash of the prior's weights, and the number of steps."""
+        """The hash of the prior's weights and the number of steps, which identify the embeddings."""
         return f"{about_part(self.prior, 'prior')['sha256']}/{self.steps}"
 
     def sampler(self, clip: ClipPair) -> Callable[[Sequence[str]], Tensor]:

@@ -55,6 +55,7 @@ class CLIPPart:
         self.model = CLIP(replace(config.model, text=text)).to(device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
         chosen = self.images.draw(draws.rng, batch)
         text = self.embed_texts([caption(c, self.images.index, draws.rng) for c in chosen])
         return contrastive_loss(self.embed_images(chosen), text, self.model.logit_scale)

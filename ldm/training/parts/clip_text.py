@@ -58,6 +58,7 @@ class CLIPTextPart:
         self.model = nn.ModuleDict({"text": self.text, "scale": nn.ParameterList([self.logit_scale])})
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
         chosen, rows = self.compositions.draw(draws.rng, batch)
         image = F.normalize(self.embeddings[rows].to(self.device), dim=-1)
         text = self.embed_texts([caption(c, self.images.index, draws.rng) for c in chosen])

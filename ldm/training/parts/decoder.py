@@ -109,6 +109,7 @@ class DecoderPart:
         return replace(cond, pooled=cond.pooled if c.pooled_dim else None, image_emb=image)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the diffusion loss of a random batch."""
         diffusion = self.config.diffusion
         chosen, rows = self.compositions.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)

@@ -66,6 +66,7 @@ class DraftPart:
         self.latents = LatentSpace.open(config.vae, self.compositions, device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean squared error of the drafts of a random batch."""
         chosen, rows = self.compositions.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         captions = draw_captions(chosen, self.images.index, draws.rng, drop=self.config.drop)

@@ -121,6 +121,7 @@ class ImageDraftPart:
         return torch.cat([image, torch.where(kept[:, None], text, self.no_text).to(self.device)], dim=1)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean squared error of the drafts of a random batch."""
         _, rows = self.compositions.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         return (self.net(self.read_embeddings(rows, draws)) - x0).square().mean(), {}

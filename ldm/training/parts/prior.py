@@ -107,6 +107,7 @@ class PriorPart:
         self.model = nn.ModuleDict({"net": self.net})
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a random batch: the diffusion loss, or the cross-entropy of the codes."""
         diffusion = self.config.diffusion
         chosen, rows = self.compositions.draw(draws.rng, batch)
         captions = draw_captions(chosen, self.images.index, draws.rng, drop=diffusion.drop)
@@ -120,7 +121,17 @@ class PriorPart:
     def sample(
         self, captions: Sequence[str], *, seed: int = 0, steps: int = 10, guidance: float = 1.0
     ) -> Tensor:
-        """Sample image embeddings of captions, (B, E); an autoregressive prior ignores steps and guidance."""
+        """Sample image embeddings of captions.
+
+        Args:
+            captions: B captions.
+            seed: Seed of the first sample. Default: 0.
+            steps: DDIM steps; not used by an autoregressive prior. Default: 10.
+            guidance: Guidance scale; not used by an autoregressive prior. Default: 1.
+
+        Returns:
+            Embeddings, (B, E).
+        """
         if isinstance(self.net, AutoregressivePrior):
             return self.net.sample(self.clip.read(captions), list(range(seed, seed + len(captions))))
         assert self.denoiser is not None

@@ -125,6 +125,10 @@ class UNetPart:
         self.latents = LatentSpace.open(config.vae, self.compositions, device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a random batch, and its terms to log.
+
+        The terms are the diffusion loss at high and at low t, the squared error of the draft, and grounding.
+        """
         config, diffusion = self.config, self.config.diffusion
         chosen, rows = self.compositions.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
@@ -158,7 +162,17 @@ class UNetPart:
         return grounding_loss(maps.values(), named).to(self.device)
 
     def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
-        """Sample images of prompts, (B, 3, H, W) in about [−1, 1]."""
+        """Sample images of prompts.
+
+        Args:
+            prompts: B prompts.
+            steps: Sampling steps. Default: 20.
+            guidance: Guidance scale. Default: 3.
+            seed: Seed of the first image. Default: 0.
+
+        Returns:
+            Images, (B, 3, H, W) in about [−1, 1].
+        """
         z = sample_latents(
             self.denoiser,
             self.text(prompts),

@@ -92,6 +92,7 @@ class UpsamplerPart:
         return F.avg_pool2d(x, self.config.factor)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the diffusion loss of a random batch of crops."""
         c = self.config
         x = self.images.tensor(self.images.draw(draws.rng, batch))  # (B, 3, H, W)
         with torch.autocast(x.device.type, enabled=False):  # data preparation stays in float32

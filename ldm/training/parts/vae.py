@@ -58,6 +58,7 @@ class VAEPart:
         self.model = AutoencoderKL(config.model).to(device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted reconstruction and KL losses of a random batch, and each of them to log."""
         x = self.images.tensor(self.images.draw(draws.rng, batch)).to(self.device)  # (B, 3, H, W)
         latent = self.config.data.size // self.config.model.factor
         noise = draws.normal(batch, self.config.model.latent_channels, latent, latent).to(self.device)
