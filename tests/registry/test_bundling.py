@@ -283,7 +283,7 @@ def latent_config(place: Path, **changes: Any) -> Path:
     net = pipe.denoiser.net
     write_part(place / "unet", "unet", net, net.config, diffusion={**SETTINGS, "prediction": "v"})
     assert isinstance(pipe.text, TextConditioner)
-    write_text(place / "text", pipe.text, words=sorted(pipe.text.words or ()))
+    write_text(place / "text", pipe.text, words=sorted(pipe.text.known_words or ()))
     folders = {"vae": "vae", "unet": "unet", "text": "text", "draft": "text"}
     exports = {part: str(place / folder) for part, folder in folders.items()}
     path = place / "card.yaml"

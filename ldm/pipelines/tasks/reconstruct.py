@@ -7,6 +7,7 @@ from typing import Any
 from ldm.images.pixels import ImageInput
 from ldm.images.result import Images
 from ldm.pipelines.protocol import EmbeddingPipeline, LatentPipeline
+from ldm.pipelines.replayable import replayable
 from ldm.pipelines.tasks.inversion import draw_inverted, invert
 from ldm.pipelines.tasks.variations import embedding_variations
 
@@ -41,6 +42,7 @@ def reconstruct(
 def embedding_reconstruct(pipe: EmbeddingPipeline, image: ImageInput, **options: Any) -> Images:
     """Draw an image again from its CLIP embedding and its inverted noise.
 
-    It is `variations` with `invert`, `eta` 0 and, by default, one image.
+    It is `variations` with `invert`, `eta` 0 and, by default, one image; so its recipe is that of variations.
     """
-    return embedding_variations(pipe, image, **{"n": 1, **options, "invert": True, "eta": 0.0})
+    vary = replayable(embedding_variations)
+    return vary(pipe, image, **{"n": 1, **options, "invert": True, "eta": 0.0})
