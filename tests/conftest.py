@@ -7,6 +7,7 @@ which need much memory, run in one.
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,14 +83,24 @@ def many() -> ImageIndex:
     )
 
 
+def write_data_set(data: EmojiData, folder: Path) -> Path:
+    np.save(folder / "pictures.npy", data.images)
+    rows = [{**vars(row), "tags": list(row.tags)} for row in data.index]
+    (folder / "index.json").write_text(json.dumps(rows))
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
 @pytest.fixture
 def folder(drawn, tmp_path):
     """Write the drawn data set as files, and return the folder."""
-    np.save(tmp_path / "pictures.npy", drawn.images)
-    rows = [{**vars(row), "tags": list(row.tags)} for row in drawn.index]
-    (tmp_path / "index.json").write_text(json.dumps(rows))
-    (tmp_path / "manifest.json").write_text("{}")
-    return tmp_path
+    return write_data_set(drawn, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(drawn, tmp_path_factory):
+    """Write the drawn data set once for all tests, which must not change it."""
+    return write_data_set(drawn, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -147,13 +149,23 @@ def test_impossible_configurations_are_refused(place) -> None:
             )
 
 
+@pytest.fixture(scope="module")
+def trained(shared_folder, tmp_path_factory):
+    """Train a small model for a few steps; return the folder of its runs, and the configurations."""
+    where, made = tmp_path_factory.mktemp("trained"), configs(shared_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        for name in ("vae", "clip", "draft", "unet"):
+            training = open_run(write(made[name], Path(f"{name}.yaml")))
+            training.train(progress=False)
+            training.export(Path(f"runs/{name}/export"))
+    return where, made
+
+
 @pytest.fixture
-def place(folder, tmp_path, monkeypatch):
-    """Change to a folder where a small model has been trained for a few steps; return its configurations."""
+def place(trained, tmp_path, monkeypatch):
+    """Change to a copy of the folder with the trained model; return the configurations."""
+    where, made = trained
+    shutil.copytree(where, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    made = configs(folder)
-    for name in ("vae", "clip", "draft", "unet"):
-        training = open_run(write(made[name], Path(f"{name}.yaml")))
-        training.train(progress=False)
-        training.export(Path(f"runs/{name}/export"))
-    return made
+    return copy.deepcopy(made)

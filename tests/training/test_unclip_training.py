@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,17 +36,26 @@ from ldm.training.run import open_run, read_training_config
 from ldm.weights.formats.ldm_folder import about_part, read_part, read_text
 
 
-@pytest.fixture
-def place(folder, tmp_path, monkeypatch):
-    """Change to a folder that holds the drawn data set and the exports that the networks begin with."""
-    monkeypatch.chdir(tmp_path)
-    made = configs(folder)
+@pytest.fixture(scope="module")
+def exports(shared_folder, tmp_path_factory):
+    """Train and export the networks that the others begin with; return the folder of their runs."""
+    where, made = tmp_path_factory.mktemp("exports"), configs(shared_folder)
     made["unet"]["text"] = {"folder": "runs/draft/export"}
-    for name in ("vae", "clip", "draft", "unet"):
-        begun = open_run(write(made[name], Path(f"{name}.yaml")))
-        begun.train(progress=False, until=2)
-        begun.export(Path(f"runs/{name}/export"))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        for name in ("vae", "clip", "draft", "unet"):
+            begun = open_run(write(made[name], Path(f"{name}.yaml")))
+            begun.train(progress=False, until=2)
+            begun.export(Path(f"runs/{name}/export"))
+    return where
+
+
+@pytest.fixture
+def place(shared_folder, exports, tmp_path, monkeypatch):
+    """Change to a folder with copies of the exports; return the folder of the data set."""
+    shutil.copytree(exports, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return shared_folder
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
