@@ -71,7 +71,7 @@ class UNetLevel(nn.Module):
             self.upsamplers = ModuleListOf([Upsample(width)])
 
     def block(self, i: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Return the output of residual block i and of the attention behind it.
+        """Return the output of residual block i and of the attention after it.
 
         Args:
             i: Index of the residual block.
@@ -124,7 +124,7 @@ class UNetMid(nn.Module):
 def make_attention(
     config: UNetConfig, level: int, depth: int, only_cross: bool = False
 ) -> AttentionBlock | SpatialTransformer:
-    """Return the attention behind a residual block.
+    """Return the attention that follows a residual block.
 
     Args:
         config: Shape of the UNet.

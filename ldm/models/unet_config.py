@@ -17,7 +17,7 @@ class UNetConfig:
         in_channels: Channels of the input, x_t and `Cond.concat` together. Default: 4.
         out_channels: Channels of the prediction. Default: 4.
         channels: Channels of each level, largest size first. Each level but the last halves the size.
-        depth: Transformer blocks behind each residual block, one number per level; 0 for none.
+        depth: Transformer blocks after each residual block, one number per level; 0 for none.
         mid_depth: The same for the middle block. Default: 1.
         blocks: Residual blocks of a level on the way down; one more on the way up. Default: 2.
         heads: Attention heads, one number for all levels or one per level. None if `head_dim` is given.

@@ -130,7 +130,7 @@ class OpenVINO(Substitute[UNet | VAEDecoder]):
             tensors: Arguments of the network, floating-point ones in float32.
             dtype: Dtype of the computation.
         """
-        import openvino
+        import openvino  # without type information, hence Any
 
         flat = Flat(copy.deepcopy(self.module).float(), names)
         with torch.no_grad():
@@ -158,6 +158,7 @@ class Flat(nn.Module):
         network.__dict__.pop("forward", None)  # the copy of the substitute
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the output of the network."""
         own = len(tensors) - len(self.names)
         fields = dict(zip(self.names, tensors[own:], strict=True))
         return self.network(*tensors[:own], *([Cond(**fields)] if isinstance(self.network, UNet) else []))

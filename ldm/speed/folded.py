@@ -84,11 +84,11 @@ def fold(conv: nn.Conv2d) -> list[PackedConv2d]:
     for rows in _paired_sums(weight, 2):
         for kernel in _paired_sums(rows, 3):
             with on_meta():
-                made = nn.Conv2d(conv.in_channels, conv.out_channels, 2, padding=1)
-            made.__class__ = PackedConv2d
-            made._parameters["weight"] = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
-            made._parameters["bias"] = nn.Parameter(conv.bias.detach(), requires_grad=False)
-            convs.append(cast(PackedConv2d, made))
+                folded = nn.Conv2d(conv.in_channels, conv.out_channels, 2, padding=1)
+            folded.__class__ = PackedConv2d
+            folded._parameters["weight"] = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
+            folded._parameters["bias"] = nn.Parameter(conv.bias.detach(), requires_grad=False)
+            convs.append(cast(PackedConv2d, folded))
     return convs
 
 

@@ -139,6 +139,7 @@ class PackedLinear(Packed, nn.Linear):
     """Linear layer with packed weights."""
 
     def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Return a weight packed for x (..., D)."""
         return mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,6 +178,7 @@ class ContextLinear(PackedLinear):
         return self.cached[2]
 
     def unpack(self) -> None:
+        """Replace the packed weights by the plain weight, and discard the projection."""
         self.cached = None
         super().unpack()
 
@@ -203,6 +205,7 @@ class PackedConv2d(Packed, nn.Conv2d):
     transformed: Tensor | None = None
 
     def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Return a weight packed for x (B, C, h, w)."""
         return mkldnn._reorder_convolution_weight(
             weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
         )
@@ -238,5 +241,6 @@ class PackedConv2d(Packed, nn.Conv2d):
         )
 
     def unpack(self) -> None:
+        """Replace the packed weights, and those of Winograd's convolution, by the plain weight."""
         self.transformed = None
         super().unpack()

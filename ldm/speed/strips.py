@@ -88,6 +88,7 @@ class Convolved(Map):
         self.channels, self.height, self.width = conv.out_channels, source.height, source.width
 
     def rows(self, top: int, bottom: int) -> Tensor:
+        """Return the rows from `top` to below `bottom`, shape (B, C_out, bottom − top, w)."""
         above, below = min(top, 1), min(self.height - bottom, 1)
         # (B, C_out, above + bottom − top + below, w)
         y = self.conv(self.ops.affine(self.source.rows(top - above, bottom + below), *self.affine, silu=True))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ldm.speed.kernels.build import library
+from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype_code, pointer
 
-CHANNELS_LAST = torch.channels_last
 BLOCK = 2**23  # bytes of the tiles that Winograd's products take at once, so that they stay in the cache
 
 
@@ -122,6 +120,7 @@ class CompiledOps(TorchOps):
         return x.device.type == "cpu" and x.dtype in self.dtypes and x.numel() > 0
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return softmax(q kᵀ / sqrt(d)) v; see `TorchOps.attention`."""
         dim, keys = q.shape[-1], k.shape[-2]
         dtypes = {t.dtype for t in (q, k, v)}
         # a mask of keys, the same for all heads and queries
@@ -147,12 +146,12 @@ class CompiledOps(TorchOps):
             else mask.expand(batch, 1, 1, keys).reshape(batch, keys).contiguous().view(torch.uint8)
         )  # (B, M)
         self.lib.ldm_attention(
-            _dtype_code(q),
-            _pointer(q),
-            _pointer(k),
-            _pointer(v),
-            _pointer(key_mask),
-            _pointer(out),
+            dtype_code(q),
+            pointer(q),
+            pointer(k),
+            pointer(v),
+            pointer(key_mask),
+            pointer(out),
             strides,
             batch,
             heads,
@@ -173,24 +172,26 @@ class CompiledOps(TorchOps):
         gain: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Tensor:
+        """Return silu(norm(x + add) · (1 + gain) + offset); see `TorchOps.group_norm`."""
         if not self.supports(x) or norm.weight is None:
             return super().group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset)
         small = (norm.weight, norm.bias, add, gain, offset)
-        return _GroupNorm.apply(
+        return CompiledGroupNorm.apply(
             self.lib, norm.num_groups, norm.eps, silu, x.contiguous(memory_format=CHANNELS_LAST), *small
         )
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the sum of squared deviations of each channel; see `TorchOps.moments`."""
         if not self.supports(x):
             return super().moments(x)
         x = x.contiguous(memory_format=CHANNELS_LAST)
         batch, channels, h, w = x.shape
         mean, m2 = torch.empty(2, batch, channels, dtype=torch.float64)
         self.lib.ldm_moments(
-            _dtype_code(x),
-            _pointer(x),
-            _pointer(mean),
-            _pointer(m2),
+            dtype_code(x),
+            pointer(x),
+            pointer(mean),
+            pointer(m2),
             batch,
             ctypes.c_int64(h * w),
             channels,
@@ -199,6 +200,7 @@ class CompiledOps(TorchOps):
         return mean, m2
 
     def affine(self, x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool) -> Tensor:
+        """Return x·scale + shift, with SiLU if `silu`; see `TorchOps.affine`."""
         if not self.supports(x):
             return super().affine(x, scale, shift, silu=silu)
         x, scale, shift = (
@@ -210,11 +212,11 @@ class CompiledOps(TorchOps):
         y = torch.empty_like(x)
         threads = torch.get_num_threads()
         self.lib.ldm_affine(
-            _dtype_code(x),
-            _pointer(x),
-            _pointer(scale),
-            _pointer(shift),
-            _pointer(y),
+            dtype_code(x),
+            pointer(x),
+            pointer(scale),
+            pointer(shift),
+            pointer(y),
             batch,
             ctypes.c_int64(h * w),
             channels,
@@ -249,82 +251,7 @@ class CompiledOps(TorchOps):
             v = v_buffer[: 16 * n * channels].view(16, n, channels)  # transformed inputs
             m = m_buffer[: 16 * n * out_channels].view(16, n, out_channels)  # products
             part = ctypes.c_int64(first), ctypes.c_int64(n), threads
-            self.lib.ldm_winograd_in(_pointer(x), _pointer(v), h, w, channels, *part)
+            self.lib.ldm_winograd_in(pointer(x), pointer(v), h, w, channels, *part)
             torch.bmm(v, weights, out=m)
-            self.lib.ldm_winograd_out(_pointer(m), _pointer(bias), _pointer(y), h, w, out_channels, *part)
+            self.lib.ldm_winograd_out(pointer(m), pointer(bias), pointer(y), h, w, out_channels, *part)
         return y
-
-
-class _GroupNorm(torch.autograd.Function):
-    """The compiled group norm, with gradients of all its tensors; double backward is not supported."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # the context object of torch.autograd.Function, whose attributes are set here
-        lib: ctypes.CDLL,
-        groups: int,
-        eps: float,
-        silu: bool,
-        x: Tensor,
-        *small: Tensor | None,
-    ) -> Tensor:
-        batch, channels, h, w = x.shape
-        y = torch.empty_like(x)
-        mean, stats = (
-            x.new_empty(batch, channels, dtype=torch.float64),
-            x.new_empty(2, batch, groups, dtype=torch.float64),
-        )
-        wide = [None if t is None else t.float().contiguous() for t in small]
-        ctx.sizes = batch, ctypes.c_int64(h * w), channels, groups
-        lib.ldm_group_norm(
-            _dtype_code(x),
-            _pointer(x),
-            *map(_pointer, wide),
-            _pointer(y),
-            *map(_pointer, (mean, *stats)),
-            *ctx.sizes,
-            ctypes.c_double(eps),
-            int(silu),
-            torch.get_num_threads(),
-        )
-        ctx.lib, ctx.silu = lib, silu
-        ctx.save_for_backward(x, mean, stats, *small)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, stats, *small = ctx.saved_tensors
-        dy, dx = dy.contiguous(memory_format=CHANNELS_LAST), torch.empty_like(x)
-        wide = [None if t is None else t.float().contiguous() for t in small]
-        grads = [None if t is None else torch.empty_like(t) for t in wide]
-        pointers = (
-            *map(_pointer, wide),
-            *map(_pointer, (mean, *stats)),
-            _pointer(dx),
-            *map(_pointer, grads),
-        )
-        ctx.lib.ldm_group_norm_gradient(
-            _dtype_code(x),
-            _pointer(x),
-            _pointer(dy),
-            *pointers,
-            *ctx.sizes,
-            int(ctx.silu),
-            torch.get_num_threads(),
-        )
-        small_grads = (
-            None if t is None or grad is None else grad.to(t.dtype)
-            for t, grad in zip(small, grads, strict=True)
-        )
-        return None, None, None, None, dx, *small_grads
-
-
-def _dtype_code(x: Tensor) -> int:
-    """Return the number by which the kernels know the dtype: 0 for float32, 1 for bfloat16."""
-    return int(x.dtype == torch.bfloat16)
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p | None:
-    """Return the address of a tensor's data, or None, the null pointer."""
-    return None if x is None else ctypes.c_void_p(x.data_ptr())
