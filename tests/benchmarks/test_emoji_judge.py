@@ -68,7 +68,9 @@ def test_pruning_does_not_change_the_verdict(drawn, judge):
     assert torch.allclose(gallery + pink, composed, atol=1 / 255)
     for image, name, verdict in zip(shown, names, judge(shown, names, ["pink"] * 6), strict=True):
         copies = shifted_and_scaled(image - pink)
-        distance = torch.stack([(copies - picture).square().flatten(1).mean(1).min() for picture in gallery])
+        distance = torch.stack(
+            [(copies - candidate).square().flatten(1).mean(1).min() for candidate in gallery]
+        )
         own = min(distance[i] for i, row in enumerate(drawn.index) if row.name == name)
         assert verdict.rank == int((distance < own - 1e-7).sum())
         assert (
@@ -80,7 +82,7 @@ def test_pruning_does_not_change_the_verdict(drawn, judge):
 def test_least_mse_is_the_mean_squared_error():
     torch.manual_seed(2)
     a, b = torch.rand(5, 3, 8, 8), torch.rand(4, 3, 8, 8)
-    expected = torch.stack([(a - picture).square().flatten(1).mean(1).min() for picture in b])
+    expected = torch.stack([(a - candidate).square().flatten(1).mean(1).min() for candidate in b])
     assert torch.allclose(least_mse(a, b), expected, atol=1e-6)
 
 
@@ -146,5 +148,5 @@ def test_compositions_are_drawn_from_the_training_set_or_held_out(many):
     assert sum(c.background is not None for c in seen) == 50 and len({c.image for c in seen}) == 100
     assert not any(many[c.image].held_out for c in (*seen, *unseen))
     assert {many[c.image].style for c in (*seen, *unseen)} == {"noto"}
-    pictures = emoji_quality.draw_held_out_images(data, np.random.default_rng(0))
-    assert [c.image for c in pictures] == many.held_out.tolist()
+    chosen = emoji_quality.draw_held_out_images(data, np.random.default_rng(0))
+    assert [c.image for c in chosen] == many.held_out.tolist()

@@ -125,14 +125,12 @@ def test_the_rows_of_the_oracle():
 
 def test_a_complete_run_prints_tables_and_writes_files(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    report, picture = tmp_path / "solvers.json", tmp_path / "solvers.png"
+    report, plot = tmp_path / "solvers.json", tmp_path / "solvers.png"
     arguments = (
         "--samplers ddim dpmpp_2m euler_a --oracle-steps 20 40 --samples 200 --budgets 3 6 --spacings lambda"
         " --prompts cat"
     )
-    solvers.main(
-        [*arguments.split(), "--reference-steps", "30", "--json", str(report), "--plot", str(picture)]
-    )
+    solvers.main([*arguments.split(), "--reference-steps", "30", "--json", str(report), "--plot", str(plot)])
     out, written = capsys.readouterr().out, json.loads(report.read_text())
     assert "Fewest evaluations" in out and "| ddim |" in out
     rows = written["images"]["emoji-ldm"]["rows"]
@@ -144,7 +142,7 @@ def test_a_complete_run_prints_tables_and_writes_files(tiny, tmp_path, capsys):
         and written["oracle"]["stochastic"]
         and written["settings"]["budgets"] == [3, 6]
     )
-    assert picture.read_bytes().startswith(b"\x89PNG") and {p.name for p in tmp_path.iterdir()} == {
+    assert plot.read_bytes().startswith(b"\x89PNG") and {p.name for p in tmp_path.iterdir()} == {
         "solvers.json",
         "solvers.png",
     }

@@ -48,10 +48,10 @@ class Perfect:
     def imagine(self, prompts, **_) -> ImageEmbedding:
         return ImageEmbedding(vector=self.true, clip="x")
 
-    def variations(self, picture, *, n, **_) -> SimpleNamespace:
-        made = picture.expand(n, -1, -1, -1).clone()
+    def variations(self, image, *, n, **_) -> SimpleNamespace:
+        made = image.expand(n, -1, -1, -1).clone()
         made[1 if self.wrong else 0 :] = 0.5  # all but the first are grey
-        return SimpleNamespace(tensor=made if self.wrong else picture.expand(n, -1, -1, -1))
+        return SimpleNamespace(tensor=made if self.wrong else image.expand(n, -1, -1, -1))
 
 
 def test_a_prior_with_the_true_embeddings_has_a_cosine_of_one(drawn, monkeypatch):
@@ -59,9 +59,9 @@ def test_a_prior_with_the_true_embeddings_has_a_cosine_of_one(drawn, monkeypatch
     images = benchmark.real
 
     def remembered(chosen, data, size):
-        pictures = images(chosen, data, size)
-        model.true = model.clip.image_embedding(pictures).vector
-        return pictures
+        truth = images(chosen, data, size)
+        model.true = model.clip.image_embedding(truth).vector
+        return truth
 
     monkeypatch.setattr(benchmark, "real", remembered)
     monkeypatch.setattr(
