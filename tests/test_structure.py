@@ -279,12 +279,7 @@ def calls(tmp_path_factory) -> Calls:
     ("formula", "limit"),
     [
         pytest.param(lambda: ldm.SAMPLERS["dpmpp_2m"], 4, id="sampler"),
-        pytest.param(
-            lambda: ldm.Denoiser.forward,
-            5,
-            id="denoiser",
-            marks=pytest.mark.xfail(strict=True, reason="6 files, because of diffusion/joint.py"),
-        ),
+        pytest.param(lambda: ldm.Denoiser.forward, 5, id="denoiser"),
     ],
 )
 def test_a_formula_is_few_files_away_from_the_command(calls, formula, limit):

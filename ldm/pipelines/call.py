@@ -186,6 +186,18 @@ def settle(
     )
 
 
+def named_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword-only options among the arguments of a task, its `locals()` before any other line.
+
+    Left out are the pipeline, the prompt, and the mapping of further options.
+    """
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("self", "prompt", "options", "sampler_options")
+    }
+
+
 def lay_grid(
     rules: Convention,
     schedule: NoiseSchedule,

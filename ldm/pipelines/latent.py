@@ -16,7 +16,7 @@ from ldm.images.canvas import pad_to_multiple
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.base import BasePipeline
-from ldm.pipelines.call import Call, Grid, Rules, SizeCondition
+from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, named_options
 from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair, prompt_conditions
 from ldm.pipelines.drafts import with_known_draft
@@ -116,9 +116,8 @@ class LatentDiffusion(BasePipeline):
         """Draw images of a prompt, or of several.
 
         Args:
-            prompt: One prompt or several. A prompt may hold weights, "(red:1.3) apple", and blends,
-                "a {cat|dog} face" (`ldm.conditioning.prompt`), and have any length. An empty prompt is
-                unconditional, in models whose unconditional condition is the empty text.
+            prompt: One prompt or several, of any length, with weights, "(red:1.3) apple", and blends,
+                "a {cat|dog} face" (`ldm.conditioning.prompt`).
             negative: What to guide away from: one text for all images, or one for each prompt or each image.
             n: Number of images of each prompt. Default: 1.
             steps: Sampling steps. Default: the card's.
@@ -140,8 +139,7 @@ class LatentDiffusion(BasePipeline):
             sampler_options: Options of the sampler, such as `eta` of ddim.
 
         Returns:
-            The images (B, 3, H, W) in [0, 1], with seeds and recipe. Decoded values outside [0, 1] are
-            clamped.
+            Images in [0, 1], with seeds and recipe. Decoded values outside [0, 1] are clamped.
 
         Raises:
             ValueError: If a size does not fit the autoencoder, a name or an option is unknown, or the model
@@ -150,26 +148,8 @@ class LatentDiffusion(BasePipeline):
         Warns:
             UnknownWords: If a prompt has words that the model has never seen.
         """
-        call = self.settle(
-            prompt,
-            negative=negative,
-            n=n,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            convention=convention,
-            spacing=spacing,
-            grid=grid,
-            seed=seed,
-            height=height,
-            width=width,
-            sizes=sizes,
-            latents=latents,
-            progress=progress,
-            on_step=on_step,
-            keep_steps=keep_steps,
-            **sampler_options,
-        )
+        options = named_options(locals())
+        call = self.settle(prompt, **options, **sampler_options)
         return self.draw(call, Request(task="text_to_image"))
 
     def class_to_image(self, label: int | Sequence[int], **options: Any) -> Images:

@@ -18,7 +18,7 @@ from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.base import BasePipeline
-from ldm.pipelines.call import Call
+from ldm.pipelines.call import Call, named_options
 from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair
 from ldm.pipelines.protocol import Request
@@ -153,23 +153,8 @@ class UnCLIP(BasePipeline):
             ValueError: If the embedding is of another CLIP or width, the model has no prior, or an option is
                 wrong.
         """
-        call = self.settle(
-            prompt,
-            negative=negative,
-            n=n,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            grid=grid,
-            seed=seed,
-            height=height,
-            width=width,
-            latents=latents,
-            progress=progress,
-            on_step=on_step,
-            candidates=candidates,
-            **options,
-        )
+        asked = {name: value for name, value in named_options(locals()).items() if name != "embedding"}
+        call = self.settle(prompt, **asked, **options)
         if embedding is None:
             return self.draw(call, Request(task="text_to_image"))
         given = embedding

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.diffusion.denoiser import denoise_both
 from ldm.diffusion.guidance import lerp
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
-from ldm.diffusion.joint import denoise_both
 from ldm.images.pixels import ImageInput
 from ldm.images.result import Images
 from ldm.pipelines.call import Call
@@ -42,6 +42,22 @@ class Lead:
     within: float
     emphasis: Mapping[str, float]
     given: bool
+
+    @classmethod
+    def settle(
+        cls,
+        source: str,
+        cross: float | None,
+        within: float | None,
+        emphasis: Mapping[str, float] | None,
+        *,
+        given: bool,
+    ) -> Lead:
+        """Return the lead of an edit; shares that are None take their defaults. See `edit`."""
+        cross = CROSS * (not given) if cross is None else cross
+        within = WITHIN * (not given) if within is None else within
+        check_unit_interval(cross=cross, within=within)
+        return cls(source=source, cross=cross, within=within, emphasis=emphasis or {}, given=given)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -92,14 +108,7 @@ def edit(
         ValueError: If a share is outside [0, 1], a word is not in the prompt, or attention cannot be
             controlled in this model.
     """
-    lead = Lead(
-        source=source,
-        cross=CROSS * (image is None) if cross is None else cross,
-        within=WITHIN * (image is None) if within is None else within,
-        emphasis=emphasis or {},
-        given=image is not None,
-    )
-    check_unit_interval(cross=lead.cross, within=lead.within)
+    lead = Lead.settle(source, cross, within, emphasis, given=image is not None)
     if image is None:
         return _edit_seed(pipe, prompt, lead, options)
     inverted = invert(
