@@ -7,7 +7,7 @@ import importlib
 import inspect
 import subprocess
 import sys
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 
@@ -91,6 +91,11 @@ def test_folders_stay_small():
 
 
 # Names
+
+
+def test_modules_of_the_tests_have_different_names():
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []  # pytest imports them by this name
 
 
 def defined_names(path: Path) -> set[str]:
