@@ -14,8 +14,8 @@ from ldm.diffusion.noise import keyed_noise
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
 
-# DDPM's own schedule: alpha_T = 0.006, so that N(0, 1) is what the data become (scaled_linear ends at 0.07,
-# worth 0.03 bits a sample)
+# DDPM's schedule has alpha_T = 0.006, so that the data become N(0, 1); scaled_linear ends at 0.07, which
+# costs 0.03 bits per sample
 SCHEDULE = NoiseSchedule.linear()
 
 
@@ -31,12 +31,11 @@ def test_gaussian_within_a_hundredth_of_a_bit(prediction: str) -> None:
     truth = closed_form(data, x0)
     grid = TimeGrid.make(SCHEDULE, 30, spacing="lambda", final="none")
     flow = flow_bits(denoise, x0, grid, noise=keyed_noise(range(64)), probes=2)
-    # what is left: the prior's mismatch, 0.006·0.5 standard deviations, and sigma_min = 0.01 of noise in y
+    # the remaining error: the prior's mismatch, 0.006·0.5 standard deviations, and sigma_min = 0.01 of noise
     assert float((flow.bits - truth).abs().mean()) < 0.01
     assert float((flow.bits.mean() - truth.mean()).abs()) < 0.01
     assert float(flow.error.max()) < 1e-6  # the divergence of an affine field has no variance under ±1 probes
-    # the bound's integral is a Monte-Carlo mean: so many draws that 3 of its standard errors fit into the bar
-    # beside the mean itself
+    # the integral of the bound is a Monte-Carlo mean: the tolerance includes 3 of its standard errors
     x0, g = data.sample(4096), torch.Generator().manual_seed(0)
     bound = bound_bits(
         denoise,
@@ -68,7 +67,7 @@ def test_mixture_flow_is_exact_and_the_bound_is_above_it() -> None:
 
 
 def test_hutchinson_s_error_is_what_is_seen() -> None:
-    """A field whose Jacobian is not diagonal: estimates scatter about the trace by the stated error."""
+    """For a Jacobian that is not diagonal, estimates scatter around the trace by the stated error."""
     data = Mixture(
         means=torch.tensor([[1.0, 1, 0, 0], [-1, 0, 1, 1]], dtype=torch.float64),
         stds=torch.tensor([0.5, 0.6], dtype=torch.float64),
@@ -80,7 +79,7 @@ def test_hutchinson_s_error_is_what_is_seen() -> None:
     seen, stated = float(flow.bits.std()), float(flow.error.square().mean().sqrt())
     assert (
         0.8 < seen / stated < 1.25
-    )  # 200 samples know a deviation to 5 %, its square root mean of 8 probes alike
+    )  # 200 samples give a standard deviation to 5 %, and so does the RMS of 8 probes
     truth = float(closed_form(data, x0)[0])
     assert abs(float(flow.bits.mean()) - truth) < 0.01 + 3 * seen / math.sqrt(200)
 

@@ -15,7 +15,7 @@ from ldm.diffusion.spacings import SPACINGS
 from ldm.samplers import SAMPLERS
 
 SCHEDULE = NoiseSchedule.scaled_linear()
-# evaluations of N steps whose last goes to clean data
+# evaluations of N steps, the last of which ends at clean data
 COUNTS = {
     "plms": lambda n: n + (n > 1),
     **dict.fromkeys(("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde"), lambda n: 2 * n - 1),
@@ -23,7 +23,7 @@ COUNTS = {
 
 
 def counted(name: str, grid: TimeGrid, schedule: NoiseSchedule = SCHEDULE, **options: Any) -> int:
-    """How often the sampler calls the exact denoiser of a mixture, with real noise."""
+    """Return how often a sampler evaluates the exact denoiser of a mixture, with real noise."""
     calls = 0
     exact = mixture().denoise(schedule)
 
@@ -58,7 +58,7 @@ def test_announced_is_counted(name: str, steps: int) -> None:
         assert counted(name, grid) == evaluations(grid, name)
         assert name != "plms" or evaluations(grid, name) == COUNTS["plms"](
             steps
-        )  # one step alone is plain, wherever it ends
+        )  # a single step is a plain one
     zero = SCHEDULE.zero_terminal_snr()
     grid = TimeGrid.make(zero, steps, spacing="trailing")
     assert counted(name, grid, zero) == evaluations(grid, name)

@@ -1,4 +1,4 @@
-"""Looking inside a run: it changes nothing, maps are probabilities, and what is asked wrongly is said."""
+"""Traces: they do not change a run, maps are probabilities, and wrong arguments raise errors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def test_a_traced_run_is_the_untraced_one(guidance, dtype):
     plain = run(pipe, n=2, guidance=guidance)
     with ldm.trace(pipe) as t:
         traced = run(pipe, n=2, guidance=guidance)
-    # to the bit: the bar is 1e-5, which an explicit product in the place of the fused kernel's would keep in
-    # float32 alone
+    # bit-identical: an explicit product in place of the fused kernel would differ by up to 1e-5 in float32
     assert torch.equal(traced.tensor, plain.tensor) and t.images is traced
     assert torch.equal(run(pipe, n=2, guidance=guidance).tensor, plain.tensor) and pipe.watchers == []
     assert all(
@@ -58,12 +57,12 @@ def test_the_maps_are_of_the_conditional_branch(pipe):
     maps = {}
     for guidance in (1.0, 2.0):
         with ldm.trace(pipe) as t:
-            run(pipe, guidance=guidance, steps=1)  # in the first step both see the same x
+            run(pipe, guidance=guidance, steps=1)  # in the first step both have the same x
         maps[guidance] = t.attention("apple")
     assert torch.allclose(maps[1.0], maps[2.0], atol=1e-6)
     with ldm.trace(pipe) as t:
         run(pipe, guidance=0.0, steps=1)
-    assert t.steps[0].attention == {}  # the prompt was not looked at
+    assert t.steps[0].attention == {}  # there is no attention to the prompt
 
 
 def test_words_are_found_with_all_their_tokens(pipe):
@@ -75,7 +74,7 @@ def test_words_are_found_with_all_their_tokens(pipe):
     enlarged = torch.nn.functional.interpolate(p.permute(0, 3, 1, 2), (8, 8), mode="bilinear")
     assert torch.allclose(t.attention("Apple"), enlarged[:, 3], atol=1e-6)
     assert torch.allclose(t.attention("red apple"), enlarged[:, 2] + enlarged[:, 3], atol=1e-6)
-    assert torch.allclose(t.attention("a"), enlarged[:, 1] + enlarged[:, 5], atol=1e-6)  # wherever it stands
+    assert torch.allclose(t.attention("a"), enlarged[:, 1] + enlarged[:, 5], atol=1e-6)  # both occurrences
     total = sum(t.attention(word) for word in dict.fromkeys(t.words()))
     assert bool((total < 1).all()) and bool((total > 0.2).all())  # the rest is on start and end
     first, last = t.attention("apple", steps=[0]), t.attention("apple", steps=[1])
@@ -84,7 +83,7 @@ def test_words_are_found_with_all_their_tokens(pipe):
 
 
 def test_attention_that_is_put_on_one_half_is_shown_there(pipe):
-    def left(name, p):  # all that looks at token 3 is on the left half; what is left over goes to the start
+    def left(name, p):  # only the left half attends to token 3; the rest attends to the start
         p = p.clone().unflatten(2, (4, 4))
         p[..., :2, 3], p[..., 2:, 3] = 0.5, 0.0
         p[..., 0] = 1 - p[..., 1:].sum(-1)
@@ -97,7 +96,7 @@ def test_attention_that_is_put_on_one_half_is_shown_there(pipe):
     heat = t.heatmap("apple")
     assert heat.tensor.shape == made.tensor.shape and heat.prompts == ("apple in: a red apple",)
     redness = (heat.tensor[:, 0] - heat.tensor[:, 2])[0]
-    assert redness[:, :10].min() > 0.5 and redness[:, 22:].abs().max() < 1e-6  # outside, the picture in grey
+    assert redness[:, :10].min() > 0.5 and redness[:, 22:].abs().max() < 1e-6  # elsewhere the image is grey
     assert torch.allclose(heat.tensor[0, 0, :, 22:], made.tensor[0].mean(0)[:, 22:], atol=1e-6)
 
 
@@ -138,7 +137,7 @@ def test_a_stopped_or_changed_run_is_recorded_as_it_went(pipe):
         run(pipe, on_step=stop)
         assert len(t.steps) == 2
         run(pipe, on_step=lambda i, x, d: torch.zeros_like(x) if i == 3 else None)
-        assert len(t.steps) == 4  # a second run takes the first one's place
+        assert len(t.steps) == 4  # a second run replaces the first
 
 
 def test_other_tasks_are_traced_too(pipe):
@@ -171,12 +170,12 @@ def test_an_unclip_s_decoder_is_traced_without_maps(make, shape, side):
         with pytest.raises(ValueError, match="attention is recorded for LatentDiffusion only"):
             asked()
     with ldm.trace(model) as t:
-        # the caller's own hook is called still
+        # the caller's hook is still called
         model.text_to_image("a cat", **options, on_step=lambda i, x, d: x + i)
     assert not torch.equal(t.images.tensor, plain.tensor)
 
 
-def test_what_is_asked_wrongly_is_said(pipe):
+def test_wrong_arguments_raise_errors(pipe):
     with ldm.trace(pipe) as t:
         with pytest.raises(ValueError, match="nothing is recorded yet"):
             t.heatmap("apple")

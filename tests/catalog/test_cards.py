@@ -1,4 +1,4 @@
-"""The published models' cards: the counts of their networks, their conventions, and cards of one's own."""
+"""Cards of the published models: parameter counts and conventions; cards that a user registers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_conventions(card: ModelCard) -> None:
     schedule = card.schedule.make()
     assert len(schedule) == 1000
     assert len(card.grids().grid(schedule, card.defaults.steps, card.defaults.sampler)) == card.defaults.steps
-    for sampler in ("ddim", "euler", "dpmpp_2m", "plms"):  # a swapped sampler has a grid of its own
+    for sampler in ("ddim", "euler", "dpmpp_2m", "plms"):  # another sampler gets its own grid
         assert len(card.grids().grid(schedule, 20, sampler)) == 20
     assert card.family in FAMILIES and not FAMILIES[card.family].refusal
     assert card.hub is None or card.hub.sha256 is None or re.fullmatch("[0-9a-f]{64}", card.hub.sha256)
@@ -113,7 +113,7 @@ def test_what_tells_models_of_one_family_apart() -> None:
         -1,
         True,
         768,
-    )  # 23 blocks: the last but one of the tower
+    )  # 23 blocks: the penultimate layer of the tower
     assert stated("sd-v2-1-base") == ("eps", 0.012, 0.18215, 0, -1, True, 512)
     assert stated("sdxl-base") == ("eps", 0.012, 0.13025, 49407, -2, False, 1024)
     assert stated("sd-x4-upscaler")[:3] == ("v", 0.02, 0.08333)
@@ -152,7 +152,7 @@ def own(tmp_path: Path) -> Iterator[Path]:
     REGISTERED.update(before)
 
 
-def test_a_card_of_ones_own(own: Path) -> None:
+def test_a_registered_card(own: Path) -> None:
     schedule = "{kind: scaled_linear, beta_start: 1e-3, beta_end: 0.01}"
     own.write_text(f"base: sd-v2-base\nname: my-model\nsummary: mine\nprediction: v\nschedule: {schedule}\n")
     card = ldm.register(own)
@@ -165,7 +165,7 @@ def test_a_card_of_ones_own(own: Path) -> None:
     )
     assert "my-model" in ldm.list_models() and find_model("my-model") == card
     own.write_text(own.read_text().replace("0.01", "0.02"))
-    assert ldm.register(own).schedule.beta_end == 0.02  # one's own may be changed
+    assert ldm.register(own).schedule.beta_end == 0.02  # registered cards may be replaced
 
 
 @pytest.mark.parametrize(

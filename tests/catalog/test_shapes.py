@@ -1,5 +1,4 @@
-"""Published shapes: parameters and keys as counted elsewhere, and every name and shape of the original files
-reached by the rule tables."""
+"""Published shapes: their published parameter counts, and the names and shapes of the original files."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.unet import unet_table
 from ldm.weights.rules.vae import vae_table
 
-# name: parameters, and tensors in the original layout where that is known
+# name: number of parameters, and of tensors in the original layout if known
 UNET_COUNTS = {
     "sd1": (859_520_964, 686),
     "sd1-inpaint": (859_535_364, 686),
@@ -128,7 +127,7 @@ def test_text_encoders_have_the_published_parameters(name):
     config = BERTS[name]
     with on_meta():
         ours = shapes_of(LDMBert(config))
-    logits = config.vocabulary * (config.width + 1)  # of the file, and unused
+    logits = config.vocabulary * (config.width + 1)  # in the file, unused
     assert (size(ours) + logits, len(file_shapes(bert_table(ours), ours)) + 2) == BERT_COUNTS[name]
 
 

@@ -21,7 +21,7 @@ from ldm.weights.rules.unet import unet_table
 
 
 def cards(found: Detection) -> list[Candidate]:
-    """Two cards, one of which fits."""
+    """Return two candidates, one of which fits."""
     cards = []
     for name, channels in (("plain", 4), ("inpainting", 9)):
         with torch.device("meta"):
@@ -66,11 +66,11 @@ def test_a_file_is_compared_with_every_card_of_its_family(tmp_path: Path) -> Non
     assert list(report.fits) == ["sd-v1-1, sd-v1-2, sd-v1-3, sd-v1-4, sd-v1-5"]
     assert (
         fits["unet"] and fits["vae"] and len(fits["text"].missing) == 195
-    )  # the text tower is reduced to its table here
+    )  # the text tower has only its table here
     assert "loads as  none of the cards" in report.text()
 
 
-def test_averages_missing_and_stray_tensors_are_told(tmp_path: Path) -> None:
+def test_averages_missing_and_stray_tensors_are_reported(tmp_path: Path) -> None:
     keys = sd1_shapes()
     averaged = {
         f"model_ema.{key.removeprefix('model.').replace('.', '')}": shape
@@ -165,7 +165,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def copied(path: Path, *names: str) -> Path:
-    """A folder with copies of files of the embedded models."""
+    """Return a folder with copies of files of the embedded models."""
     path.mkdir()
     for name in names:
         shutil.copy(ASSETS / name, path / Path(name).name)
@@ -184,7 +184,7 @@ def copied(path: Path, *names: str) -> Path:
                 "prior": "Prior",
                 "text": "TextTower",
                 "upsampler": "UNet",
-                "vae": "AutoencoderKL",  # where the card says that it is
+                "vae": "AutoencoderKL",  # where the card locates it
                 "vision": "VisionTower",
             },
         ),

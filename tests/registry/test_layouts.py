@@ -1,5 +1,4 @@
-"""The families at reduced width: made of random weights, written in every layout, and read back bit for
-bit."""
+"""The families at reduced width with random weights: written in every layout and read back bit-identical."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def test_a_model_written_in_every_layout_comes_back_bit_for_bit(base: str, tmp_p
     card = reduced_families.register(base, tmp_path)
     pipe = reduced_families.load(card.name)
     if base == "ldm-lsun-churches":
-        pipe.latent_scale = 0.8127  # this model's file states it
+        pipe.latent_scale = 0.8127  # the file of this model states it
     options = {"vocabulary": tmp_path / "native" / "vocab.txt"} if "text2img" in base else {}
     for layout, path in (
         ("native", tmp_path / "native"),
@@ -62,12 +61,12 @@ def test_random_weights_are_the_same_every_time_and_leave_nothing_at_zero_or_one
         for name, p in network.named_parameters():
             assert not (p == 0).all() and not (p == 1).all(), f"{part}: {name}"
             assert p.isfinite().all() and p.float().std() > 0.01, f"{part}: {name}"
-    picture = a.text_to_image("a cat", progress=False).tensor
-    assert picture.std() > 0.01  # no black or grey square
+    image = a.text_to_image("a cat", progress=False).tensor
+    assert image.std() > 0.01  # no black or grey square
 
 
 def with_ema(path: Path, target: Path) -> Path:
-    """A file whose UNet has averages of twice its values, as CompVis stores them."""
+    """Write a file whose UNet has averages of twice its values, in CompVis' layout."""
     state = dict(read_safetensors(path))
     averages = {
         f"model_ema.{key.removeprefix('model.').replace('.', '')}": 2 * t

@@ -1,5 +1,4 @@
-"""Loading what should not be loaded: refused with a reason that names the file, nothing executed; and a good
-file passes the same commands."""
+"""Bad files are refused with a message that names them and nothing executed; good files load."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A card and a folder with its model as one.safetensors, one.ckpt and a folder of diffusers."""
+    """Return a card's name and a folder with its model as one.safetensors, one.ckpt and a folder."""
     before, path = dict(REGISTERED), tmp_path_factory.mktemp("good")
     name = reduced_families.register("sd-v1-5", path).name
     pipe = reduced_families.load(name)
@@ -53,7 +52,7 @@ def test_good_files_pass_and_touch_no_network(
 
 
 def refused(name: str, path: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
-    """The file is refused by load with a reason that names it, and by the command line in one line."""
+    """Check that load refuses a file with a message that names it, and the command line in one line."""
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         reduced_families.load(name, weights=path)
     assert path.name in str(error.value)
@@ -75,11 +74,11 @@ def test_a_pickle_that_would_run_code(
         assert "UNSAFE: posix.mkdir" in capsys.readouterr().out
         assert not mark.exists()
     torch.load(malicious_files.canary_ckpt(tmp_path / "bad.ckpt", mark), weights_only=False)
-    assert mark.exists()  # the canary sings for a reader that trusts it
+    assert mark.exists()  # a reader that trusts the file does execute it
 
 
 def damaged(good: tuple[str, Path], tmp_path: Path, kind: str) -> Path:
-    """A copy of a good file, damaged in one way."""
+    """Return a copy of a good file, damaged in one way."""
     one, ckpt = good[1] / "one.safetensors", good[1] / "one.ckpt"
     content = one.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -144,7 +143,7 @@ def test_a_missing_shard_and_a_missing_part(
     assert torch.equal(
         reduced_families.load(good[0], weights=folder).denoiser.net.conv_in.weight,
         state["conv_in.weight"].float(),
-    )  # whole, it loads
+    )  # undamaged, it loads
     (unet / names[1]).unlink()
     refused(good[0], folder, capsys, names[1])
     shutil.rmtree(unet)
@@ -172,7 +171,7 @@ def test_weights_of_another_family(
         capsys,
         "is a file of the family sd1-inpainting .*; the cards for it: sd-v1-5-inpainting",
     )
-    with pytest.raises(ValueError, match=r"one\.safetensors"):  # shapes of a card of one's own: they decide
+    with pytest.raises(ValueError, match=r"one\.safetensors"):  # the shapes of a registered card decide
         reduced_families.load("sd-v1-5", weights=good[1] / "one.safetensors")
     write_safetensors(
         tmp_path / "lora.safetensors",

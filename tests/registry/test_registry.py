@@ -1,4 +1,4 @@
-"""Saving and loading: exact, and strict about files that are not what they should be."""
+"""Saving and loading: exact, and strict about wrong files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder of assets that holds one tiny model."""
+    """Write a folder of assets with one tiny model."""
     assets = tmp_path_factory.mktemp("assets")
     ldm.save(tiny_model(), assets / "emoji-ldm")
     return assets
@@ -23,7 +23,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def assets(saved, tmp_path, monkeypatch):
-    """A copy of it, in the place of the package's own."""
+    """Use a copy of it as the package's assets."""
     shutil.copytree(saved, tmp_path / "assets")
     monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     return tmp_path / "assets"
@@ -39,7 +39,7 @@ def test_a_saved_model_loads_and_gives_the_same_pictures(assets, tmp_path):
     ldm.save(pipe, tmp_path / "again")
     again = load(weights=tmp_path / "again")
     for name, tensor in pipe.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name])  # float16 to float32 and back loses nothing
+        assert torch.equal(tensor, again.state_dict()[name])  # float16 to float32 and back is exact
     assert (
         again.card == pipe.card
         and again.latent_scale == pipe.latent_scale
@@ -75,7 +75,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_name(assets):
 
 
 def damage(folder, change):
-    """Change the UNet's file, and its hash with it, as a file of another origin would have."""
+    """Change the weights of the UNet and their hash, as in a file of another origin."""
     import hashlib
 
     import yaml

@@ -1,4 +1,4 @@
-"""The safety checker: the peer's verdicts on the same weights, and nothing silent in a pipeline."""
+"""The safety checker: the peer's verdicts on the same weights, and its place in a pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "speci
 
 
 def published(checker: SafetyChecker) -> dict[str, torch.Tensor]:
-    """A checker under the names of its file: Hugging Face's, the tower below vision_model.vision_model."""
+    """Return a checker's tensors under Hugging Face's names, the tower below vision_model.vision_model."""
     found = {name: getattr(checker, name).detach() for name in OWN}
     for key, tensor in checker.vision.state_dict().items():
         if key == "proj":
@@ -57,7 +57,7 @@ def small() -> SafetyChecker:
     with on_meta():
         checker = SafetyChecker(SMALL)
     checker = randomise(checker, seed=4)
-    with torch.no_grad():  # thresholds that some pictures pass and some do not
+    with torch.no_grad():  # thresholds that some images pass and some do not
         checker.concept_embeds_weights.uniform_(-0.1, 0.5, generator=torch.Generator().manual_seed(1))
         checker.special_care_embeds_weights.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
     return checker
@@ -84,8 +84,8 @@ def test_the_verdicts_are_the_peers_on_the_same_weights(tmp_path: Path) -> None:
             p.uniform_(-0.5, 0.5)
         x = torch.randn(64, 3, 28, 28, generator=torch.Generator().manual_seed(5))
         image = theirs.visual_projection(theirs.vision_model(x)[1])
-        # thresholds between what these pictures have: each concept flags a few of them, each special vector
-        # is near to some
+        # thresholds within the values of these images: each concept flags a few of them, each special vector
+        # is close to some
         for name, share in (("concept_embeds", 0.96), ("special_care_embeds", 0.8)):
             cosine = (
                 torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(getattr(theirs, name)).T
@@ -103,14 +103,14 @@ def test_the_verdicts_are_the_peers_on_the_same_weights(tmp_path: Path) -> None:
 def test_special_vectors_count_for_what_follows_and_never_flag_alone() -> None:
     checker = small()
     x = torch.rand(8, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    checker.special_care_embeds_weights.fill_(-2.0)  # every picture is near all of them
-    checker.concept_embeds_weights.fill_(2.0)  # and to no concept
+    checker.special_care_embeds_weights.fill_(-2.0)  # every image is close to all of them
+    checker.concept_embeds_weights.fill_(2.0)  # and to none of the concepts
     assert checker(x) == (False,) * 8
     cosine = torch.nn.functional.normalize(
         checker.vision(checker.vision.prepare((x * 255).round() / 255)).pooled, dim=-1
     )
     best = (cosine @ torch.nn.functional.normalize(checker.concept_embeds, dim=-1).T)[0].max()
-    checker.concept_embeds_weights.fill_(float(best) + 0.005)  # half of what the special ones add
+    checker.concept_embeds_weights.fill_(float(best) + 0.005)  # half of what the special vectors add
     assert checker(x)[0]
     checker.special_care_embeds_weights.fill_(2.0)
     assert not checker(x)[0]

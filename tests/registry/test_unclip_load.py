@@ -1,5 +1,4 @@
-"""unCLIP models by name: random, saved and loaded, from the command line and made again; what is not theirs
-is refused."""
+"""unCLIP models by name: random weights, saved, loaded, from the command line and replayed; wrong options."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("base", reduced_unclip_families.NETWORKS)
-def test_every_published_model_runs_with_random_weights_and_comes_back_to_the_bit(
+def test_every_published_model_runs_with_random_weights_and_is_read_back_bit_identical(
     base: str, tmp_path: Path
 ) -> None:
     card = reduced_unclip_families.register(base, tmp_path)
@@ -75,7 +74,7 @@ def test_the_names_and_how_they_are_sampled(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, and tiny-unclip among the embedded models."""
+    """Return a folder to work in, with tiny-unclip among the embedded models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     pipe = tiny_karlo()
@@ -162,8 +161,7 @@ def test_weights_that_are_anothers_or_of_another_kind_are_refused(tmp_path: Path
 
 
 def test_parts_may_lie_in_another_models_folder(tmp_path: Path) -> None:
-    """A card that says where vision and vae are: they are read from there, and a saved copy holds them
-    itself."""
+    """A card locates vision and vae elsewhere: they are read there, and a saved copy holds them."""
     pipe = reduced_unclip_families.load(reduced_unclip_families.register("kandinsky-2-2", tmp_path).name)
     ldm.save(pipe, tmp_path / "a")
     (tmp_path / "b").mkdir()

@@ -1,5 +1,4 @@
-"""Files of unCLIP models: single files, priors alone, and folders that lack something or are another
-model's."""
+"""Files of unCLIP models: single files, priors, and folders that are incomplete or of another model."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Karlo as diffusers writes it."""
+    """Write Karlo in diffusers layout."""
     path = tmp_path_factory.mktemp("karlo")
     peers.karlo(tiny_karlo(), path).save_pretrained(path / "karlo")
     return path / "karlo"
@@ -38,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def karlo(folder: Path, tmp_path: Path) -> tuple[UnCLIP, Path]:
-    """The model, and a copy of its folder."""
+    """Return the model and a copy of its folder."""
     return tiny_karlo(), Path(shutil.copytree(folder, tmp_path / "karlo"))
 
 
@@ -52,14 +51,14 @@ def without(path: Path, *names: str) -> None:
     )
 
 
-def test_a_folder_is_read_to_the_bit(karlo: tuple[UnCLIP, Path]) -> None:
+def test_a_folder_is_read_exactly(karlo: tuple[UnCLIP, Path]) -> None:
     pipe, path = karlo
     again, before = peers.load_folder(pipe, path), pipe.state_dict()
     after = again.state_dict()
     assert all(torch.equal(before[key], value) for key, value in after.items())
     assert {key.split(".")[0] for key in before.keys() - after.keys()} == {
         "clip"
-    } and again.clip.vision is None  # this pipeline has no such tower
+    } and again.clip.vision is None  # this pipeline has no image tower
     assert "prior/" + WEIGHTS in again.origin
     with pytest.raises(ValueError, match="no vision tower"):
         again.variations(torch.rand(1, 3, 16, 16))
@@ -101,7 +100,7 @@ def test_folders_that_lack_something_or_say_something_else(karlo: tuple[UnCLIP, 
 
 
 def test_a_pipelines_folder_without_its_prior(tmp_path: Path) -> None:
-    """Kandinsky's decoder alone: the error says what is missing."""
+    """Kandinsky's decoder alone: the error names what is missing."""
     card = reduced_unclip_families.register("kandinsky-2-2", tmp_path)
     pipe = reduced_unclip_families.load(card.name)
     peers.kandinsky22(pipe).save_pretrained(tmp_path / "decoder")
@@ -110,7 +109,7 @@ def test_a_pipelines_folder_without_its_prior(tmp_path: Path) -> None:
 
 
 def single_file(pipe: UnCLIP, path: Path) -> Path:
-    """Stable unCLIP as its authors publish it: without the statistics of the augmentation."""
+    """Write Stable unCLIP as its authors publish it, without the statistics of the augmentation."""
     unet, vae = (
         to_layout(network, "original") for network in (pipe.decoder.denoiser.net, pipe.decoder.space.vae)
     )
@@ -157,7 +156,7 @@ def test_a_single_file_of_stable_unclip_needs_its_statistics(tmp_path: Path) -> 
 
 
 def originals(pipe: UnCLIP, folder: Path) -> Path:
-    """Karlo, or Kandinsky 2.1, as their authors publish them; CLIP as a file of tensors."""
+    """Write Karlo or Kandinsky 2.1 as their authors publish them, with CLIP as a file of tensors."""
     folder.mkdir()
 
     def layout(part: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -190,7 +189,7 @@ def originals(pipe: UnCLIP, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [tiny_karlo, tiny_kandinsky21])
-def test_the_authors_own_files_are_read_to_the_bit(make: Any, tmp_path: Path) -> None:
+def test_the_authors_own_files_are_read_exactly(make: Any, tmp_path: Path) -> None:
     pipe = make()
     path, before = originals(pipe, tmp_path / "files"), pipe.state_dict()
     again = peers.load_folder(pipe, path).state_dict()
@@ -216,7 +215,7 @@ def test_the_authors_own_files_are_read_to_the_bit(make: Any, tmp_path: Path) ->
 
 
 def dalle2_file(stage: PriorStage, path: Path) -> Path:
-    """A prior as DALLE2-pytorch's trainer writes it, with what is no tensor beside it."""
+    """Write a prior as DALLE2-pytorch's trainer does, with other values beside its tensors."""
     state = {f"net.{key}": value.clone() for key, value in to_layout(stage.net, "original").items()}
     state |= {"noise_scheduler.betas": torch.zeros(1000), "clip.visual.proj": torch.zeros(2)}
     trained = {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
@@ -242,7 +241,7 @@ def test_a_prior_of_dalle2_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(
         torch.equal(a, b)
         for a, b in zip(stage.state_dict().values(), again.state_dict().values(), strict=True)
-    )  # the averaged ones
+    )  # the averaged weights
     assert main(["inspect", str(path)]) == 0
     assert "DALLE2-pytorch prior" in (out := capsys.readouterr().out) and f"loads as  {card.name}" in out
     with pytest.raises(ValueError, match="no prior of DALLE2-pytorch"):
@@ -253,7 +252,7 @@ def test_a_prior_of_dalle2_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_prior_of_another_source_is_combined_knowingly_or_not_at_all(tmp_path: Path) -> None:
-    """Its embeddings are of length 1: a decoder that reads CLIP's own length refuses them."""
+    """Its embeddings have length 1: a decoder of embeddings with CLIP's length refuses them."""
     stage, karlo = (
         reduced_unclip_families.load(reduced_unclip_families.register_prior(tmp_path).name),
         tiny_karlo(),

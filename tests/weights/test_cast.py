@@ -1,4 +1,4 @@
-"""The copy that a change of dtype makes: bitwise what torch makes of it, and no copy where none is needed."""
+"""Conversion of dtypes: bit-identical to torch's, and without a copy if none is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @pytest.fixture(params=("compiled", "by PyTorch"))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiled kernel, though there be little to do for it, and without it."""
+    """Run with the compiled kernel, also for few elements, and without it."""
     monkeypatch.setattr("ldm.weights.cast.MANY", 1)
 
     def missing() -> None:
@@ -31,14 +31,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def same(made: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Bitwise the same but for the payload of NaN."""
+    """Return whether tensors are bit-identical except for the payload of NaN."""
     finite = ~wanted.isnan()
     signs = torch.equal(made[finite].signbit(), wanted[finite].signbit())
     return torch.equal(made.isnan(), wanted.isnan()) and torch.equal(made[finite], wanted[finite]) and signs
 
 
 def every_half() -> torch.Tensor:
-    """All 65,536 bit patterns of a 16-bit number: more than one chunk."""
+    """Return all 65,536 bit patterns of a 16-bit number, in more than one chunk."""
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 
 
@@ -66,8 +66,7 @@ def test_bitwise_what_torch_gives(source: torch.dtype, target: torch.dtype) -> N
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("target", [torch.float16, torch.bfloat16])
 def test_every_kind_of_float32_is_rounded_as_torch_does(target: torch.dtype) -> None:
-    """Subnormal numbers, ties and what overflows among them: all the upper halves of the pattern with some of
-    the lower."""
+    """All upper halves of the bit pattern with some lower halves: also subnormals, ties and overflow."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int64)[:, None]
     lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     values = (upper * 2**16 + lower).to(torch.int32).view(torch.float32).flatten()
@@ -93,7 +92,7 @@ def test_chunks_change_nothing_and_hide_nothing() -> None:
             wrong = tensors["1"].to(source, copy=True)
             wrong[place] = value
             assert cast({"sound": tensors["2"].to(source), "wrong": wrong}, target)[1] == ["wrong"]
-    largest = torch.full((2 * CHUNK,), 65504.0, dtype=torch.float16)  # whose sum float16 could not hold
+    largest = torch.full((2 * CHUNK,), 65504.0, dtype=torch.float16)  # their sum overflows float16
     assert cast({"largest": largest}, torch.bfloat16)[1] == []
     beyond = torch.full((3,), 1e6, dtype=torch.bfloat16)
     assert cast({"beyond": beyond}, torch.float16)[1] == ["beyond"] and is_finite(beyond)

@@ -1,4 +1,4 @@
-"""Pickled checkpoints: read as torch reads them, and never anything executed."""
+"""Pickled checkpoints: read as torch reads them, without executing anything."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_modules_parameters_and_metadata(tmp_path: Path) -> None:
 
 
 def test_tensors_are_mapped(tmp_path: Path) -> None:
-    """Storages shared in the file are shared in memory, and writing to them leaves the file alone."""
+    """Storages shared in the file are shared in memory, and writing to them leaves the file as it is."""
     base = torch.zeros(4)
     torch.save({"a": base, "b": base[1:]}, tmp_path / "a.ckpt")
     tensors = read_ckpt(tmp_path / "a.ckpt").tensors
@@ -112,7 +112,7 @@ def test_training_frameworks_become_stand_ins(tmp_path: Path, monkeypatch: pytes
     }
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "a.ckpt", weights_only=True)  # or this test would show nothing
+        torch.load(tmp_path / "a.ckpt", weights_only=True)  # otherwise this test shows nothing
     checkpoint = read_ckpt(tmp_path / "a.ckpt")
     check(checkpoint.tensors, good_state())
     assert isinstance(read_pickle(tmp_path / "a.ckpt")["object"], StandIn)
@@ -128,7 +128,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, legacy: bool) -
         read_ckpt(path)
     assert "bad.ckpt" in str(error.value)
     assert not mark.exists()
-    torch.load(path, weights_only=False)  # the trap is armed: a reader that trusts the file does run it
+    torch.load(path, weights_only=False)  # a reader that trusts the file does execute it
     assert mark.exists()
 
 
@@ -150,7 +150,7 @@ def test_names_given_as_strings_are_seen(tmp_path: Path, module: str) -> None:
 
 def test_computed_names_are_refused_as_such() -> None:
     good, bad = b"\x8c\x0bcollections", b"\x8c\x0bOrderedDict"
-    # two strings pushed and popped again: os.system is left
+    # two strings are pushed and popped: os.system remains
     hidden = b"\x80\x04\x8c\x02os\x8c\x06system" + good + bad + b"00\x93."
     assert pickle.loads(hidden) is __import__("os").system
     assert scan_pickle(hidden).refused == (HIDDEN,)
@@ -185,7 +185,7 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
 
 
 def test_declared_sizes_and_overlaps_are_checked(tmp_path: Path) -> None:
-    """An entry that claims more bytes than there are, and two entries over the same bytes."""
+    """An entry with more bytes than the file, and two entries with the same bytes."""
     torch.save({"w": torch.ones(100)}, tmp_path / "good.ckpt")
     content = (tmp_path / "good.ckpt").read_bytes()
     with zipfile.ZipFile(tmp_path / "good.ckpt") as archive:
@@ -256,7 +256,7 @@ def test_other_files(tmp_path: Path) -> None:
 
 
 def test_random_damage_never_escapes(tmp_path: Path) -> None:
-    """Any change of the pickle's bytes either reads or is a ValueError with the file's name."""
+    """Any change of the pickle's bytes either reads or is a ValueError that names the file."""
     torch.save({"state_dict": good_state(), "epoch": 1}, tmp_path / "good.ckpt")
     with zipfile.ZipFile(tmp_path / "good.ckpt") as archive:
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))

@@ -1,5 +1,4 @@
-"""CLIP's layouts: keys of published files at full size on meta, exact round trips, and transformers' outputs
-after the mapping."""
+"""CLIP's layouts: keys of published files at full size, exact round trips, and transformers' outputs."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def tower_of(config: TextConfig | VisionConfig) -> TextTower | VisionTower:
 
 
 def hf_config(config: TextConfig | VisionConfig) -> dict[str, Any]:
-    """The same shape as transformers' config.json would say it."""
+    """Return the config.json of transformers for a configuration."""
     kind = "Text" if isinstance(config, TextConfig) else "Vision"
     common = {
         "model_type": f"clip_{kind.lower()}_model",
@@ -75,7 +74,7 @@ def hf_config(config: TextConfig | VisionConfig) -> dict[str, Any]:
 
 
 def peer_of(config: TextConfig | VisionConfig) -> Any:
-    """transformers' model of the same shape."""
+    """Return the model of transformers for a configuration."""
     transformers = pytest.importorskip("transformers")
     said = hf_config(config)
     kind = "Text" if isinstance(config, TextConfig) else "Vision"
@@ -168,7 +167,7 @@ def test_image_outputs_equal_transformers(activation, projected):
 
 
 def layouts(model: CLIP) -> dict[str, dict[str, Tensor]]:
-    """One model's weights as each kind of file holds them."""
+    """Return the weights of one model in each layout."""
     own = model.state_dict()
     text = {name for name in own if not name.startswith("visual.") and name != "logit_scale"}
     hugging_face = to_file(clip_table(own, {"text_model.": 0}), own)
@@ -194,7 +193,7 @@ def test_each_layout_gives_the_same_weights(layout):
     found = to_clip(model, state, source=layout)
     assert list(found) == list(own) and all(torch.equal(found[name], own[name]) for name in own)
     parts = {name: value for name, value in state.items() if not name.startswith("module.")}
-    if parts:  # the towers alone, from the whole file
+    if parts:  # single towers, from the file with both
         for tower, prefix in ((TextTower(TEXT), ""), (VisionTower(VISION), "visual.")):
             found = to_clip(tower, parts, source=layout)
             assert set(found) == set(tower.state_dict())
@@ -202,7 +201,7 @@ def test_each_layout_gives_the_same_weights(layout):
 
 
 def test_whole_hugging_face_model():
-    """CLIPModel's own state dict, its keys and its embeddings."""
+    """The state dict of CLIPModel gives the same embeddings."""
     transformers = pytest.importorskip("transformers")
     peer = transformers.CLIPModel(
         transformers.CLIPConfig(
@@ -227,7 +226,7 @@ def test_whole_hugging_face_model():
 
 
 def test_folders_of_hugging_face(tmp_path):
-    """What transformers saves gives the network that it computes with, of each of the three kinds."""
+    """Each kind of folder that transformers saves gives the same embeddings."""
     transformers = pytest.importorskip("transformers")
     text, vision = hf_config(TEXT), hf_config(VISION)
     peers = {
@@ -265,8 +264,7 @@ def test_folders_of_hugging_face(tmp_path):
 
 
 def test_towers_inside_diffusion_models():
-    """What stands below SD 2's `cond_stage_model.model.` (no visual), and below unCLIP's `embedder.model.`
-    (text leaves without blocks)."""
+    """The keys below `cond_stage_model.model.` of SD 2, and below `embedder.model.` of Stable unCLIP."""
     model = CLIP(CLIPConfig(text=TEXT, vision=VISION))
     own = model.state_dict()
     sd2 = {name: value for name, value in own.items() if not name.startswith("visual.")} | {
@@ -328,7 +326,7 @@ def test_wrong_open_clip_names():
 
 @pytest.fixture
 def small(monkeypatch) -> CLIPConfig:
-    """A small shape under a published name."""
+    """Give every published name a small configuration."""
     config = CLIPConfig(text=TEXT, vision=VISION)
     monkeypatch.setattr("ldm.weights.open_clip.open_clip_config", lambda name: config)
     return config
@@ -387,7 +385,7 @@ def test_text_configurations_of_hugging_face(config):
 
 
 def test_old_text_configurations_of_hugging_face():
-    """Files of 2022 say that the text ends with 2 and starts with 0, which the tokenizer never gave."""
+    """Files of 2022 state 2 and 0 as the ids of end and start, which the tokenizer never produces."""
     found = hf_text_config(hf_config(TextConfig(embed_dim=None)) | {"eos_token_id": 2, "bos_token_id": 0})
     assert (found.bos_id, found.eot_id) == (49406, 49407)
 

@@ -1,4 +1,4 @@
-"""Which family a file is of, for every row of the published models, in both layouts."""
+"""Detection of the family of a file, for all published models in both layouts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_unet_is_told_from_the_others(name: str) -> None:
+def test_every_unet_is_distinguished_from_the_others(name: str) -> None:
     spec, _, _, _, kind = UNETS[name]
     keys = original_keys.unet(spec)
     for prefix in ("model.diffusion_model.", ""):

@@ -1,4 +1,4 @@
-"""Diffusers folders: as diffusers itself writes them, in all variants, and with pieces missing."""
+"""Folders in diffusers layout: as diffusers writes them, in all variants, and incomplete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.weights.formats.safetensors import write_safetensors
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, torch.Tensor]]]:
-    """A small pipeline saved by diffusers: plain, in fp16, and the UNet in shards."""
+    """Save a small pipeline with diffusers: plain, in fp16, and with the UNet in shards."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -71,7 +71,7 @@ def test_reads_what_diffusers_writes(published: Published) -> None:
     for key, tensor in folder.parts["unet"].tensors.items():
         assert torch.equal(
             tensor.half().float(), states["unet"][key].float()
-        )  # the module went through fp16 since
+        )  # the module has been converted to fp16
     assert folder.parts["unet"].tensors.keys() == states["unet"].keys()
 
 
@@ -81,7 +81,7 @@ def test_variants(published: Published) -> None:
     assert [plain.parts[name].files[0].suffix for name in ("unet", "vae")] == [
         ".bin",
         ".bin",
-    ]  # transformers writes safetensors always
+    ]  # transformers always writes safetensors
     assert {p.suffix for c in half.parts.values() for p in c.files} == {".safetensors"}
     assert {t.dtype for t in plain.parts["vae"].tensors.values()} == {torch.float32}
     assert {t.dtype for t in half.parts["vae"].tensors.values()} == {torch.float16}
@@ -182,4 +182,4 @@ def test_a_pickle_in_a_folder_is_read_with_the_same_care(tmp_path: Path) -> None
         read_component(tmp_path)
     assert not mark.exists()
     write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", {"x": torch.ones(1)})
-    assert read_component(tmp_path).tensors["x"].item() == 1  # safetensors go first
+    assert read_component(tmp_path).tensors["x"].item() == 1  # safetensors take precedence

@@ -1,5 +1,4 @@
-"""Weights from the hub, with the hub's client stubbed: its cache first, hashes checked, and advice where it
-cannot be reached."""
+"""Downloads from the hub with a stubbed client: cache, hashes, and advice if it cannot be reached."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A hub with one file, which its client puts into a cache at the first download."""
+    """Stub a hub with one file, which its client caches at the first download."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     state: dict[str, Any] = {"online": True, "asked": [], "path": tmp_path / "cache" / "model.safetensors"}
@@ -51,7 +50,7 @@ def test_another_file_than_its_publisher_states_is_refused_and_removed(hub: dict
     assert not hub["path"].exists()
     with pytest.raises(
         ValueError, match="as its publisher states it"
-    ):  # and not taken from the cache the next time
+    ):  # the removed file is not in the cache
         download("m", "a/b", "model.safetensors", sha256="0" * 64, stated=True)
 
 

@@ -1,5 +1,4 @@
-"""Safetensors files and strict loading: against the format's own library, and against files that are
-wrong."""
+"""Safetensors files and strict loading: against the format's reference library, and damaged files."""
 
 from __future__ import annotations
 
@@ -75,9 +74,7 @@ def test_writing_is_deterministic_and_leaves_no_temporary(tmp_path: Path) -> Non
     with pytest.raises(TypeError, match="bad"):
         io.write_safetensors(tmp_path / "a", {"bad": torch.empty(2, device="meta")})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
-    assert set(io.read_safetensors(tmp_path / "a")) == set(
-        tensors
-    )  # a failed write left the old file as it was
+    assert set(io.read_safetensors(tmp_path / "a")) == set(tensors)  # a failed write keeps the old file
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The rule engine: patterns, changes of tensors and their inverses, and what it reports."""
+"""The rule engine: patterns, changes of tensors and their inverses, and error messages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Rule tables against the original layouts: both-way key coverage at full size on meta, exact round trips,
-and numbers for fused q, k, v."""
+"""Rule tables and original layouts: all keys at full size, exact round trips, outputs of fused q, k, v."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def shapes_of(module: torch.nn.Module) -> dict[str, Shape]:
 
 
 def peer_unet(spec: UNetSpec, kind: str) -> dict[str, Shape]:
-    """diffusers' parameters for the same network, on meta."""
+    """Return the names and shapes of the same network in diffusers."""
     from diffusers import UNet2DConditionModel, UNet2DModel
 
     levels = range(len(spec.mult))
@@ -251,8 +250,7 @@ def test_linear_and_pointwise_projections_are_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> None:
-    """Guided-diffusion's attention on (head, part, channel) rows equals the peer's on what the rule makes of
-    them; permuted, it does not."""
+    """Guided-diffusion's attention on (head, part, channel) rows equals the peer's on the mapped tensors."""
     from diffusers.models.attention_processor import Attention
 
     width, length = 32, 9
@@ -266,7 +264,7 @@ def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> No
         eps=1e-5,
     )
     native = {f"mid_block.attentions.0.{name}": shape for name, shape in shapes_of(peer).items()}
-    # the two residual blocks and the first level are only there to tell the structure
+    # the two residual blocks and the first level only determine the structure
     native |= {
         f"{at}.norm1.weight": (4,)
         for at in ("down_blocks.0.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1")
@@ -304,7 +302,7 @@ def test_fused_qkv_gives_the_numbers_of_the_original_attention(heads: int) -> No
 
     wanted = original()
     error = (ours(unet_table(native, heads=heads)) - wanted).abs().max()
-    assert error < 1e-4 * wanted.square().mean().sqrt()  # float32 sums of 32 terms in another order
+    assert error < 1e-4 * wanted.square().mean().sqrt()  # float32 sums of 32 terms in different orders
     if heads > 1:
         assert (ours(unet_table(native, heads=1)) - wanted).abs().max() > 0.1
 

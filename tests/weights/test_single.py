@@ -1,4 +1,4 @@
-"""Single files taken apart: parts, averages, the latent scale, and what belongs to nothing."""
+"""Single files: parts, averages, the latent scale, and tensors that belong to no part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_full_size_file_comes_apart_and_fills_our_network(tmp_path: Path) -> N
         net = UNet(UNetConfig())
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     state = from_file(unet_table(shapes), single.parts["unet"], shapes, source=single.path)
-    # the numbers are not looked at: they are holes in the file
+    # the numbers are not read: they are holes in the sparse file
     load_strict(net, state, source=single.path, allow_nan=True)
     assert net.conv_in.weight.dtype == torch.float16
 
