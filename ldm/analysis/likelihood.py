@@ -61,15 +61,15 @@ def flow_bits(
     y, trace = x0, torch.zeros(probes, len(x0), dtype=torch.float64)
     for u, u_next in zip(levels[:-1], levels[1:], strict=True):
         h = u_next - u
-        k1, d1 = _slope(denoise, y, u, grid, signs)
-        k2, d2 = _slope(denoise, y + h / 2 * k1, u + h / 2, grid, signs)
-        k3, d3 = _slope(denoise, y + h / 2 * k2, u + h / 2, grid, signs)
-        k4, d4 = _slope(denoise, y + h * k3, u_next, grid, signs)
+        k1, d1 = _flow_slope(denoise, y, u, grid, signs)
+        k2, d2 = _flow_slope(denoise, y + h / 2 * k1, u + h / 2, grid, signs)
+        k3, d3 = _flow_slope(denoise, y + h / 2 * k2, u + h / 2, grid, signs)
+        k4, d4 = _flow_slope(denoise, y + h * k3, u_next, grid, signs)
         y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         trace = trace + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
     variance = 1 + math.exp(2 * levels[-1])  # of y where x = alpha·y is standard normal
     dims = x0[0].numel()
-    prior = -0.5 * _square(y) / variance - 0.5 * dims * math.log(2 * math.pi * variance)
+    prior = -0.5 * _squared_norm(y) / variance - 0.5 * dims * math.log(2 * math.pi * variance)
     scale = dims * math.log(2)
     bits = -(prior + trace.mean(0)) / scale - (0 if bin_width is None else math.log2(bin_width))
     return Bits(
@@ -77,10 +77,21 @@ def flow_bits(
     )
 
 
-def _slope(
+def _flow_slope(
     denoise: DenoiseFn, y: Tensor, level: float, grid: TimeGrid, signs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return dy/dlog rho (B, *S) and the estimates of its divergence (probes, B) at log rho = ``level``."""
+    """Return the slope of the probability flow and estimates of its divergence.
+
+    Args:
+        denoise: The denoiser.
+        y: State x/alpha, shape (B, *S).
+        level: Log rho of the state.
+        grid: The grid, which gives t at a level.
+        signs: Probes of ±1, shape (B, *S) each.
+
+    Returns:
+        dy/dlog rho, shape (B, *S), and the estimates, shape (probes, B).
+    """
     rho = math.exp(level)
     with torch.inference_mode(False), torch.enable_grad():
         x = (y.detach() / math.sqrt(1 + rho**2)).clone().requires_grad_()
@@ -140,12 +151,14 @@ def bound_bits(
         with torch.no_grad():
             guess = denoise(forward_noise(x0, eps, alpha, sigma), grid.time(level)).eps
         # control variate: ‖eps‖² − D has mean 0; the weight alpha⁴ is the best for data N(0, 1)
-        excess = _square(eps) - x0[0].numel()
-        losses.append((_square(eps - guess) - torch.sigmoid(-2 * level).square() * excess) * (high - low))
+        excess = _squared_norm(eps) - x0[0].numel()
+        losses.append(
+            (_squared_norm(eps - guess) - torch.sigmoid(-2 * level).square() * excess) * (high - low)
+        )
     loss = torch.stack(losses)  # (samples, B)
     alpha_0, sigma_0 = grid.alpha_sigma(0)
     dims = x0[0].numel()
-    prior = 0.5 * (alpha_0**2 * _square(x0) + dims * (sigma_0**2 - 1 - 2 * math.log(sigma_0)))
+    prior = 0.5 * (alpha_0**2 * _squared_norm(x0) + dims * (sigma_0**2 - 1 - 2 * math.log(sigma_0)))
     reconstruction = 0.5 * dims * (1 + math.log(2 * math.pi) - 2 * high)
     scale = dims * math.log(2)
     bits = (prior + loss.mean(0) + reconstruction) / scale - (
@@ -155,6 +168,6 @@ def bound_bits(
     return Bits(bits, spread / math.sqrt(samples) / scale)
 
 
-def _square(x: Tensor) -> Tensor:
+def _squared_norm(x: Tensor) -> Tensor:
     """Return the squared norm of each sample, (B,) float64 on the CPU."""
     return x.flatten(1).to("cpu", torch.float64).square().sum(1)

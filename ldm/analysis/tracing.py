@@ -298,7 +298,7 @@ def trace(
     net = pipe.stage.denoiser.net
     with ExitStack() as stack:
         for name, fn in wanted.items():
-            stack.callback(named[name].register_forward_hook(fn or _collect(record, name)).remove)
+            stack.callback(named[name].register_forward_hook(fn or _collecting_hook(record, name)).remove)
         stack.callback(net.register_forward_pre_hook(record.saw_inputs).remove)
         stack.enter_context(
             _attention_recorded(net, record) if isinstance(pipe, LatentDiffusion) else nullcontext()
@@ -328,7 +328,7 @@ def _attention_recorded(net: nn.Module, record: Trace) -> Iterator[None]:
         yield
 
 
-def _collect(record: Trace, name: str) -> Hook:
+def _collecting_hook(record: Trace, name: str) -> Hook:
     """Return a forward hook that appends a detached copy of each output to ``record.outputs[name]``."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:

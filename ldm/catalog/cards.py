@@ -87,7 +87,7 @@ class Defaults:
 
     @classmethod
     def square(cls, sampler: str, steps: int, guidance: float, side: int) -> Defaults:
-        """Return defaults for square images of ``side`` pixels."""
+        """Return defaults for images of ``side`` × ``side`` pixels; see the class for the other arguments."""
         return cls(sampler=sampler, steps=steps, guidance=guidance, height=side, width=side)
 
 

@@ -196,14 +196,14 @@ class Table:
             inner = ".".join(pieces[end:])
             for rule in section.rules:
                 for pattern in rule.ours:
-                    match = _regex(pattern).fullmatch(inner)
+                    match = _pattern_regex(pattern).fullmatch(inner)
                     if match:
-                        return _fill(rule, section, match.groupdict())
+                        return _filled_step(rule, section, match.groupdict())
         raise ValueError(f"no rule for {name!r}")
 
 
 @functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
+def _pattern_regex(pattern: str) -> re.Pattern[str]:
     """Return the regular expression of a pattern, with a group for each placeholder."""
     text = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}").replace(r"\*", "*")
     return re.compile(
@@ -211,7 +211,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
     )
 
 
-def _fill(rule: Rule, section: Section, pieces: Mapping[str, str]) -> Step:
+def _filled_step(rule: Rule, section: Section, pieces: Mapping[str, str]) -> Step:
     """Return the step of a rule with its placeholders replaced."""
 
     def put(patterns: tuple[str, ...], prefix: str) -> tuple[str, ...]:
@@ -262,10 +262,10 @@ class Fit:
 
 def fit_table(table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Fit:
     """Compare the names and shapes in a file (``have``) with those of a network (``shapes``)."""
-    return _match(table, have, shapes)[1]
+    return _matched_keys(table, have, shapes)[1]
 
 
-def _match(
+def _matched_keys(
     table: Table, have: Mapping[str, Shape], shapes: Mapping[str, Shape]
 ) -> tuple[list[tuple[Step, tuple[str, ...]]], Fit]:
     """Return the steps with the names that the file has for each, and how the file fits."""
@@ -302,7 +302,7 @@ def from_file(
     Raises:
         ValueError: If names are missing, unexpected or misshapen; one message lists all.
     """
-    chosen, result = _match(table, {key: tuple(tensor.shape) for key, tensor in state.items()}, shapes)
+    chosen, result = _matched_keys(table, {key: tuple(tensor.shape) for key, tensor in state.items()}, shapes)
     if not result:
         raise ValueError(f"{str(source)!r} does not fit: {result}")
     ours: dict[str, Tensor] = {}

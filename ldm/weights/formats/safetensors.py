@@ -251,7 +251,7 @@ def write_safetensors(
         with temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
-                file.write(_bytes(tensors[name]))
+                file.write(_tensor_bytes(tensors[name]))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -288,7 +288,7 @@ def _header_text(
     return text + b" " * (-len(text) % 8)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _tensor_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 

@@ -67,7 +67,7 @@ def clip_table(names: Iterable[str], keys: Iterable[str]) -> Table:
     if any(
         key.startswith(("text_model.", "vision_model.", "embeddings.", "encoder.layers.")) for key in keys
     ):
-        return Table(tuple(_hugging_face(has_text, whole)), ignore)
+        return Table(tuple(_hugging_face_sections(has_text, whole)), ignore)
     text = Section("", "text" if "text.token_embedding.weight" in keys else "", IDENTITY)
     if whole:
         top = Section("logit_scale", "logit_scale", (Rule(("",), ("",)),))
@@ -77,20 +77,22 @@ def clip_table(names: Iterable[str], keys: Iterable[str]) -> Table:
     return Table((Section("", "visual" if "visual.conv1.weight" in keys else "", IDENTITY),), ignore)
 
 
-def _hugging_face(has_text: bool, whole: bool) -> Iterable[Section]:
+def _hugging_face_sections(has_text: bool, whole: bool) -> Iterable[Section]:
     """Yield the sections of Hugging Face's layout; ``whole``: the network has both towers."""
     if has_text:
         scale = rename_one("logit_scale", "logit_scale")
         projection = rename_one("text_projection", "text_projection.weight", TRANSPOSED)
         yield Section(
-            "", "", (scale, projection, *_tower(TEXT_RULES, "text_model.", "transformer.", spare=not whole))
+            "",
+            "",
+            (scale, projection, *_tower_rules(TEXT_RULES, "text_model.", "transformer.", spare=not whole)),
         )
     if whole or not has_text:
         projection = rename_one("proj", "visual_projection.weight", TRANSPOSED)
         yield Section(
             "visual" if whole else "",
             "",
-            (projection, *_tower(VISION_RULES, "vision_model.", "transformer.", spare=not whole)),
+            (projection, *_tower_rules(VISION_RULES, "vision_model.", "transformer.", spare=not whole)),
         )
 
 
@@ -99,7 +101,7 @@ def rename_one(ours: str, file: str, change: Change = SAME) -> Rule:
     return Rule((ours,), (file,), change)
 
 
-def _tower(
+def _tower_rules(
     rules: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...], prefix: str, blocks: str, *, spare: bool
 ) -> Iterable[Rule]:
     """Yield the rules of one tower.

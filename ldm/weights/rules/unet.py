@@ -74,7 +74,7 @@ def unet_table(names: Iterable[str], *, heads: int | None = None, head_dim: int 
             f" head_dim={head_dim}"
         )
     attention = attention_block(heads, head_dim) if old else IDENTITY
-    sections = (_section(ours, blocks, modules, attention) for ours in modules)
+    sections = (_module_section(ours, blocks, modules, attention) for ours in modules)
     return Table((Section("", "", UNET_FIXED), *sections))
 
 
@@ -86,7 +86,7 @@ def _block_modules(names: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(match[0] for name in names if (match := pattern.match(name)))
 
 
-def _section(ours: str, blocks: int, modules: Iterable[str], attention: tuple[Rule, ...]) -> Section:
+def _module_section(ours: str, blocks: int, modules: Iterable[str], attention: tuple[Rule, ...]) -> Section:
     """Return the section of one module.
 
     Args:

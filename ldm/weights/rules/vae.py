@@ -30,10 +30,10 @@ def vae_table(names: Iterable[str]) -> Table:
         r"(?:encoder|decoder)\.(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.[a-z]+\.\d+(?=\.)"
     )
     modules = dict.fromkeys(match[0] for name in names if (match := pattern.match(name)))
-    return Table((Section("", "", ROOT), *(_section(ours, levels) for ours in modules)), VAE_UNNEEDED)
+    return Table((Section("", "", ROOT), *(_module_section(ours, levels) for ours in modules)), VAE_UNNEEDED)
 
 
-def _section(ours: str, levels: int) -> Section:
+def _module_section(ours: str, levels: int) -> Section:
     """Return the section of one module of an autoencoder with a number of levels."""
     half, place, *level, kind, j = ours.split(".")
     rules = ATTENTION if kind == "attentions" else VAE_RESBLOCK
