@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.index import IMAGES_FILE, INDEX_FILE, MANIFEST_FILE, ImageRecord, Style, held_out_image
+from ldm.support.progress import progress_bar
 from ldm.weights.formats.safetensors import sha256
 
 
@@ -252,14 +253,10 @@ def build_emoji(
 def _render_all(
     path: Path, documents: list[str], shape: tuple[int, ...], workers: int | None, progress: bool
 ) -> None:
-    from tqdm import tqdm
-
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     with ProcessPoolExecutor(workers) as pool:
         results = pool.map(_render_job, ((svg, shape[1]) for svg in documents), chunksize=32)
-        for i, image in enumerate(
-            tqdm(results, total=len(documents), desc="rendering", disable=not progress)
-        ):
+        for i, image in enumerate(progress_bar(len(documents), progress, iterable=results, desc="rendering")):
             images[i] = image
     images.flush()
 

@@ -17,6 +17,7 @@ from ldm.pipelines.checks import Prompts, check_count, check_negative, check_opt
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import build, to_dict
+from ldm.support.scalars import finite_number, python_scalar, python_scalars, whole_number
 
 Rules = str | Convention | Mapping[str, Any]  # a convention, by name, as an object, or as a recipe holds it
 # a grid, a list of falling timesteps, or as a recipe holds it
@@ -141,7 +142,7 @@ def settle(
     convention: Rules | None = None,
     spacing: str | None = None,
     grid: Grid | None = None,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | None = 0,
     height: int | None = None,
     width: int | None = None,
     sizes: SizeCondition | Mapping[str, Any] | None = None,
@@ -159,6 +160,7 @@ def settle(
         ValueError: If an option is unknown or out of range; the message names it.
     """
     defaults, prompts, each = card.defaults, check_prompts(prompt), check_count(n)
+    sampler_options = python_scalars(sampler_options)
     name = sampler or defaults.sampler
     solve, rules = get_sampler(name), card.grids() if convention is None else get_convention(convention)
     check_options(name, sampler_options)
@@ -175,9 +177,9 @@ def settle(
         rules=rules,
         grid=laid,
         asked={**sampler_options, **{key: value for key, value in asked.items() if value is not None}},
-        guidance=defaults.guidance if guidance is None else float(guidance),
-        height=height or defaults.height,
-        width=width or defaults.width,
+        guidance=defaults.guidance if guidance is None else finite_number("guidance", guidance),
+        height=defaults.height if height is None else whole_number("height", height, least=1),
+        width=defaults.width if width is None else whole_number("width", width, least=1),
         sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"),
         latents=latents,
         progress=progress,
@@ -221,6 +223,9 @@ def lay_grid(
     Raises:
         ValueError: If `grid` is given together with a spacing or another number of steps.
     """
+    steps = python_scalar(steps)
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+        raise ValueError(f"steps: expected a whole number, got {steps!r}")
     if grid is None:
         changes = {} if spacing is None else {"spacing": spacing}
         return rules.grid(schedule, usual if steps is None else steps, sampler, **changes)

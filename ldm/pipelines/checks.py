@@ -9,6 +9,7 @@ from typing import Any
 from ldm.conditioning.conditioner import Conditioner
 from ldm.samplers import get_sampler
 from ldm.support.config import nearest
+from ldm.support.scalars import python_scalar
 from ldm.support.warn import warn_user
 
 Prompts = str | int | Sequence[str] | Sequence[int]  # one text or class, or several
@@ -24,7 +25,13 @@ def check_prompts(prompt: Prompts) -> list[Any]:
     Raises:
         ValueError: If there is none, or they are neither all texts nor all class numbers.
     """
-    prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+    prompt = python_scalar(prompt)
+    if isinstance(prompt, str | int):
+        prompts: list[Any] = [prompt]
+    elif hasattr(prompt, "__iter__"):
+        prompts = [python_scalar(each) for each in prompt]
+    else:
+        prompts = []
     kinds = {type(p) for p in prompts}
     if kinds not in ({str}, {int}):
         raise ValueError(f"prompt: expected a text or several, got {prompt!r}")
@@ -57,6 +64,7 @@ def check_negative(negative: str | Sequence[str], prompts: int, each: int) -> st
 
 def check_count(n: int | None) -> int:
     """Return n, or 1 for None; ValueError if it is not a positive whole number."""
+    n = python_scalar(n)
     if n is None:
         return 1
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:

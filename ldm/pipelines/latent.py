@@ -103,7 +103,7 @@ class LatentDiffusion(BasePipeline):
         convention: Rules | None = None,
         spacing: str | None = None,
         grid: Grid | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = 0,
         height: int | None = None,
         width: int | None = None,
         sizes: SizeCondition | Mapping[str, Any] | None = None,
@@ -128,7 +128,7 @@ class LatentDiffusion(BasePipeline):
                 or "k", or a `Convention`. Default: the card's.
             spacing: Spacing of `TimeGrid.make` in place of the convention's.
             grid: A `TimeGrid`, or a list of falling timesteps, in place of steps and spacing.
-            seed: Image i has seed `seed` + i; or a sequence with one seed for each image.
+            seed: Image i has seed `seed` + i; or one seed for each image; None: random ones.
             height, width: Size in pixels, multiples of the autoencoder's factor. Default: the card's.
             sizes: SDXL's size conditions.
             latents: Standard normal noise (B, C, h, w) in place of the seeds'.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ldm.images.result import Images
+from ldm.support.scalars import python_scalar, python_scalars
 from ldm.weights.formats.safetensors import sha256
 
 Task = TypeVar("Task", bound=Callable[..., Images])
@@ -39,6 +40,7 @@ def replayable(task: Task) -> Task:
 
     @functools.wraps(task)
     def run(self: Any, *args: Any, **options: Any) -> Images:
+        args, options = tuple(map(python_scalar, args)), python_scalars(options)
         given = dict(signature.bind(self, *args, **options).arguments)
         given.update(given.pop("options", {}))
         known: dict[str, Any] = {}

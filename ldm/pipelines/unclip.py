@@ -35,6 +35,7 @@ from ldm.pipelines.tasks.text_difference import text_difference
 from ldm.pipelines.tasks.truncated import truncated
 from ldm.pipelines.tasks.variations import embedding_variations
 from ldm.pipelines.unclip_options import decoder_options, options_of, other_options, prior_options
+from ldm.support.scalars import python_scalars
 
 
 class UnCLIP(BasePipeline):
@@ -120,7 +121,7 @@ class UnCLIP(BasePipeline):
         guidance: float | None = None,
         sampler: str | None = None,
         grid: TimeGrid | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = 0,
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
@@ -138,7 +139,8 @@ class UnCLIP(BasePipeline):
             n: Number of images of each prompt. Default: the card's (4).
             steps, guidance, sampler, grid, latents, on_step: The decoder's; see
                 `LatentDiffusion.text_to_image`.
-            seed: Image i has seed `seed` + i; or a sequence with one seed for each image.
+            seed: Image i has seed `seed` + i; or a sequence with one seed for each image; None: random
+                seeds, which the recipe states.
             height, width: Size of the decoder's image in pixels. Default: the card's.
             candidates: Number of embeddings that the prior makes for each image, of which the one with the
                 largest dot product with the text's embedding is taken.
@@ -201,7 +203,7 @@ class UnCLIP(BasePipeline):
             )
         if strangers := [name for name in options if not name.startswith("prior_")]:
             raise ValueError(f"options {strangers} are none of the prior's, which begin with 'prior_'")
-        own = options_of("prior", options, self.prior.options)
+        own = options_of("prior", python_scalars(options), self.prior.options)
         prompts = prompt if isinstance(prompt, str) else list(prompt)
         call: Any = self.prior.settle(prompts, n=n, negative=negative, seed=seed, progress=progress, **own)
         embedding: ImageEmbedding = self.prior(self.clip, call, candidates=candidates)
@@ -224,6 +226,7 @@ class UnCLIP(BasePipeline):
 
     def settle(self, prompt: Any, *, n: int | None = None, **options: Any) -> Call:
         """Settle the options of a call (see `text_to_image`), check them, and warn of unknown words."""
+        options = python_scalars(options)
         if options.pop("keep_steps", False):
             raise ValueError("keep_steps: an unCLIP model keeps no steps; on_step sees the decoder's")
         n = self.card.pictures if n is None else n

@@ -20,6 +20,7 @@ from ldm.pipelines.call import Call, settle
 from ldm.pipelines.conditions import Pair, crop_condition
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.windows import Crop, windowed
+from ldm.support.progress import progress_bar
 
 # Draws kept for each stage (and each candidate of the prior), so that no two share any. Draw k of stage s is
 # draw s·2^40 + k of the seed.
@@ -263,7 +264,7 @@ class Stage:
 
     def solve(self, call: Call, fn: DenoiseFn, x: Tensor, hooks: Sequence[StepHook] = ()) -> Tensor:
         """Run the call's sampler over its grid with any DenoiseFn; the arguments are those of `sample`."""
-        with progress_bar(len(call.grid), call.progress) as bar:
+        with progress_bar(len(call.grid), call.progress, leave=False) as bar:
             hook = chain_hooks(call.on_step, lambda *_: bar.update(), *hooks)
             noise = self.step_noise(call)
             return call.solve(fn, x, call.grid, noise=noise, on_step=hook, **call.options)
@@ -295,10 +296,3 @@ def chain_hooks(own: OnStep | None, *others: StepHook) -> OnStep:
         return None if own is None else own(i, x, d)
 
     return hook
-
-
-def progress_bar(total: int, shown: bool) -> Any:
-    """Return a progress bar on standard error, shown on a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="step", leave=False, disable=None if shown else True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.data import PALETTE, Composition, caption, held_out_pair
 from ldm.data.index import ImageIndex
 from ldm.support.config import to_dict
+from ldm.support.progress import progress_bar
 from ldm.training.config import RunConfig
 from ldm.training.images import TrainingImages
 
@@ -154,12 +155,11 @@ def write_rows(
         compute: Maps B compositions to outputs (B, *shape).
         batch: Compositions per call of `compute`. Default: 32.
     """
-    from tqdm import tqdm
-
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part.npy")
     out = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(compositions), *shape))
-    for start in tqdm(range(0, len(compositions), batch), desc=f"compute {path.name}", disable=None):
+    starts = range(0, len(compositions), batch)
+    for start in progress_bar(len(starts), iterable=starts, desc=f"compute {path.name}"):
         out[start : start + batch] = compute(compositions[start : start + batch]).half().cpu().numpy()
     out.flush()
     os.replace(temporary, path)
