@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.images.pixels import ImageInput, to_mask, to_pixels
+from ldm.support.warn import warn_user
 
 FOUR_NEIGHBORS = torch.tensor([[[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]]])
 MARGINS = ("left", "right", "top", "bottom")
@@ -141,11 +141,10 @@ def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
     padded = repeat_edges(pixels, multiple)
     if padded.shape != pixels.shape:
         given, now = (f"{x.shape[-1]}×{x.shape[-2]}" for x in (pixels, padded))
-        warnings.warn(
+        warn_user(
             f"{given} is not a multiple of {multiple}: padded to {now} by repeating the last column and row;"
             " the result is cropped",
             Padded,
-            stacklevel=4,
         )
     return padded
 

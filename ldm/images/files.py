@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.support.files import write_atomically
+from ldm.support.files import longest_name, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Exif, Image
@@ -53,6 +53,8 @@ def check_writable(path: str | Path, suffixes: Collection[str] = tuple(FORMATS))
         raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
+    if len(os.fsencode(path.name)) > (longest := longest_name(path.parent)):
+        raise ValueError(f"{path.name[:40]!r}…: expected a file name of at most {longest} bytes")
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{str(path)!r} cannot be written")
     try:

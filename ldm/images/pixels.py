@@ -1,6 +1,6 @@
 """Images, masks and depth maps from paths, PIL images, arrays and tensors, as tensors.
 
-`ImageInput` lists what every `image=` argument of the library accepts.
+`ImageInput` lists what every `image=`, `mask=` and `depth=` argument of the library accepts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from ldm.images.eight_bit import rgba
@@ -21,19 +21,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageInput: TypeAlias = "str | Path | Image | np.ndarray | Tensor | Sequence[ImageInput]"
-"""What an `image=` argument accepts.
+"""What an argument that is an image accepts.
 
 - `str`, `Path`: a file in any format that PIL reads. It is rotated as its EXIF orientation says; gray,
   palette, CMYK and 16-bit files are converted to 8-bit RGB. Where a task takes a prompt or an image in the
   same argument (`interpolate`, `UnCLIP.embed`), a `str` is a prompt and only a `Path` is a file.
 - PIL image: converted in the same way.
-- `np.ndarray`: uint8, shape (H, W), (H, W, 3) or (H, W, 4).
-- `Tensor`: floating point in [0, 1], shape (3, H, W) or (B, 3, H, W).
+- `np.ndarray`: (H, W), (H, W, C) or (B, H, W, C) with 1, 3 or 4 channels; uint8, uint16 (65535 is 1), or
+  floating point in [0, 1].
+- `Tensor`: (H, W), (C, H, W) or (B, C, H, W) with 1, 3 or 4 channels; uint8, or floating point in [0, 1].
 - a sequence of these, all of one size: a batch.
 
-Transparent pixels are composited on white. A call with a file is replayable from its recipe; one with an
-image in memory is not.
+The fourth channel is opacity. Transparent pixels of an image are composited on white. A mask may also be of
+bool; where it has transparent pixels, see `to_mask`. A call with a file is replayable from its recipe; one
+with an image in memory is not.
 """
+Role = Literal["image", "mask", "depth"]
+CHANNELS = (1, 3, 4)
+WHITE = 0.9  # of every channel, from which on the pixels of a brush layer are white
 
 
 def to_pixels(image: ImageInput) -> Tensor:
@@ -43,94 +48,128 @@ def to_pixels(image: ImageInput) -> Tensor:
         image: One image or a sequence of images of one size; see `ImageInput`.
 
     Raises:
-        ValueError: For another shape or range, images of several sizes, or a file that is not an image.
+        ValueError: For another shape, dtype or range, images of several sizes, or a file that is not an
+            image.
         FileNotFoundError: If a path does not exist.
     """
-    if isinstance(image, Sequence) and not isinstance(image, str):
-        parts = [to_pixels(part) for part in image]
-        if not parts or len({part.shape[1:] for part in parts}) > 1:
-            raise ValueError(
-                f"image: expected images of one size, got {[tuple(part.shape) for part in parts]}"
-            )
-        return torch.cat(parts)
-    if isinstance(image, Tensor):
-        return check_pixel_tensor(image[None] if image.ndim == 3 else image, 3, "image")
-    values = read_values(image, "image")
-    if values.ndim == 2:
-        values = repeat(values, "h w -> h w c", c=3)
-    if values.ndim != 3 or values.shape[-1] not in (3, 4):
-        raise ValueError(f"image: expected (H, W), (H, W, 3) or (H, W, 4), got {tuple(values.shape)}")
-    pixels, alpha = values[..., :3].float() / 255, values[..., 3:].float() / 255
-    if alpha.shape[-1]:
+    values = read_batch(image, "image")
+    pixels = values[:, :3].expand(-1, 3, -1, -1)
+    if values.shape[1] == 4:
+        alpha = values[:, 3:]
         pixels = pixels * alpha + (1 - alpha)
-    return rearrange(pixels, "h w c -> 1 c h w").contiguous()
+    return pixels.contiguous()
 
 
 def to_mask(mask: ImageInput, size: Sequence[int]) -> Tensor:
     """Return a mask as a tensor (B, 1, H, W) of 0 and 1: 1 where the image is repainted.
 
+    Without transparent pixels, a mask is white where to repaint: its mean over color channels is thresholded
+    at one half. With transparent pixels, it is either a brush layer or an image with a hole. If all its
+    opaque pixels are white, it is a brush layer, and they are repainted. Else it is an image with a hole (as
+    DALL·E 2's masks are), and the transparent pixels are repainted.
+
     Args:
-        mask: One mask, white (1) where to repaint, thresholded at one half. A file, PIL image or uint8 array
-            as in `ImageInput`, or a floating-point tensor (H, W), (1, H, W) or (B, 1, H, W) in [0, 1].
+        mask: One mask or a sequence of masks of one size; see `ImageInput`.
         size: (H, W) of the image.
 
     Raises:
-        ValueError: If the mask has another size, shape or range.
+        ValueError: If the mask has another size, shape, dtype or range.
         FileNotFoundError: If a path does not exist.
     """
-    if isinstance(mask, Tensor):
-        values = mask.float()
-        while 2 <= values.ndim < 4:
-            values = values[None]
-        values = check_pixel_tensor(values, 1, "mask")
-    else:
-        gray = read_values(mask, "mask").float() / 255
-        values = (gray if gray.ndim == 2 else gray[..., :3].mean(-1))[None, None]
+    values = read_batch(mask, "mask")
     if tuple(values.shape[-2:]) != tuple(size):
         raise ValueError(
             f"mask: expected the image's size {size[0]}×{size[1]}, got {values.shape[-2]}×{values.shape[-1]}"
         )
-    return (values >= 0.5).float()
+    white = (values[:, :3].mean(1, keepdim=True) >= 0.5).float()  # (B, 1, H, W)
+    if values.shape[1] < 4:
+        return white
+    opaque = (values[:, 3:] >= 0.5).float()
+    transparent = 1 - opaque
+    brush = ((values[:, :3].amin(1, keepdim=True) >= WHITE) | (opaque == 0)).flatten(1).all(1)  # (B,)
+    layered = torch.where(brush[:, None, None, None], opaque, transparent)
+    has_hole = transparent.flatten(1).any(1)[:, None, None, None]
+    return torch.where(has_hole, layered, white)
 
 
 def to_depth(depth: ImageInput, size: Sequence[int]) -> Tensor:
     """Return depth maps as a tensor (B, 1, h, w) in [−1, 1], each normalized to its own range.
 
     Args:
-        depth: Depth maps in any unit, larger being nearer: a file, PIL image or array (H, W), or a tensor
-            (H, W) or (B, 1, H, W).
+        depth: Depth maps in any unit, larger being nearer: files, PIL images or arrays (H, W), or tensors
+            (H, W) or (B, 1, H, W), of any dtype; of three equal channels one is taken.
         size: (h, w), to which the maps are resized (bicubic) before they are normalized.
 
     Raises:
-        ValueError: For another shape, or values that are not finite.
+        ValueError: For another shape, channels that differ, or values that are not finite.
         FileNotFoundError: If a path does not exist.
     """
-    values = depth.float() if isinstance(depth, Tensor) else read_values(depth, "depth").float()
-    if values.ndim == 2:
-        values = values[None, None]
-    if values.ndim != 4 or values.shape[1] != 1 or not bool(values.isfinite().all()):
-        raise ValueError(f"depth: expected finite (H, W) or (B, 1, H, W), got {tuple(values.shape)}")
+    values = read_batch(depth, "depth")
+    if values.shape[1] == 4 and bool((values[:, 3] == values[:, 3].max()).all()):
+        values = values[:, :3]  # opaque everywhere
+    if values.shape[1] == 3 and bool((values == values[:, :1]).all()):
+        values = values[:, :1]
+    if values.shape[1] != 1 or not bool(values.isfinite().all()):
+        raise ValueError(f"depth: expected finite values in one channel, got {tuple(values.shape)}")
     values = F.interpolate(values, tuple(size), mode="bicubic", align_corners=False)  # (B, 1, h, w)
     low, high = values.amin((1, 2, 3), keepdim=True), values.amax((1, 2, 3), keepdim=True)
     return 2 * (values - low) / (high - low).clamp_min(1e-8) - 1
 
 
-def check_pixel_tensor(values: Tensor, channels: int, name: str) -> Tensor:
-    """Return a tensor (B, channels, H, W) in [0, 1] as float32; ValueError for another shape or range."""
-    if values.ndim != 4 or values.shape[1] != channels or not values.is_floating_point():
-        raise ValueError(
-            f"{name}: expected floating-point (B, {channels}, H, W) in [0, 1], got {values.dtype}"
-            f" {tuple(values.shape)}"
-        )
+def read_batch(image: ImageInput, role: Role) -> Tensor:
+    """Return images, masks or depth maps as a tensor (B, C, H, W), float32, with 1, 3 or 4 channels.
+
+    Args:
+        image: See `ImageInput`.
+        role: Name of the argument, for messages. Images and masks are in [0, 1]; depth is in its own unit.
+
+    Raises:
+        ValueError, FileNotFoundError: See `to_pixels`.
+    """
+    if isinstance(image, Sequence) and not isinstance(image, str):
+        parts = [read_batch(part, role) for part in image]
+        if not parts or len({part.shape[1:] for part in parts}) > 1:
+            shapes = [tuple(part.shape) for part in parts]
+            raise ValueError(f"{role}: expected {role}s of one size, got {shapes}")
+        return torch.cat(parts)
+    if isinstance(image, Tensor):
+        values = image[None, None] if image.ndim == 2 else image[None] if image.ndim == 3 else image
+        layout = "(H, W), (C, H, W) or (B, C, H, W)"
+    else:
+        values = array_values(image, role)
+        if values.ndim == 2:
+            values = values[..., None]
+        values = values[None] if values.ndim == 3 else values
+        layout = "(H, W), (H, W, C) or (B, H, W, C)"
+        if values.ndim == 4:
+            values = rearrange(values, "b h w c -> b c h w")
+    if values.ndim != 4 or values.shape[1] not in CHANNELS:
+        given = tuple(image.shape) if hasattr(image, "shape") else tuple(values.shape)
+        raise ValueError(f"{role}: expected {layout} with 1, 3 or 4 channels, got {given}")
+    return scaled(values, role)
+
+
+def scaled(values: Tensor, role: Role) -> Tensor:
+    """Return values as float32, whole numbers scaled to [0, 1]; ValueError for another dtype or range."""
+    if role == "depth":
+        return values.float()
+    if values.dtype == torch.uint8:
+        return values.float() / 255
+    if values.dtype == torch.uint16:
+        return values.float() / 65535
+    if values.dtype == torch.bool and role == "mask":
+        return values.float()
+    if not values.is_floating_point():
+        kinds = "uint8, uint16 or floating point" + (" or bool" if role == "mask" else "")
+        raise ValueError(f"{role}: expected {kinds}, got {str(values.dtype).removeprefix('torch.')}")
     if values.numel() and not -0.01 <= float(values.min()) <= float(values.max()) <= 1.01:
-        raise ValueError(
-            f"{name}: expected [0, 1], got [{float(values.min()):.3g}, {float(values.max()):.3g}]"
-        )
+        low, high = float(values.min()), float(values.max())
+        raise ValueError(f"{role}: expected [0, 1], got [{low:.3g}, {high:.3g}]")
     return values.float()
 
 
-def read_values(image: ImageInput, name: Literal["image", "mask", "depth"]) -> Tensor:
-    """Return the values of a file, PIL image or array: uint8 for images and masks, unchanged for depth."""
+def array_values(image: str | Path | Image | np.ndarray, role: Role) -> Tensor:
+    """Return the values of a file, PIL image or array, in its own dtype; images and masks are 8-bit RGBA."""
     import numpy as np
 
     if isinstance(image, str | Path):
@@ -138,21 +177,21 @@ def read_values(image: ImageInput, name: Literal["image", "mask", "depth"]) -> T
 
         path = Path(image)
         if not path.is_file():
-            raise FileNotFoundError(f"{name}: no such file: {str(path)!r}")
+            raise FileNotFoundError(f"{role}: no such file: {str(path)!r}")
         try:
             with Image.open(path) as opened:
-                image = convert_mode(opened, name)
+                image = convert_mode(opened, role)
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name}: {str(path)!r} is not a readable image: {error}") from None
+            raise ValueError(f"{role}: {str(path)!r} is not a readable image: {error}") from None
     elif is_pil(image):
-        image = convert_mode(image, name)
+        image = convert_mode(image, role)
     array = np.asarray(image)
-    if name != "depth" and array.dtype != np.uint8:
-        raise ValueError(
-            f"{name}: expected 8-bit values, a tensor, a PIL image or a path, got {type(image).__name__} of"
-            f" {array.dtype}"
-        )
-    return torch.from_numpy(array.copy())
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{role}: expected an image, got {type(image).__name__} of {array.dtype}")
+    native = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(
+        native.astype(np.float64) if native.dtype.kind in "ui" and role == "depth" else native
+    )
 
 
 def is_pil(image: object) -> TypeGuard[Image]:
@@ -160,6 +199,11 @@ def is_pil(image: object) -> TypeGuard[Image]:
     return hasattr(image, "convert")
 
 
-def convert_mode(image: Image, name: Literal["image", "mask", "depth"]) -> Image:
-    """Return a PIL image as RGBA (image), as gray (mask) or in its own mode (depth)."""
-    return rgba(image) if name == "image" else image.convert("L" if name == "mask" else image.mode)
+def convert_mode(image: Image, role: Role) -> Image:
+    """Return a PIL image upright: as RGBA, or for depth in its own mode."""
+    from PIL import ImageOps
+
+    if role != "depth":
+        return rgba(image)
+    upright: Image = ImageOps.exif_transpose(image)
+    return upright.convert("RGB") if upright.mode == "P" else upright
