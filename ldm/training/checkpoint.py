@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,32 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a training state; nothing in the file is executed."""
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    return state
+    """Read a training state; nothing in the file is executed.
+
+    Raises:
+        ValueError: If the file is damaged: its checksums differ, or it is not a checkpoint.
+    """
+    return read_state(path, mmap=False)
 
 
 def checkpoint_step(path: Path) -> int:
     """Return the step of a checkpoint, or 0 if there is none; the weights stay on the disk."""
-    if not path.is_file():
-        return 0
-    return int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["step"])
+    return int(read_state(path, mmap=True)["step"]) if path.is_file() else 0
+
+
+def read_state(path: Path, *, mmap: bool) -> dict[str, Any]:
+    """Read a file of `save_checkpoint`; with `mmap` its checksums are not compared. See `load_checkpoint`."""
+    advice = "delete it to train from the beginning, or put back a copy"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = None if mmap else archive.testzip()  # torch.save writes a CRC-32 of every entry
+        if damaged is not None:
+            raise ValueError(f"{str(path)!r} is damaged at {damaged!r}: {advice}")
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({reason}): {advice}") from None
+    return state
 
 
 def match_strides(optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.data import PALETTE, Composition, EmojiData, ImageIndex, render_batch, sample_composition
+from ldm.data import PALETTE, Composition, EmojiData, ImageIndex, caption, render_batch, sample_composition
 from ldm.data.mix import Mix
 from ldm.training.config import DataConfig
 
@@ -36,6 +36,10 @@ class TrainingImages:
         """
         mix = mix or self.config.drawn or self.config.mix
         return [sample_composition(rng, self.index, mix) for _ in range(n)]
+
+    def describe(self, chosen: Sequence[Composition]) -> list[str]:
+        """Return the canonical captions of compositions."""
+        return [caption(each, self.index) for each in chosen]
 
     def held_out(self, n: int) -> list[Composition]:
         """Return n held-out images, the same at every call, every second one on a random background."""

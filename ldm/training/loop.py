@@ -19,11 +19,13 @@ from ldm.speed.optimization import for_training
 from ldm.support.config import to_dict
 from ldm.support.device import dtype_of, fast_dtype
 from ldm.support.files import write_atomically
+from ldm.support.progress import progress_bar
 from ldm.training.checkpoint import check_resumable, load_checkpoint, match_strides, save_checkpoint
 from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
-from ldm.training.metrics import append_row, drop_later_rows, thin_rows
+from ldm.training.lock import folder_lock
+from ldm.training.metrics import append_row, drop_later_rows, has_validation, thin_rows
 
 
 class Trainable(Protocol):
@@ -35,6 +37,9 @@ class Trainable(Protocol):
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one step and further figures to log, from the draws alone."""
+
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return what the samples of `loss` are, for error messages."""
 
     def validate(self) -> dict[str, float]:
         """Return figures on fixed data, with the model's present weights."""
@@ -114,15 +119,23 @@ class Run:
             progress: Whether to show a progress bar on a terminal. Default: True.
 
         Raises:
-            FloatingPointError: If the loss is not finite; the last checkpoint is kept.
+            ValueError: If `until` is below 1, or another process trains in the folder.
+            FloatingPointError: If the loss or a gradient is not finite. It is raised before the step changes
+                anything, and names the step, the samples and the first parameter; the last checkpoint is
+                kept.
         """
-        from tqdm import tqdm
-
-        config, last = self.config, min(until or self.config.steps, self.config.steps)
+        if until is not None and until < 1:
+            raise ValueError(f"until: expected a step of at least 1, got {until}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(
-            total=last, initial=self.step, unit="step", disable=None if progress else True, smoothing=0.05
-        )
+        with folder_lock(self.folder):
+            self._train(self.config.steps if until is None else min(until, self.config.steps), progress)
+
+    def _train(self, last: int, progress: bool) -> None:
+        config = self.config
+        if self.step % config.validate_every == 0 and self.step > 0 or self.finished:
+            if not has_validation(self.folder / "metrics.jsonl", self.step):
+                self._validate()  # the run was interrupted between the checkpoint and its validation
+        bar = progress_bar(last, progress, initial=self.step, smoothing=0.05)
         pending: list[dict[str, Tensor]] = []
         started = mark = time.perf_counter()
         before = self.seconds
@@ -152,6 +165,8 @@ class Run:
             loss, figures = self.part.loss(Draws(self.config.seed, self.step), self.config.batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, opt.clip if opt.clip > 0 else float("inf"))
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise FloatingPointError(self._describe_overflow(float(loss.detach()), float(norm)))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.step)
@@ -161,16 +176,28 @@ class Run:
             "grad_norm": norm,
         }
 
+    def _describe_overflow(self, loss: float, norm: float) -> str:
+        """Return the message for a loss or gradient that is not finite."""
+        bad = (
+            name
+            for name, p in self.part.model.named_parameters()
+            if not bool(torch.isfinite(p).all())
+            or (p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+        )
+        samples = self.part.describe_batch(Draws(self.config.seed, self.step), self.config.batch)
+        shown = ", ".join(map(repr, samples[:8])) + (f" and {len(samples) - 8} more" * (len(samples) > 8))
+        return (
+            f"step {self.step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; the first"
+            f" parameter that is not finite, or has such a gradient, is {next(bad, 'none')!r}; the samples"
+            f" are {shown}. The step was not taken, and the last checkpoint is kept"
+        )
+
     def _log_losses(self, pending: list[dict[str, Tensor]], mark: float) -> dict[str, float]:
         """Log and return the means of the figures since `mark`, which are those of the steps in `pending`."""
         rate = len(pending) * self.config.batch / (time.perf_counter() - mark)
         figures = {key: float(torch.stack([row[key] for row in pending]).mean()) for key in pending[0]}
         figures["samples_per_second"] = round(rate, 2)
         self._log(figures)
-        if not np.isfinite(figures["loss"]):
-            raise FloatingPointError(
-                f"step {self.step}: the loss is {figures['loss']}; the last checkpoint is kept"
-            )
         return figures
 
     @torch.no_grad()

@@ -15,6 +15,12 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def has_validation(path: Path, step: int) -> bool:
+    """Return whether a metrics file has the validation row of a step."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any("validation/" in line and _step_of(line) == step for line in lines)
+
+
 def drop_later_rows(path: Path, step: int) -> None:
     """Remove the rows behind `step`, and a row cut short by a kill."""
     if path.exists():

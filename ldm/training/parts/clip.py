@@ -70,6 +70,10 @@ class CLIPPart:
         ids = self.tokenizer(captions, context_length=None, pad=0).to(self.device)  # (B, L)
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.images.draw(draws.rng, batch))
+
     def validate(self) -> dict[str, float]:
         """Return how often the nearest image of a caption is its own, over the training images in noto."""
         chosen = [Composition(image=int(row)) for row in self.images.index.train_of["noto"]]

@@ -70,6 +70,10 @@ class CLIPTextPart:
         assert pooled is not None
         return F.normalize(pooled.float(), dim=-1)
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+
     def validate(self) -> dict[str, float]:
         """Return retrieval figures (see `retrieval_figures`) of all training names in noto on white."""
         index = self.images.index

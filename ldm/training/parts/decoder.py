@@ -149,6 +149,10 @@ class DecoderPart:
         )
         return self.latents.decode(z)
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+
     def validate(self) -> dict[str, float]:
         """Return the mean squared error of 64 held-out images, sampled from their embeddings alone."""
         chosen = self.images.held_out(64)

@@ -85,6 +85,10 @@ class DraftPart:
         drafts = torch.cat([part for part in parts if part is not None]).float()
         return drafts[torch.tensor(order, device=drafts.device).argsort()]
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+
     def validate(self) -> dict[str, float]:
         """Return mean squared errors and the retrieval accuracy of drafts from canonical captions.
 

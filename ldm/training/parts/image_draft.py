@@ -126,6 +126,10 @@ class ImageDraftPart:
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         return (self.net(self.read_embeddings(rows, draws)) - x0).square().mean(), {}
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+
     def validate(self) -> dict[str, float]:
         """Return mean squared errors of drafts from canonical captions.
 

@@ -137,6 +137,10 @@ class PriorPart:
         assert self.denoiser is not None
         return sample_prior(self.denoiser, self.clip, captions, seed=seed, steps=steps, guidance=guidance)
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+
     def validate(self) -> dict[str, float]:
         """Return mean cosines over 128 held-out images.
 

@@ -185,6 +185,10 @@ class UNetPart:
         )
         return self.latents.decode(z)
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+
     def validate(self) -> dict[str, float]:
         """Return figures over 64 training images on white.
 

@@ -118,6 +118,10 @@ class UpsamplerPart:
         x = ddim(self.denoiser.bind(Cond(concat=low)), x, grid)
         return (x if self.config.residual is None else low + self.config.residual * x).clamp(-1, 1)
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.images.draw(draws.rng, batch))
+
     def validate(self) -> dict[str, float]:
         """Return the mean PSNR in dB of 64 held-out images upsampled, and of bicubic enlargement."""
         x = self.images.tensor(self.images.held_out(64))

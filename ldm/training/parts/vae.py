@@ -67,6 +67,10 @@ class VAEPart:
         l1, mse, kl = error.abs().mean(), error.square().mean(), posterior.kl().mean() / x[0].numel()
         return weights.l1 * l1 + weights.mse * mse + weights.kl * kl, {"l1": l1, "mse": mse, "kl": kl}
 
+    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.images.draw(draws.rng, batch))
+
     def validate(self) -> dict[str, float]:
         """Return figures over 128 held-out images, half of them on a background.
 
