@@ -234,8 +234,15 @@ class Trace:
 
     # The methods that hooks of the network call.
 
+    @property
+    def watches(self) -> bool:
+        """Whether the call that runs now, in this thread, is traced."""
+        return any(watcher is self for watcher in self.pipe.watchers)
+
     def saw_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Find the rows of the conditional branch in the network's batch, by their context."""
+        if not self.watches:
+            return
         _, t, cond = inputs
         self._t = float(torch.as_tensor(t).reshape(-1)[0])
         self._rows, context = None, self._context
@@ -264,6 +271,8 @@ def trace(
     pipe: LatentDiffusion | UnCLIP, hooks: Mapping[str, Hook | None] | Sequence[str] = ()
 ) -> Iterator[Trace]:
     """Record every task of a pipeline inside the context; the record of the last one remains afterwards.
+
+    Tasks that other threads run on the same pipeline are not recorded.
 
     The images are bit-identical to those of an untraced run: attention probabilities are computed in addition
     to the fused kernel, not in place of it. Each step takes one float32 tensor (B, h, w, M) per
@@ -298,13 +307,13 @@ def trace(
     net = pipe.stage.denoiser.net
     with ExitStack() as stack:
         for name, fn in wanted.items():
-            stack.callback(named[name].register_forward_hook(fn or _collecting_hook(record, name)).remove)
+            hook = _in_traced_runs(record, fn or _collecting_hook(record, name))
+            stack.callback(named[name].register_forward_hook(hook).remove)
         stack.callback(net.register_forward_pre_hook(record.saw_inputs).remove)
         stack.enter_context(
             _attention_recorded(net, record) if isinstance(pipe, LatentDiffusion) else nullcontext()
         )
-        pipe.watchers.append(record)
-        stack.callback(pipe.watchers.remove, record)
+        stack.enter_context(pipe.watched_by(record))
         yield record
 
 
@@ -320,12 +329,22 @@ def _attention_recorded(net: nn.Module, record: Trace) -> Iterator[None]:
         for name, part in attends:
 
             def note(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
-                record._sizes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
+                if record.watches:
+                    record._sizes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
 
             stack.callback(part.register_forward_pre_hook(note).remove)
         if any(getattr(part, "cross", False) for part in net.modules()):
             stack.enter_context(attention_control(net, record.saw_attention))
         yield
+
+
+def _in_traced_runs(record: Trace, hook: Hook) -> Hook:
+    """Return a forward hook that leaves the runs of other threads alone."""
+
+    def traced(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return hook(module, inputs, output) if record.watches else None
+
+    return traced
 
 
 def _collecting_hook(record: Trace, name: str) -> Hook:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from ldm.pipelines.stages.stage import Guide, Stage, StepHook
 from ldm.pipelines.tasks.inpaint import inpaint
 from ldm.pipelines.tasks.outpaint import outpaint
 
+# Observers by the identity of the pipeline, for each thread (or task).
+_WATCHERS: ContextVar[Mapping[int, tuple[Watcher, ...]]] = ContextVar("watchers", default={})  # noqa: B039
+
 
 class BasePipeline(nn.Module):
     """A model that draws images, whatever its conditions are made of.
@@ -26,7 +31,6 @@ class BasePipeline(nn.Module):
     Attributes:
         origin: Hashes of the weights, for recipes.
         safety: Safety checker, applied to all images; None: no check.
-        watchers: Observers of every run (see `ldm.trace`).
         guide: Guidance method, (denoiser, cond, uncond, scale) -> DenoiseFn. Default: `ldm.cfg`. Another one,
             such as `functools.partial(ldm.cfg, interval=(0.28, 5.42))`, makes images that are not replayable.
     """
@@ -35,7 +39,6 @@ class BasePipeline(nn.Module):
         super().__init__()
         self.origin = dict(origin or {})
         self.safety = safety
-        self.watchers: list[Watcher] = []
         self.guide: Guide = cfg
 
     @property
@@ -62,6 +65,21 @@ class BasePipeline(nn.Module):
     def multiple(self) -> int:
         """Number of which the sides of an image must be multiples; see `Stage.multiple`."""
         return self.stage.multiple
+
+    @property
+    def watchers(self) -> tuple[Watcher, ...]:
+        """The observers of this thread's runs; see `watched_by`."""
+        return _WATCHERS.get().get(id(self), ())
+
+    @contextmanager
+    def watched_by(self, watcher: Watcher) -> Iterator[None]:
+        """Show an observer, inside a `with` block, the runs of this thread (see `ldm.trace`)."""
+        outer = _WATCHERS.get()
+        token = _WATCHERS.set({**outer, id(self): (*self.watchers, watcher)})
+        try:
+            yield
+        finally:
+            _WATCHERS.reset(token)
 
     @property
     def hooks(self) -> tuple[StepHook, ...]:

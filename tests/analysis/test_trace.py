@@ -31,7 +31,7 @@ def test_a_traced_run_is_the_untraced_one(guidance, dtype):
         traced = run(pipe, n=2, guidance=guidance)
     # bit-identical: an explicit product in place of the fused kernel would differ by up to 1e-5 in float32
     assert torch.equal(traced.tensor, plain.tensor) and t.images is traced
-    assert torch.equal(run(pipe, n=2, guidance=guidance).tensor, plain.tensor) and pipe.watchers == []
+    assert torch.equal(run(pipe, n=2, guidance=guidance).tensor, plain.tensor) and pipe.watchers == ()
     assert all(
         part.controls == () and not part._forward_pre_hooks
         for part in pipe.denoiser.modules()
@@ -158,7 +158,7 @@ def test_an_unclip_s_decoder_is_traced_without_maps(make, shape, side):
     assert (
         torch.equal(traced.tensor, plain.tensor)
         and t.images is traced
-        and model.watchers == []
+        and model.watchers == ()
         and t.prompts == ("a cat", "a cat")
     )
     assert [step.index for step in t.steps] == [0, 1, 2] and all(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,3 +113,13 @@ def test_invalid_controls_are_refused(net, call):
         attention_control(net, lambda name, p: p[:1]),
     ):
         call()
+
+
+@torch.no_grad()
+def test_a_control_is_seen_by_its_own_thread_only(net, call):
+    plain = call()
+    with attention_control(net, lambda name, p: torch.full_like(p, 0.2)):
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(torch.no_grad()(call)).result()
+        assert (call() - plain).abs().max() > 1e-4
+    assert torch.equal(other, plain) and torch.equal(call(), plain)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
 from tiny_latent_diffusion import tiny_model
 
+import ldm
 from ldm import SAMPLERS, TimeGrid
 from ldm.diffusion.noise import initial_noise
 from ldm.images.canvas import Padded
@@ -153,3 +158,71 @@ def test_every_sampler_runs_on_the_pipeline(pipe):
 def test_nan_is_an_error_and_not_a_black_image(pipe):
     with pytest.raises(ValueError, match="NaN"):
         run(pipe, on_step=lambda i, x, d: x * float("nan"))
+
+
+def test_scalars_of_numpy_and_torch_are_options_like_any_other(pipe, tmp_path):
+    plain = run(pipe, n=2, seed=3, height=32, width=32, steps=4, guidance=2.5, sampler="ddim", eta=0.5)
+    scalars = run(
+        pipe,
+        n=np.int64(2),
+        seed=np.int64(3),
+        height=np.int64(32),
+        width=torch.tensor(32),
+        steps=np.int32(4),
+        guidance=np.float32(2.5),
+        sampler="ddim",
+        eta=np.float32(0.5),
+    )
+    assert torch.equal(plain.tensor, scalars.tensor) and plain.recipe == scalars.recipe
+    given = torch.rand(1, 3, 32, 32)
+    made = pipe.image_to_image("cat", given, strength=np.float32(0.5), progress=False)
+    assert made.recipe["strength"] == 0.5
+    for images in (scalars, made):
+        images.save(tmp_path / "a.png")
+
+
+def test_no_seed_draws_seeds_that_the_recipe_states(pipe):
+    made = run(pipe, n=2, seed=None)
+    assert made.recipe["seed"] == list(made.seeds) and made.seeds[1] == made.seeds[0] + 1
+    assert torch.equal(run(pipe, n=2, seed=made.recipe["seed"]).tensor, made.tensor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 0}, "height: expected a whole number of at least 1, got 0"),
+        ({"width": 32.0}, "width: expected a whole number of at least 1, got 32.0"),
+        ({"steps": 2.5}, "steps: expected a whole number, got 2.5"),
+        ({"guidance": float("nan")}, "guidance: expected a finite number, got nan"),
+        ({"seed": [2.7]}, "seed: expected whole numbers from 0 to .*, got 2.7"),
+        ({"prompt": None}, "prompt: expected a text or several, got None"),
+    ],
+)
+def test_options_that_are_no_such_numbers_are_errors(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(pipe, **{"prompt": "cat", **options})
+
+
+def test_there_need_be_no_standard_error(pipe, monkeypatch):
+    expected = run(pipe).tensor
+    monkeypatch.setattr(sys, "stderr", None)
+    assert torch.equal(pipe.text_to_image("a red apple").tensor, expected)
+
+
+def test_edits_and_traces_of_one_thread_do_not_reach_another(pipe):
+    """Run plain calls beside edits, of the same pipe, until both have run many times."""
+    expected = [run(pipe, seed=i).tensor for i in range(4)]
+    edited = pipe.edit("cat", "red apple", seed=1, progress=False).tensor
+
+    def edit(_: int) -> torch.Tensor:
+        with ldm.trace(pipe) as traced:
+            made = pipe.edit("cat", "red apple", seed=1, progress=False).tensor
+            run(pipe, "cat")
+        assert traced.prompts == ("cat",) and len(traced.steps) == len(traced.images.recipe["seed"]) * 4
+        return made
+
+    with ThreadPoolExecutor(4) as pool:
+        plain = [pool.submit(lambda i=i: run(pipe, seed=i % 4).tensor) for i in range(24)]
+        edits = list(pool.map(edit, range(8)))
+    assert all(torch.equal(each.result(), expected[i % 4]) for i, each in enumerate(plain))
+    assert all(torch.equal(made, edited) for made in edits)

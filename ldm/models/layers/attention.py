@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -86,6 +88,12 @@ def attend_controlled(
     return attend(q, k, v, mask) if p is original else p.to(v.dtype) @ v
 
 
+# The controls of this thread (or task), by the identity of the attention. They are not on the modules, which
+# threads share; a module only counts how many blocks control it, in any thread.
+_CONTROLS: ContextVar[Mapping[int, tuple[AttentionControl, ...]]] = ContextVar("controls", default={})  # noqa: B039
+_COUNTING = Lock()
+
+
 @contextmanager
 def attention_control(
     network: nn.Module,
@@ -95,8 +103,9 @@ def attention_control(
 ) -> Iterator[list[str]]:
     """Call a function with the probabilities of every attention of a network, inside a `with` block.
 
-    Blocks may be nested: an inner function receives what the outer one returned. Under guidance the batch is
-    that of `ldm.diffusion.guidance.under`: the samples with their prompts, then the same samples without.
+    The calls of other threads are not controlled. Blocks may be nested: an inner function receives what the
+    outer one returned. Under guidance the batch is that of `ldm.diffusion.guidance.under`: the samples with
+    their prompts, then the same samples without.
 
     Args:
         network: The network whose attentions are controlled.
@@ -123,14 +132,23 @@ def attention_control(
         raise ValueError(
             f"the network {type(network).__name__} has no {'' if of == 'all' else of + '-'}attention"
         )
-    added = {name: partial(fn, name) for name in found}
-    for name, part in found.items():
-        part.controls = (*part.controls, added[name])
+    outer = _CONTROLS.get()
+    added: dict[int, tuple[AttentionControl, ...]] = {
+        id(part): (*outer.get(id(part), ()), partial(fn, name)) for name, part in found.items()
+    }
+    token = _CONTROLS.set({**outer, **added})
+    _count_controls(found.values(), 1)
     try:
         yield list(found)
     finally:
-        for name, part in found.items():
-            part.controls = tuple(control for control in part.controls if control is not added[name])
+        _count_controls(found.values(), -1)
+        _CONTROLS.reset(token)
+
+
+def _count_controls(parts: Iterable[Attention], change: int) -> None:
+    with _COUNTING:
+        for part in parts:
+            part.controlled += change
 
 
 class Attention(nn.Module):
@@ -144,11 +162,18 @@ class Attention(nn.Module):
         bias: Whether the projections to queries, keys and values have a bias. Default: False.
 
     Attributes:
-        controls: Functions that receive the probabilities and may replace them; see `attention_control`.
-            Without any, the default, the probabilities are not computed.
+        controlled: Number of `attention_control` blocks that the attention is in, in any thread.
     """
 
-    controls: tuple[AttentionControl, ...] = ()
+    controlled: int = 0
+
+    @property
+    def controls(self) -> tuple[AttentionControl, ...]:
+        """The functions that receive the probabilities in this thread and may replace them.
+
+        Without any, the default, the probabilities are not computed. See `attention_control`.
+        """
+        return _CONTROLS.get().get(id(self), ()) if self.controlled else ()
 
     def __init__(
         self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False
@@ -188,7 +213,8 @@ class Attention(nn.Module):
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return `attend` of the arguments, through the controls if there are any."""
-        return attend_controlled(q, k, v, mask, self.controls) if self.controls else attend(q, k, v, mask)
+        controls = self.controls
+        return attend_controlled(q, k, v, mask, controls) if controls else attend(q, k, v, mask)
 
 
 class AttentionBlock(Attention):
