@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 UNET_PREFIX, VAE_PREFIX, COND_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -26,6 +26,15 @@ class Family:
     refusal: str = ""
     unneeded: tuple[str, ...] = ()
 
+    def prefixes(self, keys: Collection[str]) -> dict[str, str]:
+        """Return the prefix of each part in a file with these keys: the usual one, or an alternative."""
+        found = {}
+        for part, usual in self.parts.items():
+            choices = (usual, *ALTERNATIVES.get(usual, ()))
+            present = (each for each in choices if any(key.startswith(each) for key in keys))
+            found[part] = next(present, usual)
+        return found
+
 
 CLIP_L = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text": f"{COND_PREFIX}transformer."}
 CLIP_H = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text": f"{COND_PREFIX}model."}
@@ -36,6 +45,8 @@ SDXL_PARTS = {
     "text2": "conditioner.embedders.1.model.",
 }
 UNCLIP = CLIP_H | {"image": "embedder.model.", "noise": "noise_augmentor."}
+# Other prefixes of the same part: SD-Turbo's text tower is stored below that of SDXL's conditioners.
+ALTERNATIVES = {f"{COND_PREFIX}model.": ("conditioner.embedders.0.model.",)}
 ALONE = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}
 
 EPS_OR_V = "the keys do not tell whether it predicts eps (the 512 base models) or v (768): name the model"

@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm.catalog.cards import Card
 from ldm.weights.formats.ldm_folder import read_network, read_part_config
+from ldm.weights.formats.single_file import Stated
 from ldm.weights.parts import build_network, randomise
 
 
@@ -25,6 +26,7 @@ class Source:
         folder: Folder in which the files of the tokenizer may be; None for random weights.
         pieces: XLM-R's tokenizer.json or its folder; None if there is none.
         notes: Warnings about the weights.
+        stated: What the weights state about sampling; None of it for folders.
     """
 
     networks: Mapping[str, nn.Module]
@@ -33,6 +35,7 @@ class Source:
     folder: Path | None = None
     pieces: Path | None = None
     notes: tuple[str, ...] = ()
+    stated: Stated = Stated()
 
 
 def part_dtype(part: str, dtype: torch.dtype) -> torch.dtype:

@@ -142,6 +142,22 @@ def test_keys_cannot_tell_eps_from_v_so_the_caller_says(tmp_path: Path) -> None:
         reduced_families.load(card.name, weights=tmp_path / "base.ckpt")
 
 
+def test_what_a_file_states_about_sampling_is_followed(tmp_path: Path) -> None:
+    card = reduced_families.register("sd-v1-5", tmp_path)
+    pipe = reduced_families.load(card.name)
+    state = dict(read_safetensors(ldm.save(pipe, tmp_path / "a.safetensors", layout="original")))
+    markers = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
+    write_safetensors(tmp_path / "v.safetensors", state | markers)
+    loaded = reduced_families.load(card.name, weights=tmp_path / "v.safetensors")
+    assert (pipe.denoiser.prediction, loaded.denoiser.prediction) == ("eps", "v")
+    assert loaded.card.prediction == "v" and loaded.card.schedule.zero_terminal_snr
+    assert float(loaded.denoiser.schedule.alphas_cumprod[-1]) == 0
+    write_safetensors(tmp_path / "named.safetensors", state, {"modelspec.prediction_type": "v"})
+    named = tmp_path / "named.safetensors"
+    assert reduced_families.load(card.name, weights=named).denoiser.prediction == "v"
+    assert reduced_families.load(card.name, weights=named, prediction="eps").denoiser.prediction == "eps"
+
+
 def test_a_second_block_that_sd2_does_not_run_is_left_out(tmp_path: Path) -> None:
     card = reduced_families.register("sd-v2-1", tmp_path)
     pipe = reduced_families.load(card.name)

@@ -12,7 +12,14 @@ from sparse_files import sd1_shapes, sparse_file
 
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.formats.safetensors import write_safetensors
-from ldm.weights.formats.single_file import choose_ema, ema_names, read_single, read_tensors
+from ldm.weights.formats.single_file import (
+    Stated,
+    choose_ema,
+    ema_names,
+    read_single,
+    read_tensors,
+    stated_sampling,
+)
 from ldm.weights.keymap import from_file
 from ldm.weights.rules.unet import unet_table
 from ldm.weights.strict import load_strict
@@ -117,3 +124,69 @@ def test_the_scale_that_a_file_states(tmp_path: Path) -> None:
         file.seek(-2, 2)
         file.write(b"\x00\x38")  # 0.5 in half precision
     assert read_single(path).scale_factor == 0.5
+
+
+STRAYS = {
+    "model_sampling.sigmas": (1000,),
+    "sigmas": (1000,),
+    "log_sigmas": (1000,),
+    "epoch": (),
+    "cond_stage_model.logit_scale": (),
+    "cond_stage_model.transformer.logit_scale": (),
+}
+
+
+def test_keys_that_common_programs_add_are_left_out(tmp_path: Path) -> None:
+    plain = read_single(sparse_file(tmp_path / "sd.safetensors", sd1_shapes()))
+    strays = read_single(sparse_file(tmp_path / "strays.safetensors", sd1_shapes() | STRAYS))
+    assert {name: part.keys() for name, part in strays.parts.items()} == {
+        name: part.keys() for name, part in plain.parts.items()
+    }
+
+
+def test_the_prefix_of_data_parallel_training_is_removed(tmp_path: Path) -> None:
+    keys = {f"module.{key}": shape for key, shape in sd1_shapes().items()}
+    single = read_single(sparse_file(tmp_path / "sd.safetensors", keys))
+    assert single.found.name == "sd1" and single.parts.keys() == {"unet", "vae", "text"}
+
+
+def test_the_text_tower_of_sd_turbo_is_found_below_its_own_prefix(tmp_path: Path) -> None:
+    text = {"conditioner.embedders.0.model.positional_embedding": (77, 1024)}
+    keys = sd1_shapes("sd2") | text
+    keys = {key: shape for key, shape in keys.items() if not key.startswith("cond_stage_model.")}
+    single = read_single(sparse_file(tmp_path / "sd_turbo.safetensors", keys), family="sd2")
+    assert single.parts["text"].keys() == {"positional_embedding"}
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae.", "whole"])
+def test_an_autoencoder_is_found_wherever_it_stands(tmp_path: Path, prefix: str) -> None:
+    vae = {
+        key.removeprefix("first_stage_model."): shape
+        for key, shape in sd1_shapes().items()
+        if key.startswith("first_stage_model.")
+    }
+    keys = sd1_shapes() if prefix == "whole" else {prefix + key: shape for key, shape in vae.items()}
+    single = read_single(sparse_file(tmp_path / "vae.safetensors", keys), family="first-stage-kl")
+    assert single.parts.keys() == {"vae"} and single.parts["vae"].keys() == vae.keys()
+
+
+@pytest.mark.parametrize(
+    ("markers", "metadata", "expected"),
+    [
+        ({}, {}, Stated()),
+        ({"v_pred": torch.zeros(0)}, {}, Stated("v")),
+        ({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {}, Stated("v", True)),
+        ({}, {"modelspec.prediction_type": "v"}, Stated("v")),
+        ({}, {"modelspec.prediction_type": "epsilon"}, Stated("eps")),
+        ({"v_pred": torch.zeros(0)}, {"modelspec.prediction_type": "v"}, Stated("v")),
+    ],
+)
+def test_what_a_file_states_about_sampling(markers, metadata, expected) -> None:
+    assert stated_sampling(markers, metadata) == expected
+
+
+def test_contradictory_and_unknown_statements_are_errors() -> None:
+    with pytest.raises(ValueError, match="v_pred and .*'epsilon' contradict"):
+        stated_sampling({"v_pred": torch.zeros(0)}, {"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match="'flow': expected one of 'epsilon', 'v'"):
+        stated_sampling({}, {"modelspec.prediction_type": "flow"})

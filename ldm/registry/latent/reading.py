@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from ldm.registry.latent.sources import (
 )
 from ldm.registry.locating import WeightsRequest
 from ldm.registry.sources import Source, random_networks
+from ldm.support.warn import warn_user
 from ldm.weights.formats.diffusers_folder import is_folder, list_variants
+from ldm.weights.formats.single_file import Stated
 
 
 def load_latent(card: ModelCard, request: WeightsRequest) -> LatentDiffusion:
@@ -32,9 +33,25 @@ def load_latent(card: ModelCard, request: WeightsRequest) -> LatentDiffusion:
         card = replace(card, prediction=request.prediction)
     source = read_latent_source(card, request)
     for note in source.notes:
-        warnings.warn(f"weights {str(request.weights)!r}: {note}", stacklevel=3)
+        warn_user(f"weights {str(request.weights)!r}: {note}")
+    card = card_as_stated(card, source.stated, asked=request.prediction is not None)
     vocabulary = None if request.vocabulary is None else Path(request.vocabulary)
     return assemble_latent(card, source, vocabulary=vocabulary)
+
+
+def card_as_stated(card: ModelCard, stated: Stated, *, asked: bool) -> ModelCard:
+    """Return a card that follows what the weights state about sampling.
+
+    Args:
+        card: The card that the user named.
+        stated: What the weights state.
+        asked: Whether the user asked for a prediction, which then counts.
+    """
+    if stated.prediction is not None and not asked:
+        card = replace(card, prediction=stated.prediction)
+    if stated.zero_terminal_snr:
+        card = replace(card, schedule=replace(card.schedule, zero_terminal_snr=True))
+    return card
 
 
 def load_autoencoder(card: AutoencoderCard, request: WeightsRequest) -> nn.Module:

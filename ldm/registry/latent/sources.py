@@ -78,6 +78,7 @@ def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bo
         origin={path.name: fingerprint(path)},
         folder=path.parent,
         notes=prediction_notes(card, single.values),
+        stated=single.stated,
     )
 
 

@@ -6,9 +6,12 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
+from ldm.catalog.families import FAMILIES
+from ldm.diffusion.interfaces import Prediction
 from ldm.weights.detection import Detection, detect, expect, require
 from ldm.weights.formats.pickles import read_ckpt
 from ldm.weights.formats.safetensors import existing_file, map_safetensors
@@ -32,7 +35,24 @@ UNNEEDED_KEYS = (
     "global_step",
     "v_pred",
     "ztsnr",
+    "sigmas",
+    "log_sigmas",
+    "model_sampling.*",
+    "logit_scale",
+    "epoch",
+    "iteration",
 )
+# Prefixes below which programs store an autoencoder that is alone in a file.
+AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
+# values of modelspec.prediction_type
+PREDICTIONS_OF_METADATA: dict[str, Prediction] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
+
+
+class Stated(NamedTuple):
+    """What a file states about sampling; None or False where it states nothing."""
+
+    prediction: Prediction | None = None
+    zero_terminal_snr: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +66,7 @@ class SingleFile:
         ema: Whether the UNet's tensors are the averaged ones.
         scale_factor: The latent scale that the file states; None if it states none.
         values: Numbers and strings beside the tensors.
+        stated: What the file states about sampling.
     """
 
     path: Path
@@ -54,6 +75,7 @@ class SingleFile:
     ema: bool = False
     scale_factor: float | None = None
     values: Mapping[str, int | float | str] = field(default_factory=dict)
+    stated: Stated = Stated()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
@@ -142,6 +164,9 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
     """
     path = existing_file(path)
     state, values = read_tensors(path)
+    state = without_wrapper(state)
+    if family is not None and FAMILIES[family].parts == {"vae": ""}:
+        state = autoencoder_alone(state)
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     found = detect(shapes, source=path) if family is None else expect(family, shapes, source=path)
     about = found.family if family is not None else require(found, source=path)
@@ -159,8 +184,48 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
         parts=parts,
         ema=averaged,
         values=values,
+        stated=stated_sampling(state, values),
         scale_factor=None if scale is None else float(scale),
     )
+
+
+def without_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without the prefix "module.", which data-parallel training adds to every key."""
+    if state and all(key.startswith("module.") for key in state):
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def autoencoder_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the autoencoder's tensors of a file that stores them below a prefix, such as a whole
+    checkpoint."""
+    for prefix in AUTOENCODER_PREFIXES:
+        if part := below(prefix, state):
+            scale = {key: value for key, value in state.items() if key == "scale_factor"}
+            return {**part, **scale}
+    return state
+
+
+def stated_sampling(state: Mapping[str, Tensor], values: Mapping[str, int | float | str]) -> Stated:
+    """Return what a file states about sampling, by marker keys and by its metadata.
+
+    The keys `v_pred` and `ztsnr` state v-prediction and a schedule with zero terminal SNR. The metadata
+    `modelspec.prediction_type` is "epsilon" or "v".
+
+    Raises:
+        ValueError: If the two contradict each other, or the metadata states another prediction.
+    """
+    named, prediction = values.get("modelspec.prediction_type"), None
+    if named is not None:
+        prediction = PREDICTIONS_OF_METADATA.get(str(named))
+        if prediction is None:
+            choices = ", ".join(map(repr, PREDICTIONS_OF_METADATA))
+            raise ValueError(f"modelspec.prediction_type {named!r}: expected one of {choices}")
+    if "v_pred" in state:
+        if prediction == "eps":
+            raise ValueError(f"the key v_pred and modelspec.prediction_type {named!r} contradict each other")
+        prediction = "v"
+    return Stated(prediction, "ztsnr" in state)
 
 
 def split_parts(
@@ -172,7 +237,8 @@ def split_parts(
     """
     family = found.family
     bare = not any(key.startswith(prefix) for prefix in family.parts.values() if prefix for key in state)
-    prefixes = {"unet": ""} if bare and "unet" in family.parts else dict(family.parts)
+    prefixes = {"unet": ""} if bare and "unet" in family.parts else family.prefixes(state)
+    state = {key: value for key, value in state.items() if not key.endswith(".logit_scale")}
     parts = {name: below(prefix, state) for name, prefix in prefixes.items()}
     unneeded = (*UNNEEDED_KEYS, *family.unneeded)
     left = [
