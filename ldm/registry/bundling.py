@@ -17,8 +17,8 @@ from ldm.registry.part_checks import check_latent_parts, check_unclip_parts
 from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import nearest, read_yaml
-from ldm.support.files import write_atomically
-from ldm.weights.formats.ldm_folder import about_part, write_card
+from ldm.support.files import staged_folder, write_atomically
+from ldm.weights.formats.ldm_folder import CARD_FILE, about_part, model_files, write_card
 
 
 def check_latent(card: ModelCard, folder: Path) -> None:
@@ -71,25 +71,19 @@ def bundle(card: Card, exports: Mapping[str, str | Path], folder: str | Path) ->
         The folder.
 
     Raises:
-        FileNotFoundError: If a part is absent. No part is left in the folder.
+        FileNotFoundError: If a part is absent. The folder is as it was.
         ValueError: If a part was trained for another CLIP, schedule, prediction or size than the card states,
-            or does not fit the others. No part is left in the folder.
+            or does not fit the others. The folder is as it was.
     """
     folder = Path(folder)
-    written: list[Path] = []
-    try:
+    with staged_folder(folder, CARD_FILE, model_files) as stage:
         for part, source in exports.items():
             about_part(source, part)  # raises FileNotFoundError with a hint
             names = [f"{part}.safetensors", f"{part}.yaml", *(["vocabulary.json"] if part == "text" else [])]
             for name in names:
-                written.append(folder / name)
-                write_atomically(folder / name, (Path(source) / name).read_bytes())
-        CHECKS[card.kind](card, folder)
-    except (ValueError, OSError):
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    write_card(folder, card)
+                write_atomically(stage / name, (Path(source) / name).read_bytes())
+        CHECKS[card.kind](card, stage)
+        write_card(stage, card)
     return folder
 
 

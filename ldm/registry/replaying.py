@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ldm.images.result import Images
 from ldm.pipelines.replayable import BY_OPTIONS, from_json
 from ldm.registry.loading import load
+from ldm.support.warn import warn_user
 
 # Entries of a recipe that are not arguments of its task.
 ABOUT = ("task", "prompt", "model", "device", "dtype", "replayable", "weights", "versions", "index")
@@ -53,7 +53,7 @@ def replay(recipe: Mapping[str, Any], *, weights: str | Path | None = None) -> I
         raise ValueError(f"task {recipe['task']!r}: {recipe['model']!r} has no task of this name")
     images = task(**arguments)
     if changed := recipe_changes(recipe, images.recipe):
-        warnings.warn(f"the pixels may differ: {'; '.join(changed)}", stacklevel=2)
+        warn_user(f"the pixels may differ: {'; '.join(changed)}")
     if "index" not in recipe:
         return images
     i = recipe["index"]

@@ -13,6 +13,11 @@ from ldm.registry.latent.writing import LAYOUTS, write_diffusers, write_ldm, wri
 from ldm.registry.unclip.writing import write_unclip
 from ldm.support.config import nearest
 from ldm.support.device import dtype_of
+from ldm.support.files import staged_folder
+from ldm.weights.formats.diffusers_folder import read_json
+from ldm.weights.formats.ldm_folder import CARD_FILE, model_files
+
+PIPELINE_INDEX = "model_index.json"
 
 
 def save(
@@ -25,8 +30,9 @@ def save(
 ) -> Path:
     """Write a model in a layout that `ldm.load(name, weights=path)` reads.
 
-    The weights are preserved exactly unless ``dtype`` is given. Each file is written completely or not at
-    all.
+    The weights are preserved exactly unless ``dtype`` is given. A model is written completely or not at all:
+    in a new folder beside ``path``, from which its files are moved at the end. Files of ``path`` that belong
+    to no model are kept.
 
     Args:
         pipe: The model.
@@ -51,9 +57,13 @@ def save(
     if isinstance(pipe, UnCLIP):
         if layout != "native":
             raise ValueError(f"layout {layout!r}: expected 'native', the only one for an UnCLIP")
-        return write_unclip(pipe, path, dtype=weights_dtype, **facts)
+        with staged_folder(path, CARD_FILE, model_files) as stage:
+            write_unclip(pipe, stage, dtype=weights_dtype, **facts)
+        return path
     if layout == "native":
-        return write_ldm(pipe, path, weights_dtype, facts)
+        with staged_folder(path, CARD_FILE, model_files) as stage:
+            write_ldm(pipe, stage, weights_dtype, facts)
+        return path
     if facts:
         raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
     if pipe.card.family == "latent":
@@ -61,5 +71,16 @@ def save(
             f"layout {layout!r} is for models of published families, {pipe.card.name!r} is of none: expected"
             " 'native'"
         )
-    write = write_original if layout == "original" else write_diffusers
-    return write(pipe, path, weights_dtype)
+    if layout == "original":
+        return write_original(pipe, path, weights_dtype)
+    with staged_folder(path, PIPELINE_INDEX, component_files) as stage:
+        write_diffusers(pipe, stage, weights_dtype)
+    return path
+
+
+def component_files(folder: Path) -> list[Path]:
+    """Return the files of the components that the model_index.json of a folder names; none without it."""
+    if not (folder / PIPELINE_INDEX).is_file():
+        return []
+    names = [name for name in read_json(folder / PIPELINE_INDEX) if not name.startswith("_")]
+    return [path for name in names for path in (folder / name).rglob("*") if path.is_file()]

@@ -1,10 +1,18 @@
-"""Atomic file writes."""
+"""Atomic writes: modes, leftovers, planted links, long names, threads."""
 
 from __future__ import annotations
 
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
-from ldm.support.files import write_atomically
+from ldm.support import files
+from ldm.support.files import longest_name, write_atomically
 
 
 def test_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
@@ -15,3 +23,56 @@ def test_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"two")
     assert path.read_bytes() == b"one" and [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_the_mode_of_a_file_is_kept_and_a_new_one_follows_the_umask(tmp_path: Path) -> None:
+    private, new = tmp_path / "private", tmp_path / "new"
+    private.write_bytes(b"old")
+    private.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        write_atomically(private, b"1")
+        write_atomically(new, b"2")
+    finally:
+        os.umask(before)
+    assert (private.read_bytes(), new.read_bytes()) == (b"1", b"2")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600 and stat.S_IMODE(new.stat().st_mode) == 0o640
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_kept(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead = tmp_path / f".ldm-{process.pid}-{'0' * 16}"
+    alive = tmp_path / f".ldm-{os.getpid()}-{'0' * 16}"
+    other = tmp_path / ".ldm-notes"
+    for path in (dead, alive, other):
+        path.write_bytes(b"x")
+    files._cleaned.discard(tmp_path)
+    write_atomically(tmp_path / "a", b"1")
+    assert not dead.exists() and alive.exists() and other.exists()
+
+
+def test_names_as_long_as_the_system_has_are_written(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * longest_name(tmp_path))
+    write_atomically(path, b"1")
+    assert path.read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_threads_may_write_one_file(tmp_path: Path) -> None:
+    path, contents = tmp_path / "a", [bytes([i]) * 100_000 for i in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda data: write_atomically(path, data), contents))
+    assert path.read_bytes() in contents and [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_errors_name_the_file_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device.*/a'"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and [each.name for each in tmp_path.iterdir()] == ["a"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
+from ldm.support.warn import warn_user
 from ldm.weights.formats.diffusers_folder import is_folder, list_variants, read_folder
 from ldm.weights.formats.safetensors import sha256 as digest
 
@@ -103,7 +103,7 @@ def check_hash(path: Path, expected: str, *, stated: bool) -> None:
         return
     message = f"{str(path)!r} has the sha256 {found}, expected {expected}"
     if not stated:
-        warnings.warn(f"{message} as third parties list it", UnexpectedHash, stacklevel=4)
+        warn_user(f"{message} as third parties list it", UnexpectedHash)
         return
     for place in {path.resolve(), path}:
         place.unlink(missing_ok=True)

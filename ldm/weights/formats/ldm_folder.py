@@ -26,6 +26,9 @@ from ldm.weights.formats.safetensors import read_safetensors, sha256, write_safe
 from ldm.weights.parts import NETWORKS
 from ldm.weights.strict import load_strict
 
+CARD_FILE = "card.yaml"
+TOKENIZER_FILES = ("vocabulary.json", "vocab.txt", "words-tokenizer.json")
+
 # How the text tower of the models that this repository trained is read.
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
 
@@ -171,7 +174,14 @@ def write_card(folder: Path, card: Card) -> None:
     import yaml
 
     content = yaml.safe_dump(to_dict(card), sort_keys=False, width=140)
-    write_atomically(folder / "card.yaml", content.encode())
+    write_atomically(folder / CARD_FILE, content.encode())
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that are parts of a model in ldm layout, or belong to its tokenizers."""
+    parts = [path for path in folder.glob("*.yaml") if path.with_suffix(".safetensors").is_file()]
+    weights = [path.with_suffix(".safetensors") for path in parts]
+    return [*parts, *weights, *(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())]
 
 
 def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str | None = None) -> None:
