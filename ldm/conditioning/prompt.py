@@ -4,11 +4,11 @@ A plain prompt needs none of this:
 
 - ``(red:1.3) apple``: "red" with weight 1.3, a number from 0 to 10. Nested weights multiply:
   ``((red:1.2) apple:1.5)`` is "red" with 1.8 and " apple" with 1.5. Weight 1 changes nothing. Parentheses
-  without a weight are text: ``apple (fruit)``.
+  without a weight are text: ``apple (fruit)``. So are those with nothing but digits, spaces and ASCII
+  punctuation before the colon: ``(16:9)``, ``(10:30)``.
 - ``a {cat:3|dog} face``: a blend of "a cat face" and "a dog face" with the shares 3/4 and 1/4; an alternative
-without
-  a number has 1. Several braces give every combination, with the product of their shares. Braces without a
-  bar are text; blends do not nest.
+  without a number has 1. Several braces give every combination, with the product of their shares. Braces
+  without a bar are text; blends do not nest.
 - ``\( \) \{ \} \| \: \\`` are these characters themselves; before any other character a backslash is text.
 
 A parenthesis or brace that holds a weight or a bar but is not opened or closed, and a weight that is not a
@@ -26,6 +26,7 @@ from ldm.conditioning.words import words_in
 
 ESCAPED = "(){}|:\\"
 HIGHEST_WEIGHT = 10.0
+NUMERIC = re.compile(r"[\d\s!-/:-@\[-`{-~]*")  # digits, spaces and ASCII punctuation
 MAX_BRANCHES = 64  # the largest number of alternatives of a prompt
 Chars = list[tuple[str, bool]]  # characters, and whether each was escaped
 
@@ -155,6 +156,9 @@ def _trailing_number(chars: Chars, what: str) -> tuple[float, int | None]:
     colon = max((i for i, char in enumerate(chars) if char == (":", False)), default=None)
     if colon is None or (")", False) in chars[colon:]:
         return 1.0, None
+    before = "".join(char for char, _ in chars[:colon])
+    if what == "weight" and NUMERIC.fullmatch(before):
+        return 1.0, None  # "16:9"
     text = "".join(char for char, _ in chars[colon + 1 :])
     if re.fullmatch(r"\s*\+?(\d+\.?\d*|\.\d+)\s*", text) and float(text) <= HIGHEST_WEIGHT:
         return float(text), colon

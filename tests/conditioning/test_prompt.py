@@ -38,6 +38,8 @@ def test_weights(prompt, spans):
         ("a red apple", "a red apple"),
         ("apple (fruit)", "apple (fruit)"),
         ("(note: blue)", "(note: blue)"),
+        ("a photo (16:9)", "a photo (16:9)"),
+        ("at (10:30), (3.5:2)", "at (10:30), (3.5:2)"),
         (":) sad :(", ":) sad :("),
         ("12:30, {x}, a|b", "12:30, {x}, a|b"),
         ("C:\\dir", "C:\\dir"),

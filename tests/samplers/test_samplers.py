@@ -129,3 +129,18 @@ def test_wrong_input() -> None:
     with pytest.raises(ValueError, match="did you mean 'dpmpp_2m'"):
         get_sampler("dpmpp2m")
     assert math.isfinite(float(ddim(fixed(x), x, grid)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spacing", ["karras", "linspace"])
+def test_lcm_leaves_no_noise_on_a_grid_that_ends_at_the_first_entry(spacing: str) -> None:
+    """The state at t = 0 has noise of the first entry, which the consistency function's c_skip would keep."""
+    grid = TimeGrid.make(SCHEDULE, 4, spacing=spacing)
+    assert float(grid.t[-1]) == 0 and float(grid.sigma[-1]) == 0
+    data = torch.linspace(-1, 1, 8)[None]
+
+    def denoise(x: Tensor, t: Tensor) -> Denoised:
+        alpha, sigma = SCHEDULE.alpha_sigma(torch.as_tensor(t))
+        return Denoised(data.expand_as(x), (x - alpha * data) / sigma)
+
+    made = SAMPLERS["lcm"](denoise, torch.randn(2, 8), grid, noise=keyed_noise([0, 1]))
+    assert torch.allclose(made, data.expand(2, 8), atol=1e-6)

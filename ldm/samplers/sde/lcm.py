@@ -5,7 +5,8 @@ The consistency function f maps a state to clean data; one step evaluates it and
     f  = c_skip·x + c_out·x0,   c_skip = sd²/(s² + sd²),   c_out = s/sqrt(s² + sd²),   s = timestep_scale·t
     x' = alpha'·f + sigma'·z
 
-with sd = sigma_data. A step to clean data adds no noise.
+with sd = sigma_data. A step to clean data adds no noise. The state at t = 0 has the noise of the table's
+first entry, which c_skip = 1 would keep: below t = 1, f = x0.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def lcm(
         d = denoise(x, t)
         s = timestep_scale * float(t)
         c_skip, c_out = sigma_data**2 / (s**2 + sigma_data**2), s / math.sqrt(s**2 + sigma_data**2)
+        if float(t) < 1:
+            c_skip, c_out = 0.0, 1.0
         x = alpha[i + 1] * (c_skip * x + c_out * d.x0)
         if draw is not None and sigma[i + 1] > 0:
             x = x + sigma[i + 1] * draw(i, x)
