@@ -18,6 +18,7 @@ from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.analysis.oracle import AnalyticNet, gaussian
+from ldm.diffusion.denoiser import denoised
 
 # From the bottom to the top. A module imports from its own floor and from the floors below it.
 FLOORS = (
@@ -285,6 +286,7 @@ def calls(tmp_path_factory) -> Calls:
     [
         pytest.param(lambda: ldm.SAMPLERS["dpmpp_2m"], 4, id="sampler"),
         pytest.param(lambda: ldm.Denoiser.forward, 5, id="denoiser"),
+        pytest.param(lambda: denoised, 5, id="x0-and-eps"),
     ],
 )
 def test_a_formula_is_few_files_away_from_the_command(calls, formula, limit):

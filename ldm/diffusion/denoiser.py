@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, Prediction
-from ldm.diffusion.prediction import check_prediction, denoised
+from ldm.diffusion.prediction import check_prediction
 from ldm.diffusion.schedule import NoiseSchedule
 
 
@@ -101,6 +101,27 @@ class Denoiser(nn.Module):
     def bind(self, cond: Cond) -> DenoiseFn:
         """Return the DenoiseFn of one condition."""
         return lambda x_t, t: self(x_t, t, cond)
+
+
+def denoised(raw: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction) -> Denoised:
+    """Return x0 and eps of a network's raw prediction (Salimans and Ho 2022, appendix D).
+
+    eps prediction: x0 = (x_t − sigma·eps)/alpha. x0 prediction: eps = (x_t − alpha·x0)/sigma. v prediction:
+    x0 = alpha·x_t − sigma·v and eps = sigma·x_t + alpha·v, for alpha² + sigma² = 1.
+
+    Args:
+        raw: The prediction, shape (B, *S).
+        x_t: The state that it was made for, shape (B, *S).
+        alpha: alpha at t, broadcasts against x_t; must be positive for "eps".
+        sigma: sigma at t, broadcasts against x_t; must be positive for "x0".
+        prediction: What `raw` is: "eps", "x0" or "v".
+    """
+    check_prediction(prediction)
+    if prediction == "eps":
+        return Denoised((x_t - sigma * raw) / alpha, raw)
+    if prediction == "x0":
+        return Denoised(raw, (x_t - alpha * raw) / sigma)
+    return Denoised(alpha * x_t - sigma * raw, sigma * x_t + alpha * raw)
 
 
 def denoise_both(

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.constraints import with_eps, with_x0
-from ldm.diffusion.denoiser import Denoiser, denoise_both, denoise_each
+from ldm.diffusion.denoiser import Denoiser, denoise_both, denoise_each, denoised
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
-from ldm.diffusion.prediction import denoised, target
+from ldm.diffusion.prediction import target
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
 
 

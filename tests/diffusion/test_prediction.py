@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldm.diffusion.prediction import PREDICTIONS, denoised, target
+from ldm.diffusion.denoiser import denoised
+from ldm.diffusion.prediction import PREDICTIONS, target
 from ldm.diffusion.schedule import NoiseSchedule
 
 
