@@ -271,12 +271,12 @@ def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: to_pixels(torch.zeros(3, 4, 4, dtype=torch.uint8)), "floating-point"),
+        (lambda: to_pixels(torch.zeros(3, 4, 4, dtype=torch.int64)), "expected uint8, .* got int64"),
         (lambda: to_pixels(torch.full((3, 4, 4), 255.0)), r"expected \[0, 1\], got \[255, 255\]"),
         (lambda: to_pixels([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]), "images of one size"),
         (lambda: to_pixels(np.zeros((4, 4, 2), dtype=np.uint8)), r"\(4, 4, 2\)"),
         (lambda: to_mask(torch.zeros(4, 4), (4, 5)), "image's size 4×5, got 4×4"),
-        (lambda: to_depth(torch.zeros(2, 3, 4, 4), (2, 2)), "depth"),
+        (lambda: to_depth(torch.arange(96.0).reshape(2, 3, 4, 4), (2, 2)), "depth: .* one channel"),
         (lambda: to_depth(torch.full((4, 4), float("nan")), (2, 2)), "finite"),
     ],
 )
