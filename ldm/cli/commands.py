@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   ldm inpaint "a green apple" photo.png mask.png -o edited.jpg
   ldm replay apples.png"""
 
+CLOSED_PIPE = 141  # the exit status that a shell gives to a process which SIGPIPE ended
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "overflow")  # in the RuntimeErrors of torch
 
 
@@ -37,10 +39,22 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
             `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, or 2 for wrong input, or 130 if interrupted; `inspect` returns 1 for a file with
-        damage, NaN or code.
+        The exit status: 0, or 2 for wrong input, or 130 if interrupted, or 141 if the reader of standard
+        output has ended; `inspect` returns 1 for a file with damage, NaN or code.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = run_arguments(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of standard output has ended, as `ldm models | head -1` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return CLOSED_PIPE
+
+
+def run_arguments(argv: Sequence[str]) -> int:
+    """Run a command and report its errors; see `run_command_line`."""
     if argv[:1] in (["-h"], ["--help"]):
         print(describe_commands())
         return 0
@@ -49,6 +63,8 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
         try:
             command, args = parse_command(argv)
             return command.run(args)
+        except BrokenPipeError:
+            raise
         except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
             return report_error(error)
         except (RuntimeError, MemoryError) as error:  # other RuntimeErrors keep their traceback

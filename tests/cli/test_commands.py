@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -228,3 +230,12 @@ def test_an_interruption_ends_with_status_130(monkeypatch, capsys):
 def test_warnings_are_shown_as_before_afterwards():
     shown = warnings.showwarning
     assert main(["cat", "-o", "a.png"]) == 0 and warnings.showwarning is shown
+
+
+def test_a_reader_that_ends_early_is_not_an_error():
+    command = f"{sys.executable} -m ldm models | head -1; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
+    )
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 2 and lines[1] in ("0", "141") and ran.stderr == ""
