@@ -18,6 +18,7 @@ from ldm.weights.formats.diffusers_folder import read_json
 from ldm.weights.formats.ldm_folder import CARD_FILE, model_files
 
 PIPELINE_INDEX = "model_index.json"
+COMPONENT_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
 def save(
@@ -79,8 +80,13 @@ def save(
 
 
 def component_files(folder: Path) -> list[Path]:
-    """Return the files of the components that the model_index.json of a folder names; none without it."""
+    """Return the weights and configurations of the components that the model_index.json of a folder names.
+
+    Without that file there are none. A name that leads out of the folder is no component.
+    """
     if not (folder / PIPELINE_INDEX).is_file():
         return []
-    names = [name for name in read_json(folder / PIPELINE_INDEX) if not name.startswith("_")]
-    return [path for name in names for path in (folder / name).rglob("*") if path.is_file()]
+    names = [name for name in read_json(folder / PIPELINE_INDEX) if name[:1] not in ("_", ".")]
+    inside = [folder / name for name in names if Path(name).name == name and not (folder / name).is_symlink()]
+    files = [path for component in inside for path in component.rglob("*") if path.is_file()]
+    return [path for path in files if path.suffix in COMPONENT_SUFFIXES]

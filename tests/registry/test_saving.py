@@ -77,7 +77,12 @@ def test_a_folder_in_diffusers_layout_keeps_no_weights_of_the_last_model(tmp_pat
     folder = tmp_path / "model"
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "old.safetensors").write_bytes(b"x")
+    (folder / "unet" / "notes.md").write_bytes(b"x")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "a.safetensors").write_bytes(b"x")
     (folder / "other").mkdir()
     (folder / "other" / "mine").write_bytes(b"x")
-    (folder / saving.PIPELINE_INDEX).write_text('{"_class_name": "A", "unet": ["diffusers", "B"]}')
+    (folder / saving.PIPELINE_INDEX).write_text(
+        '{"_class_name": "A", "unet": ["x", "B"], "../beside": ["x", "B"], "..": [null, null]}'
+    )
     assert saving.component_files(folder) == [folder / "unet" / "old.safetensors"]
