@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
-TEMPORARY = re.compile(r"\.ldm-(\d+)-[0-9a-f]{16}")  # name of a temporary file: process, random number
+# name of a temporary file or folder: process, system (see `_system`; earlier versions lack it), random number
+TEMPORARY = re.compile(r"\.ldm-(\d{1,9})-(?:([0-9a-f]{8})-)?[0-9a-f]{16}")
+DAY = 86400  # seconds; temporary files of other systems are leftovers when they are older
 _cleaned: set[Path] = set()  # folders in which this process has looked for leftovers
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to disk, and rename it to `path`.
+def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write `data` to a file, whole or not at all; see `open_atomically`."""
+    with open_atomically(path, mode) as file:
+        file.write(data)
 
-    Parent folders are created. An existing file is replaced, and its mode is kept; it stays as it is if
-    writing fails. Temporary files have random names, which no other thread or process uses and no planted
-    link can have; those that killed processes left in the folder are removed.
+
+@contextmanager
+def open_atomically(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
+    """Write a temporary file beside `path`, inside a `with` block; rename it to `path` when the block ends.
+
+    Parent folders are created. The content is flushed to disk first. An existing file is replaced, and its
+    mode is kept; it stays as it is if writing fails. Temporary files have random names, which no other thread
+    or process uses and no planted link can have; those that killed processes left in the folder are removed.
+
+    Args:
+        path: The file.
+        mode: Permissions of the file, whatever the umask is. None for those of an existing file, or by the
+            umask. Default: None.
+
+    Yields:
+        The temporary file, open for binary writing.
 
     Raises:
-        OSError: If the file cannot be written; the message names it.
+        OSError: If the file cannot be written; the message names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    temporary = path.parent / f".ldm-{os.getpid()}-{secrets.token_hex(8)}"
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask applies
+    temporary = temporary_path(path.parent)
+    with _errors_name(path, temporary):
+        if mode is None and path.exists():
+            mode = path.stat().st_mode & 0o777
         try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
             with os.fdopen(handle, "wb") as file:
-                if path.exists():
-                    os.chmod(temporary, path.stat().st_mode & 0o777)
-                file.write(data)
+                if mode is not None:
+                    os.chmod(temporary, mode)  # as the umask has been applied
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Make a new folder in `folder` that only its owner may use; remove it when the `with` block ends."""
+    path = temporary_path(folder)
+    with _errors_name(folder, path):
+        path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def temporary_path(folder: Path) -> Path:
+    """Return a new name for a temporary file or folder in `folder`, after removing leftovers there."""
+    remove_leftovers(folder)
+    return folder / f".ldm-{os.getpid()}-{_system()}-{secrets.token_hex(8)}"
 
 
 @contextmanager
@@ -63,10 +100,7 @@ def staged_folder(folder: Path, key: str, stale: Callable[[Path], Iterable[Path]
         The new folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent)
-    stage = folder.parent / f".ldm-{os.getpid()}-{secrets.token_hex(8)}"
-    stage.mkdir()
-    try:
+    with temporary_folder(folder.parent) as stage, _errors_name(folder, stage):
         yield stage
         moved = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         folder.mkdir(exist_ok=True)
@@ -77,19 +111,66 @@ def staged_folder(folder: Path, key: str, stale: Callable[[Path], Iterable[Path]
         for name in sorted(moved, key=lambda each: each == Path(key)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, folder / name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
+    """Let errors that name no file, or a temporary one, name what is to be written instead."""
+    try:
+        yield
+    except OSError as error:
+        named = temporary if error.filename is None else error.filename
+        if (
+            error.errno is None
+            or not isinstance(named, str | Path)
+            or not Path(named).is_relative_to(temporary)
+        ):
+            raise
+        meant = path / Path(named).relative_to(temporary)
+        raise OSError(error.errno, error.strerror, str(meant)) from None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders of processes that have ended; done once for each folder."""
+    """Remove temporary files and folders of processes that have ended; done once for each folder.
+
+    What cannot be removed, such as files of other users, stays.
+    """
     if folder in _cleaned:
         return
     _cleaned.add(folder)
-    for path in folder.iterdir():
-        found = TEMPORARY.fullmatch(path.name)
-        if found is not None and not is_running(int(found[1])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            found = TEMPORARY.fullmatch(path.name)
+            if found is None or not _is_leftover(path, int(found[1]), found[2]):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _is_leftover(path: Path, process: int, system: str | None) -> bool:
+    """Return whether a temporary file, with the process and the system in its name, is nobody's any more."""
+    if system in (None, _system()):
+        return not is_running(process)
+    try:
+        return time.time() - path.lstat().st_mtime > DAY
+    except OSError:
+        return False  # another process has removed it
+
+
+@cache
+def _system() -> str:
+    """Return eight hexadecimal digits for this system: the machine, its start, and the container.
+
+    The number of a process says nothing on another one, which may share the folder.
+    """
+    facts = [platform.node()]
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
 
 def is_running(process: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ldm.support import files
-from ldm.support.files import longest_name, write_atomically
+from ldm.support.files import longest_name, open_atomically, staged_folder, write_atomically
 
 
 def test_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
@@ -42,14 +42,47 @@ def test_the_mode_of_a_file_is_kept_and_a_new_one_follows_the_umask(tmp_path: Pa
 def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_kept(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    dead = tmp_path / f".ldm-{process.pid}-{'0' * 16}"
-    alive = tmp_path / f".ldm-{os.getpid()}-{'0' * 16}"
-    other = tmp_path / ".ldm-notes"
-    for path in (dead, alive, other):
+    here, elsewhere = files._system(), "0" * 8
+    dead = tmp_path / f".ldm-{process.pid}-{'0' * 16}"  # as earlier versions named them
+    folder = tmp_path / f".ldm-{process.pid}-{here}-{'0' * 16}"
+    link = tmp_path / f".ldm-{process.pid}-{here}-{'1' * 16}"
+    old = tmp_path / f".ldm-{process.pid}-{elsewhere}-{'0' * 16}"
+    removed = dead, folder, link, old
+    kept = (
+        tmp_path / f".ldm-{os.getpid()}-{here}-{'0' * 16}",
+        tmp_path / f".ldm-{process.pid}-{elsewhere}-{'1' * 16}",  # its process may run on another machine
+        tmp_path / ".ldm-notes",
+        tmp_path / f".ldm-{'9' * 30}-{'0' * 16}",  # no number of a process
+    )
+    folder.mkdir()
+    (folder / "a").write_bytes(b"x")
+    link.symlink_to(tmp_path)
+    for path in (dead, old, *kept):
         path.write_bytes(b"x")
+    os.utime(old, (0, 0))
     files._cleaned.discard(tmp_path)
     write_atomically(tmp_path / "a", b"1")
-    assert not dead.exists() and alive.exists() and other.exists()
+    assert not any(map(os.path.lexists, removed)) and all(path.exists() for path in kept)
+
+
+def test_leftovers_that_cannot_be_removed_do_not_prevent_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's leftovers in a shared folder, and those that another process removes meanwhile."""
+    leftovers = [tmp_path / f".ldm-1-{digit * 16}" for digit in "01"]
+    leftovers[0].write_bytes(b"x")
+    leftovers[1].mkdir()
+    monkeypatch.setattr(files, "is_running", lambda process: False)
+
+    def refused(path: Path, **options: object) -> None:
+        if path in leftovers:
+            raise PermissionError(1, "Operation not permitted", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Path, "unlink", refused)
+        patch.setattr("os.rmdir", lambda *_, **__: refused(leftovers[1]))
+        write_atomically(tmp_path / "a", b"1")
+    assert (tmp_path / "a").read_bytes() == b"1" and leftovers[0].exists()
 
 
 def test_names_as_long_as_the_system_has_are_written(tmp_path: Path) -> None:
@@ -76,3 +109,25 @@ def test_errors_name_the_file_and_leave_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match=r"No space left on device.*/a'"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_mode_is_that_of_the_file_whatever_the_umask_is(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for umask in (0o000, 0o377):
+        before = os.umask(umask)
+        try:
+            write_atomically(path, b"1", 0o600)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        path.chmod(0o666)
+
+
+def test_a_folder_that_cannot_be_written_whole_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*/model/part/a'"):
+        with staged_folder(tmp_path / "model", "card", lambda _: []) as stage:
+            raise OSError(28, "No space left on device", str(stage / "part" / "a"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        with open_atomically(tmp_path / "a"):
+            (tmp_path / "elsewhere").read_bytes()  # errors of other files keep their names
