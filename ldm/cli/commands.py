@@ -18,6 +18,7 @@ from ldm.cli.options import MODEL, MODEL_KEYWORDS, OUTPUT, check_device
 from ldm.cli.parsing import Command, UsageError
 from ldm.cli.tasks import IMAGE_TASKS, ImageTask
 from ldm.cli.tools import TOOLS
+from ldm.support.text import escaped
 
 if TYPE_CHECKING:
     from ldm.images.result import Images
@@ -59,7 +60,9 @@ def run_arguments(argv: Sequence[str]) -> int:
         print(describe_commands())
         return 0
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {escaped(message)}", file=sys.stderr
+        )
         try:
             command, args = parse_command(argv)
             return command.run(args)
@@ -78,7 +81,7 @@ def run_arguments(argv: Sequence[str]) -> int:
 
 def report_error(error: Exception) -> int:
     """Print an error in one line on standard error; return the exit status 2."""
-    print("error:", " ".join(str(error).splitlines()) or "out of memory", file=sys.stderr)
+    print("error:", escaped(" ".join(str(error).splitlines())) or "out of memory", file=sys.stderr)
     return 2
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm.cli.options import GRID, QUALITY, check_device
 from ldm.cli.parsing import Command, argument
+from ldm.support.text import escaped
 
 
 def replay_file(args: argparse.Namespace) -> int:
@@ -30,7 +31,7 @@ def print_models(args: argparse.Namespace) -> int:
     from ldm.registry.names import list_models
 
     for name in list_models():
-        print(f"{name}: {find_card(name)[0].summary}")
+        print(escaped(f"{name}: {find_card(name)[0].summary}"))
     return 0
 
 

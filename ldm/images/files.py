@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.support.files import longest_name, write_atomically
+from ldm.support.strict_json import parse_json
+from ldm.support.text import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Exif, Image
@@ -141,13 +143,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(path)!r} has no recipe inside: it was not made by ldm, or its metadata was removed"
         )
-    try:
-        recipe = json.loads(text)
-    except ValueError:
-        recipe = None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe in {str(path)!r} is damaged: it is not a JSON mapping")
-    return recipe
+    return parse_json(text, f"the recipe in {shown(str(path))}", infinite=True)
 
 
 def find_recipe_text(image: Image) -> str | None:

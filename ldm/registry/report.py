@@ -6,14 +6,17 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
 
+from ldm.support.text import escaped, shown
 from ldm.weights.cast import is_finite
 from ldm.weights.detection import Detection
 from ldm.weights.keymap import Fit
 
+MOST_VALUES = 40  # of what a file states, that a report lists
 Row = tuple[str, str]  # label and text of one line
 
 
@@ -74,7 +77,7 @@ class Report:
         rows += [("sha256", f"{value}  {name}") for name, value in self.sha256.items()]
         rows += [*self._family_rows(), *self._part_rows(), *self._card_rows(), *self._safety_rows()]
         rows += [("PROBLEM", problem) for problem in self.problems]
-        return "\n".join(f"{name:<9} {value}" for name, value in rows)
+        return "\n".join(f"{name:<9} {escaped(value)}" for name, value in rows)
 
     def _family_rows(self) -> Iterator[Row]:
         if self.found is None:
@@ -92,8 +95,11 @@ class Report:
             counts = f"{part.tensors:>5} tensors  {part.parameters:>13,} parameters"
             yield "part", f"{part.name:<8} {counts}  {dtypes}"
         yield "averages", f"EMA copies of {self.averaged} tensors" if self.averaged else "no EMA copies"
-        for key, value in self.values.items():
-            yield "stored", f"{key} = {textwrap.shorten(str(value), 80)}"
+        for key, value in islice(self.values.items(), MOST_VALUES):
+            text = value if isinstance(value, str) else shown(value)
+            yield "stored", f"{escaped(key, 100)} = {textwrap.shorten(text[:1000], 80)}"
+        if len(self.values) > MOST_VALUES:
+            yield "stored", f"{len(self.values) - MOST_VALUES} more values"
 
     def _card_rows(self) -> Iterator[Row]:
         for name, parts in self.fits.items():

@@ -14,7 +14,7 @@ from ldm.registry.unclip.writing import write_unclip
 from ldm.support.config import nearest
 from ldm.support.device import dtype_of
 from ldm.support.files import staged_folder
-from ldm.weights.formats.diffusers_folder import read_json
+from ldm.support.strict_json import read_json
 from ldm.weights.formats.ldm_folder import CARD_FILE, model_files
 
 PIPELINE_INDEX = "model_index.json"

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from ldm.support.strict_yaml import parse_yaml
+from ldm.support.text import escaped, shown
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 C = TypeVar("C", bound="DataclassInstance")
+MOST_CHOICES = 200  # that a message lists
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:
@@ -30,10 +37,12 @@ def nearest(name: object, choices: Iterable[object]) -> str:
     Returns:
         `"did you mean 'ddim'? Choices: ddim, euler"`, without the question if no choice is similar.
     """
-    names = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    names = sorted(escaped(choice, 100) for choice in choices)
+    more = f" and {len(names) - MOST_CHOICES} more" if len(names) > MOST_CHOICES else ""
+    wanted = name if isinstance(name, str) else shown(name)
+    close = [] if more else difflib.get_close_matches(wanted[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Choices: {', '.join(sorted(names))}"
+    return f"{hint}Choices: {', '.join(names[:MOST_CHOICES])}{more}"
 
 
 def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
@@ -55,12 +64,12 @@ def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
             itself rejects.
     """
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where or cls.__name__}: expected a mapping, got {mapping!r}")
+        raise ValueError(f"{where or cls.__name__}: expected a mapping, got {shown(mapping)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key in mapping:
         if key not in fields:
-            raise ValueError(f"{where or cls.__name__}: unknown key {key!r}; {nearest(key, fields)}")
+            raise ValueError(f"{where or cls.__name__}: unknown key {shown(key)}; {nearest(key, fields)}")
     for name, field in fields.items():
         optional = (
             field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
@@ -72,8 +81,13 @@ def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
     }
     try:
         return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{where}: {escaped(error)}" if where else escaped(error)) from None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 # `Any` below: a value read from YAML has no static type, and an annotation is not always a class.
@@ -86,23 +100,25 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert_to_union(value, args, where)
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{where}: {value!r}; {nearest(value, args)}")
+            raise ValueError(f"{where}: {shown(value)}; {nearest(value, args)}")
         return value
     if origin is tuple:
         return _convert_to_tuple(value, args, where)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected a mapping, got {value!r}")
+            raise ValueError(f"{where}: expected a mapping, got {shown(value)}")
         return {
-            _convert(key, args[0], where): _convert(item, args[1], f"{where}.{key}")
+            _convert(key, args[0], where): _convert(item, args[1], f"{where}.{escaped(key, 100)}")
             for key, item in value.items()
         }
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max or math.isnan(value):
+            raise ValueError(f"{where}: expected a finite number, got {shown(value)}")
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ValueError(f"{where}: expected {hint.__name__}, got {shown(value)}")
     return value
 
 
@@ -124,11 +140,11 @@ def _convert_to_union(value: Any, args: tuple[Any, ...], where: str) -> Any:
 def _convert_to_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     """Return the list or tuple `value` as a `tuple[X, ...]` or a tuple of fixed length."""
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{where}: expected a list, got {value!r}")
+        raise ValueError(f"{where}: expected a list, got {shown(value)}")
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
     if len(value) != len(args):
-        raise ValueError(f"{where}: expected {len(args)} values, got {value!r}")
+        raise ValueError(f"{where}: expected {len(args)} values, got {shown(value)}")
     return tuple(
         _convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
     )
@@ -146,47 +162,16 @@ def to_dict(config: Any) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Numbers such as `1e-4` are read as floats, as YAML 1.2 defines; PyYAML alone reads them as strings. No
-    Python object other than scalars, lists and mappings is ever constructed.
+    """Read the mapping in a YAML file; see `ldm.support.strict_yaml` for what is read.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not valid YAML, gives a key twice, or holds no mapping at the top.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such configuration file: {str(path)!r}")
-    try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not valid YAML: {error}") from None
+        raise FileNotFoundError(f"no such configuration file: {shown(str(path))}")
+    mapping = parse_yaml(path)
     if not isinstance(mapping, dict):
-        raise ValueError(f"{str(path)!r}: expected a mapping at the top, got {type(mapping).__name__}")
+        raise ValueError(f"{shown(str(path))}: expected a mapping at the top, got {type(mapping).__name__}")
     return mapping
-
-
-def _strict_loader() -> type:
-    """Return PyYAML's safe loader, changed to read 1e-4 as a float and to reject duplicate keys."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:  # Any: PyYAML is typed loosely
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given twice{node.start_mark}")
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-    return Loader

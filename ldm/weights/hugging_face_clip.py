@@ -21,7 +21,8 @@ from ldm.models.clip.pixels import MEAN, STD
 from ldm.models.clip.towers import CLIP, TextTower, VisionTower
 from ldm.models.meta import on_meta
 from ldm.support.config import nearest
-from ldm.weights.formats.diffusers_folder import read_component, read_json
+from ldm.support.strict_json import read_json
+from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.rules.clip import to_clip
 from ldm.weights.strict import load_strict
 

@@ -139,7 +139,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
 def test_a_damaged_recipe_is_refused(tmp_path, monkeypatch, suffix, text):
     monkeypatch.setattr("ldm.images.files.json.dumps", lambda *_, **__: text)
     write_image(tmp_path / f"a{suffix}", Image.new("RGB", (16, 16)), {})
-    with pytest.raises(ValueError, match="is damaged: it is not a JSON mapping"):
+    with pytest.raises(ValueError, match="the recipe in .*(is not valid JSON|expected a mapping)"):
         read_recipe(tmp_path / f"a{suffix}")
 
 

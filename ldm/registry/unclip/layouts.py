@@ -15,6 +15,7 @@ from ldm.models.unclip.decoder import DecoderConfig
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.support.config import nearest
+from ldm.support.strict_json import read_json
 from ldm.weights.formats import diffusers_folder as folder
 from ldm.weights.formats.diffusers_config import conflicts, scheduler_conflicts, text_config, unet_config
 
@@ -109,7 +110,7 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponen
     known = UNCLIP_PIPELINES[card.family]
     found: dict[str, tuple[PipelineComponent, ...]] = {}
     for place in pipelines(path):
-        index = folder.read_json(place / "model_index.json")
+        index = read_json(place / "model_index.json")
         class_name = str(index.get("_class_name"))
         if class_name not in known:
             raise ValueError(
@@ -131,7 +132,7 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponen
 def check_stage_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
     """Raise ValueError if the scheduler in ``path`` states another training of a part than the card."""
     stage = card.stages().get(part)
-    stated = folder.read_json(path / "scheduler_config.json")
+    stated = read_json(path / "scheduler_config.json")
     if isinstance(stage, DiffusionCard) and (wrong := scheduler_conflicts(stated, stage)):
         raise ValueError(
             f"{str(path)!r} states another training of the {part} than {card.name!r}: {'; '.join(wrong)}"

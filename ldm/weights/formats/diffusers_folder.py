@@ -5,7 +5,6 @@ Weights are one file or several shards, and may exist in variants such as fp16.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.support.config import nearest
+from ldm.support.strict_json import read_json
 from ldm.weights.detection import Detection, detect
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.strict import mismatch
@@ -77,24 +77,6 @@ class Folder:
             raise ValueError(f"{str(self.path)!r} has no unet; its parts: {', '.join(self.parts)}")
         unet = self.parts["unet"]
         return detect({key: tuple(tensor.shape) for key, tensor in unet.tensors.items()}, source=unet.path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not valid JSON or not a mapping; the message names it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {str(path)!r}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r}: expected a mapping, got {type(content).__name__}")
-    return content
 
 
 def is_folder(path: str | Path) -> bool:
