@@ -87,7 +87,7 @@ def shrink(notebook: Any) -> None:
         if "image/png" not in data:
             continue
         data.pop("image/jpeg", None)  # a PIL image represents itself as both
-        image = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+        image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])), formats=("PNG",)).convert("RGB")
         drawn = image.quantize(256, dither=Image.Dither.NONE)
         small = io.BytesIO()
         if max(ImageStat.Stat(ImageChops.difference(image, drawn.convert("RGB"))).rms) < 1.5:  # levels of 255

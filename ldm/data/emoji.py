@@ -152,7 +152,7 @@ def render_svg(svg: str, size: int) -> np.ndarray:
     from PIL import Image
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
+    pixels = np.asarray(Image.open(io.BytesIO(bytes(png)), formats=("PNG",)).convert("RGBA"))
     if pixels.shape != (size, size, 4):
         raise ValueError(f"rendered to {pixels.shape}, expected {(size, size, 4)}")
     return pixels

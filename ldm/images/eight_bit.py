@@ -1,4 +1,4 @@
-"""PIL images of every mode as upright 8-bit RGBA."""
+"""PIL images of every mode as 8-bit RGB or RGBA."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+COLOR_MODES = ("CMYK", "YCbCr", "LAB", "HSV")  # in which PIL knows no transparency
 
 
-def rgba(image: Image) -> Image:
-    """Return a PIL image as RGBA, rotated as its EXIF orientation says.
+def eight_bit(image: Image) -> Image:
+    """Return a PIL image as RGBA if it has transparency, else as RGB.
 
     Gray, palette, CMYK and other color modes are converted; 16-bit values are scaled to 8 bits.
 
     Raises:
         ValueError: If the range of the values is unknown (floats, or 32-bit values beyond 16 bits).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    upright: Image.Image = ImageOps.exif_transpose(image)
-    if upright.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
-        return Image.fromarray(eight_bit_values(upright)).convert("RGBA")
-    if upright.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        upright = upright.convert("RGB")
-    return upright.convert("RGBA")
+    if image.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
+        return Image.fromarray(eight_bit_values(image)).convert("RGB")
+    transparent = image.has_transparency_data and image.mode not in COLOR_MODES
+    return image.convert("RGBA" if transparent else "RGB")
 
 
 def eight_bit_values(image: Image) -> np.ndarray:
@@ -35,10 +34,8 @@ def eight_bit_values(image: Image) -> np.ndarray:
 
     values = np.asarray(image)
     if image.mode == "F":
-        raise ValueError(
-            "image: the range of floating-point pixels is unknown; pass a tensor with values in [0, 1]"
-        )
-    values = values.astype(np.int64)
+        raise ValueError("the range of floating-point pixels is unknown; pass a tensor with values in [0, 1]")
+    values = values.astype(np.int32)
     if values.size and not 0 <= values.min() <= values.max() <= 65_535:
-        raise ValueError(f"image: expected 16-bit values, 0 to 65535, got {values.min()} to {values.max()}")
+        raise ValueError(f"expected 16-bit values, 0 to 65535, got {values.min()} to {values.max()}")
     return ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 · 257

@@ -12,12 +12,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import struct
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.images.opening import decode_image
 from ldm.support.files import longest_name, write_atomically
 from ldm.support.strict_json import parse_json
 from ldm.support.text import shown
@@ -128,32 +128,24 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not a readable image, or has no recipe.
     """
-    from PIL import Image, UnidentifiedImageError
-
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {str(path)!r}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text = find_recipe_text(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r} is not a readable image: {error}") from None
+    text = decode_image(path, find_recipe_text, formats=tuple(dict.fromkeys(FORMATS.values())))
     if text is None:
         raise ValueError(
-            f"{str(path)!r} has no recipe inside: it was not made by ldm, or its metadata was removed"
+            f"{shown(str(path))} has no recipe inside: it was not made by ldm, or its metadata was removed"
         )
     return parse_json(text, f"the recipe in {shown(str(path))}", infinite=True)
 
 
 def find_recipe_text(image: Image) -> str | None:
-    """Return the JSON text of the recipe in an open image, None if the image has none."""
+    """Decode an open image and return the JSON text of its recipe; None if it has none."""
+    image.load()  # a PNG's text may follow the pixels
     text = getattr(image, "text", {}).get(RECIPE_KEY)  # of a PNG
     if text is not None:
         return str(text)
     try:
         comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
-    except (ValueError, TypeError, KeyError, IndexError, struct.error):  # malformed EXIF of another program
+    except Exception:  # malformed EXIF of another program, for which PIL raises errors of many classes
         return None
     if not isinstance(comment, bytes) or not comment.startswith(COMMENT_START):
         return None

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ldm.images.eight_bit import rgba
+from ldm.images.eight_bit import eight_bit
+from ldm.images.opening import check_pixels, decode_image
+from ldm.support.text import escaped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 ImageInput: TypeAlias = "str | Path | Image | np.ndarray | Tensor | Sequence[ImageInput]"
 """What an argument that is an image accepts.
 
-- `str`, `Path`: a file in any format that PIL reads. It is rotated as its EXIF orientation says; gray,
+- `str`, `Path`: a PNG, JPEG, GIF, BMP, WebP or TIFF file. It is rotated as its EXIF orientation says; gray,
   palette, CMYK and 16-bit files are converted to 8-bit RGB. Where a task takes a prompt or an image in the
   same argument (`interpolate`, `UnCLIP.embed`), a `str` is a prompt and only a `Path` is a file.
 - PIL image: converted in the same way.
@@ -34,7 +36,7 @@ ImageInput: TypeAlias = "str | Path | Image | np.ndarray | Tensor | Sequence[Ima
 
 The fourth channel is opacity. Transparent pixels of an image are composited on white. A mask may also be of
 bool; where it has transparent pixels, see `to_mask`. A call with a file is replayable from its recipe; one
-with an image in memory is not.
+with an image in memory is not. An image has at most `ldm.images.opening.MAX_PIXELS` pixels.
 """
 Role = Literal["image", "mask", "depth"]
 CHANNELS = (1, 3, 4)
@@ -56,7 +58,8 @@ def to_pixels(image: ImageInput) -> Tensor:
     pixels = values[:, :3].expand(-1, 3, -1, -1)
     if values.shape[1] == 4:
         alpha = values[:, 3:]
-        pixels = pixels * alpha + (1 - alpha)
+        pixels = pixels * alpha
+        pixels += 1 - alpha
     return pixels.contiguous()
 
 
@@ -128,6 +131,9 @@ def read_batch(image: ImageInput, role: Role) -> Tensor:
     """
     if isinstance(image, Sequence) and not isinstance(image, str):
         parts = [read_batch(part, role) for part in image]
+        if role != "depth" and parts:
+            channels = max(part.shape[1] for part in parts)
+            parts = [with_channels(part, channels) for part in parts]
         if not parts or len({part.shape[1:] for part in parts}) > 1:
             shapes = [tuple(part.shape) for part in parts]
             raise ValueError(f"{role}: expected {role}s of one size, got {shapes}")
@@ -146,7 +152,15 @@ def read_batch(image: ImageInput, role: Role) -> Tensor:
     if values.ndim != 4 or values.shape[1] not in CHANNELS:
         given = tuple(image.shape) if hasattr(image, "shape") else tuple(values.shape)
         raise ValueError(f"{role}: expected {layout} with 1, 3 or 4 channels, got {given}")
-    return scaled(values, role)
+    check_pixels(values.shape[-1], values.shape[-2], role)
+    return scaled(values.contiguous(), role)
+
+
+def with_channels(values: Tensor, channels: int) -> Tensor:
+    """Return (B, 1, 3 or 4, H, W) with at least as many channels: gray as color, then opaque."""
+    if channels > 1 and values.shape[1] == 1:
+        values = values.expand(-1, 3, -1, -1)
+    return F.pad(values, (0, 0, 0, 0, 0, 1), value=1.0) if channels == 4 and values.shape[1] == 3 else values
 
 
 def scaled(values: Tensor, role: Role) -> Tensor:
@@ -154,9 +168,9 @@ def scaled(values: Tensor, role: Role) -> Tensor:
     if role == "depth":
         return values.float()
     if values.dtype == torch.uint8:
-        return values.float() / 255
+        return values.float().div_(255)  # in place: half the memory
     if values.dtype == torch.uint16:
-        return values.float() / 65535
+        return values.float().div_(65535)
     if values.dtype == torch.bool and role == "mask":
         return values.float()
     if not values.is_floating_point():
@@ -169,29 +183,23 @@ def scaled(values: Tensor, role: Role) -> Tensor:
 
 
 def array_values(image: str | Path | Image | np.ndarray, role: Role) -> Tensor:
-    """Return the values of a file, PIL image or array, in its own dtype; images and masks are 8-bit RGBA."""
+    """Return the values of a file, PIL image or array, in its own dtype; images and masks have 8 bits."""
     import numpy as np
 
     if isinstance(image, str | Path):
-        from PIL import Image, UnidentifiedImageError
-
-        path = Path(image)
-        if not path.is_file():
-            raise FileNotFoundError(f"{role}: no such file: {str(path)!r}")
-        try:
-            with Image.open(path) as opened:
-                image = convert_mode(opened, role)
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{role}: {str(path)!r} is not a readable image: {error}") from None
+        array = decode_image(image, lambda opened: np.array(convert_mode(opened, role)), name=role)
     elif is_pil(image):
-        image = convert_mode(image, role)
-    array = np.asarray(image)
+        try:
+            array = np.array(convert_mode(image, role))
+        except Exception as error:  # it may be a file that is decoded only now
+            raise ValueError(f"{role}: {escaped(str(error) or type(error).__name__, 300)}") from None
+    else:
+        array = np.array(image)
     if array.dtype.kind not in "buif":
         raise ValueError(f"{role}: expected an image, got {type(image).__name__} of {array.dtype}")
-    native = array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(
-        native.astype(np.float64) if native.dtype.kind in "ui" and role == "depth" else native
-    )
+    if array.dtype.kind in "ui" and role == "depth":
+        array = array.astype(np.float64)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def is_pil(image: object) -> TypeGuard[Image]:
@@ -200,10 +208,11 @@ def is_pil(image: object) -> TypeGuard[Image]:
 
 
 def convert_mode(image: Image, role: Role) -> Image:
-    """Return a PIL image upright: as RGBA, or for depth in its own mode."""
+    """Return a PIL image upright: with 8 bits, or for depth in its own mode."""
     from PIL import ImageOps
 
-    if role != "depth":
-        return rgba(image)
+    check_pixels(*image.size)
     upright: Image = ImageOps.exif_transpose(image)
+    if role != "depth":
+        return eight_bit(upright)
     return upright.convert("RGB") if upright.mode == "P" else upright

@@ -1,0 +1,85 @@
+"""Image files, opened within limits: known formats, and a largest number of pixels, checked before decoding.
+
+A file of some kilobytes can hold an image of gigabytes. Its size is read from its header, and an image of
+more than `MAX_PIXELS` pixels is refused before any of them is decoded. The same limit holds for images in
+memory and for images to be made. The environment variable `LDM_MAX_PIXELS` sets another one; Pillow's own,
+`PIL.Image.MAX_IMAGE_PIXELS` (files of more than twice as many are refused), stays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ldm.support.text import escaped, shown
+from ldm.support.warn import warn_user
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+T = TypeVar("T")
+READ_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # names in PIL
+MAX_PIXELS = 2**26  # 8192 × 8192
+MAX_PIXELS_VARIABLE = "LDM_MAX_PIXELS"
+
+
+def max_pixels() -> int:
+    """Return the largest number of pixels of an image: `LDM_MAX_PIXELS` if it is set, else `MAX_PIXELS`.
+
+    Raises:
+        ValueError: If the variable is not a positive whole number.
+    """
+    text = os.environ.get(MAX_PIXELS_VARIABLE, "")
+    if not text:
+        return MAX_PIXELS
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) > 0):
+        raise ValueError(f"{MAX_PIXELS_VARIABLE}: expected a positive whole number, got {shown(text)}")
+    return int(text)
+
+
+def check_pixels(width: int, height: int, name: str = "") -> None:
+    """Raise ValueError, which begins with `name`, for an image of more than `max_pixels()` pixels."""
+    if width * height > (most := max_pixels()):
+        raise ValueError(
+            f"{name and name + ': '}{width}×{height} is {width * height} pixels, expected at most {most};"
+            f" {MAX_PIXELS_VARIABLE} sets another limit"
+        )
+
+
+def decode_image(
+    path: str | Path,
+    use: Callable[[Image], T],
+    *,
+    name: str = "image",
+    formats: Sequence[str] = READ_FORMATS,
+) -> T:
+    """Open an image file and return what `use` makes of it.
+
+    Args:
+        path: The file. Of several images (frames, pages) the first is opened, with a warning; the others of a
+            JPEG are previews, so there is none for them.
+        use: Decodes the image, which is open while it runs.
+        name: Name of the argument, for messages. Default: "image".
+        formats: Formats to accept, by their names in PIL. Default: `READ_FORMATS`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not an image in one of the formats, has too many pixels, or is damaged.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    where = f"{name}: {shown(str(path))}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: no such file: {shown(str(path))}")
+    try:
+        with Image.open(path, formats=tuple(formats)) as image:
+            check_pixels(*image.size)
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                warn_user(f"{where} holds {image.n_frames} images; the first is used")
+            return use(image)
+    except Exception as error:  # decoders raise errors of every class
+        reason = escaped(str(error) or type(error).__name__, 300)
+        raise ValueError(f"{where} is not a readable image: {reason}") from None
