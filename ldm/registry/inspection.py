@@ -18,9 +18,9 @@ from ldm.registry.inspection_ldm import (
 )
 from ldm.registry.report import Report, non_finite, report_part
 from ldm.weights.detection import Detection, detect
-from ldm.weights.formats.pickles import scan_file
+from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.safetensors import existing_file, sha256
-from ldm.weights.formats.single_file import ema_names, read_tensors, split_parts
+from ldm.weights.formats.single_file import SAFETENSORS, ema_names, file_kind, read_tensors, split_parts
 
 __all__ = ["Candidate", "Candidates", "Report", "inspect"]
 
@@ -56,19 +56,17 @@ def inspect(
 
 def inspect_file(path: Path, candidates: Candidates, *, nan: bool, digest: bool) -> Report:
     """Report what is in a single file; see `inspect`."""
-    globals_, unsafe = tuple[str, ...](), tuple[str, ...]()
     problems: list[str] = []
     state: dict[str, Tensor] = {}
     values: Mapping[str, object] = {}
     kind = file_kind(path)
-    if kind != "safetensors":
-        try:
-            scanned = scan_file(path)
-            globals_, unsafe = scanned.globals, scanned.refused
-        except ValueError:
-            pass  # read_tensors states the reason
+    pickled = None if kind == SAFETENSORS else examine(path)
     try:
-        state, values = read_tensors(path)
+        if pickled is None or path.suffix == ".safetensors":
+            state, values = read_tensors(path)
+        else:
+            checkpoint = pickled.checkpoint()
+            state, values = checkpoint.tensors, checkpoint.values
     except ValueError as error:
         problems.append(str(error))
     if is_lone_ldm_part(values):
@@ -92,20 +90,11 @@ def inspect_file(path: Path, candidates: Candidates, *, nan: bool, digest: bool)
         values=values,
         fits=fit_candidates(candidates, found, parts),
         bad=non_finite(state) if nan else None,
-        globals=globals_,
-        unsafe=unsafe,
+        globals=pickled.globals if pickled else (),
+        unsafe=pickled.refused if pickled else (),
+        judged=pickled is None or not pickled.problem,
         problems=tuple(problems),
     )
-
-
-def file_kind(path: Path) -> str:
-    """Return the kind of a file in words, by its first bytes."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[8:9] == b"{":
-        return "safetensors"
-    kinds = {b"PK": "zip archive (PyTorch since 1.6)", b"\x80": "pickle (PyTorch before 1.6, or plain)"}
-    return next((kind for magic, kind in kinds.items() if head.startswith(magic)), "unknown format")
 
 
 def family_parts(

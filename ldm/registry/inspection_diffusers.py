@@ -18,7 +18,7 @@ from ldm.weights.formats.diffusers_folder import (
     read_component,
     read_folder,
 )
-from ldm.weights.formats.pickles import scan_file
+from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.safetensors import sha256
 
 
@@ -46,7 +46,7 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
     )
     if not folders and not problems:
         problems.append(f"{str(path)!r} holds no weights in a known layout")
-    names, unsafe = scan_pickles(folders)
+    names, unsafe, judged = examine_pickles(folders)
     components: dict[str, Component] = {}
     for folder in folders:
         try:
@@ -68,24 +68,23 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
         globals=names,
         bad=non_finite_in_parts(parts) if nan else None,
         unsafe=unsafe,
+        judged=judged,
         problems=tuple(problems),
     )
 
 
-def scan_pickles(folders: Iterable[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the globals that the .bin files of sub-folders name, and the refused ones with their file."""
-    names, unsafe = dict[str, None](), dict[str, None]()
+def examine_pickles(folders: Iterable[Path]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Return the globals that the .bin files of sub-folders name, those that are refused with their file, and
+    whether all of these files could be read."""
+    names, unsafe, judged = dict[str, None](), dict[str, None](), True
     for folder in folders:
         for file in list_variants(folder).values():
-            if file.suffix != ".bin":
-                continue
-            try:
-                scanned = scan_file(file)
-            except ValueError:
-                continue  # read_component states the reason
-            names |= dict.fromkeys(scanned.globals)
-            unsafe |= dict.fromkeys(f"{folder.name}/{file.name}: {each}" for each in scanned.refused)
-    return tuple(names), tuple(unsafe)
+            if file.suffix == ".bin":
+                found = examine(file)
+                names |= dict.fromkeys(found.globals)
+                unsafe |= dict.fromkeys(f"{folder.name}/{file.name}: {each}" for each in found.refused)
+                judged = judged and not found.problem
+    return tuple(names), tuple(unsafe), judged
 
 
 def folder_family(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,7 @@ class Report:
         bad: Names of tensors with NaN or infinity; None if it was not asked for.
         globals: Names of the globals that a pickle refers to.
         unsafe: Those that are refused.
+        judged: Whether every pickle was read to its end.
         problems: Reasons why the weights cannot be loaded as they are.
     """
 
@@ -69,6 +70,7 @@ class Report:
     bad: tuple[str, ...] | None = None
     globals: tuple[str, ...] = ()
     unsafe: tuple[str, ...] = ()
+    judged: bool = True
     problems: tuple[str, ...] = ()
 
     def text(self) -> str:
@@ -111,12 +113,23 @@ class Report:
 
     def _safety_rows(self) -> Iterator[Row]:
         if self.globals:
-            yield "pickle", f"names {', '.join(self.globals)}"
-            yield "", f"UNSAFE: {', '.join(self.unsafe)}" if self.unsafe else "nothing unsafe"
+            yield "pickle", f"names {first_names(self.globals)}"
+        if self.unsafe:
+            yield "", f"UNSAFE: {first_names(self.unsafe)}"
+        elif not self.judged:
+            yield "pickle", "not read to its end: nothing is said about its safety"
+        elif self.globals:
+            yield "", "nothing unsafe"
         if self.bad:
             yield "NaN", f"NaN or infinity in {len(self.bad)} tensors: {', '.join(self.bad[:8])}"
         elif self.bad is not None:
             yield "NaN", "no NaN and no infinity"
+
+
+def first_names(names: Sequence[str], most: int = 40) -> str:
+    """Return the first names of many, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def report_part(name: str, state: Mapping[str, Tensor]) -> PartReport:

@@ -55,6 +55,11 @@ class _Bounded(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() < 200 else f"<whole number of {x.bit_length()} bits>"
 
+    def repr_Tensor(self, x: Any, level: int) -> str:
+        return f"<tensor of shape {tuple(x.shape)}>"
+
+    repr_Parameter = repr_ndarray = repr_Tensor
+
 
 _BOUNDED = _Bounded()
 

@@ -12,13 +12,17 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldm.support.files import open_atomically
+from ldm.support.text import escaped, shown
 
 STORED_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,6 +44,12 @@ STORED_DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's reference reader
+MAX_PARTS = 1_500_000  # values of a header: a tensor has about ten
+MAX_DIMENSIONS = 64  # of a tensor; PyTorch's own limit
+MAX_EXTENT = 2**48  # of a dimension or an offset; no machine has more memory
+MAX_NAME = 1000  # characters of a tensor's name
+MAX_NAMES = 100_000  # tensors of a file
+STRING = re.compile(rb'"[^"]*"')  # in JSON without escapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,31 +86,59 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
             size of the file; the message names the file.
     """
     path = existing_file(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        start = file.read(1)
-        if len(head) < 8 or start != b"{" or length > MAX_HEADER:
-            raise ValueError(f"{str(path)!r} is not a safetensors file{_likely_content(head + start)}")
-        if 8 + length > size:
-            raise ValueError(
-                f"{str(path)!r} is truncated: {size} bytes, but its header alone has {8 + length}"
-            )
-        text = start + file.read(length - 1)
-    try:
-        header = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r}: the header is not valid JSON ({error})") from None
+    return _parse_header(map_file(path), path)
+
+
+def _parse_header(data: mmap.mmap, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return what `read_header` returns, from the memory map of a file."""
+    where, size, length = repr(str(path)), len(data), int.from_bytes(data[:8], "little")
+    if size < 9 or data[8:9] != b"{" or length > MAX_HEADER:
+        raise ValueError(f"{where} is not a safetensors file{_likely_content(data[:9])}")
+    base = 8 + length
+    if base > size:
+        raise ValueError(f"{where} is truncated: {size} bytes, but its header alone has {base}")
+    header = _parse_json(data[8:base], where)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{str(path)!r}: the metadata in its header is not a mapping of strings")
-    infos = {
-        name: _tensor_info(entry, 8 + length, f"{str(path)!r}: tensor {name!r}")
-        for name, entry in header.items()
-    }
-    _check_extent(infos, 8 + length, size, path)
+        raise ValueError(f"{where}: the metadata in its header is not a mapping of strings")
+    try:
+        "".join((*metadata, *metadata.values())).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: the metadata in its header is not text: it has lone surrogates") from None
+    check_names(header, path)
+    infos = {name: _tensor_info(entry, base, f"{where}: tensor {name!r}") for name, entry in header.items()}
+    _check_extent(infos, base, size, path)
     return infos, metadata
+
+
+def _parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """Return the mapping in a header; its parts are counted first, as each takes up to 30 times its bytes."""
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    parts = plain.count(b'"')
+    if parts <= MAX_PARTS:
+        outside = STRING.sub(b"", plain)
+        parts = sum(map(outside.count, (b",", b"[", b"{")))
+    if parts > MAX_PARTS:
+        raise ValueError(f"{where}: its header has {parts:,} parts, the limit is {MAX_PARTS:,}")
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: the header is not valid JSON ({escaped(error, 300)})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{where}: the header is {shown(header)}, expected a mapping")
+    return header
+
+
+def check_names(names: Collection[object], path: Path) -> None:
+    """Raise ValueError unless the names of a file's tensors are text that can be printed."""
+    if len(names) > MAX_NAMES:
+        raise ValueError(f"{str(path)!r} has {len(names):,} tensors, the limit is {MAX_NAMES:,}")
+    for name in names:
+        if not isinstance(name, str) or len(name) > MAX_NAME or escaped(name) != name:
+            raise ValueError(
+                f"{str(path)!r}: a tensor is called {shown(name)}, expected a string of at most {MAX_NAME}"
+                " visible characters"
+            )
 
 
 def _likely_content(head: bytes) -> str:
@@ -133,21 +171,25 @@ def _tensor_info(entry: Any, base: int, where: str) -> TensorInfo:
         where: Start of error messages.
     """
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(
-            f"{where}: expected dtype, shape and data_offsets in the header, got {str(entry)[:80]}"
-        )
+        raise ValueError(f"{where}: expected dtype, shape and data_offsets in the header, got {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(STORED_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
+        raise ValueError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(STORED_DTYPES)}")
     for name, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > MAX_DIMENSIONS
+            or not all(type(n) is int and 0 <= n <= MAX_EXTENT for n in numbers)
+        ):
             raise ValueError(
-                f"{where}: {name} {str(numbers)[:80]}, expected a list of integers of at least 0"
+                f"{where}: {name} {shown(numbers)}, expected a list of at most {MAX_DIMENSIONS} integers of"
+                f" at least 0 and at most {MAX_EXTENT:,}"
             )
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * STORED_DTYPES[dtype].itemsize:
+    size = math.prod(shape) * STORED_DTYPES[dtype].itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != size or math.prod(filter(None, shape)) > MAX_EXTENT:
         raise ValueError(
-            f"{where}: the header contradicts itself: data_offsets {offsets} do not hold shape {shape} of"
-            f" {dtype}"
+            f"{where}: the header contradicts itself: data_offsets {shown(offsets)} do not hold shape"
+            f" {shown(shape)} of {dtype}"
         )
     return TensorInfo(
         dtype=STORED_DTYPES[dtype], shape=tuple(shape), begin=base + offsets[0], end=base + offsets[1]
@@ -181,27 +223,39 @@ def _check_extent(infos: Mapping[str, TensorInfo], base: int, size: int, path: P
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Return a private memory map of a file: pages are read when used, and writes stay in memory."""
+    """Return a private memory map of a file: pages are read when used, and writes stay in memory.
+
+    Raises:
+        ValueError: If the file is empty; the message names it.
+    """
     with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{str(path)!r} is empty: too short for a file of weights")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def mapped_tensor(data: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Tensor:
-    """Return a tensor that shares the memory of a map; a copy if its offset is not aligned.
+def mapped_bytes(data: mmap.mmap, begin: int, size: int, alignment: int) -> Tensor:
+    """Return a flat uint8 tensor that shares the memory of a map; a copy if its offset is not aligned.
 
     Args:
         data: The memory map.
-        dtype: Type of the entries.
-        shape: Shape of the tensor.
-        begin: Byte offset of the first entry.
+        begin: Offset of the first byte.
+        size: Number of bytes.
+        alignment: Number of bytes of which the offset is a multiple, or a copy is made.
     """
-    numel = math.prod(shape)
-    if numel == 0:
-        return torch.empty(shape, dtype=dtype)
-    if begin % dtype.itemsize:
-        copy = bytearray(data[begin : begin + numel * dtype.itemsize])
-        return torch.frombuffer(copy, dtype=dtype, count=numel).view(shape)
-    return torch.frombuffer(data, dtype=dtype, count=numel, offset=begin).view(shape)
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    if begin % alignment:
+        return torch.frombuffer(bytearray(data[begin : begin + size]), dtype=torch.uint8)
+    return torch.frombuffer(data, dtype=torch.uint8, count=size, offset=begin)
+
+
+def mapped_tensor(data: mmap.mmap, info: TensorInfo) -> Tensor:
+    """Return a tensor that shares the memory of a map; see `mapped_bytes`."""
+    flat = mapped_bytes(data, info.begin, info.end - info.begin, info.dtype.itemsize)
+    return (
+        flat.view(info.dtype).view(info.shape) if flat.numel() else torch.empty(info.shape, dtype=info.dtype)
+    )
 
 
 def read_safetensors(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -217,11 +271,9 @@ def read_safetensors(path: str | Path, *, device: str | torch.device = "cpu") ->
 def map_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the memory-mapped tensors of a safetensors file by name, and its metadata."""
     path = existing_file(path)
-    infos, metadata = read_header(path)
     data = map_file(path)
-    return {
-        name: mapped_tensor(data, info.dtype, info.shape, info.begin) for name, info in infos.items()
-    }, metadata
+    infos, metadata = _parse_header(data, path)
+    return {name: mapped_tensor(data, info) for name, info in infos.items()}, metadata
 
 
 def write_safetensors(
@@ -246,17 +298,10 @@ def write_safetensors(
     # widest items first, so that all are aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     text = _header_text(tensors, order, metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(_tensor_bytes(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_atomically(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_tensor_bytes(tensors[name]))
 
 
 def _check_dense(name: str, tensor: object) -> None:

@@ -42,6 +42,7 @@ UNNEEDED_KEYS = (
     "epoch",
     "iteration",
 )
+SAFETENSORS = "safetensors"  # kind of such a file
 # Prefixes below which programs store an autoencoder that is alone in a file.
 AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
 # values of modelspec.prediction_type
@@ -88,13 +89,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | f
         ValueError: If the file is damaged or refused; the message names it.
     """
     path = existing_file(path)
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS:
         tensors, metadata = map_safetensors(path)
         return tensors, dict(metadata)
     checkpoint = read_ckpt(path)
     return checkpoint.tensors, checkpoint.values
+
+
+def file_kind(path: Path) -> str:
+    """Return the kind of a file in words, by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:9] == b"{":
+        return SAFETENSORS
+    kinds = {b"PK": "zip archive (PyTorch since 1.6)", b"\x80": "pickle (PyTorch before 1.6, or plain)"}
+    return next((kind for magic, kind in kinds.items() if head.startswith(magic)), "unknown format")
 
 
 def ema_names(keys: Iterable[str]) -> dict[str, str]:
