@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ldm.speed.folded import FoldedUpsample
 from ldm.speed.kernels.build import cache_folder
 from ldm.speed.packed import Packed
+from ldm.support.home import make_folder
 
 DONTNEED = 4  # advice of madvise: drop the pages from memory; the data of a shared mapping stay in the file
 # parameters of mallopt: free bytes above which the heap shrinks; size above which a block has its own pages
@@ -36,7 +39,7 @@ class Spilled:
 
     Raises:
         RuntimeError: On systems without madvise; Linux has it.
-        OSError: If the disk is full.
+        OSError: If the disk is full; the message names the folder.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -54,10 +57,7 @@ class Spilled:
         for p in parameters:
             starts.append(end)
             end += -(-p.numel() * p.element_size() // 64) * 64
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_folder()) as file:
-            file.truncate(max(end, 1))
-            self.storage = torch.UntypedStorage.from_file(file.name, True, max(end, 1))
+        self.storage = _nameless_file(make_folder(cache_folder()), max(end, 1))
         for p, start in zip(parameters, starts, strict=True):
             # torch's stubs of set_ lack the untyped storage, which it accepts
             view = torch.empty(0, dtype=p.dtype).set_(self.storage, start // p.element_size(), p.shape)  # type: ignore[call-overload]
@@ -158,6 +158,24 @@ def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
             own.handles.append(part.register_forward_pre_hook(wakes(own)))
         own.handles.append(own.network.register_forward_hook(evicts(own)))
     return spilled
+
+
+def _nameless_file(folder: Path, size: int) -> torch.UntypedStorage:
+    """Return the content of a new file that has no name and ends with its mapping.
+
+    The disk space is allocated first: a write to a page without space would end the process.
+
+    Raises:
+        OSError: If there is no space; the message names the folder.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} ({size} bytes)", str(folder)) from None
+        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", True, size)
+        assert isinstance(storage, torch.UntypedStorage)
+        return storage
 
 
 def _call_libc(function: str, *numbers: int) -> None:

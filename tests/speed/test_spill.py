@@ -53,6 +53,26 @@ def mapped(network):
     return total
 
 
+def test_a_full_disk_is_an_error_that_names_the_folder(monkeypatch, tmp_path):
+    """A file without the space that it states would end the process at the first write."""
+
+    def full(handle, begin, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("LDM_HOME", str(tmp_path / "home"))
+    net = make(UNETS["sd"])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", full)
+        with pytest.raises(OSError, match=r"No space left on device \(\d+ bytes\): '.*/home/kernels'"):
+            ldm.optimize(net, kernels=False, memory=True)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert (tmp_path / "home" / "kernels").stat().st_mode & 0o777 == 0o700
+    args = inputs(UNETS["sd"], torch.float32)
+    expected = net(*args)
+    assert rms(ldm.optimize(net, kernels=False, memory=True)(*args), expected) < 1e-5
+
+
 def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
     from ldm.speed import spill
 
@@ -61,7 +81,7 @@ def test_networks_take_turns_in_memory(monkeypatch, tmp_path):
     whole = pipe.text_to_image("a red cat", steps=2, progress=False).tensor
     state = other.state_dict()
     spilled = spill.take_turns(ldm.optimize(pipe).networks().values())
-    assert not list((tmp_path / "kernels").glob("tmp*"))  # the file has no name
+    assert not [path for path in (tmp_path / "kernels").iterdir() if path.suffix != ".so"]  # without a name
     assert all(torch.equal(value, state[key]) for key, value in pipe.state_dict().items())
     for own in spilled:
         own.rest()

@@ -1,4 +1,9 @@
-"""The library of compiled kernels, built with the machine's compiler at first use and then cached."""
+"""The library of compiled kernels, built with the machine's compiler at first use and then cached.
+
+The cache is used only if nobody but the user can change it (`ldm.support.home.private_folder`). A cached
+library is loaded only if it was built from these sources, by this compiler, for this processor, and is intact
+(`ldm.speed.kernels.shared_library`).
+"""
 
 from __future__ import annotations
 
@@ -6,31 +11,55 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from ldm.speed.kernels.compiler import CompilerError, find_compiler, run_compiler
+from ldm.speed.kernels.shared_library import load_library, read_cached, read_own_file, write_cached
+from ldm.support.files import remove_leftovers, temporary_folder
+from ldm.support.home import library_home, private_folder
+from ldm.support.progress import progress_bar
+from ldm.support.text import escaped
+from ldm.support.warn import warn_user
+
 HERE = Path(__file__).parent
 SOURCES = ("attention.cpp", "convert.cpp", "norm.cpp", "winograd.cpp")
+CPUINFO = Path("/proc/cpuinfo")
+FUNCTIONS = (
+    "has_bf16",
+    "ldm_affine",
+    "ldm_attention",
+    "ldm_convert",
+    "ldm_group_norm",
+    "ldm_group_norm_gradient",
+    "ldm_moments",
+    "ldm_winograd_in",
+    "ldm_winograd_out",
+)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
-TIMEOUT = 120  # seconds; a build takes about three
+BUILD_SECONDS, VERSION_SECONDS = 300, 10  # time limits; a build takes three on an idle machine
+# lines of /proc/cpuinfo that determine what -march=native means
+PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
+_lock = threading.Lock()
 
 
 class NoKernels(RuntimeError):
     """The kernels are not available on this machine; the message gives the reason."""
 
 
-@cache
 def library() -> ctypes.CDLL:
     """Return the compiled kernels, after building them if necessary.
 
+    A process builds once, also if that fails. The first failure is a warning too.
+
     Raises:
         NoKernels: If the operating system, the processor or the compiler is not suitable, if the build
-            fails, or if the environment variable LDM_KERNELS is 0.
+            fails, if another user can change the cache, or if the environment variable LDM_KERNELS is 0.
     """
     if os.environ.get("LDM_KERNELS") == "0":
         raise NoKernels("LDM_KERNELS=0")
@@ -39,50 +68,103 @@ def library() -> ctypes.CDLL:
             f"written for Linux and AVX-512, this is {platform.system()} and"
             f" {torch.backends.cpu.get_cpu_capability()}"
         )
-    compiler = next(
-        (path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))),
-        None,
-    )
-    if compiler is None:
-        raise NoKernels("no C++ compiler: g++ is not installed")
-    return ctypes.CDLL(str(_library_path(compiler)))
+    with _lock:
+        first = not built_library.cache_info().currsize
+        found = built_library()
+    if isinstance(found, ctypes.CDLL):
+        return found
+    if first:
+        warn_user(f"no compiled kernels: {found}. PyTorch's operators are used, which are slower")
+    raise NoKernels(found)
+
+
+@cache
+def built_library() -> ctypes.CDLL | str:
+    """Return the library from the cache, or a new one, or the reason why there is none."""
+    try:
+        compiler = find_compiler()
+        key = library_key(compiler)
+        folder = private_folder(cache_folder())
+        remove_leftovers(folder)
+        path = folder / f"kernels-{key[:16]}.so"
+        cached = read_cached(path, key)
+        data = build(compiler, folder) if cached is None else cached
+        lib = load_library(data)
+        missing = [name for name in FUNCTIONS if not hasattr(lib, name)]
+        if missing:
+            raise CompilerError(f"{compiler[0]} wrote a library without {', '.join(missing)}")
+        if cached is None:
+            write_cached(path, key, data)
+        return lib
+    except (OSError, RuntimeError, ValueError) as error:
+        return escaped(" ".join(str(error).split()))
 
 
 def cache_folder() -> Path:
-    """Return the folder for compiled kernels, `kernels` below LDM_HOME (default: ~/.cache/ldm)."""
-    return Path(os.environ.get("LDM_HOME") or Path.home() / ".cache" / "ldm") / "kernels"
+    """Return the folder for compiled kernels, `kernels` in the library's own folder."""
+    return library_home() / "kernels"
 
 
-def _library_path(compiler: str) -> Path:
-    """Return the shared library for these sources, this compiler and this processor, built if missing.
+def library_key(compiler: Sequence[str]) -> str:
+    """Return a hash of everything that a build depends on, in 64 hexadecimal digits.
 
-    The library is moved into place when it is complete, so an interrupted build leaves nothing behind.
+    These are the sources, the flags, the compiler and its version, the processor, the C library and PyTorch.
+
+    Raises:
+        CompilerError: If the compiler does not state its version.
+        OSError: If the processor cannot be described.
     """
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False
-    ).stdout
-    texts = (path.read_text(encoding="utf-8") for path in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h"))))
-    facts = "\n".join((*texts, version, *FLAGS, _processor_description()))
-    path = cache_folder() / f"kernels-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            built = Path(temporary) / path.name
-            command = [compiler, *FLAGS, *(str(HERE / name) for name in SOURCES), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-            if done.returncode:
-                raise NoKernels(
-                    f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-                )
-            os.replace(built, path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoKernels(f"cannot build in {str(path.parent)!r}: {error}") from error
-    return path
+    lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    processor = list(dict.fromkeys(line for line in lines if line.startswith(PROCESSOR)))
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else None
+    facts = (
+        *(path.read_bytes() for path in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h")))),
+        run_compiler([*compiler, "--version"], VERSION_SECONDS),
+        repr((SOURCES, FLAGS, compiler, os.path.realpath(compiler[0]))).encode(),
+        repr((torch.__version__, torch.compiled_with_cxx11_abi(), libc)).encode(),
+        repr((platform.machine(), processor)).encode(),
+    )
+    return hashlib.sha256(b"".join(hashlib.sha256(fact).digest() for fact in facts)).hexdigest()
 
 
-def _processor_description() -> str:
-    """Return the model and the feature flags of the processor, which determine -march=native."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("flags", "model name"))))
+def build(compiler: Sequence[str], folder: Path) -> bytes:
+    """Return a new library, built in a temporary folder.
+
+    Args:
+        compiler: The command.
+        folder: Where to make the temporary folder.
+
+    Raises:
+        CompilerError: If the compiler fails, writes no library, or does not end in time.
+        OSError: If the folder cannot be written.
+    """
+    deadline = time.monotonic() + BUILD_SECONDS
+    with temporary_folder(folder) as stage:
+        env = {**os.environ, "TMPDIR": str(stage), "LC_ALL": "C"}
+        objects = [str(stage / f"{name}.o") for name in SOURCES]
+        built = stage / "kernels.so"
+        commands = [
+            *(["-c", str(HERE / name), "-o", made] for name, made in zip(SOURCES, objects, strict=True)),
+            [*objects, "-o", str(built)],
+        ]
+        with progress_bar(len(commands), desc="compile the kernels, once") as bar:
+            for arguments in commands:
+                left = max(0.0, deadline - time.monotonic())
+                run_compiler([*compiler, *FLAGS, *arguments], left, folder=stage, env=env)
+                bar.update()
+        if built.is_file() and not built.is_symlink():
+            built.chmod(0o600)
+        data = read_own_file(built)
+    if data is None:
+        raise CompilerError(f"{compiler[0]} wrote no library")
+    return data
+
+
+def _renew_lock() -> None:
+    """Renew the lock in a forked process, which has no thread that would release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from ldm.support.home import library_home
 from ldm.support.warn import warn_user
 from ldm.weights.formats.diffusers_folder import is_folder, list_variants, read_folder
 from ldm.weights.formats.safetensors import sha256 as digest
@@ -25,7 +25,7 @@ class UnexpectedHash(UserWarning):
 
 def local_path(name: str) -> Path | None:
     """Return the file or folder called ``name`` below LDM_HOME (default: ~/.cache/ldm), or None."""
-    home = Path(os.environ.get("LDM_HOME") or Path.home() / ".cache" / "ldm")
+    home = library_home()
     places = [home / name, *(home / f"{name}.{ending}" for ending in ("safetensors", "ckpt"))]
     return next((place for place in places if place.exists()), None)
 
