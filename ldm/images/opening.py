@@ -19,7 +19,7 @@ from ldm.support.warn import warn_user
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-T = TypeVar("T")
+Decoded = TypeVar("Decoded")
 READ_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # names in PIL
 MAX_PIXELS = 2**26  # 8192 × 8192
 MAX_PIXELS_VARIABLE = "LDM_MAX_PIXELS"
@@ -50,11 +50,11 @@ def check_pixels(width: int, height: int, name: str = "") -> None:
 
 def decode_image(
     path: str | Path,
-    use: Callable[[Image], T],
+    use: Callable[[Image], Decoded],
     *,
     name: str = "image",
     formats: Sequence[str] = READ_FORMATS,
-) -> T:
+) -> Decoded:
     """Open an image file and return what `use` makes of it.
 
     Args:
