@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 # Storages by the global that names them; an untyped one holds bytes.
-STORAGES: dict[str, torch.dtype] = {
+STORAGE_TYPES: dict[str, torch.dtype] = {
     **{
         f"torch.{kind}Storage": dtype
         for kind, dtype in (
@@ -28,7 +28,7 @@ STORAGES: dict[str, torch.dtype] = {
     "torch.storage._UntypedStorage": torch.uint8,
 }
 # Types of entries by name, which this release of PyTorch may lack.
-DTYPES = frozenset(
+ENTRY_TYPES = frozenset(
     f"torch.{name}"
     for name in (
         *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bcomplex32"),
@@ -37,7 +37,7 @@ DTYPES = frozenset(
     )
 )
 # The functions that build tensors and their containers.
-TENSORS = frozenset(
+REBUILDERS = frozenset(
     {
         "torch._utils._rebuild_tensor",
         "torch._utils._rebuild_tensor_v2",
@@ -128,7 +128,7 @@ INERT_PACKAGES = (
 
 def permitted(name: str) -> bool:
     """Return whether a pickle may contain a global with this full name."""
-    if name in STORAGES or name in DTYPES or name in TENSORS or name in UNREAD or name in INERT:
+    if name in STORAGE_TYPES or name in ENTRY_TYPES or name in REBUILDERS or name in UNREAD or name in INERT:
         return True
     *modules, last = name.split(".")
     lower = all(part == part.lower() for part in modules)  # not a name inside of a class

@@ -19,14 +19,14 @@ from ldm.weights.formats.pickle_machine import (
     StandIn,
 )
 
-Step = Callable[[PickleMachine], None]
+Instruction = Callable[[PickleMachine], None]
 
 
 def _unknown(m: PickleMachine) -> None:
     raise ValueError(f"{m.data[m.at - 1]:#04x} is no instruction of a pickle that is read")
 
 
-STEPS: list[Step] = [_unknown] * 256  # by code
+INSTRUCTIONS: list[Instruction] = [_unknown] * 256  # by code
 
 
 def next_value(m: PickleMachine) -> Any:
@@ -49,7 +49,7 @@ def next_value(m: PickleMachine) -> Any:
                     else f"the pickles take more than {MAX_STEPS:,} steps"
                 )
             m.at = begin + 1
-            STEPS[data[begin]](m)
+            INSTRUCTIONS[data[begin]](m)
         if m.outer or len(m.stack) != 1:
             raise ValueError("the pickle ends with more or less than one value")
         return m.stack.pop()
@@ -61,10 +61,10 @@ def next_value(m: PickleMachine) -> Any:
         raise ValueError(f"byte {begin}: {error}") from None
 
 
-def _step(*codes: bytes) -> Callable[[Step], Step]:
-    def register(step: Step) -> Step:
+def _step(*codes: bytes) -> Callable[[Instruction], Instruction]:
+    def register(step: Instruction) -> Instruction:
         for code in codes:
-            STEPS[code[0]] = step
+            INSTRUCTIONS[code[0]] = step
         return step
 
     return register
@@ -76,7 +76,7 @@ def _push(code: bytes, make: Callable[[PickleMachine], Any]) -> None:
     def step(m: PickleMachine) -> None:
         m.stack.append(make(m))
 
-    STEPS[code[0]] = step
+    INSTRUCTIONS[code[0]] = step
 
 
 # Scalars
@@ -256,10 +256,10 @@ def _get(m: PickleMachine, index: int) -> Any:
     return m.memo[index]
 
 
-STEPS[pickle.PUT[0]] = lambda m: _put(m, _decimal(m.line()))
-STEPS[pickle.BINPUT[0]] = lambda m: _put(m, m.byte())
-STEPS[pickle.LONG_BINPUT[0]] = lambda m: _put(m, m.number(4))
-STEPS[pickle.MEMOIZE[0]] = lambda m: _put(m, len(m.memo))
+INSTRUCTIONS[pickle.PUT[0]] = lambda m: _put(m, _decimal(m.line()))
+INSTRUCTIONS[pickle.BINPUT[0]] = lambda m: _put(m, m.byte())
+INSTRUCTIONS[pickle.LONG_BINPUT[0]] = lambda m: _put(m, m.number(4))
+INSTRUCTIONS[pickle.MEMOIZE[0]] = lambda m: _put(m, len(m.memo))
 _push(pickle.GET, lambda m: _get(m, _decimal(m.line())))
 _push(pickle.BINGET, lambda m: _get(m, m.byte()))
 _push(pickle.LONG_BINGET, lambda m: _get(m, m.number(4)))

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ldm.support.text import shown
 from ldm.weights.formats.pickle_machine import MAX_STEPS, Global, StandIn
-from ldm.weights.formats.pickle_names import DTYPES, STORAGES, UNREAD
+from ldm.weights.formats.pickle_names import ENTRY_TYPES, STORAGE_TYPES, UNREAD
 from ldm.weights.formats.pickle_steps import set_items
 from ldm.weights.formats.safetensors import MAX_DIMENSIONS, MAX_EXTENT
 
 MAX_TENSORS = 50_000  # of one file
-SHARED = (10, 1 << 20)  # all tensors have at most so many times the bytes of their storages, plus bytes
+SHARING = (10, 1 << 20)  # all tensors have at most so many times the bytes of their storages, plus bytes
 
 
 class StoredBytes(NamedTuple):
@@ -73,9 +73,9 @@ class TensorBuilder:
         name = kind.name if isinstance(kind, Global) else shown(kind)
         if name in UNREAD:
             raise _unread(name)
-        if name not in STORAGES or type(key) is not str or not _are_extents((numel,)):
+        if name not in STORAGE_TYPES or type(key) is not str or not _are_extents((numel,)):
             raise ValueError(f"{shown(pid)}, expected a storage of a known type, with a key and a size")
-        found = StoredBytes(key, STORAGES[name], numel * STORAGES[name].itemsize)
+        found = StoredBytes(key, STORAGE_TYPES[name], numel * STORAGE_TYPES[name].itemsize)
         first = self.storages.setdefault(key, found)
         if first.size != found.size:
             raise ValueError(
@@ -148,7 +148,7 @@ class TensorBuilder:
         Raises:
             ValueError: If the tensors share their storages too often.
         """
-        if self.total > SHARED[0] * sum(each.size for each in self.storages.values()) + SHARED[1]:
+        if self.total > SHARING[0] * sum(each.size for each in self.storages.values()) + SHARING[1]:
             raise ValueError(f"{len(self.tensors)} tensors of {self.total} bytes share the same storages")
         aligned: dict[str, int] = {}
         for each in self.tensors:
@@ -193,7 +193,7 @@ def _tensor_v3(
     name = kind.name if isinstance(kind, Global) else shown(kind)
     if name in UNREAD:
         raise _unread(name)
-    dtype = getattr(torch, name.removeprefix("torch."), None) if name in DTYPES else None
+    dtype = getattr(torch, name.removeprefix("torch."), None) if name in ENTRY_TYPES else None
     if dtype is None:
         raise ValueError(f"a tensor of type {name}, which PyTorch {torch.__version__} lacks")
     return builder.tensor(flat, offset, size, stride, dtype)

@@ -42,7 +42,7 @@ UNNEEDED_KEYS = (
     "epoch",
     "iteration",
 )
-SAFETENSORS = "safetensors"  # kind of such a file
+SAFETENSORS_KIND = "safetensors"  # kind of such a file
 # Prefixes below which programs store an autoencoder that is alone in a file.
 AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
 # values of modelspec.prediction_type
@@ -89,7 +89,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | f
         ValueError: If the file is damaged or refused; the message names it.
     """
     path = existing_file(path)
-    if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS:
+    if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS_KIND:
         tensors, metadata = map_safetensors(path)
         return tensors, dict(metadata)
     checkpoint = read_ckpt(path)
@@ -101,7 +101,7 @@ def file_kind(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:9] == b"{":
-        return SAFETENSORS
+        return SAFETENSORS_KIND
     kinds = {b"PK": "zip archive (PyTorch since 1.6)", b"\x80": "pickle (PyTorch before 1.6, or plain)"}
     return next((kind for magic, kind in kinds.items() if head.startswith(magic)), "unknown format")
 

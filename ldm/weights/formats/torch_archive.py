@@ -14,7 +14,7 @@ from ldm.weights.formats.pickle_tensors import StoredBytes
 from ldm.weights.formats.safetensors import mapped_bytes
 
 ZIP = b"PK\x03\x04"  # first bytes of a zip archive, and of each entry
-ENTRY, DESCRIPTOR, END = b"PK\x01\x02", b"PK\x07\x08", b"PK\x05\x06"
+DIRECTORY_ENTRY, DESCRIPTOR, END = b"PK\x01\x02", b"PK\x07\x08", b"PK\x05\x06"
 END_64, LOCATOR_64 = b"PK\x06\x06", b"PK\x06\x07"
 MAX_ENTRIES = 100_000
 SHORT, LONG = 0xFFFF, 0xFFFFFFFF  # "the number is in a field of 64 bits"
@@ -125,7 +125,7 @@ class TorchArchive:
         """Yield the entries of the central directory, which must fill it."""
         data, at = self.data, begin
         for _ in range(count):
-            if at + 46 > end or data[at : at + 4] != ENTRY:
+            if at + 46 > end or data[at : at + 4] != DIRECTORY_ENTRY:
                 raise self._damaged("its directory ends early")
             name_end = at + 46 + self._number(at + 28, 2)
             extra_end = name_end + self._number(at + 30, 2)
