@@ -88,7 +88,7 @@ def built_library() -> ctypes.CDLL | str:
         remove_leftovers(folder)
         path = folder / f"kernels-{key[:16]}.so"
         cached = read_cached(path, key)
-        data = build(compiler, folder) if cached is None else cached
+        data = compile_kernels(compiler, folder) if cached is None else cached
         lib = load_library(data)
         missing = [name for name in FUNCTIONS if not hasattr(lib, name)]
         if missing:
@@ -127,7 +127,7 @@ def library_key(compiler: Sequence[str]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(fact).digest() for fact in facts)).hexdigest()
 
 
-def build(compiler: Sequence[str], folder: Path) -> bytes:
+def compile_kernels(compiler: Sequence[str], folder: Path) -> bytes:
     """Return a new library, built in a temporary folder.
 
     Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldm.support.files import write_atomically
 
-LARGEST = 2**26  # bytes of a library
+LARGEST_LIBRARY = 2**26  # bytes of a library
 DIGEST = hashlib.sha256().digest_size
 EXEC = Path("/proc/self/exe")  # the interpreter, whose machine a library must have been built for
 
@@ -54,9 +54,9 @@ def read_own_file(path: Path) -> bytes | None:
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(handle)
             own = status.st_uid == os.geteuid() and status.st_nlink == 1 and not status.st_mode & 0o022
-            if not own or not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+            if not own or not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_LIBRARY:
                 return None
-            return file.read(LARGEST)
+            return file.read(LARGEST_LIBRARY)
     except OSError:
         return None
 
