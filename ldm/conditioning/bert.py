@@ -42,11 +42,15 @@ class BertConditioner(nn.Module):
         """D, the width of a token."""
         return self.encoder.config.width
 
-    def forward(self, prompts: Sequence[str]) -> Cond:
+    def forward(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+    ) -> Cond:
         """Return the condition of B prompts: context (B, M, D), and a mask if their lengths differ.
 
         Prompts may have weights and blends (`ldm.conditioning.prompt`) and any length
         (`ldm.conditioning.reading`). M is a multiple of the encoder's length.
+
+        `size` and `seeds` are not read.
         """
         return encode_prompts(prompts, self.tokenizer.word_ids, self.encode, self.encoder.config.length - 2)
 

@@ -43,8 +43,18 @@ class TextConvention:
 class Conditioner(Protocol):
     """What turns prompts into conditions."""
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
-        """Return the condition of B prompts."""
+    def __call__(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+    ) -> Cond:
+        """Return the condition of B prompts.
+
+        Args:
+            prompts: B prompts.
+            size: (h, w) of the latent, for conditioners that draft it. Default: the draft's own size.
+            seeds: The seeds of the images, for conditioners that draw what a prompt leaves open: B, or any
+                number for a single prompt, which then has a condition for each seed if it depends on it.
+                Default: 0 for all.
+        """
         ...
 
     def unknown(self, prompt: str) -> list[str]:
@@ -95,7 +105,9 @@ class TextConditioner(nn.Module):
         """D, the width of a token."""
         return self.tower.config.width
 
-    def forward(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Cond:
+    def forward(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+    ) -> Cond:
         """Return the condition of B prompts.
 
         Prompts may have weights and blends (`ldm.conditioning.prompt`) and any length
@@ -104,6 +116,7 @@ class TextConditioner(nn.Module):
         Args:
             prompts: B prompts.
             size: (h, w) of the latent, for models with a draft. Default: the draft's own size.
+            seeds: Not read.
 
         Returns:
             A Cond with context (B, M, D), its mask where padding is masked, pooled (B, E) where the network
@@ -122,6 +135,11 @@ class TextConditioner(nn.Module):
         longest = self.tower.config.context_length
         return min(self.convention.length or longest, longest) - 2
 
+    @property
+    def padded_length(self) -> int | None:
+        """The number of tokens of a window in the context; None if padding is masked and thus left out."""
+        return None if self.convention.masked else self.convention.length
+
     def encode(self, rows: list[list[int]]) -> EncoderStates:
         """Return the tower's states of R rows of token ids, each put between start and end and padded."""
         c = self.convention
@@ -138,8 +156,7 @@ class TextConditioner(nn.Module):
 
         Of a blend only the first alternative counts.
         """
-        length = None if self.convention.masked else self.convention.length
-        return word_positions(parse(prompt)[0].spans, self.tokenizer.word_ids, self.room, length)
+        return word_positions(parse(prompt)[0].spans, self.tokenizer.word_ids, self.room, self.padded_length)
 
     def unknown(self, prompt: str) -> list[str]:
         """Return what the model was not trained on in a prompt, in order, each once.
@@ -195,8 +212,13 @@ class TwoTowers(nn.Module):
         """D, the width of a token: the sum of both towers'."""
         return self.second.width + (0 if self.first is None else self.first.width)
 
-    def forward(self, prompts: Sequence[str]) -> Cond:
-        """Return the condition of B prompts: context (B, M, D), its mask if lengths differ, pooled (B, E)."""
+    def forward(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+    ) -> Cond:
+        """Return the condition of B prompts: context (B, M, D), its mask if lengths differ, pooled (B, E).
+
+        `size` and `seeds` are not read.
+        """
         second = self.second(prompts)
         if self.first is None:
             return second

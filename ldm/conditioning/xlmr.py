@@ -31,10 +31,13 @@ class XLMRConditioner(nn.Module):
                 f"the vocabulary has {len(tokenizer.ids)} tokens, the encoder {encoder.config.vocabulary}"
             )
 
-    def forward(self, prompts: Sequence[str]) -> Cond:
+    def forward(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+    ) -> Cond:
         """Return the condition of B prompts: context (B, L, D) and pooled (B, E).
 
         All prompts are padded to the encoder's length; the network attends to the padding, as in training.
+        `size` and `seeds` are not read.
 
         Raises:
             ValueError: If a prompt has more tokens than the encoder takes.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.catalog.cards import ModelCard
-from ldm.conditioning.conditioner import Conditioner, TextConditioner
+from ldm.conditioning.conditioner import Conditioner
 from ldm.diffusion.cond import Cond
 from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition
@@ -45,10 +45,7 @@ def prompt_conditions(
                 f"{card.name!r} is conditioned on no text: expected an empty prompt and guidance 1"
             )
         return Cond(), Cond()
-    if isinstance(text, TextConditioner):
-        cond, uncond = text(call.texts, size), text(call.negatives, size)
-    else:
-        cond, uncond = text(call.texts), text(call.negatives)
+    cond, uncond = (text(texts, size=size, seeds=call.seeds) for texts in (call.texts, call.negatives))
     if card.zero_negative:
         uncond = _zero_where_empty(uncond, call.negatives)
     if card.vector is None:

@@ -1,0 +1,246 @@
+"""The diffusion transformer (Peebles & Xie 2023) with cross-attention.
+
+The blocks follow PixArt-α (Chen et al. 2023, section 2.3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.diffusion.cond import Cond
+from ldm.models.checks import check_positive
+from ldm.models.layers.attention import Attention
+from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
+from ldm.models.layers.modules import ModuleListOf
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Shape of a `DiT`.
+
+    Args:
+        in_channels: Channels of the input, x_t and `Cond.concat` together.
+        out_channels: Channels of the prediction.
+        patch: Side p of the patches of the latent that are the tokens. Default: 2.
+        width: Width D of a token, a multiple of 4 and of `head_dim`. Default: 256.
+        depth: Number of blocks. Default: 8.
+        head_dim: Channels d of an attention head. Default: 32.
+        context_dim: Width D_c of the context.
+        guidance_dim: Width of the sinusoid of `Cond.guidance`, for a network that embeds the guidance scale.
+            None for one that does not. Default: None.
+
+    Raises:
+        ValueError: If a number is below 1, or the width is not such a multiple.
+    """
+
+    in_channels: int
+    out_channels: int
+    patch: int = 2
+    width: int = 256
+    depth: int = 8
+    head_dim: int = 32
+    context_dim: int
+    guidance_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            patch=self.patch,
+            width=self.width,
+            depth=self.depth,
+            head_dim=self.head_dim,
+            context_dim=self.context_dim,
+            guidance_dim=self.guidance_dim,
+        )
+        if self.width % self.head_dim or self.width % 4:
+            raise ValueError(f"width {self.width}: expected a multiple of 4 and of head_dim {self.head_dim}")
+
+    @property
+    def factor(self) -> int:
+        """The number of which height and width of a latent are multiples."""
+        return self.patch
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether the network attends to `Cond.context`: always."""
+        return True
+
+
+def plane_sinusoid(h: int, w: int, dim: int, *, device: torch.device | None = None) -> Tensor:
+    """Return sinusoids of the positions of a grid, as fractions of its height and width.
+
+    A position (y, x) in [0, 1)² is encoded as sin and cos of π·y·f, then of π·x·f, for dim/4 frequencies f
+    that grow geometrically from 1 to 32. Grids of different sizes agree where they cover the same place.
+
+    Args:
+        h, w: Rows and columns of the grid.
+        dim: Width of the encoding, a multiple of 4.
+        device: Device of the result. Default: the CPU.
+
+    Returns:
+        Shape (h·w, dim), float32, row by row.
+    """
+    frequencies = torch.exp(torch.linspace(0.0, math.log(32.0), dim // 4, dtype=torch.float32, device=device))
+    y, x = (
+        math.pi * (torch.arange(n, dtype=torch.float32, device=device) + 0.5)[:, None] / n * frequencies
+        for n in (h, w)
+    )  # (h, dim/4), (w, dim/4)
+    rows = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(h, w, dim // 2)  # (h, w, dim/2)
+    columns = torch.cat([x.sin(), x.cos()], dim=-1)[None].expand(h, w, dim // 2)  # (h, w, dim/2)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+class NormedAttention(Attention):
+    """Attention whose queries and keys have unit mean square (Henry et al. 2020; Dehghani et al. 2023).
+
+    The logits stay bounded, which keeps training stable at high learning rates.
+    """
+
+    def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the attention of normalized queries and keys; shapes as in `attend`."""
+        dim = (q.shape[-1],)
+        return super().product(F.rms_norm(q, dim), F.rms_norm(k, dim), v, mask)
+
+
+class MLP(nn.Module):
+    """Linear to four times the width, GELU with the tanh approximation, and a linear layer back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output (..., width) for x (..., width)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention and MLP, each after a layer norm and added to its input.
+
+    The time scales, shifts and gates self-attention and MLP. One projection of the time serves all blocks,
+    each of which adds a table of its own (PixArt-α, section 2.3, adaLN-single).
+
+    Args:
+        width: Width D of a token.
+        head_dim: Channels of an attention head.
+        context_dim: Width D_c of the context.
+    """
+
+    def __init__(self, width: int, *, head_dim: int, context_dim: int) -> None:
+        super().__init__()
+        heads = width // head_dim
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
+        self.attn1 = NormedAttention(width, heads=heads, head_dim=head_dim)
+        self.attn2 = NormedAttention(width, heads=heads, head_dim=head_dim, context_dim=context_dim)
+        self.mlp = MLP(width)
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the output (B, L, D).
+
+        Args:
+            x: Tokens, shape (B, L, D).
+            emb: The projected time, shape (B, 6, D).
+            context: Shape (B, M, D_c).
+            mask: True for tokens of the context that are attended to, bool, shape (B, M), or None.
+        """
+        # (B, 1, D) each
+        scale1, shift1, gate1, scale3, shift3, gate3 = (emb + self.modulation)[:, :, None].unbind(1)
+        y = self.norm1(x) * (1 + scale1) + shift1  # (B, L, D)
+        x = x + self.attn1(y) * (1 + gate1)  # (B, L, D)
+        x = x + self.attn2(self.norm2(x), context, mask)  # (B, L, D)
+        y = self.norm3(x) * (1 + scale3) + shift3  # (B, L, D)
+        return x + self.mlp(y) * (1 + gate3)
+
+
+class DiT(nn.Module):
+    """The network `net(x_t, t, cond)` that returns the raw prediction, for x_t of multiples of the patch."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, area = config.width, config.patch**2
+        self.embed_in = nn.Linear(area * config.in_channels, width)
+        self.embed_position = nn.Linear(width, width, bias=False)
+        self.time_embedding = VectorMLP(width, width, extra_dim=config.guidance_dim)
+        self.time_modulation = nn.Linear(width, 6 * width)
+        self.blocks: ModuleListOf[DiTBlock] = ModuleListOf(
+            DiTBlock(width, head_dim=config.head_dim, context_dim=config.context_dim)
+            for _ in range(config.depth)
+        )
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
+        self.proj_out = nn.Linear(width, area * config.out_channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return the raw prediction.
+
+        Args:
+            x_t: Noisy sample, shape (B, C, h, w).
+            t: Timesteps, shape (B,); they may be fractional.
+            cond: `context` (B, M, D_c) with its mask, `concat`, and `guidance` if the configuration has it.
+
+        Returns:
+            Shape (B, C_out, h, w).
+
+        Raises:
+            ValueError: If x_t or the condition does not fit the configuration; see `check`.
+        """
+        x = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)  # (B, C_in, h, w)
+        self.check(x, cond)
+        config, (h, w) = self.config, x.shape[-2:]
+        p, context = config.patch, cond.context
+        assert context is not None
+        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, L, C_in·p²)
+        positions = plane_sinusoid(h // p, w // p, config.width, device=x.device).to(x.dtype)  # (L, D)
+        x = self.embed_in(x) + self.embed_position(positions)  # (B, L, D)
+        emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
+        for block in self.blocks:
+            x = block(x, emb, context, cond.context_mask)  # (B, L, D)
+        x = self.proj_out(self.norm_out(x))  # (B, L, C_out·p²)
+        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h // p, p=p, q=p)
+
+    def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
+        """Return the modulation (B, 6, D) of timesteps t (B,) and, if embedded, of the guidance scale."""
+        guidance = None
+        if self.config.guidance_dim is not None and cond.guidance is not None:
+            guidance = guidance_sinusoid(cond.guidance, self.config.guidance_dim).to(dtype)  # (B, D_g)
+        emb = self.time_embedding(sinusoid(t, self.config.width).to(dtype), guidance)  # (B, D)
+        return self.time_modulation(F.silu(emb)).unflatten(-1, (6, self.config.width))
+
+    def check(self, x: Tensor, cond: Cond) -> None:
+        """Raise ValueError for an input or a condition that the network does not take.
+
+        Args:
+            x: x_t and `Cond.concat`, concatenated, shape (B, C_in, h, w).
+            cond: The condition.
+        """
+        config = self.config
+        if x.shape[1] != config.in_channels:
+            raise ValueError(
+                f"input has {x.shape[1]} channels, this DiT takes {config.in_channels} (x_t and Cond.concat"
+                " together)"
+            )
+        if x.shape[-2] % config.patch or x.shape[-1] % config.patch:
+            raise ValueError(
+                f"input size {x.shape[-2]}×{x.shape[-1]}: expected multiples of the patch {config.patch}"
+            )
+        if cond.context is None or cond.context.shape[-1] != config.context_dim:
+            found = None if cond.context is None else tuple(cond.context.shape)
+            raise ValueError(
+                f"this DiT attends to a context of width {config.context_dim}: Cond.context is {found}"
+            )
+        if (config.guidance_dim is None) != (cond.guidance is None):
+            takes = "takes no" if config.guidance_dim is None else "takes the"
+            raise ValueError(f"this DiT {takes} guidance scale: Cond.guidance is {cond.guidance}")
+        if cond.pooled is not None:
+            raise ValueError(
+                f"this DiT takes no Cond.pooled, expected None, got shape {tuple(cond.pooled.shape)}"
+            )
