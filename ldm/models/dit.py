@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
 from ldm.models.checks import check_positive
+from ldm.models.clip.transformer import MLP
 from ldm.models.layers.attention import Attention
 from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
 from ldm.models.layers.modules import ModuleListOf
@@ -109,19 +110,6 @@ class NormedAttention(Attention):
         return super().product(F.rms_norm(q, dim), F.rms_norm(k, dim), v, mask)
 
 
-class MLP(nn.Module):
-    """Linear to four times the width, GELU with the tanh approximation, and a linear layer back."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output (..., width) for x (..., width)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class DiTBlock(nn.Module):
     """Self-attention, cross-attention and MLP, each after a layer norm and added to its input.
 
@@ -140,7 +128,7 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
         self.attn1 = NormedAttention(width, heads=heads, head_dim=head_dim)
         self.attn2 = NormedAttention(width, heads=heads, head_dim=head_dim, context_dim=context_dim)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, 4 * width, "gelu")
         self.modulation = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:

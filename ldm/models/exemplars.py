@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.models.checks import check_positive
-from ldm.models.dit import MLP, NormedAttention, plane_sinusoid
+from ldm.models.clip.transformer import MLP
+from ldm.models.dit import NormedAttention, plane_sinusoid
 from ldm.models.layers.modules import ModuleListOf
 
 
@@ -82,7 +83,7 @@ class ExemplarBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = NormedAttention(width, heads=width // head_dim, head_dim=head_dim)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, 4 * width, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (B, L, D) for x (B, L, D)."""
