@@ -24,18 +24,21 @@ def check_fraction(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning rate schedule: linear warm-up, constant, linear decay.
+    """An optimizer and its learning rate schedule: linear warm-up, constant, linear decay.
 
     Args:
+        kind: "adamw", or "muon": Muon for hidden matrices with AdamW for the rest, see
+            `ldm.training.optimizers`. Default: "adamw".
         lr: The highest learning rate.
         warmup: Steps over which the rate rises from 0. Default: 500.
         decay: Last steps over which the rate falls. Default: 0.
         final: Where the rate ends, as a fraction of `lr`. Default: 0.
         betas: AdamW's decay rates of the moments. Default: (0.9, 0.99).
-        weight_decay: AdamW's weight decay. Default: 0.01.
+        weight_decay: Weight decay, as a multiple of the learning rate. Default: 0.01.
         clip: The largest norm of the gradient; 0 disables clipping. Default: 1.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float
     warmup: int = 500
     decay: int = 0

@@ -26,6 +26,7 @@ from ldm.training.draws import Draws
 from ldm.training.ema import EMA
 from ldm.training.lock import folder_lock
 from ldm.training.metrics import append_row, drop_later_rows, has_validation, thin_rows
+from ldm.training.optimizers import make_optimizer
 
 
 class Trainable(Protocol):
@@ -74,10 +75,7 @@ class Run:
             for_training(part.model)
         self.parameters = [p for p in part.model.parameters() if p.requires_grad]
         self.ema = EMA(part.model, config.ema)
-        opt = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=opt.lr, betas=opt.betas, weight_decay=opt.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(part.model, config.optimizer)
         self.dtype = fast_dtype(device) if config.precision == "auto" else dtype_of(config.precision)
         self.step = 0
         self.seconds = 0.0
