@@ -128,6 +128,8 @@ class Card:
         summary: One-line description.
         licence: Licence of the weights.
         hub: Where the weights are published; None if nowhere.
+        files: SHA-256 of the files of the model's parts in ldm layout, by name; None if not stated. Cards
+            that differ in it alone are equal.
     """
 
     kind: ClassVar[Kind]
@@ -136,6 +138,7 @@ class Card:
     summary: str
     licence: str
     hub: Hub | None = None
+    files: Mapping[str, str] | None = field(default=None, compare=False)
 
     def shapes(self) -> dict[str, object]:
         """Return the network configurations by part; empty if the card leaves them to each part's YAML."""
@@ -167,7 +170,12 @@ class Card:
 
     def inherited(self) -> dict[str, Any]:
         """Return the fields that a card with ``base: NAME`` inherits: all but those that locate weights."""
-        return {**vars(self), "hub": None}
+        return {**vars(self), "hub": None, "files": None}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that images depend on: all but names, texts, networks, and where weights are."""
+        left_out = ("name", "family", "summary", "licence", "hub", "files", "folder", "parts", "networks")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)

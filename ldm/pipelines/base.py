@@ -37,7 +37,7 @@ class BasePipeline(nn.Module):
 
     def __init__(self, *, origin: Mapping[str, Any] | None, safety: SafetyChecker | None) -> None:
         super().__init__()
-        self.origin = dict(origin or {})
+        self.origin: Mapping[str, Any] = {} if origin is None else origin
         self.safety = safety
         self.guide: Guide = cfg
 

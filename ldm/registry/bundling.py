@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.latent.assembly import assemble_latent
 from ldm.registry.latent.sources import latent_from_ldm
 from ldm.registry.part_checks import check_latent_parts, check_unclip_parts
+from ldm.registry.saving import INDEX_FILES, files_of_models
 from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import nearest, read_yaml
 from ldm.support.files import staged_folder, write_atomically
-from ldm.weights.formats.ldm_folder import CARD_FILE, about_part, model_files, write_card
+from ldm.weights.formats.ldm_folder import about_part
+from ldm.weights.formats.ldm_model import write_card
 
 
 def check_latent(card: ModelCard, folder: Path) -> None:
@@ -75,8 +78,8 @@ def bundle(card: Card, exports: Mapping[str, str | Path], folder: str | Path) ->
         ValueError: If a part was trained for another CLIP, schedule, prediction or size than the card states,
             or does not fit the others. The folder is as it was.
     """
-    folder = Path(folder)
-    with staged_folder(folder, CARD_FILE, model_files) as stage:
+    folder, card = Path(folder), replace(card, files=None)
+    with staged_folder(folder, INDEX_FILES, files_of_models) as stage:
         for part, source in exports.items():
             about_part(source, part)  # raises FileNotFoundError with a hint
             names = [f"{part}.safetensors", f"{part}.yaml", *(["vocabulary.json"] if part == "text" else [])]

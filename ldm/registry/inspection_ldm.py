@@ -13,9 +13,11 @@ from ldm.catalog.lookup import read_card
 from ldm.registry.candidates import tensor_shapes
 from ldm.registry.report import Report, non_finite_in_parts, report_part
 from ldm.support.config import read_yaml
-from ldm.weights.formats.ldm_folder import about_part, kind_of, read_part_config
+from ldm.weights.formats.ldm_folder import about_part, network_class, read_part_config
+from ldm.weights.formats.ldm_model import CARD_FILE, part_files
 from ldm.weights.formats.safetensors import sha256
 from ldm.weights.formats.single_file import read_tensors
+from ldm.weights.hashing import FileHashes, check_hashes
 from ldm.weights.keymap import fit_table
 from ldm.weights.parts import SAME_NAMES, build_network, shapes_of
 
@@ -97,7 +99,7 @@ def part_names(folder: Path) -> list[str]:
 
 def describe_network(folder: Path, part: str, about: Mapping[str, Any]) -> str:
     """Return the class of a part's network and, if its YAML states it, the training."""
-    name = kind_of(folder, part)[1].__name__
+    name = network_class(folder, part, about)[1].__name__
     training = about.get("training")
     if not isinstance(training, Mapping):
         return name
@@ -111,7 +113,7 @@ def inspect_ldm_folder(path: Path, *, nan: bool, digest: bool) -> Report:
     Parts that the card locates elsewhere are read there.
     """
     folders = dict.fromkeys(part_names(path), path)
-    kind = "folder of parts in ldm layout"
+    kind, stated = "folder of parts in ldm layout", None
     parts = LdmParts()
     if (path / "card.yaml").is_file():
         try:
@@ -120,8 +122,14 @@ def inspect_ldm_folder(path: Path, *, nan: bool, digest: bool) -> Report:
             return Report(path=path, kind="folder in ldm layout", size=0, problems=(str(error),))
         folders |= card.part_folders(path)
         kind = f"model in ldm layout, {card.name} ({card.summary})"
+        stated = card.files
     for part, folder in folders.items():
         parts.read(part, folder, digest=digest)
+    if digest and stated is not None:
+        try:
+            check_hashes(stated, FileHashes(part_files(folders)), path / CARD_FILE)
+        except (ValueError, OSError) as error:
+            parts.problems.append(str(error))
     return parts.report(path, kind, nan=nan, digest=digest)
 
 

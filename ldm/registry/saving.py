@@ -15,9 +15,10 @@ from ldm.support.config import nearest
 from ldm.support.device import dtype_of
 from ldm.support.files import staged_folder
 from ldm.support.strict_json import read_json
-from ldm.weights.formats.ldm_folder import CARD_FILE, model_files
+from ldm.weights.formats.diffusers_hashes import PIPELINE_INDEX
+from ldm.weights.formats.ldm_model import CARD_FILE, model_files
 
-PIPELINE_INDEX = "model_index.json"
+INDEX_FILES = (CARD_FILE, PIPELINE_INDEX)  # without one of which a folder is not read
 COMPONENT_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
@@ -58,11 +59,11 @@ def save(
     if isinstance(pipe, UnCLIP):
         if layout != "native":
             raise ValueError(f"layout {layout!r}: expected 'native', the only one for an UnCLIP")
-        with staged_folder(path, CARD_FILE, model_files) as stage:
+        with staged_folder(path, INDEX_FILES, files_of_models) as stage:
             write_unclip(pipe, stage, dtype=weights_dtype, **facts)
         return path
     if layout == "native":
-        with staged_folder(path, CARD_FILE, model_files) as stage:
+        with staged_folder(path, INDEX_FILES, files_of_models) as stage:
             write_ldm(pipe, stage, weights_dtype, facts)
         return path
     if facts:
@@ -74,19 +75,27 @@ def save(
         )
     if layout == "original":
         return write_original(pipe, path, weights_dtype)
-    with staged_folder(path, PIPELINE_INDEX, component_files) as stage:
+    with staged_folder(path, INDEX_FILES, files_of_models) as stage:
         write_diffusers(pipe, stage, weights_dtype)
     return path
+
+
+def files_of_models(folder: Path) -> list[Path]:
+    """Return the files of the models that a folder holds, in either layout."""
+    return [*model_files(folder), *component_files(folder)]
 
 
 def component_files(folder: Path) -> list[Path]:
     """Return the weights and configurations of the components that the model_index.json of a folder names.
 
-    Without that file there are none. A name that leads out of the folder is no component.
+    Without that file, or if it is damaged, there are none. A name that leads out of the folder is no
+    component.
     """
-    if not (folder / PIPELINE_INDEX).is_file():
+    try:
+        index = read_json(folder / PIPELINE_INDEX)
+    except (FileNotFoundError, ValueError):
         return []
-    names = [name for name in read_json(folder / PIPELINE_INDEX) if name[:1] not in ("_", ".")]
+    names = [name for name in index if name[:1] not in ("_", ".")]
     inside = [folder / name for name in names if Path(name).name == name and not (folder / name).is_symlink()]
     files = [path for component in inside for path in component.rglob("*") if path.is_file()]
     return [path for path in files if path.suffix in COMPONENT_SUFFIXES]

@@ -10,9 +10,22 @@ import torch
 from torch import nn
 
 from ldm.catalog.cards import Card
-from ldm.weights.formats.ldm_folder import read_network, read_part_config
+from ldm.support.config import config_sha256
+from ldm.weights.formats.ldm_folder import (
+    about_part,
+    check_part_hash,
+    fill_part,
+    read_part_config,
+)
+from ldm.weights.formats.ldm_model import CARD_FILE, part_files
 from ldm.weights.formats.single_file import Stated
+from ldm.weights.hashing import FileHashes, check_hashes
 from ldm.weights.parts import build_network, randomise
+
+NO_HASHES = (
+    "its card states no sha256 of its parts, so that parts of another model would not be noticed; save the"
+    " model again to add them"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +35,7 @@ class Source:
     Args:
         networks: The networks by part.
         latent_scale: Factor between the autoencoder's latents and those that are diffused.
-        origin: What a recipe records of the weights: SHA-256 or fingerprint by part or file.
+        origin: What a recipe records of the weights: SHA-256 by part or file.
         folder: Folder in which the files of the tokenizer may be; None for random weights.
         pieces: XLM-R's tokenizer.json or its folder; None if there is none.
         notes: Warnings about the weights.
@@ -36,6 +49,22 @@ class Source:
     pieces: Path | None = None
     notes: tuple[str, ...] = ()
     stated: Stated = Stated()
+
+
+def origin_of(card: Card, source: Source, tokenizers: Mapping[str, Path]) -> Mapping[str, str]:
+    """Return what recipes record of a model: the SHA-256 of its files, and as "card" that of its settings.
+
+    The settings are the card's, the configurations of the networks, and the latent scale.
+
+    Args:
+        card: The card.
+        source: The networks.
+        tokenizers: Files of tokenizers by name.
+    """
+    networks = {part: network.config for part, network in source.networks.items()}
+    settings = {"card": card.settings(), "networks": networks, "scale": source.latent_scale}
+    known = FileHashes(tokenizers).joined({"card": config_sha256(settings)})
+    return known.joined(source.origin)
 
 
 def part_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
@@ -71,23 +100,38 @@ def random_networks(configs: Mapping[str, object], dtype: torch.dtype) -> dict[s
     }
 
 
-def read_parts(folders: Mapping[str, Path], dtype: torch.dtype, *, latent_scale: float | None) -> Source:
-    """Read the parts of a model in the ldm layout.
+def read_parts(card: Card, folder: Path, dtype: torch.dtype, *, latent_scale: float | None) -> Source:
+    """Read the parts of a model in the ldm layout, and compare their files with those that the card states.
 
     Args:
-        folders: Folder of each part.
+        card: The model's card.
+        folder: The folder of the card.
         dtype: Floating-point type of the networks.
         latent_scale: The card's scale; that of the autoencoder's YAML takes precedence.
 
     Raises:
         FileNotFoundError: If a part is absent.
-        ValueError: If the weights of a part do not fit its YAML.
+        ValueError: If the weights of a part do not fit its YAML, or a file is not the one that the card or
+            the YAML was written with.
     """
-    networks, origin = {}, {}
-    scale = latent_scale or 1.0
-    for part, folder in folders.items():
-        networks[part], about = read_network(folder, part, dtype=part_dtype(part, dtype))
-        origin[part] = about["sha256"]
-        if part == "vae":
-            scale = float(about.get("latent_scale", scale))
-    return Source(networks=networks, latent_scale=scale, origin=origin, folder=folders.get("text"))
+    folders = card.part_folders(folder)
+    abouts = {part: about_part(place, part) for part, place in folders.items()}
+    files = part_files(folders)
+    hashes = FileHashes(files)
+    networks = {
+        part: fill_part(place, part, abouts[part], dtype=part_dtype(part, dtype))
+        for part, place in folders.items()
+    }
+    if card.files is not None:
+        check_hashes(card.files, hashes, folder / CARD_FILE)
+    for part, place in folders.items():
+        check_part_hash(place, part, abouts[part], hashes)
+    scale = abouts.get("vae", {}).get("latent_scale", latent_scale or 1.0)
+    names = {f"{part}.safetensors": part for part in folders}
+    return Source(
+        networks=networks,
+        latent_scale=float(scale),
+        origin=hashes.renamed({name: names.get(name, name) for name in files if not name.endswith(".yaml")}),
+        folder=folders.get("text"),
+        notes=() if card.files is not None else (NO_HASHES,),
+    )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
 import math
 import sys
 import types
@@ -159,6 +161,30 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [to_dict(item) for item in config]
     return config
+
+
+def config_sha256(config: Any) -> str:
+    """Return the SHA-256 of a dataclass, mapping or list by its values, in 64 hexadecimal digits.
+
+    Fields that have their default do not count, so that a field which is added later changes nothing.
+    """
+    text = json.dumps(_without_defaults(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_defaults(config: Any) -> Any:
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+        defaults = {
+            each.name: each.default_factory() if callable(each.default_factory) else each.default
+            for each in dataclasses.fields(config)
+        }
+        config = {name: value for name, value in values.items() if value != defaults[name]} | {
+            "is": type(config).__name__
+        }
+    if isinstance(config, Mapping):
+        return {key: _without_defaults(value) for key, value in config.items()}
+    return [_without_defaults(item) for item in config] if isinstance(config, list | tuple) else config
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,16 +84,18 @@ def temporary_path(folder: Path) -> Path:
 
 
 @contextmanager
-def staged_folder(folder: Path, key: str, stale: Callable[[Path], Iterable[Path]]) -> Iterator[Path]:
+def staged_folder(
+    folder: Path, keys: Collection[str], stale: Callable[[Path], Iterable[Path]]
+) -> Iterator[Path]:
     """Write the files of a folder, inside a `with` block, in a new folder beside it; move them when it ends.
 
     If the block raises, or the process is killed in it, `folder` is as it was. While files are moved, the key
-    file is absent, so that a mixture of two states is never read: it goes first and comes back last. Other
-    files of the folder are kept.
+    files are absent, so that a mixture of two states is never read: they go first, and the one that was
+    written again comes back last. Other files of the folder are kept.
 
     Args:
         folder: The folder to write.
-        key: Name of the file without which the folder is not read, such as "card.yaml".
+        keys: Names of the files without any of which the folder is not read, such as "card.yaml".
         stale: Returns the files of `folder` that belong to its earlier content, of which those that are not
             written again are removed.
 
@@ -105,10 +108,9 @@ def staged_folder(folder: Path, key: str, stale: Callable[[Path], Iterable[Path]
         moved = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         folder.mkdir(exist_ok=True)
         old = [path for path in stale(folder) if path.relative_to(folder) not in moved]
-        (folder / key).unlink(missing_ok=True)
-        for path in old:
+        for path in (*(folder / key for key in keys), *old):
             path.unlink(missing_ok=True)
-        for name in sorted(moved, key=lambda each: each == Path(key)):
+        for name in sorted(moved, key=lambda each: str(each) in keys):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, folder / name)
 
@@ -190,3 +192,11 @@ def longest_name(folder: Path) -> int:
         return os.pathconf(folder, "PC_NAME_MAX")
     except (AttributeError, OSError, ValueError):
         return 255
+
+
+def file_sha256(file: FileIO) -> str:
+    """Return the SHA-256 of what is left to read in a file without a buffer, in 64 hexadecimal digits."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+    return digest.hexdigest()

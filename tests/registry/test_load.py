@@ -226,4 +226,7 @@ def test_the_local_cache_by_name(
     with pytest.raises(FileNotFoundError, match="names no place in the hub: pass weights=PATH"):
         ldm.load(good[0], device="cpu")
     shutil.copy(good[1] / "one.safetensors", tmp_path / f"{good[0]}.safetensors")
-    assert ldm.load(good[0], device="cpu", dtype="float32").origin.keys() == {f"{good[0]}.safetensors"}
+    assert ldm.load(good[0], device="cpu", dtype="float32").origin.keys() == {
+        f"{good[0]}.safetensors",
+        "card",
+    }

@@ -15,7 +15,7 @@ from tiny_latent_diffusion import tiny_model
 import ldm
 from ldm.registry import saving
 from ldm.support.files import staged_folder
-from ldm.weights.formats.ldm_folder import model_files
+from ldm.weights.formats.ldm_model import model_files
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,7 +56,7 @@ def test_a_kill_leaves_one_model_or_none(tmp_path, delay):
         "import itertools, sys; from pathlib import Path; from ldm.support.files import staged_folder\n"
         "folder = Path(sys.argv[1])\n"
         "for k in itertools.count():\n"
-        "    with staged_folder(folder, 'card.yaml', lambda f: []) as stage:\n"
+        "    with staged_folder(folder, ['card.yaml'], lambda f: []) as stage:\n"
         "        for name in ('a', 'b', 'c', 'card.yaml'): (stage / name).write_text(str(k))\n"
         "    if k == 3: print('running', flush=True)\n"
     )
@@ -67,7 +67,7 @@ def test_a_kill_leaves_one_model_or_none(tmp_path, delay):
     process.wait()
     found = contents(folder)
     assert "card.yaml" not in found or len(set(found.values())) == 1
-    with staged_folder(folder, "card.yaml", model_files) as stage:
+    with staged_folder(folder, ["card.yaml"], model_files) as stage:
         for name in ("a", "b", "c", "card.yaml"):
             (stage / name).write_text("next")
     assert set(contents(folder).values()) == {b"next"} and os.listdir(tmp_path) == ["model"]

@@ -58,7 +58,7 @@ def test_every_published_model_runs_with_random_weights_and_is_read_back_bit_ide
         assert before.keys() == after.keys() and all(
             torch.equal(after[key], value) for key, value in before.items()
         )
-        assert again.card == card and set(again.origin) == set(pipe.networks())
+        assert again.card == card and set(again.origin) >= {*pipe.networks(), "card"}
 
 
 def test_the_names_and_how_they_are_sampled(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +168,7 @@ def test_parts_may_lie_in_another_models_folder(tmp_path: Path) -> None:
     for path in [*(tmp_path / "a").glob("vision.*"), *(tmp_path / "a").glob("vae.*")]:
         shutil.move(path, tmp_path / "b")
     card = yaml.safe_load((tmp_path / "a" / "card.yaml").read_text())
-    with pytest.raises(ValueError, match="makes 4 channels, pixels, as there is no autoencoder, have 3"):
+    with pytest.raises(FileNotFoundError, match=r"'vae\.safetensors', 'vae\.yaml', .* is absent"):
         reduced_unclip_families.load(None, weights=tmp_path / "a")
     (tmp_path / "a" / "card.yaml").write_text(
         yaml.safe_dump({**card, "parts": {"vision": "../b", "vae": "../b"}})

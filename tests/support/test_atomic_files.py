@@ -125,7 +125,7 @@ def test_a_mode_is_that_of_the_file_whatever_the_umask_is(tmp_path: Path) -> Non
 
 def test_a_folder_that_cannot_be_written_whole_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: '.*/model/part/a'"):
-        with staged_folder(tmp_path / "model", "card", lambda _: []) as stage:
+        with staged_folder(tmp_path / "model", ["card"], lambda _: []) as stage:
             raise OSError(28, "No space left on device", str(stage / "part" / "a"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="elsewhere"):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from ldm.support.strict_json import read_json
+from ldm.support.text import shown
 
 UNIGRAM_START, UNIGRAM_PAD, UNIGRAM_END, UNIGRAM_UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
 SPACE = "▁"  # prefix of a word
+MAX_TOKENIZER = 1 << 25  # bytes of a tokenizer.json; that of XLM-R has 9 MB
+LONGEST_PIECE = 256  # characters; the longest of XLM-R has 16
 PENALTY = 10.0  # log-probability of the rarest piece minus that of an unknown character
 
 
@@ -47,17 +52,33 @@ class Unigram:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not that of a Unigram tokenizer.
         """
+        path = cls.file(path)
+        where = shown(str(path))
+        model = read_json(path, MAX_TOKENIZER).get("model")
+        if not isinstance(model, dict) or model.get("type") != "Unigram":
+            raise ValueError(f"{where}: expected the tokenizer.json of a Unigram model")
+        pieces: Any = model.get("vocab")
+        for pair in pieces if isinstance(pieces, list) else [pieces]:
+            match pair:
+                case [str(piece), int() | float()] if 1 <= len(piece) <= LONGEST_PIECE:
+                    continue
+            raise ValueError(
+                f"{where}: model.vocab: expected pairs of a piece, of 1 to {LONGEST_PIECE} characters, and a"
+                f" number, got {shown(pair)}"
+            )
+        try:
+            return cls([(piece, score) for piece, score in pieces])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    @staticmethod
+    def file(path: str | Path) -> Path:
+        """Return a `tokenizer.json`, or the one in a folder; FileNotFoundError if there is none."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {str(path)!r}: expected the tokenizer.json of XLM-R")
-        try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
-            if model.get("type") != "Unigram":
-                raise ValueError(f"expected a Unigram model, got {model.get('type')!r}")
-            return cls([(piece, score) for piece, score in model["vocab"]])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r}: {error}") from None
+        return path
 
     @classmethod
     def spelling(cls) -> Unigram:

@@ -6,6 +6,9 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.support.text import read_utf8, shown
+
+MAX_VOCABULARY = 1 << 24  # bytes of a vocab.txt; that of bert-base-uncased has 232 KB
 WORDPIECE_PAD, WORDPIECE_UNKNOWN, WORDPIECE_START, WORDPIECE_END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 LONGEST = 100  # maximum number of characters of a word; longer words are unknown
 # ideographs, each of which is a word: CJK unified, extensions A to E, and the compatibility blocks
@@ -59,10 +62,11 @@ class WordPiece:
             raise FileNotFoundError(
                 f"no vocabulary at {str(path)!r}: expected the vocab.txt of bert-base-uncased"
             )
+        text = read_utf8(path, MAX_VOCABULARY)
         try:
-            return cls(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+            return cls(text.removesuffix("\n").split("\n"))
         except ValueError as error:
-            raise ValueError(f"{str(path)!r}: {error}") from None
+            raise ValueError(f"{shown(str(path))}: {error}") from None
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> list[list[int]]:
         """Return the ids of texts between [CLS] and [SEP], padded with [PAD] to `length`.

@@ -20,7 +20,7 @@ from ldm.models.text.wordpiece import (
     WordPiece,
 )
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.registry.sources import Source
+from ldm.registry.sources import Source, origin_of
 from ldm.weights.formats.ldm_folder import read_vocabulary
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
@@ -39,13 +39,15 @@ def assemble_latent(card: ModelCard, source: Source, *, vocabulary: Path | None 
         FileNotFoundError: If the model reads text through BERT and there is no vocabulary.
     """
     networks = source.networks
+    bert = isinstance(networks.get("text"), LDMBert)
+    words = vocabulary_file(card, source, vocabulary) if bert else None
     return LatentDiffusion(
         vae=networks["vae"],
-        text=text_conditioner(card, source, vocabulary),
+        text=text_conditioner(card, source, words),
         denoiser=card.make_denoiser(networks["unet"]),
         latent_scale=source.latent_scale,
         card=card,
-        origin=source.origin,
+        origin=origin_of(card, source, {} if words is None else {"vocab.txt": words}),
     ).eval()
 
 
@@ -56,7 +58,7 @@ def text_conditioner(card: ModelCard, source: Source, vocabulary: Path | None) -
     if isinstance(labels, LabelConditioner):
         return labels
     if isinstance(first, LDMBert):
-        return BertConditioner(first, word_pieces(card, source, vocabulary))
+        return BertConditioner(first, word_pieces(vocabulary))
     tower = clip_conditioner(first, card.text, source) if isinstance(first, TextTower) else None
     if not isinstance(second, TextTower):
         return tower
@@ -80,32 +82,34 @@ def clip_conditioner(network: TextTower, convention: TextConvention, source: Sou
     return TextConditioner(network, tokenizer, convention, words, draft)
 
 
-def word_pieces(card: ModelCard, source: Source, vocabulary: Path | None) -> WordPiece:
-    """Return BERT's tokenizer.
-
-    Its vocabulary is ``vocabulary``, or the vocab.txt in the source's folder. Random weights without a folder
-    get a vocabulary of single letters.
+def vocabulary_file(card: ModelCard, source: Source, vocabulary: Path | None) -> Path | None:
+    """Return BERT's vocab.txt: ``vocabulary``, or that in the source's folder; None for random weights.
 
     Raises:
-        FileNotFoundError: If there is no vocabulary.
+        FileNotFoundError: If there is none.
     """
-    if vocabulary is not None:
-        return WordPiece.from_file(vocabulary)
-    if source.folder is None:
-        return WordPiece(
-            [
-                WORDPIECE_PAD,
-                WORDPIECE_UNKNOWN,
-                WORDPIECE_START,
-                WORDPIECE_END,
-                *LETTERS,
-                *(f"##{letter}" for letter in LETTERS),
-            ]
-        )
+    if vocabulary is not None or source.folder is None:
+        return vocabulary
     for path in (source.folder / "vocab.txt", source.folder / "tokenizer" / "vocab.txt"):
         if path.is_file():
-            return WordPiece.from_file(path)
+            return path
     raise FileNotFoundError(
         f"{card.name!r} reads text through BERT's tokenizer: put the vocab.txt of bert-base-uncased into"
         f" {str(source.folder)!r}, or pass vocabulary=PATH"
+    )
+
+
+def word_pieces(vocabulary: Path | None) -> WordPiece:
+    """Return BERT's tokenizer of a vocab.txt; without one, for random weights, one of single letters."""
+    if vocabulary is not None:
+        return WordPiece.from_file(vocabulary)
+    return WordPiece(
+        [
+            WORDPIECE_PAD,
+            WORDPIECE_UNKNOWN,
+            WORDPIECE_START,
+            WORDPIECE_END,
+            *LETTERS,
+            *(f"##{letter}" for letter in LETTERS),
+        ]
     )

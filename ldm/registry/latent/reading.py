@@ -23,6 +23,7 @@ from ldm.registry.locating import WeightsRequest
 from ldm.registry.sources import Source, random_networks
 from ldm.support.warn import warn_user
 from ldm.weights.formats.diffusers_folder import is_folder, list_variants
+from ldm.weights.formats.ldm_model import CARD_FILE
 from ldm.weights.formats.single_file import Stated
 
 
@@ -71,9 +72,15 @@ def read_latent_source(card: ModelCard, request: WeightsRequest) -> Source:
     path = file_or_folder(card, request)
     if path.is_file():
         return latent_from_file(card, path, request.dtype, ema=request.ema)
-    if is_folder(path):
+    native = (path / CARD_FILE).is_file() and (card.files is not None or (path / "unet.yaml").is_file())
+    if native and is_folder(path) and card.files is None:
+        raise ValueError(
+            f"weights {str(path)!r}: the folder holds a model in ldm layout and one in diffusers layout;"
+            f" remove {CARD_FILE} or model_index.json"
+        )
+    if is_folder(path) and not native:
         return latent_from_diffusers(card, path, request.dtype, variant=request.folder_variant)
-    if not (path / "card.yaml").is_file() and not (path / "unet.yaml").is_file():
+    if not native:
         found = (
             "the weights of one part alone"
             if list_variants(path)

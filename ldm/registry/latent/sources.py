@@ -17,8 +17,9 @@ from ldm.registry.sources import Source, part_dtype, part_shapes, random_network
 from ldm.weights.detection import WrongFamily
 from ldm.weights.formats.diffusers_config import conflicts, scheduler_conflicts, unet_config
 from ldm.weights.formats.diffusers_folder import Folder, read_component, read_folder
-from ldm.weights.formats.safetensors import fingerprint
+from ldm.weights.formats.diffusers_hashes import FolderCheck
 from ldm.weights.formats.single_file import SingleFile, read_single
+from ldm.weights.hashing import FileHashes
 from ldm.weights.parts import build_network, fill_network
 
 BASE_STEP = 875_000  # the `global_step` in the checkpoints of Stable Diffusion 2 base, which predicts eps
@@ -43,9 +44,7 @@ def latent_from_random(card: ModelCard, dtype: torch.dtype, folder: Path | None 
 
 def latent_from_ldm(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
     """Read a folder in the ldm layout."""
-    source = read_parts(card.part_folders(folder), dtype, latent_scale=card.latent_scale)
-    origin = {part: source.origin[part] for part in ("vae", "unet")}  # all that recipes record
-    return replace(source, origin=origin, folder=folder)
+    return replace(read_parts(card, folder, dtype, latent_scale=card.latent_scale), folder=folder)
 
 
 def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bool | None) -> Source:
@@ -66,6 +65,7 @@ def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bo
             f"{str(path)!r}: {card.name!r} is of no published family, so its weights come as a folder in the"
             " ldm layout"
         )
+    hashes = FileHashes({path.name: path})
     networks, single = networks_from_file(card, path, dtype, ema=ema)
     scale = card.latent_scale if single.scale_factor is None else single.scale_factor
     if scale is None:
@@ -75,7 +75,7 @@ def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bo
     return Source(
         networks=networks,
         latent_scale=scale or 1.0,
-        origin={path.name: fingerprint(path)},
+        origin=hashes,
         folder=path.parent,
         notes=prediction_notes(card, single.values),
         stated=single.stated,
@@ -152,6 +152,8 @@ def latent_from_diffusers(card: ModelCard, path: Path, dtype: torch.dtype, *, va
     check_latent_scheduler(card, read_folder(path, parts=()))
     folder = read_folder(path, variant=variant, parts=tuple(shapes))
     check_unet(card, folder, shapes["unet"])
+    files = [file for part in shapes for file in folder.parts[part].files]
+    check = FolderCheck(path, files)
     networks = {
         part: fill_network(
             build_network(config),
@@ -163,11 +165,10 @@ def latent_from_diffusers(card: ModelCard, path: Path, dtype: torch.dtype, *, va
         for part, config in shapes.items()
     }
     scale = folder.parts["vae"].config.get("scaling_factor") or card.latent_scale
-    files = [file for part in shapes for file in folder.parts[part].files]
     return Source(
         networks=networks,
         latent_scale=1.0 if scale is None else float(scale),
-        origin={str(file.relative_to(path)): fingerprint(file) for file in files},
+        origin=check.finish(),
         folder=path / "tokenizer",
     )
 
@@ -226,10 +227,14 @@ def autoencoder_from_folder(
     """Return the autoencoder in its own diffusers folder, or in that of a pipeline that contains it."""
     inner = next((path / name for name in ("vae", "vqvae") if (path / name).is_dir()), path)
     component = read_component(inner, variant=variant)
-    return fill_network(
+    check = None if inner == path else FolderCheck(path, component.files, (inner.name,))
+    network = fill_network(
         build_network(card.config()),
         component.tensors,
         "diffusers",
         source=inner,
         dtype=part_dtype("vae", dtype),
     )
+    if check is not None:
+        check.finish()
+    return network

@@ -28,7 +28,9 @@ from ldm.weights.formats.diffusers_config import (
     unet_config,
     vae_config,
 )
-from ldm.weights.formats.ldm_folder import narrow, write_card, write_part, write_vocabulary
+from ldm.weights.formats.diffusers_hashes import HASHES_KEY, PIPELINE_INDEX, folder_hashes
+from ldm.weights.formats.ldm_folder import narrow, write_part, write_vocabulary
+from ldm.weights.formats.ldm_model import write_card
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import to_layout
 
@@ -123,11 +125,12 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
 def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> Path:
     """Write a folder in diffusers layout.
 
-    model_index.json is written last, so that an interrupted folder is not taken for a model.
+    model_index.json is written last, so that an interrupted folder is not taken for a model. It states the
+    SHA-256 of all other files.
 
     Args:
         pipe: The model.
-        folder: The folder to write.
+        folder: The folder to write, which is empty.
         dtype: Floating-point type of the weights; None keeps each network's own.
 
     Returns:
@@ -160,7 +163,10 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
     index |= write_schedulers(card, folder)
     index |= write_tokenizers(pipe, folder)
     index |= pipeline_options(card)
-    write_json(folder / "model_index.json", index)
+    index[HASHES_KEY] = dict(
+        folder_hashes(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    )
+    write_json(folder / PIPELINE_INDEX, index)
     return folder
 
 

@@ -25,7 +25,7 @@ from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
-from ldm.registry.sources import Source
+from ldm.registry.sources import Source, origin_of
 from ldm.weights.formats.ldm_folder import read_vocabulary
 
 # The stage of each kind of prior: (class of the network, class of the card) -> class of the stage.
@@ -66,13 +66,15 @@ def assemble_unclip(card: UnCLIPCard, source: Source) -> UnCLIP:
         )
         for k, stage in enumerate(card.upsamplers)
     ]
+    pieces = source.pieces if isinstance(networks.get("words"), XLMR) else None
+    tokenizers = {} if pieces is None else {pieces.name: Unigram.file(pieces)}
     return UnCLIP(
         clip=ClipPair(card.clip, text=text, vision=vision),
         prior=prior_stage(networks["prior"], card.prior, clip=card.clip) if "prior" in networks else None,
         decoder=decoder,
         upsamplers=upsamplers,
         card=card,
-        origin=source.origin,
+        origin=origin_of(card, source, tokenizers),
     ).eval()
 
 

@@ -13,9 +13,10 @@ from ldm.models.unclip.prior import Prior
 from ldm.registry.sources import Source, part_dtype, random_networks
 from ldm.registry.unclip.sources import OPTIONAL
 from ldm.weights.formats.diffusers_folder import read_component
+from ldm.weights.formats.diffusers_hashes import folder_hashes
 from ldm.weights.formats.pickles import read_pickle
-from ldm.weights.formats.safetensors import fingerprint
 from ldm.weights.formats.single_file import read_single, read_tensors
+from ldm.weights.hashing import FileHashes
 from ldm.weights.keymap import below
 from ldm.weights.parts import build_network, fill_network
 from ldm.weights.rules.prior import with_statistics
@@ -64,7 +65,7 @@ def unclip_from_files(card: UnCLIPCard, path: Path, dtype: torch.dtype) -> Sourc
     """
     assert card.networks is not None
     networks: dict[str, nn.Module] = {}
-    origin: dict[str, str] = {}
+    origin = FileHashes({})
     for part, config in card.networks.configs().items():
         pattern, prefix = file_patterns(card)[part]
         found = sorted(path.glob(pattern))
@@ -76,16 +77,19 @@ def unclip_from_files(card: UnCLIPCard, path: Path, dtype: torch.dtype) -> Sourc
                 f"{str(path)!r}: expected one file {pattern} with the {part} of {card.name!r}, found"
                 f" {', '.join(file.name for file in found) or 'none'}"
             )
-        folder = found[0].is_dir()
-        tensors = dict(read_component(found[0]).tensors) if folder else read_tensors(found[0])[0]
+        if found[0].is_dir():
+            component = read_component(found[0])
+            tensors, files = dict(component.tensors), list(component.files)
+        else:
+            tensors, files = read_tensors(found[0])[0], found
         state = below(prefix, tensors) if prefix else tensors
         if part == "prior":
             state = with_statistics(state, read_statistics(path / STATISTICS_FILE))
+            files = [*files, path / STATISTICS_FILE]
         networks[part] = fill_network(
             build_network(config), state, "original", source=found[0], dtype=part_dtype(part, dtype)
         )
-        if not folder:
-            origin[found[0].name] = fingerprint(found[0])
+        origin = origin.joined(folder_hashes(path, files))
     return Source(
         networks=networks,
         latent_scale=card.latent_scale or 1.0,
@@ -128,16 +132,17 @@ def unclip_from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: b
             source=f"{path}: {name}",
             dtype=part_dtype(part, dtype),
         )
-    config = configs["noise"]
+    files, config = [path], configs["noise"]
     assert isinstance(config, AugmentationConfig)
     noise = NoiseAugmentation(config)
     if card.family == "sd21-unclip-l":
         mean, std = read_statistics(path.with_name(STATISTICS_FILE))
+        files.append(path.with_name(STATISTICS_FILE))
         noise.mean.copy_(mean.reshape(1, -1))
         noise.std.copy_(std.reshape(1, -1))
     networks["noise"] = noise.to(dtype).requires_grad_(False)
     scale = single.scale_factor or card.latent_scale or 1.0
-    return Source(networks=networks, latent_scale=scale, origin={path.name: fingerprint(path)})
+    return Source(networks=networks, latent_scale=scale, origin=folder_hashes(path.parent, files))
 
 
 def read_statistics(path: Path) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,17 @@ from ldm.registry.unclip.originals import (
     unclip_from_files,
 )
 from ldm.registry.unclip.sources import unclip_from_diffusers, unclip_from_ldm, unclip_from_random
+from ldm.support.warn import warn_user
 from ldm.weights.formats.diffusers_folder import list_variants
 
 
 def load_unclip(card: UnCLIPCard, request: WeightsRequest) -> UnCLIP:
     """Return a card's pipeline; see `ldm.registry.loading.load`."""
     refuse_latent_options(card, request)
-    return assemble_unclip(card, read_unclip_source(card, request))
+    source = read_unclip_source(card, request)
+    for note in source.notes:
+        warn_user(f"weights {str(request.weights)!r}: {note}")
+    return assemble_unclip(card, source)
 
 
 def read_unclip_source(card: UnCLIPCard, request: WeightsRequest) -> Source:

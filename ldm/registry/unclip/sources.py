@@ -14,8 +14,9 @@ from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
 from ldm.registry.unclip.layouts import PipelineComponent, check_component, components
 from ldm.weights.formats.diffusers_folder import read_component
+from ldm.weights.formats.diffusers_hashes import folder_hashes
 from ldm.weights.formats.ldm_folder import about_part
-from ldm.weights.formats.safetensors import fingerprint
+from ldm.weights.hashing import FileHashes
 from ldm.weights.parts import build_network, fill_network
 from ldm.weights.rules.prior import STATISTICS_KEYS, with_statistics
 
@@ -54,8 +55,8 @@ def unclip_from_ldm(card: UnCLIPCard, folder: Path, dtype: torch.dtype) -> Sourc
                 f"{part} in {str(where)!r} was trained on {clip!r}, the card uses {card.clip!r}: two CLIPs"
                 " do not share an embedding space"
             )
-    source = read_parts(folders, dtype, latent_scale=card.latent_scale)
-    return replace(source, pieces=folder / "words-tokenizer.json")
+    source = read_parts(card, folder, dtype, latent_scale=card.latent_scale)
+    return replace(source, pieces=folders.get("words", folder) / "words-tokenizer.json")
 
 
 def unclip_from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, variant: str | None) -> Source:
@@ -77,7 +78,7 @@ def unclip_from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, v
             " ldm layout"
         )
     found = components(card, path)
-    networks, origin = {}, dict[str, str]()
+    networks, origin = {}, FileHashes({})
     scale = card.latent_scale or 1.0
     for part, config in card.networks.configs().items():
         if part not in found:
@@ -87,7 +88,7 @@ def unclip_from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, v
                 f"{str(path)!r} has no {part} of {card.name!r}; it has {', '.join(found)}"
             )
         state, about, files = read_components(part, found[part], config, variant)
-        origin |= {str(file.relative_to(path)): fingerprint(file) for file in files}
+        origin = origin.joined(folder_hashes(path, files))
         source = found[part][0].path
         if part == "prior":
             stated = STATISTICS_KEYS[0] in state

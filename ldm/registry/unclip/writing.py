@@ -13,7 +13,8 @@ from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
 from ldm.support.files import write_atomically
-from ldm.weights.formats.ldm_folder import write_card, write_part, write_vocabulary
+from ldm.weights.formats.ldm_folder import write_part, write_vocabulary
+from ldm.weights.formats.ldm_model import write_card
 
 
 def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None = None, **facts: Any) -> Path:

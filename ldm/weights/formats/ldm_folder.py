@@ -1,36 +1,70 @@
 """Read and write the ldm layout: a folder with NAME.safetensors and NAME.yaml for each part.
 
 NAME.yaml states the class of the network and its configuration, the SHA-256 of the weights, and facts such as
-how they were trained. A text tower has its vocabulary in vocabulary.json, and a whole model its card.yaml.
+how they were trained. A text tower has its vocabulary in vocabulary.json. For whole models see `ldm_model`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ldm.catalog.cards import Card
 from ldm.conditioning.conditioner import TextConditioner, TextConvention
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.meta import on_meta
 from ldm.models.text.bpe import Tokenizer
 from ldm.support.config import build, nearest, read_yaml, to_dict
 from ldm.support.files import write_atomically
+from ldm.support.strict_json import read_json
+from ldm.support.strict_yaml import format_yaml
+from ldm.support.text import escaped, shown
 from ldm.weights.formats.safetensors import read_safetensors, sha256, write_safetensors
-from ldm.weights.parts import NETWORKS
+from ldm.weights.hashing import FileHashes
+from ldm.weights.parts import NETWORKS, build_network
 from ldm.weights.strict import load_strict
-
-CARD_FILE = "card.yaml"
-TOKENIZER_FILES = ("vocabulary.json", "vocab.txt", "words-tokenizer.json")
 
 # How the text tower of the models that this repository trained is read.
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFacts:
+    """The entries of a part's YAML that the library reads; others are not looked at.
+
+    Args:
+        model: Configuration of the network.
+        sha256: SHA-256 of the weights.
+        network: Class of the network; None if the name of the part decides.
+        clip: Name of the CLIP that it was trained on.
+        latent_scale: Scale of an autoencoder's latents.
+        factor: How many times an upsampler enlarges.
+        residual: See `StageCard`.
+    """
+
+    model: Mapping[str, Any]
+    sha256: str
+    network: str | None = None
+    clip: str | None = None
+    latent_scale: float | None = None
+    factor: int | None = None
+    residual: float | None = None
+
+
+PART_FACTS = tuple(each.name for each in fields(PartFacts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The content of vocabulary.json: see `write_vocabulary`."""
+
+    tokens: tuple[int, ...] | None
+    words: tuple[str, ...] | None
 
 
 def write_part(
@@ -53,21 +87,19 @@ def write_part(
         **facts: Further entries of the YAML.
 
     Raises:
-        ValueError: If a number leaves the range of ``dtype``.
+        ValueError: If a number leaves the range of ``dtype``, or a fact cannot be written as YAML.
     """
-    import yaml
-
+    about = {"network": type(module).__name__, "model": to_dict(config), "sha256": ""}
+    if taken := sorted(about.keys() & facts.keys()):
+        raise ValueError(f"fact {taken[0]!r}: the YAML of a part has an entry of this name")
+    about |= to_dict(facts)
+    format_yaml(about, f"{name}.yaml")
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / f"{name}.safetensors"
     state = {key: narrow(key, value, dtype) for key, value in module.state_dict().items()}
     write_safetensors(weights, state, {"format": "pt", "part": name})
-    about = {
-        "network": type(module).__name__,
-        "model": to_dict(config),
-        "sha256": sha256(weights),
-        **to_dict(facts),
-    }
-    write_atomically(folder / f"{name}.yaml", yaml.safe_dump(about, sort_keys=False, width=140).encode())
+    about["sha256"] = sha256(weights)
+    write_atomically(folder / f"{name}.yaml", format_yaml(about, f"{name}.yaml"))
 
 
 def narrow(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -89,15 +121,22 @@ def narrow(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
 
 
 def about_part(folder: str | Path, name: str) -> dict[str, Any]:
-    """Return the content of ``name``.yaml; FileNotFoundError if it or the weights are absent."""
-    about, weights = Path(folder) / f"{name}.yaml", Path(folder) / f"{name}.safetensors"
-    for path in (about, weights):
-        if not path.is_file():
+    """Return the content of ``name``.yaml.
+
+    Raises:
+        FileNotFoundError: If it or the weights are absent.
+        ValueError: If it is damaged, or an entry of `PartFacts` is missing or wrong.
+    """
+    path, weights = Path(folder) / f"{name}.yaml", Path(folder) / f"{name}.safetensors"
+    for each in (path, weights):
+        if not each.is_file():
             raise FileNotFoundError(
-                f"no {name} in {str(folder)!r}: {path.name} is absent (`ldm export CONFIG` writes it after"
+                f"no {name} in {str(folder)!r}: {each.name} is absent (`ldm export CONFIG` writes it after"
                 " training)"
             )
-    return read_yaml(about)
+    about = read_yaml(path)
+    build(PartFacts, {key: about[key] for key in PART_FACTS if key in about}, shown(str(path)))
+    return about
 
 
 def read_part(
@@ -107,7 +146,6 @@ def read_part(
     network: type[nn.Module],
     *,
     dtype: torch.dtype = torch.float32,
-    check: bool = True,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a part in evaluation mode, and the content of its YAML.
 
@@ -117,30 +155,76 @@ def read_part(
         config: Class of the configuration.
         network: Class of the network.
         dtype: Floating-point type of the network. Default: float32.
-        check: Whether to compare the SHA-256 of the weights with the YAML. Default: True.
 
     Raises:
         FileNotFoundError: If the part is absent.
-        ValueError: If the weights have another SHA-256 or do not fit.
+        ValueError: If the weights have another SHA-256 than the YAML states, or do not fit.
     """
-    about, weights = about_part(folder, name), Path(folder) / f"{name}.safetensors"
-    if check and sha256(weights) != about["sha256"]:
+    about = about_part(folder, name)
+    if about.get("network", network.__name__) != network.__name__:
+        raise ValueError(
+            f"{name}.yaml in {str(folder)!r}: expected a {network.__name__}, got a {about['network']}"
+        )
+    about = {**about, "network": network.__name__}
+    hashes = FileHashes({f"{name}.safetensors": Path(folder) / f"{name}.safetensors"})
+    module = fill_part(folder, name, about, dtype=dtype)
+    check_part_hash(folder, name, about, hashes)
+    return module, about
+
+
+def fill_part(folder: str | Path, name: str, about: Mapping[str, Any], *, dtype: torch.dtype) -> nn.Module:
+    """Return the network of a part in evaluation mode, without looking at its SHA-256.
+
+    Args:
+        folder: The folder.
+        name: Name of the part.
+        about: The content of its YAML.
+        dtype: Floating-point type of the network.
+
+    Raises:
+        ValueError: If the weights do not fit.
+    """
+    config, weights = part_config(folder, name, about), Path(folder) / f"{name}.safetensors"
+    try:
+        module = build_network(config)
+    except ValueError as error:
+        raise ValueError(f"{shown(str(weights.with_suffix('.yaml')))}: {error}") from None
+    load_strict(module, read_safetensors(weights), source=weights, dtype=dtype)
+    return module.eval().requires_grad_(False)
+
+
+def check_part_hash(
+    folder: str | Path, name: str, about: Mapping[str, Any], hashes: Mapping[str, str]
+) -> None:
+    """Compare the weights of a part with the SHA-256 that its YAML states.
+
+    Args:
+        folder: The folder.
+        name: Name of the part.
+        about: The content of its YAML.
+        hashes: SHA-256 of the files by name.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if hashes[f"{name}.safetensors"] != about["sha256"]:
+        weights = Path(folder) / f"{name}.safetensors"
         raise ValueError(
             f"{str(weights)!r} is not the file that {name}.yaml was written with: its sha256 differs"
         )
-    with on_meta():
-        module = network(build(config, about["model"], f"{name}.yaml: model"))
-    load_strict(module, read_safetensors(weights), source=weights, dtype=dtype)
-    return module.eval().requires_grad_(False), about
 
 
-def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
+def network_class(folder: str | Path, name: str, about: Mapping[str, Any]) -> tuple[type, type[nn.Module]]:
     """Return the classes of a part's configuration and network.
 
     The YAML states the network's class; if it does not, the name of the part decides.
 
+    Args:
+        folder: The folder, for messages.
+        name: Name of the part.
+        about: The content of its YAML.
+
     Raises:
-        FileNotFoundError: If the part is absent.
         ValueError: If the class is unknown.
     """
     kinds = {network.__name__: (config, network) for config, network in NETWORKS.items()}
@@ -151,37 +235,34 @@ def kind_of(folder: str | Path, name: str) -> tuple[type, type[nn.Module]]:
         "vision": "VisionTower",
         "draft": "Draft",
     }
-    kind = about_part(folder, name).get("network", usual.get(name))
+    kind = about.get("network", usual.get(name))
     if kind not in kinds:
-        raise ValueError(f"{name}.yaml in {str(folder)!r}: network {kind!r}; {nearest(kind, kinds)}")
+        raise ValueError(f"{name}.yaml in {str(folder)!r}: network {shown(kind)}; {nearest(kind, kinds)}")
     return kinds[kind]
+
+
+def part_config(folder: str | Path, name: str, about: Mapping[str, Any]) -> Any:
+    """Return the configuration of a part.
+
+    Args:
+        folder: The folder, for messages.
+        name: Name of the part.
+        about: The content of its YAML.
+    """
+    where = f"{shown(str(Path(folder) / f'{name}.yaml'))}: model"
+    return build(network_class(folder, name, about)[0], about["model"], where)
 
 
 def read_part_config(folder: str | Path, name: str) -> Any:
     """Return the configuration of a part, as its YAML states it."""
-    return build(kind_of(folder, name)[0], about_part(folder, name)["model"], f"{name}.yaml: model")
+    return part_config(folder, name, about_part(folder, name))
 
 
 def read_network(
     folder: str | Path, name: str, *, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a part, of the class that its YAML states, and the content of the YAML."""
-    return read_part(folder, name, *kind_of(folder, name), dtype=dtype)
-
-
-def write_card(folder: Path, card: Card) -> None:
-    """Write card.yaml."""
-    import yaml
-
-    content = yaml.safe_dump(to_dict(card), sort_keys=False, width=140)
-    write_atomically(folder / CARD_FILE, content.encode())
-
-
-def model_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that are parts of a model in ldm layout, or belong to its tokenizers."""
-    parts = [path for path in folder.glob("*.yaml") if path.with_suffix(".safetensors").is_file()]
-    weights = [path.with_suffix(".safetensors") for path in parts]
-    return [*parts, *weights, *(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())]
+    return read_part(folder, name, *network_class(folder, name, about_part(folder, name)), dtype=dtype)
 
 
 def begin_with(module: nn.Module, folder: str | Path, name: str, *, leave: str | None = None) -> None:
@@ -245,13 +326,20 @@ def write_vocabulary(
 
 
 def read_vocabulary(folder: str | Path) -> tuple[Tokenizer, frozenset[str] | None]:
-    """Return the tokenizer of a folder, and the words that the training of its text tower saw, if known."""
+    """Return the tokenizer of a folder, and the words that the training of its text tower saw, if known.
+
+    Raises:
+        FileNotFoundError: If there is no vocabulary.
+        ValueError: If it is damaged.
+    """
     path = Path(folder) / "vocabulary.json"
     if not path.is_file():
         raise FileNotFoundError(f"no vocabulary in {str(folder)!r}: {path.name} is absent")
-    vocabulary = json.loads(path.read_text(encoding="utf-8"))
-    words = vocabulary["words"]
-    return Tokenizer(vocabulary=vocabulary["tokens"]), None if words is None else frozenset(words)
+    read = build(Vocabulary, read_json(path), shown(str(path)))
+    try:
+        return Tokenizer(vocabulary=read.tokens), None if read.words is None else frozenset(read.words)
+    except ValueError as error:
+        raise ValueError(f"{shown(str(path))}: {escaped(error, 300)}") from None
 
 
 def read_text(
@@ -259,7 +347,6 @@ def read_text(
     convention: TextConvention = EMOJI_TEXT,
     *,
     dtype: torch.dtype = torch.float32,
-    check: bool = True,
 ) -> TextConditioner:
     """Return the text tower in a folder, with its tokenizer and, if present, its draft network.
 
@@ -267,13 +354,12 @@ def read_text(
         folder: The folder.
         convention: How the text tower is read. Default: that of the models in this package.
         dtype: Floating-point type of the networks. Default: float32.
-        check: Whether to compare the SHA-256 of the weights with the YAML. Default: True.
     """
-    tower, _ = read_part(folder, "text", TextConfig, TextTower, dtype=dtype, check=check)
+    tower, _ = read_part(folder, "text", TextConfig, TextTower, dtype=dtype)
     assert isinstance(tower, TextTower)
     tokenizer, words = read_vocabulary(folder)
     draft = (
-        read_part(folder, "draft", DraftConfig, Draft, dtype=dtype, check=check)[0]
+        read_part(folder, "draft", DraftConfig, Draft, dtype=dtype)[0]
         if (Path(folder) / "draft.yaml").is_file()
         else None
     )

@@ -1,0 +1,47 @@
+"""The folder of a whole model in ldm layout: its parts (see `ldm_folder`), its tokenizers and its card.
+
+The card states the SHA-256 of all other files. It is written last, and without it the folder is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ldm.catalog.cards import Card
+from ldm.support.config import to_dict
+from ldm.support.files import write_atomically
+from ldm.support.strict_yaml import format_yaml
+from ldm.weights.hashing import FileHashes
+
+CARD_FILE = "card.yaml"
+TOKENIZER_FILES = ("vocabulary.json", "vocab.txt", "words-tokenizer.json")
+TEXT_PARTS = ("text", "words")  # beside which the files of tokenizers are
+
+
+def part_files(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the files of parts, and of the tokenizers beside them, by name.
+
+    Args:
+        folders: Folder of each part.
+    """
+    names = [
+        (folder, f"{part}{end}") for part, folder in folders.items() for end in (".yaml", ".safetensors")
+    ]
+    beside = dict.fromkeys(folder for part, folder in folders.items() if part in TEXT_PARTS)
+    names += [(folder, name) for folder in beside for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return {name: folder / name for folder, name in names}
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write card.yaml, with the SHA-256 of all files of the model, which must be there."""
+    card = replace(card, files=dict(FileHashes(part_files(card.part_folders(folder)))))
+    write_atomically(folder / CARD_FILE, format_yaml(to_dict(card), CARD_FILE))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that are parts of a model in ldm layout, or belong to its tokenizers."""
+    parts = [path for path in folder.glob("*.yaml") if path.with_suffix(".safetensors").is_file()]
+    weights = [path.with_suffix(".safetensors") for path in parts]
+    return [*parts, *weights, *(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())]
