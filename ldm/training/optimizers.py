@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.training.config import OptimizerConfig
 
-# Layers at the ends of a network, whose rows or columns are not features of the network: Muon is not for them.
+# Layers at the ends of a network, whose rows or columns are not its features: Muon is not for them.
 _END_LAYERS = re.compile(
     r"(^|\.)(\w*embed\w*|conv_in|conv_out|proj_out|project|unproject|time_modulation)(\.|$)"
 )
