@@ -47,7 +47,7 @@ class BertConditioner(nn.Module):
     ) -> Cond:
         """Return the condition of B prompts: context (B, M, D), and a mask if their lengths differ.
 
-        Prompts may have weights and blends (`ldm.conditioning.prompt`) and any length
+        Prompts may have weights and blends (`ldm.conditioning.prompt`) and be longer than a window
         (`ldm.conditioning.reading`). M is a multiple of the encoder's length.
 
         `size` and `seeds` are not read.

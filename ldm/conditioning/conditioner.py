@@ -110,7 +110,7 @@ class TextConditioner(nn.Module):
     ) -> Cond:
         """Return the condition of B prompts.
 
-        Prompts may have weights and blends (`ldm.conditioning.prompt`) and any length
+        Prompts may have weights and blends (`ldm.conditioning.prompt`) and be longer than a window
         (`ldm.conditioning.reading`). Words that a small vocabulary lacks are left out; see `unknown`.
 
         Args:
@@ -166,12 +166,8 @@ class TextConditioner(nn.Module):
         """
         texts = plain_texts(prompt)
         missing = [] if self.known_words is None else unknown_words(prompt, self.known_words)
-        signs = [
-            part
-            for text in texts
-            for part in self.tokenizer.unknown(text)
-            if not any(part in word for word in missing)
-        ]
+        named = "\n".join(missing)
+        signs = [part for text in texts for part in self.tokenizer.unknown(text) if part not in named]
         control = [
             char
             for text in texts

@@ -12,23 +12,32 @@ A plain prompt needs none of this:
 - ``\( \) \{ \} \| \: \\`` are these characters themselves; before any other character a backslash is text.
 
 A parenthesis or brace that holds a weight or a bar but is not opened or closed, and a weight that is not a
-number in its range, raise ValueError.
+number in its range, raise ValueError. So do a prompt of more than 16,384 characters, more than 64
+combinations or 65,536 characters in them together, and nested weights that multiply to more than 1000.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ldm.conditioning.words import words_in
+from ldm.support.text import shown
 
 ESCAPED = "(){}|:\\"
+ESCAPE = re.compile(r"\\([(){}|:\\])")
+SURROGATE = re.compile("[\ud800-\udfff]")
+NUMBER = re.compile(r"\s*\+?(\d+(\.\d*)?|\.\d+)\s*")
+# the signs of weights, and runs of what is no digit, space or ASCII punctuation
+WEIGHT_TOKENS = re.compile(r"[():]|[^\d\s!-/:-@\[-`{-~]+")
 HIGHEST_WEIGHT = 10.0
-NUMERIC = re.compile(r"[\d\s!-/:-@\[-`{-~]*")  # digits, spaces and ASCII punctuation
+HIGHEST_PRODUCT = 1000.0  # of nested weights
 MAX_BRANCHES = 64  # the largest number of alternatives of a prompt
-Chars = list[tuple[str, bool]]  # characters, and whether each was escaped
+MAX_CHARACTERS = 2**14  # of a prompt
+MAX_COMBINED = 2**16  # characters of all alternatives together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +69,33 @@ class Branch:
 def parse(prompt: str) -> tuple[Branch, ...]:
     """Return the alternatives of a prompt, at least one; the module describes the syntax.
 
+    The time is linear in the length of the prompt.
+
     Raises:
-        ValueError: If the prompt is malformed, naming it and what was expected.
+        ValueError: If the prompt is malformed, too long or no text, naming it and what was expected.
     """
+    check_text(prompt, "prompt")
     if not any(char in prompt for char in ESCAPED):
         return (Branch(share=1.0, spans=(Span(text=prompt),)),)
     try:
-        branches = [
-            Branch(share=share, spans=_weighted_spans(chars))
-            for share, chars in _expand_blends(_unescape(prompt))
-        ]
+        return tuple(
+            Branch(share=share, spans=_weighted_spans(marked))
+            for share, marked in _expand_blends(_unescape(prompt))
+        )
     except ValueError as error:
-        raise ValueError(f"prompt {prompt!r}: {error}") from None
-    return tuple(branches)
+        raise ValueError(f"prompt {shown(prompt)}: {error}") from None
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise ValueError for more than `MAX_CHARACTERS` characters, or a lone surrogate, which no text has."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{name} {shown(text)}: expected at most {MAX_CHARACTERS} characters, got {len(text)}"
+        )
+    if (found := SURROGATE.search(text)) is not None:
+        raise ValueError(
+            f"{name} {shown(text)}: character {found.start()} is a lone surrogate; it was no valid UTF-8"
+        )
 
 
 def plain_texts(prompt: str) -> list[str]:
@@ -80,143 +103,191 @@ def plain_texts(prompt: str) -> list[str]:
     return [branch.text for branch in parse(prompt)]
 
 
-def _unescape(prompt: str) -> Chars:
-    """Return the characters of a prompt without escaping backslashes, each marked if it was escaped."""
-    found, i = [], 0
-    while i < len(prompt):
-        escaped = prompt[i] == "\\" and prompt[i + 1 : i + 2] in tuple(ESCAPED)
-        found.append((prompt[i + escaped], bool(escaped)))
-        i += 1 + escaped
-    return found
+class _Marked(NamedTuple):
+    """A text without its escapes, and the same with a backslash in place of each escaped character."""
+
+    text: str
+    marks: str  # only here are ( ) { } | : syntax
+
+    def part(self, start: int, end: int) -> _Marked:
+        return _Marked(self.text[start:end], self.marks[start:end])
 
 
-def _expand_blends(chars: Chars) -> list[tuple[float, Chars]]:
+def _unescape(prompt: str) -> _Marked:
+    return _Marked(ESCAPE.sub(r"\1", prompt), ESCAPE.sub(r"\\", prompt))
+
+
+def _expand_blends(prompt: _Marked) -> list[tuple[float, _Marked]]:
     """Return every combination of the alternatives of all blends, with shares that sum to 1."""
-    parts: list[list[tuple[float, Chars]]] = []
-    i = 0
-    while i < len(chars):
-        close = _blend_end(chars, i) if chars[i] == ("{", False) else None
-        if close is None:
-            parts.append([(1.0, [chars[i]])])
-            i += 1
-            continue
-        sides = [(*_trailing_number(side, "share"), side) for side in _split_at_bars(chars[i + 1 : close])]
-        total = sum(share for share, _, _ in sides)
-        if total <= 0:
-            raise ValueError("the shares of a blend sum to 0, expected a positive sum")
-        parts.append([(share / total, side[:colon]) for share, colon, side in sides])
-        i = close + 1
-    count = math.prod(len(part) for part in parts)
-    if count > MAX_BRANCHES:
-        raise ValueError(f"its blends have {count} combinations, expected at most {MAX_BRANCHES}")
+    parts: list[list[tuple[float, _Marked]]] = []
+    count, end = 1, 0
+    for opened, *bars, closed in _blends(prompt.marks):
+        parts.append([(1.0, prompt.part(end, opened))])
+        parts.append(_shares([prompt.part(a + 1, b) for a, b in itertools.pairwise((opened, *bars, closed))]))
+        count, end = count * len(parts[-1]), closed + 1
+        if count > MAX_BRANCHES:
+            raise ValueError(
+                f"its blends have at least {count} combinations, expected at most {MAX_BRANCHES}"
+            )
+    parts.append([(1.0, prompt.part(end, len(prompt.text)))])
+    total = sum(count // len(part) * len(side.text) for part in parts for _, side in part)
+    if total > MAX_COMBINED:
+        raise ValueError(f"expected at most {MAX_COMBINED} characters in all combinations, got {total}")
     found = []
     for chosen in itertools.product(*parts):
-        share, text = 1.0, []
-        for part, side in chosen:
+        share = 1.0
+        for part, _ in chosen:
             share *= part
-            text += side
-        found.append((share, text))
+        text, marks = ("".join(strings) for strings in zip(*(side for _, side in chosen), strict=True))
+        found.append((share, _Marked(text, marks)))
     return found
 
 
-def _blend_end(chars: Chars, start: int) -> int | None:
-    """Return the index of the brace that closes the blend opened at `start`; None if they are text."""
-    bar = False
-    for i in range(start + 1, len(chars)):
-        if chars[i] == ("{", False):
-            if bar:
+def _blends(marks: str) -> list[list[int]]:
+    """Return the indices of the opening brace, the bars and the closing brace of each blend."""
+    found: list[list[int]] = []
+    signs: list[int] = []  # of the brace that is open
+    for sign in re.finditer(r"[{|}]", marks):
+        if sign[0] == "{":
+            if len(signs) > 1:
                 raise ValueError(r"blends do not nest: write \{ for a brace that is text")
-            return None
-        if chars[i] == ("}", False):
-            return i if bar else None
-        bar = bar or chars[i] == ("|", False)
-    if bar:
+            signs = [sign.start()]
+        elif signs and sign[0] == "|":
+            signs.append(sign.start())
+        elif signs:
+            if len(signs) > 1:
+                found.append([*signs, sign.start()])
+            signs = []
+    if len(signs) > 1:
         raise ValueError(r"a blend is not closed: expected } as in {cat|dog}, or \{ for a brace that is text")
-    return None
+    return found
 
 
-def _split_at_bars(chars: Chars) -> list[Chars]:
-    """Return the alternatives of a blend."""
-    sides: list[Chars] = [[]]
-    for char in chars:
-        if char == ("|", False):
-            sides.append([])
-        else:
-            sides[-1].append(char)
-    return sides
+def _shares(sides: list[_Marked]) -> list[tuple[float, _Marked]]:
+    """Return the alternatives of a blend, each with its share."""
+    found = []
+    for side in sides:
+        colon = side.marks.rfind(":")
+        number = _number(side.text[colon + 1 :], "share") if colon > side.marks.rfind(")") else None
+        found.append((1.0, side) if number is None else (number, side.part(0, colon)))
+    total = sum(share for share, _ in found)
+    if total <= 0:
+        raise ValueError("the shares of a blend sum to 0, expected a positive sum")
+    return [(share / total, side) for share, side in found]
 
 
-def _trailing_number(chars: Chars, what: str) -> tuple[float, int | None]:
-    """Return the number after the last colon and the colon's index; (1, None) if no number is meant.
+def _number(text: str, what: str) -> float | None:
+    """Return the number behind a colon; None if no number is meant.
 
     Args:
-        chars: The inside of parentheses, or an alternative of a blend.
+        text: What follows the colon.
         what: "weight" or "share", for error messages.
     """
-    colon = max((i for i, char in enumerate(chars) if char == (":", False)), default=None)
-    if colon is None or (")", False) in chars[colon:]:
-        return 1.0, None
-    before = "".join(char for char, _ in chars[:colon])
-    if what == "weight" and NUMERIC.fullmatch(before):
-        return 1.0, None  # "16:9"
-    text = "".join(char for char, _ in chars[colon + 1 :])
-    if re.fullmatch(r"\s*\+?(\d+\.?\d*|\.\d+)\s*", text) and float(text) <= HIGHEST_WEIGHT:
-        return float(text), colon
+    if NUMBER.fullmatch(text) and float(text) <= HIGHEST_WEIGHT:
+        return float(text)
     if text[:1].isspace() and not re.match(r"\s*[-+.]?\d", text):
-        return 1.0, None  # "note: blue"
+        return None  # "note: blue"
     raise ValueError(
-        rf"{what} {text.strip()!r}: expected a number from 0 to {HIGHEST_WEIGHT:g}, as in (red:1.3), "
+        rf"{what} {shown(text.strip())}: expected a number from 0 to {HIGHEST_WEIGHT:g}, as in (red:1.3), "
         r"or \: for a colon that is text"
     )
 
 
-def _weighted_spans(chars: Chars) -> tuple[Span, ...]:
+class _Group(NamedTuple):
+    """Parentheses with a weight: the indices of the closing one and of the colon."""
+
+    weight: float
+    colon: int
+    close: int
+
+
+def _weighted_spans(prompt: _Marked) -> tuple[Span, ...]:
     """Return the texts of one alternative with their weights; neighbours of the same weight are joined."""
-    opened = _weight_groups(chars)
-    pieces: list[tuple[str, float]] = []
+    pieces: list[tuple[float, str]] = []
+    whole = _Group(1.0, len(prompt.text), len(prompt.text))
+    inside, position = [whole], 0
 
-    def walk(start: int, end: int, weight: float) -> None:
-        i = start
-        while i < end:
-            if i in opened:
-                close, factor, stop = opened[i]
-                walk(i + 1, stop, weight * factor)
-                i = close + 1
-            else:
-                pieces.append((chars[i][0], weight))
-                i += 1
+    def leave() -> None:
+        nonlocal position
+        group = inside.pop()
+        pieces.append((group.weight, prompt.text[position : group.colon]))
+        position = group.close + 1
 
-    walk(0, len(chars), 1.0)
-    runs = itertools.groupby(pieces, key=lambda piece: piece[1])
-    return tuple(Span(text="".join(char for char, _ in run), weight=weight) for weight, run in runs) or (
-        Span(text=""),
-    )
+    for start, group in sorted(_weight_groups(prompt).items()):
+        while start > inside[-1].colon:
+            leave()
+        pieces.append((inside[-1].weight, prompt.text[position:start]))
+        weight = inside[-1].weight * group.weight
+        if weight > HIGHEST_PRODUCT:
+            raise ValueError(f"nested weights multiply to {weight:g}, expected at most {HIGHEST_PRODUCT:g}")
+        inside.append(group._replace(weight=weight))
+        position = start + 1
+    while inside:
+        leave()
+    runs = itertools.groupby((piece for piece in pieces if piece[1]), key=lambda piece: piece[0])
+    spans = tuple(Span(text="".join(text for _, text in run), weight=weight) for weight, run in runs)
+    return spans or (Span(text=""),)
 
 
-def _weight_groups(chars: Chars) -> dict[int, tuple[int, float, int]]:
-    """Return the parentheses that hold a weight, by opening index: closing index, weight, end of the text."""
-    found: dict[int, tuple[int, float, int]] = {}
-    stack, text = (
-        [],
-        ["\\" if escaped else char for char, escaped in chars],
-    )  # escaped characters are not syntax
-    for i, char in enumerate(text):
-        if char == "(":
-            stack.append(i)
-        elif char == ")" and stack:
-            start = stack.pop()
-            weight, colon = _trailing_number(chars[start + 1 : i], "weight")
-            if colon is not None:
-                found[start] = (i, weight, start + 1 + colon)
-                text[start : i + 1] = " " * (i + 1 - start)
-        elif char == ")" and re.search(r":\s*[\d.]+\s*$", "".join(text[:i])):
+def _weight_groups(prompt: _Marked) -> dict[int, _Group]:
+    """Return the parentheses that hold a weight, by opening index."""
+    found: dict[int, _Group] = {}
+    starts: dict[int, int] = {}  # opening index by closing index
+    opened: list[int] = []
+    colon = close = word = before = -1  # the last of each, and the last word before the last colon
+    for sign in WEIGHT_TOKENS.finditer(prompt.marks):
+        i = sign.start()
+        if sign[0] == "(":
+            opened.append(i)
+        elif sign[0] == ":":
+            colon, before = i, word
+        elif sign[0] != ")":
+            word = i
+        elif opened:
+            start = opened.pop()
+            # no number is meant in "16:9", which has no word before the colon
+            meant = close < colon and start < before
+            if meant and (weight := _number(prompt.text[colon + 1 : i], "weight")) is not None:
+                found[start], starts[i] = _Group(weight, colon, i), start
+            close = i
+        elif _ends_in_weight(prompt.marks, i, starts):
             raise ValueError(
                 r"a weight has no opening parenthesis: expected (red:1.3), or \) for a parenthesis that is"
                 r" text"
             )
-    if stack and re.search(r":\s*\d", "".join(text[stack[0] + 1 :])):
+        else:
+            close = i
+    if opened and _has_weight(prompt.marks, opened[0] + 1, found):
         raise ValueError(r"a weight is not closed: expected (red:1.3), or \( for a parenthesis that is text")
     return found
+
+
+def _ends_in_weight(marks: str, end: int, starts: Mapping[int, int]) -> bool:
+    """Return whether a colon and a number stand before index `end`; weighted parentheses are spaces."""
+
+    def before_spaces(i: int) -> int:
+        while i > 0 and (i - 1 in starts or marks[i - 1].isspace()):
+            i = starts.get(i - 1, i - 1)
+        return i
+
+    last = i = before_spaces(end)
+    while i > 0 and (marks[i - 1].isdecimal() or marks[i - 1] == "."):
+        i -= 1
+    return i < last and marks[: before_spaces(i)].endswith(":")
+
+
+def _has_weight(marks: str, i: int, groups: Mapping[int, _Group]) -> bool:
+    """Return whether a colon and a digit stand at or after index i; weighted parentheses are spaces."""
+    colon = False
+    while i < len(marks):
+        if i in groups:
+            i = groups[i].close
+        elif not marks[i].isspace():
+            if colon and marks[i].isdecimal():
+                return True
+            colon = marks[i] == ":"
+        i += 1
+    return False
 
 
 def unknown_words(prompt: str, known: frozenset[str]) -> list[str]:

@@ -50,6 +50,7 @@ def with_caption(image: Image, prompt: str, seed: int) -> Image:
     out.paste(image, ((width - image.width) // 2, 0))
     draw = ImageDraw.Draw(out)
     for i, line in enumerate(lines):
+        line = f"{line[:width]}…" if len(line) > width else line  # hardly a letter is one pixel wide
         while len(line) > 1 and font.getlength(line) > width - 4:  # one word wider than the image
             line = f"{line.rstrip('…')[:-1]}…"
         draw.text(
@@ -71,6 +72,8 @@ def wrap_prompt(prompt: str, font: FreeTypeFont | ImageFont, width: int) -> list
             lines[-1] = longer
         else:
             lines.append(word)
+        if len(lines) > CAPTION_LINES + 1:
+            break
     lines = [line for line in lines if line]
     if len(lines) > CAPTION_LINES:
         lines = [*lines[: CAPTION_LINES - 1], f"{lines[CAPTION_LINES - 1]} …"]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.prompt import check_text
 from ldm.samplers import get_sampler
 from ldm.support.config import nearest
 from ldm.support.scalars import python_scalar
+from ldm.support.text import shown
 from ldm.support.warn import warn_user
 
+WORDS_NAMED = 20  # of the words that a model has never seen
 Prompts = str | int | Sequence[str] | Sequence[int]  # one text or class, or several
 
 
@@ -26,16 +29,21 @@ def check_prompts(prompt: Prompts) -> list[Any]:
         ValueError: If there is none, or they are neither all texts nor all class numbers.
     """
     prompt = python_scalar(prompt)
-    if isinstance(prompt, str | int):
-        prompts: list[Any] = [prompt]
-    elif hasattr(prompt, "__iter__"):
-        prompts = [python_scalar(each) for each in prompt]
-    else:
-        prompts = []
+    prompts = [prompt] if isinstance(prompt, str | int) else _listed(prompt)
     kinds = {type(p) for p in prompts}
     if kinds not in ({str}, {int}):
-        raise ValueError(f"prompt: expected a text or several, got {prompt!r}")
+        raise ValueError(f"prompt: expected a text or several, got {shown(prompt)}")
+    for text in dict.fromkeys(prompts):
+        if isinstance(text, str):
+            check_text(text, "prompt")
     return prompts
+
+
+def _listed(values: Any) -> list[Any]:
+    """Return the members of a sequence, an array or an iterator; nothing of what else can be iterated."""
+    if isinstance(values, bytes | bytearray | Mapping | Set) or getattr(values, "ndim", 1) == 0:
+        return []
+    return [python_scalar(each) for each in values] if hasattr(values, "__iter__") else []
 
 
 def check_negative(negative: str | Sequence[str], prompts: int, each: int) -> str | tuple[str, ...]:
@@ -49,14 +57,18 @@ def check_negative(negative: str | Sequence[str], prompts: int, each: int) -> st
     Raises:
         ValueError: If the number of texts fits neither.
     """
-    if isinstance(negative, str):
-        return negative
-    given = list(negative)
-    if any(not isinstance(text, str) for text in given) or len(given) not in (prompts, prompts * each):
+    negative = python_scalar(negative)
+    given = [negative] if isinstance(negative, str) else _listed(negative)
+    fits = isinstance(negative, str) or len(given) in (prompts, prompts * each)
+    if any(not isinstance(text, str) for text in given) or not fits:
         raise ValueError(
             f"negative: expected a text, or {prompts} (one for each prompt) or {prompts * each} (for each"
-            f" image), got {negative!r}"
+            f" image), got {shown(negative)}"
         )
+    for text in dict.fromkeys(given):
+        check_text(text, "negative")
+    if isinstance(negative, str):
+        return negative
     return (
         tuple(given) if len(given) == prompts * each else tuple(text for text in given for _ in range(each))
     )
@@ -104,7 +116,9 @@ def warn_unknown_words(model: str, text: Conditioner | None, prompts: Sequence[A
     """
     if text is None:
         return
-    found = [word for prompt in prompts if isinstance(prompt, str) for word in text.unknown(prompt)]
+    texts = dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str))
+    found = list(dict.fromkeys(word for prompt in texts for word in text.unknown(prompt)))
     if found:
-        words = ", ".join(repr(word) for word in dict.fromkeys(found))
-        warn_user(f"{model} has never seen {words}: the image may not show it", UnknownWords)
+        words = ", ".join(shown(word) for word in found[:WORDS_NAMED])
+        more = f" and {len(found) - WORDS_NAMED} more" if len(found) > WORDS_NAMED else ""
+        warn_user(f"{model} has never seen {words}{more}: the image may not show it", UnknownWords)

@@ -116,7 +116,7 @@ class LatentDiffusion(BasePipeline):
         """Draw images of a prompt, or of several.
 
         Args:
-            prompt: One prompt or several, of any length, with weights, "(red:1.3) apple", and blends,
+            prompt: One prompt or several, long or short, with weights, "(red:1.3) apple", and blends,
                 "a {cat|dog} face" (`ldm.conditioning.prompt`).
             negative: What to guide away from: one text for all images, or one for each prompt or each image.
             n: Number of images of each prompt. Default: 1.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from ldm.conditioning.prompt import parse, plain_texts
+from ldm.conditioning.prompt import MAX_CHARACTERS, parse, plain_texts
 
 
 def parsed(prompt):
@@ -90,3 +92,61 @@ def test_blends_give_every_combination_with_shares_that_sum_to_one():
 def test_malformed_weights_and_blends_raise(prompt, message):
     with pytest.raises(ValueError, match=message):
         parse(prompt)
+
+
+N = MAX_CHARACTERS
+LONG = {
+    "nested weights": "(" * (N // 5) + "a" + ":1)" * (N // 5),
+    "nested text": "(" * (N // 2) + "a" + ")" * (N // 2 - 1),
+    "weights": "(a:1.1)" * (N // 7),
+    "closing": " )" * (N // 2),
+    "opening": "(a:" * (N // 3),
+    "digits": "(a: " + "1" * (N - 6) + "x)",
+    "spaces": "(a:" + " " * (N - 5) + ")",
+    "braces": "{" * N,
+    "empty braces": "{}" * (N // 2),
+    "bars": "{" + "|" * (N - 1),
+    "blends": "{a|b}" * (N // 5),
+    "colons": ":" * N,
+    "escapes": r"\(" * (N // 2),
+    "backslashes": "\\" * N,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_the_time_is_linear_and_messages_are_short(kind):
+    begin = time.process_time()
+    try:
+        assert parse(LONG[kind])
+    except ValueError as error:
+        assert len(str(error)) < 1000
+    assert time.process_time() - begin < 0.5
+
+
+def test_weights_may_be_nested_as_deep_as_the_prompt_is_long():
+    deep = "(" * 2000 + "a" + ":1)" * 2000
+    assert parsed(f"{deep} b") == [(1, [("a b", 1)])]
+    assert parsed("(" * 20 + "a" + ":1.1)" * 20) == [(1, [("a", round(1.1**20, 6))])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a" * (N + 1), f"expected at most {N} characters, got {N + 1}"),
+        ("{1a|b|c|d|e|f|g|h}" + "{a|b}" * 3 + "c" * 1100, "at most 65536 characters in all comb"),
+        ("{a|b}" * 3000, "its blends have at least 128 combinations, expected at most 64"),
+        ("((((a:10):10):10):10)", r"nested weights multiply to 10000, expected at most 1000"),
+        ("a \udcff b", r"prompt 'a \\udcff b': character 2 is a lone surrogate"),
+        ("(red:" + "9" * 5000 + ")", r"weight '9{50,60}\.\.\.9{50,60}': expected a number from 0 to 10"),
+    ],
+)
+def test_prompts_beyond_the_limits_raise(prompt, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(prompt)
+    assert len(str(caught.value)) < 1000
+
+
+def test_weights_before_and_after_text_keep_their_order():
+    assert parsed("a (b (c:2) d:0.5) e (f:3)") == [
+        (1, [("a ", 1), ("b ", 0.5), ("c", 1), (" d", 0.5), (" e ", 1), ("f", 3)])
+    ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from ldm.models.text.bpe import BOS, EOT, SIZE, Tokenizer, all_symbols, byte_symbols
+from ldm.models.text.bpe import BOS, EOT, SIZE, Tokenizer, all_symbols, byte_symbols, join_pairs, merges
 
 STRINGS = [
     "",
@@ -196,3 +197,38 @@ def test_plain_text_imports_neither_open_clip_nor_unicode_tables():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def joined_one_by_one(symbols: list[str]) -> list[str]:
+    """Return symbols joined by the merges as the paper says: look at all pairs before each merge."""
+    while len(symbols) > 1:
+        pairs = {f"{a} {b}" for a, b in zip(symbols, symbols[1:], strict=False)}
+        best = min(pairs, key=lambda pair: merges().get(pair, SIZE))
+        if best not in merges():
+            break
+        first, second = best.split(" ")
+        joined, i = [], 0
+        while i < len(symbols):
+            pair = symbols[i : i + 2] == [first, second]
+            joined.append(first + second if pair else symbols[i])
+            i += 2 if pair else 1
+        symbols = joined
+    return symbols
+
+
+def test_merges_are_applied_in_their_order():
+    rng, letters = random.Random(3), "aehinorst"
+    for length in (1, 2, 3, 7, 20, 60, 200):
+        for _ in range(20):
+            symbols = [rng.choice(letters) for _ in range(length)]
+            symbols[-1] += "</w>"
+            expected = joined_one_by_one(symbols)
+            join_pairs(symbols, merges())
+            assert [symbol for symbol in symbols if symbol] == expected
+
+
+@pytest.mark.parametrize("word", ["a" * 16_000, "thequickbrown" * 1200, "🍎🌀" * 8000, "!" * 16_000])
+def test_the_time_for_a_long_word_is_not_quadratic(word):
+    begin = time.process_time()
+    assert len(Tokenizer().encode(word)) > 100
+    assert time.process_time() - begin < 2

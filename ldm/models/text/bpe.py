@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import gzip
+import heapq
 import html
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,18 +178,11 @@ class Tokenizer:
             return (SPECIAL[word],)
         if word in self._cache:
             return self._cache[word]
-        ranks, table, ids = merges(), byte_symbols(), base_ids()
-        parts = [table[byte] for byte in word.encode("utf-8")]
-        parts[-1] += WORD_END
-        merged: dict[str, int] = {}
-        while len(parts) > 1:
-            pairs = zip(parts, parts[1:], strict=False)
-            rank, first, second = min((ranks.get(f"{a} {b}", MERGES), a, b) for a, b in pairs)
-            if rank == MERGES:
-                break
-            merged[first + second] = BASE + rank
-            parts = _join(parts, first, second)
-        self._cache[word] = tuple(merged[part] if part in merged else ids[part] for part in parts)
+        table, ids = byte_symbols(), base_ids()
+        symbols = [table[byte] for byte in word.encode("utf-8")]
+        symbols[-1] += WORD_END
+        last = join_pairs(symbols, merges())
+        self._cache[word] = tuple(BASE + last[s] if s in last else ids[s] for s in symbols if s)
         return self._cache[word]
 
 
@@ -212,14 +206,53 @@ def _unicode_words() -> Any:  # a compiled pattern of the package regex, which h
     return regex.compile(PATTERN_PARTS + r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-def _join(parts: list[str], first: str, second: str) -> list[str]:
-    """Return the parts with each pair (`first`, `second`) joined, from the left."""
-    joined, i = [], 0
-    while i < len(parts):
-        pair = parts[i] == first and i + 1 < len(parts) and parts[i + 1] == second
-        joined.append(first + second if pair else parts[i])
-        i += 2 if pair else 1
-    return joined
+def join_pairs(symbols: list[str], ranks: Mapping[str, int]) -> dict[str, int]:
+    """Join pairs of neighbouring symbols in place, as the merges say.
+
+    The earliest merge that applies joins all its pairs, from the left, before the next one is chosen. The
+    time is O(n log n), as only the neighbours of what was joined are looked at again.
+
+    Args:
+        symbols: n symbols. A joined pair takes the place of its first symbol; that of the second is "".
+        ranks: Rank of each merge "first second".
+
+    Returns:
+        The rank of the last merge that made each joined symbol.
+    """
+    n = len(symbols)
+    before, after = list(range(-1, n - 1)), list(range(1, n + 1))  # places of the neighbours
+    pairs: dict[int, list[int]] = {}  # places of first symbols by rank; some pairs are gone by now
+    queue: list[int] = []  # the ranks, a heap
+    made: dict[str, int] = {}
+
+    def rank_at(i: int) -> int | None:
+        return ranks.get(f"{symbols[i]} {symbols[after[i]]}") if after[i] < n else None
+
+    def note(i: int) -> None:
+        rank = rank_at(i) if i >= 0 else None
+        if rank is not None:
+            if rank not in pairs:
+                heapq.heappush(queue, rank)
+            pairs.setdefault(rank, []).append(i)
+
+    for i in range(n):
+        note(i)
+    while queue:
+        rank = heapq.heappop(queue)
+        joined = []
+        for i in sorted(pairs.pop(rank)):
+            if rank_at(i) != rank:
+                continue
+            j = after[i]
+            symbols[i], symbols[j], after[i] = symbols[i] + symbols[j], "", after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            joined.append(i)
+            made[symbols[i]] = rank
+        for i in joined:
+            note(before[i])
+            note(i)
+    return made
 
 
 @functools.cache

@@ -100,7 +100,7 @@ class Unigram:
             row = [self.ids[UNIGRAM_START], *self.encode(text), self.ids[UNIGRAM_END]]
             if len(row) > length:
                 raise ValueError(
-                    f"{text!r} has {len(row)} tokens with start and end, expected at most {length}"
+                    f"{shown(text)} has {len(row)} tokens with start and end, expected at most {length}"
                 )
             rows.append(row + [self.ids[UNIGRAM_PAD]] * (length - len(row)))
         return rows

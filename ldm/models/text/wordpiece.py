@@ -78,7 +78,7 @@ class WordPiece:
         for text, row in zip(texts, rows, strict=True):
             if len(row) + 2 > length:
                 raise ValueError(
-                    f"{text!r} has {len(row) + 2} tokens with start and end, expected at most {length}"
+                    f"{shown(text)} has {len(row) + 2} tokens with start and end, expected at most {length}"
                 )
         return self.pad(rows, length)
 
