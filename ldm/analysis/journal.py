@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.support.files import write_atomically
+from ldm.support.text import shown
+from ldm.weights.formats.pickles import read_pickle
 
 Journal = list[tuple[Tensor, Denoised]]  # (t, output) of every evaluation, in order
 
@@ -64,5 +66,20 @@ def write_journal(path: str | Path, journal: Journal) -> None:
 
 
 def read_journal(path: str | Path) -> Journal:
-    """Return the journal in a file that `write_journal` wrote."""
-    return [(t, Denoised(*d)) for t, d in torch.load(path, weights_only=True)]
+    """Return the journal in a file that `write_journal` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or no journal; the message names it.
+    """
+    rows = read_pickle(path, whole=True)
+    if not isinstance(rows, list) or not all(isinstance(row, tuple) and _is_entry(*row) for row in rows):
+        raise ValueError(f"{str(path)!r} is not a journal: expected times and outputs, got {shown(rows)}")
+    return [(t, Denoised(*d)) for t, d in rows]
+
+
+def _is_entry(t: object = None, d: object = None, *rest: object) -> bool:
+    """Return whether an entry consists of a time, and estimates of which the last may be None."""
+    if rest or not isinstance(t, Tensor) or not isinstance(d, tuple) or len(d) != 3:
+        return False
+    return all(isinstance(each, Tensor) for each in d[:2]) and isinstance(d[2], Tensor | None)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ import torch
 
 from ldm.support.files import write_atomically
 from ldm.training.config import RunConfig
+from ldm.weights.formats.pickles import read_pickle
 
+STATE = frozenset({"config", "step", "seconds", "model", "ema", "optimizer"})  # keys of a checkpoint
 REPORTING = frozenset({"log_every", "validate_every", "sample_every", "checkpoint_every"})
 
 
@@ -30,26 +30,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is damaged: its checksums differ, or it is not a checkpoint.
     """
-    return read_state(path, mmap=False)
+    return read_state(path, whole=True)
 
 
 def checkpoint_step(path: Path) -> int:
     """Return the step of a checkpoint, or 0 if there is none; the weights stay on the disk."""
-    return int(read_state(path, mmap=True)["step"]) if path.is_file() else 0
+    return int(read_state(path, whole=False)["step"]) if path.is_file() else 0
 
 
-def read_state(path: Path, *, mmap: bool) -> dict[str, Any]:
-    """Read a file of `save_checkpoint`; with `mmap` its checksums are not compared. See `load_checkpoint`."""
+def read_state(path: Path, *, whole: bool) -> dict[str, Any]:
+    """Read a file of `save_checkpoint`; only if it is read as a whole, its checksums are compared. See
+    `load_checkpoint`."""
     advice = "delete it to train from the beginning, or put back a copy"
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = None if mmap else archive.testzip()  # torch.save writes a CRC-32 of every entry
-        if damaged is not None:
-            raise ValueError(f"{str(path)!r} is damaged at {damaged!r}: {advice}")
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({reason}): {advice}") from None
+        state = read_pickle(path, whole=whole)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({error}): {advice}") from None
+    if not isinstance(state, dict) or not state.keys() >= STATE or not isinstance(state["step"], int):
+        raise ValueError(f"{str(path)!r} is not a checkpoint: expected {', '.join(sorted(STATE))}: {advice}")
     return state
 
 

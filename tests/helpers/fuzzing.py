@@ -72,11 +72,13 @@ class Target:
 
 
 class Outcome(NamedTuple):
-    """What reading one input did: `error` is the exception's class, `fault` what must not happen."""
+    """What reading one input did: `error` is the exception's class, `text` the beginning of its message, and
+    `fault` what must not happen."""
 
     seconds: float
     memory: int
     error: str = ""
+    text: str = ""
     fault: str = ""
 
 
@@ -91,17 +93,10 @@ def check(target: Target, seeds: Sequence[bytes], mutate: Mutator, folder: Path)
     """
     count = int(os.environ.get("LDM_FUZZ", SHORT))
     begin = time.monotonic()
-    reader = Reader.shared()
-    reader.choose(target, seeds[0])
-    for i, seed in enumerate(seeds):
-        outcome = reader.read(seed, warm=False)
-        wrong = outcome.fault or outcome.error
-        assert not wrong, f"{target.name}: seed {i} cannot be read: {wrong}"
-        reader.read(seed)
     faults, kinds, slowest, largest = list[str](), Counter[str](), 0.0, 0
     for i in range(count):
         data = mutate(seeds, random.Random(f"{target.name}/{i}"))
-        outcome = reader.read(data)
+        outcome = read_under_limits(target, seeds, data)
         kinds[outcome.error or "read"] += not outcome.fault
         slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.memory)
         if outcome.fault:
@@ -117,13 +112,19 @@ def check(target: Target, seeds: Sequence[bytes], mutate: Mutator, folder: Path)
     assert not faults, f"{target.name}: {len(faults)} of {count} mutants must not be read so:\n{listed}"
 
 
+def read_under_limits(target: Target, seeds: Sequence[bytes], data: bytes) -> Outcome:
+    """Return what reading one input did, after valid inputs were read."""
+    reader = Reader.shared()
+    reader.choose(target, seeds)
+    return reader.read(data)
+
+
 class Reader:
     """A process that reads one input at a time; it is started again if it ends."""
 
     _shared: Reader | None = None
 
     def __init__(self) -> None:
-        self.target: tuple[Target, bytes] | None = None
         self.folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"fuzz-{os.getpid()}-{id(self)}"
         self._start()
         atexit.register(self.close)
@@ -136,6 +137,7 @@ class Reader:
         return cls._shared
 
     def _start(self) -> None:
+        self.target: Target | None = None
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self.folder), daemon=True)
@@ -148,17 +150,25 @@ class Reader:
         self.process.join()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def choose(self, target: Target, seed: bytes) -> None:
-        """Set what is read from now on, with a valid input."""
-        self.target = target, seed
+    def choose(self, target: Target, seeds: Sequence[bytes]) -> None:
+        """Set what is read from now on; valid inputs are read twice, which imports what is needed."""
+        if self.target == target:
+            return
+        self.target = target
         self.connection.send(target)
+        for i, seed in enumerate(seeds):
+            for warm in (False, True):
+                outcome = self.read(seed, warm=warm)
+                wrong = outcome.fault or outcome.error
+                assert not wrong, f"{target.name}: seed {i} cannot be read: {wrong} {outcome.text}"
 
     def read(self, data: bytes, *, warm: bool = True) -> Outcome:
-        """Read an input; without `warm`, limits and forbidden actions are not watched."""
+        """Read an input; without `warm`, limits and forbidden actions are not watched. If the process ends,
+        a new one is started, for which the target must be chosen again."""
         assert self.target is not None
-        self.connection.send((data, warm))
-        patience = PATIENCE * (self.target[0].seconds if warm else 10 * SECONDS)
+        patience = PATIENCE * (self.target.seconds if warm else 10 * SECONDS)
         try:
+            self.connection.send((data, warm))
             if self.connection.poll(patience):
                 outcome: Outcome = self.connection.recv()
                 return outcome
@@ -168,10 +178,6 @@ class Reader:
             fault = f"the process ended (exit code {self.process.exitcode})"
         self.close()
         self._start()
-        target, seed = self.target
-        self.choose(target, seed)
-        if warm:
-            self.read(seed, warm=False)
         return Outcome(0.0, 0, fault=fault)
 
 
@@ -251,7 +257,8 @@ def _read(target: Target, place: object, size: int) -> Outcome:
         faults.append(f"it took {memory >> 20} MB, or asked for more than {budget >> 20} MB")
     if error is not None:
         faults += _message_faults(target, error)
-    return Outcome(seconds, memory, type(error).__name__ if error else "", "; ".join(faults)[:1000])
+    kind, text = (type(error).__name__, str(error)[:500]) if error else ("", "")
+    return Outcome(seconds, memory, kind, text, "; ".join(faults)[:1000])
 
 
 def _message_faults(target: Target, error: BaseException) -> list[str]:

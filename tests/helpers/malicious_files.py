@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,6 +38,38 @@ def zipped(path: Path, entries: dict[str, bytes], *, compress: bool = False) -> 
         for name, content in entries.items():
             archive.writestr(name, content)
     return path
+
+
+def zip_entries(entries: Mapping[str, bytes]) -> bytes:
+    """Return a zip archive of uncompressed entries."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return stream.getvalue()
+
+
+def legacy_file(
+    content: bytes, storages: Mapping[str, tuple[int, bytes]] | None = None, keys: object = None
+) -> bytes:
+    """Return a file in PyTorch's format before 1.6.
+
+    Args:
+        content: The pickle of the content.
+        storages: (number of entries, bytes) of each storage, by key. Default: none.
+        keys: The fifth pickle, as an object; None for the keys of `storages`. Default: None.
+    """
+    storages = storages or {}
+    system = {
+        "protocol_version": 1001,
+        "little_endian": True,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    magic = (0x1950A86A20F9469CFC6C, 1001, system)
+    head = b"".join(pickle.dumps(each, protocol=2) for each in magic)
+    tail = pickle.dumps(list(storages) if keys is None else keys, protocol=2)
+    data = b"".join(numel.to_bytes(8, "little") + stored for numel, stored in storages.values())
+    return head + content + tail + data
 
 
 def repacked(source: Path, path: Path, *, compress: bool = False, **changes: bytes) -> Path:

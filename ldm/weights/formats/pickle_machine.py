@@ -12,14 +12,16 @@ read.
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Callable
 from typing import Any
 
 from ldm.support.text import shown
 
-MAX_STEPS = 1_500_000  # instructions of the pickles of a file; a checkpoint has about 40 for each tensor
+MAX_STEPS = 1_000_000  # instructions of the pickles of a file; a checkpoint has about 40 for each tensor
 MAX_INTEGER = 32  # bytes
 MAX_LINE = 1024  # bytes of a number or a name in text
+MAX_GLOBALS = 1000  # names of classes and functions in a file; a checkpoint has about ten
 MAX_KEY = 2**61 - 1  # whole numbers below it have different hashes
 MISSING: Any = object()  # what an index of the memo holds that was not written
 
@@ -120,9 +122,14 @@ class PickleMachine:
         """Return the global of a module's name and a name in it."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError(f"a global is named by {shown(module)} and {shown(name)}, expected text")
-        full = f"{module[:MAX_LINE]}.{name[:MAX_LINE]}"
-        if len(full) > MAX_LINE or not all(part.isidentifier() for part in full.split(".")):
+        inside = (
+            ":" if "." in name[:MAX_LINE] else "."
+        )  # of an object of the module, which is never permitted
+        full = f"{module[:MAX_LINE]}{inside}{name[:MAX_LINE]}"
+        if len(full) > MAX_LINE or not all(part.isidentifier() for part in re.split("[.:]", full)):
             raise ValueError(f"a global has the name {shown(full)}")
+        if full not in self.names and len(self.names) == MAX_GLOBALS:
+            raise ValueError(f"more than {MAX_GLOBALS:,} globals are named")
         return self.names.setdefault(full, Global(full))
 
     def called(self, function: Any, args: Any) -> Any:

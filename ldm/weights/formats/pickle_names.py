@@ -131,5 +131,5 @@ def permitted(name: str) -> bool:
     if name in STORAGE_TYPES or name in ENTRY_TYPES or name in REBUILDERS or name in UNREAD or name in INERT:
         return True
     *modules, last = name.split(".")
-    lower = all(part == part.lower() for part in modules)  # not a name inside of a class
-    return name.startswith(INERT_PACKAGES) and lower and last.lstrip("_")[:1].isupper()
+    of_module = ":" not in name and all(part == part.lower() for part in modules)  # not of a class
+    return name.startswith(INERT_PACKAGES) and of_module and last.lstrip("_")[:1].isupper()

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ldm.support.text import shown
-from ldm.weights.formats.pickle_machine import MAX_STEPS, Global, StandIn
+from ldm.weights.formats.pickle_machine import Global, StandIn
 from ldm.weights.formats.pickle_names import ENTRY_TYPES, STORAGE_TYPES, UNREAD
 from ldm.weights.formats.pickle_steps import set_items
 from ldm.weights.formats.safetensors import MAX_DIMENSIONS, MAX_EXTENT
 
+MAX_COPIED = 200_000  # values of the lists from which shapes and dictionaries are made
 MAX_TENSORS = 50_000  # of one file
 SHARING = (10, 1 << 20)  # all tensors have at most so many times the bytes of their storages, plus bytes
 
@@ -40,12 +41,16 @@ class Described(NamedTuple):
 class TensorBuilder:
     """Makes what a `PickleMachine` needs: storages, tensors, and objects that do nothing.
 
+    Args:
+        whole: Whether the tensors are copied into memory, instead of mapped. Default: False.
+
     Attributes:
         storages: The storages that the pickles refer to, by key.
         tensors: The tensors that they describe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
         self.storages: dict[str, StoredBytes] = {}
         self.tensors: list[Described] = []
         self.total = 0  # bytes of all tensors
@@ -56,8 +61,8 @@ class TensorBuilder:
         if not isinstance(values, tuple | list):
             raise ValueError(f"expected a list, got {shown(values)}")
         self.copied += len(values)
-        if self.copied > MAX_STEPS:
-            raise ValueError(f"lists of more than {MAX_STEPS:,} values are copied")
+        if self.copied > MAX_COPIED:
+            raise ValueError(f"lists of more than {MAX_COPIED:,} values are copied")
         return tuple(values)
 
     def storage(self, pid: Any) -> StoredBytes:
@@ -155,6 +160,8 @@ class TensorBuilder:
             key = each.storage.key
             aligned[key] = max(aligned.get(key, 1), each.tensor.dtype.itemsize)
         flats = {key: locate(storage, aligned.get(key, 1)) for key, storage in self.storages.items()}
+        if self.whole:
+            flats = {key: flat.clone() for key, flat in flats.items()}
         for tensor, storage, offset, size, stride in self.tensors:
             tensor.set_(flats[storage.key].untyped_storage(), offset, size, stride)
 

@@ -109,17 +109,22 @@ def read_ckpt(path: str | Path) -> Checkpoint:
     return examine(path).checkpoint()
 
 
-def read_pickle(path: str | Path) -> Any:
-    """Return the content of a file written by `torch.save`; see `read_ckpt`.
+def read_pickle(path: str | Path, *, whole: bool = False) -> Any:
+    """Return the content of a file written by `torch.save`; see `read_ckpt` and `examine`.
 
-    It consists of dictionaries, lists, tuples, numbers, strings, bytes, memory-mapped tensors, and `Global`
-    and `StandIn` objects.
+    It consists of dictionaries, lists, tuples, numbers, strings, bytes, tensors, and `Global` and `StandIn`
+    objects.
     """
-    return examine(path).checked()
+    return examine(path, whole=whole).checked()
 
 
-def examine(path: str | Path) -> Pickled:
+def examine(path: str | Path, *, whole: bool = False) -> Pickled:
     """Read a pickled file as far as it can be read; what is wrong with it is in `Pickled.problem`.
+
+    Args:
+        path: The file.
+        whole: Whether all bytes are read now: the checksums of a zip archive are compared, and the tensors
+            are in memory. Otherwise they are memory-mapped. Default: False.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -129,7 +134,7 @@ def examine(path: str | Path) -> Pickled:
         data = map_file(path)
     except ValueError as error:
         return Pickled(path=path, problem=str(error))
-    builder = TensorBuilder()
+    builder = TensorBuilder(whole=whole)
     machine = PickleMachine(data, builder.call, builder.storage)
     content, problem = None, ""
     try:
@@ -182,13 +187,15 @@ def _content(path: Path, machine: PickleMachine, builder: TensorBuilder) -> Any:
 
 def _zip_content(archive: TorchArchive, machine: PickleMachine, builder: TensorBuilder) -> Any:
     """Return the content of an archive; all of its pickles are read, the state dict's is the first."""
-    archive.check_kind()
     values = []
     for machine.at, machine.end in archive.pickles():
         values.append(next_value(machine))
         if machine.at != machine.end:
             raise ValueError(f"byte {machine.at}: bytes follow the pickle in its entry")
+    archive.check_kind()
     archive.check_entries(builder.storages)
+    if builder.whole:
+        archive.check_sums()
     builder.fill(archive.storage)
     return values[0]
 

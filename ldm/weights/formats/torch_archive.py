@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import zlib
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class TorchArchive:
 
     Attributes:
         places: First byte and number of bytes of each entry, by name.
+        sums: Their checksums (CRC-32), by name.
         root: The folder of the entries, such as "archive/".
 
     Raises:
@@ -61,6 +63,7 @@ class TorchArchive:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data = path, data
         self.places: dict[str, tuple[int, int]] = {}
+        self.sums: dict[str, int] = {}
         begin, count, end = self._directory()
         entries = sorted(self._entries(begin, count, end), key=lambda entry: entry.at)
         self._refuse_torchscript([entry.name for entry in entries])
@@ -224,6 +227,7 @@ class TorchArchive:
                 " what the directory states"
             )
         self.places[entry.name] = (begin, entry.size)
+        self.sums[entry.name] = int.from_bytes(entry.crc, "little")
 
     def check_kind(self) -> None:
         """Raise ValueError if the archive does not hold one pickle of `torch.save`."""
@@ -252,6 +256,16 @@ class TorchArchive:
             raise ValueError(
                 f"{str(self.path)!r}: written on a big-endian machine; expected a little-endian file"
             )
+
+    def check_sums(self) -> None:
+        """Raise ValueError if the bytes of an entry do not have its checksum."""
+        view = memoryview(self.data)
+        for name, (begin, size) in self.places.items():
+            found = 0
+            for at in range(begin, begin + size, 2**20):
+                found = zlib.crc32(view[at : min(begin + size, at + 2**20)], found)
+            if found != self.sums[name]:
+                raise ValueError(f"{str(self.path)!r} is damaged at {shown(name)}: its checksum differs")
 
     def pickles(self) -> Iterator[tuple[int, int]]:
         """Yield first and last byte of each entry that is a pickle by its name, or, outside of the folder of
