@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.interfaces import Denoised
 from ldm.images.result import Images
+from ldm.models.dit import DiT
 from ldm.models.layers.attention import AttentionBlock, attention_control
 from ldm.models.layers.transformer import SpatialTransformer
 from ldm.pipelines.call import Call
@@ -258,7 +259,7 @@ class Trace:
         """Record the probabilities (rows, H, L, M) of a cross-attention."""
         if self._rows is None or self._context is None:
             return
-        owner = next(owner for owner in self._sizes if name == owner or name.startswith(f"{owner}."))
+        owner = next(owner for owner in self._sizes if owner in ("", name) or name.startswith(f"{owner}."))
         h, w = self._sizes[owner]
         mean = reduce(probabilities[self._rows].detach().float(), "b heads l m -> b l m", "mean")
         self._step_attention[name].append(
@@ -324,13 +325,14 @@ def _attention_recorded(net: nn.Module, record: Trace) -> Iterator[None]:
         attends = [
             (name, part)
             for name, part in net.named_modules()
-            if isinstance(part, SpatialTransformer | AttentionBlock)
+            if isinstance(part, SpatialTransformer | AttentionBlock | DiT)
         ]
         for name, part in attends:
 
             def note(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
                 if record.watches:
-                    record._sizes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
+                    patch = module.config.patch if isinstance(module, DiT) else 1
+                    record._sizes[name] = (inputs[0].shape[-2] // patch, inputs[0].shape[-1] // patch)
 
             stack.callback(part.register_forward_pre_hook(note).remove)
         if any(getattr(part, "cross", False) for part in net.modules()):

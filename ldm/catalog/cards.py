@@ -272,6 +272,10 @@ def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
     return table[value]
 
 
+OPTIONAL_PARTS = ("draft", "exemplars")
+"""Parts that a model without stated networks may have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelCard(DiffusionCard, Card):
     """A latent diffusion model.
@@ -321,14 +325,14 @@ class ModelCard(DiffusionCard, Card):
 
     def part_names(self) -> tuple[str, ...]:
         """Return the names of all parts that such a model may have in ldm layout."""
-        return tuple(self.shapes()) or ("unet", "vae", "text", "draft")
+        return tuple(self.shapes()) or ("unet", "vae", "text", *OPTIONAL_PARTS)
 
     def part_folders(self, folder: Path) -> dict[str, Path]:
-        """Return the folder of each part: ``folder``; a draft network is a part if its YAML is there."""
+        """Return the folder of each part: ``folder``; optional parts are those whose YAML is there."""
         if self.networks is not None:
             return super().part_folders(folder)
-        drafts = ("draft",) if (folder / "draft.yaml").is_file() else ()
-        return dict.fromkeys(("unet", "vae", "text", *drafts), folder)
+        optional = [part for part in OPTIONAL_PARTS if (folder / f"{part}.yaml").is_file()]
+        return dict.fromkeys(("unet", "vae", "text", *optional), folder)
 
     def inherited(self) -> dict[str, Any]:
         """Return the fields that a card with ``base: NAME`` inherits."""

@@ -36,13 +36,13 @@ class ExemplarConditioner(nn.Module):
     fewer things, followed by the tokens of its text.
 
     Args:
-        text: The text tower, whose vocabulary has the words of grammar and the slot words.
+        text: The text tower, trained on words of grammar, its `known_words`, and on slot words.
         encoder: The encoder of exemplars, whose tokens are as wide as the text's.
         library: The exemplars.
-        grammar: The words that the text tower was trained on, without slot words.
 
     Raises:
-        ValueError: If the widths differ, or the encoder reads images of another size than the library's.
+        ValueError: If it is not known which words the text tower was trained on, the widths differ, or the
+            encoder reads images of another size than the library's.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class ExemplarConditioner(nn.Module):
         text: TextConditioner,
         encoder: ExemplarEncoder,
         library: ExemplarLibrary,
-        grammar: frozenset[str],
     ) -> None:
         super().__init__()
+        if text.known_words is None:
+            raise ValueError("the text tower does not state the words that it was trained on")
         if encoder.config.width != text.width:
             raise ValueError(
                 f"exemplar tokens are {encoder.config.width} wide, the text's are"
@@ -66,7 +67,7 @@ class ExemplarConditioner(nn.Module):
         self.text = text
         self.encoder = encoder
         self.library = library
-        self.grammar = grammar
+        self.grammar = text.known_words
 
     @property
     def width(self) -> int:

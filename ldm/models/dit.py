@@ -64,8 +64,8 @@ class DiTConfig:
             raise ValueError(f"width {self.width}: expected a multiple of 4 and of head_dim {self.head_dim}")
 
     @property
-    def factor(self) -> int:
-        """The number of which height and width of a latent are multiples."""
+    def multiple(self) -> int:
+        """The number of which the sides of the input must be multiples."""
         return self.patch
 
     @property

@@ -141,3 +141,8 @@ class UNetConfig:
     def factor(self) -> int:
         """Input size divided by the smallest size; multiples of it are halved without rounding."""
         return 2 ** (len(self.channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """The number of which the sides of the input must be multiples."""
+        return self.factor if self.resample == "resblock" else 1

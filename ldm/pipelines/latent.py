@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import OnStep
 from ldm.images.canvas import pad_to_multiple
@@ -20,6 +21,7 @@ from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, named_options
 from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair, prompt_conditions
 from ldm.pipelines.drafts import with_known_draft
+from ldm.pipelines.exemplars import Exemplars
 from ldm.pipelines.protocol import Known, Request
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.stages.space import Space
@@ -67,6 +69,10 @@ class LatentDiffusion(BasePipeline):
         self.denoiser = denoiser
         self.latent_scale = latent_scale
         self.card = card
+        self._exemplars: Exemplars | None = None
+        if isinstance(text, ExemplarConditioner):
+            self.origin = own = dict(self.origin)
+            self._exemplars = Exemplars(text.library, own)
 
     @property
     def name(self) -> str:
@@ -85,6 +91,17 @@ class LatentDiffusion(BasePipeline):
             concat=self.card.concat,
             guide=self.guide,
         )
+
+    @property
+    def exemplars(self) -> Exemplars:
+        """The images of things that the model is shown, to which images can be added.
+
+        Raises:
+            ValueError: If the model is not conditioned on exemplars.
+        """
+        if self._exemplars is None:
+            raise ValueError(f"{self.name!r} has no exemplars: it is conditioned on the prompt's text alone")
+        return self._exemplars
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks by part: "unet", "vae", and those of the conditioner."""

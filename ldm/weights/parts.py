@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig, VisionTower
+from ldm.models.dit import DiT, DiTConfig
 from ldm.models.draft import Draft, DraftConfig
+from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
 from ldm.models.labels import LabelConditioner, LabelConfig
 from ldm.models.meta import on_meta
 from ldm.models.movq import MoVQ, MoVQConfig
+from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from ldm.models.text.bert import BertConfig, LDMBert
 from ldm.models.text.xlmr import XLMR, XLMRConfig
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
@@ -46,6 +49,9 @@ NETWORKS: dict[type, type[nn.Module]] = {
     BertConfig: LDMBert,
     LabelConfig: LabelConditioner,
     DraftConfig: Draft,
+    DiTConfig: DiT,
+    PatchAutoencoderConfig: PatchAutoencoder,
+    ExemplarConfig: ExemplarEncoder,
     PriorConfig: Prior,
     AutoregressiveConfig: AutoregressivePrior,
     DecoderConfig: Decoder,

@@ -4,41 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_exemplars import SLOTS, STYLES, TOKENS, WIDTH
+from tiny_exemplars import tiny_conditioner as conditioner
 
-from ldm.conditioning.conditioner import TextConditioner, TextConvention
-from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary, write_exemplar
+from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.exemplar_library import ExemplarLibrary
 from ldm.conditioning.exemplars import ExemplarConditioner
-from ldm.conditioning.things import SLOT_WORDS
-from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
-from ldm.models.text.bpe import Tokenizer
-
-GRAMMAR = frozenset("a red blue on background and three".split())
-STYLES = ("noto", "fluent", "flat")
-SLOTS, TOKENS, WIDTH = 2, 4, 16
-
-
-def conditioner() -> ExemplarConditioner:
-    torch.manual_seed(0)
-    words = sorted(GRAMMAR | set(SLOT_WORDS))
-    tokenizer = Tokenizer(vocabulary=[i for word in words for i in Tokenizer().encode(word)])
-    ids = {"bos_id": tokenizer.bos_id, "eot_id": tokenizer.eot_id}
-    config = TextConfig(
-        vocab_size=len(tokenizer), width=WIDTH, layers=1, heads=2, embed_dim=None, activation="gelu", **ids
-    )
-    text = TextConditioner(TextTower(config), tokenizer, TextConvention(length=None, pad=0, masked=True))
-    encoder = ExemplarEncoder(
-        ExemplarConfig(size=16, patch=8, cell=4, components=5, slots=SLOTS, width=WIDTH, head_dim=8)
-    )
-    encoder.use_basis(torch.randn(5, 48, 1, 1) / 7, torch.randn(5))
-    g = torch.Generator().manual_seed(1)
-    exemplars = [
-        Exemplar(name=name, style=style, content=write_exemplar(torch.rand(4, 16, 16, generator=g)))
-        for name in ("cat", "dog", "red-apple")
-        for style in STYLES
-    ]
-    library = ExemplarLibrary(exemplars, {"cats": ("cat",), "apple": ("red-apple",)}, size=16)
-    return ExemplarConditioner(text, encoder, library, GRAMMAR).eval().requires_grad_(False)
 
 
 def parts(prompt: str, seed: int = 0, net: ExemplarConditioner | None = None):
@@ -127,6 +99,9 @@ def test_parts_that_do_not_fit_are_refused():
     net = conditioner()
     narrow = ExemplarEncoder(ExemplarConfig(size=16, patch=8, cell=4, components=5, width=8, head_dim=8))
     with pytest.raises(ValueError, match="exemplar tokens are 8 wide, the text's are 16"):
-        ExemplarConditioner(net.text, narrow, net.library, GRAMMAR)
+        ExemplarConditioner(net.text, narrow, net.library)
     with pytest.raises(ValueError, match="the encoder reads 16 pixels, the library has 32"):
-        ExemplarConditioner(net.text, net.encoder, ExemplarLibrary([], {}, size=32), GRAMMAR)
+        ExemplarConditioner(net.text, net.encoder, ExemplarLibrary([], {}, size=32))
+    text = TextConditioner(net.text.tower, net.text.tokenizer, net.text.convention)
+    with pytest.raises(ValueError, match="does not state the words that it was trained on"):
+        ExemplarConditioner(text, net.encoder, net.library)

@@ -92,11 +92,10 @@ class Stage:
     def multiple(self) -> int:
         """Number of which the sides of an image must be multiples.
 
-        It is the autoencoder's factor, times the UNet's where its downsampling cannot round.
+        It is the autoencoder's factor, times that of the denoising network.
         """
-        config: Any = self.denoiser.net.config  # a UNet's, or that of a network around one
-        unet = getattr(config, "unet", config)
-        return self.images.factor * (unet.factor if unet.resample == "resblock" else 1)
+        config: Any = self.denoiser.net.config  # a denoising network's, or that of a network around one
+        return self.images.factor * getattr(config, "unet", config).multiple
 
     def require(self, *kinds: str) -> None:
         """Raise ValueError unless the model takes one of these kinds of channels beside x_t."""

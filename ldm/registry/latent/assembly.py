@@ -7,8 +7,10 @@ from pathlib import Path
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
+from ldm.models.exemplars import ExemplarEncoder
 from ldm.models.labels import LabelConditioner
 from ldm.models.text.bert import LDMBert
 from ldm.models.text.bpe import Tokenizer
@@ -21,6 +23,7 @@ from ldm.models.text.wordpiece import (
 )
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.sources import Source, origin_of
+from ldm.weights.formats.exemplar_file import read_library
 from ldm.weights.formats.ldm_folder import read_vocabulary
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
@@ -60,6 +63,9 @@ def text_conditioner(card: ModelCard, source: Source, vocabulary: Path | None) -
     if isinstance(first, LDMBert):
         return BertConditioner(first, word_pieces(vocabulary))
     tower = clip_conditioner(first, card.text, source) if isinstance(first, TextTower) else None
+    encoder = source.networks.get("exemplars")
+    if tower is not None and source.folder is not None and isinstance(encoder, ExemplarEncoder):
+        return ExemplarConditioner(tower, encoder, read_library(source.folder))
     if not isinstance(second, TextTower):
         return tower
     if card.text2 is None:

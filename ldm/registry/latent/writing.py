@@ -14,6 +14,7 @@ from ldm.catalog.cards import ModelCard
 from ldm.catalog.families import COND_PREFIX, FAMILIES
 from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.text.bert import BertConfig
 from ldm.models.text.bpe import EOT, all_symbols, merges
@@ -29,6 +30,7 @@ from ldm.weights.formats.diffusers_config import (
     vae_config,
 )
 from ldm.weights.formats.diffusers_hashes import HASHES_KEY, PIPELINE_INDEX, folder_hashes
+from ldm.weights.formats.exemplar_file import write_library
 from ldm.weights.formats.ldm_folder import narrow, write_part, write_vocabulary
 from ldm.weights.formats.ldm_model import write_card
 from ldm.weights.formats.safetensors import write_safetensors
@@ -73,10 +75,14 @@ def write_ldm(
     for part, network in pipe.networks().items():
         extra = {"latent_scale": pipe.latent_scale} if part == "vae" else {}
         write_part(folder, part, network, network.config, dtype=dtype, **extra, **facts)
-    if isinstance(pipe.text, TextConditioner):
-        write_vocabulary(folder, pipe.text.tokenizer, pipe.text.known_words)
-    elif isinstance(pipe.text, BertConditioner):
-        write_word_pieces(folder, pipe.text)
+    text = pipe.text
+    if isinstance(text, ExemplarConditioner):
+        write_library(folder, text.library)
+        text = text.text
+    if isinstance(text, TextConditioner):
+        write_vocabulary(folder, text.tokenizer, text.known_words)
+    elif isinstance(text, BertConditioner):
+        write_word_pieces(folder, text)
     write_card(folder, pipe.card)
     return folder
 

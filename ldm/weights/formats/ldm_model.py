@@ -13,15 +13,22 @@ from ldm.catalog.cards import Card
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
 from ldm.support.strict_yaml import format_yaml
+from ldm.weights.formats.exemplar_file import LIBRARY_IMAGES, LIBRARY_INDEX
 from ldm.weights.hashing import FileHashes
 
 CARD_FILE = "card.yaml"
 TOKENIZER_FILES = ("vocabulary.json", "vocab.txt", "words-tokenizer.json")
-TEXT_PARTS = ("text", "words")  # beside which the files of tokenizers are
+LIBRARY_FILES = (LIBRARY_INDEX, LIBRARY_IMAGES)
+# the files that may be beside a part
+BESIDE: dict[str, tuple[str, ...]] = {
+    "text": TOKENIZER_FILES,
+    "words": TOKENIZER_FILES,
+    "exemplars": LIBRARY_FILES,
+}
 
 
 def part_files(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the files of parts, and of the tokenizers beside them, by name.
+    """Return the files of parts, and those of tokenizers and libraries beside them, by name.
 
     Args:
         folders: Folder of each part.
@@ -29,8 +36,8 @@ def part_files(folders: Mapping[str, Path]) -> dict[str, Path]:
     names = [
         (folder, f"{part}{end}") for part, folder in folders.items() for end in (".yaml", ".safetensors")
     ]
-    beside = dict.fromkeys(folder for part, folder in folders.items() if part in TEXT_PARTS)
-    names += [(folder, name) for folder in beside for name in TOKENIZER_FILES if (folder / name).is_file()]
+    beside = {(folder, name): None for part, folder in folders.items() for name in BESIDE.get(part, ())}
+    names += [(folder, name) for folder, name in beside if (folder / name).is_file()]
     return {name: folder / name for folder, name in names}
 
 
@@ -41,7 +48,8 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that are parts of a model in ldm layout, or belong to its tokenizers."""
+    """Return the files of a folder that are parts of a model in ldm layout, or may be beside them."""
     parts = [path for path in folder.glob("*.yaml") if path.with_suffix(".safetensors").is_file()]
     weights = [path.with_suffix(".safetensors") for path in parts]
-    return [*parts, *weights, *(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())]
+    named = (*TOKENIZER_FILES, *LIBRARY_FILES)
+    return [*parts, *weights, *(folder / name for name in named if (folder / name).is_file())]

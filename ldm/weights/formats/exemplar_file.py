@@ -1,0 +1,79 @@
+"""Read and write the library of exemplars: library.safetensors holds the images, library.json their names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary
+from ldm.support.config import build
+from ldm.support.files import write_atomically
+from ldm.support.strict_json import read_json
+from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
+
+LIBRARY_IMAGES, LIBRARY_INDEX = "library.safetensors", "library.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryIndex:
+    """The content of library.json.
+
+    Attributes:
+        size: Side of the images in pixels.
+        images: Name and style of each image, in the order of the file.
+        nouns: The names that each noun phrase may mean.
+    """
+
+    size: int
+    images: tuple[tuple[str, str], ...]
+    nouns: dict[str, tuple[str, ...]]
+
+
+def write_library(folder: Path, library: ExemplarLibrary) -> None:
+    """Write a library into a folder, which is created.
+
+    The images are the bytes of their own files, one after the other, with the position of each one's end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    exemplars = list(library)
+    content = b"".join(exemplar.content for exemplar in exemplars)
+    ends = torch.tensor([len(exemplar.content) for exemplar in exemplars], dtype=torch.int64).cumsum(0)
+    state = {"content": torch.frombuffer(bytearray(content), dtype=torch.uint8), "ends": ends}
+    write_safetensors(folder / LIBRARY_IMAGES, state, {"format": "pt", "part": "library"})
+    index = {
+        "size": library.size,
+        "images": [[exemplar.name, exemplar.style] for exemplar in exemplars],
+        "nouns": {noun: list(names) for noun, names in library.nouns.items()},
+    }
+    text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
+    write_atomically(folder / LIBRARY_INDEX, (text + "\n").encode())
+
+
+def read_library(folder: str | Path) -> ExemplarLibrary:
+    """Return the library in a folder.
+
+    Raises:
+        FileNotFoundError: If a file of it is absent.
+        ValueError: If the files do not fit each other.
+    """
+    images, about = Path(folder) / LIBRARY_IMAGES, Path(folder) / LIBRARY_INDEX
+    for path in (images, about):
+        if not path.is_file():
+            raise FileNotFoundError(f"no library of exemplars in {str(folder)!r}: {path.name} is absent")
+    index = build(LibraryIndex, read_json(about), str(about))
+    state = read_safetensors(images)
+    kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in state.items()}
+    if kinds != {"content": (torch.uint8, 1), "ends": (torch.int64, 1)}:
+        raise ValueError(f"{str(images)!r}: expected the tensors content and ends, got {sorted(state)[:5]}")
+    content, ends = state["content"].numpy().tobytes(), state["ends"].tolist()
+    starts = [0, *ends[:-1]]
+    if len(ends) != len(index.images) or ends != sorted(ends) or (ends and ends[-1] != len(content)):
+        raise ValueError(f"{str(images)!r} does not hold {len(index.images)} images one after the other")
+    exemplars = [
+        Exemplar(name=name, style=style, content=content[start:end])
+        for (name, style), start, end in zip(index.images, starts, ends, strict=True)
+    ]
+    return ExemplarLibrary(exemplars, index.nouns, size=index.size)

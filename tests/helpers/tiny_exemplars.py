@@ -1,0 +1,75 @@
+"""A complete model with exemplars and random weights that is small enough for a test."""
+
+from __future__ import annotations
+
+import torch
+
+from ldm.catalog.cards import Defaults, ModelCard, ScheduleCard
+from ldm.conditioning.conditioner import TextConditioner, TextConvention
+from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary, write_exemplar
+from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.things import SLOT_WORDS
+from ldm.diffusion.denoiser import Denoiser
+from ldm.models.clip.towers import TextConfig, TextTower
+from ldm.models.dit import DiT, DiTConfig
+from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
+from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from ldm.models.text.bpe import Tokenizer
+from ldm.pipelines.latent import LatentDiffusion
+from ldm.samplers.conventions import Convention
+
+GRAMMAR = frozenset("a the red blue on background and three to left of".split())
+STYLES = ("noto", "fluent", "flat")
+NAMES = ("cat", "dog", "red-apple")
+SLOTS, TOKENS, WIDTH, SIZE = 2, 4, 16, 16
+READING = TextConvention(length=None, pad=0, masked=True)
+
+
+def tiny_library() -> ExemplarLibrary:
+    g = torch.Generator().manual_seed(1)
+    exemplars = [
+        Exemplar(name=name, style=style, content=write_exemplar(torch.rand(4, SIZE, SIZE, generator=g)))
+        for name in NAMES
+        for style in STYLES
+    ]
+    return ExemplarLibrary(exemplars, {"cats": ("cat",), "apple": ("red-apple",)}, size=SIZE)
+
+
+def tiny_conditioner() -> ExemplarConditioner:
+    torch.manual_seed(0)
+    words = sorted(GRAMMAR | set(SLOT_WORDS))
+    tokenizer = Tokenizer(vocabulary=[i for word in words for i in Tokenizer().encode(word)])
+    ids = {"bos_id": tokenizer.bos_id, "eot_id": tokenizer.eot_id}
+    config = TextConfig(
+        vocab_size=len(tokenizer), width=WIDTH, layers=1, heads=2, embed_dim=None, activation="gelu", **ids
+    )
+    text = TextConditioner(TextTower(config), tokenizer, READING, GRAMMAR)
+    encoder = ExemplarEncoder(
+        ExemplarConfig(size=SIZE, patch=8, cell=4, components=5, slots=SLOTS, width=WIDTH, head_dim=8)
+    )
+    encoder.use_basis(torch.randn(5, 48, 1, 1) / 7, torch.randn(5))
+    return ExemplarConditioner(text, encoder, tiny_library()).eval().requires_grad_(False)
+
+
+def tiny_exemplar_model(name: str = "tiny-exemplars") -> LatentDiffusion:
+    """Return a pipeline whose images have 16 pixels and whose latents are 4×4."""
+    conditioner = tiny_conditioner()
+    vae = PatchAutoencoder(PatchAutoencoderConfig(factor=4, latent_channels=6, channels=(8, 16)))
+    net = DiT(DiTConfig(in_channels=6, out_channels=6, width=16, depth=2, head_dim=8, context_dim=WIDTH))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    card = ModelCard(
+        name=name,
+        family="latent",
+        summary="a model of the tests",
+        licence="none",
+        schedule=ScheduleCard(kind="cosine"),
+        prediction="x0",
+        text=READING,
+        convention=Convention(grids={"*": {"spacing": "trailing"}}),
+        defaults=Defaults(sampler="dpmpp_2m", steps=3, guidance=1.5, height=SIZE, width=SIZE),
+    )
+    denoiser = Denoiser(net, card.schedule.make(), card.prediction)
+    return LatentDiffusion(
+        vae=vae, text=conditioner, denoiser=denoiser, latent_scale=1.0, card=card, origin={"unet": "0"}
+    ).eval()
