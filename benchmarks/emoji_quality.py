@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ from ldm.data import (
     sample_composition,
 )
 from ldm.models.clip.towers import VisionConfig, VisionTower
-from ldm.support.files import write_atomically
+from ldm.support.files import open_atomically, write_atomically
 from ldm.weights.formats.ldm_folder import read_part
 
 BACKGROUNDS = tuple(colour for colour in PALETTE if colour != "white")
@@ -286,9 +285,8 @@ def save_grid(path: Path, images: Tensor, verdicts: Sequence[Verdict], prompts: 
             [] if verdict.background_right else [verdict.background_seen]
         )
         draw.text((x, y + cell + 31), "; ".join(missed)[: cell // 6], fill="red")
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with open_atomically(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

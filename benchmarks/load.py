@@ -191,7 +191,9 @@ def main() -> None:
     report = summary(runs[len(WHO) :], size, args.threads)  # the first round warms up
     print_table(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        from ldm.support.files import write_atomically
+
+        write_atomically(args.json, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def summary(runs: list[dict[str, Any]], size: int, threads: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ldm.catalog.lookup import ASSETS
+from ldm.support.files import open_atomically
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         other.legend(loc="upper right")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(options.output, dpi=100)
+    with open_atomically(options.output) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 if __name__ == "__main__":

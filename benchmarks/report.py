@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldm.support.files import open_atomically
+
 
 def rows(result: dict[str, Any]) -> list[str]:
     """Return the table rows of one file, one per peer."""
@@ -97,7 +99,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("images" if key.endswith("batch") else "pixels per image")
         axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with open_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def main() -> None:

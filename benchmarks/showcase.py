@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ldm
 from ldm.images.sheets import caption_font, to_bytes
+from ldm.support.files import open_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,11 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
     own = {"guidance": options.guidance, "steps": options.steps}
     if options.tasks:
         # 128 colours: a quarter of the bytes at little visible difference
-        sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None})).quantize(
-            128
-        ).save(options.output, optimize=True)
+        drawn = sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None}))
+        image = drawn.quantize(128)
     else:
-        pipe.text_to_image(PROMPTS, seed=0, **own).grid(columns=8).save(options.output)
+        image = pipe.text_to_image(PROMPTS, seed=0, **own).grid(columns=8)
+    with open_atomically(options.output) as file:
+        image.save(file, format="PNG", optimize=options.tasks)
     print(options.output)
 
 

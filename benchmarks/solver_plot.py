@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ldm.support.files import open_atomically
 
 TITLES = {
     "flow": "deterministic samplers",
@@ -130,9 +130,6 @@ def plot(path: Path, models: dict[str, dict[str, list[Row]]], tolerance: float) 
                 tolerance,
             )
     figure.tight_layout(w_pad=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    with open_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import ldm
 from ldm.data import Composition, EmojiData, caption, render_batch
-from ldm.support.files import write_atomically
+from ldm.support.files import open_atomically, write_atomically
 
 
 def parse() -> argparse.Namespace:
@@ -344,7 +344,8 @@ def save_sheet(path: Path, rows: list[Tensor]) -> None:
         for row in rows
     ]
     sheet = (torch.cat(blank, dim=-2).permute(1, 2, 0) * 255).round().byte().numpy()
-    Image.fromarray(sheet).save(path, format="PNG")
+    with open_atomically(path) as file:
+        Image.fromarray(sheet).save(file, format="PNG")
 
 
 if __name__ == "__main__":

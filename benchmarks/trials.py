@@ -116,7 +116,7 @@ def run_stage(name: str, changes: Changes, samples: int) -> dict[str, float]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     config = trial_config(name, changes, samples)
     path = FOLDER / f"{config['run']['name']}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    write_atomically(path, yaml.safe_dump(config).encode())
     run = open_run(path, runs=FOLDER)
     run.train()
     if not (run.folder / "export").is_dir():

@@ -33,7 +33,7 @@ from ldm.catalog.unclip_cards import AutoregressiveCard
 from ldm.data import Composition, EmojiData, caption
 from ldm.pipelines.stages.upsampler import enlarge
 from ldm.registry.unclip.assembly import prior_stage
-from ldm.support.files import write_atomically
+from ldm.support.files import open_atomically, write_atomically
 from ldm.weights.formats.ldm_folder import about_part, read_network
 
 BATCH = 10
@@ -208,7 +208,9 @@ def table(result: dict[str, Any]) -> str:
 
 def save_rows(path: Path, shown: Tensor) -> None:
     """Write the rows of half, bicubic, upsampled and true image in four columns."""
-    ldm.Images(tensor=shown, seeds=(0,) * len(shown), prompts=("",) * len(shown)).grid(columns=4).save(path)
+    grid = ldm.Images(tensor=shown, seeds=(0,) * len(shown), prompts=("",) * len(shown)).grid(columns=4)
+    with open_atomically(path) as file:
+        grid.save(file, format="PNG")
 
 
 NAMES = ("prior", "variations", "reconstruction", "upsampler")

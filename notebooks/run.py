@@ -21,6 +21,8 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
+from ldm.support.files import write_atomically
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 KERNEL = "ldm-notebooks"  # a kernel of this Python, whatever others are installed under the usual names
@@ -113,9 +115,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(path, Path(folder), timeout=options.timeout)
         shrink(notebook)
-        temporary = path.with_suffix(".tmp")
-        nbformat.write(notebook, temporary)
-        os.replace(temporary, path)
+        write_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
         spent = f"{time.monotonic() - start:.0f} s, processor {sum(os.times()[2:4]) - computed:.0f} s"
         print(f"{path.name}: {spent}, {path.stat().st_size / 1000:.0f} kB", flush=True)
 

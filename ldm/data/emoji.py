@@ -18,9 +18,8 @@ import re
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ from typing import Any
 import numpy as np
 
 from ldm.data.index import IMAGES_FILE, INDEX_FILE, MANIFEST_FILE, ImageRecord, Style, held_out_image
+from ldm.support.arrays import write_array
+from ldm.support.files import temporary_folder, write_atomically
 from ldm.support.progress import progress_bar
 from ldm.weights.formats.safetensors import sha256
 
@@ -98,7 +99,7 @@ def fetch(package: Package, cache: Path) -> Path:
                 f" {path.name!r} into {str(cache)!r}"
             )
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        with temporary_folder(cache) as folder:
             done = subprocess.run(
                 [npm, "pack", "--silent", f"{package.name}@{package.version}"],
                 cwd=folder,
@@ -111,7 +112,7 @@ def fetch(package: Package, cache: Path) -> Path:
                     f"npm pack {package.name}@{package.version} failed:"
                     f" {done.stderr.strip() or done.stdout.strip()}"
                 )
-            os.replace(Path(folder) / package.file_name, path)
+            os.replace(folder / package.file_name, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise ValueError(
@@ -243,22 +244,14 @@ def build_emoji(
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST_FILE).unlink(missing_ok=True)
     shape = (len(rows), size, size, 4)
-    _replace(out / IMAGES_FILE, lambda path: _render_all(path, documents, shape, workers, progress))
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(_render_job, ((svg, size) for svg in documents), chunksize=32)
+        bar = progress_bar(len(documents), progress, iterable=results, desc="rendering")
+        write_array(out / IMAGES_FILE, shape, np.uint8, (image[None] for image in bar))
     _write_json(out / INDEX_FILE, [asdict(row) for row in rows])
     manifest = _manifest(rows, shape, out)
     _write_json(out / MANIFEST_FILE, manifest)
     return manifest
-
-
-def _render_all(
-    path: Path, documents: list[str], shape: tuple[int, ...], workers: int | None, progress: bool
-) -> None:
-    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(_render_job, ((svg, shape[1]) for svg in documents), chunksize=32)
-        for i, image in enumerate(progress_bar(len(documents), progress, iterable=results, desc="rendering")):
-            images[i] = image
-    images.flush()
 
 
 def _manifest(rows: list[ImageRecord], shape: tuple[int, ...], out: Path) -> dict[str, Any]:
@@ -285,22 +278,7 @@ def _manifest(rows: list[ImageRecord], shape: tuple[int, ...], out: Path) -> dic
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _replace(
-        path,
-        lambda temporary: temporary.write_text(
-            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        ),
-    )
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary path beside `path`, then rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def build_command(arguments: list[str] | None = None) -> None:

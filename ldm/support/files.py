@@ -65,6 +65,16 @@ def open_atomically(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append a text to a file.
+
+    Raises:
+        OSError: If the file cannot be written; the message names it.
+    """
+    with _errors_name(path, path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
     """Make a new folder in `folder` that only its owner may use; remove it when the `with` block ends."""

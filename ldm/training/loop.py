@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.speed.optimization import for_training
 from ldm.support.config import to_dict
 from ldm.support.device import dtype_of, fast_dtype
-from ldm.support.files import write_atomically
+from ldm.support.files import open_atomically, write_atomically
 from ldm.support.progress import progress_bar
 from ldm.training.checkpoint import check_resumable, load_checkpoint, match_strides, save_checkpoint
 from ldm.training.config import RunConfig
@@ -209,8 +209,8 @@ class Run:
         if image is not None:
             from PIL import Image
 
-            (self.folder / "samples").mkdir(exist_ok=True)
-            Image.fromarray(image).save(self.folder / "samples" / f"{self.step:07d}.png")
+            with open_atomically(self.folder / "samples" / f"{self.step:07d}.png") as file:
+                Image.fromarray(image).save(file, format="PNG")
 
     def _log(self, figures: Mapping[str, float]) -> None:
         counts = {"step": self.step, "samples": self.step * self.config.batch}

@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ldm.support.files import write_atomically
+from ldm.support.files import append_text, write_atomically
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> None:
     """Append a row to a metrics file."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_text(path, json.dumps(row) + "\n")
 
 
 def has_validation(path: Path, step: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ldm.data import PALETTE, Composition, caption, held_out_pair
 from ldm.data.index import ImageIndex
+from ldm.support.arrays import write_array
 from ldm.support.config import to_dict
 from ldm.support.progress import progress_bar
 from ldm.training.config import RunConfig
@@ -146,7 +146,7 @@ def write_rows(
     compute: Callable[[Sequence[Composition]], Tensor],
     batch: int = 32,
 ) -> None:
-    """Write the outputs of `compute` for all compositions as float16; the file appears when it is complete.
+    """Write the outputs of `compute` for all compositions as float16, whole or not at all.
 
     Args:
         path: The file to write.
@@ -155,11 +155,7 @@ def write_rows(
         compute: Maps B compositions to outputs (B, *shape).
         batch: Compositions per call of `compute`. Default: 32.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part.npy")
-    out = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(compositions), *shape))
     starts = range(0, len(compositions), batch)
-    for start in progress_bar(len(starts), iterable=starts, desc=f"compute {path.name}"):
-        out[start : start + batch] = compute(compositions[start : start + batch]).half().cpu().numpy()
-    out.flush()
-    os.replace(temporary, path)
+    bar = progress_bar(len(starts), iterable=starts, desc=f"compute {path.name}")
+    blocks = (compute(compositions[start : start + batch]).half().cpu().numpy() for start in bar)
+    write_array(path, (len(compositions), *shape), np.float16, blocks)
