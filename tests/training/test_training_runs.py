@@ -60,7 +60,7 @@ def test_every_network_trains_and_the_next_one_reads_its_export(place):
     ):  # the tower was trained each time
         assert not torch.equal(before.tower.token_embedding.weight, after.tower.token_embedding.weight)
     assert not torch.equal(draft.draft.fc1.weight, text.draft.fc1.weight)
-    assert text(["kitty"], (4, 12)).concat.shape == (1, 4, 4, 12)
+    assert text(["kitty"], size=(4, 12)).concat.shape == (1, 4, 4, 12)
 
 
 @pytest.mark.parametrize("name", ["vae", "clip", "draft", "unet"])
