@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -112,7 +111,7 @@ def fetch(package: Package, cache: Path) -> Path:
                     f"npm pack {package.name}@{package.version} failed:"
                     f" {done.stderr.strip() or done.stdout.strip()}"
                 )
-            os.replace(folder / package.file_name, path)
+            write_atomically(path, (folder / package.file_name).read_bytes())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise ValueError(

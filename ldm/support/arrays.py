@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterable
@@ -34,8 +35,7 @@ def write_array(
     with open_atomically(path) as file:
         header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape) * kind.itemsize)
+        _allocate(file.fileno(), file.tell() + math.prod(shape) * kind.itemsize)
         rows = 0
         for block in blocks:
             if block.shape[1:] != shape[1:]:
@@ -44,3 +44,13 @@ def write_array(
             rows += len(block)
         if rows != shape[0]:
             raise ValueError(f"{str(path)!r}: expected {shape[0]} rows, got {rows}")
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Allocate disk space for a file, where the system can; elsewhere a full disk is noticed when writing."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise

@@ -81,6 +81,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
     path = temporary_path(folder)
     with _errors_name(folder, path):
         path.mkdir(mode=0o700)
+        path.chmod(0o700)  # as the umask has been applied
     try:
         yield path
     finally:

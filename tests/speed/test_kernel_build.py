@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import random
 import re
 import signal
@@ -21,6 +22,7 @@ from small_networks import UNETS, make
 
 import ldm
 from ldm.speed.kernels import build
+from ldm.speed.kernels.ops import CompiledOps, TorchOps
 from ldm.speed.optimization import for_training
 from ldm.support import files
 from ldm.support.files import is_running
@@ -326,3 +328,15 @@ def test_the_names_of_the_functions_are_those_that_are_called() -> None:
     for path in Path(ldm.__file__).parent.rglob("*.py"):
         called |= set(re.findall(r"\blib\.(\w+)\(", path.read_text()))
     assert called == set(build.FUNCTIONS)
+
+
+def test_compiled_operators_are_pytorchs_where_they_cannot_be_built(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optimized network may be unpickled on another machine."""
+    monkeypatch.setattr(CompiledOps, "__init__", lambda self: None)
+    sent = pickle.dumps(CompiledOps())
+    assert type(pickle.loads(sent)) is CompiledOps
+    monkeypatch.undo()
+    monkeypatch.setenv("LDM_KERNELS", "0")
+    assert type(pickle.loads(sent)) is TorchOps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -42,3 +43,14 @@ def test_a_full_disk_is_noticed_before_anything_is_computed(
     with pytest.raises(OSError, match=r"No space left on device: '.*/a\.npy'"):
         write_array(tmp_path / "a.npy", (3,), np.float32, (pytest.fail("computed") for _ in range(3)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_cannot_allocate_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(handle: int, begin: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.posix_fallocate", unsupported)
+    write_array(tmp_path / "a.npy", (3,), np.float32, [np.arange(3.0)])
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,3 +134,40 @@ def test_a_folder_that_cannot_be_written_whole_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         with open_atomically(tmp_path / "a"):
             (tmp_path / "elsewhere").read_bytes()  # errors of other files keep their names
+
+
+FUNCTIONS = {
+    f"tempfile.{name}" for name in ("NamedTemporaryFile", "TemporaryDirectory", "mkstemp", "mkdtemp")
+}
+FUNCTIONS |= {
+    "os.replace",
+    "os.rename",
+    "shutil.move",
+    "shutil.copyfile",
+    "shutil.copy",
+    "np.save",
+    "open_memmap",
+}
+METHODS = {"write_text", "write_bytes", "touch", "open_memmap", "tofile"}
+
+
+def writing_calls(path: Path) -> Iterator[str]:
+    """Yield the calls in a module that write a file by name."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call):
+            continue
+        name, is_method = ast.unparse(call.func), isinstance(call.func, ast.Attribute)
+        last = name.rpartition(".")[2]
+        values = [*call.args, *(keyword.value for keyword in call.keywords)]
+        modes = [str(each.value) for each in values if isinstance(each, ast.Constant)]
+        opens = last in ("open", "fdopen") and any(re.fullmatch("[rbt]*[wax+][bt+]*", mode) for mode in modes)
+        if opens or name in FUNCTIONS or is_method and last in METHODS:
+            yield f"{path.name}: {ast.unparse(call)[:60]}"
+
+
+def test_nothing_else_in_the_package_writes_files_by_name() -> None:
+    """All writers use this mechanism: random names, whole files, leftovers removed, errors with the name."""
+    package = Path(files.__file__).parents[1]
+    others = [path for path in package.rglob("*.py") if path != Path(files.__file__)]
+    assert list(writing_calls(Path(files.__file__)))
+    assert [call for path in others for call in writing_calls(path)] == []

@@ -76,3 +76,12 @@ def test_the_librarys_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert local_path("m") == tmp_path / "m.ckpt"
     (tmp_path / "m").mkdir()
     assert local_path("m") == tmp_path / "m"
+
+
+def test_without_a_home_folder_there_are_no_local_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LDM_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    assert local_path("m") is None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.speed.kernels.build import library
+from ldm.speed.kernels.build import NoKernels, library
 from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype_code, pointer
 
 BLOCK = 2**23  # bytes of the tiles that Winograd's products take at once, so that they stay in the cache
@@ -112,8 +113,8 @@ class CompiledOps(TorchOps):
         self.lib = library()
         self.dtypes = (torch.float32, torch.bfloat16) if self.lib.has_bf16() else (torch.float32,)
 
-    def __reduce__(self) -> tuple[type[CompiledOps], tuple[()]]:
-        return CompiledOps, ()
+    def __reduce__(self) -> tuple[Callable[[], TorchOps], tuple[()]]:
+        return available_ops, ()
 
     def supports(self, x: Tensor) -> bool:
         """Return whether the kernels support a tensor."""
@@ -255,3 +256,14 @@ class CompiledOps(TorchOps):
             torch.bmm(v, weights, out=m)
             self.lib.ldm_winograd_out(pointer(m), pointer(bias), pointer(y), h, w, out_channels, *part)
         return y
+
+
+def available_ops() -> TorchOps:
+    """Return the compiled operators where they are available, else PyTorch's.
+
+    An optimized network that was saved with them, or sent to another process, may be read on another machine.
+    """
+    try:
+        return CompiledOps()
+    except NoKernels:
+        return TorchOps()

@@ -25,7 +25,10 @@ class UnexpectedHash(UserWarning):
 
 def local_path(name: str) -> Path | None:
     """Return the file or folder called ``name`` below LDM_HOME (default: ~/.cache/ldm), or None."""
-    home = library_home()
+    try:
+        home = library_home()
+    except FileNotFoundError:  # without a home folder
+        return None
     places = [home / name, *(home / f"{name}.{ending}" for ending in ("safetensors", "ckpt"))]
     return next((place for place in places if place.exists()), None)
 
