@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ class _Bounded(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() < 200 else f"<whole number of {x.bit_length()} bits>"
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Return the first entries; the method of the base class sorts all of them first."""
+        first = dict(islice(x.items(), self.maxdict))
+        more = ", ..." if len(x) > len(first) else ""
+        if level <= 0:
+            return "{...}" if x else "{}"
+        items = (
+            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in first.items()
+        )
+        return f"{{{', '.join(items)}{more}}}"
 
     def repr_Tensor(self, x: Any, level: int) -> str:
         return f"<tensor of shape {tuple(x.shape)}>"

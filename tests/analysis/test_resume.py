@@ -90,3 +90,22 @@ def test_the_journal_of_another_run_is_refused() -> None:
         SAMPLERS["ddim"](journaled(exact, journal), x, TimeGrid.make(SCHEDULE, 5))
     with pytest.raises(ValueError, match="journal of another run"):
         SAMPLERS["ddim"](journaled(exact, journal), x[:1], TimeGrid.make(SCHEDULE, 4))
+
+
+def test_a_file_that_is_no_journal_is_refused_by_name(tmp_path: Path) -> None:
+    path, t, x = tmp_path / "run.journal", torch.ones(()), torch.ones(1, 2)
+    write_journal(path, [(t, Denoised(x, x)), (t, Denoised(x, x, x))])
+    data = path.read_bytes()
+    assert [d.var_frac is None for _, d in read_journal(path)] == [True, False]
+    damaged = bytearray(data)
+    damaged[data.index(b"\x00\x00\x80?") + 2] ^= 1  # a bit of a number
+    for content in (data[:-9], b"", bytes(damaged)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"run\.journal"):
+            read_journal(path)
+    for other in ({"a": x}, [x], [(t, x)], [(t, (x, x))], [(t, (x, x, 1))], [(1, (x, x, None))], [()]):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=r"run\.journal' is not a journal"):
+            read_journal(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_journal(tmp_path / "nowhere")

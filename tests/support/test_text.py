@@ -6,6 +6,7 @@ import sys
 import unicodedata
 
 import pytest
+import torch
 
 from ldm.support.text import LONGEST_TEXT, escaped, read_utf8, shown
 
@@ -41,6 +42,9 @@ def test_lengths_are_bounded():
         assert len(shown(value)) <= 601
     assert (shown("it's"), shown(1.5), shown(None), shown(10**20)) == ('"it\'s"', "1.5", "None", str(10**20))
     assert shown("a\nb\u202e") == r"'a\nb\u202e'"
+    assert shown({2: [1], "a": {}}) == "{2: [1], 'a': {}}"
+    assert shown(dict.fromkeys(range(9), 1)) == "{0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, ...}"
+    assert shown(torch.ones(2, 3)) == "<tensor of shape (2, 3)>"
 
 
 def test_text_files_are_utf_8_and_of_a_stated_size(tmp_path):

@@ -56,6 +56,7 @@ REBUILDERS = frozenset(
 # What is neither dangerous nor read, by the global that stands for it.
 UNREAD = {
     "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch.serialization._get_layout": "a sparse tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
@@ -84,7 +85,7 @@ INERT = frozenset(
         for module in ("builtins", "__builtin__")
         for name in (
             *("set", "frozenset", "list", "dict", "tuple", "int", "long", "float", "complex", "bool", "str"),
-            *("unicode", "bytes", "bytearray", "slice", "range", "object"),
+            *("unicode", "bytes", "bytearray", "slice", "range", "xrange", "object"),
         )
     }
     | {f"{module}._reconstructor" for module in ("copyreg", "copy_reg")}

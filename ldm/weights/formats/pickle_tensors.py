@@ -13,10 +13,9 @@ from ldm.support.text import shown
 from ldm.weights.formats.pickle_machine import Global, StandIn
 from ldm.weights.formats.pickle_names import ENTRY_TYPES, STORAGE_TYPES, UNREAD
 from ldm.weights.formats.pickle_steps import set_items
-from ldm.weights.formats.safetensors import MAX_DIMENSIONS, MAX_EXTENT
+from ldm.weights.formats.safetensors import MAX_DIMENSIONS, MAX_EXTENT, MAX_TENSORS
 
 MAX_COPIED = 200_000  # values of the lists from which shapes and dictionaries are made
-MAX_TENSORS = 50_000  # of one file
 SHARING = (10, 1 << 20)  # all tensors have at most so many times the bytes of their storages, plus bytes
 
 

@@ -44,11 +44,11 @@ STORED_DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's reference reader
-MAX_PARTS = 1_500_000  # values of a header: a tensor has about ten
+MAX_PARTS = 1_000_000  # values of a header: a tensor has about ten
 MAX_DIMENSIONS = 64  # of a tensor; PyTorch's own limit
 MAX_EXTENT = 2**48  # of a dimension or an offset; no machine has more memory
 MAX_NAME = 1000  # characters of a tensor's name
-MAX_NAMES = 100_000  # tensors of a file
+MAX_TENSORS = 50_000  # of a file
 STRING = re.compile(rb'"[^"]*"')  # in JSON without escapes
 
 
@@ -131,8 +131,8 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 def check_names(names: Collection[object], path: Path) -> None:
     """Raise ValueError unless the names of a file's tensors are text that can be printed."""
-    if len(names) > MAX_NAMES:
-        raise ValueError(f"{str(path)!r} has {len(names):,} tensors, the limit is {MAX_NAMES:,}")
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"{str(path)!r} has {len(names):,} tensors, the limit is {MAX_TENSORS:,}")
     for name in names:
         if not isinstance(name, str) or len(name) > MAX_NAME or escaped(name) != name:
             raise ValueError(
