@@ -17,7 +17,7 @@ import ldm
 from ldm.analysis.journal import write_journal
 from ldm.diffusion.interfaces import Denoised
 from ldm.speed.kernels.shared_library import write_cached
-from ldm.training.caches.compositions import write_rows
+from ldm.training.caches.compositions import cached_rows
 from ldm.training.checkpoint import save_checkpoint
 from ldm.training.metrics import append_row
 from ldm.weights.formats.safetensors import write_safetensors
@@ -47,7 +47,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "image.jpg": save_image,
     "weights.safetensors": lambda path: write_safetensors(path, {"x": WIDE}),
     "checkpoint.pt": lambda path: save_checkpoint(path, {"x": WIDE}),
-    "latents.npy": lambda path: write_rows(
+    "latents.npy": lambda path: cached_rows(
         path, [None] * 8, (1000,), lambda part: torch.ones(len(part), 1000)
     ),  # type: ignore[list-item]
     "journal.pt": lambda path: write_journal(path, [(torch.tensor(1), Denoised(WIDE, WIDE))]),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +17,12 @@ from ldm.support.files import open_atomically
 
 
 def write_array(
-    path: Path, shape: tuple[int, ...], dtype: type[np.generic], blocks: Iterable[np.ndarray]
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    blocks: Iterable[np.ndarray],
+    *,
+    sealed: bool = False,
 ) -> None:
     """Write an .npy file from consecutive blocks of rows, whole or not at all.
 
@@ -26,24 +34,61 @@ def write_array(
         shape: Shape of the array.
         dtype: Type of its entries.
         blocks: Arrays (n, *shape[1:]), which are converted to `dtype`.
+        sealed: Whether to append the SHA-256 of the file, which only `read_sealed` reads. Default: False.
 
     Raises:
         OSError: If the file cannot be written; the message names it.
         ValueError: If the blocks do not have the shape.
     """
-    kind = np.dtype(dtype)
+    kind, digest, rows = np.dtype(dtype), hashlib.sha256(), 0
+    header = _header(shape, kind)
     with open_atomically(path) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        _allocate(file.fileno(), file.tell() + math.prod(shape) * kind.itemsize)
-        rows = 0
+        size = len(header) + math.prod(shape) * kind.itemsize + sealed * digest.digest_size
+        _allocate(file.fileno(), size)
+        file.write(header)
+        digest.update(header)
         for block in blocks:
             if block.shape[1:] != shape[1:]:
                 raise ValueError(f"{str(path)!r}: expected rows of shape {shape[1:]}, got {block.shape[1:]}")
-            file.write(np.ascontiguousarray(block, kind).data)
+            data = np.ascontiguousarray(block, kind).data
+            file.write(data)
+            digest.update(data)
             rows += len(block)
         if rows != shape[0]:
             raise ValueError(f"{str(path)!r}: expected {shape[0]} rows, got {rows}")
+        if sealed:
+            file.write(digest.digest())
+
+
+def read_sealed(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray | None:
+    """Return the array in a file of `write_array`, memory-mapped, or None if the file is another or damaged.
+
+    Args:
+        path: The file.
+        shape: Shape that the array must have, with at least one entry.
+        dtype: Type that its entries must have.
+    """
+    header = _header(shape, np.dtype(dtype))
+    try:
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                return None
+            array = np.memmap(file, dtype, "r", len(header), shape)
+            file.seek(len(header) + array.nbytes)
+            seal = file.read()
+    except (OSError, ValueError):  # there is no such file, or it is shorter
+        return None
+    digest = hashlib.sha256(header)
+    digest.update(array.data)
+    return array if digest.digest() == seal else None
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """Return the bytes of an .npy file before its entries."""
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
 
 
 def _allocate(handle: int, size: int) -> None:

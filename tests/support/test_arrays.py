@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.support.arrays import write_array
+from ldm.support.arrays import read_sealed, write_array
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 3), (5,), (0, 4), (1, 0)])
@@ -54,3 +54,21 @@ def test_a_disk_that_cannot_allocate_is_written_all_the_same(
     monkeypatch.setattr("os.posix_fallocate", unsupported)
     write_array(tmp_path / "a.npy", (3,), np.float32, [np.arange(3.0)])
     assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
+
+
+def test_a_sealed_array_is_read_only_if_it_is_intact(tmp_path: Path) -> None:
+    path, array = tmp_path / "a.npy", np.arange(12, dtype=np.float16).reshape(4, 3)
+    write_array(path, (4, 3), np.float16, [array], sealed=True)
+    whole = path.read_bytes()
+    found = read_sealed(path, (4, 3), np.float16)
+    assert found is not None and np.array_equal(found, array) and np.array_equal(np.load(path), array)
+    assert read_sealed(path, (3, 4), np.float16) is None and read_sealed(path, (4, 3), np.int16) is None
+    assert read_sealed(tmp_path / "none.npy", (4, 3), np.float16) is None
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert read_sealed(path, (4, 3), np.float16) is None
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert read_sealed(path, (4, 3), np.float16) is None
+    path.write_bytes(whole + b"x")
+    assert read_sealed(path, (4, 3), np.float16) is None

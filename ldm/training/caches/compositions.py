@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.data import PALETTE, Composition, caption, held_out_pair
 from ldm.data.index import ImageIndex
-from ldm.support.arrays import write_array
+from ldm.support.arrays import read_sealed, write_array
 from ldm.support.config import to_dict
 from ldm.support.progress import progress_bar
 from ldm.training.config import RunConfig
@@ -86,7 +86,7 @@ class CachedCompositions:
         shape: tuple[int, ...],
         compute: Callable[[Sequence[Composition]], Tensor],
     ) -> np.ndarray:
-        """Open the file of a network's outputs for all rows, after computing it if it is absent.
+        """Open the file of a network's outputs for all rows, after computing it if it is absent or damaged.
 
         Args:
             kind: First word of the file's name.
@@ -97,10 +97,7 @@ class CachedCompositions:
         Returns:
             The outputs, (N, *shape) float16, memory-mapped.
         """
-        path = CACHES / f"{kind}-{self._digest(key)}.npy"
-        if not path.exists():
-            write_rows(path, self.rows, shape, compute)
-        return np.load(path, mmap_mode="r")
+        return cached_rows(CACHES / f"{kind}-{self._digest(key)}.npy", self.rows, shape, compute)
 
     def _digest(self, key: str) -> str:
         """Return a hash of everything that the outputs of a network depend on."""
@@ -139,23 +136,31 @@ def draw_captions(
 
 
 @torch.no_grad()
-def write_rows(
+def cached_rows(
     path: Path,
     compositions: Sequence[Composition],
     shape: tuple[int, ...],
     compute: Callable[[Sequence[Composition]], Tensor],
     batch: int = 32,
-) -> None:
-    """Write the outputs of `compute` for all compositions as float16, whole or not at all.
+) -> np.ndarray:
+    """Return the outputs of `compute` for all compositions from a file, which is written if it is not intact.
 
     Args:
-        path: The file to write.
+        path: The file. It ends with its SHA-256; it is written whole or not at all.
         compositions: N compositions.
         shape: Shape of one output.
         compute: Maps B compositions to outputs (B, *shape).
         batch: Compositions per call of `compute`. Default: 32.
+
+    Returns:
+        The outputs, (N, *shape) float16, memory-mapped.
     """
+    whole = (len(compositions), *shape)
+    found = read_sealed(path, whole, np.float16)
+    if found is not None:
+        return found
     starts = range(0, len(compositions), batch)
     bar = progress_bar(len(starts), iterable=starts, desc=f"compute {path.name}")
     blocks = (compute(compositions[start : start + batch]).half().cpu().numpy() for start in bar)
-    write_array(path, (len(compositions), *shape), np.float16, blocks)
+    write_array(path, whole, np.float16, blocks, sealed=True)
+    return np.load(path, mmap_mode="r")
