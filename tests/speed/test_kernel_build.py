@@ -223,6 +223,17 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(
     wait_for(lambda: not is_alive(int(number.read_text())))
 
 
+def test_an_interrupted_build_ends_the_compiler_and_leaves_nothing(workshop: Workshop) -> None:
+    number = workshop.folder / "number"
+    workshop.set_compiler(f'echo $$ > "{number}"; sleep 99')
+    child = in_child(build.library)
+    wait_for(lambda: number.is_file() and number.read_text() != "")
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    wait_for(lambda: not is_alive(int(number.read_text())))
+    assert not list(workshop.kernels.iterdir())
+
+
 def test_a_server_that_the_compiler_starts_is_not_waited_for(workshop: Workshop) -> None:
     number = workshop.folder / "number"
     workshop.set_compiler(f'setsid sleep 99 & echo $! > "{number}"; cat "{workshop.prebuilt}" > "$out"')
