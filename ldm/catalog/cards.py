@@ -13,8 +13,9 @@ from ldm.catalog.families import FAMILIES
 from ldm.catalog.shapes import CONDITIONERS, TEXTS, UNETS, VAES
 from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.edm import EDMSchedule
 from ldm.diffusion.interfaces import DenoiseFn, Prediction
-from ldm.diffusion.schedule import NoiseSchedule, ScheduleName
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.clip.towers import TextConfig
 from ldm.models.labels import LabelConfig
 from ldm.models.text.bert import BertConfig
@@ -41,18 +42,27 @@ class ScheduleCard:
     """A noise schedule by name and parameters.
 
     Args:
-        kind: Name of a constructor of `NoiseSchedule`.
+        kind: Name of a constructor of `NoiseSchedule`, or "edm" for an `EDMSchedule`.
         timesteps: Number of training timesteps T. Default: 1000.
         beta_start: First beta; None for schedules without betas.
         beta_end: Last beta; None for schedules without betas.
         zero_terminal_snr: Rescale the schedule to a signal-to-noise ratio of zero at the last timestep.
+        sigmas: For "edm", the smallest and the largest noise level, and the standard deviation of the data.
+
+    Raises:
+        ValueError: If there are sigmas without "edm", or "edm" without them.
     """
 
-    kind: ScheduleName
+    kind: Literal["linear", "scaled_linear", "cosine", "edm"]
     timesteps: int = 1000
     beta_start: float | None = None
     beta_end: float | None = None
     zero_terminal_snr: bool = False
+    sigmas: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "edm") != (self.sigmas is not None):
+            raise ValueError(f"sigmas: schedule 'edm' and sigmas require each other, got {self.kind!r}")
 
     @classmethod
     def scaled_linear(cls, start: float, end: float) -> ScheduleCard:
@@ -61,6 +71,10 @@ class ScheduleCard:
 
     def make(self) -> NoiseSchedule:
         """Build the schedule."""
+        if self.sigmas is not None:
+            low, high, data = self.sigmas
+            return EDMSchedule.between(low, high, sigma_data=data, T=self.timesteps)
+        assert self.kind != "edm"
         schedule = NoiseSchedule.make(
             self.kind, self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end
         )
@@ -283,6 +297,8 @@ class ModelCard(DiffusionCard, Card):
     Args:
         latent_scale: Factor between the autoencoder's latents and those that are diffused; None if the
             weights state it.
+        latent_mean: Mean of each channel of the autoencoder's latents, which is subtracted; none by default.
+        latent_std: Standard deviation of each channel, which is divided out; none by default.
         networks: The networks; None if each part's YAML states its configuration.
         text: How the first text tower is read.
         text2: How the second text tower is read; None if there is none.
@@ -296,6 +312,8 @@ class ModelCard(DiffusionCard, Card):
 
     kind: ClassVar[Kind] = "latent"
     latent_scale: float | None = None
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
     networks: Networks | None = None
     text: TextConvention = field(default_factory=TextConvention)
     text2: TextConvention | None = None

@@ -80,8 +80,8 @@ class Denoiser(nn.Module):
     def predict(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Return the network's raw prediction, shape (B, C or 2C, *S), in the dtype of x_t.
 
-        The arguments are those of `forward`. The network gets x_t and the condition in its own dtype, and t
-        as (B,) floats.
+        The arguments are those of `forward`. The network gets x_t and the condition in its own dtype, and the
+        schedule's `network_time` as (B,) floats.
 
         Raises:
             ValueError: If the network returns another shape.
@@ -90,7 +90,8 @@ class Denoiser(nn.Module):
         t = torch.as_tensor(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
         t = t.expand(len(x_t))  # (B,)
         cond = (cond or Cond()).expand(len(x_t)).to(x_t.device, dtype)
-        raw: Tensor = self.net(x_t.to(dtype), t.round() if self.quantize else t, cond)
+        time = self.schedule.network_time(t.round() if self.quantize else t)  # (B,)
+        raw: Tensor = self.net(x_t.to(dtype), time, cond)
         channels = x_t.shape[1] * (2 if self.learned_var else 1)
         if raw.shape != (len(x_t), channels, *x_t.shape[2:]):
             raise ValueError(

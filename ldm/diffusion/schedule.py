@@ -216,6 +216,10 @@ class NoiseSchedule:
         alpha, sigma = self.alpha_sigma(t)
         return broadcast(alpha, like), broadcast(sigma, like)
 
+    def network_time(self, t: Tensor) -> Tensor:
+        """Return what the network reads as its time at t; t itself for this class."""
+        return t
+
     def time(self, log_ratio: Tensor | float) -> Tensor:
         """Return the fractional t of noise levels log(sigma/alpha); the inverse of `alpha_sigma`.
 

@@ -82,7 +82,7 @@ class LatentDiffusion(BasePipeline):
     @property
     def stage(self) -> Stage:
         """The diffusion in latent space."""
-        space = Space(self.vae, self.latent_scale)
+        space = Space(self.vae, self.latent_scale, self.card.latent_mean, self.card.latent_std)
         return Stage(
             denoiser=self.denoiser,
             card=self.card,

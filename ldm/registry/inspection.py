@@ -18,6 +18,7 @@ from ldm.registry.inspection_ldm import (
 )
 from ldm.registry.report import Report, non_finite, report_part
 from ldm.weights.detection import Detection, detect
+from ldm.weights.formats.markers import markers, stated_sampling
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.safetensors import existing_file, sha256
 from ldm.weights.formats.single_file import SAFETENSORS_KIND, ema_names, file_kind, read_tensors, split_parts
@@ -88,6 +89,7 @@ def inspect_file(path: Path, candidates: Candidates, *, nan: bool, digest: bool)
         parts=tuple(report_part(name, part) for name, part in parts.items()),
         averaged=len(ema_names(state)),
         values=values,
+        stated=stated_by_file(state, values, problems),
         fits=fit_candidates(candidates, found, parts),
         bad=non_finite(state) if nan else None,
         globals=pickled.globals if pickled else (),
@@ -95,6 +97,24 @@ def inspect_file(path: Path, candidates: Candidates, *, nan: bool, digest: bool)
         judged=pickled is None or not pickled.problem,
         problems=tuple(problems),
     )
+
+
+def stated_by_file(
+    state: Mapping[str, Tensor], values: Mapping[str, object], problems: list[str]
+) -> tuple[str, ...]:
+    """Return what a single file states about its use, and what is done with it.
+
+    Args:
+        state: The file's tensors.
+        values: What the file holds beside tensors.
+        problems: List to which the reason is appended if a statement cannot be followed.
+    """
+    plain = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+    try:
+        stated_sampling(state, plain)
+    except ValueError as error:
+        problems.append(str(error))
+    return tuple(f"{name} = {value} ({meaning})" for name, value, meaning in markers(state, plain))
 
 
 def family_parts(

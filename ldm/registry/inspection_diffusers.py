@@ -10,14 +10,19 @@ from torch import Tensor
 from ldm.registry.candidates import Candidates, fit_candidates, tensor_shapes
 from ldm.registry.report import Report, non_finite_in_parts, report_part
 from ldm.weights.detection import Detection, detect
+from ldm.weights.fields.judge import Finding, judge_fields, named
+from ldm.weights.fields.pipelines import PIPELINE_OPTIONS
+from ldm.weights.formats.diffusers_check import CLASSES, component_findings
 from ldm.weights.formats.diffusers_folder import (
     PARTS,
     Component,
+    Folder,
     is_folder,
     list_variants,
     read_component,
     read_folder,
 )
+from ldm.weights.formats.diffusers_stated import scheduler_findings
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.safetensors import sha256
 
@@ -33,10 +38,13 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
     """
     problems: list[str] = []
     values: dict[str, object] = {}
+    classes: Mapping[str, str] = {}
+    stated: list[str] = []
     if is_folder(path):
         try:
             top = read_folder(path, parts=())
-            values = {"class": top.class_name, **top.options}
+            values, classes = {"class": top.class_name, **top.options}, top.components
+            stated += stated_by_pipeline(top, problems)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     folders = (
@@ -50,7 +58,10 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
     components: dict[str, Component] = {}
     for folder in folders:
         try:
-            components[folder.name] = read_component(folder)
+            component = read_component(folder, class_name=classes.get(folder.name, ""))
+            components[folder.name] = component
+            if component.class_name in CLASSES:
+                stated += stated_lines(folder.name, component_findings(component), component.config, problems)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     parts = {name: dict(component.tensors) for name, component in components.items()}
@@ -63,6 +74,7 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
         found=found,
         sha256={str(file.relative_to(path)): sha256(file) for file in files} if digest else {},
         values=values,
+        stated=tuple(stated),
         parts=tuple(report_part(name, part) for name, part in parts.items()),
         fits=fit_candidates(candidates, found, {PARTS.get(name, name): part for name, part in parts.items()}),
         globals=names,
@@ -71,6 +83,52 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
         judged=judged,
         problems=tuple(problems),
     )
+
+
+def stated_by_pipeline(folder: Folder, problems: list[str]) -> list[str]:
+    """Return what a pipeline's options and schedulers state, and what is done with it.
+
+    Args:
+        folder: The folder, without its parts.
+        problems: List to which the reasons are appended if something cannot be followed.
+    """
+    lines = stated_lines(
+        "model_index.json", judge_fields(folder.options, PIPELINE_OPTIONS), folder.options, problems
+    )
+    for name, config in folder.schedulers.items():
+        lines.append(f"{name}: {named(config['_class_name'])}")
+        try:
+            lines += stated_lines(name, scheduler_findings(config), config, problems)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    return lines
+
+
+def stated_lines(
+    name: str, findings: Iterable[Finding], config: Mapping[str, object], problems: list[str]
+) -> list[str]:
+    """Return a line for each stated field that is acted on, and one for those that change nothing.
+
+    Args:
+        name: Name of the component.
+        findings: Its fields, judged without a card.
+        config: Its configuration.
+        problems: List to which the fields that loading refuses are appended.
+    """
+    lines, rest = [], list[str]()
+    for each in findings:
+        if each.wrong:
+            problems.append(f"{name}: {each}")
+        elif config.get(each.name) is None:
+            continue
+        elif each.action in ("shapes", "ignored", "fixed"):
+            rest.append(each.name)
+        else:
+            done = f"{each.action}: {each.note}" if each.action in ("followed", "unknown") else each.note
+            lines.append(f"{name}: {each.name} = {named(each.value)} ({done})")
+    if rest:
+        lines.append(f"{name}: as computed, by the shapes or ignored: {', '.join(rest)}")
+    return lines
 
 
 def examine_pickles(folders: Iterable[Path]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:

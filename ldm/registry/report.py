@@ -16,7 +16,7 @@ from ldm.weights.cast import is_finite
 from ldm.weights.detection import Detection
 from ldm.weights.keymap import Fit
 
-MOST_VALUES = 40  # of what a file states, that a report lists
+MOST_VALUES, MOST_STATEMENTS = 40, 200  # of what a file states, that a report lists
 Row = tuple[str, str]  # label and text of one line
 
 
@@ -50,6 +50,7 @@ class Report:
         parts: The parts of the model.
         averaged: Number of tensors that have an averaged (EMA) copy.
         values: What else the file states.
+        stated: What the file states about its use, and what is done with it.
         fits: How the keys fit each candidate: name of the cards -> part -> fit.
         bad: Names of tensors with NaN or infinity; None if it was not asked for.
         globals: Names of the globals that a pickle refers to.
@@ -66,6 +67,7 @@ class Report:
     parts: tuple[PartReport, ...] = ()
     averaged: int = 0
     values: Mapping[str, object] = field(default_factory=dict)
+    stated: tuple[str, ...] = ()
     fits: Mapping[str, Mapping[str, Fit]] = field(default_factory=dict)
     bad: tuple[str, ...] | None = None
     globals: tuple[str, ...] = ()
@@ -102,6 +104,10 @@ class Report:
             yield "stored", f"{escaped(key, 100)} = {textwrap.shorten(text[:1000], 80)}"
         if len(self.values) > MOST_VALUES:
             yield "stored", f"{len(self.values) - MOST_VALUES} more values"
+        for line in self.stated[:MOST_STATEMENTS]:
+            yield "states", escaped(line, 600)
+        if len(self.stated) > MOST_STATEMENTS:
+            yield "states", f"{len(self.stated) - MOST_STATEMENTS} more fields"
 
     def _card_rows(self) -> Iterator[Row]:
         for name, parts in self.fits.items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ldm.catalog.cards import Card
+from ldm.catalog.cards import Card, ScheduleCard
 from ldm.support.config import config_sha256
 from ldm.weights.formats.ldm_folder import (
     about_part,
@@ -18,9 +18,9 @@ from ldm.weights.formats.ldm_folder import (
     read_part_config,
 )
 from ldm.weights.formats.ldm_model import CARD_FILE, part_files
-from ldm.weights.formats.single_file import Stated
 from ldm.weights.hashing import FileHashes, check_hashes
 from ldm.weights.parts import build_network, randomise
+from ldm.weights.stated import Stated
 
 NO_HASHES = (
     "its card states no sha256 of its parts, so that parts of another model would not be noticed; save the"
@@ -39,7 +39,7 @@ class Source:
         folder: Folder in which the files of the tokenizer may be; None for random weights.
         pieces: XLM-R's tokenizer.json or its folder; None if there is none.
         notes: Warnings about the weights.
-        stated: What the weights state about sampling; None of it for folders.
+        stated: What the weights state about their use.
     """
 
     networks: Mapping[str, nn.Module]
@@ -135,3 +135,35 @@ def read_parts(card: Card, folder: Path, dtype: torch.dtype, *, latent_scale: fl
         folder=folders.get("text"),
         notes=() if card.files is not None else (NO_HASHES,),
     )
+
+
+def states_zero_terminal_snr(tables: Mapping[str, Tensor], schedule: ScheduleCard, path: Path) -> bool:
+    """Return whether the buffers of a file are those of the card's schedule with zero terminal SNR.
+
+    Args:
+        tables: The file's `alphas_cumprod` and `betas`, as far as it has them.
+        schedule: The card's schedule.
+        path: The file, for messages.
+
+    Raises:
+        ValueError: If they are those of another schedule.
+    """
+    choices = {False: schedule.make(), True: replace(schedule, zero_terminal_snr=True).make()}
+    for name, table in tables.items():
+        own = table.detach().double().flatten()
+        wanted = {zero: getattr(made, name) for zero, made in choices.items()}
+        bars = own if name == "alphas_cumprod" else (1 - own).cumprod(0)
+        tolerance = torch.finfo(table.dtype).eps / 2 + 1e-4 if table.is_floating_point() else 0.0
+        for zero, made in choices.items():
+            bar = made.alphas_cumprod
+            if bar.shape == bars.shape and bool(((bar - bars).abs() <= tolerance).all()):
+                if zero and not schedule.zero_terminal_snr:
+                    return True
+                break
+        else:
+            raise ValueError(
+                f"{str(path)!r}: its {name} are not those of the card's schedule ({len(own)} from"
+                f" {float(wanted[False][0]):.4g} to {float(wanted[False][-1]):.4g} were expected): register a"
+                " card that states their schedule"
+            )
+    return False

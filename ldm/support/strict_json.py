@@ -21,12 +21,13 @@ MAX_JSON_DECIMALS = 400  # characters of another number
 MAX_CONTAINERS = 1_000_000  # lists and mappings; an empty one takes 3 bytes in the file and 60 in memory
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, most: int = MAX_JSON_BYTES, *, infinite: bool = False) -> dict[str, Any]:
     """Return the mapping in a JSON file.
 
     Args:
         path: The file.
         most: Size in bytes that it may have. Default: `MAX_JSON_BYTES`.
+        infinite: Whether infinity is read, which `json.dumps` writes. Default: False.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -36,7 +37,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     where = shown(str(path))
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {where}")
-    return parse_json(read_utf8(path, most), where)
+    return parse_json(read_utf8(path, most), where, infinite=infinite)
 
 
 def parse_json(text: str, where: str, *, infinite: bool = False) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from reduced_families import NETWORKS
 
 import ldm
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.registry.inspection import inspect
 from ldm.registry.latent.writing import DIFFUSERS_PIPELINES
 from ldm.weights.formats.safetensors import read_header, read_safetensors, write_safetensors
@@ -73,9 +74,8 @@ def with_ema(path: Path, target: Path) -> Path:
         for key, t in state.items()
         if key.startswith("model.diff")
     }
-    write_safetensors(
-        target, state | averages | {"model_ema.decay": torch.tensor(0.999), "betas": torch.ones(1000)}
-    )
+    others = {"model_ema.decay": torch.tensor(0.999), "betas": NoiseSchedule.scaled_linear().betas}
+    write_safetensors(target, state | averages | others)
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,29 @@ class Space(nn.Module):
     Args:
         vae: The autoencoder. None: the diffusion runs on pixels in [−1, 1].
         scale: Factor by which encoded latents are multiplied. Default: 1.
+        mean: Mean of each channel of the latents, which is subtracted first. Default: none.
+        std: Standard deviation of each channel, which is divided out then. Default: none.
+
+    Raises:
+        ValueError: If there is another number of means or standard deviations than channels.
     """
 
-    def __init__(self, vae: nn.Module | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        vae: nn.Module | None = None,
+        scale: float = 1.0,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+    ) -> None:
         super().__init__()
         self.vae: Any = vae  # an autoencoder of any kind: encode, decode, config
         self.scale = scale
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (0, self.channels):
+                raise ValueError(
+                    f"latent_{name}: expected {self.channels} numbers, one per channel, got {len(values)}"
+                )
+        self.mean, self.std = tuple(mean), tuple(std)
 
     @property
     def channels(self) -> int:
@@ -60,8 +78,20 @@ class Space(nn.Module):
         x = (2 * x - 1).to(device)
         if self.vae is None:
             return x.float()
-        mean: Tensor = self.vae.encode(x.to(next(self.vae.parameters()).dtype)).mode()
-        return mean.float() * self.scale
+        z: Tensor = self.vae.encode(x.to(next(self.vae.parameters()).dtype)).mode()
+        z = z.float()
+        if self.mean:
+            z = z - per_channel(self.mean, z)
+        if self.std:
+            z = z / per_channel(self.std, z)
+        return z * self.scale
+
+    def unscaled(self, z: Tensor) -> Tensor:
+        """Return states (B, C, h, w) in the units of the autoencoder's latents."""
+        z = z / self.scale
+        if self.std:
+            z = z * per_channel(self.std, z)
+        return z + per_channel(self.mean, z) if self.mean else z
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -71,5 +101,10 @@ class Space(nn.Module):
         """
         x: Tensor = z
         if self.vae is not None:
-            x = self.vae.decode((z / self.scale).to(next(self.vae.parameters()).dtype))
+            x = self.vae.decode(self.unscaled(z).to(next(self.vae.parameters()).dtype))
         return ((x.float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return C values as a tensor (1, C, 1, 1) in the dtype and on the device of ``like``."""
+    return like.new_tensor(values)[None, :, None, None]

@@ -33,7 +33,7 @@ def instruct(
     pipe.stage.require("image")
     pixels, call, finish = fit_image(pipe, prompt, image, options)
     stage = pipe.stage
-    unscaled = stage.encode(pixels) / stage.images.scale
+    unscaled = stage.images.unscaled(stage.encode(pixels))
     request = Request(
         task="instruct",
         extra={"concat": unscaled},

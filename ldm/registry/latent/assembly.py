@@ -22,6 +22,7 @@ from ldm.models.text.wordpiece import (
     WordPiece,
 )
 from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.stages.space import Space
 from ldm.registry.sources import Source, origin_of
 from ldm.weights.formats.exemplar_file import read_library
 from ldm.weights.formats.ldm_folder import read_vocabulary
@@ -38,10 +39,12 @@ def assemble_latent(card: ModelCard, source: Source, *, vocabulary: Path | None 
         vocabulary: BERT's vocab.txt, for models that read text through BERT; None: from the source's folder.
 
     Raises:
-        ValueError: If the card does not say how a text tower is read.
+        ValueError: If the card does not say how a text tower is read, or states statistics of another number
+            of latent channels.
         FileNotFoundError: If the model reads text through BERT and there is no vocabulary.
     """
     networks = source.networks
+    Space(networks["vae"], 1.0, card.latent_mean, card.latent_std)  # raises if they do not fit
     bert = isinstance(networks.get("text"), LDMBert)
     words = vocabulary_file(card, source, vocabulary) if bert else None
     return LatentDiffusion(

@@ -12,11 +12,19 @@ from torch import nn
 
 from ldm.catalog.cards import AutoencoderCard, Card, ModelCard
 from ldm.catalog.lookup import known_cards
-from ldm.models.unet import UNetConfig
-from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
+from ldm.models.unet import UNet
+from ldm.registry.sources import (
+    Source,
+    part_dtype,
+    part_shapes,
+    random_networks,
+    read_parts,
+    states_zero_terminal_snr,
+)
+from ldm.support.warn import warn_user
 from ldm.weights.detection import WrongFamily
-from ldm.weights.formats.diffusers_config import conflicts, scheduler_conflicts, unet_config
-from ldm.weights.formats.diffusers_folder import Folder, read_component, read_folder
+from ldm.weights.formats.diffusers_check import check_component
+from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.formats.diffusers_hashes import FolderCheck
 from ldm.weights.formats.single_file import SingleFile, read_single
 from ldm.weights.hashing import FileHashes
@@ -47,7 +55,9 @@ def latent_from_ldm(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source
     return replace(read_parts(card, folder, dtype, latent_scale=card.latent_scale), folder=folder)
 
 
-def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bool | None) -> Source:
+def latent_from_file(
+    card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bool | None, asked: bool = False
+) -> Source:
     """Read a single file in the original layout.
 
     Args:
@@ -55,10 +65,11 @@ def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bo
         path: The file.
         dtype: Floating-point type of the networks.
         ema: Whether to take averaged weights; None takes them if present.
+        asked: Whether the card's prediction is the user's. Default: False.
 
     Raises:
-        ValueError: If the file belongs to another family, lacks a part, does not fit, or does not state the
-            latent scale where the card leaves it to the file.
+        ValueError: If the file belongs to another family, lacks a part, does not fit, states what cannot be
+            followed, or does not state the latent scale where the card leaves it to the file.
     """
     if card.family == "latent":
         raise ValueError(
@@ -66,24 +77,38 @@ def latent_from_file(card: ModelCard, path: Path, dtype: torch.dtype, *, ema: bo
             " ldm layout"
         )
     hashes = FileHashes({path.name: path})
-    networks, single = networks_from_file(card, path, dtype, ema=ema)
-    scale = card.latent_scale if single.scale_factor is None else single.scale_factor
+    networks, single = networks_from_file(card, path, dtype, ema=ema, asked=asked)
+    stated = single.stated
+    if stated.schedule is None:
+        zero = states_zero_terminal_snr(single.tables, card.schedule, path)
+        stated = stated._replace(zero_terminal_snr=stated.zero_terminal_snr or zero)
+    if stated.negated:
+        negate_output(networks["unet"])
+    scales = (stated.latent_scale, single.scale_factor, card.latent_scale)
+    scale = next((each for each in scales if each is not None), None)
     if scale is None:
         raise ValueError(
             f"{str(path)!r} does not state the latent scale of {card.name!r}: its `scale_factor` is absent"
         )
     return Source(
         networks=networks,
-        latent_scale=scale or 1.0,
+        latent_scale=scale,
         origin=hashes,
         folder=path.parent,
-        notes=prediction_notes(card, single.values),
-        stated=single.stated,
+        notes=(*prediction_notes(card, single.values), *single.notes),
+        stated=stated,
     )
 
 
+def negate_output(network: nn.Module) -> None:
+    """Negate the output of a UNet that returns −v, exactly, so that it returns v."""
+    assert isinstance(network, UNet)
+    for parameter in network.conv_out.parameters():
+        parameter.data = -parameter.data
+
+
 def networks_from_file(
-    card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None
+    card: Card, path: Path, dtype: torch.dtype, *, ema: bool | None, asked: bool = False
 ) -> tuple[dict[str, nn.Module], SingleFile]:
     """Return the networks in a single file in the original layout, and the rest of what it holds.
 
@@ -92,13 +117,14 @@ def networks_from_file(
         path: The file.
         dtype: Floating-point type of the networks.
         ema: Whether to take averaged weights; None takes them if present.
+        asked: Whether the user states the prediction, so that the file's counts no more. Default: False.
 
     Raises:
         ValueError: If the file belongs to another family, lacks a part, or does not fit.
     """
     shapes = card.shapes()
     try:
-        single = read_single(path, ema=ema, family=card.family)
+        single = read_single(path, ema=ema, family=card.family, asked=asked)
     except WrongFamily as error:
         raise ValueError(f"{error}{cards_of_family(error.found.name)}") from None
     missing = [part for part in shapes if part not in single.parts]
@@ -131,87 +157,10 @@ def prediction_notes(card: ModelCard, values: Mapping[str, Any]) -> tuple[str, .
     )
 
 
-def latent_from_diffusers(card: ModelCard, path: Path, dtype: torch.dtype, *, variant: str | None) -> Source:
-    """Read a folder in diffusers layout.
-
-    Args:
-        card: The model's card.
-        path: The folder, with its model_index.json.
-        dtype: Floating-point type of the networks.
-        variant: Variant of the files, such as "fp16"; None for the plain ones.
-
-    Raises:
-        FileNotFoundError: If a part is absent.
-        ValueError: If the folder contradicts the card, or its weights do not fit.
-    """
-    shapes = card.shapes()
-    if "class" in shapes:
-        raise ValueError(
-            f"{str(path)!r}: {card.name!r} has no diffusers layout; its weights come as a single file"
-        )
-    check_latent_scheduler(card, read_folder(path, parts=()))
-    folder = read_folder(path, variant=variant, parts=tuple(shapes))
-    check_unet(card, folder, shapes["unet"])
-    files = [file for part in shapes for file in folder.parts[part].files]
-    check = FolderCheck(path, files)
-    networks = {
-        part: fill_network(
-            build_network(config),
-            folder.parts[part].tensors,
-            "diffusers",
-            source=folder.parts[part].path,
-            dtype=part_dtype(part, dtype),
-        )
-        for part, config in shapes.items()
-    }
-    scale = folder.parts["vae"].config.get("scaling_factor") or card.latent_scale
-    return Source(
-        networks=networks,
-        latent_scale=1.0 if scale is None else float(scale),
-        origin=check.finish(),
-        folder=path / "tokenizer",
-    )
-
-
 def cards_of_family(family: str) -> str:
     """Return the names of a family's cards as the end of an error message; empty if there are none."""
     others = [card.name for card in known_cards().values() if card.family == family]
     return f"; the cards for it: {', '.join(others)}" if others else ""
-
-
-def check_unet(card: ModelCard, folder: Folder, expected: object) -> None:
-    """Raise ValueError if a diffusers folder holds another UNet than the card states.
-
-    Args:
-        card: The model's card.
-        folder: The folder, read.
-        expected: The card's configuration of the UNet.
-    """
-    assert isinstance(expected, UNetConfig)
-    unet = folder.parts["unet"]
-    try:
-        found = folder.detect()
-    except ValueError:
-        found = None  # the shapes of a user's own card: only the keys decide
-    if found is not None and found.name != card.family:
-        raise ValueError(
-            f"{str(folder.path)!r} is a model of the family {found.name} ({found.family.title}),"
-            f" {card.name!r} is of {card.family}{cards_of_family(found.name)}"
-        )
-    wrong = conflicts(unet.config, unet_config(expected)[1], ("attention_head_dim",))
-    if wrong:
-        raise ValueError(f"{str(unet.path / 'config.json')!r} does not fit {card.name!r}: {'; '.join(wrong)}")
-
-
-def check_latent_scheduler(card: ModelCard, folder: Folder) -> None:
-    """Raise ValueError if a diffusers folder's scheduler states another training than the card."""
-    stated = folder.schedulers.get("scheduler")
-    if stated is not None and (wrong := scheduler_conflicts(stated, card)):
-        raise ValueError(
-            f"{str(folder.path / 'scheduler')!r} states another training than {card.name!r}:"
-            f" {'; '.join(wrong)}; load the card that states this training, pass prediction= if nothing else"
-            " differs, or register a card"
-        )
 
 
 def autoencoder_from_file(
@@ -227,6 +176,8 @@ def autoencoder_from_folder(
     """Return the autoencoder in its own diffusers folder, or in that of a pipeline that contains it."""
     inner = next((path / name for name in ("vae", "vqvae") if (path / name).is_dir()), path)
     component = read_component(inner, variant=variant)
+    for note in check_component("vae", card.config(), component):
+        warn_user(note)
     check = None if inner == path else FolderCheck(path, component.files, (inner.name,))
     network = fill_network(
         build_network(card.config()),

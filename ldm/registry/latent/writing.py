@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.catalog.cards import ModelCard
 from ldm.catalog.families import COND_PREFIX, FAMILIES
+from ldm.catalog.lookup import known_cards
 from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.exemplars import ExemplarConditioner
@@ -36,6 +38,7 @@ from ldm.weights.formats.ldm_model import write_card
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import to_layout
 
+PREDICTION_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}  # of modelspec.prediction_type
 LAYOUTS = ("native", "original", "diffusers")
 WITH_SAFETY_CHECKER = ("sd1", "sd2", "sd1-inpainting", "sd2-inpainting", "sd1-lcm", "instruct-pix2pix")
 DIFFUSERS_PIPELINES = {  # family: class of the pipeline in diffusers
@@ -113,6 +116,7 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
             " .safetensors"
         )
     family = FAMILIES[pipe.card.family]
+    markers, metadata = sampling_markers(pipe.card)
     state: dict[str, Tensor] = {}
     for part, network in pipe.networks().items():
         # LDM's inpainting model encodes the masked image with a copy of the autoencoder
@@ -124,8 +128,34 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
     if pipe.latent_scale != pipe.card.latent_scale:
         state["scale_factor"] = torch.tensor(pipe.latent_scale, dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, state, {"format": "pt"})
+    write_safetensors(path, state | markers, {"format": "pt", **metadata})
     return path
+
+
+def sampling_markers(card: ModelCard) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the keys and the metadata that state where a card differs from the known card of its name.
+
+    Raises:
+        ValueError: If the layout has no marker for the difference.
+    """
+    known = known_cards().get(card.name, card)
+    assert isinstance(known, ModelCard)
+    if replace(known.schedule, zero_terminal_snr=card.schedule.zero_terminal_snr) != card.schedule or (
+        (known.latent_mean, known.latent_std, known.text.pad, known.zero_negative)
+        != (card.latent_mean, card.latent_std, card.text.pad, card.zero_negative)
+    ):
+        raise ValueError(
+            f"layout 'original' cannot state the schedule, the latents or the texts by which these weights"
+            f" differ from the card {card.name!r}: expected 'native' or 'diffusers'"
+        )
+    keys: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    if card.prediction != known.prediction:
+        metadata["modelspec.prediction_type"] = PREDICTION_NAMES[card.prediction]
+        keys |= {"v_pred": torch.zeros(0)} if card.prediction == "v" else {}
+    if card.schedule.zero_terminal_snr and not known.schedule.zero_terminal_snr:
+        keys["ztsnr"] = torch.zeros(0)
+    return keys, metadata
 
 
 def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> Path:
@@ -156,10 +186,13 @@ def write_diffusers(pipe: LatentDiffusion, folder: Path, dtype: torch.dtype | No
         "text2": "text_encoder_2",
     }
     side = card.defaults.height // pipe.vae.config.factor
+    sigmas = card.schedule.sigmas
     described = {
-        part: diffusers_description(network, pipe.latent_scale, side)
-        for part, network in pipe.networks().items()
+        part: diffusers_description(network, latent_side=side) for part, network in pipe.networks().items()
     }
+    # in an EDM model of diffusers, the latents have the standard deviation of its data
+    scale = pipe.latent_scale * (1.0 if sigmas is None else sigmas[2])
+    described["vae"] = vae_config(pipe.vae.config, scale, card.latent_mean, card.latent_std)
     index: dict[str, Any] = {"_class_name": DIFFUSERS_PIPELINES[card.family], "_diffusers_version": "0.31.0"}
     for part, network in pipe.networks().items():
         class_name, config = described[part]

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ldm.catalog.cards import DiffusionCard
 from ldm.catalog.unclip_cards import UnCLIPCard
-from ldm.models.clip.towers import TextConfig, VisionConfig
-from ldm.models.text.xlmr import XLMRConfig
-from ldm.models.unclip.decoder import DecoderConfig
-from ldm.models.unclip.prior import PriorConfig
-from ldm.models.unet import UNetConfig
 from ldm.support.config import nearest
 from ldm.support.strict_json import read_json
 from ldm.weights.formats import diffusers_folder as folder
-from ldm.weights.formats.diffusers_config import conflicts, scheduler_conflicts, text_config, unet_config
+from ldm.weights.formats.diffusers_stated import check_training, scheduler_warnings, training_conflicts
 
 # Class of the pipeline: component -> part; the part of a scheduler is the stage that it serves.
 UPSAMPLED = {
@@ -35,6 +28,7 @@ STABLE_COMPONENTS = {
     "text_encoder": "words",
     "image_normalizer": "noise",
     "scheduler": "decoder",
+    "image_noising_scheduler": "noise",
 }
 KANDINSKY_PRIOR = {"prior": "prior", "text_encoder": "text", "image_encoder": "vision", "scheduler": "prior"}
 KANDINSKY22_COMPONENTS = {"unet": "decoder", "movq": "vae", "scheduler": "decoder"}
@@ -84,10 +78,11 @@ UNCLIP_PIPELINES: dict[str, dict[str, dict[str, str]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineComponent:
-    """A sub-folder of a pipeline's folder: its name in model_index.json and its path."""
+    """A sub-folder of a pipeline's folder: its name and class in model_index.json, and its path."""
 
     name: str
     path: Path
+    class_name: str
 
 
 def pipelines(path: Path) -> list[Path]:
@@ -99,8 +94,10 @@ def pipelines(path: Path) -> list[Path]:
     )
 
 
-def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponent, ...]]:
-    """Return the components of each part, in the folder of a pipeline or in several folders together.
+def components(
+    card: UnCLIPCard, path: Path
+) -> tuple[dict[str, tuple[PipelineComponent, ...]], tuple[str, ...]]:
+    """Return the components of each part, in the folder of a pipeline or in several folders, and warnings.
 
     If several folders hold a part, the first one counts.
 
@@ -109,6 +106,7 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponen
     """
     known = UNCLIP_PIPELINES[card.family]
     found: dict[str, tuple[PipelineComponent, ...]] = {}
+    notes: tuple[str, ...] = ()
     for place in pipelines(path):
         index = read_json(place / "model_index.json")
         class_name = str(index.get("_class_name"))
@@ -119,54 +117,49 @@ def components(card: UnCLIPCard, path: Path) -> dict[str, tuple[PipelineComponen
             )
         parts: dict[str, list[PipelineComponent]] = {}
         for name, part in known[class_name].items():
-            if not isinstance(index.get(name), list) or index[name][1] is None:
+            value = index.get(name)
+            if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], str):
                 continue
             if name.endswith("scheduler"):
-                check_stage_scheduler(card, part, place / name)
+                notes += check_scheduler(card, part, place / name, value[1])
             elif part not in found:
-                parts.setdefault(part, []).append(PipelineComponent(name=name, path=place / name))
+                component = PipelineComponent(name=name, path=place / name, class_name=value[1])
+                parts.setdefault(part, []).append(component)
         found |= {part: tuple(those) for part, those in parts.items()}
-    return found
+    return found, notes
 
 
-def check_stage_scheduler(card: UnCLIPCard, part: str, path: Path) -> None:
-    """Raise ValueError if the scheduler in ``path`` states another training of a part than the card."""
-    stage = card.stages().get(part)
-    stated = read_json(path / "scheduler_config.json")
-    if isinstance(stage, DiffusionCard) and (wrong := scheduler_conflicts(stated, stage)):
-        raise ValueError(
-            f"{str(path)!r} states another training of the {part} than {card.name!r}: {'; '.join(wrong)}"
-        )
+def check_scheduler(card: UnCLIPCard, part: str, path: Path, class_name: str) -> tuple[str, ...]:
+    """Compare the scheduler in ``path`` with how the card states that a part was trained.
 
+    Args:
+        card: The model's card.
+        part: The stage that it serves, or "noise" for the noise augmentation.
+        path: Its folder.
+        class_name: Its class, as the pipeline names it.
 
-def check_component(part: str, config: object, component: folder.Component) -> None:
-    """Raise ValueError if a component's config.json differs from a part's configuration.
+    Returns:
+        Warnings about the sampling that it states and the card does not.
 
-    Only facts that the shapes of the tensors do not determine are compared.
+    Raises:
+        ValueError: If it states another training.
     """
-    expected = expected_config(config)
-    if wrong := conflicts(component.config, expected, tuple(expected)):
+    stated = {**folder.read_scheduler(path), "_class_name": class_name}
+    where, stage, notes = f"{str(path)!r}", card.stages().get(part), tuple[str, ...]()
+    try:
+        wrong = []
+        if isinstance(stage, DiffusionCard):
+            wrong = check_training(stated, stage)
+            notes = scheduler_warnings(stated, stage, where)
+        elif part == "noise" and card.networks is not None and card.networks.noise is not None:
+            levels = card.networks.noise.timesteps
+            facts = {"num_train_timesteps": levels, "beta_schedule": "squaredcos_cap_v2"}
+            wrong = training_conflicts(stated, facts)
+    except ValueError as error:
+        wrong = [str(error)]
+    if wrong:
         raise ValueError(
-            f"{str(component.path / 'config.json')!r} does not fit the {part}: {'; '.join(wrong)}"
+            f"{where} states another training of the {part} than {card.name!r}: {'; '.join(wrong)}; without"
+            " the scheduler in model_index.json, that of the card counts"
         )
-
-
-def expected_config(config: object) -> Mapping[str, Any]:
-    """Return the entries of config.json that the shapes of a network's tensors do not determine."""
-    if isinstance(config, PriorConfig):
-        return {"num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
-    if isinstance(config, DecoderConfig):
-        return {"attention_head_dim": config.unet.head_dim}
-    if isinstance(config, TextConfig):
-        return {key: text_config(config)[1][key] for key in ("num_attention_heads", "hidden_act")}
-    if isinstance(config, VisionConfig):
-        return {
-            "num_attention_heads": config.heads,
-            "hidden_act": config.activation,
-            "image_size": config.image_size,
-        }
-    if isinstance(config, XLMRConfig):
-        return {"num_attention_heads": config.heads}
-    if isinstance(config, UNetConfig) and config.takes_context:
-        return {"attention_head_dim": unet_config(config)[1]["attention_head_dim"]}
-    return {}
+    return notes

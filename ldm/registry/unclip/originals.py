@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ldm.catalog.unclip_cards import STABLE_FILE_PARTS, PriorCard, UnCLIPCard
 from ldm.models.unclip.noise_augmentation import AugmentationConfig, NoiseAugmentation
 from ldm.models.unclip.prior import Prior
-from ldm.registry.sources import Source, part_dtype, random_networks
+from ldm.registry.sources import Source, part_dtype, random_networks, states_zero_terminal_snr
 from ldm.registry.unclip.sources import OPTIONAL
 from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.formats.diffusers_hashes import folder_hashes
 from ldm.weights.formats.pickles import read_pickle
-from ldm.weights.formats.single_file import read_single, read_tensors
+from ldm.weights.formats.single_file import SingleFile, read_single, read_tensors
 from ldm.weights.hashing import FileHashes
 from ldm.weights.keymap import below
 from ldm.weights.parts import build_network, fill_network
@@ -119,6 +119,7 @@ def unclip_from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: b
         )
     assert card.networks is not None
     single = read_single(path, ema=ema, family=card.family)
+    check_statements(card, single)
     networks, configs = dict[str, nn.Module](), card.networks.configs()
     for name, part in STABLE_FILE_PARTS.items():
         if name not in single.parts:
@@ -142,7 +143,28 @@ def unclip_from_file(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, ema: b
         noise.std.copy_(std.reshape(1, -1))
     networks["noise"] = noise.to(dtype).requires_grad_(False)
     scale = single.scale_factor or card.latent_scale or 1.0
-    return Source(networks=networks, latent_scale=scale, origin=folder_hashes(path.parent, files))
+    return Source(
+        networks=networks,
+        latent_scale=scale,
+        origin=folder_hashes(path.parent, files),
+        notes=single.notes,
+    )
+
+
+def check_statements(card: UnCLIPCard, single: SingleFile) -> None:
+    """Raise ValueError if a single file states another training of the decoder than the card."""
+    stated, decoder = single.stated, card.decoder
+    zero = states_zero_terminal_snr(single.tables, decoder.schedule, single.path) or stated.zero_terminal_snr
+    wrong = {
+        f"prediction {stated.prediction!r}": stated.prediction not in (None, decoder.prediction),
+        "zero terminal SNR": zero and not decoder.schedule.zero_terminal_snr,
+        "an EDM schedule": stated.schedule is not None,
+    }
+    if stating := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(
+            f"{str(single.path)!r} states {' and '.join(stating)}; expected the training of {card.name!r},"
+            f" which predicts {decoder.prediction!r}: register a card that states it"
+        )
 
 
 def read_statistics(path: Path) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
 from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.unclip import UnCLIP
@@ -27,6 +29,8 @@ def load_unclip(card: UnCLIPCard, request: WeightsRequest) -> UnCLIP:
     source = read_unclip_source(card, request)
     for note in source.notes:
         warn_user(f"weights {str(request.weights)!r}: {note}")
+    if source.stated.pad is not None:
+        card = replace(card, words=replace(card.words, pad=source.stated.pad))
     return assemble_unclip(card, source)
 
 

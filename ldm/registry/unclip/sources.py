@@ -11,15 +11,22 @@ import torch
 from torch import Tensor
 
 from ldm.catalog.unclip_cards import UnCLIPCard
+from ldm.models.clip.towers import TextConfig, VisionConfig
+from ldm.models.vae import VAEConfig
 from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
-from ldm.registry.unclip.layouts import PipelineComponent, check_component, components
+from ldm.registry.unclip.layouts import PipelineComponent, components, pipelines
+from ldm.support.strict_json import read_json
+from ldm.weights.formats.diffusers_check import check_component, check_processor
 from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.formats.diffusers_hashes import folder_hashes
+from ldm.weights.formats.diffusers_stated import latent_statement, tokenizer_statement
 from ldm.weights.formats.ldm_folder import about_part
 from ldm.weights.hashing import FileHashes
 from ldm.weights.parts import build_network, fill_network
 from ldm.weights.rules.prior import STATISTICS_KEYS, with_statistics
+from ldm.weights.stated import Stated
 
+PROCESSORS = ("feature_extractor", "image_processor", "prior_image_processor")
 OPTIONAL = ("text", "vision", "prior")  # a model without one of these parts loads, and offers fewer tasks
 
 
@@ -77,7 +84,7 @@ def unclip_from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, v
             f"{str(path)!r}: {card.name!r} is of no published family, so its weights come as a folder in the"
             " ldm layout"
         )
-    found = components(card, path)
+    found, notes = components(card, path)
     networks, origin = {}, FileHashes({})
     scale = card.latent_scale or 1.0
     for part, config in card.networks.configs().items():
@@ -87,7 +94,8 @@ def unclip_from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, v
             raise FileNotFoundError(
                 f"{str(path)!r} has no {part} of {card.name!r}; it has {', '.join(found)}"
             )
-        state, about, files = read_components(part, found[part], config, variant)
+        state, about, files, more = read_components(part, found[part], config, variant)
+        notes += more
         origin = origin.joined(folder_hashes(path, files))
         source = found[part][0].path
         if part == "prior":
@@ -96,17 +104,52 @@ def unclip_from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, v
         if part == "noise":
             check_noise_statistics(state, source)
         if part == "vae" and card.latent_scale != 1.0:  # MoVQ's scaling_factor is not used
-            scale = float(about.get("scaling_factor") or scale)
+            scale = stated_scale(about, config, source) or scale
         networks[part] = fill_network(
             build_network(config), state, "diffusers", source=source, dtype=part_dtype(part, dtype)
         )
+    for place in pipelines(path):
+        notes += check_processors(card, place)
     pieces = next((c.path.parent / "tokenizer" for c in found.get("words", ())), None)
-    return Source(networks=networks, latent_scale=scale, origin=origin, pieces=pieces)
+    return Source(
+        networks=networks,
+        latent_scale=scale,
+        origin=origin,
+        pieces=pieces,
+        notes=notes,
+        stated=Stated(pad=words_padding(card, found)),
+    )
+
+
+def words_padding(card: UnCLIPCard, found: Mapping[str, tuple[PipelineComponent, ...]]) -> int | None:
+    """Return the padding token of the decoder's own text encoder; None if it is not read by CLIP's tokenizer.
+
+    Raises:
+        ValueError: If its tokenizer is another than CLIP's.
+    """
+    if "words" not in found or not isinstance(card.shapes().get("words"), TextConfig):
+        return None
+    return tokenizer_statement(found["words"][0].path.parent / "tokenizer", card.words.length)[0]
+
+
+def check_processors(card: UnCLIPCard, folder: Path) -> tuple[str, ...]:
+    """Compare how a pipeline's images are prepared for CLIP with the image tower; return warnings.
+
+    Raises:
+        ValueError: If it states other pixels.
+    """
+    vision = card.shapes().get("vision")
+    notes: tuple[str, ...] = ()
+    for name in PROCESSORS:
+        path = folder / name / "preprocessor_config.json"
+        if isinstance(vision, VisionConfig) and path.is_file():
+            notes += check_processor(read_json(path), vision, f"{str(path)!r}")
+    return notes
 
 
 def read_components(
     part: str, sources: tuple[PipelineComponent, ...], config: object, variant: str | None
-) -> tuple[dict[str, Tensor], Mapping[str, Any], list[Path]]:
+) -> tuple[dict[str, Tensor], Mapping[str, Any], list[Path], tuple[str, ...]]:
     """Read the components that make up one part.
 
     Args:
@@ -116,19 +159,39 @@ def read_components(
         variant: Variant of the files; None for the plain ones.
 
     Returns:
-        The tensors, the config.json of the first component that has one, and the files read.
+        The tensors, the config.json of the first component that has one, the files read, and warnings.
     """
     state: dict[str, Tensor] = {}
     first: Mapping[str, Any] = {}
     files: list[Path] = []
+    notes: tuple[str, ...] = ()
     for source in sources:
-        component = read_component(source.path, variant=variant)
-        check_component(part, config, component)
+        component = read_component(source.path, variant=variant, class_name=source.class_name)
+        notes += check_component(part, config, component)
         prefix = f"{source.name}." if len(sources) > 1 else ""
         state |= {prefix + key: tensor for key, tensor in component.tensors.items()}
         files += component.files
         first = first or component.config
-    return state, first, files
+    return state, first, files, notes
+
+
+def stated_scale(stated: Mapping[str, Any], config: object, path: Path) -> float | None:
+    """Return the scale of the latents that an autoencoder states; None if it states none.
+
+    Raises:
+        ValueError: If it is not a positive number, or statistics of the latents are stated too.
+    """
+    assert isinstance(config, VAEConfig)
+    try:
+        latents = latent_statement(stated, config.latent_channels)
+    except ValueError as error:
+        raise ValueError(f"{str(path / 'config.json')!r}: {error}") from None
+    if latents.latent_mean or latents.latent_std:
+        raise ValueError(
+            f"{str(path / 'config.json')!r}: latents_mean, latents_std and shift_factor: no card of an unCLIP"
+            " model states them, expected none of them"
+        )
+    return latents.latent_scale
 
 
 def check_noise_statistics(state: Mapping[str, Tensor], path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from ldm.catalog.cards import DiffusionCard
+from ldm.diffusion.interfaces import Prediction
 from ldm.models.clip.towers import TextConfig
 from ldm.models.text.bert import BertConfig
 from ldm.models.tiny import TinyConfig
@@ -23,15 +24,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
-SCHEDULER_FIELDS = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+PREDICTION_TYPES: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
@@ -130,8 +123,19 @@ def mirrored(down: list[str]) -> list[str]:
     return [name.replace("Down", "Up") for name in reversed(down)]
 
 
-def vae_config(config: VAEConfig | VQConfig | TinyConfig, latent_scale: float) -> tuple[str, JSON]:
+def vae_config(
+    config: VAEConfig | VQConfig | TinyConfig,
+    latent_scale: float,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> tuple[str, JSON]:
     """Return the class of an autoencoder in diffusers, and its configuration.
+
+    Args:
+        config: Our configuration.
+        latent_scale: Factor of the latents.
+        mean: Mean of each channel of the latents. Default: none.
+        std: Standard deviation of each channel of the latents. Default: none.
 
     Raises:
         ValueError: If no class of diffusers computes it.
@@ -174,6 +178,10 @@ def vae_config(config: VAEConfig | VQConfig | TinyConfig, latent_scale: float) -
     }
     if isinstance(config, VQConfig):
         return "VQModel", {"_class_name": "VQModel", **common, "num_vq_embeddings": config.codes}
+    if mean or std:
+        channels = config.latent_channels
+        common["latents_mean"] = list(mean or [0.0] * channels)
+        common["latents_std"] = list(std or [1.0] * channels)
     return "AutoencoderKL", {"_class_name": "AutoencoderKL", **common}
 
 
@@ -217,6 +225,18 @@ def bert_config(config: BertConfig) -> tuple[str, JSON]:
 def training_facts(card: DiffusionCard) -> JSON:
     """Return the fields of a scheduler's configuration that state how the network was trained."""
     schedule = card.schedule
+    if schedule.sigmas is not None:
+        low, high, data = schedule.sigmas
+        grid = card.grids().grids["*"]
+        return {
+            "num_train_timesteps": schedule.timesteps,
+            "sigma_min": low,
+            "sigma_max": high,
+            "sigma_data": data,
+            "sigma_schedule": grid.get("spacing", "karras"),
+            "rho": grid.get("rho", 7.0),
+            "prediction_type": PREDICTION_TYPES[card.prediction],
+        }
     betas = (
         {}
         if schedule.beta_start is None
@@ -231,17 +251,6 @@ def training_facts(card: DiffusionCard) -> JSON:
     }
 
 
-def scheduler_conflicts(stated: Mapping[str, Any], card: DiffusionCard) -> list[str]:
-    """Return where a scheduler's configuration states another training than a card; see `conflicts`.
-
-    Nothing is compared if the scheduler states the betas themselves.
-    """
-    if stated.get("trained_betas") is not None:
-        return []
-    facts = {"rescale_betas_zero_snr": False, **training_facts(card)}
-    return conflicts(stated, facts, SCHEDULER_FIELDS)
-
-
 def scheduler_config(facts: JSON, sampler: str, *, trailing: bool) -> tuple[str, JSON]:
     """Return the class of a sampler's scheduler in diffusers, and its configuration.
 
@@ -250,6 +259,8 @@ def scheduler_config(facts: JSON, sampler: str, *, trailing: bool) -> tuple[str,
         sampler: Name of the sampler. Samplers without a scheduler get that of DDIM.
         trailing: Whether the timesteps are spaced "trailing"; otherwise "leading".
     """
+    if "sigma_data" in facts:
+        return "EDMEulerScheduler", {"_class_name": "EDMEulerScheduler", **facts}
     name = SCHEDULERS.get(sampler, "DDIMScheduler")
     found: JSON = {
         "_class_name": name,
@@ -263,20 +274,3 @@ def scheduler_config(facts: JSON, sampler: str, *, trailing: bool) -> tuple[str,
     if name == "PNDMScheduler":
         found["skip_prk_steps"] = True
     return name, found
-
-
-def conflicts(stated: Mapping[str, Any], expected: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """Describe where a configuration differs from what is expected, for each of some keys.
-
-    Keys that either side lacks are not compared. One number is equal to a list of this number for each level.
-    """
-    found = []
-    for key in keys:
-        if stated.get(key) is None or expected.get(key) is None:
-            continue
-        have, want = stated[key], expected[key]
-        if isinstance(want, list) and not isinstance(have, list):
-            have = [have] * len(want)
-        if have != want:
-            found.append(f"{key} {stated[key]}, expected {want}")
-    return found

@@ -62,7 +62,8 @@ class Folder:
         class_name: Class of the pipeline.
         parts: The parts by name.
         options: Options of the pipeline.
-        schedulers: Configurations of the schedulers by sub-folder.
+        schedulers: Configurations of the schedulers by sub-folder, with the class that the pipeline names.
+        components: Names of all components that are present, and their classes.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Folder:
     parts: Mapping[str, Component]
     options: Mapping[str, Any] = field(default_factory=dict)
     schedulers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    components: Mapping[str, str] = field(default_factory=dict)
 
     def detect(self) -> Detection:
         """Return the family by the keys of the UNet; ValueError if there is no UNet or it is unknown."""
@@ -77,6 +79,11 @@ class Folder:
             raise ValueError(f"{str(self.path)!r} has no unet; its parts: {', '.join(self.parts)}")
         unet = self.parts["unet"]
         return detect({key: tuple(tensor.shape) for key, tensor in unet.tensors.items()}, source=unet.path)
+
+
+def read_scheduler(path: Path) -> dict[str, Any]:
+    """Return the configuration in a scheduler's sub-folder, in which diffusers writes infinite numbers."""
+    return read_json(path / "scheduler_config.json", infinite=True)
 
 
 def is_folder(path: str | Path) -> bool:
@@ -129,10 +136,11 @@ def read_folder(
             for name in wanted
         },
         schedulers={
-            name: read_json(path / name / "scheduler_config.json")
+            name: {**read_scheduler(path / name), "_class_name": listed[name]}
             for name in listed
             if name.endswith("scheduler")
         },
+        components=listed,
     )
 
 

@@ -6,16 +6,16 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
 from ldm.catalog.families import FAMILIES
-from ldm.diffusion.interfaces import Prediction
 from ldm.weights.detection import Detection, detect, expect, require
+from ldm.weights.formats.markers import family_notes, number_of, stated_sampling
 from ldm.weights.formats.pickles import read_ckpt
 from ldm.weights.formats.safetensors import existing_file, map_safetensors
 from ldm.weights.keymap import below
+from ldm.weights.stated import Stated
 from ldm.weights.strict import mismatch
 
 # Markers and buffers of training programs, which follow from the card. `scale_factor` is not one of them: it
@@ -35,6 +35,9 @@ UNNEEDED_KEYS = (
     "global_step",
     "v_pred",
     "ztsnr",
+    "edm_mean",
+    "edm_std",
+    "edm_vpred.sigma_m*",
     "sigmas",
     "log_sigmas",
     "model_sampling.*",
@@ -45,15 +48,8 @@ UNNEEDED_KEYS = (
 SAFETENSORS_KIND = "safetensors"  # kind of such a file
 # Prefixes below which programs store an autoencoder that is alone in a file.
 AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
-# values of modelspec.prediction_type
-PREDICTIONS_OF_METADATA: dict[str, Prediction] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
-
-
-class Stated(NamedTuple):
-    """What a file states about sampling; None or False where it states nothing."""
-
-    prediction: Prediction | None = None
-    zero_terminal_snr: bool = False
+# Buffers that state the schedule; see `ldm.weights.formats.markers`.
+SCHEDULE_TABLES = ("alphas_cumprod", "betas")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +63,9 @@ class SingleFile:
         ema: Whether the UNet's tensors are the averaged ones.
         scale_factor: The latent scale that the file states; None if it states none.
         values: Numbers and strings beside the tensors.
-        stated: What the file states about sampling.
+        stated: What the file states about its use.
+        tables: The buffers that state the schedule, by name.
+        notes: Warnings about what the file states.
     """
 
     path: Path
@@ -77,6 +75,8 @@ class SingleFile:
     scale_factor: float | None = None
     values: Mapping[str, int | float | str] = field(default_factory=dict)
     stated: Stated = Stated()
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
@@ -157,7 +157,9 @@ def choose_ema(
     return {key: state[names[key]] if key in names else value for key, value in rest.items()}, True
 
 
-def read_single(path: str | Path, *, ema: bool | None = None, family: str | None = None) -> SingleFile:
+def read_single(
+    path: str | Path, *, ema: bool | None = None, family: str | None = None, asked: bool = False
+) -> SingleFile:
     """Return the parts of a single file, memory-mapped.
 
     Args:
@@ -165,11 +167,12 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
         ema: Which weights to take; see `choose_ema`.
         family: The expected family; files whose shapes no published model has are taken for it. None: any
             supported family.
+        asked: Whether the user states the prediction, so that the file's counts no more. Default: False.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, belongs to another, an unknown or an unsupported family, or holds
-            tensors that belong to no part; the message names it.
+        ValueError: If the file is damaged, belongs to another, an unknown or an unsupported family, holds
+            tensors that belong to no part, or states what cannot be followed; the message names it.
     """
     path = existing_file(path)
     state, values = read_tensors(path)
@@ -187,14 +190,21 @@ def read_single(path: str | Path, *, ema: bool | None = None, family: str | None
             f"{str(path)!r} ({about.title}) holds tensors that belong to no part of it:"
             f" {mismatch((), left, ())}"
         )
+    try:
+        stated = stated_sampling(state, values, asked=asked)
+        factor = None if scale is None else number_of({"scale_factor": scale}, "scale_factor")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
     return SingleFile(
         path=path,
         found=found,
         parts=parts,
         ema=averaged,
         values=values,
-        stated=stated_sampling(state, values),
-        scale_factor=None if scale is None else float(scale),
+        stated=stated,
+        scale_factor=factor,
+        tables={name: state[name] for name in SCHEDULE_TABLES if name in state},
+        notes=family_notes(found.name, values),
     )
 
 
@@ -213,28 +223,6 @@ def autoencoder_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
             scale = {key: value for key, value in state.items() if key == "scale_factor"}
             return {**part, **scale}
     return state
-
-
-def stated_sampling(state: Mapping[str, Tensor], values: Mapping[str, int | float | str]) -> Stated:
-    """Return what a file states about sampling, by marker keys and by its metadata.
-
-    The keys `v_pred` and `ztsnr` state v-prediction and a schedule with zero terminal SNR. The metadata
-    `modelspec.prediction_type` is "epsilon" or "v".
-
-    Raises:
-        ValueError: If the two contradict each other, or the metadata states another prediction.
-    """
-    named, prediction = values.get("modelspec.prediction_type"), None
-    if named is not None:
-        prediction = PREDICTIONS_OF_METADATA.get(str(named))
-        if prediction is None:
-            choices = ", ".join(map(repr, PREDICTIONS_OF_METADATA))
-            raise ValueError(f"modelspec.prediction_type {named!r}: expected one of {choices}")
-    if "v_pred" in state:
-        if prediction == "eps":
-            raise ValueError(f"the key v_pred and modelspec.prediction_type {named!r} contradict each other")
-        prediction = "v"
-    return Stated(prediction, "ztsnr" in state)
 
 
 def split_parts(
