@@ -128,6 +128,48 @@ def test_a_run_killed_at_any_moment_gives_identical_weights(place):
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+KILLING = """
+import os, random, signal, sys, time
+import torch
+from ldm.training.run import open_run
+
+torch.set_num_threads(1)
+rng, killed = random.Random(0), 0
+for _ in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        try:
+            open_run(sys.argv[1]).train(progress=False)
+        finally:
+            os._exit(0)
+    time.sleep(rng.uniform(0.0, 0.5))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+print(killed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_every_kill_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(place, kills):
+    config = configs(place, steps=100_000, checkpoint_every=2, validate_every=7, sample_every=7)["vae"]
+    path = write(config, Path("vae.yaml"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLING, str(path), str(kills)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == kills
+    run = open_run(path)
+    run.train(until=run.step + 3, progress=False)
+    steps = [json.loads(line)["step"] for line in Path("runs/vae/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and set(range(1, run.step + 1)) == set(steps)
+    left = [found.name for found in Path("runs/vae").iterdir() if found.name.startswith(".")]
+    assert len(left) <= 1, left  # that of the last kill, at most
+    whole = write({**config, "run": {**config["run"], "name": "whole"}}, Path("whole.yaml"))
+    train(whole, until=run.step)
+    expected, got = weights("whole"), weights("vae")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
 def test_a_short_curve_is_kept_and_a_long_one_thinned_evenly(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for n in (7, 100, 1000):
