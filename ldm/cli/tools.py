@@ -20,7 +20,15 @@ def replay_file(args: argparse.Namespace) -> int:
     recipe, source = read_recipe(args.image), Path(args.image)
     output = check_writable(args.output or source.with_name(f"{source.stem}-replay{source.suffix}"))
     check_quality(output, args.quality)
-    for path in replay(recipe, weights=args.weights).save(output, quality=args.quality):
+    images = replay(
+        recipe,
+        weights=args.weights,
+        limits=args.limits,
+        download=args.download,
+        vocabulary=args.vocabulary,
+        safety=args.safety,
+    )
+    for path in images.save(output, quality=args.quality):
         print(path)
     return 0
 
@@ -125,6 +133,16 @@ TOOLS: tuple[Command, ...] = (
             ),
             QUALITY,
             argument("--weights", "weights of the model, if the image was not generated with its own"),
+            argument("--vocabulary", "BERT's vocab.txt, if the image was generated with one that was given"),
+            argument("--safety", "file or folder of the safety checker, if it made images black"),
+            argument(
+                "--limits",
+                "refuse a recipe of more than 64 images, 1000 steps, 2048×2048 pixels or 4000 characters"
+                " (default), or follow it",
+                action=argparse.BooleanOptionalAction,
+                default=True,
+            ),
+            argument("--download", "download weights that are not on this machine", action="store_true"),
         ),
         run=replay_file,
     ),

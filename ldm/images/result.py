@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -150,13 +151,15 @@ class Images:
         path = Path(path)
         check_quality(path, quality)
         if not separate or len(self) == 1:
-            write_image(path, self.grid(), self.recipe, quality=quality)
+            image = self.grid()
+            write_image(path, image, with_pixels(self.recipe, image), quality=quality)
             return [path]
         paths = [path.with_name(f"{path.stem}-{seed}{path.suffix}") for seed in self.seeds]
         if len(set(paths)) != len(paths):
             paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self))]
         for i, (target, image) in enumerate(zip(paths, self.pil(), strict=True)):
-            write_image(target, image, {**self.recipe, "index": i}, quality=quality)
+            recipe = with_pixels({**self.recipe, "index": i}, image)
+            write_image(target, image, recipe, quality=quality)
         return paths
 
     def _repr_png_(self) -> bytes:
@@ -169,3 +172,13 @@ class Images:
         flagged = f", {sum(self.flagged)} flagged by the safety checker" if self.flagged is not None else ""
         prompts = list(dict.fromkeys(self.prompts))
         return f"Images({b} of {w}×{h}, seeds {list(self.seeds)}, prompts {prompts}{flagged})"
+
+
+def with_pixels(recipe: Mapping[str, Any], image: Image) -> Mapping[str, Any]:
+    """Return a recipe that names the pixels of its image by their SHA-256, if it can be replayed."""
+    return {**recipe, "pixels": pixel_sha256(image)} if recipe.get("replayable") else recipe
+
+
+def pixel_sha256(image: Image) -> str:
+    """Return the SHA-256 of an 8-bit RGB image: of its width, its height and its pixels."""
+    return hashlib.sha256(f"{image.width} {image.height} ".encode() + image.tobytes()).hexdigest()

@@ -6,7 +6,7 @@ embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,12 +47,16 @@ class SafetyChecker(nn.Module):
     Args:
         config: Shape of the checker.
         black: Whether `hide` replaces flagged images by black ones. Default: False.
+
+    Attributes:
+        origin: SHA-256 of the files of its weights, for recipes; empty if they are not from files.
     """
 
     def __init__(self, config: SafetyConfig, *, black: bool = False) -> None:
         super().__init__()
         self.config = config
         self.black = black
+        self.origin: Mapping[str, str] = {}
         width = config.vision.embed_dim or 0
         self.vision = VisionTower(config.vision)
         self.concept_embeds = nn.Parameter(torch.ones(config.concepts, width))

@@ -15,7 +15,7 @@ from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.call import Call
 from ldm.pipelines.protocol import Request, Watcher
-from ldm.pipelines.recipe import stamp
+from ldm.pipelines.recipe import content_sha256, stamp
 from ldm.pipelines.replayable import BY_OPTIONS, replayable
 from ldm.pipelines.stages.stage import Guide, Stage, StepHook
 from ldm.pipelines.tasks.inpaint import inpaint
@@ -29,7 +29,8 @@ class BasePipeline(nn.Module):
     """A model that draws images, whatever its conditions are made of.
 
     Attributes:
-        origin: Hashes of the weights, for recipes.
+        origin: SHA-256 of the files and settings that images depend on, for recipes.
+        loaded: Options of `ldm.load` that images depend on, for recipes.
         safety: Safety checker, applied to all images; None: no check.
         guide: Guidance method, (denoiser, cond, uncond, scale) -> DenoiseFn. Default: `ldm.cfg`. Another one,
             such as `functools.partial(ldm.cfg, interval=(0.28, 5.42))`, makes images that are not replayable.
@@ -38,6 +39,7 @@ class BasePipeline(nn.Module):
     def __init__(self, *, origin: Mapping[str, Any] | None, safety: SafetyChecker | None) -> None:
         super().__init__()
         self.origin: Mapping[str, Any] = {} if origin is None else origin
+        self.loaded: Mapping[str, Any] = {}
         self.safety = safety
         self.guide: Guide = cfg
 
@@ -98,12 +100,18 @@ class BasePipeline(nn.Module):
             request: The request, with the task's name and the facts for the recipe.
             steps: The prediction of every step (N, B, 3, H, W), where it was kept.
         """
-        flagged = None
+        flagged, origin = None, self.origin
+        facts: dict[str, Any] = {} if request.given is None else {"strength": request.strength}
+        facts |= request.facts
         if self.safety is not None:
             flagged = self.safety(pixels)
             pixels = self.safety.hide(pixels, flagged)
-        facts: dict[str, Any] = {} if request.given is None else {"strength": request.strength}
-        facts |= request.facts
+            if self.safety.black:
+                origin = {**origin, **{f"safety/{name}": each for name, each in self.safety.origin.items()}}
+                if not self.safety.origin:
+                    facts["because"] = "its safety checker was not loaded from a file"
+        if call.latents is not None:
+            facts["inputs"] = {"latents": content_sha256(call.latents)}
         if self.guide is not cfg:
             facts["because"] = "it was made with a guidance method that a recipe does not hold"
         recipe = stamp(
@@ -111,8 +119,9 @@ class BasePipeline(nn.Module):
             {**call.recipe(request.task), **facts},
             device=self.device,
             dtype=self.dtype,
-            origin=self.origin,
-            replayable=call.replayable and request.task in BY_OPTIONS and self.guide is cfg,
+            origin=origin,
+            loaded=self.loaded,
+            replayable=call.replayable and request.task in BY_OPTIONS and "because" not in facts,
         )
         return Images(
             tensor=pixels, seeds=call.seeds, prompts=call.texts, recipe=recipe, flagged=flagged, steps=steps

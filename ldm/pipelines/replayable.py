@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ldm.images.result import Images
+from ldm.pipelines.recipe import content_sha256
+from ldm.support.config import build, to_dict
 from ldm.support.scalars import python_scalar, python_scalars
+from ldm.support.text import shown
 from ldm.weights.formats.safetensors import sha256
 
 Task = TypeVar("Task", bound=Callable[..., Images])
@@ -22,7 +26,45 @@ FILE_ARGUMENTS = (
     "depth",
 )  # arguments that are paths if they are texts; of others only a `Path` is
 SETTLED = ("convention", "grid", "sizes")  # options that the recipe holds already, as plain mappings
-ENTRY = {"path", "sha256"}  # keys of a file in a recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file in a recipe: its path, as it was given, and its SHA-256."""
+
+    path: str
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Return the entry of a file."""
+        return cls(path=str(path), sha256=sha256(path))
+
+    def check(self, name: str) -> Path:
+        """Return the path if the file is the one that was named.
+
+        Args:
+            name: Name of the argument, for messages.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it has changed.
+        """
+        path = Path(self.path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{name}: no such file: {shown(self.path)}, which the image was made of (a relative path"
+                " counts from the current folder)"
+            )
+        if (now := sha256(path)) != self.sha256:
+            raise ValueError(
+                f"{name}: {shown(self.path)} is not the file that the image was made of"
+                f" (sha256 {shown(self.sha256)}, here {now})"
+            )
+        return path
+
+
+ENTRY = {each.name for each in fields(FileEntry)}
 
 
 class InMemory(Exception):
@@ -33,7 +75,8 @@ def replayable(task: Task) -> Task:
     """Make a task a method whose recipe holds its arguments, so that `ldm replay` can run it again.
 
     Files are held by path and SHA-256. If an argument is an image in memory, a tensor or a function, the
-    recipe is not replayable, and states the reason as "because".
+    recipe is not replayable, and states the reason as "because"; "inputs" states the SHA-256 of images and
+    tensors. The seed None is replaced by a random one, which the recipe holds.
     """
     signature = inspect.signature(task)
     pipe = next(iter(signature.parameters))
@@ -41,6 +84,8 @@ def replayable(task: Task) -> Task:
     @functools.wraps(task)
     def run(self: Any, *args: Any, **options: Any) -> Images:
         args, options = tuple(map(python_scalar, args)), python_scalars(options)
+        if options.get("seed", 0) is None:
+            options["seed"] = secrets.randbelow(2**32)
         given = dict(signature.bind(self, *args, **options).arguments)
         given.update(given.pop("options", {}))
         known: dict[str, Any] = {}
@@ -51,7 +96,9 @@ def replayable(task: Task) -> Task:
                 if name not in (pipe, "progress", *SETTLED)
             }
         except InMemory as reason:
+            inputs = {name: input_sha256(name, value) for name, value in given.items() if name != pipe}
             known["because"] = str(reason)
+            known["inputs"] = {name: value for name, value in inputs.items() if value is not None}
         images = task(self, *args, **options)
         if "arguments" in images.recipe or "because" in images.recipe:
             return images  # the recipe of another task, which this one is a case of
@@ -77,7 +124,7 @@ def as_json(name: str, value: Any) -> Any:
     """
     if isinstance(value, Path) or (name in FILE_ARGUMENTS and isinstance(value, str)):
         # a file that is absent is reported by the task
-        return {"path": str(value), "sha256": sha256(value)} if Path(value).is_file() else None
+        return to_dict(FileEntry.of(Path(value))) if Path(value).is_file() else None
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -89,30 +136,29 @@ def as_json(name: str, value: Any) -> Any:
     )
 
 
+def input_sha256(name: str, value: Any) -> str | None:
+    """Return the SHA-256 of a file, or of the content of an image or a tensor; None for another argument."""
+    if isinstance(value, Path) or (name in FILE_ARGUMENTS and isinstance(value, str)):
+        return sha256(value) if Path(value).is_file() else None
+    return content_sha256(value)
+
+
 def from_json(name: str, value: Any) -> Any:
-    """Return the argument that a recipe holds.
+    """Return the argument that a recipe holds, with a `FileEntry` in place of each file.
 
     Args:
-        name: Name of the argument, for messages.
+        name: Name of the argument.
         value: Its value in the recipe.
 
     Raises:
-        FileNotFoundError: If a file is not there.
-        ValueError: If a file has changed.
+        ValueError: If a file is named without its SHA-256.
     """
     if isinstance(value, list):
         return [from_json(name, part) for part in value]
-    if not isinstance(value, Mapping) or set(value) != ENTRY:
-        return value
-    path = Path(value["path"])
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{name}: no such file: {str(path)!r}, which the image was made of (a relative path counts from"
-            " the current folder)"
-        )
-    if (now := sha256(path)) != value["sha256"]:
+    if isinstance(value, Mapping) and set(value) == ENTRY:
+        return build(FileEntry, value, name)
+    if name in FILE_ARGUMENTS and value is not None:
         raise ValueError(
-            f"{name}: {str(path)!r} is not the file that the image was made of"
-            f" (sha256 {value['sha256']}, here {now})"
+            f"{name}: expected a file with its path and sha256, as recipes name them, got {shown(value)}"
         )
-    return path
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,45 @@ def load(
         ValueError: If the name is unknown, or the weights do not fit or belong to another model.
         FileNotFoundError: If there are no weights.
     """
-    card, embedded = resolve_card(name, weights)
     target = pick_device(device)
-    request = WeightsRequest(
-        weights=weights,
-        embedded=embedded,
-        dtype=fast_dtype(target) if dtype is None else dtype_of(dtype),
-        ema=ema,
-        variant=variant,
-        prediction=prediction,
-        vocabulary=vocabulary,
+    return load_model(
+        name,
+        target,
+        WeightsRequest(
+            weights=weights,
+            dtype=fast_dtype(target) if dtype is None else dtype_of(dtype),
+            ema=ema,
+            variant=variant,
+            prediction=prediction,
+            vocabulary=vocabulary,
+        ),
+        safety=safety,
+        black=black,
     )
+
+
+def load_model(
+    name: str | None,
+    device: torch.device,
+    request: WeightsRequest,
+    *,
+    safety: str | Path | None = None,
+    black: bool = False,
+) -> Any:
+    """Return the model called ``name``; see `load`.
+
+    Args:
+        name: Name of the model, or None.
+        device: Where the model computes.
+        request: Which weights to load, and how.
+        safety: File or folder of the safety checker. Default: None.
+        black: Whether flagged images are replaced by black ones. Default: False.
+    """
+    card, embedded = resolve_card(name, request.weights)
+    request = replace(request, embedded=embedded)
     model: Any = LOADERS[card.kind](card, request)
-    if safety is not None and card.kind in PIPELINES:
-        model.safety = load_safety(safety, black=black, variant=variant, dtype=torch.float32)
-    return model.to(target)
+    if card.kind in PIPELINES:
+        model.loaded = request.stated()
+        if safety is not None:
+            model.safety = load_safety(safety, black=black, variant=request.variant, dtype=torch.float32)
+    return model.to(device)

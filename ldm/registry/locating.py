@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,15 +29,17 @@ class WeightsRequest:
         variant: Variant of the files in a diffusers folder, such as "fp16".
         prediction: Overrides the card's prediction; None for the card's.
         vocabulary: BERT's vocab.txt.
+        download: Whether weights that are not on this machine are downloaded. Default: True.
     """
 
     weights: str | Path | None
-    embedded: Path | None
     dtype: torch.dtype
+    embedded: Path | None = None
     ema: bool | None = None
     variant: str | None = None
     prediction: Prediction | None = None
     vocabulary: str | Path | None = None
+    download: bool = True
 
     @property
     def random(self) -> bool:
@@ -48,6 +51,11 @@ class WeightsRequest:
         """The variant of a diffusers folder's files: "non_ema" if averaged weights are refused."""
         return "non_ema" if self.ema is False and self.variant is None else self.variant
 
+    def stated(self) -> dict[str, Any]:
+        """Return the options, without paths, that decide the weights and their use, as far as given."""
+        options = {"ema": self.ema, "variant": self.variant, "prediction": self.prediction}
+        return {name: value for name, value in options.items() if value is not None}
+
     def path(self, card: Card) -> Path:
         """Return where the weights are: the given path, the embedded ones, LDM_HOME, or the hub's cache.
 
@@ -56,7 +64,7 @@ class WeightsRequest:
         """
         if self.weights is not None:
             return Path(self.weights)
-        return self.embedded or local_path(card.name) or download_weights(card)
+        return self.embedded or local_path(card.name) or hub_weights(card, allowed=self.download)
 
 
 def resolve_card(name: str | None, weights: str | Path | None) -> tuple[Card, Path | None]:
@@ -77,15 +85,21 @@ def resolve_card(name: str | None, weights: str | Path | None) -> tuple[Card, Pa
     return given, None
 
 
-def download_weights(card: Card) -> Path:
-    """Return the path of a card's weights in the hub's cache; they are downloaded if necessary.
+def hub_weights(card: Card, *, allowed: bool) -> Path:
+    """Return the path of a card's weights in the hub's cache.
+
+    Args:
+        card: The card.
+        allowed: Whether they are downloaded if necessary.
 
     Raises:
-        FileNotFoundError: If the card names no place in the hub, or the hub cannot be reached.
+        FileNotFoundError: If the card names no place in the hub, the hub cannot be reached, or nothing is
+            downloaded.
     """
     if card.hub is None:
         raise FileNotFoundError(
             f"the weights of {card.name!r} are not on this machine, and its card names no place in the hub:"
             " pass weights=PATH"
         )
-    return download(card.name, card.hub.repo, card.hub.file, sha256=card.hub.sha256, stated=card.hub.stated)
+    hub = card.hub
+    return download(card.name, hub.repo, hub.file, sha256=hub.sha256, stated=hub.stated, allowed=allowed)

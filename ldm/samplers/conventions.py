@@ -6,9 +6,10 @@ noise its stochastic samplers draw. The samplers themselves are the same for all
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from inspect import signature
+from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from ldm.diffusion.interfaces import NoiseFn
 from ldm.diffusion.noise import brownian_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import get_sampler
-from ldm.support.config import build, nearest
+from ldm.support.config import build, convert, nearest
+from ldm.support.text import shown
 
 Options = Mapping[str, Any]  # Any: options of different types, checked by the function that takes them
 
@@ -42,6 +44,17 @@ class Convention:
     quantize: bool = False
     options: Mapping[str, Options] = field(default_factory=dict)
     brownian: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if "*" not in self.grids:
+            raise ValueError('grids: expected an entry "*", for the samplers that are not listed')
+        for sampler in (*self.grids, *self.options, *self.brownian):
+            if sampler != "*":
+                get_sampler(sampler)
+        for sampler, options in self.grids.items():
+            check_options_of(TimeGrid.make, options, f"grids.{sampler}")
+        for sampler, options in self.options.items():
+            check_options_of(get_sampler(sampler), options, f"options.{sampler}")
 
     def grid(self, schedule: NoiseSchedule, steps: int, sampler: str, **changes: Any) -> TimeGrid:
         """Return the program's time grid for a sampler.
@@ -105,6 +118,23 @@ class Convention:
         if sampler not in self.brownian:
             return keyed_noise(seeds)
         return brownian_noise(seeds, grid, inner=options.get("r", 0.5) if sampler == "dpmpp_sde" else None)
+
+
+def check_options_of(function: Callable[..., Any], options: Options, where: str) -> None:
+    """Raise ValueError for an option that a function does not take, or of another type.
+
+    Args:
+        function: The function, of which the keyword-only parameters are options.
+        options: The options.
+        where: Start of error messages.
+    """
+    hints = get_type_hints(function)
+    parameters = signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{where}: unknown option {shown(name)}; {nearest(name, known)}")
+        convert(value, hints[name], f"{where}.{name}")
 
 
 _LEADING = {"spacing": "leading", "offset": 1}

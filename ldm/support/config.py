@@ -79,7 +79,7 @@ def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
         if name not in mapping and not optional:
             raise ValueError(f"{where or cls.__name__}: missing key {name!r}")
     values = {
-        key: _convert(value, hints[key], f"{where}.{key}" if where else key) for key, value in mapping.items()
+        key: convert(value, hints[key], f"{where}.{key}" if where else key) for key, value in mapping.items()
     }
     try:
         return cls(**values)
@@ -93,8 +93,17 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 # `Any` below: a value read from YAML has no static type, and an annotation is not always a class.
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` converted to the annotation `hint`."""
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Return a value converted to an annotation, by the rules of `build`.
+
+    Args:
+        value: The value.
+        hint: The annotation.
+        where: Path of the value inside a configuration, used in error messages.
+
+    Raises:
+        ValueError: If the value does not fit.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -110,7 +119,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a mapping, got {shown(value)}")
         return {
-            _convert(key, args[0], where): _convert(item, args[1], f"{where}.{escaped(key, 100)}")
+            convert(key, args[0], where): convert(item, args[1], f"{where}.{escaped(key, 100)}")
             for key, item in value.items()
         }
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -133,7 +142,7 @@ def _convert_to_union(value: Any, args: tuple[Any, ...], where: str) -> Any:
         if arg is type(None):
             continue
         try:
-            return _convert(value, arg, where)
+            return convert(value, arg, where)
         except ValueError as error:
             errors.append(str(error))
     raise ValueError("; ".join(errors))
@@ -144,11 +153,11 @@ def _convert_to_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[An
     if not isinstance(value, list | tuple):
         raise ValueError(f"{where}: expected a list, got {shown(value)}")
     if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
     if len(value) != len(args):
         raise ValueError(f"{where}: expected {len(args)} values, got {shown(value)}")
     return tuple(
-        _convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
+        convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
     )
 
 

@@ -10,6 +10,7 @@ from ldm.models.meta import on_meta
 from ldm.models.safety import SafetyChecker, SafetyConfig
 from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.formats.single_file import read_tensors
+from ldm.weights.hashing import FileHashes
 from ldm.weights.parts import randomise
 from ldm.weights.rules.clip import to_clip
 from ldm.weights.strict import load_strict
@@ -43,13 +44,16 @@ def load_safety(
         checker = SafetyChecker(config or SafetyConfig(), black=black)
     if path == "random":
         randomise(checker, dtype=dtype)
+        checker.origin = {"random": "seed 0"}
         return checker
     path = Path(path)
     if path.is_dir():
         inner = path / "safety_checker" if (path / "safety_checker").is_dir() else path
-        tensors = dict(read_component(inner, variant=variant).tensors)
+        component = read_component(inner, variant=variant)
+        tensors, files = dict(component.tensors), component.files
     else:
-        tensors, _ = read_tensors(path)
+        tensors, files = read_tensors(path)[0], (path,)
+    checker.origin = FileHashes({file.name: file for file in files})
     missing = [name for name in OWN if name not in tensors]
     if missing:
         raise ValueError(f"{str(path)!r} is no safety checker: it has no {', '.join(missing)}")

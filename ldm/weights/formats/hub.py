@@ -34,7 +34,13 @@ def local_path(name: str) -> Path | None:
 
 
 def download(
-    name: str, repo: str, file: str | None, *, sha256: str | None = None, stated: bool = False
+    name: str,
+    repo: str,
+    file: str | None,
+    *,
+    sha256: str | None = None,
+    stated: bool = False,
+    allowed: bool = True,
 ) -> Path:
     """Return a file or a folder from the hub's cache, downloaded if necessary.
 
@@ -46,38 +52,25 @@ def download(
         sha256: Expected SHA-256 of a newly downloaded file.
         stated: Whether the publisher states ``sha256``. If so, a file with another hash is removed and
             refused; otherwise there is a warning.
+        allowed: Whether the hub may be asked. Default: True.
 
     Raises:
-        FileNotFoundError: If the file is not in the cache and the hub cannot be reached.
+        FileNotFoundError: If the file is not in the cache and the hub cannot be reached, or may not be asked.
         ValueError: If the file has another hash than its publisher states.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    def fetch(local: bool) -> Path:
-        if file is not None:
-            return Path(hf_hub_download(repo, file, local_files_only=local))
-        path = Path()
-        for weights in (SAFETENSORS, SAFETENSORS + PICKLES):
-            path = Path(
-                snapshot_download(
-                    repo,
-                    allow_patterns=CONFIGURATIONS + weights,
-                    ignore_patterns=UNUSED,
-                    local_files_only=local,
-                )
-            )
-            if has_all_weights(path):
-                return path
-        raise FileNotFoundError(f"{str(path)!r} lacks weights of a part")
-
     try:
-        return fetch(True)
+        return fetch_weights(repo, file, local=True)
     except OSError:
         pass  # not, or not completely, in the cache
+    what = f"{repo}/{file}" if file else repo
+    if not allowed:
+        raise FileNotFoundError(
+            f"the weights of {name!r} are not on this machine: allow the download of {what} from the hub"
+            " (download=True, or --download), or pass the file or folder of the weights"
+        )
     try:
-        path = fetch(False)
+        path = fetch_weights(repo, file, local=False)
     except OSError as error:
-        what = f"{repo}/{file}" if file else repo
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine, and {what} cannot be downloaded from the hub"
             f" ({type(error).__name__}); pass weights=FILE_OR_FOLDER, put them into LDM_HOME as"
@@ -86,6 +79,32 @@ def download(
     if file is not None and sha256 is not None:
         check_hash(path, sha256, stated=stated)
     return path
+
+
+def fetch_weights(repo: str, file: str | None, *, local: bool) -> Path:
+    """Return a file, or a folder with all weights, through the hub's client.
+
+    Args:
+        repo: Repository, "owner/name".
+        file: File in the repository; None for its folder.
+        local: Whether only the cache is looked at.
+
+    Raises:
+        OSError: If there is none.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if file is not None:
+        return Path(hf_hub_download(repo, file, local_files_only=local))
+    path = Path()
+    for weights in (SAFETENSORS, SAFETENSORS + PICKLES):
+        patterns = CONFIGURATIONS + weights
+        path = Path(
+            snapshot_download(repo, allow_patterns=patterns, ignore_patterns=UNUSED, local_files_only=local)
+        )
+        if has_all_weights(path):
+            return path
+    raise FileNotFoundError(f"{str(path)!r} lacks weights of a part")
 
 
 def has_all_weights(path: Path) -> bool:
