@@ -20,8 +20,12 @@ from ldm.models.clip.config import Activation, CLIPConfig, TextConfig, VisionCon
 from ldm.models.clip.pixels import MEAN, STD
 from ldm.models.clip.towers import CLIP, TextTower, VisionTower
 from ldm.models.meta import on_meta
-from ldm.support.config import nearest
+from ldm.support.config import build, nearest
 from ldm.support.strict_json import read_json
+from ldm.support.text import shown
+from ldm.support.warn import warn_user
+from ldm.weights.fields.judge import conflicts, judge_fields, same, warnings_of
+from ldm.weights.fields.texts import CLIP_PIXELS, CLIP_TEXT, CLIP_VISION
 from ldm.weights.formats.diffusers_folder import read_component
 from ldm.weights.rules.clip import to_clip
 from ldm.weights.strict import load_strict
@@ -49,7 +53,6 @@ VISION_DEFAULTS = {
     "num_attention_heads": 12,
     "projection_dim": 512,
 }
-BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json states it
 
 
 def load_hugging_face_clip(
@@ -97,8 +100,8 @@ def hugging_face_network(
         choices = ("clip", "clip_text_model", "clip_vision_model")
         raise ValueError(f"model_type: {kind!r}; {nearest(kind, choices)}")
     width = config.get("projection_dim", 512)
-    text = hf_text_config({"model_type": "clip_text_model", **config.get("text_config", {})})
-    vision = hf_vision_config({"model_type": "clip_vision_model", **config.get("vision_config", {})})
+    text = hf_text_config({"model_type": "clip_text_model", **tower_config(config, "text_config")})
+    vision = hf_vision_config({"model_type": "clip_vision_model", **tower_config(config, "vision_config")})
     return CLIP(
         CLIPConfig(
             text=replace(text, embed_dim=width),
@@ -115,10 +118,26 @@ def pixel_statistics(folder: Path) -> tuple[RGB, RGB]:
     """
     path = folder / "preprocessor_config.json"
     stated = read_json(path) if path.is_file() else {}
-    if stated.get("resample", BICUBIC) != BICUBIC:
-        raise ValueError(f"{str(path)!r}: resample: expected {BICUBIC} (bicubic), got {stated['resample']}")
-    mean, std = stated.get("image_mean", MEAN), stated.get("image_std", STD)
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    if wrong := conflicts(judge_fields(stated, CLIP_PIXELS)):
+        raise ValueError(f"{str(path)!r} states other pixels than are computed: {'; '.join(wrong)}")
+    pairs = {"mean": stated.get("image_mean") or list(MEAN), "std": stated.get("image_std") or list(STD)}
+    found = build(VisionConfig, pairs, str(path))
+    return found.mean, found.std
+
+
+def tower_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the configuration of one tower of a CLIPModel.
+
+    Raises:
+        ValueError: If it is stated twice and differently, as files of 2022 may do.
+    """
+    found, twin = ({} if config.get(key) is None else config[key] for key in (name, f"{name}_dict"))
+    if not isinstance(found, Mapping) or not isinstance(twin, Mapping):
+        raise ValueError(f"{name}: expected a mapping, got {shown(found)} and {shown(twin)}")
+    for key, value in twin.items():
+        if key in found and not same(found[key], value):
+            raise ValueError(f"{name}_dict: {key} {shown(value)} contradicts {name}: {shown(found[key])}")
+    return {**twin, **found}
 
 
 def hf_text_config(config: Mapping[str, Any]) -> TextConfig:
@@ -128,7 +147,7 @@ def hf_text_config(config: Mapping[str, Any]) -> TextConfig:
         ValueError: If it is the configuration of another model, or of one that computes otherwise.
     """
     _check_config(config, "clip_text_model")
-    stated = {**TEXT_DEFAULTS, **config}
+    stated = {**TEXT_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
     bos, eos = stated["bos_token_id"], stated["eos_token_id"]
     if eos == 2:  # files of 2022 state 0 and 2, which CLIP's tokenizer never produces
         bos, eos = TEXT_DEFAULTS["bos_token_id"], TEXT_DEFAULTS["eos_token_id"]
@@ -153,7 +172,7 @@ def hf_vision_config(config: Mapping[str, Any]) -> VisionConfig:
         ValueError: If it is the configuration of another model, or of one that computes otherwise.
     """
     _check_config(config, "clip_vision_model")
-    stated = {**VISION_DEFAULTS, **config}
+    stated = {**VISION_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
     return VisionConfig(
         image_size=stated["image_size"],
         patch_size=stated["patch_size"],
@@ -178,5 +197,9 @@ def _check_config(config: Mapping[str, Any], kind: str) -> None:
         raise ValueError(
             f"hidden_act: {config['hidden_act']!r}; {nearest(config['hidden_act'], ACTIVATIONS)}"
         )
-    if config.get("layer_norm_eps", 1e-5) != 1e-5:
-        raise ValueError(f"layer_norm_eps: expected 1e-5, got {config['layer_norm_eps']}")
+    fields = CLIP_TEXT if kind == "clip_text_model" else CLIP_VISION
+    findings = [each for each in judge_fields(config, fields) if each.name != "eos_token_id"]
+    if wrong := conflicts(findings):
+        raise ValueError(f"config.json states another {kind} than is computed: {'; '.join(wrong)}")
+    for note in warnings_of(findings, "config.json"):
+        warn_user(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,15 @@ def test_the_published_count() -> None:
     with on_meta():
         shapes = shapes_of(SafetyChecker(SafetyConfig()))
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 303_981_588
+
+
+def test_the_configuration_of_the_tower_is_compared(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "model.safetensors", published(small()))
+    tower = {"hidden_act": "quick_gelu", "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 28}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "clip", "vision_config": tower}))
+    assert load_safety(tmp_path, config=SMALL).config == SMALL
+    for change in ({"hidden_act": "gelu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 1e-6}):
+        config.write_text(json.dumps({"model_type": "clip", "vision_config": tower | change}))
+        with pytest.raises(ValueError, match=rf"does not fit the safety checker: {next(iter(change))}"):
+            load_safety(tmp_path, config=SMALL)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from ldm.models.clip.towers import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.weights.formats.safetensors import write_safetensors
-from ldm.weights.hugging_face_clip import hf_text_config, hf_vision_config, load_hugging_face_clip
+from ldm.weights.hugging_face_clip import (
+    hf_text_config,
+    hf_vision_config,
+    hugging_face_network,
+    load_hugging_face_clip,
+)
 from ldm.weights.keymap import fit_table, to_file
 from ldm.weights.open_clip import load_open_clip, open_clip_config
 from ldm.weights.rules.clip import clip_table, to_clip
@@ -256,7 +261,7 @@ def test_folders_of_hugging_face(tmp_path):
         ):
             torch.testing.assert_close(own, peer, rtol=1e-4, atol=1e-5)
     (tmp_path / "vision" / "preprocessor_config.json").write_text('{"resample": 2}')
-    with pytest.raises(ValueError, match="resample: expected 3"):
+    with pytest.raises(ValueError, match="resample 2, expected 3"):
         load_hugging_face_clip(tmp_path / "vision")
     (tmp_path / "text" / "config.json").write_text('{"model_type": "clips"}')
     with pytest.raises(ValueError, match="model_type: 'clips'; did you mean 'clip'"):
@@ -390,12 +395,25 @@ def test_old_text_configurations_of_hugging_face():
     assert (found.bos_id, found.eot_id) == (49406, 49407)
 
 
+def test_a_tower_that_is_stated_twice_must_be_the_same():
+    """Files of 2022 have `text_config_dict` beside `text_config`, and transformers takes the former."""
+    text, vision = hf_config(TEXT), hf_config(VISION)
+    whole = {"model_type": "clip", "text_config": text, "vision_config": vision, "projection_dim": 512}
+    partial = {key: text[key] for key in ("hidden_size", "hidden_act")}
+    assert hugging_face_network(whole | {"text_config_dict": partial}).config.text.width == TEXT.width
+    with pytest.raises(ValueError, match="text_config_dict: hidden_act 'relu' contradicts text_config"):
+        hugging_face_network(whole | {"text_config_dict": partial | {"hidden_act": "relu"}})
+    with pytest.raises(ValueError, match="vision_config: expected a mapping, got 'large'"):
+        hugging_face_network(whole | {"vision_config": "large"})
+
+
 def test_vision_configurations_of_hugging_face():
     assert hf_vision_config(hf_config(H_VISION)) == replace(H_VISION, mlp_width=5120)
     for change, message in (
         ({"model_type": "siglip"}, "siglip"),
         ({"hidden_act": "relu"}, "relu"),
-        ({"layer_norm_eps": 1e-6}, "1e-06"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06, expected 1e-05"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
     ):
         with pytest.raises(ValueError, match=message):
             hf_vision_config(hf_config(VISION) | change)

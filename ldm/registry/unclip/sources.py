@@ -124,12 +124,25 @@ def unclip_from_diffusers(card: UnCLIPCard, path: Path, dtype: torch.dtype, *, v
 def words_padding(card: UnCLIPCard, found: Mapping[str, tuple[PipelineComponent, ...]]) -> int | None:
     """Return the padding token of the decoder's own text encoder; None if it is not read by CLIP's tokenizer.
 
+    Args:
+        card: The model's card.
+        found: The components by part.
+
     Raises:
-        ValueError: If its tokenizer is another than CLIP's.
+        ValueError: If a tokenizer of a CLIP tower is another than CLIP's.
     """
-    if "words" not in found or not isinstance(card.shapes().get("words"), TextConfig):
-        return None
-    return tokenizer_statement(found["words"][0].path.parent / "tokenizer", card.words.length)[0]
+    pad = None
+    for part, convention in (("text", card.text), ("words", card.words)):
+        if part not in found or not isinstance(card.shapes().get(part), TextConfig):
+            continue
+        encoder = found[part][0]
+        place = encoder.path.parent / encoder.name.replace("text_encoder", "tokenizer")
+        stated, _ = tokenizer_statement(place, convention.length)
+        if part == "words":
+            pad = stated
+        elif stated not in (None, convention.pad) and not convention.masked:
+            raise ValueError(f"{str(place)!r}: its texts are padded with {stated}, expected {convention.pad}")
+    return pad
 
 
 def check_processors(card: UnCLIPCard, folder: Path) -> tuple[str, ...]:
