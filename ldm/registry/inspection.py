@@ -77,6 +77,11 @@ def inspect_file(path: Path, candidates: Candidates, *, nan: bool, digest: bool)
         problems.append(f"{part}.yaml, which states the network of {path.name}, is not beside it")
     else:
         found, parts, left = family_parts(state, path, problems)
+    try:
+        averaged = len(ema_names(state, path))
+    except ValueError as error:
+        averaged = 0
+        problems.append(str(error))
     if left:
         names = f"{', '.join(left[:5])}{' …' if len(left) > 5 else ''}"
         problems.append(f"{len(left)} tensors belong to no part: {names}")
@@ -87,7 +92,7 @@ def inspect_file(path: Path, candidates: Candidates, *, nan: bool, digest: bool)
         sha256={path.name: sha256(path)} if digest else {},
         found=found,
         parts=tuple(report_part(name, part) for name, part in parts.items()),
-        averaged=len(ema_names(state)),
+        averaged=averaged,
         values=values,
         stated=stated_by_file(state, values, problems),
         fits=fit_candidates(candidates, found, parts),

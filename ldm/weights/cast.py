@@ -76,6 +76,8 @@ def _cast_compiled(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor contains neither NaN nor infinity; integers never do."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:

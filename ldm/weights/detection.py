@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,25 +79,21 @@ def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
     if stem is None or len(stem) != 4:
         return None
 
-    def width(*names: str) -> int | None:
-        return next((shapes[prefix + name][-1] for name in names if prefix + name in shapes), None)
+    def length(names: Iterable[str], axis: int) -> int | None:
+        return next((shapes[name][axis] for name in names if shapes.get(name)), None)
 
-    attends = [key for key in shapes if key.startswith(prefix) and key.endswith(".attn2.to_k.weight")]
-    classes = next(
-        (
-            shapes[prefix + name][0]
-            for name in ("label_emb.weight", "class_embedding.weight")
-            if prefix + name in shapes
-        ),
-        None,
-    )
+    def below(*names: str) -> list[str]:
+        return [prefix + name for name in names]
+
+    attends = (key for key in shapes if key.startswith(prefix) and key.endswith(".attn2.to_k.weight"))
     return Facts(
         inputs=stem[1],
         width=stem[0],
-        context=shapes[attends[0]][-1] if attends else None,
-        classes=classes,
-        vector=width(
-            "label_emb.0.0.weight", "add_embedding.linear_1.weight", "class_embedding.linear_1.weight"
+        context=length(attends, -1),
+        classes=length(below("label_emb.weight", "class_embedding.weight"), 0),
+        vector=length(
+            below("label_emb.0.0.weight", "add_embedding.linear_1.weight", "class_embedding.linear_1.weight"),
+            -1,
         ),
         guidance=f"{prefix}time_embedding.cond_proj.weight" in shapes,
     )

@@ -25,7 +25,7 @@ def mismatch(missing: Iterable[str], extra: Iterable[str], misshapen: Iterable[s
     Args:
         missing: Keys that are expected and absent.
         extra: Keys that are not expected.
-        misshapen: Keys with another shape, with both shapes.
+        misshapen: Keys with another shape or another kind of numbers, with both.
         show: Number of keys of each kind that are listed. Default: 5.
     """
     parts = []
@@ -67,10 +67,16 @@ def load_strict(
     """
     want = module.state_dict()
     shapes = {key: (tuple(state[key].shape), tuple(want[key].shape)) for key in want if key in state}
+    kinds = {key: state[key].dtype for key in shapes if want[key].is_floating_point()}
     wrong = mismatch(
         [key for key in want if key not in state],
         [key for key in state if key not in want],
-        [f"{key}: {have}, expected {need}" for key, (have, need) in shapes.items() if have != need],
+        [f"{key}: {have}, expected {need}" for key, (have, need) in shapes.items() if have != need]
+        + [
+            f"{key}: {kind}, expected real numbers"
+            for key, kind in kinds.items()
+            if not kind.is_floating_point
+        ],
     )
     if wrong:
         raise ValueError(f"{str(source)!r} does not fit {type(module).__name__}: {wrong}")

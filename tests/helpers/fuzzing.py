@@ -221,7 +221,8 @@ def _serve(connection: Connection, folder: Path) -> None:
         folder.mkdir(parents=True)
         data, warm = message
         place = target.place(data, folder)
-        connection.send(_read(target, place, len(data)) if warm else _first(target, place))
+        size = place.stat().st_size if isinstance(place, Path) and place.is_file() else 0
+        connection.send(_read(target, place, max(size, len(data))) if warm else _first(target, place))
 
 
 def _first(target: Target, place: object) -> Outcome:

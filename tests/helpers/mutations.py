@@ -104,9 +104,12 @@ def odd_value(rng: random.Random) -> Any:
 def mutated_json(seeds: Sequence[bytes], rng: random.Random) -> bytes:
     """Return one of the JSON texts with one to three of its values, keys or letters changed."""
     tree = json.loads(rng.choice(seeds))
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        tree = changed_tree(tree, rng)
-    text = json.dumps(tree, ensure_ascii=rng.random() < 0.5)
+    try:
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            tree = changed_tree(tree, rng)
+        text = json.dumps(tree, ensure_ascii=rng.random() < 0.5)
+    except RecursionError:  # two deep values, one in the other
+        return mutated_bytes(seeds, rng)
     data = text.encode(errors="surrogatepass")
     return mutated_bytes([data], rng) if rng.random() < 0.2 else data
 

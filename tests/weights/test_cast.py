@@ -112,3 +112,10 @@ def test_nothing_is_copied_in_vain() -> None:
     made, _ = cast(tensors, torch.bfloat16)
     assert all(made[name].data_ptr() == tensors[name].data_ptr() for name in tensors)
     assert cast({"x": torch.ones(2)}, None)[0]["x"].dtype == torch.float32
+
+
+def test_complex_numbers_are_finite_if_both_parts_are() -> None:
+    good = torch.ones(3, dtype=torch.complex64)
+    assert is_finite(good) and is_finite(good.conj())
+    for bad in (complex(0, float("nan")), complex(float("inf"), 0)):
+        assert not is_finite(torch.tensor([1, bad]))

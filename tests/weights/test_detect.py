@@ -112,3 +112,20 @@ def test_unknown_files_say_what_they_hold() -> None:
     odd = original_keys.unet(UNETS["sd1"][0]) | {"input_blocks.0.0.weight": (320, 12, 3, 3)}
     with pytest.raises(ValueError, match="channels in 12, width 320, context 768"):
         detect(odd)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_tensors_without_dimensions_are_no_facts(prefix: str) -> None:
+    """The shapes that decide may be those of single numbers; the file is then of no known family."""
+    stem = {f"{prefix}input_blocks.0.0.weight": (320, 4, 3, 3)}
+    for name in (
+        "label_emb.weight",
+        "label_emb.0.0.weight",
+        "add_embedding.linear_1.weight",
+        "a.attn2.to_k.weight",
+    ):
+        with pytest.raises(ValueError, match=r"a\.ckpt.*no family that is known"):
+            detect(stem | {f"{prefix}{name}": ()}, source="a.ckpt")
+    for shape in ((), (320,)):
+        with pytest.raises(ValueError, match=r"a\.ckpt.*no family that is known"):
+            detect({f"{prefix}input_blocks.0.0.weight": shape, "b": (1, 2)}, source="a.ckpt")

@@ -275,3 +275,11 @@ def test_what_stays_on_meta_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="table"):
         strict.load_strict(on_meta(Forgetful), {}, source="x")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("wanted", [None, torch.float16])
+def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, wanted: torch.dtype | None) -> None:
+    state = nn.Linear(2, 2).state_dict() | {"weight": torch.ones(2, 2, dtype=dtype)}
+    with pytest.raises(ValueError, match=rf"weight: {dtype}, expected real numbers"):
+        strict.load_strict(on_meta(lambda: nn.Linear(2, 2)), state, source="x", dtype=wanted)

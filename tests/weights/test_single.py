@@ -11,6 +11,7 @@ from original_keys import UNETS
 from sparse_files import sd1_shapes, sparse_file
 
 from ldm.models.unet import UNet, UNetConfig
+from ldm.registry.inspection import inspect
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.formats.single_file import (
     Stated,
@@ -98,9 +99,14 @@ def test_averages_of_some_tensors_only_are_not_mixed_in_silence() -> None:
     assert choose_ema(state, False, source="x")[1] is False
 
 
-def test_names_without_dots_may_collide() -> None:
-    with pytest.raises(ValueError, match="may be the average of"):
-        ema_names(["model.d.a.bc", "model.d.ab.c", "model_ema.dabc"])
+def test_names_without_dots_may_collide(tmp_path: Path) -> None:
+    names = ["model.d.a.bc", "model.d.ab.c", "model_ema.dabc"]
+    with pytest.raises(ValueError, match=r"may be the average of"):
+        ema_names(names)
+    with pytest.raises(ValueError, match=r"a\.ckpt.*may be the average of"):
+        choose_ema({name: torch.ones(1) for name in names}, None, source="a.ckpt")
+    write_safetensors(tmp_path / "a.safetensors", {name: torch.ones(1) for name in names})
+    assert any("may be the average" in problem for problem in inspect(tmp_path / "a.safetensors").problems)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "renamed.bin"])
@@ -190,3 +196,18 @@ def test_contradictory_and_unknown_statements_are_errors() -> None:
         stated_sampling({"v_pred": torch.zeros(0)}, {"modelspec.prediction_type": "epsilon"})
     with pytest.raises(ValueError, match="'flow': expected one of 'epsilon', 'v'"):
         stated_sampling({}, {"modelspec.prediction_type": "flow"})
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        *(torch.tensor(x) for x in (0.0, -1.0, float("nan"), float("inf"), 1j)),
+        *(torch.ones(2), torch.ones(0)),
+    ],
+    ids=str,
+)
+def test_a_scale_that_is_no_number_above_0_is_refused(scale: torch.Tensor, tmp_path: Path) -> None:
+    state = {"decoder.up.0.block.0.conv1.weight": torch.ones(2, 2, 3, 3), "scale_factor": scale}
+    write_safetensors(tmp_path / "a.safetensors", state)
+    with pytest.raises(ValueError, match=r"a\.safetensors': scale_factor"):
+        read_single(tmp_path / "a.safetensors", family="first-stage-kl")

@@ -66,6 +66,9 @@ FAMILY_METADATA = {
 FAMILY_METADATA["ss_v2"] = {"True": ("sd2", "sd-x4"), "true": ("sd2", "sd-x4")}
 
 
+MOST_CHANNELS = 256  # of a latent; published models have up to 16
+
+
 class Marker(NamedTuple):
     """One statement of a file: where it stands, its value, and what it means for loading."""
 
@@ -138,7 +141,7 @@ def edm_of(state: Mapping[str, Tensor]) -> Stated | None:
     if len(there) == 1:
         raise ValueError(f"the file has the key {there[0]}, and of edm_mean and edm_std not the other")
     mean, std = (
-        tuple(number(name, entry) for entry in state[name].flatten().tolist())
+        tuple(number(name, entry) for entry in numbers_of(state, name))
         for name, number in (("edm_mean", finite_number), ("edm_std", positive_number))
     )
     # the latents are scaled to the standard deviation of EDM's data, and the library's to 1
@@ -149,7 +152,19 @@ def number_of(state: Mapping[str, Tensor], name: str) -> float:
     """Return the positive number in a tensor of one entry."""
     if state[name].numel() != 1:
         raise ValueError(f"{name}: expected one number, got shape {tuple(state[name].shape)}")
-    return positive_number(name, float(state[name].item()))
+    return positive_number(name, numbers_of(state, name)[0])
+
+
+def numbers_of(state: Mapping[str, Tensor], name: str) -> list[float]:
+    """Return the real numbers in a tensor with an entry for each channel of a latent."""
+    tensor = state[name]
+    if tensor.numel() > MOST_CHANNELS or tensor.is_complex():
+        raise ValueError(
+            f"{name}: expected at most {MOST_CHANNELS} real numbers, got shape {tuple(tensor.shape)} of"
+            f" {tensor.dtype}"
+        )
+    numbers: list[float] = tensor.flatten().double().tolist()
+    return numbers
 
 
 def family_notes(family: str, values: Values) -> tuple[str, ...]:
@@ -171,7 +186,7 @@ def markers(state: Mapping[str, Tensor], values: Values) -> list[Marker]:
     for key, meaning in KEY_MEANINGS.items():
         if key in state:
             tensor = state[key]
-            value = str(float(tensor)) if tensor.numel() == 1 else f"shape {tuple(tensor.shape)}"
+            value = str(tensor.item()) if tensor.numel() == 1 else f"shape {tuple(tensor.shape)}"
             found.append(Marker(key, value, meaning))
     for name, meaning in METADATA_MEANINGS.items():
         if name in values:

@@ -106,10 +106,11 @@ def file_kind(path: Path) -> str:
     return next((kind for magic, kind in kinds.items() if head.startswith(magic)), "unknown format")
 
 
-def ema_names(keys: Iterable[str]) -> dict[str, str]:
+def ema_names(keys: Iterable[str], source: str | Path = "") -> dict[str, str]:
     """Return the key of the averaged copy of each trained tensor of a CompVis file that has one.
 
-    The names of averages have no dots: "model_ema.xy" is the average of "model.x.y".
+    The names of averages have no dots: "model_ema.xy" is the average of "model.x.y". The file, `source`, is
+    for messages.
 
     Raises:
         ValueError: If an average may be that of two tensors.
@@ -122,7 +123,9 @@ def ema_names(keys: Iterable[str]) -> dict[str, str]:
             average = "model_ema." + key.removeprefix("model.").replace(".", "")
             if average in known:
                 if average in owner:
-                    raise ValueError(f"{average!r} may be the average of {owner[average]!r} or of {key!r}")
+                    raise ValueError(
+                        f"{str(source)!r}: {average!r} may be the average of {owner[average]!r} or of {key!r}"
+                    )
                 owner[average], found[key] = key, average
     return found
 
@@ -142,7 +145,7 @@ def choose_ema(
         ValueError: If averages are asked for and the file has none, or if it has those of some tensors only
             and ``ema`` is not False.
     """
-    names = ema_names(state)
+    names = ema_names(state, source)
     trained = [key for key in state if key.startswith("model.")]
     if names and len(names) != len(trained) and ema is not False:
         lost = [key for key in trained if key not in names]
