@@ -141,7 +141,7 @@ def edm_of(state: Mapping[str, Tensor]) -> Stated | None:
     if len(there) == 1:
         raise ValueError(f"the file has the key {there[0]}, and of edm_mean and edm_std not the other")
     mean, std = (
-        tuple(number(name, entry) for entry in numbers_of(state, name))
+        tuple(number(name, entry) for entry in channel_numbers(state, name))
         for name, number in (("edm_mean", finite_number), ("edm_std", positive_number))
     )
     # the latents are scaled to the standard deviation of EDM's data, and the library's to 1
@@ -152,10 +152,10 @@ def number_of(state: Mapping[str, Tensor], name: str) -> float:
     """Return the positive number in a tensor of one entry."""
     if state[name].numel() != 1:
         raise ValueError(f"{name}: expected one number, got shape {tuple(state[name].shape)}")
-    return positive_number(name, numbers_of(state, name)[0])
+    return positive_number(name, channel_numbers(state, name)[0])
 
 
-def numbers_of(state: Mapping[str, Tensor], name: str) -> list[float]:
+def channel_numbers(state: Mapping[str, Tensor], name: str) -> list[float]:
     """Return the real numbers in a tensor with an entry for each channel of a latent."""
     tensor = state[name]
     if tensor.numel() > MOST_CHANNELS or tensor.is_complex():
