@@ -28,66 +28,79 @@ import ldm
 from ldm.catalog.lookup import ASSETS
 from ldm.data import (
     PALETTE,
-    Composition,
+    STYLES,
     EmojiData,
     Mix,
+    Scene,
     caption,
-    held_out_pair,
+    held_out_background,
+    plain_scene,
     render_batch,
-    sample_composition,
+    sample_scene,
 )
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import open_atomically, write_atomically
 from ldm.weights.formats.ldm_folder import read_part
 
+EMBEDDED_STYLES = ("noto", "fluent", "twemoji")  # that emoji-unclip was trained on
 BACKGROUNDS = tuple(colour for colour in PALETTE if colour != "white")
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds -> (B, 3, H, W) in [0, 1]
 
 
-def draw_training(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
-    """Return n distinct noto names of the training set; every other one on a random background.
+def draw_training(
+    data: EmojiData, n: int, rng: np.random.Generator, styles: Sequence[str] = STYLES
+) -> list[Scene]:
+    """Return n distinct training images of some styles, whole; every other one on a random background.
 
-    No (name, background) pair is held out.
+    No (name, background) combination is held out.
     """
-    names = rng.permutation(data.index.names("noto", held_out=False))[:n]
     drawn = []
-    for i, name in enumerate(names):
-        allowed = [background for background in BACKGROUNDS if not held_out_pair(name, background)]
-        drawn.append(
-            Composition(
-                image=data.find(name), background=allowed[rng.integers(len(allowed))] if i % 2 else None
-            )
-        )
+    for i, row in enumerate(rng.permutation(rows_of_styles(data, styles))[:n]):
+        name = data.index[int(row)].name
+        allowed = [background for background in BACKGROUNDS if not held_out_background(name, background)]
+        background = allowed[rng.integers(len(allowed))] if i % 2 else None
+        drawn.append(plain_scene(data.index, int(row), background))
     return drawn
 
 
-def draw_held_out_pairs(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
-    """Return n of the held-out (name, background) pairs whose image itself is in the training set."""
+def draw_held_out_backgrounds(
+    data: EmojiData, n: int, rng: np.random.Generator, styles: Sequence[str] = STYLES
+) -> list[Scene]:
+    """Return n training images of some styles on backgrounds that are held out for their names."""
     pairs = [
-        (name, background)
-        for name in data.index.names("noto", held_out=False)
+        (int(row), background)
+        for row in rows_of_styles(data, styles)
         for background in BACKGROUNDS
-        if held_out_pair(name, background)
+        if held_out_background(data.index[int(row)].name, background)
     ]
-    return [
-        Composition(image=data.find(pairs[i][0]), background=pairs[i][1])
-        for i in rng.permutation(len(pairs))[:n]
-    ]
+    return [plain_scene(data.index, *pairs[i]) for i in rng.permutation(len(pairs))[:n]]
 
 
-def draw_held_out_images(data: EmojiData, rng: np.random.Generator) -> list[Composition]:
-    """Return every held-out image once, every other one on a random background."""
+def rows_of_styles(data: EmojiData, styles: Sequence[str]) -> np.ndarray:
+    """Return the rows of the training images of some styles."""
+    return np.array([row for row in data.train if data.index[int(row)].style in styles], dtype=np.int64)
+
+
+def draw_held_out_images(
+    data: EmojiData, rng: np.random.Generator, styles: Sequence[str] = STYLES
+) -> list[Scene]:
+    """Return every held-out image of some styles once, every other one on a random background."""
+    rows = [int(row) for row in data.held_out if data.index[int(row)].style in styles]
     colours = tuple(PALETTE)
-    backgrounds = [colours[rng.integers(len(colours))] if i % 2 else None for i in range(len(data.held_out))]
+    backgrounds = [colours[rng.integers(len(colours))] if i % 2 else None for i in range(len(rows))]
     return [
-        Composition(image=int(image), background=background)
-        for image, background in zip(data.held_out, backgrounds, strict=True)
+        plain_scene(data.index, row, background) for row, background in zip(rows, backgrounds, strict=True)
     ]
 
 
-def real(compositions: Sequence[Composition], data: EmojiData, size: int) -> Tensor:
-    """Render compositions from the data set, (B, 3, size, size) in [0, 1]."""
-    return torch.from_numpy(render_batch(compositions, data.images, size)).permute(0, 3, 1, 2).float() / 255
+def real(scenes: Sequence[Scene], data: EmojiData, size: int) -> Tensor:
+    """Render scenes from the data set, (B, 3, size, size) in [0, 1]."""
+    return torch.from_numpy(render_batch(scenes, data.images, size)).permute(0, 3, 1, 2).float() / 255
+
+
+def asked(scenes: Sequence[Scene]) -> tuple[list[str], list[str | None]]:
+    """Return the names and the backgrounds that the captions of scenes of one thing ask for."""
+    return [scene.facts.things[0].name for scene in scenes], [scene.facts.background for scene in scenes]
 
 
 def score(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -133,18 +146,25 @@ def features(images: Tensor, folder: Path, batch: int = 100) -> np.ndarray:
 
 
 def frechet_rows(
-    pipe: Any, generate: Generate, data: EmojiData, n: int, size: int, rng: np.random.Generator, clip: Path
+    pipe: Any,
+    generate: Generate,
+    data: EmojiData,
+    size: int,
+    rng: np.random.Generator,
+    options: argparse.Namespace,
 ) -> dict[str, float]:
     """Return the Fréchet distances to n images of the data.
 
     They are those of n samples, of n reconstructions, and of n other images of the data, which is the
     distance that chance gives.
     """
-    mix = Mix()
-    reference, asked = ([sample_composition(rng, data.index, mix) for _ in range(n)] for _ in range(2))
+    clip, n = options.clip, options.frechet_n
+    styles = dict.fromkeys(options.styles, 1.0)
+    mix = Mix(styles=styles, two=0.0, count=0.0, small=0.0, placed=0.0, colour=0.0, style=1.0)
+    reference, wanted = ([sample_scene(rng, data.index, mix) for _ in range(n)] for _ in range(2))
     to = features(real(reference, data, size), clip)
-    fresh = real(asked, data, size)
-    samples = generate([caption(composition, data.index) for composition in asked], range(10**6, 10**6 + n))
+    fresh = real(wanted, data, size)
+    samples = generate([caption(scene.facts, data.index) for scene in wanted], range(10**6, 10**6 + n))
     made = {"samples": samples, "reconstructions": reconstruct(pipe, fresh), "data": fresh}
     return {name: frechet_distance(features(images, clip), to) for name, images in made.items()}
 
@@ -175,19 +195,17 @@ def measure(
     rng = np.random.default_rng(options.seed)
     generate, judge = generator(pipe, options), EmojiJudge(data)
     sets = {
-        "training": draw_training(data, options.n, rng),
-        "held_out_pairs": draw_held_out_pairs(data, options.n, rng),
+        "training": draw_training(data, options.n, rng, options.styles),
+        "held_out_pairs": draw_held_out_backgrounds(data, options.n, rng, options.styles),
     }
     result: dict[str, Any] = {}
     all_images, all_verdicts, all_prompts = [], [], []
-    for name, compositions in sets.items():
-        prompts = [caption(composition, data.index) for composition in compositions]
+    for name, scenes in sets.items():
+        prompts = [caption(scene.facts, data.index) for scene in scenes]
         start = time.perf_counter()
         images = generate(prompts, range(options.seed, options.seed + len(prompts)))
         seconds = (time.perf_counter() - start) / len(prompts)
-        verdicts = judge(
-            images, [data.index[c.image].name for c in compositions], [c.background for c in compositions]
-        )
+        verdicts = judge(images, *asked(scenes))
         result[name] = {"n": len(prompts), **score(verdicts), "seconds_an_image": seconds}
         if name == "training":
             result["training_on_background"] = score([verdict for verdict in verdicts if verdict.background])
@@ -201,7 +219,7 @@ def measure(
     if not options.skip_frechet:
         result["frechet"] = {
             "n": options.frechet_n,
-            **frechet_rows(pipe, generate, data, options.frechet_n, size, rng, options.clip),
+            **frechet_rows(pipe, generate, data, size, rng, options),
         }
     return {"size": size, **result}, torch.cat(all_images), all_verdicts, all_prompts
 
@@ -297,6 +315,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
     parser.add_argument(
         "--n", type=int, default=100, help="images in each of the two sets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--styles", nargs="+", choices=STYLES, default=list(STYLES), help="styles to ask for (default: all)"
     )
     parser.add_argument(
         "--seed",

@@ -27,7 +27,7 @@ from emoji_judge import EmojiJudge
 from torch import Tensor
 
 import ldm
-from ldm.data import Composition, EmojiData, caption, render_batch
+from ldm.data import EmojiData, Scene, caption, plain_scene, render_batch, side_by_side
 from ldm.support.files import open_atomically, write_atomically
 
 
@@ -108,13 +108,13 @@ def main() -> None:
 
 def rendered(data: EmojiData, rows: np.ndarray) -> tuple[Tensor, list[str]]:
     """Return the images (B, 3, 128, 128) in [0, 1] of some rows on white, and their captions."""
-    shown = [Composition(image=int(row)) for row in rows]
-    return real(data, shown), [caption(c, data.index) for c in shown]
+    shown = [plain_scene(data.index, int(row)) for row in rows]
+    return real(data, shown), [caption(c.facts, data.index) for c in shown]
 
 
-def real(data: EmojiData, compositions: list[Composition]) -> Tensor:
-    """Render compositions from the data set, (B, 3, 128, 128) in [0, 1]."""
-    return torch.from_numpy(render_batch(compositions, data.images)).permute(0, 3, 1, 2).float() / 255
+def real(data: EmojiData, scenes: list[Scene]) -> Tensor:
+    """Render scenes from the data set, (B, 3, 128, 128) in [0, 1]."""
+    return torch.from_numpy(render_batch(scenes, data.images)).permute(0, 3, 1, 2).float() / 255
 
 
 def batches(task: Any, n: int, size: int) -> Tensor:
@@ -292,9 +292,11 @@ def attention(pipe: Any, data: EmojiData, options: argparse.Namespace, rows: lis
     chosen = np.random.default_rng(options.seed).permutation(data.index.train_of["noto"])[: 2 * options.n]
     judge, shares, drawn, known, heat = EmojiJudge(data), [], [], [], []
     for i, (first, second) in enumerate(chosen.reshape(-1, 2)):
-        pair = Composition(image=int(first), second=int(second))
+        pair = side_by_side(data.index, int(first), int(second))
         with ldm.trace(pipe) as trace:
-            made = pipe.text_to_image(caption(pair, data.index), seed=options.seed + i, progress=False).tensor
+            made = pipe.text_to_image(
+                caption(pair.facts, data.index), seed=options.seed + i, progress=False
+            ).tensor
         about = [data.index[int(row)] for row in (first, second)]
         names = [one.phrase for one in about]
         maps = torch.cat([trace.attention(name) for name in names])  # (2, h, w)

@@ -28,7 +28,10 @@ from ldm.training.stages import set_dotted
 CONFIGS = Path(__file__).parents[1] / "configs" / "emoji-ldm"
 FOLDER = Path("runs") / "trials"
 # one style on white: the latents of these images are computed in seconds
-PLAIN = {"noto": 1, "fluent": 0, "twemoji": 0, "background": 0.0, "small": 0.0, "two": 0.0}
+PLAIN = {
+    "styles": {"noto": 1.0},
+    **dict.fromkeys(("style", "two", "count", "small", "placed", "colour", "background"), 0.0),
+}
 
 Changes = dict[str, Any]  # dotted key -> value, such as "run.batch": 8
 Trial = list[tuple[str, Changes]]  # the stages of a trial in order, with the changes of each

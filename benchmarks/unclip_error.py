@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from emoji_judge import EmojiJudge
-from emoji_quality import draw_training, real, score
+from emoji_quality import EMBEDDED_STYLES, asked, draw_training, real, score
 from torch import Tensor
 
 import ldm
@@ -119,13 +119,13 @@ def maker(pipe: Any, options: argparse.Namespace) -> Make:
 def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of all rows, as in emoji_quality.py, and the attribution of the error."""
     rng = np.random.default_rng(options.seed)
-    compositions = draw_training(data, options.n, rng)
+    scenes = draw_training(data, options.n, rng, EMBEDDED_STYLES)
     prompts, seeds = (
-        [caption(c, data.index) for c in compositions],
+        [caption(c.facts, data.index) for c in scenes],
         list(range(options.seed, options.seed + options.n)),
     )
     size = pipe.card.decoder.defaults.height
-    truth = real(compositions, data, size)
+    truth = real(scenes, data, size)
     rows = compare(
         maker(pipe, options),
         embeddings(pipe, truth, prompts, seeds, candidates=options.candidates),
@@ -135,11 +135,7 @@ def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> dict[str
     )
     judge = EmojiJudge(data)
     for row in rows.values():
-        verdicts = judge(
-            row.pop("images"),
-            [data.index[c.image].name for c in compositions],
-            [c.background for c in compositions],
-        )
+        verdicts = judge(row.pop("images"), *asked(scenes))
         row.update(score(verdicts))
     whose = {"mse": attribute({name: row["mse"] for name, row in rows.items()})}
     whose["top1 missed"] = attribute({name: 100 - row["top1"] for name, row in rows.items()})

@@ -25,12 +25,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from emoji_judge import EmojiJudge
-from emoji_quality import draw_held_out_images, draw_held_out_pairs, mean_psnr, real
+from emoji_quality import (
+    EMBEDDED_STYLES,
+    asked,
+    draw_held_out_backgrounds,
+    draw_held_out_images,
+    mean_psnr,
+    real,
+)
 from torch import Tensor
 
 import ldm
 from ldm.catalog.unclip_cards import AutoregressiveCard
-from ldm.data import Composition, EmojiData, caption
+from ldm.data import EmojiData, Scene, caption
 from ldm.pipelines.stages.upsampler import enlarge
 from ldm.registry.unclip.assembly import prior_stage
 from ldm.support.files import open_atomically, write_atomically
@@ -45,9 +52,9 @@ def in_parts(make: Callable[[slice], Tensor], n: int, batch: int = BATCH) -> Ten
     return torch.cat([make(slice(i, min(i + batch, n))) for i in range(0, n, batch)])
 
 
-def held_out(data: EmojiData, n: int, rng: np.random.Generator) -> list[Composition]:
+def held_out(data: EmojiData, n: int, rng: np.random.Generator) -> list[Scene]:
     """Return up to n images held out of training, every other one on a background."""
-    drawn = draw_held_out_images(data, rng)
+    drawn = draw_held_out_images(data, rng, EMBEDDED_STYLES)
     return [drawn[i] for i in rng.permutation(len(drawn))[:n]]
 
 
@@ -60,10 +67,10 @@ def prior_cosines(
     """
     rows = {}
     for name, chosen in (
-        ("held-out pairs", draw_held_out_pairs(data, options.n, rng)),
+        ("held-out pairs", draw_held_out_backgrounds(data, options.n, rng, EMBEDDED_STYLES)),
         ("held-out images", held_out(data, options.n, rng)),
     ):
-        prompts = [caption(c, data.index) for c in chosen]
+        prompts = [caption(c.facts, data.index) for c in chosen]
         true = pipe.clip.image_embedding(real(chosen, data, pipe.card.decoder.defaults.height)).vector.cpu()
         seeds = list(range(options.seed, options.seed + len(chosen)))
         made = pipe.imagine(prompts, seed=seeds, candidates=options.candidates, progress=False).vector.cpu()
@@ -99,9 +106,9 @@ def variations(
         ("embedding alone", {"upsample": False}),
     ):
         hits, between = [], []
-        for k, (image, composition) in enumerate(zip(truth, chosen, strict=True)):
+        for k, (image, scene) in enumerate(zip(truth, chosen, strict=True)):
             made = pipe.variations(image, n=4, seed=options.seed + 4 * k, progress=False, **settings).tensor
-            verdicts = judge(made, [data.index[composition.image].name] * 4, [composition.background] * 4)
+            verdicts = judge(made, *asked([scene] * 4))
             hits.append([verdict.rank == 0 for verdict in verdicts])
             between.append(mean_psnr(made[:1], made[1:2]))
         found = np.array(hits)

@@ -1,55 +1,24 @@
-"""The index of the emoji data set, the held-out images, and the memory-mapped pixels."""
+"""The index of the emoji data set, and its memory-mapped pixels."""
 
 from __future__ import annotations
 
 import difflib
-import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 
-from ldm.data.palette import PALETTE
+from ldm.conditioning.words import words_in
+from ldm.data.facts import STYLES, Style
+from ldm.data.wording import grammar_words
 from ldm.support.config import nearest
 
-Style = Literal["noto", "fluent", "twemoji"]
-STYLES: tuple[Style, ...] = get_args(Style)
 IMAGES_FILE, INDEX_FILE, MANIFEST_FILE = "pictures.npy", "index.json", "manifest.json"
 BUILD_COMMAND = "python -m ldm.data.emoji"
-HELD_OUT = 0.05  # the share of (name, style) images, and of (name, background) pairs, kept out of training
-TAG_NAMES = 8  # a caption uses a tag in place of the name only if at most this many names carry it
-
-
-def _fraction(*key: str) -> float:
-    """Return a number in [0, 1) that is a hash of the strings alone."""
-    digest = hashlib.sha256("\n".join(("ldm emoji held-out 1", *key)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-@functools.cache
-def held_out_image(name: str, style: str) -> bool:
-    """Return whether the image of this name in this style is kept out of every training: about 5 % of all."""
-    return _fraction("picture", name, style) < HELD_OUT
-
-
-@functools.cache
-def held_out_pair(name: str, background: str | None) -> bool:
-    """Return whether this name (in any style) on this background is kept out of every training.
-
-    About 5 % of the pairs are held out; pairs with white never are, whether the caption names it or not
-    (None), because every source image is seen on white.
-
-    Raises:
-        ValueError: If the background is not in the palette.
-    """
-    if background is not None and background not in PALETTE:
-        raise ValueError(f"background {background!r}: not in the palette; {nearest(background, PALETTE)}")
-    return background not in (None, "white") and _fraction("pair", name, background) < HELD_OUT
+TAG_NAMES = 3  # a caption uses a tag in place of the name only if at most this many names carry it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +31,7 @@ class ImageRecord:
         label: Emojibase's label, or None if it has none.
         tags: Emojibase's tags.
         held_out: Whether the image is kept out of training.
+        tints: Whether the image can be recoloured; see `takes_colour`.
     """
 
     name: str
@@ -69,6 +39,7 @@ class ImageRecord:
     label: str | None = None
     tags: tuple[str, ...] = ()
     held_out: bool = False
+    tints: bool = True
 
     @property
     def phrase(self) -> str:
@@ -84,7 +55,10 @@ class ImageIndex:
         train: Row numbers of the training images, (n,) int.
         held_out: Row numbers of the held-out images, (m,) int.
         train_of: Row numbers of the training images of each style.
-        caption_tags: For each row, the tags that are specific enough to stand for the name in a caption.
+        rows_of: Row numbers of all images of each name.
+        labels: Labels that can stand for a name in a caption, by name.
+        tags: The tags that are specific enough to stand for a name in a caption, by name.
+        phrases: Every noun phrase that can stand for a name.
     """
 
     def __init__(self, rows: Iterable[ImageRecord]) -> None:
@@ -92,7 +66,7 @@ class ImageIndex:
         held = np.array([row.held_out for row in self.rows], dtype=bool)
         self.train: np.ndarray = np.flatnonzero(~held)
         self.held_out: np.ndarray = np.flatnonzero(held)
-        self.train_of: dict[str, np.ndarray] = {
+        self.train_of: dict[Style, np.ndarray] = {
             style: np.array([i for i in self.train if self.rows[i].style == style], dtype=np.int64)
             for style in STYLES
         }
@@ -102,15 +76,57 @@ class ImageIndex:
         self._row_of: dict[tuple[str, str], int] = {
             (row.name, row.style): i for i, row in enumerate(self.rows)
         }
-        self.caption_tags = self._find_caption_tags()
+        self.rows_of: dict[str, tuple[int, ...]] = {}
+        for i, row in enumerate(self.rows):
+            self.rows_of[row.name] = (*self.rows_of.get(row.name, ()), i)
+        self.labels, self.tags = self._find_labels(), self._find_tags()
+        self.phrases = frozenset(phrase for name in self.rows_of for phrase in self.nouns(name))
 
-    def _find_caption_tags(self) -> tuple[tuple[str, ...], ...]:
-        names = {row.phrase for row in self.rows} | {row.label for row in self.rows if row.label}
-        carriers = Counter(tag for _, tag in {(row.name, tag) for row in self.rows for tag in row.tags})
-        specific = {
-            tag for tag, count in carriers.items() if count <= TAG_NAMES and len(tag) > 2 and tag not in names
+    def _find_labels(self) -> dict[str, str]:
+        """Return for each name its label, unless that is a grammatical word, its phrase or another's."""
+        phrases = {row.phrase for row in self.rows}
+        found = {row.name: row.label for row in self.rows if row.label and row.label not in phrases}
+        carriers, grammar = Counter(found.values()), grammar_words()
+        return {
+            name: label
+            for name, label in found.items()
+            if carriers[label] == 1 and not grammar.issuperset(words_in(label))
         }
-        return tuple(tuple(tag for tag in row.tags if tag in specific) for row in self.rows)
+
+    def _find_tags(self) -> dict[str, tuple[str, ...]]:
+        """Return for each name the tags that few names carry: "apple" for red apple, but not for pie.
+
+        Of the names that carry a tag, those that contain it come before the others.
+        """
+        taken = {row.phrase for row in self.rows} | {row.label for row in self.rows if row.label}
+        grammar, carriers = grammar_words(), dict[str, list[str]]()
+        tags = {row.name: row.tags for row in self.rows}
+        for name, own in tags.items():
+            for tag in dict.fromkeys(own):
+                if len(tag) > 2 and tag not in taken and not grammar.issuperset(words_in(tag)):
+                    carriers.setdefault(tag, []).append(name)
+        for tag, names in carriers.items():
+            containing = [name for name in names if f"-{tag.replace(' ', '-')}-" in f"-{name}-"]
+            carriers[tag] = containing or names
+        found = {
+            name: tuple(
+                tag for tag in own if name in carriers.get(tag, ()) and len(carriers[tag]) <= TAG_NAMES
+            )
+            for name, own in tags.items()
+        }
+        return {name: own for name, own in found.items() if own}
+
+    def counted_nouns(self, name: str) -> tuple[str, ...]:
+        """Return the noun phrases of a name that have plurals: its own and its label, but not its tags."""
+        return (name.replace("-", " "), *filter(None, (self.labels.get(name),)))
+
+    def nouns(self, name: str) -> tuple[str, ...]:
+        """Return the noun phrases that can stand for a name: its own, its label, its specific tags."""
+        return (*self.counted_nouns(name), *self.tags.get(name, ()))
+
+    def reads_otherwise(self, modifier: str, noun: str) -> bool:
+        """Return whether a word before a noun makes another name: "small" before "airplane"."""
+        return f"{modifier} {noun}" in self.phrases
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,4 +1,4 @@
-"""The ten background colours."""
+"""The ten background colours, and those of them that things take."""
 
 from __future__ import annotations
 
@@ -14,3 +14,5 @@ PALETTE: dict[str, tuple[int, int, int]] = {  # sRGB, 0 to 255
     "pink": (245, 160, 190),
     "gray": (140, 140, 140),
 }
+# a thing in white, black or gray cannot be told from one in weak colours
+THING_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink")

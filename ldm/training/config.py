@@ -75,7 +75,7 @@ class DataConfig:
     Args:
         folder: Folder of the data set. Default: "data/emoji".
         size: Side of the rendered images in pixels, at least 8. Default: 128.
-        mix: Probabilities of compositions; the caches hold what this mix can draw.
+        mix: Probabilities of scenes; the caches hold what this mix can draw.
         drawn: Probabilities by which training draws from the caches; None for `mix`. Default: None.
     """
 

@@ -17,9 +17,9 @@ from einops import reduce
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Composition
+from ldm.data import Scene
 from ldm.data.captions import CaptionPieces, join_captions
-from ldm.data.compose import coverage
+from ldm.data.rendering import coverage
 from ldm.models.layers.attention import Attention, AttentionBlock, attention_control
 from ldm.training.config import check_at_least
 
@@ -59,7 +59,7 @@ class NamedArea:
 
 def find_named_areas(
     captions: Sequence[CaptionPieces],
-    compositions: Sequence[Composition],
+    scenes: Sequence[Scene],
     images: np.ndarray,
     text: TextConditioner,
     size: int,
@@ -68,18 +68,18 @@ def find_named_areas(
 
     Args:
         captions: Captions in pieces, B; an empty one names nothing.
-        compositions: What they describe, B.
+        scenes: What they describe, B.
         images: The images of the data set, (N, P, P, 4) uint8.
         text: Places the words of a caption in the context.
         size: Side of the areas in pixels.
     """
     found = []
-    for sample, (pieces, caption, composition) in enumerate(
-        zip(captions, join_captions(captions), compositions, strict=True)
+    for sample, (pieces, caption, scene) in enumerate(
+        zip(captions, join_captions(captions), scenes, strict=True)
     ):
-        word_areas = [area for piece, area in pieces for _ in text.places(piece)]
+        word_areas = [piece.area for piece in pieces for _ in text.places(piece.text)]
         word_tokens = [tokens for _, tokens in text.places(caption)]
-        areas = coverage(composition, images, size) if any(word_areas) else {}
+        areas = coverage(scene, images, size) if any(word_areas) else {}
         for area, pixels in areas.items():
             tokens = [
                 token

@@ -1,4 +1,4 @@
-"""Training images: random compositions, rendered and converted to tensors."""
+"""Training images: random scenes, rendered and converted to tensors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.data import PALETTE, Composition, EmojiData, ImageIndex, caption, render_batch, sample_composition
-from ldm.data.mix import Mix
+from ldm.data import (
+    PALETTE,
+    EmojiData,
+    ImageIndex,
+    Mix,
+    Scene,
+    caption,
+    plain_scene,
+    render_batch,
+    sample_scene,
+)
 from ldm.training.config import DataConfig
 
 
@@ -26,39 +35,46 @@ class TrainingImages:
         """The index of the data set."""
         return self.data.index
 
-    def draw(self, rng: np.random.Generator, n: int, mix: Mix | None = None) -> list[Composition]:
-        """Draw n compositions, none of them held out.
+    def draw(self, rng: np.random.Generator, n: int, mix: Mix | None = None) -> list[Scene]:
+        """Draw n scenes, none of them held out.
 
         Args:
             rng: The source of randomness.
-            n: Number of compositions.
+            n: Number of scenes.
             mix: The probabilities; None for the configuration's `drawn`, or its `mix`. Default: None.
         """
         mix = mix or self.config.drawn or self.config.mix
-        return [sample_composition(rng, self.index, mix) for _ in range(n)]
+        return [sample_scene(rng, self.index, mix) for _ in range(n)]
 
-    def describe(self, chosen: Sequence[Composition]) -> list[str]:
-        """Return the canonical captions of compositions."""
-        return [caption(each, self.index) for each in chosen]
+    def describe(self, chosen: Sequence[Scene]) -> list[str]:
+        """Return the canonical captions of scenes."""
+        return [caption(scene.facts, self.index) for scene in chosen]
 
-    def held_out(self, n: int) -> list[Composition]:
+    def held_out(self, n: int) -> list[Scene]:
         """Return n held-out images, the same at every call, every second one on a random background."""
         rng = np.random.default_rng(20)
         rows = rng.permutation(self.data.held_out)[:n]
         backgrounds = rng.choice(list(PALETTE), size=len(rows))
         return [
-            Composition(image=int(row), background=str(background) if i % 2 else None)
+            plain_scene(self.index, int(row), str(background) if i % 2 else None)
             for i, (row, background) in enumerate(zip(rows, backgrounds, strict=True))
         ]
 
-    def plain(self, n: int, seed: int) -> list[Composition]:
-        """Return n random training images of the style noto, on white and without repeats."""
-        rows = np.random.default_rng(seed).permutation(self.index.train_of["noto"])[:n]
-        return [Composition(image=int(row)) for row in rows]
+    def plain_rows(self) -> np.ndarray:
+        """Return the rows of the training images of the style that the mix has most of, (n,) int."""
+        styles = self.config.mix.styles
+        return max(self.index.train_of.items(), key=lambda item: bool(len(item[1])) * styles.get(item[0], 0))[
+            1
+        ]
 
-    def tensor(self, compositions: Sequence[Composition]) -> Tensor:
-        """Render compositions to (B, 3, H, W) float32 in [−1, 1]."""
-        return to_tensor(render_batch(compositions, self.data.images, self.config.size))
+    def plain(self, n: int, seed: int) -> list[Scene]:
+        """Return n of the `plain_rows` at random, whole, on white and without repeats."""
+        rows = np.random.default_rng(seed).permutation(self.plain_rows())[:n]
+        return [plain_scene(self.index, int(row)) for row in rows]
+
+    def tensor(self, scenes: Sequence[Scene]) -> Tensor:
+        """Render scenes to (B, 3, H, W) float32 in [−1, 1]."""
+        return to_tensor(render_batch(scenes, self.data.images, self.config.size))
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

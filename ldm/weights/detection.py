@@ -43,7 +43,7 @@ class WrongFamily(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class UNetFacts:
     """What tells the UNets of different families apart.
 
     Args:
@@ -73,7 +73,7 @@ class Facts:
         return "UNet: " + ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
 
-def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
+def unet_facts(shapes: Shapes, prefix: str) -> UNetFacts | None:
     """Return the facts of the UNet below a prefix, in either layout; None if there is none."""
     stem = shapes.get(f"{prefix}input_blocks.0.0.weight", shapes.get(f"{prefix}conv_in.weight"))
     if stem is None or len(stem) != 4:
@@ -86,7 +86,7 @@ def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
         return [prefix + name for name in names]
 
     attends = (key for key in shapes if key.startswith(prefix) and key.endswith(".attn2.to_k.weight"))
-    return Facts(
+    return UNetFacts(
         inputs=stem[1],
         width=stem[0],
         context=length(attends, -1),
@@ -99,7 +99,7 @@ def unet_facts(shapes: Shapes, prefix: str) -> Facts | None:
     )
 
 
-def classify(facts: Facts) -> str | None:
+def classify(facts: UNetFacts) -> str | None:
     """Return the family of a UNet with these facts; None if there is none."""
     lcm = facts.guidance
     if facts.vector is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from emoji_judge import EmojiJudge, background_of, least_mse, shifted_and_scaled
 
-from ldm.data import PALETTE, Composition, render_batch
+from ldm.data import PALETTE, held_out_background, plain_scene, render_batch
 
 
 def images(data, compositions, size=64):
@@ -21,7 +21,7 @@ def judge(drawn):
 
 @pytest.mark.parametrize("background", [None, "black", "yellow"])
 def test_images_of_the_data_set_are_judged_correct(drawn, judge, background):
-    made = [Composition(image=i, background=background) for i in range(18)]
+    made = [plain_scene(drawn.index, i, background) for i in range(18)]
     for i, verdict in enumerate(
         judge(images(drawn, made), [drawn.index[i].name for i in range(18)], [background] * 18)
     ):
@@ -37,8 +37,7 @@ def test_images_of_the_data_set_are_judged_correct(drawn, judge, background):
 def test_shifts_scales_and_noise_are_tolerated(drawn, judge):
     torch.manual_seed(0)
     made = [
-        Composition(image=drawn.find(name), background="green")
-        for name in ("red-disc", "blue-box", "old-cross")
+        plain_scene(drawn.index, drawn.find(name), "green") for name in ("red-disc", "blue-box", "old-cross")
     ]
     clean = images(drawn, made, 64)
     moved = clean.roll((3, -3), (2, 3))
@@ -51,7 +50,7 @@ def test_shifts_scales_and_noise_are_tolerated(drawn, judge):
 
 
 def test_another_object_is_a_miss_and_another_style_a_hit(drawn, judge):
-    shown = images(drawn, [Composition(image=drawn.find("red-disc", "twemoji"))] * 2)
+    shown = images(drawn, [plain_scene(drawn.index, drawn.find("red-disc", "twemoji"))] * 2)
     hit, miss = judge(shown, ["red-disc", "green-bar"], [None, None])
     assert hit.rank == 0 and hit.nearest_style == "twemoji"
     assert miss.rank > 0 and miss.nearest == "red-disc"
@@ -64,7 +63,7 @@ def test_pruning_does_not_change_the_verdict(drawn, judge):
     names = list(drawn.index.names("noto"))
     gallery = judge._gallery("pink")
     pink = torch.tensor(PALETTE["pink"]).view(3, 1, 1) / 255
-    composed = images(drawn, [Composition(image=i, background="pink") for i in range(18)])
+    composed = images(drawn, [plain_scene(drawn.index, i, "pink") for i in range(18)])
     assert torch.allclose(gallery + pink, composed, atol=1 / 255)
     for image, name, verdict in zip(shown, names, judge(shown, names, ["pink"] * 6), strict=True):
         copies = shifted_and_scaled(image - pink)
@@ -100,7 +99,7 @@ def test_copies_are_padded_with_the_background():
 
 
 def test_the_verdict_does_not_depend_on_the_image_size(drawn, judge):
-    made = [Composition(image=drawn.find("old-cross"), background="red")]
+    made = [plain_scene(drawn.index, drawn.find("old-cross"), "red")]
     large = torch.nn.functional.interpolate(images(drawn, made), scale_factor=2)
     small = images(drawn, made, 32)
     assert [judge(shown, ["old-cross"], ["red"])[0].rank for shown in (large, small)] == [0, 0]
@@ -139,14 +138,17 @@ def test_mean_psnr():
     assert emoji_quality.mean_psnr(a, b) == pytest.approx(30.0, abs=1e-4)  # the mean of 20 and 40 dB
 
 
-def test_compositions_are_drawn_from_the_training_set_or_held_out(many):
+def test_scenes_are_drawn_from_the_training_set_or_held_out(many):
     data = emoji_judge.EmojiData(images=np.zeros((len(many), 2, 2, 4), np.uint8), index=many, manifest={})
-    seen = emoji_quality.draw_training(data, 100, np.random.default_rng(0))
-    unseen = emoji_quality.draw_held_out_pairs(data, 100, np.random.default_rng(0))
-    pair = [emoji_quality.held_out_pair(many[c.image].name, c.background) for c in (*seen, *unseen)]
-    assert pair == [False] * 100 + [True] * 100
-    assert sum(c.background is not None for c in seen) == 50 and len({c.image for c in seen}) == 100
-    assert not any(many[c.image].held_out for c in (*seen, *unseen))
-    assert {many[c.image].style for c in (*seen, *unseen)} == {"noto"}
+    seen = emoji_quality.draw_training(data, 100, np.random.default_rng(0), ["noto", "fluent"])
+    unseen = emoji_quality.draw_held_out_backgrounds(data, 100, np.random.default_rng(0), ["noto", "fluent"])
+    held = [held_out_background(*one) for one in zip(*emoji_quality.asked([*seen, *unseen]), strict=True)]
+    assert held == [False] * 100 + [True] * 100
+    rows = [c.rows()[0] for c in (*seen, *unseen)]
+    assert sum(c.facts.background is not None for c in seen) == 50 and len(set(rows[:100])) == 100
+    assert not any(many[row].held_out for row in rows)
+    assert {many[row].style for row in rows} == {"noto", "fluent"}
     chosen = emoji_quality.draw_held_out_images(data, np.random.default_rng(0))
-    assert [c.image for c in chosen] == many.held_out.tolist()
+    assert [c.rows()[0] for c in chosen] == many.held_out.tolist()
+    one = emoji_quality.draw_held_out_images(data, np.random.default_rng(0), ["noto"])
+    assert {many[c.rows()[0]].style for c in one} == {"noto"} and len(one) < len(chosen)

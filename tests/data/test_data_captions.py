@@ -1,107 +1,139 @@
-"""Captions describe every change of a composition, and nothing else."""
+"""Captions state every fact of a scene, and nothing else."""
 
 import numpy as np
 import pytest
 
 from ldm.conditioning.words import words_in
-from ldm.data import PALETTE, Composition, Mix, caption, sample_composition, vocabulary
-from ldm.data.captions import _article, caption_pieces
+from ldm.data import PALETTE, Facts, Mix, Thing, caption, noun_table, sample_facts, vocabulary
+from ldm.data.captions import _article, caption_pieces, join_captions, noun_spans
+from ldm.data.noun_senses import NounSense
+from ldm.data.nouns import names_colour, plural, takes_article, uncoloured
+
+DISC, RING, CAT = (Thing(name=name) for name in ("red-disc", "ring", "cat-face"))
 
 
 @pytest.mark.parametrize(
-    ("name", "style", "changes", "expected"),
+    ("facts", "expected"),
     [
-        ("red-disc", "noto", {}, "red disc"),
-        ("red-disc", "fluent", {}, "fluent red disc"),
-        ("red-disc", "noto", {"background": "blue"}, "red disc on a blue background"),
-        ("ring", "twemoji", {"background": "orange"}, "twemoji ring on an orange background"),
-        ("ring", "noto", {"background": "white"}, "ring on a white background"),
-        ("ring", "noto", {"size": "small"}, "small ring"),
+        ({"things": (DISC,)}, "red disc"),
+        ({"things": (Thing(name="red-disc", style="fluent"),)}, "fluent red disc"),
+        ({"things": (DISC,), "background": "blue"}, "red disc on a blue background"),
+        ({"things": (RING,), "background": "orange"}, "ring on an orange background"),
+        ({"things": (RING,), "background": "white"}, "ring on a white background"),
+        ({"things": (RING,), "small": True}, "small ring"),
+        ({"things": (RING,), "place": "centre"}, "ring in the middle"),
         (
-            "ring",
-            "noto",
-            {"size": "small", "place": "left", "background": "blue"},
+            {"things": (RING,), "small": True, "place": "left", "background": "blue"},
             "small ring on the left on a blue background",
         ),
+        ({"things": (Thing(name="ring", colour="blue"),), "small": True}, "small blue ring"),
+        ({"things": (Thing(name="red-disc", colour="blue"),)}, "blue disc"),
+        ({"things": (Thing(name="ring", style="noto-v1", colour="pink"),)}, "pink noto-v1 ring"),
+        ({"things": (RING,), "count": 2}, "two rings"),
         (
-            "ring",
-            "fluent",
-            {"size": "small", "place": "top right"},
-            "small fluent ring in the top right corner",
+            {"things": (Thing(name="red-disc", colour="blue", style="flat"),), "count": 4},
+            "four blue flat discs",
         ),
-        ("ring", "noto", {"second": 0}, "ring and red disc side by side"),
+        ({"things": (RING, DISC), "relation": "and"}, "a ring and a red disc"),
+        ({"things": (RING, DISC), "relation": "beside"}, "a ring next to a red disc"),
+        ({"things": (RING, DISC), "relation": "left"}, "a ring to the left of a red disc"),
+        ({"things": (RING, DISC), "relation": "above"}, "a ring above a red disc"),
+        (
+            {
+                "things": (Thing(name="cat-face", colour="red"), Thing(name="ring", colour="orange")),
+                "relation": "below",
+                "background": "green",
+            },
+            "a red cat face below an orange ring on a green background",
+        ),
     ],
 )
-def test_canonical_captions(drawn, name, style, changes, expected):
-    assert caption(Composition(image=drawn.find(name, style), **changes), drawn.index) == expected
+def test_canonical_captions(drawn, facts, expected):
+    assert caption(Facts(**facts), drawn.index) == expected
 
 
-def test_the_style_of_both_images_is_named(drawn):
-    both = Composition(image=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"))
-    assert caption(both, drawn.index) == "fluent ring and fluent red disc side by side"
+def varied(drawn, facts, n=3000, seed=0):
+    rng = np.random.default_rng(seed)
+    return {caption(facts, drawn.index, rng) for _ in range(n)}
 
 
 def test_varied_captions_have_all_wordings_and_no_other(drawn):
-    rng = np.random.default_rng(0)
-    got = {
-        caption(Composition(image=drawn.find("cat-face"), background="red"), drawn.index, rng)
-        for _ in range(600)
-    }
     nouns = ("cat face", "kitty", "cat")
+    assert varied(drawn, Facts(things=(Thing(name="cat-face", style="fluent"),))) == {
+        f"{article}fluent {noun}" for article in ("", "a ", "the ") for noun in nouns
+    }
+    got = varied(drawn, Facts(things=(Thing(name="ring", style="flat", colour="blue"),), count=3))
     assert got == {
-        f"{article}{style}{noun} on a red background"
-        for article in ("", "a ")
-        for style in ("", "noto ")
-        for noun in nouns
+        f"{number} {words} {noun}"
+        for number in ("three", "3")
+        for words in ("flat blue", "blue flat")
+        for noun in ("rings", "hoops")
     }
-    got = {
-        caption(Composition(image=drawn.find("ring", "twemoji"), size="small"), drawn.index, rng)
-        for _ in range(600)
-    }
-    assert got == {
-        f"{a}small twemoji {noun}{where}"
-        for a in ("", "a ")
-        for noun in ("ring", "hoop")
-        for where in ("", " in the middle")
-    }
+    got = varied(drawn, Facts(things=(DISC, RING), relation="left"), 6000)
+    assert {"red disc left of ring", "a hoop with a red disc on its left"} <= got
+    assert "on the left the red disc, on the right the ring" in got
+    assert all("left" in text or "to the right of" in text for text in got)
+    assert not any("disc to the right of" in text or "ring to the left of" in text for text in got)
+    got = varied(drawn, Facts(things=(RING,), background="orange"))
+    assert {"orange background, ring", "a ring on orange", "hoop against an orange background"} <= got
 
 
-def test_varied_captions_describe_every_change(drawn):
+def test_varied_captions_state_every_fact(drawn):
     rng = np.random.default_rng(1)
-    mix = Mix(background=0.5, small=0.4, two=0.3)
-    where = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
-    for _ in range(500):
-        made = sample_composition(rng, drawn.index, mix)
-        text = caption(made, drawn.index, rng)
-        style = drawn.index[made.image].style
-        assert all((other in words_in(text)) == (other == style) for other in ("fluent", "twemoji"))
-        assert style == "noto" or words_in(text).count(style) == (1 if made.second is None else 2)
-        assert [colour for colour in PALETTE if f"{colour} background" in text] == (
-            [made.background] if made.background else []
-        )
-        assert ("small" in words_in(text)) == (made.size == "small")
-        assert ("side by side" in text) == (made.second is not None)
-        assert made.place == "centre" or where.get(made.place, f"in the {made.place} corner") in text
-        assert ("background" in text) == (made.background is not None)
+    numbers = {2: {"two", "2"}, 3: {"three", "3"}, 4: {"four", "4"}}
+    for _ in range(1500):
+        facts = sample_facts(rng, drawn.index, Mix())
+        text = caption(facts, drawn.index, rng)
+        words = words_in(text)
+        for thing in facts.things:
+            assert thing.style is None or f"{thing.style} " in text
+            assert thing.colour is None or thing.colour in words
+        stated = {thing.style for thing in facts.things}
+        assert all(style in stated for style in ("fluent", "twemoji") if style in words)
+        assert bool({"small", "little", "tiny"} & set(words)) == facts.small
+        assert facts.count == 1 or numbers[facts.count] & set(words)
+        assert facts.count > 1 or not set().union(*numbers.values()) & set(words)
+        colours = {thing.colour for thing in facts.things} | {facts.background, None}
+        names = " ".join(thing.name for thing in facts.things)
+        assert all(colour in colours or colour in names for colour in PALETTE if colour in words)
+        sides = {"left", "right", "top", "bottom", "upper", "lower", "middle", "centre", "center"}
+        if facts.relation in (None, "and", "beside"):
+            assert bool(sides & set(words)) == (facts.place is not None)
 
 
 def test_captions_depend_on_the_generator_alone(drawn):
-    made = [Composition(image=i) for i in range(18)] * 3
+    made = [Facts(things=(Thing(name=row.name),)) for row in drawn.index] * 3
     one, two = (
-        [caption(c, drawn.index, rng) for c in made]
+        [caption(f, drawn.index, rng) for f in made]
         for rng in (np.random.default_rng(7), np.random.default_rng(7))
     )
-    assert one == two != [caption(c, drawn.index, np.random.default_rng(8)) for c in made]
+    assert one == two != [caption(f, drawn.index, np.random.default_rng(8)) for f in made]
+
+
+def test_a_thing_without_a_plural_is_not_counted(drawn):
+    with pytest.raises(ValueError, match="it has no plural"):
+        caption(Facts(things=(Thing(name="cooked-rice"),), count=2), drawn.index)
 
 
 def test_vocabulary_has_every_word_of_training_captions(drawn):
     rng = np.random.default_rng(2)
-    seen = set()
-    for _ in range(3000):
-        seen.update(
-            words_in(caption(sample_composition(rng, drawn.index, Mix(small=0.5, two=0.2)), drawn.index, rng))
-        )
-    assert seen == vocabulary(drawn.index)
+    known, seen = vocabulary(drawn.index), set()
+    for _ in range(6000):
+        seen.update(words_in(caption(sample_facts(rng, drawn.index, Mix(placed=0.4)), drawn.index, rng)))
+    assert seen <= known
+    # five styles have no image here, and some pairs and counts of the six names are held out
+    assert known - seen <= {
+        "flat",
+        "v1",
+        "emojione",
+        "fxemoji",
+        "bars",
+        "boxes",
+        "crosses",
+        "discs",
+        "faces",
+        "rings",
+    }
 
 
 def test_words():
@@ -123,17 +155,103 @@ def test_a(phrase):
 
 
 def test_pieces_name_the_area_that_they_describe(drawn):
-    both = Composition(
-        image=drawn.find("ring", "fluent"), second=drawn.find("red-disc", "fluent"), background="orange"
+    both = Facts(
+        things=(Thing(name="ring", style="fluent"), Thing(name="red-disc", colour="blue")),
+        relation="left",
+        background="orange",
     )
     assert caption_pieces(both, drawn.index) == [
-        ("fluent ring", "first"),
-        ("and", None),
-        ("fluent red disc", "second"),
-        ("side by side", None),
-        ("on", None),
-        ("an", None),
-        ("orange background", "background"),
+        ("a ", None, False),
+        ("fluent ", "first", False),
+        ("ring", "first", True),
+        (" to the left of ", None, False),
+        ("a ", None, False),
+        ("blue ", "second", False),
+        ("disc", "second", True),
+        (" on an ", None, False),
+        ("orange background", "background", False),
     ]
-    small = caption_pieces(Composition(image=drawn.find("ring"), size="small", place="left"), drawn.index)
-    assert small == [("small ring", "first"), ("on the left", None)]
+
+
+def test_spans_are_where_the_nouns_stand(drawn):
+    rng = np.random.default_rng(3)
+    senses = noun_table(drawn.index)
+    for _ in range(500):
+        facts = sample_facts(rng, drawn.index, Mix(two=0.6))
+        pieces = caption_pieces(facts, drawn.index, rng)
+        text, spans = join_captions([pieces])[0], noun_spans(pieces)
+        assert [span.thing for span in spans] == list(range(len(facts.things)))
+        for span, thing in zip(spans, facts.things, strict=True):
+            noun = text[span.start : span.stop]
+            found = {(sense.name, sense.plural) for sense in senses[noun]}
+            assert (thing.name, facts.count > 1) in found
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [
+        ("rocket", "rockets"),
+        ("red apple", "red apples"),
+        ("cherry blossom", "cherry blossoms"),
+        ("strawberry", "strawberries"),
+        ("key", "keys"),
+        ("fox", "foxes"),
+        ("torch", "torches"),
+        ("bus", "buses"),
+        ("princess", "princesses"),
+        ("leaf fluttering in wind", "leaves fluttering in wind"),
+        ("fallen leaf", "fallen leaves"),
+        ("kitchen knife", "kitchen knives"),
+        ("computer mouse", "computer mice"),
+        ("snowman without snow", "snowmen without snow"),
+        ("face with tears of joy", "faces with tears of joy"),
+        ("face savoring food", "faces savoring food"),
+        ("woman running", "women running"),
+        ("person in tuxedo", "people in tuxedo"),
+        ("man mountain biking", "men mountain biking"),
+        ("woman office worker", "woman office workers"),
+        ("slice of pizza", "slices of pizza"),
+        ("pot of food", "pots of food"),
+        ("scissors", "pairs of scissors"),
+        ("clinking glasses", "pairs of clinking glasses"),
+        ("grapes", "bunches of grapes"),
+        ("glass of milk", "glasses of milk"),
+        ("tropical fish", "tropical fish"),
+        ("blowfish", "blowfish"),
+        ("octopus", "octopuses"),
+        ("volcano", "volcanoes"),
+        ("piano", "pianos"),
+        ("index pointing up", "indexes pointing up"),
+        ("right arrow curving down", "right arrows curving down"),
+        ("cooked rice", None),
+        ("eyes", None),
+        ("two hearts", None),
+        ("thumbs up", None),
+        ("no entry", None),
+        ("hammer and wrench", None),
+        ("libra", None),
+        ("100", None),
+        ("", None),
+    ],
+)
+def test_plurals(one, many):
+    assert plural(one) == many
+    assert takes_article(one) == (many is not None and not many.startswith(("pairs", "bunches")))
+
+
+def test_colour_words_of_names():
+    assert uncoloured("red apple") == "apple" and uncoloured("large blue diamond") == "large blue diamond"
+    assert uncoloured("orange") == "orange" and uncoloured("redwood tree") == "redwood tree"
+    assert (
+        names_colour("large blue diamond") and not names_colour("blue diamond") and not names_colour("disc")
+    )
+
+
+def test_noun_table(drawn):
+    table = noun_table(drawn.index)
+    assert list(table) == sorted(table) and table == noun_table(drawn.index)
+    assert table["red disc"] == (NounSense("red-disc"),)
+    assert table["disc"] == (NounSense("red-disc", uncoloured=True),)
+    assert table["discs"] == (NounSense("red-disc", plural=True, uncoloured=True),)
+    assert table["hoop"] == (NounSense("ring"),) and table["hoops"] == (NounSense("ring", plural=True),)
+    assert table["kitty"] == (NounSense("cat-face"),) and "kitties" not in table

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from ldm.data import EmojiData, emoji, held_out_image
+from ldm.data import EmojiData, emoji, held_out_image, names, packages
 
 
 def tarball(path, files):
@@ -42,7 +42,7 @@ ENTRIES = [
 
 
 def test_which_icons_are_kept():
-    assert list(emoji.kept_icons(ICONS)) == ["red-apple", "womans-hat"]
+    assert list(names.kept_icons(ICONS)) == ["red-apple", "womans-hat"]
     for name in (
         "waving-hand-light-skin-tone",
         "a-button",
@@ -55,9 +55,9 @@ def test_which_icons_are_kept():
         "trade-mark",
         "man-dark",
     ):
-        assert emoji.LEFT_OUT.search(name), name
+        assert names.LEFT_OUT.search(name), name
     for name in ("light-bulb", "cat-face", "moon", "key", "kite"):
-        assert not emoji.LEFT_OUT.search(name), name
+        assert not names.LEFT_OUT.search(name), name
 
 
 def test_svg_documents_carry_the_icons_box():
@@ -66,7 +66,7 @@ def test_svg_documents_carry_the_icons_box():
         "height": 36,
         "icons": {"a-b": {"body": "<g/>"}, "c-d": {"body": "<g/>", "width": 20, "height": 20}},
     }
-    kept = emoji.kept_icons(icons)
+    kept = names.kept_icons(icons)
     assert (
         'viewBox="0 0 36 36"' in kept["a-b"]
         and 'viewBox="0 0 20 20"' in kept["c-d"]
@@ -75,27 +75,78 @@ def test_svg_documents_carry_the_icons_box():
 
 
 def test_labels_are_found_by_code_then_by_spelling():
-    table = emoji.LabelTable(ENTRIES, [{"1f34e": "apple"}, {}])
+    table = names.LabelTable(ENTRIES, [{"1f34e": "apple"}, {}])
     assert table.find("apple") == ("red apple", ("fruit", "apple"))
     assert table.find("womans-hat") == ("woman's hat", ())
     assert table.find("unheard-of") == (None, ())
 
 
+def icon_set(*icons, aliases=None, codes=None):
+    return names.IconSet(
+        documents=dict.fromkeys(icons, "<svg/>"),
+        aliases=aliases or {},
+        codes={icon: (code,) for icon, code in (codes or {}).items()},
+    )
+
+
+def test_names_are_unified_by_letters_then_by_code_then_by_alias():
+    sets = {
+        "noto": icon_set("red-apple", "bear", "pinata", "frog", codes={"bear": "1f43b", "pinata": "1fa85"}),
+        "twemoji": icon_set(
+            "redapple", "bear-head", "toad", aliases={"old-frog": "toad"}, codes={"bear-head": "1f43b"}
+        ),
+        "flat": icon_set(
+            "bear-face", "frog-face", "zebra", aliases={"bear": "bear-face", "frog": "frog-face"}
+        ),
+        "emojione": icon_set("old-frog", "bear", "bear-face", aliases={"bear": "bear-face"}),
+        "fxemoji": icon_set("redapple", "zebra", "unheard"),
+    }
+    assert names.unify_names(sets) == {
+        "noto": {name: name for name in ("red-apple", "bear", "pinata", "frog")},
+        "twemoji": {"red-apple": "redapple", "bear": "bear-head", "toad": "toad"},
+        "flat": {"bear": "bear-face", "frog": "frog-face", "zebra": "zebra"},
+        # "old-frog" is an alias of toad; "bear" is found by letters, before the alias of "bear-face"
+        "emojione": {"toad": "old-frog", "bear": "bear"},
+        "fxemoji": {"red-apple": "redapple", "zebra": "zebra"},  # a name that no other set has is left out
+    }
+
+
+def test_icons_are_renamed_by_the_table():
+    made = names.unify_names({"noto": icon_set("merman"), "fluent": icon_set("man-merpeople", "piata")})
+    assert made["fluent"] == {"merman": "man-merpeople", "pinata": "piata"}
+
+
+def test_aliases_that_mirror_an_icon_are_ignored():
+    icons = {**ICONS, "aliases": {"a": {"parent": "b"}, "b": {"parent": "red-apple"}}}
+    icons["aliases"]["mirrored"] = {"parent": "womans-hat", "hFlip": True}
+    read = names.IconSet.read(icons, {"1F34E-FE0F": "a", "1F452": "womans-hat"})
+    assert read.aliases == {"a": "red-apple", "b": "red-apple"}
+    assert read.codes == {"red-apple": ("1f34e",), "womans-hat": ("1f452",)}
+
+
+def test_every_style_has_a_pinned_package():
+    from ldm.data import STYLES
+
+    assert tuple(packages.ICONS) == STYLES
+    hashes = [package.sha256 for package in (*packages.ICONS.values(), packages.LABEL_PACKAGE)]
+    assert len({*hashes}) == 8 and all(len(digest) == 64 for digest in hashes)
+
+
 def test_plain_label():
-    assert emoji.plain_label("“Piñata”: No. 1, T-Shirt") == "pinata no. 1 t-shirt"
+    assert names.plain_label("“Piñata”: No. 1, T-Shirt") == "pinata no. 1 t-shirt"
 
 
 def test_a_tarball_with_another_hash_is_refused(tmp_path):
-    package = emoji.Package(name="@x/y", version="1.0", sha256="0" * 64, licence="MIT")
+    package = packages.Package(name="@x/y", version="1.0", sha256="0" * 64, licence="MIT")
     tarball(tmp_path / package.file_name, {"icons.json": ICONS})
     with pytest.raises(ValueError, match="expected 0000"):
-        emoji.fetch(package, tmp_path)
+        packages.fetch(package, tmp_path)
 
 
 def test_the_error_without_npm_names_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="npm is needed"):
-        emoji.fetch(emoji.LABEL_PACKAGE, tmp_path)
+        packages.fetch(packages.LABEL_PACKAGE, tmp_path)
 
 
 class SameProcess:
@@ -117,19 +168,19 @@ class SameProcess:
 def test_build_writes_what_open_reads(tmp_path, monkeypatch):
     cache = tmp_path / "set-packages"
     cache.mkdir()
-    packages = {}
+    pinned = {}
     for style in ("noto", "fluent", "twemoji"):
-        package = emoji.Package(name=f"@x/{style}", version="1.0", sha256="", licence="MIT")
+        package = packages.Package(name=f"@x/{style}", version="1.0", sha256="", licence="MIT")
         digest = tarball(
             cache / package.file_name, {"icons.json": ICONS, "chars.json": {"1f34e": "red-apple"}}
         )
-        packages[style] = emoji.Package(name=f"@x/{style}", version="1.0", sha256=digest, licence="MIT")
-    labels = emoji.Package(name="labels", version="2.0", sha256="", licence="MIT")
+        pinned[style] = packages.Package(name=f"@x/{style}", version="1.0", sha256=digest, licence="MIT")
+    labels = packages.Package(name="labels", version="2.0", sha256="", licence="MIT")
     digest = tarball(cache / labels.file_name, {"en/data.json": ENTRIES})
     monkeypatch.setattr(
-        emoji, "LABEL_PACKAGE", emoji.Package(name="labels", version="2.0", sha256=digest, licence="MIT")
+        emoji, "LABEL_PACKAGE", packages.Package(name="labels", version="2.0", sha256=digest, licence="MIT")
     )
-    monkeypatch.setattr(emoji, "ICONS", packages)
+    monkeypatch.setattr(emoji, "ICONS", pinned)
     monkeypatch.setattr(emoji, "ProcessPoolExecutor", SameProcess)
     monkeypatch.setattr(
         emoji, "render_svg", lambda svg, size: np.full((size, size, 4), svg.count("<d/>") + 1, np.uint8)

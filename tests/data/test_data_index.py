@@ -1,5 +1,6 @@
 """The index, the held-out images, and opening a data set."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,23 +8,84 @@ import sys
 import numpy as np
 import pytest
 
-from ldm.data import PALETTE, EmojiData, ImageIndex, ImageRecord, held_out_image, held_out_pair
+from ldm.data import (
+    PALETTE,
+    THING_COLOURS,
+    EmojiData,
+    Facts,
+    ImageIndex,
+    ImageRecord,
+    Thing,
+    are_held_out,
+    held_out_background,
+    held_out_colour,
+    held_out_count,
+    held_out_image,
+    held_out_pair,
+)
+
+NAMES = [f"name-{i}" for i in range(6000)]
 
 
-def test_held_out_shares_are_five_per_cent():
-    # 6,000 and 54,000 independent draws at 5 %: five standard deviations are 1.4 and 0.47 points
-    names = [f"name-{i}" for i in range(6000)]
-    assert np.mean([held_out_image(name, "noto") for name in names]) == pytest.approx(0.05, abs=0.014)
-    colours = [colour for colour in PALETTE if colour != "white"]
-    assert np.mean([held_out_pair(name, colour) for name in names for colour in colours]) == pytest.approx(
-        0.05, abs=0.0047
-    )
+@pytest.mark.parametrize(
+    ("share", "held"),
+    [
+        (0.05, [held_out_image(name, "noto") for name in NAMES]),
+        (0.1, [held_out_background(n, c) for n in NAMES for c in PALETTE if c != "white"]),
+        (0.1, [held_out_colour(n, c) for n in NAMES for c in THING_COLOURS]),
+        (0.1, [held_out_count(n, c) for n in NAMES for c in (2, 3, 4)]),
+        (0.2, [held_out_pair(a, b) for a in NAMES[:200] for b in NAMES if a < b]),
+    ],
+    ids=["images", "backgrounds", "colours", "counts", "pairs"],
+)
+def test_held_out_shares(share, held):
+    deviation = (share * (1 - share) / len(held)) ** 0.5  # of the mean of independent draws
+    assert np.mean(held) == pytest.approx(share, abs=5 * deviation)
+
+
+def test_what_is_never_held_out():
+    assert not any(held_out_background(name, colour) for name in NAMES for colour in (None, "white"))
+    assert not any(held_out_colour(name, None) or held_out_count(name, 1) for name in NAMES)
+    assert not any(held_out_pair(name, name) for name in NAMES)
+
+
+def test_images_and_backgrounds_are_held_out_as_before():
+    """Trained models have not seen these, so the hash must not change."""
+
+    def fraction(*key):
+        digest = hashlib.sha256("\n".join(("ldm emoji held-out 1", *key)).encode()).hexdigest()
+        return int(digest[:16], 16) / 2**64
+
+    for n in NAMES[:500]:
+        assert held_out_image(n, "noto") == (fraction("picture", n, "noto") < 0.05)
+        assert held_out_background(n, "red") == (fraction("pair", n, "red") < 0.1)
+
+
+def test_pairs_have_no_order():
+    assert all(held_out_pair(a, b) == held_out_pair(b, a) for a in NAMES[:40] for b in NAMES[:40])
+
+
+def test_facts_are_held_out_if_any_combination_is():
+    held = next(n for n in NAMES if held_out_colour(n, "blue"))
+    free = next(n for n in NAMES if not held_out_colour(n, "blue") and not held_out_pair(held, n))
+    assert are_held_out(Facts(things=(Thing(name=held, colour="blue"),)))
+    assert not are_held_out(Facts(things=(Thing(name=held),)))
+    both = (Thing(name=free, colour="blue"), Thing(name=held, colour="blue"))
+    assert are_held_out(Facts(things=both, relation="and"))
+    assert not are_held_out(Facts(things=(both[0], Thing(name=held)), relation="and"))
+    other = next(n for n in NAMES if held_out_pair(n, held))
+    assert are_held_out(Facts(things=(Thing(name=held), Thing(name=other)), relation="left"))
+    counted = next(n for n in NAMES if held_out_count(n, 3))
+    assert are_held_out(Facts(things=(Thing(name=counted),), count=3))
+    shown = next(n for n in NAMES if held_out_background(n, "red") and not held_out_background(free, "red"))
+    things = (Thing(name=free), Thing(name=shown))
+    assert are_held_out(Facts(things=things, relation="and", background="red"))
 
 
 def test_held_out_does_not_depend_on_the_process():
     code = (
-        "from ldm.data import held_out_image as h, held_out_pair as p\n"
-        "print([(h(f'n{i}', 'noto'), p(f'n{i}', 'red')) for i in range(99)])"
+        "from ldm.data import held_out_image as h, held_out_background as b, held_out_pair as p\n"
+        "print([(h(f'n{i}', 'noto'), b(f'n{i}', 'red'), p(f'n{i}', 'm')) for i in range(99)])"
     )
     runs = {
         subprocess.run(
@@ -41,16 +103,17 @@ def test_held_out_does_not_depend_on_the_process():
 def test_styles_and_backgrounds_are_held_out_independently():
     names = [f"name-{i}" for i in range(2000)]
     assert [held_out_image(n, "noto") for n in names] != [held_out_image(n, "fluent") for n in names]
-    assert [held_out_pair(n, "red") for n in names] != [held_out_pair(n, "blue") for n in names]
+    assert [held_out_background(n, "red") for n in names] != [held_out_background(n, "blue") for n in names]
+    assert [held_out_background(n, "red") for n in names] != [held_out_colour(n, "red") for n in names]
 
 
-def test_white_is_never_a_held_out_pair():
-    assert not any(held_out_pair(f"name-{i}", colour) for i in range(2000) for colour in (None, "white"))
-
-
-def test_a_background_outside_the_palette_is_refused():
+def test_values_outside_the_choices_are_refused():
     with pytest.raises(ValueError, match="did you mean 'yellow'"):
-        held_out_pair("red-apple", "yelow")
+        held_out_background("red-apple", "yelow")
+    with pytest.raises(ValueError, match="colour 'gray'"):
+        held_out_colour("red-apple", "gray")
+    with pytest.raises(ValueError, match="count 5"):
+        held_out_count("red-apple", 5)
 
 
 def test_train_and_held_out_partition_the_rows(many):
@@ -70,18 +133,52 @@ def test_find(drawn):
 
 
 def test_caption_tags_are_neither_names_nor_common(drawn):
-    assert drawn.index.caption_tags[drawn.find("cat-face")] == ("kitty", "cat")
-    index = ImageIndex(
-        [
-            ImageRecord(
-                name=f"n-{i}", style="noto", tags=("common",) + (("rare",) if i < 8 else ()) + ("n 3", "de")
-            )
-            for i in range(9)
-        ]
+    assert drawn.index.tags["cat-face"] == ("kitty", "cat")
+    rows = [
+        ImageRecord(name=f"n-{i}", style="noto", tags=("common", *(["rare"] if i < 3 else []), "n 3", "de"))
+        for i in range(4)
+    ]
+    index = ImageIndex(rows)
+    # "n 3" is a name, "de" too short, "common" on 4 names
+    assert index.tags == {f"n-{i}": ("rare",) for i in range(3)}
+
+
+def test_a_tag_stands_for_the_names_that_contain_it():
+    tags = {
+        "red-apple": ("apple", "fruit"),
+        "green-apple": ("apple",),
+        "pie": ("apple", "dessert"),
+        "apple-pie-x": (),
+    }
+    index = ImageIndex(ImageRecord(name=name, style="noto", tags=own) for name, own in tags.items())
+    assert index.tags == {"red-apple": ("apple", "fruit"), "green-apple": ("apple",), "pie": ("dessert",)}
+
+
+def test_words_that_state_facts_stand_for_no_name():
+    rows = [
+        ImageRecord(name="tangerine", style="noto", label="orange", tags=("orange", "two", "citrus")),
+        ImageRecord(name="shoe", style="noto", label="flat", tags=("on the left", "blue shoe")),
+    ]
+    index = ImageIndex(rows)
+    assert index.nouns("tangerine") == ("tangerine", "citrus") and index.nouns("shoe") == (
+        "shoe",
+        "blue shoe",
     )
-    assert (
-        index.caption_tags[0] == ("rare",) and index.caption_tags[8] == ()
-    )  # "n 3" is a name, "de" too short, "common" on 9 names
+    assert index.reads_otherwise("blue", "shoe") and not index.reads_otherwise("red", "shoe")
+
+
+def test_a_label_that_is_another_name_is_not_used():
+    rows = [
+        ImageRecord(name="bear-face", style="noto", label="bear"),
+        ImageRecord(name="bear", style="noto", label="bear"),
+        ImageRecord(name="ring", style="noto", label="hoop"),
+    ]
+    assert ImageIndex(rows).labels == {"ring": "hoop"}
+
+
+def test_rows_of_a_name(drawn):
+    styles = [drawn.index[i].style for i in drawn.index.rows_of["ring"]]
+    assert styles == ["noto", "fluent", "twemoji"] and set(drawn.index.rows_of) == set(drawn.index.names())
 
 
 def test_a_repeated_image_is_refused():

@@ -149,7 +149,10 @@ def image_draft_configs(cached: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "image-draft-text": {
             **draft,
             **TOWERS,
-            "data": {**cached["data"], "drawn": {"background": 0.9}},
+            "data": {
+                **cached["data"],
+                "drawn": {**dict.fromkeys(("two", "count", "colour"), 0.0), "background": 0.9},
+            },
             "model": {**DRAFT, "embed_dim": 32},
             "reads_text": True,
             "whitened": True,

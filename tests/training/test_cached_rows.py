@@ -10,14 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.data import Composition
-from ldm.training.caches.compositions import cached_rows
+from ldm.data import Facts, Placement, Scene, Thing
+from ldm.training.caches.scenes import cached_rows
 
-ROWS = [Composition(image=i, background=None) for i in range(70)]
+ROWS = [
+    Scene(
+        facts=Facts(things=(Thing(name="ring"),)),
+        placements=(Placement(thing=0, row=i, x=0.5, y=0.5, side=1.0),),
+    )
+    for i in range(70)
+]
 
 
-def squares(part: list[Composition]) -> Tensor:
-    return torch.tensor([[float(c.image), float(c.image) ** 2] for c in part])
+def squares(part: list[Scene]) -> Tensor:
+    return torch.tensor([[float(c.rows()[0]), float(c.rows()[0]) ** 2] for c in part])
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -31,7 +37,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_outputs_are_computed_once(tmp_path: Path) -> None:
     path, sizes = tmp_path / "caches" / "a.npy", []
 
-    def compute(part: list[Composition]) -> Tensor:
+    def compute(part: list[Scene]) -> Tensor:
         sizes.append(len(part))
         return squares(part)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_trainings import configs, run, write
 
-from ldm.data import Composition
+from ldm.data import side_by_side
 from ldm.data.captions import caption_pieces, join_captions
 from ldm.training.draws import Draws
 from ldm.training.grounding import (
@@ -62,13 +62,16 @@ def test_named_things_have_their_tokens_and_areas(place) -> None:
     names = [i for i in range(len(index)) if len(index[i].phrase.split()) > 1 and index[i].style == "noto"][
         :2
     ]
-    both = Composition(image=names[0], second=names[1], background="blue")
-    captions = [[], caption_pieces(both, index, np.random.default_rng(1))]
+    both = side_by_side(index, names[0], names[1], "blue")
+    captions = [[], caption_pieces(both.facts, index, np.random.default_rng(1))]
     found = find_named_areas(captions, [both, both], part.images.data.images, text, 32)
     assert [one.sample for one in found] == [1, 1, 1]
     there = {place: word for word, places in text.places(join_captions(captions)[1]) for place in places}
     found_words = [" ".join(dict.fromkeys(there[place] for place in one.tokens)) for one in found]
-    wanted = [piece for piece, area in captions[1] if area is not None]
+    wanted = [
+        "".join(piece.text for piece in captions[1] if piece.area == area).strip()
+        for area in ("first", "second", "background")
+    ]
     assert found_words == wanted
     first, second, background = (one.area for one in found)
     assert (

@@ -245,7 +245,7 @@ def test_cached_embeddings_are_those_of_the_images(place):
     """Float16 has eleven significant bits, an error of less than a thousandth of the largest."""
     part = open_run(write(unclip_configs(place)["prior"], Path("prior.yaml"))).part
     rows = [0, 7, len(part.embeddings.vectors) - 1]
-    expected = embed(part.clip, part.images, [part.compositions.rows[row] for row in rows])
+    expected = embed(part.clip, part.images, [part.scenes.rows[row] for row in rows])
     assert torch.allclose(part.embeddings[rows], expected, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -323,7 +323,7 @@ def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
     read = part.read_embeddings(rows, Draws(0, 5))
     none = part.clip.text_embedding([""]).vector
     plain = part.clip.text_embedding(
-        [caption(part.compositions.rows[row], part.images.index) for row in rows]
+        [caption(part.scenes.rows[row].facts, part.images.index) for row in rows]
     ).vector
     assert torch.allclose(read[:, :16], part.embeddings[rows], atol=1e-6)
     is_none = torch.isclose(read[:, 16:], none, atol=1e-5).all(1)
@@ -331,7 +331,7 @@ def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
     assert (
         0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7
     )  # shares 0.3, and 0.35 or so
-    counts = [c.background is not None for c in part.images.draw(np.random.default_rng(0), 400)]
+    counts = [c.facts.background is not None for c in part.images.draw(np.random.default_rng(0), 400)]
     assert np.mean(counts) > 0.75  # drawn with 0.9, while the mix of the cache has 0.5
 
 

@@ -1,1 +1,1 @@
-"""What frozen networks make of the cached compositions of a run: latents and embeddings, computed once."""
+"""What frozen networks make of the cached scenes of a run: latents and embeddings, computed once."""

@@ -1,4 +1,4 @@
-"""CLIP's embeddings of compositions and captions, for the networks of unCLIP in training."""
+"""CLIP's embeddings of scenes and captions, for the networks of unCLIP in training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Composition, caption
+from ldm.data import Scene, caption
 from ldm.models.clip.towers import VisionConfig, VisionTower
-from ldm.training.caches.compositions import CachedCompositions
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
+from ldm.training.caches.scenes import CachedScenes
 from ldm.training.images import TrainingImages
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_part, read_text
 
@@ -61,7 +61,7 @@ def check_embed_dim(key: str, embed_dim: int, clip: ClipPair, *, embeddings: int
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingCache:
-    """The image embeddings of all cached compositions.
+    """The image embeddings of all cached scenes.
 
     Args:
         vectors: The images' own embeddings, (N, E) float16, memory-mapped.
@@ -75,22 +75,25 @@ class EmbeddingCache:
 
     @classmethod
     def open(
-        cls, clip: ClipPair, compositions: CachedCompositions, prior: PriorEmbeddings | None = None
+        cls, clip: ClipPair, scenes: CachedScenes, prior: PriorEmbeddings | None = None
     ) -> EmbeddingCache:
         """Open the cached embeddings, after computing them if they are absent.
 
         Args:
             clip: The CLIP; it also reads the captions for the prior.
-            compositions: The cached compositions of the run.
+            scenes: The cached scenes of the run.
             prior: Where a share of the embeddings comes from; None for images alone. Default: None.
         """
-        images, shape = compositions.images, (clip.width,)
-        vectors = compositions.cached("embeddings", clip.name, shape, lambda part: embed(clip, images, part))
+        images, shape = scenes.images, (clip.width,)
+        vectors = scenes.cached("embeddings", clip.name, shape, lambda part: embed(clip, images, part))
         if prior is None:
             return cls(vectors=vectors)
-        sample, rng = prior.sampler(clip), np.random.default_rng(compositions.seed)
-        from_prior = compositions.cached(
-            "embeddings", prior.key, shape, lambda part: sample([caption(c, images.index, rng) for c in part])
+        sample, rng = prior.sampler(clip), np.random.default_rng(scenes.seed)
+        from_prior = scenes.cached(
+            "embeddings",
+            prior.key,
+            shape,
+            lambda part: sample([caption(c.facts, images.index, rng) for c in part]),
         )
         return cls(vectors=vectors, from_prior=from_prior, share=prior.share)
 
@@ -107,42 +110,40 @@ class EmbeddingCache:
         return torch.where(chosen[:, None], torch.from_numpy(self.from_prior[np.asarray(rows)]).float(), own)
 
 
-def caption_embeddings(clip: ClipPair, text: str | Path, compositions: CachedCompositions) -> np.ndarray:
-    """Open the cached text embeddings of two captions of each composition, after computing them if absent.
+def caption_embeddings(clip: ClipPair, text: str | Path, scenes: CachedScenes) -> np.ndarray:
+    """Open the cached text embeddings of two captions of each scene, after computing them if absent.
 
     Args:
         clip: The CLIP that reads the captions.
         text: Folder of its text tower.
-        compositions: The cached compositions of the run.
+        scenes: The cached scenes of the run.
 
     Returns:
         Embeddings of the canonical caption and of a random one, (N, 2, E) float16, memory-mapped.
     """
-    index, rng = compositions.images.index, np.random.default_rng(compositions.seed)
+    index, rng = scenes.images.index, np.random.default_rng(scenes.seed)
 
-    def compute(part: Sequence[Composition]) -> Tensor:
-        captions = [words for c in part for words in (caption(c, index), caption(c, index, rng))]
+    def compute(part: Sequence[Scene]) -> Tensor:
+        captions = [words for c in part for words in (caption(c.facts, index), caption(c.facts, index, rng))]
         return clip.text_embedding(captions).vector.view(len(part), 2, -1)
 
-    return compositions.cached("captions", about_part(text, "text")["sha256"], (2, clip.width), compute)
+    return scenes.cached("captions", about_part(text, "text")["sha256"], (2, clip.width), compute)
 
 
 @torch.no_grad()
-def embed(
-    clip: ClipPair, images: TrainingImages, compositions: Sequence[Composition], *, batch: int = 64
-) -> Tensor:
-    """Compute the image embeddings of compositions, not normalised.
+def embed(clip: ClipPair, images: TrainingImages, scenes: Sequence[Scene], *, batch: int = 64) -> Tensor:
+    """Compute the image embeddings of scenes, not normalised.
 
     Args:
         clip: The CLIP.
-        images: Renders the compositions.
-        compositions: B compositions.
-        batch: Compositions per call of the image tower. Default: 64.
+        images: Renders the scenes.
+        scenes: B scenes.
+        batch: Scenes per call of the image tower. Default: 64.
 
     Returns:
         Embeddings, (B, E) float32.
     """
-    parts = [compositions[i : i + batch] for i in range(0, len(compositions), batch)]
+    parts = [scenes[i : i + batch] for i in range(0, len(scenes), batch)]
     return torch.cat(
         [clip.image_embedding(((images.tensor(part) + 1) / 2).clamp(0, 1)).vector for part in parts]
     )

@@ -1,4 +1,4 @@
-"""The latent space in training: a frozen autoencoder, and the latents of all cached compositions."""
+"""The latent space in training: a frozen autoencoder, and the latents of all cached scenes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data import Composition
+from ldm.data import Scene
 from ldm.models.draft import DraftConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.training.caches.compositions import CachedCompositions
+from ldm.training.caches.scenes import CachedScenes
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
 from ldm.weights.formats.ldm_folder import read_part, read_part_config
@@ -28,7 +28,7 @@ class LatentSpace:
         scale: Factor that gives latents unit variance.
         images: The training images.
         moments: Means and standard deviations of the posteriors, (N, 2, C, h, w) float16, memory-mapped, a
-            row for each cached composition.
+            row for each cached scene.
         device: Where latents are returned.
     """
 
@@ -39,18 +39,18 @@ class LatentSpace:
     device: torch.device
 
     @classmethod
-    def open(cls, folder: str | Path, compositions: CachedCompositions, device: torch.device) -> LatentSpace:
-        """Read the autoencoder in a folder; encode the cached compositions unless that was done before."""
+    def open(cls, folder: str | Path, scenes: CachedScenes, device: torch.device) -> LatentSpace:
+        """Read the autoencoder in a folder; encode the cached scenes unless that was done before."""
         vae, about = read_part(folder, "vae", VAEConfig, AutoencoderKL)
         assert isinstance(vae, AutoencoderKL)
-        vae, images = vae.to(device), compositions.images
+        vae, images = vae.to(device), scenes.images
 
-        def encode(part: Sequence[Composition]) -> Tensor:
+        def encode(part: Sequence[Scene]) -> Tensor:
             posterior = vae.encode(images.tensor(part).to(device))
             return torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], 1)
 
         shape = latent_shape(vae.config, images)
-        moments = compositions.cached("latents", about["sha256"], (2, *shape), encode)
+        moments = scenes.cached("latents", about["sha256"], (2, *shape), encode)
         return cls(vae=vae, scale=float(about["latent_scale"]), images=images, moments=moments, device=device)
 
     @property
@@ -59,14 +59,14 @@ class LatentSpace:
         return latent_shape(self.vae.config, self.images)
 
     def sample(self, rows: Sequence[int], draws: Draws) -> Tensor:
-        """Sample the posteriors of cached compositions: scaled latents (B, C, h, w) float32."""
+        """Sample the posteriors of cached scenes: scaled latents (B, C, h, w) float32."""
         moments = torch.from_numpy(self.moments[np.asarray(rows)]).float()  # (B, 2, C, h, w)
         z = self.scale * (moments[:, 0] + moments[:, 1] * draws.normal(*moments[:, 0].shape))
         return z.to(self.device)
 
-    def encode(self, compositions: Sequence[Composition]) -> Tensor:
-        """Encode compositions to the scaled means of their posteriors, (B, C, h, w)."""
-        parts = self.images.tensor(compositions).to(self.device).split(32)
+    def encode(self, scenes: Sequence[Scene]) -> Tensor:
+        """Encode scenes to the scaled means of their posteriors, (B, C, h, w)."""
+        parts = self.images.tensor(scenes).to(self.device).split(32)
         return self.scale * torch.cat([self.vae.encode(x).mean for x in parts])
 
     def decode(self, z: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ def measure_scale(vae: AutoencoderKL, images: TrainingImages, seed: int = 0, n: 
     Args:
         vae: The autoencoder.
         images: The training images.
-        seed: Seed of the compositions and of the posteriors' noise. Default: 0.
-        n: Number of compositions. Default: 2048.
+        seed: Seed of the scenes and of the posteriors' noise. Default: 0.
+        n: Number of scenes. Default: 2048.
 
     Returns:
         1 / the standard deviation of sampled latents.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Composition, ImageIndex, caption
+from ldm.data import ImageIndex, Scene, caption, plain_scene
 from ldm.data.captions import caption_nouns, vocabulary
 from ldm.models.clip.towers import CLIP, CLIPConfig
 from ldm.models.text.bpe import Tokenizer
@@ -57,10 +57,10 @@ class CLIPPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
         chosen = self.images.draw(draws.rng, batch)
-        text = self.embed_texts([caption(c, self.images.index, draws.rng) for c in chosen])
+        text = self.embed_texts([caption(c.facts, self.images.index, draws.rng) for c in chosen])
         return contrastive_loss(self.embed_images(chosen), text, self.model.logit_scale)
 
-    def embed_images(self, chosen: list[Composition]) -> Tensor:
+    def embed_images(self, chosen: list[Scene]) -> Tensor:
         """Return embeddings of images, (B, E) float32, of length 1."""
         x = self.images.tensor(chosen).to(self.device)  # (B, 3, H, W)
         return F.normalize(self.model.encode_image((x + 1) / 2).float(), dim=-1)
@@ -75,16 +75,16 @@ class CLIPPart:
         return self.images.describe(self.images.draw(draws.rng, batch))
 
     def validate(self) -> dict[str, float]:
-        """Return how often the nearest image of a caption is its own, over the training images in noto."""
-        chosen = [Composition(image=int(row)) for row in self.images.index.train_of["noto"]]
+        """Return how often the nearest image of a caption is its own, over the `plain_rows`."""
+        chosen = [plain_scene(self.images.index, int(row)) for row in self.images.plain_rows()]
         image, text = self.embed(chosen)
         return {"text_to_image_top1": retrieval_figures(image, text)["text_to_image_top1"]}
 
-    def embed(self, chosen: list[Composition]) -> tuple[Tensor, Tensor]:
+    def embed(self, chosen: list[Scene]) -> tuple[Tensor, Tensor]:
         """Return embeddings of images and of their canonical captions, each (B, E) and of length 1."""
         parts = [chosen[start : start + 128] for start in range(0, len(chosen), 128)]
         images = [self.embed_images(part) for part in parts]
-        texts = [self.embed_texts([caption(c, self.images.index) for c in part]) for part in parts]
+        texts = [self.embed_texts([caption(c.facts, self.images.index) for c in part]) for part in parts]
         return torch.cat(images).cpu(), torch.cat(texts).cpu()
 
     def preview(self) -> None:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Composition, caption
+from ldm.data import caption, plain_scene
 from ldm.data.captions import vocabulary
-from ldm.training.caches.compositions import CachedCompositions
 from ldm.training.caches.embeddings import EmbeddingCache, read_clip, retrieval_figures
+from ldm.training.caches.scenes import CachedScenes
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
@@ -31,8 +31,8 @@ class CLIPTextTraining:
         run: Length, batches and optimizer.
         data: The training images.
         text: Folder of the tower to begin with; its draft, if it has one, is not used.
-        vision: Folder of the image tower; it is run once for each cached composition.
-        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        vision: Folder of the image tower; it is run once for each cached scene.
+        variants: Number of cached scenes that are not plain; see `CachedScenes`.
     """
 
     run: RunConfig
@@ -49,8 +49,8 @@ class CLIPTextPart:
         self.config, self.device = config, device
         self.images = TrainingImages(config.data)
         self.clip = read_clip(None, config.vision)
-        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
-        self.embeddings = EmbeddingCache.open(self.clip, self.compositions)
+        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.embeddings = EmbeddingCache.open(self.clip, self.scenes)
         read = read_text(config.text)
         text = TextConditioner(read.tower, read.tokenizer, read.convention, read.known_words)
         self.text = text.to(device).requires_grad_(True)
@@ -59,9 +59,9 @@ class CLIPTextPart:
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
-        chosen, rows = self.compositions.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws.rng, batch)
         image = F.normalize(self.embeddings[rows].to(self.device), dim=-1)
-        text = self.embed_texts([caption(c, self.images.index, draws.rng) for c in chosen])
+        text = self.embed_texts([caption(c.facts, self.images.index, draws.rng) for c in chosen])
         return contrastive_loss(image, text, self.logit_scale)
 
     def embed_texts(self, captions: list[str]) -> Tensor:
@@ -72,14 +72,15 @@ class CLIPTextPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
 
     def validate(self) -> dict[str, float]:
-        """Return retrieval figures (see `retrieval_figures`) of all training names in noto on white."""
+        """Return retrieval figures (see `retrieval_figures`) of the `plain_rows` on white."""
         index = self.images.index
-        chosen = [Composition(image=int(row)) for row in index.train_of["noto"]]
-        rows = [self.compositions.row_of[c.image, None] for c in chosen]
-        captions = [caption(c, index) for c in chosen]
+        plain = self.images.plain_rows()
+        chosen = [plain_scene(index, int(row)) for row in plain]
+        rows = [self.scenes.row_of[int(row), None] for row in plain]
+        captions = [caption(c.facts, index) for c in chosen]
         text = [self.embed_texts(captions[i : i + 64]) for i in range(0, len(chosen), 64)]
         return retrieval_figures(F.normalize(self.embeddings[rows], dim=-1), torch.cat(text).cpu())
 

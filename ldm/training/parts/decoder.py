@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unclip.decoder import Decoder, DecoderConfig
-from ldm.training.caches.compositions import CachedCompositions, draw_captions
 from ldm.training.caches.embeddings import EmbeddingCache, check_embed_dim, embed, read_clip
 from ldm.training.caches.latents import LatentSpace, read_latent_shape
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
+from ldm.training.caches.scenes import CachedScenes, draw_captions
 from ldm.training.config import DataConfig, RunConfig, check_fraction
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
@@ -41,7 +41,7 @@ class DecoderTraining:
         model: Shape of the decoder.
         diffusion: Schedule, prediction and timesteps; `drop` is the share of captions replaced by the empty
             one (half of them in the paper).
-        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        variants: Number of cached scenes that are not plain; see `CachedScenes`.
         drop_image: Share of embeddings replaced by the learned embedding of no image (a tenth in the paper).
             Default: 0.1.
         length: Number of tokens that captions are padded to. Default: 32.
@@ -95,9 +95,9 @@ class DecoderPart:
         self.net = make_decoder(config).to(device)
         self.denoiser = Denoiser(self.net, config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": self.net})
-        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
-        self.latents = LatentSpace.open(config.vae, self.compositions, device)
-        self.embeddings = EmbeddingCache.open(self.clip, self.compositions, config.from_prior)
+        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.scenes, device)
+        self.embeddings = EmbeddingCache.open(self.clip, self.scenes, config.from_prior)
 
     def condition(self, captions: Sequence[str], image: Tensor) -> Cond:
         """Return the condition of captions and image embeddings (B, E); unread fields are left out."""
@@ -111,7 +111,7 @@ class DecoderPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the diffusion loss of a random batch."""
         diffusion = self.config.diffusion
-        chosen, rows = self.compositions.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         captions = draw_captions(chosen, self.images.index, draws.rng, drop=diffusion.drop)
         kept = torch.from_numpy(draws.rng.random(batch) >= self.config.drop_image).to(self.device)
@@ -151,7 +151,7 @@ class DecoderPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return the mean squared error of 64 held-out images, sampled from their embeddings alone."""

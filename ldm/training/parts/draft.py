@@ -6,7 +6,7 @@ The loss is the squared error (the prior loss of Popov et al. 2021).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import PALETTE, caption, held_out_pair
+from ldm.data import PALETTE, caption, held_out_background, plain_scene
 from ldm.data.captions import vocabulary
 from ldm.models.draft import Draft, DraftConfig
-from ldm.training.caches.compositions import CachedCompositions, draw_captions
 from ldm.training.caches.latents import LatentSpace, check_draft_shape, read_latent_shape
+from ldm.training.caches.scenes import CachedScenes, draw_captions
 from ldm.training.config import DataConfig, RunConfig, check_fraction
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
@@ -36,7 +36,7 @@ class DraftTraining:
         text: Folder of the text tower to begin with. A draft in it is continued; it may be narrower than
             `model`, or lack its `Finish`.
         model: Shape of the draft.
-        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        variants: Number of cached scenes that are not plain; see `CachedScenes`.
         drop: Share of captions replaced by the empty one. Default: 0.1.
     """
 
@@ -62,12 +62,12 @@ class DraftPart:
         text = with_draft(read_text(config.text), config)
         self.text = text.to(device).requires_grad_(True)
         self.model = self.text
-        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
-        self.latents = LatentSpace.open(config.vae, self.compositions, device)
+        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.scenes, device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the drafts of a random batch."""
-        chosen, rows = self.compositions.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         captions = draw_captions(chosen, self.images.index, draws.rng, drop=self.config.drop)
         return (self.draft(captions) - x0).square().mean(), {}
@@ -87,7 +87,7 @@ class DraftPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean squared errors and the retrieval accuracy of drafts from canonical captions.
@@ -98,12 +98,12 @@ class DraftPart:
         index = self.images.index
         plain = self.images.plain(256, seed=7)
         pairs = [
-            replace(c, background=background)
-            for c in plain
+            plain_scene(index, row, background)
+            for row in (c.rows()[0] for c in plain)
             for background in PALETTE
-            if held_out_pair(index[c.image].name, background)
+            if held_out_background(index[row].name, background)
         ][:64]
-        drafts = self.draft([caption(c, index) for c in plain]).cpu().flatten(1)  # (256, C·h·w)
+        drafts = self.draft([caption(c.facts, index) for c in plain]).cpu().flatten(1)  # (256, C·h·w)
         truth = self.latents.encode(plain).cpu().flatten(1)
         hits = torch.cdist(drafts, truth).argmin(1) == torch.arange(len(plain))
         figures = {
@@ -111,17 +111,17 @@ class DraftPart:
             "plain_top1": float(hits.float().mean()),
         }
         if pairs:
-            drafts = self.draft([caption(c, index) for c in pairs]).cpu()
+            drafts = self.draft([caption(c.facts, index) for c in pairs]).cpu()
             figures["held_out_pairs_mse"] = float((drafts - self.latents.encode(pairs).cpu()).square().mean())
         return figures
 
     def preview(self) -> np.ndarray:
         """Show training images, each with the draft of its caption."""
         chosen = [
-            replace(c, background=(None, "blue", None, "yellow")[i % 4])
+            plain_scene(self.images.index, c.rows()[0], (None, "blue", None, "yellow")[i % 4])
             for i, c in enumerate(self.images.plain(16, seed=3))
         ]
-        drafts = self.latents.decode(self.draft([caption(c, self.images.index) for c in chosen]))
+        drafts = self.latents.decode(self.draft([caption(c.facts, self.images.index) for c in chosen]))
         return comparison_grid(self.images.tensor(chosen), drafts, columns=8)
 
     def export(self, folder: Path, record: Mapping[str, object]) -> None:

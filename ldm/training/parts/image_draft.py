@@ -6,16 +6,15 @@ See `ldm.models.draft`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.data import PALETTE, Composition, caption
+from ldm.data import PALETTE, Scene, caption, plain_scene
 from ldm.models.draft import Draft, DraftConfig
-from ldm.training.caches.compositions import CachedCompositions
 from ldm.training.caches.embeddings import (
     EmbeddingCache,
     caption_embeddings,
@@ -25,6 +24,7 @@ from ldm.training.caches.embeddings import (
 )
 from ldm.training.caches.latents import LatentSpace, check_draft_shape, read_latent_shape
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
+from ldm.training.caches.scenes import CachedScenes
 from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fraction
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
@@ -41,7 +41,7 @@ class ImageDraftTraining:
         vae: Folder of the autoencoder.
         vision: Folder of CLIP's image tower, which is frozen.
         model: Shape of the draft.
-        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        variants: Number of cached scenes that are not plain; see `CachedScenes`.
         text: Folder of CLIP's text tower, which is frozen; None if nothing reads captions. Default: None.
         reads_text: Whether the draft reads the text embedding after the image embedding. Default: False.
         drop: Share of text embeddings replaced by that of the empty caption. Default: 0.3.
@@ -90,14 +90,14 @@ class ImageDraftPart:
             "model.embed_dim", config.model.embed_dim, self.clip, embeddings=2 if config.reads_text else 1
         )
         check_draft_shape(config.model, read_latent_shape(config.vae, self.images))
-        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
-        self.latents = LatentSpace.open(config.vae, self.compositions, device)
-        self.embeddings = EmbeddingCache.open(self.clip, self.compositions, config.from_prior)
+        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.scenes, device)
+        self.embeddings = EmbeddingCache.open(self.clip, self.scenes, config.from_prior)
         vectors = self.embeddings.vectors
         self.spread = torch.from_numpy(vectors[::37].astype(np.float32)).std(0).to(device)  # (E,)
         self.captions: np.ndarray | None = None
         if config.text is not None and config.reads_text:
-            self.captions = caption_embeddings(self.clip, config.text, self.compositions)
+            self.captions = caption_embeddings(self.clip, config.text, self.scenes)
             self.no_text = self.clip.text_embedding([""]).vector.cpu()
         torch.manual_seed(config.run.seed)
         self.net = Draft(config.model).to(device)
@@ -109,7 +109,7 @@ class ImageDraftPart:
         self.model = nn.ModuleDict({"net": self.net})
 
     def read_embeddings(self, rows: Sequence[int], draws: Draws) -> Tensor:
-        """Return the draft's inputs of cached compositions, (B, E) or (B, 2E)."""
+        """Return the draft's inputs of cached scenes, (B, E) or (B, 2E)."""
         image = self.embeddings.draw(rows, draws.rng).to(self.device)
         if self.config.jitter > 0:
             image = image + self.config.jitter * self.spread * draws.normal(*image.shape).to(self.device)
@@ -122,13 +122,13 @@ class ImageDraftPart:
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the drafts of a random batch."""
-        _, rows = self.compositions.draw(draws.rng, batch)
+        _, rows = self.scenes.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         return (self.net(self.read_embeddings(rows, draws)) - x0).square().mean(), {}
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean squared errors of drafts from canonical captions.
@@ -137,7 +137,10 @@ class ImageDraftPart:
         """
         plain = self.images.plain(256, seed=7)
         colours = list(PALETTE)
-        on_background = [replace(c, background=colours[i % len(colours)]) for i, c in enumerate(plain)]
+        on_background = [
+            plain_scene(self.images.index, c.rows()[0], colours[i % len(colours)])
+            for i, c in enumerate(plain)
+        ]
         sets = {
             "plain_mse": plain,
             "background_mse": on_background,
@@ -145,16 +148,16 @@ class ImageDraftPart:
         }
         return {name: self.error(chosen) for name, chosen in sets.items()}
 
-    def error(self, chosen: list[Composition]) -> float:
-        """Return the mean squared error of the drafts of compositions."""
+    def error(self, chosen: list[Scene]) -> float:
+        """Return the mean squared error of the drafts of scenes."""
         latents = self.latents.encode(chosen)
         return float((self.drafts(chosen) - latents).square().mean())
 
-    def drafts(self, chosen: list[Composition]) -> Tensor:
+    def drafts(self, chosen: list[Scene]) -> Tensor:
         """Return drafts from the embeddings of images and of their canonical captions, (B, C, h, w)."""
         read = embed(self.clip, self.images, chosen)  # (B, E)
         if self.captions is not None:
-            text = self.clip.text_embedding([caption(c, self.images.index) for c in chosen]).vector
+            text = self.clip.text_embedding([caption(c.facts, self.images.index) for c in chosen]).vector
             read = torch.cat([read, text], dim=1)  # (B, 2E)
         return self.net(read)
 

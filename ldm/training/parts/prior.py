@@ -18,7 +18,6 @@ from ldm.data.captions import vocabulary
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from ldm.models.unclip.prior import Prior, PriorConfig
-from ldm.training.caches.compositions import CachedCompositions, draw_captions
 from ldm.training.caches.embeddings import (
     EmbeddingCache,
     check_embed_dim,
@@ -27,6 +26,7 @@ from ldm.training.caches.embeddings import (
     read_clip,
 )
 from ldm.training.caches.prior_embeddings import sample_prior
+from ldm.training.caches.scenes import CachedScenes, draw_captions
 from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig
 from ldm.training.draws import Draws
@@ -44,7 +44,7 @@ class PriorTraining:
         data: The training images.
         text: Folder of CLIP's text tower, which is frozen.
         vision: Folder of CLIP's image tower, which is frozen.
-        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        variants: Number of cached scenes that are not plain; see `CachedScenes`.
         diffusion: Schedule and timesteps; the prediction is x0. Of an autoregressive prior only `drop` is
             used.
         model: Shape of a diffusion prior; None for an autoregressive one. Default: None.
@@ -90,10 +90,10 @@ class PriorPart:
         check_embed_dim("embed_dim", config.shape.embed_dim, self.clip)
         torch.manual_seed(config.run.seed)
         net = make_prior(config.shape)
-        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
-        self.embeddings = EmbeddingCache.open(self.clip, self.compositions)
+        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.embeddings = EmbeddingCache.open(self.clip, self.scenes)
         draws = Draws(config.run.seed, 0, stream=1)
-        measured = self.embeddings[self.compositions.draw(draws.rng, config.measured)[1]]
+        measured = self.embeddings[self.scenes.draw(draws.rng, config.measured)[1]]
         if isinstance(net, AutoregressivePrior):
             net.codes.fit(measured)
         elif net.config.normalize == "statistics":
@@ -109,7 +109,7 @@ class PriorPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch: the diffusion loss, or the cross-entropy of the codes."""
         diffusion = self.config.diffusion
-        chosen, rows = self.compositions.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws.rng, batch)
         captions = draw_captions(chosen, self.images.index, draws.rng, drop=diffusion.drop)
         image, cond = self.embeddings[rows].to(self.device), self.clip.read(captions)
         if isinstance(self.net, AutoregressivePrior):
@@ -139,7 +139,7 @@ class PriorPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean cosines over 128 held-out images.
@@ -148,7 +148,7 @@ class PriorPart:
         embeddings and the captions' own.
         """
         chosen = self.images.held_out(128)
-        captions = [caption(c, self.images.index) for c in chosen]
+        captions = [caption(c.facts, self.images.index) for c in chosen]
         true, made = embed(self.clip, self.images, chosen), self.sample(captions).float()
         text = self.clip.text_embedding(captions).vector
         return {

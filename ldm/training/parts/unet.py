@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Composition, caption
+from ldm.data import Scene, caption, side_by_side
 from ldm.data.captions import CaptionPieces, caption_pieces, join_captions, vocabulary
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unet import UNet, UNetConfig
-from ldm.training.caches.compositions import CachedCompositions
 from ldm.training.caches.latents import LatentSpace, read_latent_shape
+from ldm.training.caches.scenes import CachedScenes
 from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
@@ -79,7 +79,7 @@ class UNetTraining:
         text: The text tower.
         model: Shape of the UNet.
         diffusion: Schedule, prediction and timesteps.
-        variants: Number of cached small and double compositions; see `CachedCompositions`.
+        variants: Number of cached scenes that are not plain; see `CachedScenes`.
         net: Folder of a UNet of this shape to begin with; None to begin from scratch. Default: None.
         grounding: How cross-attention is taught where things are drawn; None for not at all. Default: None.
     """
@@ -121,8 +121,8 @@ class UNetPart:
             freeze_all_but_cross_attention(net)
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": net, "text": self.text})
-        self.compositions = CachedCompositions.of_run(config.run, self.images, config.variants)
-        self.latents = LatentSpace.open(config.vae, self.compositions, device)
+        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.latents = LatentSpace.open(config.vae, self.scenes, device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch, and its terms to log.
@@ -130,10 +130,12 @@ class UNetPart:
         The terms are the diffusion loss at high and at low t, the squared error of the draft, and grounding.
         """
         config, diffusion = self.config, self.config.diffusion
-        chosen, rows = self.compositions.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws.rng, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         captions = [
-            [] if draws.rng.random() < diffusion.drop else caption_pieces(c, self.images.index, draws.rng)
+            []
+            if draws.rng.random() < diffusion.drop
+            else caption_pieces(c.facts, self.images.index, draws.rng)
             for c in chosen
         ]
         cond = self.text(join_captions(captions))
@@ -154,9 +156,9 @@ class UNetPart:
         return nullcontext({}) if self.config.grounding is None else record_attention(self.denoiser.net)
 
     def grounding(
-        self, maps: Mapping[str, Tensor], captions: Sequence[CaptionPieces], chosen: Sequence[Composition]
+        self, maps: Mapping[str, Tensor], captions: Sequence[CaptionPieces], chosen: Sequence[Scene]
     ) -> Tensor:
-        """Return the `grounding_loss` of attention maps under captions of compositions."""
+        """Return the `grounding_loss` of attention maps under captions of scenes."""
         size = self.config.data.size
         named = find_named_areas(captions, chosen, self.images.data.images, self.text, size)
         return grounding_loss(maps.values(), named).to(self.device)
@@ -187,7 +189,7 @@ class UNetPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.compositions.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return figures over 64 training images on white.
@@ -196,7 +198,7 @@ class UNetPart:
         their captions. Where grounding is trained, also the grounding loss over 64 pairs side by side.
         """
         chosen = self.images.plain(64, seed=7)
-        captions = [caption(c, self.images.index) for c in chosen]
+        captions = [caption(c.facts, self.images.index) for c in chosen]
         draws, losses, errors = Draws(7, 0), [], []
         for part in (slice(i, i + 16) for i in range(0, len(chosen), 16)):
             losses.append(self.fixed_loss(chosen[part], captions[part], draws).cpu())
@@ -207,8 +209,8 @@ class UNetPart:
             figures["pairs_grounding"] = self.pairs_grounding()
         return figures
 
-    def fixed_loss(self, chosen: Sequence[Composition], captions: list[str], draws: Draws) -> Tensor:
-        """Return the losses (B,) of the mean latents of compositions at drawn timesteps and noise."""
+    def fixed_loss(self, chosen: Sequence[Scene], captions: list[str], draws: Draws) -> Tensor:
+        """Return the losses (B,) of the mean latents of scenes at drawn timesteps and noise."""
         x0 = self.latents.encode(chosen)
         t = self.config.diffusion.draw(len(x0), draws.torch).to(self.device)
         eps = draws.normal(*x0.shape).to(self.device)
@@ -216,12 +218,12 @@ class UNetPart:
 
     def pairs_grounding(self) -> float:
         """Return the `grounding_loss` over 64 pairs of training images, at fixed timesteps and noise."""
-        rows = [c.image for c in self.images.plain(128, seed=8)]
+        rows = [c.rows()[0] for c in self.images.plain(128, seed=8)]
         pairs = [
-            Composition(image=first, second=second)
+            side_by_side(self.images.index, first, second)
             for first, second in zip(rows[::2], rows[1::2], strict=False)
         ]
-        captions = [caption_pieces(c, self.images.index) for c in pairs]
+        captions = [caption_pieces(c.facts, self.images.index) for c in pairs]
         with self.record_attention() as maps:
             self.fixed_loss(pairs, join_captions(captions), Draws(8, 0))
         return float(self.grounding(maps, captions, pairs))
@@ -230,8 +232,8 @@ class UNetPart:
         """Show samples of well-known and of random names, half of them on a background."""
         index = self.images.index
         rng = np.random.default_rng(3)
-        names = [name for name in PREVIEW_NAMES if index.has(name)]
-        names += list(rng.choice(index.names("noto", held_out=False), 24 - len(PREVIEW_NAMES)))
+        names = [name for name in PREVIEW_NAMES if name in index.rows_of]
+        names += list(rng.choice(index.names(held_out=False), 24 - len(PREVIEW_NAMES)))
         prompts = [
             name.replace("-", " ") + (f" on a {background} background" if background else "")
             for name, background in zip(names, [None, "blue", None, "yellow"] * 6, strict=False)
