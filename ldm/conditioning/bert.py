@@ -43,7 +43,7 @@ class BertConditioner(nn.Module):
         return self.encoder.config.width
 
     def forward(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, seeds: Sequence[int] = ()
     ) -> Cond:
         """Return the condition of B prompts: context (B, M, D), and a mask if their lengths differ.
 

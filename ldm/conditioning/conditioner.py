@@ -44,7 +44,7 @@ class Conditioner(Protocol):
     """What turns prompts into conditions."""
 
     def __call__(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, seeds: Sequence[int] = ()
     ) -> Cond:
         """Return the condition of B prompts.
 
@@ -106,7 +106,7 @@ class TextConditioner(nn.Module):
         return self.tower.config.width
 
     def forward(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, seeds: Sequence[int] = ()
     ) -> Cond:
         """Return the condition of B prompts.
 
@@ -209,7 +209,7 @@ class TwoTowers(nn.Module):
         return self.second.width + (0 if self.first is None else self.first.width)
 
     def forward(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, seeds: Sequence[int] = ()
     ) -> Cond:
         """Return the condition of B prompts: context (B, M, D), its mask if lengths differ, pooled (B, E).
 

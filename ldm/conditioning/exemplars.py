@@ -80,7 +80,7 @@ class ExemplarConditioner(nn.Module):
         return Lexicon(nouns=self.library.nouns, styles=self.library.styles, grammar=self.grammar)
 
     def forward(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, seeds: Sequence[int] = ()
     ) -> Cond:
         """Return the condition of B prompts.
 

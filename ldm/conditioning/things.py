@@ -59,7 +59,7 @@ class Lexicon:
     """What a prompt may consist of.
 
     Args:
-        nouns: The names that each noun phrase may mean, by the phrase in lower case.
+        nouns: The names that each noun phrase may mean. A phrase that is a name means that name alone.
         styles: The names of styles, which may stand before a noun.
         grammar: The words that state facts, which the text tower reads.
 
@@ -76,8 +76,12 @@ class Lexicon:
     def __post_init__(self) -> None:
         if taken := self.grammar.intersection(SLOT_WORDS):
             raise ValueError(f"grammar: expected none of the slot words, got {sorted(taken)}")
-        phrases = {tuple(words_in(noun)): tuple(names) for noun, names in self.nouns.items()}
-        phrases.pop((), None)
+        phrases: dict[tuple[str, ...], tuple[str, ...]] = {}
+        for noun, names in self.nouns.items():
+            if words := tuple(words_in(noun)):
+                both = dict.fromkeys((*phrases.get(words, ()), *names))
+                own = "-".join(words)
+                phrases[words] = (own,) if own in both else tuple(both)
         # a word of grammar alone is never a thing: "left", "orange"
         kept = {
             words: names for words, names in phrases.items() if len(words) > 1 or words[0] not in self.grammar

@@ -32,7 +32,7 @@ class XLMRConditioner(nn.Module):
             )
 
     def forward(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, seeds: Sequence[int] = ()
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, seeds: Sequence[int] = ()
     ) -> Cond:
         """Return the condition of B prompts: context (B, L, D) and pooled (B, E).
 

@@ -21,7 +21,7 @@ from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import nearest, read_yaml
 from ldm.support.files import staged_folder, write_atomically
 from ldm.weights.formats.ldm_folder import about_part
-from ldm.weights.formats.ldm_model import write_card
+from ldm.weights.formats.ldm_model import LIBRARY_FILES, write_card
 
 
 def check_latent(card: ModelCard, folder: Path) -> None:
@@ -36,6 +36,8 @@ def check_unclip(card: UnCLIPCard, folder: Path) -> None:
     assemble_unclip(card, unclip_from_ldm(card, folder, torch.float32))
 
 
+# The files that an export has beside a part.
+BESIDE_PARTS: Mapping[str, tuple[str, ...]] = {"text": ("vocabulary.json",), "exemplars": LIBRARY_FILES}
 # The check of each kind of model that can be bundled; its first argument is a card of that kind, hence Any.
 CHECKS: Mapping[Kind, Callable[[Any, Path], None]] = {"latent": check_latent, "unclip": check_unclip}
 
@@ -82,8 +84,7 @@ def bundle(card: Card, exports: Mapping[str, str | Path], folder: str | Path) ->
     with staged_folder(folder, INDEX_FILES, files_of_models) as stage:
         for part, source in exports.items():
             about_part(source, part)  # raises FileNotFoundError with a hint
-            names = [f"{part}.safetensors", f"{part}.yaml", *(["vocabulary.json"] if part == "text" else [])]
-            for name in names:
+            for name in (f"{part}.safetensors", f"{part}.yaml", *BESIDE_PARTS.get(part, ())):
                 write_atomically(stage / name, (Path(source) / name).read_bytes())
         CHECKS[card.kind](card, stage)
         write_card(stage, card)

@@ -29,6 +29,8 @@ class DiffusionConfig:
         prediction: What the network predicts. Default: "v".
         min_snr: γ of the loss weight min(SNR, γ) in terms of x0 (Hang et al. 2023, arXiv:2303.09556); None
             for a weight of 1 on the prediction's own error. Default: None.
+        snr_plus_one: γ of the loss weight min(SNR + 1, γ) in terms of x0, the loss of v bounded from above
+            (Salimans & Ho 2022, section 4); None for no such weight. Default: None.
         drop: Share of captions replaced by the empty one, for classifier-free guidance. Default: 0.1.
         shift: s of the timestep distribution s·u/(1 + (s − 1)·u) with u uniform; s > 1 draws more noisy
             timesteps (Esser et al. 2024, eq. 23). Default: 1.
@@ -38,6 +40,7 @@ class DiffusionConfig:
     timesteps: int = 1000
     prediction: Prediction = "v"
     min_snr: float | None = None
+    snr_plus_one: float | None = None
     drop: float = 0.1
     shift: float = 1.0
 
@@ -46,8 +49,13 @@ class DiffusionConfig:
         check_fraction(drop=self.drop)
         if not self.shift > 0:
             raise ValueError(f"shift: expected a positive number, got {self.shift}")
-        if self.min_snr is not None and self.min_snr <= 0:
-            raise ValueError(f"min_snr: expected a positive number, got {self.min_snr}")
+        for name, bound in (("min_snr", self.min_snr), ("snr_plus_one", self.snr_plus_one)):
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name}: expected a positive number, got {bound}")
+        if self.min_snr is not None and self.snr_plus_one is not None:
+            raise ValueError(
+                f"expected one of min_snr and snr_plus_one, got {self.min_snr} and {self.snr_plus_one}"
+            )
 
     def make(self) -> NoiseSchedule:
         """Build the schedule's tables."""
@@ -64,11 +72,15 @@ class DiffusionConfig:
 
     def weight(self, snr: Tensor) -> Tensor:
         """Return the weight of the prediction's squared error at a signal-to-noise ratio."""
-        if self.min_snr is None:
+        if self.min_snr is not None:
+            wanted = snr.clamp(max=self.min_snr)
+        elif self.snr_plus_one is not None:
+            wanted = (snr + 1).clamp(max=self.snr_plus_one)
+        else:
             return torch.ones_like(snr)
         # x0's squared error is the prediction's, divided by this
         ratio = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
-        return snr.clamp(max=self.min_snr) / ratio
+        return wanted / ratio
 
 
 def sample_latents(

@@ -38,6 +38,7 @@ def part_kinds() -> dict[str, PartKind]:
     from ldm.training.parts.clip_text import CLIPTextPart, CLIPTextTraining
     from ldm.training.parts.decoder import DecoderPart, DecoderTraining
     from ldm.training.parts.draft import DraftPart, DraftTraining
+    from ldm.training.parts.exemplar import ExemplarPart, ExemplarTraining
     from ldm.training.parts.image_draft import ImageDraftPart, ImageDraftTraining
     from ldm.training.parts.prior import PriorPart, PriorTraining
     from ldm.training.parts.unet import UNetPart, UNetTraining
@@ -63,6 +64,7 @@ def part_kinds() -> dict[str, PartKind]:
             {"unet", "text", "draft"},
             _VAE | {"text.folder": ("text",), "net": ("unet",)},
         ),
+        "exemplar": kind(ExemplarTraining, ExemplarPart, {"unet", "text", "exemplars"}, _VAE),
         "image-draft": kind(
             ImageDraftTraining,
             ImageDraftPart,

@@ -8,7 +8,8 @@ from ldm.conditioning.things import Lexicon, Mention
 
 LEXICON = Lexicon(
     nouns={
-        "cat": ("cat", "cat-face"),
+        "kitty": ("cat", "cat-face"),
+        "cat": ("cat",),
         "cat face": ("cat-face",),
         "cat faces": ("cat-face",),
         "red apple": ("red-apple",),
@@ -50,7 +51,7 @@ def test_a_style_belongs_to_the_thing_after_it_and_is_not_read_by_the_tower():
     found = read("a fluent cat and a noto-v1 blue apple")
     assert found.text == "a alpha and a blue beta"
     assert found.mentions == (
-        Mention(phrase="cat", names=("cat", "cat-face"), style="fluent"),
+        Mention(phrase="cat", names=("cat",), style="fluent"),
         Mention(phrase="apple", names=("red-apple", "green-apple"), style="noto-v1"),
     )
     assert [mention.style for mention in read("noto cat and a apple").mentions] == ["noto", None]
@@ -70,6 +71,16 @@ def test_slots_go_on_from_earlier_parts():
     first = read("a cat and")
     second = LEXICON.read("a apple", slots=2, taken=first.mentions)
     assert second.text == "a beta" and len(second.mentions) == 2
+
+
+def test_a_phrase_that_is_a_name_means_that_name_alone():
+    lexicon = Lexicon(
+        nouns={"cat face": ("cat-face",), "cat-face": ("disc",), "kitty": ("cat-face", "disc")},
+        styles=(),
+        grammar=frozenset(),
+    )
+    assert lexicon.read("Cat-face", slots=1).mentions[0].names == ("cat-face",)
+    assert lexicon.read("kitty", slots=1).mentions[0].names == ("cat-face", "disc")
 
 
 def test_long_texts_take_time_in_proportion():

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ldm.data import Scene
 from ldm.models.draft import DraftConfig
+from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.training.caches.scenes import CachedScenes
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
-from ldm.weights.formats.ldm_folder import read_part, read_part_config
+from ldm.weights.formats.ldm_folder import read_network, read_part_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class LatentSpace:
         device: Where latents are returned.
     """
 
-    vae: AutoencoderKL
+    vae: AutoencoderKL | PatchAutoencoder
     scale: float
     images: TrainingImages
     moments: np.ndarray
@@ -41,9 +42,13 @@ class LatentSpace:
     @classmethod
     def open(cls, folder: str | Path, scenes: CachedScenes, device: torch.device) -> LatentSpace:
         """Read the autoencoder in a folder; encode the cached scenes unless that was done before."""
-        vae, about = read_part(folder, "vae", VAEConfig, AutoencoderKL)
-        assert isinstance(vae, AutoencoderKL)
-        vae, images = vae.to(device), scenes.images
+        network, about = read_network(folder, "vae")
+        if not isinstance(network, AutoencoderKL | PatchAutoencoder):
+            raise ValueError(
+                f"the autoencoder in {str(folder)!r} is a {type(network).__name__}: expected AutoencoderKL or"
+                " PatchAutoencoder"
+            )
+        vae, images = network.to(device), scenes.images
 
         def encode(part: Sequence[Scene]) -> Tensor:
             posterior = vae.encode(images.tensor(part).to(device))
@@ -74,7 +79,7 @@ class LatentSpace:
         return self.vae.decode(z / self.scale)
 
 
-def latent_shape(vae: VAEConfig, images: TrainingImages) -> tuple[int, int, int]:
+def latent_shape(vae: VAEConfig | PatchAutoencoderConfig, images: TrainingImages) -> tuple[int, int, int]:
     """Return the shape (C, h, w) of the latent of a training image."""
     side = images.config.size // vae.factor
     return vae.latent_channels, side, side
@@ -83,7 +88,7 @@ def latent_shape(vae: VAEConfig, images: TrainingImages) -> tuple[int, int, int]
 def read_latent_shape(folder: str | Path, images: TrainingImages) -> tuple[int, int, int]:
     """Return the shape (C, h, w) of a latent of the autoencoder in a folder, without reading its weights."""
     config = read_part_config(folder, "vae")
-    assert isinstance(config, VAEConfig)
+    assert isinstance(config, VAEConfig | PatchAutoencoderConfig)
     return latent_shape(config, images)
 
 
@@ -98,7 +103,9 @@ def check_draft_shape(draft: DraftConfig, latent: tuple[int, int, int]) -> None:
 
 
 @torch.no_grad()
-def measure_scale(vae: AutoencoderKL, images: TrainingImages, seed: int = 0, n: int = 2048) -> float:
+def measure_scale(
+    vae: AutoencoderKL | PatchAutoencoder, images: TrainingImages, seed: int = 0, n: int = 2048
+) -> float:
     """Measure the factor that gives latents unit variance (Rombach et al. 2022, appendix G).
 
     Args:

@@ -65,6 +65,12 @@ class CachedScenes:
         rows = (*plain, *draw_variants(images, variants, run.seed))
         return cls(images=images, rows=rows, row_of=row_of, variants=variants, seed=run.seed)
 
+    @classmethod
+    def random(cls, run: RunConfig, images: TrainingImages, n: int) -> CachedScenes:
+        """Return n random scenes of the mix, plain ones among them."""
+        rows = tuple(images.draw(np.random.default_rng(run.seed), n, images.config.mix))
+        return cls(images=images, rows=rows, row_of={}, variants=n, seed=run.seed)
+
     def draw(self, rng: np.random.Generator, n: int) -> tuple[list[Scene], list[int]]:
         """Draw n cached scenes by the run's probabilities, and return them with their rows.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig, psnr
 from ldm.training.caches.latents import measure_scale
 from ldm.training.config import DataConfig, RunConfig, check_at_least
@@ -20,17 +21,24 @@ from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
 from ldm.weights.formats.ldm_folder import write_part
 
+FITTED = 1024
+"""The number of random scenes that the projection of a `PatchAutoencoder` is fitted to."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAELoss:
-    """Weights of the loss l1 · mean|x − y| + mse · mean(x − y)² + kl · KL / (numbers per image)."""
+    """Weights of the loss l1 · mean|x − y| + mse · mean(x − y)² + edge · E + kl · KL / (numbers per image).
+
+    E is the mean absolute error of the differences between neighbouring pixels, across plus down.
+    """
 
     l1: float = 1.0
     mse: float = 1.0
+    edge: float = 0.0
     kl: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_at_least(0, l1=self.l1, mse=self.mse, kl=self.kl)
+        check_at_least(0, l1=self.l1, mse=self.mse, edge=self.edge, kl=self.kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,7 @@ class VAETraining:
 
     run: RunConfig
     data: DataConfig
-    model: VAEConfig
+    model: VAEConfig | PatchAutoencoderConfig
     loss: VAELoss
 
 
@@ -55,7 +63,16 @@ class VAEPart:
             )
         self.images = TrainingImages(config.data)
         torch.manual_seed(config.run.seed)
-        self.model = AutoencoderKL(config.model).to(device)
+        self.model = self.make(config.model).to(device)
+
+    def make(self, config: VAEConfig | PatchAutoencoderConfig) -> AutoencoderKL | PatchAutoencoder:
+        """Return a new autoencoder; the projection of a `PatchAutoencoder` is fitted and frozen."""
+        if isinstance(config, VAEConfig):
+            return AutoencoderKL(config)
+        model = PatchAutoencoder(config)
+        model.fit(self.images.tensor(self.images.draw(np.random.default_rng(self.config.run.seed), FITTED)))
+        model.project.requires_grad_(False)
+        return model
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted reconstruction and KL losses of a random batch, and each of them to log."""
@@ -64,8 +81,15 @@ class VAEPart:
         noise = draws.normal(batch, self.config.model.latent_channels, latent, latent).to(self.device)
         y, posterior = self.model(x, noise)
         error, weights = y.float() - x, self.config.loss
-        l1, mse, kl = error.abs().mean(), error.square().mean(), posterior.kl().mean() / x[0].numel()
-        return weights.l1 * l1 + weights.mse * mse + weights.kl * kl, {"l1": l1, "mse": mse, "kl": kl}
+        figures = {
+            "l1": error.abs().mean(),
+            "mse": error.square().mean(),
+            "edge": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
+            "kl": posterior.kl().mean() / x[0].numel(),
+        }
+        return sum(
+            (getattr(weights, name) * value for name, value in figures.items()), torch.zeros(())
+        ), figures
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""

@@ -1,0 +1,205 @@
+"""Training with exemplars: the captions' slots, the condition, exact resumption, and a model that loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_trainings import run, write
+
+import ldm
+from ldm.catalog.cards import Defaults, ModelCard, ScheduleCard
+from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.things import Lexicon
+from ldm.data import EmojiData, Mix, sample_scene
+from ldm.data.captions import caption_pieces, join_captions
+from ldm.data.facts import STYLES
+from ldm.data.wording import grammar_words
+from ldm.models.patch_autoencoder import PatchAutoencoder
+from ldm.registry.bundling import bundle
+from ldm.samplers.conventions import Convention
+from ldm.training.draws import Draws
+from ldm.training.parts.exemplar import SLOT_TEXT, slot_text, training_library
+from ldm.training.run import open_run
+from ldm.weights.formats.exemplar_file import read_library
+from ldm.weights.formats.ldm_folder import read_network, read_text
+
+
+@pytest.fixture
+def place(folder, tmp_path, monkeypatch):
+    """Change to a folder that holds the drawn data set."""
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
+    """Return the configurations of the autoencoder and of the transformer over a data set's folder."""
+    size = EmojiData.open(data).images.shape[1]
+    source = {"folder": str(data), "size": size, "mix": {"background": 0.5, "two": 0.4}}
+    muon = {"kind": "muon", "lr": 1e-3, "warmup": 2, "decay": 2}
+    vae = {
+        "part": "vae",
+        "run": run("vae", optimizer=muon),
+        "data": source,
+        "loss": {"l1": 1.0, "mse": 2.0, "edge": 0.5, "kl": 0.0},
+        "model": {"factor": 4, "latent_channels": 6, "channels": [8, 16]},
+    }
+    shape = {"size": size, "patch": 8, "cell": 4, "components": 6, "width": 16, "head_dim": 8}
+    net = {
+        "part": "exemplar",
+        "run": run("exemplar", optimizer=muon),
+        "data": source,
+        "vae": "runs/vae/export",
+        "scenes": 12,
+        "text": {"layers": 1, "heads": 2},
+        "exemplars": shape,
+        "diffusion": {"schedule": "cosine", "prediction": "x0", "snr_plus_one": 8, "drop": 0.2},
+        "model": {
+            "in_channels": 6,
+            "out_channels": 6,
+            "width": 16,
+            "depth": 1,
+            "head_dim": 8,
+            "context_dim": 16,
+        },
+    }
+    return {"vae": vae, "exemplar": net}
+
+
+def trained(place: Path, **changes: Any) -> None:
+    """Train and export both parts."""
+    for name, config in exemplar_configs(place).items():
+        part = open_run(write(config, Path(f"{name}.yaml")))
+        part.train(progress=False)
+        part.export(Path(f"runs/{name}/export"))
+
+
+def test_the_captions_that_training_reads_are_those_that_prompts_are_read_as(place):
+    data = EmojiData.open(place)
+    library = training_library(data)
+    lexicon = Lexicon(nouns=library.nouns, styles=STYLES, grammar=frozenset(grammar_words()))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = sample_scene(rng, data.index, Mix())
+        if any(thing.name.startswith(f"{thing.colour}-") for thing in scene.facts.things):
+            continue  # "a blue box", recoloured or not
+        pieces = caption_pieces(scene.facts, data.index, rng)
+        text, order = slot_text(pieces)
+        read = lexicon.read(join_captions([pieces])[0], slots=2)
+        assert read.text == text and read.unknown == ()
+        names = [scene.facts.things[thing].name for thing in order]
+        for name, mention in zip(names, read.mentions, strict=True):
+            if mention.phrase != "cat face":  # the name of one thing, and a tag of another
+                assert name in mention.names
+        styles = [scene.facts.things[thing].style for thing in order]
+        assert [mention.style for mention in read.mentions] == styles
+
+
+def test_a_model_is_trained_from_nothing_and_loads_with_its_library(place):
+    trained(place)
+    vae, about = read_network("runs/vae/export", "vae")
+    assert isinstance(vae, PatchAutoencoder) and abs(about["latent_scale"] - 1) < 0.2
+    folder = Path("runs/exemplar/export")
+    encoder, _ = read_network(folder, "exemplars")
+    assert torch.allclose(encoder.basis, vae.project.weight.flatten(1), atol=1e-3)
+    library = read_library(folder)
+    data = EmojiData.open(place)
+    held_out = {(data.index[row].name, data.index[row].style) for row in map(int, data.held_out)}
+    assert len(library) == len(data.train)
+    assert not held_out & {(exemplar.name, exemplar.style) for exemplar in library}
+    text = read_text(folder)
+    assert text.known_words == frozenset(grammar_words())
+    assert ExemplarConditioner(text, encoder, library).unknown("a cat") == []
+
+
+def test_training_is_resumed_exactly(place):
+    made = exemplar_configs(place)
+    vae = open_run(write(made["vae"], Path("vae.yaml")))
+    vae.train(progress=False)
+    vae.export(Path("runs/vae/export"))
+    whole = open_run(write(made["exemplar"], Path("whole.yaml")))
+    whole.train(progress=False)
+    made["exemplar"]["run"]["name"] = "halves"
+    path = write(made["exemplar"], Path("halves.yaml"))
+    open_run(path).train(until=4, progress=False)
+    halves = open_run(path)
+    assert halves.step == 4
+    halves.train(progress=False)
+    for a, b in zip(whole.part.model.parameters(), halves.part.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_condition_shows_the_images_of_the_scene(place):
+    trained(place)
+    part = open_run(Path("exemplar.yaml")).part
+    scenes, rows = part.draw(Draws(0, 3), 6)
+    assert [part.scenes.rows[row] for row in rows] == scenes
+    part.model.eval()
+    cond = part.condition([*scenes, None], None)
+    tokens = part.config.exemplars.tokens
+    for i, scene in enumerate(scenes):
+        things = len(scene.facts.things)
+        shown = cond.context_mask[i, : 2 * tokens].view(2, tokens).all(1)
+        assert shown.tolist() == [True, things == 2]
+    assert not cond.context_mask[-1, : 2 * tokens].any() and cond.context_mask[-1].any()
+    alone = part.condition(scenes[:1], None)
+    length = alone.context.shape[1]
+    kept = alone.context_mask[0]
+    assert torch.allclose(cond.context[0, :length][kept], alone.context[0][kept], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"context_dim": 8}}, "model.context_dim 8: expected exemplars.width 16"),
+        ({"exemplars": {"slots": 5}}, "exemplars.slots 5: expected at most 4"),
+        ({"diffusion": {"min_snr": 5}}, "expected one of min_snr and snr_plus_one"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(place, change, message):
+    config = exemplar_configs(place)["exemplar"]
+    for key, values in change.items():
+        config[key] = {**config[key], **values}
+    Path("wrong.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=message):
+        open_run(Path("wrong.yaml"))
+
+
+def test_the_bundled_model_draws_what_the_training_saw(place):
+    trained(place)
+    size = EmojiData.open(place).images.shape[1]
+    card = ModelCard(
+        name="tiny",
+        family="latent",
+        summary="a model of the tests",
+        licence="none",
+        schedule=ScheduleCard(kind="cosine"),
+        prediction="x0",
+        text=SLOT_TEXT,
+        convention=Convention(grids={"*": {"spacing": "trailing"}}),
+        defaults=Defaults(sampler="dpmpp_2m", steps=2, guidance=1.0, height=size, width=size),
+    )
+    exports = {
+        "vae": "runs/vae/export",
+        **dict.fromkeys(("unet", "text", "exemplars"), "runs/exemplar/export"),
+    }
+    bundle(card, exports, "model")
+    pipe = ldm.load(weights="model")
+    part = open_run(Path("exemplar.yaml")).part
+    part.model.eval()
+    scene = next(s for s in part.scenes.rows if len(s.facts.things) == 1)
+    row = part.images.index[scene.rows()[0]]
+    prompt = f"{row.style} {row.name.replace('-', ' ')}"
+    image = pipe.text_to_image(prompt, seed=1, progress=False).tensor
+    assert image.shape == (1, 3, size, size)
+    cond = pipe.text([prompt], seeds=[1])
+    tokens = part.encoder(
+        torch.from_numpy(part.images.data.images[scene.rows()[0]][None, None]).movedim(-1, 2) / 255
+    )
+    assert torch.allclose(
+        cond.context[:, : tokens.shape[1]], tokens, atol=5e-2
+    )  # weights are kept in float16
