@@ -25,7 +25,7 @@ from ldm.models.vae import VAEConfig
 from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
-from ldm.support.config import nearest
+from ldm.support.config import check_between, nearest
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
@@ -35,6 +35,9 @@ _C = TypeVar("_C")
 # [−1, 1]; "depth": depth map; "image": unscaled latent of the image to edit; "lowres": image to enlarge, at
 # the size of the latent; "lowres-noised": the same with noise of a given level.
 Concat = Literal["inpaint", "inpaint-ldm", "depth", "image", "lowres", "lowres-noised"]
+
+
+MAX_TIMESTEPS, MAX_SIDE = 2**16, 2**14  # of a card: timesteps of training; pixels of an image's side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class ScheduleCard:
         sigmas: For "edm", the smallest and the largest noise level, and the standard deviation of the data.
 
     Raises:
-        ValueError: If there are sigmas without "edm", or "edm" without them.
+        ValueError: If there are sigmas without "edm", or "edm" without them, or `timesteps` is out of range.
     """
 
     kind: Literal["linear", "scaled_linear", "cosine", "edm"]
@@ -61,6 +64,7 @@ class ScheduleCard:
     sigmas: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
+        check_between(1, MAX_TIMESTEPS, timesteps=self.timesteps)
         if (self.kind == "edm") != (self.sigmas is not None):
             raise ValueError(f"sigmas: schedule 'edm' and sigmas require each other, got {self.kind!r}")
 
@@ -98,6 +102,10 @@ class Defaults:
     guidance: float
     height: int
     width: int
+
+    def __post_init__(self) -> None:
+        check_between(1, MAX_TIMESTEPS, steps=self.steps)
+        check_between(1, MAX_SIDE, height=self.height, width=self.width)
 
     @classmethod
     def square(cls, sampler: str, steps: int, guidance: float, side: int) -> Defaults:

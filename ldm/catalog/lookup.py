@@ -11,8 +11,8 @@ from ldm.catalog.families import FAMILIES
 from ldm.catalog.published import CARDS
 from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
 from ldm.catalog.unclip_cards import UNCLIP_FAMILIES, PriorCard, UnCLIPCard
-from ldm.samplers.conventions import Convention
-from ldm.support.config import build, nearest, read_yaml
+from ldm.support.config import build, check_sizes, convert, nearest, read_yaml
+from ldm.support.text import escaped, shown
 
 ASSETS = Path(__file__).parents[1] / "assets"
 REGISTERED: dict[str, ModelCard | UnCLIPCard | PriorCard] = {}  # the cards that a user registered, by name
@@ -36,15 +36,32 @@ def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
 def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     """Return the card of a mapping; see `read_card`. ``source`` is the file that error messages name."""
     mapping = dict(mapping)
-    if "base" in mapping:
-        base, _ = find_card(mapping.pop("base"))
-        mapping = {**base.inherited(), **mapping}
-    if isinstance(convention := mapping.get("convention"), Mapping):
-        mapping["convention"] = build(Convention, convention, "convention")
     try:
-        return build(card_class(mapping.get("family")), mapping)
+        if "base" in mapping:
+            base, _ = find_card(convert(mapping.pop("base"), str, "base"))
+            mapping = {**base.inherited(), **mapping}
+        card = build(card_class(mapping.get("family")), mapping)
+        check_card(card)
     except ValueError as error:
-        raise ValueError(f"{str(source)!r}: {error}") from None
+        raise ValueError(f"{shown(str(source))}: {error}") from None
+    return card
+
+
+def check_card(card: Card) -> None:
+    """Check what a card's fields together state.
+
+    Raises:
+        ValueError: If a network would be implausibly large, or a schedule cannot be made; the message names
+            the part.
+    """
+    for part, config in card.shapes().items():
+        check_sizes(config, part)
+    for part, stage in card.stages().items():
+        if isinstance(stage, DiffusionCard):
+            try:
+                stage.schedule.make()
+            except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+                raise ValueError(f"schedule of {part}: {escaped(error, 300)}") from None
 
 
 def card_class(family: object) -> type[ModelCard] | type[UnCLIPCard] | type[PriorCard]:

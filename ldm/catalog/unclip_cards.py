@@ -25,6 +25,7 @@ from ldm.models.unclip.noise_augmentation import AugmentationConfig
 from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
+from ldm.support.config import check_between
 
 # How the text tower of CLIP is read by Karlo, Kandinsky and the models of this package.
 READ = TextConvention(pad=0, masked=True, pooled=True)
@@ -194,6 +195,7 @@ class UnCLIPCard(Card):
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_between(1, 1000, pictures=self.pictures)
         if (self.condition == "noised") != (self.no_image == "zeros"):
             raise ValueError(
                 f'no_image: "zeros" and condition "noised" require each other, got {self.no_image!r} with'

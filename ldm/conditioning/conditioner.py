@@ -16,6 +16,7 @@ from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import TextTower
 from ldm.models.draft import Draft
 from ldm.models.text.bpe import Tokenizer
+from ldm.support.config import check_between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ class TextConvention:
     pad: int = 49407
     masked: bool = False
     pooled: bool = False
+
+    def __post_init__(self) -> None:
+        check_between(-1000, 1000, layer=self.layer)
+        check_between(2, 100_000, length=self.length)
+        check_between(0, 10_000_000, pad=self.pad)
 
 
 class Conditioner(Protocol):
@@ -77,7 +83,8 @@ class TextConditioner(nn.Module):
         draft: The network that computes `Cond.concat` from the text embedding. Default: None.
 
     Raises:
-        ValueError: If the draft reads embeddings of another width than the tower's.
+        ValueError: If the draft reads embeddings of another width than the tower's, or the tower has fewer
+            tokens or blocks than tokenizer and convention use.
     """
 
     def __init__(
@@ -94,6 +101,11 @@ class TextConditioner(nn.Module):
                 f"the draft reads embeddings {draft.config.embed_dim} wide, the text tower's are"
                 f" {tower.config.embed_dim}"
             )
+        config = tower.config
+        check_between(0, config.vocab_size, tokens=len(tokenizer))
+        check_between(0, config.vocab_size - 1, pad=convention.pad)
+        check_between(-config.layers, -1, layer=convention.layer)
+        check_between(2, config.context_length, length=convention.length)
         self.tower = tower
         self.draft = draft
         self.tokenizer = tokenizer

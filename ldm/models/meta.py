@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+MAX_NETWORK_TENSORS = 10_000  # of a network; Stable Diffusion XL's UNet has 1,680
 
-class _SkipInit(TorchFunctionMode):
-    """Mode in which the functions of `torch.nn.init` return their tensor unchanged.
 
-    On the meta device they have no effect, but they import torch's compiler, which takes seconds.
+class _MetaMode(TorchFunctionMode):
+    """Mode in which tensors are counted, and the functions of `torch.nn.init` return their tensor unchanged.
+
+    On the meta device these have no effect, but they import torch's compiler, which takes seconds.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = 0
 
     def __torch_function__(
         self,
@@ -26,11 +32,18 @@ class _SkipInit(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        self.tensors += 1
+        if self.tensors > MAX_NETWORK_TENSORS:
+            raise ValueError(f"expected a network of at most {MAX_NETWORK_TENSORS:,} tensors")
         return func(*args, **kwargs)
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Build modules without data and without initialization, inside a `with` block."""
-    with torch.device("meta"), _SkipInit():
+    """Build modules without data and without initialization, inside a `with` block.
+
+    Raises:
+        ValueError: If they have more than `MAX_NETWORK_TENSORS` tensors.
+    """
+    with torch.device("meta"), _MetaMode():
         yield

@@ -22,9 +22,9 @@ from ldm.weights.formats.diffusers_folder import (
     read_component,
     read_folder,
 )
+from ldm.weights.formats.diffusers_hashes import FolderCheck, folder_hashes
 from ldm.weights.formats.diffusers_stated import scheduler_findings
 from ldm.weights.formats.pickles import examine
-from ldm.weights.formats.safetensors import sha256
 
 
 def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, digest: bool) -> Report:
@@ -72,7 +72,7 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
         kind="diffusers folder" if is_folder(path) else "folder",
         size=sum(file.stat().st_size for file in files),
         found=found,
-        sha256={str(file.relative_to(path)): sha256(file) for file in files} if digest else {},
+        sha256=compared_hashes(path, files, problems) if digest else {},
         values=values,
         stated=tuple(stated),
         parts=tuple(report_part(name, part) for name, part in parts.items()),
@@ -83,6 +83,22 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
         judged=judged,
         problems=tuple(problems),
     )
+
+
+def compared_hashes(path: Path, files: Iterable[Path], problems: list[str]) -> dict[str, str]:
+    """Return the SHA-256 of files in a folder, compared with those that its index states.
+
+    Args:
+        path: The folder.
+        files: The files of its weights.
+        problems: List to which the reason is appended if they differ.
+    """
+    found = folder_hashes(path, files)
+    try:
+        FolderCheck(path, files).finish()
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    return dict(found)
 
 
 def stated_by_pipeline(folder: Folder, problems: list[str]) -> list[str]:

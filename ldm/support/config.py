@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 MOST_CHOICES = 200  # that a message lists
+MAX_SIZE = 2**22  # of a width or a vocabulary; the largest published one is 250,002
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:
@@ -138,7 +139,8 @@ def _convert_to_union(value: Any, args: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in args:
         return None
     errors = []
-    for arg in args:
+    classes = [arg for arg in args if dataclasses.is_dataclass(arg)] if isinstance(value, Mapping) else []
+    for arg in classes or args:
         if arg is type(None):
             continue
         try:
@@ -159,6 +161,30 @@ def _convert_to_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[An
     return tuple(
         convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
     )
+
+
+def check_between(least: int, most: int, **values: int | None) -> None:
+    """Raise ValueError for the first value outside [least, most]; None stands for no value."""
+    for name, value in values.items():
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name}: expected {least:,} to {most:,}, got {shown(value)}")
+
+
+def check_sizes(config: object, where: str) -> None:
+    """Raise ValueError if a whole number in a configuration is larger than any network's; it is named.
+
+    Args:
+        config: A dataclass, or a value in one.
+        where: Start of the message.
+    """
+    if dataclasses.is_dataclass(config):
+        for each in dataclasses.fields(config):
+            check_sizes(getattr(config, each.name), f"{where}.{each.name}")
+    elif isinstance(config, tuple):
+        for value in config:
+            check_sizes(value, where)
+    elif isinstance(config, int) and abs(config) > MAX_SIZE:
+        raise ValueError(f"{where}: expected at most {MAX_SIZE:,}, got {shown(config)}")
 
 
 def to_dict(config: Any) -> Any:

@@ -28,6 +28,8 @@ from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.models.vq import VQConfig, VQModel
+from ldm.support.config import check_sizes
+from ldm.support.text import escaped
 from ldm.weights.keymap import IDENTITY, Section, Shape, Table, from_file, to_file
 from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.clip import clip_table
@@ -63,10 +65,18 @@ SAME_NAMES = Table((Section("", "", IDENTITY),))
 
 
 def build_network(config: object) -> nn.Module:
-    """Return the network of a configuration on the meta device: shapes without data."""
-    with on_meta():
-        build: Callable[[object], nn.Module] = NETWORKS[type(config)]
-        return build(config)
+    """Return the network of a configuration on the meta device: shapes without data.
+
+    Raises:
+        ValueError: If no network has this configuration, or it would be implausibly large.
+    """
+    build: Callable[[object], nn.Module] = NETWORKS[type(config)]
+    check_sizes(config, type(config).__name__)
+    try:
+        with on_meta():
+            return build(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
+        raise ValueError(f"{type(config).__name__}: {escaped(error, 300)}") from error
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:

@@ -307,7 +307,10 @@ def test_latent_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for changes, message in (
         ({"prediction": "eps"}, "unet: it was trained with prediction 'v', but the card states 'eps'"),
         ({"exports": without_draft}, "it reads 8 channels, but the latent has 4 and the draft 0"),
-        ({"exports": {**exports, "prior": "x"}}, "exports: 'prior'; Choices: draft, text, unet, vae"),
+        (
+            {"exports": {**exports, "prior": "x"}},
+            "exports: 'prior'; Choices: draft, exemplars, text, unet, vae",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             gather(latent_config(tmp_path, **changes), tmp_path / "model")

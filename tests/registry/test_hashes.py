@@ -236,7 +236,14 @@ def test_every_byte_of_a_single_file_counts_in_recipes(tmp_path):
     assert fingerprint(path) == mark and load(path, card.name).origin != before
 
 
-def test_inspect_names_a_part_of_another_model(native, tmp_path, capsys):
+def test_inspect_names_a_part_of_another_model(native, diffusers, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(diffusers / "a", folder)
+    main(["inspect", str(folder)])
+    assert "sha256 differs" not in capsys.readouterr().out
+    shutil.copy(diffusers / "b" / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae")
+    main(["inspect", str(folder)])
+    assert "sha256 differs: 'vae/" in capsys.readouterr().out
     folder = tmp_path / "mixed"
     shutil.copytree(native / "a", folder)
     assert main(["inspect", str(folder)]) == 0 and "PROBLEM" not in capsys.readouterr().out
