@@ -63,7 +63,7 @@ def wrong(path: Path) -> None:
         "name": "does not name 'mutant'",
         "escape": "control characters",
         "long": "6000 characters",
-        "time": "it took 0.3 s",
+        "time": r"it took \d\.\d s",
         "hang": "no answer",
         "memory": "MB",
         "hidden memory": "asked for more than",

@@ -282,7 +282,8 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
         if error is None:
             break
         lacking = isinstance(error, OSError) and error.errno == errno.ENOMEM
-        if lacking or isinstance(error, MemoryError) or "allocate memory" in str(error)[:1000]:
+        text = str(error)[:1000]
+        if lacking or isinstance(error, MemoryError) or "allocate memory" in text or "MemoryError" in text:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -31,7 +31,7 @@ STORAGE_TYPES: dict[str, torch.dtype] = {
 ENTRY_TYPES = frozenset(
     f"torch.{name}"
     for name in (
-        *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bcomplex32"),
+        *("float64", "float32", "float16", "bfloat16", "complex128", "complex64"),
         *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
         *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
     )
@@ -76,6 +76,7 @@ UNREAD = {
         f"torch.{kind}": "packed numbers"
         for kind in ("float4_e2m1fn_x2", "bits8", "bits16", "bits4x2", "bits2x4")
     },
+    **{f"torch.{kind}": "complex numbers of 32 bits" for kind in ("complex32", "bcomplex32")},
     **{f"torch.{sign}int{bits}": "packed numbers" for sign in ("", "u") for bits in range(1, 8)},
 }
 # What stands beside the weights in real checkpoints and is not needed: it becomes objects that do nothing.

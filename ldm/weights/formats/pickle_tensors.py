@@ -80,6 +80,8 @@ class TensorBuilder:
         if name not in STORAGE_TYPES or type(key) is not str or not _are_extents((numel,)):
             raise ValueError(f"{shown(pid)}, expected a storage of a known type, with a key and a size")
         found = StoredBytes(key, STORAGE_TYPES[name], numel * STORAGE_TYPES[name].itemsize)
+        if len(self.storages) == MAX_TENSORS and key not in self.storages:
+            raise ValueError(f"more than {MAX_TENSORS:,} storages")
         first = self.storages.setdefault(key, found)
         if first.size != found.size:
             raise ValueError(
