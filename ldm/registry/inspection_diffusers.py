@@ -25,6 +25,9 @@ from ldm.weights.formats.diffusers_folder import (
 from ldm.weights.formats.diffusers_hashes import FolderCheck, folder_hashes
 from ldm.weights.formats.diffusers_stated import scheduler_findings
 from ldm.weights.formats.pickles import examine
+from ldm.weights.formats.single_file import SAFETENSORS_KIND, file_kind
+
+PICKLED = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth", ".th"}  # endings of pickled files
 
 
 def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, digest: bool) -> Report:
@@ -54,7 +57,7 @@ def inspect_diffusers_folder(path: Path, candidates: Candidates, *, nan: bool, d
     )
     if not folders and not problems:
         problems.append(f"{str(path)!r} holds no weights in a known layout")
-    names, unsafe, judged = examine_pickles(folders)
+    names, unsafe, judged = examine_pickles(path)
     components: dict[str, Component] = {}
     for folder in folders:
         try:
@@ -147,17 +150,21 @@ def stated_lines(
     return lines
 
 
-def examine_pickles(folders: Iterable[Path]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Return the globals that the .bin files of sub-folders name, those that are refused with their file, and
-    whether all of these files could be read."""
+def examine_pickles(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Return the globals that the pickled files in a folder and its sub-folders name, those that are refused
+    with their file, and whether all of these files could be read.
+
+    Shards and files that are not loaded are among them: "nothing unsafe" is said of the folder.
+    """
     names, unsafe, judged = dict[str, None](), dict[str, None](), True
-    for folder in folders:
-        for file in list_variants(folder).values():
-            if file.suffix == ".bin":
-                found = examine(file)
-                names |= dict.fromkeys(found.globals)
-                unsafe |= dict.fromkeys(f"{folder.name}/{file.name}: {each}" for each in found.refused)
-                judged = judged and not found.problem
+    folders = [path, *(folder for folder in path.iterdir() if folder.is_dir())]
+    files = (file for folder in folders for file in folder.iterdir() if file.suffix.lower() in PICKLED)
+    for file in sorted(files):
+        if file.is_file() and file_kind(file) != SAFETENSORS_KIND:
+            found = examine(file)
+            names |= dict.fromkeys(found.globals)
+            unsafe |= dict.fromkeys(f"{file.relative_to(path)}: {each}" for each in found.refused)
+            judged = judged and not found.problem
     return tuple(names), tuple(unsafe), judged
 
 

@@ -160,6 +160,12 @@ def test_folders(tmp_path: Path) -> None:
     assert report.unsafe == ("vae/diffusion_pytorch_model.bin: posix.mkdir",)
     assert any("diffusion_pytorch_model.bin" in problem for problem in report.problems)
     assert not mark.exists()
+    for name in ("other.bin", "model-00001-of-00002.bin", "training.pt"):  # files that are not loaded
+        (tmp_path / "vae" / "diffusion_pytorch_model.bin").unlink(missing_ok=True)
+        malicious_files.canary_ckpt(tmp_path / "vae" / name, mark)
+        torch.save({"w": torch.ones(1)}, tmp_path / "vae" / "good.bin")
+        report = inspect(tmp_path, digest=False)
+        assert f"vae/{name}: posix.mkdir" in report.unsafe and "nothing unsafe" not in report.text()
     (tmp_path / "empty").mkdir()
     assert any("no weights" in problem for problem in inspect(tmp_path / "empty").problems)
 
