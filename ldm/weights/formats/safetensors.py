@@ -113,12 +113,7 @@ def _parse_header(data: mmap.mmap, path: Path) -> tuple[dict[str, TensorInfo], d
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     """Return the mapping in a header; its parts are counted first, as each takes up to 30 times its bytes."""
-    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
-    parts = plain.count(b'"')
-    if parts <= MAX_PARTS:
-        outside = STRING.sub(b"", plain)
-        parts = sum(map(outside.count, (b",", b"[", b"{")))
-    if parts > MAX_PARTS:
+    if (parts := _count_parts(text)) > MAX_PARTS:
         raise ValueError(f"{where}: its header has {parts:,} parts, the limit is {MAX_PARTS:,}")
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
@@ -127,6 +122,15 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError(f"{where}: the header is {shown(header)}, expected a mapping")
     return header
+
+
+def _count_parts(text: bytes) -> int:
+    """Return the number of values in a JSON text, or of quotes if these are too many."""
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    if (quotes := plain.count(b'"')) > MAX_PARTS:
+        return quotes
+    outside = STRING.sub(b"", plain)
+    return sum(map(outside.count, (b",", b"[", b"{")))
 
 
 def check_names(names: Collection[object], path: Path) -> None:
