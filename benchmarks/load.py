@@ -92,7 +92,7 @@ def child(who: str, weights: Path, config: Path, threads: int, card: str) -> Non
 
 def anonymous(pid: int) -> int:
     """Return a process's anonymous memory in bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
     return 0
@@ -115,7 +115,12 @@ def measure(who: str, weights: Path, config: Path, threads: int, card: str) -> d
     command += ["--card", card]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=env,
     ) as process:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         if process.stdout.readline().strip() != "imported":

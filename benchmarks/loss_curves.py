@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     figure, axes = plt.subplots(1, len(paths), figsize=(5 * len(paths), 3.6), squeeze=False)
     for axis, path in zip(axes[0], paths, strict=True):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         losses = [row for row in rows if "loss" in row]
         axis.plot([row["samples"] for row in losses], [row["loss"] for row in losses], label="loss")
         axis.set(title=path.stem, xlabel="samples seen", yscale="log")

@@ -26,14 +26,16 @@ import ldm
 def peak() -> float:
     """Return the peak resident memory of this process in GB."""
     line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmHWM")
     )
     return int(line.split()[1]) * 1024 / 1e9
 
 
 def forget() -> None:
     """Reset the kernel's record of peak memory."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def child(who: str, args: Any) -> None:
@@ -92,7 +94,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for who in args.sides:
                 command = [sys.executable, __file__, *sys.argv[1:], "--child", who, "--folder", str(folder)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
                 if done.returncode:
                     raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
                 peaks[who].append(json.loads(done.stdout.splitlines()[-1])["peak"])

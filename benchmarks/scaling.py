@@ -33,7 +33,7 @@ def slope(x: list[float], y: list[float]) -> float:
 
 def resident() -> float:
     """Return the current resident memory in GB."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * 4096 / 1e9
 
 

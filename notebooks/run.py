@@ -60,7 +60,8 @@ def execute(
             **(environment or {}),
         }
         (spec / "kernel.json").write_text(
-            json.dumps({"argv": command, "display_name": KERNEL, "language": "python", "env": own})
+            json.dumps({"argv": command, "display_name": KERNEL, "language": "python", "env": own}),
+            encoding="utf-8",
         )
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [kernels, before]))

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.cli.options import MODEL, MODEL_KEYWORDS, OUTPUT, check_device
+from ldm.cli.options import MODEL, MODEL_KEYWORDS, OUTPUT
+from ldm.cli.output import complain, drop_output, prepare_output
 from ldm.cli.parsing import Command, UsageError
 from ldm.cli.tasks import IMAGE_TASKS, ImageTask
 from ldm.cli.tools import TOOLS
-from ldm.support.text import escaped
 
 if TYPE_CHECKING:
     from ldm.images.result import Images
@@ -29,7 +28,19 @@ EXAMPLES = """examples:
   ldm replay apples.png"""
 
 CLOSED_PIPE = 141  # the exit status that a shell gives to a process which SIGPIPE ended
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "overflow")  # in the RuntimeErrors of torch
+# what a user can cause; errors of other classes are errors of the library, and keep their traceback
+REPORTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    FloatingPointError,
+    ImportError,
+    Warning,
+    argparse.ArgumentTypeError,
+)
+# in the RuntimeErrors of torch
+OUT_OF_MEMORY = ("out of memory", "enough memory", "allocate memory", "bad_alloc", "ALLOC_FAILED", "overflow")
+PILLOW = r"PIL\."  # whose warnings about damaged files the error that follows repeats
 
 
 def run_command_line(argv: Sequence[str] | None = None) -> int:
@@ -40,18 +51,22 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
             `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, or 2 for wrong input, or 130 if interrupted, or 141 if the reader of standard
-        output has ended; `inspect` returns 1 for a file with damage, NaN or code.
+        The exit status: 0, or 2 for what a user can mend (input, options, memory, disk), or 130 if
+        interrupted, or 141 if the reader of standard output has ended; `inspect` returns 1 for a file with
+        damage, NaN or code. Python's own status of an unexpected exception, with its traceback, is 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    prepare_output()
     try:
         status = run_arguments(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader of standard output has ended, as `ldm models | head -1` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return CLOSED_PIPE
+    except OSError as error:  # of standard output
+        drop_output()
+        if isinstance(error, BrokenPipeError):  # its reader has ended, as `ldm models | head -1` does
+            return CLOSED_PIPE
+        return report_error(error)
 
 
 def run_arguments(argv: Sequence[str]) -> int:
@@ -60,28 +75,27 @@ def run_arguments(argv: Sequence[str]) -> int:
         print(describe_commands())
         return 0
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"warning: {escaped(message)}", file=sys.stderr
-        )
+        warnings.filterwarnings("ignore", module=PILLOW)
+        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
         try:
             command, args = parse_command(argv)
             return command.run(args)
         except BrokenPipeError:
             raise
-        except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        except REPORTED as error:
             return report_error(error)
-        except (RuntimeError, MemoryError) as error:  # other RuntimeErrors keep their traceback
+        except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY):
                 return report_error(error)
             raise
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            complain("interrupted")
             return 130
 
 
 def report_error(error: Exception) -> int:
     """Print an error in one line on standard error; return the exit status 2."""
-    print("error:", escaped(" ".join(str(error).splitlines())) or "out of memory", file=sys.stderr)
+    complain(f"error: {' '.join(str(error).splitlines()) or 'out of memory'}")
     return 2
 
 
@@ -143,8 +157,9 @@ def run_task(task: ImageTask, args: argparse.Namespace) -> int:
 def load_method(task: ImageTask, args: argparse.Namespace) -> Callable[..., Images]:
     """Load the model that the options name and return its method; ValueError if it has none for the task."""
     from ldm.registry.loading import load
+    from ldm.support.device import pick_device
 
-    check_device(args.device)
+    pick_device(args.device)
     pipe = load(args.model, **{name: getattr(args, name) for name in MODEL_KEYWORDS})
     if not hasattr(pipe, "text_to_image"):
         raise ValueError(f"{args.model or args.weights!r} is a single network, which generates no images")
@@ -159,7 +174,7 @@ def save_images(images: Images, args: argparse.Namespace) -> None:
     """Write images where the options say and print the paths; name flagged images on standard error."""
     if images.flagged is not None and any(images.flagged):
         seeds = ", ".join(str(seed) for seed, flag in zip(images.seeds, images.flagged, strict=True) if flag)
-        print(f"warning: the safety checker flagged the images with seeds {seeds}", file=sys.stderr)
+        complain(f"warning: the safety checker flagged the images with seeds {seeds}")
     for path in images.save(args.output, separate=args.separate, quality=args.quality):
         print(path)
 

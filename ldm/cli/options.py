@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli.parsing import argument, parse_size
+from ldm.cli.parsing import argument, parse_size, parse_text
 
-PROMPT = argument("prompt", "what the images show; an empty text is unconditional")
+PROMPT = argument("prompt", "what the images show; an empty text is unconditional", type=parse_text)
 IMAGE = argument("image", "the image file", type=Path)
-IMAGE_PROMPT = argument("--prompt", "what the image shows (default: no prompt)")
+IMAGE_PROMPT = argument("--prompt", "what the image shows (default: no prompt)", type=parse_text)
 IMAGE_SIZE = argument("--size", "SIDE or WIDTHxHEIGHT in pixels (default: the model's)", type=parse_size)
 WINDOW = argument("--window", "side in pixels of the part that the network sees at a time", type=int)
 EXACT = argument(
@@ -34,7 +34,7 @@ SAMPLING = (
     argument("--seed", "seed of the first image; each next image has the next seed (default: 0)", type=int),
     argument("--steps", "sampling steps (default: the model's; 50 for inversion)", type=int),
     argument("--guidance", "guidance scale; 1 is no guidance (default: the model's)", type=float),
-    argument("--negative", "what not to show"),
+    argument("--negative", "what not to show", type=parse_text),
     argument("--sampler", "sampling method (default: the model's); a wrong name lists all"),
     *GRID,
 )
@@ -99,13 +99,3 @@ MODEL = (
     argument("--black", "make flagged images black", action="store_true"),
 )
 MODEL_KEYWORDS = tuple(each.dest for each in MODEL if each.dest != "model")
-
-
-def check_device(name: str | None) -> None:
-    """Raise ValueError unless torch can compute on the device; None is the best available."""
-    import torch
-
-    try:
-        torch.empty(0, device=name or "cpu")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -86,6 +87,19 @@ class Command:
         return parser
 
 
+def parse_text(text: str) -> str:
+    """Return a text of the command line, whose bytes are UTF-8 even where the locale is not.
+
+    Python gives bytes that the locale's encoding lacks as lone surrogates; file names stay so.
+    """
+    if not any("\udc80" <= char <= "\udcff" for char in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected UTF-8") from None
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Return SIDE or WIDTHxHEIGHT as (width, height) in pixels."""
     sides = text.lower().split("x")
@@ -98,7 +112,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_emphasis(text: str) -> tuple[str, float]:
     """Return WORD=FACTOR as (word, factor)."""
-    word, _, factor = text.partition("=")
+    word, _, factor = parse_text(text).partition("=")
     try:
         return word, float(factor)
     except ValueError:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.cli.options import BORDER, EXACT, IMAGE, IMAGE_PROMPT, IMAGE_SIZE, PROMPT, SAMPLING, WINDOW
-from ldm.cli.parsing import Argument, CollectPairs, UsageError, argument, parse_emphasis
+from ldm.cli.parsing import Argument, CollectPairs, UsageError, argument, parse_emphasis, parse_text
+from ldm.support.text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,9 @@ class ImageTask:
 def convert_ends(args: argparse.Namespace) -> None:
     """Convert A and B of `interpolate` to what `--between` says: prompts, seeds or image files."""
     if args.between == "seeds" and not (args.a.isdecimal() and args.b.isdecimal()):
-        raise UsageError(f"A and B: expected seeds, whole numbers, got {args.a!r} and {args.b!r}")
-    kind = {"texts": str, "seeds": int}.get(args.between, Path)
+        raise UsageError(f"A and B: expected seeds, whole numbers, got {shown(args.a)} and {shown(args.b)}")
+    kinds: dict[str, Callable[[str], object]] = {"texts": parse_text, "seeds": int}
+    kind = kinds.get(args.between, Path)
     args.a, args.b, args.between = kind(args.a), kind(args.b), None
 
 
@@ -132,7 +134,9 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
                 default="texts",
                 metavar="{texts,seeds,images}",
             ),
-            argument("--prompt", "what is shown between two seeds or images (default: no prompt)"),
+            argument(
+                "--prompt", "what is shown between two seeds or images (default: no prompt)", type=parse_text
+            ),
         ),
         prepare=convert_ends,
     ),
@@ -141,8 +145,8 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
         summary="Change an image that one prompt describes into another prompt.",
         details="The image is a file, which is inverted, or the one that the seed generates.",
         arguments=(
-            argument("source", "what the image shows"),
-            argument("prompt", "what the edited image shows"),
+            argument("source", "what the image shows", type=parse_text),
+            argument("prompt", "what the edited image shows", type=parse_text),
             argument("--image", "the image file (default: the image that the seed generates)", type=Path),
             strength("in (0, 1], with --image: less keeps more of the image (default: 0.8)"),
             argument(
@@ -206,7 +210,7 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
         summary="Change an image as an instruction says.",
         details="For InstructPix2Pix models.",
         arguments=(
-            argument("prompt", "the instruction, such as `make it winter`"),
+            argument("prompt", "the instruction, such as `make it winter`", type=parse_text),
             IMAGE,
             argument("--image-guidance", "guidance scale of the image (default: 1.5)", type=float),
         ),
@@ -234,8 +238,8 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
         details="For unCLIP models.",
         arguments=(
             IMAGE,
-            argument("source", "what the image shows"),
-            argument("target", "what the last image shows"),
+            argument("source", "what the image shows", type=parse_text),
+            argument("target", "what the last image shows", type=parse_text),
             argument(
                 "--most", "fraction of the arc, in [0, 1], of the last image (default: 0.5)", type=float
             ),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 
-from ldm.cli.options import GRID, QUALITY, check_device
+from ldm.cli.options import GRID, QUALITY
+from ldm.cli.output import complain
 from ldm.cli.parsing import Command, argument
 from ldm.support.text import escaped
 
@@ -45,9 +45,10 @@ def print_models(args: argparse.Namespace) -> int:
 
 def train_config(args: argparse.Namespace) -> int:
     """Train a recipe or a single stage; print the folder of the model or of the export at the end."""
+    from ldm.support.device import pick_device
     from ldm.training.recipe import train_recipe
 
-    check_device(args.device)
+    pick_device(args.device)
     try:
         folder = train_recipe(
             args.config,
@@ -58,7 +59,7 @@ def train_config(args: argparse.Namespace) -> int:
             report=functools.partial(print, flush=True),
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        complain("interrupted; the same command resumes from the last checkpoint")
         return 130
     if folder is not None:
         print(folder)

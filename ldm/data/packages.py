@@ -91,7 +91,7 @@ def fetch(package: Package, cache: Path) -> Path:
                 [npm, "pack", "--silent", f"{package.name}@{package.version}"],
                 cwd=folder,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
                 check=False,
             )
             if done.returncode:

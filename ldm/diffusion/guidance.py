@@ -25,6 +25,7 @@ from ldm.diffusion.denoiser import Denoiser, denoise_both, denoise_each, denoise
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.prediction import target
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
+from ldm.support.scalars import check_finite
 
 
 def cfg(
@@ -52,6 +53,7 @@ def cfg(
     Returns:
         The guided denoiser. Its learned variance is the conditional one.
     """
+    check_finite(scale=scale)
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
     if interval is not None and not 0 <= interval[0] < interval[1]:
@@ -112,6 +114,8 @@ def compose(denoiser: Denoiser, prompts: Sequence[tuple[Cond, float]], uncond: C
     """
     if not prompts:
         raise ValueError("compose needs at least one (condition, weight)")
+    for _, weight in prompts:
+        check_finite(weight=weight)
     rest = 1 - math.fsum(weight for _, weight in prompts)  # the weight of eps_u in the sum above
     terms = [(cond, weight) for cond, weight in [*prompts, (uncond, rest)] if weight != 0]
 
@@ -140,6 +144,8 @@ def perp_neg(
         uncond: The unconditional condition.
         scale: The guidance scale; 0 is the unconditional model at one evaluation.
     """
+    for _, weight in negatives:
+        check_finite(weight=weight)
     terms = [(negative, weight) for negative, weight in negatives if weight != 0]
     without_negatives = cfg(denoiser, cond, uncond, scale)
 
@@ -179,7 +185,13 @@ def apg(
         scale: The guidance scale; 1 is the conditional model at one evaluation.
         eta: Weight of the parallel component; 1 without `norm` is `cfg`. Default: 0.
         norm: Upper bound of the L2 norm of each sample's d. Default: None, no bound.
+
+    Raises:
+        ValueError: If a number is not finite, or `norm` is negative.
     """
+    check_finite(scale=scale, eta=eta, norm=norm)
+    if norm is not None and norm < 0:
+        raise ValueError(f"norm: expected at least 0, got {norm}")
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         if scale == 1:
@@ -211,6 +223,7 @@ def autoguidance(good: DenoiseFn, bad: DenoiseFn, scale: float) -> DenoiseFn:
         bad: The worse model.
         scale: The guidance scale; 1 evaluates `good` only, 0 `bad` only.
     """
+    check_finite(scale=scale)
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         if scale == 0:
@@ -277,8 +290,9 @@ def gradient(
             False.
 
     Raises:
-        ValueError: When called at alpha 0, where x0 is not bounded by eps.
+        ValueError: If the scale is not finite, or when called at alpha 0, where x0 is not bounded by eps.
     """
+    check_finite(scale=scale)
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         if scale == 0:
@@ -301,6 +315,7 @@ def switch(first: DenoiseFn, second: DenoiseFn, below: float) -> DenoiseFn:
     Raises:
         ValueError: When called with different t in one batch.
     """
+    check_finite(below=below)
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         times = torch.as_tensor(t).reshape(-1)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.images.opening import check_pixels
 from ldm.images.pixels import ImageInput, to_mask, to_pixels
 from ldm.support.warn import warn_user
 
@@ -102,6 +103,7 @@ class Canvas:
             )
         pixels = to_pixels(image)
         h, w = top + pixels.shape[-2] + bottom, left + pixels.shape[-1] + right
+        check_pixels(w, h)
         padding = (left, right + -w % multiple, top, bottom + -h % multiple)
         hole = F.pad(torch.zeros(1, 1, *pixels.shape[-2:]), padding, value=1.0)
         return cls(pixels=F.pad(pixels, padding), hole=hole, frame=(h, w))
@@ -196,7 +198,7 @@ def paste(made: Tensor, given: Tensor, hole: Tensor, *, seam: float = 0.0, feath
 
 def check_border(seam: float, feather: int) -> None:
     """Raise ValueError unless `seam` is a finite number and `feather` a whole number, both at least 0."""
-    if not 0 <= seam < float("inf"):
+    if not (seam == 0 or 1e-6 <= seam < float("inf")):  # less is no reach, and 1/seam² would overflow
         raise ValueError(f"seam: expected a number of pixels, at least 0, got {seam!r}")
     if not isinstance(feather, int) or feather < 0:
         raise ValueError(f"feather: expected a whole number of pixels, at least 0, got {feather!r}")
@@ -209,6 +211,8 @@ def feather_weights(hole: Tensor, feather: int) -> Tensor:
     """
     total, known = hole, 1 - hole
     for _ in range(feather):
+        if bool(known.all()):
+            break  # deeper than the hole
         known = F.max_pool2d(known, 3, stride=1, padding=1)
         total = total + (1 - known)
     return total / (feather + 1)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.images.opening import decode_image
 from ldm.support.files import longest_name, write_atomically
+from ldm.support.scalars import whole_number
 from ldm.support.strict_json import parse_json
 from ldm.support.text import shown
 
@@ -73,8 +74,7 @@ def check_quality(path: str | Path, quality: int | None) -> None:
         return
     if Path(path).suffix.lower() == ".png":
         raise ValueError(f"quality {quality}: {str(path)!r} is a PNG, which is lossless; leave quality out")
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise ValueError(f"quality: expected a whole number from 1 to 100, got {quality!r}")
+    whole_number("quality", quality, least=1, most=100)
 
 
 def write_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality: int | None = None) -> None:
@@ -107,7 +107,11 @@ def write_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality:
             )
         chroma = {"subsampling": 0} if name == "JPEG" else {}
         image.save(
-            buffer, format=name, exif=exif, quality=DEFAULT_QUALITY if quality is None else quality, **chroma
+            buffer,
+            format=name,
+            exif=exif,
+            quality=DEFAULT_QUALITY if quality is None else int(quality),
+            **chroma,
         )
     write_atomically(path, buffer.getvalue())
 

@@ -15,10 +15,13 @@ from torch import Tensor
 from ldm.images.files import check_quality, check_writable, write_image
 from ldm.images.sheets import arrange, to_bytes, with_caption
 from ldm.support.files import write_atomically
+from ldm.support.scalars import check_within, finite_number
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+LONGEST_FRAME = 600  # seconds of a GIF, which holds 16 bits of hundredths
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,21 +103,21 @@ class Images:
 
         Args:
             path: The file, with the suffix .gif. It is written whole or not at all.
-            seconds: Duration of each step, at least 0.02 (viewers ignore shorter ones). Default: 0.12.
-            hold: Duration of the last frame in seconds, at least 0.02. Default: 1.5.
+            seconds: Duration of each step, 0.02 (viewers ignore shorter ones) to 600. Default: 0.12.
+            hold: Duration of the last frame in seconds, 0.02 to 600. Default: 1.5.
             columns: Images per row. Default: None, a grid as close to square as possible.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: If the steps were not kept, or for another suffix or a duration below 0.02.
+            ValueError: If the steps were not kept, or for another suffix or a duration out of range.
             OSError: If the file cannot be written.
         """
         if self.steps is None:
             raise ValueError("no steps to animate: generate the images with keep_steps=True")
-        if not min(seconds, hold) >= 0.02:
-            raise ValueError(f"seconds and hold: expected at least 0.02, got {seconds} and {hold}")
+        for name, duration in (("seconds", seconds), ("hold", hold)):
+            check_within(name, finite_number(name, duration), 0.02, LONGEST_FRAME)
         path, buffer = check_writable(path, (".gif",)), io.BytesIO()
         frames = [replace(self, tensor=step, steps=None).grid(columns) for step in (*self.steps, self.tensor)]
         frames[0].save(

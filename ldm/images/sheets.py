@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ldm.support.scalars import whole_number
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
@@ -29,9 +31,9 @@ def arrange(images: Sequence[Image], columns: int | None = None) -> Image:
     """
     from PIL import Image
 
-    columns = columns or -(-len(images) // max(1, round(len(images) ** 0.5)))
-    if columns < 1:
-        raise ValueError(f"columns: expected at least 1, got {columns}")
+    if columns is None:
+        columns = -(-len(images) // max(1, round(len(images) ** 0.5)))
+    columns = whole_number("columns", columns, least=1)
     w, h = images[0].width, max(image.height for image in images)
     sheet = Image.new("RGB", (w * min(columns, len(images)), h * -(-len(images) // columns)), "white")
     for i, image in enumerate(images):

@@ -13,11 +13,21 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import OnStep, Sampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.seeds import check_seeds
-from ldm.pipelines.checks import Prompts, check_count, check_negative, check_options, check_prompts
+from ldm.images.opening import check_pixels
+from ldm.pipelines.checks import (
+    Prompts,
+    check_count,
+    check_negative,
+    check_number,
+    check_options,
+    check_prompts,
+    check_settings,
+)
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import build, to_dict
-from ldm.support.scalars import finite_number, python_scalar, python_scalars, whole_number
+from ldm.support.scalars import finite_number, python_scalar, python_scalars, python_values, whole_number
+from ldm.support.text import shown
 
 Rules = str | Convention | Mapping[str, Any]  # a convention, by name, as an object, or as a recipe holds it
 # a grid, a list of falling timesteps, or as a recipe holds it
@@ -34,6 +44,9 @@ class SizeCondition:
         target: (height, width) wanted. None: the size of the image made.
         aesthetic: Aesthetic score, which the refiner takes in place of `target`.
         negative_aesthetic: The score of the unconditional branch.
+
+    Raises:
+        ValueError: If a size or a crop is not a pair of whole numbers of at least 0, or a score not finite.
     """
 
     original: tuple[int, int] | None = None
@@ -41,6 +54,18 @@ class SizeCondition:
     target: tuple[int, int] | None = None
     aesthetic: float = 6.0
     negative_aesthetic: float = 2.5
+
+    def __post_init__(self) -> None:
+        for name in ("original", "crop", "target"):
+            value = getattr(self, name)
+            if value is None and name != "crop":
+                continue
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise ValueError(f"{name}: expected two numbers of pixels, got {shown(value)}")
+            pair = tuple(whole_number(name, each, least=0, most=2**31) for each in value)
+            object.__setattr__(self, name, pair)
+        for name in ("aesthetic", "negative_aesthetic"):
+            object.__setattr__(self, name, finite_number(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +184,15 @@ def settle(
     Raises:
         ValueError: If an option is unknown or out of range; the message names it.
     """
-    defaults, prompts, each = card.defaults, check_prompts(prompt), check_count(n)
-    sampler_options = python_scalars(sampler_options)
+    defaults, prompts = card.defaults, check_prompts(prompt)
+    each = check_count(n, len(prompts))
+    check_settings(sampler=sampler, spacing=spacing, progress=progress, keep_steps=keep_steps)
     name = sampler or defaults.sampler
     solve, rules = get_sampler(name), card.grids() if convention is None else get_convention(convention)
-    check_options(name, sampler_options)
+    sampler_options = python_scalars(sampler_options)
+    options = check_options(name, {**rules.options.get(name, {}), **sampler_options})
     laid = lay_grid(rules, schedule, name, steps, defaults.steps, spacing, grid)
+    height, width = image_size_of(card, height, width)
     asked = {"convention": convention, "spacing": spacing, "grid": None if grid is None else laid.to_dict()}
     return Call(
         prompts=tuple(p for p in prompts for _ in range(each)),
@@ -173,19 +201,35 @@ def settle(
         seeds=check_seeds(seed, each * len(prompts)),
         sampler=name,
         solve=solve,
-        options={**rules.options.get(name, {}), **sampler_options},
+        options=options,
         rules=rules,
         grid=laid,
         asked={**sampler_options, **{key: value for key, value in asked.items() if value is not None}},
-        guidance=defaults.guidance if guidance is None else finite_number("guidance", guidance),
-        height=defaults.height if height is None else whole_number("height", height, least=1),
-        width=defaults.width if width is None else whole_number("width", width, least=1),
-        sizes=sizes if isinstance(sizes, SizeCondition) else build(SizeCondition, sizes or {}, "sizes"),
+        guidance=defaults.guidance if guidance is None else check_number("guidance", guidance),
+        height=height,
+        width=width,
+        sizes=size_condition(sizes),
         latents=latents,
         progress=progress,
         on_step=on_step,
         keep_steps=keep_steps,
     )
+
+
+def image_size_of(card: DiffusionCard, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return the height and width of a call's images; ValueError for what is none, or too many pixels."""
+    defaults = card.defaults
+    h = defaults.height if height is None else whole_number("height", height, least=1)
+    w = defaults.width if width is None else whole_number("width", width, least=1)
+    check_pixels(w, h)
+    return h, w
+
+
+def size_condition(sizes: SizeCondition | Mapping[str, Any] | None) -> SizeCondition:
+    """Return SDXL's size conditions, as an object or as a recipe holds them; None: the defaults."""
+    if isinstance(sizes, SizeCondition):
+        return sizes
+    return build(SizeCondition, {} if sizes is None else python_values(sizes), "sizes")
 
 
 def named_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,11 +273,24 @@ def lay_grid(
     if grid is None:
         changes = {} if spacing is None else {"spacing": spacing}
         return rules.grid(schedule, usual if steps is None else steps, sampler, **changes)
-    if isinstance(grid, Mapping):
-        grid = TimeGrid.from_dict(schedule, grid)
-    laid = grid if isinstance(grid, TimeGrid) else TimeGrid.explicit(schedule, grid)
+    laid = grid if isinstance(grid, TimeGrid) else read_grid(schedule, grid)
     if spacing is not None or steps not in (None, len(laid)):
         raise ValueError(
             f"grid states all of its {len(laid)} steps: leave out spacing ({spacing!r}) and steps ({steps!r})"
         )
     return laid
+
+
+def read_grid(schedule: NoiseSchedule, grid: Any) -> TimeGrid:
+    """Return the grid that a caller or a recipe states; ValueError for what is none."""
+    for each in grid.values() if isinstance(grid, Mapping) else [grid]:
+        if isinstance(each, str | bytes) or not hasattr(each, "__len__") or not len(each):
+            raise ValueError(f"grid: expected falling timesteps, got {shown(grid)}")
+        for number in each:
+            finite_number("grid", number)
+    try:
+        if isinstance(grid, Mapping):
+            return TimeGrid.from_dict(schedule, grid)
+        return TimeGrid.explicit(schedule, grid)
+    except ValueError as error:
+        raise ValueError(f"grid: {error}") from None

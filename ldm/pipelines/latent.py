@@ -208,7 +208,7 @@ class LatentDiffusion(BasePipeline):
     def settle(self, prompt: Any, **options: Any) -> Call:
         """Settle the options of a call (see `text_to_image`), check them, and warn of unknown words."""
         call = self.stage.settle(prompt, **options)
-        self.stage.shape(call)
+        self.stage.check_shape(call)
         warn_unknown_words(self.name, self.text, (*call.prompts, *call.negatives))
         return call
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ldm.images.result import Images
+from ldm.pipelines.checks import check_arguments
 from ldm.pipelines.recipe import content_sha256
 from ldm.support.config import build, to_dict
-from ldm.support.scalars import python_scalar, python_scalars
+from ldm.support.scalars import python_scalar, python_scalars, python_values
 from ldm.support.text import shown
 from ldm.weights.formats.safetensors import sha256
 
@@ -80,13 +81,15 @@ def replayable(task: Task) -> Task:
     """
     signature = inspect.signature(task)
     pipe = next(iter(signature.parameters))
+    own = {name: each for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD}
 
     @functools.wraps(task)
     def run(self: Any, *args: Any, **options: Any) -> Images:
-        args, options = tuple(map(python_scalar, args)), python_scalars(options)
+        args, options = python_values(args), python_scalars(options)
         if options.get("seed", 0) is None:
             options["seed"] = secrets.randbelow(2**32)
         given = dict(signature.bind(self, *args, **options).arguments)
+        check_arguments(own, given)
         given.update(given.pop("options", {}))
         known: dict[str, Any] = {}
         try:
@@ -125,6 +128,7 @@ def as_json(name: str, value: Any) -> Any:
     if isinstance(value, Path) or (name in FILE_ARGUMENTS and isinstance(value, str)):
         # a file that is absent is reported by the task
         return to_dict(FileEntry.of(Path(value))) if Path(value).is_file() else None
+    value = python_scalar(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

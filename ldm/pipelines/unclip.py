@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.base import BasePipeline
 from ldm.pipelines.call import Call, named_options
-from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
+from ldm.pipelines.checks import check_option, check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair
 from ldm.pipelines.protocol import Request
 from ldm.pipelines.replayable import replayable
@@ -34,8 +34,8 @@ from ldm.pipelines.tasks.rerank import rerank
 from ldm.pipelines.tasks.text_difference import text_difference
 from ldm.pipelines.tasks.truncated import truncated
 from ldm.pipelines.tasks.variations import embedding_variations
-from ldm.pipelines.unclip_options import decoder_options, options_of, other_options, prior_options
-from ldm.support.scalars import python_scalars
+from ldm.pipelines.unclip_options import SHARED, decoder_options, options_of, other_options, prior_options
+from ldm.support.scalars import python_scalar, python_scalars, whole_number
 
 
 class UnCLIP(BasePipeline):
@@ -172,6 +172,7 @@ class UnCLIP(BasePipeline):
 
     def rerank(self, prompt: str | Sequence[str], *, of: int = 16, keep: int = 4, **options: Any) -> Images:
         """Draw `of` images of each prompt and return the `keep` most similar to it by CLIP, best first."""
+        keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
         return rerank(self.text_to_image(prompt, n=of, **options), self.clip, keep=keep)
 
     @torch.no_grad()
@@ -203,6 +204,8 @@ class UnCLIP(BasePipeline):
             )
         if strangers := [name for name in options if not name.startswith("prior_")]:
             raise ValueError(f"options {strangers} are none of the prior's, which begin with 'prior_'")
+        candidates = python_scalar(candidates)
+        check_option("candidates", candidates, SHARED["candidates"])
         own = options_of("prior", python_scalars(options), self.prior.options)
         prompts = prompt if isinstance(prompt, str) else list(prompt)
         call: Any = self.prior.settle(prompts, n=n, negative=negative, seed=seed, progress=progress, **own)
@@ -231,10 +234,23 @@ class UnCLIP(BasePipeline):
             raise ValueError("keep_steps: an unCLIP model keeps no steps; on_step sees the decoder's")
         n = self.card.pictures if n is None else n
         call = self.stage.settle(prompt, n=n, **decoder_options(options))
-        self.stage.shape(call)
+        self.stage.check_shape(call)
+        call = replace(call, others=other_options(options))
+        self._settle_others(call)
         if self.clip.text is not None:
             warn_unknown_words(self.name, self.clip.text, (*call.prompts, *call.negatives))
-        return replace(call, others=other_options(options))
+        return call
+
+    def _settle_others(self, call: Call) -> None:
+        """Settle the options of the other stages, so that a wrong one is refused before any is run."""
+        for name, annotation in SHARED.items():
+            if name in call.others:
+                check_option(name, call.others[name], annotation)
+        if self.prior is not None:
+            own = options_of("prior", call.others, self.prior.options)
+            self.prior.settle(call.texts, seed=call.seeds, **own)
+        for _ in self._enlargements(call, (call.height, call.width)):
+            pass
 
     def conditions(self, call: Call) -> Pair:
         """Return the conditions of a call's prompts, by the prior's embeddings."""
@@ -288,18 +304,23 @@ class UnCLIP(BasePipeline):
 
     def upsample(self, pixels: Tensor, call: Call) -> Tensor:
         """Enlarge the decoder's images (B, 3, h, w) by all upsamplers, as many times as their cards say."""
+        for stage, larger in self._enlargements(call, pixels.shape[-2:]):
+            pixels = stage(pixels, larger, tile=call.others.get("tile"))
+        return pixels
+
+    def _enlargements(self, call: Call, size: Sequence[int]) -> Iterator[tuple[UpsamplerStage, Call]]:
+        """Yield the upsamplers with their calls, for the decoder's images of a size (h, w)."""
         before = self.card.decoder.defaults
         for stage in self._upsamplers():
             own = options_of("upsampler", call.others, UpsamplerStage.options)
             if stage.index > 0:  # sizes and latents are those of the first one
                 own = {name: value for name, value in own.items() if name in ("steps", "sampler")}
             after = stage.card.defaults
-            h, w = (side * after.height // before.height for side in pixels.shape[-2:])
+            h, w = (side * after.height // before.height for side in size)
             own = {"height": h, "width": w, **own}
             larger = stage.settle(call.texts, seed=call.seeds, progress=call.progress, **own)
-            pixels = stage(pixels, larger, tile=call.others.get("tile"))
-            before = after
-        return pixels
+            yield stage, larger
+            before, size = after, (larger.height, larger.width)
 
     def _upsamplers(self) -> list[UpsamplerStage]:
         return [stage for stage in self.upsamplers if isinstance(stage, UpsamplerStage)]

@@ -8,8 +8,14 @@ from typing import Any
 from ldm.support.config import nearest
 
 STAGES = ("prior_", "upsampler_")  # prefixes of the options of other stages than the decoder
-# Options of a call that belong to no stage.
-SHARED = ("candidates", "upsample", "noise_level", "tile", "iterations")
+# Options of a call that belong to no stage, with what they take.
+SHARED = {
+    "candidates": "int",
+    "upsample": "bool",
+    "noise_level": "int",
+    "tile": "int | None",
+    "iterations": "int",
+}
 
 
 def decoder_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.catalog.cards import Defaults
+from ldm.images.opening import decode_image
 from ldm.pipelines.replayable import FileEntry
 from ldm.support.config import convert
 from ldm.support.text import shown
@@ -164,14 +165,11 @@ def image_size(name: str, path: Path, limits: ReplayLimits) -> tuple[int, int]:
     Raises:
         ValueError: If the file is larger than the limits allow.
     """
-    from PIL import Image
-
     if not path.is_file():
         return 0, 0
     if (size := path.stat().st_size) > limits.file:
         raise ValueError(f"{name}: {shown(str(path))} has {size:,} bytes, expected at most {limits.file:,}")
     try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # the task says what is wrong with it; PIL raises errors of many classes
+        return decode_image(path, lambda image: image.size, name=name)
+    except ValueError:  # the task says what is wrong with it
         return 0, 0

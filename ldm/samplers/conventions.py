@@ -191,6 +191,6 @@ def get_convention(convention: str | Convention | Mapping[str, Any]) -> Conventi
         return convention
     if isinstance(convention, Mapping):
         return build(Convention, convention)
-    if convention not in CONVENTIONS:
+    if not isinstance(convention, str) or convention not in CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r}; {nearest(convention, CONVENTIONS)}")
     return CONVENTIONS[convention]

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from ldm.support.scalars import python_scalar
 from ldm.support.strict_yaml import parse_yaml
 from ldm.support.text import escaped, shown
 
@@ -195,7 +196,7 @@ def to_dict(config: Any) -> Any:
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [to_dict(item) for item in config]
-    return config
+    return python_scalar(config)
 
 
 def config_sha256(config: Any) -> str:

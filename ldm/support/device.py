@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ldm.support.config import nearest
+from ldm.support.text import escaped, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -14,13 +15,19 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     """Return the requested device, or the best available one: CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        ValueError: If PyTorch does not know the name.
+        ValueError: If PyTorch does not know the name, cannot use the device here, or it holds no values
+            ("meta").
     """
     if device is not None:
         try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+            found = torch.device(device)
+            if found.type == "meta":
+                raise RuntimeError("it holds no values")
+            torch.empty(1, device=found).zero_()
+        except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+            reason = escaped(f"{error}".split("\n")[0], 300)
+            raise ValueError(f"device {shown(str(device))} is not available: {reason}") from None
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -54,7 +61,7 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
     """
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
-    name = SHORT_DTYPES.get(name, name)
+    name = SHORT_DTYPES.get(str(name), name)
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}; {nearest(name, DTYPES)}")
+        raise ValueError(f"dtype {shown(name)}; {nearest(name, DTYPES)}")
     return DTYPES[name]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ldm.support.config import read_yaml, to_dict
+from ldm.support.device import pick_device
 from ldm.support.files import write_atomically
 from ldm.training.checkpoint import REPORTING, checkpoint_step, config_differences
 from ldm.training.kinds import part_kinds
@@ -74,7 +75,7 @@ class TrainingStage:
 
     def open(self, device: torch.device | str = "cpu") -> Run:
         """Open the stage's run, at its last checkpoint if it has one."""
-        device = torch.device(device)
+        device = pick_device(device)
         part = part_kinds()[self.part].part(self.config, device)
         return Run(part, self.config.run, self.config, self.folder, device)
 
@@ -137,7 +138,7 @@ class TrainingStage:
     def read_record(self) -> dict[str, Any]:
         """Return the record, or an empty mapping if the stage was not begun."""
         path = self.folder / "stage.json"
-        record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return record
 
     def write_record(self, *, exports: Hashes | None) -> None:

@@ -243,11 +243,11 @@ def test_tiled_upscaling(pipe: Any, published: Any) -> None:
         ),
         (
             lambda p: p.edit("cat", "apple", image=random_image(), strength=2),
-            "strength: expected more than 0",
+            "strength: expected 0 to 1, got 2",
         ),
         (lambda p: p.edit("cat", "apple", cross=1.5), "cross: expected 0 to 1"),
         (lambda p: p.edit("cat", "apple", emphasis={"dog": 2}), "no word 'dog'"),
-        (lambda p: p.edit("cat", ["apple", "cat"]), "prompt: expected one text"),
+        (lambda p: p.edit("cat", ["apple", "cat"]), "prompt: expected a text, got"),
         (
             lambda p: p.upscale(random_image(), factor=1),
             "factor: expected a whole number of at least 2, got 1",

@@ -240,7 +240,7 @@ def test_the_hub_is_asked_last_and_only_if_allowed(pipe, tmp_path, monkeypatch):
         ({"arguments": arguments}, "is not the file"),
         ({"arguments": {**recipe["arguments"], "steps": 5000}}, "steps: the recipe asks for 5000"),
         ({"weights": 5}, "recipe.weights: expected a mapping"),
-        ({"device": "cuda:77"}, "recipe.device: 'cuda:77' is not available"),
+        ({"device": "cuda:77"}, "recipe.device 'cuda:77' is not available"),
     ):
         with pytest.raises(ValueError, match=message):
             replay({**recipe, **wrong}, download=True)

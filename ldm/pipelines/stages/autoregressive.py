@@ -14,7 +14,7 @@ from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.seeds import check_seeds
 from ldm.models.unclip.autoregressive import AutoregressivePrior
-from ldm.pipelines.checks import check_count, check_prompts
+from ldm.pipelines.checks import check_count, check_number, check_prompts
 from ldm.pipelines.stages.prior import best_of, check_same_clip
 from ldm.pipelines.stages.stage import DRAWS_PER_STAGE, PRIOR
 
@@ -80,7 +80,7 @@ class AutoregressiveStage(nn.Module):
             )
         each, texts = check_count(n), [str(text) for text in check_prompts(prompt)]
         settings = {
-            name: getattr(self.card, name) if own.get(name) is None else float(own[name])
+            name: getattr(self.card, name) if own.get(name) is None else check_number(name, own[name])
             for name in self.options
         }
         prompts = tuple(text for text in texts for _ in range(each))

@@ -42,7 +42,9 @@ class PriorStage(nn.Module):
 
     def settle(self, prompt: Any, **options: Any) -> Call:
         """Settle the options of a call; see `ldm.pipelines.call.settle`."""
-        return self.stage.settle(prompt, **options)
+        call = self.stage.settle(prompt, **options)
+        self.stage.check_shape(call, (self.net.config.embed_dim,))
+        return call
 
     @torch.no_grad()
     def forward(self, clip: ClipPair, call: Call, *, candidates: int = 1) -> ImageEmbedding:

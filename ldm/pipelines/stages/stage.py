@@ -17,6 +17,7 @@ from ldm.diffusion.guidance import cfg, compose
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise, keyed_noise, keyed_normal
 from ldm.pipelines.call import Call, settle
+from ldm.pipelines.checks import check_hooks
 from ldm.pipelines.conditions import Pair, crop_condition
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.windows import Crop, windowed
@@ -111,6 +112,16 @@ class Stage:
         """Return the shape (C, h, w) of the call's states; ValueError for a size that does not fit."""
         return self.images.shape(call.height, call.width)
 
+    def check_shape(self, call: Call, shape: Sequence[int] | None = None) -> None:
+        """Raise ValueError for a size that does not fit, or for latents or a hook that are none."""
+        check_hooks(call.latents, call.on_step)
+        shape = self.shape(call) if shape is None else tuple(shape)
+        if call.latents is not None and tuple(call.latents.shape) != (len(call.seeds), *shape):
+            raise ValueError(
+                f"latents of the {self.label} have shape {tuple(call.latents.shape)}, expected"
+                f" {(len(call.seeds), *shape)}"
+            )
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [0, 1] as states on the stage's device."""
         return self.images.encode(pixels, self.device)
@@ -129,14 +140,8 @@ class Stage:
             ValueError: If the call's latents have another shape.
         """
         shape = self.shape(call) if shape is None else tuple(shape)
-        given = call.latents
-        if given is None:
-            given = first_noise(call.seeds, self.number, shape)
-        elif tuple(given.shape) != (len(call.seeds), *shape):
-            raise ValueError(
-                f"latents of the {self.label} have shape {tuple(given.shape)}, expected"
-                f" {(len(call.seeds), *shape)}"
-            )
+        self.check_shape(call, shape)
+        given = first_noise(call.seeds, self.number, shape) if call.latents is None else call.latents
         return given.to(self.device, torch.float32)
 
     def step_noise(self, call: Call) -> NoiseFn:

@@ -54,7 +54,9 @@ class UpsamplerStage(nn.Module):
 
     def settle(self, prompt: Any, **options: Any) -> Call:
         """Settle the options of a call; see `ldm.pipelines.call.settle`."""
-        return self.stage.settle(prompt, **options)
+        call = self.stage.settle(prompt, **options)
+        self.stage.check_shape(call)
+        return call
 
     @torch.no_grad()
     def forward(self, small: Tensor, call: Call, *, tile: int | None = None) -> Tensor:

@@ -83,6 +83,7 @@ def fill_canvas(
     """
     stage = pipe.stage
     border = border.on(stage)
+    stage.tile(canvas.size, border.window)
     call = settle_size(pipe, prompt, canvas.pixels, options, canvas.frame)
     if len(canvas.hole) not in (1, len(call.seeds)):
         raise ValueError(

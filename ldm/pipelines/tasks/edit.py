@@ -16,7 +16,7 @@ from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.images.pixels import ImageInput
 from ldm.images.result import Images
 from ldm.pipelines.call import Call
-from ldm.pipelines.checks import check_unit_interval
+from ldm.pipelines.checks import check_emphasis, check_unit_interval
 from ldm.pipelines.conditions import expanded_pair
 from ldm.pipelines.prompt_to_prompt import SourceAttention, align
 from ldm.pipelines.protocol import LatentPipeline, Request
@@ -57,7 +57,8 @@ class Lead:
         cross = CROSS * (not given) if cross is None else cross
         within = WITHIN * (not given) if within is None else within
         check_unit_interval(cross=cross, within=within)
-        return cls(source=source, cross=cross, within=within, emphasis=emphasis or {}, given=given)
+        factors = check_emphasis({} if emphasis is None else emphasis)
+        return cls(source=source, cross=cross, within=within, emphasis=factors, given=given)
 
     @property
     def facts(self) -> dict[str, Any]:

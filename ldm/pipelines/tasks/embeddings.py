@@ -38,31 +38,38 @@ def draw_embeddings(
 
 @torch.no_grad()
 def invert_embedding(
-    pipe: EmbeddingPipeline,
-    pixels: Tensor,
-    embedding: ImageEmbedding,
-    prompt: Any,
-    *,
-    eta: float,
-    **options: Any,
-) -> tuple[Tensor, Call]:
+    pipe: EmbeddingPipeline, call: Call, pixels: Tensor, embedding: ImageEmbedding
+) -> Tensor:
     """Lead an image back to noise by DDIM, under its embedding and without guidance.
 
     Args:
         pipe: The pipeline.
+        call: The call that will start from the noise; see `inverting_call`. Its option `iterations` (4) is
+            the number of fixed-point iterations.
         pixels: The image (1, 3, H, W) in [0, 1].
         embedding: Its embedding.
-        prompt: The prompts of the call that will start from the noise.
-        eta: Noise that DDIM adds on the way back.
-        options: Options of that call; guidance 1 by default. `iterations` (4): fixed-point iterations.
 
     Returns:
-        The noise (1, C, h, w), and the call.
+        The noise (1, C, h, w).
     """
-    guidance = 1.0 if options.get("guidance") is None else options["guidance"]
-    call = invertible_call(pipe, prompt, pixels, {**options, "guidance": guidance, "eta": eta})
     one = replace(call, prompts=call.prompts[:1], seeds=call.seeds[:1], guidance=1.0)
     stage = pipe.stage
     fn = stage.guided(one, pipe.conditions_of(one, embedding))
-    iterations = options.get("iterations", 4)
-    return ddim_invert(fn, stage.encode(pixels), call.grid, iterations=iterations), call
+    iterations = call.others.get("iterations", 4)
+    return ddim_invert(fn, stage.encode(pixels), call.grid, iterations=iterations)
+
+
+def inverting_call(
+    pipe: EmbeddingPipeline, prompt: Any, pixels: Tensor, options: Mapping[str, Any], *, eta: float
+) -> Call:
+    """Settle a call that starts from an image's inverted noise.
+
+    Args:
+        pipe: The pipeline.
+        prompt: The prompts.
+        pixels: The image (1, 3, H, W) in [0, 1].
+        options: Options of the call; guidance 1 by default.
+        eta: Noise that DDIM adds on the way back.
+    """
+    guidance = 1.0 if options.get("guidance") is None else options["guidance"]
+    return invertible_call(pipe, prompt, pixels, {**options, "guidance": guidance, "eta": eta})

@@ -16,7 +16,7 @@ from ldm.images.result import Images
 from ldm.pipelines.checks import check_path_count
 from ldm.pipelines.conditions import Pair, between_conditions
 from ldm.pipelines.protocol import EmbeddingPipeline, Known, LatentPipeline, Request
-from ldm.pipelines.tasks.embeddings import draw_embeddings, invert_embedding
+from ldm.pipelines.tasks.embeddings import draw_embeddings, invert_embedding, inverting_call
 from ldm.pipelines.tasks.inversion import draw_inverted, invert, unguided
 from ldm.pipelines.unclip_options import prior_options
 
@@ -154,20 +154,19 @@ def embedding_interpolate(
         ValueError: If `n` is below 2, or images differ in size.
     """
     check_path_count(n)
+    shared = {**options, "seed": [seed] * n}
+    call = pipe.settle([prompt] * n, n=1, **shared)
+    sides = [to_pixels(side) for side in (a, b)] if invert else []
+    if invert:
+        if sides[0].shape != sides[1].shape:
+            raise ValueError(
+                f"invert: expected two images of one size, got {[tuple(side.shape) for side in sides]}"
+            )
+        call = inverting_call(pipe, [prompt] * n, sides[0], {**shared, "n": 1}, eta=0.0)
     ends = [pipe.embed(side, seed=seed, **prior_options(options)) for side in (a, b)]
     w = torch.linspace(0, 1, n)
     path = replace(ends[0], vector=slerp(ends[0].vector, ends[1].vector.to(ends[0].vector.device), w))
-    shared = {**options, "seed": [seed] * n}
-    call = pipe.settle([prompt] * n, n=1, **shared)
     if invert:
-        noises = []
-        for side, end in zip((a, b), ends, strict=True):
-            latents, call = invert_embedding(pipe, to_pixels(side), end, [prompt] * n, n=1, eta=0.0, **shared)
-            noises.append(latents)
-        if noises[0].shape != noises[1].shape:
-            raise ValueError(
-                "invert: expected two images of one size, got noises of"
-                f" {tuple(noises[0].shape)} and {tuple(noises[1].shape)}"
-            )
+        noises = [invert_embedding(pipe, call, pixels, end) for pixels, end in zip(sides, ends, strict=True)]
         call = replace(call, latents=slerp(noises[0], noises[1], w.to(noises[0].device)))
     return draw_embeddings(pipe, "interpolate", call, path, enlarge=not invert, facts={"invert": invert})

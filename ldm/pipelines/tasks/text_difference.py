@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from ldm.conditioning.image_embedding import slerp
 from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
-from ldm.pipelines.checks import check_unit_interval
+from ldm.pipelines.checks import check_count, check_unit_interval
 from ldm.pipelines.protocol import EmbeddingPipeline
-from ldm.pipelines.tasks.embeddings import draw_embeddings, invert_embedding
+from ldm.pipelines.tasks.embeddings import draw_embeddings, invert_embedding, inverting_call
 
 
 def text_difference(
@@ -47,7 +47,12 @@ def text_difference(
         ValueError: If `most` is outside [0, 1], or both texts have one embedding.
     """
     check_unit_interval(most=most)
+    n = check_count(n)
     pixels = to_pixels(image)
+    shared = {**options, "seed": [seed] * n}
+    call = pipe.settle([""] * n, n=1, **shared)
+    if invert:
+        call = inverting_call(pipe, [""] * n, pixels, {**shared, "n": 1}, eta=0.0)
     start = pipe.clip.image_embedding(pixels)
     texts = pipe.clip.text_embedding([source, target]).unit().vector
     if torch.allclose(texts[0], texts[1], atol=1e-6):
@@ -58,10 +63,8 @@ def text_difference(
     direction = F.normalize((texts[1] - texts[0])[None], dim=-1).to(start.vector.device)
     length = start.vector.norm(dim=1, keepdim=True)
     path = replace(start, vector=slerp(start.vector, direction * length, torch.linspace(0, most, n)))
-    shared = {**options, "seed": [seed] * n}
-    call = pipe.settle([""] * n, n=1, **shared)
     if invert:
-        latents, call = invert_embedding(pipe, pixels, start, [""] * n, n=1, eta=0.0, **shared)
+        latents = invert_embedding(pipe, call, pixels, start)
         call = replace(call, latents=latents.expand(n, *latents.shape[1:]))
     facts = {"source": source, "target": target, "most": most, "invert": invert}
     return draw_embeddings(pipe, "text_difference", call, path, enlarge=not invert, facts=facts)

@@ -13,6 +13,7 @@ from ldm.images.result import Images
 from ldm.models.unclip.embedding_codes import EmbeddingCodes, truncate
 from ldm.pipelines.protocol import EmbeddingPipeline
 from ldm.pipelines.tasks.embeddings import draw_embeddings
+from ldm.support.scalars import whole_number
 
 
 def truncated(
@@ -33,8 +34,9 @@ def truncated(
         seed: Seed of all images.
         options: Options of `text_to_image`.
     """
+    counts = [whole_number("components", k, least=0) for k in components]
+    call = pipe.settle([""] * len(counts), n=1, **{**options, "seed": [seed] * len(counts)})
     whole = pipe.clip.image_embedding(to_pixels(image))
-    parts = torch.cat([truncate(whole.vector.cpu(), k, codes) for k in components])
-    call = pipe.settle([""] * len(parts), n=1, **{**options, "seed": [seed] * len(parts)})
-    facts = {"components": list(components)}
+    parts = torch.cat([truncate(whole.vector.cpu(), k, codes) for k in counts])
+    facts = {"components": counts}
     return draw_embeddings(pipe, "truncated", call, replace(whole, vector=parts), facts=facts)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.diffusion.noise import keyed_normal
+from ldm.images.opening import check_pixels
 from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
 from ldm.pipelines.protocol import LatentPipeline, Request
@@ -84,9 +85,11 @@ def _enlarge(
     if not isinstance(factor, int) or isinstance(factor, bool) or factor < 2:
         raise ValueError(f"factor: expected a whole number of at least 2, got {factor!r}")
     size = (factor * small.shape[-2], factor * small.shape[-1])
+    check_pixels(size[1], size[0])
     large = F.interpolate(small, size, mode="bicubic", antialias=True).clamp(0, 1)
     pixels, call, finish = fit_image(pipe, prompt, large, options)
     side = pipe.stage.side if window is None else window
+    pipe.stage.tile(size, side)
     request = Request(
         task="upscale",
         given=pixels,

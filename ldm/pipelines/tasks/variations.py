@@ -9,7 +9,7 @@ from typing import Any
 from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
 from ldm.pipelines.protocol import EmbeddingPipeline, LatentPipeline, Request
-from ldm.pipelines.tasks.embeddings import draw_embeddings, invert_embedding
+from ldm.pipelines.tasks.embeddings import draw_embeddings, invert_embedding, inverting_call
 from ldm.pipelines.tasks.sized import fit_image
 
 
@@ -67,11 +67,13 @@ def embedding_variations(
         ValueError: If the model has no vision tower, or more than one image is given.
     """
     pixels = to_pixels(image)
-    embedding = pipe.clip.image_embedding(pixels)
     if len(pixels) != 1:
         raise ValueError(f"image: expected one image, got {len(pixels)}")
     if not invert:
-        return draw_embeddings(pipe, "variations", pipe.settle(prompt, n=n, **options), embedding)
-    latents, call = invert_embedding(pipe, pixels, embedding, prompt, n=n, eta=eta, **options)
+        call = pipe.settle(prompt, n=n, **options)
+        return draw_embeddings(pipe, "variations", call, pipe.clip.image_embedding(pixels))
+    call = inverting_call(pipe, prompt, pixels, {**options, "n": n}, eta=eta)
+    embedding = pipe.clip.image_embedding(pixels)
+    latents = invert_embedding(pipe, call, pixels, embedding)
     call = replace(call, latents=latents.expand(len(call.seeds), *latents.shape[1:]))
     return draw_embeddings(pipe, "variations", call, embedding, enlarge=False, facts={"invert": True})

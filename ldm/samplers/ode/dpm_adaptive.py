@@ -22,6 +22,11 @@ from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, OnStep
 from ldm.diffusion.schedule import alpha_sigma_of_level, broadcast
 from ldm.samplers.common import alphas_sigmas, call_on_step, step_const_x0
+from ldm.support.text import shown
+
+
+class TooFewAttempts(ValueError, RuntimeError):
+    """The tolerance is not reached in `max_steps` attempts."""
 
 
 def dpm_adaptive(
@@ -59,7 +64,7 @@ def dpm_adaptive(
 
     Raises:
         ValueError: If the order is not 2 or 3, or the grid starts at pure noise.
-        RuntimeError: If `max_steps` attempts do not suffice.
+        TooFewAttempts: If `max_steps` attempts do not suffice.
     """
     if order not in (2, 3):
         raise ValueError(f"order must be 2 or 3, got {order}")
@@ -102,9 +107,9 @@ class _Solver:
         attempts, stop = 0, False
         while bool((lam < end).any()) and not stop:
             if attempts == max_steps:
-                raise RuntimeError(
-                    f"dpm_adaptive made {max_steps} attempts and is at lambda {lam.tolist()}: increase rtol"
-                    " or atol"
+                raise TooFewAttempts(
+                    f"dpm_adaptive made {max_steps} attempts and is at lambda {shown(lam.tolist())}: increase"
+                    " rtol or atol"
                 )
             # samples that have arrived are computed with the others and not changed
             start = torch.minimum(lam, end - 1e-3)

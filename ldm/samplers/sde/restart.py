@@ -28,6 +28,9 @@ from ldm.samplers.common import (
     step_const_eps,
     step_const_x0,
 )
+from ldm.support.text import shown
+
+MAX_HIGH, MAX_REPEATS = 1e4, 1000
 
 
 class Restart(NamedTuple):
@@ -74,10 +77,8 @@ def restart(
     Raises:
         ValueError: If a restart's numbers are out of range, or noise is missing.
     """
-    pending = sorted((Restart(*item) for item in restarts), reverse=True)
-    for item in pending:
-        if not 0 < item.low < item.high or item.times < 0 or item.steps < 1:
-            raise ValueError(f"a restart needs 0 < low < high, times >= 0 and steps >= 1, got {item}")
+    given = restarts if isinstance(restarts, list | tuple) else [restarts]
+    pending = sorted((_checked(item) for item in given), reverse=True)
     draw = require_noise(noise, "restart") if pending else None
     states = list(zip(*alphas_sigmas(grid), strict=True))
     drawn = 0
@@ -95,6 +96,18 @@ def restart(
         if stop:
             break
     return x
+
+
+def _checked(item: object) -> Restart:
+    """Return a restart; ValueError for anything else, or numbers out of range."""
+    match item:
+        case (float() | int() as low, float() | int() as high, int() as times, int() as steps):
+            if 0 < low < high <= MAX_HIGH and 0 <= times <= MAX_REPEATS and 1 <= steps <= MAX_REPEATS:
+                return Restart(low, high, times, steps)
+    raise ValueError(
+        f"restarts: expected (low, high, times, steps) with 0 < low < high <= {MAX_HIGH:g}, times from 0 to"
+        f" {MAX_REPEATS} and steps from 1 to {MAX_REPEATS}, got {shown(item)}"
+    )
 
 
 def _solve_down(denoise: DenoiseFn, x: Tensor, grid: TimeGrid, high: float, low: float, steps: int) -> Tensor:
