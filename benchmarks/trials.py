@@ -125,7 +125,7 @@ def run_stage(name: str, changes: Changes, samples: int) -> dict[str, float]:
     if not (run.folder / "export").is_dir():
         run.export(run.folder / "export")
     figures: dict[str, float] = {}
-    for line in (run.folder / "metrics.jsonl").read_text().splitlines():
+    for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         figures.update(json.loads(line))
     return figures
 

@@ -109,3 +109,10 @@ def _forget_registered_cards() -> Iterator[None]:
     yield
     REGISTERED.clear()
     REGISTERED.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gradients() -> Iterator[None]:
+    """Compute gradients again after a module that has switched them off."""
+    yield
+    torch.set_grad_enabled(True)

@@ -39,7 +39,7 @@ def test_the_card_of_a_recipe_is_that_of_the_embedded_model(folder: Path) -> Non
     recipe = open_recipe(folder)
     card = read_recipe_card(recipe.path, recipe.file.bundle)
     embedded = read_card(ASSETS / folder.name / "card.yaml")
-    places = {"folder", "parts", "hub"}  # where the weights are
+    places = {"folder", "parts", "hub", "files"}  # where the weights are
     assert {key: value for key, value in vars(card).items() if key not in places} == {
         key: value for key, value in vars(embedded).items() if key not in places
     }

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 MOST_CHOICES = 200  # that a message lists
+MOST_COMPARED = 5000  # with which a wrong name is compared
 MAX_SIZE = 2**22  # of a width or a vocabulary; the largest published one is 250,002
 
 
@@ -44,7 +45,8 @@ def nearest(name: object, choices: Iterable[object]) -> str:
     names = sorted(escaped(choice, 100) for choice in choices)
     more = f" and {len(names) - MOST_CHOICES} more" if len(names) > MOST_CHOICES else ""
     wanted = name if isinstance(name, str) else shown(name)
-    close = [] if more else difflib.get_close_matches(wanted[:100], names, n=1, cutoff=0.5)
+    near = names if len(names) <= MOST_COMPARED else []
+    close = difflib.get_close_matches(wanted[:100], near, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Choices: {', '.join(names[:MOST_CHOICES])}{more}"
 

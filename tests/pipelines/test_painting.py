@@ -241,7 +241,7 @@ def test_seeds_and_one_mask_per_image(pipe: Any) -> None:
         ),
         (
             lambda p: p.inpaint("cat", random_image(), rectangle_mask(), resample=0),
-            "times and jump must be at least 1",
+            "expected 1 to 1000, got 0",
         ),
         (lambda p: p.inpaint("cat", random_image(), rectangle_mask(), feather=-3), "feather: expected"),
         (lambda p: p.inpaint("cat", random_image(), rectangle_mask(), window=0), "window: expected"),
