@@ -21,13 +21,15 @@ import numpy as np
 
 from ldm.data.held_out import held_out_image
 from ldm.data.index import IMAGES_FILE, INDEX_FILE, MANIFEST_FILE, ImageRecord
-from ldm.data.names import IconSet, LabelTable, unify_names
+from ldm.data.names import MISNAMED, IconSet, LabelTable, unify_names
 from ldm.data.packages import ICONS, LABEL_PACKAGE, fetch, read_tarball_json
 from ldm.data.recolouring import takes_colour
 from ldm.support.arrays import write_array
-from ldm.support.files import write_atomically
+from ldm.support.files import temporary_folder, write_atomically
 from ldm.support.progress import progress_bar
 from ldm.weights.formats.safetensors import sha256
+
+LEAST_CONTRAST = 12  # of an image on white, RMS of 255 levels
 
 
 def render_svg(svg: str, size: int) -> np.ndarray:
@@ -51,8 +53,8 @@ def build_emoji(
 ) -> dict[str, Any]:
     """Fetch, render and write the data set.
 
-    Files are written under a temporary name and renamed, the manifest last: a folder with a manifest is
-    complete.
+    Icons that cannot be seen on white are left out. Files are written under a temporary name and renamed,
+    the manifest last: a folder with a manifest is complete.
 
     Args:
         out: The folder to write; tarballs are kept in ``<out>-packages``. Default: "data/emoji".
@@ -74,7 +76,9 @@ def build_emoji(
     codes = {style: read_tarball_json(path, "chars.json") for style, path in tarballs.items()}
     labels = LabelTable(read_tarball_json(fetch(LABEL_PACKAGE, cache), "en/data.json"), codes.values())
     sets = {
-        style: IconSet.read(read_tarball_json(path, "icons.json"), codes[style])
+        style: IconSet.read(
+            read_tarball_json(path, "icons.json"), codes[style], MISNAMED.get(style, frozenset())
+        )
         for style, path in tarballs.items()
     }
     rows, documents = [], []
@@ -86,17 +90,39 @@ def build_emoji(
             documents.append(sets[style].documents[icon])
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST_FILE).unlink(missing_ok=True)
-    shape = (len(rows), size, size, 4)
-    with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(_render_job, ((svg, size) for svg in documents), chunksize=32)
-        bar = progress_bar(len(documents), progress, iterable=results, desc="rendering")
-        write_array(out / IMAGES_FILE, shape, np.uint8, (image[None] for image in bar))
-    images = np.load(out / IMAGES_FILE, mmap_mode="r", allow_pickle=False)
-    rows = [replace(row, tints=takes_colour(image)) for row, image in zip(rows, images, strict=True)]
+    with temporary_folder(out) as folder:
+        images = _render_all(documents, size, folder / IMAGES_FILE, workers, progress)
+        seen = [i for i, image in enumerate(images) if is_visible(image)]
+        shape = (len(seen), size, size, 4)
+        write_array(out / IMAGES_FILE, shape, np.uint8, (images[i : i + 1] for i in seen))
+        rows = [replace(rows[i], tints=takes_colour(images[i])) for i in seen]
+        del images  # the file is removed
     _write_json(out / INDEX_FILE, [asdict(row) for row in rows])
     manifest = _manifest(rows, shape, out)
     _write_json(out / MANIFEST_FILE, manifest)
     return manifest
+
+
+def _render_all(
+    documents: list[str], size: int, path: Path, workers: int | None, progress: bool
+) -> np.ndarray:
+    """Render SVG documents into a file; return it memory-mapped, (N, size, size, 4) uint8."""
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(_render_job, ((svg, size) for svg in documents), chunksize=32)
+        bar = progress_bar(len(documents), progress, iterable=results, desc="rendering")
+        shape = (len(documents), size, size, 4)
+        write_array(path, shape, np.uint8, (image[None] for image in bar))
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def is_visible(image: np.ndarray) -> bool:
+    """Return whether an image (H, W, 4) uint8 RGBA can be seen on white.
+
+    The contrast of a pixel is the largest difference of a channel from white, 0 to 255; its RMS over the
+    image must be at least 12.
+    """
+    contrast = (255.0 - image[..., :3].min(axis=-1)) * (image[..., 3] / 255)
+    return bool(np.sqrt(np.square(contrast).mean()) >= LEAST_CONTRAST)
 
 
 def _manifest(rows: list[ImageRecord], shape: tuple[int, ...], out: Path) -> dict[str, Any]:

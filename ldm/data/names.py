@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,13 @@ RENAMED: dict[Style, dict[str, str]] = {
         "red-triangle": "red-triangle-pointed-up",
     },
 }
+# icons that show something else than the other sets' icons of their names
+MISNAMED: dict[Style, frozenset[str]] = {
+    "noto-v1": frozenset({"pistol"}),  # a revolver; "water-pistol" in the sets before
+    "emojione": frozenset({"pistol"}),
+    # instruments, faces and a program's window
+    "fxemoji": frozenset({"pistol", "keyboard", "kiss", "sunglasses", "window"}),
+}
 NAMED_BY_OTHERS: frozenset[Style] = frozenset({"fxemoji"})  # icons that no other set has are left out
 
 
@@ -59,11 +66,19 @@ class IconSet:
     codes: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def read(cls, icons: Mapping[str, Any], chars: Mapping[str, str]) -> IconSet:
+    def read(
+        cls, icons: Mapping[str, Any], chars: Mapping[str, str], misnamed: Collection[str] = ()
+    ) -> IconSet:
         """Read the content of a package's icons.json and chars.json.
 
-        The square icons are kept, except those in `LEFT_OUT`.
+        The square icons are kept, except those in `LEFT_OUT` and those that are misnamed.
+
+        Raises:
+            ValueError: If the package does not have a misnamed icon.
         """
+        documents = kept_icons(icons)
+        if absent := sorted(set(misnamed) - set(documents)):
+            raise ValueError(f"misnamed icons: expected icons of the package, got {absent}")
         # an alias that mirrors or turns an icon shows something else
         aliases = {
             name: about["parent"]
@@ -80,7 +95,7 @@ class IconSet:
         for hexcode, name in chars.items():
             codes[resolved(name)].append(plain_code(hexcode))
         return cls(
-            documents=kept_icons(icons),
+            documents={name: svg for name, svg in documents.items() if name not in misnamed},
             aliases={name: resolved(name) for name in aliases},
             codes={name: tuple(found) for name, found in codes.items()},
         )

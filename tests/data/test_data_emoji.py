@@ -124,6 +124,31 @@ def test_aliases_that_mirror_an_icon_are_ignored():
     assert read.codes == {"red-apple": ("1f34e",), "womans-hat": ("1f452",)}
 
 
+def test_misnamed_icons_are_left_out_and_must_exist():
+    read = names.IconSet.read(ICONS, {"1f34e": "red-apple"}, {"womans-hat"})
+    assert list(read.documents) == ["red-apple"]
+    with pytest.raises(ValueError, match=r"got \['unheard'\]"):
+        names.IconSet.read(ICONS, {}, {"womans-hat", "unheard"})
+    assert {"keyboard", "kiss", "sunglasses", "window"} < names.MISNAMED["fxemoji"]
+    assert sorted(style for style, icons in names.MISNAMED.items() if "pistol" in icons) == [
+        "emojione",
+        "fxemoji",
+        "noto-v1",
+    ]
+
+
+def test_an_icon_is_visible_by_the_rms_of_its_contrast_with_white():
+    image = np.full((8, 8, 4), 255, np.uint8)
+    assert not emoji.is_visible(image)
+    for channel, alpha, share, level in [(0, 255, 64, 12), (1, 255, 16, 24), (2, 51, 64, 60)]:
+        for difference, expected in ((0, True), (1, False)):  # RMS = level·(alpha/255)·√(share/64) = 12
+            image[:] = (255, 255, 255, alpha)
+            image.reshape(64, 4)[:share, channel] = 255 - level + difference
+            assert emoji.is_visible(image) is expected
+    image[:] = (0, 0, 0, 0)  # black, but transparent
+    assert not emoji.is_visible(image)
+
+
 def test_every_style_has_a_pinned_package():
     from ldm.data import STYLES
 
@@ -183,7 +208,9 @@ def test_build_writes_what_open_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "ICONS", pinned)
     monkeypatch.setattr(emoji, "ProcessPoolExecutor", SameProcess)
     monkeypatch.setattr(
-        emoji, "render_svg", lambda svg, size: np.full((size, size, 4), svg.count("<d/>") + 1, np.uint8)
+        emoji,
+        "render_svg",
+        lambda svg, size: np.full((size, size, 4), (*[svg.count("<d/>") + 1] * 3, 255), np.uint8),
     )
     monkeypatch.setitem(sys.modules, "resvg_py", types.SimpleNamespace(__resvg_version__="0"))
 
@@ -195,7 +222,8 @@ def test_build_writes_what_open_reads(tmp_path, monkeypatch):
         "twemoji": 2,
     }
     assert data.index[data.find("womans-hat", "fluent")].label == "woman's hat"
-    assert data.images[data.find("womans-hat")].max() == 2 and data.images[data.find("red-apple")].max() == 1
+    levels = [data.images[data.find(name)][..., :3].max() for name in ("womans-hat", "red-apple")]
+    assert levels == [2, 1]
     assert [row.held_out for row in data.index] == [held_out_image(row.name, row.style) for row in data.index]
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
         "index.json",
@@ -206,6 +234,14 @@ def test_build_writes_what_open_reads(tmp_path, monkeypatch):
         manifest["sha256"]["pictures.npy"]
         == hashlib.sha256((tmp_path / "set" / "pictures.npy").read_bytes()).hexdigest()
     )
+
+    white = np.full((16, 16, 4), 255, np.uint8)
+    grey = np.full((16, 16, 4), (100, 100, 100, 255), np.uint8)
+    monkeypatch.setattr(emoji, "render_svg", lambda svg, size: white if "<d/>" in svg else grey)
+    manifest = emoji.build_emoji(tmp_path / "set", 16)  # the woman's hat is white on white
+    data = EmojiData.open(tmp_path / "set")
+    assert manifest["shape"] == [3, 16, 16, 4] and data.images.shape == (3, 16, 16, 4)
+    assert data.index.names() == ["red-apple"] and (data.images == grey).all()
 
     def fail(svg, size):
         raise ValueError("renderer broke")
