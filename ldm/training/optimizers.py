@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.support.device import fast_dtype
 from ldm.training.config import OptimizerConfig
 
 # Layers at the ends of a network, whose rows or columns are not its features: Muon is not for them.
@@ -33,6 +34,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
+        dtype=fast_dtype(next(iter(named.values())).device),
     )
 
 
@@ -48,23 +50,27 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     }
 
 
-def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
-    """Return about U·Vᵀ of a matrix U·S·Vᵀ, by Newton–Schulz iterations in float32.
+def orthogonalized(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return about U·Vᵀ of a matrix U·S·Vᵀ, by Newton–Schulz iterations.
 
     The singular values of the result are between about 0.7 and 1.2 (Jordan et al. 2024).
 
     Args:
         x: A matrix, shape (m, n).
         steps: Number of iterations. Default: 5.
+        dtype: Type of the iterations; bfloat16 suffices for Muon. Default: float32.
+
+    Returns:
+        Shape (m, n), of the type of x.
     """
     a, b, c = _QUINTIC
-    tall = x.shape[0] > x.shape[1]
-    x = x.T.float() if tall else x.float()
-    x = x / (x.norm() + 1e-7)
+    given, tall = x.dtype, x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = (x / (x.norm() + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    return (x.T if tall else x).to(given)
 
 
 class Muon(torch.optim.Optimizer):
@@ -74,7 +80,8 @@ class Muon(torch.optim.Optimizer):
     RMS of a usual update of AdamW, so that both take the same learning rate (Liu et al. 2025, section 2.2).
     Filters (m, c, h, w) are matrices (m, c·h·w).
 
-    PyTorch's own `Muon` takes matrices only and iterates in bfloat16, which is slow on CPUs without it.
+    PyTorch's own `Muon` takes matrices only and always iterates in bfloat16, which is slow on CPUs
+    that emulate it.
 
     Args:
         matrices: Parameters with two or more dimensions.
@@ -83,6 +90,7 @@ class Muon(torch.optim.Optimizer):
         betas: AdamW's decay rates of the moments.
         weight_decay: Weight decay of both, as a multiple of the learning rate.
         momentum: Decay rate of Muon's momentum. Default: 0.95.
+        dtype: Type of Muon's iterations, see `orthogonalized`. Default: float32.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if flat := [tuple(p.shape) for p in matrices if p.ndim < 2]:
             raise ValueError(f"matrices: expected two or more dimensions, got {flat[0]}")
@@ -104,6 +113,7 @@ class Muon(torch.optim.Optimizer):
         ]
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "momentum": momentum, "eps": 1e-8}
         super().__init__(groups, defaults)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -128,8 +138,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p)
         mean = state["momentum"].lerp_(grad, 1 - group["momentum"])
         ahead = grad.lerp(mean, group["momentum"])  # Nesterov
-        made = orthogonalized(ahead.flatten(1)).reshape(p.shape)
-        return made.to(p.dtype) * (0.2 * max(p.shape[0], p[0].numel()) ** 0.5)
+        made = orthogonalized(ahead.flatten(1), dtype=self.dtype).reshape(p.shape)
+        return made * (0.2 * max(p.shape[0], p[0].numel()) ** 0.5)
 
     def _of_adam(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         state, grad, (beta1, beta2) = self.state[p], p.grad, group["betas"]

@@ -23,15 +23,19 @@ def backward(net: nn.Module, seed: int = 0) -> None:
     net(torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
 
 
-def test_orthogonalized_matrices_have_singular_values_near_one_and_the_same_singular_vectors():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+def test_orthogonalized_matrices_have_singular_values_near_one_and_the_same_singular_vectors(
+    dtype, tolerance
+):
     g = torch.Generator().manual_seed(0)
     for shape in ((6, 20), (20, 6), (8, 8)):
         x = torch.randn(shape, generator=g)
         u, s, v = torch.linalg.svd(x, full_matrices=False)
-        made = orthogonalized(x)
+        made = orthogonalized(x, dtype=dtype)
+        assert made.dtype == x.dtype
         inner = u.T @ made @ v.T
         off = inner - torch.diag(inner.diagonal())
-        assert off.abs().max() < 1e-3
+        assert off.abs().max() < tolerance
         assert 0.65 < float(inner.diagonal().min()) and float(inner.diagonal().max()) < 1.25
 
 
