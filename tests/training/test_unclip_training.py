@@ -152,7 +152,6 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         validate_every=240,
         sample_every=240,
         checkpoint_every=240,
-        log_every=40,
     )
     settings["optimizer"] = {"lr": 3e-3, "warmup": 5, "decay": 80}
     made = open_run(write({**config, "run": settings, "model": model}, Path("long.yaml")))
@@ -163,8 +162,8 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
         for row in map(json.loads, Path("runs/long/metrics.jsonl").read_text().splitlines())
         if "loss" in row
     ]
-    # x0 has unit variance: predicting the mean embedding has a loss of 1
-    assert losses[-1] < 0.6 < 1 < losses[0]
+    # x0 has unit variance: predicting the mean embedding has a loss of 1, and a random network one above it
+    assert np.mean(losses[-40:]) < 0.6 < 1.2 < losses[0]
 
 
 @pytest.mark.parametrize(
