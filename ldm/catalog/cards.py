@@ -26,6 +26,7 @@ from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import check_between, nearest
+from ldm.support.text import shown
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
@@ -290,7 +291,7 @@ def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
     if not isinstance(value, str):
         return value
     if value not in table:
-        raise ValueError(f"{part}: unknown shape {value!r}; {nearest(value, table)}")
+        raise ValueError(f"{part}: unknown shape {shown(value)}; {nearest(value, table)}")
     return table[value]
 
 
@@ -370,7 +371,7 @@ def check_family(name: str) -> None:
     if name == "latent":
         return
     if name not in FAMILIES:
-        raise ValueError(f"family: {name!r}; {nearest(name, ('latent', *FAMILIES))}")
+        raise ValueError(f"family: {shown(name)}; {nearest(name, ('latent', *FAMILIES))}")
     family = FAMILIES[name]
     if "unet" not in family.parts or family.refusal:
         raise ValueError(

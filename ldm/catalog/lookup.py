@@ -43,7 +43,7 @@ def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | Un
         card = build(card_class(mapping.get("family")), mapping)
         check_card(card)
     except ValueError as error:
-        raise ValueError(f"{shown(str(source))}: {error}") from None
+        raise ValueError(f"{shown(str(source))}: {escaped(error)}") from None
     return card
 
 
@@ -104,7 +104,7 @@ def find_card(name: str) -> tuple[Card, Path | None]:
         return cards[name], None
     if name in FAMILIES:
         raise ValueError(
-            f"{name!r} ({FAMILIES[name].title}) is a family of files that is known, but no model that can be"
-            " loaded"
+            f"{shown(name)} ({FAMILIES[name].title}) is a family of files that is known, but no model that"
+            " can be loaded"
         )
-    raise ValueError(f"unknown model {name!r}; {nearest(name, (*models, *cards))}")
+    raise ValueError(f"unknown model {shown(name)}; {nearest(name, (*models, *cards))}")

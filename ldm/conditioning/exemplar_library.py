@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.conditioning.things import Mention
 from ldm.support.config import nearest
+from ldm.support.text import escaped, shown
 
 OWN_STYLE = "own"
 """The style of an image that is added without one."""
@@ -53,12 +54,14 @@ class ExemplarLibrary:
         for exemplar in exemplars:
             styles = self._of.setdefault(exemplar.name, {})
             if exemplar.style in styles:
-                raise ValueError(f"two exemplars of {exemplar.name!r} in style {exemplar.style!r}")
+                raise ValueError(f"two exemplars of {shown(exemplar.name)} in style {shown(exemplar.style)}")
             styles[exemplar.style] = exemplar
         self.nouns: dict[str, tuple[str, ...]] = {noun: tuple(names) for noun, names in nouns.items()}
         for noun, names in self.nouns.items():
             if absent := [name for name in names if name not in self._of]:
-                raise ValueError(f"noun {noun!r} means {absent[0]!r}, of which there is no exemplar")
+                raise ValueError(
+                    f"noun {shown(noun)} means {shown(absent[0])}, of which there is no exemplar"
+                )
         for name in self._of:
             self.nouns.setdefault(name.replace("-", " "), (name,))
 
@@ -86,7 +89,7 @@ class ExemplarLibrary:
             ValueError: If there is no exemplar of the name.
         """
         if name not in self._of:
-            raise ValueError(f"no exemplar of {name!r}; {nearest(name, self._of)}")
+            raise ValueError(f"no exemplar of {shown(name)}; {nearest(name, self._of)}")
         return list(self._of[name])
 
     def add(self, name: str, pixels: Tensor, *, style: str = OWN_STYLE, nouns: Iterable[str] = ()) -> None:
@@ -106,7 +109,7 @@ class ExemplarLibrary:
                 f"exemplar of shape {tuple(pixels.shape)}: expected (4, {self.size}, {self.size})"
             )
         if not any(char.isalnum() for char in name):
-            raise ValueError(f"name {name!r}: expected letters or digits")
+            raise ValueError(f"name {shown(name)}: expected letters or digits")
         key = name.strip().lower().replace(" ", "-")
         content = write_exemplar(pixels)
         self._of.setdefault(key, {})[style] = Exemplar(name=key, style=style, content=content)
@@ -170,9 +173,11 @@ def read_exemplar(content: bytes, size: int) -> Tensor:
 
     try:
         with Image.open(io.BytesIO(content), formats=["WEBP", "PNG"]) as image:
-            if image.size != (size, size):
-                raise ValueError(f"exemplar of {image.size} pixels: expected {(size, size)}")
-            levels = np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"exemplar: no readable WebP or PNG image ({error})") from None
+            found = image.size
+            levels = np.asarray(image.convert("RGBA")) if found == (size, size) else None
+    except Exception as error:  # decoders raise errors of every class
+        reason = escaped(str(error) or type(error).__name__, 300)
+        raise ValueError(f"exemplar: no readable WebP or PNG image ({reason})") from None
+    if levels is None:
+        raise ValueError(f"exemplar of {found} pixels: expected {(size, size)}")
     return torch.from_numpy(levels.copy()).permute(2, 0, 1).float() / 255

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import NoiseSchedule, alpha_sigma_of_level, forward_noise
 from ldm.diffusion.spacings import LEVEL_SPACINGS, SPACINGS, TIME_SPACINGS
 from ldm.support.config import nearest
+from ldm.support.text import shown
 
 Final = Literal["data", "first", "none"]
 
@@ -109,7 +110,8 @@ class TimeGrid:
         _check_names(spacing, final)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= len(schedule):
             raise ValueError(
-                f"steps must be a whole number from 1 to {len(schedule)} (the schedule's T), got {steps!r}"
+                f"steps must be a whole number from 1 to {len(schedule)} (the schedule's T), got"
+                f" {shown(steps)}"
             )
         drop_last = drop_last or (spacing.startswith("ays") and final != "none")
 
@@ -225,9 +227,9 @@ class TimeGrid:
 
 def _check_names(spacing: str, final: str) -> None:
     if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; {nearest(spacing, SPACINGS)}")
+        raise ValueError(f"unknown spacing {shown(spacing)}; {nearest(spacing, SPACINGS)}")
     if final not in get_args(Final):
-        raise ValueError(f"unknown final {final!r}; {nearest(final, get_args(Final))}")
+        raise ValueError(f"unknown final {shown(final)}; {nearest(final, get_args(Final))}")
 
 
 def _levels(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.diffusion.interfaces import Prediction
 from ldm.support.config import nearest
+from ldm.support.text import shown
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
@@ -19,7 +20,7 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 def check_prediction(prediction: str) -> None:
     """Raise ValueError unless the name is eps, x0 or v."""
     if prediction not in PREDICTIONS:
-        raise ValueError(f"unknown prediction {prediction!r}; {nearest(prediction, PREDICTIONS)}")
+        raise ValueError(f"unknown prediction {shown(prediction)}; {nearest(prediction, PREDICTIONS)}")
 
 
 def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.support.config import nearest
+from ldm.support.text import shown
 
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
 SCHEDULE_NAMES: tuple[ScheduleName, ...] = get_args(ScheduleName)
@@ -116,7 +117,7 @@ class NoiseSchedule:
         if name == "scaled_linear":
             return cls.scaled_linear(T, **given)
         if name != "cosine":
-            raise ValueError(f"unknown schedule {name!r}; {nearest(name, SCHEDULE_NAMES)}")
+            raise ValueError(f"unknown schedule {shown(name)}; {nearest(name, SCHEDULE_NAMES)}")
         if given:
             raise ValueError(f"the cosine schedule has no {' or '.join(given)}")
         return cls.cosine(T)

@@ -8,6 +8,7 @@ memory and for images to be made. The environment variable `LDM_MAX_PIXELS` sets
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,22 @@ def check_pixels(width: int, height: int, name: str = "") -> None:
         )
 
 
+class BoundedFile(io.BufferedReader):
+    """A file of which no more is read than there is: Python sets aside as much memory as is asked for.
+
+    A damaged image file can state that a chunk of some bytes has gigabytes, which its decoder then asks for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes of the file, at most `size` of them; all that are left for None or −1."""
+        left = max(self._size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def decode_image(
     path: str | Path,
     use: Callable[[Image], Decoded],
@@ -75,7 +92,7 @@ def decode_image(
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no such file: {shown(str(path))}")
     try:
-        with Image.open(path, formats=tuple(formats)) as image:
+        with BoundedFile(path) as file, Image.open(file, formats=tuple(formats)) as image:
             check_pixels(*image.size)
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 warn_user(f"{where} holds {image.n_frames} images; the first is used")

@@ -43,7 +43,7 @@ TYPES: dict[str, Any] = {
 }
 SCALARS = str | bool | int | float
 IN_MEMORY = ("on_step", "latents", "embedding", "prior_latents", "upsampler_latents", "codes", "pair")
-_STEPS = ("steps", "prior_steps", "upsampler_steps")
+_OTHER_STEPS = ("prior_steps", "upsampler_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +117,15 @@ def check_limits(options: Mapping[str, Any], usual: Defaults, limits: ReplayLimi
     each = max(options.get("n") or 1, 1) * max(options.get("candidates") or 1, 1)
     images = max(prompts * each, counts.get("seed", 1))
     check("n: images", images, limits.images)
-    grid = options.get("grid") or ()
-    steps = [options.get(name) or 0 for name in _STEPS] + [usual.steps, _length(grid)]
-    check("steps", max(steps), limits.steps)
+    steps = _most_steps(options, usual)
+    check("steps", steps, limits.steps)
     pixels = max(_sizes(options, usual, limits))
     check("size: pixels", pixels, limits.pixels)
     for name in ("window", "tile"):
         if side := options.get(name):
             check(f"{name}: tiles of an image", pixels // max(side, 1) ** 2, limits.tiles)
     repeats = max(options.get("resample") or 1, options.get("iterations") or 1, 1)
-    check("images times steps times pixels", images * max(steps) * repeats * pixels, limits.work)
+    check("images times steps times pixels", images * steps * repeats * pixels, limits.work)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -136,6 +135,12 @@ def _texts(value: Any) -> Iterator[str]:
         yield from (str(key) for key in value)
     elif isinstance(value, tuple):
         yield from (each for each in value if isinstance(each, str))
+
+
+def _most_steps(options: Mapping[str, Any], usual: Defaults) -> int:
+    """Return the number of steps of the longest stage; the card's counts where the recipe states none."""
+    stated = max(options.get("steps") or 0, _length(options.get("grid") or ()))
+    return max(stated or usual.steps, *(options.get(name) or 0 for name in _OTHER_STEPS))
 
 
 def _length(grid: Any) -> int:

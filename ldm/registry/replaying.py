@@ -106,14 +106,9 @@ def replay(
             weights or an image file differ from those it names.
         FileNotFoundError: If an image file or the weights are absent.
     """
-    facts = build(RecipeFacts, {key: value for key, value in recipe.items() if key in FACTS}, "recipe")
-    if not facts.replayable:
-        raise ValueError(f"this image cannot be made again: {escaped(facts.because, 500)}")
-    arguments = _task_arguments(facts, recipe)
-    card, _ = resolve_card(facts.model, weights)
-    if limits:
-        check_limits(arguments, card.main_stage().defaults, LIMITS)
-    arguments = {name: _checked_files(name, value) for name, value in arguments.items()}
+    checked = checked_recipe(recipe, weights=weights, limits=limits)
+    facts = checked.facts
+    arguments = {name: _checked_files(name, value) for name, value in checked.arguments.items()}
     black = any(name.startswith(SAFETY) for name in facts.weights)
     if black and safety is None:
         raise ValueError("the image was made with a safety checker that makes images black: pass safety=PATH")
@@ -135,6 +130,37 @@ def replay(
         images = _one_image(images, facts.index, recipe)
     _warn_of_differences(facts, images, notes)
     return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRecipe:
+    """A recipe that may be followed: its facts, and the arguments of its task, of checked types."""
+
+    facts: RecipeFacts
+    arguments: Mapping[str, Any]
+
+
+def checked_recipe(
+    recipe: Mapping[str, Any], *, weights: str | Path | None = None, limits: bool = True
+) -> CheckedRecipe:
+    """Return what a recipe states, after all checks that need neither its files nor the weights.
+
+    Args:
+        recipe: The recipe.
+        weights: See `replay`; the card of a model's folder is read. Default: None.
+        limits: See `replay`. Default: True.
+
+    Raises:
+        ValueError: If the recipe is damaged, not replayable, of an unknown model, or beyond the limits.
+    """
+    facts = build(RecipeFacts, {key: value for key, value in recipe.items() if key in FACTS}, "recipe")
+    if not facts.replayable:
+        raise ValueError(f"this image cannot be made again: {escaped(facts.because, 500)}")
+    arguments = _task_arguments(facts, recipe)
+    card, _ = resolve_card(facts.model, weights)
+    if limits:
+        check_limits(arguments, card.main_stage().defaults, LIMITS)
+    return CheckedRecipe(facts=facts, arguments=arguments)
 
 
 def _warn_of_differences(facts: RecipeFacts, images: Images, notes: list[str]) -> None:

@@ -28,6 +28,7 @@ from ldm.samplers.sde.lcm import lcm
 from ldm.samplers.sde.restart import restart
 from ldm.samplers.sde.tcd import tcd
 from ldm.support.config import nearest
+from ldm.support.text import shown
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,
@@ -60,5 +61,5 @@ def get_sampler(name: str) -> Sampler:
         ValueError: If there is none, with the nearest name and all choices.
     """
     if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; {nearest(name, SAMPLERS)}")
+        raise ValueError(f"unknown sampler {shown(name)}; {nearest(name, SAMPLERS)}")
     return SAMPLERS[name]

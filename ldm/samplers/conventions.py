@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from ldm.diffusion.interfaces import NoiseFn
 from ldm.diffusion.noise import brownian_noise, keyed_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.samplers import get_sampler
-from ldm.support.config import build, convert, nearest
+from ldm.support.config import annotations_of, build, convert, nearest
 from ldm.support.text import shown
 
 Options = Mapping[str, Any]  # Any: options of different types, checked by the function that takes them
@@ -128,7 +128,7 @@ def check_options_of(function: Callable[..., Any], options: Options, where: str)
         options: The options.
         where: Start of error messages.
     """
-    hints = get_type_hints(function)
+    hints = annotations_of(function)
     parameters = signature(function).parameters.values()
     known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
     for name, value in options.items():
@@ -192,5 +192,5 @@ def get_convention(convention: str | Convention | Mapping[str, Any]) -> Conventi
     if isinstance(convention, Mapping):
         return build(Convention, convention)
     if not isinstance(convention, str) or convention not in CONVENTIONS:
-        raise ValueError(f"unknown convention {convention!r}; {nearest(convention, CONVENTIONS)}")
+        raise ValueError(f"unknown convention {shown(convention)}; {nearest(convention, CONVENTIONS)}")
     return CONVENTIONS[convention]

@@ -15,7 +15,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
@@ -72,7 +72,7 @@ def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{where or cls.__name__}: expected a mapping, got {shown(mapping)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = _hints(cls)
+    hints = annotations_of(cls)
     for key in mapping:
         if key not in fields:
             raise ValueError(f"{where or cls.__name__}: unknown key {shown(key)}; {nearest(key, fields)}")
@@ -92,8 +92,9 @@ def build(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def annotations_of(target: Callable[..., Any]) -> Mapping[str, Any]:
+    """Return the annotations of a class or a function by name, resolved once."""
+    return types.MappingProxyType(typing.get_type_hints(target))
 
 
 # `Any` below: a value read from YAML has no static type, and an annotation is not always a class.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.support.config import build, nearest, read_yaml
+from ldm.support.text import escaped, shown
 from ldm.training.kinds import part_kinds
 
 
@@ -35,7 +36,9 @@ def _read_with_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return mapping
     if not isinstance(base, str):
-        raise ValueError(f"{str(path)!r}: base: expected the relative path of a YAML file, got {base!r}")
+        raise ValueError(
+            f"{shown(str(path))}: base: expected the relative path of a YAML file, got {shown(base)}"
+        )
     return merge(_read_with_base(path.parent / base, (*readers, path)), mapping)
 
 
@@ -61,8 +64,8 @@ def build_stage_config(mapping: Mapping[str, Any], path: str | Path) -> tuple[st
     mapping = dict(mapping)
     kinds, part = part_kinds(), mapping.pop("part", None)
     if part not in kinds:
-        raise ValueError(f"{str(path)!r}: part {part!r}; {nearest(part, kinds)}")
+        raise ValueError(f"{shown(str(path))}: part {shown(part)}; {nearest(part, kinds)}")
     try:
         return part, build(kinds[part].config, mapping)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from None
+        raise ValueError(f"{shown(str(path))}: {escaped(error)}") from None

@@ -28,6 +28,7 @@ from ldm.catalog.lookup import parse_card
 from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.bundling import check_part_names
 from ldm.support.config import build, nearest, read_yaml
+from ldm.support.text import escaped, shown
 from ldm.training.config_file import build_stage_config, read_stage_file
 from ldm.training.kinds import part_kinds
 from ldm.training.stages import TrainingStage, get_dotted, set_dotted
@@ -83,7 +84,7 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
     try:
         return build(RecipeFile, read_yaml(path))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from None
+        raise ValueError(f"{shown(str(path))}: {escaped(error)}") from None
 
 
 def resolve_stages(file: RecipeFile, path: Path, runs: str | Path) -> dict[str, TrainingStage]:
@@ -110,7 +111,7 @@ def resolve_stages(file: RecipeFile, path: Path, runs: str | Path) -> dict[str, 
             stages[stage.name] = stage
         _check_bundle(file, path, stages)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from None
+        raise ValueError(f"{shown(str(path))}: {escaped(error)}") from None
     return stages
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from image_mutations import png_of
 
 from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary, read_exemplar, write_exemplar
 from ldm.conditioning.things import Mention
@@ -77,7 +78,9 @@ def test_wrong_input_is_named():
         library().add("--", image(0))
     with pytest.raises(ValueError, match="no exemplar of 'cot'; did you mean 'cat'"):
         library().remove("cot")
-    with pytest.raises(ValueError, match="no readable WebP or PNG image"):
-        read_exemplar(b"GIF89a", 16)
+    headers = (b"\0", b"\x7f\xff\xff\xff" * 2 + b"\x08\2\0\0\0")  # truncated; 2³¹ − 1 pixels wide and high
+    for content in (b"GIF89a", *(png_of([(b"IHDR", header)]) for header in headers)):
+        with pytest.raises(ValueError, match="exemplar: no readable WebP or PNG image"):
+            read_exemplar(content, 16)
     with pytest.raises(ValueError, match=r"exemplar of \(16, 16\) pixels: expected \(8, 8\)"):
         read_exemplar(write_exemplar(image(0)), 8)

@@ -26,6 +26,8 @@ import resource
 import shutil
 import sys
 import time
+import typing
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +63,7 @@ class Target:
         allowed: The documented exceptions. Default: ValueError.
         names: Text that the message of each exception contains, such as the file's name; "" for none.
         seconds: Limit of processor time for each input. Default: `SECONDS`.
+        short: Number of mutants unless `LDM_FUZZ` states another. Default: `SHORT`.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Target:
     allowed: tuple[type[Exception], ...] = (ValueError,)
     names: str = "mutant"
     seconds: float = SECONDS
+    short: int = SHORT
 
 
 class Outcome(NamedTuple):
@@ -91,7 +95,7 @@ def check(target: Target, seeds: Sequence[bytes], mutate: Mutator, folder: Path)
         mutate: (valid inputs, random numbers) -> a damaged input.
         folder: Where the mutants with a fault are written.
     """
-    count = int(os.environ.get("LDM_FUZZ", SHORT))
+    count = int(os.environ.get("LDM_FUZZ", target.short))
     begin = time.monotonic()
     faults, kinds, slowest, largest = list[str](), Counter[str](), 0.0, 0
     for i in range(count):
@@ -200,9 +204,14 @@ def _watch(event: str, args: tuple[Any, ...]) -> None:
         (isinstance(args[1], str) and any(letter in args[1] for letter in "wax+"))
         or (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
     )
-    runs = event == "compile" and args[1] in ("<string>", b"<string>", None)
+    runs = event == "compile" and args[1] in ("<string>", b"<string>", None) and not _is_annotation()
     if writes or runs or event.startswith(FORBIDDEN):
         _watching.append(f"{event}{str(args)[:200]}")
+
+
+def _is_annotation() -> bool:
+    """Return whether the module typing compiles an annotation of the library, on its first use."""
+    return sys._getframe(2).f_code.co_filename == typing.__file__
 
 
 def _serve(connection: Connection, folder: Path) -> None:
@@ -245,7 +254,9 @@ def _read(target: Target, place: object, size: int) -> Outcome:
     _watching = []
     begin = time.process_time()
     try:
-        target.read(place)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            target.read(place)
     except BaseException as caught:  # also SystemExit and KeyboardInterrupt
         error = caught
     seconds, done, _watching = time.process_time() - begin, _watching, None
@@ -256,6 +267,8 @@ def _read(target: Target, place: object, size: int) -> Outcome:
         faults.append(f"it took {seconds:.1f} s")
     if memory > budget or (error is not None and _is_out_of_memory(error)):
         faults.append(f"it took {memory >> 20} MB, or asked for more than {budget >> 20} MB")
+    for each in warned:
+        faults += _text_faults(str(each.message), "a warning")
     if error is not None:
         faults += _message_faults(target, error)
     kind, text = (type(error).__name__, str(error)[:500]) if error else ("", "")
@@ -266,13 +279,18 @@ def _message_faults(target: Target, error: BaseException) -> list[str]:
     text, kind = str(error), type(error).__name__
     if not isinstance(error, target.allowed):
         return [f"{kind} is not documented: {text[:300]}"]
+    found = _text_faults(text, kind)
+    if target.names not in text:
+        found.append(f"the message of {kind} does not name {target.names!r}: {text[:300]}")
+    return found
+
+
+def _text_faults(text: str, kind: str) -> list[str]:
     found = []
     if len(text) > MESSAGE:
         found.append(f"the message of {kind} has {len(text)} characters: {text[:300]}")
     if re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text):
         found.append(f"the message of {kind} has control characters: {text[:300]!r}")
-    if target.names not in text:
-        found.append(f"the message of {kind} does not name {target.names!r}: {text[:300]}")
     return found
 
 

@@ -76,7 +76,7 @@ def _swap(data: bytearray, rng: random.Random, _: Sequence[bytes]) -> None:
 
 
 def _splice(data: bytearray, rng: random.Random, seeds: Sequence[bytes]) -> None:
-    other = rng.choice(seeds)
+    other = rng.choice(seeds) or b"\0"
     data[_span(data, rng)] = other[_span(other, rng)]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import resource
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from ldm.images.files import read_recipe
-from ldm.images.opening import MAX_PIXELS, READ_FORMATS, check_pixels, decode_image
+from ldm.images.opening import MAX_PIXELS, READ_FORMATS, BoundedFile, check_pixels, decode_image
 from ldm.images.pixels import to_pixels
 
 
@@ -91,6 +93,23 @@ def test_the_first_of_several_images_is_used_with_a_warning(tmp_path, name):
 
 def compressed_text(key: bytes, size: int) -> bytes:
     return png_chunk(b"zTXt", key + b"\0\0" + zlib.compress(b"a" * size, 9))
+
+
+@pytest.mark.parametrize("name", [b"IDAT", b"tEXt", b"IEND"])
+def test_a_chunk_that_states_gigabytes_takes_no_more_memory_than_the_file(tmp_path, name):
+    (path := tmp_path / "a.png").write_bytes(png_bytes(4, 2, struct.pack(">I", 0x7FFFFFFF) + name + bytes(9)))
+    with BoundedFile(path) as file:
+        assert file.read(4) == path.read_bytes()[:4] and file.read(2**62) == path.read_bytes()[4:]
+        assert file.read(5) == file.read() == b"" and file.seek(1) == 1
+        assert file.read(None) == path.read_bytes()[1:]
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**28, hard))
+    try:
+        with pytest.raises(ValueError, match=r"a\.png' is not a readable image: (?!.*MemoryError)"):
+            to_pixels(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 DAMAGED = {

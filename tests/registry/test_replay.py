@@ -19,11 +19,12 @@ from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.__main__ import main
+from ldm.catalog.cards import Defaults
 from ldm.images.files import read_recipe, write_image
 from ldm.models.clip.config import VisionConfig
 from ldm.models.safety import SafetyChecker, SafetyConfig
 from ldm.pipelines.replayable import FILE_ARGUMENTS
-from ldm.registry.replay_options import LIMITS
+from ldm.registry.replay_options import LIMITS, check_limits
 from ldm.registry.replaying import RecipeFacts, replay
 from ldm.weights.formats.safetensors import sha256
 
@@ -282,6 +283,28 @@ def test_a_recipe_may_ask_for_so_much(pipe, monkeypatch, message):
         replay(recipe)
     with pytest.raises(pytest.fail.Exception, match="loaded"):
         replay(recipe, limits=False)
+
+
+@pytest.mark.parametrize(
+    ("stated", "counted"),
+    [
+        ({"steps": 7}, 7),
+        ({"steps": 7, "upsampler_steps": 9}, 9),
+        ({"grid": (9.0, 5.0, 0.0)}, 3),
+        ({"steps": 2, "grid": {"t": (9.0, 5.0, 0.0), "alpha": (1.0,)}}, 3),
+        ({}, 800),
+        ({"steps": None, "prior_steps": 25}, 800),
+    ],
+)
+def test_the_steps_of_the_card_count_only_where_the_recipe_states_none(stated, counted):
+    usual = Defaults(sampler="ddim", steps=800, guidance=1.0, height=8, width=8)
+    check_limits(stated, usual, replace(LIMITS, steps=counted, work=counted * 64))
+    with pytest.raises(
+        ValueError, match=f"steps: the recipe asks for {counted}, expected at most {counted - 1}"
+    ):
+        check_limits(stated, usual, replace(LIMITS, steps=counted - 1))
+    with pytest.raises(ValueError, match=f"pixels: the recipe asks for {counted * 64}"):
+        check_limits(stated, usual, replace(LIMITS, work=counted * 64 - 1))
 
 
 def test_images_that_are_given_count_too(pipe, monkeypatch):

@@ -20,7 +20,7 @@ def test_a_library_is_read_as_it_was_written(tmp_path: Path):
     assert list(again) == list(library) and again.nouns == library.nouns and again.size == library.size
 
 
-@pytest.mark.parametrize("ends", [[5, 3], [2], [1, 9], []])
+@pytest.mark.parametrize("ends", [[5, 3], [2], [1, 9], [], [-2, 5]])
 def test_images_that_are_not_one_after_the_other_are_refused(tmp_path: Path, ends: list[int]):
     index = {"size": 16, "images": [["cat", "noto"], ["cat", "flat"]], "nouns": {}}
     (tmp_path / LIBRARY_INDEX).write_text(json.dumps(index))
@@ -36,6 +36,10 @@ def test_wrong_files_are_named(tmp_path: Path):
     write_library(tmp_path, tiny_library())
     (tmp_path / LIBRARY_INDEX).write_text('{"size": "16", "images": [], "nouns": {}}')
     with pytest.raises(ValueError, match="library.json.*size.*expected int"):
+        read_library(tmp_path)
+    nouns = {"images": [["dog", "noto"]] * 9, "nouns": {"bird\x1b": ["wren"]}, "size": 16}
+    (tmp_path / LIBRARY_INDEX).write_text(json.dumps(nouns))
+    with pytest.raises(ValueError, match="library.json': two exemplars of 'dog' in style 'noto'"):
         read_library(tmp_path)
     write_safetensors(tmp_path / LIBRARY_IMAGES, {"other": torch.zeros(1)}, {})
     write_library_index = {"size": 16, "images": [], "nouns": {}}

@@ -12,6 +12,7 @@ from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary
 from ldm.support.config import build
 from ldm.support.files import write_atomically
 from ldm.support.strict_json import read_json
+from ldm.support.text import escaped, shown
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 LIBRARY_IMAGES, LIBRARY_INDEX = "library.safetensors", "library.json"
@@ -63,17 +64,20 @@ def read_library(folder: str | Path) -> ExemplarLibrary:
     for path in (images, about):
         if not path.is_file():
             raise FileNotFoundError(f"no library of exemplars in {str(folder)!r}: {path.name} is absent")
-    index = build(LibraryIndex, read_json(about), str(about))
+    index = build(LibraryIndex, read_json(about), shown(str(about)))
     state = read_safetensors(images)
-    kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in state.items()}
+    found, kinds = sorted(state), {name: (tensor.dtype, tensor.ndim) for name, tensor in state.items()}
     if kinds != {"content": (torch.uint8, 1), "ends": (torch.int64, 1)}:
-        raise ValueError(f"{str(images)!r}: expected the tensors content and ends, got {sorted(state)[:5]}")
+        raise ValueError(f"{str(images)!r}: expected the tensors content and ends, got {shown(found)}")
     content, ends = state["content"].numpy().tobytes(), state["ends"].tolist()
-    starts = [0, *ends[:-1]]
-    if len(ends) != len(index.images) or ends != sorted(ends) or (ends and ends[-1] != len(content)):
+    bounds = [0, *ends]
+    if len(ends) != len(index.images) or bounds != sorted(bounds) or bounds[-1] != len(content):
         raise ValueError(f"{str(images)!r} does not hold {len(index.images)} images one after the other")
     exemplars = [
         Exemplar(name=name, style=style, content=content[start:end])
-        for (name, style), start, end in zip(index.images, starts, ends, strict=True)
+        for (name, style), start, end in zip(index.images, bounds[:-1], ends, strict=True)
     ]
-    return ExemplarLibrary(exemplars, index.nouns, size=index.size)
+    try:
+        return ExemplarLibrary(exemplars, index.nouns, size=index.size)
+    except ValueError as error:
+        raise ValueError(f"{shown(str(about))}: {escaped(error)}") from None
