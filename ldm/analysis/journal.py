@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
+from ldm.support.defaults import as_tensor
 from ldm.support.files import write_atomically
 from ldm.support.text import shown
 from ldm.weights.formats.pickles import read_pickle
@@ -45,9 +46,9 @@ def journaled(denoise: DenoiseFn, journal: Journal) -> DenoiseFn:
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
         nonlocal calls
         if calls == len(journal):
-            journal.append((torch.as_tensor(t).clone(), denoise(x_t, t)))
+            journal.append((as_tensor(t).clone(), denoise(x_t, t)))
         recorded_t, d = journal[calls]
-        if not torch.equal(recorded_t, torch.as_tensor(t)) or d.x0.shape != x_t.shape:
+        if not torch.equal(recorded_t, as_tensor(t)) or d.x0.shape != x_t.shape:
             raise ValueError(
                 f"evaluation {calls} is at t {t} with x of shape {tuple(x_t.shape)}, but the journal has t"
                 f" {recorded_t} and shape {tuple(d.x0.shape)}: it is the journal of another run"

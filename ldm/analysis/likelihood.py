@@ -58,7 +58,7 @@ def flow_bits(
     if len(levels) < 2 or math.isinf(levels[-1]):
         raise ValueError("the grid must have at least two states with finite sigma/alpha above 0")
     signs = [torch.where(noise(k, x0) < 0, -1.0, 1.0).to(x0.dtype) for k in range(probes)]
-    y, trace = x0, torch.zeros(probes, len(x0), dtype=torch.float64)
+    y, trace = x0, torch.zeros(probes, len(x0), dtype=torch.float64, device="cpu")
     for u, u_next in zip(levels[:-1], levels[1:], strict=True):
         h = u_next - u
         k1, d1 = _flow_slope(denoise, y, u, grid, signs)

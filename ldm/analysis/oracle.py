@@ -33,7 +33,7 @@ class Mixture:
         g = torch.Generator().manual_seed(seed)
         k = torch.multinomial(self.weights, n, replacement=True, generator=g)
         return self.means[k] + self.stds[k, None] * torch.randn(
-            n, self.means.shape[1], generator=g, dtype=torch.float64
+            n, self.means.shape[1], generator=g, dtype=torch.float64, device="cpu"
         )
 
     def x0(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -69,7 +69,9 @@ class Mixture:
         var = alpha**2 * self.stds**2 + sigma**2  # (K,)
         mean = (self.weights[:, None] * alpha * self.means).sum(0)
         delta = alpha * self.means - mean
-        spread = (self.weights * var).sum() * torch.eye(self.means.shape[1], dtype=torch.float64)
+        spread = (self.weights * var).sum() * torch.eye(
+            self.means.shape[1], dtype=torch.float64, device="cpu"
+        )
         return mean, torch.einsum("k,ki,kj->ij", self.weights, delta, delta) + spread
 
     def z_scores(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> dict[str, float]:
@@ -125,25 +127,27 @@ class Mixture:
 
 def gaussian(mean: float = 0.5, std: float = 0.8, dims: int = 1) -> Mixture:
     """Return the Gaussian N(mean, std²·I) in ``dims`` dimensions."""
-    one = torch.ones(1, dtype=torch.float64)
-    return Mixture(means=torch.full((1, dims), mean, dtype=torch.float64), stds=std * one, weights=one)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    return Mixture(
+        means=torch.full((1, dims), mean, dtype=torch.float64, device="cpu"), stds=std * one, weights=one
+    )
 
 
 def mixture() -> Mixture:
     """Return three components on the line, wide enough that a hundred steps resolve the flow."""
     return Mixture(
-        means=torch.tensor([[-1.2], [0.3], [1.5]], dtype=torch.float64),
-        stds=torch.tensor([0.5, 0.4, 0.6], dtype=torch.float64),
-        weights=torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64),
+        means=torch.tensor([[-1.2], [0.3], [1.5]], dtype=torch.float64, device="cpu"),
+        stds=torch.tensor([0.5, 0.4, 0.6], dtype=torch.float64, device="cpu"),
+        weights=torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64, device="cpu"),
     )
 
 
 def planar() -> Mixture:
     """Return three components in the plane, at least 5 standard deviations apart."""
     return Mixture(
-        means=torch.tensor([[-2.0, 0.0], [1.0, 1.5], [1.0, -2.0]], dtype=torch.float64),
-        stds=torch.tensor([0.4, 0.5, 0.3], dtype=torch.float64),
-        weights=torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64),
+        means=torch.tensor([[-2.0, 0.0], [1.0, 1.5], [1.0, -2.0]], dtype=torch.float64, device="cpu"),
+        stds=torch.tensor([0.4, 0.5, 0.3], dtype=torch.float64, device="cpu"),
+        weights=torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64, device="cpu"),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Denoised
 from ldm.samplers import get_sampler
+from ldm.support.defaults import as_tensor
 
 ADAPTIVE = ("dpm_adaptive",)  # samplers whose number of evaluations depends on the network
 
@@ -32,11 +33,15 @@ def visits(grid: TimeGrid, sampler: str, **options: Any) -> list[float]:
     times: list[float] = []
 
     def denoise(x: Tensor, t: Tensor) -> Denoised:
-        times.append(float(torch.as_tensor(t).reshape(-1)[0]))
+        times.append(float(as_tensor(t).reshape(-1)[0]))
         return Denoised(x * 0, x, x * 0)
 
     get_sampler(sampler)(
-        denoise, torch.zeros(1, 1), grid, noise=lambda k, like: torch.zeros_like(like), **options
+        denoise,
+        torch.zeros(1, 1, device="cpu", dtype=torch.float32),
+        grid,
+        noise=lambda k, like: torch.zeros_like(like),
+        **options,
     )
     return times
 

@@ -81,7 +81,7 @@ def flow_error(
         grid: The grid, whose first and last states are those of the flow.
         run: (denoiser, first state) -> last state.
     """
-    x = torch.linspace(-1.6, 1.6, 9, dtype=torch.float64)[:, None]
+    x = torch.linspace(-1.6, 1.6, 9, dtype=torch.float64, device="cpu")[:, None]
     return float(
         (run(data.denoise(schedule), x) - data.flow(x, grid.alpha_sigma(0), grid.alpha_sigma(-1)))
         .square()
@@ -122,7 +122,10 @@ def solver_error(
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
     """Return the order of convergence: minus the least-squares slope of log error against log steps."""
-    x, y = torch.tensor(steps, dtype=torch.float64).log(), torch.tensor(errors, dtype=torch.float64).log()
+    x, y = (
+        torch.tensor(steps, dtype=torch.float64, device="cpu").log(),
+        torch.tensor(errors, dtype=torch.float64, device="cpu").log(),
+    )
     return -float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
@@ -163,7 +166,7 @@ def affine_moments(
     Raises:
         ValueError: If the solver draws noise more often than ``draws``.
     """
-    x = torch.zeros(draws + 2, 1, dtype=torch.float64)
+    x = torch.zeros(draws + 2, 1, dtype=torch.float64, device="cpu")
     x[1] = 1
 
     def noise(k: int, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ldm.pipelines.conditions import Pair
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
 from ldm.support.config import nearest
+from ldm.support.defaults import as_tensor
 
 RED, OPAQUE = (0.9, 0.1, 0.1), 0.8  # colour of heat maps, and their opacity where attention is largest
 MapSize = tuple[int, int]
@@ -136,7 +137,7 @@ class Trace:
             raise ValueError("steps: expected at least one")
         factor = self._attending_pipe().stage.images.factor
         size = (images.tensor.shape[-2] // factor, images.tensor.shape[-1] // factor)
-        total, count = torch.zeros(len(self.prompts), *size), 0
+        total, count = torch.zeros(len(self.prompts), *size, device="cpu", dtype=torch.float32), 0
         for step in chosen:
             for probabilities in step.attention.values():
                 if level is None or probabilities.shape[1:3] == tuple(level):
@@ -163,7 +164,10 @@ class Trace:
         values = ((values - low) / (high - low).clamp_min(1e-12))[:, None]
         # (B, 1, H, W)
         values = F.interpolate(values, images.tensor.shape[-2:], mode="bilinear", align_corners=False)
-        grey, red = reduce(images.tensor, "b c h w -> b 1 h w", "mean"), torch.tensor(RED)[:, None, None]
+        grey, red = (
+            reduce(images.tensor, "b c h w -> b 1 h w", "mean"),
+            torch.tensor(RED, device=images.tensor.device, dtype=torch.float32)[:, None, None],
+        )
         return Images(
             tensor=grey + OPAQUE * values * (red - grey),
             seeds=images.seeds,
@@ -245,7 +249,7 @@ class Trace:
         if not self.watches:
             return
         _, t, cond = inputs
-        self._t = float(torch.as_tensor(t).reshape(-1)[0])
+        self._t = float(as_tensor(t).reshape(-1)[0])
         self._rows, context = None, self._context
         if context is None or cond.context is None:
             return

@@ -205,9 +205,9 @@ def apply_weights(rows: Sequence[Window], states: EncoderStates, encode: Encode)
         return states
     tokens, mask, pooled = states
     length = tokens.shape[1]
-    weight = torch.ones(tokens.shape[:2], dtype=torch.float32)
+    weight = torch.ones(tokens.shape[:2], dtype=torch.float32, device="cpu")
     for r, row in enumerate(rows):
-        weight[r, 1 : 1 + len(row.ids)] = torch.tensor(row.weights)
+        weight[r, 1 : 1 + len(row.ids)] = torch.tensor(row.weights, device="cpu", dtype=torch.float32)
     weight = weight.to(tokens.device)[..., None]  # (R, L, 1)
     empty = encode([[]])
     last = empty.tokens.shape[1] - 1 if empty.mask is None else int(empty.mask[0].sum()) - 1

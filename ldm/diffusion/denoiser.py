@@ -12,6 +12,7 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, Prediction
 from ldm.diffusion.prediction import check_prediction
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.support.defaults import as_tensor
 
 
 class Denoiser(nn.Module):
@@ -69,7 +70,7 @@ class Denoiser(nn.Module):
             The prediction in float32, or float64 if x_t is float64, whatever dtype the network computes in.
         """
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
-        t = torch.as_tensor(t)
+        t = as_tensor(t)
         alpha, sigma = self.schedule.alpha_sigma_like(t, x_t)
         raw = self.predict(x_t, t, cond)
         if not self.learned_var:
@@ -87,7 +88,7 @@ class Denoiser(nn.Module):
             ValueError: If the network returns another shape.
         """
         dtype = self.dtype or x_t.dtype
-        t = torch.as_tensor(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
+        t = as_tensor(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
         t = t.expand(len(x_t))  # (B,)
         cond = (cond or Cond()).expand(len(x_t)).to(x_t.device, dtype)
         time = self.schedule.network_time(t.round() if self.quantize else t)  # (B,)
@@ -164,7 +165,7 @@ def denoise_each(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Con
     joined = None if k == 1 else join(tuple(conds), n, x_t.device, denoiser.dtype)
     if joined is None:
         return [denoiser(x_t, t, cond) for cond in conds]
-    t = torch.as_tensor(t)
+    t = as_tensor(t)
     t = torch.cat([t] * k) if t.ndim == 1 and len(t) == n else t  # (K·B,) or shared
     result = denoiser(torch.cat([x_t] * k), t, joined)
     x0, eps = result.x0.chunk(k), result.eps.chunk(k)

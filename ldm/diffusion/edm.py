@@ -44,7 +44,7 @@ class EDMSchedule(NoiseSchedule):
                 f" {sigma_min}, {sigma_max}, {sigma_data} and {T}"
             )
         low, high = math.log(sigma_min / sigma_data), math.log(sigma_max / sigma_data)
-        alpha, _ = alpha_sigma_of_level(torch.linspace(low, high, T, dtype=torch.float64))
+        alpha, _ = alpha_sigma_of_level(torch.linspace(low, high, T, dtype=torch.float64, device="cpu"))
         return cls(alpha**2, sigma_data)
 
     def network_time(self, t: Tensor) -> Tensor:

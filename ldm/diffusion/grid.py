@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import NoiseSchedule, alpha_sigma_of_level, forward_noise
 from ldm.diffusion.spacings import LEVEL_SPACINGS, SPACINGS, TIME_SPACINGS
 from ldm.support.config import nearest
+from ldm.support.defaults import as_tensor
 from ldm.support.text import shown
 
 Final = Literal["data", "first", "none"]
@@ -140,7 +141,7 @@ class TimeGrid:
             t: Strictly decreasing timesteps in [0, T − 1], which may be fractional.
             final: As for `make`; with "none" the last timestep is the final state. Default: "data".
         """
-        times = torch.as_tensor(t, dtype=torch.float64)
+        times = as_tensor(t).to("cpu", torch.float64)
         return _with_final_state(schedule, times, *schedule.alpha_sigma(times), final)
 
     @staticmethod
@@ -154,7 +155,7 @@ class TimeGrid:
             log_ratio: Strictly decreasing values of log(sigma/alpha).
             final: As for `make`; with "none" the last level is the final state. Default: "data".
         """
-        levels = torch.as_tensor(log_ratio, dtype=torch.float64)
+        levels = as_tensor(log_ratio).to("cpu", torch.float64)
         return _with_final_state(schedule, schedule.time(levels), *alpha_sigma_of_level(levels), final)
 
     def to_dict(self) -> dict[str, list[float]]:
@@ -170,7 +171,9 @@ class TimeGrid:
         """
         if set(values) != {"t", "alpha", "sigma"}:
             raise ValueError(f"a grid is written as t, alpha and sigma, got {sorted(values)}")
-        t, alpha, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("t", "alpha", "sigma"))
+        t, alpha, sigma = (
+            torch.tensor(values[key], dtype=torch.float64, device="cpu") for key in ("t", "alpha", "sigma")
+        )
         return TimeGrid(t=t, alpha=alpha, sigma=sigma, schedule=schedule)
 
     def time(self, log_ratio: Tensor | float) -> Tensor:
@@ -262,7 +265,9 @@ def _with_final_state(
     """Return the grid of the nodes t, alpha, sigma (each (N,)) and the final state."""
     if final == "none":
         return TimeGrid(t=t[:-1], alpha=alpha, sigma=sigma, schedule=schedule)
-    bar = schedule.alphas_cumprod[0] if final == "first" else torch.ones((), dtype=torch.float64)
+    bar = (
+        schedule.alphas_cumprod[0] if final == "first" else torch.ones((), dtype=torch.float64, device="cpu")
+    )
     if final == "first" and float(t[-1]) <= 0:
         raise ValueError(
             "the last timestep is 0 already, so final 'first' would repeat it: use final 'data' or an offset"

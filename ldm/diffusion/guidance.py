@@ -25,6 +25,7 @@ from ldm.diffusion.denoiser import Denoiser, denoise_both, denoise_each, denoise
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.diffusion.prediction import target
 from ldm.diffusion.schedule import NoiseSchedule, broadcast
+from ldm.support.defaults import as_tensor
 from ldm.support.scalars import check_finite
 
 
@@ -81,8 +82,8 @@ def lerp(a: Denoised, b: Denoised, weight: float | Tensor) -> Denoised:
 def _inside(schedule: NoiseSchedule, t: Tensor, interval: tuple[float, float] | None) -> Tensor:
     """Return whether each t lies in an interval of sigma/alpha, (1,) or (B,) bool on the CPU."""
     if interval is None:
-        return torch.ones(1, dtype=torch.bool)
-    alpha, sigma = schedule.alpha_sigma(torch.as_tensor(t).reshape(-1).cpu())
+        return torch.ones(1, dtype=torch.bool, device="cpu")
+    alpha, sigma = schedule.alpha_sigma(as_tensor(t).reshape(-1).cpu())
     return (interval[0] < sigma / alpha) & (sigma / alpha <= interval[1])
 
 
@@ -318,7 +319,7 @@ def switch(first: DenoiseFn, second: DenoiseFn, below: float) -> DenoiseFn:
     check_finite(below=below)
 
     def fn(x_t: Tensor, t: Tensor) -> Denoised:
-        times = torch.as_tensor(t).reshape(-1)
+        times = as_tensor(t).reshape(-1)
         if not bool((times == times[0]).all()):
             raise ValueError("switch needs one t for the whole batch")
         return (second if float(times[0]) < below else first)(x_t, t)

@@ -55,7 +55,9 @@ def initial_noise(
         The noise, shape (B, *S).
     """
     drawn = [
-        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        torch.randn(
+            *shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
+        )
         for seed in _checked_seeds(seeds)
     ]
     return torch.stack(drawn).to(device, dtype)
@@ -143,7 +145,7 @@ def brownian(seed: int, lam: float, shape: Sequence[int]) -> Tensor:
         W, float64 on the CPU.
     """
     if lam == -math.inf:
-        return torch.zeros(tuple(shape), dtype=torch.float64)
+        return torch.zeros(tuple(shape), dtype=torch.float64, device="cpu")
     low, high = LEVELS
     if not low <= lam <= high:
         raise ValueError(f"lambda must lie in [{low}, {high}], got {lam}")

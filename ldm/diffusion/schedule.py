@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.support.config import nearest
+from ldm.support.defaults import as_tensor
 from ldm.support.text import shown
 
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
@@ -74,7 +75,7 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
+        table = as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
         if table.ndim != 1 or len(table) < 1:
             raise ValueError(f"alphas_cumprod has shape {tuple(table.shape)}, expected (T,) with T >= 1")
         if not bool(((table >= 0) & (table < 1)).all()):
@@ -125,7 +126,7 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, betas: Tensor) -> NoiseSchedule:
         """Return the schedule of betas, shape (T,), in (0, 1]; only the last may be 1."""
-        betas = torch.as_tensor(betas).to("cpu", torch.float64)
+        betas = as_tensor(betas).to("cpu", torch.float64)
         if not bool(((betas > 0) & (betas <= 1)).all()):
             raise ValueError(
                 f"betas must lie in (0, 1], got values from {float(betas.min())} to {float(betas.max())}"
@@ -135,7 +136,7 @@ class NoiseSchedule:
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """Return the schedule with equally spaced betas (DDPM, section 4; CompVis calls it `sqrt_linear`)."""
-        return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
+        return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu"))
 
     @classmethod
     def scaled_linear(
@@ -143,7 +144,8 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Return the schedule with equally spaced sqrt(beta) (latent diffusion; CompVis says `linear`)."""
         return cls.from_betas(
-            torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64) ** 2
+            torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64, device="cpu")
+            ** 2
         )
 
     @classmethod
@@ -157,14 +159,14 @@ class NoiseSchedule:
             s: Offset that keeps the first betas from being too small. Default: 0.008.
             max_beta: Upper bound of beta. Default: 0.999.
         """
-        u = torch.arange(T + 1, dtype=torch.float64) / T
+        u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
         bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2  # (T + 1,)
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
 
     @property
     def betas(self) -> Tensor:
         """beta_t = 1 − alpha_bar_t/alpha_bar_(t−1), shape (T,), float64."""
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1]])
         return 1 - self.alphas_cumprod / before
 
     @cached_property
@@ -185,7 +187,7 @@ class NoiseSchedule:
             ValueError: If t is outside [0, T − 1], or between the last two entries of a zero-terminal-SNR
                 table.
         """
-        t = torch.as_tensor(t)
+        t = as_tensor(t)
         device = t.device
         t = t.to("cpu", torch.float64)
         last = len(self) - 1
@@ -234,7 +236,7 @@ class NoiseSchedule:
             ValueError: If a level is outside the table, or between the last two entries of a
                 zero-terminal-SNR table.
         """
-        table, level = self.log_ratio, torch.as_tensor(log_ratio, dtype=torch.float64)
+        table, level = self.log_ratio, as_tensor(log_ratio).to("cpu", torch.float64)
         low, high = float(table[0]), float(table[-1])
         if not bool(((level >= low - ROUNDING) & (level <= high + ROUNDING)).all()):
             found = f"from {math.exp(float(level.min())):.6g} to {math.exp(float(level.max())):.6g}"

@@ -60,24 +60,24 @@ def leading_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
         raise ValueError(
             f"the first timestep would be {(n - 1) * step + offset}, beyond the schedule's last, {T - 1}"
         )
-    return torch.arange(n - 1, -1, -1, dtype=torch.float64) * step + offset
+    return torch.arange(n - 1, -1, -1, dtype=torch.float64, device="cpu") * step + offset
 
 
 def trailing_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n timesteps in equal steps of T/n down from T − 1; `offset` is not used."""
-    t = T - torch.arange(n, dtype=torch.float64) * T / n
+    t = T - torch.arange(n, dtype=torch.float64, device="cpu") * T / n
     return (t.round() if integer else t) - 1
 
 
 def linspace_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n timesteps in equal steps from T − 1 to 0; `offset` is not used."""
-    t = torch.linspace(T - 1, 0, n, dtype=torch.float64)
+    t = torch.linspace(T - 1, 0, n, dtype=torch.float64, device="cpu")
     return t.round() if integer else t
 
 
 def sgm_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n timesteps in equal steps of (T − 1)/n down from T − 1; `offset` is not used."""
-    t = T - 1 - torch.arange(n, dtype=torch.float64) * (T - 1) / n
+    t = T - 1 - torch.arange(n, dtype=torch.float64, device="cpu") * (T - 1) / n
     return t.floor() if integer else t
 
 
@@ -85,7 +85,7 @@ def lcm_times(T: int, n: int, offset: int, integer: bool) -> Tensor:
     """Return n of the 50 timesteps of distillation, evenly chosen from the noisiest; `offset` is not used."""
     if T < DISTILLED or n > DISTILLED:
         raise ValueError(f"lcm chooses among the {DISTILLED} timesteps of distillation, got {n} of {T}")
-    chosen = torch.arange(n) * DISTILLED // n  # counted from the noisiest
+    chosen = torch.arange(n, device="cpu") * DISTILLED // n  # counted from the noisiest
     return ((DISTILLED - chosen) * (T // DISTILLED) - 1).double()
 
 
@@ -110,7 +110,7 @@ def ays_levels(table: tuple[float, ...]) -> LevelSpacing:
     """Return the spacing that interpolates a table of noise levels log-linearly, clamped to [low, high]."""
 
     def spacing(low: float, high: float, n: int, rho: float | None) -> Tensor:
-        logs = torch.tensor(table, dtype=torch.float64).log()
+        logs = torch.tensor(table, dtype=torch.float64, device="cpu").log()
         position = _ramp(n) * (len(logs) - 1)
         index = position.floor().long().clamp(max=len(logs) - 2)
         return (logs[index] + (position - index) * (logs[index + 1] - logs[index])).clamp(low, high)
@@ -120,7 +120,7 @@ def ays_levels(table: tuple[float, ...]) -> LevelSpacing:
 
 def _ramp(n: int) -> Tensor:
     """Return u = i/(n − 1), shape (n,)."""
-    return torch.linspace(0, 1, n, dtype=torch.float64)
+    return torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
 
 
 TIME_SPACINGS: dict[str, TimeSpacing] = {

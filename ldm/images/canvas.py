@@ -14,7 +14,9 @@ from ldm.images.opening import check_pixels
 from ldm.images.pixels import ImageInput, to_mask, to_pixels
 from ldm.support.warn import warn_user
 
-FOUR_NEIGHBORS = torch.tensor([[[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]]])
+FOUR_NEIGHBORS = torch.tensor(
+    [[[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]]], device="cpu", dtype=torch.float32
+)
 MARGINS = ("left", "right", "top", "bottom")
 
 
@@ -105,7 +107,11 @@ class Canvas:
         h, w = top + pixels.shape[-2] + bottom, left + pixels.shape[-1] + right
         check_pixels(w, h)
         padding = (left, right + -w % multiple, top, bottom + -h % multiple)
-        hole = F.pad(torch.zeros(1, 1, *pixels.shape[-2:]), padding, value=1.0)
+        hole = F.pad(
+            torch.zeros(1, 1, *pixels.shape[-2:], device=pixels.device, dtype=torch.float32),
+            padding,
+            value=1.0,
+        )
         return cls(pixels=F.pad(pixels, padding), hole=hole, frame=(h, w))
 
     @property

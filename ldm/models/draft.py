@@ -229,7 +229,9 @@ class Draft(nn.Module):
             draft, weight = self(e).flatten(), self._jacobian(e)  # (C·s²,), (C·s², W)
             covariance = weight @ weight.T  # (C·s², C·s²)
             own = covariance[seen][:, seen]  # (n, n) for n known numbers
-            noise = ridge * own.diagonal().mean() * torch.eye(len(own), device=own.device)  # (n, n)
+            noise = (
+                ridge * own.diagonal().mean() * torch.eye(len(own), device=own.device, dtype=own.dtype)
+            )  # (n, n)
             corrected.append(
                 draft + covariance[:, seen] @ torch.linalg.solve(own + noise, (truth - draft)[seen])
             )

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from ldm.support.defaults import Float32Mode
 
 MAX_NETWORK_TENSORS = 10_000  # of a network; Stable Diffusion XL's UNet has 1,680
 
 
-class _MetaMode(TorchFunctionMode):
+class _MetaMode(Float32Mode):
     """Mode in which tensors are counted, and the functions of `torch.nn.init` return their tensor unchanged.
 
     On the meta device these have no effect, but they import torch's compiler, which takes seconds.
@@ -35,7 +36,7 @@ class _MetaMode(TorchFunctionMode):
         self.tensors += 1
         if self.tensors > MAX_NETWORK_TENSORS:
             raise ValueError(f"expected a network of at most {MAX_NETWORK_TENSORS:,} tensors")
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class SafetyChecker(nn.Module):
         image = self.vision(prepared).pooled  # (B, E)
         special = pairwise_cosines(image, self.special_care_embeds)  # (B, special)
         concepts = pairwise_cosines(image, self.concept_embeds)  # (B, concepts)
-        added = torch.zeros(len(image))
+        added = torch.zeros(len(image), device="cpu", dtype=torch.float32)
         # in order: a match raises the scores of the embeddings after it
         for k, threshold in enumerate(self.special_care_embeds_weights.float().cpu()):
             near = torch.round(special[:, k] - threshold + added, decimals=3) > 0  # (B,)
@@ -103,7 +103,9 @@ class SafetyChecker(nn.Module):
         """Return the images (B, 3, H, W) with flagged ones black if `black` is True, else unchanged."""
         if not self.black or not any(flagged):
             return pixels
-        return torch.where(torch.tensor(flagged)[:, None, None, None], torch.zeros_like(pixels), pixels)
+        return torch.where(
+            torch.tensor(flagged, device=pixels.device)[:, None, None, None], torch.zeros_like(pixels), pixels
+        )
 
 
 def pairwise_cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def _class_conditions(card: ModelCard, labels: LabelConditioner, call: Call) -> 
 
 def _zero_where_empty(cond: Cond, texts: Sequence[str]) -> Cond:
     """Return a condition that is zero for empty texts."""
-    kept = torch.tensor([bool(text) for text in texts])
+    kept = torch.tensor([bool(text) for text in texts], device="cpu")
 
     def zeroed(value: Tensor) -> Tensor:
         if not value.is_floating_point():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.models.layers.attention import attention_control
 from ldm.support.config import nearest
+from ldm.support.defaults import as_tensor
 
 # the words of a prompt, and the positions of their tokens in the context
 WordPositions = Sequence[tuple[str, Sequence[int]]]
@@ -50,7 +51,8 @@ def align(
     Raises:
         ValueError: If the prompt does not have a word of `emphasis`.
     """
-    taken, scale = torch.zeros(tokens, tokens), torch.ones(tokens)
+    taken = torch.zeros(tokens, tokens, device="cpu", dtype=torch.float32)
+    scale = torch.ones(tokens, device="cpu", dtype=torch.float32)
     words, source_words = [word for word, _ in prompt], [word for word, _ in source]
     for tag, i, end, j, other_end in SequenceMatcher(a=source_words, b=words, autojunk=False).get_opcodes():
         if tag not in ("equal", "replace") or end - i != other_end - j:
@@ -105,7 +107,7 @@ class SourceAttention:
         """Return the DenoiseFn that also notes the progress over a grid's `times` (N,)."""
 
         def watched(x_t: Tensor, t: Tensor) -> Denoised:
-            self.progress = float((times > float(torch.as_tensor(t).reshape(-1)[0])).double().mean())
+            self.progress = float((times > float(as_tensor(t).reshape(-1)[0])).double().mean())
             return fn(x_t, t)
 
         return watched

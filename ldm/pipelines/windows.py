@@ -26,8 +26,8 @@ def window_starts(side: int, tile: int, overlap: int) -> list[int]:
 
 def ramp(tile: int, overlap: int) -> Tensor:
     """Return the weights (tile,) of positions along a window's side: rising over the overlap, never 0."""
-    edge = (torch.arange(tile) + 1.0) / (overlap + 1)
-    return torch.minimum(torch.minimum(edge, edge.flip(0)), torch.ones(()))
+    edge = (torch.arange(tile, device="cpu", dtype=torch.float32) + 1.0) / (overlap + 1)
+    return torch.minimum(torch.minimum(edge, edge.flip(0)), torch.ones_like(edge))
 
 
 def windowed(make: Callable[[Crop], DenoiseFn], tile: int, *, overlap: int) -> DenoiseFn:

@@ -34,7 +34,7 @@ class Quantised:
         wide = weight.detach().float()
         self.scale = (wide.flatten(1).abs().amax(dim=1) / 127).clamp_min(1e-30)  # (C_out,)
         quantised = (wide / self.scale.view(-1, *[1] * (wide.ndim - 1))).round().to(torch.int8)
-        self.zero = torch.zeros(len(wide), dtype=torch.long)  # (C_out,)
+        self.zero = torch.zeros(len(wide), dtype=torch.long, device=wide.device)  # (C_out,)
         self.bias = None if bias is None else bias.detach().float()
         self.conv = conv
         if conv is None:

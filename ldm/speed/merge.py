@@ -84,7 +84,7 @@ def assign(x: Tensor, size: tuple[int, int], ratio: float) -> tuple[Tensor, int]
 @lru_cache(maxsize=16)
 def even_positions(h: int, w: int) -> tuple[Tensor, Tensor]:
     """Return the positions of an h×w map in even rows and columns, and the other positions."""
-    even = torch.zeros(h, w, dtype=torch.bool)
+    even = torch.zeros(h, w, dtype=torch.bool, device="cpu")
     even[::2, ::2] = True
     return even.flatten().nonzero()[:, 0], (~even).flatten().nonzero()[:, 0]
 

@@ -60,7 +60,8 @@ class Spilled:
         self.storage = _nameless_file(make_folder(cache_folder()), max(end, 1))
         for p, start in zip(parameters, starts, strict=True):
             # torch's stubs of set_ lack the untyped storage, which it accepts
-            view = torch.empty(0, dtype=p.dtype).set_(self.storage, start // p.element_size(), p.shape)  # type: ignore[call-overload]
+            none = torch.empty(0, dtype=p.dtype, device="cpu")
+            view = none.set_(self.storage, start // p.element_size(), p.shape)  # type: ignore[call-overload]
             p.data = view.copy_(p.data)
         for part in network.modules():
             if isinstance(part, Packed):

@@ -68,6 +68,7 @@ class Map:
             self.height,
             self.width,
             dtype=self.x.dtype,
+            device=self.x.device,
             memory_format=torch.channels_last,
         )
 

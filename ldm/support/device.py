@@ -23,7 +23,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
             found = torch.device(device)
             if found.type == "meta":
                 raise RuntimeError("it holds no values")
-            torch.empty(1, device=found).zero_()
+            torch.empty(1, device=found, dtype=torch.float32).zero_()
         except (RuntimeError, AssertionError, TypeError, ImportError) as error:
             reason = escaped(f"{error}".split("\n")[0], 300)
             raise ValueError(f"device {shown(str(device))} is not available: {reason}") from None

@@ -63,7 +63,8 @@ class DiffusionConfig:
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         """Draw the timesteps of a batch, (B,) int64, stratified: one in each B-th of the distribution."""
-        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        inside = torch.rand(batch, generator=generator, device="cpu", dtype=torch.float32)
+        u = (torch.arange(batch, device="cpu") + inside) / batch
         return (
             (self.shift * u / (1 + (self.shift - 1) * u) * self.timesteps)
             .long()

@@ -22,8 +22,8 @@ class Draws:
         self.rng = np.random.Generator(
             np.random.Philox(key=np.array([seed, (stream << 48) + step], dtype=np.uint64))
         )
-        self.torch = torch.Generator().manual_seed(int(self.rng.integers(2**63)))
+        self.torch = torch.Generator("cpu").manual_seed(int(self.rng.integers(2**63)))
 
     def normal(self, *shape: int) -> Tensor:
         """Return standard normal numbers, float32, on the CPU."""
-        return torch.randn(*shape, generator=self.torch)
+        return torch.randn(*shape, generator=self.torch, device="cpu", dtype=torch.float32)

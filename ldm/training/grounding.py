@@ -105,13 +105,13 @@ def grounding_loss(maps: Iterable[Tensor], named: Sequence[NamedArea]) -> Tensor
         The loss, (); 0 where attention and area have the same shape, or nothing is named.
     """
     if not named:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu", dtype=torch.float32)
     samples, areas = [one.sample for one in named], torch.stack([one.area for one in named])[:, None]
     losses = []
     for probabilities in maps:
         positions, tokens = probabilities.shape[1:]
         side = math.isqrt(positions)
-        chosen = torch.zeros(len(named), tokens)
+        chosen = torch.zeros(len(named), tokens, device="cpu", dtype=torch.float32)
         for row, one in zip(chosen, named, strict=True):
             row[one.tokens] = 1
         attention = probabilities[samples].float() * chosen[:, None].to(probabilities.device)  # (N, L, M)

@@ -145,7 +145,11 @@ class Muon(torch.optim.Optimizer):
         state, grad, (beta1, beta2) = self.state[p], p.grad, group["betas"]
         assert grad is not None
         if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(
+                step=torch.zeros((), device="cpu", dtype=torch.float32),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
+            )
         state["step"] += 1
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

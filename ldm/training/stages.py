@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ldm.support.config import read_yaml, to_dict
+from ldm.support.defaults import plain_defaults
 from ldm.support.device import pick_device
 from ldm.support.files import write_atomically
 from ldm.training.checkpoint import REPORTING, checkpoint_step, config_differences
@@ -76,7 +77,8 @@ class TrainingStage:
     def open(self, device: torch.device | str = "cpu") -> Run:
         """Open the stage's run, at its last checkpoint if it has one."""
         device = pick_device(device)
-        part = part_kinds()[self.part].part(self.config, device)
+        with plain_defaults():
+            part = part_kinds()[self.part].part(self.config, device)
         return Run(part, self.config.run, self.config, self.folder, device)
 
     def train(

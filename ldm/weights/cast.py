@@ -31,7 +31,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict
         Contiguous tensors by name (those that already have the dtype share the memory of the input), and the
         names of those that contain NaN or infinity.
     """
-    wide = torch.empty(CHUNK, dtype=torch.float32)
+    wide = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
     made = {} if dtype is None else _cast_compiled(tensors, dtype)
     made |= {
         name: _cast_one(tensor.detach(), dtype, wide) for name, tensor in tensors.items() if name not in made
@@ -59,7 +59,7 @@ def _cast_compiled(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
         lib = library()
     except NoKernels:
         return {}
-    made, n = [torch.empty(tensor.shape, dtype=dtype) for tensor in taken.values()], len(taken)
+    made, n = [torch.empty(tensor.shape, dtype=dtype, device="cpu") for tensor in taken.values()], len(taken)
     finite = (ctypes.c_uint8 * n)()
     lib.ldm_convert(
         n,
@@ -103,8 +103,10 @@ def _cast_one(tensor: Tensor, dtype: torch.dtype | None, wide: Tensor) -> tuple[
 def _cast_by_chunks(tensor: Tensor, dtype: torch.dtype, wide: Tensor) -> tuple[Tensor, bool]:
     """Convert a tensor through float32 in chunks, and return whether it is finite."""
     # all pages are touched at once: a first touch between the chunks costs more
-    made = torch.empty(tensor.shape, dtype=dtype).zero_()
-    total = torch.zeros(())  # the sum of float16 numbers is finite if, and only if, all of them are
+    made = torch.empty(tensor.shape, dtype=dtype, device="cpu").zero_()
+    total = torch.zeros(
+        (), device="cpu", dtype=torch.float32
+    )  # the sum of float16 numbers is finite if, and only if, all of them are
     for piece, out in zip(tensor.contiguous().view(-1).split(CHUNK), made.view(-1).split(CHUNK), strict=True):
         between = wide[: piece.numel()].copy_(piece)
         out.copy_(between)

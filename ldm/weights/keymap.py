@@ -234,7 +234,7 @@ def _shapes_in_file(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
     if step.change == SAME and len(step.ours) == len(step.file):
         return [shapes[name] for name in step.ours]
     tensors = step.change.to_file(
-        [torch.empty(shapes[name], device="meta") for name in step.ours], len(step.file)
+        [torch.empty(shapes[name], device="meta", dtype=torch.float32) for name in step.ours], len(step.file)
     )
     return [tuple(tensor.shape) for tensor in tensors]
 

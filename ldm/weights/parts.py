@@ -180,7 +180,7 @@ def randomise(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float
     for part in module.modules():
         if isinstance(part, ResetsBuffers):
             part.reset_buffers()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     with torch.no_grad():
         for name, p in module.named_parameters():

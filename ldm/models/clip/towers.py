@@ -202,7 +202,7 @@ class CLIP(_TextTransformer):
         super().__init__(config.text)
         self.config = config
         self.visual = VisionTower(config.vision)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), dtype=torch.float32))
 
     def encode_text(self, ids: Tensor, *, normalize: bool = False) -> Tensor:
         """Return the embeddings (B, E) of token ids (B, L), of length 1 if `normalize`."""

@@ -167,9 +167,11 @@ class Tokenizer:
         """
         if not 0 <= pad < len(self):
             raise ValueError(f"pad: expected an id in [0, {len(self) - 1}], got {pad}")
-        result = torch.full((len(rows), length or 2 + max(map(len, rows), default=0)), pad, dtype=torch.long)
+        result = torch.full(
+            (len(rows), length or 2 + max(map(len, rows), default=0)), pad, dtype=torch.long, device="cpu"
+        )
         for i, row in enumerate(rows):
-            result[i, : len(row) + 2] = torch.tensor([self.bos_id, *row, self.eot_id])
+            result[i, : len(row) + 2] = torch.tensor([self.bos_id, *row, self.eot_id], device="cpu")
         return result
 
     def _bpe(self, word: str) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ class EmbeddingCodes(nn.Module):
     def reset_buffers(self) -> None:
         """Use the first K entries of the embedding as components, in [−1, 1]."""
         self.mean.zero_()
-        self.basis.copy_(torch.eye(*self.basis.shape))
+        self.basis.copy_(torch.eye(*self.basis.shape, device=self.basis.device, dtype=self.basis.dtype))
         self.low.fill_(-1)
         self.high.fill_(1)
 
@@ -77,7 +77,9 @@ class EmbeddingCodes(nn.Module):
         _, s, v = torch.linalg.svd(e - mean, full_matrices=False)
         # the sign of the largest entry, so that the basis is the same on every machine; (K,)
         sign = (
-            torch.where(v[:k].abs().max(1).indices[:, None] == torch.arange(v.shape[1]), v[:k], 0)
+            torch.where(
+                v[:k].abs().max(1).indices[:, None] == torch.arange(v.shape[1], device=v.device), v[:k], 0
+            )
             .sum(1)
             .sign()
         )
@@ -105,7 +107,7 @@ class EmbeddingCodes(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return embeddings (B, E) of codes (B, K): the centres of the buckets."""
-        return self.restore(self.low + (codes + 0.5) / self.buckets * (self.high - self.low))
+        return self.restore(self.low + (codes.float() + 0.5) / self.buckets * (self.high - self.low))
 
 
 def truncate(embeddings: Tensor, components: int, basis: EmbeddingCodes) -> Tensor:

@@ -52,8 +52,7 @@ class NoiseAugmentation(nn.Module):
     def __init__(self, config: AugmentationConfig) -> None:
         super().__init__()
         self.config = config
-        with torch.device("cpu"):  # the schedule holds data, also if the network is built on the meta device
-            self.schedule = NoiseSchedule.cosine(config.timesteps)
+        self.schedule = NoiseSchedule.cosine(config.timesteps)
         self.register_buffer("mean", torch.empty(1, config.embed_dim))
         self.register_buffer("std", torch.empty(1, config.embed_dim))
         self.reset_buffers()

@@ -232,7 +232,7 @@ class Prior(nn.Module):
             raise ValueError(
                 "a prior with plain blocks has no learned condition of no text: pass that of the empty text"
             )
-        context = torch.zeros(n, c.length, c.text_dim, device=device)
+        context = torch.zeros(n, c.length, c.text_dim, device=device, dtype=torch.float32)
         return Cond(
             context=context,
             context_mask=torch.zeros(n, c.length, dtype=torch.bool, device=device),

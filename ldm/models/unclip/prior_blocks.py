@@ -127,7 +127,7 @@ class RelativeBias(nn.Module):
         )  # (queries, keys)
         exact = self.BUCKETS // 2
         far = (
-            torch.log(distance.clamp(min=1) / exact)
+            torch.log(distance.float().clamp(min=1) / exact)
             / math.log(self.FARTHEST / exact)
             * (self.BUCKETS - exact)
         )  # (queries, keys)

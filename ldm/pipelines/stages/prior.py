@@ -124,4 +124,4 @@ def best_of(sample: Callable[[int], Tensor], candidates: int, cond: Cond) -> Ten
         return stack[:, 0]
     assert cond.pooled is not None
     best = torch.einsum("bke,be->bk", stack, cond.pooled.to(stack)).argmax(1)
-    return stack[torch.arange(len(stack)), best]
+    return stack[torch.arange(len(stack), device=stack.device), best]

@@ -215,7 +215,7 @@ class Stage:
         denoiser = self.quantized(call)
         if getattr(denoiser.net.config, "guidance_dim", None) is not None:
             # latent consistency models: the guidance scale is an input of the network
-            scale = torch.full((len(call.seeds),), call.guidance, device=self.device)
+            scale = torch.full((len(call.seeds),), call.guidance, device=self.device, dtype=torch.float32)
             return self.clamped(denoiser.bind(replace(cond, guidance=scale)))
         if image_guidance is None:
             return self.clamped(self.guide(denoiser, cond, uncond, call.guidance))

@@ -171,7 +171,7 @@ def led_by_source(
     places = pipe.text.places(lead.source), pipe.text.places(call.texts[0])
     alignment = align(*places, cond.context.shape[1], lead.emphasis)
     control = SourceAttention(alignment=alignment, count=n, cross=lead.cross, within=lead.within)
-    scale = torch.full((2 * n, 1, 1, 1), call.guidance, device=stage.device)
+    scale = torch.full((2 * n, 1, 1, 1), call.guidance, device=stage.device, dtype=torch.float32)
     if lead.given:
         scale[:n] = 1.0
     denoiser = stage.quantized(call)

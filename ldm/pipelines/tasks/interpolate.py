@@ -58,7 +58,7 @@ def interpolate(
             f"a and b: expected two texts, two seeds, or two images, got {type(a).__name__} and"
             f" {type(b).__name__}"
         )
-    w = torch.linspace(0, 1, n)
+    w = torch.linspace(0, 1, n, device="cpu", dtype=torch.float32)
     if kinds[0] is str:
         return _between_texts(pipe, a, b, w, {**options, "steps": steps, "seed": [seed] * n})
     if kinds[0] is int:
@@ -164,7 +164,7 @@ def embedding_interpolate(
             )
         call = inverting_call(pipe, [prompt] * n, sides[0], {**shared, "n": 1}, eta=0.0)
     ends = [pipe.embed(side, seed=seed, **prior_options(options)) for side in (a, b)]
-    w = torch.linspace(0, 1, n)
+    w = torch.linspace(0, 1, n, device="cpu", dtype=torch.float32)
     path = replace(ends[0], vector=slerp(ends[0].vector, ends[1].vector.to(ends[0].vector.device), w))
     if invert:
         noises = [invert_embedding(pipe, call, pixels, end) for pixels, end in zip(sides, ends, strict=True)]

@@ -62,7 +62,8 @@ def text_difference(
         )
     direction = F.normalize((texts[1] - texts[0])[None], dim=-1).to(start.vector.device)
     length = start.vector.norm(dim=1, keepdim=True)
-    path = replace(start, vector=slerp(start.vector, direction * length, torch.linspace(0, most, n)))
+    w = torch.linspace(0, most, n, device="cpu", dtype=torch.float32)
+    path = replace(start, vector=slerp(start.vector, direction * length, w))
     if invert:
         latents = invert_embedding(pipe, call, pixels, start)
         call = replace(call, latents=latents.expand(n, *latents.shape[1:]))

@@ -67,7 +67,7 @@ def upscale(
         noise = torch.stack([keyed_normal(seed, LOW_NOISE, low.shape[1:]) for seed in call.seeds])
         low = low.expand(len(call.seeds), -1, -1, -1)
         noised = stage.denoiser.schedule.add_noise(low, noise_level, noise.to(stage.device))
-        extra = {"concat": noised, "pooled": torch.full((len(low),), noise_level)}
+        extra = {"concat": noised, "pooled": torch.full((len(low),), noise_level, device="cpu")}
     request = Request(task="upscale", extra=extra, window=window, facts={"noise_level": noise_level})
     return pipe.draw(call, request)
 

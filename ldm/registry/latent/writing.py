@@ -126,7 +126,7 @@ def write_original(pipe: LatentDiffusion, path: Path, dtype: torch.dtype | None)
         for place in (prefix, *copies):
             state |= {place + key: narrow(place + key, tensor, dtype) for key, tensor in inner.items()}
     if pipe.latent_scale != pipe.card.latent_scale:
-        state["scale_factor"] = torch.tensor(pipe.latent_scale, dtype=torch.float64)
+        state["scale_factor"] = torch.tensor(pipe.latent_scale, dtype=torch.float64, device="cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, state | markers, {"format": "pt", **metadata})
     return path
@@ -148,13 +148,15 @@ def sampling_markers(card: ModelCard) -> tuple[dict[str, Tensor], dict[str, str]
             f"layout 'original' cannot state the schedule, the latents or the texts by which these weights"
             f" differ from the card {card.name!r}: expected 'native' or 'diffusers'"
         )
-    keys: dict[str, Tensor] = {}
+    marker, keys = torch.zeros(0, device="cpu", dtype=torch.float32), dict[str, Tensor]()
     metadata: dict[str, str] = {}
     if card.prediction != known.prediction:
         metadata["modelspec.prediction_type"] = PREDICTION_NAMES[card.prediction]
-        keys |= {"v_pred": torch.zeros(0)} if card.prediction == "v" else {}
+        keys |= (
+            {"v_pred": torch.zeros(0, device="cpu", dtype=torch.float32)} if card.prediction == "v" else {}
+        )
     if card.schedule.zero_terminal_snr and not known.schedule.zero_terminal_snr:
-        keys["ztsnr"] = torch.zeros(0)
+        keys["ztsnr"] = marker
     return keys, metadata
 
 

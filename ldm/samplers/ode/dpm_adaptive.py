@@ -101,7 +101,10 @@ class _Solver:
         self, x: Tensor, last: int, h_init: float, max_steps: int, on_step: OnStep | None
     ) -> tuple[Tensor, int, bool]:
         """Return the state `last`, the number of attempts, and whether on_step ended the run."""
-        lam, end = (torch.full((len(x),), float(self.grid.lam[i]), dtype=torch.float64) for i in (0, last))
+        lam, end = (
+            torch.full((len(x),), float(self.grid.lam[i]), dtype=torch.float64, device="cpu")
+            for i in (0, last)
+        )
         h = torch.full_like(lam, h_init)  # (B,)
         y = y_before = x / float(self.grid.alpha[0])  # y_before: the lower order's at the last accepted step
         attempts, stop = 0, False

@@ -94,7 +94,9 @@ def winograd_weights(weight: Tensor) -> Tensor:
     Returns:
         Shape (16, C, C_out).
     """
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    g = torch.tensor(
+        [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device="cpu"
+    )
     return torch.stack(
         [torch.einsum("ab,ocab->co", torch.outer(row, column), weight.double()) for row in g for column in g]
     ).to(weight.dtype)
@@ -187,7 +189,7 @@ class CompiledOps(TorchOps):
             return super().moments(x)
         x = x.contiguous(memory_format=CHANNELS_LAST)
         batch, channels, h, w = x.shape
-        mean, m2 = torch.empty(2, batch, channels, dtype=torch.float64)
+        mean, m2 = torch.empty(2, batch, channels, dtype=torch.float64, device="cpu")
         self.lib.ldm_moments(
             dtype_code(x),
             pointer(x),

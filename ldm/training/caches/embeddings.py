@@ -165,5 +165,5 @@ def retrieval_figures(image: Tensor, text: Tensor) -> dict[str, float]:
         How often the nearest image of a caption is its own, and the mean cosine of the pairs.
     """
     similarity = text @ image.T
-    hits = similarity.argmax(1) == torch.arange(len(image))
+    hits = similarity.argmax(1) == torch.arange(len(image), device=similarity.device)
     return {"text_to_image_top1": float(hits.float().mean()), "cosine": float(similarity.diagonal().mean())}

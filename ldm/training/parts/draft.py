@@ -105,7 +105,7 @@ class DraftPart:
         ][:64]
         drafts = self.draft([caption(c.facts, index) for c in plain]).cpu().flatten(1)  # (256, C·h·w)
         truth = self.latents.encode(plain).cpu().flatten(1)
-        hits = torch.cdist(drafts, truth).argmin(1) == torch.arange(len(plain))
+        hits = torch.cdist(drafts, truth).argmin(1) == torch.arange(len(plain), device="cpu")
         figures = {
             "plain_mse": float((drafts - truth).square().mean()),
             "plain_top1": float(hits.float().mean()),

@@ -88,7 +88,8 @@ class VAEPart:
             "kl": posterior.kl().mean() / x[0].numel(),
         }
         return sum(
-            (getattr(weights, name) * value for name, value in figures.items()), torch.zeros(())
+            (getattr(weights, name) * value for name, value in figures.items()),
+            torch.zeros((), device=x.device, dtype=torch.float32),
         ), figures
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:

@@ -171,7 +171,7 @@ def betas_of_card(trained: object, schedule: ScheduleCard) -> ScheduleCard:
         isinstance(beta, int | float) and not isinstance(beta, bool) for beta in trained
     )
     if listed and len(cast(list[float], trained)) == len(betas):
-        if torch.allclose(torch.tensor(trained, dtype=torch.float64), betas, rtol=1e-4, atol=0):
+        if torch.allclose(torch.tensor(trained, dtype=torch.float64, device="cpu"), betas, rtol=1e-4, atol=0):
             return schedule
     raise ValueError(f"trained_betas {named(trained)}, expected those of the card's schedule")
 

@@ -41,7 +41,9 @@ def write_library(folder: Path, library: ExemplarLibrary) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     exemplars = list(library)
     content = b"".join(exemplar.content for exemplar in exemplars)
-    ends = torch.tensor([len(exemplar.content) for exemplar in exemplars], dtype=torch.int64).cumsum(0)
+    ends = torch.tensor(
+        [len(exemplar.content) for exemplar in exemplars], dtype=torch.int64, device="cpu"
+    ).cumsum(0)
     state = {"content": torch.frombuffer(bytearray(content), dtype=torch.uint8), "ends": ends}
     write_safetensors(folder / LIBRARY_IMAGES, state, {"format": "pt", "part": "library"})
     index = {

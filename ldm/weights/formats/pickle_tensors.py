@@ -141,7 +141,7 @@ class TensorBuilder:
         self.total += numel * dtype.itemsize
         if len(self.tensors) == MAX_TENSORS:
             raise ValueError(f"more than {MAX_TENSORS:,} tensors")
-        made = torch.empty(0, dtype=dtype)
+        made = torch.empty(0, dtype=dtype, device="cpu")
         self.tensors.append(Described(made, storage, offset, tuple(size), tuple(stride)))
         return made
 

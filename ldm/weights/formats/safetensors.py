@@ -248,7 +248,7 @@ def mapped_bytes(data: mmap.mmap, begin: int, size: int, alignment: int) -> Tens
         alignment: Number of bytes of which the offset is a multiple, or a copy is made.
     """
     if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     if begin % alignment:
         return torch.frombuffer(bytearray(data[begin : begin + size]), dtype=torch.uint8)
     return torch.frombuffer(data, dtype=torch.uint8, count=size, offset=begin)
@@ -258,7 +258,9 @@ def mapped_tensor(data: mmap.mmap, info: TensorInfo) -> Tensor:
     """Return a tensor that shares the memory of a map; see `mapped_bytes`."""
     flat = mapped_bytes(data, info.begin, info.end - info.begin, info.dtype.itemsize)
     return (
-        flat.view(info.dtype).view(info.shape) if flat.numel() else torch.empty(info.shape, dtype=info.dtype)
+        flat.view(info.dtype).view(info.shape)
+        if flat.numel()
+        else torch.empty(info.shape, dtype=info.dtype, device="cpu")
     )
 
 
