@@ -172,3 +172,39 @@ def test_wrong_values_are_one_line(work_folder, arguments, message, capsys):
     assert main([*arguments, "--weights", "tiny"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1 and len(error) < 2200
+
+
+FOREIGN = {
+    "a folder without code": {"ldm/notes.txt": "of the user"},
+    "the modules of another project": {"ldm/util.py": "raise SystemExit(9)", "ldm/models/__init__.py": ""},
+    "a package of another project": {"ldm/__init__.py": ""},
+    "a module": {"ldm.py": "raise SystemExit(9)"},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_called_ldm_beside_the_command(tmp_path, files):
+    """The console script and `python -P -m ldm` never look there; `python -m ldm` prefers other packages."""
+    for name, text in files.items():
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text(text, encoding="utf-8")
+    script = tmp_path / "script"  # what pip writes for the entry point of setup.py
+    start = "import sys\nfrom ldm.cli.commands import run_command_line\nsys.exit(run_command_line())\n"
+    script.write_text(start, encoding="utf-8")
+    works = {"script": [str(script)], "module": ["-m", "ldm"], "safe": ["-P", "-m", "ldm"]}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for name, command in works.items():
+        if name == "safe" and sys.version_info < (3, 11):
+            continue
+        made = subprocess.run(
+            [sys.executable, *command, "--help"],
+            cwd=tmp_path / "work",
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        if name == "module" and ("ldm.py" in files or "ldm/__init__.py" in files):
+            assert made.stderr.count("\n") <= 1  # Python finds the other code, and this library never runs
+        else:
+            assert made.returncode == 0 and made.stdout.startswith("usage: ldm"), made.stderr
