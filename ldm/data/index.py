@@ -14,7 +14,9 @@ import numpy as np
 from ldm.conditioning.words import words_in
 from ldm.data.facts import STYLES, Style
 from ldm.data.wording import grammar_words
-from ldm.support.config import nearest
+from ldm.support.config import build, nearest
+from ldm.support.strict_json import read_json
+from ldm.support.text import escaped, shown
 
 IMAGES_FILE, INDEX_FILE, MANIFEST_FILE = "pictures.npy", "index.json", "manifest.json"
 BUILD_COMMAND = "python -m ldm.data.emoji"
@@ -32,6 +34,9 @@ class ImageRecord:
         tags: Emojibase's tags.
         held_out: Whether the image is kept out of training.
         tints: Whether the image can be recoloured; see `takes_colour`.
+
+    Raises:
+        ValueError: If the name is empty, or there is no such style.
     """
 
     name: str
@@ -40,6 +45,12 @@ class ImageRecord:
     tags: tuple[str, ...] = ()
     held_out: bool = False
     tints: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.name.strip("- "):
+            raise ValueError(f"name: expected words, got {shown(self.name)}")
+        if self.style not in STYLES:
+            raise ValueError(f"style {shown(self.style)}; {nearest(self.style, STYLES)}")
 
     @property
     def phrase(self) -> str:
@@ -186,7 +197,8 @@ class EmojiData:
 
         Raises:
             FileNotFoundError: If a file is absent; the message names the command that builds the data set.
-            ValueError: If the files do not fit each other.
+            ValueError: If a file is not what it should be, the files do not fit each other, or there is no
+                image; the message names the file.
         """
         folder = Path(folder)
         for name in (IMAGES_FILE, INDEX_FILE, MANIFEST_FILE):
@@ -195,20 +207,13 @@ class EmojiData:
                     f"no emoji data set in {str(folder)!r} ({name} is absent): build it with `{BUILD_COMMAND}"
                     f" --out {folder}`"
                 )
-        images = np.load(folder / IMAGES_FILE, mmap_mode="r", allow_pickle=False)
-        shape = images.shape
-        if images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 4 or shape[1] != shape[2]:
-            raise ValueError(
-                f"{str(folder / IMAGES_FILE)!r}: expected uint8 (N, P, P, 4), got {images.dtype} {shape}"
-            )
-        rows = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        index = ImageIndex(ImageRecord(**{**row, "tags": tuple(row["tags"])}) for row in rows)
+        images, index = _read_images(folder / IMAGES_FILE), _read_index(folder / INDEX_FILE)
         if len(images) != len(index):
             raise ValueError(
                 f"{str(folder)!r}: {len(images)} images but {len(index)} rows in the index; build it again"
                 f" with `{BUILD_COMMAND}`"
             )
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST_FILE)
         return cls(images=images, index=index, manifest=manifest)
 
     @property
@@ -227,3 +232,32 @@ class EmojiData:
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+def _read_images(path: Path) -> np.ndarray:
+    """Memory-map the images of a data set, (N, P, P, 4) uint8 with N and P at least 1."""
+    try:
+        images: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{shown(str(path))}: no NumPy array ({escaped(error, 300)})") from None
+    shape = images.shape
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 4 or shape[1] != shape[2] or 0 in shape:
+        raise ValueError(
+            f"{shown(str(path))}: expected uint8 (N, P, P, 4) with at least one image, got"
+            f" {images.dtype} {shape}"
+        )
+    return images
+
+
+def _read_index(path: Path) -> ImageIndex:
+    """Read the rows of a data set."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(str(path))}: no JSON ({escaped(error, 300)})") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{shown(str(path))}: expected a list of rows, got {shown(rows)}")
+    try:
+        return ImageIndex(build(ImageRecord, row, f"row {i}") for i, row in enumerate(rows))
+    except ValueError as error:
+        raise ValueError(f"{shown(str(path))}: {error}") from None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,36 @@ class Mix:
     def is_plain(self) -> bool:
         """Whether every scene shows one thing in its own colour at full size."""
         return not any((self.two, self.count, self.small, self.placed, self.colour))
+
+
+def check_mix(mix: Mix, index: ImageIndex) -> None:
+    """Check that training images of an index allow every kind of scene that a mix has.
+
+    Raises:
+        ValueError: If no style of positive weight has a training image, or a probability is more than 0 for
+            facts that no scene can have: two things where there is one name, or a colour where nothing can be
+            recoloured. The message names the probability.
+    """
+    kinds: dict[str, tuple[dict[str, Any], Callable[[Facts], object]]] = {
+        "two": ({"two": 1.0, "count": 0.0}, lambda facts: facts.relation),
+        "count": ({"two": 0.0, "count": 1.0}, lambda facts: facts.count > 1),
+        "colour": ({"colour": 1.0}, lambda facts: any(thing.colour for thing in facts.things)),
+        "background": ({"background": 1.0}, lambda facts: facts.background),
+    }
+    rng = np.random.default_rng(0)
+    sample_facts(rng, index, mix)
+    for name, (changes, has) in kinds.items():
+        if getattr(mix, name) > 0:
+            changed = dataclasses.replace(mix, **changes)
+            try:
+                possible = any(has(sample_facts(rng, index, changed)) for _ in range(1000))
+            except ValueError:
+                possible = False
+            if not possible:
+                raise ValueError(
+                    f"{name} {getattr(mix, name)}: expected 0, as the {len(index.train)} training images, or"
+                    " what is held out of their combinations, allow no such scene"
+                )
 
 
 def sample_scene(rng: np.random.Generator, index: ImageIndex, mix: Mix) -> Scene:

@@ -20,15 +20,40 @@ from ldm.data import (
     render_batch,
     sample_scene,
 )
+from ldm.data.index import INDEX_FILE
+from ldm.data.mix import check_mix
 from ldm.training.config import DataConfig
 
 
 class TrainingImages:
-    """The data set as a training run sees it."""
+    """The data set as a training run sees it.
 
-    def __init__(self, config: DataConfig) -> None:
+    Args:
+        config: The folder and the mix.
+        validates_held_out: Whether the run validates on held-out images. Default: False.
+
+    Raises:
+        FileNotFoundError: If the data set is absent.
+        ValueError: If the data set is damaged, has no training image, does not allow the scenes of the mix
+            (see `check_mix`), or has no held-out image where the run needs some.
+    """
+
+    def __init__(self, config: DataConfig, *, validates_held_out: bool = False) -> None:
         self.config = config
         self.data = EmojiData.open(config.folder)
+        if not len(self.data.train):
+            raise ValueError(f"data.folder {config.folder!r}: all {len(self.data)} images are held out")
+        if validates_held_out and not len(self.data.held_out):
+            raise ValueError(
+                f"data.folder {config.folder!r}: none of the {len(self.data)} images is held out, and this"
+                f' part validates on such images: set "held_out" to true for some rows of {INDEX_FILE}'
+            )
+        for key, mix in (("mix", config.mix), ("drawn", config.drawn)):
+            try:
+                if mix is not None:
+                    check_mix(mix, self.index)
+            except ValueError as error:
+                raise ValueError(f"data.{key} of {config.folder!r}: {error}") from None
 
     @property
     def index(self) -> ImageIndex:

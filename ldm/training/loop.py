@@ -20,6 +20,7 @@ from ldm.support.config import to_dict
 from ldm.support.device import dtype_of, fast_dtype
 from ldm.support.files import open_atomically, write_atomically
 from ldm.support.progress import progress_bar
+from ldm.support.scalars import whole_number
 from ldm.training.checkpoint import check_resumable, load_checkpoint, match_strides, save_checkpoint
 from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
@@ -50,6 +51,12 @@ class Trainable(Protocol):
 
     def export(self, folder: Path, record: Mapping[str, object]) -> None:
         """Write the model's present weights and everything needed to use them."""
+
+
+def check_until(until: Any) -> None:  # Any: an option
+    """Raise ValueError unless `until` is None or a step."""
+    if until is not None:
+        whole_number("until", until, least=1)
 
 
 class Run:
@@ -122,8 +129,7 @@ class Run:
                 anything, and names the step, the samples and the first parameter; the last checkpoint is
                 kept.
         """
-        if until is not None and until < 1:
-            raise ValueError(f"until: expected a step of at least 1, got {until}")
+        check_until(until)
         self.folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.folder):
             self._train(self.config.steps if until is None else min(until, self.config.steps), progress)

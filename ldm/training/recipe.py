@@ -13,6 +13,7 @@ from ldm.support.config import nearest
 from ldm.support.files import write_atomically
 from ldm.training.caches.embeddings import clip_name
 from ldm.training.config_file import build_stage_config, read_stage_file
+from ldm.training.loop import check_until
 from ldm.training.recipe_file import (
     MODEL_FOLDER,
     RECIPE_FILE,
@@ -105,10 +106,12 @@ def train_recipe(
 
     Raises:
         FileNotFoundError: If a file is absent.
-        ValueError: If a file is wrong, or a stage was begun with another configuration or from another
-            export.
+        ValueError: If a file is wrong, `until` is neither a stage nor a step of at least 1, or a stage was
+            begun with another configuration or from another export.
     """
     report = report or (lambda line: None)
+    if not isinstance(until, str):
+        check_until(until)
     if not is_recipe(path):
         return _train_stage_file(path, runs, device, until, dry_run, report, progress)
     recipe = open_recipe(path, runs)

@@ -20,7 +20,7 @@ from ldm.support.device import pick_device
 from ldm.support.files import write_atomically
 from ldm.training.checkpoint import REPORTING, checkpoint_step, config_differences
 from ldm.training.kinds import part_kinds
-from ldm.training.loop import Run
+from ldm.training.loop import Run, check_until
 
 Hashes = dict[str, str]  # part -> SHA-256 of its weights
 
@@ -93,7 +93,11 @@ class TrainingStage:
 
         Returns:
             Whether the stage is finished.
+
+        Raises:
+            ValueError: If `until` is no step of at least 1.
         """
+        check_until(until)
         run = self.open(device)
         self.write_record(exports=None)
         run.train(until=until, progress=progress)

@@ -206,3 +206,35 @@ def test_files_that_do_not_fit_each_other_are_refused(folder):
     np.save(folder / "pictures.npy", np.zeros((17, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"\(N, P, P, 4\)"):
         EmojiData.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pictures.npy", b"", r"pictures\.npy': no NumPy array"),
+        ("pictures.npy", b"\x93NUMPY damaged", r"pictures\.npy': no NumPy array"),
+        ("index.json", b"[{", r"index\.json': no JSON"),
+        ("index.json", b"{}", r"index\.json': expected a list of rows, got \{\}"),
+        ("index.json", b'[{"style": "noto"}]', r"index\.json': row 0: missing key 'name'"),
+        ("index.json", b'[{"name": "cat", "style": "nota"}]', r"row 0\.style: 'nota'; did you mean 'noto'"),
+        (
+            "index.json",
+            b'[{"name": "", "style": "noto"}]',
+            r"index\.json': row 0: name: expected words, got ''",
+        ),
+        ("index.json", b'[{"name": "cat", "style": "noto", "held": 1}]', r"row 0: unknown key 'held'"),
+        ("index.json", b'[{"name": "cat", "style": "noto", "tags": 1}]', r"row 0\.tags: expected a list"),
+        ("manifest.json", b"[]", r"manifest\.json'"),
+    ],
+)
+def test_damaged_files_are_named(folder, name, content, message):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        EmojiData.open(folder)
+
+
+def test_a_data_set_without_images_is_refused(folder):
+    np.save(folder / "pictures.npy", np.zeros((0, 64, 64, 4), np.uint8))
+    (folder / "index.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"with at least one image, got uint8 \(0, 64, 64, 4\)"):
+        EmojiData.open(folder)

@@ -19,7 +19,7 @@ from ldm.data import (
     sample_scene,
 )
 from ldm.data.facts import PLACES, RELATIONS
-from ldm.data.mix import can_be_stated
+from ldm.data.mix import can_be_stated, check_mix
 
 N = 6000
 PLAIN = dict.fromkeys(("style", "two", "count", "small", "placed", "colour", "background"), 0.0)
@@ -196,3 +196,14 @@ def test_things_that_take_no_colour_are_not_recoloured():
     index = ImageIndex(rows)
     coloured = {f.things[0].name: f.things[0].colour is not None for f in facts_from(index, mix, 300)}
     assert coloured == {"ring": True, "ghost": False, "disc": False}
+
+
+def test_kinds_of_scenes_that_the_images_do_not_allow_are_refused(words):
+    check_mix(Mix(), words)
+    rice = ImageIndex([ImageRecord(name="rice", style="noto", tints=False)])
+    check_mix(Mix(**PLAIN), rice)
+    for name, value in (("two", 0.1), ("count", 0.2), ("colour", 0.3)):
+        with pytest.raises(ValueError, match=f"{name} {value}: expected 0, as the 1 training images"):
+            check_mix(Mix(**{**PLAIN, name: value}), rice)
+    with pytest.raises(ValueError, match="no training image in any style of positive weight"):
+        check_mix(Mix(**{**PLAIN, "styles": {"fluent": 1.0}}), rice)

@@ -55,7 +55,7 @@ def test_a_step_that_is_not_finite_changes_nothing(place, where):
 
 
 def test_until_is_a_step(place):
-    with pytest.raises(ValueError, match="until: expected a step of at least 1, got 0"):
+    with pytest.raises(ValueError, match="until: expected a whole number of at least 1, got 0"):
         open_run(vae_file(place)).train(until=0, progress=False)
     assert not Path("runs/vae/checkpoint.pt").exists()
 

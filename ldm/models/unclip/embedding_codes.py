@@ -67,7 +67,7 @@ class EmbeddingCodes(nn.Module):
             The fraction of the variance that the K components keep, in [0, 1].
 
         Raises:
-            ValueError: If the embeddings have another shape.
+            ValueError: If the embeddings have another shape, or less than K components vary.
         """
         e = embeddings.to("cpu", torch.float64)  # (N, E)
         k = len(self.basis)
@@ -90,6 +90,8 @@ class EmbeddingCodes(nn.Module):
         self.basis.copy_(basis)
         self.low.copy_(ordered[cut])
         self.high.copy_(ordered[len(e) - 1 - cut])
+        if constant := int((self.high <= self.low).sum()):
+            raise ValueError(f"embeddings: expected {k} components that vary, got {k - constant}")
         return float(s[:k].square().sum() / s.square().sum())
 
     def project(self, embeddings: Tensor) -> Tensor:

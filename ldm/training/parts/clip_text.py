@@ -16,7 +16,7 @@ from ldm.data import caption, plain_scene
 from ldm.data.captions import vocabulary
 from ldm.training.caches.embeddings import EmbeddingCache, read_clip, retrieval_figures
 from ldm.training.caches.scenes import CachedScenes
-from ldm.training.config import DataConfig, RunConfig
+from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
 from ldm.training.losses import contrastive_loss
@@ -40,6 +40,9 @@ class CLIPTextTraining:
     text: str
     vision: str
     variants: int
+
+    def __post_init__(self) -> None:
+        check_at_least(0, variants=self.variants)
 
 
 class CLIPTextPart:

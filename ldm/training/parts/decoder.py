@@ -20,7 +20,7 @@ from ldm.training.caches.embeddings import EmbeddingCache, check_embed_dim, embe
 from ldm.training.caches.latents import LatentSpace, read_latent_shape
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
 from ldm.training.caches.scenes import CachedScenes, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_fraction
+from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fraction
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
@@ -66,6 +66,8 @@ class DecoderTraining:
     from_prior: PriorEmbeddings | None = None
 
     def __post_init__(self) -> None:
+        check_at_least(0, variants=self.variants)
+        check_at_least(1, length=self.length)
         check_fraction(drop_image=self.drop_image)
         joined = 0 if self.model.draft is None else self.model.draft.channels
         if self.model.unet.in_channels != self.model.unet.out_channels + joined:
@@ -84,7 +86,7 @@ class DecoderPart:
 
     def __init__(self, config: DecoderTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
+        self.images = TrainingImages(config.data, validates_held_out=True)
         self.clip = read_clip(config.text, config.vision, length=config.length).to(device)
         check_embed_dim("model.condition.embed_dim", config.model.condition.embed_dim, self.clip)
         channels, *_ = read_latent_shape(config.vae, self.images)

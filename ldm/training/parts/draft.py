@@ -19,7 +19,7 @@ from ldm.data.captions import vocabulary
 from ldm.models.draft import Draft, DraftConfig
 from ldm.training.caches.latents import LatentSpace, check_draft_shape, read_latent_shape
 from ldm.training.caches.scenes import CachedScenes, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_fraction
+from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fraction
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
 from ldm.weights.formats.ldm_folder import read_text, write_text
@@ -49,6 +49,7 @@ class DraftTraining:
     drop: float = 0.1
 
     def __post_init__(self) -> None:
+        check_at_least(0, variants=self.variants)
         check_fraction(drop=self.drop)
 
 

@@ -32,7 +32,7 @@ from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.caches.latents import LatentSpace
 from ldm.training.caches.scenes import CachedScenes
-from ldm.training.config import DataConfig, RunConfig
+from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, image_grid, to_uint8
@@ -57,6 +57,9 @@ class SlotTextConfig:
     layers: int = 2
     heads: int = 4
     length: int = 40
+
+    def __post_init__(self) -> None:
+        check_at_least(1, layers=self.layers, heads=self.heads, length=self.length)
 
     def make(self, width: int) -> TextConditioner:
         """Return a new text tower with the vocabulary of the captions' grammar and the slot words."""
@@ -101,6 +104,7 @@ class ExemplarTraining:
     scenes: int
 
     def __post_init__(self) -> None:
+        check_at_least(1, scenes=self.scenes)
         if self.model.context_dim != self.exemplars.width:
             raise ValueError(
                 f"model.context_dim {self.model.context_dim}: expected exemplars.width {self.exemplars.width}"
@@ -114,7 +118,7 @@ class ExemplarPart:
 
     def __init__(self, config: ExemplarTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
+        self.images = TrainingImages(config.data, validates_held_out=True)
         if config.exemplars.size != self.images.data.images.shape[1]:
             raise ValueError(
                 f"exemplars.size {config.exemplars.size}: the data set's images have"

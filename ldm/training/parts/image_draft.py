@@ -73,7 +73,7 @@ class ImageDraftTraining:
                 f" reads captions, else None; got {self.text!r}"
             )
         check_fraction(drop=self.drop)
-        check_at_least(0, jitter=self.jitter)
+        check_at_least(0, jitter=self.jitter, variants=self.variants)
         if self.whitened and self.net is not None:
             raise ValueError(f"whitened: expected false for a draft that begins with the one in {self.net!r}")
 
@@ -83,7 +83,7 @@ class ImageDraftPart:
 
     def __init__(self, config: ImageDraftTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
+        self.images = TrainingImages(config.data, validates_held_out=True)
         length = None if config.from_prior is None else config.from_prior.length
         self.clip = read_clip(config.text, config.vision, length=length).to(device)
         check_embed_dim(
@@ -94,7 +94,10 @@ class ImageDraftPart:
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
         self.embeddings = EmbeddingCache.open(self.clip, self.scenes, config.from_prior)
         vectors = self.embeddings.vectors
-        self.spread = torch.from_numpy(vectors[::37].astype(np.float32)).std(0).to(device)  # (E,)
+        if len(vectors) == 1 and config.jitter > 0:
+            raise ValueError(f"jitter {config.jitter}: expected 0, as one image has no standard deviation")
+        measured = vectors[:: max(1, min(37, len(vectors) // 100))].astype(np.float32)
+        self.spread = torch.from_numpy(measured).std(0).to(device)  # (E,)
         self.captions: np.ndarray | None = None
         if config.text is not None and config.reads_text:
             self.captions = caption_embeddings(self.clip, config.text, self.scenes)

@@ -71,6 +71,7 @@ class PriorTraining:
         if self.diffusion.prediction != "x0":
             raise ValueError(f"diffusion.prediction: a prior predicts x0, got {self.diffusion.prediction!r}")
         check_at_least(8, measured=self.measured)
+        check_at_least(0, variants=self.variants)
 
     @property
     def shape(self) -> PriorConfig | AutoregressiveConfig:
@@ -85,7 +86,7 @@ class PriorPart:
 
     def __init__(self, config: PriorTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
+        self.images = TrainingImages(config.data, validates_held_out=True)
         self.clip = read_clip(config.text, config.vision, length=config.shape.length).to(device)
         check_embed_dim("embed_dim", config.shape.embed_dim, self.clip)
         torch.manual_seed(config.run.seed)

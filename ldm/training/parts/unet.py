@@ -95,6 +95,7 @@ class UNetTraining:
     grounding: Grounding | None = None
 
     def __post_init__(self) -> None:
+        check_at_least(0, variants=self.variants)
         if self.grounding is not None and self.grounding.only and (self.text.tuned or self.net is None):
             raise ValueError(
                 "grounding.only: expected a net to begin with and a text tower that is not tuned, because"
@@ -108,6 +109,8 @@ class UNetPart:
     def __init__(self, config: UNetTraining, device: torch.device) -> None:
         self.config, self.device = config, device
         self.images = TrainingImages(config.data)
+        if config.grounding is not None and len(self.images.plain_rows()) < 2:
+            raise ValueError("grounding: expected at least two training images, which validation pairs")
         channels, *_ = read_latent_shape(config.vae, self.images)
         self.text = read_text(config.text.folder).to(device).requires_grad_(config.text.tuned)
         check_input_widths(config, self.text, channels)

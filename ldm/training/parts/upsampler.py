@@ -80,7 +80,7 @@ class UpsamplerPart:
 
     def __init__(self, config: UpsamplerTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
+        self.images = TrainingImages(config.data, validates_held_out=True)
         torch.manual_seed(config.run.seed)
         net = UNet(config.model)
         zero_outputs(net)

@@ -39,6 +39,8 @@ class VAELoss:
 
     def __post_init__(self) -> None:
         check_at_least(0, l1=self.l1, mse=self.mse, edge=self.edge, kl=self.kl)
+        if not self.l1 + self.mse + self.edge > 0:
+            raise ValueError("expected a positive weight of l1, mse or edge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class VAEPart:
                 f"data.size {config.data.size}: expected a multiple of the autoencoder's factor"
                 f" {config.model.factor}"
             )
-        self.images = TrainingImages(config.data)
+        self.images = TrainingImages(config.data, validates_held_out=True)
         torch.manual_seed(config.run.seed)
         self.model = self.make(config.model).to(device)
 
