@@ -86,8 +86,8 @@ def many() -> ImageIndex:
 def write_data_set(data: EmojiData, folder: Path) -> Path:
     np.save(folder / "pictures.npy", data.images)
     rows = [{**vars(row), "tags": list(row.tags)} for row in data.index]
-    (folder / "index.json").write_text(json.dumps(rows))
-    (folder / "manifest.json").write_text("{}")
+    (folder / "index.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "manifest.json").write_text("{}", encoding="utf-8")
     return folder
 
 

@@ -61,7 +61,7 @@ def test_every_trial_differs_from_its_stage_as_stated(question: str, tmp_path: P
         for stage, changes in stages:
             config = trials.trial_config(stage, changes, 6400)
             path = tmp_path / "trial.yaml"
-            path.write_text(yaml.safe_dump(config))
+            path.write_text(yaml.safe_dump(config), encoding="utf-8")
             _, built = read_training_config(path)
             assert built.run.steps == changes.get("run.steps", 6400 // built.run.batch), answer
             for key, value in changes.items():

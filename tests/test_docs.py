@@ -126,8 +126,10 @@ def test_scripts_named_in_the_text_have_the_options_named(path):
         if script is None:
             assert not match[2], f"{relative(path)} names the script {match[1]}, which does not exist"
             continue
-        source = script.read_text() + (ROOT / "benchmarks" / "common.py").read_text()
-        source += (ROOT / "benchmarks" / "text_to_image.py").read_text()  # shares its options
+        source = script.read_text(encoding="utf-8") + (ROOT / "benchmarks" / "common.py").read_text(
+            encoding="utf-8"
+        )
+        source += (ROOT / "benchmarks" / "text_to_image.py").read_text(encoding="utf-8")  # shares its options
         for flag in re.findall(r"--[\w-]+", match[2]):
             assert f'"{flag}"' in source, f"{relative(path)}: {match[1]} has no option {flag}"
 

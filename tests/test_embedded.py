@@ -35,7 +35,7 @@ def run(pipe, prompt="red apple on a blue background", **options):
 def test_a_model_is_small_and_contains_its_notices(folders, limit):
     files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]
     assert 1e6 < sum(path.stat().st_size for path in files) <= limit
-    notice = (ASSETS / folders[0] / "NOTICE.md").read_text()
+    notice = (ASSETS / folders[0] / "NOTICE.md").read_text(encoding="utf-8")
     assert all(licence in notice for licence in ("Apache-2.0", "MIT", "CC-BY 4.0"))
 
 
@@ -94,7 +94,9 @@ def test_the_first_command_works_without_a_network(tmp_path, options, side, name
     )
     command = [sys.executable, "-c", code, "red apple", "-o", str(tmp_path / name), "--steps", "4", *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(ldm.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / name) and done.stderr == ""
     assert read_recipe(tmp_path / name)["prompt"] == "red apple"

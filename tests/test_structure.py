@@ -150,7 +150,7 @@ def test_public_functions_can_be_called_after_every_module_is_imported(modules, 
         return getattr(ldm, name)(*args, **options)
 
     card = tmp_path / "card.yaml"
-    card.write_text("base: emoji-ldm\nname: another\nsummary: a copy of a card\n")
+    card.write_text("base: emoji-ldm\nname: another\nsummary: a copy of a card\n", encoding="utf-8")
     assert call("register", card).name == "another"
     assert {"emoji-ldm", "another"} <= set(call("list_models"))
     pipe = call("load", "emoji-ldm", device="cpu", dtype="float32")
@@ -172,7 +172,7 @@ def test_public_functions_can_be_called_after_every_module_is_imported(modules, 
 def run_python(code: str) -> str:
     """Run a program in a new process and return what it prints; errors and warnings fail the test."""
     done = subprocess.run(
-        [sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-B", "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT, check=False
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout.strip()

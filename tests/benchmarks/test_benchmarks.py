@@ -29,7 +29,7 @@ def test_a_report_has_ratios_of_medians_and_states_which_bars_are_met(tmp_path, 
     report("UNet", {"dtype": "bf16"}, seconds, args(json=path), bars={"diffusers": 0.75, "openvino": 1.0})
     shown = capsys.readouterr().out
     assert "0.500    bar 0.75: met" in shown and "1.053    bar 1.0: NOT met" in shown
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     assert (
         result["ratios"] == {"diffusers": 0.5, "openvino": pytest.approx(2 / 1.9)}
         and result["where"]["threads"] == 1

@@ -131,7 +131,7 @@ def test_a_complete_run_prints_tables_and_writes_files(tiny, tmp_path, capsys):
         " --prompts cat"
     )
     solvers.main([*arguments.split(), "--reference-steps", "30", "--json", str(report), "--plot", str(plot)])
-    out, written = capsys.readouterr().out, json.loads(report.read_text())
+    out, written = capsys.readouterr().out, json.loads(report.read_text(encoding="utf-8"))
     assert "Fewest evaluations" in out and "| ddim |" in out
     rows = written["images"]["emoji-ldm"]["rows"]
     assert {item["sampler"] for item in rows["flow"]} == {"ddim", "dpmpp_2m"} and {

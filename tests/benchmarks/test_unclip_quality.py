@@ -158,7 +158,7 @@ def test_all_figures_of_a_tiny_model_and_of_a_second_prior(folder, tmp_path, cap
         and "| at most 3 dB lost |" in out
         and "| upsampler: PSNR |" in out
     )
-    figures = json.loads((tmp_path / "q.json").read_text())
+    figures = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))
     # a pixel decoder has no autoencoder: only float32 rounding is lost
     assert figures["reconstruction"]["autoencoder"] > 60
     assert (tmp_path / "up.png").is_file()

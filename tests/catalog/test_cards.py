@@ -154,7 +154,10 @@ def own(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_registered_card(own: Path) -> None:
     schedule = "{kind: scaled_linear, beta_start: 1e-3, beta_end: 0.01}"
-    own.write_text(f"base: sd-v2-base\nname: my-model\nsummary: mine\nprediction: v\nschedule: {schedule}\n")
+    own.write_text(
+        f"base: sd-v2-base\nname: my-model\nsummary: mine\nprediction: v\nschedule: {schedule}\n",
+        encoding="utf-8",
+    )
     card = ldm.register(own)
     assert (card.name, card.prediction, card.schedule.beta_end, card.family, card.hub) == (
         "my-model",
@@ -164,7 +167,7 @@ def test_a_registered_card(own: Path) -> None:
         None,
     )
     assert "my-model" in ldm.list_models() and find_model("my-model") == card
-    own.write_text(own.read_text().replace("0.01", "0.02"))
+    own.write_text(own.read_text(encoding="utf-8").replace("0.01", "0.02"), encoding="utf-8")
     assert ldm.register(own).schedule.beta_end == 0.02  # registered cards may be replaced
 
 
@@ -187,13 +190,13 @@ def test_a_registered_card(own: Path) -> None:
     ],
 )
 def test_wrong_cards_are_refused(own: Path, text: str, message: str) -> None:
-    own.write_text(text)
+    own.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         ldm.register(own)
     assert "x" not in known_cards()
 
 
 def test_a_card_names_its_file_in_errors(own: Path) -> None:
-    own.write_text("base: sd-v1-5\nname: x\nsteps: 3\n")
+    own.write_text("base: sd-v1-5\nname: x\nsteps: 3\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"own\.yaml.*unknown key 'steps'"):
         read_card(own)

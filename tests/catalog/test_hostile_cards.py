@@ -112,7 +112,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=lambda value: str(value)[:40])
 def test_a_wrong_card_is_refused_in_one_short_line(tmp_path, changes, message):
     path = tmp_path / "card.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(CARD.read_text()), **changes}))
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load(CARD.read_text(encoding="utf-8")), **changes}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         read_card(path)
     assert (

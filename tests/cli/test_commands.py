@@ -235,7 +235,11 @@ def test_warnings_are_shown_as_before_afterwards():
 def test_a_reader_that_ends_early_is_not_an_error():
     command = f"{sys.executable} -m ldm models | head -1; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
+        ["bash", "-c", command],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=Path(__file__).parents[2],
+        check=True,
     )
     lines = ran.stdout.splitlines()
     assert len(lines) == 2 and lines[1] in ("0", "141") and ran.stderr == ""

@@ -119,9 +119,7 @@ def test_every_text_file_is_opened_with_an_encoding():
     wrong = ["open('a')", "p.read_text()", "p.open('w')", "run(c, text=True)", "p.write_text('b')"]
     assert all(opens_without_encoding(source) for source in wrong)
     files = [
-        *(ROOT / "ldm").rglob("*.py"),
-        *(ROOT / "benchmarks").glob("*.py"),
-        ROOT / "notebooks" / "run.py",
+        file for name in ("ldm", "tests", "benchmarks", "notebooks") for file in (ROOT / name).rglob("*.py")
     ]
     found = {str(file): opens_without_encoding(file.read_text(encoding="utf-8")) for file in files}
     assert not {file: lines for file, lines in found.items() if lines}

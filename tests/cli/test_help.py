@@ -23,7 +23,7 @@ NAMES = [name for command in COMMANDS for name in (command.name, *command.aliase
 def run_python(*arguments: str) -> str:
     """Run Python in a new process and return what it prints."""
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=True, timeout=60
+        [sys.executable, *arguments], capture_output=True, encoding="utf-8", cwd=ROOT, check=True, timeout=60
     )
     return done.stdout
 

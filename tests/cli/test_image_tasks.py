@@ -35,7 +35,7 @@ def work_folder(tmp_path_factory):
         mask[8:20, 8:20] = 255
         Image.fromarray(mask).save("mask.png")
         Image.fromarray(mask * 0).save("black.png")
-        (folder / "text.png").write_text("not an image")
+        (folder / "text.png").write_text("not an image", encoding="utf-8")
         yield
 
 

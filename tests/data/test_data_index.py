@@ -92,7 +92,7 @@ def test_held_out_does_not_depend_on_the_process():
             [sys.executable, "-c", code],
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=True,
         ).stdout
         for seed in ("1", "2")
@@ -199,8 +199,8 @@ def test_the_error_without_a_data_set_names_the_build_command(tmp_path):
 
 
 def test_files_that_do_not_fit_each_other_are_refused(folder):
-    rows = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(rows[:-1]))
+    rows = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    (folder / "index.json").write_text(json.dumps(rows[:-1]), encoding="utf-8")
     with pytest.raises(ValueError, match="18 images but 17 rows"):
         EmojiData.open(folder)
     np.save(folder / "pictures.npy", np.zeros((17, 8, 8, 3), np.uint8))

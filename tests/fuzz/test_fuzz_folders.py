@@ -53,8 +53,10 @@ def load(folder: Path) -> None:
 def test_damaged_folders_in_ldm_layout(kind: str, tmp_path: Path) -> None:
     pipe = {"plain": tiny_model, "exemplars": tiny_exemplar_model}[kind]("mine")
     base = ldm.save(pipe, tmp_path / "base")
-    card = yaml.safe_load((base / "card.yaml").read_text())
-    (base / "card.yaml").write_text(yaml.safe_dump({**card, "files": None}))  # what else is compared counts
+    card = yaml.safe_load((base / "card.yaml").read_text(encoding="utf-8"))
+    (base / "card.yaml").write_text(
+        yaml.safe_dump({**card, "files": None}), encoding="utf-8"
+    )  # what else is compared counts
     names = [path.name for path in sorted(base.iterdir()) if path.suffix in (".yaml", ".json")]
     if kind == "exemplars":
         names = ["library.json", "library.json", "library.safetensors", "exemplars.yaml", "card.yaml"]
@@ -78,7 +80,7 @@ def test_damaged_folders_in_diffusers_layout(tmp_path: Path) -> None:
     base = ldm.save(reduced_families.load(CARD), tmp_path / "base", layout="diffusers")
     (tmp_path / f"{CARD}.yaml").rename(base / f"{CARD}.yaml")
     index = {**read_json(base / PIPELINE_INDEX), HASHES_KEY: {}}  # what else is compared counts
-    (base / PIPELINE_INDEX).write_text(json.dumps(index))
+    (base / PIPELINE_INDEX).write_text(json.dumps(index), encoding="utf-8")
     names = [str(path.relative_to(base)) for path in sorted(base.rglob("*.json"))]
     target = Target(
         name="diffusers folders", read=load_diffusers, place=place_in_folder, allowed=EITHER, short=FEW
@@ -95,7 +97,9 @@ def read_words(folder: Path) -> None:
 def test_damaged_vocabularies(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    (base / "tokenizer.json").write_text(json.dumps(Unigram.spelling().to_json()))
-    (base / "vocab.txt").write_text("".join(f"{token}\n" for token in word_pieces(None).vocabulary))
+    (base / "tokenizer.json").write_text(json.dumps(Unigram.spelling().to_json()), encoding="utf-8")
+    (base / "vocab.txt").write_text(
+        "".join(f"{token}\n" for token in word_pieces(None).vocabulary), encoding="utf-8"
+    )
     target = Target(name="vocabularies", read=read_words, place=place_in_folder)
     check(target, in_folder(base, ("tokenizer.json", "vocab.txt")), mutated_file, tmp_path)

@@ -51,7 +51,7 @@ def wrong(path: Path) -> None:
     if fault == "process":
         os.system("true")
     if fault == "write":
-        (path.parent / "other").write_text("")
+        (path.parent / "other").write_text("", encoding="utf-8")
     if fault == "code":
         eval("1 + 1")
 

@@ -316,10 +316,12 @@ class Memory(NamedTuple):
 
 
 def _memory() -> Memory:
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE))
+    fields = dict(
+        re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     found = Memory(*(1024 * int(fields[name]) for name in ("VmSize", "VmRSS", "VmHWM")))
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins again
     except OSError:
         pass  # the peak is that of the process
     return found

@@ -24,7 +24,7 @@ def compile_library(source: str, path: Path, *flags: str) -> Path:
     """Compile a source to a shared library; skip the test if there is no compiler."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    path.with_suffix(".cpp").write_text(source)
+    path.with_suffix(".cpp").write_text(source, encoding="utf-8")
     command = ["g++", "-shared", "-fPIC", *flags, str(path.with_suffix(".cpp")), "-o", str(path)]
     subprocess.run(command, check=True)
     return path
@@ -44,7 +44,7 @@ class Workshop:
         self.sources, self.home, self.compiler = folder / "sources", folder / "home", folder / "compiler"
         self.log, self.kernels = folder / "log", folder / "home" / "kernels"
         self.sources.mkdir()
-        (self.sources / "tiny.cpp").write_text(SOURCE)
+        (self.sources / "tiny.cpp").write_text(SOURCE, encoding="utf-8")
         self.log.touch()
         self.set_compiler(f'cat "{prebuilt}" > "$out"')
 
@@ -52,14 +52,15 @@ class Workshop:
         """Set what the compiler does, as a shell script in which `out` is the file to write."""
         self.compiler.write_text(
             f'#!/bin/sh\nif [ "$1" = --version ]; then {version}; exit $?; fi\n'
-            f'echo "$@" >> "{self.log}"\nfor out in "$@"; do :; done\n{action}\n'
+            f'echo "$@" >> "{self.log}"\nfor out in "$@"; do :; done\n{action}\n',
+            encoding="utf-8",
         )
         self.compiler.chmod(0o755)
 
     @property
     def runs(self) -> int:
         """How many times the compiler was asked to compile or link."""
-        return len(self.log.read_text().splitlines())
+        return len(self.log.read_text(encoding="utf-8").splitlines())
 
     @property
     def library(self) -> Path:

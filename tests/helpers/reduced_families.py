@@ -132,7 +132,8 @@ def register(base: str, folder: Path, **changes: Any) -> ModelCard:
                 "defaults": defaults,
                 **changes,
             }
-        )
+        ),
+        encoding="utf-8",
     )
     REGISTERED.pop(name, None)
     return ldm.register(path)

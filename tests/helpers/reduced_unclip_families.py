@@ -149,7 +149,8 @@ def register_prior(folder: Path, **changes: Any) -> PriorCard:
 def _register(base: str, folder: Path, fields: dict[str, Any]) -> Any:
     name = f"tiny-{base}"
     (folder / f"{name}.yaml").write_text(
-        yaml.safe_dump({"base": base, "name": name, "summary": "a model of the tests", **to_dict(fields)})
+        yaml.safe_dump({"base": base, "name": name, "summary": "a model of the tests", **to_dict(fields)}),
+        encoding="utf-8",
     )
     REGISTERED.pop(name, None)
     return ldm.register(folder / f"{name}.yaml")

@@ -199,7 +199,7 @@ def decoder_configs(cached: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def write(config: dict[str, Any], path: Path) -> Path:
     """Write a configuration as YAML, and return its path."""
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))  # without aliases
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(config))), encoding="utf-8")  # without aliases
     return path
 
 

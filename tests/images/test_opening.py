@@ -103,7 +103,7 @@ def test_a_chunk_that_states_gigabytes_takes_no_more_memory_than_the_file(tmp_pa
         assert file.read(5) == file.read() == b"" and file.seek(1) == 1
         assert file.read(None) == path.read_bytes()[1:]
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    mapped = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**28, hard))
     try:
         with pytest.raises(ValueError, match=r"a\.png' is not a readable image: (?!.*MemoryError)"):

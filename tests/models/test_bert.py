@@ -94,7 +94,7 @@ def test_prompts_are_never_cut(tokenizer):
 def test_files_without_a_vocabulary_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="vocab"):
         WordPiece.from_file(tmp_path / "vocab.txt")
-    (tmp_path / "vocab.txt").write_text("a\nb\n[PAD]\n")
+    (tmp_path / "vocab.txt").write_text("a\nb\n[PAD]\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"vocab\.txt.*lacks \[UNK\], \[CLS\], \[SEP\]"):
         WordPiece.from_file(tmp_path / "vocab.txt")
 

@@ -195,7 +195,7 @@ def test_plain_text_imports_neither_open_clip_nor_unicode_tables():
         " blue background');bad = {'open_clip', 'ftfy', 'regex', 'torchvision'} & set(sys.modules); assert"
         " not bad, bad; t('\\u00e9\\u00e9');assert 'ftfy' in sys.modules and 'open_clip' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 

@@ -94,7 +94,9 @@ def test_saved_models_are_loaded_with_their_library(tmp_path: Path):
     ldm.save(pipe, tmp_path / "model", dtype=None)
     again = ldm.load(weights=tmp_path / "model")
     assert torch.allclose(draw(again, "robot and a cat"), draw(pipe, "robot and a cat"), atol=1e-6)
-    (tmp_path / "model" / "library.json").write_text('{"size": 16, "images": [], "nouns": {}}')
+    (tmp_path / "model" / "library.json").write_text(
+        '{"size": 16, "images": [], "nouns": {}}', encoding="utf-8"
+    )
     with pytest.raises(ValueError, match="library.json"):
         ldm.load(weights=tmp_path / "model")
 

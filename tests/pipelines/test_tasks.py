@@ -288,7 +288,7 @@ def test_wrong_images_are_refused(call: Any, message: str) -> None:
 def test_missing_files_wrong_sizes_and_strengths_are_refused(models: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.png"):
         models("sd-v1-5").image_to_image("a cat", tmp_path / "absent.png")
-    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "text.png").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text\.png.*not a readable image"):
         to_pixels(tmp_path / "text.png")
     with pytest.raises(ValueError, match="height 64: the image has 32"):

@@ -137,7 +137,7 @@ def config(place: Path, **changes: Any) -> Path:
         }
     ]
     path = place / "card.yaml"
-    path.write_text(yaml.safe_dump({**card, **changes}))
+    path.write_text(yaml.safe_dump({**card, **changes}), encoding="utf-8")
     return path
 
 
@@ -247,7 +247,7 @@ def test_parts_that_do_not_fit_are_refused_and_leave_no_file(
 
 def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -> None:
     path = config(tmp_path)
-    card = yaml.safe_load(path.read_text())
+    card = yaml.safe_load(path.read_text(encoding="utf-8"))
     for stage, field, value, message in (
         (
             "decoder",
@@ -262,14 +262,20 @@ def test_another_schedule_prediction_or_enlargement_is_refused(tmp_path: Path) -
             "prior: it was trained with schedule 'cosine'",
         ),
     ):
-        path.write_text(yaml.safe_dump({**card, stage: {**card[stage], field: value}}))
+        path.write_text(yaml.safe_dump({**card, stage: {**card[stage], field: value}}), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             gather(path, tmp_path / "model")
     defaults = {**card["upsamplers"][0]["defaults"], "height": 64}
-    path.write_text(yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "defaults": defaults}]}))
+    path.write_text(
+        yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "defaults": defaults}]}),
+        encoding="utf-8",
+    )
     with pytest.raises(ValueError, match="enlarge 2 times, but the card enlarges from 16 to 64"):
         gather(path, tmp_path / "model")
-    path.write_text(yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "residual": None}]}))
+    path.write_text(
+        yaml.safe_dump({**card, "upsamplers": [{**card["upsamplers"][0], "residual": None}]}),
+        encoding="utf-8",
+    )
     with pytest.raises(
         ValueError, match="upsampler: it was trained with residual 0.06, but the card states None"
     ):
@@ -287,7 +293,7 @@ def latent_config(place: Path, **changes: Any) -> Path:
     folders = {"vae": "vae", "unet": "unet", "text": "text", "draft": "text"}
     exports = {part: str(place / folder) for part, folder in folders.items()}
     path = place / "card.yaml"
-    path.write_text(yaml.safe_dump({**to_dict(pipe.card), "exports": exports, **changes}))
+    path.write_text(yaml.safe_dump({**to_dict(pipe.card), "exports": exports, **changes}), encoding="utf-8")
     return path
 
 
@@ -302,7 +308,7 @@ def test_a_bundled_latent_diffusion_model_generates_images(
 
 
 def test_latent_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    exports = yaml.safe_load(latent_config(tmp_path).read_text())["exports"]
+    exports = yaml.safe_load(latent_config(tmp_path).read_text(encoding="utf-8"))["exports"]
     without_draft = {part: folder for part, folder in exports.items() if part != "draft"}
     for changes, message in (
         ({"prediction": "eps"}, "unet: it was trained with prediction 'v', but the card states 'eps'"),

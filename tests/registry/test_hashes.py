@@ -92,9 +92,9 @@ def test_a_part_that_is_added_is_noticed(native, tmp_path):
 def test_a_card_without_hashes_is_loaded_with_a_warning(native, tmp_path):
     folder = tmp_path / "old"
     shutil.copytree(native / "a", folder)
-    card = yaml.safe_load((folder / "card.yaml").read_text())
+    card = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
     del card["files"]
-    (folder / "card.yaml").write_text(yaml.safe_dump(card))
+    (folder / "card.yaml").write_text(yaml.safe_dump(card), encoding="utf-8")
     with pytest.warns(UserWarning, match="states no sha256 of its parts"):
         load(folder)
     (folder / "card.yaml").unlink()  # as while a model is written
@@ -140,15 +140,17 @@ def test_a_file_of_another_diffusers_folder_is_noticed(diffusers, tmp_path, file
     shutil.copytree(diffusers / "a", folder)
     load(folder, "tiny-sd-v1-5")
     if file.endswith(".json"):
-        content = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(content))  # equal, but not the file that was written
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        (folder / file).write_text(
+            json.dumps(content), encoding="utf-8"
+        )  # equal, but not the file that was written
     else:
         shutil.copy(diffusers / "b" / file, folder / file)
     with pytest.raises(ValueError, match=f"sha256 differs: '{file}'"):
         load(folder, "tiny-sd-v1-5")
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     del index["_ldm_sha256"]  # a folder of another program
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     load(folder, "tiny-sd-v1-5")
 
 
@@ -161,14 +163,14 @@ def test_other_names_for_the_same_weights_and_names_that_lead_out(diffusers, tmp
     (unet / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"'unet/config\.json' is absent"):
         load(folder, "tiny-sd-v1-5")
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     for name in ("../a/unet/config.json", "/etc/passwd", "unet/../unet/config.json", ""):
         index["_ldm_sha256"] = {name: "0" * 64}
-        (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
         with pytest.raises(ValueError, match="expected the paths of files in the folder"):
             load(folder, "tiny-sd-v1-5")
     index["_ldm_sha256"] = {"unet/config.json": 5}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match="_ldm_sha256.*expected str, got 5"):
         load(folder, "tiny-sd-v1-5")
 
@@ -179,7 +181,7 @@ def test_other_programs_ignore_the_hashes_and_drop_them(diffusers, tmp_path, cap
     pipe = StableDiffusionPipeline.from_pretrained(diffusers / "a", safety_checker=None)
     assert "_ldm_sha256" not in caplog.text
     pipe.save_pretrained(tmp_path / "again")
-    assert "_ldm_sha256" not in (tmp_path / "again" / "model_index.json").read_text()
+    assert "_ldm_sha256" not in (tmp_path / "again" / "model_index.json").read_text(encoding="utf-8")
     load(tmp_path / "again", "tiny-sd-v1-5")
 
 
@@ -199,8 +201,8 @@ def test_a_model_that_is_saved_over_one_in_the_other_layout_replaces_it(diffuser
     for path in (native / "a").iterdir():  # by hand: the card says which files are its model's
         shutil.copy(path, folder)
     assert load(folder).card.name == "emoji-ldm"
-    card = yaml.safe_load((folder / "card.yaml").read_text())
-    (folder / "card.yaml").write_text(yaml.safe_dump({**card, "files": None}))
+    card = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+    (folder / "card.yaml").write_text(yaml.safe_dump({**card, "files": None}), encoding="utf-8")
     with pytest.raises(ValueError, match="a model in ldm layout and one in diffusers layout"):
         load(folder)
 

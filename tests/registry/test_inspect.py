@@ -136,7 +136,8 @@ def test_damaged_files_are_reported_not_raised(tmp_path: Path, content: bytes) -
 
 def test_folders(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(
-        '{"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "flag": true}'
+        '{"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "flag": true}',
+        encoding="utf-8",
     )
     for name, keys in (
         ("unet", original_keys.unet(original_keys.UNETS["sd1"][0])),
@@ -233,10 +234,10 @@ def test_a_part_without_its_yaml(tmp_path: Path) -> None:
 def test_parts_that_do_not_fit_their_yaml(tmp_path: Path) -> None:
     names = ("emoji-clip/vision.safetensors", "emoji-clip/vision.yaml")
     folder = copied(tmp_path / "clip", *names)
-    about = (folder / "vision.yaml").read_text()
-    (folder / "vision.yaml").write_text(about.replace("layers: 4", "layers: 5"))
+    about = (folder / "vision.yaml").read_text(encoding="utf-8")
+    (folder / "vision.yaml").write_text(about.replace("layers: 4", "layers: 5"), encoding="utf-8")
     assert "vision.yaml: 12 missing" in inspect(folder, digest=False).problems[0]
-    (folder / "vision.yaml").write_text(about.replace("sha256: f2", "sha256: 00"))
+    (folder / "vision.yaml").write_text(about.replace("sha256: f2", "sha256: 00"), encoding="utf-8")
     for path in (folder, folder / "vision.safetensors"):
         assert inspect(path, digest=False).problems == ()
         assert "its sha256 differs" in inspect(path).problems[0]

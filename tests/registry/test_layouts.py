@@ -179,9 +179,10 @@ def test_heads_that_the_keys_do_not_show_are_checked_in_folders(tmp_path: Path) 
     folder = ldm.save(reduced_families.load(card.name), tmp_path / "folder", layout="diffusers")
     config = folder / "unet" / "config.json"
     config.write_text(
-        config.read_text()
+        config.read_text(encoding="utf-8")
         .replace('"in_channels"', '"num_attention_heads": null, "in_channels"')
-        .replace("4,\n    4\n", "8,\n    8\n")
+        .replace("4,\n    4\n", "8,\n    8\n"),
+        encoding="utf-8",
     )
     with pytest.raises(ValueError, match=r"attention_head_dim \[8, 8\], expected \[4, 4\]"):
         reduced_families.load(card.name, weights=folder)

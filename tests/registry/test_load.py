@@ -138,11 +138,11 @@ def test_a_missing_shard_and_a_missing_part(
         "metadata": {},
         "weight_map": {key: shard for keys, shard in zip(halves, names, strict=True) for key in keys},
     }
-    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (unet / "diffusion_pytorch_model.safetensors").unlink()
-    top = json.loads((folder / "model_index.json").read_text())
+    top = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     del top["_ldm_sha256"]  # which would not name the shards
-    (folder / "model_index.json").write_text(json.dumps(top))
+    (folder / "model_index.json").write_text(json.dumps(top), encoding="utf-8")
     assert torch.equal(
         reduced_families.load(good[0], weights=folder).denoiser.net.conv_in.weight,
         state["conv_in.weight"].float(),

@@ -84,7 +84,7 @@ def damage(folder, change):
     change(path)
     about = about_part(folder, "unet")
     about["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "unet.yaml").write_text(yaml.safe_dump(about))
+    (folder / "unet.yaml").write_text(yaml.safe_dump(about), encoding="utf-8")
 
 
 def edit(**changes):

@@ -156,9 +156,11 @@ def test_the_configuration_of_the_tower_is_compared(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors", published(small()))
     tower = {"hidden_act": "quick_gelu", "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 28}
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "clip", "vision_config": tower}))
+    config.write_text(json.dumps({"model_type": "clip", "vision_config": tower}), encoding="utf-8")
     assert load_safety(tmp_path, config=SMALL).config == SMALL
     for change in ({"hidden_act": "gelu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 1e-6}):
-        config.write_text(json.dumps({"model_type": "clip", "vision_config": tower | change}))
+        config.write_text(
+            json.dumps({"model_type": "clip", "vision_config": tower | change}), encoding="utf-8"
+        )
         with pytest.raises(ValueError, match=rf"does not fit the safety checker: {next(iter(change))}"):
             load_safety(tmp_path, config=SMALL)

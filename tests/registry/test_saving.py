@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     ldm.save(tiny_model(), folder)
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
     before = contents(folder)
 
     def fail(*_):
@@ -40,11 +40,11 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
 def test_parts_of_the_model_that_is_replaced_do_not_stay(tmp_path):
     folder, pipe = tmp_path / "model", tiny_model()
     ldm.save(pipe, folder)
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
     assert (folder / "draft.yaml").is_file()
     pipe.text.draft = None
     ldm.save(pipe, folder)
-    assert not list(folder.glob("draft.*")) and (folder / "notes.txt").read_text() == "mine"
+    assert not list(folder.glob("draft.*")) and (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert contents(folder).keys() - {"notes.txt"} == contents(ldm.save(pipe, tmp_path / "new")).keys()
 
 
@@ -60,7 +60,8 @@ def test_a_kill_leaves_one_model_or_none(tmp_path, delay):
         "        for name in ('a', 'b', 'c', 'card.yaml'): (stage / name).write_text(str(k))\n"
         "    if k == 3: print('running', flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "running\n"
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
@@ -69,7 +70,7 @@ def test_a_kill_leaves_one_model_or_none(tmp_path, delay):
     assert "card.yaml" not in found or len(set(found.values())) == 1
     with staged_folder(folder, ["card.yaml"], model_files) as stage:
         for name in ("a", "b", "c", "card.yaml"):
-            (stage / name).write_text("next")
+            (stage / name).write_text("next", encoding="utf-8")
     assert set(contents(folder).values()) == {b"next"} and os.listdir(tmp_path) == ["model"]
 
 
@@ -83,6 +84,7 @@ def test_a_folder_in_diffusers_layout_keeps_no_weights_of_the_last_model(tmp_pat
     (folder / "other").mkdir()
     (folder / "other" / "mine").write_bytes(b"x")
     (folder / saving.PIPELINE_INDEX).write_text(
-        '{"_class_name": "A", "unet": ["x", "B"], "../beside": ["x", "B"], "..": [null, null]}'
+        '{"_class_name": "A", "unet": ["x", "B"], "../beside": ["x", "B"], "..": [null, null]}',
+        encoding="utf-8",
     )
     assert saving.component_files(folder) == [folder / "unet" / "old.safetensors"]

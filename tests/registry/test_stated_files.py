@@ -59,14 +59,14 @@ def test_the_markers_of_playground_are_followed(sdxl: Any, write: Any, tmp_path:
     assert pipe.card.latent_mean == pytest.approx(MEAN) and pipe.card.latent_std == pytest.approx(STD)
     folder = ldm.save(sdxl[0], tmp_path / "folder", layout="diffusers")
     scheduler = {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     del index["_ldm_sha256"]  # the configurations are changed
-    (folder / "model_index.json").write_text(json.dumps(index))
-    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     config |= {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.5}
-    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    (folder / "vae" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert torch.allclose(draw(pipe), draw(load(folder)), atol=1e-5)
     assert not torch.allclose(draw(pipe), draw(sdxl[0]), atol=1e-2)
 

@@ -23,8 +23,10 @@ PROMPT = "a red apple"
 
 def edit(path: Path, **changes: Any) -> None:
     """Change fields of a JSON file; None removes one."""
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,14 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def folder(sdxl: tuple[Any, Path]) -> Any:
     """Return a folder whose configurations are restored after the test."""
     path = sdxl[1]
-    before = {file: file.read_text() for file in path.rglob("*.json") if file.stat().st_size < 100_000}
+    before = {
+        file: file.read_text(encoding="utf-8")
+        for file in path.rglob("*.json")
+        if file.stat().st_size < 100_000
+    }
     yield path
     for file, text in before.items():
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
 
 
 def load(path: Path, **options: Any) -> Any:
@@ -76,10 +82,10 @@ EDM = {"sigma_min": 0.01, "sigma_max": 40.0, "sigma_data": 0.5, "num_train_times
 
 def write_edm(path: Path, class_name: str = "EDMEulerScheduler", **fields: Any) -> None:
     config = {"_class_name": class_name, **EDM, **fields}
-    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    index = json.loads((path / "model_index.json").read_text())
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", class_name]
-    (path / "model_index.json").write_text(json.dumps(index))
+    (path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     edit(path / "vae" / "config.json", latents_mean=MEAN, latents_std=STD, scaling_factor=0.5)
 
 
@@ -193,7 +199,7 @@ def test_the_training_that_a_scheduler_states_is_followed(folder: Path, name: st
         "timestep_spacing": "trailing",
         **TRAININGS[name],
     }
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
     edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     with pytest.warns(UserWarning, match=r"timestep_spacing trailing, expected leading: pass spacing="):
         pipe = reduced_families.load("tiny-sdxl-base", weights=folder)
@@ -205,7 +211,7 @@ def test_the_training_that_a_scheduler_states_is_followed(folder: Path, name: st
 
 
 def test_fields_that_are_absent_mean_the_peers_defaults(folder: Path) -> None:
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}", encoding="utf-8")
     schedule = load(folder).card.schedule
     assert (schedule.kind, schedule.beta_start, schedule.beta_end) == ("linear", 0.0001, 0.02)
 
@@ -225,7 +231,7 @@ def test_an_unlimited_scheduler_is_read(folder: Path) -> None:
     theirs = diffusers.DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler")
     theirs.save_pretrained(folder / "scheduler")
     edit(folder / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
-    assert "Infinity" in (folder / "scheduler" / "scheduler_config.json").read_text()
+    assert "Infinity" in (folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
     assert load(folder).card.schedule.kind == "scaled_linear"
 
 
@@ -362,7 +368,7 @@ def test_the_padding_of_a_tokenizer_is_followed(folder: Path) -> None:
     ],
 )
 def test_another_tokenizer_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
-    (folder / "tokenizer_2" / "special_tokens_map.json").write_text("{}")
+    (folder / "tokenizer_2" / "special_tokens_map.json").write_text("{}", encoding="utf-8")
     edit(folder / "tokenizer_2" / "tokenizer_config.json", **changes)
     with pytest.raises(ValueError, match=message):
         load(folder)
@@ -370,13 +376,13 @@ def test_another_tokenizer_is_refused(folder: Path, changes: dict[str, Any], mes
 
 def test_another_vocabulary_is_refused(folder: Path) -> None:
     path = folder / "tokenizer" / "vocab.json"
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     edit(path, **{"apple</w>": 3055 + 1})
     try:
         with pytest.raises(ValueError, match=r"vocab.json.* is another vocabulary than CLIP's"):
             load(folder)
     finally:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def test_what_transformers_writes_is_read(folder: Path, tmp_path: Path) -> None:

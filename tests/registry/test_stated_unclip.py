@@ -43,7 +43,7 @@ def edited(folders: Folders, tmp_path: Path) -> Any:
         pipe, folder = folders[model]
         copy = Path(shutil.copytree(folder, tmp_path / model, dirs_exist_ok=True))
         path = copy / file.replace("*", "scheduler_config.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
         return pipe, copy
 
     return change

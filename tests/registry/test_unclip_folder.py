@@ -31,8 +31,8 @@ def test_a_model_is_read_back_bit_identical(make, tmp_path):
 
 def test_a_part_of_another_clip_and_a_lost_one_are_refused(tmp_path):
     ldm.save(tiny_kandinsky(), tmp_path)
-    about = yaml.safe_load((tmp_path / "prior.yaml").read_text())
-    (tmp_path / "prior.yaml").write_text(yaml.safe_dump({**about, "clip": "another"}))
+    about = yaml.safe_load((tmp_path / "prior.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "prior.yaml").write_text(yaml.safe_dump({**about, "clip": "another"}), encoding="utf-8")
     with pytest.raises(ValueError, match="prior in .* was trained on 'another'"):
         reduced_unclip_families.load(None, weights=tmp_path)
     (tmp_path / "prior.safetensors").unlink()
@@ -42,5 +42,5 @@ def test_a_part_of_another_clip_and_a_lost_one_are_refused(tmp_path):
 
 @pytest.mark.parametrize("card", [*UNCLIP_CARDS.values(), *PRIOR_CARDS.values()], ids=lambda card: card.name)
 def test_cards_survive_as_yaml(card, tmp_path):
-    (tmp_path / "card.yaml").write_text(yaml.safe_dump(to_dict(card)))
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(to_dict(card)), encoding="utf-8")
     assert read_card(tmp_path / "card.yaml") == card

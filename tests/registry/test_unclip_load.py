@@ -167,11 +167,12 @@ def test_parts_may_lie_in_another_models_folder(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for path in [*(tmp_path / "a").glob("vision.*"), *(tmp_path / "a").glob("vae.*")]:
         shutil.move(path, tmp_path / "b")
-    card = yaml.safe_load((tmp_path / "a" / "card.yaml").read_text())
+    card = yaml.safe_load((tmp_path / "a" / "card.yaml").read_text(encoding="utf-8"))
     with pytest.raises(FileNotFoundError, match=r"'vae\.safetensors', 'vae\.yaml', .* is absent"):
         reduced_unclip_families.load(None, weights=tmp_path / "a")
     (tmp_path / "a" / "card.yaml").write_text(
-        yaml.safe_dump({**card, "parts": {"vision": "../b", "vae": "../b"}})
+        yaml.safe_dump({**card, "parts": {"vision": "../b", "vae": "../b"}}),
+        encoding="utf-8",
     )
     shared = reduced_unclip_families.load(None, weights=tmp_path / "a")
     assert all(
@@ -193,5 +194,6 @@ def test_inspect_reports_a_folder_in_ldm_layout(tmp_path: Path, capsys: pytest.C
     assert main(["inspect", str(tmp_path / "karlo")]) == 0
     out = capsys.readouterr().out
     assert "karlo-v1-alpha" in out and "upsampler-last" in out and "AutoregressivePrior" not in out
-    about = json.loads(json.dumps(yaml.safe_load((tmp_path / "karlo" / "prior.yaml").read_text())))
+    text = (tmp_path / "karlo" / "prior.yaml").read_text(encoding="utf-8")
+    about = json.loads(json.dumps(yaml.safe_load(text)))
     assert about["sha256"] in out

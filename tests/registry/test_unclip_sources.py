@@ -42,7 +42,7 @@ def karlo(folder: Path, tmp_path: Path) -> tuple[UnCLIP, Path]:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
 
 
 def without(path: Path, *names: str) -> None:

@@ -80,17 +80,20 @@ def test_everything_a_build_depends_on_is_part_of_the_key(
 ) -> None:
     workshop.answer()
     cpuinfo = workshop.folder / "cpuinfo"
-    cpuinfo.write_text(build.CPUINFO.read_text())
+    cpuinfo.write_text(build.CPUINFO.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(build, "CPUINFO", cpuinfo)
     assert workshop.answer() == 42 and workshop.runs == 2
     if changed == "source":
-        (workshop.sources / "tiny.h").write_text("// new")
+        (workshop.sources / "tiny.h").write_text("// new", encoding="utf-8")
     elif changed == "version":
         workshop.set_compiler(f'cat "{workshop.prebuilt}" > "$out"', version="echo fake 2")
     elif changed == "flags":
         monkeypatch.setattr(build, "FLAGS", ("-O2",))
     elif changed == "processor":
-        cpuinfo.write_text(re.sub(r"(flags|Features)\s*:", r"\1 : avx9", cpuinfo.read_text()))
+        cpuinfo.write_text(
+            re.sub(r"(flags|Features)\s*:", r"\1 : avx9", cpuinfo.read_text(encoding="utf-8")),
+            encoding="utf-8",
+        )
     elif changed == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
     else:
@@ -136,7 +139,10 @@ IMPOSSIBLE: dict[str, tuple[str, str | Callable[[Workshop, pytest.MonkeyPatch], 
     "no compiler": ("there is no such program", lambda w, m: m.setenv("CXX", "/none/g++ -O2")),
     "quotes": ("No closing quotation", lambda w, m: m.setenv("CXX", "g++ 'x")),
     "no g++": (r"no C\+\+ compiler", lambda w, m: (m.delenv("CXX"), m.setenv("PATH", str(w.home)))),
-    "no program": ("cannot be run: Exec format error", lambda w, m: w.compiler.write_text("a text")),
+    "no program": (
+        "cannot be run: Exec format error",
+        lambda w, m: w.compiler.write_text("a text", encoding="utf-8"),
+    ),
     "no version": ("compiler failed: no message", lambda w, m: w.set_compiler("", version="false")),
     "hanging version": ("did not end in time", lambda w, m: w.set_compiler("", version="sleep 99")),
     "failure": (r"failed: 1: error: b\\x1bad", "printf '1: error: b\\033ad\\nlast\\n' >&2; exit 3"),
@@ -157,7 +163,7 @@ IMPOSSIBLE: dict[str, tuple[str, str | Callable[[Workshop, pytest.MonkeyPatch], 
         "No space left",
         "echo 'x.cpp: note'; echo 'ld: No space left'; echo 'error: ld returned 1'; exit 1",
     ),
-    "a file": ("Not a directory: .*home", lambda w, m: w.home.write_text("")),
+    "a file": ("Not a directory: .*home", lambda w, m: w.home.write_text("", encoding="utf-8")),
     "no home": ("set LDM_HOME to a folder", no_home),
     "read-only": ("Read-only file system", read_only),
     "no cpuinfo": ("No such file.*/none", lambda w, m: m.setattr(build, "CPUINFO", Path("/none"))),
@@ -220,17 +226,17 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(
     workshop.set_compiler(f'sleep 99 & echo $! > "{number}"; wait')
     with pytest.warns(UserWarning, match="did not end in time"), pytest.raises(build.NoKernels):
         build.library()
-    wait_for(lambda: not is_alive(int(number.read_text())))
+    wait_for(lambda: not is_alive(int(number.read_text(encoding="utf-8"))))
 
 
 def test_an_interrupted_build_ends_the_compiler_and_leaves_nothing(workshop: Workshop) -> None:
     number = workshop.folder / "number"
     workshop.set_compiler(f'echo $$ > "{number}"; sleep 99')
     child = in_child(build.library)
-    wait_for(lambda: number.is_file() and number.read_text() != "")
+    wait_for(lambda: number.is_file() and number.read_text(encoding="utf-8") != "")
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-    wait_for(lambda: not is_alive(int(number.read_text())))
+    wait_for(lambda: not is_alive(int(number.read_text(encoding="utf-8"))))
     assert not list(workshop.kernels.iterdir())
 
 
@@ -239,7 +245,7 @@ def test_a_server_that_the_compiler_starts_is_not_waited_for(workshop: Workshop)
     workshop.set_compiler(f'setsid sleep 99 & echo $! > "{number}"; cat "{workshop.prebuilt}" > "$out"')
     started = time.monotonic()
     assert workshop.answer() == 42 and time.monotonic() - started < 30
-    os.kill(int(number.read_text()), signal.SIGKILL)
+    os.kill(int(number.read_text(encoding="utf-8")), signal.SIGKILL)
 
 
 def test_temporary_files_of_the_compiler_are_removed_with_the_build(workshop: Workshop) -> None:
@@ -321,7 +327,10 @@ def test_two_hundred_killed_builds_of_the_real_compiler(
 def is_alive(process: int) -> bool:
     """Return whether a process runs, and is not merely waiting for its parent to take note of its end."""
     try:
-        return is_running(process) and Path(f"/proc/{process}/stat").read_text().split(") ")[1][0] != "Z"
+        return (
+            is_running(process)
+            and Path(f"/proc/{process}/stat").read_text(encoding="utf-8").split(") ")[1][0] != "Z"
+        )
     except OSError:
         return False
 
@@ -337,7 +346,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 def test_the_names_of_the_functions_are_those_that_are_called() -> None:
     called: set[str] = set()
     for path in Path(ldm.__file__).parent.rglob("*.py"):
-        called |= set(re.findall(r"\blib\.(\w+)\(", path.read_text()))
+        called |= set(re.findall(r"\blib\.(\w+)\(", path.read_text(encoding="utf-8")))
     assert called == set(build.FUNCTIONS)
 
 

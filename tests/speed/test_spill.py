@@ -42,7 +42,7 @@ def test_memory_can_be_set_after_a_run_unset_and_used_with_conversions(before):
 
 def mapped(network):
     """Return the bytes of the process's memory that are pages of spilled weights."""
-    lines, total, inside = open("/proc/self/smaps").read().splitlines(), 0, False
+    lines, total, inside = open("/proc/self/smaps", encoding="utf-8").read().splitlines(), 0, False
     begin = network.storage.data_ptr()
     for line in lines:
         if "-" in line.split()[0] and not line.split()[0].endswith(":"):

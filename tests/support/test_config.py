@@ -61,7 +61,7 @@ def test_a_missing_key_is_named():
 
 def test_yaml_is_read_strictly(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("lr: 1e-4\nname: x\n")
+    path.write_text("lr: 1e-4\nname: x\n", encoding="utf-8")
     assert read_yaml(path) == {"lr": 1e-4, "name": "x"}
     wrong = {
         "a: 1\na: 2\n": "given twice",
@@ -70,7 +70,7 @@ def test_yaml_is_read_strictly(tmp_path):
         "a: !!python/name:os.system": "YAML",
     }
     for text, message in wrong.items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             read_yaml(path)
     with pytest.raises(FileNotFoundError):

@@ -64,7 +64,7 @@ def test_links_are_followed_and_what_they_lead_through_is_checked(tmp_path: Path
 
 
 def test_what_is_no_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("")
+    (tmp_path / "a").write_text("", encoding="utf-8")
     for path in (tmp_path / "a", tmp_path / "a" / "b"):
         with pytest.raises(NotADirectoryError, match="/a"):
             private_folder(path)

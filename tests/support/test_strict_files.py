@@ -51,7 +51,7 @@ YAML = {
 @pytest.mark.parametrize("text", YAML, ids=lambda text: text[:20])
 def test_yaml_that_is_refused(tmp_path, text):
     path = tmp_path / "card.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=YAML[text]) as caught:
         read_yaml(path)
     message = str(caught.value)
@@ -118,7 +118,7 @@ JSON = {
 @pytest.mark.parametrize("text", JSON, ids=lambda text: text[:20])
 def test_json_that_is_refused(tmp_path, text):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=JSON[text]) as caught:
         read_json(path)
     message = str(caught.value)

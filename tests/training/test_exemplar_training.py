@@ -164,7 +164,7 @@ def test_a_configuration_that_does_not_fit_is_refused(place, change, message):
     config = exemplar_configs(place)["exemplar"]
     for key, values in change.items():
         config[key] = {**config[key], **values}
-    Path("wrong.yaml").write_text(yaml.safe_dump(config))
+    Path("wrong.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         open_run(Path("wrong.yaml"))
 

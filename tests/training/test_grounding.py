@@ -98,7 +98,10 @@ def test_only_queries_and_keys_are_trained(place) -> None:
     training.train(progress=False)
     for name, p in net.named_parameters():
         assert torch.equal(p, before[name]) == (name not in learning), name
-    rows = [json.loads(line) for line in Path("runs/grounded/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path("runs/grounded/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert all("grounding" in row for row in rows if "loss" in row) and any(
         "validation/pairs_grounding" in row for row in rows
     )

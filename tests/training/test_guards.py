@@ -69,7 +69,9 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(place):
     open_run(path).train(progress=False)
     finished = open_run(path)
     finished.train(progress=False)  # nothing is owed any more
-    rows = [json.loads(line) for line in Path("runs/vae/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in Path("runs/vae/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["step"] for row in rows if "validation/psnr" in row] == [2, 4]
 
 
@@ -81,7 +83,7 @@ def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(place):
         "import time; from pathlib import Path; from ldm.training.lock import folder_lock\n"
         "with folder_lock(Path('runs/vae')): print('held', flush=True); time.sleep(60)"
     )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, encoding="utf-8")
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"'runs/vae': another process trains there"):

@@ -97,13 +97,13 @@ def test_finished_stages_are_skipped_and_changes_of_them_refused(
 
     def refused(name: str, key: str, value: object, message: str) -> None:
         path = recipe / f"{name}.yaml"
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         config = read_yaml(path)
         set_dotted(config, key, value)
         write(config, path)
         with pytest.raises(ValueError, match=message):
             train_recipe(recipe, progress=False)
-        path.write_text(before)
+        path.write_text(before, encoding="utf-8")
 
     monkeypatch.setattr(Run, "train", lambda *_, **__: pytest.fail("training began"))
     refused("clip", "run.steps", 7, "'clip' was finished with a configuration that differs in run.steps")
@@ -113,7 +113,7 @@ def test_finished_stages_are_skipped_and_changes_of_them_refused(
     record = Path("runs/tiny-ldm/clip/stage.json")
     sha256 = read_yaml(about)["sha256"]
     for path in (about, record):
-        path.write_text(path.read_text().replace(sha256, "f" * 64))
+        path.write_text(path.read_text(encoding="utf-8").replace(sha256, "f" * 64), encoding="utf-8")
     with pytest.raises(ValueError, match="'draft' was begun with another export of 'clip': remove"):
         train_recipe(recipe, progress=False)
 

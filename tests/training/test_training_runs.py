@@ -44,7 +44,10 @@ def test_every_network_trains_and_the_next_one_reads_its_export(place):
     for name, config in configs(place).items():
         run = train(write(config, Path(f"{name}.yaml")))
         run.export(Path(f"runs/{name}/export"))
-        rows = [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in Path(f"runs/{name}/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
         assert any(key.startswith("validation/") for row in rows for key in row)
     assert about_part("runs/vae/export", "vae")["latent_scale"] > 0
@@ -77,7 +80,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(place, name):
     assert resumed.step == 6
     expected, got = weights(name), weights("halves")
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
-    lines = [json.loads(line) for line in Path("runs/halves/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in Path("runs/halves/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["step"] for row in lines if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
@@ -116,7 +122,7 @@ def test_a_run_killed_at_any_moment_gives_identical_weights(place):
             [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         )
         while process.poll() is None and (
-            not metrics.exists() or len(metrics.read_text().splitlines()) < wanted
+            not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < wanted
         ):
             time.sleep(0.002)
         kills += process.poll() is None
@@ -156,11 +162,14 @@ def test_every_kill_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(place
     path = write(config, Path("vae.yaml"))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLING, str(path), str(kills)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
     assert int(done.stdout) == kills
     run = open_run(path)
     run.train(until=run.step + 3, progress=False)
-    steps = [json.loads(line)["step"] for line in Path("runs/vae/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in Path("runs/vae/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert steps == sorted(steps) and set(range(1, run.step + 1)) == set(steps)
     left = [found.name for found in Path("runs/vae").iterdir() if found.name.startswith(".")]
     assert len(left) <= 1, left  # that of the last kill, at most
@@ -173,7 +182,9 @@ def test_every_kill_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(place
 def test_a_short_curve_is_kept_and_a_long_one_thinned_evenly(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for n in (7, 100, 1000):
-        path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, n + 1)))
+        path.write_text(
+            "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, n + 1)), encoding="utf-8"
+        )
         steps = [json.loads(line)["step"] for line in thin_rows(path).splitlines()]
         assert len(steps) == min(n, 100) and steps[0] == 1 and steps[-1] == n
 
@@ -186,7 +197,7 @@ def test_training_reduces_the_loss(place):
     train(write(config, Path("vae.yaml")))
     losses = [
         row["l1"]
-        for row in map(json.loads, Path("runs/vae/metrics.jsonl").read_text().splitlines())
+        for row in map(json.loads, Path("runs/vae/metrics.jsonl").read_text(encoding="utf-8").splitlines())
         if "l1" in row
     ]
     assert losses[-1] < 0.5 * losses[0]

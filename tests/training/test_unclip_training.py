@@ -159,7 +159,7 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
     made.train(progress=False)
     losses = [
         row["loss"]
-        for row in map(json.loads, Path("runs/long/metrics.jsonl").read_text().splitlines())
+        for row in map(json.loads, Path("runs/long/metrics.jsonl").read_text(encoding="utf-8").splitlines())
         if "loss" in row
     ]
     # x0 has unit variance: predicting the mean embedding has a loss of 1, and a random network one above it
@@ -363,8 +363,9 @@ def test_a_prior_of_another_clip_is_refused(place) -> None:
 
 def replace_clip(about: Path, name: str = "emoji-clip/0123") -> str:
     """Replace the name of the CLIP in a prior's YAML."""
-    lines = about.read_text().splitlines()
+    lines = about.read_text(encoding="utf-8").splitlines()
     about.write_text(
-        "".join(f"clip: {name}\n" if line.startswith("clip: ") else f"{line}\n" for line in lines)
+        "".join(f"clip: {name}\n" if line.startswith("clip: ") else f"{line}\n" for line in lines),
+        encoding="utf-8",
     )
     return name

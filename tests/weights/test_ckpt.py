@@ -244,7 +244,7 @@ def test_other_files(tmp_path: Path) -> None:
     malicious_files.zipped(tmp_path / "outer.zip", {"model.ckpt": b"x"})
     malicious_files.plain_pickle(tmp_path / "plain.ckpt", {"a": 1})
     (tmp_path / "empty.ckpt").touch()
-    (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "text.ckpt").write_text("hello", encoding="utf-8")
     torch.save([1, 2], tmp_path / "list.ckpt")
     torch.save({"optimizer": {}}, tmp_path / "none.ckpt")
     for name, words in {

@@ -246,7 +246,9 @@ def test_folders_of_hugging_face(tmp_path):
         peer.save_pretrained(tmp_path / name)
     ids, pixels = torch.randint(0, 298, (2, 20)), torch.rand(2, 3, 32, 32)
     ids[:, 7] = 299
-    (tmp_path / "vision" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "resample": 3}')
+    (tmp_path / "vision" / "preprocessor_config.json").write_text(
+        '{"image_mean": [0, 0, 0], "resample": 3}', encoding="utf-8"
+    )
     tower, image, model = (load_hugging_face_clip(tmp_path / name) for name in peers)
     assert isinstance(tower, TextTower) and isinstance(image, VisionTower) and isinstance(model, CLIP)
     assert image.config.mean == (0, 0, 0) and model.config.text.embed_dim == 48
@@ -260,10 +262,10 @@ def test_folders_of_hugging_face(tmp_path):
             ),
         ):
             torch.testing.assert_close(own, peer, rtol=1e-4, atol=1e-5)
-    (tmp_path / "vision" / "preprocessor_config.json").write_text('{"resample": 2}')
+    (tmp_path / "vision" / "preprocessor_config.json").write_text('{"resample": 2}', encoding="utf-8")
     with pytest.raises(ValueError, match="resample 2, expected 3"):
         load_hugging_face_clip(tmp_path / "vision")
-    (tmp_path / "text" / "config.json").write_text('{"model_type": "clips"}')
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "clips"}', encoding="utf-8")
     with pytest.raises(ValueError, match="model_type: 'clips'; did you mean 'clip'"):
         load_hugging_face_clip(tmp_path / "text")
 

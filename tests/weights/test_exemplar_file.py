@@ -23,7 +23,7 @@ def test_a_library_is_read_as_it_was_written(tmp_path: Path):
 @pytest.mark.parametrize("ends", [[5, 3], [2], [1, 9], [], [-2, 5]])
 def test_images_that_are_not_one_after_the_other_are_refused(tmp_path: Path, ends: list[int]):
     index = {"size": 16, "images": [["cat", "noto"], ["cat", "flat"]], "nouns": {}}
-    (tmp_path / LIBRARY_INDEX).write_text(json.dumps(index))
+    (tmp_path / LIBRARY_INDEX).write_text(json.dumps(index), encoding="utf-8")
     state = {"content": torch.zeros(5, dtype=torch.uint8), "ends": torch.tensor(ends, dtype=torch.int64)}
     write_safetensors(tmp_path / LIBRARY_IMAGES, state, {})
     with pytest.raises(ValueError, match="does not hold 2 images one after the other"):
@@ -34,15 +34,15 @@ def test_wrong_files_are_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="library.safetensors is absent"):
         read_library(tmp_path)
     write_library(tmp_path, tiny_library())
-    (tmp_path / LIBRARY_INDEX).write_text('{"size": "16", "images": [], "nouns": {}}')
+    (tmp_path / LIBRARY_INDEX).write_text('{"size": "16", "images": [], "nouns": {}}', encoding="utf-8")
     with pytest.raises(ValueError, match="library.json.*size.*expected int"):
         read_library(tmp_path)
     nouns = {"images": [["dog", "noto"]] * 9, "nouns": {"bird\x1b": ["wren"]}, "size": 16}
-    (tmp_path / LIBRARY_INDEX).write_text(json.dumps(nouns))
+    (tmp_path / LIBRARY_INDEX).write_text(json.dumps(nouns), encoding="utf-8")
     with pytest.raises(ValueError, match="library.json': two exemplars of 'dog' in style 'noto'"):
         read_library(tmp_path)
     write_safetensors(tmp_path / LIBRARY_IMAGES, {"other": torch.zeros(1)}, {})
     write_library_index = {"size": 16, "images": [], "nouns": {}}
-    (tmp_path / LIBRARY_INDEX).write_text(json.dumps(write_library_index))
+    (tmp_path / LIBRARY_INDEX).write_text(json.dumps(write_library_index), encoding="utf-8")
     with pytest.raises(ValueError, match="expected the tensors content and ends"):
         read_library(tmp_path)

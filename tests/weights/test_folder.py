@@ -125,23 +125,23 @@ def test_a_missing_shard_is_named(shards: Path) -> None:
 
 def test_shards_and_index_must_agree(shards: Path) -> None:
     index = shards / "diffusion_pytorch_model.safetensors.index.json"
-    good = index.read_text()
+    good = index.read_text(encoding="utf-8")
     content = json.loads(good)
     content["weight_map"]["not.there"] = sorted(shards.glob("*-of-*"))[0].name
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"1 missing \(not\.there\)"):
         read_component(shards)
     content = json.loads(good)
     del content["weight_map"]["conv_in.bias"]
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"1 unexpected \(conv_in\.bias\)"):
         read_component(shards)
     for name in ("../unet/x.safetensors", "/etc/passwd", "..", ".hidden"):
-        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        index.write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
         with pytest.raises(ValueError, match="outside its folder"):
             read_component(shards)
     for text in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
-        index.write_text(text)
+        index.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"index\.json"):
             read_component(shards)
 

@@ -102,7 +102,9 @@ def test_tensors_are_mapped_not_read(tmp_path: Path) -> None:
 
 def anonymous_bytes() -> int:
     line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("RssAnon")
     )
     return int(line.split()[1]) * 1024
 
