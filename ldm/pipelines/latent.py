@@ -33,6 +33,7 @@ from ldm.pipelines.tasks.interpolate import interpolate
 from ldm.pipelines.tasks.reconstruct import reconstruct
 from ldm.pipelines.tasks.upscale import upscale
 from ldm.pipelines.tasks.variations import variations
+from ldm.support.calls import in_separate_call
 
 # Part of the grid that is run where a hole starts from its draft, which agrees with the known part: more
 # forgets the draft, less leaves it blurred.
@@ -233,6 +234,7 @@ class LatentDiffusion(BasePipeline):
             watcher.conditioned(pair)
         return pair
 
+    @in_separate_call
     @torch.no_grad()
     def draw(self, call: Call, request: Request) -> Images:
         """Draw the images of a call: condition, sample, decode.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from ldm.images.result import Images
 from ldm.pipelines.checks import check_arguments
 from ldm.pipelines.recipe import content_sha256
+from ldm.support.calls import separate_call
 from ldm.support.config import build, to_dict
 from ldm.support.scalars import python_scalar, python_scalars, python_values
 from ldm.support.text import shown
@@ -102,7 +103,8 @@ def replayable(task: Task) -> Task:
             inputs = {name: input_sha256(name, value) for name, value in given.items() if name != pipe}
             known["because"] = str(reason)
             known["inputs"] = {name: value for name, value in inputs.items() if value is not None}
-        images = task(self, *args, **options)
+        with separate_call(self):
+            images = task(self, *args, **options)
         if "arguments" in images.recipe or "because" in images.recipe:
             return images  # the recipe of another task, which this one is a case of
         if "arguments" in known:

@@ -35,6 +35,7 @@ from ldm.pipelines.tasks.text_difference import text_difference
 from ldm.pipelines.tasks.truncated import truncated
 from ldm.pipelines.tasks.variations import embedding_variations
 from ldm.pipelines.unclip_options import SHARED, decoder_options, options_of, other_options, prior_options
+from ldm.support.calls import in_separate_call
 from ldm.support.scalars import python_scalar, python_scalars, whole_number
 
 
@@ -175,6 +176,7 @@ class UnCLIP(BasePipeline):
         keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
         return rerank(self.text_to_image(prompt, n=of, **options), self.clip, keep=keep)
 
+    @in_separate_call
     @torch.no_grad()
     def imagine(
         self,
@@ -270,6 +272,7 @@ class UnCLIP(BasePipeline):
         level = call.others.get("noise_level", 0)
         return self.decoder.conditions(embedding, nothing, call, noise_level=level)
 
+    @in_separate_call
     @torch.no_grad()
     def draw(self, call: Call, request: Request) -> Images:
         """Draw the images of a call: imagine their embeddings, decode and enlarge.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ldm.speed.networks import unets_and_decoders
 from ldm.speed.packed import needs_gradient
 from ldm.speed.substitute import Substitute
 from ldm.support.config import nearest
+from ldm.support.derived import Derived
 
 BACKENDS = ("compile", "openvino")
 
@@ -90,23 +92,31 @@ class OpenVINO(Substitute[UNet | VAEDecoder]):
     """Forward of a network by OpenVINO, in the network's dtype and with torch's number of threads.
 
     The network is compiled for each shape, and the last two compilations are kept. They contain the weights,
-    so weights that are loaded or moved later have an effect only after another `ldm.optimize`. The network
-    computes its own forward if a gradient is required, and on other devices than the CPU.
-
-    Attributes:
-        compiled: OpenVINO's compiled models by dtype, shapes and number of threads.
+    so the network is compiled again after a change of its parameters (`ldm.support.derived`). Evaluations of
+    several threads take turns, as a compiled model has one set of buffers. The network computes its own
+    forward with derivatives, and on other devices than the CPU.
     """
 
     def __init__(self, module: UNet | VAEDecoder) -> None:
         super().__init__(module)
-        self.compiled: dict[Any, Any] = {}  # openvino has no type information
+        self._models: Derived[dict[Any, Any]] = Derived()  # openvino has no type information
+        self._turn = threading.Lock()
+
+    @property
+    def compiled(self) -> dict[Any, Any]:
+        """OpenVINO's compiled models by dtype, shapes and number of threads."""
+        return self._models.value or {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "compiled": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.Lock())
 
     def __call__(self, *args: Any) -> Tensor:  # the arguments of the module's forward
         x = args[0]
-        if needs_gradient(x) or self.module.training or x.device.type != "cpu":
+        sources = [*self.module.parameters(), *self.module.buffers()]
+        if needs_gradient(x, *sources) or self.module.training or x.device.type != "cpu":
             return self.original_forward(*args)
         names: list[str] = []
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -115,12 +125,14 @@ class OpenVINO(Substitute[UNet | VAEDecoder]):
             tensors += values
         tensors = [value.float() if value.is_floating_point() else value for value in tensors]
         key = (x.dtype, *names, *(value.shape for value in tensors), torch.get_num_threads())
-        if key not in self.compiled:
-            if len(self.compiled) > 1:
-                self.compiled.pop(next(iter(self.compiled)))
-            self.compiled[key] = self._compiled_model(names, tensors, x.dtype)
-        result = next(iter(self.compiled[key]([value.numpy() for value in tensors]).values()))
-        return torch.from_numpy(result.copy()).to(x.dtype)
+        with self._turn:
+            compiled = self._models.of(sources, dict)
+            if key not in compiled:
+                if len(compiled) > 1:
+                    compiled.pop(next(iter(compiled)))
+                compiled[key] = self._compiled_model(names, tensors, x.dtype)
+            result = next(iter(compiled[key]([value.numpy() for value in tensors]).values()))
+            return torch.from_numpy(result.copy()).to(x.dtype)
 
     def _compiled_model(self, names: list[str], tensors: list[Tensor], dtype: torch.dtype) -> Any:
         """Return OpenVINO's model of the network for the shapes of tensors.

@@ -67,7 +67,7 @@ class FastAttention(Attention):
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return softmax(q kᵀ / sqrt(d)) v; the arguments are those of `Attention.product`."""
-        if needs_gradient(q) or needs_gradient(k) or self.controls:
+        if needs_gradient(q, k, v) or self.controls:
             return super().product(q, k, v, mask)
         return self.ops.attention(q, k, v, mask)
 

@@ -15,7 +15,7 @@ from ldm.speed.blocks import FastAttention, FastAttentionBlock, FastGEGLU, FastG
 from ldm.speed.folded import FoldedUpsample
 from ldm.speed.kernels.build import NoKernels
 from ldm.speed.kernels.ops import CompiledOps, TorchOps
-from ldm.speed.packed import ContextLinear, HalvedLinear, Packed, PackedConv2d, PackedLinear
+from ldm.speed.packed import ContextLinear, HalvedLinear, PackedConv2d, PackedLinear
 from ldm.speed.strips import StripDecoder
 
 COMPILED = "attention and group norm with SiLU: compiled kernels"
@@ -37,7 +37,7 @@ PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     HalvedLinear: nn.Linear,
 }
 # attributes that fast layers add to their modules
-FAST_ATTRIBUTES = ("ops", "folded", "packed", "cached", "transformed", "spare")
+FAST_ATTRIBUTES = ("ops", "folded", "packed", "transformed", "spare", "spilled")
 
 
 def exchange(pipe: nn.Module, kernels: bool) -> str:
@@ -72,8 +72,6 @@ def exchange_back(pipe: nn.Module) -> None:
     """Exchange fast layers for plain ones."""
     for part in list(pipe.modules()):
         if type(part) in PLAIN_LAYERS:
-            if isinstance(part, Packed):
-                part.unpack()
             for name in FAST_ATTRIBUTES:
                 part.__dict__.pop(name, None)
             part.__class__ = PLAIN_LAYERS[type(part)]

@@ -7,89 +7,88 @@ Each pixel becomes four, each of which depends on 2×2 pixels of the small map; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.layers.resblock import Upsample
-from ldm.models.meta import on_meta
-from ldm.speed.packed import Packed, PackedConv2d, needs_gradient
+from ldm.speed.kept_forms import clear_derived, derived
+from ldm.speed.kernels.ops import CHANNELS_LAST
+from ldm.speed.packed import (
+    Geometry,
+    Packed,
+    convolve_packed,
+    needs_gradient,
+    pack_kernel,
+    packable,
+)
+
+GEOMETRY = Geometry(padding=(1, 1), stride=(1, 1), dilation=(1, 1), groups=1)  # of the 2×2 convolutions
 
 
 class FoldedUpsample(Upsample):
     """Upsampling by folded convolutions.
 
-    It computes the plain layer if a gradient is required, for sizes that are not doubled exactly, and if
-    memory is saved (`ldm.optimize` with memory=True), because the folded weights are larger.
-
-    Attributes:
-        folded: The four convolutions, or None before the first call.
+    The folded weights are made again when the weight of the 3×3 convolution has changed
+    (`ldm.support.derived`). It computes the plain layer with derivatives, on other devices than the CPU, for
+    sizes that are not doubled exactly, and if memory is saved (`ldm.optimize` with memory=True), because the
+    folded weights are larger.
     """
-
-    folded: list[PackedConv2d] | None = None
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Return x (B, C, h, w) at twice the size, or at `size`."""
         h, w = x.shape[-2:]
-        saves_memory = isinstance(self.conv, Packed) and self.conv.spilled is not None
-        if (
-            saves_memory
-            or needs_gradient(x)
-            or self.conv.weight.requires_grad
-            or (size is not None and tuple(size) != (2 * h, 2 * w))
-        ):
+        if not self.folds(x) or (size is not None and tuple(size) != (2 * h, 2 * w)):
             return super().forward(x, size)
-        convs = self._folded_convolutions(x)
+        weight, packs = self.conv.weight, packable(x.dtype)
+        kernels: list[Tensor] = derived(self, "folded").of(
+            [weight], lambda: [pack_kernel(k, GEOMETRY, x.shape) if packs else k for k in fold(weight)]
+        )
+        x = x.contiguous(memory_format=CHANNELS_LAST) if packs else x  # (B, C, h, w)
         out = x.new_empty(len(x), h, 2, w, 2, self.conv.out_channels)  # (B, h, 2, w, 2, C)
-        for i, conv in enumerate(convs):
+        for i, kernel in enumerate(kernels):
             down, right = divmod(i, 2)
-            out[:, :, down, :, right] = conv(x).permute(0, 2, 3, 1)[:, down : down + h, right : right + w]
+            y = (
+                convolve_packed(x, kernel, self.conv.bias, GEOMETRY)
+                if packs
+                else F.conv2d(x, kernel, self.conv.bias, padding=1)
+            )  # (B, C, h + 1, w + 1)
+            out[:, :, down, :, right] = y.permute(0, 2, 3, 1)[:, down : down + h, right : right + w]
         return out.view(len(x), 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
-    def _folded_convolutions(self, x: Tensor) -> list[PackedConv2d]:
-        """Return the four convolutions in the dtype and on the device of x, computed if necessary."""
-        bias = None if self.folded is None else self.folded[0].bias
-        if self.folded is None or bias is None or bias.dtype != x.dtype or bias.device != x.device:
-            # in __dict__ and not a child module, so that the state dict holds only the 3×3 convolution
-            self.__dict__["folded"] = fold(self.conv)
-        assert self.folded is not None
-        return self.folded
+    def folds(self, x: Tensor) -> bool:
+        """Return whether x can be doubled by folded convolutions."""
+        weight = self.conv._parameters.get("weight")
+        return (
+            type(weight) is nn.Parameter
+            and x.numel() > 0
+            and {x.device.type, weight.device.type} == {"cpu"}
+            and weight.dtype == x.dtype
+            and not (isinstance(self.conv, Packed) and self.conv.spilled is not None)
+            and not needs_gradient(x, weight, self.conv.bias)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedUpsample:
-        self.__dict__.pop("folded", None)
+        clear_derived(self)
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # passed on unchanged
-        self.__dict__.pop("folded", None)
-        super()._load_from_state_dict(*args, **kwargs)
 
-
-def fold(conv: nn.Conv2d) -> list[PackedConv2d]:
-    """Return the 2×2 convolutions of the pixels above left, above right, below left and below right.
+def fold(weight: Tensor) -> list[Tensor]:
+    """Return the 2×2 weights of the pixels above left, above right, below left and below right.
 
     The pixels above take the first row of weights for the previous row of the small map, and the sum of the
     other two for their own row. The pixels below take the sum of the first two for their own row, and the
     last for the next row.
 
     Args:
-        conv: The 3×3 convolution.
+        weight: The 3×3 weight, shape (C, C, 3, 3).
 
     Returns:
-        Four convolutions, each with outputs of shape (B, C, h + 1, w + 1).
+        Four weights (C, C, 2, 2); with padding 1 the results have the shape (B, C, h + 1, w + 1).
     """
-    assert conv.bias is not None
-    weight = conv.weight.detach().float()  # (C, C, 3, 3)
-    convs: list[PackedConv2d] = []
-    for rows in _paired_sums(weight, 2):
-        for kernel in _paired_sums(rows, 3):
-            with on_meta():
-                folded = nn.Conv2d(conv.in_channels, conv.out_channels, 2, padding=1)
-            folded.__class__ = PackedConv2d
-            folded._parameters["weight"] = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
-            folded._parameters["bias"] = nn.Parameter(conv.bias.detach(), requires_grad=False)
-            convs.append(cast(PackedConv2d, folded))
-    return convs
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))  # (C, C, 3, 3)
+    return [kernel.to(weight.dtype) for rows in _paired_sums(wide, 2) for kernel in _paired_sums(rows, 3)]
 
 
 def _paired_sums(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -6,16 +6,16 @@ They change the result. Convolutions take two thirds of the time in bfloat16, wi
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ldm.models.layers.resblock import Upsample
 from ldm.models.layers.transformer import GEGLU, SpatialTransformer
+from ldm.speed.kept_forms import clear_derived
 from ldm.speed.networks import unets
-from ldm.speed.packed import ContextLinear, Packed, needs_gradient
+from ldm.speed.packed import ContextLinear, needs_gradient
 from ldm.speed.substitute import Substitute
+from ldm.support.derived import Derived
 
 
 class Quantised:
@@ -81,51 +81,43 @@ def quantise(x: Tensor) -> tuple[Tensor, float, int]:
 class Int8(Substitute[nn.Module]):
     """Forward of a linear layer, a convolution or a GEGLU by 8-bit products.
 
-    The module computes its own forward if a gradient is required, and on other devices than the CPU. The
-    plain weight is kept, for state dicts and copies, so weights take 1.5 times their memory in bfloat16.
+    The module computes its own forward with derivatives, so that training sees the exact layer, and on other
+    devices than the CPU. The plain weight stays, so weights take 1.5 times their memory in bfloat16.
 
     Attributes:
-        layers: The quantised weights, two for a GEGLU; None before the first call.
-        quantised_from: The weight that they were made from, and its version counter.
+        layers: The quantised weights, two for a GEGLU; made again when the weight or the bias has changed.
     """
-
-    layers: list[Quantised] | None = None
-    quantised_from: tuple[Tensor, int] | None = None
 
     def __init__(self, module: nn.Linear | nn.Conv2d | GEGLU) -> None:
         super().__init__(module)
         self.layer = module.proj if isinstance(module, GEGLU) else module
-        if isinstance(self.layer, Packed):
-            self.layer.unpack()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("layers", "quantised_from")}
+        self.layers: Derived[list[Quantised]] = Derived()
+        clear_derived(self.layer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.layer.weight
+        weight, bias = self.layer._parameters.get("weight"), self.layer.bias
         if (
-            needs_gradient(x)
-            or weight.requires_grad
+            type(weight) is not nn.Parameter
+            or needs_gradient(x, weight, bias)
             or {x.device.type, weight.device.type} != {"cpu"}
             or not x.numel()
         ):
             return self.original_forward(x)
         conv = self.layer if isinstance(self.layer, nn.Conv2d) else None
         x = x if conv is None else x.contiguous(memory_format=torch.channels_last)
-        if (
-            self.layers is None
-            or self.quantised_from is None
-            or self.quantised_from[0] is not weight
-            or self.quantised_from[1] != weight._version
-        ):
-            bias, parts = self.layer.bias, 2 if isinstance(self.module, GEGLU) else 1
-            halves = zip(weight.chunk(parts), [None] if bias is None else bias.chunk(parts), strict=True)
-            self.layers = [Quantised(w, b, conv, tuple(x.shape)) for w, b in halves]
-            self.quantised_from = weight, weight._version
+        sources = [weight] if bias is None else [weight, bias]
+        layers = self.layers.of(sources, lambda: self._quantised(weight, bias, tuple(x.shape)))
         q = quantise(x)
-        if len(self.layers) == 1:
-            return self.layers[0](*q, x.dtype)
-        return self.layers[1](*q, x.dtype, "gelu").mul_(self.layers[0](*q, x.dtype))
+        if len(layers) == 1:
+            return layers[0](*q, x.dtype)
+        return layers[1](*q, x.dtype, "gelu").mul_(layers[0](*q, x.dtype))
+
+    def _quantised(self, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> list[Quantised]:
+        """Return the quantised weights for inputs of a shape."""
+        conv = self.layer if isinstance(self.layer, nn.Conv2d) else None
+        parts = 2 if isinstance(self.module, GEGLU) else 1
+        biases = [None] * parts if bias is None else bias.chunk(parts)
+        return [Quantised(w, b, conv, shape) for w, b in zip(weight.chunk(parts), biases, strict=True)]
 
 
 def check_int8(pipe: nn.Module) -> None:

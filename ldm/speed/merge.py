@@ -5,6 +5,7 @@ It changes the result.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,9 @@ from ldm.models.layers.transformer import SpatialTransformer
 from ldm.speed.networks import unets
 from ldm.speed.substitute import Substitute
 
+# (h, w) of the map whose positions are the tokens of the transformer that this thread computes
+_SIZE: ContextVar[tuple[int, int]] = ContextVar("size", default=(0, 0))
+
 
 class Merge(Substitute[Attention]):
     """Forward of a self-attention over fewer tokens.
@@ -23,27 +27,24 @@ class Merge(Substitute[Attention]):
     A fraction `ratio` of the positions, those most similar to a position in an even row and column, is
     averaged with that position before the attention, and takes its result. The paper draws one position of
     each 2×2 at random; here it is the first, so that an image stays a function of its seed. Nothing is merged
-    if a control reads the probabilities (`ldm.models.layers.attention.attention_control`) or a gradient is
-    required.
-
-    Attributes:
-        size: (h, w) of the map whose positions are the tokens; `Sized` sets it.
+    if a control reads the probabilities (`ldm.models.layers.attention.attention_control`) or gradients are
+    enabled.
     """
 
     def __init__(self, attention: Attention, ratio: float) -> None:
         super().__init__(attention)
         self.ratio = ratio
-        self.size = (0, 0)
 
     def __call__(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        size = _SIZE.get()
         if (
             context is not None
             or self.module.controls
             or torch.is_grad_enabled()
-            or self.size[0] * self.size[1] != x.shape[1]
+            or size[0] * size[1] != x.shape[1]
         ):
             return self.original_forward(x, context, mask)
-        at, tokens = assign(x, self.size, self.ratio)
+        at, tokens = assign(x, size, self.ratio)
         return take(self.original_forward(means(x, at, tokens)), at)
 
 
@@ -51,10 +52,11 @@ class Sized(Substitute[SpatialTransformer]):
     """Forward of a transformer that passes the size of its map to its merging self-attentions."""
 
     def __call__(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.module.transformer_blocks:
-            merge: Merge = block.attn1.__dict__["forward"]
-            merge.size = x.shape[-2], x.shape[-1]
-        return self.original_forward(x, context, mask)
+        token = _SIZE.set((x.shape[-2], x.shape[-1]))
+        try:
+            return self.original_forward(x, context, mask)
+        finally:
+            _SIZE.reset(token)
 
 
 def assign(x: Tensor, size: tuple[int, int], ratio: float) -> tuple[Tensor, int]:

@@ -21,6 +21,7 @@ from ldm.speed.reuse import reuse_features
 from ldm.speed.spill import release_all, take_turns
 from ldm.speed.strips import StripDecoder
 from ldm.speed.substitute import restore
+from ldm.support.calls import Turns
 
 P = TypeVar("P", bound=nn.Module)
 
@@ -109,7 +110,9 @@ def _set_memory(pipe: nn.Module, memory: bool) -> None:
     for part in pipe.modules():
         if isinstance(part, StripDecoder):
             part.spare = memory
+    pipe.__dict__.pop("turns", None)
     if memory:
+        pipe.__dict__["turns"] = Turns()
         take_turns(pipe.networks().values() if isinstance(pipe, HasNetworks) else [pipe])
 
 

@@ -1,21 +1,24 @@
 """Linear and convolution layers with weights in the memory layout in which oneDNN multiplies.
 
-PyTorch's layers convert the weights in every call; these convert them once.
+PyTorch's layers convert the weights in every call; these keep the converted copy.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from ldm.speed.kept_forms import clear_derived, derived
 from ldm.speed.kernels.ops import CHANNELS_LAST, CompiledOps, TorchOps, winograd_weights
+from ldm.support.derived import kept_for_call
 
+_T = TypeVar("_T")
 mkldnn = torch.ops.mkldnn
 # channels, and pixels of all maps together, from which Winograd's convolution is faster in float32
 WIDE, POSITIONS = (128, 1024)
@@ -28,9 +31,14 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
 
 
-def needs_gradient(x: Tensor) -> bool:
-    """Return whether x requires a gradient, which packed layers and kernels do not compute."""
-    return torch.is_grad_enabled() and x.requires_grad
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether derivatives of tensors are asked for, which packed layers and kernels do not compute.
+
+    These are gradients, and derivatives by `torch.func` and by forward-mode automatic differentiation.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class WeightFile(Protocol):
@@ -47,92 +55,60 @@ class WeightFile(Protocol):
 
 
 class Packed(nn.Module):
-    """Base class of layers whose weight is packed at the first call, and replaces the plain weight.
+    """Base class of layers that multiply with a packed copy of their weight, made at the first call.
 
-    A state dict still contains the plain weight. Moving, loading, copying and gradients use the plain weight.
+    The weight itself stays a parameter. The copy is made again when the weight has changed
+    (`ldm.support.derived`). With derivatives the layer computes with the weight itself.
 
     Attributes:
-        packed: The packed weights, or None before the first call.
-        spilled: The file that holds the plain weight, from which it may leave memory. None to discard the
-            plain weight when it is packed.
+        spilled: The file that holds the weight, from which it may leave memory. None: it is in memory.
         parts: Number of equal parts of the weight, along the outputs, that are packed separately.
     """
 
-    packed: list[Tensor] | None = None
+    weight: Tensor
+    bias: Any  # a parameter or None, which torch annotates differently in each layer
     spilled: WeightFile | None = None
     parts = 1
-
-    @property
-    def weight(self) -> Tensor:
-        """The plain weight, computed from the packed weights if it was discarded."""
-        plain = self._parameters.get("weight")
-        if plain is not None:
-            return plain
-        assert self.packed is not None
-        return torch.cat([part.to_dense() for part in self.packed])
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        # nn.Module.__setattr__ registers parameters without calling this; it makes the property writable
-        self._parameters["weight"] = nn.Parameter(value, requires_grad=False)
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the weight requires a gradient, so that an optimizer may change it."""
-        plain = self._parameters.get("weight")
-        return plain is not None and plain.requires_grad
 
     def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
         """Return a weight packed for inputs of the shape of x."""
         raise NotImplementedError
 
-    def packed_weights(self, x: Tensor) -> list[Tensor] | None:
-        """Return the packed weights, packed now if necessary; None if the plain weight must be used."""
-        if needs_gradient(x):
-            return None
-        if self.packed is None:
-            weight = self._parameters["weight"]
-            if (
-                weight is None
-                or {x.device.type, weight.device.type} != {"cpu"}
-                or weight.dtype != x.dtype
-                or not packable(x.dtype)
-            ):
-                return None
-            if self.trainable:
-                return None
-            with nullcontext() if self.spilled is None else self.spilled.separate_allocations():
-                self.packed = [
-                    self.reorder(part.detach().contiguous(), x) for part in weight.chunk(self.parts)
-                ]
-            if self.spilled is not None:
-                self.spilled.evict(weight)
-            else:
-                self._parameters["weight"] = None
-        return self.packed if self.packed[0].dtype == x.dtype else None
+    def packs(self, x: Tensor) -> bool:
+        """Return whether x is multiplied with a packed weight; otherwise the layer computes as before."""
+        # a tensor of another class, or one that is computed when it is read, is no parameter of this layer
+        weight = self._parameters.get("weight")
+        return (
+            type(weight) is nn.Parameter
+            and x.numel() > 0
+            and {x.device.type, weight.device.type} == {"cpu"}
+            and weight.dtype == x.dtype
+            and packable(x.dtype)
+            and not needs_gradient(x, weight, self.bias)
+        )
 
-    def unpack(self) -> None:
-        """Replace the packed weights by the plain weight."""
-        if self.packed is not None:
-            weight, self.packed = self.weight, None
-            if self._parameters["weight"] is None:
-                self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    def packed_weights(self, x: Tensor) -> list[Tensor] | None:
+        """Return the packed weights; None if `packs` is false."""
+        return self.from_weight("packed", lambda weight: self._pack(weight, x)) if self.packs(x) else None
+
+    def from_weight(self, name: str, make: Callable[[Tensor], _T]) -> _T:
+        """Return what a function makes of the weight, kept as the attribute `name` (`derived`)."""
+        weight = self.weight
+        made: _T = derived(self, name).of([weight], lambda: make(weight.detach()), read=self.read)
+        return made
+
+    @property
+    def read(self) -> Callable[[Tensor], None] | None:
+        """What is called with a weight that was read: it leaves memory if it is in a file."""
+        return None if self.spilled is None else self.spilled.evict
+
+    def _pack(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        with nullcontext() if self.spilled is None else self.spilled.separate_allocations():
+            return [self.reorder(part.contiguous(), x) for part in weight.chunk(self.parts)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
-        self.unpack()
+        clear_derived(self)  # a copy that is out of date takes memory
         return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # passed on unchanged
-        self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unpack()
-        return self.__dict__.copy()
 
 
 class PackedLinear(Packed, nn.Linear):
@@ -155,38 +131,45 @@ class PackedLinear(Packed, nn.Linear):
 class ContextLinear(PackedLinear):
     """Projection of a context to keys or values, computed once while the context is the same tensor.
 
-    Guidance passes the same tensor at every step, so that the projection runs once per prompt.
-
-    Attributes:
-        cached: A reference to the context, its version counter, and its projection; None before the first
-            call.
+    Guidance passes the same tensor at every step, so that the projection runs once per prompt. It is kept for
+    the call (`ldm.support.calls`).
     """
-
-    cached: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection (B, M, D_out) of a context x (B, M, D)."""
-        if torch.is_grad_enabled() or x.is_inference() or self.trainable:
+        if torch.is_grad_enabled() or x.is_inference() or not self.packs(x):
             return super().forward(x)
-        if self.cached is None or self.cached[0]() is not x or self.cached[1] != x._version:
-            if self.spilled is None:
-                projection = super().forward(x)
-            else:  # used once per prompt, so the plain weight is read from the file
-                projection = F.linear(x, self.weight, self.bias)
-                self.spilled.evict(self.weight)
-            self.cached = (weakref.ref(x), x._version, projection)
-        return self.cached[2]
+        sources = [x, self.weight, *([] if self.bias is None else [self.bias])]
+        return kept_for_call(self, sources, lambda: self._project(x), read=self.read)
 
-    def unpack(self) -> None:
-        """Replace the packed weights by the plain weight, and discard the projection."""
-        self.cached = None
-        super().unpack()
+    def _project(self, x: Tensor) -> Tensor:
+        # used once per prompt, so that a weight in a file is not packed
+        return super().forward(x) if self.spilled is None else F.linear(x, self.weight, self.bias)
 
 
 class HalvedLinear(PackedLinear):
     """Linear layer whose outputs are two halves with packed weights of their own: GEGLU's value and gate."""
 
     parts = 2
+
+
+class Geometry(NamedTuple):
+    """How a convolution goes over a map, two numbers each for height and width."""
+
+    padding: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def pack_kernel(weight: Tensor, geometry: Geometry, shape: Sequence[int]) -> Tensor:
+    """Return the weight of a convolution, packed for maps of a shape (B, C, h, w)."""
+    return mkldnn._reorder_convolution_weight(weight, *geometry, list(shape))
+
+
+def convolve_packed(x: Tensor, packed: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return a convolution (B, C_out, h', w') of x (B, C, h, w) by a weight from `pack_kernel`."""
+    return mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], "")
 
 
 class PackedConv2d(Packed, nn.Conv2d):
@@ -197,32 +180,33 @@ class PackedConv2d(Packed, nn.Conv2d):
 
     Attributes:
         ops: The operators; Winograd's convolution requires `CompiledOps`.
-        transformed: Weights of Winograd's convolution. The packed weights are kept too, because only they
-            restore the plain weight exactly.
     """
 
     ops: TorchOps | None = None
-    transformed: Tensor | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        """Padding, stride, dilation and groups."""
+        assert not isinstance(self.padding, str)
+        return Geometry(self.padding, self.stride, self.dilation, self.groups)
 
     def reorder(self, weight: Tensor, x: Tensor) -> Tensor:
         """Return a weight packed for x (B, C, h, w)."""
-        return mkldnn._reorder_convolution_weight(
-            weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
-        )
+        return pack_kernel(weight, self.geometry, x.shape)
+
+    def packs(self, x: Tensor) -> bool:
+        """Return whether x is multiplied with a packed weight; otherwise the layer computes as before."""
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str) and super().packs(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution (B, C_out, h', w') of x (B, C, h, w)."""
-        packed = self.packed_weights(x) if self.padding_mode == "zeros" else None
-        if packed is None:
+        if not self.packs(x):
             return self._conv_forward(x, self.weight, self.bias)
         x = x.contiguous(memory_format=CHANNELS_LAST)  # (B, C, h, w)
         if isinstance(self.ops, CompiledOps) and self.ops.supports(x) and self.suits_winograd(x):
-            if self.transformed is None:
-                self.transformed = winograd_weights(self.weight)
-            return self.ops.conv3x3(x, self.transformed, self.bias)
-        return mkldnn._convolution_pointwise(
-            x, packed[0], self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
-        )
+            return self.ops.conv3x3(x, self.from_weight("transformed", winograd_weights), self.bias)
+        packed = self.from_weight("packed", lambda weight: self._pack(weight, x))
+        return convolve_packed(x, packed[0], self.bias, self.geometry)
 
     def suits_winograd(self, x: Tensor) -> bool:
         """Return whether Winograd's convolution supports this layer and is faster for the map x."""
@@ -239,8 +223,3 @@ class PackedConv2d(Packed, nn.Conv2d):
             and large
             and self.spilled is None
         )
-
-    def unpack(self) -> None:
-        """Replace the packed weights, and those of Winograd's convolution, by the plain weight."""
-        self.transformed = None
-        super().unpack()

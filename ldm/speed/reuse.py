@@ -6,8 +6,8 @@ It changes the result.
 from __future__ import annotations
 
 import weakref
-from itertools import islice
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet, UNetLevel
 from ldm.speed.networks import unets
+from ldm.speed.packed import Packed
 from ldm.speed.substitute import Substitute
+from ldm.support.derived import kept_for_call, version
 
 MOST_EVALUATIONS = 16  # evaluations of a step whose features `Reuse` keeps
 
@@ -36,7 +38,7 @@ class CondKey(NamedTuple):
     def of(cls, x_t: Tensor, cond: Cond) -> CondKey:
         """Return the key of x_t and a condition."""
         return cls(
-            x_t.shape, tuple((name, weakref.ref(value), _version(value)) for name, value in cond.items())
+            x_t.shape, tuple((name, weakref.ref(value), version(value)) for name, value in cond.items())
         )
 
     def matches(self, x_t: Tensor, cond: Cond) -> bool:
@@ -46,10 +48,50 @@ class CondKey(NamedTuple):
             self.shape == x_t.shape
             and [name for name, _ in given] == [name for name, _, _ in self.fields]
             and all(
-                ref() is value and version == _version(value)
-                for (_, value), (_, ref, version) in zip(given, self.fields, strict=True)
+                ref() is value and written == version(value)
+                for (_, value), (_, ref, written) in zip(given, self.fields, strict=True)
             )
         )
+
+
+@dataclass
+class Progress:
+    """How far a sampling run has come, and the features that it keeps.
+
+    Attributes:
+        t: Timesteps of the current step; None before the first.
+        steps: Steps since the last full evaluation.
+        place: Index of the next evaluation within the step.
+        kept: Features, and the key of their inputs, by the index of the evaluation.
+    """
+
+    t: Tensor | None = None
+    steps: int = 0
+    place: int = 0
+    kept: dict[int, tuple[Tensor, CondKey]] = field(default_factory=dict)
+
+    def advance(self, t: Tensor, interval: int) -> None:
+        """Update the step and the index of the evaluation for timesteps t (B,)."""
+        if self.t is not None and self.t.shape == t.shape and torch.equal(self.t, t):
+            return
+        fell = self.t is not None and self.t.shape == t.shape and bool((t < self.t).all())
+        self.steps = (self.steps + 1) % interval if fell else 0
+        if self.steps == 0:
+            self.kept.clear()
+        self.t, self.place = t.clone(), 0
+
+    def features(self, x_t: Tensor, cond: Cond) -> Tensor | None:
+        """Return the features that may be reused for x_t and a condition; None: the evaluation is full."""
+        features, key = self.kept.get(self.place, (None, None))
+        if (
+            self.steps
+            and features is not None
+            and key is not None
+            and features.shape[0] == len(x_t)
+            and key.matches(x_t, cond)
+        ):
+            return features
+        return None
 
 
 class Reuse(Substitute[UNet]):
@@ -63,103 +105,93 @@ class Reuse(Substitute[UNet]):
     decreases and the shapes and the tensors of the condition are the same. Another prompt, another run and a
     restart with new noise therefore begin with a full evaluation. With gradients nothing is reused.
 
+    Each call of a pipeline has its own features, and outside of such calls each thread
+    (`ldm.support.calls`).
+
     Args:
         net: The UNet.
         interval: Number of steps per full evaluation.
         branch: Number of blocks that are always computed on the way down, at least 0.
-
-    Attributes:
-        t: Timesteps of the current step; None before the first.
-        steps: Steps since the last full evaluation.
-        place: Index of the next evaluation within the step.
-        kept: Features, and the key of their inputs, by the index of the evaluation.
     """
 
     def __init__(self, net: UNet, interval: int, branch: int) -> None:
         super().__init__(net)
         self.interval, self.branch = interval, branch
-        self.forget()
 
-    def forget(self) -> None:
-        """Discard all features, so that the next evaluation is a full one."""
-        self.t: Tensor | None = None
-        self.steps = 0
-        self.place = 0
-        self.kept: dict[int, tuple[Tensor, CondKey]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.forget()  # a copy has other tensors, which the references in the keys do not follow
-        return self.__dict__.copy()
+    @property
+    def progress(self) -> Progress:
+        """The progress of this call's run, which begins again if a parameter changes."""
+        read = self.module.conv_in.read if isinstance(self.module.conv_in, Packed) else None
+        return kept_for_call(self, [*self.module.parameters()], Progress, read=read)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if torch.is_grad_enabled() or self.module.training:
             return self.original_forward(x_t, t, cond)
-        self._advance(t)
-        features, key = self.kept.get(self.place, (None, None))
-        if (
-            self.steps
-            and features is not None
-            and key is not None
-            and features.shape[0] == len(x_t)
-            and key.matches(x_t, cond)
-        ):
+        progress = self.progress
+        progress.advance(t, self.interval)
+        features = progress.features(x_t, cond)
+        if features is not None:
             out = self._shallow_evaluation(x_t, t, cond, features)
+        elif progress.place < MOST_EVALUATIONS:
+            out, features = self._full_evaluation(x_t, t, cond)
+            progress.kept[progress.place] = features, CondKey.of(x_t, cond)
         else:
-            out = self._full_evaluation(x_t, t, cond)
-        self.place += 1
+            out = self.original_forward(x_t, t, cond)
+        progress.place += 1
         return out
 
-    def _advance(self, t: Tensor) -> None:
-        """Update the step and the index of the evaluation for timesteps t (B,)."""
-        if self.t is not None and self.t.shape == t.shape and torch.equal(self.t, t):
-            return
-        fell = self.t is not None and self.t.shape == t.shape and bool((t < self.t).all())
-        self.steps = (self.steps + 1) % self.interval if fell else 0
-        if self.steps == 0:
-            self.kept.clear()
-        self.t, self.place = t.clone(), 0
-
-    def _full_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Return the output of the whole network, and keep the input of the first of the last blocks."""
-        level, i = up_path(self.module)[-self.branch - 1]
-        if self.place >= MOST_EVALUATIONS:
-            return self.original_forward(x_t, t, cond)
-
-        def keep(block: nn.Module, args: tuple[Tensor, ...]) -> None:
-            skip = skip_widths(self.module)[self.branch]
-            # without the channels of the skip connection, which are last
-            self.kept[self.place] = args[0][:, :-skip].clone(), CondKey.of(x_t, cond)
-
-        handle = level.resnets[i].register_forward_pre_hook(keep)
-        try:
-            return self.original_forward(x_t, t, cond)
-        finally:
-            handle.remove()
+    def _full_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Return the output of the whole network, and the input of the first of the last blocks."""
+        down, up = down_path(self.module), up_path(self.module)
+        x, emb, skips = self._way_down(x_t, t, cond, len(down))
+        x = self.module.mid_block(x, emb, cond.context, cond.context_mask)  # (B, channels[-1], h', w')
+        first = len(up) - self.branch - 1
+        features = self._way_up(x, emb, cond, skips, up[:first])
+        return self._output(self._way_up(features, emb, cond, skips, up[first:])), features
 
     def _shallow_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond, features: Tensor) -> Tensor:
-        """Return the output of `UNet.forward` with kept features in place of its deep part."""
-        net, context, mask = self.module, cond.context, cond.context_mask
+        """Return the output of the network with kept features in place of its deep part."""
+        _, emb, skips = self._way_down(x_t, t, cond, self.branch)
+        up = up_path(self.module)[-self.branch - 1 :]
+        return self._output(self._way_up(features, emb, cond, skips, up))
+
+    # `UNet.forward` in parts, which the two evaluations share
+
+    def _way_down(
+        self, x_t: Tensor, t: Tensor, cond: Cond, blocks: int
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the map behind the first blocks of the way down, the embedding and the skips."""
+        net = self.module
         x = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)  # (B, C_in, h, w)
         net.check(x, cond)
         emb = net.embed(t, cond, x_t.dtype)  # (B, D)
         x = net.conv_in(x)  # (B, channels[0], h, w)
         skips = [x]
-        for level, i in islice(down_path(net), self.branch):
+        for level, i in down_path(net)[:blocks]:
             # (B, channels[level], h', w')
-            x = level.downsample(x, emb) if i is None else level.block(i, x, emb, context, mask)
+            x = (
+                level.downsample(x, emb)
+                if i is None
+                else level.block(i, x, emb, cond.context, cond.context_mask)
+            )
             skips.append(x)
-        x = features
-        for level, i in up_path(net)[-self.branch - 1 :]:
+        return x, emb, skips
+
+    def _way_up(
+        self, x: Tensor, emb: Tensor, cond: Cond, skips: list[Tensor], blocks: list[tuple[UNetLevel, int]]
+    ) -> Tensor:
+        """Return the map x behind some blocks of the way up; their skips are removed from the list."""
+        for level, i in blocks:
             # (B, channels[level], h', w')
-            x = level.block(i, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
-            if i == net.config.blocks and level.upsamplers is not None:
-                x = level.upsample(x, emb, skips[-1].shape[-2:])  # (B, channels[level], 2h', 2w')
-        return net.conv_out(F.silu(net.conv_norm_out(x)))
+            x = level.block(i, torch.cat([x, skips.pop()], dim=1), emb, cond.context, cond.context_mask)
+            if i == self.module.config.blocks and level.upsamplers is not None:
+                h, w = skips[-1].shape[-2:]
+                x = level.upsample(x, emb, (h, w))  # (B, channels[level], 2h', 2w')
+        return x
 
-
-def _version(x: Tensor) -> int:
-    """Return how often a tensor was written to; 0 for inference tensors, which do not count."""
-    return 0 if x.is_inference() else x._version
+    def _output(self, x: Tensor) -> Tensor:
+        """Return the prediction (B, C_out, h, w) of the last map."""
+        return self.module.conv_out(F.silu(self.module.conv_norm_out(x)))
 
 
 def down_path(net: UNet) -> list[tuple[UNetLevel, int | None]]:
@@ -174,12 +206,6 @@ def down_path(net: UNet) -> list[tuple[UNetLevel, int | None]]:
 def up_path(net: UNet) -> list[tuple[UNetLevel, int]]:
     """Return the level and the index of each block on the way up."""
     return [(level, i) for level in net.up_blocks for i in range(net.config.blocks + 1)]
-
-
-def skip_widths(net: UNet) -> list[int]:
-    """Return the channels of each skip connection, in the order of the way down."""
-    channels = net.config.channels
-    return [channels[0]] + [channels[list(net.down_blocks).index(level)] for level, _ in down_path(net)]
 
 
 def reuse_features(pipe: nn.Module, interval: int, branch: int) -> tuple[str, ...]:

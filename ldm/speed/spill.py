@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm.speed.folded import FoldedUpsample
+from ldm.speed.kept_forms import clear_derived
 from ldm.speed.kernels.build import cache_folder
 from ldm.speed.packed import Packed
 from ldm.support.home import make_folder
@@ -45,9 +46,7 @@ class Spilled:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.handles: list[RemovableHandle] = []
-        for part in network.modules():
-            if isinstance(part, Packed):
-                part.unpack()
+        clear_derived(network)
         own = [p for p in network.parameters() if p.device.type == "cpu"]
         parameters = [p for p in own if p.dim() > 1]
         for p in own:
@@ -67,6 +66,9 @@ class Spilled:
             if isinstance(part, Packed):
                 part.spilled = self
         self.rest()
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return type(None), ()  # the weights of a copy are in memory
 
     @contextmanager
     def separate_allocations(self) -> Iterator[None]:
@@ -102,12 +104,8 @@ class Spilled:
             _evict_pages(begin, size)
 
     def rest(self) -> None:
-        """Let all weights of the network leave memory, including packed and folded ones."""
-        for part in self.network.modules():
-            if isinstance(part, Packed):
-                part.unpack()
-            elif isinstance(part, FoldedUpsample):
-                part.__dict__.pop("folded", None)
+        """Let all weights of the network leave memory, and discard what is derived from them."""
+        clear_derived(self.network)
         self.evict()
         _call_libc("malloc_trim", 0)
 
@@ -115,9 +113,9 @@ class Spilled:
         """Move the weights back to memory, and remove the hooks of the network."""
         for handle in self.handles:
             handle.remove()
+        clear_derived(self.network)
         for part in self.network.modules():
             if isinstance(part, Packed):
-                part.unpack()
                 part.spilled = None
         begin, size = self.storage.data_ptr(), self.storage.nbytes()
         for p in self.network.parameters():
@@ -133,31 +131,69 @@ def release_all(pipe: nn.Module) -> None:
         own.release()
 
 
+class Waking:
+    """Forward pre-hook of a network that takes turns in memory: the one before it leaves memory.
+
+    Args:
+        own: The network.
+        awake: The networks in memory, which all hooks of a pipeline share: none or one.
+        lock: Held while a network wakes.
+    """
+
+    def __init__(self, own: Spilled, awake: list[Spilled], lock: threading.Lock) -> None:
+        self.own, self.awake, self.lock = own, awake, lock
+
+    def __call__(self, module: nn.Module, args: Any) -> None:  # any arguments of the network
+        with self.lock:
+            if self.own not in self.awake:
+                for other in self.awake:
+                    other.rest()
+                self.awake[:] = [self.own]
+
+    def applies(self) -> bool:
+        """Return False: the hook does not read the maps (`ldm.speed.strips.has_inner_hooks`)."""
+        return False
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _no_hook, ()
+
+
+class Evicting:
+    """Forward hook of a network whose plain weights leave memory after each evaluation."""
+
+    def __init__(self, own: Spilled) -> None:
+        self.own = own
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:  # of any class
+        self.own.evict()
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    """Return the hook of a copy, whose weights are in memory: it does nothing."""
+    return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    """Accept the arguments of any hook."""
+
+
 def take_turns(networks: Iterable[nn.Module]) -> list[Spilled]:
     """Move the weights of networks to files, so that at most one network is in memory.
 
-    When a network starts to compute, the weights of the previous one leave memory.
+    When a network starts to compute, the weights of the previous one leave memory. A copy of a network has
+    its weights in memory.
     """
     spilled = [Spilled(network) for network in networks]
     awake: list[Spilled] = []
-
-    def wake(own: Spilled) -> None:
-        if own not in awake:
-            for other in awake:
-                other.rest()
-            awake[:] = [own]
-
-    def wakes(own: Spilled) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: wake(own)
-
-    def evicts(own: Spilled) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, result: own.evict()
-
+    lock = threading.Lock()
     for own in spilled:
         # some networks are called by their parts: an autoencoder's encoder and decoder
         for part in (own.network, *own.network.children()):
-            own.handles.append(part.register_forward_pre_hook(wakes(own)))
-        own.handles.append(own.network.register_forward_hook(evicts(own)))
+            own.handles.append(part.register_forward_pre_hook(Waking(own, awake, lock)))
+        own.handles.append(own.network.register_forward_hook(Evicting(own)))
     return spilled
 
 

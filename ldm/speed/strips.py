@@ -199,16 +199,24 @@ def delayed(strips: Iterator[T]) -> Iterator[T]:
 
 def module_needs_gradient(module: nn.Module, x: Tensor) -> bool:
     """Return whether a map or a parameter of a module requires a gradient."""
-    return needs_gradient(x) or (
-        torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
-    )
+    return needs_gradient(x, *module.parameters())
 
 
 def has_inner_hooks(module: nn.Module) -> bool:
-    """Return whether parts of a module have forward hooks, which must be called with whole maps."""
+    """Return whether parts of a module have forward hooks, which must be called with whole maps.
+
+    A hook with a method `applies` counts where that returns True: one of `ldm.trace` in the traced calls.
+    """
     return any(
-        part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module
+        getattr(hook, "applies", _always)()
+        for part in module.modules()
+        if part is not module
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     )
+
+
+def _always() -> bool:
+    return True
 
 
 class StripDecoder(VAEDecoder):
@@ -230,7 +238,7 @@ class StripDecoder(VAEDecoder):
         """Return the decoded patches; the arguments are those of `VAEDecoder.forward`."""
         norm_out = self.conv_norm_out
         if (
-            module_needs_gradient(norm_out, x)
+            module_needs_gradient(self, x)
             or self.training
             or isinstance(norm_out, SpatialNorm)
             or x.device.type != "cpu"

@@ -9,6 +9,7 @@ from ldm.diffusion.cond import Cond
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.speed.kept_forms import derived
 from ldm.speed.kernels.build import NoKernels, library
 from ldm.weights.parts import randomise
 
@@ -50,6 +51,11 @@ def has_kernels() -> bool:
         return bool(library())
     except NoKernels:
         return False
+
+
+def kept(part: nn.Module, name: str) -> bool:
+    """Return whether a layer keeps something derived from its weight."""
+    return derived(part, name).value is not None
 
 
 def make(config: UNetConfig | VAEConfig, dtype: torch.dtype = torch.float32) -> nn.Module:

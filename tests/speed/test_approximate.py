@@ -18,6 +18,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.layers.attention import attention_control
 from ldm.models.unet import UNetConfig
 from ldm.samplers import SAMPLERS
+from ldm.speed import merge
 from ldm.speed.merge import assign, means, take
 from ldm.speed.reuse import MOST_EVALUATIONS, Reuse, up_path
 
@@ -64,9 +65,9 @@ def test_the_shallow_evaluation_equals_the_full_one_for_the_same_input(config):
         ldm.optimize(net, kernels=False, reuse=2, branch=branch)
         assert torch.equal(net(x, t, cond), exact)  # a full evaluation
         # as if the features were of a slightly larger t: the same input must give the same output
-        own, net.forward.t = (net.forward, t + 1)
-        assert torch.equal(own._shallow_evaluation(x, t, cond, own.kept[0][0]), exact)
-        assert torch.equal(net(x, t, cond), exact) and own.steps == 1
+        own, net.forward.progress.t = (net.forward, t + 1)
+        assert torch.equal(own._shallow_evaluation(x, t, cond, own.progress.kept[0][0]), exact)
+        assert torch.equal(net(x, t, cond), exact) and own.progress.steps == 1
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def test_features_of_other_conditions_shapes_and_later_times_are_not_reused(monk
     assert y.grad is not None and len(made) == 3
     for _ in range(2 * MOST_EVALUATIONS):  # at a constant t the number of kept features is bounded
         net(x, t - 4, cond)
-    assert len(net.forward.kept) == MOST_EVALUATIONS
+    assert len(net.forward.progress.kept) == MOST_EVALUATIONS
 
 
 @torch.no_grad()
@@ -185,10 +186,11 @@ def test_merging_equal_positions_changes_nothing():
     attention = net.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     exact = attention(x)
     ldm.optimize(net, kernels=False, merge=0.75)
-    attention.forward.size = (12, 10)
     seen = []
     attention.to_q.register_forward_pre_hook(lambda part, args: seen.append(args[0].shape[1]))
+    size = merge._SIZE.set((12, 10))
     assert torch.allclose(attention(x), exact, atol=1e-5)
+    merge._SIZE.reset(size)
     assert seen == [30]  # tokens
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import copy
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny_latent_diffusion import tiny_model
 from torch import nn
 
 import ldm
+from ldm.speed.backends import Flat, OpenVINO
 
 
 @torch.no_grad()
@@ -29,8 +32,40 @@ def test_openvino_computes_the_same_and_can_be_removed(name):
     assert len(net.forward.compiled) == 2 and type(net.conv_in) is nn.Conv2d
     other = copy.deepcopy(net)
     assert other.forward.module is other and not other.forward.compiled
+    net.conv_out.weight.data.mul_(2), net.conv_out.bias.data.mul_(2)
+    assert rms(net(x, t, cond), 2 * expected) < 1e-5
+    net.conv_out.weight.data.div_(2), net.conv_out.bias.data.div_(2)
     fast = ldm.optimize(copy.deepcopy(net), kernels=False)(x, t, cond)
     assert "forward" not in ldm.optimize(net, kernels=False).__dict__ and torch.equal(net(x, t, cond), fast)
+
+
+class Frozen:
+    """Stand-in for OpenVINO's compiled model, which contains the weights."""
+
+    def __init__(self, substitute, names, tensors, dtype):
+        self.network = Flat(copy.deepcopy(substitute.module), names)
+
+    def __call__(self, arrays):
+        return {0: self.network(*map(torch.from_numpy, arrays)).numpy()}
+
+
+def test_compiled_weights_follow_the_parameters(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", ModuleType("openvino"))
+    monkeypatch.setattr(OpenVINO, "_compiled_model", lambda *args: Frozen(*args))
+    plain = make(UNETS["sd"])
+    net = ldm.optimize(copy.deepcopy(plain), backend="openvino")
+    args = inputs(UNETS["sd"], torch.float32)
+    for change in (
+        lambda own: None,
+        lambda own: own.conv_in.weight.data.mul_(2),
+        lambda own: setattr(own.conv_in, "bias", nn.Parameter(own.conv_in.bias + 1, requires_grad=False)),
+    ):
+        change(plain), change(net)
+        with torch.no_grad():
+            assert torch.equal(net(*args), plain(*args)) and len(net.forward.compiled) == 1
+    net.conv_in.bias.requires_grad_(True)
+    net(*args).sum().backward()
+    assert net.conv_in.bias.grad is not None and copy.deepcopy(net).forward.compiled == {}
 
 
 @torch.no_grad()

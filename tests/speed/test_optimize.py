@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_networks import BARS, UNETS, has_kernels, inputs, make, rms
+from small_networks import BARS, UNETS, has_kernels, inputs, kept, make, rms
 from tiny_latent_diffusion import tiny_model
 from torch import nn
 
@@ -43,9 +43,7 @@ def test_a_unet_computes_the_same(monkeypatch, name, kernels, winograd):
     fast = ldm.optimize(copy.deepcopy(plain), kernels=kernels)
     assert rms(fast(x, t, cond), expected) < BARS[torch.float32]
     half = ldm.optimize(copy.deepcopy(plain).to(torch.bfloat16), kernels=kernels)
-    went = [
-        part for part in fast.modules() if isinstance(part, PackedConv2d) and part.transformed is not None
-    ]
+    went = [part for part in fast.modules() if isinstance(part, PackedConv2d) and kept(part, "transformed")]
     assert bool(went) == (kernels and winograd and has_kernels())
     assert half is ldm.optimize(half)  # a second call changes nothing
     own = rms(copy.deepcopy(plain).to(torch.bfloat16)(*inputs(config, torch.bfloat16)), expected)
@@ -63,10 +61,10 @@ def test_an_optimized_network_is_saved_loaded_copied_and_moved_as_before(monkeyp
     fast = ldm.optimize(copy.deepcopy(plain))
     args = inputs(UNETS["sd"], torch.float32)
     expected = fast(*args)
-    assert isinstance(fast.conv_in, PackedConv2d) and fast.conv_in.packed is not None
-    assert any(
-        isinstance(part, PackedConv2d) and part.transformed is not None for part in fast.modules()
-    ) == (winograd and has_kernels())
+    assert isinstance(fast.conv_in, PackedConv2d) and kept(fast.conv_in, "packed")
+    assert any(isinstance(part, PackedConv2d) and kept(part, "transformed") for part in fast.modules()) == (
+        winograd and has_kernels()
+    )
     state = fast.state_dict()
     assert state.keys() == plain.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
