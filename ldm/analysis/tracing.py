@@ -312,7 +312,7 @@ def trace(
     net = pipe.stage.denoiser.net
     with ExitStack() as stack:
         for name, fn in wanted.items():
-            hook = _in_traced_runs(record, fn or _collecting_hook(record, name))
+            hook = TracedHook(record, fn or _collecting_hook(record, name))
             stack.callback(named[name].register_forward_hook(hook).remove)
         stack.callback(net.register_forward_pre_hook(record.saw_inputs).remove)
         stack.enter_context(
@@ -344,13 +344,23 @@ def _attention_recorded(net: nn.Module, record: Trace) -> Iterator[None]:
         yield
 
 
-def _in_traced_runs(record: Trace, hook: Hook) -> Hook:
-    """Return a forward hook that leaves the runs of other threads alone."""
+class TracedHook:
+    """Forward hook that leaves the calls of other threads alone.
 
-    def traced(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return hook(module, inputs, output) if record.watches else None
+    Args:
+        record: The trace.
+        hook: Called in the traced calls.
+    """
 
-    return traced
+    def __init__(self, record: Trace, hook: Hook) -> None:
+        self.record, self.hook = record, hook
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:  # as `Hook`
+        return self.hook(module, inputs, output) if self.record.watches else None
+
+    def applies(self) -> bool:
+        """Return whether the call that runs now, in this thread, is traced."""
+        return self.record.watches
 
 
 def _collecting_hook(record: Trace, name: str) -> Hook:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ldm.diffusion.interfaces import Denoised, DenoiseFn, Prediction
 from ldm.diffusion.prediction import check_prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.support.defaults import as_tensor
+from ldm.support.derived import kept_for_call
 
 
 class Denoiser(nn.Module):
@@ -161,7 +161,7 @@ def denoise_each(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Con
         value.requires_grad for cond in conds for _, value in cond.items()
     )
     # a graph serves one backward pass, so differentiable conditions are joined again at every step
-    join = joined_conditions.__wrapped__ if differentiable else joined_conditions
+    join = join_conditions if differentiable else joined_conditions
     joined = None if k == 1 else join(tuple(conds), n, x_t.device, denoiser.dtype)
     if joined is None:
         return [denoiser(x_t, t, cond) for cond in conds]
@@ -175,14 +175,14 @@ def denoise_each(denoiser: Denoiser, x_t: Tensor, t: Tensor, conds: Sequence[Con
     return [Denoised(x0[i], eps[i], var_frac[i]) for i in range(k)]
 
 
-@lru_cache(maxsize=4)
 def joined_conditions(
     conds: tuple[Cond, ...], n: int, device: torch.device, dtype: torch.dtype | None
 ) -> Cond | None:
     """Return K conditions as one of batch size K·n; None if they cannot be joined.
 
-    The result is cached: the same conditions give the same tensor objects at every step, so a network can
-    cache what it derives from them.
+    The result is kept for the call (`ldm.support.calls`) while the tensors of the conditions are unchanged:
+    the same conditions give the same tensor objects at every step, so a network can cache what it derives
+    from them.
 
     Args:
         conds: K conditions, each of batch size 1 or n.
@@ -190,5 +190,18 @@ def joined_conditions(
         device: Device of the result.
         dtype: Dtype of its floating-point fields; None keeps theirs.
     """
+    sources = [value for cond in conds for _, value in cond.items()]
+    return kept_for_call(
+        conds[0],
+        sources,
+        lambda: join_conditions(conds, n, device, dtype),
+        key=(*map(id, conds[1:]), n, device, dtype),
+    )
+
+
+def join_conditions(
+    conds: Sequence[Cond], n: int, device: torch.device, dtype: torch.dtype | None
+) -> Cond | None:
+    """Return K conditions as one of batch size K·n, made again; arguments as in `joined_conditions`."""
     expanded = [cond.expand(n) for cond in conds]
     return Cond.cat(expanded).to(device, dtype) if Cond.can_cat(expanded) else None
