@@ -23,18 +23,23 @@ setup(
     packages=find_packages(include=["ldm", "ldm.*"]),
     package_data={"ldm": ["assets/**/*", "speed/kernels/*.cpp", "speed/kernels/*.h"]},
     install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",  # open_clip imports it
+        # The lower bounds are the first releases without a published advisory that concerns this library:
+        # torch 2.10 mends CVE-2026-24747 (reader of weights), 2.11 CVE-2026-4538 (reader of programs);
+        # pillow 12.3 mends CVE-2026-55798 and CVE-2026-59197 to 59200; distributors list more for 12.3, which
+        # 13.0 mends, for Python 3.11 and later; tqdm 4.66.3 mends CVE-2024-34062
+        "torch>=2.11",
+        "torchvision>=0.26",  # open_clip imports it
         "einops>=0.7",
         "numpy>=1.26",
         "open_clip_torch>=2.24",
         "safetensors>=0.4",
-        "tqdm>=4.65",
-        "pillow>=10",
+        "tqdm>=4.66.3",
+        "pillow>=12.3; python_version < '3.11'",
+        "pillow>=13; python_version >= '3.11'",
         "PyYAML>=6",
         "huggingface_hub>=0.23",
         "ftfy>=6",  # these two come with open_clip; the tokenizer imports them for text that is not ASCII
-        "regex>=2023.1.1",
+        "regex>=2023.3.22",
     ],
     extras_require={
         "test": [

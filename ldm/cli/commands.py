@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.cli.options import MODEL, MODEL_KEYWORDS, OUTPUT
-from ldm.cli.output import complain, drop_output, prepare_output
+from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
 from ldm.cli.parsing import Command, UsageError
 from ldm.cli.tasks import IMAGE_TASKS, ImageTask
 from ldm.cli.tools import TOOLS
@@ -139,9 +139,9 @@ def describe_commands() -> str:
 
 def run_task(task: ImageTask, args: argparse.Namespace) -> int:
     """Load the model, call its method with the arguments that were given, and write the images."""
-    from ldm.images.files import check_quality, check_writable
-
-    check_quality(check_writable(args.output), args.quality)
+    count = getattr(args, "n", None) or 1
+    seed = getattr(args, "seed", None) or 0
+    check_output(args.output, quality=args.quality, seed=seed if args.separate else None, n=count)
     if task.prepare is not None:
         task.prepare(args)
     positional = [getattr(args, each.dest) for each in task.passed if each.positional]
@@ -175,8 +175,7 @@ def save_images(images: Images, args: argparse.Namespace) -> None:
     if images.flagged is not None and any(images.flagged):
         seeds = ", ".join(str(seed) for seed, flag in zip(images.seeds, images.flagged, strict=True) if flag)
         complain(f"warning: the safety checker flagged the images with seeds {seeds}")
-    for path in images.save(args.output, separate=args.separate, quality=args.quality):
-        print(path)
+    write_images(images, args.output, separate=args.separate, quality=args.quality)
 
 
 COMMANDS: tuple[Command, ...] = (

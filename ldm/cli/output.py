@@ -1,12 +1,18 @@
-"""Standard output in any encoding, messages in one line, and output whose reader or disk has ended."""
+"""Standard output in any encoding, messages in one line, and images or output that cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.support.text import escaped
+
+if TYPE_CHECKING:
+    from ldm.images.result import Images
 
 
 def prepare_output() -> None:
@@ -27,3 +33,47 @@ def complain(message: object) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):  # it is closed, or its disk is full
             print(escaped(message), file=sys.stderr)
+
+
+def check_output(path: str | Path, *, quality: int | None, seed: int | None = None, n: int = 1) -> Path:
+    """Check before any work that images can be written to a file, and return its path.
+
+    Args:
+        path: The file.
+        quality: Quality of a lossy format; None for the default.
+        seed: The first seed, if every image is written to a file that its seed names. Default: None.
+        n: Number of images. Default: 1.
+
+    Raises:
+        ValueError: For another suffix, a quality out of range, or a name that is too long.
+        OSError: If the file cannot be written.
+    """
+    from ldm.images.files import check_quality, check_writable
+
+    path = check_writable(path)
+    check_quality(path, quality)
+    if seed is not None:
+        check_writable(path.with_name(f"{path.stem}-{seed + n - 1}{path.suffix}"))
+    return path
+
+
+def write_images(
+    images: Images, path: str | Path, *, separate: bool = False, quality: int | None = None
+) -> None:
+    """Write images, print the paths, and write a PNG in the folder of temporary files where that fails.
+
+    Raises:
+        OSError: If the images cannot be written; the message names the PNG that holds them.
+    """
+    try:
+        paths = images.save(path, separate=separate, quality=quality)
+    except (OSError, ValueError) as error:
+        folder = Path(tempfile.mkdtemp(prefix="ldm-"))
+        try:
+            (saved,) = images.save(folder / "images.png")
+        except OSError:
+            folder.rmdir()
+            raise error from None
+        raise OSError(f"{error}; the images are in {str(saved)!r}") from error
+    for each in paths:
+        print(each)

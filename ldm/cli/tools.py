@@ -7,19 +7,19 @@ import functools
 from pathlib import Path
 
 from ldm.cli.options import GRID, QUALITY
-from ldm.cli.output import complain
+from ldm.cli.output import check_output, complain, write_images
 from ldm.cli.parsing import Command, argument
 from ldm.support.text import escaped
 
 
 def replay_file(args: argparse.Namespace) -> int:
     """Generate the image of a file again from its recipe."""
-    from ldm.images.files import check_quality, check_writable, read_recipe
+    from ldm.images.files import read_recipe
     from ldm.registry.replaying import replay
 
     recipe, source = read_recipe(args.image), Path(args.image)
-    output = check_writable(args.output or source.with_name(f"{source.stem}-replay{source.suffix}"))
-    check_quality(output, args.quality)
+    output = args.output or source.with_name(f"{source.stem}-replay{source.suffix}")
+    check_output(output, quality=args.quality)
     images = replay(
         recipe,
         weights=args.weights,
@@ -28,8 +28,7 @@ def replay_file(args: argparse.Namespace) -> int:
         vocabulary=args.vocabulary,
         safety=args.safety,
     )
-    for path in images.save(output, quality=args.quality):
-        print(path)
+    write_images(images, output, quality=args.quality)
     return 0
 
 

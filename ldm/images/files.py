@@ -5,6 +5,9 @@
 | `.png` | PNG | iTXt chunk "ldm", JSON | exact |
 | `.jpg`, `.jpeg` | JPEG, no chroma subsampling | EXIF UserComment, JSON `{"ldm": recipe}` | lossy |
 | `.webp` | WebP | EXIF UserComment, JSON `{"ldm": recipe}` | lossy |
+
+A JPEG's EXIF data have at most 64 KiB. A longer recipe is written as comments (COM) of the JPEG, each of
+which begins with "ldm k/n " and has the k-th of n parts of the recipe's JSON.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +35,10 @@ DEFAULT_QUALITY = 95  # default of the lossy formats
 RECIPE_KEY = "ldm"  # name of the PNG text chunk
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286  # tags of EXIF 2.3
 COMMENT_START = b'ASCII\0\0\0{"ldm": '  # the character code of a UserComment, and the JSON key
-MAX_JPEG_EXIF = 65_533  # bytes in one APP1 segment
+MAX_SEGMENT = 65_533  # bytes in one segment of a JPEG
+COMMENT_PART = re.compile(rb"ldm ([0-9]{1,4})/([0-9]{1,4}) (.*)", re.DOTALL)  # k, n, and a part of a recipe
+MAX_RECIPE_BYTES = 2**24  # of the JSON text
+LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # pixels that the formats can hold
 
 
 def check_writable(path: str | Path, suffixes: Collection[str] = tuple(FORMATS)) -> Path:
@@ -52,12 +59,12 @@ def check_writable(path: str | Path, suffixes: Collection[str] = tuple(FORMATS))
 
         if not features.check("webp"):
             raise ValueError(f"{str(path)!r}: this build of Pillow has no WebP; choose .png or .jpg")
+    if len(os.fsencode(path.name)) > (longest := longest_name(path.parent)):
+        raise ValueError(f"{path.name[:40]!r}…: expected a file name of at most {longest} bytes")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    if len(os.fsencode(path.name)) > (longest := longest_name(path.parent)):
-        raise ValueError(f"{path.name[:40]!r}…: expected a file name of at most {longest} bytes")
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{str(path)!r} cannot be written")
     try:
@@ -87,42 +94,73 @@ def write_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality:
         quality: Quality of JPEG and WebP, from 1 to 100; PNG has none. Default: None, `DEFAULT_QUALITY`.
 
     Raises:
-        ValueError: For another suffix, a quality out of range, or a recipe too long for JPEG (64 KiB).
+        ValueError: For another suffix, a quality out of range, an image with more pixels on a side than the
+            format can hold, or a recipe of more than `MAX_RECIPE_BYTES`.
         OSError: If the file cannot be written.
     """
     check_writable(path)
     check_quality(path, quality)
+    check_side(path, *image.size)
     name, buffer = FORMATS[path.suffix.lower()], io.BytesIO()
+    text = json.dumps(recipe, ensure_ascii=name != "PNG")
+    if len(text.encode()) > MAX_RECIPE_BYTES:
+        raise ValueError(
+            f"{str(path)!r}: the recipe has {len(text.encode())} bytes, expected at most {MAX_RECIPE_BYTES}"
+        )
     if name == "PNG":
         from PIL.PngImagePlugin import PngInfo
 
         info = PngInfo()
-        info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
+        info.add_itxt(RECIPE_KEY, text)
         image.save(buffer, format=name, pnginfo=info)
     else:
-        exif = exif_with_recipe(recipe)
-        if name == "JPEG" and (size := len(exif.tobytes())) > MAX_JPEG_EXIF:
-            raise ValueError(
-                f"{str(path)!r}: the recipe has {size} bytes, a JPEG holds {MAX_JPEG_EXIF}; use .png or .webp"
-            )
-        chroma = {"subsampling": 0} if name == "JPEG" else {}
-        image.save(
-            buffer,
-            format=name,
-            exif=exif,
-            quality=DEFAULT_QUALITY if quality is None else int(quality),
-            **chroma,
-        )
+        level = DEFAULT_QUALITY if quality is None else int(quality)
+        exif = exif_with_recipe(text)
+        if name == "WEBP":
+            image.save(buffer, format=name, exif=exif, quality=level)
+        elif len(exif.tobytes()) <= MAX_SEGMENT:
+            image.save(buffer, format=name, exif=exif, quality=level, subsampling=0)
+        else:
+            image.save(buffer, format=name, extra=comment_segments(text), quality=level, subsampling=0)
     write_atomically(path, buffer.getvalue())
 
 
-def exif_with_recipe(recipe: Mapping[str, Any]) -> Exif:
-    """Return EXIF data whose UserComment is the JSON mapping `{"ldm": recipe}` in ASCII."""
+def check_side(path: str | Path, width: int, height: int) -> None:
+    """Raise ValueError if the format of a file cannot hold an image of this size in pixels."""
+    name = FORMATS.get(Path(path).suffix.lower(), "")
+    most = LONGEST_SIDE.get(name)
+    if most is not None and max(width, height) > most:
+        raise ValueError(
+            f"{str(path)!r}: {width}×{height} pixels, and a side in {name} has at most {most}; use .png, or"
+            " write the images separately"
+        )
+
+
+def exif_with_recipe(text: str) -> Exif:
+    """Return EXIF data whose UserComment is the JSON mapping `{"ldm": recipe}`, from a recipe's JSON text."""
     from PIL.Image import Exif
 
     exif = Exif()
-    exif[EXIF_IFD] = {USER_COMMENT: COMMENT_START + json.dumps(recipe).encode("ascii") + b"}"}
+    exif[EXIF_IFD] = {USER_COMMENT: COMMENT_START + text.encode("ascii") + b"}"}
     return exif
+
+
+def comment_segments(text: str) -> bytes:
+    """Return the comment segments of a JPEG that hold a text, which is ASCII, in parts."""
+    content, size = text.encode("ascii"), MAX_SEGMENT - len(b"ldm 9999/9999 ")
+    parts = [content[i : i + size] for i in range(0, len(content), size)]
+    comments = [b"ldm %d/%d " % (k, len(parts)) + part for k, part in enumerate(parts, 1)]
+    return b"".join(b"\xff\xfe" + (len(each) + 2).to_bytes(2, "big") + each for each in comments)
+
+
+def joined_comments(segments: Sequence[tuple[str, bytes]]) -> str | None:
+    """Return the text that `comment_segments` wrote into a JPEG's segments; None if a part is missing."""
+    comments = [content for kind, content in segments if kind == "COM"]
+    parts = [found for found in map(COMMENT_PART.fullmatch, comments) if found is not None]
+    numbers = [(int(part[1]), int(part[2])) for part in parts]
+    if not parts or numbers != [(k, len(parts)) for k in range(1, len(parts) + 1)]:
+        return None
+    return b"".join(part[3] for part in parts).decode("ascii", errors="replace")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -147,6 +185,8 @@ def find_recipe_text(image: Image) -> str | None:
     text = getattr(image, "text", {}).get(RECIPE_KEY)  # of a PNG
     if text is not None:
         return str(text)
+    if (text := joined_comments(getattr(image, "applist", ()))) is not None:  # of a JPEG
+        return text
     try:
         comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
     except Exception:  # malformed EXIF of another program, for which PIL raises errors of many classes

@@ -148,7 +148,8 @@ class Images:
             The paths written.
 
         Raises:
-            ValueError: For another suffix, a quality out of range, or a quality for a PNG.
+            ValueError: For another suffix, a quality out of range, a quality for a PNG, or an image with more
+                pixels on a side than the format can hold.
             OSError: If a file cannot be written.
         """
         path = Path(path)
@@ -160,6 +161,8 @@ class Images:
         paths = [path.with_name(f"{path.stem}-{seed}{path.suffix}") for seed in self.seeds]
         if len(set(paths)) != len(paths):
             paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self))]
+        for target in paths:  # before the first is written
+            check_writable(target)
         for i, (target, image) in enumerate(zip(paths, self.pil(), strict=True)):
             recipe = with_pixels({**self.recipe, "index": i}, image)
             write_image(target, image, recipe, quality=quality)

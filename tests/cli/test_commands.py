@@ -184,6 +184,36 @@ def test_an_output_is_checked_before_the_model_is_loaded(monkeypatch, arguments)
     assert main(["cat", *arguments]) == 2
 
 
+@pytest.mark.parametrize("arguments", [["cat", "--separate"], ["cat", "--separate", "--n", "11"]])
+def test_a_name_that_a_seed_makes_too_long_is_refused_before_the_model_is_loaded(
+    monkeypatch, capsys, arguments
+):
+    monkeypatch.setattr("ldm.registry.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    longest = 255 - len(".png") - len("-10" if "11" in arguments else "-0")
+    assert main([*arguments, "-o", "x" * (longest + 1) + ".png"]) == 2
+    assert "expected a file name of at most 255 bytes" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_written_in_the_end_are_written_elsewhere(monkeypatch, capsys, tmp_path):
+    """The folder is removed while the images are generated."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    save = ldm.Images.save
+
+    def late(images, path, **options):
+        if Path(path).parent.name == "out":
+            (tmp_path / "out").rmdir()
+        return save(images, path, **options)
+
+    monkeypatch.setattr(ldm.Images, "save", late)
+    assert main(["a red apple", "-o", "out/a.jpg", "--n", "2"]) == 2
+    error = capsys.readouterr().err
+    (saved,) = (tmp_path / "temporary").rglob("*.png")
+    assert error == f"error: 'out/a.jpg': there is no folder 'out'; the images are in {str(saved)!r}\n"
+    assert pixels(saved).shape == (32, 64, 3) and read_recipe(saved)["prompt"] == "a red apple"
+
+
 def test_models_grid_and_inspect_print_their_report(capsys, tmp_path):
     assert main(["models"]) == 0 and main(["grid", "--steps", "3"]) == 0
     out = capsys.readouterr().out

@@ -76,15 +76,55 @@ def test_jpeg_keeps_the_resolution_of_colors(tmp_path):
     assert np.abs(pixels - (stripes[0] * 255).permute(1, 2, 0).numpy()).max() < 40
 
 
-def test_a_recipe_too_long_for_jpeg_is_refused(tmp_path):
-    image, recipe = smooth_images().pil()[0], {"prompt": "x" * 70_000}
-    with pytest.raises(ValueError, match=r"a JPEG holds 65533; use \.png or \.webp"):
-        write_image(tmp_path / "a.jpg", image, recipe)
-    write_image(tmp_path / "b.jpg", image, {"prompt": "x" * 60_000})
-    for suffix in (".png", ".webp"):
-        write_image(tmp_path / f"a{suffix}", image, recipe)
-        assert read_recipe(tmp_path / f"a{suffix}") == recipe
-    assert not (tmp_path / "a.jpg").exists() and len(read_recipe(tmp_path / "b.jpg")["prompt"]) == 60_000
+@pytest.mark.parametrize("length", [60_000, 65_489, 65_490, 65_600, 131_100, 1_000_000])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_recipes_of_any_length_are_kept(tmp_path, suffix, length):
+    """A segment of a JPEG has at most 64 KiB; a PNG's text and WebP's EXIF have no limit."""
+    image, recipe = smooth_images().pil()[0], {"prompt": "é" + "x" * length}
+    write_image(tmp_path / f"a{suffix}", image, recipe)
+    assert read_recipe(tmp_path / f"a{suffix}") == recipe
+    with Image.open(tmp_path / f"a{suffix}") as opened:
+        assert opened.size == image.size and opened.convert("RGB").getpixel((0, 0))[2] > 240
+
+
+def test_a_recipe_without_one_of_its_comments_is_none(tmp_path):
+    path = tmp_path / "a.jpg"
+    write_image(path, smooth_images().pil()[0], {"prompt": "x" * 200_000})
+    whole = path.read_bytes()
+    start = whole.index(b"ldm 2/4 ") - 4  # the marker and the length
+    assert whole[start : start + 4] == b"\xff\xfe\xff\xf9"
+    path.write_bytes(whole[:start] + whole[start + 2 + 0xFFF9 :])
+    with pytest.raises(ValueError, match="no recipe inside"):
+        read_recipe(path)
+    assert Image.open(path).size == (48, 32)
+
+
+def test_a_recipe_that_no_reader_would_take_is_refused(tmp_path):
+    for suffix in (".png", ".jpg", ".webp"):
+        with pytest.raises(ValueError, match="the recipe has 17000014 bytes, expected at most 16777216"):
+            write_image(tmp_path / f"a{suffix}", Image.new("RGB", (8, 8)), {"prompt": "x" * 17_000_000})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("suffix", "most"), [(".webp", 16_383), (".jpg", 65_500)])
+def test_a_side_that_a_format_cannot_hold_is_refused(tmp_path, suffix, most):
+    write_image(tmp_path / f"a{suffix}", Image.new("RGB", (most, 2)), {})
+    with pytest.raises(
+        ValueError, match=rf"{most + 1}×2 pixels, .* has at most {most}; use \.png, or write the"
+    ):
+        write_image(tmp_path / f"b{suffix}", Image.new("RGB", (most + 1, 2)), {})
+    write_image(tmp_path / "b.png", Image.new("RGB", (most + 1, 2)), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"a{suffix}", "b.png"])
+
+
+def test_separate_files_are_all_checked_before_the_first(tmp_path):
+    name = "x" * 249
+    with pytest.raises(ValueError, match="expected a file name of at most 255 bytes"):
+        smooth_images(12).save(tmp_path / f"{name}.png", separate=True)
+    (tmp_path / "a-1.png").mkdir()
+    with pytest.raises(IsADirectoryError):
+        smooth_images(2).save(tmp_path / "a.png", separate=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-1.png"]
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
