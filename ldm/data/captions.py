@@ -185,7 +185,9 @@ def _noun(
     if own is None:
         raise ValueError(f"{thing.name!r}: it has no plural, and the count is {facts.count}")
     form = None if noun is None else _form(noun, thing, facts)
-    if form is None or any(index.reads_otherwise(word, form) for word in modifiers):
+    if form is None or index.names_other(form, thing.name):
+        return own
+    if any(index.reads_otherwise(word, form) for word in modifiers):
         return own
     return form
 

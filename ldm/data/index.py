@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm.conditioning.words import words_in
 from ldm.data.facts import STYLES, Style
+from ldm.data.nouns import plural
 from ldm.data.wording import grammar_words
 from ldm.support.config import build, nearest
 from ldm.support.strict_json import read_json
@@ -92,6 +93,8 @@ class ImageIndex:
             self.rows_of[row.name] = (*self.rows_of.get(row.name, ()), i)
         self.labels, self.tags = self._find_labels(), self._find_tags()
         self.phrases = frozenset(phrase for name in self.rows_of for phrase in self.nouns(name))
+        counted = (plural(noun) for name in self.rows_of for noun in self.counted_nouns(name))
+        self._readings = self.phrases.union(filter(None, counted))
 
     def _find_labels(self) -> dict[str, str]:
         """Return for each name its label, unless that is a grammatical word, its phrase or another's."""
@@ -107,14 +110,15 @@ class ImageIndex:
     def _find_tags(self) -> dict[str, tuple[str, ...]]:
         """Return for each name the tags that few names carry: "apple" for red apple, but not for pie.
 
-        Of the names that carry a tag, those that contain it come before the others.
+        Of the names that carry a tag, those that contain it come before the others. A tag that ends with a
+        grammatical word could not be told from a noun before that word ("rock on the left").
         """
         taken = {row.phrase for row in self.rows} | {row.label for row in self.rows if row.label}
         grammar, carriers = grammar_words(), dict[str, list[str]]()
         tags = {row.name: row.tags for row in self.rows}
         for name, own in tags.items():
             for tag in dict.fromkeys(own):
-                if len(tag) > 2 and tag not in taken and not grammar.issuperset(words_in(tag)):
+                if len(tag) > 2 and tag not in taken and grammar.isdisjoint(words_in(tag)[-1:]):
                     carriers.setdefault(tag, []).append(name)
         for tag, names in carriers.items():
             containing = [name for name in names if f"-{tag.replace(' ', '-')}-" in f"-{name}-"]
@@ -136,8 +140,17 @@ class ImageIndex:
         return (*self.counted_nouns(name), *self.tags.get(name, ()))
 
     def reads_otherwise(self, modifier: str, noun: str) -> bool:
-        """Return whether a word before a noun makes another name: "small" before "airplane"."""
-        return f"{modifier} {noun}" in self.phrases
+        """Return whether a word before a noun, or before its first words, makes another noun.
+
+        "small" before "airplane", "purple" before "squares", "blue" before "heart with arrow".
+        """
+        words = [modifier, *noun.split()]
+        return any(" ".join(words[:end]) in self._readings for end in range(2, len(words) + 1))
+
+    def names_other(self, noun: str, name: str) -> bool:
+        """Return whether a noun is another name: "houses", the plural of the name "house"."""
+        other = noun.replace(" ", "-")
+        return other != name and other in self.rows_of
 
     def __len__(self) -> int:
         return len(self.rows)

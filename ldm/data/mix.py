@@ -164,9 +164,10 @@ def _draw_thing(rng: np.random.Generator, index: ImageIndex, mix: Mix, weights: 
 def can_be_stated(facts: Facts, index: ImageIndex) -> bool:
     """Return whether a caption can state facts so that only they are meant, and an image can show them.
 
-    A noun must have a plural to be counted. A thing in the background's colour cannot be seen. A word before
-    a noun must not make another name ("small" before "airplane", "blue" before "heart"), and a name that
-    holds a colour's name does not take another colour ("large blue diamond").
+    A noun must have a plural to be counted, and that must not be another name ("houses"). A thing in the
+    background's colour cannot be seen. A word before a noun must not make another name ("small" before
+    "airplane", "blue" before "heart"), and a name that holds a colour's name does not take another colour
+    ("large blue diamond").
     """
     for thing in facts.things:
         noun = thing.name.replace("-", " ")
@@ -175,7 +176,7 @@ def can_be_stated(facts: Facts, index: ImageIndex) -> bool:
                 return False
             noun = uncoloured(noun)
         many = noun if facts.count == 1 else plural(noun)
-        if many is None:
+        if many is None or index.names_other(many, thing.name):
             return False
         words = [*COUNTS.get(facts.count, ()), *(SMALL if facts.small else ())]
         words += [word for word in (thing.colour, thing.style) if word is not None]

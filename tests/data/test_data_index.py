@@ -167,6 +167,24 @@ def test_words_that_state_facts_stand_for_no_name():
     assert index.reads_otherwise("blue", "shoe") and not index.reads_otherwise("red", "shoe")
 
 
+def test_nouns_that_a_reader_would_take_for_others():
+    names = ("heart-with-arrow", "blue-heart", "purple-square", "red-square", "house", "houses", "rock")
+    index = ImageIndex(
+        [
+            *(ImageRecord(name=name, style="noto") for name in names),
+            ImageRecord(name="horns", style="noto", tags=("rock on", "sign of the horns")),
+        ]
+    )
+    assert index.reads_otherwise("blue", "heart with arrow")
+    assert index.reads_otherwise("blue", "hearts with arrow")  # "blue hearts" is a plural
+    assert not index.reads_otherwise("red", "heart with arrow")
+    assert index.reads_otherwise("purple", "square") and index.reads_otherwise("purple", "squares")
+    assert not index.reads_otherwise("purple", "houses")
+    assert index.names_other("houses", "house") and not index.names_other("houses", "houses")
+    assert not index.names_other("homes", "house")
+    assert index.tags == {"horns": ("sign of the horns",)}
+
+
 def test_a_label_that_is_another_name_is_not_used():
     rows = [
         ImageRecord(name="bear-face", style="noto", label="bear"),

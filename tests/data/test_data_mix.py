@@ -166,7 +166,7 @@ def test_facts_that_a_caption_cannot_state(drawn):
                 "flat-ring",
             )
         ),
-        *(ImageRecord(name=name, style="noto") for name in ("two-bells", "bell", "rice")),
+        *(ImageRecord(name=name, style="noto") for name in ("two-bells", "bell", "rice", "house", "houses")),
     ]
     index = ImageIndex(rows)
 
@@ -180,6 +180,7 @@ def test_facts_that_a_caption_cannot_state(drawn):
     assert not possible("ring", {"style": "flat"}) and possible("ring", {"style": "noto"})
     assert not possible("bell", count=2) and possible("bell", count=3)
     assert not possible("rice", count=2) and possible("rice", small=True)
+    assert not possible("house", count=2) and possible("house")  # "houses" is another name
     assert not possible("ring", {"colour": "blue"}, background="blue")
     assert possible("ring", {"colour": "blue"}, background="red")
 
