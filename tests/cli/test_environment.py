@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_latent_diffusion import tiny_model
 
 import ldm
@@ -170,6 +171,15 @@ def test_wrong_values_are_one_line(work_folder, arguments, message, capsys):
     assert main([*arguments, "--weights", "tiny"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1 and len(error) < 2200
+
+
+@pytest.mark.parametrize("command", [["image", "cat"], ["variations"]], ids=lambda command: command[0])
+def test_an_image_of_225_megapixels_is_one_line(work_folder, command, capsys):
+    Image.new("1", (15_000, 15_000)).save("large.png")
+    assert main([*command, "large.png", "--weights", "tiny", "-o", "out.png"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and not Path("out.png").exists()
+    assert "'large.png' is not a readable image: " in error and "225000000 pixels" in error
 
 
 FOREIGN = {

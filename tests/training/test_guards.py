@@ -60,6 +60,23 @@ def test_until_is_a_step(place):
     assert not Path("runs/vae/checkpoint.pt").exists()
 
 
+def test_there_need_be_no_standard_streams(place, monkeypatch):
+    """As under pythonw or a service: nothing is shown, and all is computed, cached and exported."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        patch.setattr(sys, "stdout", None)
+        for name, config in list(configs(place, steps=2).items())[:3]:  # the third one computes caches
+            run = open_run(write(config, Path(f"{name}.yaml")))
+            run.train(progress=True)
+            run.export(Path(f"runs/{name}/export"))
+            assert run.finished
+    config = configs(place, steps=2)["vae"]
+    shown = open_run(write({**config, "run": {**config["run"], "name": "shown"}}, Path("shown.yaml")))
+    shown.train(progress=True)
+    silent = torch.load("runs/vae/checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, silent[name]) for name, value in shown.part.model.state_dict().items())
+
+
 def test_a_validation_that_a_kill_prevented_is_made_up_for(place):
     path = vae_file(place, steps=4, checkpoint_every=2, validate_every=2)
     run = open_run(path)
