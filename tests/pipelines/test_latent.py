@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -207,6 +208,25 @@ def test_there_need_be_no_standard_error(pipe, monkeypatch):
     expected = run(pipe).tensor
     monkeypatch.setattr(sys, "stderr", None)
     assert torch.equal(pipe.text_to_image("a red apple").tensor, expected)
+
+
+def test_calls_leave_no_tensor_behind(pipe):
+    def live() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    def call(i: int) -> None:
+        run(pipe, ("cat", "red apple")[i % 2], seed=i, steps=2)
+        if i % 30 == 0:
+            pipe.image_to_image("cat", torch.rand(1, 3, 32, 32), strength=0.5, steps=2, progress=False)
+            pipe.edit("cat", "red apple", steps=2, progress=False)
+
+    for i in range(60):
+        call(i)
+    before = live()
+    for i in range(240):
+        call(i)
+    assert live() <= before + 5
 
 
 def test_edits_and_traces_of_one_thread_do_not_reach_another(pipe):
