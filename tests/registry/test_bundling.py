@@ -321,3 +321,40 @@ def test_latent_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             gather(latent_config(tmp_path, **changes), tmp_path / "model")
         assert not [*(tmp_path / "model").glob("*")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("target", ["model", "unet"])
+def test_a_failed_bundle_leaves_models_and_exports_as_they_were(tmp_path: Path, target: str) -> None:
+    """The folder holds a good model, or it is that of one of the exports."""
+    config = latent_config(tmp_path / "parts")
+    folder = gather(config, tmp_path / "model") if target == "model" else tmp_path / "parts" / target
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    exports = read_yaml(config)["exports"]
+    for changes in (
+        {"prediction": "eps"},
+        {"exports": {**exports, "vae": str(tmp_path / "nowhere")}},
+        {"exports": {part: source for part, source in exports.items() if part != "draft"}},
+        {"defaults": {"sampler": "none"}},
+    ):
+        wrong = latent_config(tmp_path / "parts", **changes)
+        before = contents(tmp_path)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            gather(wrong, folder)
+        assert contents(tmp_path) == before
+
+
+def test_a_model_may_be_bundled_into_the_folder_of_an_export(tmp_path: Path) -> None:
+    config = latent_config(tmp_path / "parts")
+    folder = tmp_path / "parts" / "unet"
+    before = contents(folder)
+    gather(config, folder)
+    assert before.items() <= contents(folder).items()
+    assert (
+        ldm.load(weights=folder).text_to_image("red apple", steps=1, progress=False).tensor.isfinite().all()
+    )
+    others = {name: contents(tmp_path / "parts" / name) for name in ("vae", "text")}
+    assert all(others.values())
