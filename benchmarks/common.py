@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ldm.support.calls import separate_call
 from ldm.support.files import write_atomically
 
 Side = Callable[[], Any]
@@ -47,15 +48,20 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def measure(sides: Mapping[str, Side], repeats: int, clock: str = "wall") -> dict[str, list[float]]:
-    """Return the seconds of each side's runs, alternating A B C A B C …, after one warm-up round."""
+    """Return the seconds of each side's runs, alternating A B C A B C …, after one warm-up round.
+
+    Evaluations of networks are timed as inside a call of a pipeline, which compares the contents of the
+    weights once (`ldm.support.calls`). Calls of a pipeline include that comparison.
+    """
     read = time.process_time if clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {who: [] for who in sides}
-    for turn in range(repeats + 1):
-        for who, run in sides.items():
-            begin = read()
-            run()
-            if turn:
-                seconds[who].append(read() - begin)
+    with separate_call(torch.nn.Identity()):
+        for turn in range(repeats + 1):
+            for who, run in sides.items():
+                begin = read()
+                run()
+                if turn:
+                    seconds[who].append(read() - begin)
     return seconds
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -169,7 +168,7 @@ class NoiseSchedule:
         before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1]])
         return 1 - self.alphas_cumprod / before
 
-    @cached_property
+    @property
     def log_ratio(self) -> Tensor:
         """log(sigma/alpha) of every table entry, shape (T,), strictly increasing; +inf where alpha is 0."""
         return 0.5 * (torch.log1p(-self.alphas_cumprod) - torch.log(self.alphas_cumprod))

@@ -47,18 +47,18 @@ def optimize(
 ) -> P:
     """Make a pipeline, or a network, faster on a CPU, with the same results up to rounding.
 
-    The classes of layers change and their parameters keep their names, so state dicts and `ldm.save` work as
-    before. On other devices than the CPU the layers compute as before. Each call replaces the options of the
-    last one. `reuse`, `merge` and `int8` change the results (errors: docs/speed.md).
+    The classes of layers change; the parameters stay, can be changed and trained, and count from the next
+    call on (docs/speed.md). On other devices than the CPU the layers compute as before. Each call replaces
+    the options of the last one. `reuse`, `merge` and `int8` change the results (errors: docs/speed.md).
 
     Args:
         pipe: The pipeline or network, which is changed in place.
         kernels: Whether to compile kernels for attention, group norm and large convolutions with the
             machine's C++ compiler, once; they are kept below LDM_HOME (default: ~/.cache/ldm). If that is
             not possible, PyTorch's operators are used. Default: True.
-        memory: Whether to use the least memory, at some cost of time (Linux): the weights of networks that
-            are not in use are in a file below LDM_HOME, and decoding of very large images keeps one map
-            instead of two. Default: False.
+        memory: Whether to use the least memory, at some cost of time (Linux): the weights are in a file below
+            LDM_HOME, and in packed form in memory while their network is in use; calls of several threads
+            take turns; and decoding of very large images keeps one map instead of two. Default: False.
         reuse: Compute the deep part of the UNet in one of this many steps, and reuse it in the others
             (`ldm.speed.reuse.Reuse`). Default: 1, no reuse.
         branch: With `reuse`, the number of blocks of the UNet's way down, and one less than those of its way
@@ -122,7 +122,7 @@ def _exact_optimizations(note: str, memory: bool) -> tuple[str, ...]:
     winograd = "3×3 convolutions of large maps in float32: Winograd's, compiled kernels"
     return (
         note,
-        "linear and convolution weights: packed by oneDNN at the first call, maps channels last",
+        "linear and convolution weights: packed copies by oneDNN, maps channels last",
         "GEGLU: inside its two products",
         "keys and values of the context: once per prompt",
         "decoding: large maps in strips of rows",

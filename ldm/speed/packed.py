@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ldm.speed.kept_forms import clear_derived, derived
-from ldm.speed.kernels.ops import CHANNELS_LAST, CompiledOps, TorchOps, winograd_weights
+from ldm.speed.kernels.ops import CHANNELS_LAST, CompiledOps, TorchOps, transformed, winograd_weights
 from ldm.support.derived import kept_for_call
 
 _T = TypeVar("_T")
@@ -36,9 +35,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
     These are gradients, and derivatives by `torch.func` and by forward-mode automatic differentiation.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return transformed() or (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    )
 
 
 class WeightFile(Protocol):

@@ -8,11 +8,20 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ldm.speed.kernels.build import NoKernels, library
 from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype_code, pointer
 
 BLOCK = 2**23  # bytes of the tiles that Winograd's products take at once, so that they stay in the cache
+
+
+def transformed() -> bool:
+    """Return whether a transform of `torch.func`, or forward-mode differentiation, sees the operators.
+
+    It does not see compiled kernels and packed weights.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class TorchOps:
@@ -120,7 +129,7 @@ class CompiledOps(TorchOps):
 
     def supports(self, x: Tensor) -> bool:
         """Return whether the kernels support a tensor."""
-        return x.device.type == "cpu" and x.dtype in self.dtypes and x.numel() > 0
+        return x.device.type == "cpu" and x.dtype in self.dtypes and x.numel() > 0 and not transformed()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return softmax(q kᵀ / sqrt(d)) v; see `TorchOps.attention`."""
