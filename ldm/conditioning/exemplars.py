@@ -14,7 +14,7 @@ from ldm.conditioning.prompt import parse, plain_texts
 from ldm.conditioning.reading import encode_prompts, weighted_mean, word_positions
 from ldm.conditioning.things import SLOT_WORDS, Lexicon, Mention, ReadText
 from ldm.diffusion.cond import Cond
-from ldm.models.exemplars import ExemplarEncoder
+from ldm.models.exemplars import ExemplarEncoder, multiplied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class ExemplarConditioner(nn.Module):
                 several seeds; if it names a thing, it has a condition for each. Default: 0 for all.
 
         Returns:
-            A Cond with context (B, K·L + M, D) and its mask.
+            A Cond with context (B, K·L + M, D), its mask, and exemplars (B, K, 4, S, S).
 
         Raises:
             ValueError: If there are several prompts and another number of seeds.
@@ -108,11 +108,12 @@ class ExemplarConditioner(nn.Module):
             )
         conds = []
         for prompt, seed in zip(prompts, seeds, strict=False):
-            tokens, mask = self._exemplars(read[prompt], seed)  # (1, K·L, D), (1, K·L)
+            tokens, mask, images = self._exemplars(read[prompt], seed)  # (1, K·L, D), (1, K·L)
             text = texts[prompt]
             assert text.context is not None and text.context_mask is not None
             context = torch.cat([tokens, text.context], dim=1)
-            conds.append(Cond(context=context, context_mask=torch.cat([mask, text.context_mask], dim=1)))
+            mask = torch.cat([mask, text.context_mask], dim=1)
+            conds.append(Cond(context=context, context_mask=mask, exemplars=images))
         return Cond.cat(conds)
 
     def _read(self, prompt: str, lexicon: Lexicon) -> list[_Alternative]:
@@ -145,30 +146,38 @@ class ExemplarConditioner(nn.Module):
         tokenizer = self.text.tokenizer
         return [(word, tuple(tokenizer.encode(own))) for word, own in words]
 
-    def _exemplars(self, alternatives: Sequence[_Alternative], seed: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens of a prompt's exemplars (1, K·L, D), and their mask (1, K·L).
+    def _exemplars(self, alternatives: Sequence[_Alternative], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens of a prompt's exemplars (1, K·L, D), their mask, and the images (1, K, 4, S, S).
 
-        Of a blend the tokens are the mean of its alternatives', weighted by their shares.
+        Of a blend, tokens and images are the means of its alternatives', weighted by their shares.
         """
         config = self.encoder.config
         device = self.encoder.embed_in.weight.device
-        tokens = [self._encoded(alternative.mentions, seed) for alternative in alternatives]
+        shares = [alternative.share for alternative in alternatives]
+        images = [self._chosen(alternative.mentions, seed) for alternative in alternatives]
+        tokens = [
+            self._encoded(own, len(alternative.mentions))
+            for own, alternative in zip(images, alternatives, strict=True)
+        ]
         slots = torch.arange(config.slots, device=device).repeat_interleave(config.tokens)  # (K·L,)
         most = max(len(alternative.mentions) for alternative in alternatives)
-        mixed = weighted_mean(tokens, [alternative.share for alternative in alternatives])
-        return mixed, (slots < most)[None]
+        mixed = weighted_mean([multiplied(own) for own in images], shares)
+        return weighted_mean(tokens, shares), (slots < most)[None], mixed
 
-    def _encoded(self, mentions: Sequence[Mention], seed: int) -> Tensor:
-        """Return the tokens of the exemplars of things, (1, K·L, D), zero where there is no thing."""
+    def _chosen(self, mentions: Sequence[Mention], seed: int) -> Tensor:
+        """Return the images of things, (1, K, 4, S, S) float32, transparent where there is no thing."""
+        config, device = self.encoder.config, self.encoder.embed_in.weight.device
+        images = torch.zeros(1, config.slots, 4, config.size, config.size, dtype=torch.float32, device=device)
+        for slot, mention in enumerate(mentions):
+            images[0, slot] = self.library.pixels(self.library.choose(mention, seed, slot))
+        return images
+
+    def _encoded(self, images: Tensor, things: int) -> Tensor:
+        """Return the tokens of the first of images (1, K, 4, S, S), (1, K·L, D), zero for the others."""
         config, weight = self.encoder.config, self.encoder.embed_in.weight
         tokens = weight.new_zeros(1, config.slots * config.tokens, config.width)
-        if mentions:
-            chosen = [self.library.choose(mention, seed, slot) for slot, mention in enumerate(mentions)]
-            images = torch.stack([self.library.pixels(exemplar) for exemplar in chosen])[
-                None
-            ]  # (1, k, 4, S, S)
-            encoded = self.encoder(images.to(weight))  # (1, k·L, D)
-            tokens[:, : encoded.shape[1]] = encoded
+        if things:
+            tokens[:, : things * config.tokens] = self.encoder(images[:, :things].to(weight))
         return tokens
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:

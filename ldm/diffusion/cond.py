@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+PRECISE_FIELDS = ("guidance", "exemplars")
+"""The fields whose dtype `Cond.to` keeps."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cond:
@@ -21,6 +24,8 @@ class Cond:
         image_emb: CLIP image embedding, shape (B, E).
         concat: Channels concatenated to x_t, shape (B, C', h, w).
         guidance: Guidance scale that the network embeds, shape (B,).
+        exemplars: Images of K things in [0, 1], red, green and blue multiplied by opacity, and opacity, shape
+            (B, K, 4, S, S).
 
     Raises:
         ValueError: If the batch sizes differ, or the mask does not match the context.
@@ -32,6 +37,7 @@ class Cond:
     image_emb: Tensor | None = None
     concat: Tensor | None = None
     guidance: Tensor | None = None
+    exemplars: Tensor | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.items()}
@@ -64,14 +70,13 @@ class Cond:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """Return the Cond on a device, its floating-point fields in a dtype.
 
-        The mask stays bool. The guidance scale keeps its dtype, as it is the argument of a sinusoid.
+        The mask stays bool. The guidance scale keeps its dtype, as it is the argument of a sinusoid, and so
+        do exemplars, whose pixels are sampled.
         """
-        moved = {
-            name: value.to(
-                device=device, dtype=dtype if value.is_floating_point() and name != "guidance" else None
-            )
-            for name, value in self.items()
-        }
+        moved = {}
+        for name, value in self.items():
+            cast = value.is_floating_point() and name not in PRECISE_FIELDS
+            moved[name] = value.to(device=device, dtype=dtype if cast else None)
         return replace(self, **moved)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Cond:

@@ -19,6 +19,7 @@ from ldm.models.clip.transformer import MLP
 from ldm.models.layers.attention import Attention
 from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
 from ldm.models.layers.modules import ModuleListOf
+from ldm.models.views import View, exemplar_planes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,14 @@ class DiTConfig:
         context_dim: Width D_c of the context.
         guidance_dim: Width of the sinusoid of `Cond.guidance`, for a network that embeds the guidance scale.
             None for one that does not. Default: None.
+        views: Numbers of the blocks, from 0, before which the tokens look at `Cond.exemplars`; see
+            `ldm.models.views`. Default: none, for a network that takes no exemplars.
+        slots: Largest number K of exemplars. Default: 2.
+        cell: Side of a number of the latent in pixels, by which a token's patch of an exemplar is as large as
+            its patch of the image. Default: 8.
 
     Raises:
-        ValueError: If a number is below 1, or the width is not such a multiple.
+        ValueError: If a number is below 1, the width is not such a multiple, or there is no such block.
     """
 
     in_channels: int
@@ -48,6 +54,9 @@ class DiTConfig:
     head_dim: int = 32
     context_dim: int
     guidance_dim: int | None = None
+    views: tuple[int, ...] = ()
+    slots: int = 2
+    cell: int = 8
 
     def __post_init__(self) -> None:
         check_positive(
@@ -59,9 +68,15 @@ class DiTConfig:
             head_dim=self.head_dim,
             context_dim=self.context_dim,
             guidance_dim=self.guidance_dim,
+            slots=self.slots,
+            cell=self.cell,
         )
         if self.width % self.head_dim or self.width % 4:
             raise ValueError(f"width {self.width}: expected a multiple of 4 and of head_dim {self.head_dim}")
+        if list(self.views) != sorted({view for view in self.views if 0 <= view < self.depth}):
+            raise ValueError(
+                f"views {list(self.views)}: expected rising numbers of blocks, 0 to {self.depth - 1}"
+            )
 
     @property
     def multiple(self) -> int:
@@ -164,6 +179,9 @@ class DiT(nn.Module):
             DiTBlock(width, head_dim=config.head_dim, context_dim=config.context_dim)
             for _ in range(config.depth)
         )
+        self.views: ModuleListOf[View] = ModuleListOf(
+            View(width, slots=config.slots, pixels=config.patch * config.cell) for _ in config.views
+        )
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
         self.proj_out = nn.Linear(width, area * config.out_channels)
 
@@ -173,7 +191,8 @@ class DiT(nn.Module):
         Args:
             x_t: Noisy sample, shape (B, C, h, w).
             t: Timesteps, shape (B,); they may be fractional.
-            cond: `context` (B, M, D_c) with its mask, `concat`, and `guidance` if the configuration has it.
+            cond: `context` (B, M, D_c) with its mask, `concat`, and `guidance` and `exemplars` if the
+                configuration has them.
 
         Returns:
             Shape (B, C_out, h, w).
@@ -190,7 +209,11 @@ class DiT(nn.Module):
         positions = plane_sinusoid(h // p, w // p, config.width, device=x.device).to(x.dtype)  # (L, D)
         x = self.embed_in(x) + self.embed_position(positions)  # (B, L, D)
         emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
-        for block in self.blocks:
+        views = dict(zip(config.views, self.views, strict=True))
+        planes = None if cond.exemplars is None else exemplar_planes(cond.exemplars)
+        for i, block in enumerate(self.blocks):
+            if planes is not None and i in views:
+                x = views[i](x, planes, h // p, w // p)  # (B, L, D)
             x = block(x, emb, context, cond.context_mask)  # (B, L, D)
         x = self.proj_out(self.norm_out(x))  # (B, L, C_out·p²)
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h // p, p=p, q=p)
@@ -228,7 +251,20 @@ class DiT(nn.Module):
         if (config.guidance_dim is None) != (cond.guidance is None):
             takes = "takes no" if config.guidance_dim is None else "takes the"
             raise ValueError(f"this DiT {takes} guidance scale: Cond.guidance is {cond.guidance}")
+        self.check_exemplars(cond.exemplars)
         if cond.pooled is not None:
             raise ValueError(
                 f"this DiT takes no Cond.pooled, expected None, got shape {tuple(cond.pooled.shape)}"
+            )
+
+    def check_exemplars(self, images: Tensor | None) -> None:
+        """Raise ValueError for exemplars that the network does not take, or for none where it takes some."""
+        found = None if images is None else tuple(images.shape)
+        if not self.config.views:
+            if found is not None:
+                raise ValueError(f"this DiT takes no exemplars: Cond.exemplars has shape {found}")
+        elif found is None or len(found) != 5 or found[1] > self.config.slots or found[2] != 4:
+            raise ValueError(
+                f"this DiT takes up to {self.config.slots} exemplars: Cond.exemplars has shape {found},"
+                f" expected (B, K, 4, S, S)"
             )

@@ -171,3 +171,8 @@ class ExemplarEncoder(nn.Module):
         x = torch.einsum("nihw,ci->nchw", x, self.basis) + self.offset[:, None, None]  # (N, C, S/f, S/f)
         x = torch.cat([x, F.avg_pool2d(alpha, cell)], dim=1)  # (N, C + 1, S/f, S/f)
         return rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=per, q=per)
+
+
+def multiplied(images: Tensor) -> Tensor:
+    """Return images (..., 4, S, S) with their colors multiplied by opacity, as `Cond.exemplars` has them."""
+    return torch.cat([images[..., :3, :, :] * images[..., 3:, :, :], images[..., 3:, :, :]], dim=-3)

@@ -258,6 +258,7 @@ class UNet(nn.Module):
             "context": config.takes_context,
             "pooled": width or config.classes,
             "guidance": config.guidance_dim,
+            "exemplars": False,
         }
         for name, read in reads.items():
             if not read and getattr(cond, name) is not None:

@@ -55,7 +55,8 @@ def tiny_exemplar_model(name: str = "tiny-exemplars") -> LatentDiffusion:
     """Return a pipeline whose images have 16 pixels and whose latents are 4×4."""
     conditioner = tiny_conditioner()
     vae = PatchAutoencoder(PatchAutoencoderConfig(factor=4, latent_channels=6, channels=(8, 16)))
-    net = DiT(DiTConfig(in_channels=6, out_channels=6, width=16, depth=2, head_dim=8, context_dim=WIDTH))
+    shape = {"width": 16, "depth": 2, "head_dim": 8, "context_dim": WIDTH}
+    net = DiT(DiTConfig(in_channels=6, out_channels=6, views=(1,), slots=SLOTS, cell=4, **shape))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     card = ModelCard(

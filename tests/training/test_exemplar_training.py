@@ -65,6 +65,8 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
             "depth": 1,
             "head_dim": 8,
             "context_dim": 16,
+            "views": [0],
+            "cell": 4,
         },
     }
     return {"vae": vae, "exemplar": net}
@@ -156,14 +158,17 @@ def test_the_condition_shows_the_images_of_the_scene(place):
     ("change", "message"),
     [
         ({"model": {"context_dim": 8}}, "model.context_dim 8: expected exemplars.width 16"),
-        ({"exemplars": {"slots": 5}}, "exemplars.slots 5: expected at most 4"),
+        ({"exemplars": {"slots": 5}, "model": {"slots": 5}}, "exemplars.slots 5: expected at most 4"),
+        ({"model": {"slots": 1}}, "model.slots 1: expected exemplars.slots 2"),
+        ({"model": {"views": []}}, "model.views: expected at least one block"),
+        ({"sights": {"where": -1}}, "where: expected at least 0"),
         ({"diffusion": {"min_snr": 5}}, "expected one of min_snr and snr_plus_one"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(place, change, message):
     config = exemplar_configs(place)["exemplar"]
     for key, values in change.items():
-        config[key] = {**config[key], **values}
+        config[key] = {**config.get(key, {}), **values}
     Path("wrong.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         open_run(Path("wrong.yaml"))
@@ -188,7 +193,7 @@ def test_the_bundled_model_draws_what_the_training_saw(place):
         **dict.fromkeys(("unet", "text", "exemplars"), "runs/exemplar/export"),
     }
     bundle(card, exports, "model")
-    pipe = ldm.load(weights="model")
+    pipe = ldm.load(weights="model", dtype="float32")
     part = open_run(Path("exemplar.yaml")).part
     part.model.eval()
     scene = next(s for s in part.scenes.rows if len(s.facts.things) == 1)

@@ -16,7 +16,7 @@ from tiny_trainings import configs, run, write
 from ldm.data import side_by_side
 from ldm.data.captions import caption_pieces, join_captions
 from ldm.training.draws import Draws
-from ldm.training.grounding import (
+from ldm.training.losses.grounding import (
     Grounding,
     NamedArea,
     find_named_areas,

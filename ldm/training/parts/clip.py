@@ -22,7 +22,7 @@ from ldm.training.caches.embeddings import retrieval_figures
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
-from ldm.training.losses import contrastive_loss
+from ldm.training.losses.common import contrastive_loss
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, write_part, write_text
 
 

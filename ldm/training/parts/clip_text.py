@@ -19,7 +19,7 @@ from ldm.training.caches.scenes import CachedScenes
 from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
-from ldm.training.losses import contrastive_loss
+from ldm.training.losses.common import contrastive_loss
 from ldm.weights.formats.ldm_folder import read_text, write_text
 
 

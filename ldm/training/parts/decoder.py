@@ -24,7 +24,7 @@ from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fra
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
-from ldm.training.losses import draw_diffusion_loss
+from ldm.training.losses.common import draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import begin_with, write_part
 
 

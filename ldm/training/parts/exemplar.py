@@ -6,7 +6,7 @@ Each batch shows the network the source images of the things in its scenes (Blat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.dit import DiT, DiTConfig
-from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
+from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder, multiplied
 from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.caches.latents import LatentSpace
@@ -36,7 +36,8 @@ from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, image_grid, to_uint8
-from ldm.training.losses import diffusion_loss, draw_diffusion_loss
+from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
+from ldm.training.losses.sights import SightLoss, record_sights, sight_losses, wanted_sights
 from ldm.weights.formats.exemplar_file import write_library
 from ldm.weights.formats.ldm_folder import write_part, write_text
 
@@ -91,6 +92,7 @@ class ExemplarTraining:
         exemplars: Shape of the exemplar encoder.
         model: Shape of the diffusion transformer.
         diffusion: Schedule, prediction and timesteps.
+        sights: Weights of the losses of the transformer's views. Default: those of `SightLoss`.
         scenes: Number of cached scenes.
     """
 
@@ -101,6 +103,7 @@ class ExemplarTraining:
     exemplars: ExemplarConfig
     model: DiTConfig
     diffusion: DiffusionConfig
+    sights: SightLoss = field(default_factory=SightLoss)
     scenes: int
 
     def __post_init__(self) -> None:
@@ -108,6 +111,12 @@ class ExemplarTraining:
         if self.model.context_dim != self.exemplars.width:
             raise ValueError(
                 f"model.context_dim {self.model.context_dim}: expected exemplars.width {self.exemplars.width}"
+            )
+        if not self.model.views:
+            raise ValueError("model.views: expected at least one block, by which exemplars are seen")
+        if self.model.slots != self.exemplars.slots:
+            raise ValueError(
+                f"model.slots {self.model.slots}: expected exemplars.slots {self.exemplars.slots}"
             )
         if self.exemplars.slots > len(SLOT_WORDS):
             raise ValueError(f"exemplars.slots {self.exemplars.slots}: expected at most {len(SLOT_WORDS)}")
@@ -133,10 +142,10 @@ class ExemplarPart:
         if not isinstance(vae, PatchAutoencoder):
             raise ValueError(f"vae {config.vae!r}: expected a PatchAutoencoder, got {type(vae).__name__}")
         self.encoder.use_basis(vae.project.weight.cpu(), vae.project.bias.cpu())  # type: ignore[union-attr]
-        net = DiT(config.model)
-        zero_residuals(net)
-        self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
-        self.model = nn.ModuleDict({"net": net, "text": self.text, "exemplars": self.encoder.to(device)})
+        self.net = DiT(config.model)
+        zero_residuals(self.net)
+        self.denoiser = Denoiser(self.net.to(device), config.diffusion.make(), config.diffusion.prediction)
+        self.model = nn.ModuleDict({"net": self.net, "text": self.text, "exemplars": self.encoder.to(device)})
 
     def condition(self, scenes: Sequence[Scene | None], rng: np.random.Generator | None) -> Cond:
         """Return the condition of scenes, whose captions a generator varies.
@@ -145,9 +154,15 @@ class ExemplarPart:
             scenes: B scenes; None for no condition.
             rng: Draws the wording; None for the canonical one.
         """
+        return self.ordered_condition(scenes, rng)[0]
+
+    def ordered_condition(
+        self, scenes: Sequence[Scene | None], rng: np.random.Generator | None
+    ) -> tuple[Cond, list[list[int]]]:
+        """Return the condition of scenes, and for each scene the thing of each slot; see `condition`."""
         slots, size = self.config.exemplars.slots, self.config.exemplars.size
         shown = np.zeros((len(scenes), slots, size, size, 4), dtype=np.uint8)
-        counts, texts = [], []
+        texts, orders = [], []
         for i, scene in enumerate(scenes):
             text, order = (
                 ("", []) if scene is None else slot_text(caption_pieces(scene.facts, self.images.index, rng))
@@ -155,32 +170,41 @@ class ExemplarPart:
             for slot, thing in enumerate(order):
                 assert scene is not None
                 shown[i, slot] = self.images.data.images[scene.rows(thing)[0]]
-            counts.append(len(order))
             texts.append(text)
+            orders.append(order)
         images = torch.from_numpy(shown).movedim(-1, 2).to(self.device).float() / 255  # (B, K, 4, S, S)
         tokens = self.encoder(images)  # (B, K·L, D)
         states = self.text.encode([self.text.tokenizer.encode(text) for text in texts])
         assert states.mask is not None
         per = self.config.exemplars.tokens
-        used = (
-            torch.arange(slots * per, device=self.device)
-            < per * torch.tensor(counts, device=self.device)[:, None]
-        )
-        return Cond(
+        counts = torch.tensor([len(order) for order in orders], device=self.device)
+        used = torch.arange(slots * per, device=self.device) < per * counts[:, None]  # (B, K·L)
+        cond = Cond(
             context=torch.cat([tokens, states.tokens.to(tokens.dtype)], dim=1),
             context_mask=torch.cat([used, states.mask], dim=1),
+            exemplars=multiplied(images),
         )
+        return cond, orders
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a random batch, and the losses at high and at low t to log."""
-        diffusion = self.config.diffusion
+        """Return the loss of a random batch, and to log the losses at high and at low t, and of the views."""
+        diffusion, weights = self.config.diffusion, self.config.sights
         chosen, rows = self.draw(draws, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         kept = [scene if draws.rng.random() >= diffusion.drop else None for scene in chosen]
-        cond = self.condition(kept, draws.rng)
-        loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
+        cond, orders = self.ordered_condition(kept, draws.rng)
+        with record_sights(self.net) as sights:
+            loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
-        return loss, {"loss_high_t": losses[high].mean(), "loss_low_t": losses[~high].mean()}
+        side = x0.shape[-1] // self.config.model.patch
+        maps, touched = wanted_sights(kept, orders, side, self.config.exemplars.slots)
+        figures = sight_losses(sights, maps.to(self.device), touched.to(self.device), side)
+        loss = loss + weights.where * figures["where"] + weights.shown * figures["shown"]
+        return loss, {
+            "loss_high_t": losses[high].mean(),
+            "loss_low_t": losses[~high].mean(),
+            **figures,
+        }
 
     def draw(self, draws: Draws, batch: int) -> tuple[list[Scene], list[int]]:
         """Return the scenes of a step and their rows in the cache."""

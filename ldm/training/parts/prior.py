@@ -31,7 +31,7 @@ from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages
-from ldm.training.losses import draw_diffusion_loss
+from ldm.training.losses.common import draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import begin_with, write_part, write_text
 
 

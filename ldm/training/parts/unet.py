@@ -24,15 +24,15 @@ from ldm.training.caches.scenes import CachedScenes
 from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
-from ldm.training.grounding import (
+from ldm.training.images import TrainingImages, image_grid, to_uint8
+from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
+from ldm.training.losses.grounding import (
     Grounding,
     find_named_areas,
     freeze_all_but_cross_attention,
     grounding_loss,
     record_attention,
 )
-from ldm.training.images import TrainingImages, image_grid, to_uint8
-from ldm.training.losses import diffusion_loss, draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import begin_with, read_text, write_part, write_text
 
 PREVIEW_NAMES = (

@@ -27,7 +27,7 @@ from ldm.training.degradation import Degradation
 from ldm.training.diffusion import DiffusionConfig, zero_outputs
 from ldm.training.draws import Draws
 from ldm.training.images import TrainingImages, comparison_grid
-from ldm.training.losses import draw_diffusion_loss
+from ldm.training.losses.common import draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import write_part
 
 
