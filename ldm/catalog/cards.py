@@ -26,7 +26,7 @@ from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import check_between, nearest
-from ldm.support.text import shown
+from ldm.support.scalars import check_positive
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
@@ -291,7 +291,7 @@ def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
     if not isinstance(value, str):
         return value
     if value not in table:
-        raise ValueError(f"{part}: unknown shape {shown(value)}; {nearest(value, table)}")
+        raise ValueError(f"{part}: unknown shape {value!r}; {nearest(value, table)}")
     return table[value]
 
 
@@ -335,6 +335,7 @@ class ModelCard(DiffusionCard, Card):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_family(self.family)
+        check_positive(latent_scale=self.latent_scale)
         if self.family != "latent" and self.networks is None:
             raise ValueError(f"networks: a card of the family {self.family!r} must state its networks")
 
@@ -371,7 +372,7 @@ def check_family(name: str) -> None:
     if name == "latent":
         return
     if name not in FAMILIES:
-        raise ValueError(f"family: {shown(name)}; {nearest(name, ('latent', *FAMILIES))}")
+        raise ValueError(f"family: {name!r}; {nearest(name, ('latent', *FAMILIES))}")
     family = FAMILIES[name]
     if "unet" not in family.parts or family.refusal:
         raise ValueError(

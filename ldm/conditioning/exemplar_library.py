@@ -15,6 +15,7 @@ from ldm.conditioning.things import Mention
 from ldm.support.config import nearest
 from ldm.support.text import escaped, shown
 
+LONGEST_NOUN = 200  # characters of a name, or of a phrase that means it
 OWN_STYLE = "own"
 """The style of an image that is added without one."""
 
@@ -43,7 +44,7 @@ class ExemplarLibrary:
         size: Side of the images in pixels.
 
     Raises:
-        ValueError: If a (name, style) occurs twice, or a noun means a name without an image.
+        ValueError: If a (name, style) occurs twice, a noun means a name without an image, or one is too long.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class ExemplarLibrary:
                 raise ValueError(
                     f"noun {shown(noun)} means {shown(absent[0])}, of which there is no exemplar"
                 )
+            _check_noun(noun)
         for name in self._of:
+            _check_noun(name)
             self.nouns.setdefault(name.replace("-", " "), (name,))
 
     def __len__(self) -> int:
@@ -102,7 +105,7 @@ class ExemplarLibrary:
             nouns: Other phrases that mean the thing, such as a plural. Default: none.
 
         Raises:
-            ValueError: If the shape is another, or the name has no letters or digits.
+            ValueError: If the shape is another, the name has no letters or digits, or a noun is too long.
         """
         if tuple(pixels.shape) != (4, self.size, self.size):
             raise ValueError(
@@ -111,9 +114,12 @@ class ExemplarLibrary:
         if not any(char.isalnum() for char in name):
             raise ValueError(f"name {shown(name)}: expected letters or digits")
         key = name.strip().lower().replace(" ", "-")
+        nouns = (key.replace("-", " "), *nouns)
+        for noun in nouns:
+            _check_noun(noun)
         content = write_exemplar(pixels)
         self._of.setdefault(key, {})[style] = Exemplar(name=key, style=style, content=content)
-        for noun in (key.replace("-", " "), *nouns):
+        for noun in nouns:
             self.nouns[noun.lower()] = (key,)
 
     def remove(self, name: str) -> None:
@@ -145,6 +151,12 @@ class ExemplarLibrary:
     def pixels(self, exemplar: Exemplar) -> Tensor:
         """Return the image of an exemplar: RGB and opacity in [0, 1], shape (4, S, S), float32."""
         return read_exemplar(exemplar.content, self.size)
+
+
+def _check_noun(noun: str) -> None:
+    """Raise ValueError for a noun that is too long; the time to read a prompt grows with the square."""
+    if len(noun) > LONGEST_NOUN:
+        raise ValueError(f"noun {shown(noun)}: expected at most {LONGEST_NOUN} characters, got {len(noun)}")
 
 
 def _draw(seed: int, slot: int, what: str, choices: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ldm.support.files import file_exists
 from ldm.support.text import escaped, shown
 from ldm.support.warn import warn_user
 
@@ -89,13 +90,14 @@ def decode_image(
 
     path = Path(path)
     where = f"{name}: {shown(str(path))}"
-    if not path.is_file():
+    if not file_exists(path):
         raise FileNotFoundError(f"{name}: no such file: {shown(str(path))}")
     try:
         with BoundedFile(path) as file, Image.open(file, formats=tuple(formats)) as image:
             check_pixels(*image.size)
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                warn_user(f"{where} holds {image.n_frames} images; the first is used")
+            # counting the pages of a TIFF takes a time that grows with their square
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                warn_user(f"{where} holds several images; the first is used")
             return use(image)
     except Exception as error:  # decoders raise errors of every class
         reason = escaped(str(error) or type(error).__name__, 300)

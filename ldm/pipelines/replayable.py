@@ -15,6 +15,7 @@ from ldm.pipelines.checks import check_arguments
 from ldm.pipelines.recipe import content_sha256
 from ldm.support.calls import separate_call
 from ldm.support.config import build, to_dict
+from ldm.support.files import file_exists
 from ldm.support.scalars import python_scalar, python_scalars, python_values
 from ldm.support.text import shown
 from ldm.weights.formats.safetensors import sha256
@@ -53,7 +54,7 @@ class FileEntry:
             ValueError: If it has changed.
         """
         path = Path(self.path)
-        if not path.is_file():
+        if not file_exists(path):
             raise FileNotFoundError(
                 f"{name}: no such file: {shown(self.path)}, which the image was made of (a relative path"
                 " counts from the current folder)"

@@ -13,6 +13,7 @@ from ldm.catalog.lookup import read_card
 from ldm.registry.candidates import tensor_shapes
 from ldm.registry.report import Report, non_finite_in_parts, report_part
 from ldm.support.config import read_yaml
+from ldm.support.text import escaped
 from ldm.weights.formats.ldm_folder import about_part, network_class, read_part_config
 from ldm.weights.formats.ldm_model import CARD_FILE, part_files
 from ldm.weights.formats.safetensors import sha256
@@ -103,8 +104,11 @@ def describe_network(folder: Path, part: str, about: Mapping[str, Any]) -> str:
     training = about.get("training")
     if not isinstance(training, Mapping):
         return name
-    run = training.get("config", {}).get("run", {}).get("name")
-    return f"{name}, trained for {training.get('steps')} steps{f' in run {run}' if run else ''}"
+    run = training.get("config")
+    for key in ("run", "name"):
+        run = run.get(key) if isinstance(run, Mapping) else None
+    about_run = f" in run {escaped(run, 100)}" if run else ""
+    return f"{name}, trained for {escaped(training.get('steps'), 100)} steps{about_run}"
 
 
 def inspect_ldm_folder(path: Path, *, nan: bool, digest: bool) -> Report:

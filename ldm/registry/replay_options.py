@@ -10,8 +10,9 @@ from typing import Any
 
 from ldm.catalog.cards import Defaults
 from ldm.images.opening import decode_image
-from ldm.pipelines.replayable import FileEntry
+from ldm.pipelines.replayable import FileEntry, from_json
 from ldm.support.config import convert
+from ldm.support.files import file_exists
 from ldm.support.text import shown
 
 Texts = str | tuple[str, ...]
@@ -41,6 +42,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(_SWITCHES, bool),
     **_OTHERS,
 }
+LONGEST_OPTION = 50  # characters of a name
 SCALARS = str | bool | int | float
 IN_MEMORY = ("on_step", "latents", "embedding", "prior_latents", "upsampler_latents", "codes", "pair")
 _OTHER_STEPS = ("prior_steps", "upsampler_steps")
@@ -73,13 +75,17 @@ LIMITS = ReplayLimits()
 
 
 def typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a task with their types checked.
+    """Return the options of a task, as a recipe holds them, with their types checked.
 
     Raises:
-        ValueError: If an option has a type that a recipe does not hold; the message names it.
+        ValueError: If an option has a type that a recipe does not hold, or a name that none has; the message
+            names it.
     """
     found = dict[str, Any]()
-    for name, value in options.items():
+    for name, held in options.items():
+        if not name.isidentifier() or len(name) > LONGEST_OPTION:
+            raise ValueError(f"arguments: expected names of options, got {shown(name)}")
+        value = from_json(name, held)
         if value is None or isinstance(value, FileEntry):
             found[name] = value
         elif name in IN_MEMORY:
@@ -170,7 +176,7 @@ def image_size(name: str, path: Path, limits: ReplayLimits) -> tuple[int, int]:
     Raises:
         ValueError: If the file is larger than the limits allow.
     """
-    if not path.is_file():
+    if not file_exists(path):
         return 0, 0
     if (size := path.stat().st_size) > limits.file:
         raise ValueError(f"{name}: {shown(str(path))} has {size:,} bytes, expected at most {limits.file:,}")

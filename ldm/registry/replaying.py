@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.images.result import Images, pixel_sha256
-from ldm.pipelines.replayable import BY_OPTIONS, FileEntry, from_json
+from ldm.pipelines.replayable import BY_OPTIONS, FileEntry
 from ldm.registry.loading import load_model
 from ldm.registry.locating import WeightsRequest, resolve_card
 from ldm.registry.replay_options import LIMITS, check_limits, typed_options
@@ -175,10 +175,10 @@ def _warn_of_differences(facts: RecipeFacts, images: Images, notes: list[str]) -
 def _task_arguments(facts: RecipeFacts, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the task, of checked types, with a `FileEntry` for each file."""
     if facts.arguments is not None:
-        return typed_options({name: from_json(name, value) for name, value in facts.arguments.items()})
+        return typed_options(facts.arguments)
     if facts.task not in BY_OPTIONS:
         raise ValueError(f"arguments: expected those of the task {shown(facts.task)}, got none")
-    options = {name: from_json(name, value) for name, value in recipe.items() if name not in FACTS}
+    options = {name: value for name, value in recipe.items() if name not in FACTS}
     prompt = options.pop("prompt", None)
     first = {"text_to_image": "prompt", "class_to_image": "label"}.get(facts.task)
     return typed_options({**({} if first is None else {first: prompt}), **options})

@@ -126,7 +126,7 @@ def read_parts(card: Card, folder: Path, dtype: torch.dtype, *, latent_scale: fl
         check_hashes(card.files, hashes, folder / CARD_FILE)
     for part, place in folders.items():
         check_part_hash(place, part, abouts[part], hashes)
-    scale = abouts.get("vae", {}).get("latent_scale", latent_scale or 1.0)
+    scale = abouts.get("vae", {}).get("latent_scale") or latent_scale or 1.0
     names = {f"{part}.safetensors": part for part in folders}
     return Source(
         networks=networks,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from ldm.support.files import file_exists
 from ldm.support.scalars import python_scalar
 from ldm.support.strict_yaml import parse_yaml
 from ldm.support.text import escaped, shown
@@ -234,7 +235,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: If the file is not valid YAML, gives a key twice, or holds no mapping at the top.
     """
     path = Path(path)
-    if not path.is_file():
+    if not file_exists(path):
         raise FileNotFoundError(f"no such configuration file: {shown(str(path))}")
     mapping = parse_yaml(path)
     if not isinstance(mapping, dict):

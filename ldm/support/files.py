@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 # name of a temporary file or folder: process, system (see `_system`; earlier versions lack it), random number
 TEMPORARY = re.compile(r"\.ldm-(\d{1,9})-(?:([0-9a-f]{8})-)?[0-9a-f]{16}")
+WEIGHTS = (".safetensors", ".bin")  # endings of files without which the others of their folder are not read
 DAY = 86400  # seconds; temporary files of other systems are leftovers when they are older
 _cleaned: set[Path] = set()  # folders in which this process has looked for leftovers
 
@@ -100,15 +102,14 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Write the files of a folder, inside a `with` block, in a new folder beside it; move them when it ends.
 
-    If the block raises, or the process is killed in it, `folder` is as it was. While files are moved, the key
-    files are absent, so that a mixture of two states is never read: they go first, and the one that was
-    written again comes back last. Other files of the folder are kept.
+    If the block raises, or the process is killed in it, `folder` is as it was. A mixture of two states is
+    never read: all old files are removed before the first new one comes, key files first and weights next,
+    and the new ones come in the opposite order. Other files of the folder are kept.
 
     Args:
         folder: The folder to write.
         keys: Names of the files without any of which the folder is not read, such as "card.yaml".
-        stale: Returns the files of `folder` that belong to its earlier content, of which those that are not
-            written again are removed.
+        stale: Returns the files of `folder` that belong to its earlier content.
 
     Yields:
         The new folder.
@@ -118,10 +119,14 @@ def staged_folder(
         yield stage
         moved = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         folder.mkdir(exist_ok=True)
-        old = [path for path in stale(folder) if path.relative_to(folder) not in moved]
-        for path in (*(folder / key for key in keys), *old):
-            path.unlink(missing_ok=True)
-        for name in sorted(moved, key=lambda each: str(each) in keys):
+        old = [path.relative_to(folder) for path in stale(folder)]
+
+        def rank(name: Path) -> int:
+            return 2 if str(name) in keys else int(name.suffix in WEIGHTS)
+
+        for name in sorted({*map(Path, keys), *old, *moved}, key=rank, reverse=True):
+            (folder / name).unlink(missing_ok=True)
+        for name in sorted(moved, key=rank):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, folder / name)
 
@@ -195,6 +200,19 @@ def is_running(process: int) -> bool:
     except OSError:
         return True  # it belongs to another user
     return True
+
+
+def file_exists(path: Path) -> bool:
+    """Return whether there is a file; False also for names that no file can have, too long or with "\\0".
+
+    `Path.is_file` raises OSError for a long name, which texts from files can be.
+    """
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def longest_name(folder: Path) -> int:

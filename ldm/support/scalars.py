@@ -66,6 +66,13 @@ def check_finite(**numbers: Any) -> None:
             check_kind(name, value, "float")
 
 
+def check_positive(**numbers: float | None) -> None:
+    """Raise ValueError for the first number that is not positive; None stands for no value."""
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {shown(value)}")
+
+
 def check_kind(name: str, value: Any, annotation: str, *, infinite: bool = False) -> None:
     """Raise ValueError for a value that the annotation of an option does not allow.
 

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ldm.support.files import file_exists
 from ldm.support.text import escaped, read_utf8, shown
 
 MAX_JSON_BYTES = 1 << 22  # of a configuration
@@ -35,7 +36,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES, *, infinite: bool = False)
             message names it.
     """
     where = shown(str(path))
-    if not path.is_file():
+    if not file_exists(path):
         raise FileNotFoundError(f"no such file: {where}")
     return parse_json(read_utf8(path, most), where, infinite=infinite)
 

@@ -29,9 +29,9 @@ def read_stage_file(path: str | Path) -> dict[str, Any]:
 
 
 def _read_with_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    mapping = read_yaml(path)
     if path.resolve() in [reader.resolve() for reader in readers]:
         raise ValueError(f"base: a cycle of files: {' -> '.join(str(reader) for reader in (*readers, path))}")
-    mapping = read_yaml(path)
     base = mapping.pop("base", None)
     if base is None:
         return mapping

@@ -39,5 +39,5 @@ def thin_rows(path: Path, n: int = 100) -> str:
 def _step_of(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

@@ -28,6 +28,7 @@ from ldm.catalog.lookup import parse_card
 from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.bundling import check_part_names
 from ldm.support.config import build, nearest, read_yaml
+from ldm.support.files import file_exists
 from ldm.support.text import escaped, shown
 from ldm.training.config_file import build_stage_config, read_stage_file
 from ldm.training.kinds import part_kinds
@@ -132,8 +133,8 @@ def _resolve_stage(
     if entry.hours is None:
         raise ValueError(f"stage {name!r}: missing key 'hours'")
     stage_file = path.parent / f"{name}.yaml"
-    if not stage_file.is_file():
-        raise ValueError(f"stage {name!r}: no such file: {str(stage_file)!r}")
+    if not file_exists(stage_file):
+        raise ValueError(f"stage {name!r}: no such file: {shown(str(stage_file))}")
     mapping = read_stage_file(stage_file)
     reads = _resolve_reads(entry, file, mapping, earlier)
     part, config = build_stage_config(mapping, stage_file)

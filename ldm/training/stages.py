@@ -18,10 +18,13 @@ from ldm.support.config import read_yaml, to_dict
 from ldm.support.defaults import plain_defaults
 from ldm.support.device import pick_device
 from ldm.support.files import write_atomically
+from ldm.support.strict_json import read_json
+from ldm.support.text import shown
 from ldm.training.checkpoint import REPORTING, checkpoint_step, config_differences
 from ldm.training.kinds import part_kinds
 from ldm.training.loop import Run, check_until
 
+RECORD = ("config", "reads", "exports")  # keys of a record
 Hashes = dict[str, str]  # part -> SHA-256 of its weights
 
 
@@ -128,7 +131,7 @@ class TrainingStage:
                 f" restore it, or remove {str(self.folder)!r} to train the stage again"
             )
         for key, source in self.reads.items():
-            if source.finished and record["reads"][key] != export_hashes(source.export):
+            if source.finished and record["reads"].get(key) != export_hashes(source.export):
                 raise ValueError(
                     f"stage {self.name!r} was {begun} with another export of {source.name!r}: remove"
                     f" {str(self.folder)!r} to train the stage again"
@@ -144,7 +147,16 @@ class TrainingStage:
     def read_record(self) -> dict[str, Any]:
         """Return the record, or an empty mapping if the stage was not begun."""
         path = self.folder / "stage.json"
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        record = read_json(path, infinite=True)
+        if not record.keys() >= set(RECORD) or not all(
+            isinstance(record[key], dict) for key in ("config", "reads")
+        ):
+            raise ValueError(
+                f"{shown(str(path))} is not the record of a stage: expected {', '.join(RECORD)}: remove"
+                f" {shown(str(self.folder))} to train the stage again"
+            )
         return record
 
     def write_record(self, *, exports: Hashes | None) -> None:
@@ -161,7 +173,7 @@ def export_hashes(folder: Path) -> Hashes:
     """Return the SHA-256 of each part in an export, as the parts' YAMLs state it; empty without a folder."""
     paths = sorted(folder.glob("*.yaml"))
     return {
-        path.stem: str(read_yaml(path)["sha256"])
+        path.stem: str(read_yaml(path).get("sha256"))
         for path in paths
         if path.with_suffix(".safetensors").is_file()
     }

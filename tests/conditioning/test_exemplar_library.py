@@ -76,6 +76,15 @@ def test_wrong_input_is_named():
         library().add("robot", image(0)[:3])
     with pytest.raises(ValueError, match="name '--': expected letters or digits"):
         library().add("--", image(0))
+    long, own = "a " * 101, library()
+    for add in (
+        lambda: own.add("robot", image(0), nouns=(long,)),
+        lambda: own.add("x" + long, image(0)),
+        lambda: ExemplarLibrary(list(library()), {long: ("cat",)}, size=16),
+    ):
+        with pytest.raises(ValueError, match="noun '.*: expected at most 200 characters, got 20"):
+            add()
+    assert len(own) == 4 and own.nouns == library().nouns
     with pytest.raises(ValueError, match="no exemplar of 'cot'; did you mean 'cat'"):
         library().remove("cot")
     headers = (b"\0", b"\x7f\xff\xff\xff" * 2 + b"\x08\2\0\0\0")  # truncated; 2³¹ − 1 pixels wide and high

@@ -67,4 +67,6 @@ def test_damaged_recipes_of_trainings(tmp_path: Path) -> None:
     base = shutil.copytree(CONFIGS / "emoji-ldm", tmp_path / "base")
     name = "recipes of trainings"
     target = Target(name=name, read=use_recipe, place=place_in_folder, allowed=EITHER, short=100)
-    check(target, in_folder(base, (RECIPE_FILE, "card.yaml", "base.yaml")), mutated_file, tmp_path)
+    check(
+        target, in_folder(base, (RECIPE_FILE, "card.yaml", "base.yaml", "clip.yaml")), mutated_file, tmp_path
+    )

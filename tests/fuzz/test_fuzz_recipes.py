@@ -31,6 +31,14 @@ RECIPES: list[dict[str, Any]] = [
     | {"loaded": {"prediction": "eps", "ema": True, "variant": "fp16"}, "convention": "diffusers"},
     {"task": "edit", **FACTS, "inputs": {"image": "5" * 64}, "because": "a reason"}
     | {"arguments": {"source": "a cat", "target": "a dog", "emphasis": {"dog": 1.5}, "seed": 3}},
+    {"task": "image_to_image", **FACTS}
+    | {
+        "arguments": {
+            "prompt": "a cat",
+            "image": {"path": "no/such.png", "sha256": "5" * 64},
+            "strength": 0.5,
+        }
+    },
     {"task": "outpaint", **FACTS, "model": "sd-v1-5"}
     | {"arguments": {"prompt": "a sea", "left": 8, "feather": 4, "tile": 64, "steps": None, "window": 32}},
 ]

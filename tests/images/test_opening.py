@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import resource
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -86,9 +87,27 @@ def test_recipes_are_read_from_the_formats_that_are_written(tmp_path, name):
 def test_the_first_of_several_images_is_used_with_a_warning(tmp_path, name):
     frames = [Image.new("RGB", (4, 2), color) for color in ("white", "black", "red")]
     frames[0].save(tmp_path / "image", format=name, save_all=True, append_images=frames[1:], lossless=True)
-    with pytest.warns(UserWarning, match="image' holds 3 images; the first is used") as caught:
+    with pytest.warns(UserWarning, match="image' holds several images; the first is used") as caught:
         assert torch.equal(to_pixels(tmp_path / "image"), torch.ones(1, 3, 2, 4))
     assert caught[0].filename == __file__
+
+
+def test_a_tiff_of_many_pages_is_opened_at_once(tmp_path):
+    path, buffer = tmp_path / "pages.tiff", io.BytesIO()
+    Image.new("RGB", (4, 2), "red").save(buffer, "TIFF")
+    data = bytearray(buffer.getvalue())
+    start = int.from_bytes(data[4:8], "little")
+    end = start + 2 + 12 * int.from_bytes(data[start : start + 2], "little")
+    page = bytes(data[start:end])
+    for _ in range(20_000):  # each page has the offset of the next one behind its directory
+        data[end : end + 4] = len(data).to_bytes(4, "little")
+        end = len(data) + len(page)
+        data += page + bytes(4)
+    path.write_bytes(data)
+    begin = time.process_time()
+    with pytest.warns(UserWarning, match="pages.tiff' holds several images; the first is used"):
+        assert to_pixels(path)[0, :, 0, 0].tolist() == [1, 0, 0]
+    assert time.process_time() - begin < 1
 
 
 def compressed_text(key: bytes, size: int) -> bytes:

@@ -307,6 +307,20 @@ def test_the_steps_of_the_card_count_only_where_the_recipe_states_none(stated, c
         check_limits(stated, usual, replace(LIMITS, work=counted * 64 - 1))
 
 
+@pytest.mark.parametrize("name", ["", "a b", "a-b", "\0", "\ud800", "x" * 51, "x" * 100_000, "1"])
+def test_names_that_no_option_has_are_refused_in_one_line(pipe, name):
+    recipe = plain(pipe.text_to_image("cat", **FAST).recipe)
+    of_task = {
+        **recipe,
+        "task": "image_to_image",
+        "arguments": {"prompt": "cat", name: {"path": 1, "sha256": 2}},
+    }
+    for wrong in ({**recipe, name: 1}, of_task):
+        with pytest.raises(ValueError, match="arguments: expected names of options, got '") as caught:
+            replay(wrong)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
 def test_images_that_are_given_count_too(pipe, monkeypatch):
     recipe = of_file(pipe.outpaint("cat", "a.png", left=4, **FAST))
     small = replace(LIMITS, pixels=36 * 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from killing import kill_at_each_step
 from tiny_latent_diffusion import tiny_model
 
 import ldm
@@ -72,6 +74,43 @@ def test_a_kill_leaves_one_model_or_none(tmp_path, delay):
         for name in ("a", "b", "c", "card.yaml"):
             (stage / name).write_text("next", encoding="utf-8")
     assert set(contents(folder).values()) == {b"next"} and os.listdir(tmp_path) == ["model"]
+
+
+NAMES = ("card.yaml", "facts.json", "unet/config.json", "unet/a.safetensors", "vae/b.bin", "vae/config.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_files_of_two_states_are_never_together_and_weights_never_without_the_rest(tmp_path):
+    folder = tmp_path / "model"
+    seen = set()
+
+    def write(state):
+        files = [folder / name for name in (*NAMES, "only-old.txt", "only-new.txt")]
+        with staged_folder(
+            folder, ["card.yaml"], lambda _: [path for path in files if path.exists()]
+        ) as stage:
+            for name in (*NAMES, f"only-{state}.txt"):
+                (stage / name).parent.mkdir(exist_ok=True)
+                (stage / name).write_text(state)
+
+    def check():
+        found = contents(folder)
+        assert len(set(found.values())) <= 1
+        assert "card.yaml" not in found or found.keys() > set(NAMES)
+        for part in ("unet", "vae"):
+            weights = [name for name in found if Path(name).parent == Path(part) and "config" not in name]
+            assert not weights or found.keys() > {"facts.json", f"{part}/config.json"}
+        seen.update(found.values())
+        shutil.rmtree(folder)
+        write("old")
+
+    write("old")
+    steps = kill_at_each_step(lambda: write("new"), folder, check)
+    assert (
+        steps >= 2 * len(NAMES)
+        and seen == {b"old", b"new"}
+        and contents(folder).keys() == {*NAMES, "only-new.txt"}
+    )
 
 
 def test_a_folder_in_diffusers_layout_keeps_no_weights_of_the_last_model(tmp_path):

@@ -116,6 +116,10 @@ def test_finished_stages_are_skipped_and_changes_of_them_refused(
         path.write_text(path.read_text(encoding="utf-8").replace(sha256, "f" * 64), encoding="utf-8")
     with pytest.raises(ValueError, match="'draft' was begun with another export of 'clip': remove"):
         train_recipe(recipe, progress=False)
+    for damaged in ("{", "[]", "{}", '{"config": 1, "reads": {}, "exports": null}', '{"a": 1, "a": 2}'):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match=r"clip/stage\.json'?(:| is not)"):
+            train_recipe(recipe, progress=False)
 
 
 def test_a_stage_file_of_a_recipe_is_trained_alone(recipe: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import in_fresh_process, kill_at_random
 from tiny_trainings import configs, write
 
 from ldm.training.checkpoint import match_strides
@@ -134,25 +135,9 @@ def test_a_run_killed_at_any_moment_gives_identical_weights(place):
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
-KILLING = """
-import os, random, signal, sys, time
-import torch
-from ldm.training.run import open_run
-
-torch.set_num_threads(1)
-rng, killed = random.Random(0), 0
-for _ in range(int(sys.argv[2])):
-    child = os.fork()
-    if child == 0:
-        try:
-            open_run(sys.argv[1]).train(progress=False)
-        finally:
-            os._exit(0)
-    time.sleep(rng.uniform(0.0, 0.5))
-    os.kill(child, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-print(killed)
-"""
+def kill_training(path: str, kills: int) -> int:
+    """Kill the training of a stage file at random moments."""
+    return kill_at_random(lambda: open_run(path).train(progress=False), kills, 0.5)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -160,10 +145,7 @@ print(killed)
 def test_every_kill_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(place, kills):
     config = configs(place, steps=100_000, checkpoint_every=2, validate_every=7, sample_every=7)["vae"]
     path = write(config, Path("vae.yaml"))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLING, str(path), str(kills)]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
-    assert int(done.stdout) == kills
+    assert in_fresh_process(Path(__file__), "kill_training", str(path), kills) == 0  # none ended by itself
     run = open_run(path)
     run.train(until=run.step + 3, progress=False)
     steps = [

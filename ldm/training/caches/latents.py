@@ -48,6 +48,8 @@ class LatentSpace:
                 f"the autoencoder in {str(folder)!r} is a {type(network).__name__}: expected AutoencoderKL or"
                 " PatchAutoencoder"
             )
+        if about.get("latent_scale") is None:
+            raise ValueError(f"vae.yaml in {str(folder)!r} states no latent_scale, which training needs")
         vae, images = network.to(device), scenes.images
 
         def encode(part: Sequence[Scene]) -> Tensor:

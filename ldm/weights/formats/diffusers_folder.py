@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ldm.support.config import nearest
+from ldm.support.files import file_exists
 from ldm.support.strict_json import read_json
+from ldm.support.text import escaped, shown
 from ldm.weights.detection import Detection, detect
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.strict import mismatch
@@ -31,6 +33,7 @@ PARTS = {
     "image_normalizer": "noise",
     "safety_checker": "safety",
 }
+LONGEST_COMPONENT = 100  # characters of the name of a sub-folder
 STEMS, ENDINGS = ("diffusion_pytorch_model", "model", "pytorch_model"), ("safetensors", "bin")
 
 
@@ -76,7 +79,7 @@ class Folder:
     def detect(self) -> Detection:
         """Return the family by the keys of the UNet; ValueError if there is no UNet or it is unknown."""
         if "unet" not in self.parts:
-            raise ValueError(f"{str(self.path)!r} has no unet; its parts: {', '.join(self.parts)}")
+            raise ValueError(f"{str(self.path)!r} has no unet; its parts: {escaped(', '.join(self.parts))}")
         unet = self.parts["unet"]
         return detect({key: tuple(tensor.shape) for key, tensor in unet.tensors.items()}, source=unet.path)
 
@@ -119,6 +122,11 @@ def read_folder(
         for key, value in index.items()
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
     }
+    for name in listed:
+        if name in ("", "..") or name != Path(name).name or len(name) > LONGEST_COMPONENT:
+            raise ValueError(
+                f"{shown(str(path / 'model_index.json'))}: expected names of sub-folders, got {shown(name)}"
+            )
     options = {
         key: value for key, value in index.items() if not isinstance(value, list) and not key.startswith("_")
     }
@@ -126,7 +134,7 @@ def read_folder(
     wanted = [name for name in available if name != "safety"] if parts is None else list(parts)
     for name in wanted:
         if name not in available:
-            raise ValueError(f"{str(path)!r} has no part {name!r}; {nearest(name, available)}")
+            raise ValueError(f"{str(path)!r} has no part {shown(name)}; {nearest(name, available)}")
     return Folder(
         path=path,
         class_name=str(index.get("_class_name", "")),
@@ -179,7 +187,9 @@ def read_component(path: str | Path, *, variant: str | None = None, class_name: 
         if weight_map is not None:
             _check_shard(file, found, weight_map)
         tensors |= found
-    name = class_name or str(config.get("_class_name") or next(iter(config.get("architectures") or []), ""))
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    name = class_name or str(config.get("_class_name") or first)
     return Component(path=path, class_name=name, config=config, tensors=tensors, files=tuple(files))
 
 
@@ -268,10 +278,11 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if name != Path(name).name or name.startswith("."):
-            raise ValueError(f"{str(path)!r} names a shard outside its folder: {name!r}")
-    lost = [name for name in names if not (path.parent / name).is_file()]
+            raise ValueError(f"{str(path)!r} names a shard outside its folder: {shown(name)}")
+    lost = [name for name in names if not file_exists(path.parent / name)]
     if lost:
         raise FileNotFoundError(
-            f"{str(path)!r} names {len(names)} shards, {len(lost)} of them absent: {', '.join(lost[:5])}"
+            f"{str(path)!r} names {len(names)} shards, {len(lost)} of them absent:"
+            f" {', '.join(map(shown, lost[:5]))}"
         )
     return [path.parent / name for name in names], weight_map

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ldm.support.config import build
+from ldm.support.files import file_exists
 from ldm.support.strict_json import read_json
 from ldm.support.text import shown
 from ldm.weights.hashing import FileHashes, check_hashes
@@ -70,7 +71,7 @@ class FolderCheck:
             name: value for name, value in stated.items() if wanted is None or name.split("/")[0] in wanted
         }
         others = (folder / name for name in self.stated if not name.endswith(_WEIGHTS))
-        paths = [*(folder / name for name in self.names), *(path for path in others if path.is_file())]
+        paths = [*(folder / name for name in self.names), *(path for path in others if file_exists(path))]
         self.hashes = folder_hashes(folder, dict.fromkeys(paths))
 
     def finish(self) -> FileHashes:

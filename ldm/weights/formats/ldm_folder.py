@@ -19,8 +19,9 @@ from ldm.conditioning.conditioner import TextConditioner, TextConvention
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.text.bpe import Tokenizer
-from ldm.support.config import build, nearest, read_yaml, to_dict
-from ldm.support.files import write_atomically
+from ldm.support.config import MAX_SIZE, build, check_between, nearest, read_yaml, to_dict
+from ldm.support.files import file_exists, write_atomically
+from ldm.support.scalars import check_positive
 from ldm.support.strict_json import read_json
 from ldm.support.strict_yaml import format_yaml
 from ldm.support.text import escaped, shown
@@ -54,6 +55,10 @@ class PartFacts:
     latent_scale: float | None = None
     factor: int | None = None
     residual: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(latent_scale=self.latent_scale)
+        check_between(1, MAX_SIZE, factor=self.factor)
 
 
 PART_FACTS = tuple(each.name for each in fields(PartFacts))
@@ -129,10 +134,10 @@ def about_part(folder: str | Path, name: str) -> dict[str, Any]:
     """
     path, weights = Path(folder) / f"{name}.yaml", Path(folder) / f"{name}.safetensors"
     for each in (path, weights):
-        if not each.is_file():
+        if not file_exists(each):
             raise FileNotFoundError(
-                f"no {name} in {str(folder)!r}: {each.name} is absent (`ldm export CONFIG` writes it after"
-                " training)"
+                f"no {name} in {shown(str(folder))}: {each.name} is absent (`ldm export CONFIG` writes it"
+                " after training)"
             )
     about = read_yaml(path)
     build(PartFacts, {key: about[key] for key in PART_FACTS if key in about}, shown(str(path)))
