@@ -26,7 +26,7 @@ from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import check_between, nearest
-from ldm.support.scalars import check_positive
+from ldm.support.scalars import check_above_zero
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
@@ -335,7 +335,7 @@ class ModelCard(DiffusionCard, Card):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_family(self.family)
-        check_positive(latent_scale=self.latent_scale)
+        check_above_zero(latent_scale=self.latent_scale)
         if self.family != "latent" and self.networks is None:
             raise ValueError(f"networks: a card of the family {self.family!r} must state its networks")
 

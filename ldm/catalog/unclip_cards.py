@@ -26,7 +26,7 @@ from ldm.models.unclip.prior import PriorConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.support.config import check_between
-from ldm.support.scalars import check_positive
+from ldm.support.scalars import check_above_zero
 
 # How the text tower of CLIP is read by Karlo, Kandinsky and the models of this package.
 READ = TextConvention(pad=0, masked=True, pooled=True)
@@ -197,7 +197,7 @@ class UnCLIPCard(Card):
 
     def __post_init__(self) -> None:
         check_between(1, 1000, pictures=self.pictures)
-        check_positive(latent_scale=self.latent_scale)
+        check_above_zero(latent_scale=self.latent_scale)
         if (self.condition == "noised") != (self.no_image == "zeros"):
             raise ValueError(
                 f'no_image: "zeros" and condition "noised" require each other, got {self.no_image!r} with'

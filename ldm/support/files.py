@@ -19,7 +19,10 @@ from typing import BinaryIO
 
 # name of a temporary file or folder: process, system (see `_system`; earlier versions lack it), random number
 TEMPORARY = re.compile(r"\.ldm-(\d{1,9})-(?:([0-9a-f]{8})-)?[0-9a-f]{16}")
-WEIGHTS = (".safetensors", ".bin")  # endings of files without which the others of their folder are not read
+WEIGHT_ENDINGS = (
+    ".safetensors",
+    ".bin",
+)  # endings of files without which the others of their folder are not read
 DAY = 86400  # seconds; temporary files of other systems are leftovers when they are older
 _cleaned: set[Path] = set()  # folders in which this process has looked for leftovers
 
@@ -122,7 +125,7 @@ def staged_folder(
         old = [path.relative_to(folder) for path in stale(folder)]
 
         def rank(name: Path) -> int:
-            return 2 if str(name) in keys else int(name.suffix in WEIGHTS)
+            return 2 if str(name) in keys else int(name.suffix in WEIGHT_ENDINGS)
 
         for name in sorted({*map(Path, keys), *old, *moved}, key=rank, reverse=True):
             (folder / name).unlink(missing_ok=True)

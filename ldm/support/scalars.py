@@ -66,7 +66,7 @@ def check_finite(**numbers: Any) -> None:
             check_kind(name, value, "float")
 
 
-def check_positive(**numbers: float | None) -> None:
+def check_above_zero(**numbers: float | None) -> None:
     """Raise ValueError for the first number that is not positive; None stands for no value."""
     for name, value in numbers.items():
         if value is not None and not value > 0:

@@ -283,6 +283,6 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
     if lost:
         raise FileNotFoundError(
             f"{str(path)!r} names {len(names)} shards, {len(lost)} of them absent:"
-            f" {', '.join(map(shown, lost[:5]))}"
+            f" {escaped(', '.join(lost[:5]), 500)}"
         )
     return [path.parent / name for name in names], weight_map

@@ -21,7 +21,7 @@ from ldm.models.draft import Draft, DraftConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.support.config import MAX_SIZE, build, check_between, nearest, read_yaml, to_dict
 from ldm.support.files import file_exists, write_atomically
-from ldm.support.scalars import check_positive
+from ldm.support.scalars import check_above_zero
 from ldm.support.strict_json import read_json
 from ldm.support.strict_yaml import format_yaml
 from ldm.support.text import escaped, shown
@@ -57,7 +57,7 @@ class PartFacts:
     residual: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive(latent_scale=self.latent_scale)
+        check_above_zero(latent_scale=self.latent_scale)
         check_between(1, MAX_SIZE, factor=self.factor)
 
 
