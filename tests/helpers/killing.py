@@ -38,7 +38,7 @@ def in_fresh_process(module: Path, function: str, *arguments: str | int | float,
     places = (ROOT, ROOT / "tests" / "helpers", module.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CODE, module.stem, function, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

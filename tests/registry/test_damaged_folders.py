@@ -64,8 +64,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def edit(path: Path, **changes: Any) -> str:
     """Change entries of a YAML file, and return what it held."""
-    before = path.read_text()
-    path.write_text(yaml.safe_dump({**yaml.safe_load(before), **changes}))
+    before = path.read_text(encoding="utf-8")
+    path.write_text(yaml.safe_dump({**yaml.safe_load(before), **changes}), encoding="utf-8")
     return before
 
 

@@ -117,7 +117,7 @@ def test_finished_stages_are_skipped_and_changes_of_them_refused(
     with pytest.raises(ValueError, match="'draft' was begun with another export of 'clip': remove"):
         train_recipe(recipe, progress=False)
     for damaged in ("{", "[]", "{}", '{"config": 1, "reads": {}, "exports": null}', '{"a": 1, "a": 2}'):
-        record.write_text(damaged)
+        record.write_text(damaged, encoding="utf-8")
         with pytest.raises(ValueError, match=r"clip/stage\.json'?(:| is not)"):
             train_recipe(recipe, progress=False)
 
