@@ -160,7 +160,7 @@ def test_the_command_writes_its_figures(drawn, monkeypatch, tmp_path, capsys):
         ["--real", "noisy", "--prompts", "2", "--seeds", "1", "--tasks", "single", "--json", str(path)]
     )
     assert "| single | 2 | 100.0 % |" in capsys.readouterr().out
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     assert report["figures"]["single"]["right"] == 100 and len(report["images"]) == 2
     assert report["settings"]["real"] == "noisy"
 
