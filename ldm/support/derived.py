@@ -98,7 +98,11 @@ class Seal:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """Return what can be said of a tensor without reading it."""
-    return version(x), x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # a tensor of a transform or a trace, which has no memory of its own
+        address = 0
+    return version(x), address, x.shape, x.stride(), x.dtype, x.device
 
 
 def _read_checksum(x: Tensor, read: Read | None) -> int:

@@ -106,6 +106,13 @@ def test_contents_are_compared_once_in_a_call_and_counters_always():
         assert torch.equal(own(), 2 * own.weight)
 
 
+def test_tensors_without_memory_of_their_own_may_be_sources():
+    owner = nn.Identity()
+    with separate_call(owner):
+        doubled = torch.func.vmap(lambda x: kept_for_call(owner, [x], lambda: 2 * x))(torch.ones(3, 2))
+    assert torch.equal(doubled, torch.full((3, 2), 2.0))
+
+
 def test_threads_make_a_value_once():
     own, gate = Counted(torch.randn(40000)), Barrier(8)
 
