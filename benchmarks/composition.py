@@ -177,15 +177,20 @@ def save_images(folder: Path, images: np.ndarray, records: Sequence[dict[str, An
         Image.fromarray(image).save(folder / name.replace("/", "-"))
 
 
-def task_table(figures: dict[str, dict[str, Any]]) -> str:
-    """Return the figures of tasks as a Markdown table with their bars and the most frequent faults."""
+HEADER = "| task | images | right | bar | by another prompt | faults |\n|---|---|---|---|---|---|"
+
+
+def task_row(task: str, figures: dict[str, Any]) -> str:
+    """Return a task as a row of a Markdown table, with its bar and its most frequent faults."""
+    other = f"{figures['shuffled']:.1f} %" if "shuffled" in figures else ""
+    faults = ", ".join(f"{kind} {count}" for kind, count in figures["faults"].most_common(4))
+    return f"| {task} | {figures['n']} | {figures['right']:.1f} % | {BARS[task]} % | {other} | {faults} |"
+
+
+def mean_row(figures: dict[str, dict[str, Any]]) -> str:
+    """Return the mean over tasks as a row of the table."""
     mean = float(np.mean([one["right"] for one in figures.values()]))
-    lines = ["| task | images | right | bar | by another prompt | faults |", "|---|---|---|---|---|---|"]
-    for task, one in figures.items():
-        other = f"{one['shuffled']:.1f} %" if "shuffled" in one else ""
-        faults = ", ".join(f"{kind} {count}" for kind, count in one["faults"].most_common(4))
-        lines.append(f"| {task} | {one['n']} | {one['right']:.1f} % | {BARS[task]} % | {other} | {faults} |")
-    return "\n".join([*lines, f"| mean | | {mean:.1f} % | {BARS['mean']} % | | |"])
+    return f"| mean | | {mean:.1f} % | {BARS['mean']} % | | |"
 
 
 def variety_table(figures: dict[str, Any]) -> str:
@@ -243,10 +248,12 @@ def main(arguments: list[str] | None = None) -> None:
         figures, records = measure_variety(draw, judge, options)
         print(variety_table(figures))
     else:
+        print(HEADER, flush=True)
         for task in options.tasks:
             figures[task], made = measure_task(draw, judge, task, options)
             records += made
-        print(task_table(figures))
+            print(task_row(task, figures[task]), flush=True)
+        print(mean_row(figures))
     if options.json is not None:
         report = {
             "settings": {

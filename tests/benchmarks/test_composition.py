@@ -128,8 +128,9 @@ def test_a_task_is_scored_over_prompts_and_seeds(drawn, monkeypatch, tmp_path):
 
     figures, records = composition.measure_task(always_boxes, judge, "single", options("--seeds", "3"))
     assert figures["right"] == 50 and sum(figures["faults"].values()) == 3 and "shuffled" not in figures
-    table = composition.task_table({"single": figures})
-    assert "| single | 6 | 50.0 % | 95 % |" in table and "| mean | | 50.0 % |" in table
+    assert composition.task_row("single", figures).startswith("| single | 6 | 50.0 % | 95 % |  | ")
+    both = {"single": figures, "two": {"right": 100.0}}
+    assert composition.mean_row(both) == "| mean | | 75.0 % | 70 % | | |"
 
 
 def test_variety_counts_styles_of_right_images(drawn, monkeypatch):
