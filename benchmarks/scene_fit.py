@@ -27,6 +27,7 @@ TILTS = (-0.1, 0.0, 0.1)  # of a single thing, in radians
 SHIFTS, SCALES = (-0.09, 0.0, 0.09), (0.82, 0.9, 1.0, 1.1, 1.22)  # of other images, to begin with
 CANDIDATES, FINALISTS, OWN = 96, 6, 2  # images that are fitted; those of other and own names that are drawn
 HOPELESS = 0.75  # the share of the energy that a thing at its first pose may leave unexplained
+CLOSE = 0.05  # images are drawn if their gain is below the largest one by this share of the energy at most
 REACH = 1.15  # side of the square in which images are compared, per side of the thing
 Found = tuple[int, int, Tensor]  # a thing of the facts, a row, a pose (4,)
 
@@ -95,10 +96,9 @@ class SceneFit:
         """Compare the image of a thing with all images of the data set, each at its own best pose."""
         seen = image * self._square(pose)
         nearest, is_named = row, False
-        colour, error = self._colour(i, row, pose, seen)
-        if error <= HOPELESS * _energy(seen):
+        if _energy(seen - self._draw(i, row, pose)) <= HOPELESS * _energy(seen):
             row, pose, nearest, is_named = self._compare(i, pose, seen)
-            colour, error = self._colour(i, row, pose, seen)
+        colour, error = self._colour(i, row, pose, seen)
         x, y, side, tilt = pose.tolist()
         return Part(
             placement=Placement(thing=i, row=row, x=x, y=y, side=side, tilt=math.degrees(tilt)),
@@ -120,7 +120,11 @@ class SceneFit:
             for k in gains.masked_fill(~mask, -torch.inf).topk(min(most, int(mask.sum()))).indices
         ]
         rows, poses = [rows[k] for k in chosen], poses[chosen]
-        poses, _ = refine(levels, self.gallery.large(rows, thing.colour, self.background), poses, 3)
+        poses, gains = refine(levels, self.gallery.large(rows, thing.colour, self.background), poses, 3)
+        best = max((k for k in range(len(rows)) if rows[k] in own), key=gains.__getitem__)
+        near = gains >= gains.max() - CLOSE * _energy(seen) / seen[0].numel()
+        kept = [k for k in range(len(rows)) if near[k] or k == best]
+        rows, poses = [rows[k] for k in kept], poses[kept]
         errors = [_energy(seen - self._draw(i, row, where)) for row, where in zip(rows, poses, strict=True)]
         order = sorted(range(len(rows)), key=errors.__getitem__)
         best = next(k for k in order if rows[k] in own)
