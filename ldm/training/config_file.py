@@ -63,7 +63,7 @@ def build_stage_config(mapping: Mapping[str, Any], path: str | Path) -> tuple[st
     """
     mapping = dict(mapping)
     kinds, part = part_kinds(), mapping.pop("part", None)
-    if part not in kinds:
+    if not isinstance(part, str) or part not in kinds:
         raise ValueError(f"{shown(str(path))}: part {shown(part)}; {nearest(part, kinds)}")
     try:
         return part, build(kinds[part].config, mapping)

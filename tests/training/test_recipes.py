@@ -19,7 +19,7 @@ from tiny_trainings import (
 import ldm
 from ldm.__main__ import main
 from ldm.support.config import read_yaml
-from ldm.training.config_file import read_stage_file
+from ldm.training.config_file import build_stage_config, read_stage_file
 from ldm.training.loop import Run
 from ldm.training.recipe import open_recipe, train_recipe
 from ldm.training.run import open_run
@@ -227,3 +227,9 @@ def test_a_base_is_merged_key_by_key_and_cycles_are_refused(tmp_path: Path) -> N
     write({"base": "nowhere.yaml"}, tmp_path / "lost.yaml")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         read_stage_file(tmp_path / "lost.yaml")
+
+
+@pytest.mark.parametrize("part", ["vea", ["vae"], {"vae": 1}, None, 5])
+def test_a_part_of_another_type_is_refused_by_name(tmp_path: Path, part: object) -> None:
+    with pytest.raises(ValueError, match=r"a\.yaml'?: part .*Choices: .*vae"):
+        build_stage_config({"part": part}, tmp_path / "a.yaml")
