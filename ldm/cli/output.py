@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -68,11 +69,10 @@ def write_images(
     try:
         paths = images.save(path, separate=separate, quality=quality)
     except (OSError, ValueError) as error:
-        folder = Path(tempfile.mkdtemp(prefix="ldm-"))
+        elsewhere = Path(tempfile.gettempdir()) / f"ldm-{secrets.token_hex(8)}.png"
         try:
-            (saved,) = images.save(folder / "images.png")
+            (saved,) = images.save(elsewhere)
         except OSError:
-            folder.rmdir()
             raise error from None
         raise OSError(f"{error}; the images are in {str(saved)!r}") from error
     for each in paths:

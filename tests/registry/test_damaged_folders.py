@@ -21,7 +21,7 @@ from ldm.weights.formats.safetensors import write_safetensors
 @pytest.mark.parametrize("name", ["", "..", "../unet", "a/b_scheduler", "x" * 300 + "_scheduler", "x" * 300])
 def test_a_component_of_a_pipeline_is_a_sub_folder(tmp_path: Path, name: str) -> None:
     index = {"_class_name": "A", "unet": ["diffusers", "B"], name: ["diffusers", "C"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match=r"model_index.json': expected names of sub-folders, got '"):
         read_folder(tmp_path, parts=())
     assert any("names of sub-folders" in each for each in inspect(tmp_path).problems)
@@ -31,7 +31,7 @@ def test_a_component_of_a_pipeline_is_a_sub_folder(tmp_path: Path, name: str) ->
 def test_a_component_without_a_class_has_the_first_architecture(
     tmp_path: Path, given: object, expected: str
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": given}))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": given}), encoding="utf-8")
     write_safetensors(tmp_path / "model.safetensors", {"a": torch.ones(1)}, {})
     assert read_component(tmp_path).class_name == expected
 
@@ -42,14 +42,14 @@ def test_names_of_shards_are_shown_in_one_line(tmp_path: Path) -> None:
         ("b" * 5000, FileNotFoundError),
         ("../c", ValueError),
     ):
-        (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"x": name}}), encoding="utf-8")
         with pytest.raises(error) as caught:
             read_index(tmp_path / "index.json")
         assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
 def test_names_that_no_file_can_have_are_those_of_no_file(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("")
+    (tmp_path / "a").write_text("", encoding="utf-8")
     found = {name: file_exists(tmp_path / name) for name in ("a", "b", "x" * 300, "a\0", "a/b", ".")}
     assert found == {**dict.fromkeys(found, False), "a": True}
 
@@ -75,7 +75,7 @@ def edit(path: Path, **changes: Any) -> str:
 def test_what_a_part_states_of_its_training_is_shown_whatever_it_is(whole: Path, training: Any) -> None:
     before = edit(whole / "vae.yaml", training={**training, "steps": "1\n2"})
     report = inspect(whole)
-    (whole / "vae.yaml").write_text(before)
+    (whole / "vae.yaml").write_text(before, encoding="utf-8")
     assert not report.problems and "AutoencoderKL, trained for 1\\n2 steps" in report.text()
     assert all(line.isprintable() and len(line) < 500 for line in report.text().split("\n"))
 
@@ -86,15 +86,15 @@ def test_a_scale_of_latents_is_positive_or_absent(whole: Path) -> None:
         before = edit(whole / "vae.yaml", latent_scale=scale)
         with pytest.raises(ValueError, match=r"vae.yaml'?: latent_scale: expected a positive number, got"):
             ldm.load(weights=whole)
-        (whole / "vae.yaml").write_text(before)
+        (whole / "vae.yaml").write_text(before, encoding="utf-8")
         card = edit(whole / "card.yaml", latent_scale=scale)
         with pytest.raises(ValueError, match="card.yaml': latent_scale: expected a positive number"):
             ldm.load(weights=whole)
-        (whole / "card.yaml").write_text(card)
+        (whole / "card.yaml").write_text(card, encoding="utf-8")
     before = edit(whole / "vae.yaml", latent_scale=None)
     card = edit(whole / "card.yaml", latent_scale=0.25)
     assert ldm.load(weights=whole).latent_scale == 0.25  # that of the card
-    (whole / "card.yaml").write_text(card)
+    (whole / "card.yaml").write_text(card, encoding="utf-8")
     assert ldm.load(weights=whole).latent_scale == 1.0
-    (whole / "vae.yaml").write_text(before)
+    (whole / "vae.yaml").write_text(before, encoding="utf-8")
     assert ldm.load(weights=whole).latent_scale == 0.5

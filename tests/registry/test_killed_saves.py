@@ -77,7 +77,9 @@ def write_exports(pipe: Any, place: Path) -> None:
     write_text(place / "text", pipe.text, words=sorted(pipe.text.known_words or ()), dtype=None)
     folders = {"vae": "vae", "unet": "unet", "text": "text", "draft": "text"}
     exports = {part: str(place / folder) for part, folder in folders.items()}
-    (place / "card.yaml").write_text(yaml.safe_dump({**to_dict(pipe.card), "exports": exports}))
+    (place / "card.yaml").write_text(
+        yaml.safe_dump({**to_dict(pipe.card), "exports": exports}), encoding="utf-8"
+    )
 
 
 # Name: the model, how the old one is written, and how the new one is.

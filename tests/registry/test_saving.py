@@ -91,7 +91,7 @@ def test_files_of_two_states_are_never_together_and_weights_never_without_the_re
         ) as stage:
             for name in (*NAMES, f"only-{state}.txt"):
                 (stage / name).parent.mkdir(exist_ok=True)
-                (stage / name).write_text(state)
+                (stage / name).write_text(state, encoding="utf-8")
 
     def check():
         found = contents(folder)

@@ -275,17 +275,20 @@ def test_processes_may_build_at_once(workshop: Workshop) -> None:
 def kill_builds(workshop: Workshop, n: int, longest: float) -> int:
     """Kill n builds at random moments; return how many had written the library before.
 
-    After each, the cache has either the whole library or none, and never another file for it.
+    The first is killed at once, and the second when it has written the library. After each, the cache has
+    either the whole library or none, and never another file for it.
     """
     draw, complete = random.Random(0), 0
     build.library()
     whole = workshop.library.read_bytes()
-    for _ in range(n):
+    for i in range(n):
         for path in workshop.kernels.glob("*.so"):
             path.unlink()
         workshop.forget()
         child = in_child(build.library)
-        time.sleep(draw.uniform(0, longest))
+        if i == 1:
+            wait_for(workshop.library.exists)
+        time.sleep(draw.uniform(0, longest) if i else 0)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found = list(workshop.kernels.glob("*.so"))
@@ -308,7 +311,7 @@ def leftovers(workshop: Workshop) -> list[Path]:
 def test_a_killed_build_leaves_the_whole_library_or_none(workshop: Workshop) -> None:
     half = workshop.prebuilt.stat().st_size // 2
     workshop.set_compiler(
-        f'head -c {half} "{workshop.prebuilt}" > "$out"; sleep 0.02; cat "{workshop.prebuilt}" > "$out"'
+        f'head -c {half} "{workshop.prebuilt}" > "$out"; sleep 0.1; cat "{workshop.prebuilt}" > "$out"'
     )
     assert 0 < kill_builds(workshop, 20, 0.25) < 20
 

@@ -68,7 +68,7 @@ def test_an_archive_in_wide_numbers_is_read(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, content in entries().items():
-            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True, encoding="utf-8") as file:
+            with archive.open(zipfile.ZipInfo(name), mode="w", force_zip64=True) as file:
                 file.write(content)
     (tmp_path / "a.ckpt").write_bytes(stream.getvalue())
     assert read_ckpt(tmp_path / "a.ckpt").tensors["b"].tolist() == [1, 1]
