@@ -16,6 +16,9 @@ from ldm.training.stages import get_dotted
 from ldm.weights.formats.ldm_folder import read_part_config
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").iterdir())
+EMBEDDED = [
+    folder for folder in RECIPES if folder.name != "emoji-exemplars"
+]  # of which no weights are shipped
 
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
@@ -34,7 +37,7 @@ def test_a_recipe_is_complete(folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", EMBEDDED, ids=lambda folder: folder.name)
 def test_the_card_of_a_recipe_is_that_of_the_embedded_model(folder: Path) -> None:
     recipe = open_recipe(folder)
     card = read_recipe_card(recipe.path, recipe.file.bundle)
@@ -45,7 +48,7 @@ def test_the_card_of_a_recipe_is_that_of_the_embedded_model(folder: Path) -> Non
     }
 
 
-@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", EMBEDDED, ids=lambda folder: folder.name)
 def test_the_trained_networks_have_the_shapes_of_the_embedded_ones(folder: Path) -> None:
     recipe = open_recipe(folder)
     card = read_card(ASSETS / folder.name / "card.yaml")
