@@ -44,7 +44,8 @@ class ExemplarLibrary:
         size: Side of the images in pixels.
 
     Raises:
-        ValueError: If a (name, style) occurs twice, a noun means a name without an image, or one is too long.
+        ValueError: If a (name, style) occurs twice, a noun means no name or one without an image, or one is
+            too long.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class ExemplarLibrary:
                 raise ValueError(
                     f"noun {shown(noun)} means {shown(absent[0])}, of which there is no exemplar"
                 )
+            if not names:
+                raise ValueError(f"noun {shown(noun)}: expected at least one name that it means")
             _check_noun(noun)
         for name in self._of:
             _check_noun(name)

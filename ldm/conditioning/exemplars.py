@@ -41,8 +41,8 @@ class ExemplarConditioner(nn.Module):
         library: The exemplars.
 
     Raises:
-        ValueError: If it is not known which words the text tower was trained on, the widths differ, or the
-            encoder reads images of another size than the library's.
+        ValueError: If it is not known which words the text tower was trained on, its padding is not masked,
+            the widths differ, or the encoder reads images of another size than the library's.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class ExemplarConditioner(nn.Module):
         super().__init__()
         if text.known_words is None:
             raise ValueError("the text tower does not state the words that it was trained on")
+        if not text.convention.masked:
+            raise ValueError("the padding of the text tower is not masked: expected text: {masked: true}")
         if encoder.config.width != text.width:
             raise ValueError(
                 f"exemplar tokens are {encoder.config.width} wide, the text's are"

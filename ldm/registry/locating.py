@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from ldm.catalog.cards import Card
 from ldm.catalog.lookup import find_card, read_card
 from ldm.diffusion.interfaces import Prediction
+from ldm.support.text import shown
 from ldm.weights.formats.hub import download, local_path
 
 DEFAULT_MODEL = "emoji-ldm"
@@ -40,6 +43,20 @@ class WeightsRequest:
     prediction: Prediction | None = None
     vocabulary: str | Path | None = None
     download: bool = True
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Name the weights in errors of networks that do not fit together.
+
+        Raises:
+            ValueError: What is raised in the context, after the path of the weights.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if self.weights is None:
+                raise
+            raise ValueError(f"weights {shown(str(self.weights))}: {error}") from error
 
     @property
     def random(self) -> bool:

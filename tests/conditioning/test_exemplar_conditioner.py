@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_exemplars import SLOTS, STYLES, TOKENS, WIDTH
@@ -102,6 +104,10 @@ def test_parts_that_do_not_fit_are_refused():
         ExemplarConditioner(net.text, narrow, net.library)
     with pytest.raises(ValueError, match="the encoder reads 16 pixels, the library has 32"):
         ExemplarConditioner(net.text, net.encoder, ExemplarLibrary([], {}, size=32))
+    open_padding = replace(net.text.convention, masked=False)
+    text = TextConditioner(net.text.tower, net.text.tokenizer, open_padding, net.grammar)
+    with pytest.raises(ValueError, match="the padding of the text tower is not masked"):
+        ExemplarConditioner(text, net.encoder, net.library)
     text = TextConditioner(net.text.tower, net.text.tokenizer, net.text.convention)
     with pytest.raises(ValueError, match="does not state the words that it was trained on"):
         ExemplarConditioner(text, net.encoder, net.library)

@@ -70,6 +70,8 @@ def test_an_image_of_ones_own_is_found_by_its_name_and_can_be_removed():
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="two exemplars of 'cat' in style 'noto'"):
         ExemplarLibrary([*library(), *library()], {}, size=16)
+    with pytest.raises(ValueError, match="noun 'bird': expected at least one name that it means"):
+        ExemplarLibrary([], {"bird": ()}, size=16)
     with pytest.raises(ValueError, match="noun 'bird' means 'bird', of which there is no exemplar"):
         ExemplarLibrary([], {"bird": ("bird",)}, size=16)
     with pytest.raises(ValueError, match=r"expected \(4, 16, 16\)"):

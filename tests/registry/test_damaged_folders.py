@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,13 @@ def test_a_scale_of_latents_is_positive_or_absent(whole: Path) -> None:
     assert ldm.load(weights=whole).latent_scale == 1.0
     (whole / "vae.yaml").write_text(before, encoding="utf-8")
     assert ldm.load(weights=whole).latent_scale == 0.5
+
+
+def test_parts_that_do_not_fit_together_name_the_folder(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(whole, folder)
+    card = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+    card["text"]["layer"] = -9
+    (folder / "card.yaml").write_text(yaml.safe_dump(card), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^weights '.*other': layer: expected -\d to -1, got -9"):
+        ldm.load(weights=folder)

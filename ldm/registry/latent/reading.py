@@ -39,7 +39,8 @@ def load_latent(card: ModelCard, request: WeightsRequest) -> LatentDiffusion:
         warn_user(f"weights {str(request.weights)!r}: {note}")
     card = card_as_stated(card, source.stated, asked=request.prediction is not None)
     vocabulary = None if request.vocabulary is None else Path(request.vocabulary)
-    return assemble_latent(card, source, vocabulary=vocabulary)
+    with request.naming():
+        return assemble_latent(card, source, vocabulary=vocabulary)
 
 
 def card_as_stated(card: ModelCard, stated: Stated, *, asked: bool) -> ModelCard:

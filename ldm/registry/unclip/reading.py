@@ -31,7 +31,8 @@ def load_unclip(card: UnCLIPCard, request: WeightsRequest) -> UnCLIP:
         warn_user(f"weights {str(request.weights)!r}: {note}")
     if source.stated.pad is not None:
         card = replace(card, words=replace(card.words, pad=source.stated.pad))
-    return assemble_unclip(card, source)
+    with request.naming():
+        return assemble_unclip(card, source)
 
 
 def read_unclip_source(card: UnCLIPCard, request: WeightsRequest) -> Source:
