@@ -111,7 +111,7 @@ def resolve_stages(file: RecipeFile, path: Path, runs: str | Path) -> dict[str, 
                 raise ValueError(f"stage {stage.name!r}: expected another name, this one is taken")
             stages[stage.name] = stage
         _check_bundle(file, path, stages)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{shown(str(path))}: {escaped(error)}") from None
     return stages
 

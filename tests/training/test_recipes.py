@@ -173,6 +173,11 @@ def test_a_recipe_that_shares_stages_of_another_ends_in_an_unclip_model(recipe: 
     ("key", "value", "message"),
     [
         ("stages", [{"stage": "decoder", "hours": 1.0}], "stage 'decoder': no such file: .*decoder.yaml"),
+        (
+            "stages",
+            [{"stage": "../none/clip", "hours": 1.0}],
+            "tiny-ldm/recipe.yaml': no such configuration file: '.*none/recipe.yaml'",
+        ),
         ("stages.2.reads.vae", "unet", "'draft' reads 'unet': expected a stage listed before it"),
         ("stages.2.reads.vae", "draft", "'draft' reads 'draft': expected a stage listed before it"),
         ("stages.2.reads.vae", "autoencodr", "no such stage; did you mean 'autoencoder'"),
