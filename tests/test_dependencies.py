@@ -40,3 +40,9 @@ def test_bounds(requirement: Requirement) -> None:
 
 def test_every_advisory_belongs_to_a_requirement() -> None:
     assert AFFECTED.keys() <= {requirement.name for requirement in requirements()}
+
+
+def test_the_readme_states_the_lower_bound_of_torch() -> None:
+    (torch,) = (each for each in requirements() if each.name == "torch")
+    readme = (SETUP.parent / "README.md").read_text(encoding="utf-8")
+    assert f"Any torch from {str(torch.specifier).removeprefix('>=')} works" in readme
