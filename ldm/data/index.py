@@ -111,7 +111,7 @@ class ImageIndex:
         """Return for each name the tags that few names carry: "apple" for red apple, but not for pie.
 
         Of the names that carry a tag, those that contain it come before the others. A tag that ends with a
-        grammatical word could not be told from a noun before that word ("rock on the left").
+        grammatical word could not be distinguished from a noun before that word ("rock on the left").
         """
         taken = {row.phrase for row in self.rows} | {row.label for row in self.rows if row.label}
         grammar, carriers = grammar_words(), dict[str, list[str]]()

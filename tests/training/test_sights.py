@@ -33,8 +33,8 @@ def test_the_wanted_sights_show_what_the_scene_shows(folder):
         found = Sight(maps=maps, shown=touched.float() * 100 - 50)
         patches = sample_patches(found, exemplar_planes(pixels), side, side, 8)
         seen = rearrange(patches[0], "(h w) c y x -> (h y) (w x) c", h=side)
-        ground = torch.tensor(PALETTE[scene.facts.background or "white"]) / 255
-        made = seen[..., :3] + (1 - seen[..., 3:]) * ground
+        background = torch.tensor(PALETTE[scene.facts.background or "white"]) / 255
+        made = seen[..., :3] + (1 - seen[..., 3:]) * background
         wanted = torch.from_numpy(render(scene, data.images, size)).float() / 255
         assert -10 * math.log10(float((made - wanted).square().mean())) > 25
 
