@@ -17,7 +17,7 @@ import ldm
 from ldm.analysis.journal import write_journal
 from ldm.diffusion.interfaces import Denoised
 from ldm.speed.kernels.shared_library import write_cached
-from ldm.training.caches.scenes import cached_rows
+from ldm.training.caches.rows import cached_rows
 from ldm.training.checkpoint import save_checkpoint
 from ldm.training.metrics import append_row
 from ldm.weights.formats.safetensors import write_safetensors

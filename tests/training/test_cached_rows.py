@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import Facts, Placement, Scene, Thing
-from ldm.training.caches.scenes import cached_rows
+from ldm.training.caches.rows import cached_rows
 
 ROWS = [
     Scene(

@@ -330,7 +330,7 @@ def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
     assert (
         0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7
     )  # shares 0.3, and 0.35 or so
-    counts = [c.facts.background is not None for c in part.images.draw(np.random.default_rng(0), 400)]
+    counts = [c.facts.background is not None for c in part.images.random(np.random.default_rng(0), 400)]
     assert np.mean(counts) > 0.75  # drawn with 0.9, while the mix of the cache has 0.5
 
 

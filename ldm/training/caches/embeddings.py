@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Scene, caption
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
-from ldm.training.caches.scenes import CachedScenes
-from ldm.training.images import TrainingImages
+from ldm.training.inputs.protocol import CachedSamples, Rows, Samples, TrainingImages
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_part, read_text
 
 
@@ -61,7 +59,7 @@ def check_embed_dim(key: str, embed_dim: int, clip: ClipPair, *, embeddings: int
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingCache:
-    """The image embeddings of all cached scenes.
+    """The image embeddings of all cached samples.
 
     Args:
         vectors: The images' own embeddings, (N, E) float16, memory-mapped.
@@ -69,31 +67,31 @@ class EmbeddingCache:
         share: Share of embeddings that `draw` takes from the prior. Default: 0.
     """
 
-    vectors: np.ndarray
-    from_prior: np.ndarray | None = None
+    vectors: Rows
+    from_prior: Rows | None = None
     share: float = 0.0
 
     @classmethod
     def open(
-        cls, clip: ClipPair, scenes: CachedScenes, prior: PriorEmbeddings | None = None
+        cls, clip: ClipPair, samples: CachedSamples, prior: PriorEmbeddings | None = None
     ) -> EmbeddingCache:
         """Open the cached embeddings, after computing them if they are absent.
 
         Args:
             clip: The CLIP; it also reads the captions for the prior.
-            scenes: The cached scenes of the run.
+            samples: The cached samples of the run.
             prior: Where a share of the embeddings comes from; None for images alone. Default: None.
         """
-        images, shape = scenes.images, (clip.width,)
-        vectors = scenes.cached("embeddings", clip.name, shape, lambda part: embed(clip, images, part))
+        images, shape = samples.images, (clip.width,)
+        vectors = samples.cached("embeddings", clip.name, shape, lambda part: embed(clip, images, part))
         if prior is None:
             return cls(vectors=vectors)
-        sample, rng = prior.sampler(clip), np.random.default_rng(scenes.seed)
-        from_prior = scenes.cached(
+        sample = prior.sampler(clip)
+        from_prior = samples.cached(
             "embeddings",
             prior.key,
             shape,
-            lambda part: sample([caption(c.facts, images.index, rng) for c in part]),
+            lambda part: sample(images.wordings(part, samples.seed)),
         )
         return cls(vectors=vectors, from_prior=from_prior, share=prior.share)
 
@@ -110,40 +108,42 @@ class EmbeddingCache:
         return torch.where(chosen[:, None], torch.from_numpy(self.from_prior[np.asarray(rows)]).float(), own)
 
 
-def caption_embeddings(clip: ClipPair, text: str | Path, scenes: CachedScenes) -> np.ndarray:
-    """Open the cached text embeddings of two captions of each scene, after computing them if absent.
+def caption_embeddings(clip: ClipPair, text: str | Path, samples: CachedSamples) -> Rows:
+    """Open the cached text embeddings of two captions of each sample, after computing them if absent.
 
     Args:
         clip: The CLIP that reads the captions.
         text: Folder of its text tower.
-        scenes: The cached scenes of the run.
+        samples: The cached samples of the run.
 
     Returns:
         Embeddings of the canonical caption and of a random one, (N, 2, E) float16, memory-mapped.
     """
-    index, rng = scenes.images.index, np.random.default_rng(scenes.seed)
+    images, seed = samples.images, samples.seed
 
-    def compute(part: Sequence[Scene]) -> Tensor:
-        captions = [words for c in part for words in (caption(c.facts, index), caption(c.facts, index, rng))]
-        return clip.text_embedding(captions).vector.view(len(part), 2, -1)
+    def compute(part: Samples) -> Tensor:
+        both = zip(images.describe(part), images.wordings(part, seed), strict=True)
+        return clip.text_embedding([caption for pair in both for caption in pair]).vector.view(
+            len(part), 2, -1
+        )
 
-    return scenes.cached("captions", about_part(text, "text")["sha256"], (2, clip.width), compute)
+    return samples.cached("captions", about_part(text, "text")["sha256"], (2, clip.width), compute)
 
 
 @torch.no_grad()
-def embed(clip: ClipPair, images: TrainingImages, scenes: Sequence[Scene], *, batch: int = 64) -> Tensor:
-    """Compute the image embeddings of scenes, not normalised.
+def embed(clip: ClipPair, images: TrainingImages, samples: Samples, *, batch: int = 64) -> Tensor:
+    """Compute the image embeddings of samples, not normalised.
 
     Args:
         clip: The CLIP.
-        images: Renders the scenes.
-        scenes: B scenes.
-        batch: Scenes per call of the image tower. Default: 64.
+        images: The training images.
+        samples: B samples.
+        batch: Samples per call of the image tower. Default: 64.
 
     Returns:
         Embeddings, (B, E) float32.
     """
-    parts = [scenes[i : i + batch] for i in range(0, len(scenes), batch)]
+    parts = [samples[i : i + batch] for i in range(0, len(samples), batch)]
     return torch.cat(
         [clip.image_embedding(((images.tensor(part) + 1) / 2).clamp(0, 1)).vector for part in parts]
     )

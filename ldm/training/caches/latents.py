@@ -1,4 +1,4 @@
-"""The latent space in training: a frozen autoencoder, and the latents of all cached scenes."""
+"""The latent space in training: a frozen autoencoder, and the latents of all cached samples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data import Scene
 from ldm.models.draft import DraftConfig
 from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.training.caches.scenes import CachedScenes
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages
+from ldm.training.inputs.protocol import CachedSamples, Rows, Samples, TrainingImages
 from ldm.weights.formats.ldm_folder import read_network, read_part_config
 
 
@@ -29,19 +27,19 @@ class LatentSpace:
         scale: Factor that gives latents unit variance.
         images: The training images.
         moments: Means and standard deviations of the posteriors, (N, 2, C, h, w) float16, memory-mapped, a
-            row for each cached scene.
+            row for each cached sample.
         device: Where latents are returned.
     """
 
     vae: AutoencoderKL | PatchAutoencoder
     scale: float
     images: TrainingImages
-    moments: np.ndarray
+    moments: Rows
     device: torch.device
 
     @classmethod
-    def open(cls, folder: str | Path, scenes: CachedScenes, device: torch.device) -> LatentSpace:
-        """Read the autoencoder in a folder; encode the cached scenes unless that was done before."""
+    def open(cls, folder: str | Path, samples: CachedSamples, device: torch.device) -> LatentSpace:
+        """Read the autoencoder in a folder; encode the cached samples unless that was done before."""
         network, about = read_network(folder, "vae")
         if not isinstance(network, AutoencoderKL | PatchAutoencoder):
             raise ValueError(
@@ -50,14 +48,14 @@ class LatentSpace:
             )
         if about.get("latent_scale") is None:
             raise ValueError(f"vae.yaml in {str(folder)!r} states no latent_scale, which training needs")
-        vae, images = network.to(device), scenes.images
+        vae, images = network.to(device), samples.images
 
-        def encode(part: Sequence[Scene]) -> Tensor:
+        def encode(part: Samples) -> Tensor:
             posterior = vae.encode(images.tensor(part).to(device))
             return torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], 1)
 
         shape = latent_shape(vae.config, images)
-        moments = scenes.cached("latents", about["sha256"], (2, *shape), encode)
+        moments = samples.cached("latents", about["sha256"], (2, *shape), encode)
         return cls(vae=vae, scale=float(about["latent_scale"]), images=images, moments=moments, device=device)
 
     @property
@@ -66,14 +64,14 @@ class LatentSpace:
         return latent_shape(self.vae.config, self.images)
 
     def sample(self, rows: Sequence[int], draws: Draws) -> Tensor:
-        """Sample the posteriors of cached scenes: scaled latents (B, C, h, w) float32."""
+        """Sample the posteriors of cached samples: scaled latents (B, C, h, w) float32."""
         moments = torch.from_numpy(self.moments[np.asarray(rows)]).float()  # (B, 2, C, h, w)
         z = self.scale * (moments[:, 0] + moments[:, 1] * draws.normal(*moments[:, 0].shape))
         return z.to(self.device)
 
-    def encode(self, scenes: Sequence[Scene]) -> Tensor:
-        """Encode scenes to the scaled means of their posteriors, (B, C, h, w)."""
-        parts = self.images.tensor(scenes).to(self.device).split(32)
+    def encode(self, samples: Samples) -> Tensor:
+        """Encode samples to the scaled means of their posteriors, (B, C, h, w)."""
+        parts = self.images.tensor(samples).to(self.device).split(32)
         return self.scale * torch.cat([self.vae.encode(x).mean for x in parts])
 
     def decode(self, z: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ class LatentSpace:
 
 def latent_shape(vae: VAEConfig | PatchAutoencoderConfig, images: TrainingImages) -> tuple[int, int, int]:
     """Return the shape (C, h, w) of the latent of a training image."""
-    side = images.config.size // vae.factor
+    side = images.size // vae.factor
     return vae.latent_channels, side, side
 
 
@@ -113,17 +111,17 @@ def measure_scale(
     Args:
         vae: The autoencoder.
         images: The training images.
-        seed: Seed of the scenes and of the posteriors' noise. Default: 0.
-        n: Number of scenes. Default: 2048.
+        seed: Seed of the samples and of the posteriors' noise. Default: 0.
+        n: Number of samples. Default: 2048.
 
     Returns:
         1 / the standard deviation of sampled latents.
     """
-    draws = Draws(seed, 0)
     device = next(vae.parameters()).device
     total, square, count = 0.0, 0.0, 0
-    for _ in range(0, n, 32):
-        posterior = vae.encode(images.tensor(images.draw(draws.rng, 32)).to(device))
+    for step in range(-(-n // 32)):
+        draws = Draws(seed, step)
+        posterior = vae.encode(images.tensor(images.draw(draws, 32)).to(device))
         z = posterior.sample(draws.normal(*posterior.mean.shape).to(device)).double()
         total, square, count = total + float(z.sum()), square + float(z.square().sum()), count + z.numel()
     return float((square / count - (total / count) ** 2) ** -0.5)

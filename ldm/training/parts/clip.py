@@ -5,7 +5,7 @@ Radford et al. 2021, figure 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import ImageIndex, Scene, caption, plain_scene
-from ldm.data.captions import caption_nouns, vocabulary
 from ldm.models.clip.towers import CLIP, CLIPConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.caches.embeddings import retrieval_figures
-from ldm.training.config import DataConfig, RunConfig
+from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import Samples, words_of
 from ldm.training.losses.common import contrastive_loss
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, write_part, write_text
+
+VALIDATED = 2048  # most images of a validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class CLIPTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     model: CLIPConfig
 
 
@@ -43,8 +44,8 @@ class CLIPPart:
 
     def __init__(self, config: CLIPTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
-        self.tokenizer = Tokenizer(vocabulary=caption_tokens(self.images.index))
+        self.images = open_images(config.data, config.run)
+        self.tokenizer = Tokenizer(vocabulary=caption_tokens(self.images.texts()))
         text = replace(
             config.model.text,
             vocab_size=len(self.tokenizer),
@@ -56,11 +57,11 @@ class CLIPPart:
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
-        chosen = self.images.draw(draws.rng, batch)
-        text = self.embed_texts([caption(c.facts, self.images.index, draws.rng) for c in chosen])
+        chosen = self.images.draw(draws, batch)
+        text = self.embed_texts(self.images.captions(chosen, draws))
         return contrastive_loss(self.embed_images(chosen), text, self.model.logit_scale)
 
-    def embed_images(self, chosen: list[Scene]) -> Tensor:
+    def embed_images(self, chosen: Samples) -> Tensor:
         """Return embeddings of images, (B, E) float32, of length 1."""
         x = self.images.tensor(chosen).to(self.device)  # (B, 3, H, W)
         return F.normalize(self.model.encode_image((x + 1) / 2).float(), dim=-1)
@@ -72,19 +73,18 @@ class CLIPPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.images.draw(draws.rng, batch))
+        return self.images.describe(self.images.draw(draws, batch))
 
     def validate(self) -> dict[str, float]:
-        """Return how often the nearest image of a caption is its own, over the `plain_rows`."""
-        chosen = [plain_scene(self.images.index, int(row)) for row in self.images.plain_rows()]
-        image, text = self.embed(chosen)
+        """Return how often the nearest image of a caption is its own, over plain training images."""
+        image, text = self.embed(self.images.plain(VALIDATED, seed=7))
         return {"text_to_image_top1": retrieval_figures(image, text)["text_to_image_top1"]}
 
-    def embed(self, chosen: list[Scene]) -> tuple[Tensor, Tensor]:
+    def embed(self, chosen: Samples) -> tuple[Tensor, Tensor]:
         """Return embeddings of images and of their canonical captions, each (B, E) and of length 1."""
         parts = [chosen[start : start + 128] for start in range(0, len(chosen), 128)]
         images = [self.embed_images(part) for part in parts]
-        texts = [self.embed_texts([caption(c.facts, self.images.index) for c in part]) for part in parts]
+        texts = [self.embed_texts(self.images.describe(part)) for part in parts]
         return torch.cat(images).cpu(), torch.cat(texts).cpu()
 
     def preview(self) -> None:
@@ -103,14 +103,13 @@ class CLIPPart:
             training=record,
         )
         text = TextConditioner(self.model.text_tower(), self.tokenizer, EMOJI_TEXT)
-        write_text(folder, text, words=sorted(vocabulary(self.images.index)), training=record)
+        write_text(folder, text, words=words_of(self.images), training=record)
 
 
-def caption_tokens(index: ImageIndex) -> list[int]:
-    """Return the tokens that captions can contain, sorted."""
+def caption_tokens(texts: Iterable[str]) -> list[int]:
+    """Return the tokens of texts, sorted."""
     tokenizer = Tokenizer()
     found: set[int] = set()
-    # nouns too: punctuation and joined words have tokens that no single word has
-    for text in (*vocabulary(index), *caption_nouns(index)):
+    for text in texts:
         found.update(tokenizer.encode(text))
     return sorted(found)

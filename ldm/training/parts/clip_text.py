@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import caption, plain_scene
-from ldm.data.captions import vocabulary
 from ldm.training.caches.embeddings import EmbeddingCache, read_clip, retrieval_figures
-from ldm.training.caches.scenes import CachedScenes
-from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.config import RunConfig, check_at_least
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import words_of
 from ldm.training.losses.common import contrastive_loss
 from ldm.weights.formats.ldm_folder import read_text, write_text
+
+VALIDATED = 2048  # most images of a validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class CLIPTextTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     text: str
     vision: str
     variants: int
@@ -50,9 +50,9 @@ class CLIPTextPart:
 
     def __init__(self, config: CLIPTextTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
+        self.images = open_images(config.data, config.run)
         self.clip = read_clip(None, config.vision)
-        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.scenes = self.images.cached(config.run, config.variants)
         self.embeddings = EmbeddingCache.open(self.clip, self.scenes)
         read = read_text(config.text)
         text = TextConditioner(read.tower, read.tokenizer, read.convention, read.known_words)
@@ -62,9 +62,9 @@ class CLIPTextPart:
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
-        chosen, rows = self.scenes.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws, batch)
         image = F.normalize(self.embeddings[rows].to(self.device), dim=-1)
-        text = self.embed_texts([caption(c.facts, self.images.index, draws.rng) for c in chosen])
+        text = self.embed_texts(self.images.captions(chosen, draws))
         return contrastive_loss(image, text, self.logit_scale)
 
     def embed_texts(self, captions: list[str]) -> Tensor:
@@ -75,15 +75,12 @@ class CLIPTextPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws, batch)[0])
 
     def validate(self) -> dict[str, float]:
-        """Return retrieval figures (see `retrieval_figures`) of the `plain_rows` on white."""
-        index = self.images.index
-        plain = self.images.plain_rows()
-        chosen = [plain_scene(index, int(row)) for row in plain]
-        rows = [self.scenes.row_of[int(row), None] for row in plain]
-        captions = [caption(c.facts, index) for c in chosen]
+        """Return retrieval figures (see `retrieval_figures`) of plain training images."""
+        chosen = self.images.plain(VALIDATED, seed=7)
+        rows, captions = self.scenes.rows_of(chosen), self.images.describe(chosen)
         text = [self.embed_texts(captions[i : i + 64]) for i in range(0, len(chosen), 64)]
         return retrieval_figures(F.normalize(self.embeddings[rows], dim=-1), torch.cat(text).cpu())
 
@@ -96,7 +93,7 @@ class CLIPTextPart:
         write_text(
             folder,
             self.text,
-            words=sorted(vocabulary(self.images.index)),
+            words=words_of(self.images),
             training=record,
             clip=self.clip.name,
             logit_scale=float(self.logit_scale),

@@ -19,11 +19,11 @@ from ldm.models.unclip.decoder import Decoder, DecoderConfig
 from ldm.training.caches.embeddings import EmbeddingCache, check_embed_dim, embed, read_clip
 from ldm.training.caches.latents import LatentSpace, read_latent_shape
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
-from ldm.training.caches.scenes import CachedScenes, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fraction
+from ldm.training.config import RunConfig, check_at_least, check_fraction
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.images import comparison_grid
+from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.losses.common import draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import begin_with, write_part
 
@@ -52,7 +52,7 @@ class DecoderTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     vae: str
     text: str
     vision: str
@@ -86,7 +86,7 @@ class DecoderPart:
 
     def __init__(self, config: DecoderTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data, validates_held_out=True)
+        self.images = open_images(config.data, config.run, validates_held_out=True)
         self.clip = read_clip(config.text, config.vision, length=config.length).to(device)
         check_embed_dim("model.condition.embed_dim", config.model.condition.embed_dim, self.clip)
         channels, *_ = read_latent_shape(config.vae, self.images)
@@ -97,7 +97,7 @@ class DecoderPart:
         self.net = make_decoder(config).to(device)
         self.denoiser = Denoiser(self.net, config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": self.net})
-        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
         self.embeddings = EmbeddingCache.open(self.clip, self.scenes, config.from_prior)
 
@@ -113,9 +113,9 @@ class DecoderPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the diffusion loss of a random batch."""
         diffusion = self.config.diffusion
-        chosen, rows = self.scenes.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
-        captions = draw_captions(chosen, self.images.index, draws.rng, drop=diffusion.drop)
+        captions = self.images.captions(chosen, draws, drop=diffusion.drop)
         kept = torch.from_numpy(draws.rng.random(batch) >= self.config.drop_image).to(self.device)
         image = self.embeddings.draw(rows, draws.rng).to(self.device)  # (B, E)
         image = torch.where(kept[:, None], image, self.net.condition.nothing())
@@ -153,7 +153,7 @@ class DecoderPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return the mean squared error of 64 held-out images, sampled from their embeddings alone."""

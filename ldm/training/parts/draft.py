@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import PALETTE, caption, held_out_background, plain_scene
-from ldm.data.captions import vocabulary
 from ldm.models.draft import Draft, DraftConfig
 from ldm.training.caches.latents import LatentSpace, check_draft_shape, read_latent_shape
-from ldm.training.caches.scenes import CachedScenes, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fraction
+from ldm.training.config import RunConfig, check_at_least, check_fraction
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.images import comparison_grid
+from ldm.training.inputs.emoji import EmojiImages
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import words_of
 from ldm.weights.formats.ldm_folder import read_text, write_text
 
 
@@ -41,7 +41,7 @@ class DraftTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     vae: str
     text: str
     model: DraftConfig
@@ -58,19 +58,19 @@ class DraftPart:
 
     def __init__(self, config: DraftTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
+        self.images = open_images(config.data, config.run)
         check_draft_shape(config.model, read_latent_shape(config.vae, self.images))
         text = with_draft(read_text(config.text), config)
         self.text = text.to(device).requires_grad_(True)
         self.model = self.text
-        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the drafts of a random batch."""
-        chosen, rows = self.scenes.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
-        captions = draw_captions(chosen, self.images.index, draws.rng, drop=self.config.drop)
+        captions = self.images.captions(chosen, draws, drop=self.config.drop)
         return (self.draft(captions) - x0).square().mean(), {}
 
     def draft(self, captions: Sequence[str], group: int = 16) -> Tensor:
@@ -88,41 +88,33 @@ class DraftPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean squared errors and the retrieval accuracy of drafts from canonical captions.
 
-        Errors are over 256 training images on white, and over 64 held-out (name, background) pairs. The
+        Errors are over 256 training images, and of the emoji over 64 held-out (name, background) pairs. The
         accuracy is how often the latent nearest to a draft is its own, of the 256.
         """
-        index = self.images.index
         plain = self.images.plain(256, seed=7)
-        pairs = [
-            plain_scene(index, row, background)
-            for row in (c.rows()[0] for c in plain)
-            for background in PALETTE
-            if held_out_background(index[row].name, background)
-        ][:64]
-        drafts = self.draft([caption(c.facts, index) for c in plain]).cpu().flatten(1)  # (256, C·h·w)
+        drafts = self.draft(self.images.describe(plain)).cpu().flatten(1)  # (256, C·h·w)
         truth = self.latents.encode(plain).cpu().flatten(1)
         hits = torch.cdist(drafts, truth).argmin(1) == torch.arange(len(plain), device="cpu")
         figures = {
             "plain_mse": float((drafts - truth).square().mean()),
             "plain_top1": float(hits.float().mean()),
         }
-        if pairs:
-            drafts = self.draft([caption(c.facts, index) for c in pairs]).cpu()
+        if isinstance(self.images, EmojiImages) and (pairs := self.images.held_out_pairs(plain)[:64]):
+            drafts = self.draft(self.images.describe(pairs)).cpu()
             figures["held_out_pairs_mse"] = float((drafts - self.latents.encode(pairs).cpu()).square().mean())
         return figures
 
     def preview(self) -> np.ndarray:
         """Show training images, each with the draft of its caption."""
-        chosen = [
-            plain_scene(self.images.index, c.rows()[0], (None, "blue", None, "yellow")[i % 4])
-            for i, c in enumerate(self.images.plain(16, seed=3))
-        ]
-        drafts = self.latents.decode(self.draft([caption(c.facts, self.images.index) for c in chosen]))
+        chosen = self.images.plain(16, seed=3)
+        if isinstance(self.images, EmojiImages):
+            chosen = self.images.on_backgrounds(chosen, [None, "blue", None, "yellow"])
+        drafts = self.latents.decode(self.draft(self.images.describe(chosen)))
         return comparison_grid(self.images.tensor(chosen), drafts, columns=8)
 
     def export(self, folder: Path, record: Mapping[str, object]) -> None:
@@ -130,7 +122,7 @@ class DraftPart:
         write_text(
             folder,
             self.text,
-            words=sorted(vocabulary(self.images.index)),
+            words=words_of(self.images),
             figures=self.validate(),
             training=record,
         )

@@ -31,11 +31,11 @@ from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder, multiplied
 from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.caches.latents import LatentSpace
-from ldm.training.caches.scenes import CachedScenes
 from ldm.training.config import DataConfig, RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages, image_grid, to_uint8
+from ldm.training.images import image_grid, to_uint8
+from ldm.training.inputs.emoji import CachedScenes, EmojiImages
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
 from ldm.training.losses.sights import SightLoss, record_sights, sight_losses, wanted_sights
 from ldm.weights.formats.exemplar_file import write_library
@@ -127,7 +127,7 @@ class ExemplarPart:
 
     def __init__(self, config: ExemplarTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data, validates_held_out=True)
+        self.images = EmojiImages(config.data, validates_held_out=True)
         if config.exemplars.size != self.images.data.images.shape[1]:
             raise ValueError(
                 f"exemplars.size {config.exemplars.size}: the data set's images have"
@@ -246,7 +246,7 @@ class ExemplarPart:
 
         Of 64 scenes of the mix, and of 64 held-out images on white or on a background.
         """
-        known = self.images.draw(np.random.default_rng(7), 64)
+        known = self.images.random(np.random.default_rng(7), 64)
         return {"loss": self.fixed_loss(known), "loss_held_out": self.fixed_loss(self.images.held_out(64))}
 
     def fixed_loss(self, scenes: Sequence[Scene]) -> float:
@@ -261,7 +261,7 @@ class ExemplarPart:
 
     def preview(self) -> np.ndarray:
         """Show samples of 24 scenes of the mix, and of 8 held-out images."""
-        scenes = [*self.images.draw(np.random.default_rng(3), 24), *self.images.held_out(8)]
+        scenes = [*self.images.random(np.random.default_rng(3), 24), *self.images.held_out(8)]
         made = [self.sample(scenes[i : i + 8], seed=i) for i in range(0, len(scenes), 8)]
         return image_grid(to_uint8(torch.cat(made)), columns=8)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.data import PALETTE, Scene, caption, plain_scene
+from ldm.data import PALETTE
 from ldm.models.draft import Draft, DraftConfig
 from ldm.training.caches.embeddings import (
     EmbeddingCache,
@@ -24,10 +24,12 @@ from ldm.training.caches.embeddings import (
 )
 from ldm.training.caches.latents import LatentSpace, check_draft_shape, read_latent_shape
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
-from ldm.training.caches.scenes import CachedScenes
-from ldm.training.config import DataConfig, RunConfig, check_at_least, check_fraction
+from ldm.training.config import RunConfig, check_at_least, check_fraction
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.images import comparison_grid
+from ldm.training.inputs.emoji import EmojiImages
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import Rows, Samples
 from ldm.weights.formats.ldm_folder import begin_with, write_part
 
 
@@ -53,7 +55,7 @@ class ImageDraftTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     vae: str
     vision: str
     model: DraftConfig
@@ -83,14 +85,14 @@ class ImageDraftPart:
 
     def __init__(self, config: ImageDraftTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data, validates_held_out=True)
+        self.images = open_images(config.data, config.run, validates_held_out=True)
         length = None if config.from_prior is None else config.from_prior.length
         self.clip = read_clip(config.text, config.vision, length=length).to(device)
         check_embed_dim(
             "model.embed_dim", config.model.embed_dim, self.clip, embeddings=2 if config.reads_text else 1
         )
         check_draft_shape(config.model, read_latent_shape(config.vae, self.images))
-        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
         self.embeddings = EmbeddingCache.open(self.clip, self.scenes, config.from_prior)
         vectors = self.embeddings.vectors
@@ -98,7 +100,7 @@ class ImageDraftPart:
             raise ValueError(f"jitter {config.jitter}: expected 0, as one image has no standard deviation")
         measured = vectors[:: max(1, min(37, len(vectors) // 100))].astype(np.float32)
         self.spread = torch.from_numpy(measured).std(0).to(device)  # (E,)
-        self.captions: np.ndarray | None = None
+        self.captions: Rows | None = None
         if config.text is not None and config.reads_text:
             self.captions = caption_embeddings(self.clip, config.text, self.scenes)
             self.no_text = self.clip.text_embedding([""]).vector.cpu()
@@ -125,42 +127,35 @@ class ImageDraftPart:
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the drafts of a random batch."""
-        _, rows = self.scenes.draw(draws.rng, batch)
+        _, rows = self.scenes.draw(draws, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         return (self.net(self.read_embeddings(rows, draws)) - x0).square().mean(), {}
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean squared errors of drafts from canonical captions.
 
-        Over 256 training images on white, the same on backgrounds, and 64 held-out images.
+        Over 256 training images, 64 held-out images, and of the emoji the training images on backgrounds.
         """
         plain = self.images.plain(256, seed=7)
-        colours = list(PALETTE)
-        on_background = [
-            plain_scene(self.images.index, c.rows()[0], colours[i % len(colours)])
-            for i, c in enumerate(plain)
-        ]
-        sets = {
-            "plain_mse": plain,
-            "background_mse": on_background,
-            "held_out_mse": self.images.held_out(64),
-        }
+        sets = {"plain_mse": plain, "held_out_mse": self.images.held_out(64)}
+        if isinstance(self.images, EmojiImages):
+            sets["background_mse"] = self.images.on_backgrounds(plain, list(PALETTE))
         return {name: self.error(chosen) for name, chosen in sets.items()}
 
-    def error(self, chosen: list[Scene]) -> float:
+    def error(self, chosen: Samples) -> float:
         """Return the mean squared error of the drafts of scenes."""
         latents = self.latents.encode(chosen)
         return float((self.drafts(chosen) - latents).square().mean())
 
-    def drafts(self, chosen: list[Scene]) -> Tensor:
+    def drafts(self, chosen: Samples) -> Tensor:
         """Return drafts from the embeddings of images and of their canonical captions, (B, C, h, w)."""
         read = embed(self.clip, self.images, chosen)  # (B, E)
         if self.captions is not None:
-            text = self.clip.text_embedding([caption(c.facts, self.images.index) for c in chosen]).vector
+            text = self.clip.text_embedding(self.images.describe(chosen)).vector
             read = torch.cat([read, text], dim=1)  # (B, 2E)
         return self.net(read)
 

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.data import caption
-from ldm.data.captions import vocabulary
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unclip.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from ldm.models.unclip.prior import Prior, PriorConfig
@@ -26,11 +24,11 @@ from ldm.training.caches.embeddings import (
     read_clip,
 )
 from ldm.training.caches.prior_embeddings import sample_prior
-from ldm.training.caches.scenes import CachedScenes, draw_captions
-from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.config import RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import words_of
 from ldm.training.losses.common import draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import begin_with, write_part, write_text
 
@@ -55,7 +53,7 @@ class PriorTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     text: str
     vision: str
     variants: int
@@ -86,15 +84,15 @@ class PriorPart:
 
     def __init__(self, config: PriorTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data, validates_held_out=True)
+        self.images = open_images(config.data, config.run, validates_held_out=True)
         self.clip = read_clip(config.text, config.vision, length=config.shape.length).to(device)
         check_embed_dim("embed_dim", config.shape.embed_dim, self.clip)
         torch.manual_seed(config.run.seed)
         net = make_prior(config.shape)
-        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.scenes = self.images.cached(config.run, config.variants)
         self.embeddings = EmbeddingCache.open(self.clip, self.scenes)
         draws = Draws(config.run.seed, 0, stream=1)
-        measured = self.embeddings[self.scenes.draw(draws.rng, config.measured)[1]]
+        measured = self.embeddings[self.scenes.draw(draws, config.measured)[1]]
         if isinstance(net, AutoregressivePrior):
             net.codes.fit(measured)
         elif net.config.normalize == "statistics":
@@ -110,8 +108,8 @@ class PriorPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch: the diffusion loss, or the cross-entropy of the codes."""
         diffusion = self.config.diffusion
-        chosen, rows = self.scenes.draw(draws.rng, batch)
-        captions = draw_captions(chosen, self.images.index, draws.rng, drop=diffusion.drop)
+        chosen, rows = self.scenes.draw(draws, batch)
+        captions = self.images.captions(chosen, draws, drop=diffusion.drop)
         image, cond = self.embeddings[rows].to(self.device), self.clip.read(captions)
         if isinstance(self.net, AutoregressivePrior):
             return self.net.loss(image, cond).mean(), {}
@@ -140,7 +138,7 @@ class PriorPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws, batch)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean cosines over 128 held-out images.
@@ -149,7 +147,7 @@ class PriorPart:
         embeddings and the captions' own.
         """
         chosen = self.images.held_out(128)
-        captions = [caption(c.facts, self.images.index) for c in chosen]
+        captions = self.images.describe(chosen)
         true, made = embed(self.clip, self.images, chosen), self.sample(captions).float()
         text = self.clip.text_embedding(captions).vector
         return {
@@ -174,7 +172,7 @@ class PriorPart:
             training=record,
         )
         assert self.clip.text is not None
-        write_text(folder, self.clip.text, words=sorted(vocabulary(self.images.index)), training=record)
+        write_text(folder, self.clip.text, words=words_of(self.images), training=record)
 
 
 def make_prior(shape: PriorConfig | AutoregressiveConfig) -> Prior | AutoregressivePrior:

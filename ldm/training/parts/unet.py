@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.data import Scene, caption, side_by_side
-from ldm.data.captions import CaptionPieces, caption_pieces, join_captions, vocabulary
+from ldm.data import Scene, side_by_side
+from ldm.data.captions import CaptionPieces, caption_pieces, join_captions
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.caches.latents import LatentSpace, read_latent_shape
-from ldm.training.caches.scenes import CachedScenes
-from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.config import RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages, image_grid, to_uint8
+from ldm.training.images import image_grid, to_uint8
+from ldm.training.inputs.emoji import EmojiImages, emoji_only
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import Samples, words_of
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
 from ldm.training.losses.grounding import (
     Grounding,
@@ -34,17 +36,6 @@ from ldm.training.losses.grounding import (
     record_attention,
 )
 from ldm.weights.formats.ldm_folder import begin_with, read_text, write_part, write_text
-
-PREVIEW_NAMES = (
-    "red-apple",
-    "cat-face",
-    "snowman",
-    "rocket",
-    "grinning-face",
-    "guitar",
-    "sunflower",
-    "fire-engine",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +76,7 @@ class UNetTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     vae: str
     text: TextSource
     model: UNetConfig
@@ -108,8 +99,8 @@ class UNetPart:
 
     def __init__(self, config: UNetTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data)
-        if config.grounding is not None and len(self.images.plain_rows()) < 2:
+        self.images = open_images(config.data, config.run)
+        if config.grounding is not None and len(emoji_only(self.images, "grounding").plain_rows()) < 2:
             raise ValueError("grounding: expected at least two training images, which validation pairs")
         channels, *_ = read_latent_shape(config.vae, self.images)
         self.text = read_text(config.text.folder).to(device).requires_grad_(config.text.tuned)
@@ -124,7 +115,7 @@ class UNetPart:
             freeze_all_but_cross_attention(net)
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": net, "text": self.text})
-        self.scenes = CachedScenes.of_run(config.run, self.images, config.variants)
+        self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,15 +124,9 @@ class UNetPart:
         The terms are the diffusion loss at high and at low t, the squared error of the draft, and grounding.
         """
         config, diffusion = self.config, self.config.diffusion
-        chosen, rows = self.scenes.draw(draws.rng, batch)
+        chosen, rows = self.scenes.draw(draws, batch)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
-        captions = [
-            []
-            if draws.rng.random() < diffusion.drop
-            else caption_pieces(c.facts, self.images.index, draws.rng)
-            for c in chosen
-        ]
-        cond = self.text(join_captions(captions))
+        cond = self.text(self.images.captions(chosen, draws, drop=diffusion.drop))
         with self.record_attention() as maps:
             loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
@@ -150,7 +135,9 @@ class UNetPart:
             figures["prior"] = (cond.concat.float() - x0).square().mean()
             loss = loss + config.text.prior * figures["prior"]
         if config.grounding is not None:
-            figures["grounding"] = self.grounding(maps, captions, chosen)
+            emoji = emoji_only(self.images, "grounding")
+            pieces = emoji.pieces(chosen, draws, drop=diffusion.drop)  # of the same captions
+            figures["grounding"] = self.grounding(emoji, maps, pieces, chosen)
             loss = loss + config.grounding.weight * figures["grounding"]
         return loss, figures
 
@@ -159,11 +146,14 @@ class UNetPart:
         return nullcontext({}) if self.config.grounding is None else record_attention(self.denoiser.net)
 
     def grounding(
-        self, maps: Mapping[str, Tensor], captions: Sequence[CaptionPieces], chosen: Sequence[Scene]
+        self,
+        emoji: EmojiImages,
+        maps: Mapping[str, Tensor],
+        captions: Sequence[CaptionPieces],
+        chosen: Sequence[Scene],
     ) -> Tensor:
         """Return the `grounding_loss` of attention maps under captions of scenes."""
-        size = self.config.data.size
-        named = find_named_areas(captions, chosen, self.images.data.images, self.text, size)
+        named = find_named_areas(captions, chosen, emoji.data.images, self.text, emoji.size)
         return grounding_loss(maps.values(), named).to(self.device)
 
     def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
@@ -192,16 +182,16 @@ class UNetPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws.rng, batch)[0])
+        return self.images.describe(self.scenes.draw(draws, batch)[0])
 
     def validate(self) -> dict[str, float]:
-        """Return figures over 64 training images on white.
+        """Return figures over 64 training images.
 
         The loss at fixed timesteps and noise, and the mean squared error between samples and the images of
         their captions. Where grounding is trained, also the grounding loss over 64 pairs side by side.
         """
         chosen = self.images.plain(64, seed=7)
-        captions = [caption(c.facts, self.images.index) for c in chosen]
+        captions = self.images.describe(chosen)
         draws, losses, errors = Draws(7, 0), [], []
         for part in (slice(i, i + 16) for i in range(0, len(chosen), 16)):
             losses.append(self.fixed_loss(chosen[part], captions[part], draws).cpu())
@@ -212,7 +202,7 @@ class UNetPart:
             figures["pairs_grounding"] = self.pairs_grounding()
         return figures
 
-    def fixed_loss(self, chosen: Sequence[Scene], captions: list[str], draws: Draws) -> Tensor:
+    def fixed_loss(self, chosen: Samples, captions: list[str], draws: Draws) -> Tensor:
         """Return the losses (B,) of the mean latents of scenes at drawn timesteps and noise."""
         x0 = self.latents.encode(chosen)
         t = self.config.diffusion.draw(len(x0), draws.torch).to(self.device)
@@ -221,26 +211,20 @@ class UNetPart:
 
     def pairs_grounding(self) -> float:
         """Return the `grounding_loss` over 64 pairs of training images, at fixed timesteps and noise."""
-        rows = [c.rows()[0] for c in self.images.plain(128, seed=8)]
+        emoji = emoji_only(self.images, "grounding")
+        rows = [c.rows()[0] for c in emoji.plain(128, seed=8)]
         pairs = [
-            side_by_side(self.images.index, first, second)
+            side_by_side(emoji.index, first, second)
             for first, second in zip(rows[::2], rows[1::2], strict=False)
         ]
-        captions = [caption_pieces(c.facts, self.images.index) for c in pairs]
+        captions = [caption_pieces(c.facts, emoji.index) for c in pairs]
         with self.record_attention() as maps:
             self.fixed_loss(pairs, join_captions(captions), Draws(8, 0))
-        return float(self.grounding(maps, captions, pairs))
+        return float(self.grounding(emoji, maps, captions, pairs))
 
     def preview(self) -> np.ndarray:
-        """Show samples of well-known and of random names, half of them on a background."""
-        index = self.images.index
-        rng = np.random.default_rng(3)
-        names = [name for name in PREVIEW_NAMES if name in index.rows_of]
-        names += list(rng.choice(index.names(held_out=False), 24 - len(PREVIEW_NAMES)))
-        prompts = [
-            name.replace("-", " ") + (f" on a {background} background" if background else "")
-            for name, background in zip(names, [None, "blue", None, "yellow"] * 6, strict=False)
-        ]
+        """Show samples of the data set's prompts."""
+        prompts = self.images.prompts(24)
         made = torch.cat([self.sample(prompts[:12]), self.sample(prompts[12:], seed=12)])
         return image_grid(to_uint8(made), columns=8)
 
@@ -255,7 +239,7 @@ class UNetPart:
             figures=self.validate(),
             training=record,
         )
-        write_text(folder, self.text, words=sorted(vocabulary(self.images.index)), training=record)
+        write_text(folder, self.text, words=words_of(self.images), training=record)
 
 
 def check_input_widths(config: UNetTraining, text: TextConditioner, channels: int) -> None:

@@ -22,11 +22,12 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import psnr
 from ldm.pipelines.stages.upsampler import enlarge
 from ldm.samplers.ode.ddim import ddim
-from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.config import RunConfig, check_at_least
 from ldm.training.degradation import Degradation
 from ldm.training.diffusion import DiffusionConfig, zero_outputs
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.images import comparison_grid
+from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.losses.common import draw_diffusion_loss
 from ldm.weights.formats.ldm_folder import write_part
 
@@ -48,7 +49,7 @@ class UpsamplerTraining:
     """
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     model: UNetConfig
     diffusion: DiffusionConfig
     factor: int = 2
@@ -80,7 +81,7 @@ class UpsamplerPart:
 
     def __init__(self, config: UpsamplerTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.images = TrainingImages(config.data, validates_held_out=True)
+        self.images = open_images(config.data, config.run, validates_held_out=True)
         torch.manual_seed(config.run.seed)
         net = UNet(config.model)
         zero_outputs(net)
@@ -94,7 +95,7 @@ class UpsamplerPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the diffusion loss of a random batch of crops."""
         c = self.config
-        x = self.images.tensor(self.images.draw(draws.rng, batch))  # (B, 3, H, W)
+        x = self.images.tensor(self.images.draw(draws, batch))  # (B, 3, H, W)
         with torch.autocast(x.device.type, enabled=False):  # data preparation stays in float32
             low = self.reduce(x)  # (B, 3, H/f, W/f)
             low = c.degradation(low, draws.rng, draws.normal(*low.shape))
@@ -120,7 +121,7 @@ class UpsamplerPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.images.draw(draws.rng, batch))
+        return self.images.describe(self.images.draw(draws, batch))
 
     def validate(self) -> dict[str, float]:
         """Return the mean PSNR in dB of 64 held-out images upsampled, and of bicubic enlargement."""

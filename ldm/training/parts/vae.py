@@ -16,9 +16,10 @@ from torch import Tensor
 from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig, psnr
 from ldm.training.caches.latents import measure_scale
-from ldm.training.config import DataConfig, RunConfig, check_at_least
+from ldm.training.config import RunConfig, check_at_least
 from ldm.training.draws import Draws
-from ldm.training.images import TrainingImages, comparison_grid
+from ldm.training.images import comparison_grid
+from ldm.training.inputs.opening import DataSection, open_images
 from ldm.weights.formats.ldm_folder import write_part
 
 FITTED = 1024
@@ -48,7 +49,7 @@ class VAETraining:
     """The configuration of an autoencoder's training."""
 
     run: RunConfig
-    data: DataConfig
+    data: DataSection
     model: VAEConfig | PatchAutoencoderConfig
     loss: VAELoss
 
@@ -63,7 +64,7 @@ class VAEPart:
                 f"data.size {config.data.size}: expected a multiple of the autoencoder's factor"
                 f" {config.model.factor}"
             )
-        self.images = TrainingImages(config.data, validates_held_out=True)
+        self.images = open_images(config.data, config.run, validates_held_out=True)
         torch.manual_seed(config.run.seed)
         self.model = self.make(config.model).to(device)
 
@@ -72,13 +73,13 @@ class VAEPart:
         if isinstance(config, VAEConfig):
             return AutoencoderKL(config)
         model = PatchAutoencoder(config)
-        model.fit(self.images.tensor(self.images.draw(np.random.default_rng(self.config.run.seed), FITTED)))
+        model.fit(self.images.tensor(self.images.draw(Draws(self.config.run.seed, 0, stream=1), FITTED)))
         model.project.requires_grad_(False)
         return model
 
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted reconstruction and KL losses of a random batch, and each of them to log."""
-        x = self.images.tensor(self.images.draw(draws.rng, batch)).to(self.device)  # (B, 3, H, W)
+        x = self.images.tensor(self.images.draw(draws, batch)).to(self.device)  # (B, 3, H, W)
         latent = self.config.data.size // self.config.model.factor
         noise = draws.normal(batch, self.config.model.latent_channels, latent, latent).to(self.device)
         y, posterior = self.model(x, noise)
@@ -96,7 +97,7 @@ class VAEPart:
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.images.draw(draws.rng, batch))
+        return self.images.describe(self.images.draw(draws, batch))
 
     def validate(self) -> dict[str, float]:
         """Return figures over 128 held-out images, half of them on a background.
