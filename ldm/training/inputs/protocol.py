@@ -13,6 +13,7 @@ from ldm.training.draws import Draws
 
 # Any: each data set draws samples of a class of its own, which only it reads.
 Samples: TypeAlias = Sequence[Any]
+VALIDATED = 2048  # most images of a validation by retrieval
 
 
 class Rows(Protocol):

@@ -20,11 +20,9 @@ from ldm.training.caches.embeddings import retrieval_figures
 from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
 from ldm.training.inputs.opening import DataSection, open_images
-from ldm.training.inputs.protocol import Samples, words_of
+from ldm.training.inputs.protocol import VALIDATED, Samples, words_of
 from ldm.training.losses.common import contrastive_loss
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, write_part, write_text
-
-VALIDATED = 2048  # most images of a validation
 
 
 @dataclass(frozen=True, kw_only=True)

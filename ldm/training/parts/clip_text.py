@@ -16,11 +16,9 @@ from ldm.training.caches.embeddings import EmbeddingCache, read_clip, retrieval_
 from ldm.training.config import RunConfig, check_at_least
 from ldm.training.draws import Draws
 from ldm.training.inputs.opening import DataSection, open_images
-from ldm.training.inputs.protocol import words_of
+from ldm.training.inputs.protocol import VALIDATED, words_of
 from ldm.training.losses.common import contrastive_loss
 from ldm.weights.formats.ldm_folder import read_text, write_text
-
-VALIDATED = 2048  # most images of a validation
 
 
 @dataclass(frozen=True, kw_only=True)
