@@ -23,8 +23,12 @@ import numpy as np
 import torch
 from emoji_judge import EmojiJudge, Verdict
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import ldm
+from ldm.analysis.metrics.bootstrap import Bootstrap, Estimate
+from ldm.analysis.metrics.features import extract, folder_clip
+from ldm.analysis.metrics.frechet import frechet_estimate
 from ldm.catalog.lookup import ASSETS
 from ldm.data import (
     PALETTE,
@@ -38,9 +42,7 @@ from ldm.data import (
     render_batch,
     sample_scene,
 )
-from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.support.files import open_atomically, write_atomically
-from ldm.weights.formats.ldm_folder import read_part
 
 EMBEDDED_STYLES = ("noto", "fluent", "twemoji")  # that emoji-unclip was trained on
 BACKGROUNDS = tuple(colour for colour in PALETTE if colour != "white")
@@ -127,24 +129,6 @@ def mean_psnr(a: Tensor, b: Tensor) -> float:
     return float((-10 * (a - b).square().flatten(1).mean(1).clamp_min(1e-12).log10()).mean())
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return |µa − µb|² + tr(A + B − 2·(A·B)^½) of two sets of features (n, D), in float64."""
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    trace = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()  # tr (A·B)^½ = tr (A^½·B·A^½)^½
-    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * trace)
-
-
-@torch.inference_mode()
-def features(images: Tensor, folder: Path, batch: int = 100) -> np.ndarray:
-    """Return unit-length embeddings by the image tower in a folder, (B, E) float64."""
-    tower, _ = read_part(folder, "vision", VisionConfig, VisionTower)
-    parts = [tower(tower.prepare(part)).pooled.double() for part in images.split(batch)]
-    return torch.nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
-
-
 def frechet_rows(
     pipe: Any,
     generate: Generate,
@@ -152,21 +136,24 @@ def frechet_rows(
     size: int,
     rng: np.random.Generator,
     options: argparse.Namespace,
-) -> dict[str, float]:
-    """Return the Fréchet distances to n images of the data.
+) -> dict[str, Estimate]:
+    """Return the Fréchet distances to n images of the data, with their bootstrap intervals.
 
     They are those of n samples, of n reconstructions, and of n other images of the data, which is the
-    distance that chance gives.
+    distance that chance gives. The features are CLIP's embeddings, scaled to length 1.
     """
-    clip, n = options.clip, options.frechet_n
+    clip, n = folder_clip(options.clip), options.frechet_n
     styles = dict.fromkeys(options.styles, 1.0)
     mix = Mix(styles=styles, two=0.0, count=0.0, small=0.0, placed=0.0, colour=0.0, style=1.0)
     reference, wanted = ([sample_scene(rng, data.index, mix) for _ in range(n)] for _ in range(2))
-    to = features(real(reference, data, size), clip)
+    to = normalize(extract(real(reference, data, size), clip, batch=100))
     fresh = real(wanted, data, size)
     samples = generate([caption(scene.facts, data.index) for scene in wanted], range(10**6, 10**6 + n))
     made = {"samples": samples, "reconstructions": reconstruct(pipe, fresh), "data": fresh}
-    return {name: frechet_distance(features(images, clip), to) for name, images in made.items()}
+    return {
+        name: frechet_estimate(normalize(extract(images, clip, batch=100)), to, clip.name, Bootstrap())
+        for name, images in made.items()
+    }
 
 
 def generator(pipe: Any, options: argparse.Namespace) -> Generate:
@@ -217,10 +204,9 @@ def measure(
     held_out = real(draw_held_out_images(data, rng), data, size)
     result["autoencoder"] = {"n": len(held_out), "psnr": mean_psnr(reconstruct(pipe, held_out), held_out)}
     if not options.skip_frechet:
-        result["frechet"] = {
-            "n": options.frechet_n,
-            **frechet_rows(pipe, generate, data, size, rng, options),
-        }
+        rows = frechet_rows(pipe, generate, data, size, rng, options)
+        result["frechet"] = {"n": options.frechet_n}
+        result["frechet"] |= {name: dataclasses.asdict(row) for name, row in rows.items()}
     return {"size": size, **result}, torch.cat(all_images), all_verdicts, all_prompts
 
 
@@ -272,7 +258,9 @@ def table(result: dict[str, Any]) -> str:
     }.items():
         if frechet := result.get("frechet"):
             what = f"Fréchet distance of CLIP features to the data, {label} (n = {frechet['n']})"
-            rows.append((what, f"{frechet[name]:.4f}", "", None))
+            found = frechet[name]
+            interval = f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+            rows.append((what, interval, "", None))
     lines = ["| what | figure | bar | |", "|---|---|---|---|"]
     return "\n".join(
         lines

@@ -1,0 +1,1 @@
+"""Metrics of sets of images: features, distances between sets, their intervals, and a report."""
