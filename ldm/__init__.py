@@ -8,7 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ldm.support.processor import limit_libraries
 from ldm.support.version import __version__
+
+limit_libraries()  # before PyTorch is imported
 
 _PUBLIC = {  # public name → module below ldm that defines it
     "Cond": "diffusion.cond",

@@ -14,11 +14,12 @@ from ldm.models.vae import VAEDecoder
 from ldm.speed.blocks import FastAttention, FastAttentionBlock, FastGEGLU, FastGroupNorm, FastResBlock
 from ldm.speed.folded import FoldedUpsample
 from ldm.speed.kernels.build import NoKernels
+from ldm.speed.kernels.choice import described, kernel_choice
 from ldm.speed.kernels.ops import CompiledOps, TorchOps
 from ldm.speed.packed import ContextLinear, HalvedLinear, PackedConv2d, PackedLinear
 from ldm.speed.strips import StripDecoder
 
-COMPILED = "attention and group norm with SiLU: compiled kernels"
+COMPILED = "attention and group norm with SiLU: compiled kernels, "
 
 FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: PackedLinear,
@@ -48,12 +49,12 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
         kernels: Whether to use compiled kernels if they are available.
 
     Returns:
-        A description of what computes attention and group norm; `COMPILED` if the kernels do.
+        A description of what computes attention and group norm; it starts with `COMPILED` if the kernels do.
     """
     ops, note = TorchOps(), "attention and group norm: PyTorch's operators (kernels=False)"
     if kernels:
         try:
-            ops, note = CompiledOps(), COMPILED
+            ops, note = CompiledOps(), COMPILED + described(kernel_choice())
         except NoKernels as error:
             note = f"attention and group norm: PyTorch's operators, as kernels cannot be built ({error})"
     for part in list(pipe.modules()):

@@ -127,7 +127,7 @@ def _exact_optimizations(note: str, memory: bool) -> tuple[str, ...]:
         "keys and values of the context: once per prompt",
         "decoding: large maps in strips of rows",
         *(["networks at rest: in a file"] if memory else [folded]),
-        *([winograd] if note == COMPILED and not memory else []),
+        *([winograd] if note.startswith(COMPILED) and not memory else []),
     )
 
 

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from ldm.speed.kernels import build
+from ldm.speed.kernels.choice import KernelChoice
+from ldm.support.processor import InstructionSet
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
+ANY = InstructionSet(name="any", machine="any", features=frozenset(), flags=())
+CHOICE = KernelChoice(ANY, "a test")
 CANARY = """
 #include <cstdio>
 extern "C" int answer() { return 13; }
@@ -82,7 +85,7 @@ class Workshop:
 def workshop(tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
     """Let the kernels be the small library, on a machine that claims to be able to run them."""
     made = Workshop(tmp_path, prebuilt)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(build, "kernel_choice", lambda: CHOICE)
     monkeypatch.setattr(build, "HERE", made.sources)
     monkeypatch.setattr(build, "SOURCES", ("tiny.cpp",))
     monkeypatch.setattr(build, "FUNCTIONS", ("answer",))

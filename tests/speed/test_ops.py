@@ -12,17 +12,22 @@ from torch import nn
 from ldm.speed.kernels import build
 from ldm.speed.kernels import ops as module
 from ldm.speed.kernels.ops import CompiledOps, TorchOps
+from ldm.support.processor import INSTRUCTION_SETS, processor_sets
 
 # permitted RMS error, relative to the standard deviation of the output
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(params=["torch", "compiled"])
+@pytest.fixture(params=["torch", *INSTRUCTION_SETS])
 def ops(request):
+    """Return PyTorch's operators, and those compiled for each instruction set that this processor has."""
     if request.param == "torch":
         return TorchOps()
+    isa = INSTRUCTION_SETS[request.param]
+    if isa not in processor_sets():
+        pytest.skip(f"this processor has no {isa.name}")
     try:
-        return CompiledOps()
+        return CompiledOps(isa)
     except build.NoKernels as error:
         pytest.skip(str(error))
 

@@ -1,1 +1,1 @@
-"""C++ kernels for processors with AVX-512, their build, and the operators that call them."""
+"""C++ kernels for processors with AVX-512, AVX2 or NEON, their build, and the operators that call them."""

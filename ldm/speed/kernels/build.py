@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import threading
@@ -19,10 +20,12 @@ from pathlib import Path
 
 import torch
 
+from ldm.speed.kernels.choice import described, kernel_choice
 from ldm.speed.kernels.compiler import CompilerError, find_compiler, run_compiler
 from ldm.speed.kernels.shared_library import load_library, read_cached, read_own_file, write_cached
 from ldm.support.files import remove_leftovers, temporary_folder
 from ldm.support.home import library_home, private_folder
+from ldm.support.processor import InstructionSet
 from ldm.support.progress import progress_bar
 from ldm.support.text import escaped
 from ldm.support.warn import warn_user
@@ -41,37 +44,42 @@ FUNCTIONS = (
     "ldm_winograd_in",
     "ldm_winograd_out",
 )
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 BUILD_SECONDS, VERSION_SECONDS = 300, 10  # time limits; a build takes three on an idle machine
-# lines of /proc/cpuinfo that determine what -march=native means
+# lines of /proc/cpuinfo that name the processor: a shared home folder has a library for each
 PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
 _lock = threading.Lock()
+LOGGER = logging.getLogger(__name__)
 
 
 class NoKernels(RuntimeError):
     """The kernels are not available on this machine; the message gives the reason."""
 
 
-def library() -> ctypes.CDLL:
+def library(isa: InstructionSet | None = None) -> ctypes.CDLL:
     """Return the compiled kernels, after building them if necessary.
 
-    A process builds once, also if that fails. The first failure is a warning too.
+    A process builds once for an instruction set, also if that fails. The first failure is a warning too.
+
+    Args:
+        isa: The instruction set. Default: None, that of `kernel_choice`.
 
     Raises:
         NoKernels: If the operating system, the processor or the compiler is not suitable, if the build
             fails, if another user can change the cache, or if the environment variable LDM_KERNELS is 0.
+        ValueError: If LDM_ISA is no instruction set of this processor.
     """
-    if os.environ.get("LDM_KERNELS") == "0":
-        raise NoKernels("LDM_KERNELS=0")
-    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        raise NoKernels(
-            f"written for Linux and AVX-512, this is {platform.system()} and"
-            f" {torch.backends.cpu.get_cpu_capability()}"
-        )
+    choice = kernel_choice()
+    isa = isa or choice.isa
+    if isa is None:
+        raise NoKernels(choice.reason)
     with _lock:
-        first = not built_library.cache_info().currsize
-        found = built_library()
+        before = built_library.cache_info().misses
+        found = built_library(isa)
+        first = built_library.cache_info().misses > before
     if isinstance(found, ctypes.CDLL):
+        if first:
+            LOGGER.info("compiled kernels: %s", described(choice._replace(isa=isa)))
         return found
     if first:
         warn_user(f"no compiled kernels: {found}. PyTorch's operators are used, which are slower")
@@ -79,16 +87,16 @@ def library() -> ctypes.CDLL:
 
 
 @cache
-def built_library() -> ctypes.CDLL | str:
+def built_library(isa: InstructionSet) -> ctypes.CDLL | str:
     """Return the library from the cache, or a new one, or the reason why there is none."""
     try:
         compiler = find_compiler()
-        key = library_key(compiler)
+        key = library_key(compiler, isa)
         folder = private_folder(cache_folder())
         remove_leftovers(folder)
-        path = folder / f"kernels-{key[:16]}.so"
+        path = folder / f"kernels-{isa.name}-{key[:16]}.so"
         cached = read_cached(path, key)
-        data = compile_kernels(compiler, folder) if cached is None else cached
+        data = compile_kernels(compiler, folder, isa) if cached is None else cached
         lib = load_library(data)
         missing = [name for name in FUNCTIONS if not hasattr(lib, name)]
         if missing:
@@ -105,10 +113,11 @@ def cache_folder() -> Path:
     return library_home() / "kernels"
 
 
-def library_key(compiler: Sequence[str]) -> str:
+def library_key(compiler: Sequence[str], isa: InstructionSet) -> str:
     """Return a hash of everything that a build depends on, in 64 hexadecimal digits.
 
-    These are the sources, the flags, the compiler and its version, the processor, the C library and PyTorch.
+    These are the sources, the flags with those of the instruction set, the compiler and its version, the
+    processor, the C library and PyTorch.
 
     Raises:
         CompilerError: If the compiler does not state its version.
@@ -120,19 +129,20 @@ def library_key(compiler: Sequence[str]) -> str:
     facts = (
         *(path.read_bytes() for path in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h")))),
         run_compiler([*compiler, "--version"], VERSION_SECONDS),
-        repr((SOURCES, FLAGS, compiler, os.path.realpath(compiler[0]))).encode(),
+        repr((SOURCES, FLAGS, isa.flags, compiler, os.path.realpath(compiler[0]))).encode(),
         repr((torch.__version__, torch.compiled_with_cxx11_abi(), libc)).encode(),
         repr((platform.machine(), processor)).encode(),
     )
     return hashlib.sha256(b"".join(hashlib.sha256(fact).digest() for fact in facts)).hexdigest()
 
 
-def compile_kernels(compiler: Sequence[str], folder: Path) -> bytes:
+def compile_kernels(compiler: Sequence[str], folder: Path, isa: InstructionSet) -> bytes:
     """Return a new library, built in a temporary folder.
 
     Args:
         compiler: The command.
         folder: Where to make the temporary folder.
+        isa: The instruction set.
 
     Raises:
         CompilerError: If the compiler fails, writes no library, or does not end in time.
@@ -150,7 +160,7 @@ def compile_kernels(compiler: Sequence[str], folder: Path) -> bytes:
         with progress_bar(len(commands), desc="compile the kernels, once") as bar:
             for arguments in commands:
                 left = max(0.0, deadline - time.monotonic())
-                run_compiler([*compiler, *FLAGS, *arguments], left, folder=stage, env=env)
+                run_compiler([*compiler, *FLAGS, *isa.flags, *arguments], left, folder=stage, env=env)
                 bar.update()
         if built.is_file() and not built.is_symlink():
             built.chmod(0o600)

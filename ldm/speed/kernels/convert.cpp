@@ -7,54 +7,61 @@
 
 namespace {
 
-// Each dtype as 16 lanes of float32. `store` rounds, and returns the lanes whose result is NaN or infinite.
+// Each dtype as lanes of float32. `store` rounds, and returns the lanes whose result is NaN or infinite.
 struct Single {
     using Elem = float;
-    static __m512 load(const Elem* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
-    static __mmask16 store(Elem* p, __m512 x, __mmask16 m) {
-        _mm512_mask_storeu_ps(p, m, x);
-        return _mm512_fpclass_ps_mask(x, 0x99);
+    template <class In>
+    static Vec load(const Elem* p, In in) {
+        return ::load(p, in);
+    }
+    template <class In>
+    static Words store(Elem* p, Vec x, In in) {
+        ::store(p, x, in);
+        return (Words)(((Words)x & 0x7f800000) == 0x7f800000);
     }
 };
 
 struct Brain {
     using Elem = uint16_t;
-    static __m512 load(const Elem* p, __mmask16 m) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+    template <class In>
+    static Vec load(const Elem* p, In in) {
+        return (Vec)(load16(p, in) << 16);
     }
-    static __mmask16 store(Elem* p, __m512 x, __mmask16 m) {  // in integer arithmetic, because the instruction flushes subnormal numbers to zero
-        const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i y = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-        y = _mm512_mask_mov_epi32(y, _mm512_fpclass_ps_mask(x, 0x81), _mm512_set1_epi32(0x7fc0));
-        _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(y));
-        return _mm512_cmpeq_epi32_mask(_mm512_and_si512(y, _mm512_set1_epi32(0x7f80)), _mm512_set1_epi32(0x7f80));
+    template <class In>
+    static Words store(Elem* p, Vec x, In in) {  // in integer arithmetic, because the instruction flushes subnormal numbers to zero
+        const Words bits = (Words)x, rounded = (bits + ((bits >> 16) & 1) + 0x7fff) >> 16;
+        const Words y = (bits & 0x7fffffff) > 0x7f800000 ? spread_word(0x7fc0) : rounded;  // NaN stays NaN
+        store16(p, y, in);
+        return (Words)((y & 0x7f80) == 0x7f80);
     }
 };
 
 struct Half {
     using Elem = uint16_t;
-    static __m512 load(const Elem* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
-    static __mmask16 store(Elem* p, __m512 x, __mmask16 m) {
-        const __m256i y = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), full = _mm256_set1_epi16(0x7c00);
-        _mm256_mask_storeu_epi16(p, m, y);
-        return _mm256_cmpeq_epi16_mask(_mm256_and_si256(y, full), full);
+    template <class In>
+    static Vec load(const Elem* p, In in) {
+        return from_half(load16(p, in));
+    }
+    template <class In>
+    static Words store(Elem* p, Vec x, In in) {
+        const Words y = to_half(x);
+        store16(p, y, in);
+        return (Words)((y & 0x7c00) == 0x7c00);
     }
 };
 
-// Converts 16 numbers, or those of a mask; returns the lanes whose result is not finite.
-template <class From, class To>
-inline __mmask16 step(const typename From::Elem* x, typename To::Elem* y, __mmask16 in) {
+// Converts the numbers of a vector; returns the lanes whose result is not finite.
+template <class From, class To, class In>
+inline Words step(const typename From::Elem* x, typename To::Elem* y, In in) {
+#ifdef LDM_BF16
+    if constexpr (std::is_same_v<From, Half> && std::is_same_v<To, Brain>) {  // no float16 is a subnormal bfloat16, so the instruction can be used
+        const Words from = load16(x, in);
+        BF16::store(y, from_half(from), in);
+        return (Words)((from & 0x7c00) == 0x7c00);
+    }
+#endif
     return To::store(y, From::load(x, in), in);
 }
-
-#ifdef __AVX512BF16__
-template <>
-inline __mmask16 step<Half, Brain>(const uint16_t* x, uint16_t* y, __mmask16 in) {  // no float16 is a subnormal bfloat16, so the instruction can be used
-    const __m256i from = _mm256_maskz_loadu_epi16(in, x), full = _mm256_set1_epi16(0x7c00);
-    _mm256_mask_storeu_epi16(y, in, (__m256i)_mm512_cvtneps_pbh(_mm512_cvtph_ps(from)));
-    return _mm256_cmpeq_epi16_mask(_mm256_and_si256(from, full), full);
-}
-#endif
 
 constexpr int64_t CHUNK = 1 << 19;  // elements
 
@@ -74,11 +81,13 @@ bool convert(const void* from, void* to, int64_t begin, int64_t end) {
     const auto* x = (const typename From::Elem*)from;
     auto* y = (typename To::Elem*)to;
     touch(y + begin, (end - begin) * sizeof *y);
-    int wrong = 0;
+    Words wrong = {};
     int64_t i = begin;
-    for (; i + 16 <= end; i += 16) wrong |= step<From, To>(x + i, y + i, 0xffff);
-    if (i < end) wrong |= step<From, To>(x + i, y + i, tail((int)(end - i)));
-    return !wrong;
+    for (; i + W <= end; i += W) wrong |= step<From, To>(x + i, y + i, All{});
+    if (i < end) wrong |= step<From, To>(x + i, y + i, tail((int)(end - i)));  // the other lanes are 0, which is finite
+    uint32_t any = 0;
+    for (int j = 0; j < W; j++) any |= wrong[j];
+    return !any;
 }
 
 using Convert = bool (*)(const void*, void*, int64_t, int64_t);

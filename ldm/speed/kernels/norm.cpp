@@ -3,24 +3,18 @@
 
 namespace {
 
-// sums += x for 16 lanes.
-inline void add_wide(double* sums, __m512 x) {
-    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(_mm512_castps512_ps256(x))));
-    _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))));
-}
-
 // Adds to sums the differences of positions [begin, end) from position 0, and at sums + lanes their squares,
-// for V·16 channels.
-template <class T, int V>
-inline void part_moments(const typename T::Elem* x, int64_t begin, int64_t end, int C, __mmask16 in, double* sums, int64_t lanes) {
-    __m512 first[V], one[V], two[V];
-    for (int v = 0; v < V; v++) first[v] = T::load(x + 16 * v, in), one[v] = two[v] = _mm512_setzero_ps();
+// for V vectors of channels.
+template <class T, int V, class In>
+inline void part_moments(const typename T::Elem* x, int64_t begin, int64_t end, int C, In in, double* sums, int64_t lanes) {
+    Vec first[V], one[V], two[V];
+    for (int v = 0; v < V; v++) first[v] = T::load(x + W * v, in), one[v] = two[v] = Vec{};
     for (int64_t n = begin; n < end; n++)
         for (int v = 0; v < V; v++) {
-            const __m512 y = _mm512_sub_ps(T::load(x + n * C + 16 * v, in), first[v]);
-            one[v] = _mm512_add_ps(one[v], y), two[v] = _mm512_fmadd_ps(y, y, two[v]);
+            const Vec y = T::load(x + n * C + W * v, in) - first[v];
+            one[v] += y, two[v] = fma(y, y, two[v]);
         }
-    for (int v = 0; v < V; v++) add_wide(sums + 16 * v, one[v]), add_wide(sums + lanes + 16 * v, two[v]);
+    for (int v = 0; v < V; v++) add_wide(sums + W * v, one[v]), add_wide(sums + lanes + W * v, two[v]);
 }
 
 // Computes sums (B, 2, lanes) over the positions of each sample, to which add(b, begin, end, sums) adds those
@@ -55,39 +49,38 @@ void totals(int B, int64_t N, int64_t lanes, int threads, double* sums, Add add)
 // the first position avoid cancellation for large means.
 template <class T>
 void moments(const typename T::Elem* x, double* mean, double* m2, int B, int64_t N, int C, int threads) {
-    const int64_t lanes = (C + 15) / 16 * 16;
+    const int64_t lanes = round_up(C, W);
     auto sums = buffer<double>((size_t)B * 2 * lanes);
     totals(B, N, lanes, threads, sums.get(), [=](int b, int64_t begin, int64_t end, double* own) {
         const auto* from = x + b * N * C;
-        int c = 0;
-        for (; c + 64 <= C; c += 64) part_moments<T, 4>(from + c, begin, end, C, 0xffff, own + c, lanes);
-        for (; c < C; c += 16) part_moments<T, 1>(from + c, begin, end, C, tail(C - c), own + c, lanes);
+        columns<4>(C, [=](auto V, int c, auto in) { part_moments<T, V>(from + c, begin, end, C, in, own + c, lanes); });
     });
     for (int b = 0; b < B; b++) {
-        alignas(64) float first[16];
+        alignas(64) float first[W];
         const double* one = sums.get() + b * 2 * lanes;
         for (int c = 0; c < C; c++) {
-            if (c % 16 == 0) _mm512_store_ps(first, T::load(x + b * N * C + c, tail(C - c)));
-            mean[(size_t)b * C + c] = first[c % 16] + one[c] / N;
+            if (c % W == 0) store(first, T::load(x + b * N * C + c, tail(C - c)));
+            mean[(size_t)b * C + c] = first[c % W] + one[c] / N;
             m2[(size_t)b * C + c] = one[lanes + c] - one[c] * one[c] / N;
         }
     }
 }
 
-template <class T, int V>
-inline void part_affine(const typename T::Elem* x, const float* scale, const float* shift, typename T::Elem* y, int64_t rows, int C, __mmask16 in,
-                        bool silu) {
-    const __m512 minus = _mm512_set1_ps(-1.4426950408889634f), one = _mm512_set1_ps(1.f), most = _mm512_set1_ps(126.f);
-    __m512 a[V], s[V];
-    for (int v = 0; v < V; v++) a[v] = _mm512_maskz_loadu_ps(in, scale + 16 * v), s[v] = _mm512_maskz_loadu_ps(in, shift + 16 * v);
+// 2^(-x·log2 e), within the range of exp2_.
+template <class T>
+inline Vec exp_minus(Vec x) {
+    return exp2_<T::DEGREE>(smaller(spread(126.f), larger(spread(-126.f), x * spread(-1.4426950408889634f))));
+}
+
+template <class T, int V, class In>
+inline void part_affine(const typename T::Elem* x, const float* scale, const float* shift, typename T::Elem* y, int64_t rows, int C, In in, bool silu) {
+    Vec a[V], s[V];
+    for (int v = 0; v < V; v++) a[v] = load(scale + W * v, in), s[v] = load(shift + W * v, in);
     for (int64_t n = 0; n < rows; n++)
         for (int v = 0; v < V; v++) {
-            __m512 z = _mm512_fmadd_ps(T::load(x + n * C + 16 * v, in), a[v], s[v]);
-            if (silu) {
-                const __m512 e = _mm512_min_ps(most, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), most), _mm512_mul_ps(z, minus)));
-                z = T::divide(z, _mm512_add_ps(one, exp2_<T::DEGREE>(e)));
-            }
-            T::store(y + n * C + 16 * v, z, in);
+            Vec z = fma(T::load(x + n * C + W * v, in), a[v], s[v]);
+            if (silu) z = T::divide(z, spread(1.f) + exp_minus<T>(z));
+            T::store(y + n * C + W * v, z, in);
         }
 }
 
@@ -100,9 +93,9 @@ void affine(const typename T::Elem* x, const float* scale, const float* shift, t
         const int64_t b = i / parts, begin = b * N + i % parts * part, end = std::min((b + 1) * N, begin + part);
         const auto* from = x + begin * C;
         auto* to = y + begin * C;
-        int c = 0;
-        for (; c + 64 <= C; c += 64) part_affine<T, 4>(from + c, scale + b * C + c, shift + b * C + c, to + c, end - begin, C, 0xffff, silu);
-        for (; c < C; c += 16) part_affine<T, 1>(from + c, scale + b * C + c, shift + b * C + c, to + c, end - begin, C, tail(C - c), silu);
+        columns<4>(C, [=](auto V, int c, auto in) {
+            part_affine<T, V>(from + c, scale + b * C + c, shift + b * C + c, to + c, end - begin, C, in, silu);
+        });
     }
 }
 
@@ -150,37 +143,34 @@ void group_norm(const typename T::Elem* x, const Norm& norm, typename T::Elem* y
 
 // Returns the gradient of SiLU's input from that of its output.
 template <class T>
-inline __m512 silu_gradient(__m512 z, __m512 dy) {
-    const __m512 one = _mm512_set1_ps(1.f), most = _mm512_set1_ps(126.f);
-    const __m512 minus = _mm512_mul_ps(z, _mm512_set1_ps(-1.4426950408889634f));
-    const __m512 e = _mm512_min_ps(most, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), most), minus));
-    const __m512 s = T::divide(one, _mm512_add_ps(one, exp2_<T::DEGREE>(e)));  // s·(1 + z·(1 - s))
-    return _mm512_mul_ps(dy, _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one)));
+inline Vec silu_gradient(Vec z, Vec dy) {
+    const Vec one = spread(1.f), s = T::divide(one, one + exp_minus<T>(z));
+    return dy * (s * fma(z, one - s, one));  // s·(1 + z·(1 - s))
 }
 
-// For V·16 channels of some positions: adds the sums of dz and dz·(x - center) to sums, or with WRITE computes
-// dx = dz·scale + x·slope + level.
-template <class T, int V, bool WRITE>
+// For V vectors of channels of some positions: adds the sums of dz and dz·(x - center) to sums, or with WRITE
+// computes dx = dz·scale + x·slope + level.
+template <class T, int V, bool WRITE, class In>
 inline void part_gradient(const typename T::Elem* x, const typename T::Elem* dy, const float* scale, const float* shift, const float* slope,
-                          const float* level, typename T::Elem* dx, double* sums, int64_t lanes, int64_t rows, int C, __mmask16 in, bool silu) {
-    __m512 a[V], s[V], p[V], q[V], one[V], two[V];
+                          const float* level, typename T::Elem* dx, double* sums, int64_t lanes, int64_t rows, int C, In in, bool silu) {
+    Vec a[V], s[V], p[V], q[V], one[V], two[V];
     for (int v = 0; v < V; v++) {
-        a[v] = _mm512_maskz_loadu_ps(in, scale + 16 * v), s[v] = _mm512_maskz_loadu_ps(in, shift + 16 * v);
-        p[v] = _mm512_maskz_loadu_ps(in, slope + 16 * v), q[v] = WRITE ? _mm512_maskz_loadu_ps(in, level + 16 * v) : _mm512_setzero_ps();
-        one[v] = two[v] = _mm512_setzero_ps();
+        a[v] = load(scale + W * v, in), s[v] = load(shift + W * v, in), p[v] = load(slope + W * v, in);
+        one[v] = two[v] = q[v] = Vec{};
+        if constexpr (WRITE) q[v] = load(level + W * v, in);
     }
     for (int64_t n = 0; n < rows; n++)
         for (int v = 0; v < V; v++) {
-            const __m512 from = T::load(x + n * C + 16 * v, in);
-            __m512 dz = T::load(dy + n * C + 16 * v, in);
-            if (silu) dz = silu_gradient<T>(_mm512_fmadd_ps(from, a[v], s[v]), dz);
+            const Vec from = T::load(x + n * C + W * v, in);
+            Vec dz = T::load(dy + n * C + W * v, in);
+            if (silu) dz = silu_gradient<T>(fma(from, a[v], s[v]), dz);
             if constexpr (WRITE)
-                T::store(dx + n * C + 16 * v, _mm512_fmadd_ps(dz, a[v], _mm512_fmadd_ps(from, p[v], q[v])), in);
+                T::store(dx + n * C + W * v, fma(dz, a[v], fma(from, p[v], q[v])), in);
             else
-                one[v] = _mm512_add_ps(one[v], dz), two[v] = _mm512_fmadd_ps(dz, _mm512_sub_ps(from, p[v]), two[v]);
+                one[v] += dz, two[v] = fma(dz, from - p[v], two[v]);
         }
     if constexpr (!WRITE)
-        for (int v = 0; v < V; v++) add_wide(sums + 16 * v, one[v]), add_wide(sums + lanes + 16 * v, two[v]);
+        for (int v = 0; v < V; v++) add_wide(sums + W * v, one[v]), add_wide(sums + lanes + W * v, two[v]);
 }
 
 // Computes the gradients of all inputs of a norm: dx; dweight and dbias (C,); dadd, dgain and doffset (B, C).
@@ -189,7 +179,7 @@ void group_norm_gradient(const typename T::Elem* x, const typename T::Elem* dy, 
                          const double* rstd, typename T::Elem* dx, float* dweight, float* dbias, float* dadd, float* dgain, float* doffset, bool silu,
                          int threads) {
     const int B = norm.B, C = norm.C, width = norm.width();
-    const int64_t N = norm.N, lanes = (C + 15) / 16 * 16;
+    const int64_t N = norm.N, lanes = round_up(C, W);
     auto scale = buffer<float>((size_t)B * C), shift = buffer<float>((size_t)B * C), slope = buffer<float>((size_t)B * C);
     auto level = buffer<float>((size_t)B * C);
     auto sums = buffer<double>((size_t)B * 2 * lanes);
@@ -198,13 +188,10 @@ void group_norm_gradient(const typename T::Elem* x, const typename T::Elem* dy, 
     for (int i = 0; i < B * C; i++) p[i] = (float)(mean[i] - (norm.add ? norm.add[i] : 0.f));
     totals(B, N, lanes, threads, sums.get(), [=](int b, int64_t begin, int64_t end, double* own) {
         const int64_t at = (b * N + begin) * C, i = (int64_t)b * C;
-        int c = 0;
-        for (; c + 32 <= C; c += 32)
-            part_gradient<T, 2, false>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, nullptr, nullptr, own + c, lanes, end - begin, C,
-                                       0xffff, silu);
-        for (; c < C; c += 16)
-            part_gradient<T, 1, false>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, nullptr, nullptr, own + c, lanes, end - begin, C,
-                                       tail(C - c), silu);
+        columns<2>(C, [=](auto V, int c, auto in) {
+            part_gradient<T, V, false>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, nullptr, nullptr, own + c, lanes, end - begin, C, in,
+                                       silu);
+        });
     });
     std::fill(dweight, dweight + C, 0.f), std::fill(dbias, dbias + C, 0.f);
     for (int g = 0; g < B * norm.groups; g++) {
@@ -230,13 +217,10 @@ void group_norm_gradient(const typename T::Elem* x, const typename T::Elem* dy, 
 #pragma omp parallel for num_threads((int)std::min<int64_t>(threads, B * parts)) schedule(static)
     for (int64_t j = 0; j < B * parts; j++) {
         const int64_t b = j / parts, begin = b * N + j % parts * part, end = std::min((b + 1) * N, begin + part), at = begin * C, i = b * C;
-        int c = 0;
-        for (; c + 32 <= C; c += 32)
-            part_gradient<T, 2, true>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, q + i + c, dx + at + c, nullptr, 0, end - begin, C,
-                                      0xffff, silu);
-        for (; c < C; c += 16)
-            part_gradient<T, 1, true>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, q + i + c, dx + at + c, nullptr, 0, end - begin, C,
-                                      tail(C - c), silu);
+        columns<2>(C, [=](auto V, int c, auto in) {
+            part_gradient<T, V, true>(x + at + c, dy + at + c, a + i + c, s + i + c, p + i + c, q + i + c, dx + at + c, nullptr, 0, end - begin, C, in,
+                                      silu);
+        });
     }
 }
 

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from ldm.speed.kernels.build import NoKernels, library
 from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype_code, pointer
+from ldm.support.processor import InstructionSet, cache_bytes
 
 BLOCK = 2**23  # bytes of the tiles that Winograd's products take at once, so that they stay in the cache
 
@@ -92,6 +93,18 @@ class TorchOps:
         return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
 
 
+def keys_at_once(dim: int) -> int:
+    """Return how many keys attention takes in one block: a multiple of 64, from 128 to 1024.
+
+    Two thirds of the L2 cache hold 48 rows of scores and of probabilities, and the keys and values.
+
+    Args:
+        dim: Width of a head.
+    """
+    fitting = cache_bytes(2) * 2 // 3 // (4 * 2 * (48 + dim))
+    return max(128, min(1024, fitting // 64 * 64))
+
+
 def winograd_weights(weight: Tensor) -> Tensor:
     """Return G g Gᵀ of Winograd's convolution F(2×2, 3×3) (Lavin and Gray 2016, eq. 10).
 
@@ -116,12 +129,15 @@ class CompiledOps(TorchOps):
 
     The kernels support CPU tensors of float32 and, if the processor does, bfloat16.
 
+    Args:
+        isa: The instruction set. Default: None, that of `ldm.speed.kernels.choice.kernel_choice`.
+
     Raises:
         NoKernels: If the kernels are not available.
     """
 
-    def __init__(self) -> None:
-        self.lib = library()
+    def __init__(self, isa: InstructionSet | None = None) -> None:
+        self.lib = library(isa)
         self.dtypes = (torch.float32, torch.bfloat16) if self.lib.has_bf16() else (torch.float32,)
 
     def __reduce__(self) -> tuple[Callable[[], TorchOps], tuple[()]]:
@@ -170,6 +186,7 @@ class CompiledOps(TorchOps):
             rows,
             keys,
             dim,
+            keys_at_once(dim),
             torch.get_num_threads(),
         )
         return out
