@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kernel_stand_in import CANARY, Workshop, compile_library, prebuilt, workshop
+from kernel_stand_in import ANY, CANARY, Workshop, compile_library, prebuilt, workshop
 
 from ldm.speed.kernels import build, shared_library
 from ldm.speed.kernels.shared_library import check_whole, load_library, read_cached, write_cached
@@ -125,7 +125,7 @@ def test_files_of_another_user_are_not_read(workshop: Workshop, monkeypatch: pyt
 def test_a_library_or_a_folder_of_another_user_is_not_used(workshop: Workshop, canary: Path) -> None:
     workshop.answer()
     library = workshop.library
-    key = build.library_key([str(workshop.compiler)])
+    key = build.library_key([str(workshop.compiler)], ANY)
     write_cached(library, key, canary.read_bytes())
     os.chown(library, 12345, -1)
     assert workshop.answer() == 42 and library.stat().st_uid == 0
