@@ -16,8 +16,8 @@ from pathlib import Path
 from ldm.support.config import nearest
 
 VARIABLE = "LDM_ISA"
-CPUINFO = Path("/proc/cpuinfo")
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+CPU_FACTS = Path("/proc/cpuinfo")
+CACHE_FOLDERS = Path("/sys/devices/system/cpu/cpu0/cache")
 # bytes of the data caches of one core where the system does not state them: those of small processors
 DEFAULT_CACHES = {1: 2**15, 2: 2**18}
 
@@ -116,7 +116,7 @@ def limit_libraries() -> None:
 def processor_sets() -> tuple[InstructionSet, ...]:
     """Return the instruction sets that this processor has, the best first; none on systems but Linux."""
     try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = CPU_FACTS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ()
     stated = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
@@ -150,7 +150,7 @@ def cache_bytes(level: int) -> int:
     `DEFAULT_CACHES` where it does not.
     """
     try:
-        for index in sorted(CACHES.glob("index*")):
+        for index in sorted(CACHE_FOLDERS.glob("index*")):
             kind, own, size = (
                 (index / name).read_text(encoding="utf-8").strip() for name in ("type", "level", "size")
             )

@@ -32,7 +32,7 @@ def machine(tmp_path, monkeypatch):
         cpuinfo = tmp_path / "cpuinfo"
         lines = [f"processor\t: {i}\n{word}\t\t: {features[i]}\n" for i in range(len(features))]
         cpuinfo.write_text("\n".join(lines), encoding="utf-8")
-        monkeypatch.setattr(processor, "CPUINFO", cpuinfo)
+        monkeypatch.setattr(processor, "CPU_FACTS", cpuinfo)
         monkeypatch.setattr(platform, "machine", lambda: architecture)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         processor_sets.cache_clear()
@@ -138,7 +138,7 @@ def test_cache_sizes_are_those_that_the_system_states(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         for name, value in (("type", kind), ("level", level), ("size", size)):
             (tmp_path / folder / name).write_text(f"{value}\n", encoding="utf-8")
-    monkeypatch.setattr(processor, "CACHES", tmp_path)
+    monkeypatch.setattr(processor, "CACHE_FOLDERS", tmp_path)
     cache_bytes.cache_clear()
     try:
         assert (cache_bytes(1), cache_bytes(2)) == (48 * 2**10, 2**21)
