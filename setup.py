@@ -49,6 +49,8 @@ setup(
             "transformers>=4.45",
             "accelerate>=0.30",
             "k-diffusion>=0.1.1",
+            "peft>=0.17",
+            "lycoris-lora>=3.2",
             "nbclient>=0.10",
             "ipykernel>=6",
             "matplotlib>=3.8",

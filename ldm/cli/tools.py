@@ -27,6 +27,7 @@ def replay_file(args: argparse.Namespace) -> int:
         download=args.download,
         vocabulary=args.vocabulary,
         safety=args.safety,
+        adapters=args.adapters,
     )
     write_images(images, output, quality=args.quality)
     return 0
@@ -135,6 +136,11 @@ TOOLS: tuple[Command, ...] = (
             argument("--weights", "weights of the model, if the image was not generated with its own"),
             argument("--vocabulary", "BERT's vocab.txt, if the image was generated with one that was given"),
             argument("--safety", "file or folder of the safety checker, if it made images black"),
+            argument(
+                "--adapters",
+                "file of the adapter that the image was made with, or a folder with them (default: the folder"
+                " adapters below LDM_HOME)",
+            ),
             argument(
                 "--limits",
                 "refuse a recipe of more than 64 images, 1000 steps, 2048×2048 pixels or 4000 characters"

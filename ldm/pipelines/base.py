@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.diffusion.guidance import cfg
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
+from ldm.pipelines.adapters import Adapters
 from ldm.pipelines.call import Call
 from ldm.pipelines.protocol import Request, Watcher
 from ldm.pipelines.recipe import content_sha256, stamp
@@ -20,6 +21,7 @@ from ldm.pipelines.replayable import BY_OPTIONS, replayable
 from ldm.pipelines.stages.stage import Guide, Stage, StepHook
 from ldm.pipelines.tasks.inpaint import inpaint
 from ldm.pipelines.tasks.outpaint import outpaint
+from ldm.support.config import to_dict
 
 # Observers by the identity of the pipeline, for each thread (or task).
 _WATCHERS: ContextVar[Mapping[int, tuple[Watcher, ...]]] = ContextVar("watchers", default={})  # noqa: B039
@@ -42,6 +44,7 @@ class BasePipeline(nn.Module):
         self.loaded: Mapping[str, Any] = {}
         self.safety = safety
         self.guide: Guide = cfg
+        self._adapters: Adapters | None = None
 
     @property
     def name(self) -> str:
@@ -52,6 +55,17 @@ class BasePipeline(nn.Module):
     def stage(self) -> Stage:
         """The stage that makes the image."""
         raise NotImplementedError
+
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Return the networks by part."""
+        raise NotImplementedError
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the model, such as LoRAs: load, set, remove, fuse, list (docs/adapters.md)."""
+        if self._adapters is None:
+            self._adapters = Adapters(self.networks, self.name)
+        return self._adapters
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +117,8 @@ class BasePipeline(nn.Module):
         flagged, origin = None, self.origin
         facts: dict[str, Any] = {} if request.given is None else {"strength": request.strength}
         facts |= request.facts
+        if entries := self.adapters.entries():
+            facts["adapters"] = to_dict(entries)
         if self.safety is not None:
             flagged = self.safety(pixels)
             pixels = self.safety.hide(pixels, flagged)

@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 
 from ldm.images.result import Images, pixel_sha256
+from ldm.pipelines.adapters import AdapterEntry
 from ldm.pipelines.replayable import BY_OPTIONS, FileEntry
 from ldm.registry.loading import load_model
 from ldm.registry.locating import WeightsRequest, resolve_card
+from ldm.registry.replay_adapters import Given, find_adapters, load_adapters
 from ldm.registry.replay_options import LIMITS, check_limits, typed_options
 from ldm.support.config import build
 from ldm.support.device import dtype_of, pick_device
@@ -51,6 +53,7 @@ class RecipeFacts:
         weights: SHA-256 of all files and settings that the images depend on, by name.
         versions: Versions of the software, and the number of threads.
         loaded: Options of `ldm.load`.
+        adapters: The adapters, in the order in which they were loaded.
         arguments: Arguments of the task; None if they are the recipe's other entries.
         inputs: SHA-256 of images that were given in memory.
         pixels: SHA-256 of the image's pixels.
@@ -66,6 +69,7 @@ class RecipeFacts:
     weights: Mapping[str, str]
     versions: Mapping[str, str | int]
     loaded: LoadedWith = LoadedWith()
+    adapters: tuple[AdapterEntry, ...] = ()
     arguments: Mapping[str, Any] | None = None
     inputs: Mapping[str, str | None] | None = None
     pixels: str | None = None
@@ -83,6 +87,7 @@ def replay(
     download: bool = False,
     vocabulary: str | Path | None = None,
     safety: str | Path | None = None,
+    adapters: Given = None,
 ) -> Images:
     """Return the images of a recipe.
 
@@ -100,15 +105,18 @@ def replay(
         download: Whether weights that are not on this machine are downloaded. Default: False.
         vocabulary: See `ldm.load`.
         safety: File or folder of the safety checker, if it made images black.
+        adapters: Files of the adapters that the recipe names, or folders with them. Default: the folder
+            "adapters" below LDM_HOME.
 
     Raises:
         ValueError: If the recipe is damaged, not replayable or beyond the limits, its task is unknown, or the
             weights or an image file differ from those it names.
-        FileNotFoundError: If an image file or the weights are absent.
+        FileNotFoundError: If an image file, an adapter or the weights are absent.
     """
     checked = checked_recipe(recipe, weights=weights, limits=limits)
     facts = checked.facts
     arguments = {name: _checked_files(name, value) for name, value in checked.arguments.items()}
+    files = find_adapters(facts.adapters, adapters)
     black = any(name.startswith(SAFETY) for name in facts.weights)
     if black and safety is None:
         raise ValueError("the image was made with a safety checker that makes images black: pass safety=PATH")
@@ -124,6 +132,7 @@ def replay(
     if black:
         origin = origin.joined({f"{SAFETY}{name}": value for name, value in pipe.safety.origin.items()})
     notes = compare_weights(facts, origin)
+    load_adapters(pipe, facts.adapters, files)
     images = _run(facts, pipe, arguments)
     notes += recipe_changes(recipe, images.recipe)
     if facts.index is not None:

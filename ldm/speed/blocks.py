@@ -81,10 +81,12 @@ class FastGEGLU(GEGLU):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gated values (..., inner) of x (..., width)."""
-        packed = self.proj.packed_weights(x) if isinstance(self.proj, HalvedLinear) else None
+        proj = self.proj
+        # a hook of the projection sees its output, which is never made below
+        halved = isinstance(proj, HalvedLinear) and not proj._forward_hooks
+        packed = proj.packed_weights(x) if isinstance(proj, HalvedLinear) and halved else None
         if packed is None:
-            value, gate = F.linear(x, self.proj.weight, self.proj.bias).chunk(2, dim=-1)  # (..., inner) each
-            return value * F.gelu(gate)
+            return super().forward(x)
         value_bias, gate_bias = self.proj.bias.chunk(2)  # (inner,) each
         gate = mkldnn._linear_pointwise(x, packed[1], gate_bias, "gelu", [], "none")  # (..., inner)
         return mkldnn._linear_pointwise.binary(x, gate, packed[0], value_bias, "mul")

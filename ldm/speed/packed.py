@@ -151,6 +151,10 @@ class HalvedLinear(PackedLinear):
 
     parts = 2
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (..., D_out) of x (..., D), whose halves are used by `FastGEGLU`."""
+        return F.linear(x, self.weight, self.bias)
+
 
 class Geometry(NamedTuple):
     """How a convolution goes over a map, two numbers each for height and width."""

@@ -1,0 +1,283 @@
+"""`pipe.adapters`: load, set, remove and fuse the adapters of a pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from ldm.support.config import nearest
+from ldm.support.warn import warn_user
+from ldm.weights.adapters.adapter import Adapter
+from ldm.weights.adapters.blocks import BlockWeights, block_weights
+from ldm.weights.adapters.files import read_adapter
+from ldm.weights.adapters.matching import match_adapter
+from ldm.weights.adapters.merging import Merger, Weighted
+from ldm.weights.adapters.on_the_fly import OnTheFly, separated
+from ldm.weights.strict import mismatch
+
+TEXT_PARTS = ("text", "text2")  # the parts that `text_strength` is for
+
+
+class UnusedKeys(UserWarning):
+    """An adapter has keys that match nothing in the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterEntry:
+    """What a recipe states of an adapter.
+
+    Args:
+        name: Its name.
+        file: Name of its file.
+        sha256: SHA-256 of the file.
+        strength, text_strength, blocks, merge: See `LoadedAdapter`.
+        fused: Whether it had become part of the weights.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    strength: float = 1.0
+    text_strength: float = 1.0
+    blocks: Mapping[str, float] | None = None
+    merge: bool = True
+    fused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedAdapter:
+    """An adapter of a pipeline.
+
+    Args:
+        name: Its name.
+        adapter: What it changes.
+        strength: Factor of its changes of the denoiser; 1 is as trained, negative values reverse it.
+        text_strength: The same for the text towers.
+        blocks: Factors of the denoiser's blocks (`ldm.weights.adapters.blocks`); None for 1 everywhere.
+        merge: Whether its changes are merged into the weights.
+    """
+
+    name: str
+    adapter: Adapter
+    strength: float
+    text_strength: float
+    blocks: Mapping[str, float] | None
+    merge: bool
+
+    def weighted(self) -> Iterator[Weighted]:
+        """Yield its changes with their strengths."""
+        for edit in self.adapter.edits:
+            strength = self.text_strength if edit.site.part in TEXT_PARTS else self.strength
+            yield Weighted(edit, strength * (1.0 if self.blocks is None else self.blocks.get(edit.block, 0)))
+
+    def entry(self) -> AdapterEntry:
+        """Return what a recipe states of it."""
+        return AdapterEntry(
+            name=self.name,
+            file=self.adapter.file,
+            sha256=self.adapter.digest,
+            strength=self.strength,
+            text_strength=self.text_strength,
+            blocks=self.blocks,
+            merge=self.merge,
+        )
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in self.adapter.kinds.items())
+        parts = ", ".join(f"{count} modules of {part}" for part, count in self.adapter.modules.items())
+        how = "merged" if self.merge else "on the fly"
+        return (
+            f"{self.name}: {kinds} in {parts}; strength {self.strength:g}, text {self.text_strength:g}, {how}"
+        )
+
+
+class Adapters:
+    """The adapters of a pipeline, in the order in which they were loaded.
+
+    Sums, such as those of LoRAs, do not depend on the order. DoRA, OFT, (IA)³ and GLoRA change the weights as
+    the adapters before them have left them.
+
+    Args:
+        networks: Returns the pipeline's networks by part.
+        model: Name of the model.
+    """
+
+    def __init__(self, networks: Callable[[], Mapping[str, nn.Module]], model: str) -> None:
+        self._networks = networks
+        self._model = model
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._fused: list[AdapterEntry] = []
+        self._merger = Merger()
+        self._hooks = OnTheFly()
+
+    def load(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        strength: float = 1.0,
+        text_strength: float | None = None,
+        blocks: BlockWeights | None = None,
+        merge: bool = True,
+        strict: bool = True,
+    ) -> LoadedAdapter:
+        """Load an adapter and apply it.
+
+        Args:
+            path: A .safetensors, .pt or .bin file, or a folder that peft or diffusers wrote.
+            name: Its name. Default: that of the file without ending.
+            strength: Factor of its changes; 1 is as trained, 0 none, negative values reverse it. Default: 1.
+            text_strength: The same for the text towers. Default: `strength`.
+            blocks: Factors of the denoiser's blocks: by name, a list, or a preset
+                (`ldm.weights.adapters.blocks.block_weights`). Default: 1 everywhere.
+            merge: Whether to merge the changes into the weights, which costs nothing when sampling. Otherwise
+                layers add them on the fly, and the weights of the denoiser stay as they are; norms, biases
+                and text towers are merged all the same. Default: True.
+            strict: Whether keys that match nothing in the model are an error. Default: True; otherwise they
+                are a warning.
+
+        Returns:
+            What was loaded; its text names kinds, modules and strengths.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or refused, was made for another model, has keys that match
+                nothing, or holds NaN; or if the name is taken. The pipeline is unchanged then.
+
+        Warns:
+            UnusedKeys: If keys match nothing and `strict` is False.
+        """
+        name = _checked_name(path) if name is None else name
+        if name in self._loaded:
+            raise ValueError(f"name: an adapter {name!r} is loaded; remove it, or choose another name")
+        strength = _finite("strength", strength)
+        text = strength if text_strength is None else _finite("text_strength", text_strength)
+        factors = block_weights(blocks)
+        adapter = match_adapter(read_adapter(path), self._networks(), model=self._model, strict=strict)
+        if adapter.unused:
+            unused = mismatch((), adapter.unused, ())
+            warn_user(f"{adapter.file!r}: keys match nothing in {self._model!r}: {unused}", UnusedKeys)
+        made = LoadedAdapter(
+            name=name, adapter=adapter, strength=strength, text_strength=text, blocks=factors, merge=merge
+        )
+        self._apply({**self._loaded, name: made})
+        return made
+
+    def set(
+        self,
+        name: str,
+        strength: float | None = None,
+        *,
+        text_strength: float | None = None,
+        blocks: BlockWeights | None = None,
+    ) -> None:
+        """Set the strength of an adapter; what is None stays.
+
+        Args:
+            name: Name of the adapter.
+            strength: Factor of its changes; if no `text_strength` is given, also that of the text towers.
+            text_strength: Factor of its changes of the text towers.
+            blocks: Factors of the denoiser's blocks; see `load`.
+
+        Raises:
+            ValueError: If there is no such adapter, or a number is not finite.
+        """
+        old = self._get(name)
+        new = old
+        if strength is not None:
+            value = _finite("strength", strength)
+            new = replace(new, strength=value, text_strength=value)
+        if text_strength is not None:
+            new = replace(new, text_strength=_finite("text_strength", text_strength))
+        if blocks is not None:
+            new = replace(new, blocks=block_weights(blocks))
+        self._apply({**self._loaded, name: new})
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter; with the last one, every weight has the bits that it had before.
+
+        Raises:
+            ValueError: If there is no such adapter, or the weights were changed by something else since.
+        """
+        self._get(name)
+        self._apply({key: each for key, each in self._loaded.items() if key != name})
+
+    def fuse(self) -> None:
+        """Make all adapters part of the weights, which then stay so; recipes still name them.
+
+        Raises:
+            ValueError: If an adapter is applied on the fly and cannot be merged.
+        """
+        self._apply({name: replace(each, merge=True) for name, each in self._loaded.items()})
+        self._fused += [replace(each.entry(), fused=True) for each in self._loaded.values()]
+        self._merger.fuse()
+        self._loaded = {}
+
+    def list(self) -> tuple[LoadedAdapter, ...]:
+        """Return the adapters, in the order in which they were loaded."""
+        return tuple(self._loaded.values())
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaded
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.list())) or "no adapters"
+
+    def entries(self) -> tuple[AdapterEntry, ...]:
+        """Return what a recipe states of the adapters, those that were fused first."""
+        return *self._fused, *(each.entry() for each in self._loaded.values())
+
+    def load_entry(self, entry: AdapterEntry, path: Path) -> None:
+        """Load an adapter as a recipe states it.
+
+        Args:
+            entry: What the recipe states.
+            path: The file.
+        """
+        self.load(
+            path,
+            name=entry.name,
+            strength=entry.strength,
+            text_strength=entry.text_strength,
+            blocks=entry.blocks,
+            merge=entry.merge,
+            strict=False,  # the file is the one that was loaded then
+        )
+        if entry.fused:
+            self.fuse()
+
+    def _get(self, name: str) -> LoadedAdapter:
+        if name not in self._loaded:
+            raise ValueError(f"no adapter is called {name!r}; {nearest(name, self._loaded)}")
+        return self._loaded[name]
+
+    def _apply(self, loaded: dict[str, LoadedAdapter]) -> None:
+        """Bring the networks to the state of some adapters; after an error everything is as before."""
+        networks = self._networks()
+        merged: list[Weighted] = []
+        hooked: list[Weighted] = []
+        for each in loaded.values():
+            changes = list(each.weighted())
+            layers, others = ([], changes) if each.merge else separated(networks, changes)
+            merged += others
+            hooked += layers
+        self._merger.apply(networks, merged)
+        self._hooks.apply(networks, hooked)
+        self._loaded = loaded
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    return float(value)
+
+
+def _checked_name(path: str | Path) -> str:
+    return Path(path).stem or str(path)

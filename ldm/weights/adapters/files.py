@@ -1,0 +1,133 @@
+"""Read adapter files: tensors, metadata, and what a configuration beside them states."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.support.files import file_exists
+from ldm.support.strict_json import parse_json, read_json
+from ldm.support.text import shown
+from ldm.weights.formats.safetensors import existing_file, sha256
+from ldm.weights.formats.single_file import read_tensors
+
+CONFIG = "adapter_config.json"  # of peft
+# Names of the tensors in folders that peft and diffusers write.
+FOLDER_FILES = (
+    *(f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")),
+    *(f"pytorch_lora_weights.{suffix}" for suffix in ("safetensors", "bin")),
+)
+PEFT_METADATA = "lora_adapter_metadata"  # key of a configuration in a header, a JSON text
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterFile:
+    """The content of an adapter file.
+
+    Args:
+        path: The file with the tensors.
+        tensors: The tensors by key, memory-mapped.
+        metadata: The strings beside them.
+        config: What peft's configuration states, by its keys; those of a part begin with its name and a dot.
+        digest: SHA-256 of the file, and of its configuration if that is another file.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    def scale(self, component: str, path: str, rank: int) -> float:
+        """Return the factor c of a module's change, for a file that has no alpha for it.
+
+        Args:
+            component: Beginning of the configuration's keys, such as "unet".
+            path: Name of the module.
+            rank: Its rank; 0 for a change without one, whose rank the configuration states.
+
+        Raises:
+            ValueError: If the configuration has impossible values.
+        """
+        own = {key.removeprefix(f"{component}."): value for key, value in self.config.items()}
+        if "lora_alpha" not in own and "alpha" not in own:
+            return 1.0
+        kind = str(own.get("peft_type", "LORA")).upper()
+        if rank == 0 and kind == "LORA":
+            return 1.0
+        alpha = _pattern_value(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
+        rank = rank or int(_pattern_value(own.get("rank_pattern"), path, own.get("r")))
+        if rank < 1:
+            raise ValueError(f"{str(self.path)!r}: its configuration states the rank {rank}")
+        return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def _pattern_value(patterns: Any, path: str, default: Any) -> float:
+    """Return the number that a configuration has for a module: that of the name it ends with, or the default.
+
+    Raises:
+        ValueError: If it is no number, or a pattern is more than a name.
+    """
+    value = default
+    for name, each in patterns.items() if isinstance(patterns, Mapping) else ():
+        plain = str(name).removeprefix("^").removesuffix("$")
+        if any(sign in plain for sign in "*+?()[]{}|\\"):
+            raise ValueError(f"pattern {shown(name)}: expected the name of a module, or the end of one")
+        if path == plain or path.endswith(f".{plain}"):
+            value = each
+            break
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"rank or alpha: expected a number, got {shown(value)}")
+    return float(value)
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Return the content of an adapter file, or of a folder that peft or diffusers wrote.
+
+    Nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or refused; the message names it.
+    """
+    digest, path = adapter_digest(path), _tensor_file(path)
+    tensors, values = read_tensors(path)
+    metadata = {key: value for key, value in values.items() if isinstance(value, str)}
+    config: Mapping[str, Any] = {}
+    if PEFT_METADATA in metadata:
+        config = parse_json(metadata[PEFT_METADATA], f"{str(path)!r}: {PEFT_METADATA}")
+    elif (beside := _config_beside(path)) is not None:
+        config = read_json(beside)
+    if config.get("fan_in_fan_out"):
+        raise ValueError(f"{str(path)!r}: fan_in_fan_out is not supported: no network here is transposed")
+    return AdapterFile(path=path, tensors=tensors, metadata=metadata, config=config, digest=digest)
+
+
+def adapter_digest(path: str | Path) -> str:
+    """Return the SHA-256 of an adapter's file, and of peft's configuration beside it if there is one."""
+    path = _tensor_file(path)
+    digest, beside = sha256(path), _config_beside(path)
+    return digest if beside is None else hashlib.sha256(f"{digest} {sha256(beside)}".encode()).hexdigest()
+
+
+def _tensor_file(path: str | Path) -> Path:
+    """Return the file with the tensors of an adapter, given the file or its folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return existing_file(path)
+    found = [path / name for name in FOLDER_FILES if file_exists(path / name)]
+    if not found:
+        raise FileNotFoundError(f"{str(path)!r} has none of {', '.join(FOLDER_FILES)}")
+    return found[0]
+
+
+def _config_beside(path: Path) -> Path | None:
+    """Return peft's configuration beside a file of peft's name; None if there is none."""
+    beside = path.with_name(CONFIG)
+    return beside if path.name.startswith("adapter_model.") and file_exists(beside) else None

@@ -1,0 +1,184 @@
+"""The modules of a model's networks, by every name that a published layout has for them.
+
+The names follow from the network's own tensors and from the reversible rules of `ldm.weights.rules`, so that
+a place is found whichever layout an adapter was trained on, also where a layout splits or joins tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ldm.models.clip.towers import TextTower
+from ldm.models.unet import UNet
+from ldm.weights.keymap import Shape, Step, file_shapes
+from ldm.weights.parts import Layout, part_table, shapes_of
+
+STEM_LAYOUTS: tuple[Layout, ...] = ("diffusers", "original")
+HUGGING_FACE = ("text_model.",)  # the spelling of CLIP towers that adapters are trained on
+# Endings of modules' names, and how diffusers 0.13 to 0.20 wrote those of the adapters in them.
+OLD_ENDINGS = {
+    **{f"to_{x}": f"processor.to_{x}_lora" for x in "qkv"},
+    "to_out.0": "processor.to_out_lora",
+    **{f"self_attn.{x}_proj": f"self_attn.to_{x}_lora" for x in "qkv"},
+    "self_attn.out_proj": "self_attn.to_out_lora",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One tensor as a layout has it, and the tensors of the network that hold it.
+
+    Args:
+        part: The network, such as "unet".
+        name: Name of the tensor in the layout.
+        step: The rule between both.
+        index: Which of the layout's tensors of the rule it is.
+        shape: Its shape in the layout.
+    """
+
+    part: str
+    name: str
+    step: Step
+    index: int
+    shape: Shape
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """The network's names of the tensors that hold it."""
+        return self.step.ours
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the tensor of the layout, of the network's tensors by name."""
+        return self._all(tensors)[self.index]
+
+    def write(self, tensors: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+        """Return the network's tensors that change when the layout's tensor has a value."""
+        own = self._all(tensors)
+        own[self.index] = value
+        shapes = [tuple(tensors[name].shape) for name in self.ours]
+        return dict(zip(self.ours, self.step.change.from_file(own, shapes), strict=True))
+
+    def _all(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.step.change.to_file([tensors[name] for name in self.ours], len(self.step.file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulePlace:
+    """A module, as a layout has it.
+
+    Args:
+        part: The network.
+        path: Its name in the layout.
+        block: The block of the UNet in the notation of block weights, such as "IN04"; "BASE" for texts.
+        sites: Its tensors by their last name: "weight", "bias".
+    """
+
+    part: str
+    path: str
+    block: str
+    sites: dict[str, Site] = field(default_factory=dict)
+
+
+class Places:
+    """The modules of one network by all their names.
+
+    Args:
+        part: Name of the network.
+        network: The network, which may be on the meta device.
+    """
+
+    def __init__(self, part: str, network: nn.Module) -> None:
+        self.part = part
+        self.dotted: dict[str, ModulePlace] = {}
+        self.flat: dict[str, ModulePlace] = {}
+        self.width = _context_width(network)
+        self.beyond = _layers_beyond(network)
+        shapes = shapes_of(network)
+        blocks = dict(_blocks(network, shapes))
+        for layout in STEM_LAYOUTS:
+            for place in _layout_places(part, network, layout, shapes, blocks):
+                for path in _spellings(place.path):
+                    self.dotted.setdefault(path, place)
+                    self.flat.setdefault(path.replace(".", "_"), place)
+
+    def find(self, name: str, *, flat: bool) -> ModulePlace | None:
+        """Return the module of a name; None if there is none.
+
+        Args:
+            name: The name in any layout.
+            flat: Whether its dots are underscores.
+        """
+        return (self.flat if flat else self.dotted).get(name)
+
+    def without_effect(self, name: str) -> bool:
+        """Return whether a name, dotted or flat, is of a module that the tower has and the model never reads.
+
+        SD 2 reads its tower's last layer but one, and only SDXL the projection of its second tower.
+        """
+        flat = name.replace(".", "_")
+        return bool(self.beyond) and flat.startswith(self.beyond)
+
+
+def _layout_places(
+    part: str, network: nn.Module, layout: Layout, shapes: Mapping[str, Shape], blocks: Mapping[str, str]
+) -> Iterable[ModulePlace]:
+    """Return the modules of a network in one layout.
+
+    Args:
+        part: Name of the network.
+        network: The network.
+        layout: The layout.
+        shapes: Names and shapes of its tensors.
+        blocks: Block of each of its tensors.
+    """
+    table = part_table(network, layout, HUGGING_FACE)
+    sizes = file_shapes(table, shapes)
+    places: dict[str, ModulePlace] = {}
+    for step in table.plan(shapes):
+        for index, name in enumerate(step.file):
+            path, _, leaf = name.rpartition(".")
+            block = blocks.get(step.ours[0], "BASE")
+            place = places.setdefault(path, ModulePlace(part=part, path=path, block=block))
+            place.sites[leaf] = Site(part=part, name=name, step=step, index=index, shape=sizes[name])
+    return places.values()
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """Yield a module's name, and how old versions of diffusers wrote it."""
+    yield path
+    for ending, old in OLD_ENDINGS.items():
+        if path.endswith(f".{ending}"):
+            yield f"{path.removesuffix(ending)}{old}"
+
+
+def _blocks(network: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str]]:
+    """Yield the names of a UNet's tensors and their blocks: IN00 …, M00, OUT00 …, in the original layout."""
+    if not isinstance(network, UNet):
+        return
+    for step in part_table(network, "original", ()).plan(shapes):
+        match = re.match(r"(input|output)_blocks\.(\d+)\.|(middle_block)\.|(out)\.", step.file[0])
+        if match is None:
+            block = "IN00"  # time and vector embeddings
+        elif match[1]:
+            block = f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02d}"
+        else:
+            block = "M00" if match[3] else "OUT"
+        for ours in step.ours:
+            yield ours, block
+
+
+def _context_width(network: nn.Module) -> int | None:
+    """Return the width of the context that a UNet reads; None for other networks."""
+    return network.config.context_dim if isinstance(network, UNet) else None
+
+
+def _layers_beyond(network: nn.Module) -> tuple[str, ...]:
+    """Return the flat names of the modules that a text tower lacks because the model never reads them."""
+    if not isinstance(network, TextTower):
+        return ()
+    projection = ("text_projection",) if network.config.embed_dim is None else ()
+    return (f"text_model_encoder_layers_{network.config.layers}_", *projection)
