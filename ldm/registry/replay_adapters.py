@@ -11,7 +11,7 @@ from ldm.support.home import library_home
 from ldm.support.text import shown
 from ldm.weights.adapters.files import FOLDER_FILES, adapter_digest
 
-SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
+ADAPTER_SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 MOST_ADAPTERS = 100  # of one recipe
 Given = str | Path | Sequence[str | Path] | None
 
@@ -59,7 +59,7 @@ def _files(given: Iterable[str | Path]) -> Iterator[Path]:
         if not each.is_dir():
             yield each
             continue
-        inner = sorted(path for path in each.iterdir() if path.suffix in SUFFIXES or path.is_dir())
+        inner = sorted(path for path in each.iterdir() if path.suffix in ADAPTER_SUFFIXES or path.is_dir())
         for path in inner:
             if path.is_file() or any((path / name).is_file() for name in FOLDER_FILES):
                 yield path

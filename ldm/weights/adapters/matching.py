@@ -62,7 +62,7 @@ PREFIXES = (
 )
 
 
-class Match(NamedTuple):
+class StemMatch(NamedTuple):
     """A module that a stem may mean: the place (None if the model never reads it), and the beginning of the
     keys that a configuration has for it."""
 
@@ -70,7 +70,7 @@ class Match(NamedTuple):
     config: str
 
 
-def candidates(stem: str, networks: Mapping[str, Places]) -> Iterator[Match]:
+def candidates(stem: str, networks: Mapping[str, Places]) -> Iterator[StemMatch]:
     """Yield the modules that a stem may mean, the most specific reading first.
 
     A model with two towers does not take the names of a model with one: what was made for one tower fits
@@ -85,9 +85,9 @@ def candidates(stem: str, networks: Mapping[str, Places]) -> Iterator[Match]:
             if part in networks:
                 place = networks[part].find(name, flat=prefix.flat)
                 if place is not None:
-                    yield Match(place, prefix.config)
+                    yield StemMatch(place, prefix.config)
                 elif prefix.text and networks[part].without_effect(name):
-                    yield Match(None, prefix.config)
+                    yield StemMatch(None, prefix.config)
 
 
 class _Misfit(Exception):
