@@ -206,9 +206,9 @@ def open_features(spec: str, *, device: str | torch.device = "cpu") -> FeatureEx
     """Return the extractor that a text names.
 
     Args:
-        spec: "emoji-clip", the embedded CLIP; or "KIND=PATH" with the kinds of `FEATURE_KINDS`; or "NAME=PATH" with
-            open_clip's name of an architecture, such as "ViT-L-14-quickgelu=ViT-L-14.pt", and a file of its
-            weights (or a tag, which open_clip downloads).
+        spec: "emoji-clip", the embedded CLIP; or "KIND=PATH" with the kinds of `FEATURE_KINDS`; or
+            "NAME=PATH" with open_clip's name of an architecture, such as "ViT-L-14-quickgelu=ViT-L-14.pt",
+            and a file of its weights (or a tag, which open_clip downloads).
         device: Where it computes. Default: "cpu".
 
     Raises:
@@ -219,9 +219,8 @@ def open_features(spec: str, *, device: str | torch.device = "cpu") -> FeatureEx
     if name == "emoji-clip" and not path:
         found: FeatureExtractor = embedded_clip()
     elif not path:
-        raise ValueError(
-            f"features {spec!r}: expected 'emoji-clip' or NAME=PATH; {nearest(name, ('emoji-clip', *FEATURE_KINDS))}"
-        )
+        choices = nearest(name, ("emoji-clip", *FEATURE_KINDS))
+        raise ValueError(f"features {spec!r}: expected 'emoji-clip' or NAME=PATH; {choices}")
     elif name in FEATURE_KINDS:
         found = FEATURE_KINDS[name][0](path)
     else:
