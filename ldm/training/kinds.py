@@ -41,6 +41,7 @@ def part_kinds() -> dict[str, PartKind]:
     from ldm.training.parts.exemplar import ExemplarPart, ExemplarTraining
     from ldm.training.parts.image_draft import ImageDraftPart, ImageDraftTraining
     from ldm.training.parts.prior import PriorPart, PriorTraining
+    from ldm.training.parts.reflow import ReflowPart, ReflowTraining
     from ldm.training.parts.unet import UNetPart, UNetTraining
     from ldm.training.parts.upsampler import UpsamplerPart, UpsamplerTraining
     from ldm.training.parts.vae import VAEPart, VAETraining
@@ -65,6 +66,12 @@ def part_kinds() -> dict[str, PartKind]:
             _VAE | {"text.folder": ("text",), "net": ("unet",)},
         ),
         "exemplar": kind(ExemplarTraining, ExemplarPart, {"unet", "text", "exemplars"}, _VAE),
+        "reflow": kind(
+            ReflowTraining,
+            ReflowPart,
+            {"unet"},
+            {f"teacher.parts.{part}": (part,) for part in ("vae", "unet", "text", "draft", "exemplars")},
+        ),
         "image-draft": kind(
             ImageDraftTraining,
             ImageDraftPart,

@@ -150,6 +150,7 @@ def test_state_is_kept_for_the_call_or_the_thread():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["draw", "edit", "traced", "nested", "mixed"])
 @pytest.mark.parametrize("mode", MODES)
-def test_four_hundred_images_of_threads(mode, kind):
-    """40 combinations of modes and tasks with 10 images each."""
-    check(made(mode, tiny_model()), kind, 10)
+@pytest.mark.parametrize("model", [tiny_model, partial(ldm.load, "emoji-ldm")], ids=["tiny", "emoji-ldm"])
+def test_four_hundred_images_of_threads(model, mode, kind):
+    """For each model, 40 combinations of modes and tasks with 10 images each."""
+    check(made(mode, model()), kind, 10)

@@ -22,6 +22,7 @@ from ldm.data.wording import grammar_words
 from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.registry.bundling import bundle
 from ldm.samplers.conventions import Convention
+from ldm.support.config import to_dict
 from ldm.training.draws import Draws
 from ldm.training.parts.exemplar import SLOT_TEXT, slot_text, training_library
 from ldm.training.run import open_run
@@ -70,6 +71,30 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
         },
     }
     return {"vae": vae, "exemplar": net}
+
+
+EXPORTS = {
+    "vae": "runs/vae/export",
+    **dict.fromkeys(("unet", "text", "exemplars"), "runs/exemplar/export"),
+}
+
+
+def exemplar_card(data: Path, **defaults: Any) -> ModelCard:
+    """Return the card of the model that the exports make."""
+    size = EmojiData.open(data).images.shape[1]
+    return ModelCard(
+        name="tiny",
+        family="latent",
+        summary="a model of the tests",
+        licence="none",
+        schedule=ScheduleCard(kind="cosine"),
+        prediction="x0",
+        text=SLOT_TEXT,
+        convention=Convention(grids={"*": {"spacing": "trailing"}}),
+        defaults=Defaults(
+            **{"sampler": "dpmpp_2m", "steps": 2, "guidance": 1.0, "height": size, "width": size, **defaults}
+        ),
+    )
 
 
 def trained(place: Path, **changes: Any) -> None:
@@ -176,23 +201,7 @@ def test_a_configuration_that_does_not_fit_is_refused(place, change, message):
 
 def test_the_bundled_model_draws_what_the_training_saw(place):
     trained(place)
-    size = EmojiData.open(place).images.shape[1]
-    card = ModelCard(
-        name="tiny",
-        family="latent",
-        summary="a model of the tests",
-        licence="none",
-        schedule=ScheduleCard(kind="cosine"),
-        prediction="x0",
-        text=SLOT_TEXT,
-        convention=Convention(grids={"*": {"spacing": "trailing"}}),
-        defaults=Defaults(sampler="dpmpp_2m", steps=2, guidance=1.0, height=size, width=size),
-    )
-    exports = {
-        "vae": "runs/vae/export",
-        **dict.fromkeys(("unet", "text", "exemplars"), "runs/exemplar/export"),
-    }
-    bundle(card, exports, "model")
+    bundle(exemplar_card(place), EXPORTS, "model")
     pipe = ldm.load(weights="model", dtype="float32")
     part = open_run(Path("exemplar.yaml")).part
     part.model.eval()
@@ -200,7 +209,7 @@ def test_the_bundled_model_draws_what_the_training_saw(place):
     row = part.images.index[scene.rows()[0]]
     prompt = f"{row.style} {row.name.replace('-', ' ')}"
     image = pipe.text_to_image(prompt, seed=1, progress=False).tensor
-    assert image.shape == (1, 3, size, size)
+    assert image.shape == (1, 3, *[part.config.exemplars.size] * 2)
     cond = pipe.text([prompt], seeds=[1])
     tokens = part.encoder(
         torch.from_numpy(part.images.data.images[scene.rows()[0]][None, None]).movedim(-1, 2) / 255
@@ -208,3 +217,29 @@ def test_the_bundled_model_draws_what_the_training_saw(place):
     assert torch.allclose(
         cond.context[:, : tokens.shape[1]], tokens, atol=5e-2
     )  # weights are kept in float16
+
+
+def test_a_student_of_a_model_with_exemplars_takes_the_place_of_its_transformer(place):
+    trained(place)
+    Path("card.yaml").write_text(yaml.safe_dump(to_dict(exemplar_card(place))), encoding="utf-8")
+    config = {
+        "part": "reflow",
+        "run": run("turbo", steps=2),
+        "teacher": {"card": "card.yaml", "parts": EXPORTS, "steps": 3},
+        "data": exemplar_configs(place)["exemplar"]["data"],
+        "pairs": 66,
+        "grids": [1, 2],
+    }
+    part = open_run(write(config, Path("turbo.yaml")))
+    assert len(set(part.part.pairs.prompts)) > 20
+    part.train(progress=False)
+    part.export(Path("runs/turbo/export"))
+    card = exemplar_card(place, sampler="ddim", steps=1)
+    bundle(card, {**EXPORTS, "unet": "runs/turbo/export"}, "student")
+    pipe = ldm.load(weights="student", dtype="float32")
+    rows = [64, 65]
+    prompts = [part.part.pairs.prompts[row] for row in rows]
+    image = pipe.text_to_image(prompts, seed=rows, progress=False).tensor
+    with part.ema.swapped():
+        wanted = part.part.teacher.decode(part.part.sample(rows, part.part.grids[0]))
+    torch.testing.assert_close(image, wanted, atol=5e-3, rtol=0)  # weights are kept in float16
