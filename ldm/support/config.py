@@ -145,7 +145,7 @@ def _convert_to_union(value: Any, args: tuple[Any, ...], where: str) -> Any:
         return None
     errors = []
     classes = [arg for arg in args if dataclasses.is_dataclass(arg)] if isinstance(value, Mapping) else []
-    for arg in classes or args:
+    for arg in _of_kind(classes, value, where) or args:
         if arg is type(None):
             continue
         try:
@@ -153,6 +153,44 @@ def _convert_to_union(value: Any, args: tuple[Any, ...], where: str) -> Any:
         except ValueError as error:
             errors.append(str(error))
     raise ValueError("; ".join(errors))
+
+
+def _of_kind(classes: list[Any], value: Any, where: str) -> list[Any]:
+    """Return the class that the key `kind` of a mapping chooses, where each class has a kind; else all.
+
+    A class has the kinds of the `Literal` that its field `kind` is annotated with. Without the key, it is the
+    class whose field has a default.
+    """
+    fields = [{field.name: field for field in dataclasses.fields(cls)}.get("kind") for cls in classes]
+    if len(classes) < 2 or None in fields:
+        return classes
+    kinds = {kind: cls for cls in classes for kind in typing.get_args(annotations_of(cls)["kind"])}
+    if "kind" in value:
+        if not isinstance(value["kind"], str) or value["kind"] not in kinds:
+            raise ValueError(f"{where}.kind: {shown(value['kind'])}; {nearest(value['kind'], kinds)}")
+        return [kinds[value["kind"]]]
+    usual = [
+        cls
+        for cls, field in zip(classes, fields, strict=True)
+        if field is not None and field.default is not dataclasses.MISSING
+    ]
+    if not usual:
+        raise ValueError(f"{where}: missing key 'kind'; choices: {', '.join(sorted(kinds))}")
+    return usual
+
+
+def filled(cls: type[C], mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration with the defaults of fields that were added since.
+
+    Args:
+        cls: The dataclass.
+        mapping: The record, as `to_dict` made it. If it does not fit the class, it is returned as it is.
+    """
+    try:
+        found: dict[str, Any] = to_dict(build(cls, mapping))
+    except ValueError:
+        return dict(mapping)
+    return found
 
 
 def _convert_to_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
@@ -168,7 +206,7 @@ def _convert_to_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[An
     )
 
 
-def check_between(least: int, most: int, **values: int | None) -> None:
+def check_between(least: int, most: int, /, **values: int | None) -> None:
     """Raise ValueError for the first value outside [least, most]; None stands for no value."""
     for name, value in values.items():
         if value is not None and not least <= value <= most:

@@ -70,15 +70,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The training images.
+    """The emoji data set, and the scenes that are drawn of it.
 
     Args:
+        kind: "emoji". Default: "emoji".
         folder: Folder of the data set. Default: "data/emoji".
         size: Side of the rendered images in pixels, at least 8. Default: 128.
         mix: Probabilities of scenes; the caches hold what this mix can draw.
         drawn: Probabilities by which training draws from the caches; None for `mix`. Default: None.
     """
 
+    kind: Literal["emoji"] = "emoji"
     folder: str = "data/emoji"
     size: int = 128
     mix: Mix = field(default_factory=Mix)

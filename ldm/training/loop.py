@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.speed.optimization import for_training
-from ldm.support.config import to_dict
+from ldm.support.config import filled, to_dict
 from ldm.support.device import dtype_of, fast_dtype
 from ldm.support.files import open_atomically, write_atomically
 from ldm.support.progress import progress_bar
@@ -74,10 +75,11 @@ class Run:
     """
 
     def __init__(
-        self, part: Trainable, config: RunConfig, full_config: object, folder: Path, device: torch.device
+        self, part: Trainable, config: RunConfig, full_config: Any, folder: Path, device: torch.device
     ) -> None:
         self.part, self.config, self.folder, self.device = part, config, folder, device
         self.full_config: dict[str, Any] = to_dict(full_config)
+        self.as_now = partial(filled, type(full_config))
         if device.type == "cpu":
             for_training(part.model)
         self.parameters = [p for p in part.model.parameters() if p.requires_grad]
@@ -96,7 +98,7 @@ class Run:
 
     def _resume(self) -> None:
         state = load_checkpoint(self.folder / "checkpoint.pt")
-        check_resumable(state["config"], self.full_config, self.config, state["step"])
+        check_resumable(self.as_now(state["config"]), self.full_config, self.config, state["step"])
         self.part.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

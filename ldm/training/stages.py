@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm.support.config import read_yaml, to_dict
+from ldm.support.config import filled, read_yaml, to_dict
 from ldm.support.defaults import plain_defaults
 from ldm.support.device import pick_device
 from ldm.support.files import write_atomically
@@ -122,7 +122,8 @@ class TrainingStage:
         free = {"name", *REPORTING}
         if record["exports"] is None:
             free |= {"steps", "decay"}  # `Run` decides whether these may change
-        differences = config_differences(record["config"], self.recorded_config())
+        recorded = filled(type(self.config), record["config"])
+        differences = config_differences(recorded, self.recorded_config())
         changed = [key for key in differences if key.rpartition(".")[2] not in free]
         begun = "begun" if record["exports"] is None else "finished"
         if changed:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from ldm.support.config import build, nearest, read_yaml, to_dict
+from ldm.support.config import build, filled, nearest, read_yaml, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +80,37 @@ def test_yaml_is_read_strictly(tmp_path):
 def test_the_nearest_choice_is_offered():
     assert nearest("dimm", ["ddim", "euler"]).startswith("did you mean 'ddim'? Choices: ddim, euler")
     assert nearest("zzz", ["ddim"]) == "Choices: ddim"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    kind: Literal["square"] = "square"
+    side: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disc:
+    kind: Literal["disc", "ball"]
+    radius: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    shape: Square | Disc
+
+
+def test_the_kind_of_a_mapping_chooses_the_class():
+    assert build(Drawing, {"shape": {"side": 2}}).shape == Square(side=2)
+    assert build(Drawing, {"shape": {"kind": "ball", "radius": 2}}).shape == Disc(kind="ball", radius=2.0)
+    for change, message in (
+        ({"kind": "cube"}, "^shape.kind: 'cube'; .*Choices: ball, disc, square"),
+        ({"kind": "disc", "side": 2}, "^shape: unknown key 'side'; "),
+        ({"radius": 2}, "^shape: unknown key 'radius'; "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(Drawing, {"shape": change})
+
+
+def test_a_record_is_filled_with_the_defaults_of_later_fields():
+    assert filled(Drawing, {"shape": {"side": 3}}) == {"shape": {"kind": "square", "side": 3}}
+    assert filled(Drawing, {"shape": {"edge": 3}}) == {"shape": {"edge": 3}}

@@ -25,6 +25,7 @@ from ldm.data import (
     sample_scene,
 )
 from ldm.data.captions import CaptionPieces, caption_nouns, caption_pieces, join_captions, vocabulary
+from ldm.data.framing import SizeRecord
 from ldm.data.index import INDEX_FILE
 from ldm.data.mix import check_mix
 from ldm.support.config import to_dict
@@ -86,6 +87,15 @@ class EmojiImages:
     def size(self) -> int:
         """Side of an image in pixels."""
         return self.config.size
+
+    def report(self) -> str:
+        """Return an empty text: the data set is read whole or not at all."""
+        return ""
+
+    def sizes(self, samples: Sequence[Scene]) -> list[SizeRecord]:
+        """Return the size conditions of scenes, which are rendered at their size."""
+        side = (self.size, self.size)
+        return [SizeRecord(original=side, crop=(0, 0), target=side) for _ in samples]
 
     def draw(self, draws: Draws, n: int) -> list[Scene]:
         """Draw the n scenes of a step, none of them held out, by the configuration's `drawn` or `mix`."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from ldm.data.sources.config import ClassData, FolderData
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.inputs.emoji import EmojiImages
+from ldm.training.inputs.files import FileImages
 from ldm.training.inputs.protocol import TrainingImages
 
-DataSection: TypeAlias = DataConfig
+DataSection: TypeAlias = DataConfig | FolderData | ClassData
 
 
 def open_images(config: DataSection, run: RunConfig, *, validates_held_out: bool = False) -> TrainingImages:
@@ -23,4 +25,6 @@ def open_images(config: DataSection, run: RunConfig, *, validates_held_out: bool
         FileNotFoundError: If the data set is absent.
         ValueError: If it is damaged, or has no image that the run needs.
     """
-    return EmojiImages(config, validates_held_out=validates_held_out)
+    if isinstance(config, DataConfig):
+        return EmojiImages(config, validates_held_out=validates_held_out)
+    return FileImages(config, run, validates_held_out=validates_held_out)

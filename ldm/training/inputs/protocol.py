@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from ldm.conditioning.words import words_in
+from ldm.data.framing import SizeRecord
 from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
 
@@ -70,6 +71,9 @@ class TrainingImages(Protocol):
     def size(self) -> int:
         """Side of a square image in pixels."""
 
+    def report(self) -> str:
+        """Return in one line what was found in the files so far; empty if there is nothing to tell."""
+
     def draw(self, draws: Draws, n: int) -> Samples:
         """Return the n samples of a step."""
 
@@ -84,6 +88,9 @@ class TrainingImages(Protocol):
 
     def wordings(self, samples: Samples, seed: int) -> list[str]:
         """Return a random caption of each sample, the same for the same seed."""
+
+    def sizes(self, samples: Samples) -> list[SizeRecord]:
+        """Return the size conditions of samples (Podell et al. 2023, section 2.2)."""
 
     def held_out(self, n: int) -> Samples:
         """Return at most n images that are never trained on, the same at every call."""

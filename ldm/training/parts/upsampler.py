@@ -100,7 +100,8 @@ class UpsamplerPart:
             low = self.reduce(x)  # (B, 3, H/f, W/f)
             low = c.degradation(low, draws.rng, draws.normal(*low.shape))
             low = enlarge(low, x.shape[-2:])  # (B, 3, H, W)
-        corners = draws.rng.integers(0, c.data.size - c.crop + 1, size=(batch, 2))
+        most = [side - c.crop + 1 for side in x.shape[-2:]]
+        corners = draws.rng.integers(0, most, size=(batch, 2))
         both = torch.cat([x, low], dim=1)
         both = torch.stack(
             [part[:, i : i + c.crop, j : j + c.crop] for part, (i, j) in zip(both, corners, strict=True)]

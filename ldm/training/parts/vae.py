@@ -80,8 +80,8 @@ class VAEPart:
     def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted reconstruction and KL losses of a random batch, and each of them to log."""
         x = self.images.tensor(self.images.draw(draws, batch)).to(self.device)  # (B, 3, H, W)
-        latent = self.config.data.size // self.config.model.factor
-        noise = draws.normal(batch, self.config.model.latent_channels, latent, latent).to(self.device)
+        h, w = (side // self.config.model.factor for side in x.shape[-2:])
+        noise = draws.normal(batch, self.config.model.latent_channels, h, w).to(self.device)
         y, posterior = self.model(x, noise)
         error, weights = y.float() - x, self.config.loss
         figures = {

@@ -1,0 +1,1 @@
+"""Readers of captioned images: folders, WebDataset shards and Hugging Face data sets."""

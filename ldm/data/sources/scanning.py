@@ -1,0 +1,142 @@
+"""Look through the files of a data set before it is trained on: headers, sizes, captions and duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from ldm.data.dataset import BROKEN, Problem, Record
+from ldm.data.sources.config import FileData
+from ldm.data.sources.decoding import TooManyPixels, read_header
+from ldm.support.text import escaped
+
+SHOWN = 8  # names of a kind of problem in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A file that may be an image.
+
+    Args:
+        name: Its name.
+        size: Its size in bytes.
+        fingerprint: See `Record`.
+        captions: Its captions.
+    """
+
+    name: str
+    size: int
+    fingerprint: str
+    captions: tuple[str, ...]
+
+
+def scan(
+    candidates: Sequence[Candidate],
+    read: Callable[[int], BinaryIO],
+    config: FileData,
+) -> tuple[list[int], list[Record], list[Problem]]:
+    """Look at the header of each file.
+
+    Args:
+        candidates: The files.
+        read: Opens candidate i.
+        config: Which images are left out.
+
+    Returns:
+        The numbers of the candidates that are images to train on, their records, and all problems.
+    """
+    kept, records, problems = list[int](), list[Record](), list[Problem]()
+    for i, each in enumerate(candidates):
+        try:
+            with read(i) as file:
+                header = read_header(file)
+        except TooManyPixels as error:
+            problems.append(Problem(each.name, "too large", str(error)))
+            continue
+        except (ValueError, OSError) as error:
+            problems.append(Problem(each.name, "unreadable", escaped(error, 300)))
+            continue
+        if min(header.height, header.width) < config.least_side:
+            size = f"{header.width}×{header.height} pixels, expected sides of at least {config.least_side}"
+            problems.append(Problem(each.name, "too small", size))
+            continue
+        if header.frames:
+            problems.append(Problem(each.name, "several frames", "the first is used"))
+        if not each.captions:
+            used = "it is left out" if config.uncaptioned == "skip" else "it has the empty caption"
+            problems.append(Problem(each.name, "no caption", used))
+            if config.uncaptioned == "skip":
+                continue
+        kept.append(i)
+        records.append(
+            Record(
+                name=each.name,
+                captions=each.captions,
+                height=header.height,
+                width=header.width,
+                fingerprint=each.fingerprint,
+            )
+        )
+    problems += find_duplicates([candidates[i] for i in kept], lambda j: read(kept[j]))
+    return kept, records, problems
+
+
+def find_duplicates(candidates: list[Candidate], read: Callable[[int], BinaryIO]) -> list[Problem]:
+    """Return the files that have the same bytes as an earlier one; only files of one size are read."""
+    by_size: dict[int, list[int]] = {}
+    for i, each in enumerate(candidates):
+        by_size.setdefault(each.size, []).append(i)
+    problems = []
+    for group in by_size.values():
+        first: dict[bytes, int] = {}
+        for i in group if len(group) > 1 else ():
+            with read(i) as file:
+                same = first.setdefault(hashlib.sha256(file.read()).digest(), i)
+            if same != i:
+                problems.append(
+                    Problem(candidates[i].name, "duplicate", f"of {escaped(candidates[same].name, 200)}")
+                )
+    return problems
+
+
+def describe_problems(problems: Iterable[Problem], *, most: int = SHOWN) -> list[str]:
+    """Return a line for each kind of problem: how many files have it, and the first ones with the reason.
+
+    Args:
+        problems: The problems.
+        most: Number of files that a line names. Default: `SHOWN`.
+    """
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    lines = []
+    for kind, found in kinds.items():
+        named = "; ".join(f"{escaped(p.name, 200)} ({p.reason})" for p in found[:most])
+        more = f"; and {len(found) - most} more" if len(found) > most else ""
+        lines.append(f"{kind}: {len(found)}: {named}{more}")
+    return lines
+
+
+def check_problems(problems: Iterable[Problem], config: FileData, images: int) -> None:
+    """Raise ValueError if a data set cannot be trained on.
+
+    Args:
+        problems: What was found.
+        config: The limits.
+        images: Number of images that are left.
+    """
+    problems = list(problems)
+    broken = [problem for problem in problems if problem.kind in BROKEN]
+    if not images:
+        found = "; ".join(describe_problems(problems)) or "there is no image file"
+        raise ValueError(f"data.path {config.path!r}: no image to train on: {found}")
+    if len(broken) > config.max_broken:
+        raise ValueError(
+            f"data.path {config.path!r}: {len(broken)} broken files, data.max_broken permits"
+            f" {config.max_broken}: {'; '.join(describe_problems(broken))}"
+        )
+    if config.uncaptioned == "stop":
+        if bare := [problem for problem in problems if problem.kind == "no caption"]:
+            raise ValueError(f"data.path {config.path!r}: {'; '.join(describe_problems(bare))}")
