@@ -34,7 +34,7 @@ class Header(NamedTuple):
     frames: bool
 
 
-def read_header(file: BinaryIO) -> Header:
+def image_header(file: BinaryIO) -> Header:
     """Return what the header of an image file states, without decoding its pixels.
 
     Raises:

@@ -9,14 +9,14 @@ from typing import BinaryIO
 
 from ldm.data.dataset import BROKEN, Problem, Record
 from ldm.data.sources.config import FileData
-from ldm.data.sources.decoding import TooManyPixels, read_header
+from ldm.data.sources.decoding import TooManyPixels, image_header
 from ldm.support.text import escaped
 
-SHOWN = 8  # names of a kind of problem in a message
+MOST_NAMED = 8  # names of a kind of problem in a message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class FileEntry:
     """A file that may be an image.
 
     Args:
@@ -33,7 +33,7 @@ class Candidate:
 
 
 def scan(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[FileEntry],
     read: Callable[[int], BinaryIO],
     config: FileData,
 ) -> tuple[list[int], list[Record], list[Problem]]:
@@ -51,7 +51,7 @@ def scan(
     for i, each in enumerate(candidates):
         try:
             with read(i) as file:
-                header = read_header(file)
+                header = image_header(file)
         except TooManyPixels as error:
             problems.append(Problem(each.name, "too large", str(error)))
             continue
@@ -83,7 +83,7 @@ def scan(
     return kept, records, problems
 
 
-def find_duplicates(candidates: list[Candidate], read: Callable[[int], BinaryIO]) -> list[Problem]:
+def find_duplicates(candidates: list[FileEntry], read: Callable[[int], BinaryIO]) -> list[Problem]:
     """Return the files that have the same bytes as an earlier one; only files of one size are read."""
     by_size: dict[int, list[int]] = {}
     for i, each in enumerate(candidates):
@@ -101,12 +101,12 @@ def find_duplicates(candidates: list[Candidate], read: Callable[[int], BinaryIO]
     return problems
 
 
-def describe_problems(problems: Iterable[Problem], *, most: int = SHOWN) -> list[str]:
+def describe_problems(problems: Iterable[Problem], *, most: int = MOST_NAMED) -> list[str]:
     """Return a line for each kind of problem: how many files have it, and the first ones with the reason.
 
     Args:
         problems: The problems.
-        most: Number of files that a line names. Default: `SHOWN`.
+        most: Number of files that a line names. Default: `MOST_NAMED`.
     """
     kinds: dict[str, list[Problem]] = {}
     for problem in problems:

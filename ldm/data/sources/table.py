@@ -11,7 +11,7 @@ from ldm.data.dataset import Record
 SEPARATOR = "\n"  # between the captions of an image, which have none
 
 
-class Texts(Sequence[str]):
+class PackedTexts(Sequence[str]):
     """An immutable sequence of texts in one block of memory."""
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -37,9 +37,9 @@ class Records:
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.names = Texts(record.name for record in records)
-        self.captions = Texts(SEPARATOR.join(record.captions) for record in records)
-        self.fingerprints = Texts(record.fingerprint for record in records)
+        self.names = PackedTexts(record.name for record in records)
+        self.captions = PackedTexts(SEPARATOR.join(record.captions) for record in records)
+        self.fingerprints = PackedTexts(record.fingerprint for record in records)
         self.sizes: np.ndarray = np.array(
             [(record.height, record.width) for record in records], dtype=np.int32
         ).reshape(-1, 2)

@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def own_share(work: Sequence[T]) -> list[T]:
+def own_share(work: Sequence[_T]) -> list[_T]:
     """Return what this process does: every N-th piece of work, of N processes."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if _together() else (0, 1)
     return list(work[rank::size])

@@ -23,7 +23,7 @@ from ldm.data.sources.scanning import check_problems
 from ldm.training.draws import Draws
 
 FRAME = 3  # use of a sample's generators; see `Draws.of_sample`
-STEPS = 1 << 40  # more than any run has
+MOST_STEPS = 1 << 40  # more than any run has
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -192,7 +192,7 @@ class StepLoader:
         """Return the samples of a step."""
         wanted = (draws.seed, draws.stream, draws.step, n)
         if self._next != wanted:
-            numbers = range(draws.step, STEPS)
+            numbers = range(draws.step, MOST_STEPS)
             self._ahead = read_ahead(_OfStep(self.reader, draws, n), numbers, self.workers)
         self._next = (draws.seed, draws.stream, draws.step + 1, n)
         return next(self._ahead)
