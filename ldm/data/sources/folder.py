@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ldm.data.dataset import Problem, Record
 from ldm.data.sources.config import ClassData, FolderData
 from ldm.data.sources.decoding import IMAGE_SUFFIXES, decode
-from ldm.data.sources.scanning import FileEntry, check_problems, scan
+from ldm.data.sources.scanning import ScannedFile, check_problems, scan
 from ldm.data.sources.table import Records
 from ldm.data.sources.texts import (
     MAX_TEXT,
@@ -55,13 +55,13 @@ class FolderImages:
         self.records, self.problems = Records(records), (*problems, *found)
         check_problems(self.problems, config, len(kept))
 
-    def _candidate(self, name: str, captions: tuple[str, ...]) -> FileEntry:
+    def _candidate(self, name: str, captions: tuple[str, ...]) -> ScannedFile:
         try:
             status = (self.root / name).stat()
             size, changed = status.st_size, status.st_mtime_ns
         except OSError:  # reading it will say why
             size, changed = 0, 0
-        return FileEntry(name=name, size=size, fingerprint=f"{name}/{size}/{changed}", captions=captions)
+        return ScannedFile(name=name, size=size, fingerprint=f"{name}/{size}/{changed}", captions=captions)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -16,7 +16,7 @@ MOST_NAMED = 8  # names of a kind of problem in a message
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileEntry:
+class ScannedFile:
     """A file that may be an image.
 
     Args:
@@ -33,7 +33,7 @@ class FileEntry:
 
 
 def scan(
-    candidates: Sequence[FileEntry],
+    candidates: Sequence[ScannedFile],
     read: Callable[[int], BinaryIO],
     config: FileData,
 ) -> tuple[list[int], list[Record], list[Problem]]:
@@ -83,7 +83,7 @@ def scan(
     return kept, records, problems
 
 
-def find_duplicates(candidates: list[FileEntry], read: Callable[[int], BinaryIO]) -> list[Problem]:
+def find_duplicates(candidates: list[ScannedFile], read: Callable[[int], BinaryIO]) -> list[Problem]:
     """Return the files that have the same bytes as an earlier one; only files of one size are read."""
     by_size: dict[int, list[int]] = {}
     for i, each in enumerate(candidates):
