@@ -228,11 +228,9 @@ class DiffusionCard(SampledCard):
 
     def trained_with(self) -> dict[str, object]:
         """Return the facts of the training that a part's YAML states under ``diffusion``."""
-        return {
-            "schedule": self.schedule.kind,
-            "timesteps": self.schedule.timesteps,
-            "prediction": self.prediction,
-        }
+        its = self.schedule
+        facts = {"schedule": its.kind, "timesteps": its.timesteps, "prediction": self.prediction}
+        return {**facts, "zero_terminal_snr": its.zero_terminal_snr}
 
     def make_denoiser(self, net: nn.Module) -> Denoiser:
         """Return the denoiser of a network that was trained as this card states."""

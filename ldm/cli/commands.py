@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ldm.cli.evaluation import EVALUATE
 from ldm.cli.options import MODEL, MODEL_KEYWORDS, OUTPUT
 from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
 from ldm.cli.parsing import Command, UsageError
@@ -191,4 +192,5 @@ COMMANDS: tuple[Command, ...] = (
         for task in IMAGE_TASKS
     ),
     *TOOLS,
+    EVALUATE,
 )

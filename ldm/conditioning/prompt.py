@@ -40,6 +40,11 @@ MAX_CHARACTERS = 2**14  # of a prompt
 MAX_COMBINED = 2**16  # characters of all alternatives together
 
 
+def escape_prompt(text: str) -> str:
+    """Return a prompt that stands for a text as it is, whatever signs of the syntax it has."""
+    return re.sub(r"([(){}|:\\])", r"\\\1", text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A text and its weight."""

@@ -47,7 +47,7 @@ def prompt_conditions(
         return Cond(), Cond()
     cond, uncond = (text(texts, size=size, seeds=call.seeds) for texts in (call.texts, call.negatives))
     if card.zero_negative:
-        uncond = _zero_where_empty(uncond, call.negatives)
+        uncond = zero_where_empty(uncond, call.negatives)
     if card.vector is None:
         return cond, uncond
     return with_sizes(card, cond, call), with_sizes(card, uncond, call, negative=True)
@@ -70,7 +70,7 @@ def _class_conditions(card: ModelCard, labels: LabelConditioner, call: Call) -> 
     return cond, cond
 
 
-def _zero_where_empty(cond: Cond, texts: Sequence[str]) -> Cond:
+def zero_where_empty(cond: Cond, texts: Sequence[str]) -> Cond:
     """Return a condition that is zero for empty texts."""
     kept = torch.tensor([bool(text) for text in texts], device="cpu")
 

@@ -1,4 +1,7 @@
-"""Stage files: YAML configurations that can build on each other with ``base``."""
+"""Stage files: YAML configurations that can build on each other with ``base``.
+
+A `base` that ends in .yaml or .yml is another file. Any other is the name of a model, which a part reads.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ldm.training.kinds import part_kinds
 def read_stage_file(path: str | Path) -> dict[str, Any]:
     """Read a stage file, merged into the file that its ``base`` names.
 
-    `base` is a path relative to the file. Nested mappings are merged key by key; any other value replaces
+    The path is relative to the file. Nested mappings are merged key by key; any other value replaces
     the base's. A run without a name is named after the file.
 
     Raises:
@@ -32,13 +35,15 @@ def _read_with_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     mapping = read_yaml(path)
     if path.resolve() in [reader.resolve() for reader in readers]:
         raise ValueError(f"base: a cycle of files: {' -> '.join(str(reader) for reader in (*readers, path))}")
-    base = mapping.pop("base", None)
-    if base is None:
+    base = mapping.get("base")
+    if base is None or (isinstance(base, str) and not base.endswith((".yaml", ".yml"))):
         return mapping
     if not isinstance(base, str):
         raise ValueError(
-            f"{shown(str(path))}: base: expected the relative path of a YAML file, got {shown(base)}"
+            f"{shown(str(path))}: base: expected the relative path of a YAML file or the name of a model, got"
+            f" {shown(base)}"
         )
+    del mapping["base"]
     return merge(_read_with_base(path.parent / base, (*readers, path)), mapping)
 
 

@@ -34,6 +34,10 @@ class DiffusionConfig:
         drop: Share of captions replaced by the empty one, for classifier-free guidance. Default: 0.1.
         shift: s of the timestep distribution s·u/(1 + (s − 1)·u) with u uniform; s > 1 draws more noisy
             timesteps (Esser et al. 2024, eq. 23). Default: 1.
+        zero_terminal_snr: Whether the schedule is rescaled to a signal-to-noise ratio of zero at the last
+            timestep (Lin et al. 2023); the prediction is "v" or "x0" then. Default: False.
+        offset_noise: Standard deviation of a number that is added to all pixels of a channel's noise, so that
+            brightness is learned too (Guttenberg 2023). Default: 0.
     """
 
     schedule: ScheduleName = "cosine"
@@ -43,10 +47,15 @@ class DiffusionConfig:
     snr_plus_one: float | None = None
     drop: float = 0.1
     shift: float = 1.0
+    zero_terminal_snr: bool = False
+    offset_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least(2, timesteps=self.timesteps)
         check_fraction(drop=self.drop)
+        check_at_least(0, offset_noise=self.offset_noise)
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError("zero_terminal_snr: expected prediction 'v' or 'x0', got 'eps'")
         if not self.shift > 0:
             raise ValueError(f"shift: expected a positive number, got {self.shift}")
         for name, bound in (("min_snr", self.min_snr), ("snr_plus_one", self.snr_plus_one)):
@@ -59,7 +68,8 @@ class DiffusionConfig:
 
     def make(self) -> NoiseSchedule:
         """Build the schedule's tables."""
-        return NoiseSchedule.make(self.schedule, self.timesteps)
+        schedule = NoiseSchedule.make(self.schedule, self.timesteps)
+        return schedule.zero_terminal_snr() if self.zero_terminal_snr else schedule
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         """Draw the timesteps of a batch, (B,) int64, stratified: one in each B-th of the distribution."""
@@ -72,7 +82,10 @@ class DiffusionConfig:
         )
 
     def weight(self, snr: Tensor) -> Tensor:
-        """Return the weight of the prediction's squared error at a signal-to-noise ratio."""
+        """Return the weight of the prediction's squared error at a signal-to-noise ratio.
+
+        With `min_snr` it is 1 at a ratio of 0, where the rule would be 0 and nothing would be learned.
+        """
         if self.min_snr is not None:
             wanted = snr.clamp(max=self.min_snr)
         elif self.snr_plus_one is not None:
@@ -81,7 +94,7 @@ class DiffusionConfig:
             return torch.ones_like(snr)
         # x0's squared error is the prediction's, divided by this
         ratio = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
-        return wanted / ratio
+        return torch.where(snr == 0, 1.0, wanted / ratio) if self.min_snr is not None else wanted / ratio
 
 
 def sample_latents(

@@ -29,6 +29,7 @@ class PartKind:
 
 
 _VAE, _TEXT, _VISION = {"vae": ("vae",)}, {"text": ("text",)}, {"vision": ("vision",)}
+_MODEL = {"unet", "vae", "text", "text2", "draft"}  # a whole one
 _FROM_PRIOR = {"from_prior.prior": ("prior",)}
 
 
@@ -39,6 +40,8 @@ def part_kinds() -> dict[str, PartKind]:
     from ldm.training.parts.decoder import DecoderPart, DecoderTraining
     from ldm.training.parts.draft import DraftPart, DraftTraining
     from ldm.training.parts.exemplar import ExemplarPart, ExemplarTraining
+    from ldm.training.parts.fine_tune import FineTunePart, FineTuning
+    from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
     from ldm.training.parts.image_draft import ImageDraftPart, ImageDraftTraining
     from ldm.training.parts.prior import PriorPart, PriorTraining
     from ldm.training.parts.reflow import ReflowPart, ReflowTraining
@@ -65,6 +68,8 @@ def part_kinds() -> dict[str, PartKind]:
             {"unet", "text", "draft"},
             _VAE | {"text.folder": ("text",), "net": ("unet",)},
         ),
+        "fine-tune": kind(FineTuning, FineTunePart, _MODEL),
+        "fine-tune-decoder": kind(DecoderFineTuning, FineTuneDecoderPart, _MODEL),
         "exemplar": kind(ExemplarTraining, ExemplarPart, {"unet", "text", "exemplars"}, _VAE),
         "reflow": kind(
             ReflowTraining,

@@ -6,6 +6,7 @@ weights, their averages, and the optimizer's moments.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -201,7 +202,8 @@ class Run:
     def _log_losses(self, pending: list[dict[str, Tensor]], mark: float) -> dict[str, float]:
         """Log and return the means of the figures since `mark`, which are those of the steps in `pending`."""
         rate = len(pending) * self.config.batch / (time.perf_counter() - mark)
-        figures = {key: float(torch.stack([row[key] for row in pending]).mean()) for key in pending[0]}
+        means = {key: float(torch.stack([row[key] for row in pending]).nanmean()) for key in pending[0]}
+        figures = {key: value for key, value in means.items() if not math.isnan(value)}
         figures["samples_per_second"] = round(rate, 2)
         self._log(figures)
         return figures

@@ -79,7 +79,10 @@ class Space(nn.Module):
         if self.vae is None:
             return x.float()
         z: Tensor = self.vae.encode(x.to(next(self.vae.parameters()).dtype)).mode()
-        z = z.float()
+        return self.scaled(z.float())
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Return the autoencoder's latents (B, C, h, w) as states."""
         if self.mean:
             z = z - per_channel(self.mean, z)
         if self.std:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from ldm.models.draft import DraftConfig
 from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from ldm.models.posterior import Posterior
 from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.pipelines.stages.space import Space
 from ldm.training.draws import Draws
 from ldm.training.inputs.protocol import CachedSamples, Rows, Samples, TrainingImages
 from ldm.weights.formats.ldm_folder import read_network, read_part_config
@@ -24,15 +27,15 @@ class LatentSpace:
 
     Args:
         vae: The autoencoder.
-        scale: Factor that gives latents unit variance.
+        space: Scales its latents to unit variance.
         images: The training images.
         moments: Means and standard deviations of the posteriors, (N, 2, C, h, w) float16, memory-mapped, a
             row for each cached sample.
         device: Where latents are returned.
     """
 
-    vae: AutoencoderKL | PatchAutoencoder
-    scale: float
+    vae: Any  # an autoencoder of any kind: encode, decode, config
+    space: Space
     images: TrainingImages
     moments: Rows
     device: torch.device
@@ -48,15 +51,28 @@ class LatentSpace:
             )
         if about.get("latent_scale") is None:
             raise ValueError(f"vae.yaml in {str(folder)!r} states no latent_scale, which training needs")
-        vae, images = network.to(device), samples.images
+        space = Space(network, float(about["latent_scale"]))
+        return cls.of(space, about["sha256"], samples, device)
+
+    @classmethod
+    def of(cls, space: Space, key: str, samples: CachedSamples, device: torch.device) -> LatentSpace:
+        """Encode the cached samples unless that was done before.
+
+        Args:
+            space: The autoencoder, with the scale of its latents.
+            key: Identifies its weights.
+            samples: The cached samples of the run.
+            device: Where to encode, and where latents are returned.
+        """
+        vae, images = space.vae.to(device), samples.images
 
         def encode(part: Samples) -> Tensor:
-            posterior = vae.encode(images.tensor(part).to(device))
-            return torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], 1)
+            found = vae.encode(images.tensor(part).to(device))
+            std = (0.5 * found.logvar).exp() if isinstance(found, Posterior) else torch.zeros_like(found.mean)
+            return torch.stack([found.mean, std], 1)
 
-        shape = latent_shape(vae.config, images)
-        moments = samples.cached("latents", about["sha256"], (2, *shape), encode)
-        return cls(vae=vae, scale=float(about["latent_scale"]), images=images, moments=moments, device=device)
+        moments = samples.cached("latents", key, (2, *latent_shape(vae.config, images)), encode)
+        return cls(vae=vae, space=space, images=images, moments=moments, device=device)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,21 +82,22 @@ class LatentSpace:
     def sample(self, rows: Sequence[int], draws: Draws) -> Tensor:
         """Sample the posteriors of cached samples: scaled latents (B, C, h, w) float32."""
         moments = torch.from_numpy(self.moments[np.asarray(rows)]).float()  # (B, 2, C, h, w)
-        z = self.scale * (moments[:, 0] + moments[:, 1] * draws.normal(*moments[:, 0].shape))
-        return z.to(self.device)
+        z = moments[:, 0] + moments[:, 1] * draws.normal(*moments[:, 0].shape)
+        return self.space.scaled(z).to(self.device)
 
     def encode(self, samples: Samples) -> Tensor:
         """Encode samples to the scaled means of their posteriors, (B, C, h, w)."""
         parts = self.images.tensor(samples).to(self.device).split(32)
-        return self.scale * torch.cat([self.vae.encode(x).mean for x in parts])
+        return self.space.scaled(torch.cat([self.vae.encode(x).mode() for x in parts]))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) in about [−1, 1]."""
-        return self.vae.decode(z / self.scale)
+        images: Tensor = self.vae.decode(self.space.unscaled(z))
+        return images
 
 
-def latent_shape(vae: VAEConfig | PatchAutoencoderConfig, images: TrainingImages) -> tuple[int, int, int]:
-    """Return the shape (C, h, w) of the latent of a training image."""
+def latent_shape(vae: Any, images: TrainingImages) -> tuple[int, int, int]:
+    """Return the shape (C, h, w) of the latent of a training image, of an autoencoder's configuration."""
     side = images.size // vae.factor
     return vae.latent_channels, side, side
 

@@ -63,9 +63,28 @@ def draw_diffusion_loss(
         draws: The random numbers of the step.
     """
     t = config.draw(len(x0), draws.torch).to(x0.device)
-    losses = diffusion_loss(denoiser, x0, cond, t, draws.normal(*x0.shape).to(x0.device))
+    eps = draws.normal(*x0.shape)
+    if config.offset_noise:
+        eps = eps + config.offset_noise * draws.normal(*x0.shape[:2], 1, 1)
+    losses = diffusion_loss(denoiser, x0, cond, t, eps.to(x0.device))
     weight = config.weight(denoiser.schedule.snr(t)).to(losses)
     return DiffusionLoss((weight * losses).mean(), losses, t)
+
+
+def losses_by_timestep(losses: Tensor, t: Tensor, timesteps: int, *, parts: int = 10) -> dict[str, Tensor]:
+    """Return the mean loss in each part of the timesteps, to log: "loss_t0" is that of the least noise.
+
+    Args:
+        losses: The loss of each sample, (B,).
+        t: Their timesteps, (B,).
+        timesteps: T.
+        parts: Number of parts. Default: 10.
+
+    Returns:
+        The means, each (); NaN for a part without a sample, which the log leaves out.
+    """
+    place = (t * parts) // timesteps
+    return {f"loss_t{k}": losses[place == k].mean() for k in range(parts)}
 
 
 def contrastive_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -43,6 +43,20 @@ class VAELoss:
         if not self.l1 + self.mse + self.edge > 0:
             raise ValueError("expected a positive weight of l1, mse or edge")
 
+    def total(self, figures: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of errors by name, ()."""
+        return torch.stack([getattr(self, name) * value for name, value in figures.items()]).sum()
+
+
+def reconstruction_errors(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Return the errors of reconstructions y of images x, each (B, 3, H, W), by their names in `VAELoss`."""
+    error = y.float() - x
+    return {
+        "l1": error.abs().mean(),
+        "mse": error.square().mean(),
+        "edge": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
+    }
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining:
@@ -83,17 +97,8 @@ class VAEPart:
         h, w = (side // self.config.model.factor for side in x.shape[-2:])
         noise = draws.normal(batch, self.config.model.latent_channels, h, w).to(self.device)
         y, posterior = self.model(x, noise)
-        error, weights = y.float() - x, self.config.loss
-        figures = {
-            "l1": error.abs().mean(),
-            "mse": error.square().mean(),
-            "edge": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
-            "kl": posterior.kl().mean() / x[0].numel(),
-        }
-        return sum(
-            (getattr(weights, name) * value for name, value in figures.items()),
-            torch.zeros((), device=x.device, dtype=torch.float32),
-        ), figures
+        figures = reconstruction_errors(x, y) | {"kl": posterior.kl().mean() / x[0].numel()}
+        return self.config.loss.total(figures), figures
 
     def describe_batch(self, draws: Draws, batch: int) -> list[str]:
         """Return the captions of the samples that `loss` draws."""

@@ -1,0 +1,189 @@
+"""Fine-tuning of loaded models: what moves, exact resumption after a kill, and exports that load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killing import kill_after
+from photos import write_photos
+from reduced_families import register
+from tiny_latent_diffusion import tiny_model
+from tiny_trainings import run, write
+
+import ldm
+from ldm.models.unet import UNet, UNetConfig
+from ldm.training.losses.common import losses_by_timestep
+from ldm.training.recipe import train_recipe
+from ldm.training.recomputing import recompute_blocks
+from ldm.training.run import open_run
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """Write 12 captioned images, and change to the folder above them."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", 12)
+    return tmp_path
+
+
+def config(name: str, **changes: Any) -> dict[str, Any]:
+    data = {"kind": "folder", "path": "photos", "size": 32, "held_out": 0.2}
+    return {"part": "fine-tune", "run": run(name, steps=4), "data": data, **changes}
+
+
+def tiny_sd(family: str = "sd-v1-5") -> str:
+    """Write a single file of a small model of a family, and return the name of its card."""
+    name = register(family, Path.cwd()).name
+    ldm.save(ldm.load(name, weights="random", dtype="float32"), f"{name}.safetensors", layout="original")
+    return name
+
+
+def networks(pipe: Any) -> dict[str, dict[str, torch.Tensor]]:
+    return {part: network.state_dict() for part, network in pipe.networks().items()}
+
+
+def moved(before: Any, after: Any) -> set[str]:
+    """Return the parts whose weights differ by more than half precision."""
+    old, new = networks(before), networks(after)
+    return {part for part, state in old.items() if not near(state, new[part])}
+
+
+def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Return whether weights are equal up to half precision."""
+    return all(torch.allclose(b[key], value, rtol=1e-3, atol=1e-4) for key, value in a.items())
+
+
+def test_a_stable_diffusion_is_fine_tuned_from_a_folder_and_loads(work):
+    name = tiny_sd()
+    path = write(config("tuned", base=name, weights=f"{name}.safetensors"), work / "tuned.yaml")
+    folder = train_recipe(path, progress=False)
+    before = ldm.load(name, weights=f"{name}.safetensors", dtype="float32")
+    after = ldm.load(weights=folder, dtype="float32")
+    assert after.card.name == name and moved(before, after) == {"unet"}
+    images = after.text_to_image("a photo", steps=2, progress=False)
+    assert images.tensor.shape == (1, 3, 32, 32)
+    rows = [json.loads(line) for line in (work / "runs/tuned/metrics.jsonl").read_text().splitlines()]
+    assert any("validation/loss" in row for row in rows)
+    tenths = {key for row in rows for key in row if key.startswith("loss_t")}
+    assert len(tenths) > 4 and not any(value != value for row in rows for value in row.values())
+
+
+@pytest.mark.slow
+def test_text_towers_train_too_and_sdxl_reads_its_sizes(work):
+    name = tiny_sd("sdxl-base")
+    options = {"base": name, "weights": f"{name}.safetensors", "train": ["text2", "unet"]}
+    folder = train_recipe(write(config("xl", **options), work / "xl.yaml"), progress=False)
+    before = ldm.load(name, weights=f"{name}.safetensors", dtype="float32")
+    assert moved(before, ldm.load(weights=folder, dtype="float32")) == {"text2", "unet"}
+
+
+@pytest.mark.slow
+def test_a_model_without_text_is_fine_tuned(work):
+    name = tiny_sd("ldm-celebahq")
+    options = {"base": name, "weights": f"{name}.safetensors"}
+    folder = train_recipe(write(config("faces", **options), work / "faces.yaml"), progress=False)
+    assert ldm.load(weights=folder).unconditional(steps=1, progress=False).tensor.shape[0] == 1
+
+
+def test_v_prediction_with_zero_terminal_snr_is_stated_by_the_export(work):
+    name = tiny_sd()
+    diffusion = {"prediction": "v", "zero_terminal_snr": True, "offset_noise": 0.1, "min_snr": 5.0}
+    options = {"base": name, "weights": f"{name}.safetensors", "diffusion": diffusion}
+    folder = train_recipe(write(config("v", **options), work / "v.yaml"), progress=False)
+    pipe = ldm.load(weights=folder)
+    assert pipe.card.prediction == "v" and pipe.card.schedule.zero_terminal_snr
+    assert float(pipe.denoiser.schedule.alphas_cumprod[-1]) == 0
+    grid = pipe.card.grids().grid(pipe.denoiser.schedule, 4, pipe.card.defaults.sampler)
+    assert float(grid.t[0]) == len(pipe.denoiser.schedule) - 1
+
+
+def test_a_killed_fine_tuning_resumes_bit_identically(work):
+    ldm.save(tiny_model(), work / "model")
+    whole = write(config("whole", weights="model", run=run("whole", steps=8)), work / "whole.yaml")
+    open_run(whole).train(progress=False)
+    halves = write(config("halves", weights="model", run=run("halves", steps=8)), work / "halves.yaml")
+    checkpoint = work / "runs/halves/checkpoint.pt"
+    for seconds in (2.0, 4.0, 8.0, 16.0, 32.0):
+        kill_after(lambda: open_run(halves).train(progress=False), seconds)
+        if checkpoint.exists():
+            break
+    open_run(halves).train(progress=False)
+    expected, found = (
+        torch.load(work / f"runs/{name}/checkpoint.pt", weights_only=True) for name in ("whole", "halves")
+    )
+    for part in ("model", "ema"):
+        assert expected[part].keys() == found[part].keys()
+        assert all(torch.equal(value, found[part][key]) for key, value in expected[part].items())
+
+
+def test_the_decoder_alone_is_fine_tuned(work):
+    ldm.save(tiny_model(), work / "model")
+    options = {"part": "fine-tune-decoder", "weights": "model", "recompute": True}
+    folder = train_recipe(write(config("decoder", **options), work / "decoder.yaml"), progress=False)
+    before, after = (ldm.load(weights=each, dtype="float32") for each in ("model", folder))
+    assert moved(before, after) == {"vae"}
+    for part in ("encoder", "quant_conv"):
+        assert near(*(getattr(pipe.vae, part).state_dict() for pipe in (before, after)))
+
+
+def test_captions_are_read_as_they_are(work):
+    ldm.save(tiny_model(), work / "model")
+    part = open_run(write(config("any", weights="model"), work / "any.yaml")).part
+    chosen = part.images.plain(2, seed=0)
+    cond = part.cond(["a {cat|red} (apple:1.5)", "a"], chosen)
+    assert cond.context is not None and bool(torch.isfinite(cond.context).all())
+    plain = part.pipe.text.tokenizer.encode("a {cat|red} (apple:1.5)")
+    assert int(cond.context_mask[0].sum()) == len(plain) + 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "name of a model as base"),
+        ({"weights": "model", "train": ["text2"]}, "has no 'text2'"),
+        ({"weights": "model", "train": []}, "expected different networks"),
+        ({"weights": "model", "train": ["vae"]}, "train"),
+        ({"weights": "model", "data": {"kind": "folder", "path": "photos", "size": 33}}, "multiple of"),
+        ({"base": "sd-v1-5-inpainting", "weights": "random"}, "reads inpaint"),
+    ],
+)
+def test_what_cannot_be_fine_tuned_is_named(work, changes, message):
+    ldm.save(tiny_model(), work / "model")
+    if changes.get("base") == "sd-v1-5-inpainting":
+        changes = {**changes, "base": register("sd-v1-5-inpainting", work).name}
+    with pytest.raises(ValueError, match=message):
+        open_run(write(config("bad", **changes), work / "bad.yaml"))
+
+
+def test_recomputed_blocks_change_no_gradient():
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(channels=(8, 16), depth=(1, 1), blocks=1, heads=2, context_dim=8))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 500.0])
+    cond = ldm.Cond(context=torch.randn(2, 5, 8))
+
+    def gradients() -> list[torch.Tensor]:
+        net.zero_grad()
+        net(x, t, cond).square().mean().backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    kept = gradients()
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v.numel()) or v, lambda v: v):
+        net(x, t, cond)
+    assert recompute_blocks(net) > 5
+    fewer: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: fewer.append(v.numel()) or v, lambda v: v):
+        net(x, t, cond)
+    assert sum(fewer) < 0.5 * sum(saved)
+    for a, b in zip(kept, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_losses_by_timestep_are_means_of_tenths():
+    losses, t = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 99, 999])
+    found = losses_by_timestep(losses, t, 1000)
+    assert found["loss_t0"] == 2 and found["loss_t9"] == 5 and found["loss_t5"].isnan()

@@ -1,0 +1,97 @@
+"""Averages of any width: the profile in closed form, the combination, and a run's files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.training.power_averages import (
+    Profile,
+    average_of_width,
+    combination,
+    decay,
+    exponent,
+    inner_product,
+    relative_width,
+    write_snapshot,
+)
+
+
+def average(weights: np.ndarray, gamma: float) -> np.ndarray:
+    """Return the averages after each step of weights (T, D)."""
+    kept, shadow = [], np.zeros(weights.shape[1])
+    for step, each in enumerate(weights, start=1):
+        d = decay(step, gamma)
+        shadow = d * shadow + (1 - d) * each
+        kept.append(shadow)
+    return np.array(kept)
+
+
+@pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25])
+def test_the_width_is_the_relative_standard_deviation_of_the_profile(width):
+    gamma, n = exponent(width), 20_000
+    assert relative_width(gamma) == pytest.approx(width, rel=1e-9)
+    tau = (np.arange(n) + 0.5) / n
+    p = (gamma + 1) * tau**gamma
+    mean = (p * tau).mean()
+    assert np.sqrt((p * (tau - mean) ** 2).mean()) == pytest.approx(width, rel=1e-4)
+
+
+def test_exponents_of_the_paper():
+    """Karras et al. 2024, section 3.1: widths 0.05 and 0.10 are exponents 16.97 and 6.94."""
+    assert exponent(0.05) == pytest.approx(16.97, abs=0.005)
+    assert exponent(0.10) == pytest.approx(6.94, abs=0.005)
+
+
+def test_an_average_weighs_by_its_profile():
+    """The weight of step k in the average after t steps is (k^(γ+1) − (k − 1)^(γ+1))/t^(γ+1)."""
+    gamma, t = 3.7, 40
+    found = average(np.eye(t), gamma)[-1]
+    k = np.arange(1, t + 1)
+    np.testing.assert_allclose(found, (k ** (gamma + 1) - (k - 1) ** (gamma + 1)) / t ** (gamma + 1))
+
+
+@pytest.mark.parametrize("a, b", [((10, 6.9), (10, 17.0)), ((7, 6.9), (12, 3.0)), ((12, 3.0), (7, 6.9))])
+def test_inner_products_are_integrals(a, b):
+    n = 200_000
+    tau = (np.arange(n) + 0.5) * 12 / n
+    p, q = (np.where(tau <= t, (gamma + 1) * (tau / t) ** gamma / t, 0) for t, gamma in (a, b))
+    assert inner_product(Profile(*a), Profile(*b)) == pytest.approx((p * q).sum() * 12 / n, rel=1e-4)
+
+
+def test_a_kept_average_is_its_own_combination():
+    kept = [Profile(step, exponent(width)) for step in (100, 200, 300) for width in (0.05, 0.1)]
+    factors = combination(kept, kept[4])
+    np.testing.assert_allclose(factors, np.eye(6)[4], atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.06, 0.08, 0.15])
+def test_any_width_is_reconstructed(tmp_path, width):
+    """Along a random walk, the reconstructed average is near the one that was computed while it ran."""
+    steps = 800
+    weights = 0.05 * np.random.default_rng(0).standard_normal((steps, 50)).cumsum(0)
+    tracks = {each: average(weights, exponent(each)) for each in (0.05, 0.1)}
+    for step in range(50, steps + 1, 50):
+        write_snapshot(
+            tmp_path,
+            step,
+            {each: {"w": torch.from_numpy(track[step - 1])} for each, track in tracks.items()},
+        )
+    exact = average(weights, exponent(width))
+    for step in (400, None):
+        found = average_of_width(tmp_path, width, step=step)["w"].numpy()
+        wanted = exact[(step or steps) - 1]
+        error = np.linalg.norm(found - wanted)
+        nearest = min(np.linalg.norm(track[(step or steps) - 1] - wanted) for track in tracks.values())
+        assert error < 0.05 * nearest and error < 0.01 * np.linalg.norm(wanted)
+
+
+def test_what_cannot_be_reconstructed_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run.widths"):
+        average_of_width(tmp_path, 0.1)
+    write_snapshot(tmp_path, 5, {0.05: {"w": torch.ones(1)}, 0.1: {"w": torch.ones(1)}})
+    with pytest.raises(ValueError, match="between 0 and 0.2887, got 0.3"):
+        average_of_width(tmp_path, 0.3)
+    with pytest.raises(ValueError, match="step 3: expected at least 5"):
+        average_of_width(tmp_path, 0.1, step=3)
