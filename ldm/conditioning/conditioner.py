@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ldm.conditioning.learned import LearnedWords, Words
 from ldm.conditioning.prompt import parse, plain_texts, unknown_words
 from ldm.conditioning.reading import EncoderStates, encode_prompts, word_positions
 from ldm.diffusion.cond import Cond
@@ -82,6 +83,9 @@ class TextConditioner(nn.Module):
         known_words: The words that the model was trained on; None if not known. Default: None.
         draft: The network that computes `Cond.concat` from the text embedding. Default: None.
 
+    Attributes:
+        learned: Words that stand for learned vectors; none at first.
+
     Raises:
         ValueError: If the draft reads embeddings of another width than the tower's, or the tower has fewer
             tokens or blocks than tokenizer and convention use.
@@ -111,6 +115,7 @@ class TextConditioner(nn.Module):
         self.tokenizer = tokenizer
         self.convention = convention
         self.known_words = known_words
+        self.learned = LearnedWords(config.vocab_size, config.width)
 
     @property
     def width(self) -> int:
@@ -134,7 +139,7 @@ class TextConditioner(nn.Module):
             A Cond with context (B, M, D), its mask where padding is masked, pooled (B, E) where the network
             takes it, and concat (B, C, h, w) where the model has a draft.
         """
-        cond = encode_prompts(prompts, self.tokenizer.word_ids, self.encode, self.room)
+        cond = encode_prompts(prompts, self.word_ids, self.encode, self.room)
         draft = None
         if self.draft is not None:
             assert cond.pooled is not None
@@ -159,16 +164,28 @@ class TextConditioner(nn.Module):
         eot = (ids == self.tower.config.eot_id).int().argmax(dim=1)  # (R,) the first one
         mask = torch.arange(ids.shape[1], device=ids.device) <= eot[:, None] if c.masked else None  # (R, L)
         out = self.tower(
-            ids, layer=c.layer, final_norm=c.final_norm, pooled=c.pooled or self.draft is not None
+            ids,
+            layer=c.layer,
+            final_norm=c.final_norm,
+            pooled=c.pooled or self.draft is not None,
+            learned=self.learned.embeddings(self.tower.token_embedding.weight),
         )
         return EncoderStates(out.tokens, mask, out.pooled)
+
+    def word_ids(self, text: str) -> Words:
+        """Return the words of a text that have tokens, with their ids; learned words are such words."""
+        return self.learned.word_ids(text, self.tokenizer.word_ids)
+
+    def readers(self) -> dict[str, TextConditioner]:
+        """Return what reads prompts with learned words, by the name of its tower in weight files."""
+        return {"text": self}
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt that have tokens, and the positions 0 … M − 1 of these in the context.
 
         Of a blend only the first alternative counts.
         """
-        return word_positions(parse(prompt)[0].spans, self.tokenizer.word_ids, self.room, self.padded_length)
+        return word_positions(parse(prompt)[0].spans, self.word_ids, self.room, self.padded_length)
 
     def unknown(self, prompt: str) -> list[str]:
         """Return what the model was not trained on in a prompt, in order, each once.
@@ -176,6 +193,7 @@ class TextConditioner(nn.Module):
         First the words that it was not trained on (none if these are not known), then what else is left out:
         signs that a small vocabulary lacks, and control characters.
         """
+        prompt = self.learned.without(prompt)
         texts = plain_texts(prompt)
         missing = [] if self.known_words is None else unknown_words(prompt, self.known_words)
         named = "\n".join(missing)
@@ -237,6 +255,11 @@ class TwoTowers(nn.Module):
     def unknown(self, prompt: str) -> list[str]:
         """Return the words of a prompt that the second tower was not trained on; see `TextConditioner`."""
         return self.second.unknown(prompt)
+
+    def readers(self) -> dict[str, TextConditioner]:
+        """Return what reads prompts with learned words, by the name of its tower in weight files."""
+        second = {"text2": self.second}
+        return second if self.first is None else {"text": self.first, **second}
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt and the positions of their tokens, the same in both towers."""

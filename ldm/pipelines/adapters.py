@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from ldm.conditioning.conditioner import TextConditioner
+from ldm.pipelines.loaded_adapter import AdapterEntry, LoadedAdapter
 from ldm.support.config import nearest
 from ldm.support.warn import warn_user
 from ldm.weights.adapters.adapter import Adapter
@@ -19,80 +22,9 @@ from ldm.weights.adapters.merging import Merger, Weighted
 from ldm.weights.adapters.on_the_fly import OnTheFly, separated
 from ldm.weights.strict import mismatch
 
-TEXT_PARTS = ("text", "text2")  # the parts that `text_strength` is for
-
 
 class UnusedKeys(UserWarning):
     """An adapter has keys that match nothing in the model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterEntry:
-    """What a recipe states of an adapter.
-
-    Args:
-        name: Its name.
-        file: Name of its file.
-        sha256: SHA-256 of the file.
-        strength, text_strength, blocks, merge: See `LoadedAdapter`.
-        fused: Whether it had become part of the weights.
-    """
-
-    name: str
-    file: str
-    sha256: str
-    strength: float = 1.0
-    text_strength: float = 1.0
-    blocks: Mapping[str, float] | None = None
-    merge: bool = True
-    fused: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LoadedAdapter:
-    """An adapter of a pipeline.
-
-    Args:
-        name: Its name.
-        adapter: What it changes.
-        strength: Factor of its changes of the denoiser; 1 is as trained, negative values reverse it.
-        text_strength: The same for the text towers.
-        blocks: Factors of the denoiser's blocks (`ldm.weights.adapters.blocks`); None for 1 everywhere.
-        merge: Whether its changes are merged into the weights.
-    """
-
-    name: str
-    adapter: Adapter
-    strength: float
-    text_strength: float
-    blocks: Mapping[str, float] | None
-    merge: bool
-
-    def weighted(self) -> Iterator[Weighted]:
-        """Yield its changes with their strengths."""
-        for edit in self.adapter.edits:
-            strength = self.text_strength if edit.site.part in TEXT_PARTS else self.strength
-            yield Weighted(edit, strength * (1.0 if self.blocks is None else self.blocks.get(edit.block, 0)))
-
-    def entry(self) -> AdapterEntry:
-        """Return what a recipe states of it."""
-        return AdapterEntry(
-            name=self.name,
-            file=self.adapter.file,
-            sha256=self.adapter.digest,
-            strength=self.strength,
-            text_strength=self.text_strength,
-            blocks=self.blocks,
-            merge=self.merge,
-        )
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in self.adapter.kinds.items())
-        parts = ", ".join(f"{count} modules of {part}" for part, count in self.adapter.modules.items())
-        how = "merged" if self.merge else "on the fly"
-        return (
-            f"{self.name}: {kinds} in {parts}; strength {self.strength:g}, text {self.text_strength:g}, {how}"
-        )
 
 
 class Adapters:
@@ -103,11 +35,18 @@ class Adapters:
 
     Args:
         networks: Returns the pipeline's networks by part.
+        readers: Returns what reads prompts with learned words, by the part of its text tower.
         model: Name of the model.
     """
 
-    def __init__(self, networks: Callable[[], Mapping[str, nn.Module]], model: str) -> None:
+    def __init__(
+        self,
+        networks: Callable[[], Mapping[str, nn.Module]],
+        readers: Callable[[], Mapping[str, TextConditioner]],
+        model: str,
+    ) -> None:
         self._networks = networks
+        self._readers = readers
         self._model = model
         self._loaded: dict[str, LoadedAdapter] = {}
         self._fused: list[AdapterEntry] = []
@@ -124,6 +63,7 @@ class Adapters:
         blocks: BlockWeights | None = None,
         merge: bool = True,
         strict: bool = True,
+        token: str | None = None,
     ) -> LoadedAdapter:
         """Load an adapter and apply it.
 
@@ -139,6 +79,8 @@ class Adapters:
                 and text towers are merged all the same. Default: True.
             strict: Whether keys that match nothing in the model are an error. Default: True; otherwise they
                 are a warning.
+            token: The word that stands for the vectors of a textual inversion. Default: the file's name, and
+                the token that the file states.
 
         Returns:
             What was loaded; its text names kinds, modules and strengths.
@@ -157,12 +99,20 @@ class Adapters:
         strength = _finite("strength", strength)
         text = strength if text_strength is None else _finite("text_strength", text_strength)
         factors = block_weights(blocks)
-        adapter = match_adapter(read_adapter(path), self._networks(), model=self._model, strict=strict)
+        networks, file = self._networks(), read_adapter(path)
+        adapter = match_adapter(file, networks, model=self._model, strict=strict, token=token)
+        self._check_words(adapter)
         if adapter.unused:
             unused = mismatch((), adapter.unused, ())
             warn_user(f"{adapter.file!r}: keys match nothing in {self._model!r}: {unused}", UnusedKeys)
         made = LoadedAdapter(
-            name=name, adapter=adapter, strength=strength, text_strength=text, blocks=factors, merge=merge
+            name=name,
+            adapter=adapter,
+            strength=strength,
+            text_strength=text,
+            blocks=factors,
+            merge=merge,
+            token=token,
         )
         self._apply({**self._loaded, name: made})
         return made
@@ -210,8 +160,13 @@ class Adapters:
         """Make all adapters part of the weights, which then stay so; recipes still name them.
 
         Raises:
-            ValueError: If an adapter is applied on the fly and cannot be merged.
+            ValueError: If an adapter has learned words, which are no weights.
         """
+        words = {name: each for name, each in self._loaded.items() if each.words}
+        if words:
+            raise ValueError(
+                f"{', '.join(words)}: learned words are no weights and cannot be fused; remove them"
+            )
         self._apply({name: replace(each, merge=True) for name, each in self._loaded.items()})
         self._fused += [replace(each.entry(), fused=True) for each in self._loaded.values()]
         self._merger.fuse()
@@ -248,6 +203,7 @@ class Adapters:
             text_strength=entry.text_strength,
             blocks=entry.blocks,
             merge=entry.merge,
+            token=entry.token,
             strict=False,  # the file is the one that was loaded then
         )
         if entry.fused:
@@ -270,7 +226,27 @@ class Adapters:
             hooked += layers
         self._merger.apply(networks, merged)
         self._hooks.apply(networks, hooked)
+        learned = [vectors for each in loaded.values() for vectors in each.adapter.learned]
+        for part, reader in self._readers().items():
+            missing = torch.zeros(1, reader.width)  # of a tower that the file has no vectors for
+            reader.learned.replace(
+                {each.triggers: each.vectors.get(part, missing.expand(each.count, -1)) for each in learned}
+            )
         self._loaded = loaded
+
+    def _check_words(self, adapter: Adapter) -> None:
+        """Raise ValueError if the model cannot read learned words, or one of them is taken."""
+        if adapter.learned and not self._readers():
+            raise ValueError(
+                f"{adapter.file!r}: {self._model!r} has no CLIP text tower that reads its vectors"
+            )
+        taken = {word.lower() for each in self._loaded.values() for word in each.words}
+        for word in (word for vectors in adapter.learned for word in vectors.triggers):
+            if word.lower() in taken:
+                raise ValueError(f"{adapter.file!r}: the word {word!r} is taken: choose another one, token=…")
+            if not word.strip():
+                raise ValueError(f"token: expected a word, got {word!r}")
+            taken.add(word.lower())
 
 
 def _finite(name: str, value: float) -> float:

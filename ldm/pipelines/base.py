@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.diffusion.guidance import cfg
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
@@ -60,11 +61,15 @@ class BasePipeline(nn.Module):
         """Return the networks by part."""
         raise NotImplementedError
 
+    def readers(self) -> Mapping[str, TextConditioner]:
+        """Return what reads prompts with learned words, by the part of its text tower; none by default."""
+        return {}
+
     @property
     def adapters(self) -> Adapters:
         """The adapters of the model, such as LoRAs: load, set, remove, fuse, list (docs/adapters.md)."""
         if self._adapters is None:
-            self._adapters = Adapters(self.networks, self.name)
+            self._adapters = Adapters(self.networks, self.readers, self.name)
         return self._adapters
 
     @property

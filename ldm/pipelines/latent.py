@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.catalog.cards import ModelCard
-from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.conditioner import Conditioner, TextConditioner, TwoTowers
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import OnStep
@@ -108,6 +108,10 @@ class LatentDiffusion(BasePipeline):
         """Return the networks by part: "unet", "vae", and those of the conditioner."""
         conditioner = {} if self.text is None else self.text.networks()
         return {"unet": self.denoiser.net, "vae": self.vae, **conditioner}
+
+    def readers(self) -> dict[str, TextConditioner]:
+        """Return what reads prompts with learned words, by the part of its text tower."""
+        return self.text.readers() if isinstance(self.text, TextConditioner | TwoTowers) else {}
 
     def text_to_image(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.pipelines.adapters import AdapterEntry
+from ldm.pipelines.loaded_adapter import AdapterEntry
 from ldm.support.home import library_home
 from ldm.support.text import shown
 from ldm.weights.adapters.files import FOLDER_FILES, adapter_digest

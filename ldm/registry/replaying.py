@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.images.result import Images, pixel_sha256
-from ldm.pipelines.adapters import AdapterEntry
+from ldm.pipelines.loaded_adapter import AdapterEntry
 from ldm.pipelines.replayable import BY_OPTIONS, FileEntry
 from ldm.registry.loading import load_model
 from ldm.registry.locating import WeightsRequest, resolve_card

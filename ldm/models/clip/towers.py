@@ -67,7 +67,15 @@ class _TextTransformer(nn.Module):
             nn.init.normal_(self.text_projection, std=config.width**-0.5)
 
     def _text_output(
-        self, ids: Tensor, eot_id: int, *, layer: int, final_norm: bool, mask: Tensor | None, pooled: bool
+        self,
+        ids: Tensor,
+        eot_id: int,
+        *,
+        layer: int,
+        final_norm: bool,
+        mask: Tensor | None,
+        pooled: bool,
+        learned: Tensor | None = None,
     ) -> TextOutput:
         """Return token states and pooled embedding; the arguments are those of `TextTower.forward`."""
         length, limit = ids.shape[1], len(self.positional_embedding)
@@ -76,7 +84,7 @@ class _TextTransformer(nn.Module):
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # (L, L)
         # (L, L) or (B, 1, L, L)
         attended = causal if mask is None else causal & rearrange(mask, "b l -> b 1 1 l")
-        x = self.token_embedding(ids) + self.positional_embedding[:length]  # (B, L, D)
+        x = self._embedded(ids, learned) + self.positional_embedding[:length]  # (B, L, D)
         chosen, last = self.transformer(x, attended, layer=layer, rest=pooled)  # (B, L, D) each
         tokens = self.ln_final(chosen) if final_norm else chosen  # (B, L, D)
         if not pooled:
@@ -84,6 +92,15 @@ class _TextTransformer(nn.Module):
         normed = tokens if final_norm and layer == -1 else self.ln_final(last)  # (B, L, D)
         state = normed[torch.arange(len(ids), device=ids.device), first_position(ids, eot_id)]  # (B, D)
         return TextOutput(tokens, state if self.text_projection is None else state @ self.text_projection)
+
+    def _embedded(self, ids: Tensor, learned: Tensor | None) -> Tensor:
+        """Return the embeddings (B, L, D) of ids (B, L), of ids behind the vocabulary from `learned`."""
+        if learned is None:
+            return self.token_embedding(ids)
+        size = self.token_embedding.num_embeddings
+        own = ids >= size  # (B, L)
+        x = self.token_embedding(ids.masked_fill(own, 0))  # (B, L, D)
+        return torch.where(own[..., None], learned[(ids - size).clamp(min=0)].to(x.dtype), x)
 
 
 def first_position(ids: Tensor, token: int) -> Tensor:
@@ -124,6 +141,7 @@ class TextTower(_TextTransformer):
         final_norm: bool = True,
         mask: Tensor | None = None,
         pooled: bool = True,
+        learned: Tensor | None = None,
     ) -> TextOutput:
         """Return token states and the pooled embedding.
 
@@ -135,13 +153,21 @@ class TextTower(_TextTransformer):
             mask: True for tokens that are attended to, in addition to the causal mask, bool, shape (B, L).
                 The first token must be True. Default: None, all tokens.
             pooled: Whether to compute the pooled embedding. Default: True.
+            learned: Embeddings of further ids, which follow those of the vocabulary, shape (N, D). Default:
+                None, no further ids.
 
         Raises:
             ValueError: If L exceeds the context length, a row has no end-of-text token, or `layer` is out of
                 range.
         """
         return self._text_output(
-            ids, self.config.eot_id, layer=layer, final_norm=final_norm, mask=mask, pooled=pooled
+            ids,
+            self.config.eot_id,
+            layer=layer,
+            final_norm=final_norm,
+            mask=mask,
+            pooled=pooled,
+            learned=learned,
         )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ldm.weights.adapters.embeddings import LearnedVectors
 from ldm.weights.adapters.kinds.delta import Delta
 from ldm.weights.adapters.places import Site
 
@@ -35,6 +36,7 @@ class Adapter:
         made_for: The family that it was made for, in words.
         edits: The changes, in the file's order.
         modules: Number of changed modules by part.
+        learned: Learned vectors that stand for words.
         without_effect: Keys of modules that the model never reads.
         unused: Keys that match nothing.
         metadata: What the file states about itself.
@@ -45,6 +47,7 @@ class Adapter:
     made_for: str
     edits: tuple[Edit, ...]
     modules: Mapping[str, int]
+    learned: tuple[LearnedVectors, ...] = ()
     without_effect: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)

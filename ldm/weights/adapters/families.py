@@ -30,9 +30,20 @@ STATED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
 INPUTS = ("lora_down.weight", "hada_w1_b", "diff", "b2.weight")  # leaves of which an axis is the inputs
 
 
-def family_in_words(groups: Iterable[Group], metadata: Mapping[str, str]) -> str:
-    """Return the family of models that an adapter was made for, in words."""
+def family_in_words(
+    groups: Iterable[Group], embeddings: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
+) -> str:
+    """Return the family of models that an adapter was made for, in words.
+
+    Args:
+        groups: The tensors of modules.
+        embeddings: The tensors of learned vectors.
+        metadata: What the file states about itself.
+    """
     groups = list(groups)
+    keys = {key.rpartition(".")[2] for tensors in embeddings.values() for key in tensors}
+    if "clip_g" in keys:
+        return "Stable Diffusion XL"
     stems = [group.stem for group in groups]
     for family, marks in MARKS:
         if any(mark in stem for mark in marks for stem in stems):
@@ -43,6 +54,9 @@ def family_in_words(groups: Iterable[Group], metadata: Mapping[str, str]) -> str
     tower = next((size for group in groups if (size := _tower(group)) is not None), None)
     if tower is not None:
         return TOWERS.get(tower, f"a text tower of width {tower}")
+    learned = next((x.shape[-1] for each in embeddings.values() for x in each.values() if x.ndim), None)
+    if learned is not None:
+        return TOWERS.get(learned, f"a text tower of width {learned}")
     stated = next((metadata[key] for key in STATED if metadata.get(key)), "")
     return f"{stated!r}, as it states" if stated else UNKNOWN
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from ldm.support.files import file_exists
 from ldm.support.strict_json import parse_json, read_json
 from ldm.support.text import shown
-from ldm.weights.formats.safetensors import existing_file, sha256
-from ldm.weights.formats.single_file import read_tensors
+from ldm.weights.formats.pickle_machine import StandIn
+from ldm.weights.formats.pickles import STATES, read_pickle
+from ldm.weights.formats.safetensors import check_names, existing_file, map_safetensors, sha256
+from ldm.weights.formats.single_file import SAFETENSORS_KIND, file_kind
 
 CONFIG = "adapter_config.json"  # of peft
 # Names of the tensors in folders that peft and diffusers write.
@@ -23,6 +25,7 @@ FOLDER_FILES = (
     *(f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")),
     *(f"pytorch_lora_weights.{suffix}" for suffix in ("safetensors", "bin")),
 )
+MAX_DEPTH = 8  # of nested mappings in a pickle
 PEFT_METADATA = "lora_adapter_metadata"  # key of a configuration in a header, a JSON text
 
 
@@ -97,8 +100,10 @@ def read_adapter(path: str | Path) -> AdapterFile:
         ValueError: If it is damaged or refused; the message names it.
     """
     digest, path = adapter_digest(path), _tensor_file(path)
-    tensors, values = read_tensors(path)
-    metadata = {key: value for key, value in values.items() if isinstance(value, str)}
+    if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS_KIND:
+        tensors, metadata = map_safetensors(path)
+    else:
+        tensors, metadata = _flat(read_pickle(path), path)
     config: Mapping[str, Any] = {}
     if PEFT_METADATA in metadata:
         config = parse_json(metadata[PEFT_METADATA], f"{str(path)!r}: {PEFT_METADATA}")
@@ -107,6 +112,38 @@ def read_adapter(path: str | Path) -> AdapterFile:
     if config.get("fan_in_fan_out"):
         raise ValueError(f"{str(path)!r}: fan_in_fan_out is not supported: no network here is transposed")
     return AdapterFile(path=path, tensors=tensors, metadata=metadata, config=config, digest=digest)
+
+
+def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the texts in the content of a pickle, with dots between the keys on the way.
+
+    A state dict in one of the entries `STATES` stands for the whole file.
+
+    Raises:
+        ValueError: If there are no tensors, or keys that cannot be printed.
+    """
+    if isinstance(content, dict):
+        content = next((content[name] for name in STATES if isinstance(content.get(name), dict)), content)
+    tensors: dict[str, Tensor] = {}
+    texts: dict[str, str] = {}
+
+    def visit(value: Any, key: str, depth: int) -> None:
+        if isinstance(value, StandIn) and isinstance(value.state, dict):  # torch's ParameterDict
+            value = value.state.get("_parameters", {})
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, str):
+            texts[key] = value
+        elif isinstance(value, Mapping | list | tuple) and depth < MAX_DEPTH:
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for name, each in items:
+                visit(each, f"{key}.{name}" if key else str(name), depth + 1)
+
+    visit(content, "", 0)
+    if not tensors:
+        raise ValueError(f"{str(path)!r} holds no tensors")
+    check_names(tensors, path)
+    return tensors, texts
 
 
 def adapter_digest(path: str | Path) -> str:

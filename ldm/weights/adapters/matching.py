@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.weights.adapters.adapter import Adapter, Edit
+from ldm.weights.adapters.embeddings import LearnedVectors, learned_vectors, split_embeddings
 from ldm.weights.adapters.families import family_in_words
 from ldm.weights.adapters.files import AdapterFile
 from ldm.weights.adapters.kinds.delta import Delta
@@ -95,7 +96,12 @@ class _Misfit(Exception):
 
 
 def match_adapter(
-    file: AdapterFile, networks: Mapping[str, nn.Module], *, model: str, strict: bool = True
+    file: AdapterFile,
+    networks: Mapping[str, nn.Module],
+    *,
+    model: str,
+    strict: bool = True,
+    token: str | None = None,
 ) -> Adapter:
     """Return what a file changes in a model.
 
@@ -105,25 +111,35 @@ def match_adapter(
         model: Name of the model, for messages.
         strict: Whether keys that match nothing are an error. Default: True; otherwise they are in
             `Adapter.unused`.
+        token: The word that stands for the vectors of an embedding. Default: None, the file's name, and the
+            token that it states.
 
     Raises:
         ValueError: If nothing matches, keys match nothing, a tensor does not fit its module, or tensors are
             not finite. The message says what the file was made for.
     """
     places = {part: Places(part, network) for part, network in networks.items()}
-    return match_places(file, places, model=model, strict=strict)
+    return match_places(file, places, model=model, strict=strict, token=token)
 
 
 def match_places(
-    file: AdapterFile, places: Mapping[str, Places], *, model: str, strict: bool = True
+    file: AdapterFile,
+    places: Mapping[str, Places],
+    *,
+    model: str,
+    strict: bool = True,
+    token: str | None = None,
 ) -> Adapter:
     """Return what a file changes in a model whose modules are known; see `match_adapter`."""
     where = repr(file.path.name)
+    embeddings, tensors = split_embeddings(file.tensors, file.path.stem)
     try:
-        groups, unused = grouped(file.tensors)
+        learned, left = _learned(embeddings, places, token)
+        groups, unused = grouped(tensors)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    made_for = family_in_words(groups, file.metadata)
+    unused += left
+    made_for = family_in_words(groups, embeddings, file.metadata)
     edits: list[Edit] = []
     misfits: list[str] = []
     without_effect: list[str] = []
@@ -142,13 +158,15 @@ def match_places(
             edits += found.edits
             unused += [group.keys[leaf] for leaf in found.left]
             modules[found.edits[0].site.part] += 1
-    if not edits and not misfits:
+    if not edits and not misfits and not learned:
         raise ValueError(_no_match(where, made_for, model, list(file.tensors)))
     if misfits or (unused and strict):
         wrong = mismatch((), unused, misfits)
         hint = "" if misfits else "; strict=False leaves such keys out"
         raise ValueError(f"{where}, made for {made_for}, does not fit {model!r}: {wrong}{hint}")
-    if bad := [f"{edit.site.name}" for edit in edits if not _is_finite(edit.delta)]:
+    bad = [edit.site.name for edit in edits if not _is_finite(edit.delta)]
+    bad += [each.triggers[0] for each in learned if not all(map(is_finite, each.vectors.values()))]
+    if bad:
         raise ValueError(
             f"{where}: NaN or infinity in the changes of {len(bad)} tensors ({', '.join(bad[:5])}); the file"
             " is damaged"
@@ -159,10 +177,36 @@ def match_places(
         made_for=made_for,
         edits=tuple(edits),
         modules=modules,
+        learned=tuple(learned),
         without_effect=tuple(without_effect),
         unused=tuple(unused),
         metadata=file.metadata,
     )
+
+
+def _learned(
+    embeddings: Mapping[str, Mapping[str, Tensor]], places: Mapping[str, Places], token: str | None
+) -> tuple[list[LearnedVectors], list[str]]:
+    """Return the learned vectors of a file, and the keys of those that are not used.
+
+    Args:
+        embeddings: The tensors of each embedding by name.
+        places: The networks.
+        token: The trigger of a single embedding, in place of its names.
+
+    Raises:
+        ValueError: If an embedding is not plausible, or there are several for one trigger.
+    """
+    widths = {part: each.token_width for part, each in places.items() if each.token_width is not None}
+    if token is not None and len(embeddings) != 1:
+        raise ValueError(f"token: the file holds {len(embeddings)} embeddings, expected one")
+    found: list[LearnedVectors] = []
+    unused: list[str] = []
+    for name, tensors in embeddings.items():
+        vectors, left = learned_vectors(name, tensors, widths, token)
+        found += [] if vectors is None else [vectors]
+        unused += left
+    return found, unused
 
 
 class _Found(NamedTuple):

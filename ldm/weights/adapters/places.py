@@ -95,7 +95,7 @@ class Places:
         self.part = part
         self.dotted: dict[str, ModulePlace] = {}
         self.flat: dict[str, ModulePlace] = {}
-        self.width = _context_width(network)
+        self.token_width = network.config.width if isinstance(network, TextTower) else None
         self.beyond = _layers_beyond(network)
         shapes = shapes_of(network)
         blocks = dict(_blocks(network, shapes))
@@ -169,11 +169,6 @@ def _blocks(network: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[tuple[s
             block = "M00" if match[3] else "OUT"
         for ours in step.ours:
             yield ours, block
-
-
-def _context_width(network: nn.Module) -> int | None:
-    """Return the width of the context that a UNet reads; None for other networks."""
-    return network.config.context_dim if isinstance(network, UNet) else None
 
 
 def _layers_beyond(network: nn.Module) -> tuple[str, ...]:
