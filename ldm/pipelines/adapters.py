@@ -99,12 +99,7 @@ class Adapters:
         strength = _finite("strength", strength)
         text = strength if text_strength is None else _finite("text_strength", text_strength)
         factors = block_weights(blocks)
-        networks, file = self._networks(), read_adapter(path)
-        adapter = match_adapter(file, networks, model=self._model, strict=strict, token=token)
-        self._check_words(adapter)
-        if adapter.unused:
-            unused = mismatch((), adapter.unused, ())
-            warn_user(f"{adapter.file!r}: keys match nothing in {self._model!r}: {unused}", UnusedKeys)
+        adapter = self._read(path, strict=strict, token=token)
         made = LoadedAdapter(
             name=name,
             adapter=adapter,
@@ -208,6 +203,16 @@ class Adapters:
         )
         if entry.fused:
             self.fuse()
+
+    def _read(self, path: str | Path, *, strict: bool, token: str | None) -> Adapter:
+        """Return what a file changes in the model; see `load`."""
+        file = read_adapter(path)
+        adapter = match_adapter(file, self._networks(), model=self._model, strict=strict, token=token)
+        self._check_words(adapter)
+        if adapter.unused:
+            unused = mismatch((), adapter.unused, ())
+            warn_user(f"{adapter.file!r}: keys match nothing in {self._model!r}: {unused}", UnusedKeys)
+        return adapter
 
     def _get(self, name: str) -> LoadedAdapter:
         if name not in self._loaded:
