@@ -24,7 +24,7 @@ from ldm.weights.adapters.leaves import has_adapter_keys
 
 # keys that name the text tower
 TOWER_KEYS = {"clip_l": "text", "clip_g": "text2", "text_encoders_0": "text", "text_encoders_1": "text2"}
-UNREAD = ("t5xxl",)  # of towers that no model here has
+OTHER_TOWERS = ("t5xxl",)  # of towers that no model here has
 BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<key>string_to_param\..+|clip_l|clip_g|t5xxl)")
 PLAIN = ("emb_params", "*")  # keys that are no tokens
 MAX_VECTORS = 1024  # of one embedding
@@ -77,7 +77,7 @@ def _is_embedding(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a file without bundled embeddings is one itself."""
     if has_adapter_keys(tensors) or not all(tensor.ndim in (1, 2) for tensor in tensors.values()):
         return False
-    known = {"emb_params", *TOWER_KEYS, *UNREAD}
+    known = {"emb_params", *TOWER_KEYS, *OTHER_TOWERS}
     named = all(key in known or "string_to_param." in key or key[:1].isdigit() for key in tensors)
     return named or len(tensors) == 1
 
@@ -121,7 +121,7 @@ def learned_vectors(
 
 def _part(key: str, width: int, widths: Mapping[str, int]) -> str | None:
     """Return the tower that a tensor is for: what its key says, else the one of its width; None for none."""
-    if key in UNREAD:
+    if key in OTHER_TOWERS:
         return None
     named = TOWER_KEYS.get(key)
     if named is not None and named in widths:
