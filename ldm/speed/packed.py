@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.speed.kept_forms import clear_derived, derived
-from ldm.speed.kernels.ops import CHANNELS_LAST, CompiledOps, TorchOps, transformed, winograd_weights
+from ldm.speed.kernels.ops import CHANNELS_LAST, CompiledOps, TorchOps, transformed
 from ldm.support.derived import kept_for_call
 
 _T = TypeVar("_T")
@@ -207,7 +207,8 @@ class PackedConv2d(Packed, nn.Conv2d):
             return self._conv_forward(x, self.weight, self.bias)
         x = x.contiguous(memory_format=CHANNELS_LAST)  # (B, C, h, w)
         if isinstance(self.ops, CompiledOps) and self.ops.supports(x) and self.suits_winograd(x):
-            return self.ops.conv3x3(x, self.from_weight("transformed", winograd_weights), self.bias)
+            weights = self.from_weight("transformed", self.ops.conv3x3_weights)
+            return self.ops.conv3x3(x, weights, self.bias, self.out_channels)
         packed = self.from_weight("packed", lambda weight: self._pack(weight, x))
         return convolve_packed(x, packed[0], self.bias, self.geometry)
 

@@ -144,6 +144,30 @@ def permitted_sets() -> tuple[InstructionSet, ...]:
 
 
 @cache
+def shared_cache_bytes() -> int:
+    """Return a core's share of the last cache, which cores share: between 4 and 32 MiB, 8 if unknown."""
+    try:
+        (found,) = (
+            index
+            for index in CACHE_FOLDERS.glob("index*")
+            if (index / "level").read_text("utf-8").strip() == "3"
+        )
+        cores = 0
+        for part in (found / "shared_cpu_list").read_text(encoding="utf-8").strip().split(","):
+            first, _, last = part.partition("-")
+            cores += int(last or first) - int(first) + 1
+        share = _size((found / "size").read_text(encoding="utf-8").strip()) // cores
+    except (OSError, ValueError, ZeroDivisionError):
+        return 2**23
+    return min(max(share, 2**22), 2**25)
+
+
+def _size(text: str) -> int:
+    """Return the number of bytes of a text such as "512K"."""
+    return int(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
+
+
+@cache
 def cache_bytes(level: int) -> int:
     """Return the size of the data cache of a level (1 or 2), in bytes, as the system states it for one core.
 
@@ -155,8 +179,7 @@ def cache_bytes(level: int) -> int:
                 (index / name).read_text(encoding="utf-8").strip() for name in ("type", "level", "size")
             )
             if kind in ("Data", "Unified") and int(own) == level:
-                found = int(size.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(size[-1:], 1)
-                return found if found > 0 else DEFAULT_CACHES[level]
+                return _size(size) or DEFAULT_CACHES[level]
     except (OSError, ValueError):
         pass
     return DEFAULT_CACHES[level]

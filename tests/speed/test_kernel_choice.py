@@ -16,7 +16,14 @@ import ldm
 from ldm.speed.kernels.choice import described, kernel_choice
 from ldm.speed.kernels.ops import keys_at_once
 from ldm.support import processor
-from ldm.support.processor import BASELINE, INSTRUCTION_SETS, cache_bytes, permitted_sets, processor_sets
+from ldm.support.processor import (
+    BASELINE,
+    INSTRUCTION_SETS,
+    cache_bytes,
+    permitted_sets,
+    processor_sets,
+    shared_cache_bytes,
+)
 
 ROOT = Path(ldm.__file__).parents[1]
 
@@ -150,6 +157,28 @@ def test_cache_sizes_are_those_that_the_system_states(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         cache_bytes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("size", "cores", "share"),
+    [
+        ("32768K", "0-1", 2**24),
+        ("32M", "0-3,8-11", 2**22),
+        ("1024K", "0", 2**22),
+        ("x", "0", 2**23),
+        ("64M", "", 2**23),
+    ],
+)
+def test_the_share_of_the_last_cache(tmp_path, monkeypatch, size, cores, share):
+    (tmp_path / "index3").mkdir()
+    for name, value in (("level", "3"), ("size", size), ("shared_cpu_list", cores)):
+        (tmp_path / "index3" / name).write_text(f"{value}\n", encoding="utf-8")
+    monkeypatch.setattr(processor, "CACHE_FOLDERS", tmp_path)
+    shared_cache_bytes.cache_clear()
+    try:
+        assert shared_cache_bytes() == share
+    finally:
+        shared_cache_bytes.cache_clear()
 
 
 @pytest.mark.parametrize("dim", [8, 40, 160, 512, 4096])

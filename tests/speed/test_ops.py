@@ -99,7 +99,8 @@ def test_group_norm(ops, dtype, channels, groups, size):
         last = F.silu if silu else (lambda y: y)
         # rounding of x itself is 2e-6 of its standard deviation in float32; PyTorch also rounds x + add in
         # bfloat16, to a twentieth
-        bar = DTYPES[dtype] if isinstance(ops, CompiledOps) else 8 * DTYPES[dtype]
+        computed = isinstance(ops, CompiledOps) and dtype in ops.dtypes  # by the kernel
+        bar = DTYPES[dtype] if computed else 8 * DTYPES[dtype]
         assert error(ops.group_norm(x, norm, silu=silu), last(exact(x.double()))) < bar
         everything = last(exact(x.double() + wide[0]) * (1 + wide[1]) + wide[2])
         assert error(ops.group_norm(x, norm, silu=silu, add=add, gain=gain, offset=offset), everything) < bar
@@ -161,7 +162,7 @@ def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, si
     """The shapes include odd sides, blocks that end inside a row, and one pixel; the maximum is tested."""
     if not isinstance(ops, CompiledOps):
         pytest.skip("only the compiled kernels have this operator")
-    monkeypatch.setattr(module, "BLOCK", block)  # 1 gives the minimum, 64 tiles
+    monkeypatch.setattr(module, "shared_cache_bytes", lambda: block)  # 1 gives the fewest tiles at once
     conv = nn.Conv2d(channels, made, 3, padding=1)
     x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1)) + 0.5
     for bias in (conv.bias.detach(), None):
@@ -170,7 +171,7 @@ def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, si
         )
         torch.set_default_dtype(torch.float64)  # the dtype of the result must not depend on the default
         try:
-            got = ops.conv3x3(x, module.winograd_weights(conv.weight.detach()), bias)
+            got = ops.conv3x3(x, ops.conv3x3_weights(conv.weight.detach()), bias, made)
         finally:
             torch.set_default_dtype(torch.float32)
         assert (
@@ -178,7 +179,9 @@ def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, si
             and got.shape == expected.shape
             and got.is_contiguous(memory_format=torch.channels_last)
         )
-        assert (got - expected).abs().max() / expected.square().mean().sqrt() < 1e-5
+        # of the RMS; the direct convolution's largest error is half as large
+        assert (got - expected).abs().max() / expected.square().mean().sqrt() < 3e-5
+        assert error(got, expected) < 3e-6
 
 
 def test_extremes_of_silu(ops):

@@ -41,8 +41,8 @@ FUNCTIONS = (
     "ldm_group_norm",
     "ldm_group_norm_gradient",
     "ldm_moments",
-    "ldm_winograd_in",
-    "ldm_winograd_out",
+    "ldm_winograd",
+    "ldm_winograd_weights",
 )
 FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 BUILD_SECONDS, VERSION_SECONDS = 300, 10  # time limits; a build takes three on an idle machine

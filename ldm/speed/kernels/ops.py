@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 
 from ldm.speed.kernels.build import NoKernels, library
 from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype_code, pointer
-from ldm.support.processor import InstructionSet, cache_bytes
+from ldm.support.processor import InstructionSet, cache_bytes, shared_cache_bytes
 
-BLOCK = 2**23  # bytes of the tiles that Winograd's products take at once, so that they stay in the cache
+COLUMNS = 32  # outputs of which the Winograd kernels pack a multiple, or of 16
 
 
 def transformed() -> bool:
@@ -103,25 +103,6 @@ def keys_at_once(dim: int) -> int:
     """
     fitting = cache_bytes(2) * 2 // 3 // (4 * 2 * (48 + dim))
     return max(128, min(1024, fitting // 64 * 64))
-
-
-def winograd_weights(weight: Tensor) -> Tensor:
-    """Return G g Gᵀ of Winograd's convolution F(2×2, 3×3) (Lavin and Gray 2016, eq. 10).
-
-    The convolution takes 16 products for four pixels, instead of 36.
-
-    Args:
-        weight: Weights g of a 3×3 convolution, shape (C_out, C, 3, 3).
-
-    Returns:
-        Shape (16, C, C_out).
-    """
-    g = torch.tensor(
-        [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device="cpu"
-    )
-    return torch.stack(
-        [torch.einsum("ab,ocab->co", torch.outer(row, column), weight.double()) for row in g for column in g]
-    ).to(weight.dtype)
 
 
 class CompiledOps(TorchOps):
@@ -254,35 +235,46 @@ class CompiledOps(TorchOps):
         )
         return y
 
-    def conv3x3(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-        """Return a 3×3 convolution with padding 1, by Winograd's F(2×2, 3×3).
+    def conv3x3_weights(self, weight: Tensor) -> Tensor:
+        """Return the weights of a 3×3 convolution in the form that `conv3x3` takes, four times as large.
+
+        Args:
+            weight: Float32, shape (C_out, C, 3, 3).
+        """
+        made, channels = weight.shape[:2]
+        packed = weight.new_empty(36 * channels * -(-made // COLUMNS) * COLUMNS)
+        self.lib.ldm_winograd_weights(
+            pointer(weight.contiguous()), pointer(packed), made, channels, torch.get_num_threads()
+        )
+        return packed
+
+    def conv3x3(self, x: Tensor, weights: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
+        """Return a 3×3 convolution with padding 1, by Winograd's F(4×4, 3×3).
 
         Args:
             x: Feature map, float32, shape (B, C, h, w). C is a multiple of 16.
-            weights: Weights from `winograd_weights`, shape (16, C, C_out). C_out is a multiple of 16.
+            weights: Weights from `conv3x3_weights`.
             bias: Shape (C_out,), or None.
+            out_channels: C_out, a multiple of 16.
 
         Returns:
             Shape (B, C_out, h, w), channels last.
         """
         x = x.contiguous(memory_format=CHANNELS_LAST)
         batch, channels, h, w = x.shape
-        out_channels = weights.shape[2]
         y = torch.empty(
             batch, out_channels, h, w, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST
         )
-        tiles = batch * -(-h // 2) * -(-w // 2)
-        step = min(tiles, max(64, BLOCK // (64 * channels)))
-        v_buffer, m_buffer = x.new_empty(16 * step * channels), x.new_empty(16 * step * out_channels)
-        threads = torch.get_num_threads()
-        for first in range(0, tiles, step):
-            n = min(step, tiles - first)
-            v = v_buffer[: 16 * n * channels].view(16, n, channels)  # transformed inputs
-            m = m_buffer[: 16 * n * out_channels].view(16, n, out_channels)  # products
-            part = ctypes.c_int64(first), ctypes.c_int64(n), threads
-            self.lib.ldm_winograd_in(pointer(x), pointer(v), h, w, channels, *part)
-            torch.bmm(v, weights, out=m)
-            self.lib.ldm_winograd_out(pointer(m), pointer(bias), pointer(y), h, w, out_channels, *part)
+        sizes = (
+            batch,
+            h,
+            w,
+            channels,
+            out_channels,
+            ctypes.c_int64(shared_cache_bytes()),
+            torch.get_num_threads(),
+        )
+        self.lib.ldm_winograd(pointer(x), pointer(weights), pointer(bias), pointer(y), *sizes)
         return y
 
 
