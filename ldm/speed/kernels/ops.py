@@ -14,7 +14,7 @@ from ldm.speed.kernels.build import NoKernels, library
 from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype_code, pointer
 from ldm.support.processor import InstructionSet, cache_bytes, shared_cache_bytes
 
-COLUMNS = 32  # outputs of which the Winograd kernels pack a multiple, or of 16
+PACKED_OUTPUTS = 32  # outputs of which the Winograd kernels pack a multiple, or of 16
 
 
 def transformed() -> bool:
@@ -242,7 +242,7 @@ class CompiledOps(TorchOps):
             weight: Float32, shape (C_out, C, 3, 3).
         """
         made, channels = weight.shape[:2]
-        packed = weight.new_empty(36 * channels * -(-made // COLUMNS) * COLUMNS)
+        packed = weight.new_empty(36 * channels * -(-made // PACKED_OUTPUTS) * PACKED_OUTPUTS)
         self.lib.ldm_winograd_weights(
             pointer(weight.contiguous()), pointer(packed), made, channels, torch.get_num_threads()
         )
