@@ -112,7 +112,7 @@ def print_report(args: argparse.Namespace) -> int:
     """Print what a file of weights holds; return 1 if it has damage, NaN or code, or no known part."""
     from ldm.registry.inspection import inspect
 
-    report = inspect(args.path, nan=args.nan, digest=not args.no_hash)
+    report = inspect(args.path, nan=args.nan, digest=not args.no_hash, model=args.model)
     print(report.text())
     return 1 if report.unsafe or report.bad or not report.parts else 0
 
@@ -216,7 +216,8 @@ TOOLS: tuple[Command, ...] = (
         summary="Print what a file of weights holds, without executing anything in it.",
         details="The exit status is 1 if the file has damage, NaN or code.",
         arguments=(
-            argument("path", "a .safetensors, .ckpt or .pt file, or a folder"),
+            argument("path", "a .safetensors, .ckpt or .pt file, or a folder; a model or an adapter"),
+            argument("--model", "model with which an adapter is compared (default: that of its family)"),
             argument("--nan", "look for NaN and infinity, which reads every tensor", action="store_true"),
             argument("--no-hash", "leave out the SHA-256, which reads every byte", action="store_true"),
         ),

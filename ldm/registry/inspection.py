@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.registry.candidates import Candidate, Candidates, card_candidates, fit_candidates, tensor_shapes
+from ldm.registry.inspection_adapters import adapter_in, inspect_adapter
 from ldm.registry.inspection_diffusers import inspect_diffusers_folder
 from ldm.registry.inspection_ldm import (
     inspect_ldm_folder,
@@ -27,16 +28,22 @@ __all__ = ["Candidate", "Candidates", "Report", "inspect"]
 
 
 def inspect(
-    path: str | Path, *, candidates: Candidates = card_candidates, nan: bool = False, digest: bool = True
+    path: str | Path,
+    *,
+    candidates: Candidates = card_candidates,
+    nan: bool = False,
+    digest: bool = True,
+    model: str | None = None,
 ) -> Report:
     """Report what is in a file or folder of weights, without executing anything in it.
 
     Args:
         path: A single file, a folder in diffusers layout or one of its parts, or a folder or a file in ldm
-            layout: what `ldm.save` and `ldm export` write, and the models inside the package.
+            layout: what `ldm.save` and `ldm export` write, and the models inside the package. Or an adapter.
         candidates: The cards to compare with, given the detected family. Default: all known cards.
         nan: Whether to look for NaN and infinity, which reads every tensor. Default: False.
         digest: Whether to compute SHA-256, which reads every byte. Default: True.
+        model: The published model with which an adapter is compared. Default: that of its family.
 
     Returns:
         The report. What is wrong with a file is in `Report.problems`.
@@ -45,6 +52,8 @@ def inspect(
         FileNotFoundError: If there is nothing at ``path``.
     """
     path = Path(path)
+    if path.exists() and not is_ldm_folder(path) and (adapter := adapter_in(path)) is not None:
+        return inspect_adapter(adapter, model=model, nan=nan, digest=digest)
     if path.is_dir():
         if is_ldm_folder(path):
             return inspect_ldm_folder(path, nan=nan, digest=digest)

@@ -38,6 +38,67 @@ class PartReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """What an adapter changes in one block.
+
+    Args:
+        part: The network.
+        block: The block in the notation of block weights (`ldm.weights.adapters.blocks`).
+        tensors: Number of changed tensors.
+        ranks: The ranks of the changes.
+        alphas: Their alphas.
+    """
+
+    part: str
+    block: str
+    tensors: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchReport:
+    """What an adapter changes in a model.
+
+    Args:
+        card: Name of the model.
+        kinds: Number of changed tensors by kind.
+        modules: Number of changed modules by part.
+        unused: Keys that match nothing.
+        without_effect: Keys of modules that the model never reads.
+        words: Words that stand for learned vectors.
+        blocks: The changes by block.
+    """
+
+    card: str
+    kinds: Mapping[str, int]
+    modules: Mapping[str, int]
+    unused: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    blocks: tuple[BlockReport, ...] = ()
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the lines of the report."""
+        yield "fits", self.card
+        if self.kinds:
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in self.kinds.items())
+            yield (
+                "kinds",
+                f"{kinds} in {', '.join(f'{n} modules of {part}' for part, n in self.modules.items())}",
+            )
+        if self.words:
+            yield "words", ", ".join(self.words)
+        for block in self.blocks:
+            ranks, alphas = (", ".join(f"{x:g}" for x in values) for values in (block.ranks, block.alphas))
+            facts = f"{f', rank {ranks}' if ranks else ''}{f', alpha {alphas}' if alphas else ''}"
+            yield "block", f"{block.part:<6} {block.block:<6} {block.tensors:>4} tensors{facts}"
+        for label, keys in (("unused", self.unused), ("no effect", self.without_effect)):
+            if keys:
+                yield label, f"{len(keys)} keys: {first_names(keys, 5)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The content of a file or folder of weights; `text` formats it.
 
@@ -57,6 +118,8 @@ class Report:
         unsafe: Those that are refused.
         judged: Whether every pickle was read to its end.
         problems: Reasons why the weights cannot be loaded as they are.
+        made_for: Of an adapter, the family that it was made for; "" for other files.
+        matches: Of an adapter, what it changes in the models that it is compared with.
     """
 
     path: Path
@@ -74,12 +137,16 @@ class Report:
     unsafe: tuple[str, ...] = ()
     judged: bool = True
     problems: tuple[str, ...] = ()
+    made_for: str = ""
+    matches: tuple[MatchReport, ...] = ()
 
     def text(self) -> str:
         """Return the report in lines of text."""
         rows: list[Row] = [("file", f"{self.path}: {self.kind}, {self.size:,} bytes")]
         rows += [("sha256", f"{value}  {name}") for name, value in self.sha256.items()]
-        rows += [*self._family_rows(), *self._part_rows(), *self._card_rows(), *self._safety_rows()]
+        rows += [("made for", self.made_for)] if self.made_for else []
+        rows += [*self._family_rows(), *(row for match in self.matches for row in match.rows())]
+        rows += [*self._part_rows(), *self._card_rows(), *self._safety_rows()]
         rows += [("PROBLEM", problem) for problem in self.problems]
         return "\n".join(f"{name:<9} {escaped(value)}" for name, value in rows)
 
@@ -98,7 +165,8 @@ class Report:
             dtypes = ", ".join(f"{name} × {count}" for name, count in part.dtypes.items())
             counts = f"{part.tensors:>5} tensors  {part.parameters:>13,} parameters"
             yield "part", f"{part.name:<8} {counts}  {dtypes}"
-        yield "averages", f"EMA copies of {self.averaged} tensors" if self.averaged else "no EMA copies"
+        if not self.made_for:
+            yield "averages", f"EMA copies of {self.averaged} tensors" if self.averaged else "no EMA copies"
         for key, value in islice(self.values.items(), MOST_VALUES):
             text = value if isinstance(value, str) else shown(value)
             yield "stored", f"{escaped(key, 100)} = {textwrap.shorten(text[:1000], 80)}"

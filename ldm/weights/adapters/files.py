@@ -25,6 +25,7 @@ FOLDER_FILES = (
     *(f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")),
     *(f"pytorch_lora_weights.{suffix}" for suffix in ("safetensors", "bin")),
 )
+Value = str | int | float
 MAX_DEPTH = 8  # of nested mappings in a pickle
 PEFT_METADATA = "lora_adapter_metadata"  # key of a configuration in a header, a JSON text
 
@@ -36,16 +37,21 @@ class AdapterFile:
     Args:
         path: The file with the tensors.
         tensors: The tensors by key, memory-mapped.
-        metadata: The strings beside them.
+        values: The strings and numbers beside them.
         config: What peft's configuration states, by its keys; those of a part begin with its name and a dot.
         digest: SHA-256 of the file, and of its configuration if that is another file.
     """
 
     path: Path
     tensors: dict[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
+    values: Mapping[str, Value] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings beside the tensors."""
+        return {key: value for key, value in self.values.items() if isinstance(value, str)}
 
     def scale(self, component: str, path: str, rank: int) -> float:
         """Return the factor c of a module's change, for a file that has no alpha for it.
@@ -90,20 +96,27 @@ def _pattern_value(patterns: Any, path: str, default: Any) -> float:
     return float(value)
 
 
-def read_adapter(path: str | Path) -> AdapterFile:
+def read_adapter(path: str | Path, *, digest: bool = True) -> AdapterFile:
     """Return the content of an adapter file, or of a folder that peft or diffusers wrote.
 
     Nothing in it is executed.
+
+    Args:
+        path: The file or folder.
+        digest: Whether to compute its SHA-256, which reads every byte. Default: True.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged or refused; the message names it.
     """
-    digest, path = adapter_digest(path), _tensor_file(path)
+    path = _tensor_file(path)
+    name = adapter_digest(path) if digest else ""
     if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS_KIND:
         tensors, metadata = map_safetensors(path)
+        values: Mapping[str, Value] = metadata
     else:
-        tensors, metadata = _flat(read_pickle(path), path)
+        tensors, values = _flat(read_pickle(path), path)
+        metadata = {}
     config: Mapping[str, Any] = {}
     if PEFT_METADATA in metadata:
         config = parse_json(metadata[PEFT_METADATA], f"{str(path)!r}: {PEFT_METADATA}")
@@ -111,29 +124,32 @@ def read_adapter(path: str | Path) -> AdapterFile:
         config = read_json(beside)
     if config.get("fan_in_fan_out"):
         raise ValueError(f"{str(path)!r}: fan_in_fan_out is not supported: no network here is transposed")
-    return AdapterFile(path=path, tensors=tensors, metadata=metadata, config=config, digest=digest)
+    return AdapterFile(path=path, tensors=tensors, values=values, config=config, digest=name)
 
 
-def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the texts in the content of a pickle, with dots between the keys on the way.
+def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Value]]:
+    """Return the tensors, and texts and numbers, in the content of a pickle, with dots between nested keys.
 
     A state dict in one of the entries `STATES` stands for the whole file.
 
     Raises:
         ValueError: If there are no tensors, or keys that cannot be printed.
     """
-    if isinstance(content, dict):
-        content = next((content[name] for name in STATES if isinstance(content.get(name), dict)), content)
     tensors: dict[str, Tensor] = {}
-    texts: dict[str, str] = {}
+    values: dict[str, Value] = {}
+    if isinstance(content, dict):
+        states = [name for name in STATES if isinstance(content.get(name), dict)]
+        if states:
+            values = {str(key): each for key, each in content.items() if isinstance(each, str | int | float)}
+            content = content[states[0]]
 
     def visit(value: Any, key: str, depth: int) -> None:
         if isinstance(value, StandIn) and isinstance(value.state, dict):  # torch's ParameterDict
             value = value.state.get("_parameters", {})
         if isinstance(value, Tensor):
             tensors[key] = value
-        elif isinstance(value, str):
-            texts[key] = value
+        elif isinstance(value, str | int | float):
+            values[key] = value
         elif isinstance(value, Mapping | list | tuple) and depth < MAX_DEPTH:
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for name, each in items:
@@ -143,7 +159,7 @@ def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise ValueError(f"{str(path)!r} holds no tensors")
     check_names(tensors, path)
-    return tensors, texts
+    return tensors, values
 
 
 def adapter_digest(path: str | Path) -> str:

@@ -33,6 +33,11 @@ class Decomposed(Delta):
         """The rank of the inner change."""
         return self.inner.rank
 
+    @property
+    def alpha(self) -> float | None:
+        """The alpha of the inner change."""
+        return self.inner.alpha
+
     def on_input(self, shape: Shape) -> bool:
         """Return whether m belongs to the inputs of a weight of a shape."""
         if self.magnitude.ndim >= 2:

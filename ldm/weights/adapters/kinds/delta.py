@@ -44,6 +44,12 @@ class Delta(ABC):
         """The rank of the change; None if it has none."""
         return None
 
+    @property
+    def alpha(self) -> float | None:
+        """The alpha that gives the factor c = alpha / rank; None without either."""
+        scale = getattr(self, "scale", None)
+        return None if scale is None or self.rank is None else scale * self.rank
+
     def __deepcopy__(self, memo: object) -> Delta:
         return self  # nothing changes it
 
