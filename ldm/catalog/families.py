@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         title="DALL·E mini or mega decoder", refusal=f"{UNSUPPORTED}: it is no diffusion model"
     ),
     "controlnet": Family(title="ControlNet", refusal=ADDED),
-    "lora": Family(title="LoRA", refusal=ADDED),
+    "lora": Family(title="LoRA", refusal=f"{ADDED}: load it with pipe.adapters.load"),
     "textual-inversion": Family(title="textual inversion", refusal=ADDED),
     "safety-checker": Family(title="safety checker", refusal=ADDED),
     "clip": Family(title="CLIP", refusal="is a CLIP model alone, without a diffusion model"),

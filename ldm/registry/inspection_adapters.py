@@ -71,7 +71,7 @@ def inspect_adapter(file: AdapterFile, *, model: str | None, nan: bool, digest: 
             reasons.append(str(error))
     return Report(
         path=file.path,
-        kind=f"{kind}, adapter",
+        kind=f"{kind}, an adapter, which is added to a model",
         size=file.path.stat().st_size,
         sha256={file.path.name: adapter_digest(file.path)} if digest else {},
         parts=(report_part("adapter", file.tensors),),
