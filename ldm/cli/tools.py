@@ -46,22 +46,24 @@ def print_models(args: argparse.Namespace) -> int:
 def train_config(args: argparse.Namespace) -> int:
     """Train a recipe or a single stage; print the folder of the model or of the export at the end."""
     from ldm.support.device import pick_device
+    from ldm.training.distributed.group import joined_processes
     from ldm.training.recipe import train_recipe
 
     pick_device(args.device)
     try:
-        folder = train_recipe(
-            args.config,
-            runs=args.runs,
-            device=args.device,
-            until=args.until,
-            dry_run=args.dry_run,
-            report=functools.partial(print, flush=True),
-        )
+        with joined_processes(args.device) as processes:
+            folder = train_recipe(
+                args.config,
+                runs=args.runs,
+                device=args.device,
+                until=args.until,
+                dry_run=args.dry_run,
+                report=functools.partial(print, flush=True) if processes.first else None,
+            )
     except KeyboardInterrupt:
         complain("interrupted; the same command resumes from the last checkpoint")
         return 130
-    if folder is not None:
+    if folder is not None and processes.first:
         print(folder)
     return 0
 

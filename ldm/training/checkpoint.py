@@ -14,7 +14,8 @@ from ldm.training.config import RunConfig
 from ldm.weights.formats.pickles import read_pickle
 
 STATE = frozenset({"config", "step", "seconds", "model", "ema", "optimizer"})  # keys of a checkpoint
-REPORTING = frozenset({"log_every", "validate_every", "sample_every", "checkpoint_every"})
+# keys of `run` that change no result beyond rounding
+REPORTING = frozenset({"log_every", "validate_every", "sample_every", "checkpoint_every", "distributed"})
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -66,8 +67,8 @@ def match_strides(optimizer: torch.optim.Optimizer) -> None:
 def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], run: RunConfig, step: int) -> None:
     """Check that a run is resumed with the configuration that it began with.
 
-    The name and the reporting intervals may change. The number of steps and the decay may change as long as
-    the learning rate has not begun to fall.
+    The name, the reporting intervals and `distributed` may change. The number of steps and the decay may
+    change as long as the learning rate has not begun to fall.
 
     Args:
         old: The checkpoint's configuration, as plain mappings.

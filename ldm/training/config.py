@@ -7,6 +7,8 @@ from typing import Literal
 
 from ldm.data.mix import Mix
 
+Split = Literal["ddp", "fsdp"]  # what each of several processes holds: the model, or a part of each weight
+
 
 def check_at_least(low: float, **values: float) -> None:
     """Raise ValueError for the first value below `low`."""
@@ -103,6 +105,8 @@ class RunConfig:
         ema: Decay of the moving average of the weights, in [0, 1). Default: 0.999.
         precision: Autocast dtype; "auto" is bfloat16 where the hardware multiplies it, else float32.
             Default: "auto".
+        distributed: What each of several processes holds (see `ldm.training.distributed`): "ddp", the whole
+            model, or "fsdp", a part of each weight. Default: "ddp".
         log_every: Steps between lines of ``metrics.jsonl``. Default: 20.
         validate_every: Steps between validations. Default: 1000.
         sample_every: Steps between sample images, which are made at validations only. Default: 1000.
@@ -116,6 +120,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     ema: float = 0.999
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    distributed: Split = "ddp"
     log_every: int = 20
     validate_every: int = 1000
     sample_every: int = 1000

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.training.config import check_at_least
+from ldm.training.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,47 +40,50 @@ class Degradation:
         if self.share > 1:
             raise ValueError(f"share: expected at most 1, got {self.share}")
 
-    def __call__(self, small: Tensor, rng: np.random.Generator, noise: Tensor) -> Tensor:
-        """Degrade each image by its own random amounts, in an order drawn for the batch.
+    def __call__(self, small: Tensor, draws: Draws) -> Tensor:
+        """Degrade each image by its own random amounts, in its own order.
 
         Args:
-            small: Images, (B, 3, h, w) in [−1, 1].
-            rng: Draws amounts and order.
-            noise: Standard normal noise, (B, 3, h, w).
+            small: Images, (n, 3, h, w) in [−1, 1].
+            draws: The samples, which draw amounts, order and noise.
 
         Returns:
-            The degraded images, (B, 3, h, w) in [−1, 1].
+            The degraded images, (n, 3, h, w) in [−1, 1].
         """
-        n = len(small)
 
         def amounts(most: float) -> Tensor:
-            return torch.from_numpy(rng.random(n) * (rng.random(n) < self.share) * most).float()[
+            return torch.from_numpy(draws.random() * (draws.random() < self.share) * most).float()[
                 :, None, None, None
             ]
 
-        sigma = torch.from_numpy(rng.random(n) * self.blur).float()
+        sigma = torch.from_numpy(draws.random() * self.blur).float()
         strength, step = amounts(self.noise), amounts(self.blocks)
-        for kind in rng.permutation(3):
-            if kind == 0 and self.blur:
-                small = blur(small, sigma)
-            elif kind == 1 and self.noise:
-                small = small + strength * noise
-            elif kind == 2 and self.blocks:
-                small = round_blocks(small, step)
+        noise = draws.normal(*small.shape)
+        small = small.clone()
+        for kinds in np.stack([rng.permutation(3) for rng in draws.rngs], axis=1):
+            for kind in range(3):
+                chosen = torch.from_numpy(np.flatnonzero(kinds == kind))
+                if kind == 0 and self.blur and len(chosen):
+                    small[chosen] = blur(small[chosen], sigma[chosen], self.blur)
+                elif kind == 1 and self.noise:
+                    small[chosen] += strength[chosen] * noise[chosen]
+                elif kind == 2 and self.blocks and len(chosen):
+                    small[chosen] = round_blocks(small[chosen], step[chosen])
         return small.clamp(-1, 1)
 
 
-def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Convolve each image with its own Gaussian, cut at three standard deviations; edges are repeated.
+def blur(x: Tensor, sigma: Tensor, most: float) -> Tensor:
+    """Convolve each image with its own Gaussian; edges are repeated.
 
     Args:
         x: Images, (B, C, h, w).
         sigma: Standard deviation for each image in pixels, (B,).
+        most: The largest standard deviation; the Gaussians are cut at three times it.
 
     Returns:
         The blurred images, (B, C, h, w).
     """
-    radius = max(1, int(3 * float(sigma.max()) + 0.5))
+    radius = max(1, int(3 * most + 0.5))
     offset = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-offset.square() / (2 * sigma.to(x).clamp_min(1e-3)[:, None].square()))
     kernel = kernel / kernel.sum(1, keepdim=True)  # (B, 2r + 1)

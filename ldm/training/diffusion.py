@@ -17,6 +17,7 @@ from ldm.diffusion.schedule import NoiseSchedule, ScheduleName
 from ldm.models.unet import UNet
 from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
 from ldm.training.config import check_at_least, check_fraction
+from ldm.training.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,10 @@ class DiffusionConfig:
         schedule = NoiseSchedule.make(self.schedule, self.timesteps)
         return schedule.zero_terminal_snr() if self.zero_terminal_snr else schedule
 
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Draw the timesteps of a batch, (B,) int64, stratified: one in each B-th of the distribution."""
-        inside = torch.rand(batch, generator=generator, device="cpu", dtype=torch.float32)
-        u = (torch.arange(batch, device="cpu") + inside) / batch
+    def draw(self, draws: Draws) -> Tensor:
+        """Draw the timesteps of samples, (n,) int64, stratified: one in each B-th of the distribution."""
+        inside = torch.from_numpy(draws.random()).float()
+        u = (draws.places + inside) / len(draws.batch)
         return (
             (self.shift * u / (1 + (self.shift - 1) * u) * self.timesteps)
             .long()

@@ -1,58 +1,143 @@
-"""The random numbers of training.
+"""The samples of a training step, and their random numbers.
 
-Batch k of size B consists of the samples k·B … k·B + B − 1. What a sample shows is a function of the run's
-seed and of this global index alone (`Draws.of_sample`), so that it depends neither on the process that
-computes it nor on a restart.
+Step k of a run with batches of B trains on the samples k·B … k·B + B − 1. All random numbers of a sample are
+drawn from the seed and this global index alone, so that a batch depends neither on the processes that share
+it nor on a restart.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-OF_SAMPLES = 1 << 63  # keys of samples, which are apart from those of steps
+from ldm.training.distributed.processes import ONE_PROCESS, Processes
+
+OF_SAMPLES = 1 << 63  # keys of samples
 MOST_USES = 16  # independent generators of a sample, in each stream
+STATEFUL_USE = MOST_USES - 1  # the use of `Draws.rngs`
 
 
 class Draws:
-    """The random numbers of one training step: a NumPy and a PyTorch generator keyed by (seed, step, stream).
+    """A share of a batch: its samples, their random numbers, and means over the whole batch.
 
-    A resumed run draws the same numbers as an uninterrupted one, because no generator outlives its step.
+    No generator outlives the step, so that a resumed run draws the same numbers as an uninterrupted one.
 
     Args:
         seed: The run's seed, at least 0.
-        step: The step, from 0.
-        stream: Tells independent uses of one step apart, such as initialisation. Default: 0.
+        samples: The global indices of the samples of this share.
+        batch: The samples of the whole batch, of which each process has a share; None for `samples`.
+            Default: None.
+        stream: Tells independent uses of one sample apart, such as initialisation. Default: 0.
+        processes: The processes that share the batch. Default: this one alone.
     """
 
-    def __init__(self, seed: int, step: int, stream: int = 0) -> None:
-        self.seed, self.step, self.stream = seed, step, stream
-        self.rng = _philox(seed, (stream << 48) + step)
-        self.torch = torch.Generator("cpu").manual_seed(int(self.rng.integers(2**63)))
+    def __init__(
+        self,
+        seed: int,
+        samples: range,
+        *,
+        batch: range | None = None,
+        stream: int = 0,
+        processes: Processes = ONE_PROCESS,
+    ) -> None:
+        self.seed, self.samples, self.stream, self.processes = seed, samples, stream, processes
+        self.batch = samples if batch is None else batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy in another process is made of; it takes no part in the work of the group."""
+        return _restored, (self.seed, self.samples, self.batch, self.stream)
+
+    @classmethod
+    def of_step(cls, seed: int, step: int, batch: int, processes: Processes = ONE_PROCESS) -> Draws:
+        """Return this process's share of the batch of a step."""
+        whole = range(step * batch, (step + 1) * batch)
+        return cls(seed, processes.share(whole), batch=whole, processes=processes)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def step(self) -> int:
+        """The step, from 0."""
+        return self.batch.start // len(self.batch)
 
     def at(self, step: int) -> Draws:
-        """Return the random numbers of another step."""
-        return Draws(self.seed, step, self.stream)
-
-    def indices(self, batch: int) -> range:
-        """Return the global indices of the step's samples."""
-        return range(self.step * batch, (self.step + 1) * batch)
+        """Return the same share of another step's batch."""
+        ahead = (step - self.step) * len(self.batch)
+        samples, batch = (range(part.start + ahead, part.stop + ahead) for part in (self.samples, self.batch))
+        return Draws(self.seed, samples, batch=batch, stream=self.stream, processes=self.processes)
 
     def of_sample(self, index: int, use: int = 0) -> np.random.Generator:
         """Return a generator keyed by (seed, global index of a sample, use, stream).
 
         Args:
             index: Global index of the sample, below 2**40.
-            use: Tells independent uses apart: 0 for what the sample shows, 1 for its caption, below 16.
+            use: Tells independent uses apart: 0 for what the sample shows, 1 for its caption, below 15.
                 Default: 0.
         """
-        return _philox(self.seed, OF_SAMPLES + ((self.stream * MOST_USES + use) << 40) + index)
+        counter = OF_SAMPLES + ((self.stream * MOST_USES + use) << 40) + index
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, counter], dtype=np.uint64)))
+
+    @cached_property
+    def rngs(self) -> list[np.random.Generator]:
+        """A generator of each sample, from which the methods below draw one after the other."""
+        return [self.of_sample(index, STATEFUL_USE) for index in self.samples]
+
+    @property
+    def places(self) -> Tensor:
+        """The places of the samples in the batch, (n,) int64 in 0 … B − 1."""
+        return torch.tensor(self.samples, device="cpu", dtype=torch.int64) - self.batch.start
+
+    def random(self) -> np.ndarray:
+        """Return a number in [0, 1) for each sample, (n,) float64."""
+        return np.array([rng.random() for rng in self.rngs])
+
+    def integers(self, stop: int) -> np.ndarray:
+        """Return a whole number in 0 … stop − 1 for each sample, (n,) int64."""
+        return np.array([rng.integers(stop) for rng in self.rngs])
 
     def normal(self, *shape: int) -> Tensor:
-        """Return standard normal numbers, float32, on the CPU."""
-        return torch.randn(*shape, generator=self.torch, device="cpu", dtype=torch.float32)
+        """Return standard normal numbers (n, ...), a row for each sample, float32, on the CPU."""
+        if shape[0] != len(self):
+            raise ValueError(f"shape {shape}: expected a row for each of {len(self)} samples")
+        drawn = [rng.standard_normal(shape[1:], dtype=np.float32) for rng in self.rngs]
+        return torch.from_numpy(np.stack(drawn))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the whole batch of equally many values of each sample, (n, ...) → ().
+
+        What a process returns is its own summand times the number of processes: the mean of the results over
+        the processes is the mean over the batch, and so is that of their gradients.
+        """
+        share = len(self) * self.processes.size / len(self.batch)
+        return values.mean() * share
+
+    def mean_of_some(self, values: Tensor, count: Tensor | int | None = None) -> Tensor:
+        """Return the mean over the whole batch of values of which a share may have any number; see `mean`.
+
+        Args:
+            values: The values of this share, or with `count`, their sum among zeros.
+            count: Number of values in this share; None for all of `values`. Default: None.
+
+        Returns:
+            The mean, (); NaN if there are no values in the batch.
+        """
+        own = torch.as_tensor(values.numel() if count is None else count, device=values.device)
+        return values.sum() * self.processes.size / self.processes.total(own)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values (n, ...) of all shares in order, (B, ...), with gradients.
+
+        A loss that every process computes from them is its own mean over the processes; see `mean`.
+        """
+        return self.processes.gather(
+            values, [len(self.processes.share(self.batch, rank)) for rank in range(self.processes.size)]
+        )
 
 
-def _philox(seed: int, counter: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, counter], dtype=np.uint64)))
+def _restored(seed: int, samples: range, batch: range, stream: int) -> Draws:
+    return Draws(seed, samples, batch=batch, stream=stream)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.training.distributed.sharding import local
+
 
 class EMA:
     """The exponential moving average of a model's trained parameters.
@@ -29,19 +31,26 @@ class EMA:
     def update(self, step: int) -> None:
         """Include the weights after step 0, 1, …"""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
+        shadow = [local(average) for average in self.shadow.values()]
+        torch._foreach_lerp_(shadow, [local(p) for p in self.parameters.values()], 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Give the model the averages inside the context, and its own weights afterwards."""
-        trained = {name: p.data for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.data = self.shadow[name]
+        self._exchange()
         try:
             yield
         finally:
-            for name, p in self.parameters.items():
-                p.data = trained[name]
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Exchange weights and averages in place: the parts of a sharded model cannot be replaced."""
+        for name, p in self.parameters.items():
+            weights, shadow = local(p), local(self.shadow[name])
+            kept = weights.clone()
+            weights.copy_(shadow)
+            shadow.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages by parameter name."""

@@ -10,13 +10,14 @@ from pathlib import Path
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder; the operating system releases it when the process ends.
+    """Make a run's folder and hold its lock; the operating system releases it when the process ends.
 
     Systems without `fcntl` (Windows) have no lock.
 
     Raises:
         ValueError: If another process holds it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:

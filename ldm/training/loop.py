@@ -1,7 +1,8 @@
 """The training loop of every network; interruptions change nothing in its results.
 
-All random numbers of step k are drawn from (seed, k) alone. The state of a run is therefore its step, its
-weights, their averages, and the optimizer's moments.
+All random numbers of a sample are drawn from (seed, sample) alone (see `ldm.training.draws`). The state of a
+run is therefore its step, its weights, their averages, and the optimizer's moments. Several processes that
+`torchrun` has started train on the same batches as one, each on its share (see `ldm.training.distributed`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +25,12 @@ from ldm.support.device import dtype_of, fast_dtype
 from ldm.support.files import open_atomically, write_atomically
 from ldm.support.progress import progress_bar
 from ldm.support.scalars import whole_number
-from ldm.training.checkpoint import check_resumable, load_checkpoint, match_strides, save_checkpoint
+from ldm.training.checkpoint import check_resumable
 from ldm.training.config import RunConfig
+from ldm.training.distributed.processes import ONE_PROCESS, Processes
+from ldm.training.distributed.saving import load_state, save_state
+from ldm.training.distributed.sharding import clip_gradient, local
+from ldm.training.distributed.state import TrainingTensors
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
 from ldm.training.lock import folder_lock
@@ -39,10 +45,13 @@ class Trainable(Protocol):
     def model(self) -> nn.Module:
         """The module whose parameters are trained, and whose state checkpoints hold."""
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one step and further figures to log, from the draws alone."""
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of samples and further figures to log, from the draws alone.
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+        They are means over the whole batch as `Draws.mean` takes them.
+        """
+
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return what the samples of `loss` are, for error messages."""
 
     def validate(self) -> dict[str, float]:
@@ -62,7 +71,7 @@ def check_until(until: Any) -> None:  # Any: an option
 
 
 class Run:
-    """A network in training, in a folder with ``checkpoint.pt``, ``metrics.jsonl`` and ``samples/``.
+    """A network in training, in a folder with a checkpoint, ``metrics.jsonl`` and ``samples/``.
 
     Args:
         part: The network in training.
@@ -70,27 +79,40 @@ class Run:
         full_config: The configuration dataclass that the run was made from, kept in its checkpoints.
         folder: The run's folder; a checkpoint in it is resumed.
         device: Where to train.
+        processes: The processes that train together. Default: this one alone.
 
     Raises:
-        ValueError: If the checkpoint in the folder was made with another configuration.
+        ValueError: If the checkpoint in the folder was made with another configuration, or a batch has fewer
+            samples than there are processes.
     """
 
     def __init__(
-        self, part: Trainable, config: RunConfig, full_config: Any, folder: Path, device: torch.device
+        self,
+        part: Trainable,
+        config: RunConfig,
+        full_config: Any,
+        folder: Path,
+        device: torch.device,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
+        if config.batch < processes.size:
+            raise ValueError(
+                f"batch {config.batch}: expected at least the number of processes, {processes.size}"
+            )
         self.part, self.config, self.folder, self.device = part, config, folder, device
+        self.processes = processes
         self.full_config: dict[str, Any] = to_dict(full_config)
         self.as_now = partial(filled, type(full_config))
         if device.type == "cpu":
             for_training(part.model)
+        self.call = processes.wrap(part.model, config.distributed)
         self.parameters = [p for p in part.model.parameters() if p.requires_grad]
         self.ema = EMA(part.model, config.ema)
         self.optimizer = make_optimizer(part.model, config.optimizer)
         self.dtype = fast_dtype(device) if config.precision == "auto" else dtype_of(config.precision)
         self.step = 0
         self.seconds = 0.0
-        if (folder / "checkpoint.pt").exists():
-            self._resume()
+        self._resume()
 
     @property
     def finished(self) -> bool:
@@ -98,26 +120,23 @@ class Run:
         return self.step >= self.config.steps
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.folder / "checkpoint.pt")
-        check_resumable(self.as_now(state["config"]), self.full_config, self.config, state["step"])
-        self.part.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        match_strides(self.optimizer)
+        state = load_state(self.folder, self._tensors(), self.processes, self._check_resumable)
+        if state is None:
+            return
         self.step, self.seconds = state["step"], state["seconds"]
-        drop_later_rows(self.folder / "metrics.jsonl", self.step)  # the steps behind it are taken again
+        # the steps behind it are taken again
+        self.processes.once(lambda: drop_later_rows(self.folder / "metrics.jsonl", self.step))
+
+    def _check_resumable(self, state: Mapping[str, Any]) -> None:
+        check_resumable(self.as_now(state["config"]), self.full_config, self.config, state["step"])
+
+    def _tensors(self) -> TrainingTensors:
+        return TrainingTensors(model=self.part.model, ema=self.ema, optimizer=self.optimizer)
 
     def save(self) -> None:
-        """Write the checkpoint; the file appears when it is complete."""
-        state = {
-            "config": self.full_config,
-            "step": self.step,
-            "seconds": self.seconds,
-            "model": self.part.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        save_checkpoint(self.folder / "checkpoint.pt", state)
+        """Write the checkpoint; it appears when it is complete."""
+        about = {"config": self.full_config, "step": self.step, "seconds": self.seconds}
+        save_state(self.folder, self._tensors(), about, self.processes)
 
     def train(self, *, until: int | None = None, progress: bool = True) -> None:
         """Train from the present step to the last one, then save.
@@ -133,14 +152,15 @@ class Run:
                 kept.
         """
         check_until(until)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(self.folder):
-            self._train(self.config.steps if until is None else min(until, self.config.steps), progress)
+        last = self.config.steps if until is None else min(until, self.config.steps)
+        with ExitStack() as stack:
+            self.processes.once(lambda: stack.enter_context(folder_lock(self.folder)))
+            self._train(last, progress and self.processes.first)
 
     def _train(self, last: int, progress: bool) -> None:
         config = self.config
         if self.step % config.validate_every == 0 and self.step > 0 or self.finished:
-            if not has_validation(self.folder / "metrics.jsonl", self.step):
+            if not self.processes.once(lambda: has_validation(self.folder / "metrics.jsonl", self.step)):
                 self._validate()  # the run was interrupted between the checkpoint and its validation
         bar = progress_bar(last, progress, initial=self.step, smoothing=0.05)
         pending: list[dict[str, Tensor]] = []
@@ -169,29 +189,32 @@ class Run:
             group["lr"] = opt.rate(self.step, self.config.steps)
         self.part.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, figures = self.part.loss(Draws(self.config.seed, self.step), self.config.batch)
+            loss, figures = self.call(self.part.loss, self._draws(self.processes))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, opt.clip if opt.clip > 0 else float("inf"))
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            raise FloatingPointError(self._describe_overflow(float(loss.detach()), float(norm)))
+        means = self.processes.means({"loss": loss, **figures})
+        norm = self.processes.gradient_norm(self.parameters)
+        if not bool(torch.isfinite(means["loss"]) & torch.isfinite(norm)):
+            raise FloatingPointError(self._describe_overflow(float(means["loss"]), float(norm)))
+        if opt.clip > 0:
+            clip_gradient(self.parameters, norm, opt.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.step)
-        return {
-            "loss": loss.detach(),
-            **{key: value.detach() for key, value in figures.items()},
-            "grad_norm": norm,
-        }
+        return {**means, "grad_norm": norm}
+
+    def _draws(self, processes: Processes) -> Draws:
+        """Return this process's share of the present batch, or all of it for one process alone."""
+        return Draws.of_step(self.config.seed, self.step, self.config.batch, processes)
 
     def _describe_overflow(self, loss: float, norm: float) -> str:
         """Return the message for a loss or gradient that is not finite."""
         bad = (
             name
             for name, p in self.part.model.named_parameters()
-            if not bool(torch.isfinite(p).all())
-            or (p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+            if not bool(torch.isfinite(local(p)).all())
+            or (p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()))
         )
-        samples = self.part.describe_batch(Draws(self.config.seed, self.step), self.config.batch)
+        samples = self.part.describe_batch(self._draws(ONE_PROCESS))
         shown = ", ".join(map(repr, samples[:8])) + (f" and {len(samples) - 8} more" * (len(samples) > 8))
         return (
             f"step {self.step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; the first"
@@ -213,16 +236,18 @@ class Run:
         shows = self.step % self.config.sample_every == 0 or self.step == self.config.steps
         self.part.model.eval()
         with self.ema.swapped():
-            figures = self.part.validate()
-            image = self.part.preview() if shows else None
+            figures = self.call(self.part.validate)
+            image = self.call(self.part.preview) if shows else None
         self._log({f"validation/{key}": value for key, value in figures.items()})
-        if image is not None:
+        if image is not None and self.processes.first:
             from PIL import Image
 
             with open_atomically(self.folder / "samples" / f"{self.step:07d}.png") as file:
                 Image.fromarray(image).save(file, format="PNG")
 
     def _log(self, figures: Mapping[str, float]) -> None:
+        if not self.processes.first:
+            return
         counts = {"step": self.step, "samples": self.step * self.config.batch}
         append_row(self.folder / "metrics.jsonl", {**counts, "seconds": round(self.seconds, 1), **figures})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.support.device import fast_dtype
 from ldm.training.config import OptimizerConfig
+from ldm.training.distributed.sharding import split_like, whole
 
 # Layers at the ends of a network, whose rows or columns are not its features: Muon is not for them.
 _END_LAYERS = re.compile(
@@ -25,7 +26,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if config.kind == "adamw":
         return torch.optim.AdamW(
-            named.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            alike(named.values()),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
     hidden = hidden_matrices(model)
     return Muon(
@@ -36,6 +41,14 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         weight_decay=config.weight_decay,
         dtype=fast_dtype(next(iter(named.values())).device),
     )
+
+
+def alike(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return parameters in groups that one call can update: the sharded ones, and the others."""
+    groups: dict[type, list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault(type(p.data), []).append(p)
+    return [{"params": group} for group in groups.values()]
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
@@ -138,8 +151,9 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p)
         mean = state["momentum"].lerp_(grad, 1 - group["momentum"])
         ahead = grad.lerp(mean, group["momentum"])  # Nesterov
-        made = orthogonalized(ahead.flatten(1), dtype=self.dtype).reshape(p.shape)
-        return made * (0.2 * max(p.shape[0], p[0].numel()) ** 0.5)
+        matrix = whole(ahead).flatten(1)  # (m, n); of a sharded parameter, from all processes
+        made = orthogonalized(matrix, dtype=self.dtype) * (0.2 * max(matrix.shape) ** 0.5)
+        return split_like(made.reshape(p.shape), p)
 
     def _of_adam(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         state, grad, (beta1, beta2) = self.state[p], p.grad, group["betas"]

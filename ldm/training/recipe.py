@@ -13,6 +13,7 @@ from ldm.support.config import nearest
 from ldm.support.files import write_atomically
 from ldm.training.caches.embeddings import clip_name
 from ldm.training.config_file import build_stage_config, read_stage_file
+from ldm.training.distributed.group import current_processes
 from ldm.training.loop import check_until
 from ldm.training.recipe_file import (
     MODEL_FOLDER,
@@ -131,7 +132,7 @@ def train_recipe(
                 return None
         if until == stage.name:
             return None
-    return recipe.bundle()
+    return current_processes().once(recipe.bundle)
 
 
 def _train_stage_file(

@@ -16,11 +16,13 @@ import torch
 
 from ldm.support.config import filled, read_yaml, to_dict
 from ldm.support.defaults import plain_defaults
-from ldm.support.device import pick_device
 from ldm.support.files import write_atomically
 from ldm.support.strict_json import read_json
 from ldm.support.text import shown
-from ldm.training.checkpoint import REPORTING, checkpoint_step, config_differences
+from ldm.training.checkpoint import REPORTING, config_differences
+from ldm.training.distributed.group import current_processes
+from ldm.training.distributed.processes import ONE_PROCESS, Processes
+from ldm.training.distributed.saving import last_step
 from ldm.training.kinds import part_kinds
 from ldm.training.loop import Run, check_until
 
@@ -69,7 +71,7 @@ class TrainingStage:
     @property
     def step(self) -> int:
         """The step of the last checkpoint, 0 if there is none."""
-        return checkpoint_step(self.folder / "checkpoint.pt")
+        return last_step(self.folder)
 
     def status(self) -> str:
         """Describe how far the stage is: "finished", "at step k of n", or "not started"."""
@@ -77,12 +79,18 @@ class TrainingStage:
             return "finished"
         return f"at step {step} of {self.steps}" if (step := self.step) else "not started"
 
-    def open(self, device: torch.device | str = "cpu") -> Run:
-        """Open the stage's run, at its last checkpoint if it has one."""
-        device = pick_device(device)
-        with plain_defaults():
-            part = part_kinds()[self.part].part(self.config, device)
-        return Run(part, self.config.run, self.config, self.folder, device)
+    def open(self, device: torch.device | str = "cpu", processes: Processes | None = None) -> Run:
+        """Open the stage's run, at its last checkpoint if it has one.
+
+        Args:
+            device: Where to train. Default: "cpu".
+            processes: Who trains; None for those of `current_processes`. Default: None.
+        """
+        processes = processes or current_processes()
+        own = processes.device(device)
+        with plain_defaults():  # the first process writes the caches that the others read
+            part = processes.in_turn(lambda: part_kinds()[self.part].part(self.config, own))
+        return Run(part, self.config.run, self.config, self.folder, own, processes)
 
     def train(
         self, *, device: torch.device | str = "cpu", until: int | None = None, progress: bool = True
@@ -102,13 +110,18 @@ class TrainingStage:
         """
         check_until(until)
         run = self.open(device)
-        self.write_record(exports=None)
+        run.processes.once(lambda: self.write_record(exports=None))
         run.train(until=until, progress=progress)
-        if not run.finished:
-            return False
+        if run.finished:
+            run.processes.once(lambda: self._export(run))
+        return run.finished
+
+    def _export(self, run: Run) -> None:
+        """Write the export of a finished run, in one process."""
+        if not run.processes.holds_all(run.config.distributed):
+            run = self.open(run.device, ONE_PROCESS)  # from the checkpoint
         run.export(self.export)
         self.write_record(exports=export_hashes(self.export))
-        return True
 
     def check_unchanged(self) -> None:
         """Check that the stage is still what its record states, as far as it was begun.

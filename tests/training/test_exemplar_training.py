@@ -163,7 +163,7 @@ def test_training_is_resumed_exactly(place):
 def test_the_condition_shows_the_images_of_the_scene(place):
     trained(place)
     part = open_run(Path("exemplar.yaml")).part
-    scenes, rows = part.draw(Draws(0, 3), 6)
+    scenes, rows = part.draw(Draws(0, range(6)))
     assert [part.scenes.rows[row] for row in rows] == scenes
     part.model.eval()
     cond = part.condition([*scenes, None], None)

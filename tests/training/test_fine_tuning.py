@@ -16,6 +16,7 @@ from tiny_trainings import run, write
 
 import ldm
 from ldm.models.unet import UNet, UNetConfig
+from ldm.training.draws import Draws
 from ldm.training.losses.common import losses_by_timestep
 from ldm.training.recipe import train_recipe
 from ldm.training.recomputing import recompute_blocks
@@ -185,5 +186,5 @@ def test_recomputed_blocks_change_no_gradient():
 
 def test_losses_by_timestep_are_means_of_tenths():
     losses, t = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 99, 999])
-    found = losses_by_timestep(losses, t, 1000)
+    found = losses_by_timestep(losses, t, 1000, Draws(0, range(len(t))))
     assert found["loss_t0"] == 2 and found["loss_t9"] == 5 and found["loss_t5"].isnan()

@@ -74,16 +74,16 @@ def test_the_networks_of_latent_diffusion_train_on_a_folder_and_resume_exactly(p
 
 def test_samples_depend_on_their_index_alone(photos):
     found = images(photos, crop="random", mirror=0.5)
-    together = found.tensor(found.draw(Draws(5, 3), 4))
-    alone = [found.tensor(found.draw(Draws(5, index), 1)) for index in range(12, 16)]
+    together = found.tensor(found.draw(Draws.of_step(5, 3, 4)))
+    alone = [found.tensor(found.draw(Draws(5, range(index, index + 1)))) for index in range(12, 16)]
     assert torch.equal(together, torch.cat(alone))
-    assert not torch.equal(together, found.tensor(found.draw(Draws(5, 4), 4)))
+    assert not torch.equal(together, found.tensor(found.draw(Draws.of_step(5, 4, 4))))
 
 
 def test_reading_ahead_changes_nothing(photos):
     own, ahead = images(photos, crop="random"), images(photos, crop="random", workers=1)
     for step in (0, 1, 2, 7, 8):
-        first, second = own.draw(Draws(5, step), 4), ahead.draw(Draws(5, step), 4)
+        first, second = own.draw(Draws.of_step(5, step, 4)), ahead.draw(Draws.of_step(5, step, 4))
         assert [sample.item for sample in first] == [sample.item for sample in second]
         assert torch.equal(own.tensor(first), ahead.tensor(second))
 
@@ -96,7 +96,7 @@ def test_captions_are_drawn_among_several_and_dropped(photos):
         caption
         for step in range(200)
         for caption in found.captions(
-            found.cached(RUN, 0).draw(Draws(5, step), 4)[0], Draws(5, step), drop=0.25
+            found.cached(RUN, 0).draw(Draws.of_step(5, step, 4))[0], Draws.of_step(5, step, 4), drop=0.25
         )
     ]
     counts = [drawn.count(caption) / len(drawn) for caption in ("first", "second", "third", "")]
@@ -111,25 +111,27 @@ def test_a_file_that_breaks_later_is_replaced_named_and_limited(photos):
     victim = photos / "0007.png"
     victim.write_bytes(victim.read_bytes()[:-40])
     with pytest.warns(UserWarning, match="unreadable: 1: 0007.png"):
-        shown = [sample.item for step in range(5) for sample in found.draw(Draws(5, step), 4)]
+        shown = [sample.item for step in range(5) for sample in found.draw(Draws.of_step(5, step, 4))]
     assert 7 not in shown and len(shown) == 20 and "0007.png" in found.report()
     (photos / "0009.png").write_bytes(b"")
     with pytest.raises(ValueError, match="2 broken files, data.max_broken permits 1: .*0009"):
         for step in range(5):
-            found.draw(Draws(5, step), 4)
+            found.draw(Draws.of_step(5, step, 4))
 
 
 def test_held_out_images_are_never_drawn(photos):
     found = images(photos, held_out=0.25)
     held = {sample.item for sample in found.held_out(100)}
     assert len(held) == 5
-    assert held.isdisjoint(sample.item for step in range(10) for sample in found.draw(Draws(5, step), 4))
+    assert held.isdisjoint(
+        sample.item for step in range(10) for sample in found.draw(Draws.of_step(5, step, 4))
+    )
 
 
 def test_batches_of_buckets_have_one_size(photos):
     write_photos(photos / "wide", 9, width=96, height=40)
     found = images(photos, buckets=Buckets(step=8))
-    shapes = {found.tensor(found.draw(Draws(5, step), 4)).shape for step in range(9)}
+    shapes = {found.tensor(found.draw(Draws.of_step(5, step, 4))).shape for step in range(9)}
     assert len(shapes) == 2 and all(shape[0] == 4 for shape in shapes)
-    sizes = found.sizes(found.draw(Draws(5, 0), 4))
+    sizes = found.sizes(found.draw(Draws.of_step(5, 0, 4)))
     assert {size.original for size in sizes} in ({(40, 48)}, {(40, 96)})

@@ -85,7 +85,7 @@ def test_an_interrupted_computation_of_pairs_resumes_where_it_stopped(place, mon
 
 def test_timesteps_are_those_of_the_grids(place):
     part = opened(grids=[1, 2, 4]).part
-    t = part.timesteps(Draws(0, 0), 6000)
+    t = part.timesteps(Draws(0, range(6000)))
     values, counts = t.unique(return_counts=True)
     assert values.tolist() == [249, 499, 749, 999]
     expected = torch.tensor([1 / 12, 1 / 12 + 1 / 6, 1 / 12, 1 / 3 + 1 / 6 + 1 / 12]) * 6000

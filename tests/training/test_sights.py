@@ -15,6 +15,7 @@ from ldm.diffusion.cond import Cond
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.exemplars import multiplied
 from ldm.models.views import Sight, exemplar_planes, sample_patches, token_centres
+from ldm.training.draws import Draws
 from ldm.training.losses.sights import record_sights, sight_losses, wanted_sights
 
 
@@ -60,11 +61,11 @@ def test_a_token_draws_the_nearest_of_several():
 def test_the_losses_in_closed_form():
     maps, touched = torch.zeros(1, 2, 1, 4), torch.tensor([[[True], [False]]])
     found = Sight(maps=torch.tensor([[[[0.5, 0.0, 0.0, 0.02]], [[9.0] * 4]]]), shown=torch.zeros(1, 2, 1))
-    losses = sight_losses([found, found], maps, touched, 4)
+    losses = sight_losses([found, found], maps, touched, 4, Draws(0, range(len(maps))))
     # u: |4 · 0.5| − 0.05; b: 0.02² / (2 · 0.1)
     assert torch.allclose(losses["where"], torch.tensor((1.95 + 0.002) / 4))
     assert torch.allclose(losses["shown"], torch.tensor(math.log(2)))
-    none = sight_losses([found], maps, torch.zeros_like(touched), 4)
+    none = sight_losses([found], maps, torch.zeros_like(touched), 4, Draws(0, range(len(maps))))
     assert float(none["where"]) == 0
 
 

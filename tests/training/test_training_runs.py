@@ -17,6 +17,7 @@ from tiny_trainings import configs, write
 
 from ldm.training.checkpoint import match_strides
 from ldm.training.diffusion import DiffusionConfig
+from ldm.training.draws import Draws
 from ldm.training.metrics import thin_rows
 from ldm.training.run import open_run, read_training_config
 from ldm.weights.formats.ldm_folder import about_part, read_text
@@ -286,7 +287,7 @@ def test_a_draft_that_does_not_fit_latent_or_network_is_refused(place):
 
 def test_the_median_of_shifted_timesteps():
     for shift, median in ((1.0, 500), (3.0, 750), (1 / 3, 250)):  # s·½ / (1 + (s − 1)·½)
-        t = DiffusionConfig(shift=shift).draw(1000, torch.Generator().manual_seed(0))
+        t = DiffusionConfig(shift=shift).draw(Draws(0, range(1000)))
         assert t.shape == (1000,) and t.min() >= 0 and t.max() <= 999
         assert (
             abs(float(t.float().median()) - median) < 2

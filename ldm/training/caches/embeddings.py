@@ -14,6 +14,7 @@ from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.training.caches.prior_embeddings import PriorEmbeddings
+from ldm.training.draws import Draws
 from ldm.training.inputs.protocol import CachedSamples, Rows, Samples, TrainingImages
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, about_part, read_part, read_text
 
@@ -99,12 +100,12 @@ class EmbeddingCache:
         """Return the images' own embeddings of rows, (B, E) float32."""
         return torch.from_numpy(self.vectors[np.asarray(rows)]).float()
 
-    def draw(self, rows: Sequence[int], rng: np.random.Generator) -> Tensor:
+    def draw(self, rows: Sequence[int], draws: Draws) -> Tensor:
         """Return embeddings of rows, (B, E) float32, each from the prior with probability `share`."""
         own = self[rows]
         if self.from_prior is None:
             return own
-        chosen = torch.from_numpy(rng.random(len(rows)) < self.share)
+        chosen = torch.from_numpy(draws.random() < self.share)
         return torch.where(chosen[:, None], torch.from_numpy(self.from_prior[np.asarray(rows)]).float(), own)
 
 

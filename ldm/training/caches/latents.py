@@ -136,9 +136,9 @@ def measure_scale(
     """
     device = next(vae.parameters()).device
     total, square, count = 0.0, 0.0, 0
-    for step in range(-(-n // 32)):
-        draws = Draws(seed, step)
-        posterior = vae.encode(images.tensor(images.draw(draws, 32)).to(device))
+    for start in range(0, n, 32):
+        draws = Draws(seed, range(start, min(start + 32, n)))
+        posterior = vae.encode(images.tensor(images.draw(draws)).to(device))
         z = posterior.sample(draws.normal(*posterior.mean.shape).to(device)).double()
         total, square, count = total + float(z.sum()), square + float(z.square().sum()), count + z.numel()
     return float((square / count - (total / count) ** 2) ** -0.5)

@@ -65,9 +65,9 @@ class CachedFiles:
             raise ValueError(f"data.path {self.files.config.path!r}: no image can be decoded")
         return self.files.ordered(self.files.train[kept])
 
-    def draw(self, draws: Draws, n: int) -> tuple[list[ImageSample], list[int]]:
-        """Return the n samples of a step and their rows."""
-        rows = [self.row_of[self.order.item(index)[1]] for index in draws.indices(n)]
+    def draw(self, draws: Draws) -> tuple[list[ImageSample], list[int]]:
+        """Return samples of a step and their rows."""
+        rows = [self.row_of[self.order.item(index)[1]] for index in draws.samples]
         return [self.sample(row) for row in rows], rows
 
     def rows_of(self, samples: Sequence[ImageSample]) -> list[int]:

@@ -97,10 +97,10 @@ class EmojiImages:
         side = (self.size, self.size)
         return [SizeRecord(original=side, crop=(0, 0), target=side) for _ in samples]
 
-    def draw(self, draws: Draws, n: int) -> list[Scene]:
-        """Draw the n scenes of a step, none of them held out, by the configuration's `drawn` or `mix`."""
+    def draw(self, draws: Draws) -> list[Scene]:
+        """Draw scenes of a step, none of them held out, by the configuration's `drawn` or `mix`."""
         mix = self.config.drawn or self.config.mix
-        return [sample_scene(draws.of_sample(i), self.index, mix) for i in draws.indices(n)]
+        return [sample_scene(draws.of_sample(i), self.index, mix) for i in draws.samples]
 
     def random(self, rng: np.random.Generator, n: int, mix: Mix | None = None) -> list[Scene]:
         """Draw n scenes, none of them held out, from one generator.
@@ -119,7 +119,7 @@ class EmojiImages:
 
     def pieces(self, samples: Sequence[Scene], draws: Draws, *, drop: float = 0.0) -> list[CaptionPieces]:
         """Return the captions that `captions` draws, in pieces."""
-        generators = (draws.of_sample(i, CAPTION) for i in draws.indices(len(samples)))
+        generators = (draws.of_sample(i, CAPTION) for i in draws.samples)
         return [
             [] if rng.random() < drop else caption_pieces(scene.facts, self.index, rng)
             for scene, rng in zip(samples, generators, strict=True)
@@ -254,15 +254,14 @@ class CachedScenes:
         rows = tuple(images.random(np.random.default_rng(run.seed), n, images.config.mix))
         return cls(images=images, rows=rows, row_of={}, variants=n, seed=run.seed)
 
-    def draw(self, draws: Draws, n: int) -> tuple[list[Scene], list[int]]:
-        """Draw the n cached scenes of a step by the run's probabilities, and return them with their rows.
+    def draw(self, draws: Draws) -> tuple[list[Scene], list[int]]:
+        """Draw cached scenes of a step by the run's probabilities, and return them with their rows.
 
         A plain scene is replaced by that of its whole image, another one by a random one of the variants.
         """
-        generators = (draws.of_sample(i, VARIANT) for i in draws.indices(n))
+        generators = (draws.of_sample(i, VARIANT) for i in draws.samples)
         chosen = [
-            self._choose(scene, rng)
-            for scene, rng in zip(self.images.draw(draws, n), generators, strict=True)
+            self._choose(scene, rng) for scene, rng in zip(self.images.draw(draws), generators, strict=True)
         ]
         return [scene for scene, _ in chosen], [row for _, row in chosen]
 

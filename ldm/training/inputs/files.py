@@ -50,13 +50,13 @@ class FileImages:
         """Return what was found in the files so far, in one line."""
         return self.files.report()
 
-    def draw(self, draws: Draws, n: int) -> list[ImageSample]:
-        """Return the n samples of a step, decoded.
+    def draw(self, draws: Draws) -> list[ImageSample]:
+        """Return samples of a step, decoded.
 
         Raises:
             ValueError: If more files are broken than the configuration permits; the message names them.
         """
-        reading = self.steps.load(draws, n)
+        reading = self.steps.load(draws)
         self.files.note(reading.broken)
         return reading.samples()
 
@@ -67,7 +67,7 @@ class FileImages:
 
     def captions(self, samples: Sequence[ImageSample], draws: Draws, *, drop: float = 0.0) -> list[str]:
         """Draw one of the captions of each sample of a step; it is empty with probability `drop`."""
-        generators = (draws.of_sample(i, CAPTION) for i in draws.indices(len(samples)))
+        generators = (draws.of_sample(i, CAPTION) for i in draws.samples)
         return [
             "" if rng.random() < drop else self._caption(sample, rng)
             for sample, rng in zip(samples, generators, strict=True)

@@ -42,8 +42,8 @@ class CachedSamples(Protocol):
     def rows(self) -> Samples:
         """All cached samples."""
 
-    def draw(self, draws: Draws, n: int) -> tuple[Samples, list[int]]:
-        """Draw the n samples of a step among the cached ones, and return them with their rows."""
+    def draw(self, draws: Draws) -> tuple[Samples, list[int]]:
+        """Draw samples of a step among the cached ones, and return them with their rows."""
 
     def rows_of(self, samples: Samples) -> list[int]:
         """Return the rows of samples of `TrainingImages.plain`."""
@@ -74,14 +74,14 @@ class TrainingImages(Protocol):
     def report(self) -> str:
         """Return in one line what was found in the files so far; empty if there is nothing to tell."""
 
-    def draw(self, draws: Draws, n: int) -> Samples:
-        """Return the n samples of a step."""
+    def draw(self, draws: Draws) -> Samples:
+        """Return samples of a step."""
 
     def tensor(self, samples: Samples) -> Tensor:
         """Return the images of samples, (B, 3, H, W) float32 in [−1, 1]."""
 
     def captions(self, samples: Samples, draws: Draws, *, drop: float = 0.0) -> list[str]:
-        """Draw a caption for each sample of a step; it is empty with probability `drop`."""
+        """Draw a caption for each of samples of a step; it is empty with probability `drop`."""
 
     def describe(self, samples: Samples) -> list[str]:
         """Return the canonical captions of samples."""

@@ -78,10 +78,10 @@ class Reader:
     shapes: Sequence[tuple[int, int]]
     order: Order
 
-    def read(self, draws: Draws, n: int) -> Reading:
-        """Decode the n samples of a step; the next image of the bucket stands in for a broken one."""
+    def read(self, draws: Draws) -> Reading:
+        """Decode samples of a step; the next image of the bucket stands in for a broken one."""
         broken: list[Problem] = []
-        return _joined([self._read_one(draws, index, broken) for index in draws.indices(n)], broken)
+        return _joined([self._read_one(draws, index, broken) for index in draws.samples], broken)
 
     def read_all(self, samples: Sequence[ImageSample]) -> Reading:
         """Decode samples of one size; broken ones are left out."""
@@ -169,10 +169,9 @@ class _OfStep:
 
     reader: Reader
     draws: Draws
-    n: int
 
     def __call__(self, step: int) -> Reading:
-        return self.reader.read(self.draws.at(step), self.n)
+        return self.reader.read(self.draws.at(step))
 
 
 class StepLoader:
@@ -185,14 +184,14 @@ class StepLoader:
 
     def __init__(self, reader: Reader, workers: int) -> None:
         self.reader, self.workers = reader, workers
-        self._next: tuple[int, ...] = ()  # what the iterator gives next
+        self._next: tuple[int, int, range] | None = None  # what the iterator gives next
         self._ahead: Iterator[Reading] = iter(())
 
-    def load(self, draws: Draws, n: int) -> Reading:
-        """Return the samples of a step."""
-        wanted = (draws.seed, draws.stream, draws.step, n)
+    def load(self, draws: Draws) -> Reading:
+        """Return samples of a step."""
+        wanted = (draws.seed, draws.stream, draws.samples)
         if self._next != wanted:
             numbers = range(draws.step, MOST_STEPS)
-            self._ahead = read_ahead(_OfStep(self.reader, draws, n), numbers, self.workers)
-        self._next = (draws.seed, draws.stream, draws.step + 1, n)
+            self._ahead = read_ahead(_OfStep(self.reader, draws), numbers, self.workers)
+        self._next = (draws.seed, draws.stream, draws.at(draws.step + 1).samples)
         return next(self._ahead)

@@ -40,7 +40,7 @@ class DiffusionLoss(NamedTuple):
     """The loss of a batch at drawn timesteps.
 
     Args:
-        weighted: The mean of the weighted losses, ().
+        weighted: The mean of the weighted losses over the whole batch, (); see `Draws.mean`.
         losses: The losses without weights, (B,).
         t: The timesteps, (B,).
     """
@@ -60,31 +60,37 @@ def draw_diffusion_loss(
         config: Distribution and weight of the timesteps.
         x0: Clean samples, (B, *S).
         cond: Their condition.
-        draws: The random numbers of the step.
+        draws: The samples, with their random numbers.
     """
-    t = config.draw(len(x0), draws.torch).to(x0.device)
+    t = config.draw(draws).to(x0.device)
     eps = draws.normal(*x0.shape)
     if config.offset_noise:
         eps = eps + config.offset_noise * draws.normal(*x0.shape[:2], 1, 1)
     losses = diffusion_loss(denoiser, x0, cond, t, eps.to(x0.device))
     weight = config.weight(denoiser.schedule.snr(t)).to(losses)
-    return DiffusionLoss((weight * losses).mean(), losses, t)
+    return DiffusionLoss(draws.mean(weight * losses), losses, t)
 
 
-def losses_by_timestep(losses: Tensor, t: Tensor, timesteps: int, *, parts: int = 10) -> dict[str, Tensor]:
+def losses_by_timestep(
+    losses: Tensor, t: Tensor, timesteps: int, draws: Draws, *, parts: int = 10
+) -> dict[str, Tensor]:
     """Return the mean loss in each part of the timesteps, to log: "loss_t0" is that of the least noise.
 
     Args:
         losses: The loss of each sample, (B,).
         t: Their timesteps, (B,).
         timesteps: T.
+        draws: The samples.
         parts: Number of parts. Default: 10.
 
     Returns:
-        The means, each (); NaN for a part without a sample, which the log leaves out.
+        The means over the whole batch, each (); NaN for a part without a sample, which the log leaves out.
     """
-    place = (t * parts) // timesteps
-    return {f"loss_t{k}": losses[place == k].mean() for k in range(parts)}
+    place = (t.long() * parts) // timesteps
+    counts = draws.processes.total(torch.bincount(place, minlength=parts))
+    sums = losses.new_zeros(parts).index_add(0, place, losses.detach())
+    means = sums * draws.processes.size / counts
+    return {f"loss_t{k}": means[k] for k in range(parts)}
 
 
 def contrastive_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

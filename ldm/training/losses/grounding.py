@@ -31,7 +31,7 @@ class Grounding:
     """How grounding is trained.
 
     Args:
-        weight: Weight of `grounding_loss` beside the diffusion loss, at least 0.
+        weight: Weight of the mean of `grounding_losses` beside the diffusion loss, at least 0.
         only: Whether only the queries and keys of cross-attention are trained. Default: False.
     """
 
@@ -92,8 +92,8 @@ def find_named_areas(
     return found
 
 
-def grounding_loss(maps: Iterable[Tensor], named: Sequence[NamedArea]) -> Tensor:
-    """Compute the mean of KL(area ‖ attention) over attentions and named things, in nats.
+def grounding_losses(maps: Iterable[Tensor], named: Sequence[NamedArea]) -> Tensor:
+    """Compute KL(area ‖ attention) of each named thing, the mean over the attentions, in nats.
 
     Both are normalised to distributions over positions. The attention to a thing is the sum over its tokens.
 
@@ -102,10 +102,10 @@ def grounding_loss(maps: Iterable[Tensor], named: Sequence[NamedArea]) -> Tensor
         named: The named things of the batch.
 
     Returns:
-        The loss, (); 0 where attention and area have the same shape, or nothing is named.
+        The losses, (N,); 0 where attention and area have the same shape.
     """
     if not named:
-        return torch.zeros((), device="cpu", dtype=torch.float32)
+        return torch.zeros(0, device="cpu", dtype=torch.float32)
     samples, areas = [one.sample for one in named], torch.stack([one.area for one in named])[:, None]
     losses = []
     for probabilities in maps:
@@ -119,8 +119,8 @@ def grounding_loss(maps: Iterable[Tensor], named: Sequence[NamedArea]) -> Tensor
         attention = attention / attention.sum(1, keepdim=True)
         target = F.adaptive_avg_pool2d(areas, side).flatten(1).to(attention)
         target = target / target.sum(1, keepdim=True)
-        losses.append((torch.xlogy(target, target) - target * attention.log()).sum(1).mean())
-    return torch.stack(losses).mean()
+        losses.append((torch.xlogy(target, target) - target * attention.log()).sum(1))  # (N,)
+    return torch.stack(losses).mean(0)
 
 
 @contextmanager

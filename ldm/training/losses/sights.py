@@ -18,6 +18,7 @@ from ldm.data import Placement, Scene
 from ldm.models.dit import DiT
 from ldm.models.views import Sight, token_centres
 from ldm.training.config import check_at_least
+from ldm.training.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,9 @@ def placed_map(placement: Placement, centres: np.ndarray) -> tuple[np.ndarray, n
     return np.stack([u, v, np.full_like(u, a), np.full_like(u, b)], axis=-1), gap
 
 
-def sight_losses(sights: Sequence[Sight], maps: Tensor, touched: Tensor, side: int) -> dict[str, Tensor]:
+def sight_losses(
+    sights: Sequence[Sight], maps: Tensor, touched: Tensor, side: int, draws: Draws
+) -> dict[str, Tensor]:
     """Return the mean losses of views, "where" and "shown".
 
     "where" is the smooth L1 distance of the maps of tokens that touch an exemplar's square, with points in
@@ -100,11 +103,14 @@ def sight_losses(sights: Sequence[Sight], maps: Tensor, touched: Tensor, side: i
         maps: What they should, (B, L, K, 4).
         touched: Whether tokens touch the squares, (B, L, K).
         side: Rows and columns of the tokens.
+        draws: The samples, over whose whole batch the means are taken.
     """
     units = torch.tensor([side, side, 1, 1], dtype=torch.float32, device=maps.device)
     where, shown = [], []
     for sight in sights:
         errors = F.smooth_l1_loss(sight.maps * units, maps * units, reduction="none", beta=0.1).mean(-1)
-        where.append((errors * touched).sum() / touched.sum().clamp_min(1))
-        shown.append(F.binary_cross_entropy_with_logits(sight.shown, touched.float()))
+        where.append(draws.mean_of_some(errors * touched, touched.sum()).nan_to_num())
+        shown.append(
+            draws.mean(F.binary_cross_entropy_with_logits(sight.shown, touched.float(), reduction="none"))
+        )
     return {"where": torch.stack(where).mean(), "shown": torch.stack(shown).mean()}

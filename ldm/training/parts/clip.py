@@ -53,11 +53,12 @@ class CLIPPart:
         torch.manual_seed(config.run.seed)
         self.model = CLIP(replace(config.model, text=text)).to(device)
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
-        chosen = self.images.draw(draws, batch)
+        chosen = self.images.draw(draws)
         text = self.embed_texts(self.images.captions(chosen, draws))
-        return contrastive_loss(self.embed_images(chosen), text, self.model.logit_scale)
+        image = self.embed_images(chosen)
+        return contrastive_loss(draws.gather(image), draws.gather(text), self.model.logit_scale)
 
     def embed_images(self, chosen: Samples) -> Tensor:
         """Return embeddings of images, (B, E) float32, of length 1."""
@@ -69,9 +70,9 @@ class CLIPPart:
         ids = self.tokenizer(captions, context_length=None, pad=0).to(self.device)  # (B, L)
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.images.draw(draws, batch))
+        return self.images.describe(self.images.draw(draws))
 
     def validate(self) -> dict[str, float]:
         """Return how often the nearest image of a caption is its own, over plain training images."""

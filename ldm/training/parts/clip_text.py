@@ -58,12 +58,12 @@ class CLIPTextPart:
         self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32, device=device))
         self.model = nn.ModuleDict({"text": self.text, "scale": nn.ParameterList([self.logit_scale])})
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of a random batch, and figures to log; see `contrastive_loss`."""
-        chosen, rows = self.scenes.draw(draws, batch)
+        chosen, rows = self.scenes.draw(draws)
         image = F.normalize(self.embeddings[rows].to(self.device), dim=-1)
         text = self.embed_texts(self.images.captions(chosen, draws))
-        return contrastive_loss(image, text, self.logit_scale)
+        return contrastive_loss(draws.gather(image), draws.gather(text), self.logit_scale)
 
     def embed_texts(self, captions: list[str]) -> Tensor:
         """Return embeddings of captions, (B, E) float32, of length 1."""
@@ -71,9 +71,9 @@ class CLIPTextPart:
         assert pooled is not None
         return F.normalize(pooled.float(), dim=-1)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws, batch)[0])
+        return self.images.describe(self.scenes.draw(draws)[0])
 
     def validate(self) -> dict[str, float]:
         """Return retrieval figures (see `retrieval_figures`) of plain training images."""

@@ -110,14 +110,14 @@ class DecoderPart:
             cond = replace(cond, context=None, context_mask=None)
         return replace(cond, pooled=cond.pooled if c.pooled_dim else None, image_emb=image)
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the diffusion loss of a random batch."""
         diffusion = self.config.diffusion
-        chosen, rows = self.scenes.draw(draws, batch)
+        chosen, rows = self.scenes.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         captions = self.images.captions(chosen, draws, drop=diffusion.drop)
-        kept = torch.from_numpy(draws.rng.random(batch) >= self.config.drop_image).to(self.device)
-        image = self.embeddings.draw(rows, draws.rng).to(self.device)  # (B, E)
+        kept = torch.from_numpy(draws.random() >= self.config.drop_image).to(self.device)
+        image = self.embeddings.draw(rows, draws).to(self.device)  # (B, E)
         image = torch.where(kept[:, None], image, self.net.condition.nothing())
         cond = self.condition(captions, image)
         return draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws).weighted, {}
@@ -151,9 +151,9 @@ class DecoderPart:
         )
         return self.latents.decode(z)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws, batch)[0])
+        return self.images.describe(self.scenes.draw(draws)[0])
 
     def validate(self) -> dict[str, float]:
         """Return the mean squared error of 64 held-out images, sampled from their embeddings alone."""

@@ -66,12 +66,12 @@ class DraftPart:
         self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the drafts of a random batch."""
-        chosen, rows = self.scenes.draw(draws, batch)
+        chosen, rows = self.scenes.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         captions = self.images.captions(chosen, draws, drop=self.config.drop)
-        return (self.draft(captions) - x0).square().mean(), {}
+        return draws.mean((self.draft(captions) - x0).square()), {}
 
     def draft(self, captions: Sequence[str], group: int = 16) -> Tensor:
         """Compute the drafts of captions, (B, C, h, w) float32.
@@ -86,9 +86,9 @@ class DraftPart:
         drafts = torch.cat([part for part in parts if part is not None]).float()
         return drafts[torch.tensor(order, device=drafts.device).argsort()]
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws, batch)[0])
+        return self.images.describe(self.scenes.draw(draws)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean squared errors and the retrieval accuracy of drafts from canonical captions.

@@ -147,26 +147,25 @@ class ExemplarPart:
         self.denoiser = Denoiser(self.net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": self.net, "text": self.text, "exemplars": self.encoder.to(device)})
 
-    def condition(self, scenes: Sequence[Scene | None], rng: np.random.Generator | None) -> Cond:
-        """Return the condition of scenes, whose captions a generator varies.
+    def condition(self, scenes: Sequence[Scene | None], rngs: Sequence[np.random.Generator] | None) -> Cond:
+        """Return the condition of scenes, whose captions generators vary.
 
         Args:
             scenes: B scenes; None for no condition.
-            rng: Draws the wording; None for the canonical one.
+            rngs: Draw the wordings, one for each scene; None for the canonical ones.
         """
-        return self.ordered_condition(scenes, rng)[0]
+        return self.ordered_condition(scenes, rngs)[0]
 
     def ordered_condition(
-        self, scenes: Sequence[Scene | None], rng: np.random.Generator | None
+        self, scenes: Sequence[Scene | None], rngs: Sequence[np.random.Generator] | None
     ) -> tuple[Cond, list[list[int]]]:
         """Return the condition of scenes, and for each scene the thing of each slot; see `condition`."""
         slots, size = self.config.exemplars.slots, self.config.exemplars.size
         shown = np.zeros((len(scenes), slots, size, size, 4), dtype=np.uint8)
         texts, orders = [], []
         for i, scene in enumerate(scenes):
-            text, order = (
-                ("", []) if scene is None else slot_text(caption_pieces(scene.facts, self.images.index, rng))
-            )
+            rng, index = None if rngs is None else rngs[i], self.images.index
+            text, order = ("", []) if scene is None else slot_text(caption_pieces(scene.facts, index, rng))
             for slot, thing in enumerate(order):
                 assert scene is not None
                 shown[i, slot] = self.images.data.images[scene.rows(thing)[0]]
@@ -186,34 +185,35 @@ class ExemplarPart:
         )
         return cond, orders
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch, and to log the losses at high and at low t, and of the views."""
         diffusion, weights = self.config.diffusion, self.config.sights
-        chosen, rows = self.draw(draws, batch)
+        chosen, rows = self.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
-        kept = [scene if draws.rng.random() >= diffusion.drop else None for scene in chosen]
-        cond, orders = self.ordered_condition(kept, draws.rng)
+        shown = draws.random() >= diffusion.drop
+        kept = [scene if show else None for scene, show in zip(chosen, shown, strict=True)]
+        cond, orders = self.ordered_condition(kept, draws.rngs)
         with record_sights(self.net) as sights:
             loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
         side = x0.shape[-1] // self.config.model.patch
         maps, touched = wanted_sights(kept, orders, side, self.config.exemplars.slots)
-        figures = sight_losses(sights, maps.to(self.device), touched.to(self.device), side)
+        figures = sight_losses(sights, maps.to(self.device), touched.to(self.device), side, draws)
         loss = loss + weights.where * figures["where"] + weights.shown * figures["shown"]
         return loss, {
-            "loss_high_t": losses[high].mean(),
-            "loss_low_t": losses[~high].mean(),
+            "loss_high_t": draws.mean_of_some(losses[high]),
+            "loss_low_t": draws.mean_of_some(losses[~high]),
             **figures,
         }
 
-    def draw(self, draws: Draws, batch: int) -> tuple[list[Scene], list[int]]:
+    def draw(self, draws: Draws) -> tuple[list[Scene], list[int]]:
         """Return the scenes of a step and their rows in the cache."""
-        rows = [int(row) for row in draws.rng.integers(len(self.scenes.rows), size=batch)]
+        rows = [int(row) for row in draws.integers(len(self.scenes.rows))]
         return [self.scenes.rows[row] for row in rows], rows
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.draw(draws, batch)[0])
+        return self.images.describe(self.draw(draws)[0])
 
     def sample(
         self, scenes: Sequence[Scene], *, steps: int = 20, guidance: float = 1.0, seed: int = 0
@@ -251,10 +251,11 @@ class ExemplarPart:
 
     def fixed_loss(self, scenes: Sequence[Scene]) -> float:
         """Return the mean loss of scenes at drawn timesteps and noise."""
-        draws, losses = Draws(7, 0), []
-        for part in (scenes[i : i + 16] for i in range(0, len(scenes), 16)):
-            x0 = self.latents.encode(part)
-            t = self.config.diffusion.draw(len(x0), draws.torch).to(self.device)
+        losses = []
+        for start in range(0, len(scenes), 16):
+            part = scenes[start : start + 16]
+            draws, x0 = Draws(7, range(start, start + len(part))), self.latents.encode(part)
+            t = self.config.diffusion.draw(draws).to(self.device)
             eps = draws.normal(*x0.shape).to(self.device)
             losses.append(diffusion_loss(self.denoiser, x0, self.condition(part, None), t, eps).cpu())
         return float(torch.cat(losses).mean())

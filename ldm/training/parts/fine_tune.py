@@ -168,26 +168,27 @@ class FineTunePart:
         numbers = torch.tensor(sizes, dtype=torch.float32, device=cond.pooled.device)
         return replace(cond, pooled=vector_condition(cond.pooled, numbers))
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch, and the losses of each tenth of the timesteps to log."""
-        chosen, rows = self.samples.draw(draws, batch)
+        chosen, rows = self.samples.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         texts = self.images.captions(chosen, draws, drop=self.diffusion.drop)
         cond = self.cond(texts, chosen)
         loss, losses, t = draw_diffusion_loss(self.pipe.denoiser, self.diffusion, x0, cond, draws)
-        return loss, losses_by_timestep(losses, t, self.diffusion.timesteps)
+        return loss, losses_by_timestep(losses, t, self.diffusion.timesteps, draws)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.samples.draw(draws, batch)[0])
+        return self.images.describe(self.samples.draw(draws)[0])
 
     def validate(self) -> dict[str, float]:
         """Return the loss at fixed timesteps and noise over held-out images, or over training images."""
         chosen = self.images.held_out(VALIDATED) or self.images.plain(VALIDATED, seed=7)
         losses = []
-        for k, part in enumerate(chosen[i : i + 8] for i in range(0, len(chosen), 8)):
-            draws, x0 = Draws(7, k), self.latents.encode(part)
-            t = self.diffusion.draw(len(x0), draws.torch).to(self.device)
+        for start in range(0, len(chosen), 8):
+            part = chosen[start : start + 8]
+            draws, x0 = Draws(7, range(start, start + len(part))), self.latents.encode(part)
+            t = self.diffusion.draw(draws).to(self.device)
             eps = draws.normal(*x0.shape).to(self.device)
             cond = self.cond(self.images.describe(part), part)
             losses.append(diffusion_loss(self.pipe.denoiser, x0, cond, t, eps).cpu())

@@ -68,18 +68,18 @@ class FineTuneDecoderPart:
             recompute_blocks(self.model)
         self.images = open_images(config.data, config.run)
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted reconstruction losses of a random batch, and each of them to log."""
-        x = self.images.tensor(self.images.draw(draws, batch)).to(self.device)  # (B, 3, H, W)
+        x = self.images.tensor(self.images.draw(draws)).to(self.device)  # (B, 3, H, W)
         with torch.no_grad():
             posterior = self.vae.encode(x)
         z = posterior.sample(draws.normal(*posterior.mean.shape).to(self.device))
-        figures = reconstruction_errors(x, self.vae.decode(z))
+        figures = reconstruction_errors(x, self.vae.decode(z), draws)
         return self.config.loss.total(figures), figures
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.images.draw(draws, batch))
+        return self.images.describe(self.images.draw(draws))
 
     def shown(self, n: int) -> Tensor:
         """Return at most n held-out images, or training images, (n, 3, H, W) in [−1, 1]."""

@@ -109,31 +109,32 @@ class ImageDraftPart:
         if config.net is not None:
             begin_with(self.net, config.net, "draft")
         elif config.whitened:
-            draws = Draws(config.run.seed, 0, stream=1)
-            whiten(self.net, self.read_embeddings(range(0, len(vectors), 7), draws))
+            rows = range(0, len(vectors), 7)
+            draws = Draws(config.run.seed, range(len(rows)), stream=1)
+            whiten(self.net, self.read_embeddings(rows, draws))
         self.model = nn.ModuleDict({"net": self.net})
 
     def read_embeddings(self, rows: Sequence[int], draws: Draws) -> Tensor:
         """Return the draft's inputs of cached scenes, (B, E) or (B, 2E)."""
-        image = self.embeddings.draw(rows, draws.rng).to(self.device)
+        image = self.embeddings.draw(rows, draws).to(self.device)
         if self.config.jitter > 0:
             image = image + self.config.jitter * self.spread * draws.normal(*image.shape).to(self.device)
         if self.captions is None:
             return image
-        version = draws.rng.integers(2, size=len(rows))  # canonical or random caption
+        version = draws.integers(2)  # canonical or random caption
         text = torch.from_numpy(self.captions[np.asarray(rows), version]).float()
-        kept = torch.from_numpy(draws.rng.random(len(rows)) >= self.config.drop)
+        kept = torch.from_numpy(draws.random() >= self.config.drop)
         return torch.cat([image, torch.where(kept[:, None], text, self.no_text).to(self.device)], dim=1)
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the drafts of a random batch."""
-        _, rows = self.scenes.draw(draws, batch)
+        _, rows = self.scenes.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
-        return (self.net(self.read_embeddings(rows, draws)) - x0).square().mean(), {}
+        return draws.mean((self.net(self.read_embeddings(rows, draws)) - x0).square()), {}
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws, batch)[0])
+        return self.images.describe(self.scenes.draw(draws)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean squared errors of drafts from canonical captions.

@@ -91,8 +91,8 @@ class PriorPart:
         net = make_prior(config.shape)
         self.scenes = self.images.cached(config.run, config.variants)
         self.embeddings = EmbeddingCache.open(self.clip, self.scenes)
-        draws = Draws(config.run.seed, 0, stream=1)
-        measured = self.embeddings[self.scenes.draw(draws, config.measured)[1]]
+        draws = Draws(config.run.seed, range(config.measured), stream=1)
+        measured = self.embeddings[self.scenes.draw(draws)[1]]
         if isinstance(net, AutoregressivePrior):
             net.codes.fit(measured)
         elif net.config.normalize == "statistics":
@@ -105,14 +105,14 @@ class PriorPart:
         )
         self.model = nn.ModuleDict({"net": self.net})
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch: the diffusion loss, or the cross-entropy of the codes."""
         diffusion = self.config.diffusion
-        chosen, rows = self.scenes.draw(draws, batch)
+        chosen, rows = self.scenes.draw(draws)
         captions = self.images.captions(chosen, draws, drop=diffusion.drop)
         image, cond = self.embeddings[rows].to(self.device), self.clip.read(captions)
         if isinstance(self.net, AutoregressivePrior):
-            return self.net.loss(image, cond).mean(), {}
+            return draws.mean(self.net.loss(image, cond)), {}
         assert self.denoiser is not None
         x0 = self.net.normalize(image)  # (B, E)
         return draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws).weighted, {}
@@ -136,9 +136,9 @@ class PriorPart:
         assert self.denoiser is not None
         return sample_prior(self.denoiser, self.clip, captions, seed=seed, steps=steps, guidance=guidance)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws, batch)[0])
+        return self.images.describe(self.scenes.draw(draws)[0])
 
     def validate(self) -> dict[str, float]:
         """Return mean cosines over 128 held-out images.

@@ -124,8 +124,8 @@ class ReflowTraining:
     def texts(self) -> list[str]:
         """Return a prompt for each pair."""
         if self.data is not None:
-            images, draws = open_images(self.data, self.run), Draws(self.run.seed, 0)
-            return images.captions(images.draw(draws, self.pairs), draws)
+            images, draws = open_images(self.data, self.run), Draws(self.run.seed, range(self.pairs))
+            return images.captions(images.draw(draws), draws)
         assert self.prompts is not None
         lines = Path(self.prompts).read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
@@ -155,22 +155,22 @@ class ReflowPart:
         self.grids = [TimeGrid.make(own.schedule, n, spacing="trailing") for n in config.grids]
         self.model = self.net
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch, and to log the loss at the first timestep."""
-        rows = self.draw(draws, batch)
-        t = self.timesteps(draws, batch)
-        losses = self.losses(rows, t)
-        return losses.mean(), {"loss_first_t": losses[t == t.max()].mean()}
+        t = self.timesteps(draws)
+        losses = self.losses(self.draw(draws), t)
+        first = t == self.grids[0].t.max()  # the same for all grids
+        return draws.mean(losses), {"loss_first_t": draws.mean_of_some(losses[first])}
 
-    def draw(self, draws: Draws, batch: int) -> list[int]:
+    def draw(self, draws: Draws) -> list[int]:
         """Return the pairs of a step."""
         trained = self.config.pairs - HELD_OUT
-        return [int(draws.of_sample(g).integers(trained)) for g in draws.indices(batch)]
+        return [int(draws.of_sample(g).integers(trained)) for g in draws.samples]
 
-    def timesteps(self, draws: Draws, batch: int) -> Tensor:
+    def timesteps(self, draws: Draws) -> Tensor:
         """Return the timesteps (B,) of a step's samples: for each, one of one of the grids."""
         chosen = []
-        for rng in (draws.of_sample(g, use=1) for g in draws.indices(batch)):
+        for rng in (draws.of_sample(g, use=1) for g in draws.samples):
             t = self.grids[int(rng.integers(len(self.grids)))].t
             chosen.append(t[int(rng.integers(len(t)))])
         return torch.stack(chosen).to(self.device, torch.float32)
@@ -181,9 +181,9 @@ class ReflowPart:
         x0, eps = (value(rows).to(self.device) for value in (self.pairs.latent, self.pairs.noise))
         return diffusion_loss(self.denoiser, x0, cond, t, eps)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the prompts of the samples that `loss` draws."""
-        return [self.pairs.prompts[row] for row in self.draw(draws, batch)]
+        return [self.pairs.prompts[row] for row in self.draw(draws)]
 
     def held_out(self, n: int) -> list[list[int]]:
         """Return the first n held-out pairs, in batches of up to 16."""

@@ -32,7 +32,7 @@ from ldm.training.losses.grounding import (
     Grounding,
     find_named_areas,
     freeze_all_but_cross_attention,
-    grounding_loss,
+    grounding_losses,
     record_attention,
 )
 from ldm.weights.formats.ldm_folder import begin_with, read_text, write_part, write_text
@@ -118,26 +118,30 @@ class UNetPart:
         self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch, and its terms to log.
 
         The terms are the diffusion loss at high and at low t, the squared error of the draft, and grounding.
         """
         config, diffusion = self.config, self.config.diffusion
-        chosen, rows = self.scenes.draw(draws, batch)
+        chosen, rows = self.scenes.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         cond = self.text(self.images.captions(chosen, draws, drop=diffusion.drop))
         with self.record_attention() as maps:
             loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
-        figures = {"loss_high_t": losses[high].mean(), "loss_low_t": losses[~high].mean()}
+        figures = {
+            "loss_high_t": draws.mean_of_some(losses[high]),
+            "loss_low_t": draws.mean_of_some(losses[~high]),
+        }
         if cond.concat is not None:
-            figures["prior"] = (cond.concat.float() - x0).square().mean()
+            figures["prior"] = draws.mean((cond.concat.float() - x0).square())
             loss = loss + config.text.prior * figures["prior"]
         if config.grounding is not None:
             emoji = emoji_only(self.images, "grounding")
             pieces = emoji.pieces(chosen, draws, drop=diffusion.drop)  # of the same captions
-            figures["grounding"] = self.grounding(emoji, maps, pieces, chosen)
+            losses = self.grounding(emoji, maps, pieces, chosen)
+            figures["grounding"] = draws.mean_of_some(losses).nan_to_num()
             loss = loss + config.grounding.weight * figures["grounding"]
         return loss, figures
 
@@ -152,9 +156,9 @@ class UNetPart:
         captions: Sequence[CaptionPieces],
         chosen: Sequence[Scene],
     ) -> Tensor:
-        """Return the `grounding_loss` of attention maps under captions of scenes."""
+        """Return the `grounding_losses` of attention maps under captions of scenes."""
         named = find_named_areas(captions, chosen, emoji.data.images, self.text, emoji.size)
-        return grounding_loss(maps.values(), named).to(self.device)
+        return grounding_losses(maps.values(), named).to(self.device)
 
     def sample(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> Tensor:
         """Sample images of prompts.
@@ -180,9 +184,9 @@ class UNetPart:
         )
         return self.latents.decode(z)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws, batch)[0])
+        return self.images.describe(self.scenes.draw(draws)[0])
 
     def validate(self) -> dict[str, float]:
         """Return figures over 64 training images.
@@ -192,8 +196,9 @@ class UNetPart:
         """
         chosen = self.images.plain(64, seed=7)
         captions = self.images.describe(chosen)
-        draws, losses, errors = Draws(7, 0), [], []
+        losses, errors = [], []
         for part in (slice(i, i + 16) for i in range(0, len(chosen), 16)):
+            draws = Draws(7, range(len(chosen))[part])
             losses.append(self.fixed_loss(chosen[part], captions[part], draws).cpu())
             made = self.sample(captions[part], steps=10).cpu()
             errors.append((self.images.tensor(chosen[part]) - made).square().flatten(1).mean(1))
@@ -205,12 +210,12 @@ class UNetPart:
     def fixed_loss(self, chosen: Samples, captions: list[str], draws: Draws) -> Tensor:
         """Return the losses (B,) of the mean latents of scenes at drawn timesteps and noise."""
         x0 = self.latents.encode(chosen)
-        t = self.config.diffusion.draw(len(x0), draws.torch).to(self.device)
+        t = self.config.diffusion.draw(draws).to(self.device)
         eps = draws.normal(*x0.shape).to(self.device)
         return diffusion_loss(self.denoiser, x0, self.text(captions), t, eps)
 
     def pairs_grounding(self) -> float:
-        """Return the `grounding_loss` over 64 pairs of training images, at fixed timesteps and noise."""
+        """Return the mean of `grounding_losses` of 64 pairs of images, at fixed timesteps and noise."""
         emoji = emoji_only(self.images, "grounding")
         rows = [c.rows()[0] for c in emoji.plain(128, seed=8)]
         pairs = [
@@ -219,8 +224,8 @@ class UNetPart:
         ]
         captions = [caption_pieces(c.facts, emoji.index) for c in pairs]
         with self.record_attention() as maps:
-            self.fixed_loss(pairs, join_captions(captions), Draws(8, 0))
-        return float(self.grounding(emoji, maps, captions, pairs))
+            self.fixed_loss(pairs, join_captions(captions), Draws(8, range(len(pairs))))
+        return float(self.grounding(emoji, maps, captions, pairs).mean().nan_to_num())
 
     def preview(self) -> np.ndarray:
         """Show samples of the data set's prompts."""

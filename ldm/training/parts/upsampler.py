@@ -92,16 +92,16 @@ class UpsamplerPart:
         """Reduce images (B, 3, H, W) to (B, 3, H/f, W/f) by means over boxes."""
         return F.avg_pool2d(x, self.config.factor)
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the diffusion loss of a random batch of crops."""
         c = self.config
-        x = self.images.tensor(self.images.draw(draws, batch))  # (B, 3, H, W)
+        x = self.images.tensor(self.images.draw(draws))  # (B, 3, H, W)
         with torch.autocast(x.device.type, enabled=False):  # data preparation stays in float32
             low = self.reduce(x)  # (B, 3, H/f, W/f)
-            low = c.degradation(low, draws.rng, draws.normal(*low.shape))
+            low = c.degradation(low, draws)
             low = enlarge(low, x.shape[-2:])  # (B, 3, H, W)
         most = [side - c.crop + 1 for side in x.shape[-2:]]
-        corners = draws.rng.integers(0, most, size=(batch, 2))
+        corners = [rng.integers(0, most) for rng in draws.rngs]
         both = torch.cat([x, low], dim=1)
         both = torch.stack(
             [part[:, i : i + c.crop, j : j + c.crop] for part, (i, j) in zip(both, corners, strict=True)]
@@ -120,9 +120,9 @@ class UpsamplerPart:
         x = ddim(self.denoiser.bind(Cond(concat=low)), x, grid)
         return (x if self.config.residual is None else low + self.config.residual * x).clamp(-1, 1)
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.images.draw(draws, batch))
+        return self.images.describe(self.images.draw(draws))
 
     def validate(self) -> dict[str, float]:
         """Return the mean PSNR in dB of 64 held-out images upsampled, and of bicubic enlargement."""

@@ -48,13 +48,13 @@ class VAELoss:
         return torch.stack([getattr(self, name) * value for name, value in figures.items()]).sum()
 
 
-def reconstruction_errors(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Return the errors of reconstructions y of images x, each (B, 3, H, W), by their names in `VAELoss`."""
+def reconstruction_errors(x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
+    """Return the mean errors of reconstructions y of images x, each (B, 3, H, W), by names in `VAELoss`."""
     error = y.float() - x
     return {
-        "l1": error.abs().mean(),
-        "mse": error.square().mean(),
-        "edge": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
+        "l1": draws.mean(error.abs()),
+        "mse": draws.mean(error.square()),
+        "edge": draws.mean(error.diff(dim=-1).abs()) + draws.mean(error.diff(dim=-2).abs()),
     }
 
 
@@ -87,22 +87,22 @@ class VAEPart:
         if isinstance(config, VAEConfig):
             return AutoencoderKL(config)
         model = PatchAutoencoder(config)
-        model.fit(self.images.tensor(self.images.draw(Draws(self.config.run.seed, 0, stream=1), FITTED)))
+        model.fit(self.images.tensor(self.images.draw(Draws(self.config.run.seed, range(FITTED), stream=1))))
         model.project.requires_grad_(False)
         return model
 
-    def loss(self, draws: Draws, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted reconstruction and KL losses of a random batch, and each of them to log."""
-        x = self.images.tensor(self.images.draw(draws, batch)).to(self.device)  # (B, 3, H, W)
+        x = self.images.tensor(self.images.draw(draws)).to(self.device)  # (B, 3, H, W)
         h, w = (side // self.config.model.factor for side in x.shape[-2:])
-        noise = draws.normal(batch, self.config.model.latent_channels, h, w).to(self.device)
+        noise = draws.normal(len(x), self.config.model.latent_channels, h, w).to(self.device)
         y, posterior = self.model(x, noise)
-        figures = reconstruction_errors(x, y) | {"kl": posterior.kl().mean() / x[0].numel()}
+        figures = reconstruction_errors(x, y, draws) | {"kl": draws.mean(posterior.kl()) / x[0].numel()}
         return self.config.loss.total(figures), figures
 
-    def describe_batch(self, draws: Draws, batch: int) -> list[str]:
+    def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.images.draw(draws, batch))
+        return self.images.describe(self.images.draw(draws))
 
     def validate(self) -> dict[str, float]:
         """Return figures over 128 held-out images, half of them on a background.
