@@ -1,17 +1,49 @@
 """Packaging of ldm."""
 
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(
     r'__version__ = "(.+?)"', (HERE / "ldm" / "support" / "version.py").read_text(encoding="utf-8")
 ).group(1)
 
+sys.path.insert(0, str(HERE))
+from ldm.speed.kernels.prebuilt import can_prebuild, prebuild  # noqa: E402  (needs no other package)
+
+
+class Build(build_py):
+    """Compile the kernels into the package where there is a C++ compiler; they are optional."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            prebuild(Path(self.build_lib) / "ldm" / "speed" / "kernels" / "prebuilt")
+
+
+class PlatformDistribution(Distribution):
+    """A package for this platform where it contains compiled kernels."""
+
+    def has_ext_modules(self) -> bool:
+        return can_prebuild()
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python 3, as the kernels do not use Python's headers."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     name="ldm",
+    distclass=PlatformDistribution,
+    cmdclass={"build_py": Build, "bdist_wheel": Wheel},
     version=VERSION,
     description=(
         "Latent diffusion and unCLIP from scratch in PyTorch, with small models that work after pip install"

@@ -86,6 +86,7 @@ def workshop(tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Let the kernels be the small library, on a machine that claims to be able to run them."""
     made = Workshop(tmp_path, prebuilt)
     monkeypatch.setattr(build, "kernel_choice", lambda: CHOICE)
+    monkeypatch.setattr(build, "read_prebuilt", lambda isa: None)
     monkeypatch.setattr(build, "HERE", made.sources)
     monkeypatch.setattr(build, "SOURCES", ("tiny.cpp",))
     monkeypatch.setattr(build, "FUNCTIONS", ("answer",))

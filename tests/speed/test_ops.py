@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated_neon import EmulatedLibrary, emulated_ops
 from torch import nn
 
 from ldm.speed.kernels import build
@@ -18,12 +20,19 @@ from ldm.support.processor import INSTRUCTION_SETS, processor_sets
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(params=["torch", *INSTRUCTION_SETS])
-def ops(request):
+SETS = [name for name in INSTRUCTION_SETS if name != "neon"]
+
+
+@pytest.fixture(params=["torch", *SETS, pytest.param("neon", marks=pytest.mark.slow)])
+def ops(request, monkeypatch, tmp_path_factory):
     """Return PyTorch's operators, and those compiled for each instruction set that this processor has."""
     if request.param == "torch":
         return TorchOps()
     isa = INSTRUCTION_SETS[request.param]
+    if isa.name == "neon" and isa not in processor_sets():
+        folder = tmp_path_factory.getbasetemp() / "neon"
+        folder.mkdir(exist_ok=True)
+        return emulated_ops(folder, monkeypatch)
     if isa not in processor_sets():
         pytest.skip(f"this processor has no {isa.name}")
     try:
@@ -188,3 +197,44 @@ def test_extremes_of_silu(ops):
     x = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 1e4]).view(1, 1, 1, 6)
     got = ops.affine(x, torch.ones(1, 1), torch.zeros(1, 1), silu=True)
     assert torch.allclose(got, F.silu(x), atol=1e-6)
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("made", FLOATS, ids=str)
+def test_conversion_rounds_as_pytorch_and_finds_what_is_not_finite(ops, made):
+    """Subnormal numbers, halfway cases, overflow, infinity and NaN are among the numbers."""
+    if not isinstance(ops, CompiledOps):
+        pytest.skip("only the compiled kernels have this operator")
+    generator = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(2**31), 2**31, (1003,), generator=generator).to(torch.int32)
+    wide = bits.view(torch.float32)
+    halfway = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 2.0**-140, 65520.0, 1e-7, 0.0, -0.0])
+    every = [wide, halfway, wide.bfloat16(), wide.half(), halfway.half(), torch.full((5,), float("nan"))]
+    given = [*every, torch.randn(37, generator=generator), torch.randn(16, generator=generator).half()]
+    results = [torch.full((len(x),), 7.0, dtype=made) for x in given]
+    finite, n = torch.full((len(given),), 9, dtype=torch.uint8), len(given)
+    emulated = isinstance(ops.lib, EmulatedLibrary)
+
+    def array(kind, values):
+        return values if emulated and kind is ctypes.c_void_p else (kind * n)(*values)
+
+    def addresses(tensors):
+        return tensors if emulated else [x.data_ptr() for x in tensors]
+
+    ops.lib.ldm_convert(
+        n,
+        array(ctypes.c_void_p, addresses(given)),
+        array(ctypes.c_void_p, addresses(results)),
+        array(ctypes.c_int64, [len(x) for x in given]),
+        array(ctypes.c_int, [FLOATS.index(x.dtype) for x in given]),
+        FLOATS.index(made),
+        module.pointer(finite),
+        1,
+    )
+    for x, got, ok in zip(given, results, finite.tolist(), strict=True):
+        expected = x.to(made)
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.nan_to_num(0), expected.nan_to_num(0))
+        assert bool(ok) == bool(expected.isfinite().all())

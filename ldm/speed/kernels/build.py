@@ -1,4 +1,4 @@
-"""The library of compiled kernels, built with the machine's compiler at first use and then cached.
+"""The library of compiled kernels: that of the package, or one that is built at first use and then cached.
 
 The cache is used only if nobody but the user can change it (`ldm.support.home.private_folder`). A cached
 library is loaded only if it was built from these sources, by this compiler, for this processor, and is intact
@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,9 @@ import torch
 
 from ldm.speed.kernels.choice import described, kernel_choice
 from ldm.speed.kernels.compiler import CompilerError, find_compiler, run_compiler
+from ldm.speed.kernels.prebuilt import read_prebuilt
 from ldm.speed.kernels.shared_library import load_library, read_cached, read_own_file, write_cached
+from ldm.speed.kernels.sources import FLAGS, HERE, SOURCES, compiler_arguments, source_contents
 from ldm.support.files import remove_leftovers, temporary_folder
 from ldm.support.home import library_home, private_folder
 from ldm.support.processor import InstructionSet
@@ -30,8 +33,6 @@ from ldm.support.progress import progress_bar
 from ldm.support.text import escaped
 from ldm.support.warn import warn_user
 
-HERE = Path(__file__).parent
-SOURCES = ("attention.cpp", "convert.cpp", "norm.cpp", "winograd.cpp")
 CPUINFO = Path("/proc/cpuinfo")
 FUNCTIONS = (
     "has_bf16",
@@ -44,7 +45,6 @@ FUNCTIONS = (
     "ldm_winograd",
     "ldm_winograd_weights",
 )
-FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 BUILD_SECONDS, VERSION_SECONDS = 300, 10  # time limits; a build takes three on an idle machine
 # lines of /proc/cpuinfo that name the processor: a shared home folder has a library for each
 PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
@@ -88,7 +88,10 @@ def library(isa: InstructionSet | None = None) -> ctypes.CDLL:
 
 @cache
 def built_library(isa: InstructionSet) -> ctypes.CDLL | str:
-    """Return the library from the cache, or a new one, or the reason why there is none."""
+    """Return the library of the package, from the cache, or a new one, or the reason why there is none."""
+    if (data := read_prebuilt(isa)) is not None:
+        with suppress(OSError, ValueError):  # another C library, or no libgomp: build one
+            return load_library(data)
     try:
         compiler = find_compiler()
         key = library_key(compiler, isa)
@@ -127,7 +130,7 @@ def library_key(compiler: Sequence[str], isa: InstructionSet) -> str:
     processor = list(dict.fromkeys(line for line in lines if line.startswith(PROCESSOR)))
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else None
     facts = (
-        *(path.read_bytes() for path in sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h")))),
+        *source_contents(HERE),
         run_compiler([*compiler, "--version"], VERSION_SECONDS),
         repr((SOURCES, FLAGS, isa.flags, compiler, os.path.realpath(compiler[0]))).encode(),
         repr((torch.__version__, torch.compiled_with_cxx11_abi(), libc)).encode(),
@@ -151,16 +154,12 @@ def compile_kernels(compiler: Sequence[str], folder: Path, isa: InstructionSet) 
     deadline = time.monotonic() + BUILD_SECONDS
     with temporary_folder(folder) as stage:
         env = {**os.environ, "TMPDIR": str(stage), "LC_ALL": "C"}
-        objects = [str(stage / f"{name}.o") for name in SOURCES]
         built = stage / "kernels.so"
-        commands = [
-            *(["-c", str(HERE / name), "-o", made] for name, made in zip(SOURCES, objects, strict=True)),
-            [*objects, "-o", str(built)],
-        ]
+        commands = compiler_arguments(HERE, SOURCES, (*FLAGS, *isa.flags), stage, built)
         with progress_bar(len(commands), desc="compile the kernels, once") as bar:
             for arguments in commands:
                 left = max(0.0, deadline - time.monotonic())
-                run_compiler([*compiler, *FLAGS, *isa.flags, *arguments], left, folder=stage, env=env)
+                run_compiler([*compiler, *arguments], left, folder=stage, env=env)
                 bar.update()
         if built.is_file() and not built.is_symlink():
             built.chmod(0o600)

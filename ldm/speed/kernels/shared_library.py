@@ -27,8 +27,11 @@ def read_cached(path: Path, key: str) -> bytes | None:
         key: The key.
     """
     content = read_own_file(path)
-    if content is None:
-        return None
+    return None if content is None else verified_library(content, key)
+
+
+def verified_library(content: bytes, key: str) -> bytes | None:
+    """Return the library in the content of a file that `write_cached` wrote under a key; None for others."""
     data, digest = content[:-DIGEST], content[-DIGEST:]
     return data if digest == _digest(data, key) else None
 
