@@ -148,7 +148,9 @@ def test_commands_named_in_the_text_exist(path):
     """Placeholders are in capitals; anything that is not one word is a prompt."""
     commands = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
     for words in commands_of(path):
-        if not re.fullmatch(r"[a-z-]+", words[0]) or words[0].startswith("-"):
+        if " ".join(words[:2]) in commands:
+            words = [" ".join(words[:2]), *words[2:]]
+        elif not re.fullmatch(r"[a-z-]+", words[0]) or words[0].startswith("-"):
             words = ["generate", *words]
         assert words[0] in commands, f"{relative(path)} names the command {words[0]!r}, which does not exist"
         options = {"--help", "-h", *commands[words[0]].parser()._option_string_actions}

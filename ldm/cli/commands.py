@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ldm.cli.adapters import ADAPTER_COMMANDS
 from ldm.cli.evaluation import EVALUATE
-from ldm.cli.options import MODEL, MODEL_KEYWORDS, OUTPUT
+from ldm.cli.options import ADAPTERS, MODEL, MODEL_KEYWORDS, OUTPUT
 from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
 from ldm.cli.parsing import Command, UsageError
 from ldm.cli.tasks import IMAGE_TASKS, ImageTask
@@ -105,6 +106,8 @@ def parse_command(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if not argv:
         raise UsageError('expected a prompt or a command, such as ldm "a red apple" (see `ldm --help`)')
     names = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
+    if len(argv) > 1 and f"{argv[0]} {argv[1]}" in names:  # a command of two words
+        return names[f"{argv[0]} {argv[1]}"], names[f"{argv[0]} {argv[1]}"].parser().parse_args(argv[2:])
     if argv[0] in names:
         return names[argv[0]], names[argv[0]].parser().parse_args(argv[1:])
     try:
@@ -168,6 +171,8 @@ def load_method(task: ImageTask, args: argparse.Namespace) -> Callable[..., Imag
     if method is None:
         others = ", ".join(each.name for each in IMAGE_TASKS if hasattr(pipe, each.method_name))
         raise ValueError(f"{pipe.card.name!r} has no {task.name}; its commands: {others}")
+    for path, strength in args.adapter or ():
+        pipe.adapters.load(path, strength=strength)
     return method
 
 
@@ -184,7 +189,7 @@ COMMANDS: tuple[Command, ...] = (
         Command(
             name=task.name,
             summary=task.summary,
-            arguments=(*task.passed, *OUTPUT, *MODEL),
+            arguments=(*task.passed, *OUTPUT, *MODEL, ADAPTERS),
             run=partial(run_task, task),
             aliases=task.aliases,
             details=task.details,
@@ -193,4 +198,5 @@ COMMANDS: tuple[Command, ...] = (
     ),
     *TOOLS,
     EVALUATE,
+    *ADAPTER_COMMANDS,
 )

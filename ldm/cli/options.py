@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli.parsing import argument, parse_size, parse_text
+from ldm.cli.parsing import argument, parse_adapter, parse_size, parse_text
 
 PROMPT = argument("prompt", "what the images show; an empty text is unconditional", type=parse_text)
 IMAGE = argument("image", "the image file", type=Path)
@@ -97,5 +97,12 @@ MODEL = (
         "file or folder of a safety checker; flagged images are named on standard error",
     ),
     argument("--black", "make flagged images black", action="store_true"),
+)
+ADAPTERS = argument(
+    "--adapter",
+    "file of a LoRA, of another adapter or of a textual inversion; repeatable",
+    type=parse_adapter,
+    action="append",
+    metavar="FILE[:STRENGTH]",
 )
 MODEL_KEYWORDS = tuple(each.dest for each in MODEL if each.dest != "model")

@@ -119,6 +119,17 @@ def parse_emphasis(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected WORD=FACTOR, such as red=2") from None
 
 
+def parse_adapter(text: str) -> tuple[str, float]:
+    """Return FILE or FILE:STRENGTH as (file, strength)."""
+    file, colon, number = text.rpartition(":")
+    if colon:
+        try:
+            return file, float(number)
+        except ValueError:
+            pass  # a colon in the name of the file
+    return text, 1.0
+
+
 class CollectPairs(argparse.Action):
     """Collect the (key, value) pairs of a repeatable option in a dictionary."""
 

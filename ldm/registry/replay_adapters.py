@@ -33,7 +33,8 @@ def find_adapters(entries: Sequence[AdapterEntry], given: Given) -> list[Path]:
     if not entries:
         return []
     if given is None:
-        given = [library_home() / "adapters"]
+        usual = library_home() / "adapters"
+        given = [usual] if usual.is_dir() else []
     places = list(_files([given] if isinstance(given, str | Path) else given))
     digests: dict[Path, str] = {}
     found = []

@@ -53,6 +53,10 @@ class Decomposed(Delta):
         magnitude = wide(self.magnitude, weight.device).reshape(norm.shape)
         return weight.lerp(v.mul_(magnitude / norm), strength)
 
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        return {**self.inner.leaves(), "dora_scale": self.magnitude}
+
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
         if wrong := self.inner.misfit(shape):

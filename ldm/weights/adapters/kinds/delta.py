@@ -39,6 +39,10 @@ class Delta(ABC):
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
 
+    @abstractmethod
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them (`ldm.weights.adapters.leaves`)."""
+
     @property
     def rank(self) -> int | None:
         """The rank of the change; None if it has none."""
@@ -77,6 +81,12 @@ class Additive(Delta):
     def apply(self, weight: Tensor, strength: float) -> Tensor:
         """Return W + s·ΔW."""
         return weight.add_(self.difference(tuple(weight.shape), weight.device), alpha=strength)
+
+
+def with_alpha(delta: Delta, leaves: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the leaves of a change that are present, and its alpha."""
+    found = {name: tensor for name, tensor in leaves.items() if tensor is not None}
+    return found if delta.alpha is None else {**found, "alpha": torch.tensor(float(delta.alpha))}
 
 
 def wide(tensor: Tensor, device: torch.device) -> Tensor:

@@ -22,11 +22,16 @@ class Difference(Additive):
     """
 
     kind: ClassVar[str] = "full"
+    leaf: ClassVar[str] = "diff"
     values: Tensor
 
     def difference(self, shape: Shape, device: torch.device) -> Tensor:
         """Return ΔW in float32, of the shape of the weight."""
         return wide(self.values, device).reshape(shape)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        return {self.leaf: self.values}
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
@@ -34,15 +39,24 @@ class Difference(Additive):
 
 
 class NormDifference(Difference):
-    """The difference of a norm's weight or bias."""
+    """The difference of a norm's weight."""
 
     kind: ClassVar[str] = "norm"
+    leaf: ClassVar[str] = "w_norm"
 
 
 class BiasDifference(Difference):
     """The difference of a bias."""
 
     kind: ClassVar[str] = "bias"
+    leaf: ClassVar[str] = "diff_b"
+
+
+class NormBiasDifference(BiasDifference):
+    """The difference of a norm's bias."""
+
+    kind: ClassVar[str] = "norm"
+    leaf: ClassVar[str] = "b_norm"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +73,10 @@ class Replacement(Delta):
     def apply(self, weight: Tensor, strength: float) -> Tensor:
         """Return W′(s)."""
         return weight.lerp(wide(self.values, weight.device).reshape(weight.shape), strength)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        return {"set_weight": self.values}
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""

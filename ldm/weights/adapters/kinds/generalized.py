@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.weights.adapters.kinds.delta import Delta, factors_misfit, wide
+from ldm.weights.adapters.kinds.delta import Delta, factors_misfit, wide, with_alpha
 from ldm.weights.keymap import Shape
 
 
@@ -58,6 +58,17 @@ class Generalized(Delta):
             b2 = torch.einsum("pq...,qi->pi...", wide(self.bm, weight.device), b2.flatten(1))
         second = (b1.flatten(1) @ b2.flatten(1)).view(weight.shape)  # (out, in, …)
         return weight.add(first.add_(second), alpha=strength * self.scale)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        own: dict[str, Tensor | None] = {
+            "a1.weight": self.a1,
+            "a2.weight": self.a2,
+            "b1.weight": self.b1,
+            "b2.weight": self.b2,
+            "bm.weight": self.bm,
+        }
+        return with_alpha(self, own)
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""

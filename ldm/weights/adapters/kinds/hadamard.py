@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, tucker, wide
+from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, tucker, wide, with_alpha
 from ldm.weights.keymap import Shape
 
 
@@ -44,6 +44,18 @@ class Hadamard(Additive):
         first = _factor(self.a1, self.b1, self.t1, device)
         second = _factor(self.a2, self.b2, self.t2, device)
         return first.mul_(second).mul_(self.scale).reshape(shape)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        own: dict[str, Tensor | None] = {
+            "hada_w1_a": self.a1,
+            "hada_w1_b": self.b1,
+            "hada_w2_a": self.a2,
+            "hada_w2_b": self.b2,
+            "hada_t1": self.t1,
+            "hada_t2": self.t2,
+        }
+        return with_alpha(self, own)
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, tucker, wide
+from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, tucker, wide, with_alpha
 from ldm.weights.keymap import Shape
 
 
@@ -101,6 +101,15 @@ class Kronecker(Additive):
             second = second.view(len(second), -1, *shape[2:])
         first = first.view(*first.shape[:2], *[1] * (second.ndim - 2))
         return torch.kron(first, second.contiguous()).mul_(self.scale).reshape(shape)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        own: dict[str, Tensor | None] = {
+            f"lokr_w{i}{name}": value
+            for i, factor in ((1, self.first), (2, self.second))
+            for name, value in (("", factor.full), ("_a", factor.a), ("_b", factor.b))
+        }
+        return with_alpha(self, {**own, "lokr_t2": self.second.t})
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, wide
+from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, wide, with_alpha
 from ldm.weights.keymap import Shape
 
 
@@ -55,6 +55,11 @@ class LowRank(Additive):
         up, down = self.factors(weight.device)
         weight.view(len(weight), -1).addmm_(up, down.flatten(1), alpha=strength * self.scale)
         return weight
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        own = {"lora_up.weight": self.up, "lora_down.weight": self.down, "lora_mid.weight": self.mid}
+        return with_alpha(self, own)
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""

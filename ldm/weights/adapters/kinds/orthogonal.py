@@ -65,6 +65,11 @@ class Rotation(Delta):
         rows = weight.reshape(r.shape[0], r.shape[1], -1)  # (n, b, in·k·k)
         return self.rescaled((r.transpose(1, 2) @ rows).view(weight.shape), strength)
 
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        rescale = {} if self.rescale is None else {"rescale": self.rescale}
+        return {"oft_blocks": self.blocks, "alpha": torch.tensor(self.constraint), **rescale}
+
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
         count, size = self.blocks.shape[-3], self.blocks.shape[-1]

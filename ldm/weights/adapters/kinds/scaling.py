@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ldm.weights.adapters.kinds.delta import Delta, wide
@@ -29,6 +30,10 @@ class Scaling(Delta):
         factors = 1 + strength * wide(self.values, weight.device).flatten()
         axis = 1 if self.on_input else 0
         return weight.mul_(factors.view(-1, *[1] * (weight.ndim - 1 - axis)))
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors as kohya and LyCORIS name them."""
+        return {"weight": self.values, "on_input": torch.tensor(int(self.on_input))}
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from ldm.weights.adapters.kinds.decomposed import Decomposed
 from ldm.weights.adapters.kinds.delta import Additive, Delta
-from ldm.weights.adapters.kinds.difference import BiasDifference, Difference, NormDifference, Replacement
+from ldm.weights.adapters.kinds.difference import (
+    BiasDifference,
+    Difference,
+    NormBiasDifference,
+    NormDifference,
+    Replacement,
+)
 from ldm.weights.adapters.kinds.generalized import Generalized
 from ldm.weights.adapters.kinds.hadamard import Hadamard
 from ldm.weights.adapters.kinds.kronecker import Kronecker, KroneckerFactor
@@ -158,7 +164,7 @@ CHANGE_KINDS: tuple[ChangeKind, ...] = (
 )
 BIASES: dict[str, type[Difference]] = {
     "diff_b": BiasDifference,
-    "b_norm": NormDifference,
+    "b_norm": NormBiasDifference,
     "lora_up.bias": BiasDifference,
 }
 """Leaves that change the bias of a module, and the kind of the change."""
