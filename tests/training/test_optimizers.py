@@ -64,6 +64,23 @@ def test_other_parameters_move_as_adamw_moves_them():
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_muon_equals_pytorchs_for_matrices_in_bfloat16():
+    ours, theirs = (nn.Linear(12, 7, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    own = Muon([ours.weight], [], lr=0.02, betas=(0.9, 0.99), weight_decay=0.1, dtype=torch.bfloat16)
+    peer = torch.optim.Muon(
+        theirs.parameters(), lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        x = torch.randn(20, 12, generator=g)
+        for net, optimizer in ((ours, own), (theirs, peer)):
+            net.zero_grad()
+            (net(x) - 1).square().mean().backward()
+            optimizer.step()
+    assert torch.allclose(ours.weight, theirs.weight, atol=2e-3)  # iterations in bfloat16 round apart
+
+
 def test_hidden_matrices_are_those_between_the_ends():
     config = DiTConfig(in_channels=1, out_channels=1, width=8, depth=1, head_dim=4, context_dim=4)
     assert hidden_matrices(DiT(config)) == {

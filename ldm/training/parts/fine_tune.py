@@ -34,11 +34,12 @@ from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
 from ldm.training.inputs.opening import DataSection, open_images
-from ldm.training.inputs.protocol import VALIDATED, Samples
+from ldm.training.inputs.protocol import Samples
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss, losses_by_timestep
 from ldm.training.recomputing import recompute_blocks
 
 Trained = Literal["unet", "text", "text2"]
+FIXED_IMAGES = 64  # of the validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,7 @@ class FineTunePart:
 
     def validate(self) -> dict[str, float]:
         """Return the loss at fixed timesteps and noise over held-out images, or over training images."""
-        chosen = self.images.held_out(VALIDATED) or self.images.plain(VALIDATED, seed=7)
+        chosen = self.images.held_out(FIXED_IMAGES) or self.images.plain(FIXED_IMAGES, seed=7)
         losses = []
         for start in range(0, len(chosen), 8):
             part = chosen[start : start + 8]

@@ -19,8 +19,7 @@ from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
 from ldm.training.images import comparison_grid
 from ldm.training.inputs.opening import DataSection, open_images
-from ldm.training.inputs.protocol import VALIDATED
-from ldm.training.parts.fine_tune import check_base, fine_tuned, load_base
+from ldm.training.parts.fine_tune import FIXED_IMAGES, check_base, fine_tuned, load_base
 from ldm.training.parts.vae import VAELoss, reconstruction_errors
 from ldm.training.recomputing import recompute_blocks
 
@@ -87,7 +86,7 @@ class FineTuneDecoderPart:
 
     def validate(self) -> dict[str, float]:
         """Return the mean PSNR in dB of the reconstructions of held-out images, or of training images."""
-        x = self.shown(VALIDATED)
+        x = self.shown(FIXED_IMAGES)
         y = torch.cat([self.vae.decode(self.vae.encode(part).mode()) for part in x.split(8)])
         return {"psnr": float(psnr(x, y).mean())}
 
