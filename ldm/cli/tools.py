@@ -80,8 +80,9 @@ def export_run(args: argparse.Namespace) -> int:
     run = open_run(args.config, runs=args.runs)
     if run.step == 0:
         raise ValueError(f"{args.config!r}: the run {run.config.name!r} has no checkpoint; train it first")
-    folder = Path(args.to) if args.to else run.folder / "export"
-    run.export(folder)
+    name = "export" if args.width is None else f"export-{args.width:g}"
+    folder = Path(args.to) if args.to else run.folder / name
+    run.export(folder, width=args.width, step=args.step)
     print(folder)
     return 0
 
@@ -183,7 +184,15 @@ TOOLS: tuple[Command, ...] = (
         details="The files have half precision.",
         arguments=(
             argument("config", "a stage's YAML file, such as configs/emoji-ldm/unet.yaml"),
-            argument("--to", "folder to write (default: RUN/export)"),
+            argument("--to", "folder to write (default: RUN/export, or RUN/export-WIDTH)"),
+            argument(
+                "--width",
+                "width of the average, relative to the training, such as 0.1, for a run with `widths`",
+                type=float,
+            ),
+            argument(
+                "--step", "step at whose end the average of a width is taken (default: the last)", type=int
+            ),
             RUNS,
         ),
         run=export_run,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ldm.data.mix import Mix
+from ldm.training.power_averages import WIDEST
 
 Split = Literal["ddp", "fsdp"]  # what each of several processes holds: the model, or a part of each weight
 
@@ -103,6 +104,11 @@ class RunConfig:
         batch: Samples per step.
         optimizer: AdamW and its learning rate.
         ema: Decay of the moving average of the weights, in [0, 1). Default: 0.999.
+        ema_on_cpu: Whether averages are kept on the CPU, wherever the model is. Default: False.
+        widths: Widths of averages from which `ldm export --width` computes any other; two are enough, such as
+            0.05 and 0.1. Default: none.
+        widths_every: Steps between the files of these averages, each of which has the size of the weights in
+            half precision for each width. Default: 1000.
         precision: Autocast dtype; "auto" is bfloat16 where the hardware multiplies it, else float32.
             Default: "auto".
         distributed: What each of several processes holds (see `ldm.training.distributed`): "ddp", the whole
@@ -119,6 +125,9 @@ class RunConfig:
     batch: int
     optimizer: OptimizerConfig
     ema: float = 0.999
+    ema_on_cpu: bool = False
+    widths: tuple[float, ...] = ()
+    widths_every: int = 1000
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     distributed: Split = "ddp"
     log_every: int = 20
@@ -131,6 +140,7 @@ class RunConfig:
             1,
             steps=self.steps,
             batch=self.batch,
+            widths_every=self.widths_every,
             log_every=self.log_every,
             validate_every=self.validate_every,
             sample_every=self.sample_every,
@@ -139,5 +149,9 @@ class RunConfig:
         check_at_least(0, seed=self.seed)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        if len(set(self.widths)) < len(self.widths) or not all(0 < width < WIDEST for width in self.widths):
+            raise ValueError(
+                f"widths: expected different numbers between 0 and {WIDEST:.4f}, got {list(self.widths)}"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}")

@@ -36,6 +36,7 @@ from ldm.training.ema import EMA
 from ldm.training.lock import folder_lock
 from ldm.training.metrics import append_row, drop_later_rows, has_validation, thin_rows
 from ldm.training.optimizers import make_optimizer
+from ldm.training.power_averages import average_of_width, write_snapshot
 
 
 class Trainable(Protocol):
@@ -107,7 +108,7 @@ class Run:
             for_training(part.model)
         self.call = processes.wrap(part.model, config.distributed)
         self.parameters = [p for p in part.model.parameters() if p.requires_grad]
-        self.ema = EMA(part.model, config.ema)
+        self.ema = EMA(part.model, config.ema, widths=config.widths, on_cpu=config.ema_on_cpu)
         self.optimizer = make_optimizer(part.model, config.optimizer)
         self.dtype = fast_dtype(device) if config.precision == "auto" else dtype_of(config.precision)
         self.step = 0
@@ -176,6 +177,8 @@ class Run:
                 pace = figures["samples_per_second"]
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", samples=f"{pace:.0f}/s")
                 pending, mark = [], time.perf_counter()
+            if config.widths and (self.step % config.widths_every == 0 or self.step == config.steps):
+                write_snapshot(self.folder, self.step, self.ema.widths)
             if self.step % config.checkpoint_every == 0 or self.step == last:
                 self.save()
             if self.step % config.validate_every == 0 or self.step == last:
@@ -251,16 +254,36 @@ class Run:
         counts = {"step": self.step, "samples": self.step * self.config.batch}
         append_row(self.folder / "metrics.jsonl", {**counts, "seconds": round(self.seconds, 1), **figures})
 
-    def export(self, folder: Path) -> None:
-        """Write the averaged weights as the part's own files, and an excerpt of the metrics beside them."""
-        record = {
+    def export(self, folder: Path, *, width: float | None = None, step: int | None = None) -> None:
+        """Write the averaged weights as the part's own files, and an excerpt of the metrics beside them.
+
+        Args:
+            folder: The folder to write.
+            width: Width of the average, see `ldm.training.power_averages`; None for the exponential one.
+                Default: None.
+            step: The step at whose end the average of a width is taken; None for the last one.
+                Default: None.
+
+        Raises:
+            FileNotFoundError: If a width is asked for, and the run has no `widths`.
+            ValueError: If the width or the step is out of range, or there is a step without a width.
+        """
+        if width is None and step is not None:
+            raise ValueError(
+                f"step {step}: expected a width too, as other averages are kept at one step only"
+            )
+        record: dict[str, object] = {
             "config": self.full_config,
             "steps": self.step,
             "samples": self.step * self.config.batch,
             "seconds": round(self.seconds),
         }
+        values = None
+        if width is not None:
+            values = average_of_width(self.folder, width, step=step)
+            record["average"] = {"width": width, "step": self.step if step is None else step}
         self.part.model.eval()
-        with torch.no_grad(), self.ema.swapped():
+        with torch.no_grad(), self.ema.swapped(values):
             self.part.export(folder, record)
         curve = thin_rows(self.folder / "metrics.jsonl")
         write_atomically(folder / f"{self.config.name}.jsonl", curve.encode())

@@ -54,7 +54,7 @@ def relative_width(gamma: float) -> float:
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
-def decay(step: int, gamma: float) -> float:
+def power_decay(step: int, gamma: float) -> float:
     """Return d of shadow ← d · shadow + (1 − d) · weights after step 1, 2, … (eq. 7): (1 − 1/t)^(γ+1)."""
     return (1 - 1 / step) ** (gamma + 1)
 

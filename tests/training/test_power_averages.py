@@ -5,24 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from photos import write_photos
+from tiny_latent_diffusion import tiny_model
+from tiny_trainings import run, write
 
+import ldm
+from ldm.__main__ import main
 from ldm.training.power_averages import (
     Profile,
     average_of_width,
     combination,
-    decay,
     exponent,
     inner_product,
+    power_decay,
     relative_width,
     write_snapshot,
 )
+from ldm.training.run import open_run
 
 
 def average(weights: np.ndarray, gamma: float) -> np.ndarray:
     """Return the averages after each step of weights (T, D)."""
     kept, shadow = [], np.zeros(weights.shape[1])
     for step, each in enumerate(weights, start=1):
-        d = decay(step, gamma)
+        d = power_decay(step, gamma)
         shadow = d * shadow + (1 - d) * each
         kept.append(shadow)
     return np.array(kept)
@@ -95,3 +101,33 @@ def test_what_cannot_be_reconstructed_is_named(tmp_path):
         average_of_width(tmp_path, 0.3)
     with pytest.raises(ValueError, match="step 3: expected at least 5"):
         average_of_width(tmp_path, 0.1, step=3)
+
+
+def test_a_run_exports_the_average_of_any_width(tmp_path, monkeypatch):
+    """The file of a width that was kept is that average; another width lies near what its EMA would be."""
+    monkeypatch.chdir(tmp_path)
+    ldm.save(tiny_model(), tmp_path / "model")
+    write_photos(tmp_path / "photos", 8)
+    options = {"steps": 8, "widths": [0.05, 0.1], "widths_every": 3, "ema_on_cpu": True}
+    config = {
+        "part": "fine-tune",
+        "weights": "model",
+        "data": {"kind": "folder", "path": "photos", "size": 32},
+        "run": run("tuned", **options),
+    }
+    path = write(config, tmp_path / "tuned.yaml")
+    open_run(path).train(until=4, progress=False)
+    resumed = open_run(path)
+    resumed.train(progress=False)
+    files = sorted(each.name for each in (tmp_path / "runs/tuned/averages").iterdir())
+    assert files == ["0000003.safetensors", "0000006.safetensors", "0000008.safetensors"]
+    found = average_of_width(tmp_path / "runs/tuned", 0.1)
+    for name, value in resumed.ema.widths[0.1].items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=1e-4)
+    assert main(["export", str(path), "--width", "0.08"]) == 0
+    exported = ldm.load(weights=tmp_path / "runs/tuned/export-0.08", dtype="float32")
+    wanted = average_of_width(tmp_path / "runs/tuned", 0.08)
+    state = exported.networks()["unet"].state_dict()
+    for name, value in wanted.items():
+        torch.testing.assert_close(state[name.removeprefix("unet.")], value, rtol=2e-3, atol=1e-4)
+    assert main(["export", str(path), "--step", "6"]) == 2
