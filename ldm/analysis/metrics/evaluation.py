@@ -74,8 +74,9 @@ class Comparison:
         curve: Fréchet distances at growing numbers of generated images: (number, distance) for each.
         to_reference: Distance of each generated image to the nearest reference image, rising.
         within_reference: Distance of each reference image to the nearest other one, rising.
-        copied: Share of generated images that are nearer to a reference image than that one is to any other
-            (one minus the authenticity of Alaa et al. 2022).
+        closer: Share of generated images that are nearer to a reference image than that one is to any other
+            (one minus the authenticity of Alaa et al. 2022): about a half for new images of one
+            distribution, 1 for copies.
         best: The generated images of highest realism.
         worst: The generated images of lowest realism.
     """
@@ -85,7 +86,7 @@ class Comparison:
     curve: list[tuple[int, float]]
     to_reference: list[float]
     within_reference: list[float]
-    copied: float
+    closer: float
     best: list[Match]
     worst: list[Match]
 
@@ -252,7 +253,7 @@ def compare(x: Tensor, y: Tensor, extractor: FeatureExtractor) -> Comparison:
         curve=frechet_curve(x, y),
         to_reference=near.distance.sort().values.tolist(),
         within_reference=own.distance.sort().values.tolist(),
-        copied=float((near.distance < own.distance[near.number]).double().mean()),
+        closer=float((near.distance < own.distance[near.number]).double().mean()),
         best=[match(i) for i in order[:SHOWN_MATCHES]],
         worst=[match(i) for i in order[-SHOWN_MATCHES:][::-1]],
     )

@@ -117,8 +117,9 @@ def page(
     for each in evaluation.comparisons:
         body.append(f"<h2>{escape(each.features)}</h2><p>Images: {escape(each.preprocessing)}.</p>")
         body.append(
-            f"<p>{100 * each.copied:.1f} % of the generated images are nearer to a reference image than"
-            " that one is to any other.</p>"
+            f"<p>{100 * each.closer:.1f} % of the generated images are nearer to a reference image than"
+            " that one is to any other: about a half would be if they were new images of the same kind, all"
+            " if they were copies.</p>"
         )
         body.append(f'<img alt="curves" src="{data_url(png(draw_curves(each)))}">')
         for title, matches in (("Highest realism", each.best), ("Lowest realism", each.worst)):
@@ -235,7 +236,7 @@ def draw_all(evaluation: Evaluation, made: dict[int, Image], real: dict[int, Ima
     text = "\n".join([f"{evaluation.generated}{against}", "", evaluation.table(), *evaluation.warnings()])
     top.text(0.01, 0.98, text, va="top", family="monospace", fontsize=8, parse_math=False)
     for part, each in zip(below, evaluation.comparisons, strict=True):
-        part.suptitle(f"{each.features}: {each.preprocessing}; copied {100 * each.copied:.1f} %", fontsize=9)
+        part.suptitle(f"{each.features}: {each.preprocessing}; closer {100 * each.closer:.1f} %", fontsize=9)
         curves, pairs = part.subfigures(2, 1, height_ratios=[1, 1])
         left, right = curves.subplots(1, 2)
         plot_frechet(left, each)
