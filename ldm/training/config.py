@@ -101,7 +101,9 @@ class RunConfig:
         name: Name of the run's folder.
         seed: Seed of weights and draws, at least 0. Default: 0.
         steps: Number of optimizer steps.
-        batch: Samples per step.
+        batch: Samples per step, of all processes together.
+        accumulate: Number of forward and backward passes of a step, each with a part of the batch, which
+            takes less memory and gives the same gradient up to rounding. Default: 1.
         optimizer: AdamW and its learning rate.
         ema: Decay of the moving average of the weights, in [0, 1). Default: 0.999.
         ema_on_cpu: Whether averages are kept on the CPU, wherever the model is. Default: False.
@@ -123,6 +125,7 @@ class RunConfig:
     seed: int = 0
     steps: int
     batch: int
+    accumulate: int = 1
     optimizer: OptimizerConfig
     ema: float = 0.999
     ema_on_cpu: bool = False
@@ -140,6 +143,7 @@ class RunConfig:
             1,
             steps=self.steps,
             batch=self.batch,
+            accumulate=self.accumulate,
             widths_every=self.widths_every,
             log_every=self.log_every,
             validate_every=self.validate_every,
@@ -149,6 +153,8 @@ class RunConfig:
         check_at_least(0, seed=self.seed)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        if self.ema_on_cpu and self.distributed == "fsdp":
+            raise ValueError("ema_on_cpu: expected false with distributed 'fsdp', which splits averages too")
         if len(set(self.widths)) < len(self.widths) or not all(0 < width < WIDEST for width in self.widths):
             raise ValueError(
                 f"widths: expected different numbers between 0 and {WIDEST:.4f}, got {list(self.widths)}"

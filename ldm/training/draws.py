@@ -33,6 +33,8 @@ class Draws:
             Default: None.
         stream: Tells independent uses of one sample apart, such as initialisation. Default: 0.
         processes: The processes that share the batch. Default: this one alone.
+        passed: Number of samples of all processes in this forward pass, over which means are taken; None for
+            the whole batch. Default: None.
     """
 
     def __init__(
@@ -43,13 +45,15 @@ class Draws:
         batch: range | None = None,
         stream: int = 0,
         processes: Processes = ONE_PROCESS,
+        passed: int | None = None,
     ) -> None:
         self.seed, self.samples, self.stream, self.processes = seed, samples, stream, processes
         self.batch = samples if batch is None else batch
+        self.passed = len(self.batch) if passed is None else passed
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what a copy in another process is made of; it takes no part in the work of the group."""
-        return _restored, (self.seed, self.samples, self.batch, self.stream)
+        return _restored, (self.seed, self.samples, self.batch, self.stream, self.passed)
 
     @classmethod
     def of_step(cls, seed: int, step: int, batch: int, processes: Processes = ONE_PROCESS) -> Draws:
@@ -69,7 +73,34 @@ class Draws:
         """Return the same share of another step's batch."""
         ahead = (step - self.step) * len(self.batch)
         samples, batch = (range(part.start + ahead, part.stop + ahead) for part in (self.samples, self.batch))
-        return Draws(self.seed, samples, batch=batch, stream=self.stream, processes=self.processes)
+        return Draws(
+            self.seed, samples, batch=batch, stream=self.stream, processes=self.processes, passed=self.passed
+        )
+
+    def parts(self, n: int) -> list[Draws]:
+        """Return the share in n parts for as many forward passes; each process has at least n samples.
+
+        The mean of the batch is the mean of the parts' means, each with the weight `weight`.
+        """
+        if n == 1:
+            return [self]
+        shares = [self.processes.share(self.batch, rank) for rank in range(self.processes.size)]
+        return [
+            Draws(
+                self.seed,
+                _part(self.samples, k, n),
+                batch=self.batch,
+                stream=self.stream,
+                processes=self.processes,
+                passed=sum(len(_part(share, k, n)) for share in shares),
+            )
+            for k in range(n)
+        ]
+
+    @property
+    def weight(self) -> float:
+        """The share of the batch that is in this forward pass."""
+        return self.passed / len(self.batch)
 
     def of_sample(self, index: int, use: int = 0) -> np.random.Generator:
         """Return a generator keyed by (seed, global index of a sample, use, stream).
@@ -108,23 +139,23 @@ class Draws:
         return torch.from_numpy(np.stack(drawn))
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the whole batch of equally many values of each sample, (n, ...) → ().
+        """Return the mean over the pass of equally many values of each sample, (n, ...) → ().
 
         What a process returns is its own summand times the number of processes: the mean of the results over
-        the processes is the mean over the batch, and so is that of their gradients.
+        the processes is the mean over the pass, and so is that of their gradients.
         """
-        share = len(self) * self.processes.size / len(self.batch)
+        share = len(self) * self.processes.size / self.passed
         return values.mean() * share
 
     def mean_of_some(self, values: Tensor, count: Tensor | int | None = None) -> Tensor:
-        """Return the mean over the whole batch of values of which a share may have any number; see `mean`.
+        """Return the mean over the pass of values of which a share may have any number; see `mean`.
 
         Args:
             values: The values of this share, or with `count`, their sum among zeros.
             count: Number of values in this share; None for all of `values`. Default: None.
 
         Returns:
-            The mean, (); NaN if there are no values in the batch.
+            The mean, (); NaN if there are no values in the pass.
         """
         own = torch.as_tensor(values.numel() if count is None else count, device=values.device)
         return values.sum() * self.processes.size / self.processes.total(own)
@@ -133,11 +164,20 @@ class Draws:
         """Return the values (n, ...) of all shares in order, (B, ...), with gradients.
 
         A loss that every process computes from them is its own mean over the processes; see `mean`.
+
+        Raises:
+            ValueError: If the pass is not the whole batch.
         """
+        if self.passed < len(self.batch):
+            raise ValueError("accumulate: expected 1, as this loss compares all samples of a batch")
         return self.processes.gather(
             values, [len(self.processes.share(self.batch, rank)) for rank in range(self.processes.size)]
         )
 
 
-def _restored(seed: int, samples: range, batch: range, stream: int) -> Draws:
-    return Draws(seed, samples, batch=batch, stream=stream)
+def _part(samples: range, k: int, n: int) -> range:
+    return samples[len(samples) * k // n : len(samples) * (k + 1) // n]
+
+
+def _restored(seed: int, samples: range, batch: range, stream: int, passed: int) -> Draws:
+    return Draws(seed, samples, batch=batch, stream=stream, passed=passed)

@@ -29,7 +29,7 @@ from ldm.training.checkpoint import check_resumable
 from ldm.training.config import RunConfig
 from ldm.training.distributed.processes import ONE_PROCESS, Processes
 from ldm.training.distributed.saving import load_state, save_state
-from ldm.training.distributed.sharding import clip_gradient, local
+from ldm.training.distributed.sharding import clip_gradient, local, whole
 from ldm.training.distributed.state import TrainingTensors
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
@@ -84,7 +84,7 @@ class Run:
 
     Raises:
         ValueError: If the checkpoint in the folder was made with another configuration, or a batch has fewer
-            samples than there are processes.
+            samples than there are processes, times `accumulate`.
     """
 
     def __init__(
@@ -96,9 +96,10 @@ class Run:
         device: torch.device,
         processes: Processes = ONE_PROCESS,
     ) -> None:
-        if config.batch < processes.size:
+        if config.batch < processes.size * config.accumulate:
             raise ValueError(
-                f"batch {config.batch}: expected at least the number of processes, {processes.size}"
+                f"batch {config.batch}: expected at least accumulate {config.accumulate} times the number of"
+                f" processes, {processes.size}"
             )
         self.part, self.config, self.folder, self.device = part, config, folder, device
         self.processes = processes
@@ -178,7 +179,7 @@ class Run:
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", samples=f"{pace:.0f}/s")
                 pending, mark = [], time.perf_counter()
             if config.widths and (self.step % config.widths_every == 0 or self.step == config.steps):
-                write_snapshot(self.folder, self.step, self.ema.widths)
+                self._write_averages()
             if self.step % config.checkpoint_every == 0 or self.step == last:
                 self.save()
             if self.step % config.validate_every == 0 or self.step == last:
@@ -191,10 +192,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = opt.rate(self.step, self.config.steps)
         self.part.model.train()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, figures = self.call(self.part.loss, self._draws(self.processes))
-        loss.backward()
-        means = self.processes.means({"loss": loss, **figures})
+        means = self._backward()
         norm = self.processes.gradient_norm(self.parameters)
         if not bool(torch.isfinite(means["loss"]) & torch.isfinite(norm)):
             raise FloatingPointError(self._describe_overflow(float(means["loss"]), float(norm)))
@@ -204,6 +202,24 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.step)
         return {**means, "grad_norm": norm}
+
+    def _backward(self) -> dict[str, Tensor]:
+        """Compute the gradients of the batch, part by part; return the means of loss and figures."""
+        parts, found = self._draws(self.processes).parts(self.config.accumulate), []
+        for part in parts:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss, figures = self.call(self.part.loss, part)
+            (loss * part.weight).backward()
+            found.append(self.processes.means({"loss": loss, **figures}))
+        if len(found) == 1:
+            return found[0]
+        means: dict[str, Tensor] = {}
+        for key in found[0]:
+            values = torch.stack([each[key] for each in found])
+            weights = torch.tensor([part.weight for part in parts]).to(values)
+            known = ~values.isnan() | (key == "loss")  # a part without such samples has NaN
+            means[key] = (values * weights)[known].sum() / weights[known].sum()
+        return means
 
     def _draws(self, processes: Processes) -> Draws:
         """Return this process's share of the present batch, or all of it for one process alone."""
@@ -247,6 +263,14 @@ class Run:
 
             with open_atomically(self.folder / "samples" / f"{self.step:07d}.png") as file:
                 Image.fromarray(image).save(file, format="PNG")
+
+    def _write_averages(self) -> None:
+        """Write the averages of the widths, whole ones."""
+        averages = {
+            width: {name: whole(value) for name, value in values.items()}
+            for width, values in self.ema.widths.items()
+        }
+        self.processes.once(lambda: write_snapshot(self.folder, self.step, averages))
 
     def _log(self, figures: Mapping[str, float]) -> None:
         if not self.processes.first:

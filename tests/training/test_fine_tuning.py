@@ -12,7 +12,7 @@ from killing import kill_after
 from photos import write_photos
 from reduced_families import register
 from tiny_latent_diffusion import tiny_model
-from tiny_trainings import run, write
+from tiny_trainings import configs, run, write
 
 import ldm
 from ldm.models.unet import UNet, UNetConfig
@@ -119,6 +119,30 @@ def test_a_killed_fine_tuning_resumes_bit_identically(work):
     for part in ("model", "ema"):
         assert expected[part].keys() == found[part].keys()
         assert all(torch.equal(value, found[part][key]) for key, value in expected[part].items())
+
+
+def test_a_batch_in_parts_has_the_same_gradient(work):
+    """Loss, gradient and figures of the first step are those of the whole batch, whatever the parts."""
+    ldm.save(tiny_model(), work / "model")
+    rows = []
+    for parts in (1, 2, 5):
+        options = {"steps": 1, "batch": 7, "accumulate": parts}
+        path = write(
+            config(f"in-{parts}", weights="model", run=run(f"in-{parts}", **options)), work / f"{parts}.yaml"
+        )
+        open_run(path).train(progress=False)
+        text = (work / f"runs/in-{parts}/metrics.jsonl").read_text(encoding="utf-8")
+        rows.append(json.loads(text.splitlines()[0]))
+    for row in rows[1:]:
+        for key in ("loss", "grad_norm"):
+            assert row[key] == pytest.approx(rows[0][key], rel=1e-4)
+        assert row.keys() == rows[0].keys()
+    clip = configs(Path("unused"), batch=4, accumulate=2)["clip"]
+    clip["data"] = config("any")["data"]
+    with pytest.raises(ValueError, match="accumulate: expected 1"):
+        open_run(write(clip, work / "clip.yaml")).train(progress=False)
+    with pytest.raises(ValueError, match="batch 4: expected at least accumulate 5"):
+        open_run(write(config("few", weights="model", run=run("few", accumulate=5)), work / "few.yaml"))
 
 
 def test_the_decoder_alone_is_fine_tuned(work):
