@@ -9,15 +9,16 @@ import argparse
 import difflib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.adapters import ADAPTER_COMMANDS
 from ldm.cli.evaluation import EVALUATE
 from ldm.cli.options import ADAPTERS, MODEL, MODEL_KEYWORDS, OUTPUT
 from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
 from ldm.cli.parsing import Command, UsageError
+from ldm.cli.tables import TABLE, names_table, write_table
 from ldm.cli.tasks import IMAGE_TASKS, ImageTask
 from ldm.cli.tools import TOOLS
 
@@ -143,37 +144,45 @@ def describe_commands() -> str:
 
 def run_task(task: ImageTask, args: argparse.Namespace) -> int:
     """Load the model, call its method with the arguments that were given, and write the images."""
+    options = given_options(task, args)
+    if task.tables and names_table(args):
+        return write_table(args, options, lambda: load_pipe(task, args))
     count = getattr(args, "n", None) or 1
     seed = getattr(args, "seed", None) or 0
     check_output(args.output, quality=args.quality, seed=seed if args.separate else None, n=count)
     if task.prepare is not None:
         task.prepare(args)
+        options = given_options(task, args)
     positional = [getattr(args, each.dest) for each in task.passed if each.positional]
-    options = {each.dest: getattr(args, each.dest) for each in task.passed if not each.positional}
-    if (size := options.pop("size", None)) is not None:
-        options["width"], options["height"] = size
-    method = load_method(task, args)
-    images = method(*positional, **{name: value for name, value in options.items() if value is not None})
+    images = getattr(load_pipe(task, args), task.method_name)(*positional, **options)
     save_images(images, args)
     return 0
 
 
-def load_method(task: ImageTask, args: argparse.Namespace) -> Callable[..., Images]:
-    """Load the model that the options name and return its method; ValueError if it has none for the task."""
+def given_options(task: ImageTask, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a task's method that were given."""
+    options = {each.dest: getattr(args, each.dest) for each in task.passed if not each.positional}
+    if (size := options.pop("size", None)) is not None:
+        options["width"], options["height"] = size
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load_pipe(task: ImageTask, args: argparse.Namespace) -> Any:  # Any: models have different methods
+    """Load the model that the options name; ValueError if it has no method for the task."""
     from ldm.registry.loading import load
-    from ldm.support.device import pick_device
+    from ldm.support.device import pick_device, process_device
 
     pick_device(args.device)
-    pipe = load(args.model, **{name: getattr(args, name) for name in MODEL_KEYWORDS})
+    keywords = {name: getattr(args, name) for name in MODEL_KEYWORDS}
+    pipe = load(args.model, **{**keywords, "device": process_device(args.device)})
     if not hasattr(pipe, "text_to_image"):
         raise ValueError(f"{args.model or args.weights!r} is a single network, which generates no images")
-    method: Callable[..., Images] | None = getattr(pipe, task.method_name, None)
-    if method is None:
+    if not hasattr(pipe, task.method_name):
         others = ", ".join(each.name for each in IMAGE_TASKS if hasattr(pipe, each.method_name))
         raise ValueError(f"{pipe.card.name!r} has no {task.name}; its commands: {others}")
     for path, strength in args.adapter or ():
         pipe.adapters.load(path, strength=strength)
-    return method
+    return pipe
 
 
 def save_images(images: Images, args: argparse.Namespace) -> None:
@@ -189,7 +198,7 @@ COMMANDS: tuple[Command, ...] = (
         Command(
             name=task.name,
             summary=task.summary,
-            arguments=(*task.passed, *OUTPUT, *MODEL, ADAPTERS),
+            arguments=(*task.passed, *(TABLE if task.tables else ()), *OUTPUT, *MODEL, ADAPTERS),
             run=partial(run_task, task),
             aliases=task.aliases,
             details=task.details,

@@ -25,6 +25,7 @@ class ImageTask:
         method: Name of the method, if it is not that of the command. Default: "".
         without: Sampling options that the method does not take, by name. Default: none.
         prepare: Converts the parsed arguments in place. Default: None.
+        tables: Whether the prompts may come from a table (see `ldm.cli.tables`). Default: False.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ImageTask:
     method: str = ""
     without: Sequence[str] = ()
     prepare: Callable[[argparse.Namespace], None] | None = None
+    tables: bool = False
 
     @property
     def method_name(self) -> str:
@@ -71,12 +73,16 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
         name="generate",
         summary="Generate images from a prompt.",
         aliases=("text-to-image",),
-        details="`ldm PROMPT` is its short form.",
+        details=(
+            "`ldm PROMPT` is its short form. With --prompts and --out it generates a data set in WebDataset"
+            " shards; under torchrun each process generates its share."
+        ),
         arguments=(
-            PROMPT,
+            argument(PROMPT.name, PROMPT.help, **{**PROMPT.settings, "nargs": "?"}),
             IMAGE_SIZE,
         ),
         method="text_to_image",
+        tables=True,
     ),
     ImageTask(
         name="image-to-image",

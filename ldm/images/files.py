@@ -99,6 +99,11 @@ def write_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality:
         OSError: If the file cannot be written.
     """
     check_writable(path)
+    write_atomically(path, encode_image(path, image, recipe, quality=quality))
+
+
+def encode_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality: int | None = None) -> bytes:
+    """Return the content that `write_image` gives a file; its arguments and errors are those."""
     check_quality(path, quality)
     check_side(path, *image.size)
     name, buffer = FORMATS[path.suffix.lower()], io.BytesIO()
@@ -122,7 +127,7 @@ def write_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality:
             image.save(buffer, format=name, exif=exif, quality=level, subsampling=0)
         else:
             image.save(buffer, format=name, extra=comment_segments(text), quality=level, subsampling=0)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def check_side(path: str | Path, width: int, height: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ldm.support.config import nearest
@@ -31,6 +33,29 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def process_device(device: str | torch.device | None = None) -> torch.device | None:
+    """Return the device of a process of `torchrun`: of CUDA devices, one for each process of a machine.
+
+    Args:
+        device: The device for all processes; None for the best. Default: None.
+
+    Returns:
+        The device; without `torchrun`, `device` as it is.
+
+    Raises:
+        ValueError: If a machine has fewer GPUs than processes.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if local is None:
+        return None if device is None else torch.device(device)
+    asked = pick_device(device)
+    if asked.type != "cuda" or asked.index is not None:
+        return asked
+    if int(local) >= (found := torch.cuda.device_count()):
+        raise ValueError(f"device {asked}: process {local} of a machine that has {found} GPUs")
+    return pick_device(f"cuda:{local}")
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldm.support.device import pick_device
+from ldm.support.device import pick_device, process_device
 from ldm.training.config import Split
 from ldm.training.distributed.processes import ONE_PROCESS, ModelCall, Outcome, Processes
 from ldm.training.distributed.sharding import gradient_norm, replicate, shard
@@ -31,7 +31,7 @@ class ProcessGroup(Processes):
 
     def device(self, device: str | torch.device) -> torch.device:
         """Return the device of this process: the next GPU for each process of a machine, or the CPU."""
-        return own_device(device)
+        return pick_device(process_device(device))
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes, without gradients."""
@@ -119,21 +119,6 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.start : ctx.stop], None, None
 
 
-def own_device(device: str | torch.device) -> torch.device:
-    """Return the device of a process of `torchrun`: of CUDA devices, one for each process of a machine.
-
-    Raises:
-        ValueError: If a machine has fewer GPUs than processes.
-    """
-    asked = torch.device(device)
-    if asked.type != "cuda" or asked.index is not None:
-        return pick_device(device)
-    local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= devices:
-        raise ValueError(f"device {str(device)!r}: process {local} of this machine, which has {devices} GPUs")
-    return pick_device(f"cuda:{local}")
-
-
 @contextmanager
 def joined_processes(device: str | torch.device) -> Iterator[Processes]:
     """Join the processes that `torchrun` has started, inside a `with` block.
@@ -152,7 +137,7 @@ def joined_processes(device: str | torch.device) -> Iterator[Processes]:
         yield ONE_PROCESS
         return
     store, rank, size = next(dist.rendezvous("env://"))
-    own = own_device(device)
+    own = pick_device(process_device(device))
     backend = "gloo"
     if own.type == "cuda":
         torch.cuda.set_device(own)

@@ -1,0 +1,1 @@
+"""Data sets of images that a model generates: WebDataset shards with recipes."""
