@@ -44,10 +44,10 @@ def write_table(args: argparse.Namespace, options: dict[str, Any], load_pipe: Ca
         options: Options of the method for all rows, without those that were not given.
         load_pipe: Loads the model.
     """
-    from ldm.data.generated.prompts import read_prompts
+    from ldm.data.generated.prompts import read_prompt_table
     from ldm.data.generated.shards import ShardPlan, generate_shards
 
-    rows = read_prompts(args.prompts)
+    rows = read_prompt_table(args.prompts)
     numbers = {key: options.pop(key) for key in ("n", "seed") if key in options}
     plan = ShardPlan(rows=rows, options=options, shard=args.shard, batch=args.batch, **numbers)
     rank, size = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))

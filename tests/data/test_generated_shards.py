@@ -20,7 +20,7 @@ from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.__main__ import main
-from ldm.data.generated.prompts import PromptRow, read_prompts
+from ldm.data.generated.prompts import PromptRow, read_prompt_table
 from ldm.data.generated.shards import ShardPlan, generate_shards
 from ldm.images.files import read_recipe
 
@@ -114,12 +114,15 @@ def test_tables_of_all_kinds(tmp_path):
     }
     for name, text in tables.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert read_prompts(tmp_path / "a.txt") == [PromptRow(prompt="a red apple"), PromptRow(prompt="a cat")]
-    assert read_prompts(tmp_path / "a.csv") == [
+    assert read_prompt_table(tmp_path / "a.txt") == [
+        PromptRow(prompt="a red apple"),
+        PromptRow(prompt="a cat"),
+    ]
+    assert read_prompt_table(tmp_path / "a.csv") == [
         PromptRow(prompt="a cat, red", seed=3, options={"guidance": 1.5}),
         PromptRow(prompt="a cat", options={"steps": 2}),
     ]
-    assert read_prompts(tmp_path / "a.jsonl") == [
+    assert read_prompt_table(tmp_path / "a.jsonl") == [
         PromptRow(prompt="a cat", seed=4, options={"negative": "red"}),
         PromptRow(prompt=""),
     ]
@@ -138,7 +141,7 @@ def test_tables_of_all_kinds(tmp_path):
 def test_wrong_tables_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / name)
+        read_prompt_table(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ldm.data.sources.texts import MAX_METADATA, read_metadata, read_utf8
 from ldm.support.config import nearest
 from ldm.support.text import shown
 
-SUFFIXES = (".txt", ".csv", ".jsonl")
+TABLE_SUFFIXES = (".txt", ".csv", ".jsonl")
 # options of a row besides prompt and seed, with their types in a CSV
 ROW_OPTIONS: Mapping[str, Callable[[str], Any]] = {
     "negative": str,
@@ -40,7 +40,7 @@ class PromptRow:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_prompts(path: str | Path) -> list[PromptRow]:
+def read_prompt_table(path: str | Path) -> list[PromptRow]:
     """Read a table of prompts.
 
     A text file has a prompt in each line; empty lines are left out. CSV and JSON lines have the column
@@ -51,8 +51,8 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
         ValueError: If the suffix, a column or a value is wrong; the message names the line.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{shown(str(path))}: expected a file name that ends in {', '.join(SUFFIXES)}")
+    if path.suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{shown(str(path))}: expected a file name that ends in {', '.join(TABLE_SUFFIXES)}")
     if path.suffix == ".txt":
         lines = (line.strip() for line in read_utf8(path, MAX_METADATA).split("\n"))
         rows = [PromptRow(prompt=line) for line in lines if line]
