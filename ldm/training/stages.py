@@ -20,8 +20,7 @@ from ldm.support.files import write_atomically
 from ldm.support.strict_json import read_json
 from ldm.support.text import shown
 from ldm.training.checkpoint import REPORTING, config_differences
-from ldm.training.distributed.group import current_processes
-from ldm.training.distributed.processes import ONE_PROCESS, Processes
+from ldm.training.distributed.group import current_processes, one_process_alone
 from ldm.training.distributed.saving import last_step
 from ldm.training.kinds import part_kinds
 from ldm.training.loop import Run, check_until
@@ -79,17 +78,12 @@ class TrainingStage:
             return "finished"
         return f"at step {step} of {self.steps}" if (step := self.step) else "not started"
 
-    def open(self, device: torch.device | str = "cpu", processes: Processes | None = None) -> Run:
-        """Open the stage's run, at its last checkpoint if it has one.
-
-        Args:
-            device: Where to train. Default: "cpu".
-            processes: Who trains; None for those of `current_processes`. Default: None.
-        """
-        processes = processes or current_processes()
+    def open(self, device: torch.device | str = "cpu") -> Run:
+        """Open the stage's run, at its last checkpoint if it has one."""
+        processes = current_processes()
         own = processes.device(device)
-        with plain_defaults():  # the first process writes the caches that the others read
-            part = processes.in_turn(lambda: part_kinds()[self.part].part(self.config, own))
+        with plain_defaults():
+            part = part_kinds()[self.part].part(self.config, own)
         return Run(part, self.config.run, self.config, self.folder, own, processes)
 
     def train(
@@ -117,10 +111,11 @@ class TrainingStage:
         return run.finished
 
     def _export(self, run: Run) -> None:
-        """Write the export of a finished run, in one process."""
-        if not run.processes.holds_all(run.config.distributed):
-            run = self.open(run.device, ONE_PROCESS)  # from the checkpoint
-        run.export(self.export)
+        """Write the export of a finished run in one process."""
+        with one_process_alone():
+            if not run.processes.holds_all(run.config.distributed):
+                run = self.open(run.device)  # from the checkpoint
+            run.export(self.export)
         self.write_record(exports=export_hashes(self.export))
 
     def check_unchanged(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.support.arrays import read_sealed, write_array
 from ldm.support.progress import progress_bar
+from ldm.training.distributed.group import current_processes
 
 CACHES = Path("runs") / "latents"
 
@@ -37,11 +38,15 @@ def cached_rows(
         The outputs, (N, *shape) float16, memory-mapped.
     """
     whole = (len(samples), *shape)
-    found = read_sealed(path, whole, np.float16)
-    if found is not None:
-        return found
-    starts = range(0, len(samples), batch)
-    bar = progress_bar(len(starts), iterable=starts, desc=f"compute {path.name}")
-    blocks = (compute(samples[start : start + batch]).half().cpu().numpy() for start in bar)
-    write_array(path, whole, np.float16, blocks, sealed=True)
-    return np.load(path, mmap_mode="r")
+
+    def read_or_write() -> np.ndarray:
+        found = read_sealed(path, whole, np.float16)
+        if found is not None:
+            return found
+        starts = range(0, len(samples), batch)
+        bar = progress_bar(len(starts), iterable=starts, desc=f"compute {path.name}")
+        blocks = (compute(samples[start : start + batch]).half().cpu().numpy() for start in bar)
+        write_array(path, whole, np.float16, blocks, sealed=True)
+        return np.load(path, mmap_mode="r")
+
+    return current_processes().in_turn(read_or_write)

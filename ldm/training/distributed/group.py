@@ -74,6 +74,13 @@ class ProcessGroup(Processes):
         self._wait_for_first()
         return action()
 
+    def wait(self) -> None:
+        """Wait until all processes have come here, however long their work before it takes."""
+        self._waits += 1
+        if self.store.add(f"arrived-{self._waits}", 1) == self.size:
+            self.store.set(f"wait-{self._waits}", "here")
+        self.store.wait([f"wait-{self._waits}"], PATIENCE)
+
     def _wait_for_first(self) -> None:
         """Wait until the first process is here, longer than a collective operation may take."""
         self._waits += 1
@@ -164,6 +171,16 @@ def joined_processes(device: str | torch.device) -> Iterator[Processes]:
 def current_processes() -> Processes:
     """Return the processes that train together: those of the surrounding `joined_processes`."""
     return _current[-1] if _current else ONE_PROCESS
+
+
+@contextmanager
+def one_process_alone() -> Iterator[None]:
+    """Let what is done inside a `with` block, in one of the processes, take no part in their work."""
+    _current.append(ONE_PROCESS)
+    try:
+        yield
+    finally:
+        _current.pop()
 
 
 def is_lost_connection(error: Exception) -> bool:

@@ -71,6 +71,9 @@ class Processes:
         """Do something in the first process; return its result, or raise its error, in all."""
         return action()
 
+    def wait(self) -> None:
+        """Wait until all processes have come here, however long their work before it takes."""
+
     def in_turn(self, action: Callable[[], Outcome]) -> Outcome:
         """Do something in the first process, then in all others, which find the files that it has written."""
         return action()
