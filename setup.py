@@ -98,6 +98,7 @@ setup(
         "metrics": ["torchmetrics>=1.6", "torch-fidelity>=0.4", "matplotlib>=3.8"],
         "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],
         "bench": ["openvino"],
+        "train": ["webdataset>=1.0"],
     },
     entry_points={"console_scripts": ["ldm = ldm.cli.commands:run_command_line"]},
 )

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.adapters import ADAPTER_COMMANDS
+from ldm.cli.data import DATA
 from ldm.cli.evaluation import EVALUATE
 from ldm.cli.options import ADAPTERS, MODEL, MODEL_KEYWORDS, OUTPUT
 from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
@@ -208,4 +209,5 @@ COMMANDS: tuple[Command, ...] = (
     *TOOLS,
     EVALUATE,
     *ADAPTER_COMMANDS,
+    DATA,
 )

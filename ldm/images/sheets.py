@@ -43,10 +43,15 @@ def arrange(images: Sequence[Image], columns: int | None = None) -> Image:
 
 def with_caption(image: Image, prompt: str, seed: int) -> Image:
     """Return an image with its prompt and seed below, at least `CAPTION_WIDTH` pixels wide."""
+    return with_lines(image, prompt, f"seed {seed}")
+
+
+def with_lines(image: Image, prompt: str, last: str) -> Image:
+    """Return an image with its prompt and a gray line below, at least `CAPTION_WIDTH` pixels wide."""
     from PIL import Image, ImageDraw
 
     font, width = caption_font(), max(image.width, CAPTION_WIDTH)
-    lines = [*wrap_prompt(prompt, font, width - 6), f"seed {seed}"]
+    lines = [*wrap_prompt(prompt, font, width - 6), last]
     line_height = CAPTION_HEIGHT + 3
     out = Image.new("RGB", (width, image.height + line_height * len(lines) + 8), "white")
     out.paste(image, ((width - image.width) // 2, 0))

@@ -19,9 +19,11 @@ from ldm.support.defaults import plain_defaults
 from ldm.support.files import write_atomically
 from ldm.support.strict_json import read_json
 from ldm.support.text import shown
+from ldm.support.warn import warn_user
 from ldm.training.checkpoint import REPORTING, config_differences
 from ldm.training.distributed.group import current_processes, one_process_alone
 from ldm.training.distributed.saving import last_step
+from ldm.training.inputs.protocol import TrainsOnImages
 from ldm.training.kinds import part_kinds
 from ldm.training.loop import Run, check_until
 
@@ -106,6 +108,8 @@ class TrainingStage:
         run = self.open(device)
         run.processes.once(lambda: self.write_record(exports=None))
         run.train(until=until, progress=progress)
+        if isinstance(run.part, TrainsOnImages) and (problems := run.part.images.report()):
+            warn_user(problems)
         if run.finished:
             run.processes.once(lambda: self._export(run))
         return run.finished

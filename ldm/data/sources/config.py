@@ -130,4 +130,4 @@ class HubData(FileData):
     caption_key: str | None = None
 
 
-FilesSection: TypeAlias = FolderData | ClassData
+FilesSection: TypeAlias = FolderData | ClassData | ShardData | HubData

@@ -63,9 +63,11 @@ class FileSet:
             warn_user(self.report())
 
     def report(self) -> str:
-        """Return what was found in the files so far, in one line."""
+        """Return in one line what was found in the files so far; empty if nothing is wrong."""
         later = [problem for problem in self.broken.values() if problem not in self.dataset.problems]
-        found = "; ".join(describe_problems([*self.dataset.problems, *later])) or "no problem"
+        found = "; ".join(describe_problems([*self.dataset.problems, *later]))
+        if not found:
+            return ""
         return f"data.path {self.config.path!r}: {len(self.dataset)} images; {found}"
 
     def ordered(self, items: np.ndarray) -> Order:

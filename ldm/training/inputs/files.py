@@ -47,7 +47,7 @@ class FileImages:
         return self.config.size
 
     def report(self) -> str:
-        """Return what was found in the files so far, in one line."""
+        """Return in one line what was found in the files so far; empty if nothing is wrong."""
         return self.files.report()
 
     def draw(self, draws: Draws) -> list[ImageSample]:

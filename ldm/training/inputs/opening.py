@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from ldm.data.sources.config import ClassData, FolderData
+from ldm.data.sources.config import ClassData, FolderData, HubData, ShardData
 from ldm.training.config import DataConfig, RunConfig
 from ldm.training.inputs.emoji import EmojiImages
 from ldm.training.inputs.files import FileImages
 from ldm.training.inputs.protocol import TrainingImages
 
-DataSection: TypeAlias = DataConfig | FolderData | ClassData
+DataSection: TypeAlias = DataConfig | FolderData | ClassData | ShardData | HubData
 
 
 def open_images(config: DataSection, run: RunConfig, *, validates_held_out: bool = False) -> TrainingImages:

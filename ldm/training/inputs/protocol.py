@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -111,6 +111,15 @@ class TrainingImages(Protocol):
             run: The run.
             variants: Number of random samples among them, for data sets that draw any number of samples.
         """
+
+
+@runtime_checkable
+class TrainsOnImages(Protocol):
+    """A part that is trained on images."""
+
+    @property
+    def images(self) -> TrainingImages:
+        """The images."""
 
 
 def words_of(images: TrainingImages) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from ldm.data.dataset import Dataset, Problem
@@ -128,8 +128,13 @@ class Reader:
 
 
 def _joined(samples: Sequence[ImageSample], broken: list[Problem]) -> Reading:
-    pixels = [torch.from_numpy(np.array(sample.pixels)) for sample in samples]
-    together = torch.stack(pixels) if pixels else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    shape = (len(pixels), *(pixels[0].shape if pixels else (0, 0, 3)))
+    together = torch.empty(shape, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        together.share_memory_()  # the training process maps what is written here
+    if pixels:
+        np.stack(pixels, out=together.numpy())
     return Reading([sample.item for sample in samples], [s.frame for s in samples], together, broken)
 
 
