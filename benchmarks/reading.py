@@ -62,8 +62,8 @@ def read_shards(place: Path, n: int, workers: int) -> Iterator[int]:
     images = FileImages(data, run)
     yield 0
     for step in range(n // BATCH):
-        samples = images.draw(Draws(0, step), BATCH)
-        captions = images.captions(samples, Draws(0, step))
+        samples = images.draw(Draws.of_step(0, step, BATCH))
+        captions = images.captions(samples, Draws.of_step(0, step, BATCH))
         assert len(captions) == BATCH and samples[0].pixels is not None
         yield BATCH
 

@@ -14,7 +14,7 @@ def check_images(args: argparse.Namespace) -> int:
     """Decode every image of a data set and print what was found; return 1 if too many files are broken."""
     from ldm.data.checking import check_data, contact_sheet
     from ldm.data.framing import Buckets
-    from ldm.data.sources.opening import KINDS, kind_of, open_dataset, open_emoji
+    from ldm.data.sources.opening import FILE_KINDS, kind_of, open_dataset, open_emoji
     from ldm.images.files import check_writable
     from ldm.support.config import build
     from ldm.support.files import open_atomically
@@ -26,7 +26,7 @@ def check_images(args: argparse.Namespace) -> int:
         dataset = open_emoji(args.path)
     else:
         options = {"kind": kind, "path": args.path, "size": args.size, "max_broken": 2**31}
-        dataset = open_dataset(build(KINDS[kind], options, "data"))
+        dataset = open_dataset(build(FILE_KINDS[kind], options, "data"))
     report = check_data(dataset, shapes, decodes=not args.headers)
     for line in (f"kind: {kind}", *report.lines(MOST_LISTED)):
         print(escaped(line, 1_000_000))

@@ -12,7 +12,7 @@ from ldm.data.sources.folder import FolderImages
 from ldm.data.sources.hub import SAVED, HubImages
 from ldm.data.sources.shards import ShardImages
 
-KINDS: dict[str, type[FilesSection]] = {
+FILE_KINDS: dict[str, type[FilesSection]] = {
     "folder": FolderData,
     "classes": ClassData,
     "webdataset": ShardData,
@@ -39,7 +39,7 @@ def open_emoji(path: str) -> Dataset:
 
 
 def kind_of(path: str) -> str:
-    """Return the kind of the data set at a path: a key of `KINDS`, or "emoji"."""
+    """Return the kind of the data set at a path: a key of `FILE_KINDS`, or "emoji"."""
     place = Path(path)
     if (place / INDEX_FILE).is_file():
         return "emoji"

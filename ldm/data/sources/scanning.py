@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from ldm.conditioning.prompt import MAX_CHARACTERS, check_text
 from ldm.data.dataset import BROKEN, Problem, Record
 from ldm.data.sources.config import FileData
 from ldm.data.sources.decoding import TooManyPixels, image_header
@@ -64,7 +65,11 @@ def scan(
             continue
         if header.frames:
             problems.append(Problem(each.name, "several frames", "the first is used"))
-        if not each.captions:
+        captions = tuple(text for text in each.captions if _is_caption(text))
+        if len(captions) < len(each.captions):
+            found = f"a caption is no valid text, or longer than {MAX_CHARACTERS} characters"
+            problems.append(Problem(each.name, "bad metadata", found))
+        if not captions:
             used = "it is left out" if config.uncaptioned == "skip" else "it has the empty caption"
             problems.append(Problem(each.name, "no caption", used))
             if config.uncaptioned == "skip":
@@ -73,7 +78,7 @@ def scan(
         records.append(
             Record(
                 name=each.name,
-                captions=each.captions,
+                captions=captions,
                 height=header.height,
                 width=header.width,
                 fingerprint=each.fingerprint,
@@ -81,6 +86,14 @@ def scan(
         )
     problems += find_duplicates([candidates[i] for i in kept], lambda j: read(kept[j]))
     return kept, records, problems
+
+
+def _is_caption(text: str) -> bool:
+    try:
+        check_text(text, "caption")
+    except ValueError:
+        return False
+    return True
 
 
 def find_duplicates(candidates: list[ScannedFile], read: Callable[[int], BinaryIO]) -> list[Problem]:

@@ -33,7 +33,7 @@ MOST_OPEN = 64  # shards that a process has open at a time
 TEXT_SUFFIXES = ("txt", "json")
 
 
-class Span(NamedTuple):
+class ShardSpan(NamedTuple):
     """Where a file lies: number of the shard, offset and size in bytes."""
 
     shard: int
@@ -55,7 +55,7 @@ class ShardFiles:
         for handle in self._open.values():
             os.close(handle)
 
-    def read(self, span: Span) -> bytes:
+    def read(self, span: ShardSpan) -> bytes:
         """Return the bytes of a file."""
         if span.shard in self._open:
             self._open.move_to_end(span.shard)
@@ -108,12 +108,12 @@ class ShardImages:
         self.spans: np.ndarray = np.array([spans[i] for i in kept], dtype=np.int64).reshape(-1, 3)
         check_problems(self.problems, config, len(kept))
 
-    def _samples(self, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Span]]]:
+    def _samples(self, problems: list[Problem]) -> Iterator[tuple[str, dict[str, ShardSpan]]]:
         """Return the name of each sample, and the places of its files by suffix."""
         from webdataset.tariterators import base_plus_ext
 
         for number, path in enumerate(self.files.paths):
-            current, members = None, dict[str, Span]()
+            current, members = None, dict[str, ShardSpan]()
             for name, span in _members(number, path, problems):
                 key, suffix = base_plus_ext(name)
                 if key is None or Path(name).name.startswith("."):
@@ -126,7 +126,7 @@ class ShardImages:
             if members:
                 yield f"{path.name}/{current}", members
 
-    def _captions(self, name: str, members: dict[str, Span], problems: list[Problem]) -> tuple[str, ...]:
+    def _captions(self, name: str, members: dict[str, ShardSpan], problems: list[Problem]) -> tuple[str, ...]:
         """Return the captions in the .json or the .txt file of a sample."""
         try:
             if "json" in members:
@@ -152,7 +152,7 @@ class ShardImages:
     def open(self, i: int, least: int | None = None) -> Image:
         """Decode image i; see `Dataset.open`."""
         try:
-            data = self.files.read(Span(*self.spans[i].tolist()))
+            data = self.files.read(ShardSpan(*self.spans[i].tolist()))
         except OSError as error:
             raise ValueError(escaped(error, 300)) from None
         return decode(data, self.config.background, least)
@@ -182,7 +182,7 @@ def find_shards(path: str) -> list[Path]:
     return found
 
 
-def _members(number: int, path: Path, problems: list[Problem]) -> Iterator[tuple[str, Span]]:
+def _members(number: int, path: Path, problems: list[Problem]) -> Iterator[tuple[str, ShardSpan]]:
     """Return the names and the places of the files in a tar file; what is cut off is a problem."""
     whole = path.stat().st_size
     try:
@@ -191,7 +191,7 @@ def _members(number: int, path: Path, problems: list[Problem]) -> Iterator[tuple
                 if member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"it ends within {member.name}")
                 if member.isreg():
-                    yield member.name, Span(number, member.offset_data, member.size)
+                    yield member.name, ShardSpan(number, member.offset_data, member.size)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except (tarfile.TarError, OSError, EOFError) as error:
         problems.append(Problem(path.name, "unreadable", f"the shard is damaged: {escaped(error, 300)}"))

@@ -19,6 +19,8 @@ from torch import Tensor
 from ldm.support.warn import warn_user
 from ldm.weights.formats.safetensors import read_header, write_safetensors
 
+NOTHING = torch.empty(0, dtype=torch.float16)  # marks what could not be computed
+WAIT_SECONDS = 0.5  # between looks at what other processes have written
 WRITE_SECONDS = 60.0  # of work after which a file is written
 SUFFIX = ".safetensors"
 
@@ -69,6 +71,16 @@ class TensorStore:
         count = int(np.prod(shape))
         return np.fromfile(path, np.float16, count, offset=begin).reshape(shape)
 
+    def is_marked(self, key: str) -> bool:
+        """Return whether a key stands for what could not be computed; see `NOTHING`."""
+        return self._places[key].shape == (0,)
+
+    def wait_for(self, keys: Sequence[str]) -> None:
+        """Wait until other processes have written their share of the keys."""
+        while any(key not in self for key in keys):
+            time.sleep(WAIT_SECONDS)
+            self.refresh()
+
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to a new file, as float16; its name is a hash of their keys."""
         if not tensors:
@@ -82,20 +94,20 @@ class TensorStore:
         self.refresh()
 
 
-def fill(store: TensorStore, parts: Iterable[tuple[Sequence[str], Tensor]]) -> None:
+def fill(store: TensorStore, parts: Iterable[Mapping[str, Tensor]]) -> None:
     """Write computed tensors to a store, a file for each minute of work and one for what is left.
 
     What is computed is written too if computing ends with an error or is interrupted.
 
     Args:
         store: The store.
-        parts: Keys and their tensors, (B, *shape), as they are computed.
+        parts: Tensors by key, as they are computed.
     """
     pending: dict[str, Tensor] = {}
     started = time.monotonic()
     try:
-        for keys, tensors in parts:
-            pending |= {key: tensor.half().cpu() for key, tensor in zip(keys, tensors, strict=True)}
+        for tensors in parts:
+            pending |= {key: tensor.half().cpu() for key, tensor in tensors.items()}
             if time.monotonic() - started >= WRITE_SECONDS:
                 store.write(pending)
                 pending, started = {}, time.monotonic()

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.dataset import Problem
 from ldm.data.order import Order
 from ldm.support.progress import progress_bar
 from ldm.training.caches.rows import CACHES
-from ldm.training.caches.shares import own_share, wait_for_others
-from ldm.training.caches.store import TensorStore, fill
+from ldm.training.caches.shares import own_share
+from ldm.training.caches.store import NOTHING, TensorStore, fill
 from ldm.training.draws import Draws
 from ldm.training.inputs.file_set import FileSet
 from ldm.training.inputs.protocol import TrainingImages
 from ldm.training.inputs.reading import ImageSample, Reader, Reading, read_ahead
 
-PIXELS = 1 << 20  # of the images that a network reads at a time
+PIXELS = 1 << 18  # of the images that a network reads at a time
 MOST_AT_ONCE = 32  # images that a network reads at a time
 
 
@@ -92,16 +93,19 @@ class CachedFiles:
         config = self.files.config
         about = hashlib.sha256(f"{key}/{config.size}/{config.background}".encode()).hexdigest()[:16]
         store = TensorStore(CACHES / f"{kind}-{about}")
-        keys = [self._key(row) for row in range(len(self.row_of))]
+        keys = [self.key(row) for row in range(len(self.row_of))]
         missing = [row for row in own_share(range(len(keys))) if keys[row] not in store]
         if missing:
             fill(store, self._computed(missing, keys, compute, f"compute {store.folder.name}"))
-        wait_for_others()
-        store.refresh()
-        self._absent |= {row for row, name in enumerate(keys) if name not in store}
+        store.wait_for(keys)
+        marked = {row for row, name in enumerate(keys) if store.is_marked(name)}
+        names = (self.files.dataset.record(self.sample(row).item).name for row in sorted(marked))
+        self.files.note(Problem(name, "unreadable", "it could not be decoded") for name in names)
+        self._absent |= marked
         return StoredRows(store, keys)
 
-    def _key(self, row: int) -> str:
+    def key(self, row: int) -> str:
+        """Return the key of a row in every store."""
         sample = self.sample(row)
         content = f"{self.files.dataset.record(sample.item).fingerprint}/{tuple(sample.frame)}"
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -113,14 +117,16 @@ class CachedFiles:
         keys: Sequence[str],
         compute: Callable[[Sequence[ImageSample]], Tensor],
         name: str,
-    ) -> Iterator[tuple[list[str], Tensor]]:
-        """Compute rows, in parts of one size, and give the keys and the outputs of each part."""
+    ) -> Iterator[dict[str, Tensor]]:
+        """Compute rows, in parts of one size, and give the outputs of each part by key."""
         parts = self._parts(rows)
         readings = read_ahead(_OfPart(self.files.reader, parts), range(len(parts)), self.files.config.workers)
-        for reading in progress_bar(len(parts), iterable=readings, desc=name):
+        for number, reading in enumerate(progress_bar(len(parts), iterable=readings, desc=name)):
             self.files.note(reading.broken)
-            if reading.items:
-                yield [keys[self.row_of[item]] for item in reading.items], compute(reading.samples())
+            wanted = [keys[self.row_of[sample.item]] for sample in parts[number]]
+            names = [keys[self.row_of[item]] for item in reading.items]
+            made = dict(zip(names, compute(reading.samples()), strict=True)) if names else {}
+            yield {name: made.get(name, NOTHING) for name in wanted}
 
     def _parts(self, rows: Sequence[int]) -> list[list[ImageSample]]:
         """Return samples in parts of one size, as many as a network reads at a time."""
@@ -163,5 +169,5 @@ class StoredRows:
         """Return the outputs of rows, (B, *shape) float16; of a slice, those that are not absent."""
         numbers = np.arange(len(self.keys))[rows]
         if isinstance(rows, slice):
-            numbers = np.array([row for row in numbers if self.keys[row] in self.store], dtype=np.int64)
+            numbers = np.array([row for row in numbers if not self.store.is_marked(self.keys[row])], dtype=np.int64)
         return np.stack([self.store[self.keys[row]] for row in numbers])

@@ -14,6 +14,7 @@ from ldm.training.draws import Draws
 from ldm.training.images import to_tensor
 from ldm.training.inputs.cached_files import CachedFiles
 from ldm.training.inputs.file_set import FileSet
+from ldm.training.inputs.protocol import TrainingImages
 from ldm.training.inputs.reading import ImageSample, StepLoader
 
 CAPTION = 1  # use of a sample's generators; see `Draws.of_sample`
@@ -136,3 +137,10 @@ class FileImages:
         if variants:
             raise ValueError(f"variants {variants}: expected 0 for a data set of image files")
         return CachedFiles(self, self.files, run.seed)
+
+
+def files_only(images: TrainingImages, what: str) -> FileImages:
+    """Return images as those of files; ValueError if they are scenes of the emoji, which names `what`."""
+    if not isinstance(images, FileImages):
+        raise ValueError(f"{what}: expected images of files, as scenes of the emoji have endless captions")
+    return images

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.prompt import escape_prompt
 from ldm.data import Scene, side_by_side
 from ldm.data.captions import CaptionPieces, caption_pieces, join_captions
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.caches.latents import LatentSpace, read_latent_shape
+from ldm.training.caches.texts import CachedTexts
 from ldm.training.config import RunConfig, check_at_least
 from ldm.training.diffusion import DiffusionConfig, sample_latents, zero_outputs
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
 from ldm.training.inputs.emoji import EmojiImages, emoji_only
+from ldm.training.inputs.files import files_only
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import Samples, words_of
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
@@ -35,7 +39,7 @@ from ldm.training.losses.grounding import (
     grounding_losses,
     record_attention,
 )
-from ldm.weights.formats.ldm_folder import begin_with, read_text, write_part, write_text
+from ldm.weights.formats.ldm_folder import about_part, begin_with, read_text, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +49,21 @@ class TextSource:
     Args:
         folder: Folder that it was exported to.
         tuned: Whether it is trained with the UNet; otherwise it is frozen. Default: False.
+        cached: Whether the states of a frozen tower are kept on the disk for each caption of the data set,
+            which consists of image files. Default: False.
         prior: Weight of the draft's squared error beside the diffusion loss, for a tower that is tuned
             (Popov et al. 2021). Default: 0.
     """
 
     folder: str
     tuned: bool = False
+    cached: bool = False
     prior: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least(0, prior=self.prior)
+        if self.cached and self.tuned:
+            raise ValueError("cached: expected false for a text tower that is tuned")
         if self.prior and not self.tuned:
             raise ValueError(f"prior {self.prior}: expected 0 for a text tower that is not tuned")
 
@@ -115,8 +124,20 @@ class UNetPart:
             freeze_all_but_cross_attention(net)
         self.denoiser = Denoiser(net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": net, "text": self.text})
+        self.states: CachedTexts | None = None
+        if config.text.cached:
+            files_only(self.images, "text.cached")
+            weights = about_part(config.text.folder, "text")["sha256"]
+            self.states = CachedTexts(self.text, weights, self.images.texts())
         self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
+
+    def read(self, captions: Sequence[str]) -> Cond:
+        """Return the condition of captions, which are no prompts: signs of the syntax are text."""
+        if self.states is not None:
+            return self.states(captions)
+        cond: Cond = self.text([escape_prompt(text) for text in captions])
+        return cond
 
     def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch, and its terms to log.
@@ -126,7 +147,7 @@ class UNetPart:
         config, diffusion = self.config, self.config.diffusion
         chosen, rows = self.scenes.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
-        cond = self.text(self.images.captions(chosen, draws, drop=diffusion.drop))
+        cond = self.read(self.images.captions(chosen, draws, drop=diffusion.drop))
         with self.record_attention() as maps:
             loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
@@ -174,7 +195,7 @@ class UNetPart:
         """
         z = sample_latents(
             self.denoiser,
-            self.text(prompts),
+            self.text([escape_prompt(text) for text in prompts]),
             self.text([""]),
             self.latents.shape,
             n=len(prompts),
@@ -212,7 +233,7 @@ class UNetPart:
         x0 = self.latents.encode(chosen)
         t = self.config.diffusion.draw(draws).to(self.device)
         eps = draws.normal(*x0.shape).to(self.device)
-        return diffusion_loss(self.denoiser, x0, self.text(captions), t, eps)
+        return diffusion_loss(self.denoiser, x0, self.read(captions), t, eps)
 
     def pairs_grounding(self) -> float:
         """Return the mean of `grounding_losses` of 64 pairs of images, at fixed timesteps and noise."""
