@@ -169,5 +169,7 @@ class StoredRows:
         """Return the outputs of rows, (B, *shape) float16; of a slice, those that are not absent."""
         numbers = np.arange(len(self.keys))[rows]
         if isinstance(rows, slice):
-            numbers = np.array([row for row in numbers if not self.store.is_marked(self.keys[row])], dtype=np.int64)
+            numbers = np.array(
+                [row for row in numbers if not self.store.is_marked(self.keys[row])], dtype=np.int64
+            )
         return np.stack([self.store[self.keys[row]] for row in numbers])
