@@ -109,9 +109,7 @@ def test_broken_files_are_left_out_of_batches(photos):
 
 def test_processes_divide_the_images_and_write_files_of_their_own(photos, monkeypatch):
     seen = []
-    monkeypatch.setattr(TensorStore, "wait_for", lambda store, keys: None)  # no other process is at work
-    monkeypatch.setattr(TensorStore, "is_marked", lambda store, key: key not in store)
-    monkeypatch.setattr(file_set.FileSet, "note", lambda files, problems: None)
+    monkeypatch.setattr(file_set.FileSet, "note", lambda files, problems: None)  # of the absent
     for rank in range(3):
         monkeypatch.setattr(cached_files, "own_share", lambda work, rank=rank: list(work[rank::3]))
         images, log = open_images(photos), []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ from ldm.support.warn import warn_user
 from ldm.weights.formats.safetensors import read_header, write_safetensors
 
 NOTHING = torch.empty(0, dtype=torch.float16)  # marks what could not be computed
-WAIT_SECONDS = 0.5  # between looks at what other processes have written
 WRITE_SECONDS = 60.0  # of work after which a file is written
 SUFFIX = ".safetensors"
 
@@ -71,15 +70,9 @@ class TensorStore:
         count = int(np.prod(shape))
         return np.fromfile(path, np.float16, count, offset=begin).reshape(shape)
 
-    def is_marked(self, key: str) -> bool:
-        """Return whether a key stands for what could not be computed; see `NOTHING`."""
-        return self._places[key].shape == (0,)
-
-    def wait_for(self, keys: Sequence[str]) -> None:
-        """Wait until other processes have written their share of the keys."""
-        while any(key not in self for key in keys):
-            time.sleep(WAIT_SECONDS)
-            self.refresh()
+    def has_content(self, key: str) -> bool:
+        """Return whether there is a tensor that is no mark; see `NOTHING`."""
+        return key in self._places and self._places[key].shape != NOTHING.shape
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to a new file, as float16; its name is a hash of their keys."""

@@ -13,7 +13,7 @@ from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.support.progress import progress_bar
 from ldm.training.caches.rows import CACHES
-from ldm.training.caches.shares import own_share
+from ldm.training.caches.shares import own_share, wait_for_others
 from ldm.training.caches.store import TensorStore, fill
 
 AT_ONCE = 32  # captions that the tower reads at a time
@@ -46,7 +46,8 @@ class CachedTexts:
         missing = [caption for caption in own_share(wanted) if _key(caption) not in self.store]
         if missing:
             fill(self.store, self._computed(missing))
-        self.store.wait_for([_key(caption) for caption in wanted])
+        wait_for_others()
+        self.store.refresh()
 
     @torch.no_grad()
     def _computed(self, captions: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:

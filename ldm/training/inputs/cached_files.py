@@ -16,7 +16,7 @@ from ldm.data.dataset import Problem
 from ldm.data.order import Order
 from ldm.support.progress import progress_bar
 from ldm.training.caches.rows import CACHES
-from ldm.training.caches.shares import own_share
+from ldm.training.caches.shares import own_share, wait_for_others
 from ldm.training.caches.store import NOTHING, TensorStore, fill
 from ldm.training.draws import Draws
 from ldm.training.inputs.file_set import FileSet
@@ -97,8 +97,9 @@ class CachedFiles:
         missing = [row for row in own_share(range(len(keys))) if keys[row] not in store]
         if missing:
             fill(store, self._computed(missing, keys, compute, f"compute {store.folder.name}"))
-        store.wait_for(keys)
-        marked = {row for row, name in enumerate(keys) if store.is_marked(name)}
+        wait_for_others()
+        store.refresh()
+        marked = {row for row, name in enumerate(keys) if not store.has_content(name)}
         names = (self.files.dataset.record(self.sample(row).item).name for row in sorted(marked))
         self.files.note(Problem(name, "unreadable", "it could not be decoded") for name in names)
         self._absent |= marked
@@ -170,6 +171,6 @@ class StoredRows:
         numbers = np.arange(len(self.keys))[rows]
         if isinstance(rows, slice):
             numbers = np.array(
-                [row for row in numbers if not self.store.is_marked(self.keys[row])], dtype=np.int64
+                [row for row in numbers if self.store.has_content(self.keys[row])], dtype=np.int64
             )
         return np.stack([self.store[self.keys[row]] for row in numbers])
