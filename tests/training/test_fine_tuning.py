@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killing import kill_after
+from killing import ROOT, kill_after
+from many_processes import free_port
 from photos import write_photos
 from reduced_families import register
 from tiny_latent_diffusion import tiny_model
@@ -21,6 +25,7 @@ from ldm.training.losses.common import losses_by_timestep
 from ldm.training.recipe import train_recipe
 from ldm.training.recomputing import recompute_blocks
 from ldm.training.run import open_run
+from ldm.weights.formats.safetensors import read_safetensors
 
 
 @pytest.fixture
@@ -143,6 +148,29 @@ def test_a_batch_in_parts_has_the_same_gradient(work):
         open_run(write(clip, work / "clip.yaml")).train(progress=False)
     with pytest.raises(ValueError, match="batch 4: expected at least accumulate 5"):
         open_run(write(config("few", weights="model", run=run("few", accumulate=5)), work / "few.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["ddp", "fsdp"])
+def test_two_processes_fine_tune_as_one(work, split):
+    """Weights and averages are those of one process, up to rounding and half precision."""
+    ldm.save(tiny_model(), work / "model")
+    options = {"batch": 8, "widths": [0.05, 0.1], "widths_every": 3}
+    trained = {"weights": "model", "train": ["unet", "text"]}
+    one = write(config("one", **trained, run=run("one", **options)), work / "one.yaml")
+    train_recipe(one, progress=False)
+    several = run("two", **options, accumulate=2, distributed=split)
+    write(config("two", **trained, run=several), work / "two.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command += [str(free_port()), "-m", "ldm", "train", "two.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("averages/0000006.safetensors", "export/unet.safetensors", "export/text.safetensors"):
+        expected, found = (read_safetensors(work / "runs" / name / file) for name in ("one", "two"))
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=2e-3, atol=2e-3, msg=key)
 
 
 def test_the_decoder_alone_is_fine_tuned(work):
