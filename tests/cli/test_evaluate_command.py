@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from image_sets import random_images
 from tiny_latent_diffusion import tiny_model
 from torchvision.utils import save_image
@@ -44,6 +46,19 @@ def test_two_folders_are_compared(work, capsys):
     assert {each["generated"] for each in found["estimates"]} == {12}
     text = Path("a.html").read_text(encoding="utf-8")
     assert "image 003.png" in text and "crop" in text and "made against real" in text
+
+
+def test_shards_are_read_as_the_folder_that_they_were_made_of(work):
+    folder = write_images(work / "made", 7)
+    with tarfile.open(work / "a-000.tar", "w") as first, tarfile.open(work / "a-001.tar", "w") as second:
+        for path in sorted(folder.iterdir()):
+            (first if int(path.stem[-3:]) < 4 else second).add(path, path.name.replace(" ", "-"))
+    for shards in ("a-{000..001}.tar", str(work)):
+        found, expected = open_set(shards), open_set(folder)
+        assert len(found) == 7 and found.captions() == expected.captions()
+        for a, b in zip(found.images(), expected.images(), strict=True):
+            assert torch.equal(a, b)
+        assert [image.shape for image in found.images([2, 5])] == [(3, 24, 24)] * 2
 
 
 def test_a_model_is_measured_on_prompts_and_goes_on_where_it_was(work, capsys):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import Dataset
-from ldm.data.sources.config import FolderData, ShardData
-from ldm.data.sources.opening import open_dataset
+from ldm.data.sources.opening import FILE_KINDS, kind_of, open_dataset, open_emoji
 from ldm.data.sources.scanning import describe_problems
 from ldm.support.files import write_atomically
 from ldm.support.progress import progress_bar
@@ -52,11 +51,11 @@ class DatasetImages:
 
 
 def open_set(path: str | Path) -> DatasetImages:
-    """Open a folder of images or WebDataset shards, which may have captions.
+    """Open a set of images, which may have captions.
 
     Args:
-        path: A folder of images; or shards: a .tar file, a pattern with braces such as "a-{000..9}.tar", or a
-            folder of .tar files.
+        path: A folder of images; shards: a .tar file, a pattern with braces such as "a-{000..9}.tar", or a
+            folder of .tar files; a data set of Hugging Face's `datasets` on the disk; or the emoji.
 
     Raises:
         FileNotFoundError: If there is nothing.
@@ -66,12 +65,12 @@ def open_set(path: str | Path) -> DatasetImages:
         UserWarning: Names files that are no images, and other oddities.
     """
     given = str(path)
-    config: Any = (
-        ShardData(kind="webdataset", path=given, least=1, max_broken=0)
-        if given.endswith(".tar") or (Path(given).is_dir() and any(Path(given).glob("*.tar")))
-        else FolderData(kind="folder", path=given, least=1, max_broken=0)
-    )
-    dataset = open_dataset(config)
+    kind = kind_of(given)
+    if kind == "emoji":
+        dataset = open_emoji(given)
+    else:
+        options: dict[str, Any] = {"kind": kind, "path": given, "least": 1, "max_broken": 0}
+        dataset = open_dataset(FILE_KINDS[kind](**options))
     told = [problem for problem in dataset.problems if problem.kind not in ("no caption", "duplicate")]
     for line in describe_problems(told):
         warn_user(f"{given}: {line}")
