@@ -153,7 +153,10 @@ def test_a_batch_in_parts_has_the_same_gradient(work):
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["ddp", "fsdp"])
 def test_two_processes_fine_tune_as_one(work, split):
-    """Weights and averages are those of one process, up to rounding and half precision."""
+    """Losses are those of one process up to rounding, and so are nearly all weights and averages.
+
+    AdamW moves weights whose gradient is all rounding by its full step.
+    """
     ldm.save(tiny_model(), work / "model")
     options = {"batch": 8, "widths": [0.05, 0.1], "widths_every": 3}
     trained = {"weights": "model", "train": ["unet", "text"]}
@@ -169,8 +172,17 @@ def test_two_processes_fine_tune_as_one(work, split):
     for file in ("averages/0000006.safetensors", "export/unet.safetensors", "export/text.safetensors"):
         expected, found = (read_safetensors(work / "runs" / name / file) for name in ("one", "two"))
         assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=2e-3, atol=2e-3, msg=key)
+        differences = [
+            (found[key].float() - value.float()).abs().flatten() for key, value in expected.items()
+        ]
+        assert float((torch.cat(differences) > 2e-4).float().mean()) < 0.01
+    rows = [
+        [json.loads(line) for line in (work / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for a, b in zip(*rows, strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "validation/loss"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
 def test_the_decoder_alone_is_fine_tuned(work):
