@@ -39,6 +39,8 @@ GAINS: dict[str, dict[str, Any]] = {
     "reuse=3": {"reuse": 3},
     "reuse=5": {"reuse": 5},
     "reuse=3, branch=2": {"reuse": 3, "branch": 2},
+    "preset=fast": {"preset": "fast"},
+    "preset=fastest": {"preset": "fastest"},
     "merge=0.25": {"merge": 0.25},
     "merge=0.5": {"merge": 0.5},
     "merge=0.75": {"merge": 0.75},

@@ -17,6 +17,7 @@ from ldm.speed.kernels.build import NoKernels
 from ldm.speed.kernels.ops import CompiledOps
 from ldm.speed.merge import merge_tokens
 from ldm.speed.networks import unets_and_decoders
+from ldm.speed.presets import Approximations, settled
 from ldm.speed.reuse import reuse_features
 from ldm.speed.spill import release_all, take_turns
 from ldm.speed.strips import StripDecoder
@@ -37,6 +38,7 @@ class HasNetworks(Protocol):
 def optimize(
     pipe: P,
     *,
+    preset: str | None = None,
     kernels: bool = True,
     memory: bool = False,
     reuse: int = 1,
@@ -49,13 +51,17 @@ def optimize(
 
     The classes of layers change; the parameters stay, can be changed and trained, and count from the next
     call on (docs/speed.md). On other devices than the CPU the layers compute as before. Each call replaces
-    the options of the last one. `reuse`, `merge` and `int8` change the results (errors: docs/speed.md).
+    the options of the last one. `preset`, `reuse`, `merge` and `int8` change the results (errors:
+    docs/speed.md).
 
     Args:
         pipe: The pipeline or network, which is changed in place.
-        kernels: Whether to compile kernels for attention, group norm and large convolutions with the
-            machine's C++ compiler, once; they are kept below LDM_HOME (default: ~/.cache/ldm). If that is
-            not possible, PyTorch's operators are used. Default: True.
+        preset: A combination of `reuse`, `branch` and `merge` by name, in place of these and `int8`: "exact",
+            "fast" or "fastest" (`ldm.speed.presets`). Default: None, those options.
+        kernels: Whether to use compiled kernels for attention, group norm and large convolutions: those that
+            were built with the package, or ones that the machine's C++ compiler builds once and that are
+            kept below LDM_HOME (default: ~/.cache/ldm). If neither is possible, PyTorch's operators are used.
+            Default: True.
         memory: Whether to use the least memory, at some cost of time (Linux): the weights are in a file below
             LDM_HOME, and in packed form in memory while their network is in use; calls of several threads
             take turns; and decoding of very large images keeps one map instead of two. Default: False.
@@ -77,6 +83,7 @@ def optimize(
         ImportError: If the package of a backend is missing.
         RuntimeError: If a compiler, or 8-bit products, are missing.
     """
+    reuse, branch, merge, int8 = settled(preset, Approximations(reuse, branch, merge, int8))
     _check(pipe, backend, excluded=memory or reuse != 1 or merge != 0 or int8, int8=int8)
     restore(pipe)
     remove_compiled(pipe)

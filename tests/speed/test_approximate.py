@@ -20,6 +20,7 @@ from ldm.models.unet import UNetConfig
 from ldm.samplers import SAMPLERS
 from ldm.speed import merge
 from ldm.speed.merge import assign, means, take
+from ldm.speed.presets import SPEED_PRESETS
 from ldm.speed.reuse import MOST_EVALUATIONS, Reuse, up_path
 
 DEEP = UNetConfig(channels=(32, 32, 64), depth=(0, 1, 1), blocks=2, heads=4, context_dim=24)
@@ -53,6 +54,19 @@ def test_an_interval_of_one_and_a_ratio_of_zero_are_exact_and_options_can_be_und
         assert not any("approximate" in line for line in ldm.optimize(pipe).optimizations)
         assert torch.equal(images(pipe), exact)
         assert all("forward" not in part.__dict__ for part in pipe.modules())
+
+
+@torch.no_grad()
+def test_presets_are_their_options_and_their_errors_are_ordered():
+    pipe = ldm.optimize(tiny_model())
+    exact, errors = images(pipe, steps=10), []
+    for name, options in SPEED_PRESETS.items():
+        got = images(ldm.optimize(pipe, preset=name), steps=10)
+        done = pipe.optimizations
+        assert torch.equal(got, images(ldm.optimize(pipe, **options._asdict()), steps=10))
+        assert pipe.optimizations == done
+        errors.append(float((got - exact).square().mean()))
+    assert list(SPEED_PRESETS) == ["exact", "fast", "fastest"] and 0 == errors[0] < errors[1] < errors[2]
 
 
 @torch.no_grad()
@@ -235,6 +249,8 @@ def test_a_copy_computes_the_same_independently():
         ({"reuse": 2, "branch": -1}, "got -1"),
         ({"merge": 0.8}, "merge: expected a fraction of the positions from 0"),
         ({"merge": -0.1}, "got -0.1"),
+        ({"preset": "faster"}, "preset 'faster': did you mean 'fast'.*exact, fast, fastest"),
+        ({"preset": "fast", "reuse": 2, "merge": 0.5}, "given besides: reuse, merge"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_changes(options, message):
