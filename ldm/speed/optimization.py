@@ -51,17 +51,15 @@ def optimize(
 
     The classes of layers change; the parameters stay, can be changed and trained, and count from the next
     call on (docs/speed.md). On other devices than the CPU the layers compute as before. Each call replaces
-    the options of the last one. `preset`, `reuse`, `merge` and `int8` change the results (errors:
-    docs/speed.md).
+    the options of the last one. `preset`, `reuse`, `merge` and `int8` change the results.
 
     Args:
         pipe: The pipeline or network, which is changed in place.
-        preset: A combination of `reuse`, `branch` and `merge` by name, in place of these and `int8`: "exact",
-            "fast" or "fastest" (`ldm.speed.presets`). Default: None, those options.
-        kernels: Whether to use compiled kernels for attention, group norm and large convolutions: those that
-            were built with the package, or ones that the machine's C++ compiler builds once and that are
-            kept below LDM_HOME (default: ~/.cache/ldm). If neither is possible, PyTorch's operators are used.
-            Default: True.
+        preset: "exact", "fast" or "fastest" (`ldm.speed.presets`), in place of `reuse`, `branch`, `merge` and
+            `int8`. Default: None, those options.
+        kernels: Whether to use compiled kernels for attention, group norm and large convolutions, built with
+            the package, or else once below LDM_HOME (default: ~/.cache/ldm). If neither is possible,
+            PyTorch's operators are used. Default: True.
         memory: Whether to use the least memory, at some cost of time (Linux): the weights are in a file below
             LDM_HOME, and in packed form in memory while their network is in use; calls of several threads
             take turns; and decoding of very large images keeps one map instead of two. Default: False.
