@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from killing import in_fresh_process
-from many_processes import run_together
+from many_processes import run_together, start_together
 from tiny_part import TinyPart, tiny_config
 
 from ldm.training.distributed.group import joined_processes
@@ -161,3 +165,27 @@ def test_processes_train_as_one_for_fifty_steps(whole, name):
 @pytest.mark.slow
 def test_a_sharded_matrix_is_orthogonalized_as_a_whole(whole):
     assert_same(whole / "muon", whole / "muon-fsdp", 1e-5)  # iterations in float32
+
+
+def kill_ten_times(folder: str) -> bool:
+    """Kill one of two processes ten times at random moments, restart both; return if nothing has changed."""
+    changes = {"steps": 150, "validate_every": 50, "checkpoint_every": 5, **FSDP}
+    killed, rng = Path(folder) / "killed", random.Random(0)
+    train_in(2, f"{folder}/whole", changes)
+    for kill in range(10):
+        processes = start_together(2, lambda: train_tiny(str(killed), changes))
+        wanted = 13 * (kill + 1) - rng.uniform(0, 6)
+        while not (killed / "metrics.jsonl").exists() or rows(killed)[-1]["step"] < wanted:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(rng.choice(processes), signal.SIGKILL)
+        for process in processes:
+            os.waitpid(process, 0)
+    train_in(2, str(killed), changes)
+    one, other = (weights(Path(folder) / name, 150) for name in ("whole", "killed"))
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+def test_ten_kills_and_restarts_change_nothing(tmp_path):
+    assert in_fresh_process(HERE, "kill_ten_times", str(tmp_path))

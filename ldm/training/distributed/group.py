@@ -104,7 +104,10 @@ class ProcessGroup(Processes):
 
     def first_to_fail(self) -> bool:
         """Return whether no other process has called this: one of them reports an error of all."""
-        return self.store.add("failures", 1) == 1
+        try:
+            return self.store.add("failures", 1) == 1
+        except RuntimeError:  # the process that held the store is lost
+            return True
 
 
 class _Gather(torch.autograd.Function):
