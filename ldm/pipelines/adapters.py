@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldm.catalog.distilled import DistilledCard, distilled_card
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.pipelines.loaded_adapter import AdapterEntry, LoadedAdapter
 from ldm.support.config import nearest
@@ -25,6 +26,10 @@ from ldm.weights.strict import mismatch
 
 class UnusedKeys(UserWarning):
     """An adapter has keys that match nothing in the model."""
+
+
+class DefaultsChanged(UserWarning):
+    """An adapter is a distilled helper, whose sampling the pipeline now has as its defaults."""
 
 
 class Adapters:
@@ -50,6 +55,7 @@ class Adapters:
         self._model = model
         self._loaded: dict[str, LoadedAdapter] = {}
         self._fused: list[AdapterEntry] = []
+        self._kept: DistilledCard | None = None  # the helper that was fused
         self._merger = Merger()
         self._hooks = OnTheFly()
 
@@ -64,6 +70,7 @@ class Adapters:
         merge: bool = True,
         strict: bool = True,
         token: str | None = None,
+        helper: str | None = None,
     ) -> LoadedAdapter:
         """Load an adapter and apply it.
 
@@ -81,6 +88,8 @@ class Adapters:
                 are a warning.
             token: The word that stands for the vectors of a textual inversion. Default: the file's name, and
                 the token that the file states.
+            helper: Name of a distilled helper (`ldm.catalog.distilled`), whose sampler, grid, steps and
+                guidance become the pipeline's defaults; "none" for none. Default: by the file's name.
 
         Returns:
             What was loaded; its text names kinds, modules and strengths.
@@ -92,6 +101,7 @@ class Adapters:
 
         Warns:
             UnusedKeys: If keys match nothing and `strict` is False.
+            DefaultsChanged: If the file's name says that it is a distilled helper.
         """
         name = _checked_name(path) if name is None else name
         if name in self._loaded:
@@ -108,8 +118,11 @@ class Adapters:
             blocks=factors,
             merge=merge,
             token=token,
+            helper=distilled_card(helper, adapter.file),
         )
         self._apply({**self._loaded, name: made})
+        if made.helper is not None and helper is None:
+            warn_user(f"the defaults are now those of {made.helper}", DefaultsChanged)
         return made
 
     def set(
@@ -165,6 +178,7 @@ class Adapters:
         self._apply({name: replace(each, merge=True) for name, each in self._loaded.items()})
         self._fused += [replace(each.entry(), fused=True) for each in self._loaded.values()]
         self._merger.fuse()
+        self._kept = self.helper
         self._loaded = {}
 
     def list(self) -> tuple[LoadedAdapter, ...]:
@@ -199,6 +213,7 @@ class Adapters:
             blocks=entry.blocks,
             merge=entry.merge,
             token=entry.token,
+            helper=entry.helper or "none",
             strict=False,  # the file is the one that was loaded then
         )
         if entry.fused:
@@ -213,6 +228,20 @@ class Adapters:
             unused = mismatch((), adapter.unused, ())
             warn_user(f"{adapter.file!r}: keys match nothing in {self._model!r}: {unused}", UnusedKeys)
         return adapter
+
+    def check_saved(self) -> None:
+        """Raise ValueError if the weights are not the model's own, because adapters are merged into them."""
+        if self._merger.merged:
+            names = ", ".join(name for name, each in self._loaded.items() if each.adapter.edits)
+            raise ValueError(
+                f"adapters are merged into the weights ({names}): call pipe.adapters.fuse() to save the model"
+                " with them, or remove them first"
+            )
+
+    @property
+    def helper(self) -> DistilledCard | None:
+        """The distilled helper whose sampling counts: the last one that was loaded; None for none."""
+        return next((each.helper for each in reversed(self._loaded.values()) if each.helper), self._kept)
 
     def _get(self, name: str) -> LoadedAdapter:
         if name not in self._loaded:

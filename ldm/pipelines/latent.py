@@ -84,9 +84,10 @@ class LatentDiffusion(BasePipeline):
     def stage(self) -> Stage:
         """The diffusion in latent space."""
         space = Space(self.vae, self.latent_scale, self.card.latent_mean, self.card.latent_std)
+        helper = self.adapters.helper
         return Stage(
             denoiser=self.denoiser,
-            card=self.card,
+            card=self.card if helper is None else helper.applied(self.card),
             space=space,
             name=self.name,
             concat=self.card.concat,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ldm.catalog.distilled import DistilledCard
 from ldm.weights.adapters.adapter import Adapter
 from ldm.weights.adapters.merging import Weighted
 
@@ -20,6 +21,7 @@ class AdapterEntry:
         file: Name of its file.
         sha256: SHA-256 of the file.
         strength, text_strength, blocks, merge, token: See `LoadedAdapter`.
+        helper: Name of the distilled helper that it is; None if it is none.
         fused: Whether it had become part of the weights.
     """
 
@@ -31,6 +33,7 @@ class AdapterEntry:
     blocks: Mapping[str, float] | None = None
     merge: bool = True
     token: str | None = None
+    helper: str | None = None
     fused: bool = False
 
 
@@ -46,6 +49,7 @@ class LoadedAdapter:
         blocks: Factors of the denoiser's blocks (`ldm.weights.adapters.blocks`); None for 1 everywhere.
         merge: Whether its changes are merged into the weights.
         token: The word for its learned vectors that was asked for; None for the file's own.
+        helper: The distilled helper that it is; None if it is none.
     """
 
     name: str
@@ -55,6 +59,7 @@ class LoadedAdapter:
     blocks: Mapping[str, float] | None
     merge: bool
     token: str | None = None
+    helper: DistilledCard | None = None
 
     def weighted(self) -> Iterator[Weighted]:
         """Yield its changes with their strengths."""
@@ -78,12 +83,15 @@ class LoadedAdapter:
             blocks=self.blocks,
             merge=self.merge,
             token=self.token,
+            helper=None if self.helper is None else self.helper.name,
         )
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in self.adapter.kinds.items())
         parts = ", ".join(f"{count} modules of {part}" for part, count in self.adapter.modules.items())
         how = "merged" if self.merge else "on the fly"
-        return (
-            f"{self.name}: {kinds} in {parts}; strength {self.strength:g}, text {self.text_strength:g}, {how}"
-        )
+        strengths = f"strength {self.strength:g}, text {self.text_strength:g}"
+        said = [f"{kinds} in {parts}; {strengths}, {how}"] if kinds else []
+        said += [f"{each.triggers[0]!r}: {each.count} learned vectors" for each in self.adapter.learned]
+        said += [] if self.helper is None else [f"sets the defaults of {self.helper}"]
+        return f"{self.name}: {'; '.join(said)}"

@@ -49,9 +49,10 @@ def save(
         ``path``.
 
     Raises:
-        ValueError: If the layout is unknown or cannot hold the model, or a number leaves the range of
-            ``dtype``.
+        ValueError: If the layout is unknown or cannot hold the model, a number leaves the range of
+            ``dtype``, or adapters are merged into the weights.
     """
+    pipe.adapters.check_saved()
     weights_dtype = None if dtype is None else dtype_of(dtype)
     path = Path(path)
     if layout not in LAYOUTS:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.images.files import read_recipe
-from ldm.pipelines.adapters import UnusedKeys
+from ldm.pipelines.adapters import DefaultsChanged, UnusedKeys
 from ldm.registry.replaying import replay
 from ldm.weights.parts import to_layout
 
@@ -439,3 +439,47 @@ def embedded_lora(pipe: Any, seed: int) -> dict[str, Tensor]:
         down, up = lora_tensors(module, 2, generator)
         state |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     return state
+
+
+def test_distilled_helpers_set_the_defaults(sd: Any, tmp_path: Path) -> None:
+    plain = sd.text_to_image("a cat", seed=3, progress=False).recipe
+    state = kohya_lora({"unet": peers(sd)["unet"]}, KOHYA)
+    for file, sampler, steps, t in (
+        ("my-lcm-lora.safetensors", "lcm", 4, 999),
+        ("sdxl_lightning_2step_lora.safetensors", "euler", 2, 999),
+        ("Hyper-SD15-8steps-lora.safetensors", "ddim", 8, 999),
+        ("TCD-SD15-LoRA.safetensors", "tcd", 4, 999),
+    ):
+        path = written(tmp_path / file, state)
+        with pytest.warns(DefaultsChanged, match=f"sampler {sampler}, {steps} steps, guidance 1"):
+            loaded = sd.adapters.load(path)
+        assert f"sampler {sampler}" in str(loaded)
+        images = sd.text_to_image("a cat", seed=3, progress=False)
+        recipe = images.recipe
+        assert (recipe["sampler"], recipe["steps"], recipe["guidance"]) == (sampler, steps, 1.0)
+        assert sd.settle("a cat").grid.t[0] == t
+        changed = sd.text_to_image("a cat", seed=3, progress=False, sampler="ddim", steps=3, guidance=2.0)
+        assert changed.recipe["sampler"] == "ddim" and changed.recipe["guidance"] == 2.0
+        sd.adapters.remove(loaded.name)
+        after = sd.text_to_image("a cat", seed=3, progress=False).recipe
+        assert (after["sampler"], after["steps"]) == (plain["sampler"], plain["steps"])
+    loaded = sd.adapters.load(path, helper="none")
+    assert sd.settle("a cat").sampler == plain["sampler"]
+    sd.adapters.remove(loaded.name)
+    loaded = sd.adapters.load(path, helper="lcm-lora")
+    assert sd.settle("a cat").sampler == "lcm"
+    sd.adapters.remove(loaded.name)
+    with pytest.raises(ValueError, match="helper 'lcm'; did you mean 'lcm-lora'"):
+        sd.adapters.load(path, helper="lcm")
+
+
+def test_saving_with_adapters(sd: Any, tmp_path: Path) -> None:
+    path, _ = file_of(sd, tmp_path)
+    pipe = copy.deepcopy(sd)
+    pipe.adapters.load(path)
+    with pytest.raises(ValueError, match="adapters are merged into the weights .style.: call"):
+        ldm.save(pipe, tmp_path / "model")
+    pipe.adapters.fuse()
+    ldm.save(pipe, tmp_path / "model")
+    again = ldm.load(sd.name, weights=tmp_path / "model", device="cpu", dtype="float32")
+    assert same_bits(again, weights_of(pipe))
