@@ -226,11 +226,12 @@ def file_shapes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Return the names and shapes that a file must hold for a network with these names and shapes."""
     found: dict[str, Shape] = {}
     for step in table.plan(shapes):
-        found.update(zip(step.file, _shapes_in_file(step, shapes), strict=True))
+        found.update(zip(step.file, shapes_in_file(step, shapes), strict=True))
     return found
 
 
-def _shapes_in_file(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
+def shapes_in_file(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
+    """Return the shapes of a step's tensors in the file, for a network with these names and shapes."""
     if step.change == SAME and len(step.ours) == len(step.file):
         return [shapes[name] for name in step.ours]
     tensors = step.change.to_file(
@@ -276,7 +277,7 @@ def _matched_keys(
         )
         used.update(keys)
         missing += [key for key in keys if key not in have]
-        for key, need in zip(keys, _shapes_in_file(step, shapes), strict=True):
+        for key, need in zip(keys, shapes_in_file(step, shapes), strict=True):
             if key in have and _shape_without_ones(tuple(have[key])) != _shape_without_ones(need):
                 misshapen.append(f"{key}: {tuple(have[key])}, expected {need}")
         chosen.append((step, keys))

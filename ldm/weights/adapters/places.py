@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.models.clip.towers import TextTower
 from ldm.models.unet import UNet
-from ldm.weights.keymap import Shape, Step, file_shapes
+from ldm.weights.keymap import Shape, Step, shapes_in_file
 from ldm.weights.parts import Layout, part_table, shapes_of
 
 STEM_LAYOUTS: tuple[Layout, ...] = ("diffusers", "original")
@@ -98,9 +98,11 @@ class Places:
         self.token_width = network.config.width if isinstance(network, TextTower) else None
         self.beyond = _layers_beyond(network)
         shapes = shapes_of(network)
-        blocks = dict(_blocks(network, shapes))
-        for layout in STEM_LAYOUTS:
-            for place in _layout_places(part, network, layout, shapes, blocks):
+        plans = {each: part_table(network, each, HUGGING_FACE).plan(shapes) for each in STEM_LAYOUTS}
+        blocks = dict(_blocks(plans["original"])) if isinstance(network, UNet) else {}
+        # a layout in which every name is the same adds none
+        for steps in plans.values() if plans["original"] != plans["diffusers"] else [plans["original"]]:
+            for place in _layout_places(part, steps, shapes, blocks):
                 for path in _spellings(place.path):
                     self.dotted.setdefault(path, place)
                     self.flat.setdefault(path.replace(".", "_"), place)
@@ -124,26 +126,23 @@ class Places:
 
 
 def _layout_places(
-    part: str, network: nn.Module, layout: Layout, shapes: Mapping[str, Shape], blocks: Mapping[str, str]
+    part: str, steps: Iterable[Step], shapes: Mapping[str, Shape], blocks: Mapping[str, str]
 ) -> Iterable[ModulePlace]:
     """Return the modules of a network in one layout.
 
     Args:
         part: Name of the network.
-        network: The network.
-        layout: The layout.
+        steps: The rules between the network and the layout.
         shapes: Names and shapes of its tensors.
         blocks: Block of each of its tensors.
     """
-    table = part_table(network, layout, HUGGING_FACE)
-    sizes = file_shapes(table, shapes)
     places: dict[str, ModulePlace] = {}
-    for step in table.plan(shapes):
-        for index, name in enumerate(step.file):
+    for step in steps:
+        for index, (name, shape) in enumerate(zip(step.file, shapes_in_file(step, shapes), strict=True)):
             path, _, leaf = name.rpartition(".")
             block = blocks.get(step.ours[0], "BASE")
             place = places.setdefault(path, ModulePlace(part=part, path=path, block=block))
-            place.sites[leaf] = Site(part=part, name=name, step=step, index=index, shape=sizes[name])
+            place.sites[leaf] = Site(part=part, name=name, step=step, index=index, shape=shape)
     return places.values()
 
 
@@ -155,11 +154,9 @@ def _spellings(path: str) -> Iterator[str]:
             yield f"{path.removesuffix(ending)}{old}"
 
 
-def _blocks(network: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str]]:
-    """Yield the names of a UNet's tensors and their blocks: IN00 …, M00, OUT00 …, in the original layout."""
-    if not isinstance(network, UNet):
-        return
-    for step in part_table(network, "original", ()).plan(shapes):
+def _blocks(steps: Iterable[Step]) -> Iterator[tuple[str, str]]:
+    """Yield the names of a UNet's tensors and their blocks, by the rules of the original layout."""
+    for step in steps:
         match = re.match(r"(input|output)_blocks\.(\d+)\.|(middle_block)\.|(out)\.", step.file[0])
         if match is None:
             block = "IN00"  # time and vector embeddings
