@@ -356,7 +356,11 @@ def test_what_is_refused(sd: Any, xl: Any, tmp_path: Path) -> None:
         "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.zeros(24, 2),
     }
     refused(sd, written(tmp_path / "flux.safetensors", flux), "made for Flux, changes no module")
-    refused(sd, written(tmp_path / "other.safetensors", {"x": torch.zeros(2)}), "unknown family.*its keys: x")
+    refused(
+        sd,
+        written(tmp_path / "other.safetensors", {"x": torch.zeros(2, 2, 2)}),
+        "unknown family.*its keys: x",
+    )
     _, state = file_of(sd, tmp_path)
     name = next(iter(state))
     nan = state | {name: torch.full_like(state[name], float("nan"))}
