@@ -77,17 +77,15 @@ class Adapters:
         Args:
             path: A .safetensors, .pt or .bin file, or a folder that peft or diffusers wrote.
             name: Its name. Default: that of the file without ending.
-            strength: Factor of its changes; 1 is as trained, 0 none, negative values reverse it. Default: 1.
+            strength: Factor of its changes; 1 is as trained, 0 none. Default: 1.
             text_strength: The same for the text towers. Default: `strength`.
             blocks: Factors of the denoiser's blocks: by name, a list, or a preset
-                (`ldm.weights.adapters.blocks.block_weights`). Default: 1 everywhere.
-            merge: Whether to merge the changes into the weights, which costs nothing when sampling. Otherwise
-                layers add them on the fly, and the weights of the denoiser stay as they are; norms, biases
-                and text towers are merged all the same. Default: True.
+                (`ldm.weights.adapters.blocks`). Default: 1 everywhere.
+            merge: Whether to merge the changes into the weights. Otherwise layers add them on the fly; norms,
+                biases and text towers are merged all the same. Default: True.
             strict: Whether keys that match nothing in the model are an error. Default: True; otherwise they
                 are a warning.
-            token: The word that stands for the vectors of a textual inversion. Default: the file's name, and
-                the token that the file states.
+            token: The word for a textual inversion. Default: the file's name, and the token that it states.
             helper: Name of a distilled helper (`ldm.catalog.distilled`), whose sampler, grid, steps and
                 guidance become the pipeline's defaults; "none" for none. Default: by the file's name.
 
@@ -106,9 +104,8 @@ class Adapters:
         name = _checked_name(path) if name is None else name
         if name in self._loaded:
             raise ValueError(f"name: an adapter {name!r} is loaded; remove it, or choose another name")
-        strength = _finite("strength", strength)
+        strength, factors = _finite("strength", strength), block_weights(blocks)
         text = strength if text_strength is None else _finite("text_strength", text_strength)
-        factors = block_weights(blocks)
         adapter = self._read(path, strict=strict, token=token)
         made = LoadedAdapter(
             name=name,
@@ -120,9 +117,7 @@ class Adapters:
             token=token,
             helper=distilled_card(helper, adapter.file),
         )
-        self._apply({**self._loaded, name: made})
-        if made.helper is not None and helper is None:
-            warn_user(f"the defaults are now those of {made.helper}", DefaultsChanged)
+        self._add(made, quiet=helper is not None)
         return made
 
     def set(
@@ -218,6 +213,12 @@ class Adapters:
         )
         if entry.fused:
             self.fuse()
+
+    def _add(self, made: LoadedAdapter, *, quiet: bool) -> None:
+        """Apply one more adapter, and say if it sets the defaults, unless that was asked for."""
+        self._apply({**self._loaded, made.name: made})
+        if made.helper is not None and not quiet:
+            warn_user(f"the defaults are now those of {made.helper}", DefaultsChanged)
 
     def _read(self, path: str | Path, *, strict: bool, token: str | None) -> Adapter:
         """Return what a file changes in the model; see `load`."""
