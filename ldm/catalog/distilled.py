@@ -56,7 +56,7 @@ class DistilledCard:
 
 
 _TRAILING = {"spacing": "trailing"}
-DISTILLED: Mapping[str, DistilledCard] = {
+HELPERS: Mapping[str, DistilledCard] = {
     card.name: card
     for card in (
         DistilledCard(
@@ -97,11 +97,11 @@ def distilled_card(helper: str | None, file: str) -> DistilledCard | None:
     if helper == "none":
         return None
     if helper is None:
-        found = [card for card in DISTILLED.values() if re.search(card.file, file, re.IGNORECASE)]
-    elif helper in DISTILLED:
-        found = [DISTILLED[helper]]
+        found = [card for card in HELPERS.values() if re.search(card.file, file, re.IGNORECASE)]
+    elif helper in HELPERS:
+        found = [HELPERS[helper]]
     else:
-        raise ValueError(f"helper {helper!r}; {nearest(helper, (*DISTILLED, 'none'))}")
+        raise ValueError(f"helper {helper!r}; {nearest(helper, (*HELPERS, 'none'))}")
     if not found:
         return None
     match = STEPS_IN_NAME.search(file)
