@@ -19,7 +19,7 @@ from ldm.models.clip.transformer import MLP
 from ldm.models.layers.attention import Attention
 from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
 from ldm.models.layers.modules import ModuleListOf
-from ldm.models.views import View, exemplar_planes
+from ldm.models.views import View, exemplar_planes, first_sight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,13 @@ class DiT(nn.Module):
             for _ in range(config.depth)
         )
         self.views: ModuleListOf[View] = ModuleListOf(
-            View(width, slots=config.slots, pixels=config.patch * config.cell) for _ in config.views
+            View(
+                width,
+                channels=area * config.in_channels,
+                slots=config.slots,
+                pixels=config.patch * config.cell,
+            )
+            for _ in config.views
         )
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
         self.proj_out = nn.Linear(width, area * config.out_channels)
@@ -205,18 +211,20 @@ class DiT(nn.Module):
         config, (h, w) = self.config, x.shape[-2:]
         p, context = config.patch, cond.context
         assert context is not None
-        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, L, C_in·p²)
-        positions = plane_sinusoid(h // p, w // p, config.width, device=x.device).to(x.dtype)  # (L, D)
-        x = self.embed_in(x) + self.embed_position(positions)  # (B, L, D)
+        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, L, C_in·p²)
+        h, w = h // p, w // p
+        positions = plane_sinusoid(h, w, config.width, device=x.device).to(x.dtype)  # (L, D)
+        x = self.embed_in(patches) + self.embed_position(positions)  # (B, L, D)
         emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
         views = dict(zip(config.views, self.views, strict=True))
         planes = None if cond.exemplars is None else exemplar_planes(cond.exemplars)
+        sight = None if planes is None else first_sight(len(x), h, w, planes[0].shape[1], x.device)
         for i, block in enumerate(self.blocks):
-            if planes is not None and i in views:
-                x = views[i](x, planes, h // p, w // p)  # (B, L, D)
+            if planes is not None and sight is not None and i in views:
+                x, sight = views[i](x, patches, sight, planes, h, w)  # (B, L, D)
             x = block(x, emb, context, cond.context_mask)  # (B, L, D)
         x = self.proj_out(self.norm_out(x))  # (B, L, C_out·p²)
-        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h // p, p=p, q=p)
+        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=p, q=p)
 
     def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
         """Return the modulation (B, 6, D) of timesteps t (B,) and, if embedded, of the guidance scale."""

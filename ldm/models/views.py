@@ -4,6 +4,10 @@ Cross-attention to an exemplar tells a token what the image shows. A view brings
 predicts where the thing that it draws lies in the exemplar, how large and how tilted, and samples its own
 patch of the image there (Jaderberg et al. 2015, Spatial Transformer Networks; Zhu et al. 2021, Deformable
 DETR).
+
+Views follow each other, and each corrects where the view before looked. It compares the token's patch of x_t
+with what the exemplar shows around there, by correlations (Teed & Deng 2020, RAFT), and lets neighbouring
+tokens, which mostly draw parts of the same thing, agree on one map.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ldm.models.layers.modules import ModuleListOf
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,13 +54,35 @@ def token_centres(h: int, w: int, device: torch.device | str | None = None) -> T
     return torch.stack([x[None].expand(h, w), y[:, None].expand(h, w)], dim=-1).flatten(0, 1)
 
 
-def exemplar_planes(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exemplars (B, K, 4, S, S) in float32, at full size and at half size (B, K, 4, S/2, S/2)."""
+Planes = tuple[Tensor, Tensor, Tensor]
+
+
+def exemplar_planes(images: Tensor) -> Planes:
+    """Return exemplars (B, K, 4, S, S) in float32, at full, half and quarter size."""
     full = images.float()
-    return full, F.avg_pool2d(full.flatten(0, 1), 2).unflatten(0, full.shape[:2])
+    half, quarter = (F.avg_pool2d(full.flatten(0, 1), n).unflatten(0, full.shape[:2]) for n in (2, 4))
+    return full, half, quarter
 
 
-def sample_patches(sight: Sight, planes: tuple[Tensor, Tensor], h: int, w: int, pixels: int) -> Tensor:
+def sample_points(plane: Tensor, maps: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """Return exemplars at points around the centres of tokens, bilinearly, transparent outside.
+
+    Args:
+        plane: The exemplars, (B, K, 4, S, S) float32.
+        maps: Maps of a `Sight`, (B, L, K, 4).
+        dx, dy: The points, fractions of the canvas from the centre of a token, (1, m) and (n, 1).
+
+    Returns:
+        Shape (B, L, K, 4, n, m), float32.
+    """
+    u, v, a, b = (part[..., None, None] for part in maps.unbind(-1))  # (B, L, K, 1, 1)
+    points = torch.stack([u + a * dx - b * dy, v + b * dx + a * dy], dim=-1)  # (B, L, K, n, m, 2)
+    grid = rearrange(2 * points - 1, "b l k y x n -> (b k) l (y x) n")
+    found = F.grid_sample(plane.flatten(0, 1), grid, padding_mode="zeros", align_corners=False)
+    return rearrange(found, "(b k) c l (y x) -> b l k c y x", b=len(maps), y=len(dy))
+
+
+def sample_patches(sight: Sight, planes: Planes, h: int, w: int, pixels: int) -> Tensor:
     """Return the patches of the exemplars that the tokens see.
 
     The images are sampled bilinearly, between full and half size as the map shrinks them, and are transparent
@@ -71,32 +99,101 @@ def sample_patches(sight: Sight, planes: tuple[Tensor, Tensor], h: int, w: int, 
     """
     steps = (torch.arange(pixels, dtype=torch.float32, device=sight.maps.device) + 0.5) / pixels - 0.5
     dx, dy = steps[None, :] / w, steps[:, None] / h  # (1, q), (q, 1)
-    u, v, a, b = (n[..., None, None] for n in sight.maps.unbind(-1))  # (B, L, K, 1, 1)
-    points = torch.stack([u + a * dx - b * dy, v + b * dx + a * dy], dim=-1)  # (B, L, K, q, q, 2)
-    grid = rearrange(2 * points - 1, "b l k y x n -> (b k) l (y x) n")
     # log2 of the exemplar's pixels per pixel of the patch: 0 samples the full size, 1 the half
     step = sight.maps.detach()[..., 2:].norm(dim=-1) * (planes[0].shape[-1] / (w * pixels))  # (B, L, K)
     level = step.clamp_min(1e-6).log2().clamp(0, 1)
-    full, half = (
-        rearrange(
-            F.grid_sample(plane.flatten(0, 1), grid, padding_mode="zeros", align_corners=False),
-            "(b k) c l n -> b l k c n",
-            b=len(u),
+    full, half = (sample_points(plane, sight.maps, dx, dy) for plane in planes[:2])
+    seen = torch.lerp(full, half, level[..., None, None, None])  # (B, L, K, 4, q, q)
+    return (seen * sight.shown.sigmoid()[..., None, None, None]).sum(2)  # (B, L, 4, q, q)
+
+
+def first_sight(batch: int, h: int, w: int, k: int, device: torch.device) -> Sight:
+    """Return the sight of tokens to whom each of k exemplars fills the canvas."""
+    centres = token_centres(h, w, device)[:, None]  # (L, 1, 2)
+    scale = torch.tensor([1.0, 0.0], dtype=torch.float32, device=device).expand_as(centres)
+    maps = torch.cat([centres, scale], dim=-1).expand(batch, h * w, k, 4)
+    return Sight(maps=maps, shown=torch.zeros(maps.shape[:3], dtype=torch.float32, device=device))
+
+
+class Correlation(nn.Module):
+    """A layer that tells tokens how well their patch of x_t fits an exemplar around where they look.
+
+    The patch is compared with patches of the exemplar at (2r + 1)² places, in steps of an eighth and of a
+    quarter of its side, by inner products of learned features.
+
+    Args:
+        width: Width D of a token.
+        channels: Numbers of a token's patch of the input.
+        slots: Largest number K of exemplars.
+        heads: Number of features that are compared apart. Default: 2.
+        dim: Width of such a feature. Default: 16.
+        reach: r, in steps. Default: 2.
+    """
+
+    SIDES = (8, 4)  # points along a patch's side, on the half and on the quarter plane
+
+    def __init__(
+        self, width: int, *, channels: int, slots: int, heads: int = 2, dim: int = 16, reach: int = 2
+    ) -> None:
+        super().__init__()
+        self.slots, self.heads, self.reach = slots, heads, reach
+        self.embed_patch: ModuleListOf[nn.Linear] = ModuleListOf(
+            nn.Linear(channels, heads * dim) for _ in self.SIDES
         )
-        for plane in planes
-    )
-    seen = torch.lerp(full, half, level[..., None, None])  # (B, L, K, 4, q²)
-    seen = (seen * sight.shown.sigmoid()[..., None, None]).sum(2)  # (B, L, 4, q²)
-    return seen.unflatten(-1, (pixels, pixels))
+        self.embed_area: ModuleListOf[nn.Conv2d] = ModuleListOf(
+            nn.Conv2d(4, heads * dim, n) for n in self.SIDES
+        )
+        self.embed_fit = nn.Linear(slots * len(self.SIDES) * heads * (2 * reach + 1) ** 2, width)
+
+    def forward(self, patches: Tensor, sight: Sight, planes: Planes, h: int, w: int) -> Tensor:
+        """Return what is added to the tokens, (B, L, D).
+
+        Args:
+            patches: The tokens' patches of the input, (B, L, C).
+            sight: Where the tokens look.
+            planes: The exemplars; see `exemplar_planes`.
+            h, w: Rows and columns of the tokens.
+        """
+        levels = zip(self.SIDES, planes[1:], self.embed_patch, self.embed_area, strict=True)
+        fits = torch.cat([self.fit(patches, sight.maps, *level, h, w) for level in levels], dim=-1)
+        fits = F.pad(fits, (0, 0, 0, self.slots - fits.shape[2]))  # (B, L, K, N)
+        return self.embed_fit(fits.flatten(2).to(patches.dtype))
+
+    def fit(
+        self,
+        patches: Tensor,
+        maps: Tensor,
+        side: int,
+        plane: Tensor,
+        embed_patch: nn.Linear,
+        embed_area: nn.Conv2d,
+        h: int,
+        w: int,
+    ) -> Tensor:
+        """Return the inner products at all places of one level, (B, L, K, heads·(2r + 1)²)."""
+        count = side + 2 * self.reach
+        steps = (torch.arange(count, dtype=torch.float32, device=maps.device) - (count - 1) / 2) / side
+        with torch.no_grad():
+            area = sample_points(plane, maps, steps[None, :] / w, steps[:, None] / h)  # (B, L, K, 4, m, m)
+        there = embed_area(area.flatten(0, 2).to(patches.dtype))  # (B·L·K, heads·d, 2r + 1, 2r + 1)
+        there = rearrange(there, "(b l k) (g d) y x -> b l g (k y x) d", b=len(maps), l=h * w, g=self.heads)
+        own = rearrange(embed_patch(patches), "b l (g d) -> b l g d 1", g=self.heads)
+        dim = own.shape[-2]
+        fits = there @ (F.rms_norm(own.mT, (dim,)).mT / dim)  # (B, L, g, K·(2r + 1)², 1)
+        return rearrange(fits, "b l g (k p) 1 -> b l k (g p)", k=maps.shape[2])
 
 
 class Look(nn.Module):
-    """The prediction of where tokens look; before training, as if the exemplar filled the canvas.
+    """The correction of where tokens look; before training, none.
 
     Args:
         width: Width D of a token.
         slots: Largest number K of exemplars.
     """
+
+    # Of the prediction. A step of Adam moves each of the D weights by about the learning rate, and thus the
+    # prediction by √D times that: with a unit of 1, by 4 of 128 pixels at a rate of 0.002.
+    UNIT = 1 / 32
 
     def __init__(self, width: int, slots: int) -> None:
         super().__init__()
@@ -106,37 +203,96 @@ class Look(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x: Tensor, h: int, w: int, k: int) -> Sight:
-        """Return where tokens (B, h·w, D) look in k exemplars."""
+    def forward(self, x: Tensor, sight: Sight) -> Sight:
+        """Return where tokens (B, L, D) look that have looked at `sight`, which gets no gradient."""
+        k = sight.maps.shape[2]
         raw = rearrange(self.proj_out(self.norm(x)).float(), "b l (k n) -> b l k n", k=self.slots)[:, :, :k]
-        centres = token_centres(h, w, x.device)[:, None]  # (L, 1, 2)
-        scale = torch.tensor([1.0, 0.0], dtype=torch.float32, device=x.device).expand_as(centres)
-        return Sight(maps=raw[..., :4] + torch.cat([centres, scale], dim=-1), shown=raw[..., 4])
+        moved = sight.maps.detach() + self.UNIT * raw[..., :4]
+        return Sight(maps=moved, shown=sight.shown.detach() + raw[..., 4])
 
 
-class View(nn.Module):
-    """A layer that adds to each token what it sees of the exemplars.
+class Vote(nn.Module):
+    """The agreement of tokens on where they look.
+
+    The map of each token tells where any other point of the canvas lies, if it belongs to the same thing. A
+    token takes the weighted mean of what all tokens tell of its centre. The weights are those of attention,
+    times the probability that a token shows the exemplar, and fall with the distance.
 
     Args:
         width: Width D of a token.
         slots: Largest number K of exemplars.
+        dim: Width of queries and keys. Default: 16.
+    """
+
+    def __init__(self, width: int, slots: int, dim: int = 16) -> None:
+        super().__init__()
+        self.slots = slots
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, slots * dim, bias=False)
+        self.to_k = nn.Linear(width, slots * dim, bias=False)
+        self.falls = nn.Parameter(torch.full((slots,), 2.0))  # of the logit, per token of distance
+
+    def forward(self, x: Tensor, sight: Sight, h: int, w: int) -> Sight:
+        """Return where tokens (B, h·w, D) look after the vote; whether they show exemplars stays."""
+        k, x = sight.maps.shape[2], self.norm(x)
+        q, key = (
+            rearrange(layer(x), "b l (k d) -> b k l d", k=self.slots)[:, :k]
+            for layer in (self.to_q, self.to_k)
+        )
+        logits = (q @ key.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, K, L, L)
+        centres = token_centres(h, w, x.device)  # (L, 2)
+        side = centres.new_tensor([w, h])
+        distance = (side * (centres[:, None] - centres)).norm(dim=-1)  # (L, L), in tokens
+        shown = F.logsigmoid(sight.shown).transpose(1, 2)[:, :, None]  # (B, K, 1, L)
+        weights = (logits - self.falls[:k, None, None] * distance + shown).softmax(-1)  # (B, K, L, L)
+        told = origin_form(sight.maps, centres).transpose(1, 2)  # (B, K, L, 4)
+        # not as a matrix product, which automatic mixed precision would round
+        mean = (weights[..., None] * told[:, :, None]).sum(-2).transpose(1, 2)  # (B, L, K, 4)
+        return Sight(maps=origin_form(mean, -centres), shown=sight.shown)
+
+
+def origin_form(maps: Tensor, centres: Tensor) -> Tensor:
+    """Return maps (B, L, K, 4) that tell where the point 0 of the canvas lies, not the centre of a token.
+
+    Args:
+        maps: (u, v, a, b) of the centres.
+        centres: The centres (x, y), (L, 2).
+    """
+    (u, v, a, b), (x, y) = maps.unbind(-1), centres[:, None].unbind(-1)
+    return torch.stack([u - a * x + b * y, v - b * x - a * y, a, b], dim=-1)
+
+
+class View(nn.Module):
+    """A layer that corrects where tokens look, and adds to each what it sees of the exemplars there.
+
+    Args:
+        width: Width D of a token.
+        channels: Numbers of a token's patch of the input.
+        slots: Largest number K of exemplars.
         pixels: Side q of a token's patch in pixels.
     """
 
-    def __init__(self, width: int, *, slots: int, pixels: int) -> None:
+    def __init__(self, width: int, *, channels: int, slots: int, pixels: int) -> None:
         super().__init__()
         self.pixels = pixels
+        self.correlation = Correlation(width, channels=channels, slots=slots)
         self.look = Look(width, slots)
+        self.vote = Vote(width, slots)
         self.embed_in = nn.Linear(4 * pixels**2, width)
 
-    def forward(self, x: Tensor, planes: tuple[Tensor, Tensor], h: int, w: int) -> Tensor:
-        """Return the tokens with what they see, (B, L, D).
+    def forward(
+        self, x: Tensor, patches: Tensor, sight: Sight, planes: Planes, h: int, w: int
+    ) -> tuple[Tensor, Sight]:
+        """Return the tokens with what they see, (B, L, D), and where they look.
 
         Args:
             x: Tokens, shape (B, L, D), L = h·w.
-            planes: The exemplars, colors multiplied by opacity, (B, K, 4, S, S) and at half size.
+            patches: Their patches of the input, (B, L, C).
+            sight: Where they have looked before.
+            planes: The exemplars, colors multiplied by opacity; see `exemplar_planes`.
             h, w: Rows and columns of the tokens.
         """
-        sight = self.look(x, h, w, planes[0].shape[1])
+        x = x + self.correlation(patches, sight, planes, h, w)  # (B, L, D)
+        sight = self.vote(x, self.look(x, sight), h, w)
         seen = sample_patches(sight, planes, h, w, self.pixels)  # (B, L, 4, q, q)
-        return x + self.embed_in(seen.flatten(2).to(x.dtype))
+        return x + self.embed_in(seen.flatten(2).to(x.dtype)), sight

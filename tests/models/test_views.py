@@ -12,7 +12,18 @@ from shared_weights import fill
 
 from ldm.diffusion.cond import Cond
 from ldm.models.dit import DiT, DiTConfig
-from ldm.models.views import Look, Sight, exemplar_planes, sample_patches, token_centres
+from ldm.models.views import (
+    Correlation,
+    Look,
+    Sight,
+    View,
+    Vote,
+    exemplar_planes,
+    first_sight,
+    sample_patches,
+    sample_points,
+    token_centres,
+)
 
 H, W, Q = 2, 3, 4  # tokens, and pixels of a token's side
 
@@ -78,10 +89,83 @@ def test_exemplars_are_summed_by_their_probabilities_of_being_shown():
 
 
 def test_before_training_the_exemplar_fills_the_canvas():
-    found = Look(8, 3)(torch.randn(2, H * W, 8), H, W, 2)
+    found = Look(8, 3)(torch.randn(2, H * W, 8), first_sight(2, H, W, 2, torch.device("cpu")))
     assert found.maps.shape == (2, H * W, 2, 4) and found.shown.shape == (2, H * W, 2)
     assert torch.equal(found.maps, sight([0, 0, 1, 0], k=2).maps)
     assert (found.shown == 0).all()
+
+
+def placed(u: float, v: float, a: float, b: float, k: int = 1) -> torch.Tensor:
+    """Return the maps of tokens to which an exemplar is placed: (u, v) is the centre of the canvas."""
+    dx, dy = (token_centres(H, W) - 0.5).unbind(-1)
+    turned = torch.stack([u + a * dx - b * dy, v + b * dx + a * dy], dim=-1)
+    return torch.cat([turned, torch.tensor([a, b]).expand(H * W, 2)], dim=-1)[None, :, None].expand(
+        2, -1, k, 4
+    )
+
+
+def test_tokens_of_one_thing_agree_already():
+    vote = fill(Vote(8, 3))
+    maps = torch.cat([placed(0.4, 0.6, 1.5, 0.3), placed(0.7, 0.2, 0.8, -0.4)], dim=2)
+    shown = torch.randn(2, H * W, 2, generator=torch.Generator().manual_seed(0))
+    found = vote(torch.randn(2, H * W, 8), Sight(maps=maps, shown=shown), H, W)
+    assert torch.allclose(found.maps, maps, atol=1e-6) and torch.equal(found.shown, shown)
+
+
+def test_the_vote_is_the_mean_of_the_tokens_that_show_the_exemplar():
+    vote = Vote(8, 1)
+    torch.nn.init.zeros_(vote.to_q.weight)
+    torch.nn.init.zeros_(vote.falls)
+    first, second = placed(0.4, 0.6, 1.5, 0.3), placed(0.6, 0.4, 1.7, 0.5)
+    maps, shown = placed(9.0, 9.0, 9.0, 9.0).clone(), torch.full((2, H * W, 1), -60.0)
+    maps[:, 1], maps[:, 4] = first[:, 1], second[:, 4]
+    shown[:, [1, 4]] = 60.0
+    found = vote(torch.randn(2, H * W, 8), Sight(maps=maps, shown=shown), H, W)
+    assert torch.allclose(found.maps, placed(0.5, 0.5, 1.6, 0.4), atol=1e-5)
+
+
+def test_fits_move_with_where_tokens_look():
+    match = fill(Correlation(8, channels=5, slots=2))
+    x, planes = torch.randn(2, H * W, 5), exemplar_planes(exemplar(32, 32, 2))
+    look = placed(0.5, 0.5, 0.8, 0.1, k=2)
+    for level, side in enumerate(match.SIDES):
+        layers = planes[1 + level], match.embed_patch[level], match.embed_area[level]
+        fits = match.fit(x, look, side, *layers, H, W)
+        assert fits.shape == (2, H * W, 2, 2 * 25)
+        right = look.clone()  # one step to the right on the canvas
+        right[..., 0] += right[..., 2] / (W * side)
+        right[..., 1] += right[..., 3] / (W * side)
+        moved = match.fit(x, right, side, *layers, H, W)
+        places = (2, H * W, 2, 2, 5, 5)
+        assert torch.allclose(moved.view(places)[..., :-1], fits.view(places)[..., 1:], atol=1e-5)
+
+
+def test_a_patch_fits_best_where_it_is():
+    """The features of x_t are those of the exemplar's own patch."""
+    match = Correlation(8, channels=16, slots=1, heads=1, dim=16)
+    planes = exemplar_planes(exemplar(64, 64))
+    area, own = match.embed_area[0], match.embed_patch[0]
+    torch.nn.init.eye_(own.weight)
+    torch.nn.init.zeros_(own.bias)
+    torch.nn.init.zeros_(area.bias)
+    look = placed(0.5, 0.5, 0.7, 0.0)
+    steps = (torch.arange(8) - 3.5) / 8
+    at = sample_points(planes[1], look, steps[None] / W, steps[:, None] / H)  # (2, L, 1, 4, 8, 8)
+    x = area(at.flatten(0, 2)).view(2, H * W, 16)
+    own_length = x.norm(dim=-1)
+    fits = match.fit(x, look, 8, planes[1], own, area, H, W)[:, :, 0]  # (2, L, 25)
+    assert torch.allclose(fits[..., 12], own_length / 4, rtol=1e-4)  # x · x / (|x| √16)
+
+
+def test_no_gradient_passes_to_the_sight_before():
+    view = fill(View(8, channels=5, slots=2, pixels=Q))
+    before = first_sight(2, H, W, 2, torch.device("cpu"))
+    before = Sight(maps=before.maps.clone().requires_grad_(), shown=before.shown.clone().requires_grad_())
+    x, patches = torch.randn(2, H * W, 8), torch.randn(2, H * W, 5)
+    out, sight = view(x, patches, before, exemplar_planes(exemplar(k=2)), H, W)
+    (out.square().sum() + sight.maps.sum() + sight.shown.sum()).backward()
+    assert before.maps.grad is None and before.shown.grad is None
+    assert view.correlation.embed_area[0].weight.grad.abs().max() > 0 and view.vote.falls.grad.abs().max() > 0
 
 
 SHAPE = {"in_channels": 3, "out_channels": 3, "width": 16, "depth": 2, "head_dim": 8, "context_dim": 6}

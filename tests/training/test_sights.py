@@ -78,4 +78,4 @@ def test_sights_are_recorded_in_order_and_only_in_the_context():
     with record_sights(net) as sights:
         net(x, t, cond)
     net(x, t, cond)
-    assert [sight.shown[0, 0, 0].item() for sight in sights] == [0.0, 3.0]
+    assert [sight.shown[0, 0, 0].item() for sight in sights] == [0.0, 0.0, 3.0, 3.0]

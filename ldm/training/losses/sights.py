@@ -39,11 +39,11 @@ class SightLoss:
 
 @contextmanager
 def record_sights(net: DiT) -> Iterator[list[Sight]]:
-    """Collect the sights of a network's views, in order, while the context lasts."""
+    """Collect the sights of a network's views, before and after each vote, while the context lasts."""
     found: list[Sight] = []
     with ExitStack() as stack:
-        for view in net.views:
-            hook = view.look.register_forward_hook(lambda module, inputs, sight: found.append(sight))
+        for layer in (layer for view in net.views for layer in (view.look, view.vote)):
+            hook = layer.register_forward_hook(lambda module, inputs, sight: found.append(sight))
             stack.callback(hook.remove)
         yield found
 
