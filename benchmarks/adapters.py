@@ -84,7 +84,7 @@ def measure(program: str, small: bool, dtype: torch.dtype, path: str, rank: int)
     if program == "ldm":
         before = peak()
         return {"seconds": timed(lambda: adapters.load(path)), "model_mb": size, "added_mb": peak() - before}
-    x, t = torch.randn(2, 4, 64, 64, dtype=dtype), torch.tensor(500.0)
+    x, t = torch.randn(2, 4, 64, 64, dtype=dtype), torch.tensor([500.0, 500.0])
     cond = Cond(context=torch.randn(2, 77, 768, dtype=dtype))
     times: dict[str, list[float]] = {"plain": [], "on the fly": []}
     with torch.inference_mode():
