@@ -54,7 +54,7 @@ NOTED = (
     "symlink loop",
     "not an image",
 )
-"""Kinds of problems that are told and do not stop a run."""
+"""Kinds of problems that are reported and do not stop a run."""
 
 
 class Dataset(Protocol):

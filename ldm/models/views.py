@@ -116,7 +116,7 @@ def first_sight(batch: int, h: int, w: int, k: int, device: torch.device) -> Sig
 
 
 class Correlation(nn.Module):
-    """A layer that tells tokens how well their patch of x_t fits an exemplar around where they look.
+    """A layer that adds to tokens how well their patch of x_t fits an exemplar around where they look.
 
     The patch is compared with patches of the exemplar at (2r + 1)² places, in steps of an eighth and of a
     quarter of its side, by inner products of learned features.
@@ -214,8 +214,8 @@ class Look(nn.Module):
 class Vote(nn.Module):
     """The agreement of tokens on where they look.
 
-    The map of each token tells where any other point of the canvas lies, if it belongs to the same thing. A
-    token takes the weighted mean of what all tokens tell of its centre. The weights are those of attention,
+    The map of each token states where any other point of the canvas lies, if it belongs to the same thing. A
+    token takes the weighted mean of what all tokens state of its centre. The weights are those of attention,
     times the probability that a token shows the exemplar, and fall with the distance.
 
     Args:
@@ -245,9 +245,9 @@ class Vote(nn.Module):
         distance = (side * (centres[:, None] - centres)).norm(dim=-1)  # (L, L), in tokens
         shown = F.logsigmoid(sight.shown).transpose(1, 2)[:, :, None]  # (B, K, 1, L)
         weights = (logits - self.falls[:k, None, None] * distance + shown).softmax(-1)  # (B, K, L, L)
-        told = origin_form(sight.maps, centres).transpose(1, 2)  # (B, K, L, 4)
+        stated = origin_form(sight.maps, centres).transpose(1, 2)  # (B, K, L, 4)
         # not as a matrix product, which automatic mixed precision would round
-        mean = (weights[..., None] * told[:, :, None]).sum(-2).transpose(1, 2)  # (B, L, K, 4)
+        mean = (weights[..., None] * stated[:, :, None]).sum(-2).transpose(1, 2)  # (B, L, K, 4)
         return Sight(maps=origin_form(mean, -centres), shown=sight.shown)
 
 

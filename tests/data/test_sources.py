@@ -1,4 +1,4 @@
-"""Readers of image files: what is found, what is told, and that nothing is dropped silently."""
+"""Readers of image files: what is found, what is reported, and that nothing is dropped silently."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ def train_failing(folder: str, how: str) -> list[int]:
 def test_a_failure_of_one_process_is_one_error(tmp_path, how, error):
     in_fresh_process(Path(__file__), "train_failing", str(tmp_path), how)
     texts = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("error-*.txt"))]
-    told = [text for text in texts if text != "SystemExit: 2"]
-    assert len(told) == 1 and told[0].startswith(error), texts
+    lines = [text for text in texts if text != "SystemExit: 2"]
+    assert len(lines) == 1 and lines[0].startswith(error), texts
     (path,) = tmp_path.glob("checkpoint-*")
     check_files(path, ONE_PROCESS)  # the last checkpoint is whole
     assert read_about(path)["step"] == 2

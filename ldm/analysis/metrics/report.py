@@ -2,7 +2,7 @@
 
 It states every number with its interval and shows two curves for each of the features: the Fréchet distance
 against the number of images, and the distances to the nearest reference image. Below, the samples of highest
-and lowest realism stand beside the nearest reference image, which tells copies at a glance.
+and lowest realism stand beside the nearest reference image, which shows copies at a glance.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def open_set(path: str | Path) -> DatasetImages:
     else:
         options: dict[str, Any] = {"kind": kind, "path": given, "least": 1, "max_broken": 0}
         dataset = open_dataset(FILE_KINDS[kind](**options))
-    told = [problem for problem in dataset.problems if problem.kind not in ("no caption", "duplicate")]
-    for line in describe_problems(told):
+    reported = [problem for problem in dataset.problems if problem.kind not in ("no caption", "duplicate")]
+    for line in describe_problems(reported):
         warn_user(f"{given}: {line}")
     return DatasetImages(dataset, given)
 

@@ -37,7 +37,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, device: str | torch.device) -> torch.device:
-        """Return the device of this process, where all were told to use `device`."""
+        """Return the device of this process, where all were given `device`."""
         return pick_device(device)
 
     def share(self, samples: range, rank: int | None = None) -> range:
