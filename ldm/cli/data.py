@@ -48,7 +48,7 @@ DATA = Command(
         " files than --max-broken are broken."
     ),
     arguments=(
-        argument("action", "check", choices=("check",)),
+        argument("action", "action: check", choices=("check",)),
         argument("path", "a folder of images, WebDataset shards (a folder, or braces), or a saved data set"),
         argument(
             "--kind",

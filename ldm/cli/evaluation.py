@@ -65,6 +65,7 @@ def generated_set(args: argparse.Namespace, stack: ExitStack) -> ImageSet:
     """
     from ldm.analysis.metrics.sets import draw_set, open_set, read_prompts
     from ldm.registry.loading import load
+    from ldm.support.files import temporary_folder
 
     if args.prompts is None:
         if args.images is None:
@@ -72,7 +73,7 @@ def generated_set(args: argparse.Namespace, stack: ExitStack) -> ImageSet:
         return open_set(args.images)
     prompts = read_prompts(args.prompts)
     pipe = load(args.model, **{name: getattr(args, name) for name in MODEL_KEYWORDS})
-    folder = args.images or stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-"))
+    folder = args.images or stack.enter_context(temporary_folder(Path(tempfile.gettempdir())))
     options = {name: getattr(args, name) for name in ("steps", "guidance", "sampler")}
     given = {name: value for name, value in options.items() if value is not None}
     drawn = draw_set(pipe, prompts, Path(folder), seed=args.seed, batch=args.batch, **given)

@@ -263,7 +263,9 @@ class Adapters:
         self._hooks.apply(networks, hooked)
         learned = [vectors for each in loaded.values() for vectors in each.adapter.learned]
         for part, reader in self._readers().items():
-            missing = torch.zeros(1, reader.width)  # of a tower that the file has no vectors for
+            missing = torch.zeros(
+                1, reader.width, device="cpu", dtype=torch.float32
+            )  # of a tower that the file has no vectors for
             reader.learned.replace(
                 {each.triggers: each.vectors.get(part, missing.expand(each.count, -1)) for each in learned}
             )

@@ -99,6 +99,13 @@ def temporary_path(folder: Path) -> Path:
     return folder / f".ldm-{os.getpid()}-{_system()}-{secrets.token_hex(8)}"
 
 
+def replace_folder(stage: Path, folder: Path) -> None:
+    """Move a complete folder to a name in the same folder; what has that name is removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(stage, folder)
+
+
 @contextmanager
 def staged_folder(
     folder: Path, keys: Collection[str], stale: Callable[[Path], Iterable[Path]]

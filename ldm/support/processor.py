@@ -150,7 +150,7 @@ def shared_cache_bytes() -> int:
         (found,) = (
             index
             for index in CACHE_FOLDERS.glob("index*")
-            if (index / "level").read_text("utf-8").strip() == "3"
+            if (index / "level").read_text(encoding="utf-8").strip() == "3"
         )
         cores = 0
         for part in (found / "shared_cpu_list").read_text(encoding="utf-8").strip().split(","):

@@ -216,7 +216,7 @@ class Run:
         means: dict[str, Tensor] = {}
         for key in found[0]:
             values = torch.stack([each[key] for each in found])
-            weights = torch.tensor([part.weight for part in parts]).to(values)
+            weights = values.new_tensor([part.weight for part in parts])
             known = ~values.isnan() | (key == "loss")  # a part without such samples has NaN
             means[key] = (values * weights)[known].sum() / weights[known].sum()
         return means

@@ -50,7 +50,7 @@ def test_two_folders_are_compared(work, capsys):
 
 def test_shards_are_read_as_the_folder_that_they_were_made_of(work):
     folder = write_images(work / "made", 7)
-    with tarfile.open(work / "a-000.tar", "w") as first, tarfile.open(work / "a-001.tar", "w") as second:
+    with tarfile.open(work / "a-000.tar", "w:") as first, tarfile.open(work / "a-001.tar", "w:") as second:
         for path in sorted(folder.iterdir()):
             (first if int(path.stem[-3:]) < 4 else second).add(path, path.name.replace(" ", "-"))
     for shards in ("a-{000..001}.tar", str(work)):

@@ -160,7 +160,12 @@ def writing_calls(path: Path) -> Iterator[str]:
         last = name.rpartition(".")[2]
         values = [*call.args, *(keyword.value for keyword in call.keywords)]
         modes = [str(each.value) for each in values if isinstance(each, ast.Constant)]
-        opens = last in ("open", "fdopen") and any(re.fullmatch("[rbt]*[wax+][bt+]*", mode) for mode in modes)
+        by_name = all(keyword.arg != "fileobj" for keyword in call.keywords)
+        opens = (
+            last in ("open", "fdopen")
+            and by_name
+            and any(re.fullmatch("[rbt]*[wax+][bt+]*", mode) for mode in modes)
+        )
         if opens or name in FUNCTIONS or is_method and last in METHODS:
             yield f"{path.name}: {ast.unparse(call)[:60]}"
 

@@ -72,7 +72,10 @@ def test_a_stable_diffusion_is_fine_tuned_from_a_folder_and_loads(work):
     assert after.card.name == name and moved(before, after) == {"unet"}
     images = after.text_to_image("a photo", steps=2, progress=False)
     assert images.tensor.shape == (1, 3, 32, 32)
-    rows = [json.loads(line) for line in (work / "runs/tuned/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (work / "runs/tuned/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert any("validation/loss" in row for row in rows)
     tenths = {key for row in rows for key in row if key.startswith("loss_t")}
     assert len(tenths) > 4 and not any(value != value for row in rows for value in row.values())
@@ -177,7 +180,10 @@ def test_two_processes_fine_tune_as_one(work, split):
         ]
         assert float((torch.cat(differences) > 2e-4).float().mean()) < 0.01
     rows = [
-        [json.loads(line) for line in (work / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (work / f"runs/{name}/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for name in ("one", "two")
     ]
     for a, b in zip(*rows, strict=True):

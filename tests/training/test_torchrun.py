@@ -87,7 +87,7 @@ def test_an_error_of_all_is_printed_once(place):
     process = torchrun(2, "train", str(vae_file(place, "small", steps=4, batch=1)))
     _, errors = process.communicate(timeout=500)
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert lines == ["error: batch 1: expected at least the number of processes, 2"]
+    assert lines == ["error: batch 1: expected at least accumulate 1 times the number of processes, 2"]
     assert process.returncode != 0
 
 

@@ -249,4 +249,8 @@ def extract(images: Iterable[Tensor], extractor: FeatureExtractor, *, batch: int
             flush()
         held.append(image)
     flush()
-    return torch.cat(parts) if parts else torch.empty(0, extractor.num_features)
+    return (
+        torch.cat(parts)
+        if parts
+        else torch.empty(0, extractor.num_features, device="cpu", dtype=torch.float32)
+    )

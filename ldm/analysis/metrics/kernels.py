@@ -80,7 +80,9 @@ def discrepancies(
         Shape (1 + resamples,), that of the sets first.
     """
     w, v = (
-        torch.cat([torch.ones(1, len(each)), torch.from_numpy(bootstrap.weights(len(each), stream))]).to(each)
+        torch.cat(
+            [each.new_ones(1, len(each)), torch.from_numpy(bootstrap.weights(len(each), stream)).to(each)]
+        )
         for stream, each in enumerate((generated, reference))
     )
     within = pair_means(generated, generated, kernel, (w, w), distinct=distinct)

@@ -16,6 +16,7 @@ from pathlib import Path
 from ldm.speed.kernels.compiler import CompilerError, find_compiler, run_compiler
 from ldm.speed.kernels.shared_library import verified_library, write_cached
 from ldm.speed.kernels.sources import FLAGS, HERE, SOURCES, compiler_arguments, source_contents
+from ldm.support.files import temporary_folder
 from ldm.support.processor import INSTRUCTION_SETS, InstructionSet
 
 PREBUILT = HERE / "prebuilt"
@@ -50,11 +51,11 @@ def prebuild(folder: Path) -> list[str]:
     compiler = find_compiler()
 
     def build(isa: InstructionSet) -> bool:
-        with tempfile.TemporaryDirectory() as stage:
-            library = Path(stage) / f"{isa.name}.so"
+        with temporary_folder(Path(tempfile.gettempdir())) as stage:
+            library = stage / f"{isa.name}.so"
             try:
                 flags = (*FLAGS, *isa.flags)
-                for arguments in compiler_arguments(HERE, SOURCES, flags, Path(stage), library):
+                for arguments in compiler_arguments(HERE, SOURCES, flags, stage, library):
                     run_compiler([*compiler, *arguments], SECONDS)
                 data = library.read_bytes()
             except (CompilerError, OSError):

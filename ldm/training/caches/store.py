@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.support.warn import warn_user
 from ldm.weights.formats.safetensors import read_header, write_safetensors
 
-NOTHING = torch.empty(0, dtype=torch.float16)  # marks what could not be computed
+NOTHING = torch.empty(0, dtype=torch.float16, device="cpu")  # marks what could not be computed
 WRITE_SECONDS = 60.0  # of work after which a file is written
 SUFFIX = ".safetensors"
 

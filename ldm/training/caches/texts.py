@@ -70,9 +70,9 @@ class CachedTexts:
         """Return the condition of B captions: context (B, L, D), mask if lengths differ, pooled (B, E)."""
         keys = [_key(caption) for caption in captions]
         states = [torch.from_numpy(self.store[key]).float() for key in keys]  # (L, D) each
-        lengths = torch.tensor([len(state) for state in states])
+        lengths = torch.tensor([len(state) for state in states], device="cpu")
         context = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, L, D)
-        mask = torch.arange(context.shape[1]) < lengths[:, None]
+        mask = torch.arange(context.shape[1], device="cpu") < lengths[:, None]
         pooled = None
         if keys[0] + POOLED in self.store:
             pooled = torch.stack([torch.from_numpy(self.store[key + POOLED]).float() for key in keys])

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ldm.support.files import temporary_path, write_atomically
+from ldm.support.files import replace_folder, temporary_path, write_atomically
 from ldm.support.strict_json import read_json
 from ldm.support.text import shown
 from ldm.training.distributed.processes import Processes
@@ -133,9 +133,7 @@ def save_together(
             files[".metadata"] = sha256(stage / ".metadata")
             text = json.dumps({**about, "files": files}, indent=1) + "\n"
             write_atomically(stage / STATE_FILE, text.encode())
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(stage, path)
+            replace_folder(stage, path)
 
         processes.once(finish)
     finally:
@@ -167,7 +165,7 @@ def check_files(path: Path, processes: Processes) -> None:
         for name, digest in listed[processes.rank :: processes.size]
         if not (path / name).is_file() or sha256(path / name) != digest
     ]
-    if int(processes.total(torch.tensor(len(wrong)))):
+    if int(processes.total(torch.tensor(len(wrong), device="cpu"))):
         named = f"{wrong[0]!r} differs" if wrong else "a file differs"
         raise ValueError(f"{str(path)!r} is damaged ({named} from its SHA-256): {ADVICE}")
 

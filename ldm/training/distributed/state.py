@@ -59,7 +59,9 @@ class TrainingTensors:
             p = trained.get(rest.rpartition(".")[0]) if kind == "optimizer" else None
             if p is not None:
                 whole = p.shape == shape
-                places[name] = torch.zeros_like(p.detach()) if whole else torch.zeros(shape, dtype=dtype)
+                places[name] = (
+                    torch.zeros_like(p.detach()) if whole else torch.zeros(shape, dtype=dtype, device="cpu")
+                )
         _check_names(places, shapes)
         return places
 

@@ -130,7 +130,7 @@ class Reader:
 def _joined(samples: Sequence[ImageSample], broken: list[Problem]) -> Reading:
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     shape = (len(pixels), *(pixels[0].shape if pixels else (0, 0, 3)))
-    together = torch.empty(shape, dtype=torch.uint8)
+    together = torch.empty(shape, dtype=torch.uint8, device="cpu")
     if get_worker_info() is not None:
         together.share_memory_()  # the training process maps what is written here
     if pixels:

@@ -86,7 +86,11 @@ class Additive(Delta):
 def with_alpha(delta: Delta, leaves: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Return the leaves of a change that are present, and its alpha."""
     found = {name: tensor for name, tensor in leaves.items() if tensor is not None}
-    return found if delta.alpha is None else {**found, "alpha": torch.tensor(float(delta.alpha))}
+    return (
+        found
+        if delta.alpha is None
+        else {**found, "alpha": torch.tensor(float(delta.alpha), dtype=torch.float32, device="cpu")}
+    )
 
 
 def wide(tensor: Tensor, device: torch.device) -> Tensor:

@@ -50,7 +50,7 @@ class Rotation(Delta):
     def turns(self, device: torch.device, outputs: int, strength: float) -> Tensor:
         """Return s·R + (1−s)·I for all blocks."""
         r = rotations(wide(self.blocks, device), self.constraint * outputs)
-        return torch.eye(r.shape[-1], device=device).lerp(r, strength)
+        return torch.eye(r.shape[-1], dtype=r.dtype, device=device).lerp(r, strength)
 
     def rescaled(self, weight: Tensor, strength: float) -> Tensor:
         """Return a weight with its rows rescaled."""
@@ -68,7 +68,11 @@ class Rotation(Delta):
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors as kohya and LyCORIS name them."""
         rescale = {} if self.rescale is None else {"rescale": self.rescale}
-        return {"oft_blocks": self.blocks, "alpha": torch.tensor(self.constraint), **rescale}
+        return {
+            "oft_blocks": self.blocks,
+            "alpha": torch.tensor(self.constraint, dtype=torch.float32, device="cpu"),
+            **rescale,
+        }
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""

@@ -33,7 +33,7 @@ class Scaling(Delta):
 
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors as kohya and LyCORIS name them."""
-        return {"weight": self.values, "on_input": torch.tensor(int(self.on_input))}
+        return {"weight": self.values, "on_input": torch.tensor(int(self.on_input), device="cpu")}
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
