@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,7 @@ from ldm.training.distributed.sharding import gradient_norm, replicate, shard
 
 _current: list[Processes] = []
 PATIENCE = timedelta(days=2)  # how long processes wait for what the first one does alone, such as a cache
+LAST_WORD = 3.0  # seconds that the first one waits for the others where all fail
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket", "peer")
 
 
@@ -103,9 +105,17 @@ class ProcessGroup(Processes):
         return gradient_norm(parameters)
 
     def first_to_fail(self) -> bool:
-        """Return whether no other process has called this: one of them reports an error of all."""
+        """Return whether no other process has called this: one of them reports an error of all.
+
+        The first process may hold the store, so it waits until all others have asked, at most `LAST_WORD`
+        seconds.
+        """
         try:
-            return self.store.add("failures", 1) == 1
+            found = self.store.add("failures", 1) == 1
+            end = time.monotonic() + LAST_WORD
+            while self.first and self.store.add("failures", 0) < self.size and time.monotonic() < end:
+                time.sleep(0.02)
+            return found
         except RuntimeError:  # the process that held the store is lost
             return True
 
