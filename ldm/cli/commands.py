@@ -176,6 +176,8 @@ def load_pipe(task: ImageTask, args: argparse.Namespace) -> Any:  # Any: models 
     pick_device(args.device)
     keywords = {name: getattr(args, name) for name in MODEL_KEYWORDS}
     pipe = load(args.model, **{**keywords, "device": process_device(args.device)})
+    if args.dtype == "auto":
+        complain(f"dtype {str(pipe.dtype_choice.dtype).removeprefix('torch.')}: {pipe.dtype_choice.reason}")
     if not hasattr(pipe, "text_to_image"):
         raise ValueError(f"{args.model or args.weights!r} is a single network, which generates no images")
     if not hasattr(pipe, task.method_name):

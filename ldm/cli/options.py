@@ -80,7 +80,10 @@ MODEL = (
         " or `random`",
     ),
     argument("--device", "cpu, cuda or mps (default: the best available)"),
-    argument("--dtype", "float32, bfloat16 or float16 (default: the fastest that is safe)"),
+    argument(
+        "--dtype",
+        "float32, bfloat16, float16, or auto, by the free memory (default: the fastest that is safe)",
+    ),
     argument("--variant", "variant of a folder's files, such as fp16"),
     argument(
         "--ema",

@@ -12,6 +12,7 @@ from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import VisionTower
+from ldm.support.device import computing_dtype
 
 MAX_ASPECT = 16  # largest ratio of an image's sides; CLIP sees only the square in the middle
 
@@ -89,16 +90,15 @@ class ClipPair(nn.Module):
                 f"image: CLIP sees only the square in the middle of {w}×{h}; expected sides of at most"
                 f" 1:{MAX_ASPECT}"
             )
-        weight = tower.conv1.weight
-        prepared = tower.prepare(pixels.to(weight.device)).to(weight.dtype)
+        prepared = tower.prepare(pixels.to(tower.conv1.weight.device)).to(computing_dtype(tower))
         return ImageEmbedding(vector=tower(prepared).pooled.float(), clip=self.name)
 
     @torch.no_grad()
     def black(self) -> ImageEmbedding:
         """Return the embedding (1, E) of an input of zeros, which stands for "no image" in Kandinsky."""
         tower = self._require_vision()
-        size, weight = tower.config.image_size, tower.conv1.weight
-        zeros = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
+        size, device = tower.config.image_size, tower.conv1.weight.device
+        zeros = torch.zeros(1, 3, size, size, device=device, dtype=computing_dtype(tower))
         return ImageEmbedding(vector=tower(zeros).pooled.float(), clip=self.name)
 
     def _require_vision(self) -> VisionTower:

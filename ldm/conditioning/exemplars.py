@@ -15,6 +15,7 @@ from ldm.conditioning.reading import encode_prompts, weighted_mean, word_positio
 from ldm.conditioning.things import SLOT_WORDS, Lexicon, Mention, ReadText
 from ldm.diffusion.cond import Cond
 from ldm.models.exemplars import ExemplarEncoder, multiplied
+from ldm.support.device import computing_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +177,11 @@ class ExemplarConditioner(nn.Module):
 
     def _encoded(self, images: Tensor, things: int) -> Tensor:
         """Return the tokens of the first of images (1, K, 4, S, S), (1, K·L, D), zero for the others."""
-        config, weight = self.encoder.config, self.encoder.embed_in.weight
-        tokens = weight.new_zeros(1, config.slots * config.tokens, config.width)
+        config, dtype = self.encoder.config, computing_dtype(self.encoder)
+        images = images.to(self.encoder.embed_in.weight.device, dtype)  # (1, K, 4, S, S)
+        tokens = images.new_zeros(1, config.slots * config.tokens, config.width)
         if things:
-            tokens[:, : things * config.tokens] = self.encoder(images[:, :things].to(weight))
+            tokens[:, : things * config.tokens] = self.encoder(images[:, :things])
         return tokens
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:

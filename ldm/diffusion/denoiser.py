@@ -13,6 +13,7 @@ from ldm.diffusion.prediction import check_prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.support.defaults import as_tensor
 from ldm.support.derived import kept_for_call
+from ldm.support.device import computing_dtype
 
 
 class Denoiser(nn.Module):
@@ -56,7 +57,7 @@ class Denoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that the network computes in; None if it has no floating-point parameter."""
-        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), None)
+        return computing_dtype(self.net)
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
         """Return x0 and eps, each (B, *S).

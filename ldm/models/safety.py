@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.models.clip.config import VisionConfig
 from ldm.models.clip.towers import VisionTower
+from ldm.support.device import computing_dtype
 
 SPECIAL_CARE = 0.01  # added to the later scores of an image that is close to a special-care embedding
 
@@ -72,8 +73,8 @@ class SafetyChecker(nn.Module):
             pixels: Images in [0, 1], shape (B, 3, H, W). They are rounded to 8 bits, as they will be stored.
         """
         pixels = (pixels * 255).round() / 255  # (B, 3, H, W)
-        weight = self.vision.conv1.weight
-        return self.flags(self.vision.prepare(pixels.to(weight.device)).to(weight.dtype))
+        prepared = self.vision.prepare(pixels.to(self.vision.conv1.weight.device))  # (B, 3, S, S)
+        return self.flags(prepared.to(computing_dtype(self.vision)))
 
     @torch.no_grad()
     def flags(self, prepared: Tensor) -> tuple[bool, ...]:

@@ -302,4 +302,4 @@ class UNet(nn.Module):
             )
         if pooled.numel() and not 0 <= int(pooled.min()) <= int(pooled.max()) < classes:
             raise ValueError(f"Cond.pooled: expected classes from 0 to {classes - 1}, got {pooled.tolist()}")
-        return emb + self.class_embedding(pooled)
+        return emb + self.class_embedding(pooled).to(dtype)

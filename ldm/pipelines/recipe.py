@@ -18,6 +18,7 @@ def stamp(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    computed_in: torch.dtype,
     origin: Mapping[str, Any],
     loaded: Mapping[str, Any],
     replayable: bool,
@@ -27,7 +28,9 @@ def stamp(
     Args:
         model: Name of the model.
         task: Options and facts of the task.
-        device, dtype: What the denoiser computed on and in.
+        device: What the denoiser computed on.
+        dtype: Dtype of its parameters.
+        computed_in: Dtype that it computed in.
         origin: SHA-256 of all files and settings that the images depend on.
         loaded: Options of `ldm.load` that the images depend on.
         replayable: Whether the recipe holds all that the images depend on.
@@ -46,6 +49,8 @@ def stamp(
         "threads": torch.get_num_threads(),
     }
     where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    if computed_in != dtype:
+        where["computed_in"] = str(computed_in).removeprefix("torch.")
     return {
         "model": model,
         **to_dict(task),

@@ -12,10 +12,11 @@ from torch import nn
 
 from ldm.catalog.cards import Kind
 from ldm.diffusion.interfaces import Prediction
+from ldm.registry.dtype_choice import settled_dtype
 from ldm.registry.latent.reading import load_autoencoder, load_latent
 from ldm.registry.locating import WeightsRequest, resolve_card
 from ldm.registry.unclip.reading import load_prior, load_unclip
-from ldm.support.device import dtype_of, fast_dtype, pick_device
+from ldm.support.device import pick_device
 from ldm.weights.safety import load_safety
 
 # The loader of each kind of card; its first argument is a card of that kind, hence Any.
@@ -53,7 +54,9 @@ def load(
             random weights in the model's shapes. None: the embedded weights; else NAME, NAME.safetensors or
             NAME.ckpt below the folder LDM_HOME; else the hub.
         device: Where the model computes. None: the best device available.
-        dtype: "float32", "bfloat16" or "float16". None: the fastest that is safe on the device.
+        dtype: "float32", "bfloat16" or "float16"; "auto": by the free memory (`DtypeChoice`). None: the
+            fastest that is safe on the device. On a CPU that does not multiply numbers of 16 bits,
+            `ldm.optimize` widens such weights in each product.
         ema: Whether to load the averaged weights of a file that holds both. None: if it has them.
         variant: Variant of the files in a diffusers folder, such as "fp16".
         prediction: "eps", "x0" or "v", if the network predicts something else than the card states.
@@ -63,26 +66,25 @@ def load(
 
     Returns:
         A `LatentDiffusion` or an `UnCLIP`; the network alone for an autoencoder; a `PriorStage` for a prior.
+        Its attribute `dtype_choice` states the dtype and the reason for it.
 
     Raises:
         ValueError: If the name is unknown, or the weights do not fit or belong to another model.
         FileNotFoundError: If there are no weights.
     """
     target = pick_device(device)
-    return load_model(
-        name,
-        target,
-        WeightsRequest(
-            weights=weights,
-            dtype=fast_dtype(target) if dtype is None else dtype_of(dtype),
-            ema=ema,
-            variant=variant,
-            prediction=prediction,
-            vocabulary=vocabulary,
-        ),
-        safety=safety,
-        black=black,
+    choice = settled_dtype(dtype, name, weights, target)
+    request = WeightsRequest(
+        weights=weights,
+        dtype=choice.dtype,
+        ema=ema,
+        variant=variant,
+        prediction=prediction,
+        vocabulary=vocabulary,
     )
+    model = load_model(name, target, request, safety=safety, black=black)
+    model.__dict__["dtype_choice"] = choice
+    return model
 
 
 def load_model(

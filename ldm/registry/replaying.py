@@ -18,6 +18,7 @@ from ldm.registry.loading import load_model
 from ldm.registry.locating import WeightsRequest, resolve_card
 from ldm.registry.replay_adapters import Given, find_adapters, load_adapters
 from ldm.registry.replay_options import LIMITS, check_limits, typed_options
+from ldm.speed.optimization import optimize
 from ldm.support.config import build
 from ldm.support.device import dtype_of, pick_device
 from ldm.support.text import escaped, shown
@@ -47,7 +48,8 @@ class RecipeFacts:
         task: Name of the pipeline's method.
         model: Name of the model.
         device: What it computed on.
-        dtype: What it computed in.
+        dtype: Dtype of the denoiser's parameters.
+        computed_in: What it computed in, where that is another dtype.
         replayable: Whether the recipe holds all that the images depend on.
         because: Why it is not replayable.
         weights: SHA-256 of all files and settings that the images depend on, by name.
@@ -64,6 +66,7 @@ class RecipeFacts:
     model: str
     device: str
     dtype: str
+    computed_in: str | None = None
     replayable: bool = False
     because: str = "it was made with latents, hooks or images in memory, which a recipe does not hold"
     weights: Mapping[str, str]
@@ -128,6 +131,8 @@ def replay(
         **{name: value for name, value in vars(facts.loaded).items() if value is not None},
     )
     pipe = load_model(facts.model, _device(facts.device), request, safety=safety, black=black)
+    if facts.computed_in is not None:
+        pipe = optimize(pipe)  # which widens the parameters as they were widened then
     origin = pipe.origin
     if black:
         origin = origin.joined({f"{SAFETY}{name}": value for name, value in pipe.safety.origin.items()})

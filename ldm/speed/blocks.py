@@ -13,6 +13,7 @@ from ldm.models.layers.norm import SpatialNorm
 from ldm.models.layers.resblock import ResBlock, resize
 from ldm.models.layers.transformer import GEGLU
 from ldm.speed.kernels.ops import TorchOps
+from ldm.speed.kernels.product import widened, widens
 from ldm.speed.packed import HalvedLinear, mkldnn, needs_gradient
 
 
@@ -23,7 +24,10 @@ class FastGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x (B, C, *)."""
-        return super().forward(x) if x.ndim != 4 else self.ops.group_norm(x, self)
+        if x.ndim != 4:
+            weight, bias = widened(x, self.weight), widened(x, self.bias)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return self.ops.group_norm(x, self)
 
 
 class FastResBlock(ResBlock):
@@ -84,6 +88,15 @@ class FastGEGLU(GEGLU):
         proj = self.proj
         # a hook of the projection sees its output, which is never made below
         halved = isinstance(proj, HalvedLinear) and not proj._forward_hooks
+        if (
+            isinstance(proj, HalvedLinear)
+            and halved
+            and widens(x, proj.weight)
+            and not needs_gradient(x, proj.weight)
+        ):
+            (value, gate), (value_bias, gate_bias) = proj.weight.chunk(2), proj.bias.chunk(2)
+            gated = F.gelu(proj.ops.linear(x, gate, gate_bias))  # (..., inner)
+            return gated.mul_(proj.ops.linear(x, value, value_bias))
         packed = proj.packed_weights(x) if isinstance(proj, HalvedLinear) and halved else None
         if packed is None:
             return super().forward(x)

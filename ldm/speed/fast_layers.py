@@ -16,7 +16,7 @@ from ldm.speed.folded import FoldedUpsample
 from ldm.speed.kernels.build import NoKernels
 from ldm.speed.kernels.choice import described, kernel_choice
 from ldm.speed.kernels.ops import CompiledOps, TorchOps
-from ldm.speed.packed import ContextLinear, HalvedLinear, PackedConv2d, PackedLinear
+from ldm.speed.packed import ContextLinear, HalvedLinear, Packed, PackedConv2d, PackedLinear
 from ldm.speed.strips import StripDecoder
 
 COMPILED = "attention and group norm with SiLU: compiled kernels, "
@@ -64,7 +64,7 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
             part.proj.__class__ = HalvedLinear
         if type(part) in FAST_LAYERS:
             part.__class__ = FAST_LAYERS[type(part)]
-        if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder | PackedConv2d):
+        if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder | Packed):
             part.ops = ops
     return note
 

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from ldm.models.layers.resblock import Upsample
 from ldm.speed.kept_forms import clear_derived, derived
 from ldm.speed.kernels.ops import CHANNELS_LAST
-from ldm.speed.packed import (
-    Geometry,
-    Packed,
-    convolve_packed,
-    needs_gradient,
-    pack_kernel,
-    packable,
-)
+from ldm.speed.kernels.product import Geometry
+from ldm.speed.packed import Packed, convolve_packed, needs_gradient, pack_kernel, packable
 
 GEOMETRY = Geometry(padding=(1, 1), stride=(1, 1), dilation=(1, 1), groups=1)  # of the 2×2 convolutions
 

@@ -22,6 +22,7 @@ from ldm.speed.reuse import reuse_features
 from ldm.speed.spill import release_all, take_turns
 from ldm.speed.strips import StripDecoder
 from ldm.speed.substitute import restore
+from ldm.speed.widening import narrow, widen
 from ldm.support.calls import Turns
 
 P = TypeVar("P", bound=nn.Module)
@@ -84,6 +85,7 @@ def optimize(
     reuse, branch, merge, int8 = settled(preset, Approximations(reuse, branch, merge, int8))
     _check(pipe, backend, excluded=memory or reuse != 1 or merge != 0 or int8, int8=int8)
     restore(pipe)
+    narrow(pipe)
     remove_compiled(pipe)
     release_all(pipe)
     if backend is not None:
@@ -91,9 +93,10 @@ def optimize(
         return _described(pipe, use_backend(pipe, backend))
     approximations = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
     note = exchange(pipe, kernels)
+    widening = widen(pipe)
     approximations += use_int8(pipe) if int8 else ()
     _set_memory(pipe, memory)
-    return _described(pipe, *_exact_optimizations(note, memory), *approximations)
+    return _described(pipe, *_exact_optimizations(note, memory, widening), *approximations)
 
 
 def _check(pipe: nn.Module, backend: str | None, *, excluded: bool, int8: bool) -> None:
@@ -121,18 +124,24 @@ def _set_memory(pipe: nn.Module, memory: bool) -> None:
         take_turns(pipe.networks().values() if isinstance(pipe, HasNetworks) else [pipe])
 
 
-def _exact_optimizations(note: str, memory: bool) -> tuple[str, ...]:
-    """Return descriptions of the optimizations that do not change results; `note` as from `exchange`."""
+def _exact_optimizations(note: str, memory: bool, widening: tuple[str, ...]) -> tuple[str, ...]:
+    """Return descriptions of the optimizations that do not change results.
+
+    Args:
+        note: From `exchange`.
+        memory: Whether networks at rest are in a file.
+        widening: From `widen`.
+    """
     folded = "doubling and 3×3 convolution: folded into four 2×2 convolutions"
     winograd = "3×3 convolutions of large maps in float32: Winograd's, compiled kernels"
     return (
         note,
-        "linear and convolution weights: packed copies by oneDNN, maps channels last",
+        *(widening or ["linear and convolution weights: packed copies by oneDNN, maps channels last"]),
         "GEGLU: inside its two products",
         "keys and values of the context: once per prompt",
         "decoding: large maps in strips of rows",
-        *(["networks at rest: in a file"] if memory else [folded]),
-        *([winograd] if note.startswith(COMPILED) and not memory else []),
+        *(["networks at rest: in a file"] if memory else [] if widening else [folded]),
+        *([winograd] if note.startswith(COMPILED) and (widening or not memory) else []),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.speed.kept_forms import clear_derived, derived
 from ldm.speed.kernels.ops import CHANNELS_LAST, CompiledOps, TorchOps, transformed
+from ldm.speed.kernels.product import Geometry, widens
 from ldm.support.derived import kept_for_call
 
 _T = TypeVar("_T")
@@ -57,15 +58,18 @@ class Packed(nn.Module):
     """Base class of layers that multiply with a packed copy of their weight, made at the first call.
 
     The weight itself stays a parameter. The copy is made again when the weight has changed
-    (`ldm.support.derived`). With derivatives the layer computes with the weight itself.
+    (`ldm.support.derived`). With derivatives the layer computes with the weight itself. A weight of 16 bits
+    that meets inputs in float32 has no copy: it is widened in each product (`ldm.speed.kernels.product`).
 
     Attributes:
+        ops: The operators.
         spilled: The file that holds the weight, from which it may leave memory. None: it is in memory.
         parts: Number of equal parts of the weight, along the outputs, that are packed separately.
     """
 
     weight: Tensor
     bias: Any  # a parameter or None, which torch annotates differently in each layer
+    ops: TorchOps = TorchOps()
     spilled: WeightFile | None = None
     parts = 1
 
@@ -119,6 +123,8 @@ class PackedLinear(Packed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (..., D_out) of x (..., D)."""
+        if widens(x, self.weight):
+            return self.ops.linear(x, self.weight, self.bias)
         packed = self.packed_weights(x)
         return (
             F.linear(x, self.weight, self.bias)
@@ -136,14 +142,16 @@ class ContextLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection (B, M, D_out) of a context x (B, M, D)."""
-        if torch.is_grad_enabled() or x.is_inference() or not self.packs(x):
+        packs = self.packs(x) or (widens(x, self.weight) and not transformed())
+        if torch.is_grad_enabled() or x.is_inference() or not packs:
             return super().forward(x)
         sources = [x, self.weight, *([] if self.bias is None else [self.bias])]
         return kept_for_call(self, sources, lambda: self._project(x), read=self.read)
 
     def _project(self, x: Tensor) -> Tensor:
         # used once per prompt, so that a weight in a file is not packed
-        return super().forward(x) if self.spilled is None else F.linear(x, self.weight, self.bias)
+        kept = self.spilled is None or widens(x, self.weight)
+        return super().forward(x) if kept else F.linear(x, self.weight, self.bias)
 
 
 class HalvedLinear(PackedLinear):
@@ -153,16 +161,9 @@ class HalvedLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (..., D_out) of x (..., D), whose halves are used by `FastGEGLU`."""
+        if widens(x, self.weight):
+            return self.ops.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
-
-
-class Geometry(NamedTuple):
-    """How a convolution goes over a map, two numbers each for height and width."""
-
-    padding: Sequence[int]
-    stride: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
 
 
 def pack_kernel(weight: Tensor, geometry: Geometry, shape: Sequence[int]) -> Tensor:
@@ -180,12 +181,7 @@ class PackedConv2d(Packed, nn.Conv2d):
 
     In float32, 3×3 convolutions of large maps use Winograd's convolution if the compiled kernels are
     available.
-
-    Attributes:
-        ops: The operators; Winograd's convolution requires `CompiledOps`.
     """
-
-    ops: TorchOps | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -203,10 +199,16 @@ class PackedConv2d(Packed, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution (B, C_out, h', w') of x (B, C, h, w)."""
+        if widens(x, self.weight) and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            if self.suits_winograd(x):
+                return self.ops.conv3x3_untransformed(x, self.weight, self.bias)
+            return self.ops.convolution(x, self.weight, self.bias, self.geometry)
         if not self.packs(x):
             return self._conv_forward(x, self.weight, self.bias)
         x = x.contiguous(memory_format=CHANNELS_LAST)  # (B, C, h, w)
-        if isinstance(self.ops, CompiledOps) and self.ops.supports(x) and self.suits_winograd(x):
+        compiled = isinstance(self.ops, CompiledOps) and self.ops.supports(x)
+        if compiled and self.spilled is None and self.suits_winograd(x):
+            assert isinstance(self.ops, CompiledOps)
             weights = self.from_weight("transformed", self.ops.conv3x3_weights)
             return self.ops.conv3x3(x, weights, self.bias, self.out_channels)
         packed = self.from_weight("packed", lambda weight: self._pack(weight, x))
@@ -220,10 +222,4 @@ class PackedConv2d(Packed, nn.Conv2d):
             and self.in_channels % 16 == self.out_channels % 16 == 0
         )
         large = x.numel() >= POSITIONS * self.in_channels
-        return (
-            x.dtype == torch.float32
-            and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-            and wide
-            and large
-            and self.spilled is None
-        )
+        return x.dtype == torch.float32 and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and wide and large

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 from ldm.support.config import nearest
 from ldm.support.text import escaped, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+COMPUTES_IN = (
+    "computes_in"  # attribute of modules that compute in another dtype than that of their parameters
+)
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -76,6 +80,17 @@ def _has_bf16_instructions() -> bool:
     """
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check()) if check is not None else False
+
+
+def computing_dtype(network: nn.Module) -> torch.dtype | None:
+    """Return the dtype that a network computes in; None if it has no floating-point parameter.
+
+    It is that of its first parameter, or float32 where `ldm.optimize` widens parameters of 16 bits.
+    """
+    found: torch.dtype | None = network.__dict__.get(COMPUTES_IN)
+    if found is not None:
+        return found
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@
 #include <deque>
 #include <vector>
 
-#define KERNELS(X) X(ldm_affine) X(ldm_attention) X(ldm_convert) X(ldm_group_norm) X(ldm_group_norm_gradient) X(ldm_moments) X(ldm_winograd) X(ldm_winograd_weights)
+#define KERNELS(X) X(ldm_affine) X(ldm_attention) X(ldm_convert) X(ldm_group_norm) X(ldm_group_norm_gradient) X(ldm_moments) X(ldm_product) X(ldm_winograd) X(ldm_winograd_untransformed) X(ldm_winograd_weights)
 #define DECLARE(name) void name();
 #define ENTRY(name) {#name, (void*)name},
 extern "C" { KERNELS(DECLARE) }

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.speed.kernels import group_norm, ops
+from ldm.speed.kernels import group_norm, ops, product
 from ldm.speed.kernels.ops import CompiledOps
 from ldm.speed.kernels.sources import FLAGS, HERE, SOURCES
 
@@ -87,7 +87,7 @@ def _buffer(address: int, size: int, places: list[tuple[int, int]]) -> bytes:
 
 def emulated_ops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> CompiledOps:
     """Return the operators, computed by the kernels for NEON under emulation."""
-    for module in (ops, group_norm):
+    for module in (ops, group_norm, product):
         monkeypatch.setattr(module, "pointer", lambda x: x)
     made = CompiledOps.__new__(CompiledOps)
     made.__dict__.update(lib=EmulatedLibrary(folder), dtypes=(torch.float32,))

@@ -55,6 +55,16 @@ def plain(recipe: Any) -> dict[str, Any]:
     return result
 
 
+def test_parameters_of_16_bits_that_were_widened_are_widened_again(monkeypatch):
+    monkeypatch.setattr("ldm.speed.widening.fast_dtype", lambda device: torch.float32)
+    narrow = ldm.optimize(ldm.load(device="cpu", dtype="bfloat16"))
+    images = narrow.text_to_image("a red apple", seed=1, **FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = replay(plain(images.recipe))
+    assert torch.equal(again.tensor, images.tensor) and again.recipe["computed_in"] == "float32"
+
+
 def of_file(images: Any, path: str = "made.png") -> dict[str, Any]:
     images.save(path)
     return read_recipe(path)

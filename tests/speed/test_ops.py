@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from emulated_neon import EmulatedLibrary, emulated_ops
 from torch import nn
 
-from ldm.speed.kernels import build
+from ldm.speed.kernels import build, product
 from ldm.speed.kernels import ops as module
 from ldm.speed.kernels.ops import CompiledOps, TorchOps
 from ldm.support.processor import INSTRUCTION_SETS, processor_sets
@@ -191,6 +191,68 @@ def test_winograd_is_the_convolution(monkeypatch, ops, batch, channels, made, si
         # of the RMS; the direct convolution's largest error is half as large
         assert (got - expected).abs().max() / expected.square().mean().sqrt() < 3e-5
         assert error(got, expected) < 3e-6
+
+
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)  # their dtypes
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "made", "size", "kernel", "stride", "padding"),
+    [
+        (5, 3, (7, 9), 3, 1, 1),
+        (33, 50, (6, 5), 3, 2, 1),
+        (70, 130, (9, 8), 1, 1, 0),
+        (300, 37, (5, 6), 3, 1, 1),
+        (40, 4, (9, 9), 2, 1, 1),
+    ],
+)
+def test_convolution_by_weights_of_each_dtype(ops, dtype, channels, made, size, kernel, stride, padding):
+    """Shapes end inside blocks of rows, panels of outputs and parts of the inputs."""
+    generator = torch.Generator().manual_seed(6)
+    conv = nn.Conv2d(channels, made, kernel, stride, padding).to(dtype)
+    x = torch.randn(2, channels, *size, generator=generator)
+    geometry = product.Geometry(conv.padding, conv.stride, conv.dilation, conv.groups)
+    for bias in (conv.bias, None):
+        wide = None if bias is None else bias.double()
+        expected = F.conv2d(x.double(), conv.weight.double(), wide, stride, padding)
+        got = ops.convolution(x, conv.weight, bias, geometry)
+        assert got.dtype == torch.float32 and got.shape == expected.shape
+        assert error(got, expected) < 1e-6
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("rows", "width", "made"), [(2, 1300, 70), (154, 48, 8), (7, 1, 1), (13, 600, 33)])
+def test_linear_by_weights_of_each_dtype(ops, dtype, threads, rows, width, made):
+    layer = nn.Linear(width, made).to(dtype)
+    x = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(7))
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = ops.linear(x, layer.weight, layer.bias)
+    finally:
+        torch.set_num_threads(before)
+    assert got.dtype == torch.float32 and torch.allclose(got.double(), expected, atol=3e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize(("batch", "channels", "made", "size"), SHAPES)
+def test_winograd_by_weights_of_each_dtype(monkeypatch, ops, dtype, batch, channels, made, size):
+    """The weights are transformed in several parts."""
+    if not isinstance(ops, CompiledOps):
+        pytest.skip("only the compiled kernels have this operator")
+    conv = nn.Conv2d(channels, made, 3, padding=1).to(dtype)
+    x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(8))
+    whole = ops.conv3x3(x, ops.conv3x3_weights(conv.weight.float()), conv.bias.float(), made)
+    for most in (2**25, 36 * 4 * channels * 64):
+        monkeypatch.setattr(product, "TRANSFORMED_BYTES", most)
+        got = ops.conv3x3_untransformed(x, conv.weight, conv.bias)
+        assert torch.equal(got, whole)
 
 
 def test_extremes_of_silu(ops):

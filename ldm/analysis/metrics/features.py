@@ -18,6 +18,7 @@ from ldm.models.clip.pixels import prepare
 from ldm.models.clip.towers import CLIP, TextTower, VisionTower
 from ldm.models.text.bpe import Tokenizer
 from ldm.support.config import nearest
+from ldm.support.device import computing_dtype
 from ldm.weights.formats.ldm_folder import read_network, read_text
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.hugging_face_clip import load_hugging_face_clip
@@ -72,8 +73,8 @@ class ClipFeatures(FeatureExtractor):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the embeddings (B, D) float32 of images (B, 3, H, W) in [0, 1]."""
-        weight = self.vision.conv1.weight
-        return self.vision(self.vision.prepare(pixels.to(weight.device)).to(weight.dtype)).pooled.float()
+        prepared = self.vision.prepare(pixels.to(self.vision.conv1.weight.device))  # (B, 3, S, S)
+        return self.vision(prepared.to(computing_dtype(self.vision))).pooled.float()
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor | None:

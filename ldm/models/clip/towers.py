@@ -91,7 +91,9 @@ class _TextTransformer(nn.Module):
             return TextOutput(tokens, None)
         normed = tokens if final_norm and layer == -1 else self.ln_final(last)  # (B, L, D)
         state = normed[torch.arange(len(ids), device=ids.device), first_position(ids, eot_id)]  # (B, D)
-        return TextOutput(tokens, state if self.text_projection is None else state @ self.text_projection)
+        return TextOutput(
+            tokens, state if self.text_projection is None else state @ self.text_projection.to(state.dtype)
+        )
 
     def _embedded(self, ids: Tensor, learned: Tensor | None) -> Tensor:
         """Return the embeddings (B, L, D) of ids (B, L), of ids behind the vocabulary from `learned`."""
@@ -210,7 +212,7 @@ class VisionTower(nn.Module):
         chosen, last = self.transformer(x, layer=layer)  # (B, 1 + patches, D) each
         assert last is not None  # the rest of the blocks is computed by default
         state = self.ln_post(last[:, 0])  # (B, D)
-        return VisionOutput(chosen, state if self.proj is None else state @ self.proj)
+        return VisionOutput(chosen, state if self.proj is None else state @ self.proj.to(state.dtype))
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Return the input of the tower (B, 3, S, S) for pixels (B, 3, H, W) in [0, 1]; see `prepare`."""

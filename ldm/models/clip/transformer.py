@@ -24,7 +24,7 @@ class PackedSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the attention (B, L, D) of x (B, L, D); a mask is broadcastable to (B, H, L, L)."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3·D)
+        qkv = F.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))  # (B, L, 3·D)
         # (B, H, L, d) each
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
         return self.out_proj(rearrange(attend(q, k, v, mask), "b h l d -> b l (h d)"))

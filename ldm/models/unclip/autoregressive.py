@@ -17,6 +17,7 @@ from ldm.diffusion.noise import keyed_normal
 from ldm.models.checks import check_positive
 from ldm.models.unclip.embedding_codes import EmbeddingCodes
 from ldm.models.unclip.prior_blocks import PlainStack
+from ldm.support.device import computing_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class AutoregressivePrior(nn.Module):
             raise ValueError(f"{len(seeds)} seeds for a condition of batch size {cond.batch}")
         device = self.position.device
         bucket = min(int((similarity + 1) / 2 * c.similarities), c.similarities - 1)
-        cond = cond.to(device, self.position.dtype)
+        cond = cond.to(device, computing_dtype(self))
         level = torch.full((len(seeds),), bucket, device=device)  # (B,)
         codes = torch.empty(len(seeds), 0, dtype=torch.long, device=device)  # (B, 0)
         for k in range(c.components):

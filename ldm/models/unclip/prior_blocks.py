@@ -102,7 +102,8 @@ class Gain(nn.Module):
         """Return the normalized x (..., W)."""
         if self.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()  # (..., W)
-        return F.layer_norm(x, x.shape[-1:], self.g, eps=1e-5 if x.dtype == torch.float32 else 1e-3)
+        gain = self.g.to(torch.promote_types(self.g.dtype, x.dtype))  # (W,)
+        return F.layer_norm(x, x.shape[-1:], gain, eps=1e-5 if x.dtype == torch.float32 else 1e-3)
 
 
 class RelativeBias(nn.Module):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.support.device import computing_dtype
+
 
 class Space(nn.Module):
     """Images (B, 3, H, W) in [0, 1] ↔ the states of a diffusion.
@@ -78,7 +80,7 @@ class Space(nn.Module):
         x = (2 * x - 1).to(device)
         if self.vae is None:
             return x.float()
-        z: Tensor = self.vae.encode(x.to(next(self.vae.parameters()).dtype)).mode()
+        z: Tensor = self.vae.encode(x.to(computing_dtype(self.vae))).mode()
         return self.scaled(z.float())
 
     def scaled(self, z: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class Space(nn.Module):
         """
         x: Tensor = z
         if self.vae is not None:
-            x = self.vae.decode(self.unscaled(z).to(next(self.vae.parameters()).dtype))
+            x = self.vae.decode(self.unscaled(z).to(computing_dtype(self.vae)))
         return ((x.float() + 1) / 2).clamp(0, 1).cpu()
 
 

@@ -75,7 +75,7 @@ class Stage:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype that the denoiser computes in; the state of a sampler is float32."""
-        return next(self.denoiser.parameters()).dtype
+        return self.denoiser.dtype or torch.float32
 
     @property
     def images(self) -> Space:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ldm.speed.kernels import product
 from ldm.speed.kernels.build import NoKernels, library
 from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype_code, pointer
+from ldm.speed.kernels.product import Geometry, widened
 from ldm.support.processor import InstructionSet, cache_bytes, shared_cache_bytes
 
 PACKED_OUTPUTS = 32  # outputs of which the Winograd kernels pack a multiple, or of 16
@@ -55,14 +57,28 @@ class TorchOps:
         Returns:
             Shape (B, C, h, w).
         """
-        y = F.group_norm(
-            x if add is None else x + add[:, :, None, None], norm.num_groups, norm.weight, norm.bias, norm.eps
-        )
+        x = x if add is None else x + add[:, :, None, None]  # (B, C, h, w)
+        weight, bias = widened(x, norm.weight), widened(x, norm.bias)
+        y = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)  # (B, C, h, w)
         if gain is not None:
             y = y * (1 + gain[:, :, None, None])
         if offset is not None:
             y = y + offset[:, :, None, None]
         return F.silu(y) if silu else y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x (..., D) times a weight (D_out, D) plus a bias (D_out,) or None, in the dtype of x."""
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """Return a convolution in the dtype of x; arguments as `ldm.speed.kernels.product.convolution`."""
+        padding, stride, dilation, groups = geometry
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
+
+    def conv3x3_untransformed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a 3×3 convolution with padding 1, in the dtype of x."""
+        return self.convolution(x, weight, bias, Geometry((1, 1), (1, 1), (1, 1), 1))
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the sum of squared deviations of each channel of a map.
@@ -189,6 +205,36 @@ class CompiledOps(TorchOps):
         return CompiledGroupNorm.apply(
             self.lib, norm.num_groups, norm.eps, silu, x.contiguous(memory_format=CHANNELS_LAST), *small
         )
+
+    def multiplies(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether the kernels multiply x and a weight, of which neither asks for a derivative."""
+        derivative = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return (
+            x.dtype == torch.float32
+            and self.supports(x)
+            and weight.device.type == "cpu"
+            and weight.dtype in product.WEIGHT_CODES
+            and not derivative
+        )
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a product; see `TorchOps.linear`."""
+        if not self.multiplies(x, weight):
+            return super().linear(x, weight, bias)
+        return product.linear(self.lib, x, weight, bias)
+
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """Return a convolution; see `TorchOps.convolution`."""
+        plain = geometry.groups == 1 and tuple(geometry.dilation) == (1, 1)
+        if not plain or not self.multiplies(x, weight):
+            return super().convolution(x, weight, bias, geometry)
+        return product.convolution(self.lib, x, weight, bias, geometry)
+
+    def conv3x3_untransformed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a 3×3 convolution with padding 1; see `ldm.speed.kernels.product.conv3x3_untransformed`."""
+        if not self.multiplies(x, weight):
+            return super().conv3x3_untransformed(x, weight, bias)
+        return product.conv3x3_untransformed(self.lib, x, weight, bias)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the sum of squared deviations of each channel; see `TorchOps.moments`."""

@@ -44,6 +44,21 @@ inline void store16(uint16_t* p, Words x, Lanes in) {
 inline Vec from_half(Words x) { return _mm256_cvtph_ps(narrow(x)); }
 inline Words to_half(Vec x) { return (Words)_mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 
+// Exchanges rows and columns of 8×8 numbers.
+inline void transpose(Vec (&x)[W]) {
+    Vec pairs[W], fours[W];
+    for (int i = 0; i < W; i += 2) pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    for (int i = 0; i < W; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+}
+
 struct HalvesF32 {};  // no row needs half of a vector, as rows are multiples of eight
 
 }  // namespace

@@ -34,6 +34,15 @@ inline void store16(uint16_t* p, Words x, Lanes in) { _mm256_mask_storeu_epi16(p
 inline Vec from_half(Words x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }
 inline Words to_half(Vec x) { return (Words)_mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 
+// Exchanges rows and columns of W×W numbers.
+inline void transpose(Vec (&x)[W]) {
+    alignas(64) float from[W][W], to[W][W];
+    for (int i = 0; i < W; i++) store(from[i], x[i]);
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++) to[j][i] = from[i][j];
+    for (int i = 0; i < W; i++) x[i] = load(to[i]);
+}
+
 // Half of a vector of float32, for rows whose length is an odd multiple of eight.
 struct HalvesF32 {
     using Half = __m256;

@@ -52,6 +52,15 @@ inline void store16(uint16_t* p, Words x, Lanes in) {
 inline Vec from_half(Words x) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)x))); }
 inline Words to_half(Vec x) { return (Words)vmovl_u16(vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 
+// Exchanges rows and columns of W×W numbers.
+inline void transpose(Vec (&x)[W]) {
+    alignas(64) float from[W][W], to[W][W];
+    for (int i = 0; i < W; i++) store(from[i], x[i]);
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++) to[j][i] = from[i][j];
+    for (int i = 0; i < W; i++) x[i] = load(to[i]);
+}
+
 struct HalvesF32 {};  // no row needs half of a vector, as rows are multiples of eight
 
 }  // namespace

@@ -3,13 +3,11 @@
 //
 // The interpolation points are 0, ±1/√2, ±√2 and infinity, which round less than 0, ±1, ±2 and infinity. Each
 // thread takes some tiles through all three steps, so that what lies between them stays in its caches.
-#include "simd.h"
+#include "panels.h"
 
 namespace {
 
 constexpr float A = 0.70710678118654752f, B = 1.41421356237309505f;
-// the products of TILES tiles with VECTORS vectors of outputs fill the registers
-constexpr int VECTORS = W == 4 ? 4 : 2, TILES = (REGISTERS == 32 ? 24 : 12) / VECTORS, COLUMNS = VECTORS * W;
 
 // Computes Bᵀ d of six rows, or d B of six columns.
 inline void into(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4, Vec& d5) {
@@ -28,6 +26,7 @@ inline void out_of(Vec& m0, Vec& m1, Vec& m2, Vec& m3, Vec m4, Vec m5) {
 
 struct Maps {
     int height, width, C, O;
+    int made;  // outputs that are computed at once, of O
     int64_t across = (width + 3) / 4, down = (height + 3) / 4;
 
     // Sets the map, and the first row and column, of a tile.
@@ -64,7 +63,7 @@ void transform_out(const float* p, int64_t stride, const float* bias, const Maps
     m.place(tile, map, top, left);
     float* to = y + ((map * m.height + top) * m.width + left) * m.O;
     const int rows = std::min(4, m.height - top), wide = std::min(4, m.width - left);
-    for (int c = 0; c < m.O; c += W) {
+    for (int c = 0; c < m.made; c += W) {
         Vec d[36];
         for (int k = 0; k < 6; k++) {
             for (int j = k; j < 36; j += 6) d[j] = load(p + j * stride + c);
@@ -79,52 +78,62 @@ void transform_out(const float* p, int64_t stride, const float* bias, const Maps
     }
 }
 
-// Computes TILES rows of v (·, C) times packed weights u (C, COLUMNS).
+// Computes TILES rows of v (·, C) times a panel of weights u (C, COLUMNS).
 void multiply(const float* v, const float* u, int C, float* p, int64_t row) {
-    Vec acc[TILES][VECTORS] = {};
-    for (int c = 0; c < C; c++) {
-        Vec uv[VECTORS];
-        for (int i = 0; i < VECTORS; i++) uv[i] = load(u + (int64_t)c * COLUMNS + i * W);
-        for (int r = 0; r < TILES; r++) {
-            const Vec vv = spread(v[(int64_t)r * C + c]);
-            for (int i = 0; i < VECTORS; i++) acc[r][i] = fma(vv, uv[i], acc[r][i]);
-        }
-    }
+    const float* from[TILES];
+    for (int r = 0; r < TILES; r++) from[r] = v + (int64_t)r * C;
+    Block acc = {};
+    accumulate(acc, from, 0, u, C, 1);
     for (int r = 0; r < TILES; r++)
         for (int i = 0; i < VECTORS; i++) store(p + r * row + i * W, acc[r][i]);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Computes G g Gᵀ of weights g (O, C, 3, 3), packed as (36, ⌈O/COLUMNS⌉, C, COLUMNS).
-void ldm_winograd_weights(const float* g, float* u, int O, int C, int threads) {
-    const double a = std::sqrt(0.5), b = std::sqrt(2.0);
-    const double G[6][3] = {{1, 0, 0},           {-1 / 1.5, -a / 1.5, -.5 / 1.5}, {-1 / 1.5, a / 1.5, -.5 / 1.5}, {1 / 6., b / 6, 2 / 6.},
-                            {1 / 6., -b / 6, 2 / 6.}, {0, 0, 1}};
-    const int blocks = (O + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int block = 0; block < blocks; block++)
-        for (int c = 0; c < C; c++)
-            for (int j = 0; j < COLUMNS; j++) {
-                const int o = block * COLUMNS + j;
-                const float* from = o < O ? g + ((int64_t)o * C + c) * 9 : nullptr;
-                for (int k = 0; k < 36; k++) {
-                    double sum = 0;
-                    for (int i = 0; from && i < 9; i++) sum += G[k / 6][i / 3] * G[k % 6][i % 3] * from[i];
-                    u[(((int64_t)k * blocks + block) * C + c) * COLUMNS + j] = (float)sum;
-                }
-            }
+// Computes G g of three rows, or g Gᵀ of three columns, in six.
+inline void weight_into(Vec g0, Vec g1, Vec g2, Vec (&to)[6]) {
+    constexpr float third = 1 / 1.5f, sixth = 1 / 6.f;
+    const Vec even = spread(-third) * g0 - spread(third / 2) * g2, odd = spread(third * A) * g1;
+    const Vec even2 = spread(sixth) * g0 + spread(2 * sixth) * g2, odd2 = spread(sixth * B) * g1;
+    to[0] = g0, to[1] = even - odd, to[2] = even + odd, to[3] = even2 + odd2, to[4] = even2 - odd2, to[5] = g2;
 }
 
-// Computes y (maps, height, width, O): the convolution, with padding 1, of x (maps, height, width, C) by
-// weights from `ldm_winograd_weights`, plus the bias (O,) or null. C and O are multiples of 16; bytes: what a
-// thread may use for the tiles that it computes at once.
-void ldm_winograd(const float* x, const float* u, const float* bias, float* y, int maps, int height, int width, int C, int O, int64_t bytes,
-                  int threads) {
-    const Maps m{height, width, C, O};
-    const int64_t tiles = maps * m.across * m.down, blocks = (O + COLUMNS - 1) / COLUMNS, made = blocks * COLUMNS;
+// Computes G g Gᵀ of weights g (O, C, 3, 3) for the panels from `first` to `last`, as (36, last - first, C, COLUMNS).
+template <class T>
+void transform_weights(const typename T::Elem* g, float* u, int O, int C, int64_t first, int64_t last, int threads) {
+    constexpr int DEEP = 32;
+    const int64_t panels = last - first;
+#pragma omp parallel num_threads((int)std::min<int64_t>(threads, panels))
+    {
+        alignas(64) float wide[DEEP * 9 * COLUMNS];
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p++)
+            for (int c0 = 0; c0 < C; c0 += DEEP) {
+                const int n = std::min(DEEP, C - c0);
+                const int64_t o = (first + p) * COLUMNS;
+                widen<T>(g + (o * C + c0) * 9, (int64_t)C * 9, (int)std::min<int64_t>(COLUMNS, O - o), n * 9, wide);
+                for (int c = 0; c < n; c++)
+                    for (int i = 0; i < COLUMNS; i += W) {
+                        const float* from = wide + c * 9 * COLUMNS + i;
+                        Vec rows[3][6];
+                        for (int k = 0; k < 3; k++)
+                            weight_into(load(from + k * COLUMNS), load(from + (3 + k) * COLUMNS), load(from + (6 + k) * COLUMNS), rows[k]);
+                        for (int k = 0; k < 6; k++) {
+                            Vec made[6];
+                            weight_into(rows[0][k], rows[1][k], rows[2][k], made);
+                            for (int j = 0; j < 6; j++) store(u + (((k * 6 + j) * panels + p) * C + c0 + c) * COLUMNS + i, made[j]);
+                        }
+                    }
+            }
+    }
+}
+
+// Computes the outputs of the panels from `first` to `last` by their transformed weights u. bytes: see `ldm_winograd`.
+void convolve(const float* x, const float* u, const float* bias, float* y, const Maps& all, int64_t maps, int64_t first, int64_t last, int64_t bytes,
+              int threads) {
+    const int64_t o = first * COLUMNS, panels = last - first, made = panels * COLUMNS;
+    Maps m = all;
+    m.made = (int)std::min<int64_t>(made, all.O - o);
+    const int C = m.C;
+    const int64_t tiles = maps * m.across * m.down;
     const int64_t fitting = std::max<int64_t>(1, bytes / (36 * 4 * (C + made))), shared = (tiles + threads - 1) / threads;
     const int64_t rounds = (shared + fitting - 1) / fitting;  // of each thread
     const int64_t at_once = round_up((shared + rounds - 1) / rounds, TILES), parts = (tiles + at_once - 1) / at_once;
@@ -135,15 +144,55 @@ void ldm_winograd(const float* x, const float* u, const float* bias, float* y, i
         std::memset(v.get(), 0, 36 * v_stride * 4);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t part = 0; part < parts; part++) {
-            const int64_t first = part * at_once, n = std::min(at_once, tiles - first);
-            for (int64_t t = 0; t < n; t++) transform_in(x, m, first + t, v.get() + t * C, v_stride);
+            const int64_t begin = part * at_once, n = std::min(at_once, tiles - begin);
+            for (int64_t t = 0; t < n; t++) transform_in(x, m, begin + t, v.get() + t * C, v_stride);
             for (int k = 0; k < 36; k++)
-                for (int64_t block = 0; block < blocks; block++)
+                for (int64_t panel = 0; panel < panels; panel++)
                     for (int64_t t = 0; t < n; t += TILES)
-                        multiply(v.get() + k * v_stride + t * C, u + ((k * blocks + block) * C) * COLUMNS, C,
-                                 p.get() + k * p_stride + t * made + block * COLUMNS, made);
-            for (int64_t t = 0; t < n; t++) transform_out(p.get() + t * made, p_stride, bias, m, first + t, y);
+                        multiply(v.get() + k * v_stride + t * C, u + (k * panels + panel) * C * COLUMNS, C,
+                                 p.get() + k * p_stride + t * made + panel * COLUMNS, made);
+            for (int64_t t = 0; t < n; t++) transform_out(p.get() + t * made, p_stride, bias ? bias + o : nullptr, m, begin + t, y + o);
         }
     }
+}
+
+// Convolves by weights as the layer holds them, which are transformed for as many panels at once as `most` bytes
+// hold.
+template <class T>
+void convolve_untransformed(const typename T::Elem* g, const float* x, const float* bias, float* y, const Maps& m, int64_t maps, int64_t bytes,
+                            int64_t most, int threads) {
+    const int64_t size = (int64_t)36 * m.C * COLUMNS, panels = (m.O + COLUMNS - 1) / COLUMNS;
+    const int64_t fitting = std::max<int64_t>(1, most / (4 * size)), rounds = (panels + fitting - 1) / fitting;
+    const int64_t at_once = (panels + rounds - 1) / rounds;
+    auto u = buffer<float>(at_once * size);
+    for (int64_t first = 0; first < panels; first += at_once) {
+        const int64_t last = std::min(panels, first + at_once);
+        transform_weights<T>(g, u.get(), m.O, m.C, first, last, threads);
+        convolve(x, u.get(), bias, y, m, maps, first, last, bytes, threads);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Computes G g Gᵀ of weights g (O, C, 3, 3), packed as (36, ⌈O/COLUMNS⌉, C, COLUMNS).
+void ldm_winograd_weights(const float* g, float* u, int O, int C, int threads) {
+    transform_weights<Single>(g, u, O, C, 0, (O + COLUMNS - 1) / COLUMNS, threads);
+}
+
+// Computes y (maps, height, width, O): the convolution, with padding 1, of x (maps, height, width, C) by
+// weights from `ldm_winograd_weights`, plus the bias (O,) or null. C and O are multiples of 16; bytes: what a
+// thread may use for the tiles that it computes at once.
+void ldm_winograd(const float* x, const float* u, const float* bias, float* y, int maps, int height, int width, int C, int O, int64_t bytes,
+                  int threads) {
+    convolve(x, u, bias, y, Maps{height, width, C, O, O}, maps, 0, (O + COLUMNS - 1) / COLUMNS, bytes, threads);
+}
+
+// The same by weights g (O, C, 3, 3) of a dtype (0 float32, 1 bfloat16, 2 float16), which are transformed in a
+// buffer of about `most` bytes.
+void ldm_winograd_untransformed(int dtype, const float* x, const void* g, const float* bias, float* y, int maps, int height, int width, int C, int O,
+                                int64_t bytes, int64_t most, int threads) {
+    EACH_WEIGHT(dtype, convolve_untransformed, g, x, bias, y, Maps{height, width, C, O, O}, maps, bytes, most, threads);
 }
 }
