@@ -120,8 +120,7 @@ def replay(
     facts = checked.facts
     arguments = {name: _checked_files(name, value) for name, value in checked.arguments.items()}
     files = find_adapters(facts.adapters, adapters)
-    black = any(name.startswith(SAFETY) for name in facts.weights)
-    if black and safety is None:
+    if (black := any(name.startswith(SAFETY) for name in facts.weights)) and safety is None:
         raise ValueError("the image was made with a safety checker that makes images black: pass safety=PATH")
     request = WeightsRequest(
         weights=weights,
@@ -132,7 +131,7 @@ def replay(
     )
     pipe = load_model(facts.model, _device(facts.device), request, safety=safety, black=black)
     if facts.computed_in is not None:
-        pipe = optimize(pipe)  # which widens the parameters as they were widened then
+        optimize(pipe)  # widens the parameters again
     origin = pipe.origin
     if black:
         origin = origin.joined({f"{SAFETY}{name}": value for name, value in pipe.safety.origin.items()})

@@ -22,7 +22,7 @@ from ldm.speed.reuse import reuse_features
 from ldm.speed.spill import release_all, take_turns
 from ldm.speed.strips import StripDecoder
 from ldm.speed.substitute import restore
-from ldm.speed.widening import narrow, widen
+from ldm.speed.widening import undo_widening, widen
 from ldm.support.calls import Turns
 
 P = TypeVar("P", bound=nn.Module)
@@ -85,18 +85,17 @@ def optimize(
     reuse, branch, merge, int8 = settled(preset, Approximations(reuse, branch, merge, int8))
     _check(pipe, backend, excluded=memory or reuse != 1 or merge != 0 or int8, int8=int8)
     restore(pipe)
-    narrow(pipe)
+    undo_widening(pipe)
     remove_compiled(pipe)
     release_all(pipe)
     if backend is not None:
         exchange_back(pipe)
         return _described(pipe, use_backend(pipe, backend))
     approximations = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
-    note = exchange(pipe, kernels)
-    widening = widen(pipe)
+    exact = _exact_optimizations(exchange(pipe, kernels), memory, widen(pipe))
     approximations += use_int8(pipe) if int8 else ()
     _set_memory(pipe, memory)
-    return _described(pipe, *_exact_optimizations(note, memory, widening), *approximations)
+    return _described(pipe, *exact, *approximations)
 
 
 def _check(pipe: nn.Module, backend: str | None, *, excluded: bool, int8: bool) -> None:

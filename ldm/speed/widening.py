@@ -69,7 +69,7 @@ def widen(pipe: nn.Module) -> tuple[str, ...]:
     )
 
 
-def narrow(pipe: nn.Module) -> None:
+def undo_widening(pipe: nn.Module) -> None:
     """Undo `widen`."""
     for part in pipe.modules():
         part.__dict__.pop(COMPUTES_IN, None)

@@ -96,7 +96,7 @@ def test_an_image_is_that_of_the_rounded_weights():
         assert (image.recipe["dtype"], image.recipe["computed_in"]) == ("bfloat16", "float32")
     parts = [part for part in narrow.modules() if isinstance(part, nn.LayerNorm)]
     assert parts and all(type(part) is widening.WideLayerNorm for part in parts)
-    widening.narrow(narrow)
+    widening.undo_widening(narrow)
     assert narrow.dtype == torch.bfloat16 and all(type(part) is nn.LayerNorm for part in parts)
 
 
