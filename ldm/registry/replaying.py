@@ -139,8 +139,7 @@ def replay(
     load_adapters(pipe, facts.adapters, files)
     images = _run(facts, pipe, arguments)
     notes += recipe_changes(recipe, images.recipe)
-    if facts.index is not None:
-        images = _one_image(images, facts.index, recipe)
+    images = images if facts.index is None else _one_image(images, facts.index, recipe)
     _warn_of_differences(facts, images, notes)
     return images
 
