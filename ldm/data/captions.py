@@ -134,7 +134,7 @@ def _pick(phrases: Sequence[str], rng: np.random.Generator | None) -> str:
     """Draw a wording; the canonical one, which is the first, is drawn more often."""
     if rng is None or rng.random() < CANONICAL:
         return phrases[0]
-    return phrases[rng.integers(len(phrases))]
+    return phrases[int(rng.integers(len(phrases)))]
 
 
 def _articles(facts: Facts, rng: np.random.Generator | None) -> str:
