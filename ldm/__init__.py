@@ -22,6 +22,7 @@ _PUBLIC = {  # public name → module below ldm that defines it
     "cfg": "diffusion.guidance",
     "SAMPLERS": "samplers",
     "Images": "images.result",
+    "Control": "pipelines.control.control_use",
     "LatentDiffusion": "pipelines.latent",
     "UnCLIP": "pipelines.unclip",
     "list_models": "registry.names",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ldm.diffusion.interfaces import Denoised
     from ldm.diffusion.schedule import NoiseSchedule
     from ldm.images.result import Images
+    from ldm.pipelines.control.control_use import Control
     from ldm.pipelines.latent import LatentDiffusion
     from ldm.pipelines.unclip import UnCLIP
     from ldm.registry.loading import load

@@ -11,12 +11,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.adapters import ADAPTER_COMMANDS
 from ldm.cli.data import DATA
 from ldm.cli.evaluation import EVALUATE
-from ldm.cli.options import ADAPTERS, MODEL, MODEL_KEYWORDS, OUTPUT
+from ldm.cli.options import ADDITIONS, MODEL, MODEL_KEYWORDS, OUTPUT
 from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
 from ldm.cli.parsing import Command, UsageError
 from ldm.cli.tables import TABLE, names_table, write_table
@@ -165,6 +166,8 @@ def given_options(task: ImageTask, args: argparse.Namespace) -> dict[str, Any]:
     options = {each.dest: getattr(args, each.dest) for each in task.passed if not each.positional}
     if (size := options.pop("size", None)) is not None:
         options["width"], options["height"] = size
+    if args.control:
+        options["controls"] = [(name, hint, *rest) for name, (_, hint, rest) in named_controls(args).items()]
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -185,7 +188,28 @@ def load_pipe(task: ImageTask, args: argparse.Namespace) -> Any:  # Any: models 
         raise ValueError(f"{pipe.card.name!r} has no {task.name}; its commands: {others}")
     for path, strength in args.adapter or ():
         pipe.adapters.load(path, strength=strength)
+    if args.control and not hasattr(pipe, "controls"):
+        raise ValueError(f"{pipe.card.name!r} takes no controls; they are for latent diffusion with a UNet")
+    add_controls(pipe, args)
     return pipe
+
+
+def add_controls(pipe: Any, args: argparse.Namespace) -> None:
+    """Load the controls that were asked for, with the image tower where they read one."""
+    from ldm.weights.controls.building import reads_vision
+
+    for name, (path, _, _) in named_controls(args).items():
+        reads = args.vision is not None and reads_vision(path)
+        pipe.controls.load(path, name=name, vision=args.vision if reads else None)
+
+
+def named_controls(args: argparse.Namespace) -> dict[str, tuple[str, str, tuple[float, ...]]]:
+    """Return the controls that were asked for, by names that differ."""
+    found: dict[str, tuple[str, str, tuple[float, ...]]] = {}
+    for control in args.control or ():
+        stem = Path(control[0]).stem
+        found[f"{stem}-{len(found) + 1}" if stem in found else stem] = control
+    return found
 
 
 def save_images(images: Images, args: argparse.Namespace) -> None:
@@ -201,7 +225,7 @@ COMMANDS: tuple[Command, ...] = (
         Command(
             name=task.name,
             summary=task.summary,
-            arguments=(*task.passed, *(TABLE if task.tables else ()), *OUTPUT, *MODEL, ADAPTERS),
+            arguments=(*task.passed, *(TABLE if task.tables else ()), *OUTPUT, *MODEL, *ADDITIONS),
             run=partial(run_task, task),
             aliases=task.aliases,
             details=task.details,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli.parsing import argument, parse_adapter, parse_size, parse_text
+from ldm.cli.parsing import argument, parse_adapter, parse_control, parse_size, parse_text
 
 PROMPT = argument("prompt", "what the images show; an empty text is unconditional", type=parse_text)
 IMAGE = argument("image", "the image file", type=Path)
@@ -108,4 +108,17 @@ ADAPTERS = argument(
     action="append",
     metavar="FILE[:STRENGTH]",
 )
+CONTROLS = argument(
+    "--control",
+    "file or folder of a ControlNet, T2I-Adapter or IP-Adapter, and the image that it reads; the strength"
+    " (default: 1) and the fractions of the steps between which it acts may follow; repeatable",
+    type=parse_control,
+    action="append",
+    metavar="FILE:HINT[:STRENGTH[:START:END]]",
+)
+VISION = argument(
+    "--vision",
+    "file or folder of CLIP's image tower, which IP-Adapters among the controls read",
+)
+ADDITIONS = (ADAPTERS, CONTROLS, VISION)
 MODEL_KEYWORDS = tuple(each.dest for each in MODEL if each.dest != "model")

@@ -130,6 +130,24 @@ def parse_adapter(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
+def parse_control(text: str) -> tuple[str, str, tuple[float, ...]]:
+    """Return FILE:HINT[:STRENGTH[:START:END]] as (file, hint, numbers)."""
+    pieces, numbers = text.split(":"), list[float]()
+    while len(pieces) > 2 and len(numbers) < 3:
+        try:
+            numbers.insert(0, float(pieces[-1]))
+        except ValueError:
+            break
+        pieces.pop()
+    file, hint = ":".join(pieces[:-1]), pieces[-1]
+    if not file or not hint or len(numbers) == 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected FILE:HINT, FILE:HINT:STRENGTH or FILE:HINT:STRENGTH:START:END, such as"
+            " canny.safetensors:edges.png:0.8"
+        )
+    return file, hint, tuple(numbers)
+
+
 class CollectPairs(argparse.Action):
     """Collect the (key, value) pairs of a repeatable option in a dictionary."""
 

@@ -28,6 +28,7 @@ def replay_file(args: argparse.Namespace) -> int:
         vocabulary=args.vocabulary,
         safety=args.safety,
         adapters=args.adapters,
+        controls=args.controls,
     )
     write_images(images, output, quality=args.quality)
     return 0
@@ -143,6 +144,11 @@ TOOLS: tuple[Command, ...] = (
                 "--adapters",
                 "file of the adapter that the image was made with, or a folder with them (default: the folder"
                 " adapters below LDM_HOME)",
+            ),
+            argument(
+                "--controls",
+                "file of the control that the image was made with, or a folder with them (default: the folder"
+                " controls below LDM_HOME)",
             ),
             argument(
                 "--limits",

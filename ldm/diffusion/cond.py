@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ class Cond:
         pooled: Vector added to the time embedding, shape (B, E).
         image_emb: CLIP image embedding, shape (B, E).
         concat: Channels concatenated to x_t, shape (B, C', h, w).
+        hints: What the controls around a UNet read (`ldm.models.control`): several tensors (B, ...).
+        features: What T2I-Adapters add on a UNet's way down: a map for each level, and if there is one more,
+            for its middle, shapes (B, C, h', w').
+        residuals: What ControlNets add to a UNet: a map for each map that its way up reads, and one for its
+            middle, shapes (B, C, h', w') or (B, C, 1, 1).
         guidance: Guidance scale that the network embeds, shape (B,).
         exemplars: Images of K things in [0, 1], red, green and blue multiplied by opacity, and opacity, shape
             (B, K, 4, S, S).
@@ -38,6 +44,9 @@ class Cond:
     concat: Tensor | None = None
     guidance: Tensor | None = None
     exemplars: Tensor | None = None
+    hints: tuple[Tensor, ...] | None = None
+    features: tuple[Tensor, ...] | None = None
+    residuals: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.items()}
@@ -53,9 +62,27 @@ class Cond:
             )
 
     def items(self) -> list[tuple[str, Tensor]]:
-        """Return the names and values of the fields that are set."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return [(name, value) for name, value in values if value is not None]
+        """Return the names and values of the fields that are set.
+
+        A field of several tensors has an entry for each, such as "hints.0".
+        """
+        found: list[tuple[str, Tensor]] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                found += [(f"{field.name}.{i}", each) for i, each in enumerate(value)]
+            elif value is not None:
+                found.append((field.name, value))
+        return found
+
+    @staticmethod
+    def of(items: Mapping[str, Tensor]) -> Cond:
+        """Return the Cond with these entries, named as `items` names them and in its order."""
+        values: dict[str, Any] = {}
+        for key, value in items.items():
+            name, _, index = key.partition(".")
+            values[name] = (*values.get(name, ()), value) if index else value
+        return Cond(**values)
 
     @property
     def batch(self) -> int | None:
@@ -65,7 +92,7 @@ class Cond:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
         """Return the Cond with `fn` applied to every field that is set."""
-        return replace(self, **{name: fn(value) for name, value in self.items()})
+        return Cond.of({name: fn(value) for name, value in self.items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """Return the Cond on a device, its floating-point fields in a dtype.
@@ -77,7 +104,7 @@ class Cond:
         for name, value in self.items():
             cast = value.is_floating_point() and name not in PRECISE_FIELDS
             moved[name] = value.to(device=device, dtype=dtype if cast else None)
-        return replace(self, **moved)
+        return Cond.of(moved)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Cond:
         """Return some entries of the batch.
@@ -140,9 +167,8 @@ class Cond:
             )
         if conds[0].context is not None:
             conds = _padded_to_one_length(conds)
-        return Cond(
-            **{name: torch.cat([getattr(cond, name) for cond in conds]) for name, _ in conds[0].items()}
-        )
+        parts = [dict(cond.items()) for cond in conds]
+        return Cond.of({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _padded_to_one_length(conds: Sequence[Cond]) -> list[Cond]:

@@ -138,6 +138,14 @@ class UNetConfig:
         return self.context_dim is not None and (any(self.depth) or self.mid_depth > 0)
 
     @property
+    def skips(self) -> tuple[int, ...]:
+        """Channels of the maps that the way up reads, in the order in which they arise."""
+        found = [self.channels[0]]
+        for level, width in enumerate(self.channels):
+            found += [width] * (self.blocks + (level < len(self.channels) - 1))
+        return tuple(found)
+
+    @property
     def factor(self) -> int:
         """Input size divided by the smallest size; multiples of it are halved without rounding."""
         return 2 ** (len(self.channels) - 1)

@@ -16,6 +16,7 @@ from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.adapters import Adapters
 from ldm.pipelines.call import Call
+from ldm.pipelines.control.control_use import entries_of, hint_digests
 from ldm.pipelines.protocol import Request, Watcher
 from ldm.pipelines.recipe import content_sha256, stamp
 from ldm.pipelines.replayable import BY_OPTIONS, replayable
@@ -124,6 +125,8 @@ class BasePipeline(nn.Module):
         facts |= request.facts
         if entries := self.adapters.entries():
             facts["adapters"] = to_dict(entries)
+        if call.controls:
+            facts["control_networks"] = to_dict(entries_of(call.controls))
         if self.safety is not None:
             flagged = self.safety(pixels)
             pixels = self.safety.hide(pixels, flagged)
@@ -131,8 +134,12 @@ class BasePipeline(nn.Module):
                 origin = {**origin, **{f"safety/{name}": each for name, each in self.safety.origin.items()}}
                 if not self.safety.origin:
                     facts["because"] = "its safety checker was not loaded from a file"
+        if inputs := hint_digests(call.controls):
+            facts["because"] = "its hints were given in memory, which a recipe does not hold: give files"
         if call.latents is not None:
-            facts["inputs"] = {"latents": content_sha256(call.latents)}
+            inputs["latents"] = content_sha256(call.latents)
+        if inputs:
+            facts["inputs"] = inputs
         if self.guide is not cfg:
             facts["because"] = "it was made with a guidance method that a recipe does not hold"
         recipe = stamp(

@@ -23,6 +23,7 @@ from ldm.pipelines.checks import (
     check_prompts,
     check_settings,
 )
+from ldm.pipelines.control.control_use import ControlUse, json_of
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import build, to_dict
@@ -91,6 +92,7 @@ class Call:
         on_step: The caller's hook.
         keep_steps: Whether the prediction of every step is kept.
         others: Options of the other stages (unCLIP's prior and upsamplers), by the caller's names.
+        controls: The controls of the UNet, with their hints.
     """
 
     prompts: tuple[str, ...] | tuple[int, ...]
@@ -112,6 +114,7 @@ class Call:
     on_step: OnStep | None
     keep_steps: bool = False
     others: Mapping[str, Any] = field(default_factory=dict)
+    controls: tuple[ControlUse, ...] = ()
 
     @property
     def negatives(self) -> list[str]:
@@ -127,7 +130,8 @@ class Call:
     def replayable(self) -> bool:
         """Whether a recipe can hold all that the call depends on: no tensors, no hook."""
         tensors = any(isinstance(value, Tensor) for value in self.others.values())
-        return self.latents is None and self.on_step is None and not tensors
+        hints = all(use.option.in_files for use in self.controls)
+        return self.latents is None and self.on_step is None and not tensors and hints
 
     def over(self, grid: TimeGrid) -> Call:
         """Return the call over another grid, such as a part of its own."""
@@ -149,6 +153,7 @@ class Call:
             "height": self.height,
             "width": self.width,
             **sizes,
+            **({"controls": json_of(self.controls)} if self.controls else {}),
             **self.asked,
             **{name: value for name, value in self.others.items() if not isinstance(value, Tensor)},
         }

@@ -178,6 +178,8 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(get_sampler(name)).parameters
     known = [key for key in parameters if key not in ("denoise", "x", "grid", "noise", "on_step")]
     for key, value in options.items():
+        if key == "controls":
+            raise ValueError("controls: this model takes none; they are for latent diffusion with a UNet")
         if key not in known:
             raise ValueError(
                 f"sampler {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}"

@@ -112,8 +112,12 @@ def expanded_pair(pair: Pair, n: int, *, concat: Tensor | None = None, pooled: T
     """
 
     def expanded(cond: Cond) -> Cond:
-        fields = {"concat": None if concat is None else concat.expand(n, *concat.shape[1:]), "pooled": pooled}
-        return replace(cond.expand(n), **{name: value for name, value in fields.items() if value is not None})
+        fields: dict[str, Tensor | None] = {
+            "concat": None if concat is None else concat.expand(n, *concat.shape[1:]),
+            "pooled": pooled,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        return Cond.of({**dict(cond.expand(n).items()), **given})
 
     return expanded(pair[0]), expanded(pair[1])
 
@@ -138,8 +142,9 @@ def between_conditions(a: Cond, b: Cond, w: Tensor) -> Cond:
         w: Weights (B,) in [0, 1].
     """
     fields: dict[str, Tensor] = {}
+    others = dict(b.items())
     for name, first in a.items():
-        second = getattr(b, name)
+        second = others[name]
         if name == "context":
             first, second = _with_last_token_repeated(a), _with_last_token_repeated(b)
         if name == "context_mask":
@@ -150,7 +155,7 @@ def between_conditions(a: Cond, b: Cond, w: Tensor) -> Cond:
             fields[name] = torch.where(weight == 1, second, torch.lerp(first, second, weight))
         else:
             fields[name] = first.expand(len(w), *first.shape[1:])
-    return Cond(**fields)
+    return Cond.of(fields)
 
 
 def _with_last_token_repeated(cond: Cond) -> Tensor:
@@ -160,3 +165,13 @@ def _with_last_token_repeated(cond: Cond) -> Tensor:
         return cond.context
     last = int(cond.context_mask[0].nonzero().max())
     return torch.where(cond.context_mask[..., None], cond.context, cond.context[:, last : last + 1])
+
+
+def crop_hints(cond: Cond, crop: Crop, size: tuple[int, int]) -> Cond:
+    """Return the condition with the hints of a window of a state (h, w), those that have the state's size."""
+
+    def cropped(name: str, value: Tensor) -> Tensor:
+        is_map = name.startswith("hints.") and value.ndim == 4 and tuple(value.shape[-2:]) == size
+        return value[crop] if is_map else value
+
+    return cond if cond.hints is None else cond.of({name: cropped(name, v) for name, v in cond.items()})

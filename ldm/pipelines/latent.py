@@ -20,6 +20,8 @@ from ldm.pipelines.base import BasePipeline
 from ldm.pipelines.call import Call, Grid, Rules, SizeCondition, named_options
 from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair, prompt_conditions
+from ldm.pipelines.control.control_use import Controlling, as_controls
+from ldm.pipelines.control.controls import Controls, controlled_pair
 from ldm.pipelines.drafts import with_known_draft
 from ldm.pipelines.exemplars import Exemplars
 from ldm.pipelines.protocol import Known, Request
@@ -70,6 +72,7 @@ class LatentDiffusion(BasePipeline):
         self.denoiser = denoiser
         self.latent_scale = latent_scale
         self.card = card
+        self._controls: Controls | None = None
         self._exemplars: Exemplars | None = None
         if isinstance(text, ExemplarConditioner):
             self.origin = own = dict(self.origin)
@@ -105,6 +108,17 @@ class LatentDiffusion(BasePipeline):
             raise ValueError(f"{self.name!r} has no exemplars: it is conditioned on the prompt's text alone")
         return self._exemplars
 
+    @property
+    def controls(self) -> Controls:
+        """The networks that control the UNet by an image: load, list, remove (docs/control.md)."""
+        if self._controls is None:
+            self._controls = Controls(self.networks, self.name, self._check_weights)
+        return self._controls
+
+    def _check_weights(self) -> None:
+        """Raise ValueError if adapters are merged into the weights."""
+        self.adapters.check_saved()
+
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks by part: "unet", "vae", and those of the conditioner."""
         conditioner = {} if self.text is None else self.text.networks()
@@ -134,6 +148,7 @@ class LatentDiffusion(BasePipeline):
         progress: bool = True,
         on_step: OnStep | None = None,
         keep_steps: bool = False,
+        controls: Controlling | None = None,
         **sampler_options: Any,
     ) -> Images:
         """Draw images of a prompt, or of several.
@@ -156,17 +171,16 @@ class LatentDiffusion(BasePipeline):
             sizes: SDXL's size conditions.
             latents: Standard normal noise (B, C, h, w) in place of the seeds'.
             progress: Whether to show a progress bar, on a terminal.
-            on_step: Called after every step as (i, x, denoised); may return a new state, or raise
-                StopIteration to stop.
+            on_step: Called after every step as (i, x, denoised); may return a state, or raise StopIteration.
             keep_steps: Whether to decode the prediction of every step too, for `Images.animate`.
+            controls: Uses of what `pipe.controls` holds, each an `ldm.Control` (docs/control.md).
             sampler_options: Options of the sampler, such as `eta` of ddim.
 
         Returns:
             Images in [0, 1], with seeds and recipe. Decoded values outside [0, 1] are clamped.
 
         Raises:
-            ValueError: If a size does not fit the autoencoder, a name or an option is unknown, or the model
-                takes something else than text. The message names the choices.
+            ValueError: If an option is unknown or does not fit the model; the message names the choices.
 
         Warns:
             UnknownWords: If a prompt has words that the model has never seen.
@@ -213,8 +227,11 @@ class LatentDiffusion(BasePipeline):
 
     def settle(self, prompt: Any, **options: Any) -> Call:
         """Settle the options of a call (see `text_to_image`), check them, and warn of unknown words."""
+        wanted = as_controls(options.pop("controls", None))
         call = self.stage.settle(prompt, **options)
         self.stage.check_shape(call)
+        if wanted:
+            call = self.controls.settled(wanted, call, self.stage.shape(call)[1:], self.multiple)
         warn_unknown_words(self.name, self.text, (*call.prompts, *call.negatives))
         return call
 
@@ -235,6 +252,7 @@ class LatentDiffusion(BasePipeline):
         if draft is not None and stage.concat is None:
             latent, hole = (value.to(self.device) for value in draft)
             pair = with_known_draft(pair, latent, hole, getattr(self.text, "draft", None))
+        pair = controlled_pair(pair, call, self.device, self.dtype)
         for watcher in self.watchers:
             watcher.conditioned(pair)
         return pair

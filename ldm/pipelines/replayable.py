@@ -27,8 +27,14 @@ FILE_ARGUMENTS = (
     "image",
     "mask",
     "depth",
+    "hint",
 )  # arguments that are paths if they are texts; of others only a `Path` is
-SETTLED = ("convention", "grid", "sizes")  # options that the recipe holds already, as plain mappings
+SETTLED = (
+    "convention",
+    "grid",
+    "sizes",
+    "controls",
+)  # options that the recipe holds already, as plain mappings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +168,8 @@ def from_json(name: str, value: Any) -> Any:
     """
     if isinstance(value, list):
         return [from_json(name, part) for part in value]
+    if isinstance(value, Mapping) and name == "controls":
+        return {str(key): from_json(str(key), part) for key, part in value.items()}
     if isinstance(value, Mapping) and set(value) == ENTRY:
         return build(FileEntry, value, name)
     if name in FILE_ARGUMENTS and value is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm.registry.candidates import Candidate, Candidates, card_candidates, fit_candidates, tensor_shapes
 from ldm.registry.inspection_adapters import adapter_in, inspect_adapter
+from ldm.registry.inspection_controls import control_in, inspect_control
 from ldm.registry.inspection_diffusers import inspect_diffusers_folder
 from ldm.registry.inspection_ldm import (
     inspect_ldm_folder,
@@ -39,11 +40,13 @@ def inspect(
 
     Args:
         path: A single file, a folder in diffusers layout or one of its parts, or a folder or a file in ldm
-            layout: what `ldm.save` and `ldm export` write, and the models inside the package. Or an adapter.
+            layout: what `ldm.save` and `ldm export` write, and the models inside the package. Or an adapter,
+            or a control.
         candidates: The cards to compare with, given the detected family. Default: all known cards.
         nan: Whether to look for NaN and infinity, which reads every tensor. Default: False.
         digest: Whether to compute SHA-256, which reads every byte. Default: True.
-        model: The published model with which an adapter is compared. Default: that of its family.
+        model: The published model with which an adapter or a control is compared. Default: that of its
+            family.
 
     Returns:
         The report. What is wrong with a file is in `Report.problems`.
@@ -54,6 +57,8 @@ def inspect(
     path = Path(path)
     if path.exists() and not is_ldm_folder(path) and (adapter := adapter_in(path)) is not None:
         return inspect_adapter(adapter, model=model, nan=nan, digest=digest)
+    if path.exists() and not is_ldm_folder(path) and (control := control_in(path)) is not None:
+        return inspect_control(control, model=model, nan=nan, digest=digest)
     if path.is_dir():
         if is_ldm_folder(path):
             return inspect_ldm_folder(path, nan=nan, digest=digest)

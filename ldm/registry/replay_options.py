@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.catalog.cards import Defaults
 from ldm.images.opening import decode_image
+from ldm.pipelines.control.control_use import StatedControl
 from ldm.pipelines.replayable import FileEntry, from_json
 from ldm.support.config import convert
 from ldm.support.files import file_exists
@@ -88,6 +89,8 @@ def typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
         value = from_json(name, held)
         if value is None or isinstance(value, FileEntry):
             found[name] = value
+        elif name == "controls":
+            found[name] = list(convert(value, tuple[StatedControl, ...], name))
         elif name in IN_MEMORY:
             raise ValueError(f"{name}: a recipe does not hold it, got {shown(value)}")
         elif isinstance(value, list) and any(isinstance(each, FileEntry) for each in value):
@@ -159,10 +162,18 @@ def _sizes(options: Mapping[str, Any], usual: Defaults, limits: ReplayLimits) ->
     factor = max(options.get("factor") or 1, 1)
     sides = {side: max(options.get(side) or 0, 0) for side in ("left", "right", "top", "bottom")}
     for name, value in options.items():
-        for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, FileEntry):
-                w, h = image_size(name, Path(entry.path), limits)
-                yield (w + sides["left"] + sides["right"]) * (h + sides["top"] + sides["bottom"]) * factor**2
+        for entry in _files(value):
+            w, h = image_size(name, Path(entry.path), limits)
+            yield (w + sides["left"] + sides["right"]) * (h + sides["top"] + sides["bottom"]) * factor**2
+
+
+def _files(value: Any) -> Iterator[FileEntry]:
+    """Yield the files of an option."""
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, FileEntry):
+            yield entry
+        elif isinstance(entry, StatedControl):
+            yield from entry.files
 
 
 def image_size(name: str, path: Path, limits: ReplayLimits) -> tuple[int, int]:

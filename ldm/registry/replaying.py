@@ -12,11 +12,13 @@ from typing import Any, Literal
 import torch
 
 from ldm.images.result import Images, pixel_sha256
+from ldm.pipelines.control.control_use import StatedControl
+from ldm.pipelines.control.loaded_control import ControlEntry
 from ldm.pipelines.loaded_adapter import AdapterEntry
 from ldm.pipelines.replayable import BY_OPTIONS, FileEntry
 from ldm.registry.loading import load_model
 from ldm.registry.locating import WeightsRequest, resolve_card
-from ldm.registry.replay_adapters import Given, find_adapters, load_adapters
+from ldm.registry.replay_adapters import Given, find_additions
 from ldm.registry.replay_options import LIMITS, check_limits, typed_options
 from ldm.speed.optimization import optimize
 from ldm.support.config import build
@@ -56,6 +58,7 @@ class RecipeFacts:
         versions: Versions of the software, and the number of threads.
         loaded: Options of `ldm.load`.
         adapters: The adapters, in the order in which they were loaded.
+        control_networks: The networks of the controls.
         arguments: Arguments of the task; None if they are the recipe's other entries.
         inputs: SHA-256 of images that were given in memory.
         pixels: SHA-256 of the image's pixels.
@@ -73,6 +76,7 @@ class RecipeFacts:
     versions: Mapping[str, str | int]
     loaded: LoadedWith = LoadedWith()
     adapters: tuple[AdapterEntry, ...] = ()
+    control_networks: tuple[ControlEntry, ...] = ()
     arguments: Mapping[str, Any] | None = None
     inputs: Mapping[str, str | None] | None = None
     pixels: str | None = None
@@ -91,6 +95,7 @@ def replay(
     vocabulary: str | Path | None = None,
     safety: str | Path | None = None,
     adapters: Given = None,
+    controls: Given = None,
 ) -> Images:
     """Return the images of a recipe.
 
@@ -103,13 +108,12 @@ def replay(
         recipe: The recipe, as `Images.recipe` or `ldm.images.files.read_recipe` returns it. If it has an
             "index", only that image is returned.
         weights: File or folder that the model was loaded from, if it was not an embedded one.
-        limits: Whether a recipe that asks for more than `ldm.registry.replay_options.LIMITS` is refused.
-            Default: True.
+        limits: Whether a recipe beyond `ldm.registry.replay_options.LIMITS` is refused. Default: True.
         download: Whether weights that are not on this machine are downloaded. Default: False.
         vocabulary: See `ldm.load`.
         safety: File or folder of the safety checker, if it made images black.
-        adapters: Files of the adapters that the recipe names, or folders with them. Default: the folder
-            "adapters" below LDM_HOME.
+        adapters, controls: Files of the adapters and controls that the recipe names, or folders with them.
+            Default: the folders "adapters" and "controls" below LDM_HOME.
 
     Raises:
         ValueError: If the recipe is damaged, not replayable or beyond the limits, its task is unknown, or the
@@ -119,7 +123,7 @@ def replay(
     checked = checked_recipe(recipe, weights=weights, limits=limits)
     facts = checked.facts
     arguments = {name: _checked_files(name, value) for name, value in checked.arguments.items()}
-    files = find_adapters(facts.adapters, adapters)
+    load_additions = find_additions(facts.adapters, adapters, facts.control_networks, controls)
     if (black := any(name.startswith(SAFETY) for name in facts.weights)) and safety is None:
         raise ValueError("the image was made with a safety checker that makes images black: pass safety=PATH")
     request = WeightsRequest(
@@ -136,7 +140,7 @@ def replay(
     if black:
         origin = origin.joined({f"{SAFETY}{name}": value for name, value in pipe.safety.origin.items()})
     notes = compare_weights(facts, origin)
-    load_adapters(pipe, facts.adapters, files)
+    load_additions(pipe)
     images = _run(facts, pipe, arguments)
     notes += recipe_changes(recipe, images.recipe)
     images = images if facts.index is None else _one_image(images, facts.index, recipe)
@@ -200,6 +204,8 @@ def _checked_files(name: str, value: Any) -> Any:
     """Return an argument with the path in place of each `FileEntry`; ValueError if a file has changed."""
     if isinstance(value, FileEntry):
         return value.check(name)
+    if isinstance(value, StatedControl):
+        return value.checked()
     return [_checked_files(name, each) for each in value] if isinstance(value, list) else value
 
 

@@ -173,4 +173,4 @@ class Flat(nn.Module):
         """Return the output of the network."""
         own = len(tensors) - len(self.names)
         fields = dict(zip(self.names, tensors[own:], strict=True))
-        return self.network(*tensors[:own], *([Cond(**fields)] if isinstance(self.network, UNet) else []))
+        return self.network(*tensors[:own], *([Cond.of(fields)] if isinstance(self.network, UNet) else []))

@@ -69,6 +69,19 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
     return note
 
 
+def exchange_like(network: nn.Module, other: nn.Module) -> None:
+    """Exchange the layers of a network for fast ones if those of another network are.
+
+    Args:
+        network: The network, which is changed in place.
+        other: The network that it follows, with convolutions and group norms.
+    """
+    parts = list(other.modules())
+    if any(isinstance(part, PackedConv2d) for part in parts):
+        norms = (part for part in parts if isinstance(part, FastGroupNorm))
+        exchange(network, any(isinstance(norm.ops, CompiledOps) for norm in norms))
+
+
 def exchange_back(pipe: nn.Module) -> None:
     """Exchange fast layers for plain ones."""
     for part in list(pipe.modules()):

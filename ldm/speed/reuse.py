@@ -14,21 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
-from ldm.models.unet import UNet, UNetLevel
+from ldm.models.unet import UNet, with_residuals
+from ldm.models.unet_encoder import UNetLevel
 from ldm.speed.networks import unets
 from ldm.speed.packed import Packed
 from ldm.speed.substitute import Substitute
 from ldm.support.derived import kept_for_call, version
 
+FROM_CONTROLS = ("features.", "residuals.")  # fields of `Cond` that are new in every step
 MOST_EVALUATIONS = 16  # evaluations of a step whose features `Reuse` keeps
 
 
 class CondKey(NamedTuple):
     """What identifies the inputs of an evaluation.
 
+    What controls add is new in every step, as x_t is, and does not count.
+
     Attributes:
         shape: Shape of x_t.
-        fields: Name, reference and version counter of each field of the condition.
+        fields: Name, reference and version counter of each other field of the condition.
     """
 
     shape: torch.Size
@@ -38,12 +42,12 @@ class CondKey(NamedTuple):
     def of(cls, x_t: Tensor, cond: Cond) -> CondKey:
         """Return the key of x_t and a condition."""
         return cls(
-            x_t.shape, tuple((name, weakref.ref(value), version(value)) for name, value in cond.items())
+            x_t.shape, tuple((name, weakref.ref(value), version(value)) for name, value in lasting(cond))
         )
 
     def matches(self, x_t: Tensor, cond: Cond) -> bool:
         """Return whether x_t has the same shape, and the condition the same tensors, not written to since."""
-        given = cond.items()
+        given = lasting(cond)
         return (
             self.shape == x_t.shape
             and [name for name, _ in given] == [name for name, _, _ in self.fields]
@@ -52,6 +56,11 @@ class CondKey(NamedTuple):
                 for (_, value), (_, ref, written) in zip(given, self.fields, strict=True)
             )
         )
+
+
+def lasting(cond: Cond) -> list[tuple[str, Tensor]]:
+    """Return the entries of a condition that are the same in every step."""
+    return [(name, value) for name, value in cond.items() if not name.startswith(FROM_CONTROLS)]
 
 
 @dataclass
@@ -142,9 +151,10 @@ class Reuse(Substitute[UNet]):
 
     def _full_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Return the output of the whole network, and the input of the first of the last blocks."""
-        down, up = down_path(self.module), up_path(self.module)
-        x, emb, skips = self._way_down(x_t, t, cond, len(down))
+        up = up_path(self.module)
+        x, emb, skips = self._way_down(x_t, t, cond)
         x = self.module.mid_block(x, emb, cond.context, cond.context_mask)  # (B, channels[-1], h', w')
+        x, skips = self.module.with_additions(x, cond), with_residuals(skips, cond)
         first = len(up) - self.branch - 1
         features = self._way_up(x, emb, cond, skips, up[:first])
         return self._output(self._way_up(features, emb, cond, skips, up[first:])), features
@@ -153,12 +163,12 @@ class Reuse(Substitute[UNet]):
         """Return the output of the network with kept features in place of its deep part."""
         _, emb, skips = self._way_down(x_t, t, cond, self.branch)
         up = up_path(self.module)[-self.branch - 1 :]
-        return self._output(self._way_up(features, emb, cond, skips, up))
+        return self._output(self._way_up(features, emb, cond, with_residuals(skips, cond), up))
 
     # `UNet.forward` in parts, which the two evaluations share
 
     def _way_down(
-        self, x_t: Tensor, t: Tensor, cond: Cond, blocks: int
+        self, x_t: Tensor, t: Tensor, cond: Cond, blocks: int | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the map behind the first blocks of the way down, the embedding and the skips."""
         net = self.module
@@ -166,15 +176,7 @@ class Reuse(Substitute[UNet]):
         net.check(x, cond)
         emb = net.embed(t, cond, x_t.dtype)  # (B, D)
         x = net.conv_in(x)  # (B, channels[0], h, w)
-        skips = [x]
-        for level, i in down_path(net)[:blocks]:
-            # (B, channels[level], h', w')
-            x = (
-                level.downsample(x, emb)
-                if i is None
-                else level.block(i, x, emb, cond.context, cond.context_mask)
-            )
-            skips.append(x)
+        x, skips = net.way_down(x, emb, cond, blocks)
         return x, emb, skips
 
     def _way_up(
@@ -192,15 +194,6 @@ class Reuse(Substitute[UNet]):
     def _output(self, x: Tensor) -> Tensor:
         """Return the prediction (B, C_out, h, w) of the last map."""
         return self.module.conv_out(F.silu(self.module.conv_norm_out(x)))
-
-
-def down_path(net: UNet) -> list[tuple[UNetLevel, int | None]]:
-    """Return the level and the block of each step on the way down; the block of a change of size is None."""
-    return [
-        (level, i)
-        for level in net.down_blocks
-        for i in (*range(net.config.blocks), *([None] if level.downsamplers is not None else []))
-    ]
 
 
 def up_path(net: UNet) -> list[tuple[UNetLevel, int]]:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig, VisionTower
+from ldm.models.control.control_net import ControlNet, ControlNetConfig
+from ldm.models.control.ip_adapter import IPAdapter, IPAdapterConfig
+from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
@@ -33,6 +36,7 @@ from ldm.support.text import escaped
 from ldm.weights.keymap import IDENTITY, Section, Shape, Table, from_file, to_file
 from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.clip import clip_table
+from ldm.weights.rules.control import control_net_table, t2i_adapter_table
 from ldm.weights.rules.decoder import decoder_table
 from ldm.weights.rules.prior import prior_table
 from ldm.weights.rules.unet import unet_table
@@ -60,6 +64,9 @@ NETWORKS: dict[type, type[nn.Module]] = {
     MoVQConfig: MoVQ,
     AugmentationConfig: NoiseAugmentation,
     XLMRConfig: XLMR,
+    ControlNetConfig: ControlNet,
+    T2IAdapterConfig: T2IAdapter,
+    IPAdapterConfig: IPAdapter,
 }
 SAME_NAMES = Table((Section("", "", IDENTITY),))
 
@@ -119,6 +126,10 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
                 f" {config.heads}"
             )
         return unet_table(names, heads=config.heads, head_dim=config.head_dim)
+    if isinstance(module, ControlNet):
+        return control_net_table(names)
+    if isinstance(module, T2IAdapter):
+        return t2i_adapter_table(module.config)
     if isinstance(module, AutoencoderKL | VQModel):
         return vae_table(names)
     return bert_table(names) if isinstance(module, LDMBert) else SAME_NAMES

@@ -18,6 +18,8 @@ from transformers.configuration_utils import PretrainedConfig
 
 from ldm.catalog.shapes import DECODERS, UNETS, UPSAMPLERS, VAES
 from ldm.models.clip.towers import TextConfig, VisionConfig
+from ldm.models.control.control_net import ControlNetConfig
+from ldm.models.control.t2i_adapter import T2IAdapterConfig
 from ldm.models.text.bert import BertConfig
 from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.prior import PriorConfig
@@ -48,6 +50,8 @@ CONFIGS: dict[str, Any] = {
 OWN: dict[str, object] = {
     "UNet2DModel": UNETS["celebahq"],
     "UNet2DConditionModel": UNETS["sdxl"],
+    "T2IAdapter": T2IAdapterConfig(),
+    "ControlNetModel": ControlNetConfig.of_unet(UNETS["sdxl"]),
     "AutoencoderKL": VAES["kl-f8"],
     "VQModel": VAES["vq-f4"],
     "AutoencoderTiny": VAES["taesd"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -19,6 +19,8 @@ from ldm.models.layers.norm import SpatialNorm, group_norm_32
 
 # probabilities (B, H, L, M) float32 -> replacements of the same shape, or None to keep them
 AttentionControl = Callable[[Tensor], Tensor | None]
+# queries (B, H, L, d) -> what is added to the product, of the same shape
+AttentionAddition = Callable[[Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,6 +93,8 @@ def attend_controlled(
 # The controls of this thread (or task), by the identity of the attention. They are not on the modules, which
 # threads share; a module only counts how many blocks control it, in any thread.
 _CONTROLS: ContextVar[Mapping[int, tuple[AttentionControl, ...]]] = ContextVar("controls", default={})  # noqa: B039
+# What is added to the products of this thread's attentions, in the same way.
+_JOINED: ContextVar[Mapping[int, tuple[AttentionAddition, ...]]] = ContextVar("joined", default={})  # noqa: B039
 _COUNTING = Lock()
 
 
@@ -145,6 +149,30 @@ def attention_control(
         _CONTROLS.reset(token)
 
 
+@contextmanager
+def joined_attention(additions: Mapping[Attention, Sequence[AttentionAddition]]) -> Iterator[None]:
+    """Add to the products of attentions, before their output projections, inside a `with` block.
+
+    The calls of other threads are not changed.
+
+    Args:
+        additions: For each attention, functions of its queries (B, H, L, d).
+    """
+    outer = _JOINED.get()
+    own = {id(part): (*outer.get(id(part), ()), *found) for part, found in additions.items()}
+    token = _JOINED.set({**outer, **own})
+    with _COUNTING:
+        for part in additions:
+            part.joined += 1
+    try:
+        yield
+    finally:
+        with _COUNTING:
+            for part in additions:
+                part.joined -= 1
+        _JOINED.reset(token)
+
+
 def _count_controls(parts: Iterable[Attention], change: int) -> None:
     with _COUNTING:
         for part in parts:
@@ -163,9 +191,11 @@ class Attention(nn.Module):
 
     Attributes:
         controlled: Number of `attention_control` blocks that the attention is in, in any thread.
+        joined: Number of `joined_attention` blocks that it is in, in any thread.
     """
 
     controlled: int = 0
+    joined: int = 0
 
     @property
     def controls(self) -> tuple[AttentionControl, ...]:
@@ -209,7 +239,10 @@ class Attention(nn.Module):
             mask = (
                 rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
             )
-        return self.to_out[0](rearrange(self.product(q, k, v, mask), "b h l d -> b l (h d)"))
+        y = self.product(q, k, v, mask)  # (B, H, L, d)
+        for addition in _JOINED.get().get(id(self), ()) if self.joined else ():
+            y = y + addition(q)  # (B, H, L, d)
+        return self.to_out[0](rearrange(y, "b h l d -> b l (h d)"))
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return `attend` of the arguments, through the controls if there are any."""

@@ -16,9 +16,11 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg, compose
 from ldm.diffusion.interfaces import Denoised, DenoiseFn, NoiseFn, OnStep
 from ldm.diffusion.noise import initial_noise, keyed_noise, keyed_normal
+from ldm.models.control.controlled import Controlled
 from ldm.pipelines.call import Call, settle
 from ldm.pipelines.checks import check_hooks
-from ldm.pipelines.conditions import Pair, crop_condition
+from ldm.pipelines.conditions import Pair, crop_condition, crop_hints
+from ldm.pipelines.control.control_use import control_parts
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.windows import Crop, windowed
 from ldm.support.progress import progress_bar
@@ -190,6 +192,7 @@ class Stage:
 
         def of_window(crop: Crop) -> DenoiseFn:
             cropped = (crop_condition(pair[0], crop, size), crop_condition(pair[1], crop, size))
+            cropped = (crop_hints(cropped[0], crop, size), crop_hints(cropped[1], crop, size))
             return self._guided(call, cropped, image_guidance)
 
         if tile >= max(size):
@@ -226,11 +229,18 @@ class Stage:
         return self.clamped(compose(denoiser, weights, nothing))
 
     def quantized(self, call: Call) -> Denoiser:
-        """Return the denoiser; it rounds t to table entries where the call's convention does."""
+        """Return the denoiser of a call, with the call's controls around its network.
+
+        It rounds t to table entries where the call's convention does.
+        """
         own = self.denoiser
-        if own.quantize or not call.rules.quantize:
+        quantize, net = own.quantize or call.rules.quantize, own.net
+        if call.controls:
+            t = call.grid.t.round() if quantize else call.grid.t
+            net = Controlled(net, control_parts(call.controls, own.schedule.network_time(t).tolist()))
+        if net is own.net and quantize == own.quantize:
             return own
-        return Denoiser(own.net, own.schedule, own.prediction, learned_var=own.learned_var, quantize=True)
+        return Denoiser(net, own.schedule, own.prediction, learned_var=own.learned_var, quantize=quantize)
 
     def clamped(self, fn: DenoiseFn) -> DenoiseFn:
         """Return a DenoiseFn whose x0 is clamped as the card says."""

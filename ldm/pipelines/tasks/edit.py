@@ -156,6 +156,10 @@ def led_by_source(
         The call of 2·B images, the sources first, and its guided denoiser.
     """
     stage, n = pipe.stage, len(call.seeds)
+    if call.controls:
+        raise ValueError(
+            "controls: an edit with attention of the source takes none; expected cross=0, within=0"
+        )
     if not hasattr(pipe.text, "places"):
         raise ValueError(
             f"{stage.name!r} does not read words that can be found again, so attention cannot be"

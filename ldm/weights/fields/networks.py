@@ -113,9 +113,25 @@ PRIOR_FIELDS: Fields = {
     "embedding_proj_dim": by_shapes(None),
     "clip_embed_dim": by_shapes(None),
 }
+CONTROL_NET: Fields = {
+    **CONDITIONAL,
+    "conditioning_channels": by_shapes(3),
+    "conditioning_embedding_out_channels": by_shapes((16, 32, 96, 256)),
+    "controlnet_conditioning_channel_order": followed("rgb", "the order in which hints are read"),
+    "global_pool_conditions": followed(False, "residuals are averaged over positions"),
+}
+T2I_ADAPTER: Fields = {
+    "in_channels": by_shapes(3),
+    "channels": by_shapes((320, 640, 1280, 1280)),
+    "num_res_blocks": by_shapes(2),
+    "downscale_factor": by_shapes(8),
+    "adapter_type": by_card("full_adapter"),
+}
 NETWORK_CLASSES: dict[str, Fields] = {
     "UNet2DModel": UNCONDITIONAL,
     "UNet2DConditionModel": CONDITIONAL,
+    "ControlNetModel": CONTROL_NET,
+    "T2IAdapter": T2I_ADAPTER,
     "AutoencoderKL": {
         **AUTOENCODER_COMMON,
         "shift_factor": followed(None, "subtracted from the latents before they are scaled"),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.models.clip.towers import TextConfig, VisionConfig
+from ldm.models.control.control_net import ControlNetConfig
+from ldm.models.control.t2i_adapter import T2IAdapterConfig
 from ldm.models.text.bert import BertConfig
 from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.decoder import DecoderConfig
@@ -68,6 +70,11 @@ def expected_fields(config: object) -> dict[str, Any]:
     """Return the fields of config.json that the shapes of a network's tensors do not determine."""
     if isinstance(config, UNetConfig):
         return expected_unet(config)
+    if isinstance(config, T2IAdapterConfig):
+        xl = "_xl" if config.halved[:2] == (False, False) else ""
+        return {"adapter_type": "light_adapter" if config.light else f"full_adapter{xl}"}
+    if isinstance(config, ControlNetConfig):
+        return expected_unet(config.unet)
     if isinstance(config, DecoderConfig):
         condition = config.condition
         kind = "karlo" if condition.interleaved else "kandinsky21" if condition.text_dim else "kandinsky22"

@@ -1,0 +1,1 @@
+"""Controls of pipelines: how calls use them, their hints, and `pipe.controls`."""
