@@ -293,7 +293,7 @@ def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
     return table[value]
 
 
-OPTIONAL_PARTS = ("draft", "exemplars")
+OPTIONAL_PARTS = ("draft", "layout")
 """Parts that a model without stated networks may have."""
 
 

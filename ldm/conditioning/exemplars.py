@@ -1,21 +1,25 @@
-"""The conditioner of a model with exemplars: the text by slot words, the things by images from a library."""
+"""The conditioner of a model with exemplars.
+
+The text is read with slot words in place of things, and the things are images from a library, in a layout.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.exemplar_library import ExemplarLibrary
+from ldm.conditioning.layouts import draw_layouts, layout_denoiser, slots_of
 from ldm.conditioning.prompt import parse, plain_texts
 from ldm.conditioning.reading import encode_prompts, weighted_mean, word_positions
 from ldm.conditioning.things import SLOT_WORDS, Lexicon, Mention, ReadText
 from ldm.diffusion.cond import Cond
-from ldm.models.exemplars import ExemplarEncoder, multiplied
-from ldm.support.device import computing_dtype
+from ldm.models.dit import DiT
+from ldm.models.layout import ThingLayout, multiplied, place_exemplars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,47 +34,71 @@ class _Alternative:
         return self.spans[-1].mentions
 
 
-class ExemplarConditioner(nn.Module):
-    """A text tower that reads slot words, and an encoder of exemplars.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReadPrompt:
+    """A prompt as a model with exemplars reads it.
 
-    The context of a prompt is the tokens of its exemplars, L for each slot and masked where the prompt names
-    fewer things, followed by the tokens of its text.
+    Attributes:
+        alternatives: What it says; several in a blend.
+        text: The context of its text, (1, M, D), with its mask.
+    """
+
+    alternatives: tuple[_Alternative, ...]
+    text: Cond
+
+    @property
+    def things(self) -> int:
+        """The number of things that it names, the largest of a blend's alternatives."""
+        return max(len(alternative.mentions) for alternative in self.alternatives)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacedThings:
+    """The exemplars of a prompt's things, and where they lie.
+
+    Attributes:
+        images: Colors multiplied by opacity, and opacity, (1, K, 4, S, S), 0 where there is no thing.
+        layout: One layout.
+    """
+
+    images: Tensor
+    layout: ThingLayout
+
+
+class ExemplarConditioner(nn.Module):
+    """A text tower that reads slot words, a prior over layouts, and a library of exemplars.
+
+    The context of a prompt is the tokens of its text, in which slot words stand for things. The seed draws a
+    layout of the things and, where the prompt leaves it open, their exemplars, which are placed so.
 
     Args:
         text: The text tower, trained on words of grammar, its `known_words`, and on slot words.
-        encoder: The encoder of exemplars, whose tokens are as wide as the text's.
+        layout: The network of the prior over layouts.
         library: The exemplars.
+        cell: Side of a number of the latent in pixels.
 
     Raises:
         ValueError: If it is not known which words the text tower was trained on, its padding is not masked,
-            the widths differ, or the encoder reads images of another size than the library's.
+            or the prior reads texts of another width.
     """
 
-    def __init__(
-        self,
-        text: TextConditioner,
-        encoder: ExemplarEncoder,
-        library: ExemplarLibrary,
-    ) -> None:
+    def __init__(self, text: TextConditioner, layout: DiT, library: ExemplarLibrary, *, cell: int) -> None:
         super().__init__()
         if text.known_words is None:
             raise ValueError("the text tower does not state the words that it was trained on")
         if not text.convention.masked:
             raise ValueError("the padding of the text tower is not masked: expected text: {masked: true}")
-        if encoder.config.width != text.width:
+        if layout.config.context_dim != text.width:
             raise ValueError(
-                f"exemplar tokens are {encoder.config.width} wide, the text's are"
-                f" {text.width}: expected the same"
-            )
-        if encoder.config.size != library.size:
-            raise ValueError(
-                f"the encoder reads {encoder.config.size} pixels, the library has"
-                f" {library.size}: expected the same"
+                f"the prior over layouts reads a text of width {layout.config.context_dim}, the text tower"
+                f" has {text.width}: expected the same"
             )
         self.text = text
-        self.encoder = encoder
+        self.layout = layout
         self.library = library
+        self.cell = cell
         self.grammar = text.known_words
+        self.slots = slots_of(layout.config)
 
     @property
     def width(self) -> int:
@@ -89,20 +117,19 @@ class ExemplarConditioner(nn.Module):
 
         Args:
             prompts: B prompts, with weights and blends as everywhere.
-            size: Not read.
+            size: (h, w) of the latent, whose image is the canvas. Default: that of the library's images.
             seeds: B seeds, which choose the exemplars that a prompt leaves open. A single prompt may have
                 several seeds; if it names a thing, it has a condition for each. Default: 0 for all.
 
         Returns:
-            A Cond with context (B, K·L + M, D), its mask, and exemplars (B, K, 4, S, S).
+            A Cond with context (B, M, D), its mask, and exemplars (B, K, 4, H, W).
 
         Raises:
             ValueError: If there are several prompts and another number of seeds.
         """
         lexicon = self.lexicon
-        read = {prompt: self._read(prompt, lexicon) for prompt in dict.fromkeys(prompts)}
-        texts = {prompt: self._text(prompt, alternatives) for prompt, alternatives in read.items()}
-        if len(prompts) == 1 and any(alternative.mentions for alternative in read[prompts[0]]):
+        read = {prompt: self.read(prompt, lexicon) for prompt in dict.fromkeys(prompts)}
+        if len(prompts) == 1 and read[prompts[0]].things:
             prompts = list(prompts) * max(1, len(seeds))
         seeds = seeds or [0] * len(prompts)
         if len(prompts) > 1 and len(seeds) != len(prompts):
@@ -111,22 +138,61 @@ class ExemplarConditioner(nn.Module):
             )
         conds = []
         for prompt, seed in zip(prompts, seeds, strict=False):
-            tokens, mask, images = self._exemplars(read[prompt], seed)  # (1, K·L, D), (1, K·L)
-            text = texts[prompt]
-            assert text.context is not None and text.context_mask is not None
-            context = torch.cat([tokens, text.context], dim=1)
-            mask = torch.cat([mask, text.context_mask], dim=1)
-            conds.append(Cond(context=context, context_mask=mask, exemplars=images))
+            things = self.draw_things(read[prompt], seed)
+            conds.append(self.condition(read[prompt], [things], size))
         return Cond.cat(conds)
 
-    def _read(self, prompt: str, lexicon: Lexicon) -> list[_Alternative]:
+    def read(self, prompt: str, lexicon: Lexicon | None = None) -> ReadPrompt:
+        """Return a prompt as the model reads it.
+
+        Args:
+            prompt: The prompt.
+            lexicon: The conditioner's `lexicon`, where it is at hand.
+        """
+        alternatives = self._alternatives(prompt, self.lexicon if lexicon is None else lexicon)
+        return ReadPrompt(alternatives=tuple(alternatives), text=self._text(prompt, alternatives))
+
+    def draw_things(self, read: ReadPrompt, seed: int) -> PlacedThings:
+        """Draw what a prompt leaves open: the exemplars of its things and their layout.
+
+        The exemplars of a blend are the means of its alternatives', weighted by their shares, in one layout.
+        """
+        images = [multiplied(self._chosen(alternative.mentions, seed)) for alternative in read.alternatives]
+        return PlacedThings(
+            images=weighted_mean(images, [alternative.share for alternative in read.alternatives]),
+            layout=draw_layouts(layout_denoiser(self.layout), read.text, [read.things], seeds=[seed]),
+        )
+
+    def condition(
+        self, read: ReadPrompt, things: Sequence[PlacedThings], size: tuple[int, int] | None = None
+    ) -> Cond:
+        """Return the conditions of a prompt with B choices of what it leaves open; see `forward`."""
+        side = self.library.size
+        canvas = (side, side) if size is None else (size[0] * self.cell, size[1] * self.cell)
+        placed = [place_exemplars(each.images, each.layout, canvas) for each in things]
+        return replace(read.text.expand(len(things)), exemplars=torch.cat(placed))
+
+    def shown(self, images: Tensor) -> Cond:
+        """Return the condition of B images that are shown as they are, as a thing that fills the canvas.
+
+        Args:
+            images: Shape (B, 3, H, W) in [0, 1].
+        """
+        ids = [self.text.tokenizer.encode(SLOT_WORDS[0])]
+        states = self.text.encode(ids)
+        canvas = images.new_zeros(len(images), self.slots, 4, *images.shape[-2:], dtype=torch.float32)
+        canvas[:, 0, :3], canvas[:, 0, 3] = images, 1
+        text = Cond(context=states.tokens, context_mask=states.mask).expand(len(images))
+        return replace(text, exemplars=canvas.to(self.device))
+
+    def _alternatives(self, prompt: str, lexicon: Lexicon) -> list[_Alternative]:
         """Return the alternatives of a prompt; the things of each have the slots in their order."""
         found = []
         for branch in parse(prompt):
             spans: list[ReadText] = []
             for span in branch.spans:
                 taken = spans[-1].mentions if spans else ()
-                spans.append(lexicon.read(span.text, slots=self.encoder.config.slots, taken=taken))
+                spans.append(lexicon.read(span.text, slots=self.slots, taken=taken))
             found.append(_Alternative(share=branch.share, spans=tuple(spans)))
         return found
 
@@ -149,60 +215,29 @@ class ExemplarConditioner(nn.Module):
         tokenizer = self.text.tokenizer
         return [(word, tuple(tokenizer.encode(own))) for word, own in words]
 
-    def _exemplars(self, alternatives: Sequence[_Alternative], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens of a prompt's exemplars (1, K·L, D), their mask, and the images (1, K, 4, S, S).
-
-        Of a blend, tokens and images are the means of its alternatives', weighted by their shares.
-        """
-        config = self.encoder.config
-        device = self.encoder.embed_in.weight.device
-        shares = [alternative.share for alternative in alternatives]
-        images = [self._chosen(alternative.mentions, seed) for alternative in alternatives]
-        tokens = [
-            self._encoded(own, len(alternative.mentions))
-            for own, alternative in zip(images, alternatives, strict=True)
-        ]
-        slots = torch.arange(config.slots, device=device).repeat_interleave(config.tokens)  # (K·L,)
-        most = max(len(alternative.mentions) for alternative in alternatives)
-        mixed = weighted_mean([multiplied(own) for own in images], shares)
-        return weighted_mean(tokens, shares), (slots < most)[None], mixed
-
     def _chosen(self, mentions: Sequence[Mention], seed: int) -> Tensor:
         """Return the images of things, (1, K, 4, S, S) float32, transparent where there is no thing."""
-        config, device = self.encoder.config, self.encoder.embed_in.weight.device
-        images = torch.zeros(1, config.slots, 4, config.size, config.size, dtype=torch.float32, device=device)
+        side = self.library.size
+        images = torch.zeros(1, self.slots, 4, side, side, dtype=torch.float32, device=self.device)
         for slot, mention in enumerate(mentions):
             images[0, slot] = self.library.pixels(self.library.choose(mention, seed, slot))
         return images
 
-    def _encoded(self, images: Tensor, things: int) -> Tensor:
-        """Return the tokens of the first of images (1, K, 4, S, S), (1, K·L, D), zero for the others."""
-        config, dtype = self.encoder.config, computing_dtype(self.encoder)
-        images = images.to(self.encoder.embed_in.weight.device, dtype)  # (1, K, 4, S, S)
-        tokens = images.new_zeros(1, config.slots * config.tokens, config.width)
-        if things:
-            tokens[:, : things * config.tokens] = self.encoder(images[:, :things])
-        return tokens
+    @property
+    def device(self) -> torch.device:
+        """Where the prior is."""
+        return self.layout.embed_in.weight.device
 
     def places(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt that the model reads, and their positions in the context.
 
-        The phrase of a thing has the positions of its exemplar's tokens and of its slot word. Of a blend
-        only the first alternative counts.
+        The phrase of a thing has the positions of its slot word. Of a blend only the first alternative
+        counts.
         """
-        config = self.encoder.config
-        first = self._read(prompt, self.lexicon)[0]
-        spans = iter(first.spans)
-        found = word_positions(
+        spans = iter(self._alternatives(prompt, self.lexicon)[0].spans)
+        return word_positions(
             parse(prompt)[0].spans, lambda _: self._ids(next(spans)), self.text.room, self.text.padded_length
         )
-        slots = [slot for span in first.spans for slot in span.slots]
-        offset = config.slots * config.tokens
-        placed = []
-        for (word, positions), slot in zip(found, slots, strict=True):
-            own = [] if slot is None else list(range(slot * config.tokens, (slot + 1) * config.tokens))
-            placed.append((word, own + [offset + position for position in positions]))
-        return placed
 
     def unknown(self, prompt: str) -> list[str]:
         """Return the words of a prompt that are left out, in order, each once.
@@ -210,10 +245,10 @@ class ExemplarConditioner(nn.Module):
         These are words that are neither grammar nor nouns of the library, and things beyond the number of
         slots.
         """
-        lexicon, slots = self.lexicon, self.encoder.config.slots
+        lexicon, slots = self.lexicon, self.slots
         texts = plain_texts(prompt)
         return list(dict.fromkeys(word for text in texts for word in lexicon.read(text, slots=slots).unknown))
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return the text tower as "text", and the encoder as "exemplars"."""
-        return {**self.text.networks(), "exemplars": self.encoder}
+        """Return the text tower as "text", and the prior as "layout"."""
+        return {**self.text.networks(), "layout": self.layout}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-PRECISE_FIELDS = ("guidance", "exemplars")
+PRECISE_FIELDS = ("guidance",)
 """The fields whose dtype `Cond.to` keeps."""
 
 
@@ -30,8 +30,8 @@ class Cond:
         residuals: What ControlNets add to a UNet: a map for each map that its way up reads, and one for its
             middle, shapes (B, C, h', w') or (B, C, 1, 1).
         guidance: Guidance scale that the network embeds, shape (B,).
-        exemplars: Images of K things in [0, 1], red, green and blue multiplied by opacity, and opacity, shape
-            (B, K, 4, S, S).
+        exemplars: Images of K things in [0, 1] as they lie on the canvas, red, green and blue multiplied by
+            opacity, and opacity, shape (B, K, 4, H, W).
 
     Raises:
         ValueError: If the batch sizes differ, or the mask does not match the context.
@@ -97,8 +97,7 @@ class Cond:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """Return the Cond on a device, its floating-point fields in a dtype.
 
-        The mask stays bool. The guidance scale keeps its dtype, as it is the argument of a sinusoid, and so
-        do exemplars, whose pixels are sampled.
+        The mask stays bool. The guidance scale keeps its dtype, as it is the argument of a sinusoid.
         """
         moved = {}
         for name, value in self.items():

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ldm.diffusion.cond import Cond
 from ldm.models.checks import check_positive
 from ldm.models.clip.transformer import MLP
+from ldm.models.exemplars import CellHead, ExemplarCells
 from ldm.models.layers.attention import Attention
 from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
 from ldm.models.layers.modules import ModuleListOf
-from ldm.models.views import View, exemplar_planes, first_sight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,9 @@ class DiTConfig:
         context_dim: Width D_c of the context.
         guidance_dim: Width of the sinusoid of `Cond.guidance`, for a network that embeds the guidance scale.
             None for one that does not. Default: None.
-        views: Numbers of the blocks, from 0, before which the tokens look at `Cond.exemplars`; see
-            `ldm.models.views`. Default: none, for a network that takes no exemplars.
-        slots: Largest number K of exemplars. Default: 2.
-        cell: Side of a number of the latent in pixels, by which a token's patch of an exemplar is as large as
-            its patch of the image. Default: 8.
+        slots: Number K of things whose exemplars lie on a canvas, `Cond.exemplars`; 0 for a network that
+            takes none. Default: 0.
+        cell: Side of a number of the latent in pixels of that canvas. Default: 8.
 
     Raises:
         ValueError: If a number is below 1, the width is not such a multiple, or there is no such block.
@@ -54,8 +52,7 @@ class DiTConfig:
     head_dim: int = 32
     context_dim: int
     guidance_dim: int | None = None
-    views: tuple[int, ...] = ()
-    slots: int = 2
+    slots: int = 0
     cell: int = 8
 
     def __post_init__(self) -> None:
@@ -68,15 +65,12 @@ class DiTConfig:
             head_dim=self.head_dim,
             context_dim=self.context_dim,
             guidance_dim=self.guidance_dim,
-            slots=self.slots,
             cell=self.cell,
         )
         if self.width % self.head_dim or self.width % 4:
             raise ValueError(f"width {self.width}: expected a multiple of 4 and of head_dim {self.head_dim}")
-        if list(self.views) != sorted({view for view in self.views if 0 <= view < self.depth}):
-            raise ValueError(
-                f"views {list(self.views)}: expected rising numbers of blocks, 0 to {self.depth - 1}"
-            )
+        if self.slots < 0:
+            raise ValueError(f"slots {self.slots}: expected at least 0")
 
     @property
     def multiple(self) -> int:
@@ -171,7 +165,8 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         width, area = config.width, config.patch**2
-        self.embed_in = nn.Linear(area * config.in_channels, width)
+        channels = config.in_channels + config.slots * ExemplarCells.DIM  # of a cell
+        self.embed_in = nn.Linear(area * channels, width)
         self.embed_position = nn.Linear(width, width, bias=False)
         self.time_embedding = VectorMLP(width, width, extra_dim=config.guidance_dim)
         self.time_modulation = nn.Linear(width, 6 * width)
@@ -179,17 +174,19 @@ class DiT(nn.Module):
             DiTBlock(width, head_dim=config.head_dim, context_dim=config.context_dim)
             for _ in range(config.depth)
         )
-        self.views: ModuleListOf[View] = ModuleListOf(
-            View(
-                width,
-                channels=area * config.in_channels,
-                slots=config.slots,
-                pixels=config.patch * config.cell,
-            )
-            for _ in config.views
-        )
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
-        self.proj_out = nn.Linear(width, area * config.out_channels)
+        self.exemplars = ExemplarCells(config.cell) if config.slots else None
+        self.proj_out = (
+            CellHead(
+                width,
+                in_channels=config.in_channels,
+                slots=config.slots,
+                out_channels=config.out_channels,
+                patch=config.patch,
+            )
+            if config.slots
+            else nn.Linear(width, area * config.out_channels)
+        )
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the raw prediction.
@@ -206,25 +203,22 @@ class DiT(nn.Module):
         Raises:
             ValueError: If x_t or the condition does not fit the configuration; see `check`.
         """
-        x = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)  # (B, C_in, h, w)
-        self.check(x, cond)
-        config, (h, w) = self.config, x.shape[-2:]
-        p, context = config.patch, cond.context
+        cells = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)  # (B, C_in, h, w)
+        self.check(cells, cond)
+        if self.exemplars is not None and cond.exemplars is not None:
+            cells = torch.cat([cells, self.exemplars(cond.exemplars)], dim=1)  # (B, C_in + K·E, h, w)
+        p, (h, w), context = self.config.patch, cells.shape[-2:], cond.context
         assert context is not None
-        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, L, C_in·p²)
-        h, w = h // p, w // p
-        positions = plane_sinusoid(h, w, config.width, device=x.device).to(x.dtype)  # (L, D)
+        patches = rearrange(cells, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        positions = plane_sinusoid(h // p, w // p, self.config.width, device=cells.device).to(cells.dtype)
         x = self.embed_in(patches) + self.embed_position(positions)  # (B, L, D)
         emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
-        views = dict(zip(config.views, self.views, strict=True))
-        planes = None if cond.exemplars is None else exemplar_planes(cond.exemplars)
-        sight = None if planes is None else first_sight(len(x), h, w, planes[0].shape[1], x.device)
-        for i, block in enumerate(self.blocks):
-            if planes is not None and sight is not None and i in views:
-                x, sight = views[i](x, patches, sight, planes, h, w)  # (B, L, D)
+        for block in self.blocks:
             x = block(x, emb, context, cond.context_mask)  # (B, L, D)
-        x = self.proj_out(self.norm_out(x))  # (B, L, C_out·p²)
-        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=p, q=p)
+        x = self.norm_out(x)  # (B, L, D)
+        if isinstance(self.proj_out, CellHead):
+            return self.proj_out(x, cells)
+        return rearrange(self.proj_out(x), "b (h w) (c p q) -> b c (h p) (w q)", h=h // p, p=p, q=p)
 
     def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
         """Return the modulation (B, 6, D) of timesteps t (B,) and, if embedded, of the guidance scale."""
@@ -259,20 +253,26 @@ class DiT(nn.Module):
         if (config.guidance_dim is None) != (cond.guidance is None):
             takes = "takes no" if config.guidance_dim is None else "takes the"
             raise ValueError(f"this DiT {takes} guidance scale: Cond.guidance is {cond.guidance}")
-        self.check_exemplars(cond.exemplars)
+        self.check_exemplars(cond.exemplars, x.shape[-2:])
         if cond.pooled is not None:
             raise ValueError(
                 f"this DiT takes no Cond.pooled, expected None, got shape {tuple(cond.pooled.shape)}"
             )
 
-    def check_exemplars(self, images: Tensor | None) -> None:
-        """Raise ValueError for exemplars that the network does not take, or for none where it takes some."""
-        found = None if images is None else tuple(images.shape)
-        if not self.config.views:
+    def check_exemplars(self, canvas: Tensor | None, size: torch.Size) -> None:
+        """Raise ValueError for exemplars that the network does not take, or for none where it takes some.
+
+        Args:
+            canvas: `Cond.exemplars`.
+            size: (h, w) of the input.
+        """
+        config, found = self.config, None if canvas is None else tuple(canvas.shape)
+        expected = (config.slots, 4, size[0] * config.cell, size[1] * config.cell)
+        if not config.slots:
             if found is not None:
                 raise ValueError(f"this DiT takes no exemplars: Cond.exemplars has shape {found}")
-        elif found is None or len(found) != 5 or found[1] > self.config.slots or found[2] != 4:
+        elif found is None or found[1:] != expected:
             raise ValueError(
-                f"this DiT takes up to {self.config.slots} exemplars: Cond.exemplars has shape {found},"
-                f" expected (B, K, 4, S, S)"
+                f"this DiT takes exemplars of {config.slots} things: Cond.exemplars has shape {found},"
+                f" expected (B, {', '.join(map(str, expected))})"
             )

@@ -126,7 +126,12 @@ def crop_condition(cond: Cond, crop: Crop, size: tuple[int, int]) -> Cond:
     """Return the condition of a window of a state (h, w).
 
     Channels of the state's size are cropped. Others, such as a draft of a window's size, serve each window.
+    Of the canvas of exemplars, which covers the whole state, the window's part is cut out.
     """
+    if cond.exemplars is not None:
+        cell = cond.exemplars.shape[-2] // size[0]
+        rows, columns = (slice(part.start * cell, part.stop * cell) for part in crop[1:])
+        cond = replace(cond, exemplars=cond.exemplars[..., rows, columns])
     if cond.concat is None or tuple(cond.concat.shape[-2:]) != size:
         return cond
     return replace(cond, concat=cond.concat[crop])

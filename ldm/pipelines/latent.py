@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.conditioner import Conditioner, TextConditioner, TwoTowers
 from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import OnStep
 from ldm.images.canvas import pad_to_multiple
@@ -24,6 +25,7 @@ from ldm.pipelines.control.control_use import Controlling, as_controls
 from ldm.pipelines.control.controls import Controls, controlled_pair
 from ldm.pipelines.drafts import with_known_draft
 from ldm.pipelines.exemplars import Exemplars
+from ldm.pipelines.layouts import fitted_condition
 from ldm.pipelines.protocol import Known, Request
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.stages.space import Space
@@ -244,8 +246,11 @@ class LatentDiffusion(BasePipeline):
         stage = self.stage
         size = stage.shape(call)[1:]
         tile = stage.tile(size, request.window)
-        inner = (min(size[0], tile), min(size[1], tile))
+        shows = isinstance(self.text, ExemplarConditioner)  # on a canvas that covers the whole state
+        inner = size if shows else (min(size[0], tile), min(size[1], tile))
         pair = self.conditions(call, inner) if request.pair is None else request.pair(inner)
+        if shows and request.pair is None:
+            pair = (self._fitted(call, request) or pair[0], pair[1])
         extra = {name: value.to(self.device) for name, value in request.extra.items()}
         pair = expanded_pair(pair, len(call.seeds), **extra)
         draft = request.draft or request.known
@@ -256,6 +261,25 @@ class LatentDiffusion(BasePipeline):
         for watcher in self.watchers:
             watcher.conditioned(pair)
         return pair
+
+    def _fitted(self, call: Call, request: Request) -> Cond | None:
+        """Return the condition of exemplars in layouts that fit what a request knows of the images.
+
+        None if it knows nothing. Without a prompt, the image of a draft is shown as it is.
+        """
+        known = request.draft or request.known
+        if known is None and request.given is not None and request.strength < 1:
+            latent = self.encode(request.given)
+            known = Known(latent, torch.zeros_like(latent[:1, :1]))
+        if known is None:
+            return None
+        if request.draft is not None and not any(call.texts):
+            return self.text.shown(self.decode(known.latent)).expand(len(call.seeds))
+        conds = []
+        for i, (prompt, seed) in enumerate(zip(call.texts, call.seeds, strict=True)):
+            latent, hole = (value[i : i + 1] if len(value) > 1 else value for value in known)
+            conds.append(fitted_condition(self.text, self.denoiser, prompt, seed, latent, hole))
+        return Cond.cat(conds)
 
     @in_separate_call
     @torch.no_grad()
@@ -319,9 +343,19 @@ class LatentDiffusion(BasePipeline):
         steps = torch.stack([finished(x0) for x0 in kept]) if kept else None
         return self.finish_images(call, finished(z), request, steps=steps)
 
-    def image_draft(self, pixels: Tensor) -> Known | None:
-        """Return images' own latents, all known, as their draft; None for a model that does not draft."""
-        if getattr(self.text, "draft", None) is None:
+    def image_draft(self, pixels: Tensor, *, prompted: bool = False) -> Known | None:
+        """Return images' own latents, all known, in place of what the model draws of the text.
+
+        Args:
+            pixels: The images.
+            prompted: Whether there is a prompt, from which a model that drafts makes its draft. A model with
+                exemplars fits their layout to the images in any case. Default: False.
+
+        Returns:
+            None for a model that does neither.
+        """
+        drafts = getattr(self.text, "draft", None) is not None and not prompted
+        if not drafts and not isinstance(self.text, ExemplarConditioner):
             return None
         latent = self.encode(pad_to_multiple(pixels, self.multiple))
         return Known(latent, torch.zeros_like(latent[:1, :1]))

@@ -38,7 +38,8 @@ class Request:
         given: Images (B or 1, 3, H, W) in [0, 1] that sampling starts from. None: pure noise.
         strength: Part of the grid that is run from `given`, in [0, 1]; 1 is pure noise.
         known: A state whose known part is kept during sampling.
-        draft: A state whose known part replaces the text's draft, in models that draft. Default: `known`.
+        draft: A state whose known part replaces the text's draft, in models that draft, or that layouts are
+            fitted to, in models with exemplars. Default: `known`.
         pair: Makes the conditions of a state's size (h, w), in place of the pipeline's own.
         extra: Fields of `Cond` that are set in both conditions, such as "concat".
         image_guidance: Weight of the image condition, for models that have one.
@@ -106,8 +107,8 @@ class LatentPipeline(Pipeline, Protocol):
     def paired(self, call: Call, request: Request) -> Pair:
         """Return the conditions of a request, for each image of the call."""
 
-    def image_draft(self, pixels: Tensor) -> Known | None:
-        """Return images as the draft of themselves; None for a model that does not draft."""
+    def image_draft(self, pixels: Tensor, *, prompted: bool = False) -> Known | None:
+        """Return images in place of what the model draws of the text; None for a model that does not."""
 
 
 class EmbeddingPipeline(Pipeline, Protocol):

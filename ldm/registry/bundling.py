@@ -37,7 +37,7 @@ def check_unclip(card: UnCLIPCard, folder: Path) -> None:
 
 
 # The files that an export has beside a part.
-BESIDE_PARTS: Mapping[str, tuple[str, ...]] = {"text": ("vocabulary.json",), "exemplars": LIBRARY_FILES}
+BESIDE_PARTS: Mapping[str, tuple[str, ...]] = {"text": ("vocabulary.json",), "layout": LIBRARY_FILES}
 # The check of each kind of model that can be bundled; its first argument is a card of that kind, hence Any.
 CHECKS: Mapping[Kind, Callable[[Any, Path], None]] = {"latent": check_latent, "unclip": check_unclip}
 

@@ -33,6 +33,26 @@ _MODEL = {"unet", "vae", "text", "text2", "draft"}  # a whole one
 _FROM_PRIOR = {"from_prior.prior": ("prior",)}
 
 
+def _kind(
+    config: type,
+    part: Callable[[Any, torch.device], Trainable],
+    exports: set[str],
+    reads: Mapping[str, tuple[str, ...]] | None = None,
+) -> PartKind:
+    return PartKind(config=config, part=part, exports=frozenset(exports), reads=reads or {})
+
+
+def _tunings() -> dict[str, PartKind]:
+    """Return the kinds of trainings that begin with a loaded model."""
+    from ldm.training.parts.fine_tune import FineTunePart, FineTuning
+    from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
+
+    return {
+        "fine-tune": _kind(FineTuning, FineTunePart, _MODEL),
+        "fine-tune-decoder": _kind(DecoderFineTuning, FineTuneDecoderPart, _MODEL),
+    }
+
+
 def part_kinds() -> dict[str, PartKind]:
     """Return the kinds of networks that can be trained, by the name that `part` has in a stage file."""
     from ldm.training.parts.clip import CLIPPart, CLIPTraining
@@ -40,55 +60,46 @@ def part_kinds() -> dict[str, PartKind]:
     from ldm.training.parts.decoder import DecoderPart, DecoderTraining
     from ldm.training.parts.draft import DraftPart, DraftTraining
     from ldm.training.parts.exemplar import ExemplarPart, ExemplarTraining
-    from ldm.training.parts.fine_tune import FineTunePart, FineTuning
-    from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
     from ldm.training.parts.image_draft import ImageDraftPart, ImageDraftTraining
+    from ldm.training.parts.layout import LayoutPart, LayoutTraining
     from ldm.training.parts.prior import PriorPart, PriorTraining
     from ldm.training.parts.reflow import ReflowPart, ReflowTraining
     from ldm.training.parts.unet import UNetPart, UNetTraining
     from ldm.training.parts.upsampler import UpsamplerPart, UpsamplerTraining
     from ldm.training.parts.vae import VAEPart, VAETraining
 
-    def kind(
-        config: type,
-        part: Callable[[Any, torch.device], Trainable],
-        exports: set[str],
-        reads: Mapping[str, tuple[str, ...]] | None = None,
-    ) -> PartKind:
-        return PartKind(config=config, part=part, exports=frozenset(exports), reads=reads or {})
-
     return {
-        "vae": kind(VAETraining, VAEPart, {"vae"}),
-        "clip": kind(CLIPTraining, CLIPPart, {"text", "vision"}),
-        "clip-text": kind(CLIPTextTraining, CLIPTextPart, {"text"}, _TEXT | _VISION),
-        "draft": kind(DraftTraining, DraftPart, {"text", "draft"}, _VAE | _TEXT),
-        "unet": kind(
+        "vae": _kind(VAETraining, VAEPart, {"vae"}),
+        "clip": _kind(CLIPTraining, CLIPPart, {"text", "vision"}),
+        "clip-text": _kind(CLIPTextTraining, CLIPTextPart, {"text"}, _TEXT | _VISION),
+        "draft": _kind(DraftTraining, DraftPart, {"text", "draft"}, _VAE | _TEXT),
+        "unet": _kind(
             UNetTraining,
             UNetPart,
             {"unet", "text", "draft"},
             _VAE | {"text.folder": ("text",), "net": ("unet",)},
         ),
-        "fine-tune": kind(FineTuning, FineTunePart, _MODEL),
-        "fine-tune-decoder": kind(DecoderFineTuning, FineTuneDecoderPart, _MODEL),
-        "exemplar": kind(ExemplarTraining, ExemplarPart, {"unet", "text", "exemplars"}, _VAE),
-        "reflow": kind(
+        **_tunings(),
+        "exemplar": _kind(ExemplarTraining, ExemplarPart, {"unet", "text"}, _VAE),
+        "layout": _kind(LayoutTraining, LayoutPart, {"layout"}, _TEXT),
+        "reflow": _kind(
             ReflowTraining,
             ReflowPart,
             {"unet"},
-            {f"teacher.parts.{part}": (part,) for part in ("vae", "unet", "text", "draft", "exemplars")},
+            {f"teacher.parts.{part}": (part,) for part in ("vae", "unet", "text", "draft", "layout")},
         ),
-        "image-draft": kind(
+        "image-draft": _kind(
             ImageDraftTraining,
             ImageDraftPart,
             {"draft"},
             _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("draft",)},
         ),
-        "prior": kind(PriorTraining, PriorPart, {"prior", "text"}, _TEXT | _VISION | {"net": ("prior",)}),
-        "decoder": kind(
+        "prior": _kind(PriorTraining, PriorPart, {"prior", "text"}, _TEXT | _VISION | {"net": ("prior",)}),
+        "decoder": _kind(
             DecoderTraining,
             DecoderPart,
             {"decoder"},
             _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("unet", "decoder"), "draft": ("draft",)},
         ),
-        "upsampler": kind(UpsamplerTraining, UpsamplerPart, {"upsampler"}),
+        "upsampler": _kind(UpsamplerTraining, UpsamplerPart, {"upsampler"}),
     }

@@ -16,7 +16,6 @@ from ldm.models.control.ip_adapter import IPAdapter, IPAdapterConfig
 from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
 from ldm.models.labels import LabelConditioner, LabelConfig
 from ldm.models.meta import on_meta
 from ldm.models.movq import MoVQ, MoVQConfig
@@ -57,7 +56,6 @@ NETWORKS: dict[type, type[nn.Module]] = {
     DraftConfig: Draft,
     DiTConfig: DiT,
     PatchAutoencoderConfig: PatchAutoencoder,
-    ExemplarConfig: ExemplarEncoder,
     PriorConfig: Prior,
     AutoregressiveConfig: AutoregressivePrior,
     DecoderConfig: Decoder,

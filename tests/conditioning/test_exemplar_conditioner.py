@@ -6,40 +6,48 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_exemplars import SLOTS, STYLES, TOKENS, WIDTH
+from tiny_exemplars import CELL, SIZE, SLOTS, STYLES, tiny_layout
 from tiny_exemplars import tiny_conditioner as conditioner
+from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.conditioning.exemplar_library import ExemplarLibrary
 from ldm.conditioning.exemplars import ExemplarConditioner
-from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
 
 
-def parts(prompt: str, seed: int = 0, net: ExemplarConditioner | None = None):
-    """Return the tokens of each slot, the attended slots, and the attended text of one prompt."""
+def parts(
+    prompt: str, seed: int = 0, net: ExemplarConditioner | None = None
+) -> tuple[Tensor, list[bool], Tensor]:
+    """Return the canvas of each slot, which slots are shown, and the attended text of one prompt."""
     cond = (net or conditioner())([prompt], seeds=[seed])
-    tokens, text = cond.context[0].split([SLOTS * TOKENS, cond.context.shape[1] - SLOTS * TOKENS])
-    mask = cond.context_mask[0]
-    slots = [bool(mask[i * TOKENS]) for i in range(SLOTS)]
-    return tokens.view(SLOTS, TOKENS, WIDTH), slots, text[mask[SLOTS * TOKENS :]]
+    assert cond.exemplars is not None and cond.context is not None and cond.context_mask is not None
+    canvas = cond.exemplars[0]  # (K, 4, H, W)
+    return canvas, [bool(shown) for shown in canvas.flatten(1).any(1)], cond.context[0][cond.context_mask[0]]
 
 
 def test_things_are_shown_and_the_text_has_slot_words_only():
-    tokens, slots, text = parts("a red cat on a blue background")
+    canvas, slots, text = parts("a red cat on a blue background")
     other, _, same = parts("a red dog on a blue background")
-    assert slots == [True, False]
+    assert canvas.shape == (SLOTS, 4, SIZE, SIZE) and slots == [True, False]
     assert torch.equal(text, same)
-    assert not torch.allclose(tokens[0], other[0], atol=1e-3)
+    assert not torch.allclose(canvas[0], other[0], atol=1e-3)
     assert parts("a cat and a dog")[1] == [True, True] and parts("")[1] == [False, False]
     assert not torch.equal(parts("a blue cat")[2], parts("a red cat")[2])
 
 
+def test_the_seed_draws_the_layout_and_the_canvas_is_the_latent_s():
+    net = conditioner()
+    apart = {tuple(parts("fluent cat", seed, net)[0][0, 3].flatten().tolist()) for seed in range(4)}
+    assert len(apart) == 4
+    cond = net(["a cat"], (6, 8), seeds=[1])
+    assert cond.exemplars is not None and cond.exemplars.shape == (1, SLOTS, 4, 6 * CELL, 8 * CELL)
+
+
 def test_the_seed_chooses_the_style_unless_the_prompt_does():
     net = conditioner()
-    fluent = parts("fluent cat", 0, net)[0][0]
-    assert all(torch.equal(parts("fluent cat", seed, net)[0][0], fluent) for seed in range(5))
-    seen = {tuple(parts("cat", seed, net)[0][0].flatten().tolist()) for seed in range(12)}
-    assert len(seen) == len(STYLES)
+    chosen = {seed: net.draw_things(net.read("cat"), seed).images for seed in range(12)}
+    assert len({tuple(image.flatten().tolist()) for image in chosen.values()}) == len(STYLES)
+    fluent = [net.draw_things(net.read("fluent cat"), seed).images for seed in range(5)]
+    assert all(torch.equal(image, fluent[0]) for image in fluent)
 
 
 def test_a_batch_is_what_its_prompts_are_alone():
@@ -53,6 +61,7 @@ def test_a_batch_is_what_its_prompts_are_alone():
         assert torch.equal(together.context_mask[i, :length], kept)
         assert not together.context_mask[i, length:].any()
         assert torch.allclose(together.context[i, :length][kept], alone.context[0][kept], atol=1e-6)
+        assert torch.equal(together.exemplars[i], alone.exemplars[0])
 
 
 def test_one_prompt_has_a_condition_for_each_seed_only_if_it_names_a_thing():
@@ -63,28 +72,18 @@ def test_one_prompt_has_a_condition_for_each_seed_only_if_it_names_a_thing():
         net(["a cat", "a dog"], seeds=[1, 2, 3])
 
 
-def test_weights_and_blends_act_on_slot_words_and_exemplars():
+def test_weights_act_on_slot_words_and_blends_mix_exemplars():
     net = conditioner()
     plain, _, text = parts("a cat", 0, net)
-    weighted, _, heavier = parts("a (cat:1.5)", 0, net)
-    assert torch.equal(weighted, plain) and not torch.allclose(heavier, text, atol=1e-3)
     assert torch.equal(parts("a (cat:1)", 0, net)[2], text)
-    blend = parts("a {cat:3|dog}", 0, net)[0][0]
-    expected = 0.75 * plain[0] + 0.25 * parts("a dog", 0, net)[0][0]
-    assert torch.allclose(blend, expected, atol=1e-6)
+    assert not torch.allclose(parts("a (cat:1.5)", 0, net)[2], text, atol=1e-3)
+    blend = parts("a {cat:3|dog}", 0, net)[0][0]  # of the same words, and thus the same layout
+    assert torch.allclose(blend, 0.75 * plain[0] + 0.25 * parts("a dog", 0, net)[0][0], atol=1e-5)
 
 
-def test_places_are_the_exemplars_tokens_and_the_slot_word():
-    net = conditioner()
-    found = net.places("a red apple and three (cats:1.2)")
-    text = SLOTS * TOKENS
-    assert found == [
-        ("a", [text + 1]),
-        ("red apple", [0, 1, 2, 3, text + 2]),
-        ("and", [text + 3]),
-        ("three", [text + 4]),
-        ("cats", [4, 5, 6, 7, text + 5]),
-    ]
+def test_places_are_those_of_the_slot_words():
+    found = conditioner().places("a red apple and three (cats:1.2)")
+    assert found == [("a", [1]), ("red apple", [2]), ("and", [3]), ("three", [4]), ("cats", [5])]
 
 
 def test_unknown_words_are_named_and_an_image_of_ones_own_makes_them_known():
@@ -97,17 +96,26 @@ def test_unknown_words_are_named_and_an_image_of_ones_own_makes_them_known():
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
 
 
-def test_parts_that_do_not_fit_are_refused():
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_dim": 8}, "reads a text of width 8, the text tower has 16: expected the same"),
+        ({"patch": 2}, "expected of a prior over layouts"),
+        ({"in_channels": 4, "out_channels": 4}, "expected of a prior over layouts"),
+    ],
+)
+def test_a_prior_that_does_not_fit_is_refused(changes, message):
     net = conditioner()
-    narrow = ExemplarEncoder(ExemplarConfig(size=16, patch=8, cell=4, components=5, width=8, head_dim=8))
-    with pytest.raises(ValueError, match="exemplar tokens are 8 wide, the text's are 16"):
-        ExemplarConditioner(net.text, narrow, net.library)
-    with pytest.raises(ValueError, match="the encoder reads 16 pixels, the library has 32"):
-        ExemplarConditioner(net.text, net.encoder, ExemplarLibrary([], {}, size=32))
+    with pytest.raises(ValueError, match=message):
+        ExemplarConditioner(net.text, tiny_layout(**changes), net.library, cell=CELL)
+
+
+def test_a_text_tower_that_does_not_fit_is_refused():
+    net = conditioner()
     open_padding = replace(net.text.convention, masked=False)
     text = TextConditioner(net.text.tower, net.text.tokenizer, open_padding, net.grammar)
     with pytest.raises(ValueError, match="the padding of the text tower is not masked"):
-        ExemplarConditioner(text, net.encoder, net.library)
+        ExemplarConditioner(text, net.layout, net.library, cell=CELL)
     text = TextConditioner(net.text.tower, net.text.tokenizer, net.text.convention)
     with pytest.raises(ValueError, match="does not state the words that it was trained on"):
-        ExemplarConditioner(text, net.encoder, net.library)
+        ExemplarConditioner(text, net.layout, net.library, cell=CELL)

@@ -59,7 +59,7 @@ def test_damaged_folders_in_ldm_layout(kind: str, tmp_path: Path) -> None:
     )  # what else is compared counts
     names = [path.name for path in sorted(base.iterdir()) if path.suffix in (".yaml", ".json")]
     if kind == "exemplars":
-        names = ["library.json", "library.json", "library.safetensors", "exemplars.yaml", "card.yaml"]
+        names = ["library.json", "library.json", "library.safetensors", "layout.yaml", "card.yaml"]
     target = Target(name=f"{kind} ldm folders", read=load, place=place_in_folder, allowed=EITHER, short=FEW)
     check(target, in_folder(base, names), mutated_file, tmp_path)
 

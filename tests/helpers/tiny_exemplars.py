@@ -12,7 +12,6 @@ from ldm.conditioning.things import SLOT_WORDS
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.dit import DiT, DiTConfig
-from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder
 from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.pipelines.latent import LatentDiffusion
@@ -21,7 +20,7 @@ from ldm.samplers.conventions import Convention
 GRAMMAR = frozenset("a the red blue on background and three to left of".split())
 STYLES = ("noto", "fluent", "flat")
 NAMES = ("cat", "dog", "red-apple")
-SLOTS, TOKENS, WIDTH, SIZE = 2, 4, 16, 16
+SLOTS, WIDTH, SIZE, CELL = 2, 16, 16, 4
 READING = TextConvention(length=None, pad=0, masked=True)
 
 
@@ -44,11 +43,18 @@ def tiny_conditioner() -> ExemplarConditioner:
         vocab_size=len(tokenizer), width=WIDTH, layers=1, heads=2, embed_dim=None, activation="gelu", **ids
     )
     text = TextConditioner(TextTower(config), tokenizer, READING, GRAMMAR)
-    encoder = ExemplarEncoder(
-        ExemplarConfig(size=SIZE, patch=8, cell=4, components=5, slots=SLOTS, width=WIDTH, head_dim=8)
-    )
-    encoder.use_basis(torch.randn(5, 48, 1, 1) / 7, torch.randn(5))
-    return ExemplarConditioner(text, encoder, tiny_library()).eval().requires_grad_(False)
+    layout = tiny_layout()
+    return ExemplarConditioner(text, layout, tiny_library(), cell=CELL).eval().requires_grad_(False)
+
+
+def tiny_layout(**changes: int) -> DiT:
+    """Return a prior over layouts with random weights."""
+    channels = {"in_channels": 4 + SLOTS, "out_channels": 4 + SLOTS, "patch": 1}
+    shape = {"width": WIDTH, "depth": 1, "head_dim": 8, "context_dim": WIDTH}
+    net = DiT(DiTConfig(**{**channels, **shape, **changes}))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net
 
 
 def tiny_exemplar_model(name: str = "tiny-exemplars") -> LatentDiffusion:
@@ -56,9 +62,9 @@ def tiny_exemplar_model(name: str = "tiny-exemplars") -> LatentDiffusion:
     conditioner = tiny_conditioner()
     vae = PatchAutoencoder(PatchAutoencoderConfig(factor=4, latent_channels=6, channels=(8, 16)))
     shape = {"width": 16, "depth": 2, "head_dim": 8, "context_dim": WIDTH}
-    net = DiT(DiTConfig(in_channels=6, out_channels=6, views=(1,), slots=SLOTS, cell=4, **shape))
+    net = DiT(DiTConfig(in_channels=6, out_channels=6, slots=SLOTS, cell=CELL, **shape))
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+        torch.nn.init.normal_(p, std=0.1)
     card = ModelCard(
         name=name,
         family="latent",

@@ -33,12 +33,11 @@ def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch(pipe):
     assert not torch.allclose(draw(pipe, "a cat", seed=4), draw(pipe, "a dog", seed=4), atol=1e-3)
 
 
-def test_the_seed_chooses_exemplars_for_the_same_noise(pipe):
+def test_the_seed_draws_the_layout_for_the_same_noise(pipe):
     noise = torch.randn(1, 6, 4, 4, generator=torch.Generator().manual_seed(0))
-    images = [draw(pipe, "a cat", latents=noise, seed=seed) for seed in range(8)]
+    images = [draw(pipe, "a fluent cat", latents=noise, seed=seed) for seed in (0, 1, 2, 1)]
     assert len({tuple(image.flatten().tolist()) for image in images}) == 3
-    fluent = [draw(pipe, "a fluent cat", latents=noise, seed=seed) for seed in range(3)]
-    assert torch.equal(fluent[0], fluent[1]) and torch.equal(fluent[1], fluent[2])
+    assert torch.equal(images[1], images[3])
 
 
 def test_negative_prompts_may_name_things(pipe):
@@ -61,7 +60,7 @@ def test_tasks_on_images(pipe):
     assert pipe.edit("a red cat", "a blue cat", progress=False, seed=3).tensor.shape[1:] == image.shape[1:]
 
 
-def test_attention_maps_are_those_of_slot_word_and_exemplar(pipe):
+def test_attention_maps_are_those_of_the_slot_words(pipe):
     with ldm.trace(pipe) as traced:
         draw(pipe, "a red cat and a dog")
     assert traced.words() == ["a", "red", "cat", "and", "a", "dog"]

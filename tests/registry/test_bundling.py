@@ -315,7 +315,7 @@ def test_latent_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"exports": without_draft}, "it reads 8 channels, but the latent has 4 and the draft 0"),
         (
             {"exports": {**exports, "prior": "x"}},
-            "exports: 'prior'; Choices: draft, exemplars, text, unet, vae",
+            "exports: 'prior'; Choices: draft, layout, text, unet, vae",
         ),
     ):
         with pytest.raises(ValueError, match=message):

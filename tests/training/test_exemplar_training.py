@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ import ldm
 from ldm.catalog.cards import Defaults, ModelCard, ScheduleCard
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.things import Lexicon
-from ldm.data import EmojiData, Mix, sample_scene
+from ldm.data import EmojiData, Mix, plain_scene, render_batch, sample_scene
 from ldm.data.captions import caption_pieces, join_captions
 from ldm.data.facts import STYLES
 from ldm.data.wording import grammar_words
+from ldm.models.dit import DiT
+from ldm.models.layout import ThingLayout, place_exemplars
 from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.registry.bundling import bundle
 from ldm.samplers.conventions import Convention
 from ldm.support.config import to_dict
 from ldm.training.draws import Draws
-from ldm.training.parts.exemplar import SLOT_TEXT, slot_text, training_library
+from ldm.training.inputs.slots import slot_text
+from ldm.training.parts.exemplar import SLOT_TEXT
+from ldm.training.parts.layout import training_library
 from ldm.training.run import open_run
 from ldm.weights.formats.exemplar_file import read_library
 from ldm.weights.formats.ldm_folder import read_network, read_text
@@ -38,7 +43,7 @@ def place(folder, tmp_path, monkeypatch):
 
 
 def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
-    """Return the configurations of the autoencoder and of the transformer over a data set's folder."""
+    """Return the configurations of the three trainings over a data set's folder."""
     size = EmojiData.open(data).images.shape[1]
     source = {"folder": str(data), "size": size, "mix": {"background": 0.5, "two": 0.4}}
     muon = {"kind": "muon", "lr": 1e-3, "warmup": 2, "decay": 2}
@@ -49,7 +54,7 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
         "loss": {"l1": 1.0, "mse": 2.0, "edge": 0.5, "kl": 0.0},
         "model": {"factor": 4, "latent_channels": 6, "channels": [8, 16]},
     }
-    shape = {"size": size, "patch": 8, "cell": 4, "components": 6, "width": 16, "head_dim": 8}
+    shape = {"width": 16, "depth": 1, "head_dim": 8, "context_dim": 16}
     net = {
         "part": "exemplar",
         "run": run("exemplar", optimizer=muon),
@@ -57,25 +62,23 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
         "vae": "runs/vae/export",
         "scenes": 12,
         "text": {"layers": 1, "heads": 2},
-        "exemplars": shape,
         "diffusion": {"schedule": "cosine", "prediction": "x0", "snr_plus_one": 8, "drop": 0.2},
-        "model": {
-            "in_channels": 6,
-            "out_channels": 6,
-            "width": 16,
-            "depth": 1,
-            "head_dim": 8,
-            "context_dim": 16,
-            "views": [0],
-            "cell": 4,
-        },
+        "model": {"in_channels": 6, "out_channels": 6, "slots": 2, "cell": 4, **shape},
     }
-    return {"vae": vae, "exemplar": net}
+    layout = {
+        "part": "layout",
+        "run": run("layout", optimizer=muon),
+        "data": source,
+        "text": "runs/exemplar/export",
+        "model": {"in_channels": 6, "out_channels": 6, "patch": 1, **shape},
+    }
+    return {"vae": vae, "exemplar": net, "layout": layout}
 
 
 EXPORTS = {
     "vae": "runs/vae/export",
-    **dict.fromkeys(("unet", "text", "exemplars"), "runs/exemplar/export"),
+    **dict.fromkeys(("unet", "text"), "runs/exemplar/export"),
+    "layout": "runs/layout/export",
 }
 
 
@@ -98,7 +101,7 @@ def exemplar_card(data: Path, **defaults: Any) -> ModelCard:
 
 
 def trained(place: Path, **changes: Any) -> None:
-    """Train and export both parts."""
+    """Train and export all parts."""
     for name, config in exemplar_configs(place).items():
         part = open_run(write(config, Path(f"{name}.yaml")))
         part.train(progress=False)
@@ -130,31 +133,28 @@ def test_a_model_is_trained_from_nothing_and_loads_with_its_library(place):
     trained(place)
     vae, about = read_network("runs/vae/export", "vae")
     assert isinstance(vae, PatchAutoencoder) and abs(about["latent_scale"] - 1) < 0.2
-    folder = Path("runs/exemplar/export")
-    encoder, _ = read_network(folder, "exemplars")
-    assert torch.allclose(encoder.basis, vae.project.weight.flatten(1), atol=1e-3)
-    library = read_library(folder)
+    library = read_library("runs/layout/export")
     data = EmojiData.open(place)
     held_out = {(data.index[row].name, data.index[row].style) for row in map(int, data.held_out)}
     assert len(library) == len(data.train)
     assert not held_out & {(exemplar.name, exemplar.style) for exemplar in library}
-    text = read_text(folder)
+    text = read_text("runs/exemplar/export", SLOT_TEXT)
     assert text.known_words == frozenset(grammar_words())
-    assert ExemplarConditioner(text, encoder, library).unknown("a cat") == []
+    layout, _ = read_network("runs/layout/export", "layout")
+    assert isinstance(layout, DiT)
+    assert ExemplarConditioner(text, layout, library, cell=4).unknown("a cat") == []
 
 
-def test_training_is_resumed_exactly(place):
-    made = exemplar_configs(place)
-    vae = open_run(write(made["vae"], Path("vae.yaml")))
-    vae.train(progress=False)
-    vae.export(Path("runs/vae/export"))
-    whole = open_run(write(made["exemplar"], Path("whole.yaml")))
-    whole.train(progress=False)
-    made["exemplar"]["run"]["name"] = "halves"
-    path = write(made["exemplar"], Path("halves.yaml"))
+@pytest.mark.parametrize("kind", ["exemplar", "layout"])
+def test_training_is_resumed_exactly(place, kind):
+    trained(place)
+    whole = open_run(Path(f"{kind}.yaml"))
+    config = exemplar_configs(place)[kind]
+    config["run"]["name"] = "halves"
+    path = write(config, Path("halves.yaml"))
     open_run(path).train(until=4, progress=False)
     halves = open_run(path)
-    assert halves.step == 4
+    assert halves.step == 4 < whole.step
     halves.train(progress=False)
     for a, b in zip(whole.part.model.parameters(), halves.part.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -167,39 +167,47 @@ def test_the_condition_shows_the_images_of_the_scene(place):
     assert [part.scenes.rows[row] for row in rows] == scenes
     part.model.eval()
     cond = part.condition([*scenes, None], None)
-    tokens = part.config.exemplars.tokens
-    for i, scene in enumerate(scenes):
-        things = len(scene.facts.things)
-        shown = cond.context_mask[i, : 2 * tokens].view(2, tokens).all(1)
-        assert shown.tolist() == [True, things == 2]
-    assert not cond.context_mask[-1, : 2 * tokens].any() and cond.context_mask[-1].any()
+    assert cond.exemplars.shape[1:3] == (2, 4)
+    data = part.images.data
+    for canvas, scene in zip(cond.exemplars, scenes, strict=False):
+        plain = replace(
+            scene.facts, things=tuple(replace(thing, colour=None) for thing in scene.facts.things)
+        )
+        drawn = render_batch(
+            [replace(scene, facts=replace(plain, background=None))], data.images, part.images.size
+        )
+        on_white = canvas[:, :3].sum(0) + 1 - canvas[:, 3].sum(0)  # (3, H, W)
+        error = (on_white - torch.from_numpy(drawn[0]).permute(2, 0, 1) / 255).abs()
+        assert error.mean() < 0.02 and error.square().mean().sqrt() < 0.06
+        assert bool(canvas[1].any()) == (len(scene.facts.things) == 2)
+    assert not cond.exemplars[-1].any() and cond.context_mask[-1].any()
     alone = part.condition(scenes[:1], None)
     length = alone.context.shape[1]
     kept = alone.context_mask[0]
     assert torch.allclose(cond.context[0, :length][kept], alone.context[0][kept], atol=1e-5)
+    moved = part.condition(scenes, Draws(0, range(6)).rngs, displaced=0.05)
+    assert 0.001 < (moved.exemplars - cond.exemplars[:-1]).abs().mean() < 0.2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"context_dim": 8}}, "model.context_dim 8: expected exemplars.width 16"),
-        ({"exemplars": {"slots": 5}, "model": {"slots": 5}}, "exemplars.slots 5: expected at most 4"),
-        ({"model": {"slots": 1}}, "model.slots 1: expected exemplars.slots 2"),
-        ({"model": {"views": []}}, "model.views: expected at least one block"),
-        ({"sights": {"where": -1}}, "where: expected at least 0"),
+        ({"model": {"slots": 5}}, "model.slots 5: expected 1 to 4"),
+        ({"model": {"slots": 0}}, "model.slots 0: expected 1 to 4"),
+        ({"displaced": -1}, "displaced: expected at least 0"),
         ({"diffusion": {"min_snr": 5}}, "expected one of min_snr and snr_plus_one"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(place, change, message):
     config = exemplar_configs(place)["exemplar"]
     for key, values in change.items():
-        config[key] = {**config.get(key, {}), **values}
+        config[key] = {**config.get(key, {}), **values} if isinstance(values, dict) else values
     Path("wrong.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         open_run(Path("wrong.yaml"))
 
 
-def test_the_bundled_model_draws_what_the_training_saw(place):
+def test_the_bundled_model_shows_the_network_what_the_training_showed(place):
     trained(place)
     bundle(exemplar_card(place), EXPORTS, "model")
     pipe = ldm.load(weights="model", dtype="float32")
@@ -209,14 +217,12 @@ def test_the_bundled_model_draws_what_the_training_saw(place):
     row = part.images.index[scene.rows()[0]]
     prompt = f"{row.style} {row.name.replace('-', ' ')}"
     image = pipe.text_to_image(prompt, seed=1, progress=False).tensor
-    assert image.shape == (1, 3, *[part.config.exemplars.size] * 2)
-    cond = pipe.text([prompt], seeds=[1])
-    tokens = part.encoder(
-        torch.from_numpy(part.images.data.images[scene.rows()[0]][None, None]).movedim(-1, 2) / 255
-    )
-    assert torch.allclose(
-        cond.context[:, : tokens.shape[1]], tokens, atol=5e-2
-    )  # weights are kept in float16
+    assert image.shape == (1, 3, *[part.images.size] * 2)
+    layout = ThingLayout(places=torch.tensor([[[0.5, 0.5, 1.0, 0.0]]]), owner=torch.tensor([[0]]))
+    shown = pipe.text.draw_things(pipe.text.read(prompt), seed=1).images
+    whole = plain_scene(part.images.index, scene.rows()[0])
+    wanted = part.condition([whole], None).exemplars
+    torch.testing.assert_close(place_exemplars(shown, layout, image.shape[2:]), wanted)
 
 
 def test_a_student_of_a_model_with_exemplars_takes_the_place_of_its_transformer(place):

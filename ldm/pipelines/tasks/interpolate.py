@@ -120,7 +120,7 @@ def _between_images(
     two = invert(pipe, ends, source=prompt, prompt=prompt, **asked)
     call = replace(two.call, prompts=(prompt,) * len(w), seeds=seeds)
     arcs = [slerp(track[:1], track[1:], w.to(track)) for track in two.tracks]
-    draft = None if prompt else pipe.image_draft(ends)
+    draft = pipe.image_draft(ends, prompted=bool(prompt))
     if draft is not None:
         first, last = draft.latent[:1], draft.latent[1:]
         draft = Known(torch.lerp(first, last, w.to(first).view(-1, 1, 1, 1)), draft.hole)

@@ -92,7 +92,7 @@ def invert(
     call = invertible_call(pipe, [prompt] * len(pixels), pixels, options)
     call = call.over(call.grid.tail(strength))
     z = pipe.stage.encode(pixels).double()  # two tracks amplify rounding errors
-    draft = None if source else pipe.image_draft(pixels)
+    draft = pipe.image_draft(pixels, prompted=bool(source))
     denoise = unguided(pipe, replace(call, prompts=(source,) * len(pixels)), draft)
     tracks: Sequence[Tensor]
     if exact:

@@ -35,7 +35,7 @@ def variations(
         options: Options of `text_to_image`; the size is the image's.
     """
     pixels, call, finish = fit_image(pipe, prompt, image, {**options, "n": n})
-    draft = None if any(call.prompts) else pipe.image_draft(pixels)
+    draft = pipe.image_draft(pixels, prompted=any(call.prompts))
     request = Request(task="variations", given=pixels, strength=strength, draft=draft, finish=finish)
     return pipe.draw(call, request)
 

@@ -9,8 +9,8 @@ from ldm.conditioning.bert import BertConditioner
 from ldm.conditioning.conditioner import Conditioner, TextConditioner, TextConvention, TwoTowers
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.models.clip.towers import TextTower
+from ldm.models.dit import DiT
 from ldm.models.draft import Draft
-from ldm.models.exemplars import ExemplarEncoder
 from ldm.models.labels import LabelConditioner
 from ldm.models.text.bert import LDMBert
 from ldm.models.text.bpe import Tokenizer
@@ -66,9 +66,10 @@ def text_conditioner(card: ModelCard, source: Source, vocabulary: Path | None) -
     if isinstance(first, LDMBert):
         return BertConditioner(first, word_pieces(vocabulary))
     tower = clip_conditioner(first, card.text, source) if isinstance(first, TextTower) else None
-    encoder = source.networks.get("exemplars")
-    if tower is not None and source.folder is not None and isinstance(encoder, ExemplarEncoder):
-        return ExemplarConditioner(tower, encoder, read_library(source.folder))
+    layout = source.networks.get("layout")
+    if tower is not None and source.folder is not None and isinstance(layout, DiT):
+        cell = Space(source.networks["vae"]).factor
+        return ExemplarConditioner(tower, layout, read_library(source.folder), cell=cell)
     if not isinstance(second, TextTower):
         return tower
     if card.text2 is None:

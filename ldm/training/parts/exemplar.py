@@ -1,12 +1,14 @@
-"""Training of a diffusion transformer that is shown exemplars, with its text tower and exemplar encoder.
+"""Training of a diffusion transformer that is shown exemplars, with its text tower.
 
-Each batch shows the network the source images of the things in its scenes (Blattmann et al. 2022).
+Each batch shows the network the source images of the things in its scenes, where they lie; see
+`ldm.models.exemplars`. Their places are slightly displaced, so that the network follows x_t where both
+disagree (conditioning augmentation, Ho et al. 2021).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner, TextConvention
-from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary, write_exemplar
 from ldm.conditioning.things import SLOT_WORDS
-from ldm.conditioning.words import words_in
-from ldm.data import EmojiData, Scene
-from ldm.data.captions import CaptionPieces, caption_pieces
-from ldm.data.facts import STYLES
-from ldm.data.noun_senses import noun_table
-from ldm.data.rendering import THING_AREAS
+from ldm.data import Scene
+from ldm.data.captions import caption_pieces
 from ldm.data.wording import grammar_words
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.dit import DiT, DiTConfig
-from ldm.models.exemplars import ExemplarConfig, ExemplarEncoder, multiplied
+from ldm.models.layout import ThingLayout, multiplied, place_exemplars
 from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.caches.latents import LatentSpace
@@ -36,9 +33,8 @@ from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
 from ldm.training.inputs.emoji import CachedScenes, EmojiImages
+from ldm.training.inputs.slots import scene_layouts, slot_text
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
-from ldm.training.losses.sights import SightLoss, record_sights, sight_losses, wanted_sights
-from ldm.weights.formats.exemplar_file import write_library
 from ldm.weights.formats.ldm_folder import write_part, write_text
 
 SLOT_TEXT = TextConvention(length=None, pad=0, masked=True)
@@ -47,7 +43,7 @@ SLOT_TEXT = TextConvention(length=None, pad=0, masked=True)
 
 @dataclass(frozen=True, kw_only=True)
 class SlotTextConfig:
-    """Shape of the text tower, which is as wide as an exemplar's tokens.
+    """Shape of the text tower.
 
     Args:
         layers: Number of blocks. Default: 2.
@@ -89,10 +85,11 @@ class ExemplarTraining:
         data: The training images.
         vae: Folder of the autoencoder, a `PatchAutoencoder`.
         text: Shape of the text tower.
-        exemplars: Shape of the exemplar encoder.
-        model: Shape of the diffusion transformer.
+        model: Shape of the diffusion transformer; its context is as wide as the text's tokens.
         diffusion: Schedule, prediction and timesteps.
-        sights: Weights of the losses of the transformer's views. Default: those of `SightLoss`.
+        displaced: Standard deviation of the displacement of an exemplar, as a fraction of the canvas; its
+            size varies by as much, and its tilt by as many radians. At least 0. Default: 0.001, an eighth of
+            a pixel of 128.
         scenes: Number of cached scenes.
     """
 
@@ -100,110 +97,86 @@ class ExemplarTraining:
     data: DataConfig
     vae: str
     text: SlotTextConfig
-    exemplars: ExemplarConfig
     model: DiTConfig
     diffusion: DiffusionConfig
-    sights: SightLoss = field(default_factory=SightLoss)
+    displaced: float = 0.001
     scenes: int
 
     def __post_init__(self) -> None:
+        check_at_least(0, displaced=self.displaced)
         check_at_least(1, scenes=self.scenes)
-        if self.model.context_dim != self.exemplars.width:
-            raise ValueError(
-                f"model.context_dim {self.model.context_dim}: expected exemplars.width {self.exemplars.width}"
-            )
-        if not self.model.views:
-            raise ValueError("model.views: expected at least one block, by which exemplars are seen")
-        if self.model.slots != self.exemplars.slots:
-            raise ValueError(
-                f"model.slots {self.model.slots}: expected exemplars.slots {self.exemplars.slots}"
-            )
-        if self.exemplars.slots > len(SLOT_WORDS):
-            raise ValueError(f"exemplars.slots {self.exemplars.slots}: expected at most {len(SLOT_WORDS)}")
+        if not 1 <= self.model.slots <= len(SLOT_WORDS):
+            raise ValueError(f"model.slots {self.model.slots}: expected 1 to {len(SLOT_WORDS)}")
 
 
 class ExemplarPart:
-    """A diffusion transformer in training, with its text tower and exemplar encoder."""
+    """A diffusion transformer in training, with its text tower."""
 
     def __init__(self, config: ExemplarTraining, device: torch.device) -> None:
         self.config, self.device = config, device
         self.images = EmojiImages(config.data, validates_held_out=True)
-        if config.exemplars.size != self.images.data.images.shape[1]:
-            raise ValueError(
-                f"exemplars.size {config.exemplars.size}: the data set's images have"
-                f" {self.images.data.images.shape[1]} pixels"
-            )
         self.scenes = CachedScenes.random(config.run, self.images, config.scenes)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
         torch.manual_seed(config.run.seed)
-        self.text = config.text.make(config.exemplars.width).to(device)
-        self.encoder = ExemplarEncoder(config.exemplars)
-        vae = self.latents.vae
-        if not isinstance(vae, PatchAutoencoder):
-            raise ValueError(f"vae {config.vae!r}: expected a PatchAutoencoder, got {type(vae).__name__}")
-        self.encoder.use_basis(vae.project.weight.cpu(), vae.project.bias.cpu())  # type: ignore[union-attr]
+        self.text = config.text.make(config.model.context_dim).to(device)
         self.net = DiT(config.model)
         zero_residuals(self.net)
+        vae = self.latents.vae
+        if self.net.exemplars is not None and isinstance(vae, PatchAutoencoder):
+            self.net.exemplars.use_basis(vae.project.weight.cpu())
         self.denoiser = Denoiser(self.net.to(device), config.diffusion.make(), config.diffusion.prediction)
-        self.model = nn.ModuleDict({"net": self.net, "text": self.text, "exemplars": self.encoder.to(device)})
+        self.model = nn.ModuleDict({"net": self.net, "text": self.text})
 
-    def condition(self, scenes: Sequence[Scene | None], rngs: Sequence[np.random.Generator] | None) -> Cond:
-        """Return the condition of scenes, whose captions generators vary.
+    def condition(
+        self,
+        scenes: Sequence[Scene | None],
+        rngs: Sequence[np.random.Generator] | None,
+        displaced: float = 0.0,
+    ) -> Cond:
+        """Return the condition of scenes, whose captions and displacements generators draw.
 
         Args:
             scenes: B scenes; None for no condition.
             rngs: Draw the wordings, one for each scene; None for the canonical ones.
+            displaced: Standard deviation of the displacements. Default: 0, which needs no generators.
         """
-        return self.ordered_condition(scenes, rngs)[0]
-
-    def ordered_condition(
-        self, scenes: Sequence[Scene | None], rngs: Sequence[np.random.Generator] | None
-    ) -> tuple[Cond, list[list[int]]]:
-        """Return the condition of scenes, and for each scene the thing of each slot; see `condition`."""
-        slots, size = self.config.exemplars.slots, self.config.exemplars.size
-        shown = np.zeros((len(scenes), slots, size, size, 4), dtype=np.uint8)
+        data, slots = self.images.data, self.config.model.slots
+        side = self.images.size
+        shown = np.zeros((len(scenes), slots, *data.images.shape[1:]), dtype=np.uint8)
         texts, orders = [], []
         for i, scene in enumerate(scenes):
-            rng, index = None if rngs is None else rngs[i], self.images.index
-            text, order = ("", []) if scene is None else slot_text(caption_pieces(scene.facts, index, rng))
+            rng = None if rngs is None else rngs[i]
+            text, order = (
+                ("", []) if scene is None else slot_text(caption_pieces(scene.facts, data.index, rng))
+            )
             for slot, thing in enumerate(order):
                 assert scene is not None
-                shown[i, slot] = self.images.data.images[scene.rows(thing)[0]]
+                shown[i, slot] = data.images[scene.rows(thing)[0]]
             texts.append(text)
             orders.append(order)
-        images = torch.from_numpy(shown).movedim(-1, 2).to(self.device).float() / 255  # (B, K, 4, S, S)
-        tokens = self.encoder(images)  # (B, K·L, D)
+        layout = scene_layouts(scenes, orders)
+        if displaced:
+            assert rngs is not None
+            layout = displaced_layout(layout, rngs, displaced)
+        images = torch.from_numpy(shown).movedim(-1, 2).float() / 255  # (B, K, 4, S, S)
+        canvas = place_exemplars(multiplied(images), layout, (side, side))  # (B, K, 4, H, W)
         states = self.text.encode([self.text.tokenizer.encode(text) for text in texts])
         assert states.mask is not None
-        per = self.config.exemplars.tokens
-        counts = torch.tensor([len(order) for order in orders], device=self.device)
-        used = torch.arange(slots * per, device=self.device) < per * counts[:, None]  # (B, K·L)
-        cond = Cond(
-            context=torch.cat([tokens, states.tokens.to(tokens.dtype)], dim=1),
-            context_mask=torch.cat([used, states.mask], dim=1),
-            exemplars=multiplied(images),
-        )
-        return cond, orders
+        return Cond(context=states.tokens, context_mask=states.mask, exemplars=canvas.to(self.device))
 
     def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a random batch, and to log the losses at high and at low t, and of the views."""
-        diffusion, weights = self.config.diffusion, self.config.sights
+        """Return the loss of a random batch, and to log the losses at high and at low t."""
+        diffusion = self.config.diffusion
         chosen, rows = self.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         shown = draws.random() >= diffusion.drop
         kept = [scene if show else None for scene, show in zip(chosen, shown, strict=True)]
-        cond, orders = self.ordered_condition(kept, draws.rngs)
-        with record_sights(self.net) as sights:
-            loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
+        cond = self.condition(kept, draws.rngs, self.config.displaced)
+        loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
-        side = x0.shape[-1] // self.config.model.patch
-        maps, touched = wanted_sights(kept, orders, side, self.config.exemplars.slots)
-        figures = sight_losses(sights, maps.to(self.device), touched.to(self.device), side, draws)
-        loss = loss + weights.where * figures["where"] + weights.shown * figures["shown"]
         return loss, {
             "loss_high_t": draws.mean_of_some(losses[high]),
             "loss_low_t": draws.mean_of_some(losses[~high]),
-            **figures,
         }
 
     def draw(self, draws: Draws) -> tuple[list[Scene], list[int]]:
@@ -267,7 +240,7 @@ class ExemplarPart:
         return image_grid(to_uint8(torch.cat(made)), columns=8)
 
     def export(self, folder: Path, record: Mapping[str, object]) -> None:
-        """Write the transformer, the text tower, the exemplar encoder, and the library of training images."""
+        """Write the transformer and the text tower."""
         write_part(
             folder,
             "unet",
@@ -278,29 +251,13 @@ class ExemplarPart:
             training=record,
         )
         write_text(folder, self.text, words=sorted(grammar_words()), training=record)
-        write_part(folder, "exemplars", self.encoder, self.config.exemplars, training=record)
-        write_library(folder, training_library(self.images.data))
-
-
-def slot_text(pieces: CaptionPieces) -> tuple[str, list[int]]:
-    """Return a caption with slot words in place of nouns and without styles, and the things by slot.
-
-    Slots are in the order in which the caption names the things.
-    """
-    words: list[str] = []
-    order: list[int] = []
-    for piece in pieces:
-        if piece.noun and piece.area in THING_AREAS:
-            words.append(SLOT_WORDS[len(order)])
-            order.append(THING_AREAS.index(piece.area))
-        else:
-            words += words_in(" ".join(word for word in piece.text.split() if word not in STYLES))
-    return " ".join(words), order
 
 
 def zero_residuals(net: DiT) -> None:
     """Set the outputs of attention, MLPs, modulation and network to zero (Peebles & Xie 2023, adaLN-Zero)."""
-    layers = [net.proj_out, net.time_modulation]
+    layers = [net.time_modulation]
+    if isinstance(net.proj_out, nn.Linear):
+        layers.append(net.proj_out)
     for block in net.blocks:
         layers += [block.attn1.to_out[0], block.attn2.to_out[0], block.mlp.c_proj]
     for layer in layers:
@@ -308,22 +265,11 @@ def zero_residuals(net: DiT) -> None:
             nn.init.zeros_(p)
 
 
-def training_library(data: EmojiData) -> ExemplarLibrary:
-    """Return the library of all training images, with the nouns of their names."""
-    rows = [int(row) for row in data.train]
-    exemplars = [
-        Exemplar(
-            name=data.index[row].name,
-            style=data.index[row].style,
-            content=write_exemplar(torch.from_numpy(data.images[row].copy()).movedim(-1, 0).float() / 255),
-        )
-        for row in rows
-    ]
-    known = {exemplar.name for exemplar in exemplars}
-    nouns = {
-        noun: tuple(dict.fromkeys(sense.name for sense in senses if sense.name in known))
-        for noun, senses in noun_table(data.index).items()
-    }
-    return ExemplarLibrary(
-        exemplars, {noun: names for noun, names in nouns.items() if names}, size=data.images.shape[1]
-    )
+def displaced_layout(layout: ThingLayout, rngs: Sequence[np.random.Generator], std: float) -> ThingLayout:
+    """Return layouts with normal displacements, one generator for each; see `ExemplarTraining.displaced`."""
+    shape = layout.places.shape[1:]
+    drawn = torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])) * std
+    x, y, side, tilt = layout.places.unbind(-1)
+    dx, dy, larger, turned = drawn.unbind(-1)
+    places = torch.stack([x + dx, y + dy, side * (1 + larger), tilt + turned.rad2deg()], dim=-1)
+    return ThingLayout(places=places, owner=layout.owner)

@@ -23,7 +23,7 @@ LIBRARY_FILES = (LIBRARY_INDEX, LIBRARY_IMAGES)
 BESIDE: dict[str, tuple[str, ...]] = {
     "text": TOKENIZER_FILES,
     "words": TOKENIZER_FILES,
-    "exemplars": LIBRARY_FILES,
+    "layout": LIBRARY_FILES,
 }
 
 

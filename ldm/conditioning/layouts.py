@@ -1,0 +1,79 @@
+"""The prior over layouts of a model with exemplars: its schedule, and drawing from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grid import TimeGrid
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.noise import keyed_normal
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.models.dit import DiT, DiTConfig
+from ldm.models.layout import ThingLayout, layout_channels, layout_of_state
+from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
+
+LAYOUT_PREDICTION: Prediction = "x0"
+INSTANCES = 4
+"""The largest number of instances in a layout."""
+LAYOUT_STEPS = 12
+LAYOUT_NOISE = 1 << 62
+"""The number of a layout's noise among the keyed draws of a seed; those of a sampler's steps are smaller."""
+
+
+def layout_denoiser(net: DiT) -> Denoiser:
+    """Return the denoiser of layouts of a network: a cosine schedule, the prediction x0."""
+    return Denoiser(net, NoiseSchedule.make("cosine", 1000), LAYOUT_PREDICTION)
+
+
+def slots_of(config: DiTConfig) -> int:
+    """Return the number of things that a prior over layouts places.
+
+    Raises:
+        ValueError: If the network is none.
+    """
+    channels = (config.in_channels, config.out_channels)
+    if channels[0] != channels[1] or channels[0] <= layout_channels(0) or config.patch != 1 or config.slots:
+        raise ValueError(
+            f"in_channels, out_channels {channels}, patch {config.patch}, slots {config.slots}: expected of a"
+            " prior over layouts the same number twice, four and at least one thing, 1 and 0"
+        )
+    return channels[0] - layout_channels(0)
+
+
+@torch.no_grad()
+def draw_layouts(
+    denoiser: Denoiser, cond: Cond, things: Sequence[int], *, seeds: Sequence[int]
+) -> ThingLayout:
+    """Draw a layout for each condition, a function of the condition and the seed.
+
+    Args:
+        denoiser: See `layout_denoiser`.
+        cond: The context of B texts.
+        things: Number of things in each text.
+        seeds: B seeds.
+
+    Returns:
+        B layouts of `INSTANCES` instances; where there are no things, of none.
+    """
+    net = denoiser.net
+    assert isinstance(net, DiT)
+    if not any(things):
+        nothing = torch.zeros(
+            len(things), INSTANCES, 4, dtype=torch.float32, device=net.embed_in.weight.device
+        )
+        return ThingLayout(places=nothing, owner=torch.full(nothing.shape[:2], -1, device=nothing.device))
+    shape = (net.config.in_channels, 1, INSTANCES)
+    noise = torch.stack([keyed_normal(seed, LAYOUT_NOISE, shape) for seed in seeds])
+    weight = net.embed_in.weight
+    grid = TimeGrid.make(denoiser.schedule, LAYOUT_STEPS, spacing="trailing")
+    state = dpmpp_2m(cfg(denoiser, cond, Cond(), 1.0), noise.to(weight.device), grid)
+    drawn = [layout_of_state(one[None], count) for one, count in zip(state, things, strict=True)]
+    return ThingLayout(
+        places=torch.cat([layout.places for layout in drawn]),
+        owner=torch.cat([layout.owner for layout in drawn]),
+    )

@@ -1,0 +1,161 @@
+"""Training of the prior over layouts of a model with exemplars; see `ldm.models.layout`.
+
+The text tower is that of the denoiser's training, and frozen. The images of the data set are read for the
+library only, which is exported with the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary, write_exemplar
+from ldm.conditioning.layouts import LAYOUT_PREDICTION, draw_layouts, layout_denoiser, slots_of
+from ldm.data import EmojiData, Scene
+from ldm.data.captions import caption_pieces
+from ldm.data.noun_senses import noun_table
+from ldm.diffusion.cond import Cond
+from ldm.models.dit import DiT, DiTConfig
+from ldm.models.layout import ThingLayout, layout_state
+from ldm.training.config import DataConfig, RunConfig
+from ldm.training.diffusion import DiffusionConfig
+from ldm.training.draws import Draws
+from ldm.training.images import image_grid
+from ldm.training.inputs.emoji import EmojiImages
+from ldm.training.inputs.slots import scene_layouts, slot_text
+from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
+from ldm.training.parts.exemplar import SLOT_TEXT, zero_residuals
+from ldm.weights.formats.exemplar_file import write_library
+from ldm.weights.formats.ldm_folder import read_text, write_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutTraining:
+    """The configuration of the training.
+
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        text: Folder of the text tower of a training of `part: exemplar`.
+        model: Shape of the network; its channels are four and the number of slots, its patch is 1.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    text: str
+    model: DiTConfig
+
+    def __post_init__(self) -> None:
+        try:
+            slots_of(self.model)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from None
+
+
+class LayoutPart:
+    """A prior over layouts in training."""
+
+    def __init__(self, config: LayoutTraining, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.images = EmojiImages(config.data)
+        self.text = read_text(config.text, SLOT_TEXT).to(device).requires_grad_(False)
+        torch.manual_seed(config.run.seed)
+        self.net = DiT(config.model)
+        zero_residuals(self.net)
+        self.denoiser = layout_denoiser(self.net.to(device))
+        self.diffusion = DiffusionConfig(schedule="cosine", prediction=LAYOUT_PREDICTION)
+        self.model = nn.ModuleDict({"net": self.net})
+
+    def inputs(
+        self, scenes: Sequence[Scene], rngs: Sequence[np.random.Generator] | None
+    ) -> tuple[ThingLayout, Cond]:
+        """Return the layouts of scenes and the condition of their captions, which generators vary."""
+        texts, orders = [], []
+        for i, scene in enumerate(scenes):
+            rng = None if rngs is None else rngs[i]
+            text, order = slot_text(caption_pieces(scene.facts, self.images.index, rng))
+            texts.append(text)
+            orders.append(order)
+        with torch.no_grad():
+            states = self.text.encode([self.text.tokenizer.encode(text) for text in texts])
+        assert states.mask is not None
+        return scene_layouts(scenes, orders), Cond(context=states.tokens, context_mask=states.mask)
+
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the diffusion loss of the layouts of random scenes."""
+        layout, cond = self.inputs(self.images.draw(draws), draws.rngs)
+        state = layout_state(layout, slots_of(self.config.model)).to(self.device)  # (B, 4 + K, 1, M)
+        return draw_diffusion_loss(self.denoiser, self.diffusion, state, cond, draws).weighted, {}
+
+    def describe_batch(self, draws: Draws) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.images.draw(draws))
+
+    def validate(self) -> dict[str, float]:
+        """Return the loss of 256 scenes at fixed timesteps and noise, and how often drawn layouts fit.
+
+        A layout fits if it has as many instances of each thing as the scene.
+        """
+        scenes = self.images.random(np.random.default_rng(7), 256)
+        layout, cond = self.inputs(scenes, None)
+        draws, state = Draws(7, range(len(scenes))), layout_state(layout, slots_of(self.config.model))
+        t, eps = self.diffusion.draw(draws), draws.normal(*state.shape)
+        state, t, eps = (value.to(self.device) for value in (state, t, eps))
+        losses = diffusion_loss(self.denoiser, state, cond, t, eps)
+        things = [len(scene.facts.things) for scene in scenes]
+        drawn = draw_layouts(self.denoiser, cond, things, seeds=range(len(scenes)))
+        fits = (drawn.owner.sort().values == layout.owner.to(drawn.owner).sort().values).all(dim=1)
+        return {"loss": float(losses.mean()), "counts_right": float(fits.float().mean())}
+
+    def preview(self) -> np.ndarray:
+        """Show drawn layouts of 32 scenes as filled squares, one color for each slot."""
+        scenes = self.images.random(np.random.default_rng(3), 32)
+        _, cond = self.inputs(scenes, None)
+        things = [len(scene.facts.things) for scene in scenes]
+        drawn = draw_layouts(self.denoiser, cond, things, seeds=range(len(scenes)))
+        return image_grid(squares_of(drawn, 64), columns=8)
+
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the network, and the library of training images."""
+        write_part(folder, "layout", self.net, self.config.model, figures=self.validate(), training=record)
+        write_library(folder, training_library(self.images.data))
+
+
+def squares_of(layout: ThingLayout, size: int) -> np.ndarray:
+    """Return layouts as squares without tilt on white, (B, size, size, 3) uint8."""
+    colors = np.array([(220, 50, 47), (50, 100, 210), (60, 160, 80), (240, 140, 40)], dtype=np.uint8)
+    images = np.full((len(layout.owner), size, size, 3), 255, dtype=np.uint8)
+    for image, places, owner in zip(images, layout.places.tolist(), layout.owner.tolist(), strict=True):
+        for (x, y, side, _), slot in zip(places, owner, strict=True):
+            if slot >= 0:
+                top, left, bottom, right = (
+                    max(0, round(size * v)) for v in (y - side / 2, x - side / 2, y + side / 2, x + side / 2)
+                )
+                image[top:bottom, left:right] = colors[slot]
+    return images
+
+
+def training_library(data: EmojiData) -> ExemplarLibrary:
+    """Return the library of all training images, with the nouns of their names."""
+    rows = [int(row) for row in data.train]
+    exemplars = [
+        Exemplar(
+            name=data.index[row].name,
+            style=data.index[row].style,
+            content=write_exemplar(torch.from_numpy(data.images[row].copy()).movedim(-1, 0).float() / 255),
+        )
+        for row in rows
+    ]
+    known = {exemplar.name for exemplar in exemplars}
+    nouns = {
+        noun: tuple(dict.fromkeys(sense.name for sense in senses if sense.name in known))
+        for noun, senses in noun_table(data.index).items()
+    }
+    return ExemplarLibrary(
+        exemplars, {noun: names for noun, names in nouns.items() if names}, size=data.images.shape[1]
+    )
