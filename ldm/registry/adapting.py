@@ -172,17 +172,9 @@ def _layers(
     """Yield each module that a LoRA changes: part, path, both weights, and the network's own names."""
     for part, network in first.items():
         state, other = (dict(each.state_dict()) for each in (network, second[part]))
-        seen: set[str] = set()
-        for path, place in Places(part, network).dotted.items():
-            site = place.sites.get("weight")
-            inside = ".attentions." in path or ".layers." in path
-            blocks = convolutions and (".resnets." in path or "samplers." in path)
-            if site is None or path != place.path or len(site.shape) < 2 or not (inside or blocks):
-                continue
-            key = f"{site.ours} {site.index if len(site.step.file) > 1 else 0}"
-            if key not in seen:
-                seen.add(key)
-                yield part, path, site.read(state), site.read(other), site.ours
+        for place in Places(part, network).layers(convolutions=convolutions):
+            site = place.sites["weight"]
+            yield part, place.path, site.read(state), site.read(other), site.ours
 
 
 def _networks(pipe: nn.Module) -> dict[str, nn.Module]:

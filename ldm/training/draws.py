@@ -77,6 +77,17 @@ class Draws:
             self.seed, samples, batch=batch, stream=self.stream, processes=self.processes, passed=self.passed
         )
 
+    def in_stream(self, stream: int) -> Draws:
+        """Return the same share with the random numbers of another stream."""
+        return Draws(
+            self.seed,
+            self.samples,
+            batch=self.batch,
+            stream=stream,
+            processes=self.processes,
+            passed=self.passed,
+        )
+
     def parts(self, n: int) -> list[Draws]:
         """Return the share in n parts for as many forward passes; each process has at least n samples.
 

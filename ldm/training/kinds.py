@@ -46,10 +46,14 @@ def _tunings() -> dict[str, PartKind]:
     """Return the kinds of trainings that begin with a loaded model."""
     from ldm.training.parts.fine_tune import FineTunePart, FineTuning
     from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
+    from ldm.training.parts.inversion import InversionPart, InversionTraining
+    from ldm.training.parts.lora import LoRAPart, LoRATraining
 
     return {
         "fine-tune": _kind(FineTuning, FineTunePart, _MODEL),
         "fine-tune-decoder": _kind(DecoderFineTuning, FineTuneDecoderPart, _MODEL),
+        "lora": _kind(LoRATraining, LoRAPart, {"adapter"}),
+        "textual-inversion": _kind(InversionTraining, InversionPart, {"adapter"}),
     }
 
 

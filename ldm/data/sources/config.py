@@ -25,8 +25,9 @@ class FileData:
             Default: white.
         least: Least side of an image in pixels; smaller images are left out. None for half of `size`.
             Default: None.
-        uncaptioned: What becomes of images without a caption: "keep" them with the empty one, "skip" them, or
-            "stop" with an error. Default: "keep".
+        captions: Captions of images that have none, of which one is drawn at random. Default: none.
+        uncaptioned: What becomes of images that have no caption then: "keep" them with the empty one, "skip"
+            them, or "stop" with an error. Default: "keep".
         held_out: Share of images that are kept for validation, in [0, 1), chosen by a hash of their names; at
             least one if it is not 0. Default: 0.05.
         max_broken: Number of broken files that are passed over; one more stops the run. Default: 10.
@@ -40,6 +41,7 @@ class FileData:
     mirror: float = 0.0
     background: tuple[int, int, int] = (255, 255, 255)
     least: int | None = None
+    captions: tuple[str, ...] = ()
     uncaptioned: Literal["keep", "skip", "stop"] = "keep"
     held_out: float = 0.05
     max_broken: int = 10

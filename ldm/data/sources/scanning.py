@@ -69,6 +69,7 @@ def scan(
         if len(captions) < len(each.captions):
             found = f"a caption is no valid text, or longer than {MAX_CHARACTERS} characters"
             problems.append(Problem(each.name, "bad metadata", found))
+        captions = captions or config.captions
         if not captions:
             used = "it is left out" if config.uncaptioned == "skip" else "it has the empty caption"
             problems.append(Problem(each.name, "no caption", used))

@@ -19,7 +19,7 @@ from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
 from ldm.training.images import comparison_grid
 from ldm.training.inputs.opening import DataSection, open_images
-from ldm.training.parts.fine_tune import FIXED_IMAGES, check_base, fine_tuned, load_base
+from ldm.training.parts.tuning import FIXED_IMAGES, check_base, fine_tuned, load_base
 from ldm.training.parts.vae import VAELoss, reconstruction_errors
 from ldm.training.recomputing import recompute_blocks
 

@@ -70,11 +70,17 @@ class Changed:
         return output
 
     def _low_rank(self, i: int, delta: LowRank, strength: float, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors of a LoRA in the dtype of x, the strength in the second; kept."""
+        """Return the factors of a LoRA in the dtype of x, the strength in the second.
+
+        They are kept, unless the LoRA is in training.
+        """
         key = i, x.dtype, x.device
         if key not in self._factors:
             up, down = delta.factors(x.device)
-            self._factors[key] = down.to(x.dtype), (up * (strength * delta.scale)).to(x.dtype)
+            made = down.to(x.dtype), (up * (strength * delta.scale)).to(x.dtype)
+            if delta.up.requires_grad:
+                return made
+            self._factors[key] = made
         return self._factors[key]
 
 

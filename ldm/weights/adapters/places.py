@@ -116,6 +116,24 @@ class Places:
         """
         return (self.flat if flat else self.dotted).get(name)
 
+    def layers(self, *, convolutions: bool) -> Iterator[ModulePlace]:
+        """Yield the modules whose weights a LoRA changes, each once: the linear layers of transformers.
+
+        Args:
+            convolutions: Whether those of residual blocks and of resampling are among them.
+        """
+        seen: set[tuple[tuple[str, ...], int]] = set()
+        for path, place in self.dotted.items():
+            site = place.sites.get("weight")
+            inside = ".attentions." in path or ".layers." in path
+            blocks = convolutions and (".resnets." in path or "samplers." in path)
+            if site is None or path != place.path or len(site.shape) < 2 or not (inside or blocks):
+                continue
+            key = site.ours, site.index if len(site.step.file) > 1 else 0
+            if key not in seen:
+                seen.add(key)
+                yield place
+
     def without_effect(self, name: str) -> bool:
         """Return whether a name, dotted or flat, is of a module that the tower has and the model never reads.
 

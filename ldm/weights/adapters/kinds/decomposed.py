@@ -51,7 +51,7 @@ class Decomposed(Delta):
         others = [i for i in range(weight.ndim) if i != axis]
         norm = v.square().sum(dim=others, keepdim=True).sqrt_() + torch.finfo(v.dtype).eps
         magnitude = wide(self.magnitude, weight.device).reshape(norm.shape)
-        return weight.lerp(v.mul_(magnitude / norm), strength)
+        return weight.lerp(v * (magnitude / norm), strength)
 
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors as kohya and LyCORIS name them."""

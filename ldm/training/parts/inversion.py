@@ -1,0 +1,105 @@
+"""Textual inversion: vectors that stand for a word of their own (Gal et al. 2022, arXiv:2208.01618).
+
+Nothing else is trained. The export is a file of the vectors, which `pipe.adapters.load` reads, and so do
+diffusers and kohya-style programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.conditioner import TextConditioner
+from ldm.support.config import check_between
+from ldm.training.adapter_files import check_adapter_run, write_record
+from ldm.training.class_images import PriorPreservation
+from ldm.training.config import RunConfig
+from ldm.training.inputs.opening import DataSection
+from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel, check_base
+from ldm.weights.adapters.embeddings import MAX_VECTORS, TOWER_KEYS
+from ldm.weights.formats.safetensors import write_safetensors
+
+KEYS = {part: key for key, part in reversed(TOWER_KEYS.items())}  # of the towers of a model with two
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionTraining:
+    """The configuration of a textual inversion.
+
+    Args:
+        run: Length, batches and optimizer; AdamW's `weight_decay` should be 0.
+        data: The training images, whose captions all hold the token; `captions` is for images without one.
+        token: The word that the vectors stand for, such as "<thing>".
+        base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
+        weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
+        vectors: Number of vectors. Default: 1.
+        start: Words whose vectors these begin with, in turn if there are fewer; None for random vectors with
+            the standard deviation of the vocabulary's. Default: None.
+        diffusion: The weights of the loss; prediction and schedule stay the model's.
+    """
+
+    run: RunConfig
+    data: DataSection
+    token: str
+    base: str | None = None
+    weights: str | None = None
+    vectors: int = 1
+    start: str | None = None
+    diffusion: FineTuneDiffusion = field(default_factory=FineTuneDiffusion)
+
+    def __post_init__(self) -> None:
+        check_base(self.base, self.weights)
+        check_between(1, MAX_VECTORS, vectors=self.vectors)
+        check_adapter_run(self.run, self.diffusion)
+        if not self.token.strip() or self.token != self.token.strip():
+            raise ValueError(f"token: expected a word without spaces around it, got {self.token!r}")
+
+    @property
+    def prior(self) -> PriorPreservation | None:
+        """None, as the model's other words stay as they are."""
+        return None
+
+
+class InversionPart(TunedModel):
+    """Vectors in training, (n, D) for each text tower of a loaded model."""
+
+    def __init__(self, config: InversionTraining, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.config = config
+        readers = self.pipe.readers()
+        if not readers:
+            raise ValueError(f"{self.pipe.name!r} has no CLIP text tower that reads vectors")
+        token = config.token.lower()
+        if bare := next((text for text in self.images.texts() if token not in text.lower()), None):
+            raise ValueError(f"data: expected the token {config.token!r} in every caption, got {bare!r}")
+        generator = torch.Generator().manual_seed(config.run.seed)
+        self.model = nn.ParameterDict(
+            {part: self._first_vectors(reader, generator).to(device) for part, reader in readers.items()}
+        )
+        for part, reader in readers.items():
+            reader.learned.replace({(config.token,): self.model[part]})
+
+    def _first_vectors(self, reader: TextConditioner, generator: torch.Generator) -> Tensor:
+        """Return the vectors that the training begins with, (n, D) float32."""
+        config, table = self.config, reader.tower.token_embedding.weight.detach().float().cpu()
+        if config.start is None:
+            drawn = torch.randn(config.vectors, reader.width, generator=generator, device="cpu")
+            return table.mean(0) + table.std(0) * drawn
+        ids = [token for _, word in reader.word_ids(config.start) for token in word]
+        if not ids:
+            raise ValueError(f"start: the vocabulary has no token of {config.start!r}")
+        return table[[ids[i % len(ids)] for i in range(config.vectors)]].clone()
+
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the vectors as NAME.safetensors, and the record of the training as NAME.yaml."""
+        path = folder / f"{self.config.run.name}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        vectors = {part: each.detach().cpu().contiguous() for part, each in self.model.items()}
+        one = len(vectors) == 1
+        tensors = {self.config.token if one else KEYS[part]: each for part, each in vectors.items()}
+        write_safetensors(path, tensors, {"format": "pt", "token": self.config.token})
+        write_record(path, record, figures=self.validate())

@@ -1,0 +1,294 @@
+"""What all trainings of a loaded latent diffusion model share: data, conditions, loss, validation, preview.
+
+The loss is that of latent diffusion (Rombach et al. 2022, eq. 3) with the schedule, the prediction and the
+conditions of the model's card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.catalog.cards import ModelCard
+from ldm.conditioning.prompt import escape_prompt
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.interfaces import Prediction
+from ldm.models.labels import LabelConditioner
+from ldm.models.layers.embeddings import vector_condition
+from ldm.pipelines.conditions import zero_where_empty
+from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.stages.space import Space
+from ldm.registry.loading import load
+from ldm.support.config import nearest
+from ldm.training.caches.latents import LatentSpace
+from ldm.training.class_images import ClassImages, PriorPreservation
+from ldm.training.config import RunConfig
+from ldm.training.diffusion import DiffusionConfig, sample_latents
+from ldm.training.draws import Draws
+from ldm.training.images import image_grid, to_uint8
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import Samples
+from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss, losses_by_timestep
+
+Trained = Literal["unet", "text", "text2"]
+FIXED_IMAGES = 64  # of the validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneDiffusion:
+    """What fine-tuning may change in the diffusion of a model; see `DiffusionConfig` for the other fields.
+
+    Args:
+        prediction: What the network learns to predict; None for what it predicts. Default: None.
+        zero_terminal_snr: Whether the schedule ends at a signal-to-noise ratio of zero; None for the model's.
+            Sampling then visits the last timestep ("trailing" spacing). Default: None.
+    """
+
+    prediction: Prediction | None = None
+    zero_terminal_snr: bool | None = None
+    min_snr: float | None = None
+    snr_plus_one: float | None = None
+    offset_noise: float = 0.0
+    drop: float = 0.1
+    shift: float = 1.0
+
+    def changed(self, card: ModelCard) -> ModelCard:
+        """Return the card of the fine-tuned model."""
+        schedule, convention = card.schedule, card.convention
+        zero = self.zero_terminal_snr
+        if zero is not None and zero != schedule.zero_terminal_snr:
+            schedule = replace(schedule, zero_terminal_snr=zero)
+            convention = replace(card.grids(), grids={"*": {"spacing": "trailing"}})
+        return replace(
+            card,
+            schedule=schedule,
+            prediction=self.prediction or card.prediction,
+            convention=convention,
+            hub=None,
+            files=None,
+            folder=None,
+        )
+
+    def settled(self, card: ModelCard) -> DiffusionConfig:
+        """Return the loss of a model with a card that `changed` returned.
+
+        Raises:
+            ValueError: If the model's schedule has no timesteps of its own (EDM).
+        """
+        schedule = card.schedule
+        if schedule.kind == "edm":
+            raise ValueError(f"{card.name!r} has an EDM schedule, with which nothing is trained here")
+        return DiffusionConfig(
+            schedule=schedule.kind,
+            timesteps=schedule.timesteps,
+            prediction=card.prediction,
+            zero_terminal_snr=schedule.zero_terminal_snr,
+            min_snr=self.min_snr,
+            snr_plus_one=self.snr_plus_one,
+            offset_noise=self.offset_noise,
+            drop=self.drop,
+            shift=self.shift,
+        )
+
+
+class Tuning(Protocol):
+    """The configuration of a training that begins with a loaded model; see `FineTuning` for the fields."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Length, batches and optimizer."""
+
+    @property
+    def data(self) -> DataSection:
+        """The training images."""
+
+    @property
+    def base(self) -> str | None:
+        """Name of the model."""
+
+    @property
+    def weights(self) -> str | None:
+        """Its weights."""
+
+    @property
+    def diffusion(self) -> FineTuneDiffusion:
+        """Changes of the diffusion, and the weights of the loss."""
+
+    @property
+    def prior(self) -> PriorPreservation | None:
+        """Images of the model itself that it keeps drawing."""
+
+
+class TunedModel:
+    """A loaded model whose networks, or what changes them, are trained on captioned images.
+
+    Args:
+        config: The configuration.
+        device: Where to train.
+        train: The networks that are trained, or that what is trained changes. Default: none.
+    """
+
+    def __init__(self, config: Tuning, device: torch.device, train: tuple[Trained, ...] = ()) -> None:
+        self.device, self.run = device, config.run
+        loaded = load_base(config.base, config.weights).to(device)
+        self.trained = trained_networks(loaded, train)
+        self.images = open_images(config.data, config.run)
+        if self.images.size % loaded.vae.config.factor:
+            raise ValueError(
+                f"data.size {self.images.size}: expected a multiple of {loaded.vae.config.factor}, the"
+                " autoencoder's factor"
+            )
+        self.preserved = None
+        if config.prior is not None:
+            self.preserved = ClassImages(config.prior, loaded, self.images.size)
+        self.pipe = fine_tuned(loaded, config.diffusion.changed(loaded.card)).to(device)
+        self.diffusion = config.diffusion.settled(self.pipe.card)
+        self.pipe.requires_grad_(False)
+        self.samples = self.images.cached(config.run, 0)
+        card = self.pipe.card
+        space = Space(self.pipe.vae, self.pipe.latent_scale, card.latent_mean, card.latent_std)
+        self.latents = LatentSpace.of(space, content_key(self.pipe.vae), self.samples, device)
+
+    def cond(self, texts: Sequence[str], samples: Samples) -> Cond:
+        """Return the condition of texts, and of the samples' sizes where the model reads them."""
+        return self.cond_of_sizes(
+            texts, [[*s.original, *s.crop, *s.target] for s in self.images.sizes(samples)]
+        )
+
+    def cond_of_sizes(self, texts: Sequence[str], sizes: Sequence[Sequence[float]]) -> Cond:
+        """Return the condition of texts, and of SDXL's six numbers of sizes where the model reads them."""
+        if self.pipe.text is None:
+            return Cond()
+        cond: Cond = self.pipe.text([escape_prompt(text) for text in texts])
+        if self.pipe.card.zero_negative:
+            cond = zero_where_empty(cond, texts)
+        if self.pipe.card.vector is None:
+            return cond
+        assert cond.pooled is not None
+        numbers = torch.tensor(sizes, dtype=torch.float32, device=cond.pooled.device)
+        return replace(cond, pooled=vector_condition(cond.pooled, numbers))
+
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a random batch, and figures to log: the losses of each tenth of the timesteps,
+        and "prior", the loss of the model's own images where these are preserved."""
+        chosen, rows = self.samples.draw(draws)
+        x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
+        texts = self.images.captions(chosen, draws, drop=self.diffusion.drop)
+        cond = self.cond(texts, chosen)
+        loss, losses, t = draw_diffusion_loss(self.pipe.denoiser, self.diffusion, x0, cond, draws)
+        figures = losses_by_timestep(losses, t, self.diffusion.timesteps, draws)
+        if self.preserved is not None:
+            figures["prior"] = self.prior_loss(self.preserved, draws)
+            loss = loss + self.preserved.config.weight * figures["prior"]
+        return loss, figures
+
+    def prior_loss(self, preserved: ClassImages, draws: Draws) -> Tensor:
+        """Return the loss of as many images that the model drew of its class before the training."""
+        draws = preserved.draws(draws)
+        side = float(self.images.size)
+        texts = [preserved.config.prompt] * len(draws)
+        cond = self.cond_of_sizes(texts, [[side, side, 0.0, 0.0, side, side]] * len(draws))
+        x0 = preserved.latents(draws).to(self.device)
+        return draw_diffusion_loss(self.pipe.denoiser, self.diffusion, x0, cond, draws).weighted
+
+    def describe_batch(self, draws: Draws) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.samples.draw(draws)[0])
+
+    def validate(self) -> dict[str, float]:
+        """Return the loss at fixed timesteps and noise over held-out images, or over training images."""
+        chosen = self.images.held_out(FIXED_IMAGES) or self.images.plain(FIXED_IMAGES, seed=7)
+        losses = []
+        for start in range(0, len(chosen), 8):
+            part = chosen[start : start + 8]
+            draws, x0 = Draws(7, range(start, start + len(part))), self.latents.encode(part)
+            t = self.diffusion.draw(draws).to(self.device)
+            eps = draws.normal(*x0.shape).to(self.device)
+            cond = self.cond(self.images.describe(part), part)
+            losses.append(diffusion_loss(self.pipe.denoiser, x0, cond, t, eps).cpu())
+        return {"loss": float(torch.cat(losses).mean())}
+
+    def preview(self) -> np.ndarray:
+        """Show samples of the captions of eight images, each beside the image."""
+        chosen = self.images.plain(8, seed=3)
+        cond, uncond = (
+            self.cond(texts, chosen) for texts in (self.images.describe(chosen), [""] * len(chosen))
+        )
+        z = sample_latents(
+            self.pipe.denoiser,
+            cond,
+            uncond,
+            self.latents.shape,
+            n=len(chosen),
+            steps=20,
+            guidance=self.pipe.card.defaults.guidance if self.pipe.text is not None else 1.0,
+            seed=0,
+        )
+        made = [self.latents.decode(part[None]).cpu() for part in z]
+        pairs = torch.stack([self.images.tensor(chosen), torch.cat(made)], 1).flatten(0, 1)
+        return image_grid(to_uint8(pairs), columns=8)
+
+
+def check_trained(train: tuple[Trained, ...]) -> None:
+    """Raise ValueError unless different networks are named, at least one."""
+    if not train or len(set(train)) < len(train):
+        raise ValueError(f"train: expected different networks, got {list(train)}")
+
+
+def trained_networks(pipe: LatentDiffusion, train: tuple[Trained, ...]) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline by name; ValueError if it lacks one."""
+    networks = pipe.networks()
+    for name in train:
+        if name not in networks:
+            raise ValueError(f"train: {pipe.name!r} has no {name!r}; {nearest(name, networks)}")
+    return {name: networks[name] for name in train}
+
+
+def check_base(base: str | None, weights: str | None) -> None:
+    """Raise ValueError unless a model is named, by its name or by its weights."""
+    if base is None and weights is None:
+        raise ValueError("expected the name of a model as base, or the folder of a model as weights")
+
+
+def load_base(base: str | None, weights: str | None) -> LatentDiffusion:
+    """Load the model that a training begins with, in float32.
+
+    Raises:
+        FileNotFoundError: If its weights are absent.
+        ValueError: If it is not a latent diffusion model that is conditioned on texts, or on nothing.
+    """
+    pipe = load(base, weights=weights, device="cpu", dtype="float32")
+    if not isinstance(pipe, LatentDiffusion):
+        raise ValueError(f"base {base or weights!r}: expected a latent diffusion model")
+    card = pipe.card
+    if card.concat is not None or card.vector == "aesthetic" or isinstance(pipe.text, LabelConditioner):
+        reads = "classes" if isinstance(pipe.text, LabelConditioner) else card.concat or "aesthetic scores"
+        raise ValueError(f"base {card.name!r} reads {reads}, which a data set of captioned images lacks")
+    return pipe
+
+
+def fine_tuned(pipe: LatentDiffusion, card: ModelCard) -> LatentDiffusion:
+    """Return a pipeline with the networks of another one, and a card of its own."""
+    return LatentDiffusion(
+        vae=pipe.vae,
+        text=pipe.text,
+        denoiser=card.make_denoiser(pipe.denoiser.net),
+        latent_scale=pipe.latent_scale,
+        card=card,
+    ).eval()
+
+
+def content_key(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's weights and their names."""
+    found = hashlib.sha256()
+    state: dict[str, Any] = network.state_dict()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
