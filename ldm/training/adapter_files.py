@@ -14,12 +14,14 @@ from ldm.weights.formats.safetensors import sha256
 
 
 def check_adapter_run(run: RunConfig, diffusion: FineTuneDiffusion) -> None:
-    """Raise ValueError for a run that an adapter's file cannot express.
-
-    An adapter has no card that states another prediction or schedule, and is too small to be divided.
-    """
+    """Raise ValueError for a run that an adapter's file cannot express, or that divides it."""
     if run.distributed != "ddp":
         raise ValueError(f"run.distributed {run.distributed!r}: expected 'ddp', an adapter is small")
+    check_adapter_diffusion(diffusion)
+
+
+def check_adapter_diffusion(diffusion: FineTuneDiffusion) -> None:
+    """Raise ValueError for another prediction or schedule, which no card beside an adapter states."""
     for name in ("prediction", "zero_terminal_snr"):
         if getattr(diffusion, name) is not None:
             raise ValueError(f"diffusion.{name}: expected none, an adapter cannot change it")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.catalog.cards import ModelCard
 from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Prediction
 from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition
@@ -155,6 +156,11 @@ class TunedModel:
         space = Space(self.pipe.vae, self.pipe.latent_scale, card.latent_mean, card.latent_std)
         self.latents = LatentSpace.of(space, content_key(self.pipe.vae), self.samples, device)
 
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser in training."""
+        return self.pipe.denoiser
+
     def cond(self, texts: Sequence[str], samples: Samples) -> Cond:
         """Return the condition of texts, and of the samples' sizes where the model reads them."""
         return self.cond_of_sizes(
@@ -181,7 +187,7 @@ class TunedModel:
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         texts = self.images.captions(chosen, draws, drop=self.diffusion.drop)
         cond = self.cond(texts, chosen)
-        loss, losses, t = draw_diffusion_loss(self.pipe.denoiser, self.diffusion, x0, cond, draws)
+        loss, losses, t = draw_diffusion_loss(self.denoiser, self.diffusion, x0, cond, draws)
         figures = losses_by_timestep(losses, t, self.diffusion.timesteps, draws)
         if self.preserved is not None:
             figures["prior"] = self.prior_loss(self.preserved, draws)
@@ -195,7 +201,7 @@ class TunedModel:
         texts = [preserved.config.prompt] * len(draws)
         cond = self.cond_of_sizes(texts, [[side, side, 0.0, 0.0, side, side]] * len(draws))
         x0 = preserved.latents(draws).to(self.device)
-        return draw_diffusion_loss(self.pipe.denoiser, self.diffusion, x0, cond, draws).weighted
+        return draw_diffusion_loss(self.denoiser, self.diffusion, x0, cond, draws).weighted
 
     def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
@@ -211,7 +217,7 @@ class TunedModel:
             t = self.diffusion.draw(draws).to(self.device)
             eps = draws.normal(*x0.shape).to(self.device)
             cond = self.cond(self.images.describe(part), part)
-            losses.append(diffusion_loss(self.pipe.denoiser, x0, cond, t, eps).cpu())
+            losses.append(diffusion_loss(self.denoiser, x0, cond, t, eps).cpu())
         return {"loss": float(torch.cat(losses).mean())}
 
     def preview(self) -> np.ndarray:
@@ -221,7 +227,7 @@ class TunedModel:
             self.cond(texts, chosen) for texts in (self.images.describe(chosen), [""] * len(chosen))
         )
         z = sample_latents(
-            self.pipe.denoiser,
+            self.denoiser,
             cond,
             uncond,
             self.latents.shape,
