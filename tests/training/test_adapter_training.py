@@ -259,6 +259,7 @@ def test_the_loss_falls(work: Path, model: dict[str, str], part: str) -> None:
     made = config("one", part, **model, **options)
     made["run"] |= {"steps": 40, "optimizer": {"lr": 0.01, "warmup": 1, "weight_decay": 0.0}, "ema": 0.5}
     made["diffusion"] = {"drop": 0.0}
+    made["run"] |= dict.fromkeys(("validate_every", "sample_every", "checkpoint_every"), 40)
     opened = open_run(write(made, work / "one.yaml"))
     before = opened.part.validate()["loss"]
     opened.train(progress=False)
