@@ -1,6 +1,6 @@
 """Check the notebooks: they run from top to bottom in a clean folder, and their kept outputs are complete.
 
-Notebooks that train do so for a fiftieth of their minutes here; `python notebooks/run.py` executes it in full.
+Those that train do so for a fiftieth of their minutes here; `python notebooks/run.py` executes them in full.
 """
 
 from __future__ import annotations
