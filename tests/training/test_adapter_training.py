@@ -300,7 +300,7 @@ def test_what_cannot_be_trained_is_named(
 
 
 def test_the_embedded_model_learns_adapters(work: Path) -> None:
-    data = {"kind": "folder", "path": "photos", "size": 128}
+    data = {"kind": "folder", "path": "photos", "size": 128, "least": 8}
     for part, options in (
         ("lora", {"adapter": {"rank": 2}, "train": ["unet", "text"]}),
         ("textual-inversion", {"token": "zorblax", "vectors": 2}),

@@ -169,17 +169,19 @@ def _peft(changes: Iterable[ModuleChange]) -> dict[str, Tensor]:
 
 
 def _peft_config(changes: list[ModuleChange]) -> dict[str, object]:
-    """Return what peft must know besides the tensors."""
+    """Return what peft must know besides the tensors.
+
+    The names end those of the modules: newer versions of transformers have no "text_model" in them.
+    """
     rank, alpha = _common(changes)
-    ranks = {change.path: change.delta.rank for change in changes if change.delta.rank != rank}
-    alphas = {change.path: change.delta.alpha for change in changes if change.delta.alpha != alpha}
+    named = {change.path.removeprefix("text_model."): change.delta for change in changes}
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "target_modules": [change.path for change in changes],
-        "use_dora": any(change.delta.kind == "DoRA" for change in changes),
+        "rank_pattern": {name: delta.rank for name, delta in named.items() if delta.rank != rank},
+        "alpha_pattern": {name: delta.alpha for name, delta in named.items() if delta.alpha != alpha},
+        "target_modules": list(named),
+        "use_dora": any(delta.kind == "DoRA" for delta in named.values()),
     }
 
 
