@@ -17,11 +17,11 @@ from tiny_trainings import run, write
 from torch import Tensor
 
 import ldm
+from ldm.training.adapters.trained_adapter import AdapterShape, TrainedAdapter
 from ldm.training.draws import Draws
 from ldm.training.kinds import part_kinds
 from ldm.training.recipe import train_recipe
 from ldm.training.run import open_run, read_training_config
-from ldm.training.trained_adapter import AdapterShape, TrainedAdapter
 from ldm.weights.adapters.files import read_adapter
 from ldm.weights.formats.safetensors import read_safetensors
 

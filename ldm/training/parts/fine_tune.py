@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ldm.registry.saving import save
-from ldm.training.class_images import PriorPreservation
+from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.config import RunConfig
 from ldm.training.inputs.opening import DataSection
 from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_base, check_trained

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.support.config import check_between
-from ldm.training.adapter_files import check_adapter_run, write_record
-from ldm.training.class_images import PriorPreservation
+from ldm.training.adapters.adapter_files import check_adapter_run, write_record
+from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.config import RunConfig
 from ldm.training.inputs.opening import DataSection
 from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel, check_base
@@ -87,7 +87,9 @@ class InversionPart(TunedModel):
         """Return the vectors that the training begins with, (n, D) float32."""
         config, table = self.config, reader.tower.token_embedding.weight.detach().float().cpu()
         if config.start is None:
-            drawn = torch.randn(config.vectors, reader.width, generator=generator, device="cpu")
+            drawn = torch.randn(
+                config.vectors, reader.width, generator=generator, device="cpu", dtype=torch.float32
+            )
             return table.mean(0) + table.std(0) * drawn
         ids = [token for _, word in reader.word_ids(config.start) for token in word]
         if not ids:

@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 
 from ldm.speed.optimization import for_training
-from ldm.training.adapter_files import check_adapter_run, write_record
-from ldm.training.class_images import PriorPreservation
+from ldm.training.adapters.adapter_files import check_adapter_run, write_record
+from ldm.training.adapters.class_images import PriorPreservation
+from ldm.training.adapters.trained_adapter import AdapterShape, TrainedAdapter
 from ldm.training.config import RunConfig
 from ldm.training.inputs.opening import DataSection
 from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_base, check_trained
 from ldm.training.recomputing import recompute_blocks
-from ldm.training.trained_adapter import AdapterShape, TrainedAdapter
 from ldm.weights.adapters.writing import write_adapter
 
 

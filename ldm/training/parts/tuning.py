@@ -27,8 +27,8 @@ from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.stages.space import Space
 from ldm.registry.loading import load
 from ldm.support.config import nearest
+from ldm.training.adapters.class_images import ClassImages, PriorPreservation
 from ldm.training.caches.latents import LatentSpace
-from ldm.training.class_images import ClassImages, PriorPreservation
 from ldm.training.config import RunConfig
 from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws

@@ -1,0 +1,1 @@
+"""Adapters in training, and what their trainings have in common."""
