@@ -23,7 +23,7 @@ from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel, check_base
 from ldm.weights.adapters.embeddings import MAX_VECTORS, TOWER_KEYS
 from ldm.weights.formats.safetensors import write_safetensors
 
-KEYS = {part: key for key, part in reversed(TOWER_KEYS.items())}  # of the towers of a model with two
+_TOWER_KEYS = {part: key for key, part in reversed(TOWER_KEYS.items())}  # of the towers of a model with two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,6 @@ class InversionPart(TunedModel):
         folder.mkdir(parents=True, exist_ok=True)
         vectors = {part: each.detach().cpu().contiguous() for part, each in self.model.items()}
         one = len(vectors) == 1
-        tensors = {self.config.token if one else KEYS[part]: each for part, each in vectors.items()}
+        tensors = {self.config.token if one else _TOWER_KEYS[part]: each for part, each in vectors.items()}
         write_safetensors(path, tensors, {"format": "pt", "token": self.config.token})
         write_record(path, record, figures=self.validate())
