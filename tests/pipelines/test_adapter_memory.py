@@ -68,9 +68,6 @@ def test_twenty_times_restores_every_bit_and_takes_no_memory(tmp_path: Path, mer
     def same() -> bool:
         return all(torch.equal(before[k], v.view(torch.int32)) for k, v in net.state_dict().items())
 
-    def same() -> bool:
-        return all(torch.equal(before[k], v.view(torch.int32)) for k, v in net.state_dict().items())
-
     def once(i: int) -> None:
         adapters.load(path, name="a", merge=merge)
         adapters.set("a", 0.1 * i - 0.75)
