@@ -248,7 +248,8 @@ def test_dreambooth_preserves_its_class(work: Path, model: dict[str, str], part:
     assert float(loss) == pytest.approx(float(alone) + 0.5 * float(figures["prior"]), rel=1e-6)
     assert float(figures["prior"]) > 0
     train_recipe(path, progress=False)
-    rows = [json.loads(line) for line in (work / "runs/mine/metrics.jsonl").read_text("utf-8").splitlines()]
+    text = (work / "runs/mine/metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
     assert any("prior" in row for row in rows)
 
 
