@@ -51,6 +51,7 @@ NOTED = (
     "caption without an image",
     "bad metadata",
     "several frames",
+    "several images",
     "symlink loop",
     "not an image",
 )

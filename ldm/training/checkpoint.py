@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +16,15 @@ from ldm.weights.formats.pickles import read_pickle
 STATE = frozenset({"config", "step", "seconds", "model", "ema", "optimizer"})  # keys of a checkpoint
 # keys of `run` that change no result beyond rounding
 REPORTING = frozenset({"log_every", "validate_every", "sample_every", "checkpoint_every", "distributed"})
+
+
+@runtime_checkable
+class BeginsWithModel(Protocol):
+    """A part whose training begins with the weights of a model, which are in no checkpoint."""
+
+    @property
+    def base_hashes(self) -> Mapping[str, str]:
+        """The SHA-256 of each network of the model, by its name."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -87,6 +96,26 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], run: RunConf
         raise ValueError(
             f"the run is at step {step} of a configuration that differs in {', '.join(differences)}: restore"
             " these, or give the run another name"
+        )
+
+
+def check_same_base(old: Mapping[str, str] | None, new: Mapping[str, str]) -> None:
+    """Check that a run continues with the model that it began with.
+
+    Args:
+        old: The hashes in the checkpoint; None if it has none, as those of older versions.
+        new: The hashes of the model that was loaded.
+
+    Raises:
+        ValueError: If they differ; the message names the networks.
+    """
+    if old is None:
+        return
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if changed:
+        raise ValueError(
+            f"the run was begun with other weights of {', '.join(map(repr, changed))} than the model has now:"
+            " put the model back, or give the run another name"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,7 +28,7 @@ def check_fraction(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """An optimizer and its learning rate schedule: linear warm-up, constant, linear decay.
+    """An optimizer and its learning rate schedule: linear warm-up, constant, decay.
 
     Args:
         kind: "adamw", or "muon": Muon for hidden matrices with AdamW for the rest, see
@@ -35,6 +36,7 @@ class OptimizerConfig:
         lr: The highest learning rate.
         warmup: Steps over which the rate rises from 0. Default: 500.
         decay: Last steps over which the rate falls. Default: 0.
+        shape: How the rate falls: "linear", or "cosine", half a period. Default: "linear".
         final: Where the rate ends, as a fraction of `lr`. Default: 0.
         betas: AdamW's decay rates of the moments. Default: (0.9, 0.99).
         weight_decay: Weight decay, as a multiple of the learning rate. Default: 0.01.
@@ -45,6 +47,7 @@ class OptimizerConfig:
     lr: float
     warmup: int = 500
     decay: int = 0
+    shape: Literal["linear", "cosine"] = "linear"
     final: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -67,8 +70,12 @@ class OptimizerConfig:
         """Return the learning rate of a step in 0 … steps − 1."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         left = steps - step
-        fall = 1.0 if left >= self.decay else self.final + (1 - self.final) * left / self.decay
-        return self.lr * rise * fall
+        if left >= self.decay:
+            return self.lr * rise
+        share = left / self.decay
+        if self.shape == "cosine":
+            share = 0.5 - 0.5 * math.cos(math.pi * share)
+        return self.lr * rise * (self.final + (1 - self.final) * share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,12 @@ class Draws:
             self.seed, samples, batch=batch, stream=self.stream, processes=self.processes, passed=self.passed
         )
 
+    @property
+    def share(self) -> Draws:
+        """The whole share of this process, of which this may be one of the `parts`."""
+        samples = self.processes.share(self.batch)
+        return Draws(self.seed, samples, batch=self.batch, stream=self.stream, processes=self.processes)
+
     def in_stream(self, stream: int) -> Draws:
         """Return the same share with the random numbers of another stream."""
         return Draws(

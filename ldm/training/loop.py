@@ -25,7 +25,7 @@ from ldm.support.device import dtype_of, fast_dtype
 from ldm.support.files import open_atomically, write_atomically
 from ldm.support.progress import progress_bar
 from ldm.support.scalars import whole_number
-from ldm.training.checkpoint import check_resumable
+from ldm.training.checkpoint import BeginsWithModel, check_resumable, check_same_base
 from ldm.training.config import RunConfig
 from ldm.training.distributed.processes import ONE_PROCESS, Processes
 from ldm.training.distributed.saving import load_state, save_state
@@ -83,8 +83,8 @@ class Run:
         processes: The processes that train together. Default: this one alone.
 
     Raises:
-        ValueError: If the checkpoint in the folder was made with another configuration, or a batch has fewer
-            samples than there are processes, times `accumulate`.
+        ValueError: If the checkpoint in the folder was made with another configuration, or began with
+            another model; or if a batch has fewer samples than there are processes, times `accumulate`.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Run:
         self.part, self.config, self.folder, self.device = part, config, folder, device
         self.processes = processes
         self.full_config: dict[str, Any] = to_dict(full_config)
+        self.base = dict(part.base_hashes) if isinstance(part, BeginsWithModel) else {}
         self.as_now = partial(filled, type(full_config))
         if device.type == "cpu":
             for_training(part.model)
@@ -131,13 +132,19 @@ class Run:
 
     def _check_resumable(self, state: Mapping[str, Any]) -> None:
         check_resumable(self.as_now(state["config"]), self.full_config, self.config, state["step"])
+        check_same_base(state.get("base"), self.base)
 
     def _tensors(self) -> TrainingTensors:
         return TrainingTensors(model=self.part.model, ema=self.ema, optimizer=self.optimizer)
 
     def save(self) -> None:
         """Write the checkpoint; it appears when it is complete."""
-        about = {"config": self.full_config, "step": self.step, "seconds": self.seconds}
+        about = {
+            "config": self.full_config,
+            "base": self.base,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
         save_state(self.folder, self._tensors(), about, self.processes)
 
     def train(self, *, until: int | None = None, progress: bool = True) -> None:

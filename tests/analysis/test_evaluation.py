@@ -43,11 +43,11 @@ def test_torchmetrics_takes_an_extractor():
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     a, b = random_images(30), random_images(30, seed=1, light=0.2)
-    metric = FrechetInceptionDistance(feature=Means(), normalize=True)
+    metric = FrechetInceptionDistance(feature=Means(), normalize=True).set_dtype(torch.float64)
     metric.update(torch.stack(a), real=True)
     metric.update(torch.stack(b), real=False)
     own = frechet_distance(extract(b, Means()), extract(a, Means()))
-    assert own == pytest.approx(float(metric.compute()), rel=1e-5)
+    assert own == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
 def test_the_embedded_clip_tells_captions_apart():
@@ -64,7 +64,7 @@ def test_the_embedded_clip_tells_captions_apart():
 
 
 def test_the_clip_score_equals_torchmetrics():
-    """torchmetrics computes the score by the same CLIP, wrapped as a model of transformers."""
+    """torchmetrics computes the score by the same features, of a CLIP wrapped as a model of transformers."""
     from types import SimpleNamespace
 
     from torchmetrics.functional.multimodal import clip_score
@@ -76,10 +76,10 @@ def test_the_clip_score_equals_torchmetrics():
         config = SimpleNamespace()
 
         def get_image_features(self, pixels):
-            return clip(pixels)
+            return clip(pixels).double()
 
         def get_text_features(self, ids, mask):
-            return clip.text(ids).pooled
+            return clip.text(ids).pooled.double()
 
     def processor(*, text=None, images=None, **options):
         if images is not None:
@@ -90,7 +90,8 @@ def test_the_clip_score_equals_torchmetrics():
     found = evaluate(Listed("a", images, captions), None, [clip], bootstrap=FEW)
     theirs = clip_score(images, captions, lambda: (Model(), processor))
     # torchmetrics cuts a negative mean at 0
-    assert max(found.estimates[0].value, 0) == pytest.approx(float(theirs), rel=1e-5, abs=1e-5)
+    assert found.estimates[0].value > 0.1
+    assert found.estimates[0].value == pytest.approx(float(theirs), rel=1e-6)
     plain = 100 * torch.cosine_similarity(clip(torch.stack(images)), clip.text_features(captions)).mean()
     assert found.estimates[0].value == pytest.approx(float(plain), rel=1e-5)
 

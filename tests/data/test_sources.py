@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from photos import drawn_photo, encoded, write_broken, write_photos
 from PIL import Image
 
+from ldm.data.sources import folder, scanning
 from ldm.data.sources.config import ClassData, FolderData
 from ldm.data.sources.decoding import decode
 from ldm.data.sources.folder import FolderImages
 from ldm.support.config import build
 
 
-def open_folder(folder, **options) -> FolderImages:
-    return FolderImages(FolderData(kind="folder", path=str(folder), **{"size": 32, **options}))
+def open_folder(place, **options) -> FolderImages:
+    return FolderImages(FolderData(kind="folder", path=str(place), **{"size": 32, **options}))
 
 
 def captions(dataset: FolderImages) -> dict[str, tuple[str, ...]]:
@@ -155,6 +157,32 @@ def test_a_data_set_can_be_sent_to_another_process(tmp_path):
     dataset = open_folder(write_photos(tmp_path, 3))
     copy = pickle.loads(pickle.dumps(dataset))
     assert [copy.record(i) for i in range(3)] == [dataset.record(i) for i in range(3)]
+
+
+def test_a_restart_looks_at_new_and_changed_files_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(folder, "LEAST_SECONDS", -1.0)
+    photos = write_photos(tmp_path / "photos", 6)
+    (photos / "0005.png").write_bytes(b"no image")
+    first, seen = open_folder(photos), []
+    look = scanning.image_header
+
+    def note(file):
+        seen.append(Path(file.name).name)
+        return look(file)
+
+    monkeypatch.setattr(scanning, "image_header", note)
+    again = open_folder(photos)
+    assert seen == ["0005.png"]  # what cannot be read is tried again
+    assert again.problems == first.problems and captions(again) == captions(first)
+    drawn_photo(9)[0].save(photos / "0002.png")
+    drawn_photo(8, width=60)[0].save(photos / "0006.png")
+    seen.clear()
+    later = open_folder(photos)
+    assert seen == ["0002.png", "0005.png", "0006.png"] and later.record(5).width == 60
+    for path in (tmp_path / "home" / "scans").iterdir():
+        path.write_text('{"fingerprints": [1], "heights": 3}', encoding="utf-8")
+    assert captions(open_folder(photos)) == captions(later)
 
 
 @pytest.mark.parametrize(

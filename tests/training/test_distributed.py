@@ -7,17 +7,20 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from killing import in_fresh_process
 from many_processes import run_together, start_together
 from tiny_part import TinyPart, tiny_config
 
 from ldm.training.distributed.group import joined_processes
+from ldm.training.distributed.meeting import own_part
 from ldm.training.distributed.processes import Processes
 from ldm.training.draws import Draws
 from ldm.training.loop import Run
@@ -97,6 +100,35 @@ def test_samples_draw_different_numbers():
     assert len(np.unique(np.concatenate([drawn, other]))) == 250
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_restarted_processes_do_not_read_what_those_before_them_have_left(order):
+    """torchrun keeps one store for all restarts."""
+    store = dist.HashStore()
+    for _ in range(2):
+        found: dict[int, dist.Store] = {}
+
+        def meet(rank: int, found=found) -> None:
+            found[rank] = own_part(store, rank, 3, seconds=20)
+
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in order]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join()
+        found[order[0]].set("word", "said")
+        assert all(found[rank].get("word") == b"said" for rank in range(3))
+        for rank in range(3):
+            assert found[rank].add("failures", 1) == rank + 1  # not those of the processes before
+
+
+def test_a_process_that_the_others_leave_alone_says_so():
+    store = dist.HashStore()
+    store.set("ldm/name-1", "of a process that was killed")
+    with pytest.raises(TimeoutError, match="process 0 of 2: the others have not come within 0 seconds"):
+        own_part(store, 0, 2, seconds=0.3)
+
+
 FSDP = {"distributed": "fsdp"}
 MUON = {"optimizer": {"kind": "muon"}}
 RUNS = {  # for each run its parts, one after the other: number of processes, configuration, last step
@@ -148,12 +180,27 @@ def test_processes_train_as_one(short, name):
     assert_same(short / "one", short / name, 1e-12, steps=12)
 
 
+def samples_of(folder: Path, size: int, steps: int) -> list[int]:
+    """Return the samples that processes have seen, step by step, those of the first process first."""
+    files = [folder / f"seen-{size}-{rank}.json" for rank in range(size)]
+    shares = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    each = [len(share) // steps for share in shares]
+    return [
+        sample
+        for step in range(steps)
+        for share, n in zip(shares, each, strict=True)
+        for sample in share[n * step : n * (step + 1)]
+    ]
+
+
 def test_the_samples_are_those_of_one_process_in_order(short):
-    files = sorted((short / "ddp-3").glob("seen-*"))
-    seen = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    assert [len(share) for share in seen] == [2 * 12, 3 * 12, 3 * 12]
-    steps = [share[len(share) // 12 * step :][: len(share) // 12] for step in range(12) for share in seen]
-    assert [sample for part in steps for sample in part] == list(range(8 * 12))
+    assert samples_of(short / "ddp-3", 3, 12) == list(range(8 * 12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one-1", "ddp-2", "ddp-4", "fsdp-2", "fsdp-4"])
+def test_the_samples_of_fifty_steps_are_the_same_in_the_same_order(whole, name):
+    assert samples_of(whole / name.removesuffix("-1"), int(name[-1]), 50) == list(range(8 * 50))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from tiny_latent_diffusion import tiny_model
 from tiny_trainings import configs, run, write
 
 import ldm
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.draws import Draws
 from ldm.training.losses.common import losses_by_timestep
@@ -162,7 +163,7 @@ def test_two_processes_fine_tune_as_one(work, split):
     """
     ldm.save(tiny_model(), work / "model")
     options = {"batch": 8, "widths": [0.05, 0.1], "widths_every": 3}
-    trained = {"weights": "model", "train": ["unet", "text"]}
+    trained = {"weights": "model", "train": ["unet", "text", "vae_decoder"]}
     one = write(config("one", **trained, run=run("one", **options)), work / "one.yaml")
     train_recipe(one, progress=False)
     several = run("two", **options, accumulate=2, distributed=split)
@@ -172,7 +173,8 @@ def test_two_processes_fine_tune_as_one(work, split):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    for file in ("averages/0000006.safetensors", "export/unet.safetensors", "export/text.safetensors"):
+    exports = [f"export/{name}.safetensors" for name in ("unet", "text", "vae")]
+    for file in ("averages/0000006.safetensors", *exports):
         expected, found = (read_safetensors(work / "runs" / name / file) for name in ("one", "two"))
         assert expected.keys() == found.keys()
         differences = [
@@ -199,6 +201,64 @@ def test_the_decoder_alone_is_fine_tuned(work):
     assert moved(before, after) == {"vae"}
     for part in ("encoder", "quant_conv"):
         assert near(*(getattr(pipe.vae, part).state_dict() for pipe in (before, after)))
+
+
+def test_unet_and_decoder_are_fine_tuned_in_one_run(work):
+    """Without a common limit of the gradient, the UNet learns what it learns alone."""
+    ldm.save(tiny_model(), work / "model")
+    settings = run("any", steps=4)
+    settings["optimizer"] |= {"clip": 0}
+    folders = {}
+    for name, trained in (("alone", ["unet"]), ("both", ["unet", "vae_decoder"])):
+        options = {"weights": "model", "train": trained, "run": {**settings, "name": name}}
+        folders[name] = train_recipe(write(config(name, **options), work / f"{name}.yaml"), progress=False)
+    before, alone, both = (ldm.load(weights=each, dtype="float32") for each in ("model", *folders.values()))
+    assert moved(before, both) == {"unet", "vae"}
+    for key, value in networks(alone)["unet"].items():
+        assert torch.equal(value, networks(both)["unet"][key])
+    for part in ("encoder", "quant_conv"):
+        assert near(*(getattr(pipe.vae, part).state_dict() for pipe in (before, both)))
+    text = (work / "runs/both/metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert any("validation/psnr" in row and "validation/loss" in row for row in rows)
+    first = next(row for row in rows if "loss_diffusion" in row)
+    assert first["loss"] == pytest.approx(first["loss_diffusion"] + first["l1"] + first["mse"], rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text"])
+def test_another_base_under_a_begun_run_is_refused(work, part):
+    ldm.save(tiny_model(), work / "model")
+    path = write(config("begun", weights="model"), work / "begun.yaml")
+    open_run(path).train(until=2, progress=False)
+    changed = tiny_model()
+    with torch.no_grad():
+        next(changed.networks()[part].parameters()).add_(1)
+    ldm.save(changed, work / "model")
+    with pytest.raises(ValueError, match=f"begun with other weights of '{part}' than the model has now"):
+        open_run(path)
+    ldm.save(tiny_model(), work / "model")
+    open_run(path).train(progress=False)
+
+
+def test_cached_texts_train_as_the_towers_do(work, monkeypatch):
+    name, losses = tiny_sd(), {}
+    base = {"base": name, "weights": f"{name}.safetensors"}
+    for cached in (False, True):
+        options = {"run": run(f"cached-{cached}", steps=1), "cached_texts": cached}
+        path = write(config("any", **base, **options), work / f"{cached}.yaml")
+        open_run(path).train(progress=False)
+        text = (work / f"runs/cached-{cached}/metrics.jsonl").read_text(encoding="utf-8")
+        losses[cached] = [
+            json.loads(line)[key]
+            for line, key in zip(text.splitlines(), ("loss", "validation/loss"), strict=True)
+        ]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    monkeypatch.setattr(TextConditioner, "forward", None)  # nothing is computed again
+    again = open_run(path)
+    with torch.no_grad(), again.ema.swapped():
+        assert again.part.validate()["loss"] == losses[True][1]
+    with pytest.raises(ValueError, match="cached_texts: expected false for a text tower that is trained"):
+        open_run(write(config("bad", **base, train=["text"], cached_texts=True), work / "bad.yaml"))
 
 
 def test_captions_are_read_as_they_are(work):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from photos import write_photos
+from photos import write_broken, write_photos
 from tiny_trainings import configs, write
 
 from ldm.data.framing import Buckets
 from ldm.data.sources.config import FolderData
+from ldm.support.text import escaped
 from ldm.training.config import OptimizerConfig, RunConfig
 from ldm.training.draws import Draws
+from ldm.training.inputs import reading
 from ldm.training.inputs.files import FileImages
 from ldm.training.loop import Run
+from ldm.training.recipe import train_recipe
 from ldm.training.run import open_run
 
 RUN = RunConfig(name="any", steps=1, batch=4, optimizer=OptimizerConfig(lr=1e-3), seed=5)
@@ -88,6 +92,20 @@ def test_reading_ahead_changes_nothing(photos):
         assert torch.equal(own.tensor(first), ahead.tensor(second))
 
 
+def test_the_parts_of_a_step_are_read_together(photos, monkeypatch):
+    """Else the processes that read ahead would be started again for each part."""
+    begun = []
+    begin = reading.read_ahead
+    monkeypatch.setattr(reading, "read_ahead", lambda *options: begun.append(1) or begin(*options))
+    found, whole = images(photos, crop="random"), images(photos, crop="random")
+    for step in range(3):
+        draws = Draws.of_step(5, step, 4)
+        parts = [found.tensor(found.draw(part)) for part in draws.parts(3)]
+        assert [len(part) for part in parts] == [1, 1, 2]
+        assert torch.equal(torch.cat(parts), whole.tensor(whole.draw(draws)))
+    assert len(begun) == 2
+
+
 def test_captions_are_drawn_among_several_and_dropped(photos):
     for path in photos.glob("*.txt"):
         path.write_text("first\nsecond\nthird\n", encoding="utf-8")
@@ -117,6 +135,21 @@ def test_a_file_that_breaks_later_is_replaced_named_and_limited(photos):
     with pytest.raises(ValueError, match="2 broken files, data.max_broken permits 1: .*0009"):
         for step in range(5):
             found.draw(Draws.of_step(5, step, 4))
+
+
+def test_a_folder_of_every_broken_file_is_trained_on_and_all_are_named_at_the_end(photos):
+    broken = photos.parent / "broken"
+    broken.mkdir()
+    expected = write_broken(broken)
+    config = folder_configs(broken, steps=12, validate_every=100)["vae"]
+    with pytest.warns(UserWarning) as caught:
+        train_recipe(write(config, Path("broken.yaml")), progress=False)
+    last = [str(each.message) for each in caught if "data.path" in str(each.message)][-1]
+    for name, kind in expected.items():
+        assert not kind or f"{escaped(name)} (" in last, name
+    for kind, count in Counter(kind for kind in expected.values() if kind).items():
+        assert f"{kind}: {count}: " in last
+    assert Path("runs/vae/export/vae.safetensors").is_file()
 
 
 def test_held_out_images_are_never_drawn(photos):

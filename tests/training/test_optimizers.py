@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -131,3 +132,12 @@ def test_wrong_input_is_refused():
     net = small_net()
     with pytest.raises(ValueError, match="closure: expected None"):
         make_optimizer(net, OptimizerConfig(kind="muon", lr=0.1)).step(lambda: None)
+
+
+def test_the_rate_rises_stays_and_falls():
+    line = OptimizerConfig(lr=2.0, warmup=4, decay=10, final=0.1)
+    assert [line.rate(step, 30) for step in (0, 1, 3, 10, 20)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert line.rate(25, 30) == pytest.approx(2 * 0.55) and line.rate(29, 30) == pytest.approx(2 * 0.19)
+    wave = OptimizerConfig(lr=2.0, warmup=4, decay=10, final=0.1, shape="cosine")
+    assert wave.rate(20, 30) == 2.0 and wave.rate(25, 30) == pytest.approx(2 * 0.55)
+    assert wave.rate(22, 30) == pytest.approx(2 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.2)) / 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -13,10 +14,12 @@ import pytest
 import torch
 from photos import write_photos
 from test_folder_training import folder_configs
-from tiny_trainings import write_recipe
+from tiny_latent_diffusion import tiny_model
+from tiny_trainings import write, write_recipe
 
 import ldm
 from ldm.support.config import read_yaml
+from ldm.training.distributed.saving import last_step
 from ldm.weights.formats.safetensors import read_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +46,56 @@ def tiny_stages(photos: Path) -> dict[str, dict[str, Any]]:
     return stages
 
 
+def await_file(path: Path, process: subprocess.Popen[str]) -> None:
+    """Wait for a file that a process writes."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_command_fine_tunes_a_model_which_kills_do_not_change(tmp_path, monkeypatch):
+    """The stage file is that of docs/training.md with a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", 200)
+    ldm.save(tiny_model(), tmp_path / "model")
+    stage = {
+        "part": "fine-tune",
+        "weights": "model",
+        "train": ["unet", "vae_decoder"],
+        "recompute": True,
+        "data": {"kind": "folder", "path": "photos", "size": 32},
+        "diffusion": {"min_snr": 5, "offset_noise": 0.05, "drop": 0.1},
+        "run": {"steps": 12, "batch": 8, "checkpoint_every": 2, "optimizer": {"lr": 1e-3, "warmup": 2}},
+    }
+    write(stage, tmp_path / "tuned.yaml")
+    rng, checkpoint = random.Random(0), Path("killed/tuned/checkpoint.pt")
+    for kill in range(3):
+        process = run_ldm("train", "tuned.yaml", "--runs", "killed")
+        step = last_step(checkpoint.parent)
+        while last_step(checkpoint.parent) == step and kill < 2:  # the last one while it starts
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1))
+        process.kill()
+        process.communicate()
+    assert 0 < last_step(checkpoint.parent) < 12
+    for runs in ("killed", "whole"):
+        process = run_ldm("train", "tuned.yaml", "--runs", runs)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    for part in ("unet", "vae", "text"):
+        whole, killed = (
+            read_safetensors(Path(runs, "tuned", "export", f"{part}.safetensors"))
+            for runs in ("whole", "killed")
+        )
+        assert whole.keys() == killed.keys() and all(torch.equal(whole[key], killed[key]) for key in whole)
+    process = run_ldm("a red cat", "--weights", "killed/tuned/export", "--steps", "2", "-o", "cat.png")
+    _, errors = process.communicate()
+    assert process.returncode == 0 and Path("cat.png").is_file(), errors
+    assert ldm.load(weights="killed/tuned/export").card.name == "emoji-ldm"
+
+
 @pytest.mark.slow
 def test_two_commands_train_a_model_from_scratch_which_kills_do_not_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -56,9 +109,7 @@ def test_two_commands_train_a_model_from_scratch_which_kills_do_not_change(tmp_p
     assert check.returncode == 0 and "images: 200" in printed, errors
     for stage in ("autoencoder", "clip", "unet"):  # kill it in each stage
         process = run_ldm("train", "photos-recipe", "--runs", "killed")
-        while not Path(f"killed/photos/{stage}/checkpoint.pt").exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
+        await_file(Path(f"killed/photos/{stage}/checkpoint.pt"), process)
         process.kill()
         process.communicate()
     for runs in ("killed", "whole"):

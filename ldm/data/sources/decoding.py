@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -17,6 +18,7 @@ METADATA_KEYS = {"exif", "xmp"}  # which can state an orientation
 EMPTY = "it is empty"
 TURNED = (5, 6, 7, 8)  # orientations that exchange the sides
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+HEAD = 4096  # bytes
 SHARPNESS = 2  # times the wanted side that a reduced JPEG has at least
 
 
@@ -27,11 +29,13 @@ class Header(NamedTuple):
         height: Height in pixels, upright.
         width: Width in pixels, upright.
         frames: Whether there are several frames.
+        head: Hash of the first `HEAD` bytes; files of one content have the same.
     """
 
     height: int
     width: int
     frames: bool
+    head: str
 
 
 def image_header(file: BinaryIO) -> Header:
@@ -43,8 +47,10 @@ def image_header(file: BinaryIO) -> Header:
     """
     from PIL import Image
 
-    if not file.read(1):
+    first = file.read(HEAD)
+    if not first:
         raise ValueError(EMPTY)
+    head = hashlib.sha256(first).hexdigest()[:16]
     file.seek(0)
     try:
         with Image.open(file, formats=READ_FORMATS) as image:
@@ -55,11 +61,16 @@ def image_header(file: BinaryIO) -> Header:
         raise TooManyPixels(escaped(error, 300)) from None
     except Exception as error:  # decoders raise errors of every class
         raise ValueError(_reason(error)) from None
+    check_side_pixels(width, height)
+    return Header(width, height, frames, head) if turned else Header(height, width, frames, head)
+
+
+def check_side_pixels(width: int, height: int) -> None:
+    """Raise TooManyPixels for an image of more pixels than `ldm.images.opening.max_pixels` permits."""
     try:
         check_pixels(width, height)
     except ValueError as error:
         raise TooManyPixels(str(error)) from None
-    return Header(width, height, frames) if turned else Header(height, width, frames)
 
 
 class TooManyPixels(ValueError):

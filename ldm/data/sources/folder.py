@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from ldm.data.dataset import Problem, Record
 from ldm.data.sources.config import ClassData, FolderData
-from ldm.data.sources.decoding import IMAGE_SUFFIXES, decode
-from ldm.data.sources.scanning import ScannedFile, check_problems, scan
+from ldm.data.sources.decoding import IMAGE_SUFFIXES, Header, decode
+from ldm.data.sources.scan_cache import (
+    LEAST_SECONDS,
+    entry_path,
+    header_columns,
+    known_headers,
+    write_entry,
+)
+from ldm.data.sources.scanning import ScannedFile, check_problems, look_again, scan
 from ldm.data.sources.table import Records
 from ldm.data.sources.texts import (
     MAX_TEXT,
@@ -23,6 +32,15 @@ from ldm.support.text import escaped, read_utf8, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class UnseenFile(NamedTuple):
+    """A file that may be an image; see `ScannedFile`."""
+
+    name: str
+    size: int
+    fingerprint: str
+    captions: tuple[str, ...]
 
 
 class FolderImages:
@@ -50,18 +68,42 @@ class FolderImages:
             if isinstance(config, ClassData)
             else beside_captions(self.root, files, images, config.caption_key, problems)
         )
-        candidates = [self._candidate(name, captions.get(name, ())) for name in images]
-        kept, records, found = scan(candidates, lambda i: (self.root / images[i]).open("rb"), config)
+        candidates = self._look([self._file(name, captions.get(name, ())) for name in images])
+        kept, records, found = scan(candidates, self._opener(images), config)
         self.records, self.problems = Records(records), (*problems, *found)
         check_problems(self.problems, config, len(kept))
 
-    def _candidate(self, name: str, captions: tuple[str, ...]) -> ScannedFile:
+    def _opener(self, names: list[str]) -> Callable[[int], BinaryIO]:
+        return lambda i: (self.root / names[i]).open("rb")
+
+    def _file(self, name: str, captions: tuple[str, ...]) -> UnseenFile:
         try:
             status = (self.root / name).stat()
             size, changed = status.st_size, status.st_mtime_ns
         except OSError:  # reading it will say why
             size, changed = 0, 0
-        return ScannedFile(name=name, size=size, fingerprint=f"{name}/{size}/{changed}", captions=captions)
+        return UnseenFile(name, size, f"{name}/{size}/{changed}", captions)
+
+    def _look(self, files: list[UnseenFile]) -> list[ScannedFile]:
+        """Look at the headers of files, unless an earlier scan has seen them."""
+        path = entry_path("folder", self.root.resolve())
+        known, started = known_headers(path), time.monotonic()
+        read = self._opener([each.name for each in files])
+        looked = [
+            ScannedFile(
+                name=each.name,
+                size=each.size,
+                fingerprint=each.fingerprint,
+                captions=each.captions,
+                header=look_again(known.get(each.fingerprint), partial(read, i)),
+            )
+            for i, each in enumerate(files)
+        ]
+        fingerprints = [each.fingerprint for each in files]
+        if time.monotonic() - started > LEAST_SECONDS and not known.keys() >= set(fingerprints):
+            headers = [each.header if isinstance(each.header, Header) else None for each in looked]
+            write_entry(path, {"fingerprints": fingerprints, **header_columns(headers)})
+        return looked
 
     def __len__(self) -> int:
         return len(self.records)

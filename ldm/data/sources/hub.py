@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from ldm.data.dataset import Problem, Record
 from ldm.data.sources.config import HubData
 from ldm.data.sources.decoding import decode
-from ldm.data.sources.scanning import ScannedFile, check_problems, scan
+from ldm.data.sources.scanning import ScannedFile, check_problems, look_at, scan
 from ldm.data.sources.table import Records
 from ldm.data.sources.texts import captions_of
 from ldm.support.config import nearest
@@ -47,19 +48,38 @@ class HubImages:
             except ValueError as error:
                 problems.append(Problem(name, "bad metadata", str(error)))
                 captions = ()
-            size = len(self._read(i))
+            size = self._size(i)
             fingerprint = f"{config.path}/{name}/{size}/{self.rows._fingerprint}"
-            candidates.append(ScannedFile(name=name, size=size, fingerprint=fingerprint, captions=captions))
-        kept, records, found = scan(candidates, lambda i: io.BytesIO(self._read(i)), config)
+            candidates.append(
+                ScannedFile(
+                    name=name,
+                    size=size,
+                    fingerprint=fingerprint,
+                    captions=captions,
+                    header=look_at(partial(self._opened, i)),
+                )
+            )
+        kept, records, found = scan(candidates, self._opened, config)
         self.records, self.problems = Records(records), (*problems, *found)
         self.kept: np.ndarray = np.array(kept, dtype=np.int64)
         check_problems(self.problems, config, len(kept))
 
     def _read(self, row: int) -> bytes:
         image = self.rows[row][self.config.image_key]
+        if image is None or image["bytes"] is image["path"] is None:
+            raise ValueError("the row has no image")
         if image["bytes"] is not None:
             return bytes(image["bytes"])
         return Path(image["path"]).read_bytes()
+
+    def _size(self, row: int) -> int:
+        try:
+            return len(self._read(row))
+        except (ValueError, OSError):  # looking at it will say why
+            return 0
+
+    def _opened(self, row: int) -> BinaryIO:
+        return io.BytesIO(self._read(row))
 
     def __len__(self) -> int:
         return len(self.records)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from ldm.conditioning.prompt import MAX_CHARACTERS, check_text
 from ldm.data.dataset import BROKEN, Problem, Record
 from ldm.data.sources.config import FileData
-from ldm.data.sources.decoding import TooManyPixels, image_header
+from ldm.data.sources.decoding import Header, TooManyPixels, check_side_pixels, image_header
 from ldm.support.text import escaped
 
 MOST_NAMED = 8  # names of a kind of problem in a message
@@ -25,12 +25,43 @@ class ScannedFile:
         size: Its size in bytes.
         fingerprint: See `Record`.
         captions: Its captions.
+        header: What its header states, or what is wrong with it.
     """
 
     name: str
     size: int
     fingerprint: str
     captions: tuple[str, ...]
+    header: Header | Fault
+
+
+class Fault(NamedTuple):
+    """Why a file is no image that can be trained on: kind and reason of a `Problem`."""
+
+    kind: str
+    reason: str
+
+
+def look_at(read: Callable[[], BinaryIO]) -> Header | Fault:
+    """Return what the header of a file that `read` opens states, or what is wrong with it."""
+    try:
+        with read() as file:
+            return image_header(file)
+    except TooManyPixels as error:
+        return Fault("too large", str(error))
+    except (ValueError, OSError) as error:
+        return Fault("unreadable", escaped(error, 300))
+
+
+def look_again(header: Header | None, read: Callable[[], BinaryIO]) -> Header | Fault:
+    """Return a header that an earlier scan has found, within the present limits; see `look_at`."""
+    if header is None:
+        return look_at(read)
+    try:
+        check_side_pixels(header.width, header.height)
+    except TooManyPixels as error:
+        return Fault("too large", str(error))
+    return header
 
 
 def scan(
@@ -38,7 +69,7 @@ def scan(
     read: Callable[[int], BinaryIO],
     config: FileData,
 ) -> tuple[list[int], list[Record], list[Problem]]:
-    """Look at the header of each file.
+    """Choose the files that are images to train on.
 
     Args:
         candidates: The files.
@@ -50,14 +81,9 @@ def scan(
     """
     kept, records, problems = list[int](), list[Record](), list[Problem]()
     for i, each in enumerate(candidates):
-        try:
-            with read(i) as file:
-                header = image_header(file)
-        except TooManyPixels as error:
-            problems.append(Problem(each.name, "too large", str(error)))
-            continue
-        except (ValueError, OSError) as error:
-            problems.append(Problem(each.name, "unreadable", escaped(error, 300)))
+        header = each.header
+        if isinstance(header, Fault):
+            problems.append(Problem(each.name, header.kind, header.reason))
             continue
         if min(header.height, header.width) < config.least_side:
             size = f"{header.width}×{header.height} pixels, expected sides of at least {config.least_side}"
@@ -98,12 +124,16 @@ def _is_caption(text: str) -> bool:
 
 
 def find_duplicates(candidates: list[ScannedFile], read: Callable[[int], BinaryIO]) -> list[Problem]:
-    """Return the files that have the same bytes as an earlier one; only files of one size are read."""
-    by_size: dict[int, list[int]] = {}
+    """Return the files that have the same bytes as an earlier one.
+
+    Only files of one size and one beginning are read.
+    """
+    alike: dict[tuple[int, str], list[int]] = {}
     for i, each in enumerate(candidates):
-        by_size.setdefault(each.size, []).append(i)
+        assert isinstance(each.header, Header)
+        alike.setdefault((each.size, each.header.head), []).append(i)
     problems = []
-    for group in by_size.values():
+    for group in alike.values():
         first: dict[bytes, int] = {}
         for i in group if len(group) > 1 else ():
             with read(i) as file:

@@ -1,4 +1,4 @@
-"""The states of a frozen text tower, computed once for each caption and kept on the disk."""
+"""The states of frozen text towers, computed once for each caption and kept on the disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.support.progress import progress_bar
@@ -21,27 +21,26 @@ POOLED = "/pooled"  # end of the key of a pooled state
 
 
 class CachedTexts:
-    """The conditions of captions, as their text tower gives them, from a store.
+    """The conditions of captions, as the text towers give them, from a store.
 
     The states of a caption are its tokens (L, D) and the pooled text (E,), in float16. A batch is padded to
     its longest caption, and masked if lengths differ.
 
     Args:
-        text: The frozen text tower, without a draft.
-        key: Identifies its weights.
+        text: The frozen conditioner, without a draft.
+        key: Identifies its weights and conventions.
         captions: All captions that will be read; the empty one is among them.
 
     Raises:
-        ValueError: If the tower has a draft, whose output depends on the size of the latent.
+        ValueError: If there is a draft, whose output depends on the size of the latent.
     """
 
-    def __init__(self, text: TextConditioner, key: str, captions: Iterable[str]) -> None:
-        if text.draft is not None:
-            raise ValueError("text.cached: expected false for a text tower with a draft")
+    def __init__(self, text: Conditioner, key: str, captions: Iterable[str]) -> None:
+        if getattr(text, "draft", None) is not None:
+            raise ValueError("cached texts: expected a text tower without a draft")
         self.text = text
-        self.device = next(text.parameters()).device
-        convention = hashlib.sha256(f"{key}/{text.convention}".encode()).hexdigest()[:16]
-        self.store = TensorStore(CACHES / f"texts-{convention}")
+        self.device = next(next(iter(text.networks().values())).parameters()).device
+        self.store = TensorStore(CACHES / f"texts-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
         wanted = sorted({"", *captions})
         missing = [caption for caption in own_share(wanted) if _key(caption) not in self.store]
         if missing:

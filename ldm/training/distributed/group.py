@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from ldm.support.device import pick_device, process_device
 from ldm.training.config import Split
+from ldm.training.distributed.meeting import own_part
 from ldm.training.distributed.processes import ONE_PROCESS, ModelCall, Outcome, Processes
 from ldm.training.distributed.sharding import gradient_norm, replicate, shard
 
 _current: list[Processes] = []
 PATIENCE = timedelta(days=2)  # how long processes wait for what the first one does alone, such as a cache
+MEETING = 1800.0  # seconds in which all processes come together
 LAST_WORD = 3.0  # seconds that the first one waits for the others where all fail
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket", "peer")
 
@@ -150,7 +152,7 @@ def joined_processes(device: str | torch.device) -> Iterator[Processes]:
         The processes; this one alone without `torchrun`.
 
     Raises:
-        ConnectionError: If another process is lost inside the block.
+        ConnectionError: If another process cannot be reached, or is lost inside the block.
         SystemExit: If the block raises an error, and another process was first to raise one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
@@ -162,7 +164,12 @@ def joined_processes(device: str | torch.device) -> Iterator[Processes]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    store = own_part(store, rank, size, MEETING)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"process {rank} of {size} cannot reach the others ({reason})") from None
     group = ProcessGroup(dist.PrefixStore("ldm", store), own)
     _current.append(group)
     try:

@@ -15,6 +15,7 @@ from ldm.data.sources.opening import open_dataset
 from ldm.data.sources.scanning import check_problems, describe_problems
 from ldm.support.warn import warn_user
 from ldm.training.config import RunConfig
+from ldm.training.distributed.group import current_processes
 from ldm.training.inputs.reading import Reader
 
 
@@ -43,7 +44,8 @@ class FileSet:
 
     def __init__(self, config: FilesSection, run: RunConfig) -> None:
         self.config, self.run = config, run
-        self.dataset: Dataset = open_dataset(config)
+        # one process reads the headers, and all have the same images
+        self.dataset: Dataset = current_processes().once(lambda: open_dataset(config))
         self.broken: dict[str, Problem] = {p.name: p for p in self.dataset.problems if p.kind in BROKEN}
         records = [self.dataset.record(i) for i in range(len(self.dataset))]
         self.held: np.ndarray = held_out_items((record.name for record in records), config.held_out)

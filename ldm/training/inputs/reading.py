@@ -56,6 +56,10 @@ class Reading(NamedTuple):
     pixels: Tensor
     broken: list[Problem]
 
+    def part(self, start: int, stop: int) -> Reading:
+        """Return consecutive samples of these."""
+        return Reading(self.items[start:stop], self.frames[start:stop], self.pixels[start:stop], self.broken)
+
     def samples(self) -> list[ImageSample]:
         """Return the samples."""
         parts = zip(self.items, self.frames, self.pixels.numpy(), strict=True)
@@ -191,12 +195,20 @@ class StepLoader:
         self.reader, self.workers = reader, workers
         self._next: tuple[int, int, range] | None = None  # what the iterator gives next
         self._ahead: Iterator[Reading] = iter(())
+        self._last: tuple[tuple[int, int, range], Reading] | None = None
 
     def load(self, draws: Draws) -> Reading:
-        """Return samples of a step."""
-        wanted = (draws.seed, draws.stream, draws.samples)
+        """Return samples of a step; the share of the process is read as a whole."""
+        share = draws.share
+        wanted = (share.seed, share.stream, share.samples)
+        if self._last is None or self._last[0] != wanted:
+            self._last = wanted, self._load(share, wanted)
+        first = draws.samples.start - share.samples.start
+        return self._last[1].part(first, first + len(draws))
+
+    def _load(self, share: Draws, wanted: tuple[int, int, range]) -> Reading:
         if self._next != wanted:
-            numbers = range(draws.step, MOST_STEPS)
-            self._ahead = read_ahead(_OfStep(self.reader, draws), numbers, self.workers)
-        self._next = (draws.seed, draws.stream, draws.at(draws.step + 1).samples)
+            numbers = range(share.step, MOST_STEPS)
+            self._ahead = read_ahead(_OfStep(self.reader, share), numbers, self.workers)
+        self._next = (share.seed, share.stream, share.at(share.step + 1).samples)
         return next(self._ahead)

@@ -1,4 +1,4 @@
-"""Fine-tuning of a model that `ldm.load` reads: its UNet, its text towers, or both.
+"""Fine-tuning of a model that `ldm.load` reads: its UNet, its text towers, the decoder of its autoencoder.
 
 With `prior`, it is DreamBooth (Ruiz et al. 2022, arXiv:2208.12242). The export is a whole model, which
 `ldm.load(weights=...)` reads.
@@ -6,19 +6,29 @@ With `prior`, it is DreamBooth (Ruiz et al. 2022, arXiv:2208.12242). The export 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ldm.diffusion.cond import Cond
 from ldm.registry.saving import save
 from ldm.training.adapters.class_images import PriorPreservation
+from ldm.training.caches.texts import CachedTexts
 from ldm.training.config import RunConfig
+from ldm.training.draws import Draws
+from ldm.training.inputs.files import files_only
 from ldm.training.inputs.opening import DataSection
-from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_base, check_trained
+from ldm.training.parts.base_model import check_base
+from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES, Decoding
+from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_trained
+from ldm.training.parts.vae import VAELoss
 from ldm.training.recomputing import recompute_blocks
+
+DECODER: Literal["vae_decoder"] = "vae_decoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,35 +40,84 @@ class FineTuning:
         data: The training images.
         base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
         weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
-        train: The networks that are trained: "unet", "text", and SDXL's "text2". Default: the UNet.
+        train: What is trained: "unet", "text", SDXL's "text2", and "vae_decoder", the decoder of the
+            autoencoder, whose encoder stays. Default: the UNet.
         diffusion: Changes of the diffusion, and the weights of the loss.
         prior: Images of the model itself that it keeps drawing; None for none. Default: None.
+        reconstruction: Weights of the loss of the autoencoder's decoder, which is added to that of the
+            diffusion; its `kl` is not read. Default: as in `VAELoss`.
         recompute: Whether blocks compute their activations again in the backward pass, which takes less
             memory and more time. Default: False.
+        cached_texts: Whether the states of captions are computed once and kept on the disk, in half
+            precision. Default: False.
     """
 
     run: RunConfig
     data: DataSection
     base: str | None = None
     weights: str | None = None
-    train: tuple[Trained, ...] = ("unet",)
+    train: tuple[Literal["unet", "text", "text2", "vae_decoder"], ...] = ("unet",)
     diffusion: FineTuneDiffusion = field(default_factory=FineTuneDiffusion)
     prior: PriorPreservation | None = None
+    reconstruction: VAELoss = field(default_factory=VAELoss)
     recompute: bool = False
+    cached_texts: bool = False
 
     def __post_init__(self) -> None:
         check_base(self.base, self.weights)
+        if self.cached_texts and {"text", "text2"} & set(self.train):
+            raise ValueError("cached_texts: expected false for a text tower that is trained")
+        if self.cached_texts and self.prior is not None:
+            raise ValueError("cached_texts: expected false with prior, whose prompt is no caption")
         check_trained(self.train)
+
+    @property
+    def networks(self) -> tuple[Trained, ...]:
+        """The trained networks beside the autoencoder's decoder."""
+        return tuple(name for name in self.train if name != DECODER)
 
 
 class FineTunePart(TunedModel):
     """A loaded model in training."""
 
     def __init__(self, config: FineTuning, device: torch.device) -> None:
-        super().__init__(config, device, config.train)
-        self.model = nn.ModuleDict(self.trained).requires_grad_(True)
+        super().__init__(config, device, config.networks)
+        self.config = config
+        self.decoding: Decoding | None = None
+        trained = dict(self.trained)
+        if DECODER in config.train:
+            self.decoding = Decoding(self.pipe, self.images, config.reconstruction)
+            trained[DECODER] = self.decoding.trained
+        self.model = nn.ModuleDict({name: trained[name] for name in config.train}).requires_grad_(True)
         if config.recompute:
             recompute_blocks(self.model)
+        self.states = self.read_texts() if config.cached_texts else None
+
+    def read_texts(self) -> CachedTexts:
+        """Return the states of all captions, after computing those that no file holds."""
+        text, images = self.pipe.text, files_only(self.images, "cached_texts")
+        if text is None:
+            raise ValueError(f"cached_texts: {self.pipe.name!r} reads no text")
+        key = {name: self.base_hashes[name] for name in text.networks()}
+        captions = {*images.texts(), *images.describe(images.held_out(FIXED_IMAGES))}
+        return CachedTexts(text, f"{key}/{self.pipe.card.text}/{self.pipe.card.text2}", captions)
+
+    def read(self, texts: Sequence[str]) -> Cond:
+        """Return the condition of texts, from the files where the states are kept."""
+        return super().read(texts) if self.states is None else self.states(texts)
+
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a random batch, with that of the decoder, and figures to log."""
+        loss, figures = super().loss(draws)
+        if self.decoding is None:
+            return loss, figures
+        added, errors = self.decoding.loss_of(draws)
+        return loss + added, {**figures, "loss_diffusion": loss, **errors}
+
+    def validate(self) -> dict[str, float]:
+        """Return the loss at fixed timesteps and noise, and figures of the decoder; see `TunedModel`."""
+        found = super().validate()
+        return found if self.decoding is None else {**found, **self.decoding.validate()}
 
     def export(self, folder: Path, record: Mapping[str, object]) -> None:
         """Write the whole model, with half precision."""

@@ -19,7 +19,8 @@ from ldm.training.adapters.adapter_files import check_adapter_run, write_record
 from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.config import RunConfig
 from ldm.training.inputs.opening import DataSection
-from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel, check_base
+from ldm.training.parts.base_model import check_base
+from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel
 from ldm.weights.adapters.embeddings import MAX_VECTORS, TOWER_KEYS
 from ldm.weights.formats.safetensors import write_safetensors
 

@@ -19,7 +19,8 @@ from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.adapters.trained_adapter import AdapterShape, TrainedAdapter
 from ldm.training.config import RunConfig
 from ldm.training.inputs.opening import DataSection
-from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_base, check_trained
+from ldm.training.parts.base_model import check_base
+from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_trained
 from ldm.training.recomputing import recompute_blocks
 from ldm.weights.adapters.writing import write_adapter
 

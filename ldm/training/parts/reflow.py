@@ -38,6 +38,7 @@ from ldm.training.draws import Draws
 from ldm.training.images import comparison_grid
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.losses.common import diffusion_loss
+from ldm.training.parts.base_model import network_hashes
 from ldm.weights.formats.ldm_folder import about_part, write_part
 
 HELD_OUT = 64  # the last pairs, which are validated on
@@ -142,6 +143,7 @@ class ReflowPart:
         drawing = config.teacher.load(device, None)
         self.pairs: Pairs = teacher_pairs(drawing, config.texts(), **config.teacher.options())
         self.teacher = config.teacher.load(device, "float32").requires_grad_(False)
+        self.base_hashes = network_hashes(self.teacher.networks())
         own = self.teacher.denoiser
         prediction = config.prediction or own.prediction
         if prediction == "eps":

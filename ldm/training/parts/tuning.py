@@ -6,10 +6,9 @@ conditions of the model's card.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +19,10 @@ from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Prediction
-from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition
 from ldm.pipelines.conditions import zero_where_empty
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.stages.space import Space
-from ldm.registry.loading import load
 from ldm.support.config import nearest
 from ldm.training.adapters.class_images import ClassImages, PriorPreservation
 from ldm.training.caches.latents import LatentSpace
@@ -36,9 +33,10 @@ from ldm.training.images import image_grid, to_uint8
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import Samples
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss, losses_by_timestep
+from ldm.training.parts.base_model import fine_tuned, load_base, network_hashes
+from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES
 
 Trained = Literal["unet", "text", "text2"]
-FIXED_IMAGES = 64  # of the validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +148,12 @@ class TunedModel:
             self.preserved = ClassImages(config.prior, loaded, self.images.size)
         self.pipe = fine_tuned(loaded, config.diffusion.changed(loaded.card)).to(device)
         self.diffusion = config.diffusion.settled(self.pipe.card)
+        self.base_hashes = network_hashes(self.pipe.networks())
         self.pipe.requires_grad_(False)
         self.samples = self.images.cached(config.run, 0)
         card = self.pipe.card
         space = Space(self.pipe.vae, self.pipe.latent_scale, card.latent_mean, card.latent_std)
-        self.latents = LatentSpace.of(space, content_key(self.pipe.vae), self.samples, device)
+        self.latents = LatentSpace.of(space, self.base_hashes["vae"], self.samples, device)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -167,11 +166,17 @@ class TunedModel:
             texts, [[*s.original, *s.crop, *s.target] for s in self.images.sizes(samples)]
         )
 
+    def read(self, texts: Sequence[str]) -> Cond:
+        """Return the condition of texts, which are no prompts: signs of the syntax are text."""
+        assert self.pipe.text is not None
+        cond: Cond = self.pipe.text([escape_prompt(text) for text in texts])
+        return cond
+
     def cond_of_sizes(self, texts: Sequence[str], sizes: Sequence[Sequence[float]]) -> Cond:
         """Return the condition of texts, and of SDXL's six numbers of sizes where the model reads them."""
         if self.pipe.text is None:
             return Cond()
-        cond: Cond = self.pipe.text([escape_prompt(text) for text in texts])
+        cond = self.read(texts)
         if self.pipe.card.zero_negative:
             cond = zero_where_empty(cond, texts)
         if self.pipe.card.vector is None:
@@ -241,7 +246,7 @@ class TunedModel:
         return image_grid(to_uint8(pairs), columns=8)
 
 
-def check_trained(train: tuple[Trained, ...]) -> None:
+def check_trained(train: tuple[str, ...]) -> None:
     """Raise ValueError unless different networks are named, at least one."""
     if not train or len(set(train)) < len(train):
         raise ValueError(f"train: expected different networks, got {list(train)}")
@@ -254,47 +259,3 @@ def trained_networks(pipe: LatentDiffusion, train: tuple[Trained, ...]) -> dict[
         if name not in networks:
             raise ValueError(f"train: {pipe.name!r} has no {name!r}; {nearest(name, networks)}")
     return {name: networks[name] for name in train}
-
-
-def check_base(base: str | None, weights: str | None) -> None:
-    """Raise ValueError unless a model is named, by its name or by its weights."""
-    if base is None and weights is None:
-        raise ValueError("expected the name of a model as base, or the folder of a model as weights")
-
-
-def load_base(base: str | None, weights: str | None) -> LatentDiffusion:
-    """Load the model that a training begins with, in float32.
-
-    Raises:
-        FileNotFoundError: If its weights are absent.
-        ValueError: If it is not a latent diffusion model that is conditioned on texts, or on nothing.
-    """
-    pipe = load(base, weights=weights, device="cpu", dtype="float32")
-    if not isinstance(pipe, LatentDiffusion):
-        raise ValueError(f"base {base or weights!r}: expected a latent diffusion model")
-    card = pipe.card
-    if card.concat is not None or card.vector == "aesthetic" or isinstance(pipe.text, LabelConditioner):
-        reads = "classes" if isinstance(pipe.text, LabelConditioner) else card.concat or "aesthetic scores"
-        raise ValueError(f"base {card.name!r} reads {reads}, which a data set of captioned images lacks")
-    return pipe
-
-
-def fine_tuned(pipe: LatentDiffusion, card: ModelCard) -> LatentDiffusion:
-    """Return a pipeline with the networks of another one, and a card of its own."""
-    return LatentDiffusion(
-        vae=pipe.vae,
-        text=pipe.text,
-        denoiser=card.make_denoiser(pipe.denoiser.net),
-        latent_scale=pipe.latent_scale,
-        card=card,
-    ).eval()
-
-
-def content_key(network: nn.Module) -> str:
-    """Return the SHA-256 of a network's weights and their names."""
-    found = hashlib.sha256()
-    state: dict[str, Any] = network.state_dict()
-    for name in sorted(state):
-        found.update(name.encode())
-        found.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -128,7 +128,7 @@ class UNetPart:
         if config.text.cached:
             files_only(self.images, "text.cached")
             weights = about_part(config.text.folder, "text")["sha256"]
-            self.states = CachedTexts(self.text, weights, self.images.texts())
+            self.states = CachedTexts(self.text, f"{weights}/{self.text.convention}", self.images.texts())
         self.scenes = self.images.cached(config.run, config.variants)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
 
