@@ -65,7 +65,8 @@ def checksum(x: Tensor) -> int:
 
 
 def _content(x: Tensor) -> bytes:
-    return x.cpu().numpy().tobytes()
+    # of a copy: memory that an array shares cannot be resized, as FSDP does with weights
+    return x.cpu().clone().numpy().tobytes()
 
 
 class Seal:

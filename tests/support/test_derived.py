@@ -143,3 +143,11 @@ def test_what_is_kept_for_a_call_has_a_value_for_each_key_and_ends_with_its_owne
     assert kept("a") == 3
     owner = nn.Identity()
     assert kept("a") == 5
+
+
+def test_a_checksum_leaves_the_memory_resizable():
+    """FSDP frees the whole weights of a block by resizing their memory."""
+    for size in (8, 100_000):
+        x = torch.ones(size)
+        checksum(x)
+        assert x.untyped_storage().resizable()
