@@ -18,7 +18,7 @@ METADATA_KEYS = {"exif", "xmp"}  # which can state an orientation
 EMPTY = "it is empty"
 TURNED = (5, 6, 7, 8)  # orientations that exchange the sides
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-HEAD = 4096  # bytes
+FIRST_BYTES = 4096
 SHARPNESS = 2  # times the wanted side that a reduced JPEG has at least
 
 
@@ -29,7 +29,7 @@ class Header(NamedTuple):
         height: Height in pixels, upright.
         width: Width in pixels, upright.
         frames: Whether there are several frames.
-        head: Hash of the first `HEAD` bytes; files of one content have the same.
+        head: Hash of the first `FIRST_BYTES` bytes; files of one content have the same.
     """
 
     height: int
@@ -47,7 +47,7 @@ def image_header(file: BinaryIO) -> Header:
     """
     from PIL import Image
 
-    first = file.read(HEAD)
+    first = file.read(FIRST_BYTES)
     if not first:
         raise ValueError(EMPTY)
     head = hashlib.sha256(first).hexdigest()[:16]
