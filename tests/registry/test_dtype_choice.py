@@ -70,14 +70,14 @@ def test_parameters_are_those_of_the_published_networks():
 
 
 def test_a_control_group_limits_what_is_free(monkeypatch, tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1000 kB\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1000 kB\n", encoding="utf-8")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     assert free_memory(CPU) == 1000 * 1024
     for name, text in (("max", "900000\n"), ("current", "500000\n"), ("stat", "anon 5\ninactive_file 300\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
+        (tmp_path / f"memory.{name}").write_text(text, encoding="utf-8")
     assert free_memory(CPU) == 400_300
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
     assert free_memory(CPU) == 1000 * 1024
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
     assert free_memory(CPU) is None and free_memory(torch.device("meta")) is None
