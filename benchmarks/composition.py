@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import where
+from common import add_quick, where
 from scene_judge import SceneJudge, SceneVerdict
 from scene_prompts import TASKS, task_prompts, variety_prompts
 
@@ -224,6 +224,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads (default: one per core)")
     parser.add_argument("--json", type=Path, help="write the figures and every verdict to this file")
     parser.add_argument("--images", type=Path, help="write every image to this folder")
+    add_quick(parser, prompts=5, seeds=2)
     options = parser.parse_args(arguments)
     options.seeds = options.seeds or (8 if options.variety else 4)
     if options.prompts < 2 or options.seeds < 1 or options.batch < 1:

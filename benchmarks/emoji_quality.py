@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import add_quick
 from emoji_judge import EmojiJudge, Verdict
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -337,6 +338,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--grid", type=Path, default=None, help="write a PNG of the judged images to this file"
     )
+    add_quick(parser, n=20, frechet_n=100)
     options = parser.parse_args(arguments)
     if options.n < 2 or options.batch < 1 or options.frechet_n < 2:
         parser.error("--n and --frechet-n must be at least 2, --batch at least 1")

@@ -17,7 +17,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import DTYPES, measure, parser, settle, where, write
+from common import DTYPES, add_quick, measure, parser, settle, where, write
 from memory import forget, peak
 from pairs import MODELS, unet_inputs, unets, vaes
 
@@ -62,6 +62,9 @@ def main() -> None:
     options.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024, 1536, 2048])
     options.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     options.add_argument("--batch-size", type=int, default=256, help="size of the images in a batch")
+    add_quick(
+        options, model="small", dtype="fp32", sizes=[128, 256], batches=[1, 2], batch_size=128, repeats=1
+    )
     args = options.parse_args()
     settle(args)
     dtype = DTYPES[args.dtype]

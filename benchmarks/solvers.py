@@ -21,6 +21,7 @@ from typing import Any
 import solver_images
 import solver_oracle
 import torch
+from common import add_quick
 
 import ldm
 from ldm.diffusion.schedule import SCHEDULE_NAMES
@@ -125,6 +126,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_oracle_options(parser)
     add_image_options(parser)
+    add_quick(
+        parser,
+        oracle_steps=[20, 40, 80],
+        samples=2000,
+        budgets=[5, 10, 20],
+        spacings=["trailing", "karras"],
+        prompts=list(PROMPTS[:2]),
+        seeds=1,
+        reference_steps=200,
+    )
     options = parser.parse_args(arguments)
     refuse(parser, options)
     return options

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import add_quick
 from emoji_judge import EmojiJudge
 from torch import Tensor
 
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jump", type=int, default=5, help="steps of a stretch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--sheet", type=Path, help="write rows of truth, input and results to this PNG")
+    add_quick(parser, n=5, m=4)
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, measure, parser, report, settle
+from common import DTYPES, add_quick, measure, parser, report, settle
 from load import name_of
 
 import ldm
@@ -82,6 +82,7 @@ def options(description: str, repeats: int) -> Any:
     made.add_argument(
         "--folder", type=Path, help="folder to keep the weights in, 2 GB (default: a temporary folder)"
     )
+    add_quick(made, size=128, steps=2, repeats=1)
     return made
 
 

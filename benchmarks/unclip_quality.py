@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import add_quick
 from emoji_judge import EmojiJudge
 from emoji_quality import (
     EMBEDDED_STYLES,
@@ -271,6 +272,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--picture", type=Path, default=None, help="write the upsampler's side-by-side image to this file"
     )
+    add_quick(parser, n=10, pictures=5)
     options = parser.parse_args(arguments)
     for name in ("n", "pictures", "candidates", "invert_steps", "iterations", "side"):
         if getattr(options, name) < 1:

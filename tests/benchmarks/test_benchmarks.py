@@ -37,6 +37,19 @@ def test_a_report_has_ratios_of_medians_and_states_which_bars_are_met(tmp_path, 
     assert "| UNet: dtype bf16 | 2 s (1–3) | diffusers: 4 s (1–4) | 0.50 | 0.75 (met) |" in table([result])
 
 
+def test_quick_sets_options_and_those_after_it_count():
+    import common
+
+    made = common.parser("a test")
+    common.add_quick(made, repeats=1, threads=1)
+    assert (made.parse_args([]).repeats, made.parse_args([]).quick) == (7, False)
+    quick = made.parse_args(["--quick", "--threads", "3"])
+    assert (quick.repeats, quick.threads, quick.quick) == (1, 3, True)
+    assert made.parse_args(["--threads", "3", "--quick"]).threads == 1
+    with pytest.raises(ValueError, match="sizes"):
+        common.add_quick(common.parser("a test"), sizes=[1])
+
+
 def test_slope_is_the_exponent_of_a_power_law():
     from scaling import slope
 
