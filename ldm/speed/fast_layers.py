@@ -18,6 +18,7 @@ from ldm.speed.kernels.choice import described, kernel_choice
 from ldm.speed.kernels.ops import CompiledOps, TorchOps
 from ldm.speed.packed import ContextLinear, HalvedLinear, Packed, PackedConv2d, PackedLinear
 from ldm.speed.strips import StripDecoder
+from ldm.speed.training_conv import TrainingConv2d
 
 COMPILED = "attention and group norm with SiLU: compiled kernels, "
 
@@ -36,6 +37,7 @@ PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     **{fast: plain for plain, fast in FAST_LAYERS.items()},
     ContextLinear: nn.Linear,
     HalvedLinear: nn.Linear,
+    TrainingConv2d: nn.Conv2d,
 }
 # attributes that fast layers add to their modules
 FAST_ATTRIBUTES = ("ops", "folded", "packed", "transformed", "spare", "spilled")

@@ -16,7 +16,7 @@ from ldm.models.layers.resblock import Upsample
 from ldm.speed.kept_forms import clear_derived, derived
 from ldm.speed.kernels.ops import CHANNELS_LAST
 from ldm.speed.kernels.product import Geometry
-from ldm.speed.packed import Packed, convolve_packed, needs_gradient, pack_kernel, packable
+from ldm.speed.packed import Packed, PackedConv2d, convolve_packed, needs_gradient, pack_kernel, packable
 
 GEOMETRY = Geometry(padding=(1, 1), stride=(1, 1), dilation=(1, 1), groups=1)  # of the 2×2 convolutions
 
@@ -26,8 +26,8 @@ class FoldedUpsample(Upsample):
 
     The folded weights are made again when the weight of the 3×3 convolution has changed
     (`ldm.support.derived`). It computes the plain layer with derivatives, on other devices than the CPU, for
-    sizes that are not doubled exactly, and if memory is saved (`ldm.optimize` with memory=True), because the
-    folded weights are larger.
+    sizes that are not doubled exactly, where Winograd's convolution of the doubled map takes fewer products,
+    and if memory is saved (`ldm.optimize` with memory=True), because the folded weights are larger.
     """
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -60,6 +60,7 @@ class FoldedUpsample(Upsample):
             and {x.device.type, weight.device.type} == {"cpu"}
             and weight.dtype == x.dtype
             and not (isinstance(self.conv, Packed) and self.conv.spilled is not None)
+            and not (isinstance(self.conv, PackedConv2d) and self.conv.suits_winograd(x, scale=2))
             and not self.conv._forward_hooks  # which see the output of the 3×3 convolution
             and not needs_gradient(x, weight, self.conv.bias)
         )

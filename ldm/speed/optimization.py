@@ -22,6 +22,7 @@ from ldm.speed.reuse import reuse_features
 from ldm.speed.spill import release_all, take_turns
 from ldm.speed.strips import StripDecoder
 from ldm.speed.substitute import restore
+from ldm.speed.training_conv import TrainingConv2d
 from ldm.speed.widening import undo_widening, widen
 from ldm.support.calls import Turns
 
@@ -153,7 +154,8 @@ def _described(pipe: P, *descriptions: str) -> P:
 def for_training(network: P) -> P:
     """Make the training of a network faster on a CPU, with the same function and gradients up to rounding.
 
-    Maps are channels last, and group norm with SiLU has compiled kernels for both passes. Call it before the
+    Maps are channels last, group norm with SiLU has compiled kernels for both passes, and 3×3 convolutions in
+    float32 are Winograd's. Call it before the
     optimizer is created: it changes the memory layout of convolution weights, and the fused AdamW requires
     its moments in the layout of the weights (`ldm.training.checkpoint.match_strides`). Double backward is not
     supported.
@@ -175,4 +177,8 @@ def for_training(network: P) -> P:
             part.ops = ops
         if isinstance(part, nn.Conv2d):
             part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
+        if type(part) is nn.Conv2d:
+            part.__class__ = TrainingConv2d
+            assert isinstance(part, TrainingConv2d)
+            part.ops = ops
     return network

@@ -20,8 +20,11 @@ from ldm.support.derived import kept_for_call
 
 _T = TypeVar("_T")
 mkldnn = torch.ops.mkldnn
-# channels, and pixels of all maps together, from which Winograd's convolution is faster in float32
-WIDE, POSITIONS = (128, 1024)
+# channels, and pixels of all maps together, from which Winograd's convolution is faster in float32; four
+# times as many pixels where the weights are transformed at every call
+WIDE, POSITIONS = (64, 128)
+# bytes of transformed weights that a layer keeps; larger ones are transformed at every call
+MOST_KEPT = 2**26
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -206,20 +209,54 @@ class PackedConv2d(Packed, nn.Conv2d):
         if not self.packs(x):
             return self._conv_forward(x, self.weight, self.bias)
         x = x.contiguous(memory_format=CHANNELS_LAST)  # (B, C, h, w)
-        compiled = isinstance(self.ops, CompiledOps) and self.ops.supports(x)
-        if compiled and self.spilled is None and self.suits_winograd(x):
-            assert isinstance(self.ops, CompiledOps)
-            weights = self.from_weight("transformed", self.ops.conv3x3_weights)
-            return self.ops.conv3x3(x, weights, self.bias, self.out_channels)
+        if self.suits_winograd(x):
+            return self._convolved_by_winograd(x)
         packed = self.from_weight("packed", lambda weight: self._pack(weight, x))
         return convolve_packed(x, packed[0], self.bias, self.geometry)
 
-    def suits_winograd(self, x: Tensor) -> bool:
-        """Return whether Winograd's convolution supports this layer and is faster for the map x."""
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        wide = (
-            min(self.in_channels, self.out_channels) >= WIDE
-            and self.in_channels % 16 == self.out_channels % 16 == 0
+    def suits_winograd(self, x: Tensor, *, scale: int = 1) -> bool:
+        """Return whether Winograd's convolution supports this layer and is faster for the map x.
+
+        Args:
+            x: The map, shape (B, C, h, w).
+            scale: The sides of the map that is convolved, relative to those of x. Default: 1.
+        """
+        return (
+            x.dtype == torch.float32
+            and isinstance(self.ops, CompiledOps)
+            and self.ops.supports(x)
+            and has_winograd_shape(self, least=WIDE)
+            and x.numel() * scale**2
+            >= self.in_channels * (POSITIONS if self.keeps_transformed else 4 * POSITIONS)
         )
-        large = x.numel() >= POSITIONS * self.in_channels
-        return x.dtype == torch.float32 and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and wide and large
+
+    @property
+    def keeps_transformed(self) -> bool:
+        """Whether transformed weights, of 36/9 times 4 bytes, are small enough to be kept."""
+        return 16 * self.weight.numel() <= MOST_KEPT
+
+    def _convolved_by_winograd(self, x: Tensor) -> Tensor:
+        """Return the convolution of a map that `suits_winograd`."""
+        assert isinstance(self.ops, CompiledOps)
+        if self.spilled is None and self.keeps_transformed:
+            weights = self.from_weight("transformed", self.ops.conv3x3_weights)
+            return self.ops.conv3x3(x, weights, self.bias, self.out_channels)
+        y = self.ops.conv3x3_untransformed(x, self.weight.detach(), self.bias)
+        if self.spilled is not None:
+            self.spilled.evict(self.weight)
+        return y
+
+
+def has_winograd_shape(conv: nn.Conv2d, *, least: int) -> bool:
+    """Return whether a convolution is one of 3×3 with padding 1, of channels that the kernels support.
+
+    Args:
+        conv: The convolution.
+        least: The least number of inputs and outputs.
+    """
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return (
+        shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+        and min(conv.in_channels, conv.out_channels) >= least
+        and conv.in_channels % 16 == conv.out_channels % 16 == 0
+    )

@@ -67,3 +67,24 @@ def test_a_network_made_for_training_can_be_exchanged_back():
     assert [type(part) for part in net.modules()] == kinds and not any(
         hasattr(part, "ops") for part in net.modules()
     )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("of_input", [True, False])
+def test_winograd_convolutions_have_the_gradients_of_convolutions(bias, of_input):
+    if not has_kernels():
+        pytest.skip("without kernels the network stays as it is")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(64, 80, 3, padding=1, bias=bias))
+    exact, fast = copy.deepcopy(plain).double(), for_training(copy.deepcopy(plain))
+    x, dy = torch.randn(4, 64, 7, 9), torch.randn(4, 80, 7, 9)
+    found = []
+    for net, dtype in ((exact, torch.float64), (fast, torch.float32)):
+        own = x.to(dtype).requires_grad_(of_input)
+        y = net(own)
+        assert ("Winograd" in type(y.grad_fn).__name__) == (net is fast)
+        tensors = [own, *net.parameters()] if of_input else [*net.parameters()]
+        found.append([y.detach(), *torch.autograd.grad(y, tensors, dy.to(dtype))])
+    assert all(rms(got, expected) < 3e-6 for expected, got in zip(*found, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "Winograd" not in type(fast(x).grad_fn).__name__

@@ -24,18 +24,17 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(fast_layers, "CompiledOps", unavailable)
 
 
-def small_maps_by_winograd(monkeypatch):
-    """Use Winograd's convolution for narrow and small maps too."""
+def winograd_of_small_maps(monkeypatch, used: bool = True):
+    """Use Winograd's convolution for narrow and small maps too, or for none."""
     monkeypatch.setattr(packed, "WIDE", 16)
-    monkeypatch.setattr(packed, "POSITIONS", 1)
+    monkeypatch.setattr(packed, "POSITIONS", 1 if used else 2**40)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kernels", "winograd"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("name", UNETS)
 def test_a_unet_computes_the_same(monkeypatch, name, kernels, winograd):
-    if winograd:
-        small_maps_by_winograd(monkeypatch)
+    winograd_of_small_maps(monkeypatch, winograd)
     config = UNETS[name]
     plain = make(config)
     x, t, cond = inputs(config, torch.float32)
@@ -55,8 +54,7 @@ def test_a_unet_computes_the_same(monkeypatch, name, kernels, winograd):
 @torch.no_grad()
 @pytest.mark.parametrize("winograd", [False, True])
 def test_an_optimized_network_is_saved_loaded_copied_and_moved_as_before(monkeypatch, winograd):
-    if winograd:
-        small_maps_by_winograd(monkeypatch)
+    winograd_of_small_maps(monkeypatch, winograd)
     plain = make(UNETS["sd"])
     fast = ldm.optimize(copy.deepcopy(plain))
     args = inputs(UNETS["sd"], torch.float32)
@@ -78,7 +76,7 @@ def test_an_optimized_network_is_saved_loaded_copied_and_moved_as_before(monkeyp
 
 @torch.no_grad()
 def test_circular_padding_is_kept(monkeypatch):
-    small_maps_by_winograd(monkeypatch)
+    winograd_of_small_maps(monkeypatch)
     conv = nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular").requires_grad_(False)
     x = torch.randn(1, 16, 9, 8)
     assert rms(ldm.optimize(nn.Sequential(copy.deepcopy(conv)))(x), conv(x)) < 1e-5

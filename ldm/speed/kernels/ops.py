@@ -16,6 +16,7 @@ from ldm.speed.kernels.group_norm import CHANNELS_LAST, CompiledGroupNorm, dtype
 from ldm.speed.kernels.product import Geometry, widened
 from ldm.support.processor import InstructionSet, cache_bytes, shared_cache_bytes
 
+APART = 16  # numbers between the parts of Winograd's weights
 PACKED_OUTPUTS = 32  # outputs of which the Winograd kernels pack a multiple, or of 16
 
 
@@ -288,7 +289,7 @@ class CompiledOps(TorchOps):
             weight: Float32, shape (C_out, C, 3, 3).
         """
         made, channels = weight.shape[:2]
-        packed = weight.new_empty(36 * channels * -(-made // PACKED_OUTPUTS) * PACKED_OUTPUTS)
+        packed = weight.new_empty(36 * (channels * -(-made // PACKED_OUTPUTS) * PACKED_OUTPUTS + APART))
         self.lib.ldm_winograd_weights(
             pointer(weight.contiguous()), pointer(packed), made, channels, torch.get_num_threads()
         )

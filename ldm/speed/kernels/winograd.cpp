@@ -8,6 +8,7 @@
 namespace {
 
 constexpr float A = 0.70710678118654752f, B = 1.41421356237309505f;
+constexpr int APART = 16;  // numbers between the 36 parts of a buffer, which would else fall into the same lines of the cache
 
 // Computes Bᵀ d of six rows, or d B of six columns.
 inline void into(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4, Vec& d5) {
@@ -26,7 +27,6 @@ inline void out_of(Vec& m0, Vec& m1, Vec& m2, Vec& m3, Vec m4, Vec m5) {
 
 struct Maps {
     int height, width, C, O;
-    int made;  // outputs that are computed at once, of O
     int64_t across = (width + 3) / 4, down = (height + 3) / 4;
 
     // Sets the map, and the first row and column, of a tile.
@@ -56,14 +56,14 @@ void transform_in(const float* x, const Maps& m, int64_t tile, float* v, int64_t
     }
 }
 
-// Computes the 4×4 pixels Aᵀ m A of one tile plus the bias.
-void transform_out(const float* p, int64_t stride, const float* bias, const Maps& m, int64_t tile, float* y) {
+// Computes the 4×4 pixels Aᵀ m A of one tile plus the bias, for the outputs 0 to `made` of y.
+void transform_out(const float* p, int64_t stride, const float* bias, const Maps& m, int64_t tile, int made, float* y) {
     int64_t map;
     int top, left;
     m.place(tile, map, top, left);
     float* to = y + ((map * m.height + top) * m.width + left) * m.O;
     const int rows = std::min(4, m.height - top), wide = std::min(4, m.width - left);
-    for (int c = 0; c < m.made; c += W) {
+    for (int c = 0; c < made; c += W) {
         Vec d[36];
         for (int k = 0; k < 6; k++) {
             for (int j = k; j < 36; j += 6) d[j] = load(p + j * stride + c);
@@ -96,103 +96,115 @@ inline void weight_into(Vec g0, Vec g1, Vec g2, Vec (&to)[6]) {
     to[0] = g0, to[1] = even - odd, to[2] = even + odd, to[3] = even2 + odd2, to[4] = even2 - odd2, to[5] = g2;
 }
 
-// Computes G g Gᵀ of weights g (O, C, 3, 3) for the panels from `first` to `last`, as (36, last - first, C, COLUMNS).
+// Computes G g Gᵀ of weights g (O, C, 3, 3) for the outputs from o, element k at u + k·stride, as (C, COLUMNS).
 template <class T>
-void transform_weights(const typename T::Elem* g, float* u, int O, int C, int64_t first, int64_t last, int threads) {
+void transform_weights(const typename T::Elem* g, int O, int C, int64_t o, float* u, int64_t stride) {
     constexpr int DEEP = 32;
-    const int64_t panels = last - first;
-#pragma omp parallel num_threads((int)std::min<int64_t>(threads, panels))
-    {
-        alignas(64) float wide[DEEP * 9 * COLUMNS];
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; p++)
-            for (int c0 = 0; c0 < C; c0 += DEEP) {
-                const int n = std::min(DEEP, C - c0);
-                const int64_t o = (first + p) * COLUMNS;
-                widen<T>(g + (o * C + c0) * 9, (int64_t)C * 9, (int)std::min<int64_t>(COLUMNS, O - o), n * 9, wide);
-                for (int c = 0; c < n; c++)
-                    for (int i = 0; i < COLUMNS; i += W) {
-                        const float* from = wide + c * 9 * COLUMNS + i;
-                        Vec rows[3][6];
-                        for (int k = 0; k < 3; k++)
-                            weight_into(load(from + k * COLUMNS), load(from + (3 + k) * COLUMNS), load(from + (6 + k) * COLUMNS), rows[k]);
-                        for (int k = 0; k < 6; k++) {
-                            Vec made[6];
-                            weight_into(rows[0][k], rows[1][k], rows[2][k], made);
-                            for (int j = 0; j < 6; j++) store(u + (((k * 6 + j) * panels + p) * C + c0 + c) * COLUMNS + i, made[j]);
-                        }
-                    }
+    alignas(64) float wide[DEEP * 9 * COLUMNS];
+    for (int c0 = 0; c0 < C; c0 += DEEP) {
+        const int n = std::min(DEEP, C - c0);
+        widen<T>(g + (o * C + c0) * 9, (int64_t)C * 9, (int)std::min<int64_t>(COLUMNS, O - o), n * 9, wide);
+        for (int c = 0; c < n; c++)
+            for (int i = 0; i < COLUMNS; i += W) {
+                const float* from = wide + c * 9 * COLUMNS + i;
+                Vec rows[3][6];
+                for (int k = 0; k < 3; k++)
+                    weight_into(load(from + k * COLUMNS), load(from + (3 + k) * COLUMNS), load(from + (6 + k) * COLUMNS), rows[k]);
+                for (int k = 0; k < 6; k++) {
+                    Vec made[6];
+                    weight_into(rows[0][k], rows[1][k], rows[2][k], made);
+                    for (int j = 0; j < 6; j++) store(u + (k * 6 + j) * stride + (int64_t)(c0 + c) * COLUMNS + i, made[j]);
+                }
             }
     }
 }
 
-// Computes the outputs of the panels from `first` to `last` by their transformed weights u. bytes: see `ldm_winograd`.
-void convolve(const float* x, const float* u, const float* bias, float* y, const Maps& all, int64_t maps, int64_t first, int64_t last, int64_t bytes,
-              int threads) {
-    const int64_t o = first * COLUMNS, panels = last - first, made = panels * COLUMNS;
-    Maps m = all;
-    m.made = (int)std::min<int64_t>(made, all.O - o);
+// Weights that are transformed already, or (O, C, 3, 3) as the layer holds them, which are transformed for
+// `at_once` panels at a time.
+template <class T>
+struct Weights {
+    const typename T::Elem* g;  // null: u holds all
+    float* u;
+    int64_t at_once;
+};
+
+// bytes: see `ldm_winograd`.
+template <class T>
+void convolve(const Weights<T>& weights, const float* x, const float* bias, float* y, const Maps& m, int64_t maps, int64_t bytes, int threads) {
     const int C = m.C;
-    const int64_t tiles = maps * m.across * m.down;
-    const int64_t fitting = std::max<int64_t>(1, bytes / (36 * 4 * (C + made))), shared = (tiles + threads - 1) / threads;
+    const int64_t panels = (m.O + COLUMNS - 1) / COLUMNS, most = weights.at_once * COLUMNS, tiles = maps * m.across * m.down;
+    const int64_t fitting = std::max<int64_t>(1, bytes / (36 * 4 * (C + most))), shared = (tiles + threads - 1) / threads;
     const int64_t rounds = (shared + fitting - 1) / fitting;  // of each thread
     const int64_t at_once = round_up((shared + rounds - 1) / rounds, TILES), parts = (tiles + at_once - 1) / at_once;
-    const int64_t v_stride = at_once * C + 16, p_stride = at_once * made + 16;  // 16: not all in the same cache lines
-#pragma omp parallel num_threads((int)std::min<int64_t>(threads, parts))
+    const int64_t v_stride = at_once * C + APART, p_stride = at_once * most + APART;
+#pragma omp parallel num_threads((int)std::min<int64_t>(threads, weights.g ? std::max(parts, weights.at_once) : parts))
     {
         auto v = buffer<float>(36 * v_stride), p = buffer<float>(36 * p_stride);
         std::memset(v.get(), 0, 36 * v_stride * 4);
+        const bool kept = parts <= omp_get_num_threads();  // the inputs of a thread's only part, for all panels
+        for (int64_t first = 0; first < panels; first += weights.at_once) {
+            const int64_t last = std::min(panels, first + weights.at_once), size = (last - first) * C * COLUMNS + APART, o = first * COLUMNS;
+            const int made = (int)std::min<int64_t>((last - first) * COLUMNS, m.O - o);
+            if (weights.g) {
+#pragma omp for schedule(static)
+                for (int64_t panel = first; panel < last; panel++)
+                    transform_weights<T>(weights.g, m.O, C, panel * COLUMNS, weights.u + (panel - first) * C * COLUMNS, size);
+            }
+            auto compute = [&](int64_t part) {
+                const int64_t begin = part * at_once, n = std::min(at_once, tiles - begin);
+                for (int64_t t = 0; t < n && !(kept && first); t++) transform_in(x, m, begin + t, v.get() + t * C, v_stride);
+                for (int k = 0; k < 36; k++)
+                    for (int64_t panel = 0; panel < last - first; panel++)
+                        for (int64_t t = 0; t < n; t += TILES)
+                            multiply(v.get() + k * v_stride + t * C, weights.u + k * size + panel * C * COLUMNS, C,
+                                     p.get() + k * p_stride + t * most + panel * COLUMNS, most);
+                for (int64_t t = 0; t < n; t++) transform_out(p.get() + t * most, p_stride, bias ? bias + o : nullptr, m, begin + t, made, y + o);
+            };
+            if (kept) {
+                if (omp_get_thread_num() < parts) compute(omp_get_thread_num());
+#pragma omp barrier
+            } else {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t part = 0; part < parts; part++) {
-            const int64_t begin = part * at_once, n = std::min(at_once, tiles - begin);
-            for (int64_t t = 0; t < n; t++) transform_in(x, m, begin + t, v.get() + t * C, v_stride);
-            for (int k = 0; k < 36; k++)
-                for (int64_t panel = 0; panel < panels; panel++)
-                    for (int64_t t = 0; t < n; t += TILES)
-                        multiply(v.get() + k * v_stride + t * C, u + (k * panels + panel) * C * COLUMNS, C,
-                                 p.get() + k * p_stride + t * made + panel * COLUMNS, made);
-            for (int64_t t = 0; t < n; t++) transform_out(p.get() + t * made, p_stride, bias ? bias + o : nullptr, m, begin + t, y + o);
+                for (int64_t part = 0; part < parts; part++) compute(part);
+            }
         }
     }
 }
 
-// Convolves by weights as the layer holds them, which are transformed for as many panels at once as `most` bytes
-// hold.
 template <class T>
 void convolve_untransformed(const typename T::Elem* g, const float* x, const float* bias, float* y, const Maps& m, int64_t maps, int64_t bytes,
                             int64_t most, int threads) {
     const int64_t size = (int64_t)36 * m.C * COLUMNS, panels = (m.O + COLUMNS - 1) / COLUMNS;
     const int64_t fitting = std::max<int64_t>(1, most / (4 * size)), rounds = (panels + fitting - 1) / fitting;
     const int64_t at_once = (panels + rounds - 1) / rounds;
-    auto u = buffer<float>(at_once * size);
-    for (int64_t first = 0; first < panels; first += at_once) {
-        const int64_t last = std::min(panels, first + at_once);
-        transform_weights<T>(g, u.get(), m.O, m.C, first, last, threads);
-        convolve(x, u.get(), bias, y, m, maps, first, last, bytes, threads);
-    }
+    auto u = buffer<float>(at_once * size + 36 * APART);
+    convolve<T>({g, u.get(), at_once}, x, bias, y, m, maps, bytes, threads);
 }
 
 }  // namespace
 
 extern "C" {
 
-// Computes G g Gᵀ of weights g (O, C, 3, 3), packed as (36, ⌈O/COLUMNS⌉, C, COLUMNS).
+// Computes G g Gᵀ of weights g (O, C, 3, 3), packed as (36, ⌈O/COLUMNS⌉·C·COLUMNS + APART).
 void ldm_winograd_weights(const float* g, float* u, int O, int C, int threads) {
-    transform_weights<Single>(g, u, O, C, 0, (O + COLUMNS - 1) / COLUMNS, threads);
+    const int64_t panels = (O + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++) 
+        transform_weights<Single>(g, O, C, panel * COLUMNS, u + panel * C * COLUMNS, panels * C * COLUMNS + APART);
 }
 
 // Computes y (maps, height, width, O): the convolution, with padding 1, of x (maps, height, width, C) by
 // weights from `ldm_winograd_weights`, plus the bias (O,) or null. C and O are multiples of 16; bytes: what a
 // thread may use for the tiles that it computes at once.
-void ldm_winograd(const float* x, const float* u, const float* bias, float* y, int maps, int height, int width, int C, int O, int64_t bytes,
+void ldm_winograd(const float* x, float* u, const float* bias, float* y, int maps, int height, int width, int C, int O, int64_t bytes,
                   int threads) {
-    convolve(x, u, bias, y, Maps{height, width, C, O, O}, maps, 0, (O + COLUMNS - 1) / COLUMNS, bytes, threads);
+    convolve<Single>({nullptr, u, (O + COLUMNS - 1) / COLUMNS}, x, bias, y, Maps{height, width, C, O}, maps, bytes, threads);
 }
 
 // The same by weights g (O, C, 3, 3) of a dtype (0 float32, 1 bfloat16, 2 float16), which are transformed in a
 // buffer of about `most` bytes.
 void ldm_winograd_untransformed(int dtype, const float* x, const void* g, const float* bias, float* y, int maps, int height, int width, int C, int O,
                                 int64_t bytes, int64_t most, int threads) {
-    EACH_WEIGHT(dtype, convolve_untransformed, g, x, bias, y, Maps{height, width, C, O, O}, maps, bytes, most, threads);
+    EACH_WEIGHT(dtype, convolve_untransformed, g, x, bias, y, (Maps{height, width, C, O}), maps, bytes, most, threads);
 }
 }
