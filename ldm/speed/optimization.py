@@ -155,10 +155,9 @@ def for_training(network: P) -> P:
     """Make the training of a network faster on a CPU, with the same function and gradients up to rounding.
 
     Maps are channels last, group norm with SiLU has compiled kernels for both passes, and 3×3 convolutions in
-    float32 are Winograd's. Call it before the
-    optimizer is created: it changes the memory layout of convolution weights, and the fused AdamW requires
-    its moments in the layout of the weights (`ldm.training.checkpoint.match_strides`). Double backward is not
-    supported.
+    float32 are Winograd's. Call it before the optimizer is created: it changes the memory layout of
+    convolution weights, and the fused AdamW requires its moments in the layout of the weights
+    (`ldm.training.checkpoint.match_strides`). Double backward is not supported.
 
     Args:
         network: The network, which is changed in place.

@@ -42,7 +42,9 @@ FUNCTIONS = (
     "ldm_group_norm",
     "ldm_group_norm_gradient",
     "ldm_moments",
+    "ldm_product",
     "ldm_winograd",
+    "ldm_winograd_untransformed",
     "ldm_winograd_weights",
 )
 BUILD_SECONDS, VERSION_SECONDS = 300, 10  # time limits; a build takes three on an idle machine
