@@ -15,8 +15,16 @@ from ldm.training.run import read_training_config
 from ldm.training.stages import get_dotted
 from ldm.weights.formats.ldm_folder import read_part_config
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").iterdir())
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(
+    folder for folder in CONFIGS.iterdir() if folder.name != "examples"
+)  # which are stages alone
 EMBEDDED = [folder for folder in RECIPES if folder.name in ("emoji-ldm", "emoji-unclip")]  # are shipped
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "examples").iterdir()), ids=lambda path: path.stem)
+def test_an_example_is_read(path: Path) -> None:
+    assert read_training_config(path)[1].run.steps > 0
 
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)

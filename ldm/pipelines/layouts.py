@@ -74,7 +74,7 @@ def _best(
 ) -> list[PlacedThings]:
     """Return the candidates of the least error over the known part, the best first."""
     cond = text.condition(read, things, (known.shape[-2], known.shape[-1]))
-    errors = torch.zeros(len(things), device=known.device)
+    errors = torch.zeros(len(things), dtype=torch.float32, device=known.device)
     for k, time in enumerate(TIMES):
         t = torch.tensor(round(time * (len(denoiser.schedule) - 1)), device=known.device)
         eps = keyed_normal(seed, FIRST_DRAW + k, known.shape[1:]).to(known)[None]

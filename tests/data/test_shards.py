@@ -80,7 +80,7 @@ def test_a_shard_that_is_cut_off_is_named_and_the_rest_is_read(shards):
 
 
 def write_shard(path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", encoding="utf-8") as tar:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
@@ -110,7 +110,7 @@ def test_every_kind_of_broken_file_is_counted_and_named(tmp_path):
 
 def test_a_name_that_a_shard_has_twice_is_reported(tmp_path):
     image = encoded(drawn_photo(0)[0])
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="utf-8") as tar:
         for name, data in (("x.png", image), ("x.txt", b"first"), ("x.txt", b"second")):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)

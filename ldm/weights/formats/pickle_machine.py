@@ -18,7 +18,7 @@ from typing import Any
 
 from ldm.support.text import shown
 
-MAX_STEPS = 1_000_000  # instructions of the pickles of a file; a checkpoint has about 40 for each tensor
+MAX_STEPS = 600_000  # instructions of the pickles of a file; a checkpoint has about 40 for each tensor
 MAX_INTEGER = 32  # bytes
 MAX_LINE = 1024  # bytes of a number or a name in text
 MAX_GLOBALS = 1000  # names of classes and functions in a file; a checkpoint has about ten
