@@ -69,6 +69,16 @@ def child(who: str, args: Any) -> None:
     )
 
 
+def in_child(script: str, who: str, folder: Path) -> dict[str, float]:
+    """Return the figures that a script prints as JSON when it runs one side in a process of its own."""
+    command = [sys.executable, script, *sys.argv[1:], "--child", who, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = options(__doc__.splitlines()[0], 1)
     parser.add_argument("--decode", action="store_true", help="decode one latent instead of a whole call")
@@ -93,11 +103,7 @@ def main() -> None:
         peaks: dict[str, list[float]] = {who: [] for who in args.sides}
         for _ in range(args.repeats):
             for who in args.sides:
-                command = [sys.executable, __file__, *sys.argv[1:], "--child", who, "--folder", str(folder)]
-                done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-                if done.returncode:
-                    raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
-                peaks[who].append(json.loads(done.stdout.splitlines()[-1])["peak"])
+                peaks[who].append(in_child(__file__, who, folder)["peak"])
     settings = {
         "dtype": args.dtype,
         "size": args.size,

@@ -10,8 +10,6 @@ and then with all steps: the second call is timed, and the memory is the peak of
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 from common import report, settle
-from memory import forget, peak
+from memory import forget, in_child, peak
 from text_to_image import call, options, ours, prepare
 
 from ldm.support.device import computing_dtype
@@ -65,11 +63,7 @@ def main() -> None:
         prepare(folder, args.card, FILE_DTYPE)
         for _ in range(args.repeats):
             for who in args.sides:
-                command = [sys.executable, __file__, *sys.argv[1:], "--child", who, "--folder", str(folder)]
-                done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-                if done.returncode:
-                    raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
-                got = json.loads(done.stdout.splitlines()[-1])
+                got = in_child(__file__, who, folder)
                 seconds[who].append(got["seconds"])
                 peaks[who].append(got["peak"])
     settings = {"card": args.card, "size": args.size, "steps": args.steps, "guidance": args.guidance}
