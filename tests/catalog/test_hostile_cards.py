@@ -39,10 +39,10 @@ NETWORKS: list[tuple[type, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "fields", "message"), NETWORKS, ids=lambda value: str(value)[:40])
 def test_an_implausible_network_is_refused_at_once(kind, fields, message):
-    begin = time.process_time()
+    begin = time.thread_time()
     with pytest.raises(ValueError, match=message):
         build_network(build(kind, fields, "model"))
-    assert time.process_time() - begin < 5
+    assert time.thread_time() - begin < 5
 
 
 @pytest.mark.parametrize("value", [0, -1, 3, 7])

@@ -115,12 +115,15 @@ LONG = {
 
 @pytest.mark.parametrize("kind", LONG)
 def test_the_time_is_linear_and_messages_are_short(kind):
-    begin = time.process_time()
-    try:
-        assert parse(LONG[kind])
-    except ValueError as error:
-        assert len(str(error)) < 1000
-    assert time.process_time() - begin < 0.5
+    took = []
+    for _ in range(3):  # the least, and of this thread alone: others of the process may be at work
+        begin = time.thread_time()
+        try:
+            assert parse(LONG[kind])
+        except ValueError as error:
+            assert len(str(error)) < 1000
+        took.append(time.thread_time() - begin)
+    assert min(took) < 0.5
 
 
 def test_weights_may_be_nested_as_deep_as_the_prompt_is_long():

@@ -104,10 +104,10 @@ def test_a_tiff_of_many_pages_is_opened_at_once(tmp_path):
         end = len(data) + len(page)
         data += page + bytes(4)
     path.write_bytes(data)
-    begin = time.process_time()
+    begin = time.thread_time()
     with pytest.warns(UserWarning, match="pages.tiff' holds several images; the first is used"):
         assert to_pixels(path)[0, :, 0, 0].tolist() == [1, 0, 0]
-    assert time.process_time() - begin < 1
+    assert time.thread_time() - begin < 1
 
 
 def compressed_text(key: bytes, size: int) -> bytes:

@@ -229,6 +229,6 @@ def test_merges_are_applied_in_their_order():
 
 @pytest.mark.parametrize("word", ["a" * 16_000, "thequickbrown" * 1200, "🍎🌀" * 8000, "!" * 16_000])
 def test_the_time_for_a_long_word_is_not_quadratic(word):
-    begin = time.process_time()
+    begin = time.thread_time()
     assert len(Tokenizer().encode(word)) > 100
-    assert time.process_time() - begin < 2
+    assert time.thread_time() - begin < 2

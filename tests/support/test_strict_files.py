@@ -75,9 +75,9 @@ def test_the_time_for_a_large_yaml_file_is_bounded():
         "#\n" * (MAX_YAML_BYTES // 2),
         'a: "' + "\\x41" * (MAX_YAML_BYTES // 5) + '"',
     ):
-        begin = time.process_time()
+        begin = time.thread_time()
         parse_yaml_text(text, "a")
-        assert time.process_time() - begin < 5
+        assert time.thread_time() - begin < 5
 
 
 def test_what_is_written_as_yaml_can_be_read():
