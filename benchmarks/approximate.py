@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import DTYPES, difference, measure, parser, settle, where, write
 from pairs import MODELS
-from showcase import PROMPTS
+from showcase import NAMES
 from torch import Tensor
 
 import ldm
@@ -60,7 +60,7 @@ def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
         interval = options.pop("interval", None)
         ldm.optimize(pipe, **options)
         pipe.guide = cfg if interval is None else partial(cfg, interval=interval)
-        return lambda: pipe.text_to_image(PROMPTS[: args.batch], steps=args.steps, progress=False).tensor
+        return lambda: pipe.text_to_image(NAMES[: args.batch], steps=args.steps, progress=False).tensor
 
     return side
 

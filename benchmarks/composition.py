@@ -3,11 +3,14 @@
     python benchmarks/composition.py --model emoji-ldm
     python benchmarks/composition.py --real --shuffled
     python benchmarks/composition.py --variety
+    python benchmarks/composition.py --added
 
 The six tasks are those of GenEval (Ghosh et al. 2023), with the things of the emoji data set: a single thing,
 two things, a count, a colour, a position, and a colour for each of two things. An image counts only if
 everything that its prompt states is right; see `scene_judge`. With `--real`, scenes drawn from the data set
 are judged instead of a model's images; with `--shuffled`, every image is judged by another prompt as well.
+With `--added`, the held-out images of the data set are added to the model's exemplars, and prompts ask for
+them alone and in compositions.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ import numpy as np
 import torch
 from common import add_quick, where
 from scene_judge import SceneJudge, SceneVerdict
-from scene_prompts import TASKS, task_prompts, variety_prompts
+from scene_prompts import ADDED, TASKS, added_prompts, task_prompts, variety_prompts
 
 import ldm
 from ldm.data import EmojiData, Facts, caption, draw_layout, render_batch
+from ldm.data.nouns import plural
 from ldm.support.files import write_atomically
 
 BARS = {"single": 95, "two": 70, "count": 70, "colour": 80, "position": 65, "attribution": 45, "mean": 70}
+BARS |= {"added": 80, "added, composed": 60}
 DEGRADED = ("as drawn", "blurred", "noisy", "jpeg")
 Draw = Callable[[Sequence[Facts], Sequence[int]], np.ndarray]  # facts, seeds -> (B, S, S, 3) uint8
 
@@ -40,6 +45,12 @@ def model_images(options: argparse.Namespace, data: EmojiData) -> Draw:
     """Return a model as a function of facts and seeds; it reads their canonical captions."""
     folder = Path(options.model).is_dir()
     pipe = ldm.load(weights=options.model) if folder else ldm.load(options.model)
+    if options.added:
+        for row in map(int, data.held_out):
+            image = torch.from_numpy(data.images[row].copy()).permute(2, 0, 1).float() / 255
+            name = data.index[row].name
+            many = plural(name.replace("-", " "))
+            pipe.exemplars.add(name, image, style=data.index[row].style, nouns=[many] if many else [])
     settings = {
         key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None
     }
@@ -98,7 +109,8 @@ def measure_task(
     draw: Draw, judge: SceneJudge, task: str, options: argparse.Namespace
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the figures of a task, and a record of each image."""
-    prompts = task_prompts(judge.index, task, options.prompts)
+    draw_prompts = added_prompts if task in ADDED else task_prompts
+    prompts = draw_prompts(judge.index, task, options.prompts)
     asked = [facts for facts in prompts for _ in range(options.seeds)]
     seeds = [seed for _ in prompts for seed in range(options.seeds)]
     start = time.perf_counter()
@@ -218,6 +230,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--real", choices=DEGRADED, nargs="?", const=DEGRADED[0], help="judge scenes of the data"
     )
     parser.add_argument("--shuffled", action="store_true", help="judge every image by another prompt as well")
+    parser.add_argument("--added", action="store_true", help="measure held-out images that are added")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model card's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model card's)")
     parser.add_argument("--batch", type=int, default=20, help="images per batch (default: %(default)s)")
@@ -231,6 +244,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompts must be at least 2, --seeds and --batch at least 1")
     if options.variety and (options.shuffled or options.seeds < 2):
         parser.error("--variety: expected at least 2 --seeds, and no --shuffled")
+    if options.added and (options.variety or options.real):
+        parser.error("--added: expected neither --variety nor --real")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"no such folder: {str(options.json.parent)!r}")
     return options
@@ -250,11 +265,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(variety_table(figures))
     else:
         print(HEADER, flush=True)
-        for task in options.tasks:
+        for task in ADDED if options.added else options.tasks:
             figures[task], made = measure_task(draw, judge, task, options)
             records += made
             print(task_row(task, figures[task]), flush=True)
-        print(mean_row(figures))
+        if not options.added:
+            print(mean_row(figures))
     if options.json is not None:
         report = {
             "settings": {

@@ -20,6 +20,7 @@ from ldm.data import (
 from ldm.data.facts import MOST, Relation
 from ldm.data.mix import can_be_stated
 
+ADDED = ("added", "added, composed")
 TASKS = ("single", "two", "count", "colour", "position", "attribution")
 POSITIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 STYLES_OF_A_NAME = 5  # training images that a name of a prompt has at least
@@ -102,3 +103,44 @@ def variety_prompts(index: ImageIndex, n: int, seed: int = 0) -> list[Facts]:
         raise ValueError(f"n {n}: the data set has {len(names)} names in {STYLES_OF_A_NAME} styles or more")
     chosen = np.random.default_rng([seed, len(TASKS)]).permutation(len(names))[:n]
     return [Facts(things=(Thing(name=names[i]),)) for i in chosen]
+
+
+def added_prompts(index: ImageIndex, task: str, n: int, seed: int = 0) -> list[Facts]:
+    """Return the facts of n prompts, each of which names a held-out image by name and style.
+
+    Args:
+        index: The index of the data set.
+        task: "added" for the thing alone, or "added, composed": beside another thing, in a relation to one,
+            or several times, in turn. Every other prompt states a background.
+        n: Number of prompts.
+        seed: Chooses the prompts. Default: 0.
+
+    Raises:
+        ValueError: For an unknown task, or if fewer images are held out.
+    """
+    if task not in ADDED:
+        raise ValueError(f"task {task!r}: expected one of {ADDED}")
+    rng = np.random.default_rng([seed, len(TASKS) + 1 + ADDED.index(task)])
+    names = common_names(index)
+    prompts: list[Facts] = []
+    for row in rng.permutation([i for i in range(len(index)) if index[i].held_out]):
+        if len(prompts) == n:
+            return prompts
+        own, i = index[int(row)], len(prompts)
+        background = tuple(PALETTE)[rng.integers(len(PALETTE))] if i % 2 else None
+        first = Thing(name=own.name, style=own.style)
+        if task == "added":
+            facts = Facts(things=(first,), background=background)
+        elif i % 3 == 2:
+            facts = Facts(things=(first,), count=2 + i // 3 % (MOST - 1), background=background)
+        else:
+            second = Thing(name=names[rng.integers(len(names))])
+            if second.name == first.name:
+                continue
+            relation = POSITIONS[i // 3 % len(POSITIONS)] if i % 3 else "and"
+            facts = Facts(things=(first, second), relation=relation, background=background)
+        if can_be_stated(facts, index):
+            prompts.append(facts)
+    if len(prompts) < n:
+        raise ValueError(f"{task}: {len(prompts)} of {n} prompts with the held-out images of the data set")
+    return prompts

@@ -1,7 +1,8 @@
 """Generate the sample sheets of the documentation.
 
-python benchmarks/showcase.py -o samples.png        # 32 prompts, seeds 0 to 31
-python benchmarks/showcase.py --tasks -o tasks.png  # every task once, seed 0
+python benchmarks/showcase.py -o samples.png                # 32 prompts, seeds 0 to 31
+python benchmarks/showcase.py --drawn data/emoji -o 64.png  # 64 captions drawn from the data set's facts
+python benchmarks/showcase.py --tasks -o tasks.png          # every task once, seed 0
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ldm
+from ldm.data import EmojiData, Mix, caption
+from ldm.data.mix import sample_facts
 from ldm.images.sheets import caption_font, to_bytes
 from ldm.support.files import open_atomically
 
@@ -22,6 +26,40 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROMPTS = (
+    "a red apple",
+    "a red apple",
+    "a red apple",
+    "a cat face",
+    "a cat face",
+    "a rocket",
+    "a rocket",
+    "a guitar",
+    "three red apples",
+    "two dogs on a green background",
+    "four rockets on a black background",
+    "three cat faces on a purple background",
+    "a red apple and a cat face",
+    "a snowman and a rocket on a blue background",
+    "a dog face to the left of a banana",
+    "a rocket above a house on a yellow background",
+    "a blue cat face",
+    "a green guitar",
+    "a purple rocket on a white background",
+    "a yellow octopus on a blue background",
+    "a red cat face and a blue apple",
+    "a green bus to the right of a pink house",
+    "an orange fish below a purple butterfly",
+    "a blue dog face and a red bus on a gray background",
+    "a noto unicorn on a pink background",
+    "a fluent unicorn on a pink background",
+    "a twemoji unicorn on a pink background",
+    "a flat unicorn on a pink background",
+    "a kitty",
+    "a small ghost in the top right corner on a blue background",
+    "a sunflower on the left",
+    "a pizza in the bottom left corner on a green background",
+)
+NAMES = (  # for a model that was trained on names alone
     "red apple",
     "cat face",
     "snowman",
@@ -66,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("samples.png"))
     parser.add_argument("--tasks", action="store_true", help="a sheet of all tasks instead of the prompts")
+    parser.add_argument("--names", action="store_true", help="32 other prompts, which are names alone")
+    parser.add_argument("--drawn", type=Path, help="draw 64 captions from the facts of this data set")
     parser.add_argument("--model", default="emoji-ldm")
     parser.add_argument("--weights", default=None, help="weights instead of the model's own")
     parser.add_argument("--guidance", type=float, default=None)
@@ -77,11 +117,20 @@ def main(arguments: list[str] | None = None) -> None:
         # 128 colours: a quarter of the bytes at little visible difference
         drawn = sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None}))
         image = drawn.quantize(128)
+    elif options.drawn is not None:
+        image = pipe.text_to_image(drawn_captions(options.drawn, 64), seed=0, **own).captioned(columns=8)
     else:
-        image = pipe.text_to_image(PROMPTS, seed=0, **own).grid(columns=8)
+        image = pipe.text_to_image(NAMES if options.names else PROMPTS, seed=0, **own).grid(columns=8)
     with open_atomically(options.output) as file:
         image.save(file, format="PNG", optimize=options.tasks)
     print(options.output)
+
+
+def drawn_captions(folder: Path, n: int) -> list[str]:
+    """Return n captions of random facts about the images of a data set, in random wordings."""
+    index, rng = EmojiData.open(folder).index, np.random.default_rng(0)
+    mix = Mix(two=0.4, count=0.2, colour=0.35)
+    return [caption(sample_facts(rng, index, mix), index, rng) for _ in range(n)]
 
 
 def tasks(pipe: Any, options: dict[str, Any]) -> list[Cell]:

@@ -31,8 +31,11 @@ def test_an_example_is_read(path: Path) -> None:
 def test_a_recipe_is_complete(folder: Path) -> None:
     recipe = open_recipe(folder)
     assert recipe.file.name == folder.name
-    bases = {"recipe.yaml", recipe.file.bundle.card, "base.yaml"}
-    own = {path.stem for path in folder.glob("*.yaml") if path.name not in bases}
+    files = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")}
+    stages = [path for path, mapping in files.items() if "part" in mapping]
+    bases = {mapping.get("base") for mapping in files.values()}
+    other = {"recipe.yaml", recipe.file.bundle.card, *bases} - {path.name for path in stages}
+    own = {path.stem for path in files if path.name not in other}
     assert own == {name for name, stage in recipe.stages.items() if stage.folder.parent.name == folder.name}
     for name, stage in recipe.stages.items():
         assert stage.config.run.name == name and stage.hours

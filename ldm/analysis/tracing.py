@@ -180,6 +180,8 @@ class Trace:
         positions = text.places(prompt)
         words, wanted = [w for w, _ in positions], [w for w, _ in text.places(word)] or [word.lower()]
         starts = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
+        if not starts and len(wanted) == 1:  # a word of a phrase that is read as one, such as "red apple"
+            starts = [i for i, phrase in enumerate(words) if wanted[0] in phrase.split()]
         if not starts:
             raise ValueError(
                 f"word {word!r}: expected a word of the prompt that has tokens:"

@@ -189,7 +189,7 @@ TOOLS: tuple[Command, ...] = (
         summary="Write the averaged weights of a run, finished or not.",
         details="The files have half precision.",
         arguments=(
-            argument("config", "a stage's YAML file, such as configs/emoji-ldm/unet.yaml"),
+            argument("config", "a stage's YAML file, such as configs/emoji-ldm/layout.yaml"),
             argument("--to", "folder to write (default: RUN/export, or RUN/export-WIDTH)"),
             argument(
                 "--width",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -70,6 +70,16 @@ class Conditioner(Protocol):
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks by their names in weight files."""
+        ...
+
+
+@runtime_checkable
+class KnowsWords(Protocol):
+    """A conditioner that can say which words, or phrases, its model was trained on; None if not known."""
+
+    @property
+    def known_words(self) -> frozenset[str] | None:
+        """The words."""
         ...
 
 

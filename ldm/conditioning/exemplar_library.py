@@ -174,7 +174,7 @@ def write_exemplar(pixels: Tensor) -> bytes:
 
     levels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    Image.fromarray(levels, "RGBA").save(file, "WEBP", lossless=True, quality=100, exact=True)
+    Image.fromarray(levels, "RGBA").save(file, "WEBP", lossless=True, quality=50, exact=True)
     return file.getvalue()
 
 

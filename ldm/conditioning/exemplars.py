@@ -110,6 +110,11 @@ class ExemplarConditioner(nn.Module):
         """What a prompt may consist of, with what was added to the library."""
         return Lexicon(nouns=self.library.nouns, styles=self.library.styles, grammar=self.grammar)
 
+    @property
+    def known_words(self) -> frozenset[str]:
+        """The words of grammar, and the phrases that mean things of the library."""
+        return self.grammar | self.library.nouns.keys()
+
     def forward(
         self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, seeds: Sequence[int] = ()
     ) -> Cond:
@@ -138,8 +143,8 @@ class ExemplarConditioner(nn.Module):
             )
         conds = []
         for prompt, seed in zip(prompts, seeds, strict=False):
-            things = self.draw_things(read[prompt], seed)
-            conds.append(self.condition(read[prompt], [things], size))
+            things = self.draw_things([read[prompt]], [seed])  # alone: the same bits in every batch
+            conds.append(self.condition(read[prompt], things, size))
         return Cond.cat(conds)
 
     def read(self, prompt: str, lexicon: Lexicon | None = None) -> ReadPrompt:
@@ -152,16 +157,23 @@ class ExemplarConditioner(nn.Module):
         alternatives = self._alternatives(prompt, self.lexicon if lexicon is None else lexicon)
         return ReadPrompt(alternatives=tuple(alternatives), text=self._text(prompt, alternatives))
 
-    def draw_things(self, read: ReadPrompt, seed: int) -> PlacedThings:
-        """Draw what a prompt leaves open: the exemplars of its things and their layout.
+    def draw_things(self, read: Sequence[ReadPrompt], seeds: Sequence[int]) -> list[PlacedThings]:
+        """Draw what B prompts leave open with B seeds: the exemplars of their things and their layouts.
 
         The exemplars of a blend are the means of its alternatives', weighted by their shares, in one layout.
         """
+        things = [one.things for one in read]
+        text = Cond.cat([one.text for one in read])
+        layouts = draw_layouts(layout_denoiser(self.layout), text, things, seeds=seeds)
+        return [
+            PlacedThings(images=self._images(one, seed), layout=layouts[i : i + 1])
+            for i, (one, seed) in enumerate(zip(read, seeds, strict=True))
+        ]
+
+    def _images(self, read: ReadPrompt, seed: int) -> Tensor:
+        """Return the exemplars of a prompt's things, (1, K, 4, S, S); see `draw_things`."""
         images = [multiplied(self._chosen(alternative.mentions, seed)) for alternative in read.alternatives]
-        return PlacedThings(
-            images=weighted_mean(images, [alternative.share for alternative in read.alternatives]),
-            layout=draw_layouts(layout_denoiser(self.layout), read.text, [read.things], seeds=[seed]),
-        )
+        return weighted_mean(images, [alternative.share for alternative in read.alternatives])
 
     def condition(
         self, read: ReadPrompt, things: Sequence[PlacedThings], size: tuple[int, int] | None = None

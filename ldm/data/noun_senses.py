@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from ldm.data.index import ImageIndex
@@ -44,3 +45,23 @@ def noun_table(index: ImageIndex) -> dict[str, tuple[NounSense, ...]]:
                         sense = NounSense(name, plural=many, uncoloured=bare)
                         ranked.setdefault(found, set()).add((order, sense))
     return {noun: tuple(dict.fromkeys(sense for _, sense in sorted(ranked[noun]))) for noun in sorted(ranked)}
+
+
+def head_nouns(names: Iterable[str], taken: Container[str]) -> dict[str, tuple[str, ...]]:
+    """Return the last word of names of several words, and its plural, with the names that it may mean.
+
+    "car" may mean "police-car" and "racing-car".
+
+    Args:
+        names: The names.
+        taken: Words that mean something else.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        *_, head = words = name.split("-")
+        many = plural(head)
+        if len(words) > 1 and many is not None and head.isalpha() and not head.endswith(("ing", "ed")):
+            for noun in (head, many):
+                if len(noun) > 2 and noun not in taken:
+                    found.setdefault(noun, []).append(name)
+    return {noun: tuple(sorted(found[noun])) for noun in sorted(found)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.conditioner import Conditioner, KnowsWords
 from ldm.conditioning.prompt import check_text
 from ldm.samplers import get_sampler
 from ldm.support.config import nearest
@@ -190,7 +191,7 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def warn_unknown_words(model: str, text: Conditioner | None, prompts: Sequence[Any]) -> None:
-    """Warn, once, of the words in prompts that a model has never seen.
+    """Warn, once, of the words in prompts that a model has never seen, with the nearest that it has.
 
     Nothing is warned of where the model reads no texts, or where its words are not known.
     """
@@ -199,6 +200,13 @@ def warn_unknown_words(model: str, text: Conditioner | None, prompts: Sequence[A
     texts = dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str))
     found = list(dict.fromkeys(word for prompt in texts for word in text.unknown(prompt)))
     if found:
-        words = ", ".join(shown(word) for word in found[:WORDS_NAMED])
+        known = (text.known_words if isinstance(text, KnowsWords) else None) or frozenset()
+        words = ", ".join(_with_nearest(word, known) for word in found[:WORDS_NAMED])
         more = f" and {len(found) - WORDS_NAMED} more" if len(found) > WORDS_NAMED else ""
         warn_user(f"{model} has never seen {words}{more}: the image may not show it", UnknownWords)
+
+
+def _with_nearest(word: str, known: frozenset[str]) -> str:
+    """Return a word for a message, with the known word or phrase that is spelled most like it, if any is."""
+    close = difflib.get_close_matches(word[:100], sorted(known), n=1, cutoff=0.7)
+    return f"{shown(word)} (did you mean {close[0]!r}?)" if close else shown(word)

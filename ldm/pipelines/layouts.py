@@ -49,9 +49,9 @@ def fitted_condition(
     read = text.read(prompt)
     size = (known.shape[-2], known.shape[-1])
     if not read.things or bool(hole.all()):
-        return text.condition(read, [text.draw_things(read, seed)], size)
+        return text.condition(read, text.draw_things([read], [seed]), size)
     seeds = [seed, *(derived_seed(seed, i) for i in range(1, CANDIDATES))]
-    drawn = [framed(text.draw_things(read, each), hole) for each in seeds]
+    drawn = [framed(things, hole) for things in text.draw_things([read] * len(seeds), seeds)]
     best = _best(text, denoiser, read, drawn, seed, known, hole)
     for number, spread in enumerate(ROUNDS):
         tried = [

@@ -84,7 +84,7 @@ def part_kinds() -> dict[str, PartKind]:
             _VAE | {"text.folder": ("text",), "net": ("unet",)},
         ),
         **_tunings(),
-        "exemplar": _kind(ExemplarTraining, ExemplarPart, {"unet", "text"}, _VAE),
+        "exemplar": _kind(ExemplarTraining, ExemplarPart, {"unet", "text"}, _VAE | {"net": ("unet",)}),
         "layout": _kind(LayoutTraining, LayoutPart, {"layout"}, _TEXT),
         "reflow": _kind(
             ReflowTraining,

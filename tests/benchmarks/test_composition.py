@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scene_prompts
 from scene_judge import SceneJudge
-from scene_prompts import TASKS, common_names, task_prompts, variety_prompts
+from scene_prompts import ADDED, TASKS, added_prompts, common_names, task_prompts, variety_prompts
 
 from ldm.data import (
     Facts,
@@ -72,6 +72,29 @@ def test_prompts_are_held_out_distinct_and_fixed_by_the_seed(letters, three_styl
     if task == "position":
         assert {facts.relation for facts in prompts} == {"left", "right", "above", "below"}
     assert all(one.style is None for facts in prompts for one in facts.things)
+
+
+def test_added_prompts_name_held_out_images_by_their_style(letters, three_styles):
+    rows = [
+        ImageRecord(name=row.name, style=row.style, held_out=i % 10 == 3) for i, row in enumerate(letters)
+    ]
+    index = ImageIndex(rows)
+    held_out = {(row.name, row.style) for row in rows if row.held_out}
+    alone, composed = (added_prompts(index, task, 24) for task in ADDED)
+    for facts in (*alone, *composed):
+        assert (facts.things[0].name, facts.things[0].style) in held_out
+    assert all(len(facts.things) == facts.count == 1 for facts in alone)
+    assert [(facts.relation is None, facts.count > 1) for facts in composed[:3]] == [
+        (False, False),
+        (False, False),
+        (True, True),
+    ]
+    assert {facts.relation for facts in composed} == {None, "and", "left", "right", "above", "below"}
+    assert [facts.background is not None for facts in alone] == [False, True] * 12
+    with pytest.raises(ValueError, match="task 'single'"):
+        added_prompts(index, "single", 1)
+    with pytest.raises(ValueError, match="of 1000 prompts"):
+        added_prompts(index, "added", 1000)
 
 
 def test_common_names_have_training_images_in_enough_styles(drawn, three_styles):
@@ -167,7 +190,14 @@ def test_the_command_writes_its_figures(drawn, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--prompts", "1"], ["--variety", "--shuffled"], ["--json", "absent/x.json"], ["--batch", "0"]]
+    "words",
+    [
+        ["--prompts", "1"],
+        ["--variety", "--shuffled"],
+        ["--added", "--real"],
+        ["--json", "absent/x.json"],
+        ["--batch", "0"],
+    ],
 )
 def test_impossible_options_are_refused(words, capsys):
     with pytest.raises(SystemExit):

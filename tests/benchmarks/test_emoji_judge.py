@@ -127,6 +127,14 @@ def test_mean_psnr():
     assert emoji_quality.mean_psnr(a, b) == pytest.approx(30.0, abs=1e-4)  # the mean of 20 and 40 dB
 
 
+def test_mean_gradient():
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8) * 0.1
+    assert emoji_quality.mean_gradient(ramp) == pytest.approx(0.1, abs=1e-6)
+    both = ramp + ramp.transpose(-1, -2)
+    assert emoji_quality.mean_gradient(both) == pytest.approx(0.1 * 2**0.5, abs=1e-6)
+    assert emoji_quality.mean_gradient(torch.rand(1, 3, 1, 1).expand(2, 3, 8, 8)) == 0
+
+
 def test_scenes_are_drawn_from_the_training_set_or_held_out(many):
     data = emoji_judge.EmojiData(images=np.zeros((len(many), 2, 2, 4), np.uint8), index=many, manifest={})
     seen = emoji_quality.draw_training(data, 100, np.random.default_rng(0), ["noto", "fluent"])

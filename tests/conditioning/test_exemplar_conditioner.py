@@ -44,9 +44,9 @@ def test_the_seed_draws_the_layout_and_the_canvas_is_the_latent_s():
 
 def test_the_seed_chooses_the_style_unless_the_prompt_does():
     net = conditioner()
-    chosen = {seed: net.draw_things(net.read("cat"), seed).images for seed in range(12)}
+    chosen = {seed: net.draw_things([net.read("cat")], [seed])[0].images for seed in range(12)}
     assert len({tuple(image.flatten().tolist()) for image in chosen.values()}) == len(STYLES)
-    fluent = [net.draw_things(net.read("fluent cat"), seed).images for seed in range(5)]
+    fluent = [net.draw_things([net.read("fluent cat")], [seed])[0].images for seed in range(5)]
     assert all(torch.equal(image, fluent[0]) for image in fluent)
 
 

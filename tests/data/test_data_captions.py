@@ -6,7 +6,7 @@ import pytest
 from ldm.conditioning.words import words_in
 from ldm.data import PALETTE, Facts, Mix, Thing, caption, noun_table, sample_facts, vocabulary
 from ldm.data.captions import _article, caption_pieces, join_captions, noun_spans
-from ldm.data.noun_senses import NounSense
+from ldm.data.noun_senses import NounSense, head_nouns
 from ldm.data.nouns import names_colour, plural, takes_article, uncoloured
 
 DISC, RING, CAT = (Thing(name=name) for name in ("red-disc", "ring", "cat-face"))
@@ -245,6 +245,15 @@ def test_colour_words_of_names():
     assert (
         names_colour("large blue diamond") and not names_colour("blue diamond") and not names_colour("disc")
     )
+
+
+def test_heads_of_names_mean_all_of_them():
+    names = ["police-car", "racing-car", "bus", "oncoming-bus", "thumbs-down", "man-running", "pool-8"]
+    assert head_nouns(names, {"bus", "running"}) == {
+        "buses": ("oncoming-bus",),
+        "car": ("police-car", "racing-car"),
+        "cars": ("police-car", "racing-car"),
+    }
 
 
 def test_noun_table(drawn):

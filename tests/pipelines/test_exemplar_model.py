@@ -70,8 +70,10 @@ def test_attention_maps_are_those_of_the_slot_words(pipe):
 
 
 def test_words_outside_the_library_are_warned_of(pipe):
-    with pytest.warns(UnknownWords, match="zeppelin"):
+    with pytest.warns(UnknownWords, match="never seen 'zeppelin': the image"):
         draw(pipe, "a zeppelin and a cat")
+    with pytest.warns(UnknownWords, match=r"never seen 'catt' \(did you mean 'cats?'\?\): the image"):
+        draw(pipe, "a catt on blue")
 
 
 def test_an_image_of_ones_own_is_drawn_without_training(tmp_path: Path):

@@ -38,7 +38,7 @@ def latent_of(cond: Cond) -> Tensor:
 def hidden(net: ExemplarConditioner, prompt: str, size: tuple[int, int] = SIZE) -> tuple[Tensor, ThingLayout]:
     """Return the latent of a layout that the prior draws, displaced, and the layout."""
     read = net.read(prompt)
-    things = displaced(net.draw_things(read, 1234), 0.03, 5, 0)
+    things = displaced(net.draw_things([read], [1234])[0], 0.03, 5, 0)
     return latent_of(net.condition(read, [things], size)), things.layout
 
 

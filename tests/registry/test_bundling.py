@@ -147,11 +147,10 @@ TEXTS = {"pad": 0, "masked": True, "pooled": True}
 def test_the_parts_that_emoji_unclip_shares_are_those_of_its_card() -> None:
     card, vision = read_yaml(CARD), about_part(ASSETS / "emoji-clip", "vision")
     assert card["clip"] == f"emoji-clip/{vision['sha256'][:12]}" and card["parts"] == {
-        "vae": "../emoji-ldm",
         "vision": "../emoji-clip",
     }
     tower, _ = read_network(ASSETS / "emoji-clip", "vision")
-    vae, about = read_network(ASSETS / "emoji-ldm", "vae")
+    vae, about = read_network(ASSETS / "emoji-unclip", "vae")
     assert tower.config.embed_dim == 256 and vae.config.factor * 16 == 128 and about["latent_scale"] > 0
 
 

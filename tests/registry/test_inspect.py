@@ -182,7 +182,7 @@ def copied(path: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("emoji-ldm", {"draft": "Draft", "text": "TextTower", "unet": "UNet", "vae": "AutoencoderKL"}),
+        ("emoji-ldm", {"layout": "DiT", "text": "TextTower", "unet": "DiT", "vae": "PatchAutoencoder"}),
         ("emoji-clip", {"vision": "VisionTower"}),  # a training's export: no card
         (
             "emoji-unclip",
@@ -191,8 +191,8 @@ def copied(path: Path, *names: str) -> Path:
                 "prior": "Prior",
                 "text": "TextTower",
                 "upsampler": "UNet",
-                "vae": "AutoencoderKL",  # where the card locates it
-                "vision": "VisionTower",
+                "vae": "AutoencoderKL",
+                "vision": "VisionTower",  # where the card locates it
             },
         ),
     ],
@@ -209,7 +209,7 @@ def test_the_embedded_folders_are_recognised(name: str, parts: dict[str, str]) -
     ("name", "kind"),
     [
         ("emoji-ldm/unet", "unet of emoji-ldm, in ldm layout"),
-        ("emoji-ldm/draft", "draft of emoji-ldm, in ldm layout"),
+        ("emoji-ldm/layout", "layout of emoji-ldm, in ldm layout"),
         ("emoji-ldm/text", "text of emoji-ldm, in ldm layout"),
         ("emoji-unclip/prior", "prior of emoji-unclip, in ldm layout"),
         ("emoji-clip/vision", "vision of a model in ldm layout"),
@@ -225,10 +225,12 @@ def test_the_embedded_files_are_recognised(name: str, kind: str) -> None:
 
 
 def test_a_part_without_its_yaml(tmp_path: Path) -> None:
-    path = copied(tmp_path / "alone", "emoji-ldm/draft.safetensors") / "draft.safetensors"
+    path = copied(tmp_path / "alone", "emoji-ldm/layout.safetensors") / "layout.safetensors"
     report = inspect(path)
-    assert report.parts[0].name == "draft" and "draft of a model in ldm layout" in report.kind
-    assert report.problems == ("draft.yaml, which states the network of draft.safetensors, is not beside it",)
+    assert report.parts[0].name == "layout" and "layout of a model in ldm layout" in report.kind
+    assert report.problems == (
+        "layout.yaml, which states the network of layout.safetensors, is not beside it",
+    )
 
 
 def test_parts_that_do_not_fit_their_yaml(tmp_path: Path) -> None:

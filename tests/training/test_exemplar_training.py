@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from tiny_trainings import run, write
 import ldm
 from ldm.catalog.cards import Defaults, ModelCard, ScheduleCard
 from ldm.conditioning.exemplars import ExemplarConditioner
-from ldm.conditioning.things import Lexicon
+from ldm.conditioning.things import SLOT_WORDS, Lexicon
 from ldm.data import EmojiData, Mix, plain_scene, render_batch, sample_scene
 from ldm.data.captions import caption_pieces, join_captions
 from ldm.data.facts import STYLES
@@ -27,7 +29,7 @@ from ldm.registry.bundling import bundle
 from ldm.samplers.conventions import Convention
 from ldm.support.config import to_dict
 from ldm.training.draws import Draws
-from ldm.training.inputs.slots import slot_text
+from ldm.training.inputs.slots import SlotCaption, named_on_canvas
 from ldm.training.parts.exemplar import SLOT_TEXT
 from ldm.training.parts.layout import training_library
 from ldm.training.run import open_run
@@ -36,10 +38,30 @@ from ldm.weights.formats.ldm_folder import read_network, read_text
 
 
 @pytest.fixture
-def place(folder, tmp_path, monkeypatch):
-    """Change to a folder that holds the drawn data set."""
+def place(shared_folder, tmp_path, monkeypatch):
+    """Change to an empty folder, and return that of the drawn data set."""
     monkeypatch.chdir(tmp_path)
-    return folder
+    return shared_folder
+
+
+@pytest.fixture(scope="module")
+def trained_once(shared_folder, tmp_path_factory):
+    """Return a folder in which all parts were trained and exported."""
+    once = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(once)
+        for name, config in exemplar_configs(shared_folder).items():
+            part = open_run(write(config, Path(f"{name}.yaml")))
+            part.train(progress=False)
+            part.export(Path(f"runs/{name}/export"))
+    return once
+
+
+@pytest.fixture
+def trained(trained_once, place, tmp_path):
+    """Change to a copy of the folder in which all parts were trained, and return that of the data set."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    return place
 
 
 def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
@@ -72,7 +94,13 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
         "text": "runs/exemplar/export",
         "model": {"in_channels": 6, "out_channels": 6, "patch": 1, **shape},
     }
-    return {"vae": vae, "exemplar": net, "layout": layout}
+    grounded = {
+        **net,
+        "run": run("grounded", optimizer=muon),
+        "net": "runs/exemplar/export",
+        "grounding": 0.5,
+    }
+    return {"vae": vae, "exemplar": net, "layout": layout, "grounded": grounded}
 
 
 EXPORTS = {
@@ -100,14 +128,6 @@ def exemplar_card(data: Path, **defaults: Any) -> ModelCard:
     )
 
 
-def trained(place: Path, **changes: Any) -> None:
-    """Train and export all parts."""
-    for name, config in exemplar_configs(place).items():
-        part = open_run(write(config, Path(f"{name}.yaml")))
-        part.train(progress=False)
-        part.export(Path(f"runs/{name}/export"))
-
-
 def test_the_captions_that_training_reads_are_those_that_prompts_are_read_as(place):
     data = EmojiData.open(place)
     library = training_library(data)
@@ -118,23 +138,22 @@ def test_the_captions_that_training_reads_are_those_that_prompts_are_read_as(pla
         if any(thing.name.startswith(f"{thing.colour}-") for thing in scene.facts.things):
             continue  # "a blue box", recoloured or not
         pieces = caption_pieces(scene.facts, data.index, rng)
-        text, order = slot_text(pieces)
+        caption = SlotCaption.of(pieces)
         read = lexicon.read(join_captions([pieces])[0], slots=2)
-        assert read.text == text and read.unknown == ()
-        names = [scene.facts.things[thing].name for thing in order]
+        assert read.text == " ".join(caption.words) and read.unknown == ()
+        names = [scene.facts.things[thing].name for thing in caption.order]
         for name, mention in zip(names, read.mentions, strict=True):
             if mention.phrase != "cat face":  # the name of one thing, and a tag of another
                 assert name in mention.names
-        styles = [scene.facts.things[thing].style for thing in order]
+        styles = [scene.facts.things[thing].style for thing in caption.order]
         assert [mention.style for mention in read.mentions] == styles
 
 
-def test_a_model_is_trained_from_nothing_and_loads_with_its_library(place):
-    trained(place)
+def test_a_model_is_trained_from_nothing_and_loads_with_its_library(trained):
     vae, about = read_network("runs/vae/export", "vae")
     assert isinstance(vae, PatchAutoencoder) and abs(about["latent_scale"] - 1) < 0.2
     library = read_library("runs/layout/export")
-    data = EmojiData.open(place)
+    data = EmojiData.open(trained)
     held_out = {(data.index[row].name, data.index[row].style) for row in map(int, data.held_out)}
     assert len(library) == len(data.train)
     assert not held_out & {(exemplar.name, exemplar.style) for exemplar in library}
@@ -145,11 +164,10 @@ def test_a_model_is_trained_from_nothing_and_loads_with_its_library(place):
     assert ExemplarConditioner(text, layout, library, cell=4).unknown("a cat") == []
 
 
-@pytest.mark.parametrize("kind", ["exemplar", "layout"])
-def test_training_is_resumed_exactly(place, kind):
-    trained(place)
+@pytest.mark.parametrize("kind", ["exemplar", "layout", "grounded"])
+def test_training_is_resumed_exactly(trained, kind):
     whole = open_run(Path(f"{kind}.yaml"))
-    config = exemplar_configs(place)[kind]
+    config = exemplar_configs(trained)[kind]
     config["run"]["name"] = "halves"
     path = write(config, Path("halves.yaml"))
     open_run(path).train(until=4, progress=False)
@@ -160,8 +178,7 @@ def test_training_is_resumed_exactly(place, kind):
         assert torch.equal(a, b)
 
 
-def test_the_condition_shows_the_images_of_the_scene(place):
-    trained(place)
+def test_the_condition_shows_the_images_of_the_scene(trained):
     part = open_run(Path("exemplar.yaml")).part
     scenes, rows = part.draw(Draws(0, range(6)))
     assert [part.scenes.rows[row] for row in rows] == scenes
@@ -189,12 +206,46 @@ def test_the_condition_shows_the_images_of_the_scene(place):
     assert 0.001 < (moved.exemplars - cond.exemplars[:-1]).abs().mean() < 0.2
 
 
+def test_words_name_the_areas_that_their_things_cover(trained):
+    part = open_run(Path("grounded.yaml")).part
+    begun, _ = read_network("runs/exemplar/export", "unet")
+    for own, given in zip(part.net.parameters(), begun.parameters(), strict=True):
+        assert torch.equal(own, given)
+    scene = next(
+        scene
+        for scene in part.images.random(np.random.default_rng(3), 200)
+        if len(scene.facts.things) == 2 and scene.facts.background is not None
+    )
+    caption = part.captions([scene], None)[0]
+    canvas = part.condition([scene], None).exemplars
+    first, second, background = named_on_canvas([caption], canvas, part.text.tokenizer)
+    ids = part.text.tokenizer.encode(" ".join(caption.words))
+    for slot, named in enumerate((first, second)):
+        assert named.sample == 0 and torch.equal(named.area, canvas[0, slot, 3])
+        noun = part.text.tokenizer.encode(SLOT_WORDS[slot])
+        assert [ids[position - 1] for position in named.tokens][-len(noun) :] == noun
+    assert torch.allclose(background.area, 1 - canvas[0, :, 3].sum(0), atol=1e-6)
+    said = part.text.tokenizer.encode(f"{scene.facts.background} background")
+    assert [ids[position - 1] for position in background.tokens] == said
+    assert not set(first.tokens) & set(second.tokens)
+
+
+def test_grounding_is_learned(trained):
+    changes = {"grounding": 10.0, "run": run("lies", steps=60, optimizer={"kind": "adamw", "lr": 3e-3})}
+    path = write({**exemplar_configs(trained)["grounded"], **changes}, Path("lies.yaml"))
+    open_run(path).train(progress=False)
+    lines = map(json.loads, Path("runs/lies/metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [line["grounding"] for line in lines if "grounding" in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": {"slots": 5}}, "model.slots 5: expected 1 to 4"),
         ({"model": {"slots": 0}}, "model.slots 0: expected 1 to 4"),
         ({"displaced": -1}, "displaced: expected at least 0"),
+        ({"grounding": -1}, "grounding: expected at least 0"),
         ({"diffusion": {"min_snr": 5}}, "expected one of min_snr and snr_plus_one"),
     ],
 )
@@ -207,9 +258,8 @@ def test_a_configuration_that_does_not_fit_is_refused(place, change, message):
         open_run(Path("wrong.yaml"))
 
 
-def test_the_bundled_model_shows_the_network_what_the_training_showed(place):
-    trained(place)
-    bundle(exemplar_card(place), EXPORTS, "model")
+def test_the_bundled_model_shows_the_network_what_the_training_showed(trained):
+    bundle(exemplar_card(trained), EXPORTS, "model")
     pipe = ldm.load(weights="model", dtype="float32")
     part = open_run(Path("exemplar.yaml")).part
     part.model.eval()
@@ -219,20 +269,19 @@ def test_the_bundled_model_shows_the_network_what_the_training_showed(place):
     image = pipe.text_to_image(prompt, seed=1, progress=False).tensor
     assert image.shape == (1, 3, *[part.images.size] * 2)
     layout = ThingLayout(places=torch.tensor([[[0.5, 0.5, 1.0, 0.0]]]), owner=torch.tensor([[0]]))
-    shown = pipe.text.draw_things(pipe.text.read(prompt), seed=1).images
+    shown = pipe.text.draw_things([pipe.text.read(prompt)], [1])[0].images
     whole = plain_scene(part.images.index, scene.rows()[0])
     wanted = part.condition([whole], None).exemplars
     torch.testing.assert_close(place_exemplars(shown, layout, image.shape[2:]), wanted)
 
 
-def test_a_student_of_a_model_with_exemplars_takes_the_place_of_its_transformer(place):
-    trained(place)
-    Path("card.yaml").write_text(yaml.safe_dump(to_dict(exemplar_card(place))), encoding="utf-8")
+def test_a_student_of_a_model_with_exemplars_takes_the_place_of_its_transformer(trained):
+    Path("card.yaml").write_text(yaml.safe_dump(to_dict(exemplar_card(trained))), encoding="utf-8")
     config = {
         "part": "reflow",
         "run": run("turbo", steps=2),
         "teacher": {"card": "card.yaml", "parts": EXPORTS, "steps": 3},
-        "data": exemplar_configs(place)["exemplar"]["data"],
+        "data": exemplar_configs(trained)["exemplar"]["data"],
         "pairs": 66,
         "grids": [1, 2],
     }

@@ -15,6 +15,7 @@ from killing import ROOT, kill_after
 from many_processes import free_port
 from photos import write_photos
 from reduced_families import register
+from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 from tiny_trainings import configs, run, write
 
@@ -280,10 +281,12 @@ def test_captions_are_read_as_they_are(work):
         ({"weights": "model", "train": ["vae"]}, "train"),
         ({"weights": "model", "data": {"kind": "folder", "path": "photos", "size": 33}}, "multiple of"),
         ({"base": "sd-v1-5-inpainting", "weights": "random"}, "reads inpaint"),
+        ({"weights": "exemplars"}, "draws from exemplars in a layout"),
     ],
 )
 def test_what_cannot_be_fine_tuned_is_named(work, changes, message):
     ldm.save(tiny_model(), work / "model")
+    ldm.save(tiny_exemplar_model(), work / "exemplars")
     if changes.get("base") == "sd-v1-5-inpainting":
         changes = {**changes, "base": register("sd-v1-5-inpainting", work).name}
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ their block computes.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,8 +36,11 @@ def replicate(model: nn.Module) -> ModelCall:
     from torch.nn.parallel import DistributedDataParallel
 
     caller = Caller(model)
+    known = inspect.signature(DistributedDataParallel).parameters
+    synchronized = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # a step may leave weights out, such as those of a network that learns from some samples only
-    trained = DistributedDataParallel(caller, broadcast_buffers=False, find_unused_parameters=True)
+    options: dict[str, Any] = {"find_unused_parameters": True, synchronized: False}
+    trained = DistributedDataParallel(caller, **options)
 
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
         return (trained if torch.is_grad_enabled() else caller)(function, *arguments)

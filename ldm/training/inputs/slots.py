@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ldm.conditioning.layouts import INSTANCES
 from ldm.conditioning.things import SLOT_WORDS
@@ -12,24 +14,75 @@ from ldm.conditioning.words import words_in
 from ldm.data import Scene
 from ldm.data.captions import CaptionPieces
 from ldm.data.facts import STYLES
-from ldm.data.rendering import THING_AREAS
+from ldm.data.rendering import THING_AREAS, Area
 from ldm.models.layout import ThingLayout
+from ldm.models.text.bpe import Tokenizer
+from ldm.training.losses.grounding import LEAST_COVERAGE, NamedArea
 
 
-def slot_text(pieces: CaptionPieces) -> tuple[str, list[int]]:
-    """Return a caption with slot words in place of nouns and without styles, and the things by slot.
+@dataclass(frozen=True, kw_only=True)
+class SlotCaption:
+    """A caption with slot words in place of nouns and without styles.
 
-    Slots are in the order in which the caption names the things.
+    Attributes:
+        words: The words.
+        areas: What each word describes, or None.
+        order: The thing of each slot. Slots are in the order in which the caption names the things.
     """
-    words: list[str] = []
-    order: list[int] = []
-    for piece in pieces:
-        if piece.noun and piece.area in THING_AREAS:
-            words.append(SLOT_WORDS[len(order)])
-            order.append(THING_AREAS.index(piece.area))
-        else:
-            words += words_in(" ".join(word for word in piece.text.split() if word not in STYLES))
-    return " ".join(words), order
+
+    words: tuple[str, ...] = ()
+    areas: tuple[Area | None, ...] = ()
+    order: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, pieces: CaptionPieces) -> SlotCaption:
+        """Return the caption of its pieces."""
+        words: list[str] = []
+        areas: list[Area | None] = []
+        order: list[int] = []
+        for piece in pieces:
+            if piece.noun and piece.area in THING_AREAS:
+                own = [SLOT_WORDS[len(order)]]
+                order.append(THING_AREAS.index(piece.area))
+            else:
+                own = words_in(" ".join(word for word in piece.text.split() if word not in STYLES))
+            words += own
+            areas += [piece.area] * len(own)
+        return cls(words=tuple(words), areas=tuple(areas), order=tuple(order))
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Return its tokens, without start and end."""
+        return tokenizer.encode(" ".join(self.words))
+
+    def tokens(self, tokenizer: Tokenizer) -> dict[Area, list[int]]:
+        """Return the positions, in the context, of the tokens that describe each area."""
+        found: dict[Area, list[int]] = {}
+        position = 1  # behind the start token
+        for word, area in zip(self.words, self.areas, strict=True):
+            end = position + len(tokenizer.encode(word))
+            if area is not None:
+                found.setdefault(area, []).extend(range(position, end))
+            position = end
+        return found
+
+
+def named_on_canvas(captions: Sequence[SlotCaption], canvas: Tensor, tokenizer: Tokenizer) -> list[NamedArea]:
+    """Return what captions name, with the areas that the things have on a canvas.
+
+    Args:
+        captions: B captions.
+        canvas: See `ldm.models.layout.place_exemplars`, (B, K, 4, H, W).
+        tokenizer: The tokenizer of the text tower.
+    """
+    found = []
+    for sample, caption in enumerate(captions):
+        opacity = canvas[sample, :, 3]  # (K, H, W)
+        areas = {THING_AREAS[thing]: opacity[slot] for slot, thing in enumerate(caption.order)}
+        areas["background"] = (1 - opacity.sum(0)).clamp_min(0)
+        for area, tokens in caption.tokens(tokenizer).items():
+            if areas[area].mean() >= LEAST_COVERAGE:
+                found.append(NamedArea(sample=sample, tokens=tokens, area=areas[area]))
+    return found
 
 
 def scene_layouts(scenes: Sequence[Scene | None], orders: Sequence[Sequence[int]]) -> ThingLayout:

@@ -8,6 +8,7 @@ disagree (conditioning augmentation, Ho et al. 2021).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,10 @@ from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
 from ldm.training.inputs.emoji import CachedScenes, EmojiImages
-from ldm.training.inputs.slots import scene_layouts, slot_text
+from ldm.training.inputs.slots import SlotCaption, named_on_canvas, scene_layouts
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
-from ldm.weights.formats.ldm_folder import write_part, write_text
+from ldm.training.losses.grounding import grounding_losses, record_attention
+from ldm.weights.formats.ldm_folder import begin_with, write_part, write_text
 
 SLOT_TEXT = TextConvention(length=None, pad=0, masked=True)
 """How the text tower of a model with exemplars is read."""
@@ -91,6 +93,10 @@ class ExemplarTraining:
             size varies by as much, and its tilt by as many radians. At least 0. Default: 0.001, an eighth of
             a pixel of 128.
         scenes: Number of cached scenes.
+        net: Folder of a transformer and its text tower, of these shapes, to begin with; None to begin from
+            scratch. Default: None.
+        grounding: Weight of the mean of `grounding_losses`, which teach the attention to a thing's words to
+            lie where the thing is, at least 0. Default: 0.
     """
 
     run: RunConfig
@@ -101,9 +107,11 @@ class ExemplarTraining:
     diffusion: DiffusionConfig
     displaced: float = 0.001
     scenes: int
+    net: str | None = None
+    grounding: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(0, displaced=self.displaced)
+        check_at_least(0, displaced=self.displaced, grounding=self.grounding)
         check_at_least(1, scenes=self.scenes)
         if not 1 <= self.model.slots <= len(SLOT_WORDS):
             raise ValueError(f"model.slots {self.model.slots}: expected 1 to {len(SLOT_WORDS)}")
@@ -118,12 +126,17 @@ class ExemplarPart:
         self.scenes = CachedScenes.random(config.run, self.images, config.scenes)
         self.latents = LatentSpace.open(config.vae, self.scenes, device)
         torch.manual_seed(config.run.seed)
-        self.text = config.text.make(config.model.context_dim).to(device)
+        self.text = config.text.make(config.model.context_dim)
         self.net = DiT(config.model)
-        zero_residuals(self.net)
-        vae = self.latents.vae
-        if self.net.exemplars is not None and isinstance(vae, PatchAutoencoder):
-            self.net.exemplars.use_basis(vae.project.weight.cpu())
+        if config.net is None:
+            zero_residuals(self.net)
+            vae = self.latents.vae
+            if self.net.exemplars is not None and isinstance(vae, PatchAutoencoder):
+                self.net.exemplars.use_basis(vae.project.weight.cpu())
+        else:
+            begin_with(self.net, config.net, "unet")
+            begin_with(self.text.tower, config.net, "text")
+        self.text.to(device)
         self.denoiser = Denoiser(self.net.to(device), config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": self.net, "text": self.text})
 
@@ -140,44 +153,67 @@ class ExemplarPart:
             rngs: Draw the wordings, one for each scene; None for the canonical ones.
             displaced: Standard deviation of the displacements. Default: 0, which needs no generators.
         """
-        data, slots = self.images.data, self.config.model.slots
-        side = self.images.size
-        shown = np.zeros((len(scenes), slots, *data.images.shape[1:]), dtype=np.uint8)
-        texts, orders = [], []
-        for i, scene in enumerate(scenes):
-            rng = None if rngs is None else rngs[i]
-            text, order = (
-                ("", []) if scene is None else slot_text(caption_pieces(scene.facts, data.index, rng))
-            )
-            for slot, thing in enumerate(order):
+        return self.read(self.captions(scenes, rngs), scenes, rngs, displaced)
+
+    def captions(
+        self, scenes: Sequence[Scene | None], rngs: Sequence[np.random.Generator] | None
+    ) -> list[SlotCaption]:
+        """Return the captions of scenes; see `condition`."""
+        drawn = [None] * len(scenes) if rngs is None else rngs
+        return [
+            SlotCaption()
+            if scene is None
+            else SlotCaption.of(caption_pieces(scene.facts, self.images.index, rng))
+            for scene, rng in zip(scenes, drawn, strict=True)
+        ]
+
+    def read(
+        self,
+        captions: Sequence[SlotCaption],
+        scenes: Sequence[Scene | None],
+        rngs: Sequence[np.random.Generator] | None,
+        displaced: float,
+    ) -> Cond:
+        """Return the condition of captions of scenes; see `condition`."""
+        data, side = self.images.data, self.images.size
+        shown = np.zeros((len(scenes), self.config.model.slots, *data.images.shape[1:]), dtype=np.uint8)
+        for row, scene, caption in zip(shown, scenes, captions, strict=True):
+            for slot, thing in enumerate(caption.order):
                 assert scene is not None
-                shown[i, slot] = data.images[scene.rows(thing)[0]]
-            texts.append(text)
-            orders.append(order)
-        layout = scene_layouts(scenes, orders)
+                row[slot] = data.images[scene.rows(thing)[0]]
+        layout = scene_layouts(scenes, [caption.order for caption in captions])
         if displaced:
             assert rngs is not None
             layout = displaced_layout(layout, rngs, displaced)
         images = torch.from_numpy(shown).movedim(-1, 2).float() / 255  # (B, K, 4, S, S)
         canvas = place_exemplars(multiplied(images), layout, (side, side))  # (B, K, 4, H, W)
-        states = self.text.encode([self.text.tokenizer.encode(text) for text in texts])
+        states = self.text.encode([caption.ids(self.text.tokenizer) for caption in captions])
         assert states.mask is not None
         return Cond(context=states.tokens, context_mask=states.mask, exemplars=canvas.to(self.device))
 
     def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a random batch, and to log the losses at high and at low t."""
-        diffusion = self.config.diffusion
+        """Return the loss of a random batch, and to log the losses at high and at low t, and of grounding."""
+        config, diffusion = self.config, self.config.diffusion
         chosen, rows = self.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         shown = draws.random() >= diffusion.drop
         kept = [scene if show else None for scene, show in zip(chosen, shown, strict=True)]
-        cond = self.condition(kept, draws.rngs, self.config.displaced)
-        loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
+        captions = self.captions(kept, draws.rngs)
+        cond = self.read(captions, kept, draws.rngs, config.displaced)
+        with record_attention(self.net) if config.grounding else nullcontext({}) as maps:
+            loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
-        return loss, {
+        figures = {
             "loss_high_t": draws.mean_of_some(losses[high]),
             "loss_low_t": draws.mean_of_some(losses[~high]),
         }
+        if config.grounding:
+            assert cond.exemplars is not None
+            named = named_on_canvas(captions, cond.exemplars.cpu(), self.text.tokenizer)
+            lies = grounding_losses(maps.values(), named).to(self.device)
+            figures["grounding"] = draws.mean_of_some(lies).nan_to_num()
+            loss = loss + config.grounding * figures["grounding"]
+        return loss, figures
 
     def draw(self, draws: Draws) -> tuple[list[Scene], list[int]]:
         """Return the scenes of a step and their rows in the cache."""

@@ -18,7 +18,8 @@ from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary, write_e
 from ldm.conditioning.layouts import LAYOUT_PREDICTION, draw_layouts, layout_denoiser, slots_of
 from ldm.data import EmojiData, Scene
 from ldm.data.captions import caption_pieces
-from ldm.data.noun_senses import noun_table
+from ldm.data.noun_senses import head_nouns, noun_table
+from ldm.data.wording import grammar_words
 from ldm.diffusion.cond import Cond
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.layout import ThingLayout, layout_state
@@ -27,7 +28,7 @@ from ldm.training.diffusion import DiffusionConfig
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid
 from ldm.training.inputs.emoji import EmojiImages
-from ldm.training.inputs.slots import scene_layouts, slot_text
+from ldm.training.inputs.slots import SlotCaption, scene_layouts
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
 from ldm.training.parts.exemplar import SLOT_TEXT, zero_residuals
 from ldm.weights.formats.exemplar_file import write_library
@@ -75,16 +76,16 @@ class LayoutPart:
         self, scenes: Sequence[Scene], rngs: Sequence[np.random.Generator] | None
     ) -> tuple[ThingLayout, Cond]:
         """Return the layouts of scenes and the condition of their captions, which generators vary."""
-        texts, orders = [], []
-        for i, scene in enumerate(scenes):
-            rng = None if rngs is None else rngs[i]
-            text, order = slot_text(caption_pieces(scene.facts, self.images.index, rng))
-            texts.append(text)
-            orders.append(order)
+        drawn = [None] * len(scenes) if rngs is None else rngs
+        captions = [
+            SlotCaption.of(caption_pieces(scene.facts, self.images.index, rng))
+            for scene, rng in zip(scenes, drawn, strict=True)
+        ]
         with torch.no_grad():
-            states = self.text.encode([self.text.tokenizer.encode(text) for text in texts])
+            states = self.text.encode([caption.ids(self.text.tokenizer) for caption in captions])
         assert states.mask is not None
-        return scene_layouts(scenes, orders), Cond(context=states.tokens, context_mask=states.mask)
+        layout = scene_layouts(scenes, [caption.order for caption in captions])
+        return layout, Cond(context=states.tokens, context_mask=states.mask)
 
     def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the diffusion loss of the layouts of random scenes."""
@@ -141,7 +142,7 @@ def squares_of(layout: ThingLayout, size: int) -> np.ndarray:
 
 
 def training_library(data: EmojiData) -> ExemplarLibrary:
-    """Return the library of all training images, with the nouns of their names."""
+    """Return the library of all training images, with the nouns of their names and the heads of these."""
     rows = [int(row) for row in data.train]
     exemplars = [
         Exemplar(
@@ -156,6 +157,6 @@ def training_library(data: EmojiData) -> ExemplarLibrary:
         noun: tuple(dict.fromkeys(sense.name for sense in senses if sense.name in known))
         for noun, senses in noun_table(data.index).items()
     }
-    return ExemplarLibrary(
-        exemplars, {noun: names for noun, names in nouns.items() if names}, size=data.images.shape[1]
-    )
+    nouns = {noun: names for noun, names in nouns.items() if names}
+    nouns |= head_nouns(known, {*nouns, *grammar_words()})
+    return ExemplarLibrary(exemplars, nouns, size=data.images.shape[1])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.catalog.cards import ModelCard
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
@@ -136,6 +137,11 @@ class TunedModel:
     def __init__(self, config: Tuning, device: torch.device, train: tuple[Trained, ...] = ()) -> None:
         self.device, self.run = device, config.run
         loaded = load_base(config.base, config.weights).to(device)
+        if isinstance(loaded.text, ExemplarConditioner):
+            raise ValueError(
+                f"{loaded.name!r} draws from exemplars in a layout, which images with captions do not state:"
+                " give it new things by pipe.exemplars.add, or train it by part: exemplar"
+            )
         self.trained = trained_networks(loaded, train)
         self.images = open_images(config.data, config.run)
         if self.images.size % loaded.vae.config.factor:
