@@ -156,7 +156,7 @@ def test_public_functions_can_be_called_after_every_module_is_imported(modules, 
     pipe = call("load", "emoji-ldm", device="cpu", dtype="float32")
     with call("trace", pipe) as trace:
         pipe.text_to_image("red apple", steps=1, progress=False)
-    assert trace.words() == ["red", "apple"]
+    assert trace.words() == ["red apple"]
     assert call("optimize", pipe) is pipe
     assert Path(call("save", tiny_model(), tmp_path / "saved")).exists()
     schedule = ldm.NoiseSchedule.cosine(10)
