@@ -40,6 +40,10 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# starlette 0.49.1 mends CVE-2025-62727 (ranges of files) and 0.47.2 CVE-2025-54121 (large forms);
+# python-multipart 0.0.22 mends CVE-2026-24486, 0.0.18 CVE-2024-53981 (data around boundaries)
+SERVE = ["starlette>=0.49.1", "uvicorn>=0.30", "python-multipart>=0.0.22"]
+
 setup(
     name="ldm",
     distclass=PlatformDistribution,
@@ -53,7 +57,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*"]),
-    package_data={"ldm": ["assets/**/*", "speed/kernels/*.cpp", "speed/kernels/*.h"]},
+    package_data={"ldm": ["assets/**/*", "speed/kernels/*.cpp", "speed/kernels/*.h", "serving/page/*"]},
     install_requires=[
         # The lower bounds are the first releases without a published advisory that concerns this library:
         # torch 2.10 mends CVE-2026-24747 (reader of weights), 2.11 CVE-2026-4538 (reader of programs);
@@ -93,6 +97,9 @@ setup(
             "torchmetrics>=1.6",
             "torch-fidelity>=0.4",
             "clean-fid>=0.1.35",
+            "httpx>=0.27",
+            "openai>=1.60",
+            *SERVE,
             "ruff>=0.17",
             "mypy>=2.4",
             "types-PyYAML>=6",
@@ -104,6 +111,7 @@ setup(
         "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],
         "bench": ["openvino"],
         "train": ["webdataset>=1.0"],
+        "serve": SERVE,
     },
     entry_points={"console_scripts": ["ldm = ldm.cli.commands:run_command_line"]},
 )
