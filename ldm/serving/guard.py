@@ -90,7 +90,8 @@ class Guard:
         except ApiError as error:
             if not started:
                 response = error.response()
-                response.headers["connection"] = "close"  # the rest of its body is not read
+                if error.status == 408:
+                    response.headers["connection"] = "close"  # the rest of its body is not waited for
                 await response(scope, receive, guarded_send)
         except Exception as error:
             logger.error("a request failed", exc_info=error)

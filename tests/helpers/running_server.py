@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import uvicorn
 
 from ldm.serving.application import application
@@ -26,6 +27,7 @@ class Running:
     port: int
     service: Service
     server: uvicorn.Server
+    http: httpx.Client  # a client of it; making one takes longer than a request
 
     @property
     def url(self) -> str:
@@ -67,7 +69,9 @@ def running_server(
         while not server.started and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.started
-        yield Running(listening.getsockname()[1], service, server)
+        port = listening.getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, verify=False) as client:
+            yield Running(port, service, server, client)
     finally:
         server.should_exit = True
         thread.join(20)

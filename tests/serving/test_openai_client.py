@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Iterator
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -70,7 +69,7 @@ def test_urls_hold_the_same_files(client, server):
     one = client.images.generate(prompt="a cat", extra_body=FAST)
     two = client.images.generate(prompt="a cat", extra_body=FAST, response_format="b64_json")
     assert one.data[0].url.startswith(f"{server.v1}/images/files/")
-    assert httpx.get(one.data[0].url).content == content(two.data[0])
+    assert server.http.get(one.data[0].url).content == content(two.data[0])
 
 
 def test_everything_but_the_prompt_has_a_default(client):
@@ -285,7 +284,7 @@ def test_wrong_files_are_named(client, files, param):
 
 
 def test_a_missing_prompt_or_image_is_named(server):
-    made = httpx.post(f"{server.v1}/images/generations", json={})
+    made = server.http.post("/v1/images/generations", json={})
     assert made.status_code == 400 and made.json()["error"]["param"] == "prompt"
-    made = httpx.post(f"{server.v1}/images/edits", files={"mask": png(noisy())}, data={"prompt": "a cat"})
+    made = server.http.post("/v1/images/edits", files={"mask": png(noisy())}, data={"prompt": "a cat"})
     assert made.status_code == 400 and made.json()["error"]["param"] == "image"
