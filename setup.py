@@ -99,6 +99,8 @@ setup(
             "clean-fid>=0.1.35",
             "httpx>=0.27",
             "openai>=1.60",
+            "playwright>=1.49",
+            "axe-core-python>=0.1",
             *SERVE,
             "ruff>=0.17",
             "mypy>=2.4",

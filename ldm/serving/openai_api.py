@@ -184,7 +184,7 @@ async def stream_images(service: Service, request: Request, asked: Asked) -> Res
     return StreamingResponse(lines(), media_type=EVENT_STREAM, headers={"x-accel-buffering": "no"})
 
 
-def step_teller(job: Job, asked: Asked) -> Callable[[int, int, Callable[[], Images]], None]:
+def step_teller(job: Job, asked: Asked) -> Callable[[int, int, Callable[[], Images] | None], None]:
     """Return the function that tells of a step: of the progress, and of estimates where they are wanted.
 
     Estimates are not shown where a safety checker looks at the finished images only.

@@ -37,7 +37,8 @@ class Job:
     Args:
         order: What is asked for.
         on_step: Called in the worker's thread after every step as (steps done, steps, preview), where
-            `preview()` decodes the present estimate of the images. Default: None.
+            `preview()` decodes the present estimate of the images; it is None where there is none. Default:
+            None.
 
     Attributes:
         future: The images, or the error.
@@ -47,7 +48,7 @@ class Job:
     """
 
     def __init__(
-        self, order: Order, on_step: Callable[[int, int, Callable[[], Images]], None] | None = None
+        self, order: Order, on_step: Callable[[int, int, Callable[[], Images] | None], None] | None = None
     ) -> None:
         self.order, self.on_step = order, on_step
         self.deliver: Callable[[Any], None] = lambda event: None
@@ -98,8 +99,8 @@ class Follower:
         """Nothing depends on the conditions."""
 
     def step(self, i: int, x: Tensor, d: Denoised) -> None:
-        """Keep the estimate of each job's images."""
-        if sum(job.order.n for job in self.rows) != len(d.x0):
+        """Keep the estimate of each job's images, unless a safety checker is to look at the finished ones."""
+        if self.pipe.safety is not None or sum(job.order.n for job in self.rows) != len(d.x0):
             return
         for job, x0 in zip(self.rows, d.x0.split([job.order.n for job in self.rows]), strict=True):
             job.estimate = lambda job=job, x0=x0: self.decoded(job.order, x0)  # type: ignore[misc]
@@ -119,7 +120,7 @@ class Follower:
             raise Stopped
         for job in self.rows:
             job.progress = (done, total)
-            if job.on_step is not None and not job.gone and job.estimate is not None:
+            if job.on_step is not None and not job.gone:
                 job.on_step(done, total, job.estimate)
             job.estimate = None
 
