@@ -42,7 +42,7 @@ def run_server(args: argparse.Namespace) -> int:
     return 0
 
 
-def positive_number(text: str) -> float:
+def parse_positive(text: str) -> float:
     """Return a positive number of the command line."""
     try:
         value = float(text)
@@ -84,7 +84,7 @@ SERVE = Command(
         argument(
             "--memory",
             "GiB of weights in memory, beyond which the model unused for longest is unloaded (default: any)",
-            type=positive_number,
+            type=parse_positive,
         ),
         argument("--queue", "requests that may wait (default: %(default)s)", type=int, default=64),
         argument(
@@ -97,7 +97,7 @@ SERVE = Command(
             default=True,
         ),
         argument("--strict-sizes", "refuse sizes that the model does not make", action="store_true"),
-        argument("--max-body", "MiB of a request (default: %(default)s)", type=positive_number, default=64),
+        argument("--max-body", "MiB of a request (default: %(default)s)", type=parse_positive, default=64),
         argument("--optimize", "call ldm.optimize, which is faster up to rounding", action="store_true"),
         *LOADED,
     ),

@@ -104,12 +104,12 @@ def routes(service: Service) -> list[Route | Mount]:
         Route("/health", partial(health, service)),
         Route("/metrics", partial(metrics, service)),
         Route("/openapi.json", partial(openapi, service)),
-        Route("/", page),
+        Route("/", front_page),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
 
 
-async def page(request: Request) -> Response:
+async def front_page(request: Request) -> Response:
     """Answer with the page."""
     return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
 

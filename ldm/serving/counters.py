@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 
 BATCHES = (1, 2, 4, 8, 16)  # upper ends of the classes of batch sizes
-SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # and of the seconds that an image takes
+IMAGE_SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # and of the seconds that an image takes
 
 
 class Histogram:
@@ -41,7 +41,7 @@ class Counters:
     def __init__(self) -> None:
         self.images = self.refused = self.cancelled = self.failed = 0
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
-        self.batches, self.seconds = Histogram(BATCHES), Histogram(SECONDS)
+        self.batches, self.seconds = Histogram(BATCHES), Histogram(IMAGE_SECONDS)
         self._mean = 1.0
         self._lock = threading.Lock()
 

@@ -15,7 +15,7 @@ from ldm.serving.orders import Drawn, finished
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+FILE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 def encoded_images(drawn: Drawn, kind: str = "png", quality: int | None = None) -> list[tuple[int, bytes]]:
@@ -44,7 +44,7 @@ def encoded_images(drawn: Drawn, kind: str = "png", quality: int | None = None) 
             continue
         recipe = images.recipe if len(images) == 1 else {**images.recipe, "index": i}
         recipe = recipe if drawn.resized else with_pixels(recipe, image)
-        path = Path(f"image{SUFFIXES[kind]}")
+        path = Path(f"image{FILE_SUFFIXES[kind]}")
         level = None if kind == "png" or quality is None else max(quality, 1)
         files.append((images.seeds[i], encode_image(path, image, recipe, quality=level)))
     return files

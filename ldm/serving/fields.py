@@ -16,13 +16,13 @@ from ldm.support.config import nearest
 from ldm.support.text import shown
 
 Endpoint = Literal["generations", "edits", "variations"]
-Kind = Literal["text", "whole", "number", "switch", "size", "file"]
+FieldKind = Literal["text", "whole", "number", "switch", "size", "file"]
 GENERATIONS, EDITS, VARIATIONS = "generations", "edits", "variations"
 EVERY = (GENERATIONS, EDITS, VARIATIONS)
 PROMPTED = (GENERATIONS, EDITS)
-MOST_IMAGES, MOST_STEPS, LONGEST_SIDE_OUT = 10, 250, 2048
+MOST_IMAGES, STEP_LIMIT, LONGEST_SIDE_OUT = 10, 250, 2048
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+SIZE_TEXT = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 SWITCHES = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -44,7 +44,7 @@ class RequestField:
     """
 
     name: str
-    kind: Kind
+    kind: FieldKind
     about: str
     on: Sequence[str] = EVERY
     required: bool = False
@@ -55,7 +55,7 @@ class RequestField:
     used: bool = True
 
 
-FIELDS: tuple[RequestField, ...] = (
+REQUEST_FIELDS: tuple[RequestField, ...] = (
     RequestField(name="prompt", kind="text", about="what the images show", on=PROMPTED, required=True),
     RequestField(name="prompt", kind="text", about="what the image shows", on=(VARIATIONS,)),
     RequestField(name="image", kind="file", about="the image", on=(EDITS, VARIATIONS), required=True),
@@ -134,7 +134,7 @@ FIELDS: tuple[RequestField, ...] = (
         kind="whole",
         about="sampling steps; default: the model's",
         least=1,
-        most=MOST_STEPS,
+        most=STEP_LIMIT,
         aliases=("num_inference_steps",),
     ),
     RequestField(
@@ -158,7 +158,7 @@ FIELDS: tuple[RequestField, ...] = (
         kind="whole",
         about="a stream has an estimate of each image after every so many steps, in place of partial_images",
         least=1,
-        most=MOST_STEPS,
+        most=STEP_LIMIT,
     ),
     RequestField(name="progress", kind="switch", about="a stream has an event for each step; default: false"),
 )
@@ -166,7 +166,8 @@ FIELDS: tuple[RequestField, ...] = (
 
 def fields_of(endpoint: str) -> dict[str, RequestField]:
     """Return the fields of an endpoint, by their names and aliases."""
-    return {name: each for each in FIELDS if endpoint in each.on for name in (each.name, *each.aliases)}
+    own = [each for each in REQUEST_FIELDS if endpoint in each.on]
+    return {name: each for each in own for name in (each.name, *each.aliases)}
 
 
 def checked_fields(
@@ -249,7 +250,7 @@ def checked_size(name: str, value: str) -> tuple[int, int] | None:
     """Return the (width, height) of a size; None for "auto"."""
     if value == "auto":
         return None
-    found = SIZE.fullmatch(value)
+    found = SIZE_TEXT.fullmatch(value)
     sides = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= min(sides) <= max(sides) <= LONGEST_SIDE_OUT:
         raise bad_field(

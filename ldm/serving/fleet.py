@@ -18,7 +18,7 @@ from ldm.support.config import nearest
 from ldm.support.text import shown
 
 ALIASES = ("dall-e-2",)  # names of the first model, for clients that know no other
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,12 @@ class Fleet:
             )
         return asked
 
+    def joins(self, name: str) -> bool:
+        """Return whether requests of a model are drawn in one batch; not before it is in memory."""
+        with self._lock:
+            seat = self._seats.get(name)
+        return seat is not None and seat.together is not None
+
     def seat(self, name: str) -> Seat:
         """Return a model in memory; load it, and unload others, if it is not there.
 
@@ -114,7 +120,7 @@ class Fleet:
             while self.memory is not None and len(self._seats) > 1 and self._bytes() > self.memory:
                 first = next(iter(self._seats))
                 del self._seats[first]
-                logger.info("unloaded %s", first)
+                _logger.info("unloaded %s", first)
         gc.collect()
         return made
 

@@ -34,7 +34,7 @@ HEADERS = {
         " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -94,7 +94,7 @@ class Guard:
                     response.headers["connection"] = "close"  # the rest of its body is not waited for
                 await response(scope, receive, guarded_send)
         except Exception as error:
-            logger.error("a request failed", exc_info=error)
+            _logger.error("a request failed", exc_info=error)
             if not started:
                 await server_failed("the server failed; its log has the reason").response()(
                     scope, receive, guarded_send

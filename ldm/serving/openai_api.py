@@ -13,17 +13,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ldm.images.result import Images
 from ldm.serving.bodies import one_file, read_form, read_json_body
-from ldm.serving.encoding import SUFFIXES, as_base64, encoded_images, flagged_warnings, preview_files
+from ldm.serving.encoding import FILE_SUFFIXES, as_base64, encoded_images, flagged_warnings, preview_files
 from ldm.serving.errors import ApiError, bad_field
 from ldm.serving.events import EVENT_STREAM, event_lines
 from ldm.serving.fields import EDITS, GENERATIONS, MEDIA, VARIATIONS, checked_fields
-from ldm.serving.orders import Drawn, Order
+from ldm.serving.orders import Drawn, ImageOrder
 from ldm.serving.service import ClientGone, Service, random_seed
-from ldm.serving.uploads import Source, source_of, uploaded_image
+from ldm.serving.uploads import SourceImage, source_of, uploaded_image
 from ldm.serving.worker import Job
 from ldm.support.text import escaped
 
-OPTIONS = ("steps", "guidance", "sampler", "strength")  # fields with the names of the library's options
+OPTION_FIELDS = ("steps", "guidance", "sampler", "strength")  # fields with the names of the library's options
 EVENTS = {GENERATIONS: "image_generation", EDITS: "image_edit", VARIATIONS: "image_variation"}
 FILES_PATH = "/v1/images/files/"
 NO_TOKENS = {
@@ -45,7 +45,7 @@ class Asked:
         base: Start of the urls of images.
     """
 
-    order: Order
+    order: ImageOrder
     fields: Mapping[str, Any]
     strangers: Sequence[str]
     base: str
@@ -115,14 +115,14 @@ async def read_request(service: Service, endpoint: str, request: Request) -> Ask
     source = None
     if endpoint != GENERATIONS:
         source = await asyncio.to_thread(read_source, endpoint, fields)
-    order = Order(
+    order = ImageOrder(
         endpoint=endpoint,
         model=service.fleet.name_of(fields.get("model")),
         seed=random_seed() if "seed" not in fields else fields["seed"],
         n=fields.get("n", 1),
         prompt=fields.get("prompt", ""),
         negative=fields.get("negative_prompt", ""),
-        options={name: fields[name] for name in OPTIONS if name in fields},
+        options={name: fields[name] for name in OPTION_FIELDS if name in fields},
         source=source,
         size=fields.get("size"),
         strict=service.strict_sizes,
@@ -131,19 +131,19 @@ async def read_request(service: Service, endpoint: str, request: Request) -> Ask
     return Asked(order=order, fields=fields, strangers=strangers, base=base)
 
 
-def read_source(endpoint: str, fields: Mapping[str, Any]) -> Source:
+def read_source(endpoint: str, fields: Mapping[str, Any]) -> SourceImage:
     """Return the image that a request starts from; ApiError if it cannot be read."""
     image = uploaded_image("image", fields["image"])
     mask = uploaded_image("mask", fields["mask"]) if fields.get("mask") is not None else None
     source = source_of(image, mask)
-    return Source(image=source.image) if endpoint == VARIATIONS else source
+    return SourceImage(image=source.image) if endpoint == VARIATIONS else source
 
 
 def url_or_content(service: Service, asked: Asked, content: bytes, *, urls: bool) -> dict[str, str]:
     """Return an item of a response: a file's url, or its content."""
     if not urls:
         return {"b64_json": as_base64(content)}
-    name = service.store.put(content, MEDIA[asked.kind], SUFFIXES[asked.kind].removeprefix("."))
+    name = service.store.put(content, MEDIA[asked.kind], FILE_SUFFIXES[asked.kind].removeprefix("."))
     return {"url": f"{asked.base}{FILES_PATH}{name}"}
 
 

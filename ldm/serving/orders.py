@@ -11,7 +11,7 @@ import torch
 from ldm.images.result import Images
 from ldm.serving.errors import ApiError, bad_field
 from ldm.serving.sizes import ON_CANVAS, final_size, fits, nearest_size, usual_sizes
-from ldm.serving.uploads import Source
+from ldm.serving.uploads import SourceImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +34,7 @@ FIELD_NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Order:
+class ImageOrder:
     """What a request asks for.
 
     Args:
@@ -57,7 +57,7 @@ class Order:
     prompt: str = ""
     negative: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    source: Source | None = None
+    source: SourceImage | None = None
     size: tuple[int, int] | None = None
     strict: bool = False
 
@@ -82,7 +82,7 @@ class Drawn:
 
     images: Images
     size: tuple[int, int]
-    source: Source | None = None
+    source: SourceImage | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -96,7 +96,7 @@ class Drawn:
         return [finished(image, self.size, self.source) for image in self.images.pil()]
 
 
-def finished(image: Image, size: tuple[int, int], source: Source | None = None) -> Image:
+def finished(image: Image, size: tuple[int, int], source: SourceImage | None = None) -> Image:
     """Return an image that a model made in another size, with the known part of its source.
 
     Args:
@@ -112,7 +112,7 @@ def finished(image: Image, size: tuple[int, int], source: Source | None = None) 
     return pil.composite(made, source.image, source.hole)
 
 
-def drawn_size(pipe: Any, order: Order) -> tuple[int, int]:
+def drawn_size(pipe: Any, order: ImageOrder) -> tuple[int, int]:
     """Return the (width, height) that a model draws for an order.
 
     Raises:
@@ -133,7 +133,7 @@ def drawn_size(pipe: Any, order: Order) -> tuple[int, int]:
     return nearest
 
 
-def text_options(pipe: Any, order: Order) -> dict[str, Any]:
+def text_options(pipe: Any, order: ImageOrder) -> dict[str, Any]:
     """Return the options of `text_to_image` for an order without an image."""
     width, height = drawn_size(pipe, order)
     fixed = hasattr(pipe, "upsamplers")
@@ -142,7 +142,7 @@ def text_options(pipe: Any, order: Order) -> dict[str, Any]:
     return {"n": order.n, "seed": order.seed, "progress": False, **size, **negative, **order.options}
 
 
-def draw_from_image(pipe: Any, order: Order) -> Images:
+def draw_from_image(pipe: Any, order: ImageOrder) -> Images:
     """Return the images of an order that starts from an image.
 
     Raises:
@@ -194,7 +194,7 @@ def task(pipe: Any, name: str, param: str) -> Callable[..., Images]:
     return method
 
 
-def final_size_of(pipe: Any, order: Order, images: Images) -> tuple[int, int]:
+def final_size_of(pipe: Any, order: ImageOrder, images: Images) -> tuple[int, int]:
     """Return the (width, height) in which an order's images are given."""
     if order.size is not None:
         return order.size

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.serving.fields import EVERY, FIELDS, GENERATIONS, RequestField
-from ldm.serving.sdapi import OPTIONS
+from ldm.serving.fields import EVERY, GENERATIONS, REQUEST_FIELDS, RequestField
+from ldm.serving.sdapi import SDAPI_FIELDS
 from ldm.support.version import __version__
 
-TYPES = {"text": "string", "whole": "integer", "number": "number", "switch": "boolean", "size": "string"}
+JSON_TYPES = {"text": "string", "whole": "integer", "number": "number", "switch": "boolean", "size": "string"}
 ANSWERS = {
     "400": "a field is wrong",
     "401": "the key is missing",
@@ -26,7 +26,7 @@ def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the server."""
     paths: dict[str, Any] = {}
     for endpoint in EVERY:
-        fields = [each for each in FIELDS if endpoint in each.on]
+        fields = [each for each in REQUEST_FIELDS if endpoint in each.on]
         media = "application/json" if endpoint == GENERATIONS else "multipart/form-data"
         paths[f"/v1/images/{endpoint}"] = {"post": operation(endpoint, {media: mapping_schema(fields)})}
     paths["/v1/models"] = {"get": operation("list of the models")}
@@ -34,7 +34,7 @@ def openapi_document() -> dict[str, Any]:
     paths["/health"] = {"get": operation("whether the server is well")}
     paths["/metrics"] = {"get": operation("counts for Prometheus")}
     for name in ("txt2img", "img2img"):
-        schema = mapping_schema(list(OPTIONS.values()))
+        schema = mapping_schema(list(SDAPI_FIELDS.values()))
         if name == "img2img":
             image = {"type": "string", "contentEncoding": "base64"}
             schema["properties"] |= {
@@ -49,11 +49,11 @@ def openapi_document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "ldm", "version": __version__},
         "paths": paths,
-        "components": {"schemas": {"Error": ERROR}},
+        "components": {"schemas": {"Error": ERROR_SCHEMA}},
     }
 
 
-ERROR: dict[str, Any] = {
+ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
     "properties": {
@@ -114,7 +114,7 @@ def field_schema(field: RequestField) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": field.about}
     if field.kind == "file":
         return {**schema, "type": "string", "format": "binary"}
-    schema["type"] = TYPES[field.kind]
+    schema["type"] = JSON_TYPES[field.kind]
     if field.choices:
         schema["enum"] = list(field.choices)
     if field.kind == "size":

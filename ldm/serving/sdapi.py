@@ -15,10 +15,10 @@ from ldm.samplers import SAMPLERS
 from ldm.serving.bodies import read_json_body
 from ldm.serving.encoding import as_base64, encoded_images
 from ldm.serving.errors import ApiError, bad_field
-from ldm.serving.fields import MOST_IMAGES, MOST_STEPS, RequestField, checked_value
-from ldm.serving.orders import Drawn, Order
+from ldm.serving.fields import MOST_IMAGES, STEP_LIMIT, RequestField, checked_value
+from ldm.serving.orders import Drawn, ImageOrder
 from ldm.serving.service import Service, random_seed
-from ldm.serving.uploads import Source, base64_content, base64_image, opaque
+from ldm.serving.uploads import SourceImage, base64_content, base64_image, opaque
 from ldm.serving.worker import Job
 from ldm.support.config import nearest
 from ldm.support.text import escaped, shown
@@ -35,10 +35,10 @@ SAMPLER_NAMES = {
     "dpmadaptive": "dpm_adaptive",
     **{name.replace("_", ""): name for name in SAMPLERS},
 }
-SPACINGS = ("karras", "exponential")  # A1111's "schedule types" with the meaning of our spacings
+SPACING_NAMES = ("karras", "exponential")  # A1111's "schedule types" with the meaning of our spacings
 MOST_ITERATIONS = 10
 
-OPTIONS: dict[str, RequestField] = {
+SDAPI_FIELDS: dict[str, RequestField] = {
     field.name: field
     for field in (
         RequestField(name="prompt", kind="text", about="what the images show; default: nothing"),
@@ -46,7 +46,7 @@ OPTIONS: dict[str, RequestField] = {
         RequestField(
             name="seed", kind="whole", about="−1, the default: a random one", least=-1, most=2**63 - 1 - 100
         ),
-        RequestField(name="steps", kind="whole", about="default: the model's", least=1, most=MOST_STEPS),
+        RequestField(name="steps", kind="whole", about="default: the model's", least=1, most=STEP_LIMIT),
         RequestField(name="cfg_scale", kind="number", about="default: the model's", most=100),
         RequestField(name="width", kind="whole", about="in pixels; default: the model's", least=8, most=2048),
         RequestField(
@@ -78,11 +78,12 @@ def sdapi_endpoint(service: Service, *, from_image: bool) -> Callable[[Request],
     async def answer(request: Request) -> Response:
         given = {name: value for name, value in (await read_json_body(request)).items() if value is not None}
         fields = {
-            name: checked_value(OPTIONS[name], name, value, text=False)
+            name: checked_value(SDAPI_FIELDS[name], name, value, text=False)
             for name, value in given.items()
-            if name in OPTIONS
+            if name in SDAPI_FIELDS
         }
-        unknown = [name for name in given if name not in OPTIONS and name not in STRUCTURED + WITHOUT_EFFECT]
+        known = {*SDAPI_FIELDS, *STRUCTURED, *WITHOUT_EFFECT}
+        unknown = [name for name in given if name not in known]
         order = await asyncio.to_thread(sdapi_order, service, fields, given, from_image)
         job = Job(order)
         service.jobs.append(job)
@@ -102,12 +103,12 @@ def sdapi_endpoint(service: Service, *, from_image: bool) -> Callable[[Request],
 
 def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a response repeats of a request: all but its images."""
-    return {name: value for name, value in given.items() if name in OPTIONS}
+    return {name: value for name, value in given.items() if name in SDAPI_FIELDS}
 
 
 def sdapi_order(
     service: Service, fields: Mapping[str, Any], given: Mapping[str, Any], from_image: bool
-) -> Order:
+) -> ImageOrder:
     """Return what a request asks for; ApiError if an option is wrong."""
     options: dict[str, Any] = sampler_options(fields)
     for name, own in (("steps", "steps"), ("cfg_scale", "guidance")):
@@ -124,7 +125,7 @@ def sdapi_order(
     size = (fields["width"], fields["height"]) if {"width", "height"} <= fields.keys() else None
     if size is None and {"width", "height"} & fields.keys():
         raise bad_field("width", "expected width and height together")
-    return Order(
+    return ImageOrder(
         endpoint="edits" if from_image else "generations",
         model=service.fleet.name_of(sdapi_model(service, given)),
         seed=random_seed() if seed == -1 else seed,
@@ -149,14 +150,14 @@ def sdapi_model(service: Service, given: Mapping[str, Any]) -> str | None:
     return name
 
 
-def sdapi_source(fields: Mapping[str, Any], given: Mapping[str, Any]) -> Source:
+def sdapi_source(fields: Mapping[str, Any], given: Mapping[str, Any]) -> SourceImage:
     """Return the image of `img2img`, with its mask, white where to repaint."""
     images = given.get("init_images")
     if not isinstance(images, list) or len(images) != 1:
         raise bad_field("init_images", f"expected a list of one image in base64, got {shown(images)}")
     image = opaque(base64_image("init_images", images[0]))
     if "mask" not in given:
-        return Source(image=image)
+        return SourceImage(image=image)
     mask = opaque(base64_image("mask", given["mask"])).convert("L")
     if mask.size != image.size:
         expected, got = (f"{each.width}×{each.height}" for each in (image, mask))
@@ -165,7 +166,7 @@ def sdapi_source(fields: Mapping[str, Any], given: Mapping[str, Any]) -> Source:
     hole = mask.point([255 if (value >= 128) != inverted else 0 for value in range(256)])
     if hole.getbbox() is None:
         raise bad_field("mask", "it marks nothing to repaint", "invalid_mask")
-    return Source(image=image, hole=hole)
+    return SourceImage(image=image, hole=hole)
 
 
 def sampler_options(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def sampler_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     spacing = str(fields.get("scheduler", "automatic")).lower()
     if name:
         words = str(name).lower()
-        for each in SPACINGS:  # as earlier versions named them: "DPM++ 2M Karras"
+        for each in SPACING_NAMES:  # as earlier versions named them: "DPM++ 2M Karras"
             if words.endswith(f" {each}"):
                 words, spacing = words.removesuffix(each), each
         own = SAMPLER_NAMES.get(re.sub(r"[\s_]", "", words))
@@ -186,15 +187,15 @@ def sampler_options(fields: Mapping[str, Any]) -> dict[str, Any]:
                 "invalid_value",
             )
         options["sampler"] = own
-    if spacing in SPACINGS:
+    if spacing in SPACING_NAMES:
         options["spacing"] = spacing
     elif spacing not in ("automatic", ""):
-        raise bad_field("scheduler", f"unknown scheduler {shown(spacing)}; {nearest(spacing, SPACINGS)}")
+        raise bad_field("scheduler", f"unknown scheduler {shown(spacing)}; {nearest(spacing, SPACING_NAMES)}")
     return options
 
 
 def sdapi_info(
-    service: Service, order: Order, drawn: Drawn, seeds: list[int], unknown: list[str]
+    service: Service, order: ImageOrder, drawn: Drawn, seeds: list[int], unknown: list[str]
 ) -> dict[str, Any]:
     """Return the `info` of a response, which names the options that were not known."""
     recipe = drawn.images.recipe

@@ -65,7 +65,7 @@ def base64_content(name: str, text: object) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Source:
+class SourceImage:
     """The image that a request starts from.
 
     Attributes:
@@ -77,7 +77,7 @@ class Source:
     hole: Image | None = None
 
 
-def source_of(image: Image, mask: Image | None = None) -> Source:
+def source_of(image: Image, mask: Image | None = None) -> SourceImage:
     """Return the source that an image and its mask make, as OpenAI's edits read them.
 
     The mask's transparent pixels are repainted; without a mask, those of the image.
@@ -98,8 +98,8 @@ def source_of(image: Image, mask: Image | None = None) -> Source:
                 "invalid_mask",
             )
     elif (hole := transparent_part(image)) is None:
-        return Source(image=opaque(image))
-    return Source(image=opaque(image), hole=hole)
+        return SourceImage(image=opaque(image))
+    return SourceImage(image=opaque(image), hole=hole)
 
 
 def transparent_part(image: Image) -> Image | None:

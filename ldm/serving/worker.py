@@ -20,11 +20,12 @@ from ldm.pipelines.conditions import Pair
 from ldm.serving.counters import Counters
 from ldm.serving.errors import ApiError, refused_by_model, server_failed
 from ldm.serving.fleet import Fleet, Seat
-from ldm.serving.orders import FIELD_NAMES, Drawn, Order, draw_from_image, final_size_of, text_options
+from ldm.serving.orders import FIELD_NAMES, Drawn, ImageOrder, draw_from_image, final_size_of, text_options
 from ldm.support.calls import interruptible
 
+OnJobStep = Callable[[int, int, Callable[[], Images] | None], None]  # (steps done, steps, preview)
 OVERFLOW = "an image has NaN or infinite values"  # begins the library's error
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -47,9 +48,7 @@ class Job:
         deliver: Takes events of the job to whoever waits for it, from any thread.
     """
 
-    def __init__(
-        self, order: Order, on_step: Callable[[int, int, Callable[[], Images] | None], None] | None = None
-    ) -> None:
+    def __init__(self, order: ImageOrder, on_step: OnJobStep | None = None) -> None:
         self.order, self.on_step = order, on_step
         self.deliver: Callable[[Any], None] = lambda event: None
         self.future: Future[Drawn] = Future()
@@ -108,7 +107,7 @@ class Follower:
     def end(self, images: Images) -> None:
         """Nothing depends on the images."""
 
-    def decoded(self, order: Order, x0: Tensor) -> Images:
+    def decoded(self, order: ImageOrder, x0: Tensor) -> Images:
         """Return the estimate of an order's images."""
         pixels = self.pipe.stage.images.decode(x0).nan_to_num(0.5)
         seeds = tuple(range(order.seed, order.seed + len(pixels)))
@@ -205,7 +204,8 @@ class Worker:
                     return ()
                 self._changed.wait()
             first = self.queue.popleft()
-            taken, images, key = [first], first.order.n, first.order.key
+            taken, images = [first], first.order.n
+            key = first.order.key if self.fleet.joins(first.order.model) else None
             for job in list(self.queue) if key is not None else ():
                 if job.order.key == key and not job.gone and images + job.order.n <= self.batch:
                     self.queue.remove(job)
@@ -224,15 +224,15 @@ class Worker:
             for job in jobs:
                 job.began = begin
             try:
-                self._draw(jobs)
+                results = self._draw(jobs)
             except BaseException as error:  # the thread goes on whatever a request leads to
-                for job in jobs:
-                    job.finish(self._failure(error))
-            finally:
-                self.running = ()
-            done = sum(job.order.n for job in jobs if job.future.done() and not job.future.exception())
-            self.counters.drew(done, time.perf_counter() - begin)
+                results = [self._failure(error) for _ in jobs]
+            self.running = ()
+            drawn = [result for result in results if isinstance(result, Drawn)]
+            self.counters.drew(sum(len(each.images) for each in drawn), time.perf_counter() - begin)
             self.counters.cancelled += sum(job.gone for job in jobs)
+            for job, result in zip(jobs, results, strict=True):
+                job.finish(result)
 
     def _failure(self, error: BaseException) -> Exception:
         """Return the error that a request is answered with."""
@@ -240,7 +240,7 @@ class Worker:
             return error
         if isinstance(error, ValueError) and not str(error).startswith(OVERFLOW):
             return refused_by_model(error, FIELD_NAMES)
-        logger.error("a request failed", exc_info=error)
+        _logger.error("a request failed", exc_info=error)
         self.counters.failed += 1
         return server_failed()
 
@@ -248,29 +248,25 @@ class Worker:
         try:
             return self.fleet.seat(name)
         except Exception as error:
-            logger.error("%s cannot be loaded", name, exc_info=error)
+            _logger.error("%s cannot be loaded", name, exc_info=error)
             self.counters.failed += 1
             raise server_failed(
                 f"the model {name!r} cannot be loaded; the server's log has the reason"
             ) from error
 
-    def _draw(self, jobs: Sequence[Job]) -> None:
+    def _draw(self, jobs: Sequence[Job]) -> list[Drawn | Exception]:
+        """Return the images of each job, or why it has none."""
         seat = self._seat(jobs[0].order.model)
         if seat.together is not None and jobs[0].order.key is not None:
-            self._draw_together(seat, jobs)
-            return
-        for job in jobs:  # of a model that draws one request at a time
-            if job.gone:
-                job.finish(Stopped())
-                continue
-            try:
-                with warnings.catch_warnings(record=True) as found:
-                    warnings.simplefilter("always")
-                    images = self._draw_alone(seat, job)
-                self.counters.batch(job.order.n)
-                job.finish(self._drawn(seat, job, images, found))
-            except Exception as error:
-                job.finish(self._failure(error))
+            return self._draw_together(seat, jobs)
+        (job,) = jobs
+        if job.gone:
+            return [Stopped()]
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            images = self._draw_alone(seat, job)
+        self.counters.batch(job.order.n)
+        return [self._drawn(seat, job, images, found)]
 
     def _draw_alone(self, seat: Seat, job: Job) -> Images:
         pipe, order = seat.pipe, job.order
@@ -281,10 +277,10 @@ class Worker:
             made: Images = pipe.text_to_image(order.prompt, **text_options(pipe, order))
             return made
 
-    def _draw_together(self, seat: Seat, jobs: Sequence[Job]) -> None:
+    def _draw_together(self, seat: Seat, jobs: Sequence[Job]) -> list[Drawn | Exception]:
         """Draw text-to-image jobs in one batch; the options of each are checked first."""
-        pipe = seat.pipe
-        calls, ready, told = [], [], []
+        pipe, calls, told = seat.pipe, list[Call](), list[Sequence[Any]]()
+        ready, results = list[Job](), dict[Job, Drawn | Exception]()
         for job in jobs:
             try:
                 with warnings.catch_warnings(record=True) as found:
@@ -293,16 +289,16 @@ class Worker:
                 ready.append(job)
                 told.append(found)
             except Exception as error:
-                job.finish(self._failure(error))
-        if not ready:
-            return
-        follower = Follower(pipe, ready, calls)
-        assert seat.together is not None
-        with pipe.watched_by(follower), interruptible(follower.check):
-            made = seat.together.draw(calls, lambda i: not ready[i].gone)
-        self.counters.batch(sum(job.order.n for job in ready))
-        for job, images, found in zip(ready, made, told, strict=True):
-            job.finish(Stopped() if images is None else self._drawn(seat, job, images, found))
+                results[job] = self._failure(error)
+        if ready:
+            follower = Follower(pipe, ready, calls)
+            assert seat.together is not None
+            with pipe.watched_by(follower), interruptible(follower.check):
+                made = seat.together.draw(calls, lambda i: not ready[i].gone)
+            self.counters.batch(sum(job.order.n for job in ready))
+            for job, images, found in zip(ready, made, told, strict=True):
+                results[job] = Stopped() if images is None else self._drawn(seat, job, images, found)
+        return [results[job] for job in jobs]
 
     def _drawn(self, seat: Seat, job: Job, images: Images, found: Sequence[Any]) -> Drawn:
         order = job.order

@@ -21,7 +21,7 @@ from tiny_unclip import tiny_karlo
 from ldm.serving.counters import Counters
 from ldm.serving.errors import ApiError
 from ldm.serving.fleet import Fleet, Seat, ServedModel
-from ldm.serving.orders import Order
+from ldm.serving.orders import ImageOrder
 from ldm.serving.worker import Follower, Job, Stopped, Worker
 
 PIPE = tiny_model("tiny")
@@ -60,9 +60,9 @@ def worker_of(**options) -> Worker:
     return worker
 
 
-def order(prompt: str = "a cat", **fields) -> Order:
+def order(prompt: str = "a cat", **fields) -> ImageOrder:
     options = {"steps": 2, **fields.pop("options", {})}
-    return Order(
+    return ImageOrder(
         **{"endpoint": "generations", "model": "tiny", "seed": 0, "prompt": prompt, **fields}, options=options
     )
 
@@ -77,7 +77,7 @@ def running_worker(**options) -> Iterator[Worker]:
         assert worker.join(30)
 
 
-def submitted(worker: Worker, *orders: Order) -> list[Job]:
+def submitted(worker: Worker, *orders: ImageOrder) -> list[Job]:
     jobs = [Job(each) for each in orders]
     for job in jobs:
         worker.submit(job)
