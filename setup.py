@@ -40,9 +40,10 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-# starlette 0.49.1 mends CVE-2025-62727 (ranges of files) and 0.47.2 CVE-2025-54121 (large forms);
-# python-multipart 0.0.22 mends CVE-2026-24486, 0.0.18 CVE-2024-53981 (data around boundaries)
-SERVE = ["starlette>=0.49.1", "uvicorn>=0.30", "python-multipart>=0.0.22"]
+# starlette 1.0.1 mends CVE-2026-48710 (Host headers), later ones up to 1.6 CVE-2026-48818, 54282 and 54283;
+# python-multipart 0.0.27 mends CVE-2026-42561 (headers of parts), 0.0.30 CVE-2026-53539; h11 0.16 mends
+# CVE-2025-43859 (chunked bodies)
+SERVE = ["starlette>=1.6", "uvicorn>=0.30", "h11>=0.16", "python-multipart>=0.0.30"]
 
 setup(
     name="ldm",

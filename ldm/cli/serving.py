@@ -6,6 +6,7 @@ import argparse
 import os
 
 from ldm.cli.options import MODEL
+from ldm.cli.output import complain
 from ldm.cli.parsing import Command, UsageError, argument
 
 KEY_VARIABLE = "LDM_API_KEY"
@@ -23,6 +24,8 @@ def run_server(args: argparse.Namespace) -> int:
         if not least <= value <= 65_535:
             raise UsageError(f"--{name}: expected {least} to 65535, got {value}")
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+        complain("warning: there is no --api-key, so whoever reaches this machine can use the server")
     options = {each.dest: getattr(args, each.dest) for each in LOADED}
     models = served_models(args.model or (), args.weights or (), options, fast=args.optimize)
     serve(

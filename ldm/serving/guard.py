@@ -8,6 +8,7 @@ import binascii
 import hmac
 import ipaddress
 import logging
+import re
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from ldm.serving.counters import Counters
 from ldm.serving.errors import ApiError, server_failed
 from ldm.support.text import shown
 
+HOST = re.compile(r"[A-Za-z0-9._\-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")  # and a port
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/", "/health", "/favicon.ico")  # paths, and starts of paths, that need no key
 OPEN_BELOW = ("/page/", "/v1/images/files/")
@@ -124,6 +126,8 @@ class Guard:
 
     def _own_host(self, host: str) -> bool:
         """Return whether a Host header is one of this server: a page elsewhere can point its name here."""
+        if not HOST.fullmatch(host):
+            return False
         try:
             name = (urlsplit(f"//{host}").hostname or "").lower()
         except ValueError:

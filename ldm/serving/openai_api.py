@@ -179,7 +179,7 @@ async def stream_images(service: Service, request: Request, asked: Asked) -> Res
         except ApiError as error:
             yield event_lines({"type": "error", **error.body()})
         finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
 
     return StreamingResponse(lines(), media_type=EVENT_STREAM, headers={"x-accel-buffering": "no"})
 

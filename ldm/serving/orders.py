@@ -122,6 +122,8 @@ def drawn_size(pipe: Any, order: ImageOrder) -> tuple[int, int]:
     fixed = hasattr(pipe, "upsamplers")  # unCLIP makes one size
     if order.source is not None and not (fixed and order.endpoint == "variations"):
         size = order.source.image.size
+        if fixed:  # edits are made by the decoder
+            own = pipe.card.main_stage().defaults.width, pipe.card.main_stage().defaults.height
         return size if fits(size, own, 1, ON_CANVAS) else nearest_size(size, own, multiple)
     size = order.size or own
     nearest = own if fixed else nearest_size(size, own, multiple)

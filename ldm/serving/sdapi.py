@@ -18,7 +18,7 @@ from ldm.serving.errors import ApiError, bad_field
 from ldm.serving.fields import MOST_IMAGES, STEP_LIMIT, RequestField, checked_value
 from ldm.serving.orders import Drawn, ImageOrder
 from ldm.serving.service import Service, random_seed
-from ldm.serving.uploads import SourceImage, base64_content, base64_image, opaque
+from ldm.serving.uploads import SourceImage, base64_content, base64_image, opaque, reduced
 from ldm.serving.worker import Job
 from ldm.support.config import nearest
 from ldm.support.text import escaped, shown
@@ -157,7 +157,7 @@ def sdapi_source(fields: Mapping[str, Any], given: Mapping[str, Any]) -> SourceI
         raise bad_field("init_images", f"expected a list of one image in base64, got {shown(images)}")
     image = opaque(base64_image("init_images", images[0]))
     if "mask" not in given:
-        return SourceImage(image=image)
+        return reduced(SourceImage(image=image))
     mask = opaque(base64_image("mask", given["mask"])).convert("L")
     if mask.size != image.size:
         expected, got = (f"{each.width}×{each.height}" for each in (image, mask))
@@ -166,7 +166,7 @@ def sdapi_source(fields: Mapping[str, Any], given: Mapping[str, Any]) -> SourceI
     hole = mask.point([255 if (value >= 128) != inverted else 0 for value in range(256)])
     if hole.getbbox() is None:
         raise bad_field("mask", "it marks nothing to repaint", "invalid_mask")
-    return SourceImage(image=image, hole=hole)
+    return reduced(SourceImage(image=image, hole=hole))
 
 
 def sampler_options(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +55,13 @@ class Service:
             ApiError: What the request is answered with.
             ClientGone: If the client goes first; the work is then ended.
         """
-        async for event in self.follow(request, job):
-            if isinstance(event, Drawn):
-                return event
+        async with aclosing(self.follow(request, job)) as events:
+            async for event in events:
+                if isinstance(event, Drawn):
+                    return event
         raise ClientGone
 
-    async def follow(self, request: Request, job: Job) -> AsyncIterator[Any]:
+    async def follow(self, request: Request, job: Job) -> AsyncGenerator[Any, None]:
         """Submit a job; yield what it puts into its queue of events, and last its images.
 
         Raises:

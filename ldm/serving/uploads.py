@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ldm.images.eight_bit import eight_bit
 from ldm.images.opening import decode_image
 from ldm.serving.errors import ApiError, bad_field
+from ldm.serving.fields import LONGEST_SIDE_OUT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,7 +81,8 @@ class SourceImage:
 def source_of(image: Image, mask: Image | None = None) -> SourceImage:
     """Return the source that an image and its mask make, as OpenAI's edits read them.
 
-    The mask's transparent pixels are repainted; without a mask, those of the image.
+    The mask's transparent pixels are repainted; without a mask, those of the image. What is longer than
+    `LONGEST_SIDE_OUT` is reduced to that.
 
     Raises:
         ApiError: If the mask has another size than the image, or no transparent pixels.
@@ -97,9 +99,26 @@ def source_of(image: Image, mask: Image | None = None) -> SourceImage:
                 "it has no transparent pixels, which mark what is repainted (an alpha channel of 0)",
                 "invalid_mask",
             )
-    elif (hole := transparent_part(image)) is None:
-        return SourceImage(image=opaque(image))
-    return SourceImage(image=opaque(image), hole=hole)
+    else:
+        hole = transparent_part(image)
+    return reduced(SourceImage(image=opaque(image), hole=hole))
+
+
+def reduced(source: SourceImage) -> SourceImage:
+    """Return a source whose sides have at most `LONGEST_SIDE_OUT` pixels, as images that are made have."""
+    from PIL import Image as pil
+
+    width, height = source.image.size
+    scale = LONGEST_SIDE_OUT / max(width, height)
+    if scale >= 1:
+        return source
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    hole = None
+    if source.hole is not None:
+        hole = source.hole.resize(size, pil.Resampling.BOX).point(
+            [255 if value else 0 for value in range(256)]
+        )
+    return SourceImage(image=source.image.resize(size, pil.Resampling.LANCZOS), hole=hole)
 
 
 def transparent_part(image: Image) -> Image | None:

@@ -71,6 +71,8 @@ def raw(server: Running, request: bytes, seconds: float = 20) -> bytes:
         ("localhost.evil.example", 403),
         ("127.0.0.1.evil.example", 403),
         ("127.0.0.1@evil.example", 403),
+        ("evil.example@127.0.0.1", 403),
+        ("127.0.0.1/v1?", 403),
         ("", 403),
         ("[", 403),
     ],
@@ -245,6 +247,12 @@ def test_images_are_refused_before_they_are_decoded(server, content):
     for path in ("edits", "variations"):
         made = server.http.post(f"/v1/images/{path}", files={"image": content}, data={"prompt": "a cat"})
         assert made.status_code == 400 and made.json()["error"]["param"] == "image", made.text
+
+
+def test_large_images_are_reduced(server):
+    data = {"prompt": "a cat", "steps": "1", "strength": "0.2", "response_format": "b64_json"}
+    made = server.http.post("/v1/images/edits", files={"image": png(4000, 1000)}, data=data)
+    assert made.status_code == 200 and made.json()["size"] == "2048x512"
 
 
 def test_slim_images_are_drawn_in_a_size_that_the_model_makes(server):
