@@ -151,7 +151,7 @@ def serve(
 
 
 def bound_socket(host: str, port: int) -> Any:
-    """Return a socket that is bound to an address; OSError, which names it, if that cannot be."""
+    """Return a socket that listens at an address; OSError, which names it, if that cannot be."""
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -159,6 +159,7 @@ def bound_socket(host: str, port: int) -> Any:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen(128)  # clients that connect before uvicorn runs wait
     except (OSError, OverflowError) as error:
         made.close()
         reason = getattr(error, "strerror", None) or str(error)
