@@ -46,7 +46,7 @@ def started(args: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
     """Start the server; return its process and its address."""
     command = [sys.executable, "-m", "ldm", "serve", "--port", "0", "--queue", "1000"]
     command += ["--batch", str(args.batch), "--model", args.model]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None
     line = process.stdout.readline()
     if " at " not in line:
