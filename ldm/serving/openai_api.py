@@ -193,7 +193,7 @@ def step_teller(job: Job, asked: Asked) -> Callable[[int, int, Callable[[], Imag
 
     def tell(done: int, total: int, preview: Callable[[], Images] | None) -> None:
         if asked.fields.get("progress"):
-            job.deliver({"type": "ldm.progress", "step": done, "steps": total})
+            job.deliver({"type": "progress", "step": done, "steps": total})
         at = {round(total * (k + 1) / (wanted + 1)) for k in range(wanted)}
         if preview is not None and done < total and (done in at if every is None else done % every == 0):
             job.deliver(preview())

@@ -56,7 +56,7 @@ def test_streams_show_no_unfinished_images(server):
     body = {**BODY, "stream": True, "preview_every": 1, "progress": True}
     text = server.http.post("/v1/images/generations", json=body).text
     kinds = [json.loads(line[6:])["type"] for line in text.splitlines() if line.startswith("data: {")]
-    assert kinds == ["ldm.progress"] * 3 + ["image_generation.completed"] * 2
+    assert kinds == ["progress"] * 3 + ["image_generation.completed"] * 2
     CHECKER.flags = [True, True]
     text = server.http.post("/v1/images/generations", json=body).text
     assert "content_policy_violation" in text and "b64_json" not in text

@@ -233,7 +233,7 @@ async function generate() {
   const endpoint = source ? (mode() === "vary" ? "variations" : "edits") : "generations";
   try {
     await draw(endpoint, requestFields(now, source), files, running.signal, (event) => {
-      if (event.type === "ldm.progress") {
+      if (event.type === "progress") {
         if (!begun) say("Generating.");
         begun = begun || performance.now() - 1;
         $("progress").value = event.step / event.steps;
