@@ -24,8 +24,12 @@ def run_server(args: argparse.Namespace) -> int:
         if not least <= value <= 65_535:
             raise UsageError(f"--{name}: expected {least} to 65535, got {value}")
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
-    if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
-        complain("warning: there is no --api-key, so whoever reaches this machine can use the server")
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+            complain("warning: there is no --api-key, so whoever reaches this machine can use the server")
+
     options = {each.dest: getattr(args, each.dest) for each in LOADED}
     models = served_models(args.model or (), args.weights or (), options, fast=args.optimize)
     serve(
@@ -40,7 +44,7 @@ def run_server(args: argparse.Namespace) -> int:
         exact=args.exact_batches,
         strict_sizes=args.strict_sizes,
         most=int(args.max_body * 2**20),
-        report=lambda line: print(line, flush=True),
+        report=report,
     )
     return 0
 

@@ -9,7 +9,7 @@ are drawn one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +62,10 @@ class Together:
 
     @torch.no_grad()
     def draw(
-        self, calls: Sequence[Call], wanted: Callable[[int], bool] = lambda _: True
+        self,
+        calls: Sequence[Call],
+        wanted: Callable[[int], bool] = lambda _: True,
+        ready: Callable[[Mapping[int, Images | None]], object] = lambda _: None,
     ) -> list[Images | None]:
         """Return the images of each call, as `LatentDiffusion.draw` returns them for it.
 
@@ -70,17 +73,21 @@ class Together:
             calls: Calls of `text_to_image` that differ only in prompts, negative prompts and seeds.
             wanted: Whether call i is still wanted; asked at every evaluation of the network. The rows of one
                 that is not are no longer computed. Default: all are.
+            ready: Called with the results of calls, by their places, as soon as they are there: once with all
+                of a batch, or with those of one call after another. Default: nothing.
 
         Returns:
             The images, None for a call that is not wanted at the end.
         """
         pipe, stage = self.pipe, self.pipe.stage
+        if len(calls) == 1:
+            return self._draw_alone(calls, wanted, ready)
         with separate_call(pipe):
             parts = [
                 Part(call=call, pair=pipe.paired(call, REQUEST), x=stage.begin(call)[1]) for call in calls
             ]
-            if len(parts) == 1 or not self._same(stage, parts):
-                return [self._draw_alone(call, lambda i=i: wanted(i)) for i, call in enumerate(calls)]
+            if not self._same(stage, parts):
+                return self._draw_alone(calls, wanted, ready)
             whole = joined_call(calls)
             for watcher in pipe.watchers:
                 watcher.begin(whole)
@@ -88,25 +95,37 @@ class Together:
             try:
                 x = stage.solve(whole, denoise, joined_states(parts), pipe.hooks)
             except Unwanted:
-                return [None for _ in calls]
-            states = x.split([len(part.x) for part in parts])
-            return [
-                pipe.finish_images(call, pipe.decode(states[i]), REQUEST) if wanted(i) else None
-                for i, call in enumerate(calls)
-            ]
+                made: list[Images | None] = [None for _ in calls]
+            else:
+                states = x.split([len(part.x) for part in parts])
+                made = [
+                    pipe.finish_images(call, pipe.decode(states[i]), REQUEST) if wanted(i) else None
+                    for i, call in enumerate(calls)
+                ]
+            ready(dict(enumerate(made)))
+            return made
 
-    def _draw_alone(self, call: Call, wanted: Callable[[], bool]) -> Images | None:
-        """Return the images of one call; None if it is not wanted before it ends."""
+    def _draw_alone(
+        self,
+        calls: Sequence[Call],
+        wanted: Callable[[int], bool],
+        ready: Callable[[Mapping[int, Images | None]], object],
+    ) -> list[Images | None]:
+        """Return the images of calls that are drawn one after another; see `draw`."""
+        made: list[Images | None] = []
+        for i, call in enumerate(calls):
 
-        def check(done: int, total: int) -> None:
-            if not wanted():
-                raise Unwanted
+            def check(done: int, total: int, i: int = i) -> None:
+                if not wanted(i):
+                    raise Unwanted
 
-        try:
-            with interruptible(check):
-                return self.pipe.draw(call, REQUEST) if wanted() else None
-        except Unwanted:
-            return None
+            try:
+                with interruptible(check):
+                    made.append(self.pipe.draw(call, REQUEST) if wanted(i) else None)
+            except Unwanted:
+                made.append(None)
+            ready({i: made[i]})
+        return made
 
     def _denoise(self, stage: Stage, parts: Sequence[Part], wanted: Callable[[int], bool]) -> DenoiseFn:
         """Return the guided denoiser of a batch, which skips the rows of calls that are not wanted."""
@@ -127,7 +146,8 @@ class Together:
                 return made[everything](x, t)
             index = torch.cat([rows[i] for i in kept])
             d = made[kept](x[index], t if t.ndim == 0 else t[index])
-            return Denoised(*(None if each is None else spread(each, index, x) for each in d))
+            frac = None if d.var_frac is None else spread(d.var_frac, index, x)
+            return Denoised(spread(d.x0, index, x), spread(d.eps, index, x), frac)
 
         return denoise
 

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -102,7 +102,7 @@ class Follower:
         if self.pipe.safety is not None or sum(job.order.n for job in self.rows) != len(d.x0):
             return
         for job, x0 in zip(self.rows, d.x0.split([job.order.n for job in self.rows]), strict=True):
-            job.estimate = lambda job=job, x0=x0: self.decoded(job.order, x0)  # type: ignore[misc]
+            job.estimate = lambda job=job, x0=x0: self.decoded(job.order, x0)
 
     def end(self, images: Images) -> None:
         """Nothing depends on the images."""
@@ -140,6 +140,7 @@ class Worker:
         self.running: tuple[Job, ...] = ()
         self._changed = threading.Condition()
         self._closed = False
+        self._began = 0.0  # when the work that is not yet counted began
         self._thread = threading.Thread(target=self._run, name="ldm-worker", daemon=True)
 
     def start(self) -> None:
@@ -220,19 +221,27 @@ class Worker:
 
     def _run(self) -> None:
         while jobs := self._take():
-            begin = time.perf_counter()
+            self._began = time.perf_counter()
             for job in jobs:
-                job.began = begin
+                job.began = self._began
             try:
-                results = self._draw(jobs)
+                self._draw(jobs)
             except BaseException as error:  # the thread goes on whatever a request leads to
-                results = [self._failure(error) for _ in jobs]
+                failure = self._failure(error)
+                self._answer({job: failure for job in jobs if not job.future.done()})
             self.running = ()
-            drawn = [result for result in results if isinstance(result, Drawn)]
-            self.counters.drew(sum(len(each.images) for each in drawn), time.perf_counter() - begin)
-            self.counters.cancelled += sum(job.gone for job in jobs)
-            for job, result in zip(jobs, results, strict=True):
-                job.finish(result)
+
+    def _answer(self, results: Mapping[Job, Drawn | Exception]) -> None:
+        """Count the results of a batch, and answer its jobs."""
+        now = time.perf_counter()
+        images = sum(len(result.images) for result in results.values() if isinstance(result, Drawn))
+        if images:
+            self.counters.batch(images)
+            self.counters.drew(images, now - self._began)
+        self._began = now
+        self.counters.cancelled += sum(isinstance(result, Stopped) for result in results.values())
+        for job, result in results.items():
+            job.finish(result)
 
     def _failure(self, error: BaseException) -> Exception:
         """Return the error that a request is answered with."""
@@ -254,19 +263,19 @@ class Worker:
                 f"the model {name!r} cannot be loaded; the server's log has the reason"
             ) from error
 
-    def _draw(self, jobs: Sequence[Job]) -> list[Drawn | Exception]:
-        """Return the images of each job, or why it has none."""
+    def _draw(self, jobs: Sequence[Job]) -> None:
+        """Draw the images of jobs and answer them."""
         seat = self._seat(jobs[0].order.model)
         if seat.together is not None and jobs[0].order.key is not None:
-            return self._draw_together(seat, jobs)
+            self._draw_together(seat, jobs)
+            return
         (job,) = jobs
         if job.gone:
-            return [Stopped()]
+            raise Stopped
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             images = self._draw_alone(seat, job)
-        self.counters.batch(job.order.n)
-        return [self._drawn(seat, job, images, found)]
+        self._answer({job: self._drawn(seat, job, images, found)})
 
     def _draw_alone(self, seat: Seat, job: Job) -> Images:
         pipe, order = seat.pipe, job.order
@@ -277,10 +286,9 @@ class Worker:
             made: Images = pipe.text_to_image(order.prompt, **text_options(pipe, order))
             return made
 
-    def _draw_together(self, seat: Seat, jobs: Sequence[Job]) -> list[Drawn | Exception]:
+    def _draw_together(self, seat: Seat, jobs: Sequence[Job]) -> None:
         """Draw text-to-image jobs in one batch; the options of each are checked first."""
-        pipe, calls, told = seat.pipe, list[Call](), list[Sequence[Any]]()
-        ready, results = list[Job](), dict[Job, Drawn | Exception]()
+        pipe, calls, told, ready = seat.pipe, list[Call](), list[Sequence[Any]](), list[Job]()
         for job in jobs:
             try:
                 with warnings.catch_warnings(record=True) as found:
@@ -289,16 +297,22 @@ class Worker:
                 ready.append(job)
                 told.append(found)
             except Exception as error:
-                results[job] = self._failure(error)
-        if ready:
-            follower = Follower(pipe, ready, calls)
-            assert seat.together is not None
-            with pipe.watched_by(follower), interruptible(follower.check):
-                made = seat.together.draw(calls, lambda i: not ready[i].gone)
-            self.counters.batch(sum(job.order.n for job in ready))
-            for job, images, found in zip(ready, made, told, strict=True):
-                results[job] = Stopped() if images is None else self._drawn(seat, job, images, found)
-        return [results[job] for job in jobs]
+                self._answer({job: self._failure(error)})
+        if not ready:
+            return
+
+        def answer(made: Mapping[int, Images | None]) -> None:
+            self._answer(
+                {
+                    ready[i]: Stopped() if images is None else self._drawn(seat, ready[i], images, told[i])
+                    for i, images in made.items()
+                }
+            )
+
+        follower = Follower(pipe, ready, calls)
+        assert seat.together is not None
+        with pipe.watched_by(follower), interruptible(follower.check):
+            seat.together.draw(calls, lambda i: not ready[i].gone, answer)
 
     def _drawn(self, seat: Seat, job: Job, images: Images, found: Sequence[Any]) -> Drawn:
         order = job.order
