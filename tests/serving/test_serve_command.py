@@ -16,6 +16,7 @@ from tiny_latent_diffusion import tiny_model
 
 import ldm
 from ldm.__main__ import main
+from ldm.serving.launch import bound_socket
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,3 +85,9 @@ def test_a_port_that_is_taken_is_named(capsys, folder):
         port = str(taken.getsockname()[1])
         assert main(["serve", "--weights", str(folder / "tiny"), "--port", port]) == 2
     assert port in capsys.readouterr().err
+
+
+def test_small_parts_of_answers_are_sent_at_once():
+    listening = bound_socket("127.0.0.1", 0)
+    with listening:
+        assert listening.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on: 40 ms
