@@ -86,7 +86,7 @@ class Together:
             parts = [
                 Part(call=call, pair=pipe.paired(call, REQUEST), x=stage.begin(call)[1]) for call in calls
             ]
-            if not self._same(stage, parts):
+            if not can_join(parts) or not self._same(stage, parts):
                 return self._draw_alone(calls, wanted, ready)
             whole = joined_call(calls)
             for watcher in pipe.watchers:
@@ -175,6 +175,11 @@ def guided_batch(stage: Stage, parts: Sequence[Part]) -> DenoiseFn:
         return stage.guided(parts[0].call, parts[0].pair)
     pair = Cond.cat([part.pair[0] for part in parts]), Cond.cat([part.pair[1] for part in parts])
     return stage.guided(joined_call([part.call for part in parts]), pair)
+
+
+def can_join(parts: Sequence[Part]) -> bool:
+    """Return whether the conditions of calls have the fields and shapes of one batch."""
+    return all(Cond.can_cat([part.pair[k] for part in parts]) for k in (0, 1))
 
 
 def joined_states(parts: Sequence[Part]) -> Tensor:
