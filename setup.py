@@ -40,6 +40,11 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# starlette 1.0.1 mends CVE-2026-48710 (Host headers), later ones up to 1.6 CVE-2026-48818, 54282 and 54283;
+# python-multipart 0.0.27 mends CVE-2026-42561 (headers of parts), 0.0.30 CVE-2026-53539; h11 0.16 mends
+# CVE-2025-43859 (chunked bodies)
+SERVE = ["starlette>=1.6", "uvicorn>=0.30", "h11>=0.16", "python-multipart>=0.0.30"]
+
 setup(
     name="ldm",
     distclass=PlatformDistribution,
@@ -53,7 +58,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*"]),
-    package_data={"ldm": ["assets/**/*", "speed/kernels/*.cpp", "speed/kernels/*.h"]},
+    package_data={"ldm": ["assets/**/*", "speed/kernels/*.cpp", "speed/kernels/*.h", "serving/page/*"]},
     install_requires=[
         # The lower bounds are the first releases without a published advisory that concerns this library:
         # torch 2.10 mends CVE-2026-24747 (reader of weights), 2.11 CVE-2026-4538 (reader of programs);
@@ -93,6 +98,11 @@ setup(
             "torchmetrics>=1.6",
             "torch-fidelity>=0.4",
             "clean-fid>=0.1.35",
+            "httpx>=0.27",
+            "openai>=1.60",
+            "playwright>=1.49",
+            "axe-core-python>=0.1",
+            *SERVE,
             "ruff>=0.17",
             "mypy>=2.4",
             "types-PyYAML>=6",
@@ -104,6 +114,7 @@ setup(
         "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],
         "bench": ["openvino"],
         "train": ["webdataset>=1.0"],
+        "serve": SERVE,
     },
     entry_points={"console_scripts": ["ldm = ldm.cli.commands:run_command_line"]},
 )

@@ -23,7 +23,7 @@ from ldm.diffusion.denoiser import denoised
 # From the bottom to the top. A module imports from its own floor and from the floors below it.
 FLOORS = (
     *("support", "diffusion", "samplers", "models", "speed", "conditioning", "catalog", "weights"),
-    *("images", "pipelines", "registry", "data", "analysis", "training", "cli"),
+    *("images", "pipelines", "registry", "serving", "data", "analysis", "training", "cli"),
     "ldm",  # ldm/__init__.py and ldm/__main__.py
 )
 RANK = {name: rank for rank, name in enumerate(FLOORS)}

@@ -20,6 +20,7 @@ from ldm.cli.evaluation import EVALUATE
 from ldm.cli.options import ADDITIONS, MODEL, MODEL_KEYWORDS, OUTPUT
 from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
 from ldm.cli.parsing import Command, UsageError
+from ldm.cli.serving import SERVE
 from ldm.cli.tables import TABLE, names_table, write_table
 from ldm.cli.tasks import IMAGE_TASKS, ImageTask
 from ldm.cli.tools import TOOLS
@@ -233,6 +234,7 @@ COMMANDS: tuple[Command, ...] = (
         for task in IMAGE_TASKS
     ),
     *TOOLS,
+    SERVE,
     EVALUATE,
     *ADAPTER_COMMANDS,
     DATA,

@@ -168,20 +168,18 @@ def joined_comments(segments: Sequence[tuple[str, bytes]]) -> str | None:
     return b"".join(part[3] for part in parts).decode("ascii", errors="replace")
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Return the recipe inside a PNG, JPEG or WebP file.
+def read_recipe(path: str | Path | bytes) -> dict[str, Any]:
+    """Return the recipe inside a PNG, JPEG or WebP file, of which the path or the content is given.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not a readable image, or has no recipe.
     """
-    path = Path(path)
     text = decode_image(path, find_recipe_text, formats=tuple(dict.fromkeys(FORMATS.values())))
+    where = "the image" if isinstance(path, bytes) else shown(str(path))
     if text is None:
-        raise ValueError(
-            f"{shown(str(path))} has no recipe inside: it was not made by ldm, or its metadata was removed"
-        )
-    return parse_json(text, f"the recipe in {shown(str(path))}", infinite=True)
+        raise ValueError(f"{where} has no recipe inside: it was not made by ldm, or its metadata was removed")
+    return parse_json(text, f"the recipe in {where}", infinite=True)
 
 
 def find_recipe_text(image: Image) -> str | None:

@@ -67,7 +67,7 @@ class BoundedFile(io.BufferedReader):
 
 
 def decode_image(
-    path: str | Path,
+    path: str | Path | bytes,
     use: Callable[[Image], Decoded],
     *,
     name: str = "image",
@@ -76,8 +76,8 @@ def decode_image(
     """Open an image file and return what `use` makes of it.
 
     Args:
-        path: The file. Of several images (frames, pages) the first is opened, with a warning; the others of a
-            JPEG are previews, so there is none for them.
+        path: The file, or its content. Of several images (frames, pages) the first is opened, with a warning;
+            the others of a JPEG are previews, so there is none for them.
         use: Decodes the image, which is open while it runs.
         name: Name of the argument, for messages. Default: "image".
         formats: Formats to accept, by their names in PIL. Default: `READ_FORMATS`.
@@ -88,12 +88,16 @@ def decode_image(
     """
     from PIL import Image
 
-    path = Path(path)
-    where = f"{name}: {shown(str(path))}"
-    if not file_exists(path):
-        raise FileNotFoundError(f"{name}: no such file: {shown(str(path))}")
+    where, source = f"{name}: the content", io.BytesIO(path) if isinstance(path, bytes) else Path(path)
+    if isinstance(source, Path):
+        where = f"{name}: {shown(str(source))}"
+        if not file_exists(source):
+            raise FileNotFoundError(f"{name}: no such file: {shown(str(source))}")
     try:
-        with BoundedFile(path) as file, Image.open(file, formats=tuple(formats)) as image:
+        with (
+            BoundedFile(source) if isinstance(source, Path) else source as file,
+            Image.open(file, formats=tuple(formats)) as image,
+        ):
             check_pixels(*image.size)
             # counting the pages of a TIFF takes a time that grows with their square
             if image.format != "MPO" and getattr(image, "is_animated", False):

@@ -35,6 +35,7 @@ class CallState:
 
 
 _CALL: ContextVar[CallState | None] = ContextVar("call", default=None)
+_CHECK: ContextVar[Callable[[int, int], None] | None] = ContextVar("check", default=None)
 _THREAD = threading.local()
 
 
@@ -86,6 +87,34 @@ def in_separate_call(method: Callable[Concatenate[_N, _P], _T]) -> Callable[Conc
 def current_call() -> CallState | None:
     """Return the state of the call that runs in this thread; None outside `separate_call`."""
     return _CALL.get()
+
+
+@contextmanager
+def interruptible(check: Callable[[int, int], None]) -> Iterator[None]:
+    """Let `check` follow, and end, the calls of pipelines that this thread makes inside a `with` block.
+
+    Args:
+        check: Called after every step of every stage as (number of steps done, number of steps of the stage).
+            What it raises ends the call. The check of an outer block is called first.
+    """
+    outer = _CHECK.get()
+
+    def both(done: int, total: int) -> None:
+        if outer is not None:
+            outer(done, total)
+        check(done, total)
+
+    token = _CHECK.set(both)
+    try:
+        yield
+    finally:
+        _CHECK.reset(token)
+
+
+def checkpoint(done: int, total: int) -> None:
+    """Call the checks of `interruptible`, where there are any; they may raise."""
+    if (check := _CHECK.get()) is not None:
+        check(done, total)
 
 
 def own_state(owner: object, make: Callable[[], _S]) -> _S:

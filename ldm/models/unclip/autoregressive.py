@@ -17,6 +17,7 @@ from ldm.diffusion.noise import keyed_normal
 from ldm.models.checks import check_positive
 from ldm.models.unclip.embedding_codes import EmbeddingCodes
 from ldm.models.unclip.prior_blocks import PlainStack
+from ldm.support.calls import checkpoint
 from ldm.support.device import computing_dtype
 
 
@@ -172,6 +173,7 @@ class AutoregressivePrior(nn.Module):
         level = torch.full((len(seeds),), bucket, device=device)  # (B,)
         codes = torch.empty(len(seeds), 0, dtype=torch.long, device=device)  # (B, 0)
         for k in range(c.components):
+            checkpoint(k + 1, c.components)
             logits = self(codes, level, cond)[:, -1].float()  # (B, buckets)
             if temperature > 0:
                 # (B, buckets)

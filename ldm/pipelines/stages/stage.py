@@ -23,6 +23,7 @@ from ldm.pipelines.conditions import Pair, crop_condition, crop_hints
 from ldm.pipelines.control.control_use import control_parts
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.windows import Crop, windowed
+from ldm.support.calls import checkpoint
 from ldm.support.progress import progress_bar
 
 # Draws kept for each stage (and each candidate of the prior), so that no two share any. Draw k of stage s is
@@ -279,7 +280,9 @@ class Stage:
     def solve(self, call: Call, fn: DenoiseFn, x: Tensor, hooks: Sequence[StepHook] = ()) -> Tensor:
         """Run the call's sampler over its grid with any DenoiseFn; the arguments are those of `sample`."""
         with progress_bar(len(call.grid), call.progress, leave=False) as bar:
-            hook = chain_hooks(call.on_step, lambda *_: bar.update(), *hooks)
+            total = len(call.grid)
+            follow: StepHook = lambda i, *_: checkpoint(i + 1, total)  # noqa: E731
+            hook = chain_hooks(call.on_step, lambda *_: bar.update(), *hooks, follow)
             noise = self.step_noise(call)
             return call.solve(fn, x, call.grid, noise=noise, on_step=hook, **call.options)
 

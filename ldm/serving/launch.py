@@ -1,0 +1,168 @@
+"""Start the server: models, worker, application, and uvicorn."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ldm.registry.loading import load
+from ldm.registry.locating import resolve_card
+from ldm.serving.application import MOST_BODY, application
+from ldm.serving.counters import Counters
+from ldm.serving.fleet import Fleet, ServedModel
+from ldm.serving.service import Service
+from ldm.serving.worker import Worker
+from ldm.speed.optimization import optimize
+
+GRACE = 600  # seconds that requests in work have after Ctrl-C; a second one ends them within one step
+
+
+class StoppableServer(uvicorn.Server):
+    """uvicorn, whose first Ctrl-C ends the requests that wait, and the second those in work.
+
+    Args:
+        config: uvicorn's configuration.
+        worker: The worker.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self.worker = worker
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; uvicorn calls this for SIGINT and SIGTERM."""
+        # in a thread of its own: the lock may be held by the code that the signal has interrupted
+        import threading
+
+        again = self.should_exit or sig == signal.SIGTERM
+        threading.Thread(target=self.worker.stop, kwargs={"now": again}, daemon=True).start()
+        self.should_exit = True
+
+
+def served_models(
+    names: Sequence[str], weights: Sequence[str], options: Any, *, fast: bool = False
+) -> list[ServedModel]:
+    """Return the models that a server offers; their cards are read, their weights are not.
+
+    Args:
+        names: Names of models. Empty: that of the weights, else emoji-ldm.
+        weights: Files or folders of weights, one for each name or none.
+        options: Further options of `ldm.load`.
+        fast: Whether to call `ldm.optimize`. Default: False.
+
+    Raises:
+        ValueError: If a name is unknown, or there is another number of weights than of names.
+        FileNotFoundError: If there are no such weights.
+    """
+    if weights and names and len(names) != len(weights):
+        raise ValueError(
+            f"--weights: got {len(weights)} for {len(names)} models; expected one for each, or none"
+        )
+    count = max(len(names), len(weights), 1)
+    made = []
+    for i in range(count):
+        name = names[i] if names else None
+        path = weights[i] if weights else None
+        card, _ = resolve_card(name, path)
+        card.main_stage()
+        if path is not None and path != "random" and not Path(path).exists():
+            raise FileNotFoundError(f"--weights: no such file: {path!r}")
+        loader = functools.partial(loaded_pipe, name, path, options, fast=fast)
+        made.append(ServedModel(name=card.name, card=card, load=loader))
+    return made
+
+
+def loaded_pipe(name: str | None, weights: str | None, options: Any, *, fast: bool) -> Any:
+    """Return a pipeline that is ready to sample; see `served_models`.
+
+    Raises:
+        ValueError: If the model is a single network.
+    """
+    pipe = load(name, weights=weights, **options)
+    if not hasattr(pipe, "text_to_image"):
+        raise ValueError(f"{name or weights!r} is a single network, which generates no images")
+    return optimize(pipe) if fast else pipe
+
+
+def serve(
+    models: Sequence[ServedModel],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    key: str | None = None,
+    origins: Sequence[str] = (),
+    memory: int | None = None,
+    waiting: int = 64,
+    batch: int = 8,
+    exact: bool = True,
+    strict_sizes: bool = False,
+    most: int = MOST_BODY,
+    report: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Serve models until Ctrl-C.
+
+    Args:
+        models: The models; the first is loaded at once, and is the default.
+        host: Address to bind to. Default: "127.0.0.1".
+        port: Port; 0: any that is free. Default: 8000.
+        key: The key that requests must have. Default: None, none.
+        origins: Origins besides the server's own whose pages may use it. Default: none.
+        memory: Bytes of weights in memory at once. Default: None, any.
+        waiting: Requests that may wait. Default: 64.
+        batch: Largest number of images in one batch of several requests. Default: 8.
+        exact: Whether requests are drawn one after another where a batch would round differently. Default:
+            True.
+        strict_sizes: Whether sizes that a model does not make are refused. Default: False.
+        most: Largest number of bytes of a body. Default: 64 MiB.
+        report: Takes the lines that tell of the start. Default: nowhere.
+
+    Raises:
+        ValueError, OSError: If the first model cannot be loaded, or the port is taken.
+    """
+    fleet = Fleet(models, memory=memory, exact=exact)
+    counters = Counters()
+    worker = Worker(fleet, counters, waiting=waiting, batch=batch)
+    service = Service(fleet=fleet, worker=worker, counters=counters, strict_sizes=strict_sizes)
+    app = application(service, host=host, origins=origins, key=key, most=most)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+    )
+    server = StoppableServer(config, worker)
+    listening = bound_socket(host, port)
+    try:
+        fleet.seat(fleet.default)
+        name = f"[{host}]" if ":" in host else host
+        report(f"serving {', '.join(fleet.models)} at http://{name}:{listening.getsockname()[1]}")
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+
+
+def bound_socket(host: str, port: int) -> Any:
+    """Return a socket that listens at an address; OSError, which names it, if that cannot be."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small parts at once (TCP_NODELAY) only on sockets that name their protocol
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+        made.listen(128)  # clients that connect before uvicorn runs wait
+    except (OSError, OverflowError) as error:
+        made.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"{host}:{port}: {reason}") from None
+    return made

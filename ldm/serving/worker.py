@@ -1,0 +1,324 @@
+"""The worker: a bounded queue, and one thread that draws what waits in it, several requests in one batch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+from torch import Tensor
+
+from ldm.diffusion.interfaces import Denoised
+from ldm.images.result import Images
+from ldm.pipelines.call import Call
+from ldm.pipelines.conditions import Pair
+from ldm.serving.counters import Counters
+from ldm.serving.errors import ApiError, refused_by_model, server_failed
+from ldm.serving.fleet import Fleet, Seat
+from ldm.serving.orders import FIELD_NAMES, Drawn, ImageOrder, draw_from_image, final_size_of, text_options
+from ldm.support.calls import interruptible
+
+OnJobStep = Callable[[int, int, Callable[[], Images] | None], None]  # (steps done, steps, preview)
+OVERFLOW = "an image has NaN or infinite values"  # begins the library's error
+_logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The work on a request was ended because nobody waits for it."""
+
+
+class Job:
+    """A request in the queue or in work.
+
+    Args:
+        order: What is asked for.
+        on_step: Called in the worker's thread after every step as (steps done, steps, preview), where
+            `preview()` decodes the present estimate of the images; it is None where there is none. Default:
+            None.
+
+    Attributes:
+        future: The images, or the error.
+        progress: Steps done, and steps, of the stage that runs.
+        estimate: Decodes the estimate of the images after the last step; None between steps.
+        deliver: Takes events of the job to whoever waits for it, from any thread.
+    """
+
+    def __init__(self, order: ImageOrder, on_step: OnJobStep | None = None) -> None:
+        self.order, self.on_step = order, on_step
+        self.deliver: Callable[[Any], None] = lambda event: None
+        self.future: Future[Drawn] = Future()
+        self.progress = (0, 0)
+        self.estimate: Callable[[], Images] | None = None
+        self.began: float | None = None
+        self._gone = threading.Event()
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for the images any more."""
+        return self._gone.is_set()
+
+    def cancel(self) -> None:
+        """End the work within one step."""
+        self._gone.set()
+
+    def finish(self, result: Drawn | Exception) -> None:
+        """Set the result, unless there is one already."""
+        try:
+            if isinstance(result, Exception):
+                self.future.set_exception(result)
+            else:
+                self.future.set_result(result)
+        except InvalidStateError:  # it was cancelled
+            pass
+
+
+class Follower:
+    """A watcher of the pipeline that shows each job its own rows of the states.
+
+    Args:
+        pipe: The pipeline.
+        jobs: The jobs that are drawn.
+        calls: The call of each job, where there are several. Default: none.
+    """
+
+    def __init__(self, pipe: Any, jobs: Sequence[Job], calls: Sequence[Call] = ()) -> None:
+        self.pipe, self.jobs, self.calls, self.rows = pipe, jobs, calls, list(jobs)
+
+    def begin(self, call: Call) -> None:
+        """Note whose rows the states of a run are: all jobs' in one batch, or those of one job's call."""
+        own = [job for job, each in zip(self.jobs, self.calls, strict=False) if each is call]
+        self.rows = own or list(self.jobs)
+
+    def conditioned(self, pair: Pair) -> None:
+        """Nothing depends on the conditions."""
+
+    def step(self, i: int, x: Tensor, d: Denoised) -> None:
+        """Keep the estimate of each job's images, unless a safety checker is to look at the finished ones."""
+        if self.pipe.safety is not None or sum(job.order.n for job in self.rows) != len(d.x0):
+            return
+        for job, x0 in zip(self.rows, d.x0.split([job.order.n for job in self.rows]), strict=True):
+            job.estimate = lambda job=job, x0=x0: self.decoded(job.order, x0)
+
+    def end(self, images: Images) -> None:
+        """Nothing depends on the images."""
+
+    def decoded(self, order: ImageOrder, x0: Tensor) -> Images:
+        """Return the estimate of an order's images."""
+        pixels = self.pipe.stage.images.decode(x0).nan_to_num(0.5)
+        seeds = tuple(range(order.seed, order.seed + len(pixels)))
+        return Images(tensor=pixels, seeds=seeds, prompts=(order.prompt,) * len(pixels))
+
+    def check(self, done: int, total: int) -> None:
+        """Tell the jobs of a step; raise `Stopped` if none of them is wanted any more."""
+        if all(job.gone for job in self.jobs):
+            raise Stopped
+        for job in self.rows:
+            job.progress = (done, total)
+            if job.on_step is not None and not job.gone:
+                job.on_step(done, total, job.estimate)
+            job.estimate = None
+
+
+class Worker:
+    """One thread that draws the images of jobs, in the order in which they came.
+
+    Args:
+        fleet: The models.
+        counters: What is counted.
+        waiting: Number of jobs that may wait. Default: 64.
+        batch: Largest number of images in one batch of several jobs. Default: 8.
+    """
+
+    def __init__(self, fleet: Fleet, counters: Counters, *, waiting: int = 64, batch: int = 8) -> None:
+        self.fleet, self.counters, self.waiting, self.batch = fleet, counters, waiting, batch
+        self.queue: deque[Job] = deque()
+        self.running: tuple[Job, ...] = ()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._began = 0.0  # when the work that is not yet counted began
+        self._thread = threading.Thread(target=self._run, name="ldm-worker", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 if the server stops.
+        """
+        with self._changed:
+            if self._closed:
+                raise ApiError(503, "the server is stopping", kind="server_error", code="server_stopping")
+            waiting = [each for each in self.queue if not each.gone]
+            if len(waiting) >= self.waiting:
+                self.counters.refused += 1
+                seconds = self.counters.expected_seconds(sum(each.order.n for each in waiting))
+                raise ApiError(
+                    429,
+                    f"the queue is full: {self.waiting} requests wait",
+                    kind="rate_limit_error",
+                    code="rate_limit_exceeded",
+                    retry_after=seconds,
+                )
+            self.queue.append(job)
+            self._changed.notify_all()
+
+    def stop(self, *, now: bool = False) -> None:
+        """Take no more jobs; end those that wait, and with `now` also those in work, within one step."""
+        with self._changed:
+            self._closed = True
+            waiting, running = list(self.queue), self.running
+            self.queue.clear()
+            self._changed.notify_all()
+        for job in waiting:
+            job.finish(ApiError(503, "the server is stopping", kind="server_error", code="server_stopping"))
+        if now:
+            for job in running:
+                job.cancel()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the thread has ended; return whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _take(self) -> tuple[Job, ...]:
+        """Wait for a job and return it with others of its kind; empty when the worker is stopped."""
+        with self._changed:
+            while True:
+                while self.queue and self.queue[0].gone:
+                    self._drop(self.queue.popleft())
+                if self.queue:
+                    break
+                if self._closed:
+                    return ()
+                self._changed.wait()
+            first = self.queue.popleft()
+            taken, images = [first], first.order.n
+            key = first.order.key if self.fleet.joins(first.order.model) else None
+            for job in list(self.queue) if key is not None else ():
+                if job.order.key == key and not job.gone and images + job.order.n <= self.batch:
+                    self.queue.remove(job)
+                    taken.append(job)
+                    images += job.order.n
+            self.running = tuple(taken)
+            return self.running
+
+    def _drop(self, job: Job) -> None:
+        self.counters.cancelled += 1
+        job.finish(Stopped())
+
+    def _run(self) -> None:
+        while jobs := self._take():
+            self._began = time.perf_counter()
+            for job in jobs:
+                job.began = self._began
+            try:
+                self._draw(jobs)
+            except BaseException as error:  # the thread goes on whatever a request leads to
+                failure = self._failure(error)
+                self._answer({job: failure for job in jobs if not job.future.done()})
+            self.running = ()
+
+    def _answer(self, results: Mapping[Job, Drawn | Exception]) -> None:
+        """Count the results of a batch, and answer its jobs."""
+        now = time.perf_counter()
+        images = sum(len(result.images) for result in results.values() if isinstance(result, Drawn))
+        if images:
+            self.counters.batch(images)
+            self.counters.drew(images, now - self._began)
+        self._began = now
+        self.counters.cancelled += sum(isinstance(result, Stopped) for result in results.values())
+        for job, result in results.items():
+            job.finish(result)
+
+    def _failure(self, error: BaseException) -> Exception:
+        """Return the error that a request is answered with."""
+        if isinstance(error, ApiError | Stopped):
+            return error
+        if isinstance(error, ValueError) and not str(error).startswith(OVERFLOW):
+            return refused_by_model(error, FIELD_NAMES)
+        _logger.error("a request failed", exc_info=error)
+        self.counters.failed += 1
+        return server_failed()
+
+    def _seat(self, name: str) -> Seat:
+        try:
+            return self.fleet.seat(name)
+        except Exception as error:
+            _logger.error("%s cannot be loaded", name, exc_info=error)
+            self.counters.failed += 1
+            raise server_failed(
+                f"the model {name!r} cannot be loaded; the server's log has the reason"
+            ) from error
+
+    def _draw(self, jobs: Sequence[Job]) -> None:
+        """Draw the images of jobs and answer them."""
+        seat = self._seat(jobs[0].order.model)
+        if seat.together is not None and jobs[0].order.key is not None:
+            self._draw_together(seat, jobs)
+            return
+        (job,) = jobs
+        if job.gone:
+            raise Stopped
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            images = self._draw_alone(seat, job)
+        self._answer({job: self._drawn(seat, job, images, found)})
+
+    def _draw_alone(self, seat: Seat, job: Job) -> Images:
+        pipe, order = seat.pipe, job.order
+        follower = Follower(pipe, [job])
+        with pipe.watched_by(follower), interruptible(follower.check):
+            if order.source is not None:
+                return draw_from_image(pipe, order)
+            made: Images = pipe.text_to_image(order.prompt, **text_options(pipe, order))
+            return made
+
+    def _draw_together(self, seat: Seat, jobs: Sequence[Job]) -> None:
+        """Draw text-to-image jobs in one batch; the options of each are checked first."""
+        pipe, calls, told, ready = seat.pipe, list[Call](), list[Sequence[Any]](), list[Job]()
+        for job in jobs:
+            try:
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter("always")
+                    calls.append(pipe.settle(job.order.prompt, **text_options(pipe, job.order)))
+                ready.append(job)
+                told.append(found)
+            except Exception as error:
+                self._answer({job: self._failure(error)})
+        if not ready:
+            return
+
+        def answer(made: Mapping[int, Images | None]) -> None:
+            self._answer(
+                {
+                    ready[i]: Stopped() if images is None else self._drawn(seat, ready[i], images, told[i])
+                    for i, images in made.items()
+                }
+            )
+
+        follower = Follower(pipe, ready, calls)
+        assert seat.together is not None
+        with pipe.watched_by(follower), interruptible(follower.check):
+            seat.together.draw(calls, lambda i: not ready[i].gone, answer)
+
+    def _drawn(self, seat: Seat, job: Job, images: Images, found: Sequence[Any]) -> Drawn:
+        order = job.order
+        return Drawn(
+            images=images,
+            size=final_size_of(seat.pipe, order, images),
+            source=order.source if order.endpoint == "edits" else None,
+            warnings=tuple(dict.fromkeys(str(each.message) for each in found)),
+        )
