@@ -39,7 +39,7 @@ SAMPLING = (
     *GRID,
 )
 
-TOKENS = (
+TOKEN_OPTIONS = (
     argument(
         "--temperature",
         "DALL·E Mini: divisor of the logits; 0 takes the likeliest token (default: 1)",

@@ -67,7 +67,7 @@ class BasePipeline(ImagePipeline):
 
         Args:
             call: The call that they were drawn by.
-            pixels: Images (B, 3, H, W) in [0, 1]; see `ImagePipeline.recorded`.
+            pixels: Images (B, 3, H, W) in [0, 1]; see `ImagePipeline._recorded`.
             request: The request, with the task's name and the facts for the recipe.
             steps: The prediction of every step (N, B, 3, H, W), where it was kept.
         """
@@ -83,7 +83,7 @@ class BasePipeline(ImagePipeline):
             facts["inputs"] = inputs
         if self.guide is not cfg:
             facts["because"] = "it was made with a guidance method that a recipe does not hold"
-        return self.recorded(
+        return self._recorded(
             pixels,
             call.recipe(request.task),
             facts,

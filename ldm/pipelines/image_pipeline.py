@@ -94,7 +94,7 @@ class ImagePipeline(nn.Module):
         """The step hooks of the watchers."""
         return tuple(watcher.step for watcher in self.watchers)
 
-    def recorded(
+    def _recorded(
         self,
         pixels: Tensor,
         options: Mapping[str, Any],

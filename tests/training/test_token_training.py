@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,13 @@ import pytest
 import torch
 from tiny_trainings import run, write
 
+import ldm
 from ldm.catalog.dalle_cards import DalleCard, TokenDefaults
 from ldm.models.dalle.decoder import DalleDecoder
 from ldm.models.dalle.encoder import DalleEncoder
 from ldm.models.text.byte_bpe import ByteTokenizer
 from ldm.models.vq import VQConfig
 from ldm.pipelines.dalle.pipeline import DalleMini
-from ldm.registry.dalle.reading import load_tokens, write_tokens
-from ldm.registry.locating import WeightsRequest
 from ldm.training.draws import Draws
 from ldm.training.parts.dalle import TokenPart
 from ldm.training.run import open_run
@@ -89,8 +87,8 @@ def test_a_run_exports_parts_that_make_a_model(place: Path) -> None:
         part.encoder.load_state_dict(encoder.state_dict())
         part.decoder.load_state_dict(decoder.state_dict())
         assert torch.equal(part.sample(["red disc"]), drawn)  # the training samples as the pipeline does
-    write_tokens(pipe, Path("model"))
-    again = load_tokens(replace(card), WeightsRequest(weights=Path("model"), dtype=torch.float32))
+    ldm.save(pipe, "model")
+    again = ldm.load(weights="model", device="cpu", dtype="float32")
     assert torch.equal(again.text_to_image("red disc", n=1, progress=False).tensor, images.tensor)
 
 

@@ -68,7 +68,7 @@ class DalleMini(ImagePipeline):
         super().__init__(origin=origin, safety=safety)
         self.encoder, self.decoder, self.vae = encoder, decoder, vae
         self.tokenizer, self.card = tokenizer, card
-        self.__dict__["clip"] = clip  # not one of its networks
+        self.clip = clip
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -198,7 +198,7 @@ class DalleMini(ImagePipeline):
         Raises:
             ValueError: If there is no CLIP, or an option is wrong.
         """
-        clip = self.__dict__["clip"] if clip is None else clip
+        clip = self.clip if clip is None else clip
         if clip is None:
             raise ValueError(f"{self.name!r} has no CLIP of its own to rank images by: pass clip")
         keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
@@ -252,7 +252,7 @@ class DalleMini(ImagePipeline):
                 call.on_step(count, seen, lambda seen=seen: finished(seen))  # type: ignore[misc]
             if call.keep_steps and count % grid == 0:
                 kept.append(finished(tokens))
-        return self.recorded(
+        return self._recorded(
             kept[-1] if kept else finished(tokens),
             call.recipe(task),
             facts,
@@ -264,6 +264,8 @@ class DalleMini(ImagePipeline):
 
     def drawn(self, call: TokenCall, known: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield, after every token, the number of tokens and all tokens (B, N), −1 where there is none yet.
+
+        The tokens are one tensor, which is written to. Call it inside `torch.no_grad()`.
 
         Args:
             call: The settled options.
@@ -283,14 +285,21 @@ class DalleMini(ImagePipeline):
             read = torch.cat([start, given[:, :ahead]], dim=1)[:, :-1]
             self.decoder.advance(read.repeat(branches, 1), cache)
             tokens[:, :ahead] = given[:, :ahead]
-        options = {"temperature": call.temperature, "top_k": call.top_k, "top_p": call.top_p}
         with progress_bar(length, call.progress, desc=self.name, initial=ahead) as bar:
             for i in range(ahead, length):
                 last = (tokens[:, i - 1 : i] if i else start).repeat(branches, 1)  # (branches·B, 1)
                 logits = self.decoder.advance(last, cache)[:, :codes].float()  # (branches·B, codes)
                 if branches == 2:
-                    logits = super_conditioned(*logits.chunk(2), call.guidance)
-                new = draw_tokens(logits, call.seeds, i, **options)  # (B,)
+                    uncond, prompted = logits.chunk(2)  # (B, codes) each
+                    logits = super_conditioned(uncond, prompted, call.guidance)
+                new = draw_tokens(
+                    logits,
+                    call.seeds,
+                    i,
+                    temperature=call.temperature,
+                    top_k=call.top_k,
+                    top_p=call.top_p,
+                )  # (B,)
                 tokens[:, i] = torch.where(given[:, i] == ABSENT, new, given[:, i])
                 bar.update()
                 yield i + 1, tokens

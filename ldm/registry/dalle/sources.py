@@ -22,6 +22,7 @@ from ldm.models.vq import VQConfig
 from ldm.registry.dalle.model_config import check_model_config
 from ldm.registry.dalle.tokenizer_files import find_tokenizer, read_tokenizer
 from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
+from ldm.support.text import escaped
 from ldm.weights.detection import Detection, detect
 from ldm.weights.formats.single_file import (
     AUTOENCODER_PREFIXES,
@@ -184,9 +185,9 @@ def pieces_of(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     try:
         found = detect({key: tuple(tensor.shape) for key, tensor in state.items()}, source=path)
     except ValueError:
-        return f"{path.name}, of no known family", {}
+        return f"{escaped(path.name, 100)}, of no known family", {}
     if found.name not in PIECES:
-        return f"{path.name}, {found.family.title}", {}
+        return f"{escaped(path.name, 100)}, {found.family.title}", {}
     return found.name, piece_parts(state, found, path)
 
 
