@@ -25,6 +25,7 @@ _PUBLIC = {  # public name → module below ldm that defines it
     "Control": "pipelines.control.control_use",
     "LatentDiffusion": "pipelines.latent",
     "UnCLIP": "pipelines.unclip",
+    "DalleMini": "pipelines.dalle.pipeline",
     "list_models": "registry.names",
     "load": "registry.loading",
     "save": "registry.saving",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ldm.diffusion.schedule import NoiseSchedule
     from ldm.images.result import Images
     from ldm.pipelines.control.control_use import Control
+    from ldm.pipelines.dalle.pipeline import DalleMini
     from ldm.pipelines.latent import LatentDiffusion
     from ldm.pipelines.unclip import UnCLIP
     from ldm.registry.loading import load

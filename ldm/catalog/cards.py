@@ -30,14 +30,12 @@ from ldm.support.scalars import check_above_zero
 
 Autoencoder = VAEConfig | VQConfig | TinyConfig
 Conditioning = TextConfig | BertConfig | LabelConfig
-Kind = Literal["latent", "autoencoder", "unclip", "prior"]
+Kind = Literal["latent", "autoencoder", "unclip", "prior", "tokens", "dvae"]
 _C = TypeVar("_C")
 # The contents of `Cond.concat`. "inpaint": mask and masked latent; "inpaint-ldm": masked latent and mask in
 # [−1, 1]; "depth": depth map; "image": unscaled latent of the image to edit; "lowres": image to enlarge, at
 # the size of the latent; "lowres-noised": the same with noise of a given level.
 Concat = Literal["inpaint", "inpaint-ldm", "depth", "image", "lowres", "lowres-noised"]
-
-
 MAX_TIMESTEPS, MAX_SIDE = 2**16, 2**14  # of a card: timesteps of training; pixels of an image's side
 
 
@@ -175,6 +173,10 @@ class Card:
         """
         raise NotImplementedError
 
+    def usual(self) -> Defaults:
+        """Return the values of the options that a call leaves out."""
+        return self.main_stage().defaults
+
     def file_parts(self) -> dict[str, str]:
         """Map the names of parts in the authors' single file to the names of this card's parts."""
         return {part: part for part in self.shapes()}
@@ -293,8 +295,7 @@ def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
     return table[value]
 
 
-OPTIONAL_PARTS = ("draft", "layout")
-"""Parts that a model without stated networks may have."""
+OPTIONAL_PARTS = ("draft", "layout")  # parts that a model without stated networks may have
 
 
 @dataclass(frozen=True, kw_only=True)

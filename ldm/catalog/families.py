@@ -46,13 +46,19 @@ SDXL_PARTS = {
 }
 UNCLIP = CLIP_H | {"image": "embedder.model.", "noise": "noise_augmentor."}
 # Other prefixes of the same part: SD-Turbo's text tower is stored below that of SDXL's conditioners.
-ALTERNATIVES = {f"{COND_PREFIX}model.": ("conditioner.embedders.0.model.",)}
+ALTERNATIVES = {
+    f"{COND_PREFIX}model.": ("conditioner.embedders.0.model.",),
+    "model.encoder.": ("encoder.",),
+    "model.decoder.": ("decoder.",),
+}
 ALONE = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}
 
 EPS_OR_V = "the keys do not tell whether it predicts eps (the 512 base models) or v (768): name the model"
 ADDED = "is added to a model and is not a model itself"
 AUTOENCODER = "is an autoencoder alone, without a diffusion model"
 UNSUPPORTED = "is known but not supported"
+PIECE = "is one part of a model: pass the folder that holds all of them (docs/dalle.md)"
+HALF = "is half of an autoencoder: pass the folder that holds encoder.pkl and decoder.pkl"
 
 FAMILIES: dict[str, Family] = {
     "sd1": Family(title="Stable Diffusion 1.x", parts=CLIP_L),
@@ -133,11 +139,30 @@ FAMILIES: dict[str, Family] = {
         title="DALLE2-pytorch prior", parts={"prior": "net."}, unneeded=("noise_scheduler.*", "clip.*")
     ),
     "dalle2-decoder": Family(title="DALLE2-pytorch decoder", refusal=UNSUPPORTED),
+    "dalle-mini": Family(
+        title="DALL·E Mini or Mega without a detokenizer",
+        parts={"encoder": "model.encoder.", "decoder": "model.decoder."},
+        refusal=PIECE,
+    ),
     "dalle-mini-encoder": Family(
-        title="DALL·E mini or mega encoder", refusal=f"{UNSUPPORTED}: it is no diffusion model"
+        title="encoder of DALL·E Mini or Mega", parts={"encoder": ""}, refusal=PIECE
     ),
     "dalle-mini-decoder": Family(
-        title="DALL·E mini or mega decoder", refusal=f"{UNSUPPORTED}: it is no diffusion model"
+        title="decoder of DALL·E Mini or Mega", parts={"decoder": ""}, refusal=PIECE
+    ),
+    "dalle-mini-detokenizer": Family(
+        title="detokenizer of DALL·E Mini or Mega", parts={"vae": ""}, refusal=PIECE
+    ),
+    "dalle-dvae": Family(
+        title="discrete autoencoder of DALL·E",
+        parts={"vae": ""},
+        refusal=AUTOENCODER,
+    ),
+    "dalle-dvae-encoder": Family(
+        title="encoder of DALL·E's discrete autoencoder", parts={"vae": ""}, refusal=HALF
+    ),
+    "dalle-dvae-decoder": Family(
+        title="decoder of DALL·E's discrete autoencoder", parts={"vae": ""}, refusal=HALF
     ),
     "controlnet": Family(title="ControlNet", refusal=ADDED),
     "lora": Family(title="LoRA", refusal=f"{ADDED}: load it with pipe.adapters.load"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.catalog.cards import Card, DiffusionCard, ModelCard
+from ldm.catalog.dalle_cards import DALLE_CARDS, TOKEN_FAMILIES, DalleCard
 from ldm.catalog.families import FAMILIES
 from ldm.catalog.published import CARDS
 from ldm.catalog.published_unclip import PRIOR_CARDS, UNCLIP_CARDS
@@ -15,14 +16,16 @@ from ldm.support.config import build, check_sizes, convert, nearest, read_yaml
 from ldm.support.text import escaped, shown
 
 ASSETS = Path(__file__).parents[1] / "assets"
-REGISTERED: dict[str, ModelCard | UnCLIPCard | PriorCard] = {}  # the cards that a user registered, by name
+ReadCard = ModelCard | UnCLIPCard | PriorCard | DalleCard  # what a YAML file may hold
+REGISTERED: dict[str, ReadCard] = {}  # the cards that a user registered, by name
 
 
-def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
+def read_card(path: str | Path) -> ReadCard:
     """Return the card in a YAML file.
 
     The family decides the kind of card: an `UnCLIPCard` for the families of
-    `ldm.catalog.unclip_cards.UnCLIPFamily`, a `PriorCard` for "dalle2-prior", otherwise a `ModelCard`. With
+    `ldm.catalog.unclip_cards.UnCLIPFamily`, a `DalleCard` for those of
+    `ldm.catalog.dalle_cards.TokenFamily`, a `PriorCard` for "dalle2-prior", otherwise a `ModelCard`. With
     ``base: NAME`` the fields that the file leaves out are those of the card called NAME, except where its
     weights are.
 
@@ -33,7 +36,7 @@ def read_card(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
     return parse_card(read_yaml(path), path)
 
 
-def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
+def parse_card(mapping: Mapping[str, Any], source: str | Path) -> ReadCard:
     """Return the card of a mapping; see `read_card`. ``source`` is the file that error messages name."""
     mapping = dict(mapping)
     try:
@@ -64,10 +67,12 @@ def check_card(card: Card) -> None:
                 raise ValueError(f"schedule of {part}: {escaped(error, 300)}") from None
 
 
-def card_class(family: object) -> type[ModelCard] | type[UnCLIPCard] | type[PriorCard]:
+def card_class(family: object) -> type[ModelCard] | type[UnCLIPCard] | type[PriorCard] | type[DalleCard]:
     """Return the class of the cards of a family."""
     if family in UNCLIP_FAMILIES:
         return UnCLIPCard
+    if family in TOKEN_FAMILIES:
+        return DalleCard
     return PriorCard if family == "dalle2-prior" else ModelCard
 
 
@@ -78,7 +83,7 @@ def embedded() -> dict[str, Path]:
 
 def known_cards() -> dict[str, Card]:
     """Return the cards without embedded weights: published ones first, then registered ones."""
-    return {**CARDS, **UNCLIP_CARDS, **PRIOR_CARDS, **REGISTERED}
+    return {**CARDS, **UNCLIP_CARDS, **PRIOR_CARDS, **DALLE_CARDS, **REGISTERED}
 
 
 def find_model(name: str) -> DiffusionCard:

@@ -126,6 +126,9 @@ AUTOENCODERS = (
         for f in (4, 8, 16)
     ),
     autoencoder("vq-f4-noattn", "first-stage-vq", "LDM first stage VQ-f4 without attention"),
+    autoencoder(
+        "vqgan-imagenet-f16-16384", "first-stage-vq", "VQGAN of ImageNet: downsampling by 16, 16384 codes"
+    ),
     autoencoder("vq-f8-n256", "first-stage-vq", "LDM first stage VQ-f8 with 256 codes"),
     autoencoder(
         "taesd",

@@ -131,6 +131,10 @@ VAES: dict[str, VAEConfig | VQConfig | TinyConfig] = {
     "vq-f16": VQConfig(
         channels=(128, 128, 256, 256, 512), latent_channels=8, attention_levels=(4,), codes=16384
     ),
+    # the autoencoder of DALL·E Mini
+    "vqgan-imagenet-f16-16384": VQConfig(
+        channels=(128, 128, 256, 256, 512), latent_channels=256, attention_levels=(4,), codes=16384
+    ),
     "taesd": TinyConfig(),
     "taesdxl": TinyConfig(),
 }

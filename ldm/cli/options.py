@@ -39,6 +39,20 @@ SAMPLING = (
     *GRID,
 )
 
+TOKEN_OPTIONS = (
+    argument(
+        "--temperature",
+        "DALL·E Mini: divisor of the logits; 0 takes the likeliest token (default: 1)",
+        type=float,
+    ),
+    argument(
+        "--top-k", "DALL·E Mini: number of the likeliest tokens that are drawn from (default: 256)", type=int
+    ),
+    argument(
+        "--top-p", "DALL·E Mini: probability of the tokens that are drawn from (default: 1)", type=float
+    ),
+)
+
 BORDER = (
     argument("--resample", "times each stretch of steps is run (RePaint; default: 1)", type=int),
     argument("--jump", "steps in such a stretch (default: 5)", type=int),

@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.cli.options import BORDER, EXACT, IMAGE, IMAGE_PROMPT, IMAGE_SIZE, PROMPT, SAMPLING, WINDOW
+from ldm.cli.options import (
+    BORDER,
+    EXACT,
+    IMAGE,
+    IMAGE_PROMPT,
+    IMAGE_SIZE,
+    PROMPT,
+    SAMPLING,
+    TOKEN_OPTIONS,
+    WINDOW,
+)
 from ldm.cli.parsing import Argument, CollectPairs, UsageError, argument, parse_emphasis, parse_text
 from ldm.support.text import shown
 
@@ -80,6 +90,7 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
         arguments=(
             argument(PROMPT.name, PROMPT.help, **{**PROMPT.settings, "nargs": "?"}),
             IMAGE_SIZE,
+            *TOKEN_OPTIONS,
         ),
         method="text_to_image",
         tables=True,

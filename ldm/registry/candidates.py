@@ -29,7 +29,7 @@ class Candidate:
 
 Candidates = Callable[[Detection], Iterable[Candidate]]  # detected family -> candidates
 
-# Families of files that hold one part of an unCLIP model: the families of cards that it may belong to.
+# Families of files that hold some parts of a model: the families of cards that these may belong to.
 PART_OF = {
     "karlo-prior": ("karlo", "kandinsky21"),
     "karlo-decoder": ("karlo",),
@@ -37,6 +37,9 @@ PART_OF = {
     "kandinsky21": ("kandinsky21",),
     "kandinsky22": ("kandinsky22",),
     "movq": ("kandinsky21", "kandinsky22"),
+    "dalle-mini": ("dalle-mini",),
+    "dalle-mini-encoder": ("dalle-mini",),
+    "dalle-mini-decoder": ("dalle-mini",),
 }
 
 

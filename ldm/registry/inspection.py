@@ -23,7 +23,14 @@ from ldm.weights.detection import Detection, detect
 from ldm.weights.formats.markers import markers, stated_sampling
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.safetensors import existing_file, sha256
-from ldm.weights.formats.single_file import SAFETENSORS_KIND, ema_names, file_kind, read_tensors, split_parts
+from ldm.weights.formats.single_file import (
+    FLAX_KIND,
+    SAFETENSORS_KIND,
+    ema_names,
+    file_kind,
+    read_tensors,
+    split_parts,
+)
 
 __all__ = ["Candidate", "Candidates", "Report", "inspect"]
 
@@ -75,7 +82,7 @@ def inspect_file(path: Path, candidates: Candidates, *, nan: bool, digest: bool)
     state: dict[str, Tensor] = {}
     values: Mapping[str, object] = {}
     kind = file_kind(path)
-    pickled = None if kind == SAFETENSORS_KIND else examine(path)
+    pickled = None if kind in (SAFETENSORS_KIND, FLAX_KIND) else examine(path)
     try:
         if pickled is None or path.suffix == ".safetensors":
             state, values = read_tensors(path)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.catalog.cards import Kind
 from ldm.diffusion.interfaces import Prediction
+from ldm.registry.dalle.reading import load_dvae, load_tokens
 from ldm.registry.dtype_choice import settled_dtype
 from ldm.registry.latent.reading import load_autoencoder, load_latent
 from ldm.registry.locating import WeightsRequest, resolve_card
@@ -25,8 +26,10 @@ LOADERS: Mapping[Kind, Callable[[Any, WeightsRequest], nn.Module]] = {
     "autoencoder": load_autoencoder,
     "unclip": load_unclip,
     "prior": load_prior,
+    "tokens": load_tokens,
+    "dvae": load_dvae,
 }
-PIPELINES: tuple[Kind, ...] = ("latent", "unclip")  # the kinds of models that take a safety checker
+PIPELINES: tuple[Kind, ...] = ("latent", "unclip", "tokens")  # the kinds of models that take a safety checker
 
 
 def load(
@@ -65,8 +68,8 @@ def load(
         black: Whether images that the safety checker flags are replaced by black ones.
 
     Returns:
-        A `LatentDiffusion` or an `UnCLIP`; the network alone for an autoencoder; a `PriorStage` for a prior.
-        Its attribute `dtype_choice` states the dtype and the reason for it.
+        A `LatentDiffusion`, an `UnCLIP` or a `DalleMini`; the network alone for an autoencoder; a
+        `PriorStage` for a prior. Its attribute `dtype_choice` states the dtype and the reason for it.
 
     Raises:
         ValueError: If the name is unknown, or the weights do not fit or belong to another model.

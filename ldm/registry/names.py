@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.catalog.cards import ModelCard
-from ldm.catalog.lookup import REGISTERED, embedded, known_cards, read_card
-from ldm.catalog.unclip_cards import PriorCard, UnCLIPCard
+from ldm.catalog.lookup import REGISTERED, ReadCard, embedded, known_cards, read_card
 
 
 def list_models() -> list[str]:
@@ -14,12 +12,12 @@ def list_models() -> list[str]:
     return sorted({*embedded(), *known_cards()})
 
 
-def register(path: str | Path) -> ModelCard | UnCLIPCard | PriorCard:
+def register(path: str | Path) -> ReadCard:
     """Make a model known to `ldm.load` and `ldm.list_models` by its card in a YAML file.
 
     Args:
-        path: The file. It states the fields of `ModelCard`, `UnCLIPCard` or `PriorCard`, or ``base: NAME``
-            and the fields that differ from the card called NAME.
+        path: The file. It states the fields of `ModelCard`, `UnCLIPCard`, `PriorCard` or `DalleCard`, or
+            ``base: NAME`` and the fields that differ from the card called NAME.
 
     Returns:
         The card. It replaces a card that was registered under the same name.

@@ -175,7 +175,7 @@ def checked_recipe(
     arguments = _task_arguments(facts, recipe)
     card, _ = resolve_card(facts.model, weights)
     if limits:
-        check_limits(arguments, card.main_stage().defaults, LIMITS)
+        check_limits(arguments, card.usual(), LIMITS)
     return CheckedRecipe(facts=facts, arguments=arguments)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from ldm.pipelines.dalle.pipeline import DalleMini
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.unclip import UnCLIP
+from ldm.registry.dalle.reading import write_tokens
 from ldm.registry.latent.writing import LAYOUTS, write_diffusers, write_ldm, write_original
 from ldm.registry.unclip.writing import write_unclip
 from ldm.support.config import nearest
@@ -23,7 +25,7 @@ COMPONENT_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
 def save(
-    pipe: LatentDiffusion | UnCLIP,
+    pipe: LatentDiffusion | UnCLIP | DalleMini,
     path: str | Path,
     *,
     layout: str = "native",
@@ -57,16 +59,12 @@ def save(
     path = Path(path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}; {nearest(layout, LAYOUTS)}")
-    if isinstance(pipe, UnCLIP):
-        if layout != "native":
-            raise ValueError(f"layout {layout!r}: expected 'native', the only one for an UnCLIP")
-        with staged_folder(path, INDEX_FILES, files_of_models) as stage:
-            write_unclip(pipe, stage, dtype=weights_dtype, **facts)
-        return path
     if layout == "native":
         with staged_folder(path, INDEX_FILES, files_of_models) as stage:
-            write_ldm(pipe, stage, weights_dtype, facts)
+            write_native(pipe, stage, weights_dtype, facts)
         return path
+    if not isinstance(pipe, LatentDiffusion):
+        raise ValueError(f"layout {layout!r}: expected 'native', the only one for a {type(pipe).__name__}")
     if facts:
         raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
     if pipe.card.family == "latent":
@@ -79,6 +77,25 @@ def save(
     with staged_folder(path, INDEX_FILES, files_of_models) as stage:
         write_diffusers(pipe, stage, weights_dtype)
     return path
+
+
+def write_native(
+    pipe: LatentDiffusion | UnCLIP | DalleMini, folder: Path, dtype: torch.dtype | None, facts: dict[str, Any]
+) -> None:
+    """Write a model in ldm layout.
+
+    Args:
+        pipe: The model.
+        folder: The folder to write.
+        dtype: Floating-point type of the weights; None keeps each network's own.
+        facts: Entries that are added to every part's YAML.
+    """
+    if isinstance(pipe, LatentDiffusion):
+        write_ldm(pipe, folder, dtype, facts)
+    elif isinstance(pipe, UnCLIP):
+        write_unclip(pipe, folder, dtype=dtype, **facts)
+    else:
+        write_tokens(pipe, folder, dtype=dtype, **facts)
 
 
 def files_of_models(folder: Path) -> list[Path]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from ldm.models.dalle.layers import TokenLinear
 from ldm.models.layers.attention import Attention, AttentionBlock
 from ldm.models.layers.resblock import ResBlock, Upsample
 from ldm.models.layers.transformer import GEGLU
 from ldm.models.vae import VAEDecoder
 from ldm.speed.blocks import FastAttention, FastAttentionBlock, FastGEGLU, FastGroupNorm, FastResBlock
+from ldm.speed.few_rows import FewRowsLinear
 from ldm.speed.folded import FoldedUpsample
 from ldm.speed.kernels.build import NoKernels
 from ldm.speed.kernels.choice import described, kernel_choice
@@ -24,6 +26,7 @@ COMPILED = "attention and group norm with SiLU: compiled kernels, "
 
 FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: PackedLinear,
+    TokenLinear: FewRowsLinear,
     nn.Conv2d: PackedConv2d,
     nn.GroupNorm: FastGroupNorm,
     GEGLU: FastGEGLU,
@@ -40,7 +43,7 @@ PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     TrainingConv2d: nn.Conv2d,
 }
 # attributes that fast layers add to their modules
-FAST_ATTRIBUTES = ("ops", "folded", "packed", "transformed", "spare", "spilled")
+FAST_ATTRIBUTES = ("ops", "folded", "packed", "transformed", "rounded", "octets", "spare", "spilled")
 
 
 def exchange(pipe: nn.Module, kernels: bool) -> str:
@@ -66,6 +69,7 @@ def exchange(pipe: nn.Module, kernels: bool) -> str:
             part.proj.__class__ = HalvedLinear
         if type(part) in FAST_LAYERS:
             part.__class__ = FAST_LAYERS[type(part)]
+        part.__dict__.pop("octets", None)  # an option of the last call
         if isinstance(part, FastAttention | FastGroupNorm | FastResBlock | StripDecoder | Packed):
             part.ops = ops
     return note

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.models.layers.resblock import Upsample
 from ldm.models.layers.transformer import GEGLU, SpatialTransformer
+from ldm.speed.few_rows import has_token_layers, use_octets
 from ldm.speed.kept_forms import clear_derived
 from ldm.speed.networks import unets
 from ldm.speed.packed import ContextLinear, needs_gradient
@@ -125,8 +126,10 @@ def check_int8(pipe: nn.Module) -> None:
 
     Raises:
         RuntimeError: If torch or the processor lacks 8-bit products.
-        ValueError: If the pipeline has no UNet.
+        ValueError: If the pipeline has neither a UNet nor layers for a few rows.
     """
+    if has_token_layers(pipe):
+        return
     unets(pipe)
     if (
         not hasattr(torch.ops.onednn, "qconv2d_pointwise")
@@ -140,7 +143,7 @@ def check_int8(pipe: nn.Module) -> None:
 
 
 def use_int8(pipe: nn.Module) -> tuple[str, ...]:
-    """Let the blocks of a pipeline's UNets compute in 8 bits.
+    """Let the blocks of a pipeline's UNets compute in 8 bits, or the layers of a decoder of tokens.
 
     Unchanged are the first and the last convolution, the embeddings of times and conditions, the keys and
     values of the context, which are computed once per prompt, and the convolutions after doubling, which
@@ -149,6 +152,8 @@ def use_int8(pipe: nn.Module) -> tuple[str, ...]:
     Returns:
         A description of what was done.
     """
+    if has_token_layers(pipe):
+        return use_octets(pipe)
     for net in unets(pipe):
         for block in (*net.down_blocks, *net.up_blocks, net.mid_block):
             doubling = {part.conv for part in block.modules() if isinstance(part, Upsample)}

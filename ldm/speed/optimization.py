@@ -12,6 +12,7 @@ from ldm.models.layers.resblock import ResBlock
 from ldm.speed.backends import check_backend, remove_compiled, use_backend
 from ldm.speed.blocks import FastGroupNorm, FastResBlock
 from ldm.speed.fast_layers import COMPILED, FAST_LAYERS, exchange, exchange_back
+from ldm.speed.few_rows import has_token_layers
 from ldm.speed.int8 import check_int8, use_int8
 from ldm.speed.kernels.build import NoKernels
 from ldm.speed.kernels.ops import CompiledOps
@@ -71,7 +72,7 @@ def optimize(
             up, that are computed in every step. Default: 0.
         merge: Fraction of the positions, in [0, 0.75], that are merged in the largest self-attentions
             (`ldm.speed.merge.Merge`). Default: 0.
-        int8: Whether to compute the UNet's products in 8 bits (`ldm.speed.int8`). Default: False.
+        int8: Whether UNets compute in 8 bits (`ldm.speed.int8`), or token decoders' weights. Default: False.
         backend: "compile" (torch.compile) or "openvino" (a separate package) to compute UNets and decoders;
             it excludes the other options. Default: None, ldm's own layers.
 
@@ -93,7 +94,7 @@ def optimize(
         exchange_back(pipe)
         return _described(pipe, use_backend(pipe, backend))
     approximations = (*reuse_features(pipe, reuse, branch), *merge_tokens(pipe, merge))
-    exact = _exact_optimizations(exchange(pipe, kernels), memory, widen(pipe))
+    exact = _exact_optimizations(exchange(pipe, kernels), memory, widen(pipe), has_token_layers(pipe))
     approximations += use_int8(pipe) if int8 else ()
     _set_memory(pipe, memory)
     return _described(pipe, *exact, *approximations)
@@ -124,19 +125,21 @@ def _set_memory(pipe: nn.Module, memory: bool) -> None:
         take_turns(pipe.networks().values() if isinstance(pipe, HasNetworks) else [pipe])
 
 
-def _exact_optimizations(note: str, memory: bool, widening: tuple[str, ...]) -> tuple[str, ...]:
+def _exact_optimizations(note: str, memory: bool, widening: tuple[str, ...], tokens: bool) -> tuple[str, ...]:
     """Return descriptions of the optimizations that do not change results.
 
     Args:
         note: From `exchange`.
         memory: Whether networks at rest are in a file.
         widening: From `widen`.
+        tokens: Whether there are layers that are applied to a few rows.
     """
     folded = "doubling and 3×3 convolution: folded into four 2×2 convolutions"
     winograd = "3×3 convolutions of large maps in float32: Winograd's, compiled kernels"
     return (
         note,
         *(widening or ["linear and convolution weights: packed copies by oneDNN, maps channels last"]),
+        *(["linear layers of a few rows: weights read in place"] if tokens else []),
         "GEGLU: inside its two products",
         "keys and values of the context: once per prompt",
         "decoding: large maps in strips of rows",

@@ -61,6 +61,7 @@ def part_kinds() -> dict[str, PartKind]:
     """Return the kinds of networks that can be trained, by the name that `part` has in a stage file."""
     from ldm.training.parts.clip import CLIPPart, CLIPTraining
     from ldm.training.parts.clip_text import CLIPTextPart, CLIPTextTraining
+    from ldm.training.parts.dalle import TokenPart, TokenTraining
     from ldm.training.parts.decoder import DecoderPart, DecoderTraining
     from ldm.training.parts.draft import DraftPart, DraftTraining
     from ldm.training.parts.exemplar import ExemplarPart, ExemplarTraining
@@ -105,5 +106,6 @@ def part_kinds() -> dict[str, PartKind]:
             {"decoder"},
             _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("unet", "decoder"), "draft": ("draft",)},
         ),
+        "tokens": _kind(TokenTraining, TokenPart, {"encoder", "decoder"}, _VAE),
         "upsampler": _kind(UpsamplerTraining, UpsamplerPart, {"upsampler"}),
     }

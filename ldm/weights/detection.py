@@ -172,9 +172,18 @@ AFTER: tuple[tuple[Callable[[Shapes], bool], str, Literal["original", "diffusers
     (_has_key(r"^concept_embeds$"), "safety-checker", "diffusers"),
     (_has_key(r"(^|\.)net\.learned_query$"), "dalle2-prior", "original"),
     (_has_key(r"^unets\.0\."), "dalle2-decoder", "original"),
+    (_has_key(r"^(model\.)?decoder\.layers\.0\.glu\.fc0\.weight$"), "dalle-mini", "original"),
     (lambda s: "layers.0.glu.fc0.weight" in s and "lm_head.weight" in s, "dalle-mini-decoder", "original"),
     (_has_key(r"^layers\.0\.glu\.fc0\.weight$"), "dalle-mini-encoder", "original"),
+    (_has_key(r"^encoder\.blocks\.group_1\.block_1\.res_path\.conv_1\.w$"), "dalle-dvae", "original"),
+    (lambda s: s.get("blocks.input.w", ())[2:] == (1, 1), "dalle-dvae-decoder", "original"),
+    (_has_key(r"^blocks\.group_1\.block_1\.res_path\.conv_1\.w$"), "dalle-dvae-encoder", "original"),
     (_has_key(r"^decoder\.up\.0\..*conv_y\."), "movq", "original"),
+    (
+        lambda s: "embedding.weight" in s and "decoder.up.0.block.0.conv1.weight" in s,
+        "dalle-mini-detokenizer",
+        "original",
+    ),
     (_has_key(r"^decoder\.up_blocks\.0\..*conv_y\."), "movq", "diffusers"),
     (
         lambda s: "decoder.up.0.block.0.conv1.weight" in s and "quantize.embedding.weight" in s,

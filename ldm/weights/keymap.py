@@ -159,10 +159,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Table:
-    """The sections of one layout, and shell patterns of names in the file that are not needed."""
+    """The sections of one layout.
+
+    Args:
+        sections: The sections.
+        ignore: Shell patterns of names in the file that are not needed.
+        ones: Shell patterns of our names whose tensors are ones if the file has none of them.
+    """
 
     sections: tuple[Section, ...]
     ignore: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
+
+    def implies(self, step: Step) -> bool:
+        """Return whether the tensors of a step may be left out, because they are ones."""
+        return any(fnmatch.fnmatchcase(name, pattern) for name in step.ours for pattern in self.ones)
 
     def plan(self, names: Iterable[str]) -> list[Step]:
         """Return the steps for a network with these names, in their order.
@@ -271,7 +282,12 @@ def _matched_keys(
 ) -> tuple[list[tuple[Step, tuple[str, ...]]], Fit]:
     """Return the steps with the names that the file has for each, and how the file fits."""
     chosen, missing, misshapen, used = [], [], [], set[str]()
-    for step in table.plan(shapes):
+    plan = table.plan(shapes)
+    if table.ones:
+        implied = [step for step in plan if table.implies(step)]
+        if not any(name in have for step in implied for name in step.file):
+            plan = [step for step in plan if step not in implied]
+    for step in plan:
         keys = next(
             (names for names in (step.file, *step.also) if all(name in have for name in names)), step.file
         )
@@ -310,6 +326,9 @@ def from_file(
     for step, keys in chosen:
         tensors = step.change.from_file([state[key] for key in keys], [shapes[name] for name in step.ours])
         ours.update(zip(step.ours, tensors, strict=True))
+    if len(ours) < len(shapes):  # those that the table implies
+        like = next(iter(ours.values()))
+        ours |= {name: like.new_ones(shape) for name, shape in shapes.items() if name not in ours}
     return ours
 
 

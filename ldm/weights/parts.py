@@ -14,6 +14,10 @@ from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig, VisionTo
 from ldm.models.control.control_net import ControlNet, ControlNetConfig
 from ldm.models.control.ip_adapter import IPAdapter, IPAdapterConfig
 from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
+from ldm.models.dalle.detokenizer import Detokenizer, DetokenizerConfig
+from ldm.models.dalle.dvae import DVAE, DVAEConfig
+from ldm.models.dalle.encoder import DalleEncoder, DalleEncoderConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.labels import LabelConditioner, LabelConfig
@@ -36,6 +40,7 @@ from ldm.weights.keymap import IDENTITY, Section, Shape, Table, from_file, to_fi
 from ldm.weights.rules.bert import bert_table
 from ldm.weights.rules.clip import clip_table
 from ldm.weights.rules.control import control_net_table, t2i_adapter_table
+from ldm.weights.rules.dalle import DALLE_TABLE, detokenizer_table
 from ldm.weights.rules.decoder import decoder_table
 from ldm.weights.rules.prior import prior_table
 from ldm.weights.rules.unet import unet_table
@@ -65,6 +70,10 @@ NETWORKS: dict[type, type[nn.Module]] = {
     ControlNetConfig: ControlNet,
     T2IAdapterConfig: T2IAdapter,
     IPAdapterConfig: IPAdapter,
+    DalleEncoderConfig: DalleEncoder,
+    DalleDecoderConfig: DalleDecoder,
+    DetokenizerConfig: Detokenizer,
+    DVAEConfig: DVAE,
 }
 SAME_NAMES = Table((Section("", "", IDENTITY),))
 
@@ -112,6 +121,10 @@ def part_table(module: nn.Module, layout: Layout, keys: Iterable[str]) -> Table:
         return decoder_table(module.config, names, layout)
     if isinstance(module, XLMR):
         return XLMR_TABLE
+    if isinstance(module, DalleEncoder | DalleDecoder):
+        return DALLE_TABLE
+    if isinstance(module, Detokenizer) and layout == "original":
+        return detokenizer_table(names)
     if layout == "diffusers":
         return replace(SAME_NAMES, ignore=("to_logits.*",)) if isinstance(module, LDMBert) else DIFFUSERS
     if isinstance(module, UNet):

@@ -61,6 +61,9 @@ COUNTS: dict[str, dict[str, int]] = {
     "vq-f8": {"vae": VQ8},
     "vq-f8-n256": {"vae": 67_652_783},
     "vq-f16": {"vae": 69_593_371},
+    "vqgan-imagenet-f16-16384": {
+        "vae": 46_709_891 + 29_298_176 + 65_792
+    },  # detokenizer, encoder, convolution
 }
 
 

@@ -47,7 +47,7 @@ def test_names_and_aliases_are_unique():
 def test_every_task_of_the_pipelines_has_a_command_of_its_name():
     methods = {
         name
-        for pipeline in (ldm.LatentDiffusion, ldm.UnCLIP)
+        for pipeline in (ldm.LatentDiffusion, ldm.UnCLIP, ldm.DalleMini)
         for name, method in inspect.getmembers(pipeline, inspect.isfunction)
         if not name.startswith("_") and inspect.signature(method).return_annotation == "Images"
     }
@@ -60,7 +60,7 @@ def test_every_task_of_the_pipelines_has_a_command_of_its_name():
 @pytest.mark.parametrize("task", IMAGE_TASKS, ids=lambda task: task.name)
 def test_positional_arguments_are_those_of_the_method(task):
     given = [each.dest for each in task.arguments if each.positional]
-    for pipeline in (ldm.LatentDiffusion, ldm.UnCLIP):
+    for pipeline in (ldm.LatentDiffusion, ldm.UnCLIP, ldm.DalleMini):
         if method := getattr(pipeline, task.method_name, None):
             parameters = list(inspect.signature(method).parameters)[1:]
             assert parameters[: len(given)] == given

@@ -366,4 +366,9 @@ VAES: dict[str, tuple[VAESpec, int, int]] = {
     "vq-f8": (VAESpec(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=16384), 67_717_295, 299),
     "vq-f8-n256": (VAESpec(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=256), 67_652_783, 299),
     "vq-f16": (VAESpec(mult=(1, 1, 2, 2, 4), attend=(16,), z=8, codes=16384), 69_593_371, 343),
+    "vqgan-imagenet-f16-16384": (
+        VAESpec(mult=(1, 1, 2, 2, 4), attend=(16,), z=256, codes=16384),
+        76_073_859,
+        343,
+    ),
 }

@@ -84,6 +84,8 @@ def test_first_stages(name: str) -> None:
         ("net.learned_query", "dalle2-prior"),
         ("unets.0.to_out.weight", "dalle2-decoder"),
         ("layers.0.glu.fc0.weight", "dalle-mini-encoder"),
+        ("model.decoder.layers.0.glu.fc0.weight", "dalle-mini"),
+        ("blocks.group_1.block_1.res_path.conv_1.w", "dalle-dvae-encoder"),
         ("decoder.up.0.block.0.norm1.conv_y.weight", "movq"),
         ("visual.transformer.resblocks.0.attn.in_proj_weight", "clip"),
     ],
@@ -99,7 +101,7 @@ def test_a_lora_in_a_file_with_a_model_is_found_first() -> None:
 def test_what_cannot_be_loaded_is_named_with_the_reason() -> None:
     for key, words in (
         ("control_model.time_embed.0.weight", "ControlNet.*added to a model"),
-        ("layers.0.glu.fc0.weight", "not supported"),
+        ("layers.0.glu.fc0.weight", "one part of a model: pass the folder"),
     ):
         with pytest.raises(ValueError, match=rf"thing\.ckpt.*{words}"):
             require(detect({key: (1,), "b": (1,)}), source="thing.ckpt")

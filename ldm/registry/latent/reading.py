@@ -28,6 +28,8 @@ from ldm.weights.formats.diffusers_folder import is_folder, list_variants
 from ldm.weights.formats.ldm_model import CARD_FILE
 from ldm.weights.stated import Stated
 
+FLAX_FILE = "flax_model.msgpack"  # the weights in a folder of flax
+
 
 def load_latent(card: ModelCard, request: WeightsRequest) -> LatentDiffusion:
     """Return a card's pipeline; see `ldm.registry.loading.load`."""
@@ -82,6 +84,7 @@ def load_autoencoder(card: AutoencoderCard, request: WeightsRequest) -> nn.Modul
     if request.random:
         return random_networks(card.shapes(), request.dtype)["vae"]
     path = file_or_folder(card, request)
+    path = path / FLAX_FILE if (path / FLAX_FILE).is_file() else path
     if path.is_file():
         return autoencoder_from_file(card, path, request.dtype, ema=request.ema)
     return autoencoder_from_folder(card, path, request.dtype, variant=request.variant)

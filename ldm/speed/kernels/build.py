@@ -43,6 +43,7 @@ FUNCTIONS = (
     "ldm_group_norm_gradient",
     "ldm_moments",
     "ldm_product",
+    "ldm_rows",
     "ldm_winograd",
     "ldm_winograd_untransformed",
     "ldm_winograd_weights",

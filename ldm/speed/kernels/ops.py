@@ -71,6 +71,18 @@ class TorchOps:
         """Return x (..., D) times a weight (D_out, D) plus a bias (D_out,) or None, in the dtype of x."""
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    def few_rows(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Return x (..., D) times a weight (D_out, D) of any dtype, summed in float32, in the dtype of x.
+
+        Args:
+            x: A few rows, shape (..., D).
+            weight: Shape (D_out, D).
+            scale: Factor of each output, float32, shape (D_out,). None for 1. Default: None.
+        """
+        if scale is None:
+            return F.linear(x, weight.to(x.dtype))
+        return (F.linear(x.float(), weight.float()) * scale).to(x.dtype)
+
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """Return a convolution in the dtype of x; arguments as `ldm.speed.kernels.product.convolution`."""
         padding, stride, dilation, groups = geometry
@@ -223,6 +235,13 @@ class CompiledOps(TorchOps):
         if not self.multiplies(x, weight):
             return super().linear(x, weight, bias)
         return product.linear(self.lib, x, weight, bias)
+
+    def few_rows(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Return a product; see `TorchOps.few_rows`."""
+        plain = weight.is_contiguous() and weight.device.type == "cpu" and weight.dtype in product.ROW_CODES
+        if not plain or not self.supports(x):
+            return super().few_rows(x, weight, scale)
+        return product.few_rows(self.lib, x.float(), weight, scale).to(x.dtype)
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """Return a convolution; see `TorchOps.convolution`."""

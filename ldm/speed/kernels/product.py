@@ -17,6 +17,7 @@ from ldm.speed.kernels.group_norm import CHANNELS_LAST, pointer
 from ldm.support.processor import shared_cache_bytes
 
 WEIGHT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernels know the dtypes
+ROW_CODES = {**WEIGHT_CODES, torch.int8: 3}  # of weights that a few rows are multiplied with
 TRANSFORMED_BYTES = 2**25  # of Winograd's weights that are in memory at once
 
 
@@ -45,6 +46,28 @@ def linear(lib: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     y = x.new_empty(*x.shape[:-1], len(weight))
     rows = x.numel() // x.shape[-1]
     _multiply(lib, x, weight, bias, y, (1, 1, rows, *weight.shape[::-1], 1, 1, 1, 1, 0, 0, 1, rows))
+    return y
+
+
+def few_rows(lib: ctypes.CDLL, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Return x (..., D), float32, times a weight (D_out, D) of any of `ROW_CODES`, (..., D_out).
+
+    Args:
+        lib: The kernels.
+        x: The rows.
+        weight: The weight, contiguous.
+        scale: Factor of each output, float32, shape (D_out,); None for 1.
+    """
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    lib.ldm_rows(
+        ROW_CODES[weight.dtype],
+        *map(pointer, (x, weight, scale, y)),
+        x.numel() // x.shape[-1],
+        x.shape[-1],
+        ctypes.c_int64(len(weight)),
+        torch.get_num_threads(),
+    )
     return y
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.cpp", "convert.cpp", "norm.cpp", "product.cpp", "winograd.cpp")
+SOURCES = ("attention.cpp", "convert.cpp", "norm.cpp", "product.cpp", "rows.cpp", "winograd.cpp")
 FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 
 

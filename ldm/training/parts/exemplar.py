@@ -8,7 +8,7 @@ disagree (conditioning augmentation, Ho et al. 2021).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,7 +200,7 @@ class ExemplarPart:
         kept = [scene if show else None for scene, show in zip(chosen, shown, strict=True)]
         captions = self.captions(kept, draws.rngs)
         cond = self.read(captions, kept, draws.rngs, config.displaced)
-        with record_attention(self.net) if config.grounding else nullcontext({}) as maps:
+        with self.recorded() as maps:
             loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
         figures = {
@@ -214,6 +214,10 @@ class ExemplarPart:
             figures["grounding"] = draws.mean_of_some(lies).nan_to_num()
             loss = loss + config.grounding * figures["grounding"]
         return loss, figures
+
+    def recorded(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Return the context of `record_attention` where grounding is trained, else an empty one."""
+        return record_attention(self.net) if self.config.grounding else nullcontext({})
 
     def draw(self, draws: Draws) -> tuple[list[Scene], list[int]]:
         """Return the scenes of a step and their rows in the cache."""

@@ -111,6 +111,14 @@ INERT = frozenset(
         "numpy._core.numeric._frombuffer",
         "torch.device",
         "torch.torch_version.TorchVersion",
+        # the modules of DALL·E's discrete autoencoder, whose files hold whole modules
+        *(f"dall_e.{name}" for name in ("encoder.Encoder", "encoder.EncoderBlock", "utils.Conv2d")),
+        *(f"dall_e.{name}" for name in ("decoder.Decoder", "decoder.DecoderBlock")),
+        *(f"torch.nn.modules.{name}" for name in ("container.Sequential", "activation.ReLU")),
+        *(
+            f"torch.nn.modules.{name}"
+            for name in ("pooling.MaxPool2d", "upsampling.Upsample", "linear.Identity")
+        ),
         "torch.nn.modules.container.ParameterDict",
         "torch.nn.modules.container.ParameterList",
     }

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from ldm.support.text import shown
-from ldm.weights.formats.pickle_machine import PickleMachine
+from ldm.weights.formats.pickle_machine import PickleMachine, StandIn
 from ldm.weights.formats.pickle_names import permitted
 from ldm.weights.formats.pickle_steps import next_value
 from ldm.weights.formats.pickle_tensors import TensorBuilder
-from ldm.weights.formats.safetensors import check_names, existing_file, map_file, mapped_bytes
+from ldm.weights.formats.safetensors import MAX_NAME, check_names, existing_file, map_file, mapped_bytes
 from ldm.weights.formats.torch_archive import ZIP, TorchArchive
 
 # Entries with the state dict: Lightning's, then DALLE2-pytorch's averaged and plain weights.
@@ -27,6 +27,7 @@ STATES = ("state_dict", "ema_model", "model")
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # PyTorch's magic number before 1.6, pickled
 PROTOCOL = 1001  # of such files
 PICKLE = b"\x80"  # first byte of a pickle
+MAX_MODULES = 10_000  # of a pickled module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Pickled:
     def checkpoint(self) -> Checkpoint:
         """Return the state dict; see `read_ckpt`."""
         content = self.checked()
+        if isinstance(content, StandIn):
+            content = module_tensors(content, self.path)
         if not isinstance(content, dict):
             raise ValueError(
                 f"{str(self.path)!r}: expected a dictionary of tensors, got {type(content).__name__}"
@@ -107,6 +110,41 @@ def read_ckpt(path: str | Path) -> Checkpoint:
             archive, or holds no tensors; the message names the file.
     """
     return examine(path).checkpoint()
+
+
+def module_tensors(module: StandIn, path: Path) -> dict[str, Tensor]:
+    """Return the parameters of a module that was pickled as a whole, by the names of its state dict.
+
+    Nothing is made of its class: its state is a dictionary, which holds parameters and inner modules.
+
+    Args:
+        module: What stands for the module.
+        path: The file, for messages.
+
+    Raises:
+        ValueError: If it is no module, or has more inner modules than `MAX_MODULES`.
+    """
+    found: dict[str, Tensor] = {}
+    stack: list[tuple[str, object]] = [("", module)]
+    for _ in range(MAX_MODULES):
+        if not stack:
+            return found
+        prefix, part = stack.pop()
+        state = part.state if isinstance(part, StandIn) else None
+        own = [state.get(kind) if isinstance(state, dict) else None for kind in ("_parameters", "_modules")]
+        if not all(isinstance(each, dict) for each in own):
+            raise ValueError(
+                f"{str(path)!r}: expected tensors or a module, got {shown(part)} at {shown(prefix)}"
+            )
+        parameters, modules = own
+        assert isinstance(parameters, dict) and isinstance(modules, dict)
+        found |= {f"{prefix}{name}": each for name, each in parameters.items() if isinstance(each, Tensor)}
+        stack += [
+            (f"{prefix}{name}."[-MAX_NAME:], each)
+            for name, each in reversed(modules.items())
+            if each is not None
+        ]
+    raise ValueError(f"{str(path)!r}: expected a module of at most {MAX_MODULES:,} modules")
 
 
 def read_pickle(path: str | Path, *, whole: bool = False) -> Any:

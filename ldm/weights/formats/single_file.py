@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ldm.catalog.families import FAMILIES
 from ldm.weights.detection import Detection, detect, expect, require
+from ldm.weights.formats.flax_file import read_flax
 from ldm.weights.formats.markers import family_notes, number_of, stated_sampling
 from ldm.weights.formats.pickles import read_ckpt
 from ldm.weights.formats.safetensors import existing_file, map_safetensors
 from ldm.weights.keymap import below
+from ldm.weights.rules.dalle import with_head
+from ldm.weights.rules.flax import torch_names
 from ldm.weights.stated import Stated
 from ldm.weights.strict import mismatch
 
@@ -45,7 +48,8 @@ UNNEEDED_KEYS = (
     "epoch",
     "iteration",
 )
-SAFETENSORS_KIND = "safetensors"  # kind of such a file
+SAFETENSORS_KIND, FLAX_KIND = "safetensors", "flax (MessagePack)"  # kinds of files
+FLAX_STARTS = (*(bytes([code]) for code in range(0x81, 0x90)), b"\xde", b"\xdf")  # of a map that is not empty
 # Prefixes below which programs store an autoencoder that is alone in a file.
 AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
 # Buffers that state the schedule; see `ldm.weights.formats.markers`.
@@ -80,9 +84,9 @@ class SingleFile:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
-    """Return the memory-mapped tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, and its values.
+    """Return the memory-mapped tensors of a file, and its values: .safetensors, .ckpt, .pt, .bin, .msgpack.
 
-    The content of the file decides how it is read, not its ending.
+    The content of the file decides how it is read, not its ending. Those of flax get PyTorch's names.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -91,9 +95,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | f
     path = existing_file(path)
     if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS_KIND:
         tensors, metadata = map_safetensors(path)
-        return tensors, dict(metadata)
+        return with_head(tensors), dict(metadata)
+    if file_kind(path) == FLAX_KIND:
+        try:
+            return with_head(torch_names(read_flax(path))), {}
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if text.startswith(repr(str(path))) else f"{str(path)!r}: {text}") from None
     checkpoint = read_ckpt(path)
-    return checkpoint.tensors, checkpoint.values
+    return with_head(checkpoint.tensors), checkpoint.values
 
 
 def file_kind(path: Path) -> str:
@@ -102,6 +112,8 @@ def file_kind(path: Path) -> str:
         head = file.read(9)
     if head[8:9] == b"{":
         return SAFETENSORS_KIND
+    if head.startswith(FLAX_STARTS):
+        return FLAX_KIND
     kinds = {b"PK": "zip archive (PyTorch since 1.6)", b"\x80": "pickle (PyTorch before 1.6, or plain)"}
     return next((kind for magic, kind in kinds.items() if head.startswith(magic)), "unknown format")
 

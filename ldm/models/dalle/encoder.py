@@ -1,0 +1,81 @@
+"""The text encoder of DALL·E Mini (Dayma et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.checks import check_positive
+from ldm.models.dalle.layers import DalleEncoderLayer
+from ldm.models.layers.modules import ModuleListOf
+
+TEXT_PAD = 1  # id of the padding, which no token attends to
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleEncoderConfig:
+    """Shape of the encoder; the defaults are those of DALL·E Mini.
+
+    Args:
+        vocabulary: Number of text tokens. Default: 50264.
+        length: Number M of tokens of a text, with padding. Default: 64.
+        width: Width D. Default: 1024.
+        layers: Number of layers. Default: 12.
+        heads: Number of heads, a divisor of D. Default: 16.
+        inner: Width of the gated linear units. Default: 2730.
+
+    Raises:
+        ValueError: If a number is below 1, or D is no multiple of the heads.
+    """
+
+    vocabulary: int = 50264
+    length: int = 64
+    width: int = 1024
+    layers: int = 12
+    heads: int = 16
+    inner: int = 2730
+
+    def __post_init__(self) -> None:
+        check_positive(**vars(self))
+        check_heads(self.width, self.heads)
+
+
+class DalleEncoder(nn.Module):
+    """Transformer over the tokens of a text."""
+
+    def __init__(self, config: DalleEncoderConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
+        self.embed_positions = nn.Embedding(c.length, c.width)
+        self.layers: ModuleListOf[DalleEncoderLayer] = ModuleListOf(
+            DalleEncoderLayer(c.width, c.heads, c.inner) for _ in range(c.layers)
+        )
+        self.layernorm_embedding = nn.LayerNorm(c.width)
+        self.final_ln = nn.LayerNorm(c.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the states (B, M, D) of texts.
+
+        Args:
+            tokens: Ids, padded by `TEXT_PAD`, int64, shape (B, M), M at most `config.length`.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (M,)
+        x = self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions))  # (B, M, D)
+        mask = text_mask(tokens)[:, None, None]  # (B, 1, 1, M)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.final_ln(x)
+
+
+def text_mask(tokens: Tensor) -> Tensor:
+    """Return the mask (B, M) of the ids (B, M) that are no padding."""
+    return tokens != TEXT_PAD
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise ValueError unless the width is a multiple of the number of heads."""
+    if width % heads:
+        raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")

@@ -1,0 +1,1 @@
+"""Models that draw image tokens one after the other: `DalleMini`, its calls and its tasks."""

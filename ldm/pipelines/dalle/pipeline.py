@@ -1,0 +1,312 @@
+"""`DalleMini`: text → image tokens → image (Dayma et al. 2021; Ramesh et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.catalog.dalle_cards import DalleCard
+from ldm.conditioning.clip import ClipPair
+from ldm.images.canvas import Canvas
+from ldm.images.result import Images
+from ldm.models.dalle.decoder import DalleDecoder
+from ldm.models.dalle.encoder import DalleEncoder, text_mask
+from ldm.models.dalle.sampling import draw_tokens, super_conditioned
+from ldm.models.safety import SafetyChecker
+from ldm.models.text.byte_bpe import ByteTokenizer
+from ldm.pipelines.call import named_options
+from ldm.pipelines.dalle.token_call import OnToken, TokenCall, settle_tokens
+from ldm.pipelines.dalle.token_images import ABSENT, TokenImages
+from ldm.pipelines.dalle.token_tasks import token_inpaint, token_variations
+from ldm.pipelines.image_pipeline import ImagePipeline
+from ldm.pipelines.replayable import BY_OPTIONS, replayable
+from ldm.pipelines.tasks.rerank import rerank
+from ldm.support.calls import in_separate_call
+from ldm.support.device import computing_dtype
+from ldm.support.progress import progress_bar
+from ldm.support.scalars import whole_number
+from ldm.support.text import shown
+from ldm.support.warn import warn_user
+
+
+class CutPrompt(UserWarning):
+    """A prompt has more tokens than the model reads; the rest is left out."""
+
+
+class DalleMini(ImagePipeline):
+    """A model that writes the tokens of an image after those of a text, ready to sample.
+
+    Args:
+        encoder: Texts → states.
+        decoder: States → image tokens.
+        vae: The autoencoder of the tokens, or its decoder alone.
+        tokenizer: Texts → ids.
+        card: The model's card.
+        origin: Hashes of the weights, for recipes.
+        safety: Safety checker, applied to all images. Default: no check.
+        clip: Both towers of a CLIP, for `rerank`. Default: none.
+
+    Raises:
+        ValueError: If the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: DalleEncoder,
+        decoder: DalleDecoder,
+        vae: nn.Module,
+        tokenizer: ByteTokenizer,
+        card: DalleCard,
+        origin: Mapping[str, Any] | None = None,
+        safety: SafetyChecker | None = None,
+        clip: ClipPair | None = None,
+    ) -> None:
+        super().__init__(origin=origin, safety=safety)
+        self.encoder, self.decoder, self.vae = encoder, decoder, vae
+        self.tokenizer, self.card = tokenizer, card
+        self.clip = clip
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raise ValueError if the parts do not fit each other."""
+        own, card, images = self.decoder.config, self.card, self.images
+        if self.encoder.config.width != own.width:
+            raise ValueError(f"the encoder is {self.encoder.config.width} wide, the decoder {own.width}")
+        if card.side % images.factor or own.length != (card.side // images.factor) ** 2:
+            raise ValueError(
+                f"the decoder writes {own.length} tokens, expected those of {card.side}×{card.side} pixels,"
+                f" one for {images.factor}×{images.factor}"
+            )
+        if images.codes > own.vocabulary or card.start > own.vocabulary:
+            raise ValueError(
+                f"the decoder knows {own.vocabulary} tokens, expected the {images.codes} of the autoencoder"
+                f" and the start, {card.start}"
+            )
+        if len(self.tokenizer) > self.encoder.config.vocabulary:
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} ids, the encoder {self.encoder.config.vocabulary}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the model, from its card."""
+        return self.card.name
+
+    @property
+    def side(self) -> int:
+        """Side of an image in pixels."""
+        return self.card.side
+
+    @property
+    def drawing(self) -> nn.Module:
+        """The decoder of tokens."""
+        return self.decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the decoder computes on."""
+        return self.decoder.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the decoder computes in; guidance and the choice of tokens are in float32."""
+        return computing_dtype(self.decoder) or torch.float32
+
+    @property
+    def images(self) -> TokenImages:
+        """The autoencoder and the range of its images."""
+        return TokenImages(self.vae, self.card.signed)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the networks by part: "encoder", "decoder", "vae"."""
+        return {"encoder": self.encoder, "decoder": self.decoder, "vae": self.vae}
+
+    def text_to_image(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        n: int | None = None,
+        negative: str | Sequence[str] = "",
+        seed: int | Sequence[int] | None = 0,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        progress: bool = True,
+        on_step: OnToken | None = None,
+        keep_steps: bool = False,
+        **options: Any,
+    ) -> Images:
+        """Draw images of a prompt, or of several.
+
+        Args:
+            prompt: One prompt or several.
+            n: Number of images of each prompt. Default: the card's (4).
+            negative: What to guide away from, in place of the empty text: one text for all images, or one for
+                each prompt or each image.
+            seed: Image i has seed `seed` + i; or one seed for each image; None: random ones. A token depends
+                on its logits and on (seed, position) alone.
+            guidance: Factor a of super-conditioning: logits are l_u·(1 − a) + l_c·a. Default: the card's
+                (16).
+            temperature: Divisor of the logits; 0 takes the most probable token. Default: the card's (1).
+            top_k: Number of the most probable tokens that are drawn from. Default: the card's (256).
+            top_p: Of these, the most probable ones with this probability together, in (0, 1]. Default: the
+                card's (1).
+            progress: Whether to show a progress bar, on a terminal.
+            on_step: Called after every token as (number of tokens, tokens (B, N) with −1 where there is none
+                yet, function that decodes them to images with grey in place of what is not there).
+            keep_steps: Whether to decode after every row of tokens, for `Images.animate`.
+            options: `height` and `width`, which may be given if they are the model's.
+
+        Returns:
+            Images in [0, 1], with seeds and recipe.
+
+        Raises:
+            ValueError: If an option is unknown or out of range.
+
+        Warns:
+            CutPrompt: If a prompt has more tokens than the model reads.
+        """
+        asked = named_options(locals())
+        return self.draw(self.settle(prompt, **asked, **options), "text_to_image")
+
+    variations = replayable(token_variations)
+    inpaint = replayable(token_inpaint)
+
+    def rerank(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        clip: ClipPair | None = None,
+        of: int = 16,
+        keep: int = 4,
+        **options: Any,
+    ) -> Images:
+        """Draw `of` images of each prompt and return the `keep` most similar to it by CLIP, best first.
+
+        Args:
+            prompt: One prompt or several.
+            clip: Both towers of a CLIP, such as the `clip` of an `UnCLIP`. Default: the pipeline's `clip`.
+            of: Number of images of each prompt that are drawn.
+            keep: Number of them that are returned.
+            options: Options of `text_to_image`.
+
+        Raises:
+            ValueError: If there is no CLIP, or an option is wrong.
+        """
+        clip = self.clip if clip is None else clip
+        if clip is None:
+            raise ValueError(f"{self.name!r} has no CLIP of its own to rank images by: pass clip")
+        keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
+        return rerank(self.text_to_image(prompt, n=of, **options), clip, keep=keep)
+
+    def settle(self, prompt: Any, **options: Any) -> TokenCall:
+        """Settle the options of a call (see `text_to_image`), and warn of prompts that are cut."""
+        call = settle_tokens(self.card, prompt, **options)
+        length = self.encoder.config.length
+        _, cut = self.tokenizer([*dict.fromkeys((*call.prompts, *call.negatives))], length)
+        if cut:
+            warn_user(
+                f"{self.name} reads {length} tokens of a prompt; the rest is cut: {shown(cut[0])}", CutPrompt
+            )
+        return call
+
+    @in_separate_call
+    @torch.no_grad()
+    def draw(
+        self,
+        call: TokenCall,
+        task: str,
+        *,
+        known: Tensor | None = None,
+        canvas: Canvas | None = None,
+        **facts: Any,
+    ) -> Images:
+        """Draw the images of a call: encode the texts, draw the tokens, decode them.
+
+        Args:
+            call: The settled options.
+            task: Name of the task, for the recipe.
+            known: Tokens (B, h, w) that are kept; −1 where one is drawn. None: all are drawn.
+            canvas: Images whose known pixels are put back.
+            facts: What the recipe states besides.
+        """
+        grid = self.side // self.images.factor
+
+        def finished(tokens: Tensor) -> Tensor:
+            pixels = self.images.preview(tokens.view(-1, grid, grid))
+            if canvas is None:
+                return pixels
+            return canvas.finish(pixels, seam=facts["seam"], feather=facts["feather"])
+
+        kept: list[Tensor] = []
+        tokens = torch.empty(0, dtype=torch.long, device=self.device)
+        given = None if known is None else known.flatten(1)
+        for count, tokens in self.drawn(call, given):
+            if call.on_step is not None:
+                seen = tokens.clone()
+                call.on_step(count, seen, lambda seen=seen: finished(seen))  # type: ignore[misc]
+            if call.keep_steps and count % grid == 0:
+                kept.append(finished(tokens))
+        return self._recorded(
+            kept[-1] if kept else finished(tokens),
+            call.recipe(task),
+            facts,
+            seeds=call.seeds,
+            prompts=call.prompts,
+            replayable=call.on_step is None and task in BY_OPTIONS,
+            steps=torch.stack(kept) if kept else None,
+        )
+
+    def drawn(self, call: TokenCall, known: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield, after every token, the number of tokens and all tokens (B, N), −1 where there is none yet.
+
+        The tokens are one tensor, which is written to. Call it inside `torch.no_grad()`.
+
+        Args:
+            call: The settled options.
+            known: Tokens (B, N) that are kept, and −1 where one is drawn. Default: None, all are drawn.
+        """
+        length, codes = self.decoder.config.length, self.images.codes
+        cond = call.guidance != 0
+        texts = [*(call.negatives if call.guidance != 1 else ()), *(call.prompts if cond else ())]
+        ids, rows = self._ids(texts)
+        branches = len(texts) // len(call.seeds)
+        cache = self.decoder.begin(self.encoder(ids), text_mask(ids), rows)
+        tokens = torch.full((len(call.seeds), length), ABSENT, device=self.device)  # (B, N)
+        given = tokens if known is None else known.to(self.device)
+        start = torch.full((len(call.seeds), 1), self.card.start, device=self.device)
+        ahead = int((given == ABSENT).any(0).long().argmax()) if bool((given == ABSENT).any()) else length - 1
+        if ahead:  # the first tokens are known: they are read at once
+            read = torch.cat([start, given[:, :ahead]], dim=1)[:, :-1]
+            self.decoder.advance(read.repeat(branches, 1), cache)
+            tokens[:, :ahead] = given[:, :ahead]
+        with progress_bar(length, call.progress, desc=self.name, initial=ahead) as bar:
+            for i in range(ahead, length):
+                last = (tokens[:, i - 1 : i] if i else start).repeat(branches, 1)  # (branches·B, 1)
+                logits = self.decoder.advance(last, cache)[:, :codes].float()  # (branches·B, codes)
+                if branches == 2:
+                    uncond, prompted = logits.chunk(2)  # (B, codes) each
+                    logits = super_conditioned(uncond, prompted, call.guidance)
+                new = draw_tokens(
+                    logits,
+                    call.seeds,
+                    i,
+                    temperature=call.temperature,
+                    top_k=call.top_k,
+                    top_p=call.top_p,
+                )  # (B,)
+                tokens[:, i] = torch.where(given[:, i] == ABSENT, new, given[:, i])
+                bar.update()
+                yield i + 1, tokens
+
+    def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the ids (T, M) of the different texts, and the row of each text, (len(texts),)."""
+        different = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        ids, _ = self.tokenizer(list(different), self.encoder.config.length)
+        rows = torch.tensor([different[text] for text in texts], device=self.device)
+        return ids.to(self.device), rows

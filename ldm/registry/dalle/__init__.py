@@ -1,0 +1,1 @@
+"""DALL·E Mini and its relatives: reading from every layout, assembly, writing."""

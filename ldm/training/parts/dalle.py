@@ -1,0 +1,171 @@
+"""Training of a model that writes image tokens after a text: cross-entropy given the tokens before.
+
+Ramesh et al. 2021, section 2.2. The tokens are those of a frozen vector-quantized autoencoder, computed once
+for each cached sample. Texts are spelled byte by byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
+from ldm.models.dalle.encoder import DalleEncoder, DalleEncoderConfig, text_mask
+from ldm.models.dalle.sampling import draw_tokens
+from ldm.models.text.byte_bpe import ByteTokenizer
+from ldm.models.vq import VQModel
+from ldm.training.config import RunConfig, check_at_least
+from ldm.training.draws import Draws
+from ldm.training.images import comparison_grid
+from ldm.training.inputs.opening import DataSection, open_images
+from ldm.training.inputs.protocol import Samples
+from ldm.weights.formats.ldm_folder import read_network, write_part
+
+BYTE = 256  # cached numbers have 16 bits of floating point, so a token is kept as two of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTraining:
+    """The configuration of the training of a text encoder and a decoder of image tokens.
+
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        vae: Folder of a vector-quantized autoencoder, which is frozen.
+        variants: Number of cached scenes that are not plain; see `CachedScenes`.
+        encoder: Shape of the text encoder.
+        decoder: Shape of the decoder.
+        drop: Probability that a caption is left out, for super-conditioning. Default: 0.1.
+    """
+
+    run: RunConfig
+    data: DataSection
+    vae: str
+    variants: int
+    encoder: DalleEncoderConfig
+    decoder: DalleDecoderConfig
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_at_least(0, variants=self.variants, drop=self.drop)
+        if self.drop > 1:
+            raise ValueError(f"drop: expected a probability, got {self.drop}")
+        if self.encoder.width != self.decoder.width:
+            raise ValueError(
+                f"decoder.width: expected that of the encoder, {self.encoder.width}, got {self.decoder.width}"
+            )
+
+
+class TokenPart:
+    """A text encoder and a decoder of image tokens in training."""
+
+    def __init__(self, config: TokenTraining, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.images = open_images(config.data, config.run, validates_held_out=True)
+        vae, about = read_network(config.vae, "vae")
+        if not isinstance(vae, VQModel):
+            raise ValueError(f"vae: expected a VQModel in {config.vae!r}, got a {type(vae).__name__}")
+        self.vae, grid = vae.to(device), config.data.size // vae.config.factor
+        if config.decoder.length != grid**2 or config.decoder.vocabulary < vae.config.codes:
+            raise ValueError(
+                f"decoder: expected length {grid**2} and at least {vae.config.codes} tokens, those of the"
+                f" autoencoder, got {config.decoder.length} and {config.decoder.vocabulary}"
+            )
+        self.tokenizer = ByteTokenizer.spelling()
+        if config.encoder.vocabulary < len(self.tokenizer):
+            raise ValueError(
+                f"encoder.vocabulary: expected at least {len(self.tokenizer)}, got"
+                f" {config.encoder.vocabulary}"
+            )
+        torch.manual_seed(config.run.seed)
+        self.encoder = DalleEncoder(config.encoder).to(device)
+        self.decoder = DalleDecoder(config.decoder).to(device)
+        self.model = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
+        self.scenes = self.images.cached(config.run, config.variants)
+        self.tokens = self.scenes.cached("tokens", about["sha256"], (2, grid**2), self._halves)
+
+    def _halves(self, samples: Samples) -> Tensor:
+        """Return the tokens of samples as numbers of two bytes, (B, 2, N)."""
+        tokens = self.encode(samples)
+        return torch.stack([tokens // BYTE, tokens % BYTE], dim=1)
+
+    @torch.no_grad()
+    def encode(self, samples: Samples) -> Tensor:
+        """Return the tokens (B, N) of samples."""
+        x = self.images.tensor(samples).to(self.device)
+        return self.vae.indices(self.vae.encode(x).mode()).flatten(1)
+
+    def logits(self, tokens: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the logits (B, N, vocabulary + 1) of tokens (B, N), given captions and those before."""
+        ids, _ = self.tokenizer(captions, self.config.encoder.length)
+        ids = ids.to(self.device)
+        start = torch.full_like(tokens[:, :1], self.config.decoder.vocabulary)
+        read = torch.cat([start, tokens[:, :-1]], dim=1)
+        return self.decoder(read, self.encoder(ids), text_mask(ids))
+
+    def losses(self, tokens: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the mean cross-entropy of the tokens (B, N) of each image, in nats, (B,)."""
+        logits = self.logits(tokens, captions).float()
+        return F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none").mean(1)
+
+    def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cross-entropy of the tokens of a random batch."""
+        chosen, rows = self.scenes.draw(draws)
+        halves = torch.as_tensor(np.asarray(self.tokens[rows], dtype=np.int64), device=self.device)
+        tokens = halves[:, 0] * BYTE + halves[:, 1]  # (B, N)
+        captions = self.images.captions(chosen, draws, drop=self.config.drop)
+        return draws.mean(self.losses(tokens, captions)), {}
+
+    def describe_batch(self, draws: Draws) -> list[str]:
+        """Return the captions of the samples that `loss` draws."""
+        return self.images.describe(self.scenes.draw(draws)[0])
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return the cross-entropy of 128 held-out images with and without their captions.
+
+        In bits for each number of the images, of which each token stands for several.
+        """
+        chosen = self.images.held_out(128)
+        tokens, captions = self.encode(chosen), self.images.describe(chosen)
+        scale = self.config.decoder.length / (3 * self.config.data.size**2) / math.log(2)
+        none = [""] * len(captions)
+        figures = {"bits": captions, "bits_without_text": none}
+        return {name: scale * self._mean(tokens, texts) for name, texts in figures.items()}
+
+    def _mean(self, tokens: Tensor, captions: Sequence[str]) -> float:
+        parts = [self.losses(tokens[i : i + 32], captions[i : i + 32]) for i in range(0, len(tokens), 32)]
+        return float(torch.cat(parts).mean())
+
+    @torch.no_grad()
+    def sample(self, captions: Sequence[str], *, seed: int = 0) -> Tensor:
+        """Draw the tokens (B, N) of captions; the first one has the seed `seed`."""
+        codes, seeds = self.vae.config.codes, range(seed, seed + len(captions))
+        ids = self.tokenizer(captions, self.config.encoder.length)[0].to(self.device)
+        cache = self.decoder.begin(self.encoder(ids), text_mask(ids))
+        made = [torch.full((len(captions),), self.config.decoder.vocabulary, device=self.device)]  # the start
+        for i in range(self.config.decoder.length):
+            logits = self.decoder.advance(made[-1][:, None], cache)[:, :codes].float()
+            made.append(draw_tokens(logits, seeds, i, top_k=codes))
+        return torch.stack(made[1:], dim=1)
+
+    @torch.no_grad()
+    def preview(self) -> np.ndarray:
+        """Show held-out images, each with one that is drawn of its caption."""
+        samples = self.images.held_out(16)
+        grid = self.config.data.size // self.vae.config.factor
+        drawn = self.vae.decode_indices(self.sample(self.images.describe(samples)).unflatten(1, (grid, grid)))
+        return comparison_grid(self.images.tensor(samples).to(self.device), drawn, columns=8)
+
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the encoder and the decoder."""
+        figures = self.validate()
+        write_part(folder, "encoder", self.encoder, self.config.encoder, training=record)
+        write_part(folder, "decoder", self.decoder, self.config.decoder, figures=figures, training=record)

@@ -1,0 +1,117 @@
+"""Training of a model of image tokens: the loss, a run with its export, and the model that the parts make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_trainings import run, write
+
+import ldm
+from ldm.catalog.dalle_cards import DalleCard, TokenDefaults
+from ldm.models.dalle.decoder import DalleDecoder
+from ldm.models.dalle.encoder import DalleEncoder
+from ldm.models.text.byte_bpe import ByteTokenizer
+from ldm.models.vq import VQConfig
+from ldm.pipelines.dalle.pipeline import DalleMini
+from ldm.training.draws import Draws
+from ldm.training.parts.dalle import TokenPart
+from ldm.training.run import open_run
+from ldm.weights.formats.ldm_folder import read_network, write_part
+from ldm.weights.parts import build_network, randomise
+
+VQ = VQConfig(channels=(8, 16, 16), blocks=1, latent_channels=4, codes=300)  # more than a byte holds
+SIZES = {"width": 16, "layers": 1, "heads": 2, "inner": 16}
+
+
+@pytest.fixture
+def place(shared_folder, tmp_path, monkeypatch) -> Path:
+    """Change to a folder that holds an autoencoder with random weights; return that of the data."""
+    monkeypatch.chdir(tmp_path)
+    write_part(Path("vq"), "vae", randomise(build_network(VQ), 3), VQ, dtype=torch.float32)
+    return shared_folder
+
+
+def config(data: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "part": "tokens",
+        "run": run("tokens"),
+        "data": {"folder": str(data), "size": 32, "mix": {"background": 0.5, "small": 0.2, "two": 0.2}},
+        "vae": "vq",
+        "variants": 5,
+        "encoder": {"vocabulary": 260, "length": 40, **SIZES},
+        "decoder": {"vocabulary": 300, "length": 64, **SIZES},
+        **changes,
+    }
+
+
+def opened(data: Path, **changes: Any) -> Any:
+    return open_run(write(config(data, **changes), Path("tokens.yaml")))
+
+
+def test_a_run_exports_parts_that_make_a_model(place: Path) -> None:
+    trained = opened(place)
+    part = trained.part
+    assert isinstance(part, TokenPart)
+    with torch.no_grad():
+        assert 5.0 < float(part.loss(Draws(0, range(4)))[0]) < 7.0  # about log 301
+    trained.train(progress=False)
+    trained.export(Path("export"))
+    figures = trained.part.validate()
+    assert figures.keys() == {"bits", "bits_without_text"} and all(value > 0 for value in figures.values())
+    encoder, decoder = (read_network("export", name)[0] for name in ("encoder", "decoder"))
+    assert isinstance(encoder, DalleEncoder) and isinstance(decoder, DalleDecoder)
+    sampling = TokenDefaults(guidance=1.0, top_k=300)
+    card = DalleCard(
+        name="own",
+        family="tokens",
+        summary="",
+        licence="",
+        side=32,
+        start=300,
+        signed=True,
+        sampling=sampling,
+    )
+    pipe = DalleMini(
+        encoder=encoder,
+        decoder=decoder,
+        vae=read_network("vq", "vae")[0],
+        tokenizer=ByteTokenizer.spelling(),
+        card=card,
+    )
+    images = pipe.text_to_image("red disc", n=1, progress=False)
+    drawn = list(pipe.drawn(pipe.settle("red disc", n=1, progress=False)))[-1][1]
+    with torch.no_grad():
+        part.encoder.load_state_dict(encoder.state_dict())
+        part.decoder.load_state_dict(decoder.state_dict())
+        assert torch.equal(part.sample(["red disc"]), drawn)  # the training samples as the pipeline does
+    ldm.save(pipe, "model")
+    again = ldm.load(weights="model", device="cpu", dtype="float32")
+    assert torch.equal(again.text_to_image("red disc", n=1, progress=False).tensor, images.tensor)
+
+
+def test_cached_tokens_are_those_of_the_images(place: Path) -> None:
+    part = opened(place).part
+    assert isinstance(part, TokenPart)
+    chosen, rows = part.scenes.draw(Draws(0, range(4)))
+    halves = torch.as_tensor(part.tokens[rows]).long()
+    tokens = halves[:, 0] * 256 + halves[:, 1]
+    assert torch.equal(tokens, part.encode(chosen)) and int(tokens.max()) > 255
+    assert part.preview().shape[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": {"vocabulary": 300, "length": 16, **SIZES}}, "expected length 64"),
+        ({"decoder": {"vocabulary": 200, "length": 64, **SIZES}}, "at least 300 tokens"),
+        ({"decoder": {"vocabulary": 300, "length": 64, **SIZES, "width": 32}}, "decoder.width"),
+        ({"encoder": {"vocabulary": 100, "length": 40, **SIZES}}, "encoder.vocabulary"),
+        ({"drop": 1.5}, "drop"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, place: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(place, **changes)
