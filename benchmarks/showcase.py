@@ -114,15 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = ldm.load(options.model, weights=options.weights)
     own = {"guidance": options.guidance, "steps": options.steps}
     if options.tasks:
-        # 128 colours: a quarter of the bytes at little visible difference
+        # 128 colours, here and below: a quarter of the bytes at little visible difference
         drawn = sheet(tasks(pipe, {name: value for name, value in own.items() if value is not None}))
         image = drawn.quantize(128)
     elif options.drawn is not None:
-        image = pipe.text_to_image(drawn_captions(options.drawn, 64), seed=0, **own).captioned(columns=8)
+        made = pipe.text_to_image(drawn_captions(options.drawn, 64), seed=0, **own)
+        image = made.captioned(columns=8).quantize(128)
     else:
         image = pipe.text_to_image(NAMES if options.names else PROMPTS, seed=0, **own).grid(columns=8)
     with open_atomically(options.output) as file:
-        image.save(file, format="PNG", optimize=options.tasks)
+        image.save(file, format="PNG", optimize=True)
     print(options.output)
 
 
