@@ -52,15 +52,16 @@ Run = Callable[[], Tensor]
 
 
 def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
-    """Return the runs of the embedded model: the first prompts of the showcase at the card's settings."""
-    pipe = ldm.load("emoji-ldm", device="cpu", dtype=args.dtype)
+    """Return the runs of emoji-unclip's decoder, a UNet: the first prompts of the showcase."""
+    pipe = ldm.load("emoji-unclip", device="cpu", dtype=args.dtype)
 
     def side(options: Mapping[str, Any]) -> Run:
         options = dict(options)
         interval = options.pop("interval", None)
         ldm.optimize(pipe, **options)
         pipe.guide = cfg if interval is None else partial(cfg, interval=interval)
-        return lambda: pipe.text_to_image(NAMES[: args.batch], steps=args.steps, progress=False).tensor
+        calls = {"n": 1, "seed": 0, "upsample": False, "steps": args.steps, "progress": False}
+        return lambda: pipe.text_to_image(NAMES[: args.batch], **calls).tensor
 
     return side
 

@@ -5,7 +5,6 @@ It changes the result.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,28 +31,30 @@ class CondKey(NamedTuple):
 
     Attributes:
         shape: Shape of x_t.
-        fields: Name, reference and version counter of each other field of the condition.
+        fields: Name, tensor and version counter of each other field of the condition.
     """
 
     shape: torch.Size
-    fields: tuple[tuple[str, weakref.ref[Tensor], int], ...]
+    fields: tuple[tuple[str, Tensor, int], ...]
 
     @classmethod
     def of(cls, x_t: Tensor, cond: Cond) -> CondKey:
         """Return the key of x_t and a condition."""
-        return cls(
-            x_t.shape, tuple((name, weakref.ref(value), version(value)) for name, value in lasting(cond))
-        )
+        return cls(x_t.shape, tuple((name, value, version(value)) for name, value in lasting(cond)))
 
     def matches(self, x_t: Tensor, cond: Cond) -> bool:
-        """Return whether x_t has the same shape, and the condition the same tensors, not written to since."""
+        """Return whether x_t has the same shape, and the condition the same tensors, not written to since.
+
+        A tensor that is computed anew in every step, as a decoder of image embeddings does, is the same if
+        its values are.
+        """
         given = lasting(cond)
         return (
             self.shape == x_t.shape
             and [name for name, _ in given] == [name for name, _, _ in self.fields]
             and all(
-                ref() is value and written == version(value)
-                for (_, value), (_, ref, written) in zip(given, self.fields, strict=True)
+                written == version(kept) and (kept is value or torch.equal(kept, value))
+                for (_, value), (_, kept, written) in zip(given, self.fields, strict=True)
             )
         )
 
