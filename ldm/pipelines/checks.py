@@ -208,5 +208,5 @@ def warn_unknown_words(model: str, text: Conditioner | None, prompts: Sequence[A
 
 def _with_nearest(word: str, known: frozenset[str]) -> str:
     """Return a word for a message, with the known word or phrase that is spelled most like it, if any is."""
-    close = difflib.get_close_matches(word[:100], sorted(known), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(word[:100], sorted(known), n=1, cutoff=0.8)
     return f"{shown(word)} (did you mean {close[0]!r}?)" if close else shown(word)

@@ -64,7 +64,7 @@ def save(
             write_native(pipe, stage, weights_dtype, facts)
         return path
     if not isinstance(pipe, LatentDiffusion):
-        raise ValueError(f"layout {layout!r}: expected 'native', the only one for a {type(pipe).__name__}")
+        raise ValueError(f"layout {layout!r}: expected 'native', the only one for {type(pipe).__name__}")
     if facts:
         raise ValueError(f"the layout {layout!r} has no place for facts: {', '.join(facts)}")
     if pipe.card.family == "latent":

@@ -12,7 +12,7 @@ from ldm.serving.errors import ApiError, bad_field
 from ldm.support.strict_json import parse_json
 from ldm.support.text import shown
 
-MOST_FIELDS, MOST_FILES, LONGEST_FIELD = 100, 20, 2**18  # of a form; bytes
+MOST_FIELDS, FORM_FILES, LONGEST_FIELD = 100, 20, 2**18  # of a form; bytes
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
@@ -52,7 +52,7 @@ async def read_form(request: Request) -> tuple[dict[str, str], dict[str, list[by
         raise ApiError(415, f"content-type: expected {FORMS[0]}, got {shown(kind)}", code="invalid_body")
     texts: dict[str, str] = {}
     files: dict[str, list[bytes]] = {}
-    limits = {"max_files": MOST_FILES, "max_fields": MOST_FIELDS, "max_part_size": LONGEST_FIELD}
+    limits = {"max_files": FORM_FILES, "max_fields": MOST_FIELDS, "max_part_size": LONGEST_FIELD}
     try:
         async with request.form(**limits) as form:
             for name, value in form.multi_items():

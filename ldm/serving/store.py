@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 LIFETIME = 3600.0  # seconds
-MOST_BYTES = 2**28
+LARGEST_STORE = 2**28
 
 
 class StoredImage(NamedTuple):
@@ -39,7 +39,7 @@ class ImageStore:
         self,
         *,
         lifetime: float = LIFETIME,
-        most: int = MOST_BYTES,
+        most: int = LARGEST_STORE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lifetime, self.most, self.clock = lifetime, most, clock

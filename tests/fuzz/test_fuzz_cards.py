@@ -64,7 +64,7 @@ def use_recipe(folder: Path) -> None:
 
 
 def test_damaged_recipes_of_trainings(tmp_path: Path) -> None:
-    base = shutil.copytree(CONFIGS / "emoji-ldm", tmp_path / "base")
+    base = shutil.copytree(CONFIGS / "emoji-unclip", tmp_path / "base")
     name = "recipes of trainings"
     target = Target(name=name, read=use_recipe, place=place_in_folder, allowed=EITHER, short=100)
     check(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapter_files import KOHYA, kohya_lora, peers, same_bits, weights_of, written
 from diffusers_pipelines import diffusers_pipeline, random_pipeline
+from tiny_latent_diffusion import tiny_model
 from torch import Tensor, nn
 
 import ldm
@@ -178,8 +179,10 @@ def test_what_is_refused(sd: Any, tmp_path: Path) -> None:
     sd.adapters.remove("one")
 
 
-def test_the_embedded_model_and_its_recipes(tmp_path: Path) -> None:
+def test_a_model_that_warns_of_words_and_its_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its vocabulary is small, and it warns of words that it has never seen: a learned word is known."""
+    ldm.save(tiny_model(), tmp_path / "assets" / "emoji-ldm")
+    monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     pipe = ldm.load(device="cpu", dtype="float32")
     width = pipe.text.width
     path = written(tmp_path / "zorblax.safetensors", {"emb_params": vectors(width)})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapter_files import KOHYA, KOHYA_XL, kohya_lora, lora_tensors, peers, targets, weights_of, written
 from diffusers_pipelines import random_pipeline
+from tiny_latent_diffusion import tiny_model
 from torch import Tensor
 
 import ldm
@@ -144,8 +145,12 @@ def test_resizing_and_merging(model: Any, tmp_path: Path) -> None:
         resize_adapter(sums, tmp_path / "x.safetensors", rank=0, model=model.name)
 
 
-def test_extraction_of_a_change_of_low_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The embedded model plus a LoRA of rank 3: the extracted LoRA makes the same model of the plain one."""
+def test_extraction_of_a_change_of_low_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model plus a LoRA of rank 3: the extracted LoRA makes the same model of the plain one."""
+    ldm.save(tiny_model(), tmp_path / "assets" / "emoji-ldm")
+    monkeypatch.setattr("ldm.catalog.lookup.ASSETS", tmp_path / "assets")
     pipe = ldm.load(device="cpu", dtype="float32")
     base = ldm.save(pipe, tmp_path / "base")
     generator = torch.Generator().manual_seed(0)

@@ -292,8 +292,9 @@ def test_the_keyboard_alone(page):
         keys.press("Shift+Tab")
         if page.evaluate("document.activeElement.id") == "generate":
             break
+    before = page.inner_text("#images")
     keys.press("Enter")
-    page.wait_for_selector("#status:has-text('Waiting'), #status:has-text('Generating')")
+    page.wait_for_function("before => document.getElementById('images').innerText !== before", arg=before)
     page.wait_for_selector(READY)
     page.fill("#steps", "250")
     page.focus("#prompt")

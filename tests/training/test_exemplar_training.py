@@ -207,7 +207,8 @@ def test_the_condition_shows_the_images_of_the_scene(trained):
 
 
 def test_words_name_the_areas_that_their_things_cover(trained):
-    part = open_run(Path("grounded.yaml")).part
+    config = {**exemplar_configs(trained)["grounded"], "run": run("begun")}
+    part = open_run(write(config, Path("begun.yaml"))).part
     begun, _ = read_network("runs/exemplar/export", "unet")
     for own, given in zip(part.net.parameters(), begun.parameters(), strict=True):
         assert torch.equal(own, given)
@@ -289,7 +290,7 @@ def test_a_student_of_a_model_with_exemplars_takes_the_place_of_its_transformer(
     assert len(set(part.part.pairs.prompts)) > 20
     part.train(progress=False)
     part.export(Path("runs/turbo/export"))
-    card = exemplar_card(place, sampler="ddim", steps=1)
+    card = exemplar_card(trained, sampler="ddim", steps=1)
     bundle(card, {**EXPORTS, "unet": "runs/turbo/export"}, "student")
     pipe = ldm.load(weights="student", dtype="float32")
     rows = [64, 65]

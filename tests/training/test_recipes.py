@@ -27,7 +27,14 @@ from ldm.training.stages import get_dotted, set_dotted
 
 SMALL = {"sampler": "ddim", "steps": 2, "guidance": 2.0, "height": 32, "width": 32}
 LARGE = {**SMALL, "height": 64, "width": 64}
-LATENT_CARD = {"base": "emoji-ldm", "name": "tiny-ldm", "defaults": SMALL}
+POOLED = {"layer": -1, "final_norm": True, "length": None, "pad": 0, "masked": True, "pooled": True}
+LATENT_CARD = {
+    "base": "emoji-ldm",
+    "name": "tiny-ldm",
+    "prediction": "v",
+    "text": POOLED,
+    "defaults": SMALL,
+}
 
 
 @pytest.fixture
