@@ -135,12 +135,12 @@ PAIRS = (("rocket", "pizza"), ("dog face", "banana"), ("cactus", "star"))
 
 
 def test_what_a_prompt_leaves_open_varies_and_what_it_states_holds(pipe):
-    shown = pipe.text(["three red apples"], (16, 16), seeds=range(16)).exemplars[:, 0]  # (B, 4, H, W)
-    assert len({tuple(one.flatten()[::97].tolist()) for one in shown}) == 16
+    shown = pipe.text(["three red apples"], (16, 16), seeds=range(8)).exemplars[:, 0]  # (B, 4, H, W)
+    assert len({tuple(one.flatten()[::97].tolist()) for one in shown}) == 8
     across = torch.linspace(0, 1, 128)
     for a, b in PAIRS:
         for text, axis in ((f"a {a} to the left of a {b}", 1), (f"a {a} above a {b}", 0)):
-            opacity = pipe.text([text], (16, 16), seeds=range(16)).exemplars[:, :, 3]  # (B, 2, H, W)
+            opacity = pipe.text([text], (16, 16), seeds=range(8)).exemplars[:, :, 3]  # (B, 2, H, W)
             mass = opacity.sum(dim=(3, 2)[axis])  # along the axis of the relation, (B, 2, 128)
             first, second = ((mass * across).sum(-1) / mass.sum(-1)).unbind(1)
             assert (first < second).all(), text
