@@ -86,8 +86,8 @@ def images_endpoint(service: Service, endpoint: str) -> Callable[[Request], Any]
             {**url_or_content(service, asked, content, urls=urls), "seed": seed} for seed, content in files
         ]
         body = {"created": int(time.time()), "data": data, "size": size_text(drawn), **asked.facts}
-        if told := asked.warnings(drawn):
-            body["warnings"] = told
+        if noted := asked.warnings(drawn):
+            body["warnings"] = noted
         return JSONResponse({**body, "model": asked.order.model})
 
     return answer
@@ -228,7 +228,7 @@ def stream_events(asked: Asked, event: Any, partial: int) -> list[dict[str, Any]
             for i, content in enumerate(preview_files(event, None, asked.kind))
         ]
     files = encoded_images(event, asked.kind, asked.fields.get("output_compression"))
-    told = asked.warnings(event)
+    noted = asked.warnings(event)
     return [
         {
             "type": f"{name}.completed",
@@ -237,7 +237,7 @@ def stream_events(asked: Asked, event: Any, partial: int) -> list[dict[str, Any]
             "b64_json": as_base64(content),
             "size": size_text(event),
             "usage": NO_TOKENS,
-            **({"warnings": told} if told else {}),
+            **({"warnings": noted} if noted else {}),
             **common,
         }
         for seed, content in files

@@ -288,14 +288,14 @@ class Worker:
 
     def _draw_together(self, seat: Seat, jobs: Sequence[Job]) -> None:
         """Draw text-to-image jobs in one batch; the options of each are checked first."""
-        pipe, calls, told, ready = seat.pipe, list[Call](), list[Sequence[Any]](), list[Job]()
+        pipe, calls, noted, ready = seat.pipe, list[Call](), list[Sequence[Any]](), list[Job]()
         for job in jobs:
             try:
                 with warnings.catch_warnings(record=True) as found:
                     warnings.simplefilter("always")
                     calls.append(pipe.settle(job.order.prompt, **text_options(pipe, job.order)))
                 ready.append(job)
-                told.append(found)
+                noted.append(found)
             except Exception as error:
                 self._answer({job: self._failure(error)})
         if not ready:
@@ -304,7 +304,7 @@ class Worker:
         def answer(made: Mapping[int, Images | None]) -> None:
             self._answer(
                 {
-                    ready[i]: Stopped() if images is None else self._drawn(seat, ready[i], images, told[i])
+                    ready[i]: Stopped() if images is None else self._drawn(seat, ready[i], images, noted[i])
                     for i, images in made.items()
                 }
             )

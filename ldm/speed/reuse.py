@@ -45,7 +45,7 @@ class CondKey(NamedTuple):
     def matches(self, x_t: Tensor, cond: Cond) -> bool:
         """Return whether x_t has the same shape, and the condition the same tensors, not written to since.
 
-        A tensor that is computed anew in every step, as a decoder of image embeddings does, is the same if
+        A tensor that is computed again in every step, as a decoder of image embeddings does, is the same if
         its values are.
         """
         given = lasting(cond)

@@ -40,17 +40,17 @@ ODD: tuple[Any, ...] = (
 )
 
 
-def picture(mode: str, size: tuple[int, int]) -> bytes:
+def image_file(mode: str, size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, (200, 30, 30, 0)[: len(mode)]).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 PICTURES = (
-    picture("RGBA", (32, 32)),
-    picture("RGB", (32, 32)),
-    picture("RGB", (1, 1)),
-    picture("RGBA", (8, 64)),
+    image_file("RGBA", (32, 32)),
+    image_file("RGB", (32, 32)),
+    image_file("RGB", (1, 1)),
+    image_file("RGBA", (8, 64)),
 )
 FILES = (
     *PICTURES,

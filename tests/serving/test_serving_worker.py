@@ -238,7 +238,7 @@ def test_a_full_queue_is_refused_with_the_time_to_wait(gate):
             assert response.status_code == 429 and error["code"] == "rate_limit_exceeded"
             assert 1 <= int(response.headers["retry-after"]) <= 60
             assert response.headers["x-should-retry"] == "true"
-        malformed = post(running, "a cat", n=0)  # is told so, although the queue is full
+        malformed = post(running, "a cat", n=0)  # is answered so, although the queue is full
         assert malformed.status_code == 400
         gate.opened.set()
         assert first.result(30).status_code == 200

@@ -162,7 +162,7 @@ def test_features_of_other_conditions_shapes_and_later_times_are_not_reused(monk
 
 
 @pytest.mark.parametrize("make_pipe", [tiny_karlo, tiny_stable])
-def test_a_decoder_that_computes_its_condition_anew_in_every_step_reuses_features(make_pipe):
+def test_a_decoder_that_computes_its_condition_in_every_step_reuses_features(make_pipe):
     def draw(pipe):
         return pipe.text_to_image("a cat", n=1, seed=1, upsample=False, steps=4, progress=False).tensor
 

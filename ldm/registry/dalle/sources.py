@@ -42,7 +42,7 @@ PIECES = (
     "first-stage-vq",
 )
 HALVES = {"encoder": "dalle-dvae-encoder", "decoder": "dalle-dvae-decoder"}
-# a tensor by which models of different sizes are told apart
+# a tensor by which models of different sizes differ
 TELLING = {"encoder": "embed_tokens.weight", "decoder": "embed_tokens.weight"}
 
 
