@@ -100,7 +100,7 @@ def main() -> None:
     options.add_argument("--profile", action="store_true", help="also print the operators that take the time")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    config = read_training_config(CONFIGS / "emoji-unclip" / "unet.yaml")[1].model
+    config = read_training_config(CONFIGS / "emoji-unet" / "unet.yaml")[1].model
     torch.manual_seed(0)
     ours, theirs = for_training(UNet(config)).train(), peer(config).train()
     counts = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]

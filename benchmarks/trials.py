@@ -1,7 +1,7 @@
 """Short trainings that differ in one choice: ``python benchmarks/trials.py text size batch kl``.
 
 They need the data set, and the finished stages autoencoder, clip, draft and draft-refinement of
-``configs/emoji-unclip`` in ``runs/``.
+``configs/emoji-unet`` in ``runs/``.
 
 All trials of a question see the same draws for the same number of images. Figures: ``loss`` on fixed images,
 noise and timesteps (comparable within one latent space), and the mean squared error between samples and the
@@ -25,7 +25,7 @@ from ldm.training.recipe import find_stage
 from ldm.training.run import open_run
 from ldm.training.stages import set_dotted
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "emoji-unclip"
+CONFIGS = Path(__file__).parents[1] / "configs" / "emoji-unet"
 FOLDER = Path("runs") / "trials"
 # one style on white: the latents of these images are computed in seconds
 PLAIN = {
@@ -93,7 +93,7 @@ def trial_config(name: str, changes: Changes, samples: int) -> dict[str, Any]:
     """Return the configuration of one stage of a trial.
 
     Args:
-        name: Name of the stage in ``configs/emoji-unclip``.
+        name: Name of the stage in ``configs/emoji-unet``.
         changes: Changes by dotted key.
         samples: Number of images to train on; the learning rate falls over the last third.
     """

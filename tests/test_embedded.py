@@ -30,7 +30,7 @@ def run(pipe, prompt="red apple on a blue background", **options):
 
 
 @pytest.mark.parametrize(
-    ("folders", "limit"), [(["emoji-ldm", "emoji-clip"], 56e6), (["emoji-unclip"], 64e6)]
+    ("folders", "limit"), [(["emoji-ldm", "emoji-clip"], 56e6), (["emoji-unclip"], 48e6)]
 )
 def test_a_model_is_small_and_contains_its_notices(folders, limit):
     files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]

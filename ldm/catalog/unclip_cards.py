@@ -228,7 +228,15 @@ class UnCLIPCard(Card):
         """Return the folder of each part: the parts that the stages need, and the others that are present."""
         upsamplers = [upsampler_name(k) for k in range(len(self.upsamplers))]
         needed = ["decoder", *(["prior"] if self.prior is not None else []), *upsamplers, *self.parts]
-        others = ["text", "vision", "noise", "words", "vae", *(f"{name}-last" for name in upsamplers)]
+        others = [
+            "text",
+            "vision",
+            "noise",
+            "words",
+            "layout",
+            "vae",
+            *(f"{name}-last" for name in upsamplers),
+        ]
         present = [name for name in others if (folder / f"{name}.yaml").is_file()]
         return {
             part: folder / self.parts[part] if part in self.parts else folder
@@ -246,7 +254,7 @@ class UnCLIPCard(Card):
         upsamplers = [
             upsampler_name(k, last=last) for k in range(len(self.upsamplers)) for last in (False, True)
         ]
-        return ("text", "vision", "prior", "decoder", "noise", "words", "vae", *upsamplers)
+        return ("text", "vision", "prior", "decoder", "noise", "words", "layout", "vae", *upsamplers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,6 +151,14 @@ class ExemplarLibrary:
             return self._of[name][str(mention.style)]
         return self._of[name][styles[_draw(seed, slot, "style", len(styles))]]
 
+    def meant(self, mention: Mention) -> list[Exemplar]:
+        """Return the exemplars that `choose` draws from, with any seed."""
+        found = []
+        for name in mention.names:
+            styles = self._of[name]
+            found += [styles[mention.style]] if mention.style in styles else styles.values()
+        return found
+
     def pixels(self, exemplar: Exemplar) -> Tensor:
         """Return the image of an exemplar: RGB and opacity in [0, 1], shape (4, S, S), float32."""
         return read_exemplar(exemplar.content, self.size)

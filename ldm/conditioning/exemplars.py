@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.exemplar_index import ExemplarIndex
 from ldm.conditioning.exemplar_library import ExemplarLibrary
 from ldm.conditioning.layouts import draw_layouts, layout_denoiser, slots_of
 from ldm.conditioning.prompt import parse, plain_texts
@@ -76,13 +77,22 @@ class ExemplarConditioner(nn.Module):
         layout: The network of the prior over layouts.
         library: The exemplars.
         cell: Side of a number of the latent in pixels.
+        index: The library's images as CLIP sees them, for conditions of image embeddings. Default: None.
 
     Raises:
         ValueError: If it is not known which words the text tower was trained on, its padding is not masked,
             or the prior reads texts of another width.
     """
 
-    def __init__(self, text: TextConditioner, layout: DiT, library: ExemplarLibrary, *, cell: int) -> None:
+    def __init__(
+        self,
+        text: TextConditioner,
+        layout: DiT,
+        library: ExemplarLibrary,
+        *,
+        cell: int,
+        index: ExemplarIndex | None = None,
+    ) -> None:
         super().__init__()
         if text.known_words is None:
             raise ValueError("the text tower does not state the words that it was trained on")
@@ -97,6 +107,7 @@ class ExemplarConditioner(nn.Module):
         self.layout = layout
         self.library = library
         self.cell = cell
+        self.index = index
         self.grammar = text.known_words
         self.slots = slots_of(layout.config)
 
@@ -141,11 +152,63 @@ class ExemplarConditioner(nn.Module):
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each prompt"
             )
-        conds = []
-        for prompt, seed in zip(prompts, seeds, strict=False):
-            things = self.draw_things([read[prompt]], [seed])  # alone: the same bits in every batch
-            conds.append(self.condition(read[prompt], things, size))
-        return Cond.cat(conds)
+        return Cond.cat(
+            [self._drawn(read[prompt], seed, size) for prompt, seed in zip(prompts, seeds, strict=False)]
+        )
+
+    def seen(
+        self,
+        prompts: Sequence[str],
+        vectors: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        seeds: Sequence[int],
+    ) -> Cond:
+        """Return the condition of B prompts and B image embeddings, which choose what the prompts leave open.
+
+        Of the exemplars that a prompt leaves open the one nearest to the embedding is taken. Where the prompt
+        names nothing, the image is of the thing whose exemplar is nearest in the whole library.
+
+        Args:
+            prompts: B prompts.
+            vectors: B image embeddings of the index's CLIP, (B, E).
+            size: (h, w) of the latent. Default: as in `forward`.
+            seeds: B seeds.
+
+        Raises:
+            ValueError: If a prompt names nothing, and the conditioner has no index.
+        """
+        lexicon = self.lexicon
+        read = [self.read_seen(*pair, lexicon) for pair in zip(prompts, vectors, strict=True)]
+        drawn = zip(read, seeds, vectors, strict=True)
+        return Cond.cat([self._drawn(one, seed, size, vector) for one, seed, vector in drawn])
+
+    def read_seen(self, prompt: str, vector: Tensor, lexicon: Lexicon | None = None) -> ReadPrompt:
+        """Return a prompt as the model reads it, preceded by what an embedding shows if it names nothing.
+
+        Args:
+            prompt: The prompt.
+            vector: An image embedding of the index's CLIP, (E,).
+            lexicon: The conditioner's `lexicon`, where it is at hand.
+
+        Raises:
+            ValueError: If the prompt names nothing, and the conditioner has no index.
+        """
+        lexicon = self.lexicon if lexicon is None else lexicon
+        read = self.read(prompt, lexicon)
+        if read.things:
+            return read
+        if self.index is None:
+            raise ValueError("expected an index of the library, by which an embedding finds exemplars")
+        nouns = lexicon.nouns_of()
+        named = [exemplar for exemplar in self.library if exemplar.name in nouns]
+        return self.read(f"{nouns[self.index.nearest(vector, named).name]} {prompt}", lexicon)
+
+    def _drawn(
+        self, read: ReadPrompt, seed: int, size: tuple[int, int] | None, vector: Tensor | None = None
+    ) -> Cond:
+        """Return the condition of a prompt with a seed, alone, so that it is the same in every batch."""
+        return self.condition(read, self.draw_things([read], [seed], vector), size)
 
     def read(self, prompt: str, lexicon: Lexicon | None = None) -> ReadPrompt:
         """Return a prompt as the model reads it.
@@ -157,22 +220,31 @@ class ExemplarConditioner(nn.Module):
         alternatives = self._alternatives(prompt, self.lexicon if lexicon is None else lexicon)
         return ReadPrompt(alternatives=tuple(alternatives), text=self._text(prompt, alternatives))
 
-    def draw_things(self, read: Sequence[ReadPrompt], seeds: Sequence[int]) -> list[PlacedThings]:
+    def draw_things(
+        self, read: Sequence[ReadPrompt], seeds: Sequence[int], vector: Tensor | None = None
+    ) -> list[PlacedThings]:
         """Draw what B prompts leave open with B seeds: the exemplars of their things and their layouts.
 
         The exemplars of a blend are the means of its alternatives', weighted by their shares, in one layout.
+
+        Args:
+            read: B prompts.
+            seeds: B seeds.
+            vector: An image embedding (E,), which chooses the exemplars in place of the seeds. Default: None.
         """
         things = [one.things for one in read]
         text = Cond.cat([one.text for one in read])
         layouts = draw_layouts(layout_denoiser(self.layout), text, things, seeds=seeds)
         return [
-            PlacedThings(images=self._images(one, seed), layout=layouts[i : i + 1])
+            PlacedThings(images=self._images(one, seed, vector), layout=layouts[i : i + 1])
             for i, (one, seed) in enumerate(zip(read, seeds, strict=True))
         ]
 
-    def _images(self, read: ReadPrompt, seed: int) -> Tensor:
+    def _images(self, read: ReadPrompt, seed: int, vector: Tensor | None) -> Tensor:
         """Return the exemplars of a prompt's things, (1, K, 4, S, S); see `draw_things`."""
-        images = [multiplied(self._chosen(alternative.mentions, seed)) for alternative in read.alternatives]
+        images = [
+            multiplied(self._chosen(alternative.mentions, seed, vector)) for alternative in read.alternatives
+        ]
         return weighted_mean(images, [alternative.share for alternative in read.alternatives])
 
     def condition(
@@ -227,12 +299,16 @@ class ExemplarConditioner(nn.Module):
         tokenizer = self.text.tokenizer
         return [(word, tuple(tokenizer.encode(own))) for word, own in words]
 
-    def _chosen(self, mentions: Sequence[Mention], seed: int) -> Tensor:
+    def _chosen(self, mentions: Sequence[Mention], seed: int, vector: Tensor | None) -> Tensor:
         """Return the images of things, (1, K, 4, S, S) float32, transparent where there is no thing."""
         side = self.library.size
         images = torch.zeros(1, self.slots, 4, side, side, dtype=torch.float32, device=self.device)
         for slot, mention in enumerate(mentions):
-            images[0, slot] = self.library.pixels(self.library.choose(mention, seed, slot))
+            if vector is None or self.index is None:
+                exemplar = self.library.choose(mention, seed, slot)
+            else:
+                exemplar = self.index.nearest(vector, self.library.meant(mention))
+            images[0, slot] = self.library.pixels(exemplar)
         return images
 
     @property

@@ -94,6 +94,15 @@ class Lexicon:
         """The number of words of the longest phrase."""
         return max(map(len, self.phrases), default=0)
 
+    def nouns_of(self) -> dict[str, str]:
+        """Return for each name a phrase that may mean it: its own if that is read as a thing."""
+        found: dict[str, str] = {}
+        for words, names in self.phrases.items():
+            for name in names:
+                if name not in found or names == (name,):
+                    found[name] = " ".join(words)
+        return found
+
     def read(self, text: str, *, slots: int, taken: Iterable[Mention] = ()) -> ReadText:
         """Return the things that a text names, and its words.
 

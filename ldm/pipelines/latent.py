@@ -24,8 +24,7 @@ from ldm.pipelines.conditions import Pair, expanded_pair, prompt_conditions
 from ldm.pipelines.control.control_use import Controlling, as_controls
 from ldm.pipelines.control.controls import Controls, controlled_pair
 from ldm.pipelines.drafts import with_known_draft
-from ldm.pipelines.exemplars import Exemplars
-from ldm.pipelines.layouts import fitted_condition
+from ldm.pipelines.layouts import fitted_conditions, known_of
 from ldm.pipelines.protocol import Known, Request
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.stages.space import Space
@@ -68,17 +67,13 @@ class LatentDiffusion(BasePipeline):
         origin: Mapping[str, Any] | None = None,
         safety: SafetyChecker | None = None,
     ) -> None:
-        super().__init__(origin=origin, safety=safety)
+        super().__init__(origin=origin, safety=safety, text=text)
         self.vae: Any = vae  # an autoencoder of any kind: encode, decode, config
         self.text: Any = text  # a conditioner of any kind, or None
         self.denoiser = denoiser
         self.latent_scale = latent_scale
         self.card = card
         self._controls: Controls | None = None
-        self._exemplars: Exemplars | None = None
-        if isinstance(text, ExemplarConditioner):
-            self.origin = own = dict(self.origin)
-            self._exemplars = Exemplars(text.library, own)
 
     @property
     def name(self) -> str:
@@ -98,17 +93,6 @@ class LatentDiffusion(BasePipeline):
             concat=self.card.concat,
             guide=self.guide,
         )
-
-    @property
-    def exemplars(self) -> Exemplars:
-        """The images of things that the model is shown, to which images can be added.
-
-        Raises:
-            ValueError: If the model is not conditioned on exemplars.
-        """
-        if self._exemplars is None:
-            raise ValueError(f"{self.name!r} has no exemplars: it is conditioned on the prompt's text alone")
-        return self._exemplars
 
     @property
     def controls(self) -> Controls:
@@ -267,19 +251,12 @@ class LatentDiffusion(BasePipeline):
 
         None if it knows nothing. Without a prompt, the image of a draft is shown as it is.
         """
-        known = request.draft or request.known
-        if known is None and request.given is not None and request.strength < 1:
-            latent = self.encode(request.given)
-            known = Known(latent, torch.zeros_like(latent[:1, :1]))
+        known = known_of(request, self.encode)
         if known is None:
             return None
         if request.draft is not None and not any(call.texts):
             return self.text.shown(self.decode(known.latent)).expand(len(call.seeds))
-        conds = []
-        for i, (prompt, seed) in enumerate(zip(call.texts, call.seeds, strict=True)):
-            latent, hole = (value[i : i + 1] if len(value) > 1 else value for value in known)
-            conds.append(fitted_condition(self.text, self.denoiser, prompt, seed, latent, hole))
-        return Cond.cat(conds)
+        return fitted_conditions(self.text, self.denoiser, call, known)
 
     @in_separate_call
     @torch.no_grad()

@@ -9,8 +9,8 @@ again, by ever less. Exemplars that the prompt leaves open are chosen in the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import keyed_normal
 from ldm.models.layout import ThingLayout
+from ldm.pipelines.call import Call
 from ldm.pipelines.drafts import window_start
+from ldm.pipelines.protocol import Known, Request
 
 CANDIDATES, BEST = 32, 4
 ROUNDS = (0.04, 0.015, 0.006, 0.002)  # displacements, as fractions of the canvas
@@ -29,15 +31,61 @@ FIRST_DRAW = 1 << 61
 """The number of the first draw that belongs to the fit, among the keyed draws of a seed."""
 
 
-@torch.no_grad()
-def fitted_condition(
-    text: ExemplarConditioner, denoiser: Denoiser, prompt: str, seed: int, known: Tensor, hole: Tensor
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayoutFit:
+    """What layouts are fitted with.
+
+    Attributes:
+        text: The conditioner.
+        denoiser: The denoiser.
+        vector: The image embedding (E,) that is a condition too, of a decoder of unCLIP. Default: None.
+    """
+
+    text: ExemplarConditioner
+    denoiser: Denoiser
+    vector: Tensor | None = None
+
+    def condition(self, read: ReadPrompt, things: Sequence[PlacedThings], size: tuple[int, int]) -> Cond:
+        """Return the conditions of a prompt with B choices of what it leaves open."""
+        cond = self.text.condition(read, things, size)
+        return cond if self.vector is None else replace(cond, image_emb=self.vector.expand(len(things), -1))
+
+
+def known_of(request: Request, encode: Callable[[Tensor], Tensor]) -> Known | None:
+    """Return what a request knows of the images, in the space of the states; None if it knows nothing."""
+    known = request.draft or request.known
+    if known is None and request.given is not None and request.strength < 1:
+        latent = encode(request.given)
+        known = Known(latent, torch.zeros_like(latent[:1, :1]))
+    return known
+
+
+def fitted_conditions(
+    text: ExemplarConditioner, denoiser: Denoiser, call: Call, known: Known, vectors: Tensor | None = None
 ) -> Cond:
-    """Return the condition of a prompt, in the layout that fits the known part of a latent best.
+    """Return the conditions of a call's B prompts, each in the layout that fits the known part of its image.
 
     Args:
         text: The conditioner.
         denoiser: The denoiser.
+        call: The call.
+        known: What is known of the images.
+        vectors: Image embeddings (B, E), which are conditions too, of a decoder of unCLIP. Default: None.
+    """
+    conds = []
+    for i, (prompt, seed) in enumerate(zip(call.texts, call.seeds, strict=True)):
+        latent, hole = (value[i : i + 1] if len(value) > 1 else value for value in known)
+        fit = LayoutFit(text=text, denoiser=denoiser, vector=None if vectors is None else vectors[i])
+        conds.append(fitted_condition(fit, prompt, seed, latent, hole))
+    return Cond.cat(conds)
+
+
+@torch.no_grad()
+def fitted_condition(fit: LayoutFit, prompt: str, seed: int, known: Tensor, hole: Tensor) -> Cond:
+    """Return the condition of a prompt, in the layout that fits the known part of a latent best.
+
+    Args:
+        fit: What layouts are fitted with.
         prompt: The prompt.
         seed: Seed of the candidates.
         known: Latent, (1, C, h, w).
@@ -46,26 +94,26 @@ def fitted_condition(
     Returns:
         A condition of batch size 1. Where the prompt names nothing, or nothing is known, it is the seed's.
     """
-    read = text.read(prompt)
+    text, vector = fit.text, fit.vector
+    read = text.read(prompt) if vector is None else text.read_seen(prompt, vector)
     size = (known.shape[-2], known.shape[-1])
     if not read.things or bool(hole.all()):
-        return text.condition(read, text.draw_things([read], [seed]), size)
+        return fit.condition(read, text.draw_things([read], [seed], vector), size)
     seeds = [seed, *(derived_seed(seed, i) for i in range(1, CANDIDATES))]
-    drawn = [framed(things, hole) for things in text.draw_things([read] * len(seeds), seeds)]
-    best = _best(text, denoiser, read, drawn, seed, known, hole)
+    drawn = [framed(things, hole) for things in text.draw_things([read] * len(seeds), seeds, vector)]
+    best = _best(fit, read, drawn, seed, known, hole)
     for number, spread in enumerate(ROUNDS):
         tried = [
             displaced(things, spread, seed, (number * BEST + i) * CANDIDATES + j)
             for i, things in enumerate(best)
             for j in range(CANDIDATES // BEST)
         ]
-        best = _best(text, denoiser, read, [*best, *tried], seed, known, hole)
-    return text.condition(read, best[:1], size)
+        best = _best(fit, read, [*best, *tried], seed, known, hole)
+    return fit.condition(read, best[:1], size)
 
 
 def _best(
-    text: ExemplarConditioner,
-    denoiser: Denoiser,
+    fit: LayoutFit,
     read: ReadPrompt,
     things: Sequence[PlacedThings],
     seed: int,
@@ -73,7 +121,7 @@ def _best(
     hole: Tensor,
 ) -> list[PlacedThings]:
     """Return the candidates of the least error over the known part, the best first."""
-    cond = text.condition(read, things, (known.shape[-2], known.shape[-1]))
+    denoiser, cond = fit.denoiser, fit.condition(read, things, (known.shape[-2], known.shape[-1]))
     errors = torch.zeros(len(things), dtype=torch.float32, device=known.device)
     for k, time in enumerate(TIMES):
         t = torch.tensor(round(time * (len(denoiser.schedule) - 1)), device=known.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import UnCLIPCard, upsampler_name
 from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import OnStep
@@ -21,6 +22,7 @@ from ldm.pipelines.base import BasePipeline
 from ldm.pipelines.call import Call, named_options
 from ldm.pipelines.checks import check_option, check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair
+from ldm.pipelines.layouts import fitted_conditions, known_of
 from ldm.pipelines.protocol import Request
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.stages.autoregressive import AutoregressiveStage
@@ -66,7 +68,7 @@ class UnCLIP(BasePipeline):
         origin: Mapping[str, Any] | None = None,
         safety: SafetyChecker | None = None,
     ) -> None:
-        super().__init__(origin=origin, safety=safety)
+        super().__init__(origin=origin, safety=safety, text=decoder.text)
         for part, name in (("CLIP", clip.name), ("prior", prior and prior.clip), ("decoder", decoder.clip)):
             if name is not None and name != card.clip:
                 raise ValueError(
@@ -93,8 +95,8 @@ class UnCLIP(BasePipeline):
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks by part.
 
-        The parts are "decoder" and, where there are such, "text", "vision", "prior", "noise", "words", "vae",
-        "upsampler" and "upsampler-last" (then "upsampler2", …).
+        The parts are "decoder" and, where there are such, "text", "vision", "prior", "noise", "words",
+        "layout", "vae", "upsampler" and "upsampler-last" (then "upsampler2", …).
         """
         own = self.decoder.text if self.decoder.text is not self.clip.text else None
         found: dict[str, nn.Module | None] = {
@@ -109,7 +111,8 @@ class UnCLIP(BasePipeline):
             found[upsampler_name(k)] = stage.denoiser.net
             found[upsampler_name(k, last=True)] = stage.last and stage.last.net
         if own is not None:
-            found["words"] = next(iter(own.networks().values()))
+            found["words"], *others = own.networks().values()
+            found["layout"] = next(iter(others), None)
         return {part: network for part, network in found.items() if network is not None}
 
     def text_to_image(
@@ -239,8 +242,9 @@ class UnCLIP(BasePipeline):
         self.stage.check_shape(call)
         call = replace(call, others=other_options(options))
         self._settle_others(call)
-        if self.clip.text is not None:
-            warn_unknown_words(self.name, self.clip.text, (*call.prompts, *call.negatives))
+        own = self.decoder.text
+        reader = own if isinstance(own, ExemplarConditioner) else self.clip.text
+        warn_unknown_words(self.name, reader, (*call.prompts, *call.negatives))
         return call
 
     def _settle_others(self, call: Call) -> None:
@@ -287,6 +291,7 @@ class UnCLIP(BasePipeline):
         if request.pair is not None and call.others.get("candidates", 1) != 1:
             raise ValueError("candidates: the embeddings are given, so the prior makes none")
         pair = self.conditions(call) if request.pair is None else request.pair(shape[1:])
+        pair = self._fitted(pair, call, request)
         for watcher in self.watchers:
             watcher.begin(call)
         pair = expanded_pair(pair, n, **request.extra)
@@ -304,6 +309,14 @@ class UnCLIP(BasePipeline):
         for watcher in self.watchers:
             watcher.end(images)
         return images
+
+    def _fitted(self, pair: Pair, call: Call, request: Request) -> Pair:
+        """Return conditions whose exemplars lie where they fit what a request knows of the images."""
+        text, known = self.decoder.text, known_of(request, self.stage.encode)
+        vectors = pair[0].image_emb
+        if known is None or vectors is None or not isinstance(text, ExemplarConditioner):
+            return pair
+        return fitted_conditions(text, self.decoder.denoiser, call, known, vectors), pair[1]
 
     def upsample(self, pixels: Tensor, call: Call) -> Tensor:
         """Enlarge the decoder's images (B, 3, h, w) by all upsamplers, as many times as their cards say."""

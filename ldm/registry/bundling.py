@@ -20,7 +20,8 @@ from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import nearest, read_yaml
 from ldm.support.files import staged_folder, write_atomically
-from ldm.weights.formats.ldm_folder import about_part
+from ldm.weights.formats.exemplar_file import LIBRARY_EMBEDDINGS
+from ldm.weights.formats.ldm_folder import VOCABULARY, WORDS_VOCABULARY, about_part
 from ldm.weights.formats.ldm_model import LIBRARY_FILES, write_card
 
 
@@ -37,7 +38,11 @@ def check_unclip(card: UnCLIPCard, folder: Path) -> None:
 
 
 # The files that an export has beside a part.
-BESIDE_PARTS: Mapping[str, tuple[str, ...]] = {"text": ("vocabulary.json",), "layout": LIBRARY_FILES}
+BESIDE_PARTS: Mapping[str, tuple[str, ...]] = {
+    "text": (VOCABULARY,),
+    "layout": LIBRARY_FILES,
+    "words": (WORDS_VOCABULARY, LIBRARY_EMBEDDINGS),
+}
 # The check of each kind of model that can be bundled; its first argument is a card of that kind, hence Any.
 CHECKS: Mapping[Kind, Callable[[Any, Path], None]] = {"latent": check_latent, "unclip": check_unclip}
 

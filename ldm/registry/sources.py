@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Source:
         latent_scale: Factor between the autoencoder's latents and those that are diffused.
         origin: What a recipe records of the weights: SHA-256 by part or file.
         folder: Folder in which the files of the tokenizer may be; None for random weights.
+        folders: Folder of each part in the ldm layout; empty for another layout.
         pieces: XLM-R's tokenizer.json or its folder; None if there is none.
         notes: Warnings about the weights.
         stated: What the weights state about their use.
@@ -46,6 +47,7 @@ class Source:
     latent_scale: float
     origin: Mapping[str, str]
     folder: Path | None = None
+    folders: Mapping[str, Path] = field(default_factory=dict)
     pieces: Path | None = None
     notes: tuple[str, ...] = ()
     stated: Stated = Stated()
@@ -133,6 +135,7 @@ def read_parts(card: Card, folder: Path, dtype: torch.dtype, *, latent_scale: fl
         latent_scale=float(scale),
         origin=hashes.renamed({name: names.get(name, name) for name in files if not name.endswith(".yaml")}),
         folder=folders.get("text"),
+        folders=folders,
         notes=() if card.files is not None else (NO_HASHES,),
     )
 

@@ -65,7 +65,7 @@ def part_kinds() -> dict[str, PartKind]:
     from ldm.training.parts.decoder import DecoderPart, DecoderTraining
     from ldm.training.parts.draft import DraftPart, DraftTraining
     from ldm.training.parts.exemplar import ExemplarPart, ExemplarTraining
-    from ldm.training.parts.image_draft import ImageDraftPart, ImageDraftTraining
+    from ldm.training.parts.exemplar_decoder import ExemplarDecoderPart, ExemplarDecoderTraining
     from ldm.training.parts.layout import LayoutPart, LayoutTraining
     from ldm.training.parts.prior import PriorPart, PriorTraining
     from ldm.training.parts.reflow import ReflowPart, ReflowTraining
@@ -86,6 +86,12 @@ def part_kinds() -> dict[str, PartKind]:
         ),
         **_tunings(),
         "exemplar": _kind(ExemplarTraining, ExemplarPart, {"unet", "text"}, _VAE | {"net": ("unet",)}),
+        "exemplar-decoder": _kind(
+            ExemplarDecoderTraining,
+            ExemplarDecoderPart,
+            {"decoder", "words"},
+            _VAE | _VISION | {"net": ("unet",)},
+        ),
         "layout": _kind(LayoutTraining, LayoutPart, {"layout"}, _TEXT),
         "reflow": _kind(
             ReflowTraining,
@@ -93,18 +99,12 @@ def part_kinds() -> dict[str, PartKind]:
             {"unet"},
             {f"teacher.parts.{part}": (part,) for part in ("vae", "unet", "text", "draft", "layout")},
         ),
-        "image-draft": _kind(
-            ImageDraftTraining,
-            ImageDraftPart,
-            {"draft"},
-            _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("draft",)},
-        ),
         "prior": _kind(PriorTraining, PriorPart, {"prior", "text"}, _TEXT | _VISION | {"net": ("prior",)}),
         "decoder": _kind(
             DecoderTraining,
             DecoderPart,
             {"decoder"},
-            _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("unet", "decoder"), "draft": ("draft",)},
+            _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("unet", "decoder")},
         ),
         "tokens": _kind(TokenTraining, TokenPart, {"encoder", "decoder"}, _VAE),
         "upsampler": _kind(UpsamplerTraining, UpsamplerPart, {"upsampler"}),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from tiny_unclip import E, clip_pair, prior_stage, random_network
 
 from ldm.catalog.cards import Defaults, ModelCard, ScheduleCard
+from ldm.catalog.unclip_cards import StageCard, UnCLIPCard
 from ldm.conditioning.conditioner import TextConditioner, TextConvention
+from ldm.conditioning.exemplar_index import ExemplarIndex
 from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary, write_exemplar
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.things import SLOT_WORDS
@@ -14,7 +17,11 @@ from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from ldm.models.text.bpe import Tokenizer
+from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
 from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.stages.decoder import DecoderStage
+from ldm.pipelines.stages.space import Space
+from ldm.pipelines.unclip import UnCLIP
 from ldm.samplers.conventions import Convention
 
 GRAMMAR = frozenset("a the red blue on background and three to left of".split())
@@ -80,3 +87,35 @@ def tiny_exemplar_model(name: str = "tiny-exemplars") -> LatentDiffusion:
     return LatentDiffusion(
         vae=vae, text=conditioner, denoiser=denoiser, latent_scale=1.0, card=card, origin={"unet": "0"}
     ).eval()
+
+
+def tiny_exemplar_unclip(name: str = "tiny-exemplar-unclip") -> UnCLIP:
+    """Return an unCLIP model whose decoder is shown the exemplars that an embedding chooses."""
+    clip = clip_pair("tiny-clip/0")
+    drawn = {
+        "schedule": ScheduleCard(kind="cosine"),
+        "convention": Convention(grids={"*": {"spacing": "trailing"}}),
+    }
+    decoder = StageCard(prediction="x0", defaults=Defaults.square("ddim", 2, 1.0, SIZE), **drawn)
+    card = UnCLIPCard(
+        name=name,
+        summary="a model of the tests",
+        licence="none",
+        clip=clip.name,
+        decoder=decoder,
+        prior=StageCard(prediction="x0", defaults=Defaults.square("ddim", 2, 1.0, SIZE), **drawn),
+        words=READING,
+    )
+    model = tiny_exemplar_model()
+    text = model.text
+    shown = ExemplarConditioner(
+        text.text, text.layout, text.library, cell=CELL, index=ExemplarIndex(text.library, clip)
+    )
+    condition = ImageConditionConfig(
+        embed_dim=E, tokens=2, interleaved=False, text_dim=WIDTH, pooled_dim=None, norms=("tokens",)
+    )
+    config = DecoderConfig(dit=model.denoiser.net.config, condition=condition)
+    stage = DecoderStage(
+        random_network(config, 4), decoder, clip=clip.name, space=Space(model.vae, 1.0), text=shown
+    )
+    return UnCLIP(clip=clip, prior=prior_stage(card), decoder=stage, card=card).eval()

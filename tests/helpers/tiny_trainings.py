@@ -11,7 +11,6 @@ import yaml
 PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
 X0 = {"prediction": "x0", "drop": 0.2}
 UNET = {"channels": [8, 16], "depth": [0, 1], "blocks": 1, "heads": 2, "context_dim": 16, "embedded": True}
-DRAFT = {"embed_dim": 16, "width": 12, "layers": 2, "channels": 4, "size": 8}
 CONDITION = {
     "embed_dim": 16,
     "text_dim": 16,
@@ -97,11 +96,6 @@ def configs(data: Path, **changes: Any) -> dict[str, dict[str, Any]]:
     return {"vae": vae, "clip": clip, "draft": draft, "unet": unet}
 
 
-def unet_in(channels: int) -> dict[str, Any]:
-    """Return the decoders' UNet with `channels` input channels, those of the draft included."""
-    return {**UNET, "in_channels": channels, "out_channels": 4}
-
-
 def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
     """Return configurations of all networks of unCLIP, in the order in which they read one another.
 
@@ -111,7 +105,7 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
     cached = {"data": source, "variants": 5}
     priors = {"part": "prior", **cached, **TOWERS, "diffusion": X0, "measured": 40}
     codes = {"components": 4, "buckets": 16, "similarities": 4}
-    drafts, decoders = image_draft_configs(cached), decoder_configs(cached)
+    decoders = decoder_configs(cached)
     upsampler = {
         "part": "upsampler",
         "data": source,
@@ -122,47 +116,18 @@ def unclip_configs(data: Path) -> dict[str, dict[str, Any]]:
     }
     made: dict[str, dict[str, Any]] = {
         "clip-text": {"part": "clip-text", **cached, **TOWERS},
-        "image-draft": drafts["image-draft"],
         "prior": {**priors, "model": PRIOR},
         "prior-ar": {**priors, "autoregressive": {**PRIOR, **codes}},
         "decoder": decoders["decoder"],
-        "decoder-draft": decoders["decoder-draft"],
-        "image-draft-from-prior": drafts["image-draft-from-prior"],
-        "image-draft-text": drafts["image-draft-text"],
-        "decoder-text": decoders["decoder-text"],
+        "decoder-begun": decoders["decoder-begun"],
         "decoder-from-prior": decoders["decoder-from-prior"],
         "upsampler": upsampler,
     }
     return {name: {**config, "run": run(name)} for name, config in made.items()}
 
 
-def image_draft_configs(cached: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return configurations of image drafts: of images, of a prior's embeddings too, and with text."""
-    draft = {"part": "image-draft", **cached, "vae": "runs/vae/export", "model": DRAFT}
-    return {
-        "image-draft": {**draft, "vision": TOWERS["vision"], "jitter": 0.1},
-        "image-draft-from-prior": {
-            **draft,
-            **TOWERS,
-            "net": "runs/image-draft/export",
-            "from_prior": {"prior": "runs/prior/export", "share": 0.5, "steps": 1},
-        },
-        "image-draft-text": {
-            **draft,
-            **TOWERS,
-            "data": {
-                **cached["data"],
-                "drawn": {**dict.fromkeys(("two", "count", "colour"), 0.0), "background": 0.9},
-            },
-            "model": {**DRAFT, "embed_dim": 32},
-            "reads_text": True,
-            "whitened": True,
-        },
-    }
-
-
 def decoder_configs(cached: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return configurations of decoders: without a draft, and with each of the drafts."""
+    """Return configurations of decoders: new, begun with another one, and of a prior's embeddings too."""
     decoder = {
         "part": "decoder",
         **cached,
@@ -171,27 +136,19 @@ def decoder_configs(cached: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "length": 24,
         "diffusion": {"prediction": "v", "drop": 0.5},
     }
-    drafted = {"unet": unet_in(8), "condition": CONDITION, "draft": DRAFT}
+    model = {"unet": UNET, "condition": CONDITION}
     return {
-        "decoder": {**decoder, "model": {"unet": UNET, "condition": CONDITION}},
-        "decoder-draft": {
+        "decoder": {**decoder, "model": model},
+        "decoder-begun": {
             **decoder,
             "text": "runs/clip-text/export",
-            "draft": "runs/image-draft/export",
-            "net": "runs/unet/export",
-            "model": drafted,
-        },
-        "decoder-text": {
-            **decoder,
-            "draft": "runs/image-draft-text/export",
-            "net": "runs/decoder-draft/export",
-            "model": {**drafted, "draft": {**DRAFT, "embed_dim": 32}, "draft_text": True},
+            "net": "runs/decoder/export",
+            "model": model,
         },
         "decoder-from-prior": {
             **decoder,
-            "draft": "runs/image-draft-from-prior/export",
-            "net": "runs/decoder-draft/export",
-            "model": drafted,
+            "net": "runs/decoder-begun/export",
+            "model": model,
             "from_prior": {"prior": "runs/prior/export", "steps": 1},
         },
     }
@@ -219,11 +176,11 @@ def unclip_stages(data: Path) -> dict[str, dict[str, Any]]:
     """Return the stage files of a tiny unCLIP recipe, which shares `latent_stages`."""
     made = unclip_configs(data)
     stages = {name: made[name] for name in ("clip-text", "prior", "upsampler")}
-    stages |= {"image-draft": made["image-draft-from-prior"], "decoder": made["decoder-from-prior"]}
+    stages["decoder"] = made["decoder-from-prior"]
     for stage in stages.values():
         del stage["run"]["name"]
         stage["run"]["steps"] = 2
-        for key in ("vae", "text", "vision", "net", "draft"):
+        for key in ("vae", "text", "vision", "net"):
             stage.pop(key, None)
         stage.get("from_prior", {}).pop("prior", None)
     return stages
@@ -253,12 +210,9 @@ def unclip_recipe() -> dict[str, Any]:
     reads = {
         "clip-text": {"text": "draft", "vision": "clip"},
         "prior": towers,
-        "image-draft": {"vae": "autoencoder", **towers, "from_prior.prior": "prior"},
         "decoder": {
             "vae": "autoencoder",
             **towers,
-            "net": "unet",
-            "draft": "image-draft",
             "from_prior.prior": "prior",
         },
         "upsampler": {},

@@ -7,14 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from shared_weights import fill
 from tiny_latent_diffusion import tiny_model
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.diffusion.cond import Cond
 from ldm.models.draft import Draft, DraftConfig
-from ldm.models.unclip.decoder import Decoder, DecoderConfig, ImageConditionConfig
-from ldm.models.unet import UNetConfig
 from ldm.speed.optimization import optimize
 
 
@@ -207,62 +203,3 @@ def test_the_hidden_layer_adds_what_the_embedding_does_not_determine():
     assert torch.allclose(
         draft.agreeing(text, truth, open_all)[1], draft(text).detach()[1], atol=1e-5
     )  # without a known part it is the draft of the text
-
-
-def test_a_draft_reads_the_text_after_the_image():
-    unet = UNetConfig(
-        in_channels=6,
-        out_channels=4,
-        channels=(8, 16),
-        depth=(0, 1),
-        blocks=1,
-        heads=2,
-        context_dim=8,
-        embedded=True,
-    )
-    condition = ImageConditionConfig(embed_dim=6, text_dim=None, pooled_dim=5, norms=())
-    draft = DraftConfig(embed_dim=11, width=5, channels=2, size=4)
-    net = fill(Decoder(DecoderConfig(unet=unet, condition=condition, draft=draft, draft_text=True)))
-    x, t, image, text = (
-        torch.randn(2, 4, 4, 4),
-        torch.tensor([3.0, 500.0]),
-        torch.randn(2, 6),
-        torch.randn(2, 5),
-    )
-    cond = Cond(image_emb=image, pooled=text)
-    unet_cond = replace(net.condition(cond), concat=net.draft(torch.cat([image, text], dim=1)))
-    with torch.no_grad():
-        assert torch.equal(net(x, t, cond), net.unet(x, t, unet_cond))
-
-
-def test_a_draft_is_concatenated_after_other_channels():
-    unet = UNetConfig(
-        in_channels=6,
-        out_channels=2,
-        channels=(8, 16),
-        depth=(0, 1),
-        blocks=1,
-        heads=2,
-        context_dim=8,
-        embedded=True,
-    )
-    condition = ImageConditionConfig(embed_dim=6, tokens=2, text_dim=None, pooled_dim=None, norms=())
-    torch.manual_seed(0)
-    net = fill(
-        Decoder(
-            DecoderConfig(
-                unet=unet, condition=condition, draft=DraftConfig(embed_dim=6, width=5, channels=2, size=4)
-            )
-        )
-    )
-    x, t, image, known = (
-        torch.randn(3, 2, 8, 8),
-        torch.tensor([1, 40, 900]),
-        torch.randn(3, 6),
-        torch.randn(3, 2, 8, 8),
-    )
-    with torch.no_grad():
-        unet_cond = replace(
-            net.condition(Cond(image_emb=image)), concat=torch.cat([known, net.draft(image, (8, 8))], dim=1)
-        )
-        assert torch.equal(net(x, t, Cond(image_emb=image, concat=known)), net.unet(x, t, unet_cond))

@@ -13,7 +13,7 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.layout import ThingLayout
-from ldm.pipelines.layouts import displaced, fitted_condition, framed
+from ldm.pipelines.layouts import LayoutFit, displaced, fitted_condition, framed
 
 SIZE = (4, 4)
 
@@ -49,7 +49,7 @@ def test_the_fit_explains_the_image_better_than_the_seed(prompt):
     hole = torch.zeros(1, 1, *SIZE)
     for seed in (0, 7):
         own = latent_of(net([prompt], SIZE, seeds=[seed]))
-        fit = latent_of(fitted_condition(net, denoiser(), prompt, seed, known, hole))
+        fit = latent_of(fitted_condition(LayoutFit(text=net, denoiser=denoiser()), prompt, seed, known, hole))
         assert (fit - known).square().mean() < 0.2 * (own - known).square().mean()
 
 
@@ -59,7 +59,10 @@ def test_what_is_not_known_does_not_count():
     hole = torch.zeros(1, 1, *SIZE)
     hole[..., 2:] = 1
     other = torch.where(hole > 0, known + 5, known)
-    fits = [fitted_condition(net, denoiser(), "a fluent cat", 3, each, hole) for each in (known, other)]
+    fits = [
+        fitted_condition(LayoutFit(text=net, denoiser=denoiser()), "a fluent cat", 3, each, hole)
+        for each in (known, other)
+    ]
     assert fits[0].exemplars is not None and fits[1].exemplars is not None
     assert torch.equal(fits[0].exemplars, fits[1].exemplars)
 
@@ -72,7 +75,7 @@ def test_without_things_or_knowledge_the_condition_is_the_seeds_own():
         ("a cat", torch.ones(1, 1, *SIZE)),
     ):
         fit, own = (
-            fitted_condition(net, denoiser(), prompt, 3, known, hole),
+            fitted_condition(LayoutFit(text=net, denoiser=denoiser()), prompt, 3, known, hole),
             net([prompt], SIZE, seeds=[3]),
         )
         assert torch.equal(fit.exemplars, own.exemplars) and torch.equal(fit.context, own.context)

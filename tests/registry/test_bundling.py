@@ -16,7 +16,6 @@ import ldm
 from ldm.__main__ import main
 from ldm.catalog.lookup import ASSETS
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.models.draft import DraftConfig
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.unclip.autoregressive import AutoregressiveConfig
 from ldm.models.unclip.decoder import DecoderConfig, ImageConditionConfig
@@ -31,7 +30,7 @@ LENGTH = 16
 SETTINGS = {"schedule": "cosine", "timesteps": 1000, "drop": 0.1}
 CARD = ASSETS / "emoji-unclip" / "card.yaml"
 UNET = UNetConfig(
-    in_channels=8,
+    in_channels=4,
     out_channels=4,
     channels=(32, 64),
     depth=(0, 1),
@@ -88,9 +87,7 @@ def exports(place: Path, *, autoregressive: bool = False) -> tuple[dict[str, str
         diffusion={**SETTINGS, "prediction": "x0"},
     )
     condition = ImageConditionConfig(embed_dim=E, text_dim=E, pooled_dim=E)
-    decoder = DecoderConfig(
-        unet=UNET, condition=condition, draft=DraftConfig(embed_dim=E, width=16, channels=4, size=8)
-    )
+    decoder = DecoderConfig(unet=UNET, condition=condition)
     write_part(
         place / "decoder",
         "decoder",
@@ -125,6 +122,7 @@ def config(place: Path, **changes: Any) -> Path:
         "name": "tiny",
         "text": {**TEXTS, "length": LENGTH},
     }
+    card["decoder"]["prediction"] = "v"
     for stage, side in (("decoder", 16), ("prior", 16)):
         card[stage] = {
             **card[stage],
@@ -148,9 +146,10 @@ def test_the_parts_that_emoji_unclip_shares_are_those_of_its_card() -> None:
     card, vision = read_yaml(CARD), about_part(ASSETS / "emoji-clip", "vision")
     assert card["clip"] == f"emoji-clip/{vision['sha256'][:12]}" and card["parts"] == {
         "vision": "../emoji-clip",
+        **dict.fromkeys(("vae", "layout"), "../emoji-ldm"),
     }
     tower, _ = read_network(ASSETS / "emoji-clip", "vision")
-    vae, about = read_network(ASSETS / "emoji-unclip", "vae")
+    vae, about = read_network(ASSETS / "emoji-ldm", "vae")
     assert tower.config.embed_dim == 256 and vae.config.factor * 16 == 128 and about["latent_scale"] > 0
 
 
@@ -158,11 +157,7 @@ def test_a_bundled_unclip_model_generates_images(tmp_path: Path, capsys: pytest.
     assert main(["assemble", str(config(tmp_path)), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
     pipe = load(None, weights=tmp_path / "model")
-    assert (
-        pipe.card.name == "tiny"
-        and pipe.decoder.space.scale == 0.5
-        and pipe.decoder.denoiser.net.draft is not None
-    )
+    assert pipe.card.name == "tiny" and pipe.decoder.space.scale == 0.5
     images = pipe.text_to_image("red apple", n=2, progress=False)
     assert images.tensor.shape == (2, 3, 32, 32) and images.tensor.std() > 0.005
     with pytest.warns(UserWarning, match="tiny has never seen 'zeppelin'"):

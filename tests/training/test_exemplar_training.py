@@ -16,6 +16,8 @@ from tiny_trainings import run, write
 
 import ldm
 from ldm.catalog.cards import Defaults, ModelCard, ScheduleCard
+from ldm.catalog.unclip_cards import StageCard, UnCLIPCard
+from ldm.conditioning.exemplar_index import on_white
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.things import SLOT_WORDS, Lexicon
 from ldm.data import EmojiData, Mix, plain_scene, render_batch, sample_scene
@@ -28,6 +30,7 @@ from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.registry.bundling import bundle
 from ldm.samplers.conventions import Convention
 from ldm.support.config import to_dict
+from ldm.training.caches.embeddings import clip_name
 from ldm.training.draws import Draws
 from ldm.training.inputs.slots import SlotCaption, named_on_canvas
 from ldm.training.parts.exemplar import SLOT_TEXT
@@ -94,13 +97,42 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
         "text": "runs/exemplar/export",
         "model": {"in_channels": 6, "out_channels": 6, "patch": 1, **shape},
     }
+    towers = {"layers": 1, "heads": 2, "activation": "gelu", "embed_dim": 16, "width": 16}
+    clip = {
+        "part": "clip",
+        "run": run("clip"),
+        "data": source,
+        "model": {"text": towers, "vision": {**towers, "image_size": size, "patch_size": size // 4}},
+    }
+    condition = {
+        "embed_dim": 16,
+        "interleaved": False,
+        "text_dim": 16,
+        "pooled_dim": None,
+        "norms": ["tokens"],
+    }
+    decoder = {
+        **net,
+        "part": "exemplar-decoder",
+        "run": run("decoder", optimizer=muon),
+        "net": "runs/exemplar/export",
+        "vision": "runs/clip/export",
+        "condition": condition,
+    }
     grounded = {
         **net,
         "run": run("grounded", optimizer=muon),
         "net": "runs/exemplar/export",
         "grounding": 0.5,
     }
-    return {"vae": vae, "exemplar": net, "layout": layout, "grounded": grounded}
+    return {
+        "vae": vae,
+        "exemplar": net,
+        "layout": layout,
+        "grounded": grounded,
+        "clip": clip,
+        "decoder": decoder,
+    }
 
 
 EXPORTS = {
@@ -164,7 +196,7 @@ def test_a_model_is_trained_from_nothing_and_loads_with_its_library(trained):
     assert ExemplarConditioner(text, layout, library, cell=4).unknown("a cat") == []
 
 
-@pytest.mark.parametrize("kind", ["exemplar", "layout", "grounded"])
+@pytest.mark.parametrize("kind", ["exemplar", "layout", "grounded", "decoder"])
 def test_training_is_resumed_exactly(trained, kind):
     whole = open_run(Path(f"{kind}.yaml"))
     config = exemplar_configs(trained)[kind]
@@ -274,6 +306,97 @@ def test_the_bundled_model_shows_the_network_what_the_training_showed(trained):
     whole = plain_scene(part.images.index, scene.rows()[0])
     wanted = part.condition([whole], None).exemplars
     torch.testing.assert_close(place_exemplars(shown, layout, image.shape[2:]), wanted)
+
+
+def test_a_decoder_begins_as_the_transformer_that_it_is_made_of(trained):
+    config = {**exemplar_configs(trained)["decoder"], "run": run("begun")}
+    part = open_run(write(config, Path("begun.yaml"))).part
+    net, _ = read_network("runs/exemplar/export", "unet")
+    scenes = part.draw(Draws(0, range(4)))[0]
+    part.model.eval()
+    cond = part.condition(scenes, None)
+    read = part.decoder.condition(cond)
+    assert torch.equal(read.context[:, 4:], cond.context) and torch.equal(read.exemplars, cond.exemplars)
+    assert read.context_mask[:, :4].all() and read.pooled is None and read.image_emb is None
+    for own, given in zip(part.decoder.dit.parameters(), net.parameters(), strict=True):
+        assert torch.equal(own, given)
+    wanted = part.clip.image_embedding((part.images.tensor(scenes) + 1) / 2).vector
+    torch.testing.assert_close(cond.image_emb, wanted)
+    assert torch.equal(part.embedded([None, scenes[0]])[0], part.decoder.condition.nothing()[0])
+
+
+def test_captions_and_embeddings_are_dropped_in_their_shares(trained):
+    changes = {"bare": 0.5, "drop_image": 0.25, "run": run("shares")}
+    config = exemplar_configs(trained)["decoder"]
+    config = {**config, **changes, "diffusion": {**config["diffusion"], "drop": 0.2}}
+    part = open_run(write(config, Path("shares.yaml"))).part
+    draws = Draws(0, range(400))
+    scenes, _ = part.draw(draws)
+    cond, captions = part.drawn_condition(scenes, draws)
+    none = part.decoder.condition.nothing()[0]
+    absent = (cond.image_emb == none).all(dim=1).float().mean()
+    assert abs(float(absent) - (1 - 0.8 * 0.75)) < 0.08
+    empty = np.mean([not caption.words for caption in captions])
+    assert abs(empty - 0.2) < 0.07
+    single = [caption for caption in captions if len(caption.order) == 1]
+    assert 0.4 < np.mean([caption.words == SLOT_WORDS[:1] for caption in single]) < 0.75
+    assert all(len(caption.words) > 1 for caption in captions if len(caption.order) == 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"net": None}, "net: expected the folder of a training of exemplars, got null"),
+        ({"grounding": 0.1}, "grounding 0.1: expected 0"),
+        ({"bare": 1.5}, "bare"),
+        ({"condition": {"text_dim": 8}}, "expected text_dim 16, the width of the text's tokens"),
+        ({"condition": {"embed_dim": 8}}, "condition.embed_dim 8: the embeddings of .* are 16 wide"),
+        ({"condition": {"pooled_dim": 16}}, "dit: it takes no vector"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_is_refused(trained, change, message):
+    config = exemplar_configs(trained)["decoder"]
+    for key, values in change.items():
+        config[key] = {**config[key], **values} if isinstance(values, dict) else values
+    with pytest.raises(ValueError, match=message):
+        open_run(write(config, Path("wrong.yaml")))
+
+
+def test_a_bundled_unclip_model_finds_the_thing_of_an_image(trained):
+    size = EmojiData.open(trained).images.shape[1]
+    drawn = {
+        "schedule": ScheduleCard(kind="cosine"),
+        "convention": Convention(grids={"*": {"spacing": "trailing"}}),
+    }
+    card = UnCLIPCard(
+        name="tiny-unclip",
+        summary="a model of the tests",
+        licence="none",
+        clip=clip_name("runs/clip/export"),
+        decoder=StageCard(prediction="x0", defaults=Defaults.square("ddim", 2, 1.0, size), **drawn),
+        words=SLOT_TEXT,
+    )
+    exports = {
+        **dict.fromkeys(("decoder", "words"), "runs/decoder/export"),
+        **dict.fromkeys(("text", "vision"), "runs/clip/export"),
+        "vae": EXPORTS["vae"],
+        "layout": EXPORTS["layout"],
+    }
+    bundle(card, exports, "model")
+    pipe = ldm.load(weights="model", dtype="float32")
+    text = pipe.decoder.text
+    assert len(pipe.exemplars) == len(EmojiData.open(trained).train)
+    exemplar = next(iter(text.library))
+    image = on_white(text.library.pixels(exemplar)[None], size)
+    assert text.index.nearest(pipe.embed(image).vector[0]) is exemplar
+    assert pipe.variations(image, n=2, progress=False).tensor.shape == (2, 3, size, size)
+    again = ldm.save(pipe, "again")
+    saved = ldm.load(weights=again, dtype="float32").decoder.text.index
+    torch.testing.assert_close(saved.vectors(), text.index.vectors(), atol=2e-3, rtol=0)
+    assert torch.equal(saved.metric.weight, text.index.metric.weight)
+    Path("model/library-embeddings.safetensors").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="library-embeddings.safetensors"):
+        ldm.load(weights="model", dtype="float32")
 
 
 def test_a_student_of_a_model_with_exemplars_takes_the_place_of_its_transformer(trained):

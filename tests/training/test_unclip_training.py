@@ -12,28 +12,25 @@ import pytest
 import torch
 from tiny_trainings import (
     CONDITION,
-    DRAFT,
     PRIOR,
     UNET,
     configs,
     run,
     unclip_configs,
-    unet_in,
     write,
 )
 
-from ldm.data import caption
-from ldm.models.draft import Draft, DraftConfig
 from ldm.models.unclip.decoder import Decoder, DecoderConfig
 from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.caches.embeddings import EmbeddingCache, embed
 from ldm.training.degradation import Degradation, blur, round_blocks
 from ldm.training.draws import Draws
-from ldm.training.parts.image_draft import whiten
 from ldm.training.parts.prior import PriorPart
 from ldm.training.run import open_run, read_training_config
-from ldm.weights.formats.ldm_folder import about_part, read_part, read_text
+from ldm.weights.formats.ldm_folder import about_part, read_part, read_text, write_part
+
+DIT = {"in_channels": 4, "out_channels": 4, "width": 16, "depth": 1, "head_dim": 8, "context_dim": 16}
 
 
 @pytest.fixture(scope="module")
@@ -84,39 +81,15 @@ def test_every_network_trains_resumes_exactly_and_is_exported(place):
     assert float((net.clip_std - 1).abs().max()) > 1e-3  # measured, not the initial ones
     assert about["network"] == "Prior" and {"cosine", "text_cosine"} <= about["figures"].keys()
     began, learned = (
-        read_part(f"runs/{name}/export", part, *kinds)[0].state_dict()
-        for name, part, kinds in (
-            ("unet", "unet", (UNetConfig, UNet)),
-            ("decoder-draft", "decoder", (DecoderConfig, Decoder)),
-        )
+        read_part(f"runs/{name}/export", "decoder", DecoderConfig, Decoder)[0].state_dict()
+        for name in ("decoder", "decoder-begun")
     )
-    draft = read_part("runs/image-draft/export", "draft", DraftConfig, Draft)[0].state_dict()
-    near = {
-        **{f"unet.{k}": v for k, v in began.items() if not k.startswith("add_embedding.")},
-        **{f"draft.{k}": v for k, v in draft.items()},
-    }
-    assert near.keys() < learned.keys()  # six steps at a learning rate of 1e-3 move a weight by 0.006 at most
-    assert max(float((learned[key] - value).abs().max()) for key, value in near.items()) < 0.007
-    assert all(
-        torch.equal(learned[f"draft.{key}"], value) for key, value in draft.items()
-    )  # the draft is frozen
-    text_draft = read_part("runs/image-draft-text/export", "draft", DraftConfig, Draft)[0].state_dict()
-    by_text = read_part("runs/decoder-text/export", "decoder", DecoderConfig, Decoder)[
-        0
-    ].state_dict()  # begun with another decoder, but its own draft
-    assert all(torch.equal(by_text[f"draft.{key}"], value) for key, value in text_draft.items())
-    assert (
-        max(
-            float((by_text[key] - value).abs().max())
-            for key, value in learned.items()
-            if not key.startswith("draft.")
-        )
-        < 0.007
-    )
-    assert not torch.equal(learned["unet.conv_in.weight"], began["conv_in.weight"])
+    # six steps at a learning rate of 1e-3 move a weight by 0.006 at most
+    assert max(float((learned[key] - value).abs().max()) for key, value in began.items()) < 0.007
+    assert not torch.equal(learned["unet.conv_in.weight"], began["unet.conv_in.weight"])
     assert (
         about_part("runs/clip-text/export", "text")["clip"]
-        == about_part("runs/decoder-draft/export", "decoder")["clip"]
+        == about_part("runs/decoder-begun/export", "decoder")["clip"]
     )
     assert read_text("runs/clip-text/export").draft is None
     assert about_part("runs/prior-ar/export", "prior")["network"] == "AutoregressivePrior"
@@ -177,42 +150,20 @@ def test_a_prior_learns_the_embeddings_of_its_captions(place):
             {"model": {"unet": {**UNET, "out_channels": 8}, "condition": CONDITION}},
             "a learned variance is not supported",
         ),
+        ("decoder", {"model": {"condition": CONDITION}}, "expected one of unet and dit"),
+        ("decoder", {"model": {"dit": DIT, "condition": CONDITION}}, "dit: it takes no vector"),
         (
             "decoder",
-            {"model": {"unet": UNET, "condition": CONDITION, "draft": DRAFT}},
-            "without those of a draft",
+            {"model": {"dit": DIT, "condition": {**CONDITION, "pooled_dim": None, "norms": []}}},
+            "model.unet: expected a UNet",
         ),
         (
-            "decoder-draft",
-            {"model": {"unet": UNET, "condition": CONDITION, "draft": {**DRAFT, "embed_dim": 8}}},
-            "that it reads is 16 wide",
-        ),
-        (
-            "decoder-draft",
-            {"model": {"unet": unet_in(8), "condition": CONDITION, "draft": DRAFT, "draft_text": True}},
-            "that it reads is 32 wide",
-        ),
-        (
-            "decoder",
-            {"model": {"unet": UNET, "condition": CONDITION, "draft_text": True}},
-            "draft_text: expected a draft",
-        ),
-        ("image-draft", {"reads_text": True}, "text: expected the folder of a text tower"),
-        ("image-draft-text", {"drop": 1.0}, "drop: expected a share"),
-        ("image-draft-text", {"net": "runs/image-draft/export"}, "whitened: expected false"),
-        ("image-draft", {"jitter": -1.0}, "jitter: expected at least 0, got -1.0"),
-        (
-            "image-draft",
-            {"from_prior": {"prior": "runs/prior/export"}},
-            "text: expected the folder of a text tower if a prior",
-        ),
-        (
-            "image-draft-from-prior",
+            "decoder-from-prior",
             {"from_prior": {"prior": "runs/prior/export", "share": 0.0}},
             "share: expected more than 0",
         ),
         (
-            "image-draft-from-prior",
+            "decoder-from-prior",
             {"from_prior": {"prior": "runs/prior/export", "steps": 0}},
             "steps: expected at least 1",
         ),
@@ -229,10 +180,6 @@ def test_configurations_that_cannot_work_are_refused_before_any_work(folder, tmp
 
 def test_weights_of_another_shape_are_refused(place):
     made = unclip_configs(place)
-    with pytest.raises(
-        ValueError, match="draft 'runs/image-draft/export': expected its shape in model.draft"
-    ):
-        open_run(write({**made["decoder"], "draft": "runs/image-draft/export"}, Path("shapeless.yaml")))
     with pytest.raises(
         ValueError,
         match="the unet in 'runs/unet/export' has another shape, first at 'conv_in.weight': expected",
@@ -317,39 +264,17 @@ def test_the_share_of_embeddings_from_the_prior() -> None:
     assert bool((cache[[3, 4]] == 0).all())  # rows alone give the images' own embeddings
 
 
-def test_a_draft_that_reads_text_reads_the_captions_embeddings(place) -> None:
-    made = unclip_configs(place)
-    part = open_run(write(made["image-draft-text"], Path("text.yaml"))).part
-    rows = list(range(0, len(part.embeddings.vectors), 2))
-    read = part.read_embeddings(rows, Draws(0, range(len(rows))))
-    none = part.clip.text_embedding([""]).vector
-    plain = part.clip.text_embedding(
-        [caption(part.scenes.rows[row].facts, part.images.index) for row in rows]
-    ).vector
-    assert torch.allclose(read[:, :16], part.embeddings[rows], atol=1e-6)
-    is_none = torch.isclose(read[:, 16:], none, atol=1e-5).all(1)
-    is_plain = torch.isclose(read[:, 16:], plain, atol=2e-3 * float(plain.abs().max())).all(1)
-    assert (
-        0.1 < float(is_none.float().mean()) < 0.5 and 0.1 < float(is_plain.float().mean()) < 0.7
-    )  # shares 0.3, and 0.35 or so
-    counts = [c.facts.background is not None for c in part.images.random(np.random.default_rng(0), 400)]
-    assert np.mean(counts) > 0.75  # drawn with 0.9, while the mix of the cache has 0.5
-
-
-def test_a_whitened_draft_has_equal_variance_in_all_directions() -> None:
-    """Singular values of 400×8 normal numbers are about √400 ± √8: their squares differ by less than 1.8×."""
-    embeddings = 3 + torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(
-        0, -1.5, 8
-    )
-    torch.manual_seed(0)
-    net = Draft(DraftConfig(embed_dim=8, width=400, channels=1, size=2))
-    seen = [torch.linalg.eigvalsh(torch.cov(net.fc1(embeddings).detach().T))[-8:]]
-    whiten(net, embeddings)
-    first = net.fc1(embeddings).detach()
-    seen.append(torch.linalg.eigvalsh(torch.cov(first.T))[-8:])
-    blind, white = (float(values[-1] / values[0]) for values in seen)
-    assert white < 2 < 200 < blind
-    assert float(first.mean(0).abs().max()) < 1e-4 and 0.8 < float(first.std()) < 1.25
+def test_a_decoder_begins_with_a_unet(place) -> None:
+    shape = UNetConfig(**{**UNET, "embedded": False, "pooled_dim": 16, "channels": (8, 16), "depth": (0, 1)})
+    unet = UNet(shape)
+    write_part(Path("runs/plain/export"), "unet", unet, shape, dtype=None)
+    config = {**unclip_configs(place)["decoder"], "net": "runs/plain/export"}
+    decoder = open_run(write(config, Path("begun.yaml"))).part.net
+    own = decoder.unet.state_dict()
+    shared = {
+        name: value for name, value in unet.state_dict().items() if not name.startswith("add_embedding")
+    }
+    assert own.keys() == shared.keys() and all(torch.equal(own[name], shared[name]) for name in shared)
 
 
 def test_a_prior_of_another_clip_is_refused(place) -> None:
@@ -358,7 +283,7 @@ def test_a_prior_of_another_clip_is_refused(place) -> None:
     made.train(progress=False, until=1)
     made.export(Path("runs/prior/export"))
     other = replace_clip(Path("runs/prior/export/prior.yaml"))
-    config_from_prior = {**unclip_configs(place)["image-draft-from-prior"], "net": None}
+    config_from_prior = {**unclip_configs(place)["decoder-from-prior"], "net": None}
     with pytest.raises(ValueError, match=f"embeddings of {other!r}, expected 'emoji-clip/"):
         open_run(write(config_from_prior, Path("from-prior.yaml")))
 

@@ -1,6 +1,7 @@
 """Decoders of unCLIP (Ramesh et al. 2022, section 2.1).
 
-A decoder is a UNet with an image's CLIP embedding, and optionally a text, as condition.
+A decoder is a UNet or a diffusion transformer with an image's CLIP embedding, and optionally a text, as
+condition.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
-from ldm.models.draft import Draft, DraftConfig
+from ldm.models.dit import DiT, DiTConfig
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
 
@@ -23,7 +24,7 @@ Norm = Literal["image", "tokens", "text", "pooled"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConditionConfig:
-    """How an image embedding and a text enter the UNet; the defaults are Karlo's.
+    """How an image embedding and a text enter the network; the defaults are Karlo's.
 
     Args:
         embed_dim: Width E of the image embedding. Default: 768.
@@ -58,70 +59,84 @@ class ImageConditionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of a decoder.
+    """Shape of a decoder, whose network is a UNet or a diffusion transformer.
 
     Args:
         unet: Shape of the UNet; `embedded` and `context_dim` must be set, because the condition is projected
-            outside the UNet.
+            outside the UNet. None for a transformer. Default: None.
+        dit: Shape of the transformer, which reads the condition as context alone; None for a UNet.
+            Default: None.
         condition: How the condition is projected.
-        draft: Shape of a draft of the latent that is concatenated to x_t (see `ldm.models.draft`). None for
-            none, as in every published decoder. Default: None.
-        draft_text: Whether the draft reads the text embedding too, after the image embedding. Default: False.
 
     Raises:
         ValueError: If the parts do not fit together.
     """
 
-    unet: UNetConfig
+    unet: UNetConfig | None = None
+    dit: DiTConfig | None = None
     condition: ImageConditionConfig = field(default_factory=ImageConditionConfig)
-    draft: DraftConfig | None = None
-    draft_text: bool = False
 
     def __post_init__(self) -> None:
-        if not self.unet.embedded or not self.unet.takes_context:
+        if (self.unet is None) == (self.dit is None):
+            raise ValueError("expected one of unet and dit")
+        if self.unet is not None and not (self.unet.embedded and self.unet.takes_context):
             raise ValueError(
                 "unet: expected embedded=True and attention with a context_dim, for the vector and the tokens"
                 " of the image"
             )
-        if self.draft_text and (self.draft is None or self.condition.pooled_dim is None):
+        if self.dit is not None and (
+            self.condition.pooled_dim is not None or "image" in self.condition.norms
+        ):
             raise ValueError(
-                "draft_text: expected a draft, and condition.pooled_dim, the width of the text embedding"
+                "dit: it takes no vector, expected condition.pooled_dim null and no norm of image, got"
+                f" {self.condition.pooled_dim} and norms {self.condition.norms}"
             )
-        width = self.condition.embed_dim + (self.condition.pooled_dim or 0 if self.draft_text else 0)
-        if self.draft is not None and self.draft.embed_dim != width:
-            raise ValueError(
-                f"draft.embed_dim {self.draft.embed_dim}: the embedding that it reads is {width} wide"
-            )
+
+    @property
+    def network(self) -> UNetConfig | DiTConfig:
+        """Shape of the network."""
+        network = self.unet or self.dit
+        assert network is not None
+        return network
+
+    @property
+    def multiple(self) -> int:
+        """The number of which the sides of the input must be multiples."""
+        return self.network.multiple
 
     @property
     def guidance_dim(self) -> int | None:
         """Width of an embedded guidance scale; see `UNetConfig`."""
-        return self.unet.guidance_dim
+        return self.network.guidance_dim
 
 
 class ImageCondition(nn.Module):
-    """Projection of image embedding and text to the vector and the context of a UNet.
+    """Projection of image embedding and text to the vector and the context of the network.
 
     Args:
         config: Widths of the condition.
-        emb_dim: Width D_t of the time embedding, to which the vector is added.
+        emb_dim: Width D_t of the time embedding, to which the vector is added; None for a network that takes
+            no vector.
         context_dim: Width D_c of the context.
     """
 
-    def __init__(self, config: ImageConditionConfig, *, emb_dim: int, context_dim: int) -> None:
+    def __init__(self, config: ImageConditionConfig, *, emb_dim: int | None, context_dim: int) -> None:
         super().__init__()
         self.config = config
         c = config
         self.null_image = nn.Parameter(torch.zeros(c.embed_dim)) if c.null_image else None
-        self.image = nn.Linear(c.embed_dim, emb_dim)
         self.tokens = nn.Linear(c.embed_dim, c.tokens * context_dim)
-        self.pooled = None if c.pooled_dim is None else nn.Linear(c.pooled_dim, emb_dim)
         self.text = None if c.text_dim is None else nn.Linear(c.text_dim, context_dim)
-        widths = {"image": emb_dim, "pooled": emb_dim, "tokens": context_dim, "text": context_dim}
+        widths = {"tokens": context_dim, "text": context_dim}
+        self.image = self.pooled = None
+        if emb_dim is not None:
+            self.image = nn.Linear(c.embed_dim, emb_dim)
+            self.pooled = None if c.pooled_dim is None else nn.Linear(c.pooled_dim, emb_dim)
+            widths |= {"image": emb_dim, "pooled": emb_dim}
         self.norms = nn.ModuleDict({f"{name}_norm": nn.LayerNorm(widths[name]) for name in c.norms})
 
     def forward(self, cond: Cond) -> Cond:
-        """Return the condition of the UNet: `context` (B, k + L, D_c), its mask, and `pooled` (B, D_t).
+        """Return the condition of the network: `context` (B, k + L, D_c), its mask, and `pooled` (B, D_t).
 
         Args:
             cond: `image_emb` (B, E) and, if the decoder reads text, `context` (B, L, D) with its mask and
@@ -132,12 +147,13 @@ class ImageCondition(nn.Module):
         """
         self.check(cond)
         assert cond.image_emb is not None
-        emb = self._norm("image", self.image(cond.image_emb))  # (B, D_t)
+        emb = None if self.image is None else self._norm("image", self.image(cond.image_emb))  # (B, D_t)
         order = "b (d k) -> b k d" if self.config.interleaved else "b (k d) -> b k d"
         # (B, k, D_c)
         context = self._norm("tokens", rearrange(self.tokens(cond.image_emb), order, k=self.config.tokens))
         mask = None
         if self.pooled is not None:
+            assert emb is not None
             emb = emb + self._norm("pooled", self.pooled(cond.pooled))  # (B, D_t)
         if self.text is not None:
             # (B, k + L, D_c)
@@ -186,17 +202,24 @@ class ImageCondition(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The network `net(x_t, t, cond)`: a UNet conditioned on `Cond.image_emb` and the text."""
+    """The network `net(x_t, t, cond)`, conditioned on `Cond.image_emb` and the text."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        assert config.unet.context_dim is not None
-        self.unet = UNet(config.unet)
-        self.condition = ImageCondition(
-            config.condition, emb_dim=4 * config.unet.channels[0], context_dim=config.unet.context_dim
-        )
-        self.draft = None if config.draft is None else Draft(config.draft)
+        shape, emb_dim = config.network, None
+        if config.unet is not None:
+            self.unet = UNet(config.unet)
+            emb_dim = 4 * config.unet.channels[0]
+        elif config.dit is not None:
+            self.dit = DiT(config.dit)
+        assert shape.context_dim is not None
+        self.condition = ImageCondition(config.condition, emb_dim=emb_dim, context_dim=shape.context_dim)
+
+    @property
+    def network(self) -> UNet | DiT:
+        """The UNet or the transformer."""
+        return self.dit if self.config.unet is None else self.unet
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the raw prediction.
@@ -204,22 +227,11 @@ class Decoder(nn.Module):
         Args:
             x_t: Noisy sample, shape (B, C, h, w).
             t: Timesteps, shape (B,).
-            cond: The condition that `ImageCondition` takes, and `concat`.
+            cond: The condition that `ImageCondition` takes, `concat`, and the `exemplars` of a transformer
+                that takes some.
 
         Returns:
             Shape (B, C_out, h, w).
         """
-        unet_cond = self.condition(cond)
-        if self.draft is not None:
-            draft = self.draft(self._draft_input(cond), size=tuple(x_t.shape[-2:]))  # (B, C, h, w)
-            concat = draft if unet_cond.concat is None else torch.cat([unet_cond.concat, draft], dim=1)
-            unet_cond = replace(unet_cond, concat=concat)
-        return self.unet(x_t, t, unet_cond)
-
-    def _draft_input(self, cond: Cond) -> Tensor:
-        """Return the embedding that the draft reads: the image's (B, E), or with the text's (B, E + P)."""
-        assert cond.image_emb is not None
-        if not self.config.draft_text:
-            return cond.image_emb
-        assert cond.pooled is not None
-        return torch.cat([cond.image_emb, cond.pooled], dim=-1)
+        prediction: Tensor = self.network(x_t, t, self.condition(cond))
+        return prediction

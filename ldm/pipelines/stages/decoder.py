@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.catalog.unclip_cards import StageCard
 from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.image_embedding import ImageEmbedding
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.noise import keyed_normal
@@ -45,8 +46,8 @@ class DecoderStage(nn.Module):
         augmentation: NoiseAugmentation | None = None,
     ) -> None:
         super().__init__()
-        unet = net.config.unet if isinstance(net, Decoder) else net.config
-        made = unet.out_channels // (2 if card.learned_var else 1)
+        shape = net.config.network if isinstance(net, Decoder) else net.config
+        made = shape.out_channels // (2 if card.learned_var else 1)
         if made != space.channels:
             where = (
                 "pixels, as there is no autoencoder," if space.vae is None else "the autoencoder's latents"
@@ -103,8 +104,7 @@ class DecoderStage(nn.Module):
             raise ValueError(f"{len(vector)} embeddings for {n} images: expected one, or one for each")
         cond, uncond = Cond(), Cond()
         if self.text is not None:
-            cond = self.text(call.texts)
-            uncond = self.text(call.negatives).expand(n)
+            cond, uncond = self._texts(call, vector)
         if self.augmentation is not None:
             first = AUGMENT * DRAWS_PER_STAGE
             noise = torch.stack([keyed_normal(seed, first, vector.shape[1:]) for seed in call.seeds])
@@ -118,6 +118,15 @@ class DecoderStage(nn.Module):
             absent = nothing.of(self.clip, self.width, by="the decoder")
         absent = absent.to(self.device).float().expand(n, -1)
         return replace(cond, image_emb=vector), replace(uncond, image_emb=absent)
+
+    def _texts(self, call: Call, vectors: Tensor) -> Pair:
+        """Return the conditions of a call's texts, in which embeddings (B, E) choose exemplars, if any."""
+        size = (call.height // self.space.factor, call.width // self.space.factor)
+        if isinstance(self.text, ExemplarConditioner):
+            cond = self.text.seen(call.texts, vectors, size, seeds=call.seeds)
+        else:
+            cond = self.text(call.texts, size=size, seeds=call.seeds)
+        return cond, self.text(call.negatives, size=size, seeds=call.seeds).expand(len(call.seeds))
 
     def _decoder(self) -> Decoder:
         net = self.denoiser.net

@@ -99,7 +99,7 @@ class Stage:
         It is the autoencoder's factor, times that of the denoising network.
         """
         config: Any = self.denoiser.net.config  # a denoising network's, or that of a network around one
-        return self.images.factor * getattr(config, "unet", config).multiple
+        return self.images.factor * config.multiple
 
     def require(self, *kinds: str) -> None:
         """Raise ValueError unless the model takes one of these kinds of channels beside x_t."""

@@ -8,9 +8,12 @@ from torch import nn
 
 from ldm.catalog.unclip_cards import AutoregressiveCard, StageCard, UnCLIPCard, upsampler_name
 from ldm.conditioning.clip import ClipPair
-from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.conditioner import Conditioner, TextConditioner
+from ldm.conditioning.exemplar_index import ExemplarIndex
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.models.clip.towers import TextTower, VisionTower
+from ldm.models.dit import DiT
 from ldm.models.text.bpe import Tokenizer
 from ldm.models.text.unigram import Unigram
 from ldm.models.text.xlmr import XLMR
@@ -26,7 +29,8 @@ from ldm.pipelines.stages.space import Space
 from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.sources import Source, origin_of
-from ldm.weights.formats.ldm_folder import read_vocabulary
+from ldm.weights.formats.exemplar_file import read_embeddings, read_library
+from ldm.weights.formats.ldm_folder import WORDS_VOCABULARY, read_vocabulary
 
 # The stage of each kind of prior: (class of the network, class of the card) -> class of the stage.
 PRIOR_STAGES: dict[tuple[type, type], Callable[..., PriorStage | AutoregressiveStage]] = {
@@ -52,12 +56,14 @@ def assemble_unclip(card: UnCLIPCard, source: Source) -> UnCLIP:
             f" {type(network).__name__} as the decoder"
         )
     assert isinstance(network, Decoder | UNet)
+    clip = ClipPair(card.clip, text=text, vision=vision)
+    space = Space(networks.get("vae"), source.latent_scale)
     decoder = DecoderStage(
         network,
         card.decoder,
         clip=card.clip,
-        space=Space(networks.get("vae"), source.latent_scale),
-        text=decoder_text(card, source, text),
+        space=space,
+        text=decoder_text(card, source, clip, space),
         augmentation=augmentation,
     )
     upsamplers = [
@@ -69,7 +75,7 @@ def assemble_unclip(card: UnCLIPCard, source: Source) -> UnCLIP:
     pieces = source.pieces if isinstance(networks.get("words"), XLMR) else None
     tokenizers = {} if pieces is None else {pieces.name: Unigram.file(pieces)}
     return UnCLIP(
-        clip=ClipPair(card.clip, text=text, vision=vision),
+        clip=clip,
         prior=prior_stage(networks["prior"], card.prior, clip=card.clip) if "prior" in networks else None,
         decoder=decoder,
         upsamplers=upsamplers,
@@ -112,25 +118,47 @@ def clip_text(card: UnCLIPCard, source: Source) -> TextConditioner | None:
     return TextConditioner(tower, tokenizer, card.text, words)
 
 
-def decoder_text(
-    card: UnCLIPCard, source: Source, text: TextConditioner | None
-) -> XLMRConditioner | TextConditioner | None:
-    """Return the decoder's text encoder: its own, CLIP's ``text``, or None if it reads no text.
+def decoder_text(card: UnCLIPCard, source: Source, clip: ClipPair, space: Space) -> Conditioner | None:
+    """Return the decoder's text encoder: its own, CLIP's, or None if it reads no text.
+
+    Args:
+        card: The model's card.
+        source: The networks.
+        clip: The CLIP.
+        space: The space of the decoder's states.
 
     Raises:
         ValueError: If the decoder reads CLIP's text tower and there is none.
     """
     own, network = source.networks.get("words"), source.networks["decoder"]
+    layout = source.networks.get("layout")
     if isinstance(own, XLMR):
         pieces = source.pieces
         return XLMRConditioner(own, Unigram.spelling() if pieces is None else Unigram.from_file(pieces))
+    if isinstance(own, TextTower) and isinstance(layout, DiT):
+        return exemplar_text(card, source, own, layout, clip, space)
     if isinstance(own, TextTower):
         return TextConditioner(own, Tokenizer(), card.words)
     reads = isinstance(network, Decoder) and (
         network.config.condition.text_dim or network.config.condition.pooled_dim
     )
-    if reads and text is None:
+    if reads and clip.text is None:
         raise ValueError(
             f"the decoder of {card.name!r} reads text with the text tower of {card.clip!r}, which is absent"
         )
-    return text if reads else None
+    return clip.text if reads else None
+
+
+def exemplar_text(
+    card: UnCLIPCard, source: Source, words: TextTower, layout: DiT, clip: ClipPair, space: Space
+) -> ExemplarConditioner:
+    """Return the text encoder of a decoder with exemplars, whose library CLIP reads; see `decoder_text`."""
+    folder, library = source.folders["words"], read_library(source.folders["layout"])
+    tokenizer, known = read_vocabulary(folder, name=WORDS_VOCABULARY)
+    return ExemplarConditioner(
+        TextConditioner(words, tokenizer, card.words, known),
+        layout,
+        library,
+        cell=space.factor,
+        index=ExemplarIndex(library, clip, *read_embeddings(folder)),
+    )

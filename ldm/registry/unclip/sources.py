@@ -44,6 +44,7 @@ def unclip_from_random(card: UnCLIPCard, dtype: torch.dtype, folder: Path | None
         latent_scale=card.latent_scale or 1.0,
         origin={"random": "seed 0"},
         folder=None if folders is None else folders.get("text"),
+        folders=folders or {},
     )
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.xlmr import XLMRConditioner
 from ldm.pipelines.unclip import UnCLIP
 from ldm.support.files import write_atomically
-from ldm.weights.formats.ldm_folder import write_part, write_vocabulary
+from ldm.weights.formats.exemplar_file import write_embeddings, write_library
+from ldm.weights.formats.ldm_folder import WORDS_VOCABULARY, write_part, write_vocabulary
 from ldm.weights.formats.ldm_model import write_card
 
 
@@ -39,7 +41,13 @@ def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None 
         write_part(folder, part, network, network.config, dtype=dtype, **own, **facts)
     if isinstance(text := pipe.clip.text, TextConditioner):
         write_vocabulary(folder, text.tokenizer, text.known_words)
-    if isinstance(words := pipe.decoder.text, XLMRConditioner):
+    words = pipe.decoder.text
+    if isinstance(words, ExemplarConditioner):
+        write_library(folder, words.library)
+        write_vocabulary(folder, words.text.tokenizer, words.text.known_words, name=WORDS_VOCABULARY)
+        if words.index is not None:
+            write_embeddings(folder, words.index.vectors(), words.index.metric)
+    if isinstance(words, XLMRConditioner):
         content = json.dumps(words.tokenizer.to_json(), ensure_ascii=False)
         write_atomically(folder / "words-tokenizer.json", content.encode())
     write_card(

@@ -109,28 +109,6 @@ class EmbeddingCache:
         return torch.where(chosen[:, None], torch.from_numpy(self.from_prior[np.asarray(rows)]).float(), own)
 
 
-def caption_embeddings(clip: ClipPair, text: str | Path, samples: CachedSamples) -> Rows:
-    """Open the cached text embeddings of two captions of each sample, after computing them if absent.
-
-    Args:
-        clip: The CLIP that reads the captions.
-        text: Folder of its text tower.
-        samples: The cached samples of the run.
-
-    Returns:
-        Embeddings of the canonical caption and of a random one, (N, 2, E) float16, memory-mapped.
-    """
-    images, seed = samples.images, samples.seed
-
-    def compute(part: Samples) -> Tensor:
-        both = zip(images.describe(part), images.wordings(part, seed), strict=True)
-        return clip.text_embedding([caption for pair in both for caption in pair]).vector.view(
-            len(part), 2, -1
-        )
-
-    return samples.cached("captions", about_part(text, "text")["sha256"], (2, clip.width), compute)
-
-
 @torch.no_grad()
 def embed(clip: ClipPair, images: TrainingImages, samples: Samples, *, batch: int = 64) -> Tensor:
     """Compute the image embeddings of samples, not normalised.

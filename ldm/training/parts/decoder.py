@@ -46,8 +46,6 @@ class DecoderTraining:
             Default: 0.1.
         length: Number of tokens that captions are padded to. Default: 32.
         net: Folder of a UNet or of a decoder to begin with; None to begin from scratch. Default: None.
-        draft: Folder of an image draft, which is frozen: without a loss of its own it would drift away from
-            what it was trained for. None if the decoder has none, or for that of `net`. Default: None.
         from_prior: A prior that makes a share of the embeddings; None for images alone. Default: None.
     """
 
@@ -62,18 +60,18 @@ class DecoderTraining:
     drop_image: float = 0.1
     length: int = 32
     net: str | None = None
-    draft: str | None = None
     from_prior: PriorEmbeddings | None = None
 
     def __post_init__(self) -> None:
         check_at_least(0, variants=self.variants)
         check_at_least(1, length=self.length)
         check_fraction(drop_image=self.drop_image)
-        joined = 0 if self.model.draft is None else self.model.draft.channels
-        if self.model.unet.in_channels != self.model.unet.out_channels + joined:
+        if self.model.unet is None:
+            raise ValueError("model.unet: expected a UNet; `part: exemplar-decoder` trains a transformer")
+        if self.model.unet.in_channels != self.model.unet.out_channels:
             raise ValueError(
-                "model.unet: expected as many channels out as in, without those of a draft, because a learned"
-                " variance is not supported in training"
+                "model.unet: expected as many channels out as in, because a learned variance is not supported"
+                " in training"
             )
         if not self.model.condition.null_image:
             raise ValueError(
@@ -90,10 +88,9 @@ class DecoderPart:
         self.clip = read_clip(config.text, config.vision, length=config.length).to(device)
         check_embed_dim("model.condition.embed_dim", config.model.condition.embed_dim, self.clip)
         channels, *_ = read_latent_shape(config.vae, self.images)
-        if channels != config.model.unet.out_channels:
-            raise ValueError(
-                f"model.unet.out_channels {config.model.unet.out_channels}: the latent has {channels}"
-            )
+        made = config.model.network.out_channels
+        if channels != made:
+            raise ValueError(f"model.unet.out_channels {made}: the latent has {channels}")
         self.net = make_decoder(config).to(device)
         self.denoiser = Denoiser(self.net, config.diffusion.make(), config.diffusion.prediction)
         self.model = nn.ModuleDict({"net": self.net})
@@ -185,23 +182,18 @@ class DecoderPart:
 
 
 def make_decoder(config: DecoderTraining) -> Decoder:
-    """Build a decoder, with the weights of `config.net` and the frozen draft of `config.draft`.
+    """Build a decoder, with the weights of `config.net`.
 
     Raises:
-        ValueError: If one of these has another shape, or the decoder has no draft.
+        ValueError: If that has another shape.
     """
     torch.manual_seed(config.run.seed)
     net = Decoder(config.model)
     if config.net is None:
         zero_outputs(net.unet)
     elif (Path(config.net) / "decoder.yaml").is_file():
-        begin_with(net, config.net, "decoder", leave=None if config.draft is None else "draft")
+        begin_with(net, config.net, "decoder")
     else:
         # a decoder's added embedding reads the image, a UNet's reads the text
         begin_with(net.unet, config.net, "unet", leave="add_embedding")
-    if config.draft is not None:
-        if net.draft is None:
-            raise ValueError(f"draft {config.draft!r}: expected its shape in model.draft, which is absent")
-        begin_with(net.draft, config.draft, "draft")
-        net.draft.requires_grad_(False)
     return net

@@ -196,10 +196,7 @@ class ExemplarPart:
         config, diffusion = self.config, self.config.diffusion
         chosen, rows = self.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
-        shown = draws.random() >= diffusion.drop
-        kept = [scene if show else None for scene, show in zip(chosen, shown, strict=True)]
-        captions = self.captions(kept, draws.rngs)
-        cond = self.read(captions, kept, draws.rngs, config.displaced)
+        cond, captions = self.drawn_condition(chosen, draws)
         with self.recorded() as maps:
             loss, losses, t = draw_diffusion_loss(self.denoiser, diffusion, x0, cond, draws)
         high = t >= diffusion.timesteps // 2
@@ -214,6 +211,17 @@ class ExemplarPart:
             figures["grounding"] = draws.mean_of_some(lies).nan_to_num()
             loss = loss + config.grounding * figures["grounding"]
         return loss, figures
+
+    def drawn_condition(self, scenes: Sequence[Scene], draws: Draws) -> tuple[Cond, list[SlotCaption]]:
+        """Return the condition of a batch, a share of it empty, and its captions."""
+        kept = self.kept(scenes, draws)
+        captions = self.captions(kept, draws.rngs)
+        return self.read(captions, kept, draws.rngs, self.config.displaced), captions
+
+    def kept(self, scenes: Sequence[Scene], draws: Draws) -> list[Scene | None]:
+        """Return the scenes of a batch, with None in place of a share that `diffusion.drop` states."""
+        shown = draws.random() >= self.config.diffusion.drop
+        return [scene if show else None for scene, show in zip(scenes, shown, strict=True)]
 
     def recorded(self) -> AbstractContextManager[dict[str, Tensor]]:
         """Return the context of `record_attention` where grounding is trained, else an empty one."""

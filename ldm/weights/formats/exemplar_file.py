@@ -1,4 +1,7 @@
-"""Read and write the library of exemplars: library.safetensors holds the images, library.json their names."""
+"""Read and write the library of exemplars: library.safetensors holds the images, library.json their names.
+
+library-embeddings.safetensors holds CLIP's embeddings of the images, in their order.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ldm.conditioning.exemplar_index import SceneMetric
 from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary
 from ldm.support.config import build
 from ldm.support.files import write_atomically
@@ -16,6 +21,7 @@ from ldm.support.text import escaped, shown
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 LIBRARY_IMAGES, LIBRARY_INDEX = "library.safetensors", "library.json"
+LIBRARY_EMBEDDINGS = "library-embeddings.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +89,34 @@ def read_library(folder: str | Path) -> ExemplarLibrary:
         return ExemplarLibrary(exemplars, index.nouns, size=index.size)
     except ValueError as error:
         raise ValueError(f"{shown(str(about))}: {escaped(error)}") from None
+
+
+def write_embeddings(folder: Path, vectors: Tensor, metric: SceneMetric | None) -> None:
+    """Write the embeddings of a library's images, (N, E), and how they are compared, as float16."""
+    state = {"embeddings": vectors} | ({} if metric is None else vars(metric))
+    state = {name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in state.items()}
+    write_safetensors(folder / LIBRARY_EMBEDDINGS, state, {"format": "pt", "part": "library"})
+
+
+def read_embeddings(folder: str | Path) -> tuple[Tensor, SceneMetric | None]:
+    """Return the embeddings of a library's images, (N, E), and how they are compared, in float32.
+
+    Raises:
+        FileNotFoundError: If the file is absent.
+        ValueError: If the file holds something else.
+    """
+    path = Path(folder) / LIBRARY_EMBEDDINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"no embeddings of exemplars in {str(folder)!r}: {path.name} is absent")
+    state = {name: tensor.float() for name, tensor in read_safetensors(path).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    vectors = state.pop("embeddings", None)
+    width = 0 if vectors is None or vectors.ndim != 2 else vectors.shape[1]
+    metric = {"offset": (width,), "weight": (width, width), "center": (width,)}
+    if not width or {name: shapes[name] for name in state} not in ({}, metric):
+        raise ValueError(
+            f"{str(path)!r}: expected embeddings (N, E) and, with a metric, offset (E,), weight (E, E) and"
+            f" center (E,); got {shown(shapes)}"
+        )
+    assert vectors is not None
+    return vectors, SceneMetric(**state) if state else None

@@ -32,6 +32,8 @@ from ldm.weights.strict import load_strict
 
 # How the text tower of the models that this repository trained is read.
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
+VOCABULARY, WORDS_VOCABULARY = "vocabulary.json", "words-vocabulary.json"
+"""Files of the vocabularies of a model's text tower, and of a decoder's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,27 +319,36 @@ def write_text(folder: Path, text: TextConditioner, *, words: Sequence[str], **f
 
 
 def write_vocabulary(
-    folder: Path, tokenizer: Tokenizer, words: Sequence[str] | frozenset[str] | None
+    folder: Path,
+    tokenizer: Tokenizer,
+    words: Sequence[str] | frozenset[str] | None,
+    *,
+    name: str = VOCABULARY,
 ) -> None:
-    """Write vocabulary.json.
+    """Write the vocabulary of a text tower.
 
     Args:
         folder: The folder to write.
         tokenizer: The tokenizer, whose tokens are those that the text tower embeds.
         words: The words that its training saw; None if they are not known.
+        name: Name of the file. Default: vocabulary.json.
     """
     vocabulary = {"tokens": tokenizer.vocabulary, "words": None if words is None else sorted(words)}
-    write_atomically(folder / "vocabulary.json", json.dumps(vocabulary, separators=(",", ":")).encode())
+    write_atomically(folder / name, json.dumps(vocabulary, separators=(",", ":")).encode())
 
 
-def read_vocabulary(folder: str | Path) -> tuple[Tokenizer, frozenset[str] | None]:
+def read_vocabulary(folder: str | Path, *, name: str = VOCABULARY) -> tuple[Tokenizer, frozenset[str] | None]:
     """Return the tokenizer of a folder, and the words that the training of its text tower saw, if known.
+
+    Args:
+        folder: The folder.
+        name: Name of the file. Default: vocabulary.json.
 
     Raises:
         FileNotFoundError: If there is no vocabulary.
         ValueError: If it is damaged.
     """
-    path = Path(folder) / "vocabulary.json"
+    path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"no vocabulary in {str(folder)!r}: {path.name} is absent")
     read = build(Vocabulary, read_json(path), shown(str(path)))

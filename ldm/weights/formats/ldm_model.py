@@ -13,17 +13,18 @@ from ldm.catalog.cards import Card
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
 from ldm.support.strict_yaml import format_yaml
-from ldm.weights.formats.exemplar_file import LIBRARY_IMAGES, LIBRARY_INDEX
+from ldm.weights.formats.exemplar_file import LIBRARY_EMBEDDINGS, LIBRARY_IMAGES, LIBRARY_INDEX
+from ldm.weights.formats.ldm_folder import VOCABULARY, WORDS_VOCABULARY
 from ldm.weights.hashing import FileHashes
 
 CARD_FILE = "card.yaml"
 BYTE_TOKENIZER_FILE = "byte-tokenizer.json"
-TOKENIZER_FILES = ("vocabulary.json", "vocab.txt", "words-tokenizer.json")
+TOKENIZER_FILES = (VOCABULARY, "vocab.txt", "words-tokenizer.json", WORDS_VOCABULARY)
 LIBRARY_FILES = (LIBRARY_INDEX, LIBRARY_IMAGES)
 # the files that may be beside a part
 BESIDE: dict[str, tuple[str, ...]] = {
     "text": TOKENIZER_FILES,
-    "words": TOKENIZER_FILES,
+    "words": (*TOKENIZER_FILES, LIBRARY_EMBEDDINGS),
     "encoder": (BYTE_TOKENIZER_FILE,),
     "layout": LIBRARY_FILES,
 }
@@ -53,5 +54,5 @@ def model_files(folder: Path) -> list[Path]:
     """Return the files of a folder that are parts of a model in ldm layout, or may be beside them."""
     parts = [path for path in folder.glob("*.yaml") if path.with_suffix(".safetensors").is_file()]
     weights = [path.with_suffix(".safetensors") for path in parts]
-    named = (*TOKENIZER_FILES, BYTE_TOKENIZER_FILE, *LIBRARY_FILES)
+    named = (*TOKENIZER_FILES, BYTE_TOKENIZER_FILE, *LIBRARY_FILES, LIBRARY_EMBEDDINGS)
     return [*parts, *weights, *(folder / name for name in named if (folder / name).is_file())]
