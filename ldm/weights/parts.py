@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.models.control.control_net import ControlNet, ControlNetConfig
+from ldm.models.control.dit_control import DiTControl, DiTControlConfig
 from ldm.models.control.ip_adapter import IPAdapter, IPAdapterConfig
 from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
@@ -68,6 +69,7 @@ NETWORKS: dict[type, type[nn.Module]] = {
     AugmentationConfig: NoiseAugmentation,
     XLMRConfig: XLMR,
     ControlNetConfig: ControlNet,
+    DiTControlConfig: DiTControl,
     T2IAdapterConfig: T2IAdapter,
     IPAdapterConfig: IPAdapter,
     DalleEncoderConfig: DalleEncoder,

@@ -173,7 +173,7 @@ class TunedModel:
         files_only(self.images, f"{self.pipe.name!r}, of which part: exemplar trains scenes")
         assert isinstance(samples, CachedFiles)
         others = [*self.fixed_samples(), *self.images.plain(PREVIEWED, seed=3)]
-        return FittedCanvases(text, self.denoiser, self.base_hashes, self.latents, samples, others)
+        return FittedCanvases(text, self.pipe.denoiser, self.base_hashes, self.latents, samples, others)
 
     def fixed_samples(self) -> Samples:
         """Return the images that are validated on: held-out ones, or training images."""
@@ -184,10 +184,13 @@ class TunedModel:
         """The denoiser in training."""
         return self.pipe.denoiser
 
-    def cond(self, texts: Sequence[str], samples: Samples) -> Cond:
+    def cond(self, texts: Sequence[str], samples: Samples, seeds: Sequence[int] = ()) -> Cond:
         """Return the condition of texts, and of the samples' sizes where the model reads them.
 
-        Each text is a caption of its sample, or empty.
+        Args:
+            texts: A caption of each sample, or an empty text.
+            samples: B samples.
+            seeds: A number for each sample, for conditions that are drawn; not read here.
         """
         if self.canvases is not None:
             return self.canvases(texts, samples)
@@ -220,7 +223,7 @@ class TunedModel:
         chosen, rows = self.samples.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         texts = self.images.captions(chosen, draws, drop=self.diffusion.drop)
-        cond = self.cond(texts, chosen)
+        cond = self.cond(texts, chosen, draws.samples)
         loss, losses, t = draw_diffusion_loss(self.denoiser, self.diffusion, x0, cond, draws)
         figures = losses_by_timestep(losses, t, self.diffusion.timesteps, draws)
         if self.preserved is not None:
@@ -254,7 +257,7 @@ class TunedModel:
             draws, x0 = Draws(7, range(start, start + len(part))), self.latents.encode(part)
             t = self.diffusion.draw(draws).to(self.device)
             eps = draws.normal(*x0.shape).to(self.device)
-            cond = self.cond(self.images.describe(part), part)
+            cond = self.cond(self.images.describe(part), part, draws.samples)
             losses.append(diffusion_loss(self.denoiser, x0, cond, t, eps).cpu())
         return {"loss": float(torch.cat(losses).mean())}
 
@@ -262,7 +265,8 @@ class TunedModel:
         """Show samples of the captions of some images, each beside the image."""
         chosen = self.images.plain(PREVIEWED, seed=3)
         cond, uncond = (
-            self.cond(texts, chosen) for texts in (self.images.describe(chosen), [""] * len(chosen))
+            self.cond(texts, chosen, range(len(chosen)))
+            for texts in (self.images.describe(chosen), [""] * len(chosen))
         )
         z = sample_latents(
             self.denoiser,
