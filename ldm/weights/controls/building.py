@@ -16,6 +16,7 @@ from ldm.models.control.controlled import ControlKind, ControlNetKind
 from ldm.models.control.dit_control import DiTControlConfig, DiTControlKind
 from ldm.models.control.ip_adapter import IPAdapterConfig, IPAdapterKind
 from ldm.models.control.t2i_adapter import T2IAdapterConfig, T2IAdapterKind
+from ldm.models.control.union import UnionControlNet, UnionKind
 from ldm.models.dit import DiTConfig
 from ldm.models.unet_config import UNetConfig
 from ldm.support.text import shown
@@ -25,6 +26,7 @@ from ldm.weights.controls.control_net import (
     build_control_net,
     control_net_config,
     control_net_layout,
+    is_union,
     made_for,
     shapes_in,
 )
@@ -115,7 +117,26 @@ def _control_net(file: ControlFile, target: Target, card: ControlCard) -> BuiltC
     if file.config.get("controlnet_conditioning_channel_order") == "bgr":
         card = replace(card, order="bgr")
     kind = ControlNetKind(network=network)
+    if isinstance(network, UnionControlNet):
+        kind = UnionKind(network=network, type=union_type(file, card, network.union.types))
     return BuiltControl(what=control_words(file), network=network, kind=kind, card=card)
+
+
+def union_type(file: ControlFile, card: ControlCard, types: int) -> int:
+    """Return the type of a card's hints in a ControlNet Union.
+
+    Raises:
+        ValueError: If it has no such type; the message names the cards of those that it has.
+    """
+    if card.union is None or card.union >= types:
+        known = ", ".join(
+            name for name, each in CONTROL_CARDS.items() if each.union is not None and each.union < types
+        )
+        raise ValueError(
+            f"{str(file.path)!r} is a ControlNet Union of {types} types of hints, card {card.name!r}: state"
+            f" the type by card=, one of {known}"
+        )
+    return card.union
 
 
 def _t2i_adapter(file: ControlFile, target: Target, card: ControlCard) -> BuiltControl:
@@ -195,6 +216,8 @@ def control_words(file: ControlFile) -> str:
     if LORA_MARK in file.tensors:
         return "Control-LoRA"
     name = control_kind(file) or "control of an unknown kind"
+    if is_union(shapes_in(file.tensors)):
+        return "ControlNet Union"
     return f"{name}, as a difference to the UNet" if is_change(file.tensors) else name
 
 
