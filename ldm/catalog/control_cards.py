@@ -26,6 +26,8 @@ class ControlCard:
         order: ChannelOrder of the channels that the network reads. Default: "rgb".
         global_pool: Whether residuals are averaged over positions, and the unconditional branch is not
             controlled. Default: False.
+        union: Number of the hints' type in a ControlNet Union; None for a type that it has not. Default:
+            None.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ControlCard:
     masked: bool = False
     order: ChannelOrder = "rgb"
     global_pool: bool = False
+    union: int | None = None
 
     def __str__(self) -> str:
         values = "[0, 1], −1 below the mask" if self.masked else "[0, 1]"
@@ -50,32 +53,41 @@ CONTROL_CARDS: Mapping[str, ControlCard] = {
             shows="soft edges, white on black",
             file=r"soft[-_ ]?edge|(?<![a-z])hed(?![a-z])|pidi(net)?(?![a-z])",
             lines=True,
+            union=2,
         ),
-        ControlCard(name="scribble", shows="scribbles, white on black", file=r"scribble|sketch", lines=True),
-        ControlCard(name="lineart", shows="line art, white on black", file=r"line[-_ ]?art", lines=True),
-        ControlCard(name="canny", shows="edges of one pixel, white on black", file="canny", lines=True),
-        ControlCard(name="mlsd", shows="straight lines, white on black", file="mlsd", lines=True),
+        ControlCard(
+            name="scribble", shows="scribbles, white on black", file=r"scribble|sketch", lines=True, union=2
+        ),
+        ControlCard(
+            name="lineart", shows="line art, white on black", file=r"line[-_ ]?art", lines=True, union=3
+        ),
+        ControlCard(
+            name="canny", shows="edges of one pixel, white on black", file="canny", lines=True, union=3
+        ),
+        ControlCard(name="mlsd", shows="straight lines, white on black", file="mlsd", lines=True, union=3),
         ControlCard(
             name="openpose",
             shows="coloured skeletons on black, in RGB (OpenCV writes BGR)",
             file=r"open[-_ ]?pose|(?<![a-z])pose|key[-_ ]?pose",
             lines=True,
+            union=0,
         ),
-        ControlCard(name="depth", shows="depth, nearer is brighter", file=r"depth|midas|leres"),
+        ControlCard(name="depth", shows="depth, nearer is brighter", file=r"depth|midas|leres", union=1),
         ControlCard(
             name="normal",
             shows="normals, blue towards the viewer",
             file=r"normal",
             normals=True,
+            union=4,
         ),
-        ControlCard(name="seg", shows="segments in the colours of ADE20K", file=r"(?<![a-z])seg"),
+        ControlCard(name="seg", shows="segments in the colours of ADE20K", file=r"(?<![a-z])seg", union=5),
         ControlCard(
             name="shuffle",
             shows="an image whose parts were moved",
             file="shuffle",
             global_pool=True,
         ),
-        ControlCard(name="tile", shows="the image to be refined", file=r"(?<![a-z])tile"),
+        ControlCard(name="tile", shows="the image to be refined", file=r"(?<![a-z])tile", union=6),
         ControlCard(
             name="inpaint", shows="the image to be filled in, with its mask", file="inpaint", masked=True
         ),

@@ -112,7 +112,7 @@ ADAPTER_COMMANDS: tuple[Command, ...] = (
             argument("base", "weights of the first model"),
             argument("tuned", "weights of the second model"),
             TO,
-            argument("--model", "name of both models", required=True),
+            argument("--model", "name of both models (default: the one that the weights state)"),
             argument("--rank", "largest rank of a module (default: %(default)s)", type=int, default=32),
             argument("--convolutions", "extract residual blocks and resampling too", action="store_true"),
             argument(

@@ -28,7 +28,8 @@ class Cond:
         features: What T2I-Adapters add on a UNet's way down: a map for each level, and if there is one more,
             for its middle, shapes (B, C, h', w').
         residuals: What ControlNets add to a UNet: a map for each map that its way up reads, and one for its
-            middle, shapes (B, C, h', w') or (B, C, 1, 1).
+            middle, shapes (B, C, h', w') or (B, C, 1, 1); to a diffusion transformer: (B, L, D) for each of
+            the first blocks.
         guidance: Guidance scale that the network embeds, shape (B,).
         exemplars: Images of K things in [0, 1] as they lie on the canvas, red, green and blue multiplied by
             opacity, and opacity, shape (B, K, 4, H, W).

@@ -158,10 +158,15 @@ class DiTBlock(nn.Module):
         return x + self.mlp(y) * (1 + gate3)
 
 
-class DiT(nn.Module):
-    """The network `net(x_t, t, cond)` that returns the raw prediction, for x_t of multiples of the patch."""
+class DiTEncoder(nn.Module):
+    """What a `DiT` and a ControlNet for one share: all but the output.
 
-    def __init__(self, config: DiTConfig) -> None:
+    Args:
+        config: Shape of the DiT.
+        depth: Number of blocks. Default: that of the configuration.
+    """
+
+    def __init__(self, config: DiTConfig, depth: int | None = None) -> None:
         super().__init__()
         self.config = config
         width, area = config.width, config.patch**2
@@ -172,33 +177,12 @@ class DiT(nn.Module):
         self.time_modulation = nn.Linear(width, 6 * width)
         self.blocks: ModuleListOf[DiTBlock] = ModuleListOf(
             DiTBlock(width, head_dim=config.head_dim, context_dim=config.context_dim)
-            for _ in range(config.depth)
+            for _ in range(config.depth if depth is None else depth)
         )
-        self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
         self.exemplars = ExemplarCells(config.cell) if config.slots else None
-        self.proj_out = (
-            CellHead(
-                width,
-                in_channels=config.in_channels,
-                slots=config.slots,
-                out_channels=config.out_channels,
-                patch=config.patch,
-            )
-            if config.slots
-            else nn.Linear(width, area * config.out_channels)
-        )
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Return the raw prediction.
-
-        Args:
-            x_t: Noisy sample, shape (B, C, h, w).
-            t: Timesteps, shape (B,); they may be fractional.
-            cond: `context` (B, M, D_c) with its mask, `concat`, and `guidance` and `exemplars` if the
-                configuration has them.
-
-        Returns:
-            Shape (B, C_out, h, w).
+    def cells(self, x_t: Tensor, cond: Cond) -> Tensor:
+        """Return the input of each cell, (B, C_in + K·E, h, w): x_t, `concat`, and features of exemplars.
 
         Raises:
             ValueError: If x_t or the condition does not fit the configuration; see `check`.
@@ -207,18 +191,14 @@ class DiT(nn.Module):
         self.check(cells, cond)
         if self.exemplars is not None and cond.exemplars is not None:
             cells = torch.cat([cells, self.exemplars(cond.exemplars)], dim=1)  # (B, C_in + K·E, h, w)
-        p, (h, w), context = self.config.patch, cells.shape[-2:], cond.context
-        assert context is not None
+        return cells
+
+    def tokens(self, cells: Tensor) -> Tensor:
+        """Return the tokens (B, L, D) of cells (B, C_in + K·E, h, w), with their positions."""
+        p, (h, w) = self.config.patch, cells.shape[-2:]
         patches = rearrange(cells, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         positions = plane_sinusoid(h // p, w // p, self.config.width, device=cells.device).to(cells.dtype)
-        x = self.embed_in(patches) + self.embed_position(positions)  # (B, L, D)
-        emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
-        for block in self.blocks:
-            x = block(x, emb, context, cond.context_mask)  # (B, L, D)
-        x = self.norm_out(x)  # (B, L, D)
-        if isinstance(self.proj_out, CellHead):
-            return self.proj_out(x, cells)
-        return rearrange(self.proj_out(x), "b (h w) (c p q) -> b c (h p) (w q)", h=h // p, p=p, q=p)
+        return self.embed_in(patches) + self.embed_position(positions)
 
     def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
         """Return the modulation (B, 6, D) of timesteps t (B,) and, if embedded, of the guidance scale."""
@@ -254,6 +234,10 @@ class DiT(nn.Module):
             takes = "takes no" if config.guidance_dim is None else "takes the"
             raise ValueError(f"this DiT {takes} guidance scale: Cond.guidance is {cond.guidance}")
         self.check_exemplars(cond.exemplars, x.shape[-2:])
+        if len(cond.residuals or ()) > config.depth:
+            raise ValueError(
+                f"Cond.residuals: this DiT takes up to {config.depth}, got {len(cond.residuals or ())}"
+            )
         if cond.pooled is not None:
             raise ValueError(
                 f"this DiT takes no Cond.pooled, expected None, got shape {tuple(cond.pooled.shape)}"
@@ -276,3 +260,53 @@ class DiT(nn.Module):
                 f"this DiT takes exemplars of {config.slots} things: Cond.exemplars has shape {found},"
                 f" expected (B, {', '.join(map(str, expected))})"
             )
+
+
+class DiT(DiTEncoder):
+    """The network `net(x_t, t, cond)` that returns the raw prediction, for x_t of multiples of the patch."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        width, area = config.width, config.patch**2
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
+        self.proj_out = (
+            CellHead(
+                width,
+                in_channels=config.in_channels,
+                slots=config.slots,
+                out_channels=config.out_channels,
+                patch=config.patch,
+            )
+            if config.slots
+            else nn.Linear(width, area * config.out_channels)
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return the raw prediction.
+
+        Args:
+            x_t: Noisy sample, shape (B, C, h, w).
+            t: Timesteps, shape (B,); they may be fractional.
+            cond: `context` (B, M, D_c) with its mask, `concat`, `guidance` and `exemplars` if the
+                configuration has them, and `residuals` of a ControlNet, (B, L, D) for each of the first
+                blocks.
+
+        Returns:
+            Shape (B, C_out, h, w).
+
+        Raises:
+            ValueError: If x_t or the condition does not fit the configuration; see `check`.
+        """
+        cells = self.cells(x_t, cond)  # (B, C_in + K·E, h, w)
+        x, context = self.tokens(cells), cond.context  # (B, L, D)
+        assert context is not None
+        emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
+        added = dict(enumerate(cond.residuals or ()))
+        for i, block in enumerate(self.blocks):
+            x = block(x, emb, context, cond.context_mask)  # (B, L, D)
+            x = x + added[i] if i in added else x
+        x = self.norm_out(x)  # (B, L, D)
+        if isinstance(self.proj_out, CellHead):
+            return self.proj_out(x, cells)
+        p, h = self.config.patch, cells.shape[-2]
+        return rearrange(self.proj_out(x), "b (h w) (c p q) -> b c (h p) (w q)", h=h // p, p=p, q=p)

@@ -119,7 +119,7 @@ def extract_adapter(
     tuned: str | Path,
     to: str | Path,
     *,
-    model: str,
+    model: str | None = None,
     rank: int = 32,
     convolutions: bool = False,
     clamp: float = 1.0,
@@ -132,7 +132,7 @@ def extract_adapter(
         base: Weights of the first model; see `ldm.load`.
         tuned: Weights of the second model.
         to: The file to write.
-        model: Name of both models.
+        model: Name of both models. Default: None, the one that the weights state.
         rank: Largest rank of a module. Default: 32.
         convolutions: Whether residual blocks and resampling are extracted too. Default: False.
         clamp: See `ldm.weights.adapters.reduction.extracted`. Default: 1.

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from ldm.catalog.control_cards import control_card
 from ldm.catalog.lookup import find_card
+from ldm.models.dit import DiTConfig
 from ldm.models.unet_config import UNetConfig
 from ldm.registry.inspection_adapters import CARD_OF
 from ldm.registry.report import Report, non_finite, report_part
-from ldm.weights.controls.building import config_of, control_kind, control_words, family_of, layout_of
+from ldm.weights.controls.building import (
+    Target,
+    config_of,
+    control_kind,
+    control_words,
+    family_of,
+    layout_of,
+)
 from ldm.weights.controls.control_lora import is_change
 from ldm.weights.controls.control_net import shapes_in
 from ldm.weights.controls.files import ControlFile, control_digest, read_control
@@ -85,15 +95,16 @@ def _stated(file: ControlFile, name: str | None) -> Iterator[str]:
 
 def _problems(file: ControlFile, name: str) -> Iterator[str]:
     """Yield how its keys do not fit a published model's UNet."""
-    unet = find_card(name)[0].shapes()["unet"]
-    if not isinstance(unet, UNetConfig):
-        yield f"{name!r} has no UNet that a control acts on"
+    own = find_card(name)[0].shapes().get("unet")
+    if not isinstance(own, UNetConfig | DiTConfig):
+        yield f"the card of {name!r} states no UNet or DiT, on which controls act"
         return
     if is_change(file.tensors):  # the UNet has what it lacks
         return
+    target = Target(model=name, network=own, factor=8, dtype=torch.float32)
     shapes, layout = shapes_in(file.tensors), layout_of(file)
     try:
-        network = build_network(config_of(file, unet))
+        network = build_network(config_of(file, target))
         fit = fit_table(part_table(network, layout, shapes), shapes, shapes_of(network))
     except ValueError as error:
         yield f"it does not fit {name}: {error}"

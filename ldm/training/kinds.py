@@ -44,6 +44,7 @@ def _kind(
 
 def _tunings() -> dict[str, PartKind]:
     """Return the kinds of trainings that begin with a loaded model."""
+    from ldm.training.parts.control import ControlNetPart, ControlNetTraining
     from ldm.training.parts.fine_tune import FineTunePart, FineTuning
     from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
     from ldm.training.parts.inversion import InversionPart, InversionTraining
@@ -53,6 +54,7 @@ def _tunings() -> dict[str, PartKind]:
         "fine-tune": _kind(FineTuning, FineTunePart, _MODEL),
         "fine-tune-decoder": _kind(DecoderFineTuning, FineTuneDecoderPart, _MODEL),
         "lora": _kind(LoRATraining, LoRAPart, {"adapter"}),
+        "control-net": _kind(ControlNetTraining, ControlNetPart, {"control"}),
         "textual-inversion": _kind(InversionTraining, InversionPart, {"adapter"}),
     }
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig, VisionTower
 from ldm.models.control.control_net import ControlNet, ControlNetConfig
+from ldm.models.control.dit_control import DiTControl, DiTControlConfig
 from ldm.models.control.ip_adapter import IPAdapter, IPAdapterConfig
 from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from ldm.models.control.union import UnionConfig, UnionControlNet
 from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
 from ldm.models.dalle.detokenizer import Detokenizer, DetokenizerConfig
 from ldm.models.dalle.dvae import DVAE, DVAEConfig
@@ -68,6 +70,8 @@ NETWORKS: dict[type, type[nn.Module]] = {
     AugmentationConfig: NoiseAugmentation,
     XLMRConfig: XLMR,
     ControlNetConfig: ControlNet,
+    DiTControlConfig: DiTControl,
+    UnionConfig: UnionControlNet,
     T2IAdapterConfig: T2IAdapter,
     IPAdapterConfig: IPAdapter,
     DalleEncoderConfig: DalleEncoder,

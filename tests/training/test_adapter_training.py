@@ -300,17 +300,6 @@ def test_what_cannot_be_trained_is_named(
         open_run(write(made, work / "bad.yaml"))
 
 
-def test_a_model_with_exemplars_is_refused_by_name(work: Path) -> None:
-    data = {"kind": "folder", "path": "photos", "size": 128, "least": 8}
-    for part, options in (
-        ("lora", {"adapter": {"rank": 2}, "train": ["unet"]}),
-        ("textual-inversion", {"token": "zorblax", "vectors": 2}),
-    ):
-        made = {"part": part, "base": "emoji-ldm", "data": data, **options, "run": run(part)}
-        with pytest.raises(ValueError, match="'emoji-ldm' draws from exemplars in a layout"):
-            open_run(write(made, work / f"{part}.yaml"))
-
-
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs/examples").glob("*.yaml")))
 def test_the_examples_are_configurations(path: Path) -> None:
     name, made = read_training_config(path)

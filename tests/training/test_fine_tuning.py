@@ -281,7 +281,7 @@ def test_captions_are_read_as_they_are(work):
         ({"weights": "model", "train": ["vae"]}, "train"),
         ({"weights": "model", "data": {"kind": "folder", "path": "photos", "size": 33}}, "multiple of"),
         ({"base": "sd-v1-5-inpainting", "weights": "random"}, "reads inpaint"),
-        ({"weights": "exemplars"}, "draws from exemplars in a layout"),
+        ({"weights": "exemplars"}, "no caption names a thing of the model's library"),
     ],
 )
 def test_what_cannot_be_fine_tuned_is_named(work, changes, message):

@@ -140,11 +140,18 @@ class ControlNet(UNetEncoder):
             ValueError: If x_t, the condition or the hint do not fit.
         """
         self.check(x_t, cond)
-        emb = self.embed(t, cond, x_t.dtype)  # (B, D)
         h = self.conv_in(x_t)  # (B, channels[0], h, w)
+        self.check_hint(hint, h)
+        return self.residuals(h + hint, self.embed(t, cond, x_t.dtype), cond)
+
+    def check_hint(self, hint: Tensor, h: Tensor) -> None:
+        """Raise ValueError for an encoded hint of another shape than the first map h."""
         if hint.shape != h.shape:
             raise ValueError(f"hint: expected an encoding of shape {tuple(h.shape)}, got {tuple(hint.shape)}")
-        x, skips = self.way_down(h + hint, emb, cond)
+
+    def residuals(self, h: Tensor, emb: Tensor, cond: Cond) -> tuple[Tensor, ...]:
+        """Return the residuals of the first map h (B, channels[0], h, w) with a hint, and of emb (B, D)."""
+        x, skips = self.way_down(h, emb, cond)
         x = self.mid_block(x, emb, cond.context, cond.context_mask)  # (B, channels[-1], h', w')
         maps = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         maps.append(self.controlnet_mid_block(x))

@@ -221,6 +221,10 @@ class Controlled(nn.Module):
             own, hints = hints[: 1 + part.kind.count], hints[1 + part.kind.count :]
             for name, maps in part.added(x_t, t, plain, own).items():
                 others = sums.get(name)
+                if others is not None and len(others) != len(maps):
+                    raise ValueError(
+                        f"controls: two add {len(others)} and {len(maps)} {name}: expected the same number"
+                    )
                 sums[name] = maps if others is None else tuple(map(torch.add, others, maps))
             for name, addition in part.joined(t, own).items():
                 joined.setdefault(self._attentions[name], []).append(addition)

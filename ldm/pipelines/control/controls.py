@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.catalog.control_cards import control_card
 from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import VisionTower
+from ldm.models.dit import DiT
 from ldm.models.layers.attention import Attention
 from ldm.models.unet import UNet
 from ldm.pipelines.call import Call
@@ -125,18 +126,18 @@ class Controls(nn.Module):
         """Load a control as a recipe states it, from its file and that of its image tower."""
         self.load(path, name=entry.name, card=entry.card, vision=vision)
 
-    def unet(self) -> UNet:
-        """Return the pipeline's UNet; ValueError if its network is another."""
+    def controlled(self) -> UNet | DiT:
+        """Return the network that is controlled; ValueError if it is neither a UNet nor a DiT."""
         net = self._networks().get("unet")
-        if not isinstance(net, UNet):
-            raise ValueError(f"{self._model!r} has no UNet: controls are for models with one")
+        if not isinstance(net, UNet | DiT):
+            raise ValueError(f"{self._model!r} has no UNet or DiT: controls are for models with one")
         return net
 
     def _built(
         self, file: ControlFile, path: Path, name: str, card: str | None, vision: str | Path | None
     ) -> LoadedControl:
         """Return the control of a file, on the device and in the dtype of the UNet."""
-        unet = self.unet()
+        unet = self.controlled()
         vae: Any = self._networks()["vae"]  # an autoencoder of any kind
         if is_change(file.tensors):
             try:
@@ -151,7 +152,7 @@ class Controls(nn.Module):
         tower = None if vision is None else self._tower(Path(vision), dtype)
         target = Target(
             model=self._model,
-            unet=unet.config,
+            network=unet.config,
             factor=factor,
             dtype=dtype,
             attentions={
@@ -187,7 +188,7 @@ class Controls(nn.Module):
 
     def _check_attention(self) -> None:
         """Raise ValueError if another program computes the UNet, which knows of no image tokens."""
-        net = self.unet()
+        net = self.controlled()
         if isinstance(net.__dict__.get("forward"), OpenVINO) or net._compiled_call_impl is not None:
             raise ValueError("controls: IP-Adapters act in ldm's layers: call ldm.optimize without backend")
 

@@ -6,6 +6,7 @@ eq. 2), so that "dog" does not become the one dog of the training images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,10 @@ class ClassImages:
         """Return the draws of class images for those of a batch."""
         return draws.in_stream(STREAM)
 
-    def latents(self, draws: Draws) -> Tensor:
-        """Draw latents (B, C, h, w) float32 on the CPU."""
-        return self.pairs.latent(draws.integers(self.config.images).tolist())
+    def rows(self, draws: Draws) -> list[int]:
+        """Draw the numbers of class images, which are their seeds."""
+        return [int(row) for row in draws.integers(self.config.images)]
+
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """Return latents (B, C, h, w) float32 on the CPU."""
+        return self.pairs.latent(rows)

@@ -58,10 +58,15 @@ class CachedFiles:
         frame = self.files.reader.draw_frame(int(self.files.bucket_of[item]), rng)
         return ImageSample(item=item, frame=frame)
 
+    @property
+    def present(self) -> list[int]:
+        """The rows of the images that can be decoded, as far as that is known."""
+        return [row for row in range(len(self.row_of)) if row not in self._absent]
+
     @cached_property
     def order(self) -> Order:
         """The order in which a run shows the cached images; it is settled when all caches are filled."""
-        kept = np.array([row for row in range(len(self.row_of)) if row not in self._absent], dtype=np.int64)
+        kept = np.array(self.present, dtype=np.int64)
         if not len(kept):
             raise ValueError(f"data.path {self.files.config.path!r}: no image can be decoded")
         return self.files.ordered(self.files.train[kept])
@@ -107,9 +112,7 @@ class CachedFiles:
 
     def key(self, row: int) -> str:
         """Return the key of a row in every store."""
-        sample = self.sample(row)
-        content = f"{self.files.dataset.record(sample.item).fingerprint}/{tuple(sample.frame)}"
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return self.files.key(self.sample(row))
 
     @torch.no_grad()
     def _computed(

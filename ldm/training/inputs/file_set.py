@@ -16,7 +16,7 @@ from ldm.data.sources.scanning import check_problems, describe_problems
 from ldm.support.warn import warn_user
 from ldm.training.config import RunConfig
 from ldm.training.distributed.group import current_processes
-from ldm.training.inputs.reading import Reader
+from ldm.training.inputs.reading import ImageSample, Reader
 
 
 class FileSet:
@@ -76,6 +76,11 @@ class FileSet:
         """Return the order in which the run shows images."""
         buckets = [items[self.bucket_of[items] == b] for b in range(int(self.bucket_of.max()) + 1)]
         return Order(buckets, self.run.batch, self.run.seed)
+
+    def key(self, sample: ImageSample) -> str:
+        """Return the key in every store of what is computed of an image in its frame."""
+        content = f"{self.dataset.record(sample.item).fingerprint}/{tuple(sample.frame)}"
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def note(self, problems: Iterable[Problem]) -> None:
         """Count broken files and warn of them.

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.diffusion.cond import Cond
+from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.saving import save
 from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.caches.texts import CachedTexts
@@ -81,8 +83,8 @@ class FineTunePart(TunedModel):
     """A loaded model in training."""
 
     def __init__(self, config: FineTuning, device: torch.device) -> None:
-        super().__init__(config, device, config.networks)
         self.config = config
+        super().__init__(config, device, config.networks)
         self.decoding: Decoding | None = None
         trained = dict(self.trained)
         if DECODER in config.train:
@@ -92,6 +94,13 @@ class FineTunePart(TunedModel):
         if config.recompute:
             recompute_blocks(self.model)
         self.states = self.read_texts() if config.cached_texts else None
+
+    def check(self, pipe: LatentDiffusion) -> None:
+        """Raise ValueError for a model whose texts cannot be kept."""
+        if self.config.cached_texts and isinstance(pipe.text, ExemplarConditioner):
+            raise ValueError(
+                f"cached_texts: expected false, as {pipe.name!r} is shown exemplars beside its text"
+            )
 
     def read_texts(self) -> CachedTexts:
         """Return the states of all captions, after computing those that no file holds."""

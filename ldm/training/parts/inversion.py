@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.pipelines.latent import LatentDiffusion
 from ldm.support.config import check_between
 from ldm.training.adapters.adapter_files import check_adapter_run, write_record
 from ldm.training.adapters.class_images import PriorPreservation
@@ -72,8 +74,6 @@ class InversionPart(TunedModel):
         super().__init__(config, device)
         self.config = config
         readers = self.pipe.readers()
-        if not readers:
-            raise ValueError(f"{self.pipe.name!r} has no CLIP text tower that reads vectors")
         token = config.token.lower()
         if bare := next((text for text in self.images.texts() if token not in text.lower()), None):
             raise ValueError(f"data: expected the token {config.token!r} in every caption, got {bare!r}")
@@ -83,6 +83,16 @@ class InversionPart(TunedModel):
         )
         for part, reader in readers.items():
             reader.learned.replace({(config.token,): self.model[part]})
+
+    def check(self, pipe: LatentDiffusion) -> None:
+        """Raise ValueError for a model whose text tower reads no vectors of its own words."""
+        if isinstance(pipe.text, ExemplarConditioner):
+            raise ValueError(
+                f"{pipe.name!r} draws things from exemplars, not from words: a new thing is"
+                " pipe.exemplars.add(name, image), without training"
+            )
+        if not pipe.readers():
+            raise ValueError(f"{pipe.name!r} has no CLIP text tower that reads vectors")
 
     def _first_vectors(self, reader: TextConditioner, generator: torch.Generator) -> Tensor:
         """Return the vectors that the training begins with, (n, D) float32."""

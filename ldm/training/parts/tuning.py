@@ -26,11 +26,14 @@ from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.stages.space import Space
 from ldm.support.config import nearest
 from ldm.training.adapters.class_images import ClassImages, PriorPreservation
+from ldm.training.caches.canvases import FittedCanvases
 from ldm.training.caches.latents import LatentSpace
 from ldm.training.config import RunConfig
 from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
+from ldm.training.inputs.cached_files import CachedFiles
+from ldm.training.inputs.files import files_only
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import Samples
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss, losses_by_timestep
@@ -38,6 +41,7 @@ from ldm.training.parts.base_model import fine_tuned, load_base, network_hashes
 from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES
 
 Trained = Literal["unet", "text", "text2"]
+PREVIEWED = 8  # images of a preview
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +141,7 @@ class TunedModel:
     def __init__(self, config: Tuning, device: torch.device, train: tuple[Trained, ...] = ()) -> None:
         self.device, self.run = device, config.run
         loaded = load_base(config.base, config.weights).to(device)
-        if isinstance(loaded.text, ExemplarConditioner):
-            raise ValueError(
-                f"{loaded.name!r} draws from exemplars in a layout, which images with captions do not state:"
-                " give it new things by pipe.exemplars.add, or train it by part: exemplar"
-            )
+        self.check(loaded)
         self.trained = trained_networks(loaded, train)
         self.images = open_images(config.data, config.run)
         if self.images.size % loaded.vae.config.factor:
@@ -160,14 +160,40 @@ class TunedModel:
         card = self.pipe.card
         space = Space(self.pipe.vae, self.pipe.latent_scale, card.latent_mean, card.latent_std)
         self.latents = LatentSpace.of(space, self.base_hashes["vae"], self.samples, device)
+        self.canvases = self._fitted_canvases()
+
+    def check(self, pipe: LatentDiffusion) -> None:
+        """Raise ValueError for a model that the training does not serve, before it begins."""
+
+    def _fitted_canvases(self) -> FittedCanvases | None:
+        """Return what a model with exemplars is shown of the images; None for another model."""
+        text, samples = self.pipe.text, self.samples
+        if not isinstance(text, ExemplarConditioner):
+            return None
+        files_only(self.images, f"{self.pipe.name!r}, of which part: exemplar trains scenes")
+        assert isinstance(samples, CachedFiles)
+        others = [*self.fixed_samples(), *self.images.plain(PREVIEWED, seed=3)]
+        return FittedCanvases(text, self.pipe.denoiser, self.base_hashes, self.latents, samples, others)
+
+    def fixed_samples(self) -> Samples:
+        """Return the images that are validated on: held-out ones, or training images."""
+        return self.images.held_out(FIXED_IMAGES) or self.images.plain(FIXED_IMAGES, seed=7)
 
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser in training."""
         return self.pipe.denoiser
 
-    def cond(self, texts: Sequence[str], samples: Samples) -> Cond:
-        """Return the condition of texts, and of the samples' sizes where the model reads them."""
+    def cond(self, texts: Sequence[str], samples: Samples, seeds: Sequence[int] = ()) -> Cond:
+        """Return the condition of texts, and of the samples' sizes where the model reads them.
+
+        Args:
+            texts: A caption of each sample, or an empty text.
+            samples: B samples.
+            seeds: A number for each sample, for conditions that are drawn; not read here.
+        """
+        if self.canvases is not None:
+            return self.canvases(texts, samples)
         return self.cond_of_sizes(
             texts, [[*s.original, *s.crop, *s.target] for s in self.images.sizes(samples)]
         )
@@ -197,7 +223,7 @@ class TunedModel:
         chosen, rows = self.samples.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         texts = self.images.captions(chosen, draws, drop=self.diffusion.drop)
-        cond = self.cond(texts, chosen)
+        cond = self.cond(texts, chosen, draws.samples)
         loss, losses, t = draw_diffusion_loss(self.denoiser, self.diffusion, x0, cond, draws)
         figures = losses_by_timestep(losses, t, self.diffusion.timesteps, draws)
         if self.preserved is not None:
@@ -208,10 +234,14 @@ class TunedModel:
     def prior_loss(self, preserved: ClassImages, draws: Draws) -> Tensor:
         """Return the loss of as many images that the model drew of its class before the training."""
         draws = preserved.draws(draws)
-        side = float(self.images.size)
-        texts = [preserved.config.prompt] * len(draws)
-        cond = self.cond_of_sizes(texts, [[side, side, 0.0, 0.0, side, side]] * len(draws))
-        x0 = preserved.latents(draws).to(self.device)
+        rows = preserved.rows(draws)
+        x0 = preserved.latents(rows).to(self.device)
+        if self.canvases is not None:
+            cond = self.pipe.text([preserved.config.prompt] * len(rows), tuple(x0.shape[-2:]), seeds=rows)
+        else:
+            side = float(self.images.size)
+            texts = [preserved.config.prompt] * len(rows)
+            cond = self.cond_of_sizes(texts, [[side, side, 0.0, 0.0, side, side]] * len(rows))
         return draw_diffusion_loss(self.denoiser, self.diffusion, x0, cond, draws).weighted
 
     def describe_batch(self, draws: Draws) -> list[str]:
@@ -220,22 +250,23 @@ class TunedModel:
 
     def validate(self) -> dict[str, float]:
         """Return the loss at fixed timesteps and noise over held-out images, or over training images."""
-        chosen = self.images.held_out(FIXED_IMAGES) or self.images.plain(FIXED_IMAGES, seed=7)
+        chosen = self.fixed_samples()
         losses = []
         for start in range(0, len(chosen), 8):
             part = chosen[start : start + 8]
             draws, x0 = Draws(7, range(start, start + len(part))), self.latents.encode(part)
             t = self.diffusion.draw(draws).to(self.device)
             eps = draws.normal(*x0.shape).to(self.device)
-            cond = self.cond(self.images.describe(part), part)
+            cond = self.cond(self.images.describe(part), part, draws.samples)
             losses.append(diffusion_loss(self.denoiser, x0, cond, t, eps).cpu())
         return {"loss": float(torch.cat(losses).mean())}
 
     def preview(self) -> np.ndarray:
-        """Show samples of the captions of eight images, each beside the image."""
-        chosen = self.images.plain(8, seed=3)
+        """Show samples of the captions of some images, each beside the image."""
+        chosen = self.images.plain(PREVIEWED, seed=3)
         cond, uncond = (
-            self.cond(texts, chosen) for texts in (self.images.describe(chosen), [""] * len(chosen))
+            self.cond(texts, chosen, range(len(chosen)))
+            for texts in (self.images.describe(chosen), [""] * len(chosen))
         )
         z = sample_latents(
             self.denoiser,

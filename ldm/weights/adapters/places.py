@@ -17,6 +17,7 @@ from ldm.models.unet import UNet
 from ldm.weights.keymap import Shape, Step, shapes_in_file
 from ldm.weights.parts import Layout, part_table, shapes_of
 
+DIT_LAYERS = ("blocks.", "proj_out.", "exemplars.")  # of a diffusion transformer: blocks, head, cells
 STEM_LAYOUTS: tuple[Layout, ...] = ("diffusers", "original")
 HUGGING_FACE = ("text_model.",)  # the spelling of CLIP towers that adapters are trained on
 # Endings of modules' names, and how diffusers 0.13 to 0.20 wrote those of the adapters in them.
@@ -119,13 +120,15 @@ class Places:
     def layers(self, *, convolutions: bool) -> Iterator[ModulePlace]:
         """Yield the modules whose weights a LoRA changes, each once: the linear layers of transformers.
 
+        Of a diffusion transformer these are the layers of its blocks and of the head that draws its cells.
+
         Args:
             convolutions: Whether those of residual blocks and of resampling are among them.
         """
         seen: set[tuple[tuple[str, ...], int]] = set()
         for path, place in self.dotted.items():
             site = place.sites.get("weight")
-            inside = ".attentions." in path or ".layers." in path
+            inside = ".attentions." in path or ".layers." in path or path.startswith(DIT_LAYERS)
             blocks = convolutions and (".resnets." in path or "samplers." in path)
             if site is None or path != place.path or len(site.shape) < 2 or not (inside or blocks):
                 continue

@@ -13,8 +13,11 @@ from ldm.catalog.control_cards import CONTROL_CARDS, ControlCard
 from ldm.models.clip.towers import VisionTower
 from ldm.models.control.control_net import ControlNetConfig
 from ldm.models.control.controlled import ControlKind, ControlNetKind
+from ldm.models.control.dit_control import DiTControlConfig, DiTControlKind
 from ldm.models.control.ip_adapter import IPAdapterConfig, IPAdapterKind
 from ldm.models.control.t2i_adapter import T2IAdapterConfig, T2IAdapterKind
+from ldm.models.control.union import UnionControlNet, UnionKind
+from ldm.models.dit import DiTConfig
 from ldm.models.unet_config import UNetConfig
 from ldm.support.text import shown
 from ldm.weights.adapters.families import WIDTHS
@@ -23,9 +26,11 @@ from ldm.weights.controls.control_net import (
     build_control_net,
     control_net_config,
     control_net_layout,
+    is_union,
     made_for,
     shapes_in,
 )
+from ldm.weights.controls.dit_control import build_dit_control, dit_control_config, is_dit_control
 from ldm.weights.controls.files import ControlFile, read_control
 from ldm.weights.controls.ip_adapter import (
     advice,
@@ -50,7 +55,7 @@ class Target:
 
     Args:
         model: Its name.
-        unet: The configuration of its UNet.
+        network: The configuration of its denoising network.
         factor: Size of an image divided by that of the latent.
         dtype: Floating-point type of the UNet.
         attentions: Width of each of its attentions, by name.
@@ -59,12 +64,26 @@ class Target:
     """
 
     model: str
-    unet: UNetConfig
+    network: UNetConfig | DiTConfig
     factor: int
     dtype: torch.dtype
     attentions: Mapping[str, int] = field(default_factory=dict)
     vision: VisionTower | None = None
     base: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def unet(self) -> UNetConfig:
+        """The configuration of its UNet; ValueError if its network is another."""
+        if not isinstance(self.network, UNetConfig):
+            raise ValueError(f"the file controls a UNet, but {self.model!r} has a diffusion transformer")
+        return self.network
+
+    @property
+    def dit(self) -> DiTConfig:
+        """The configuration of its diffusion transformer; ValueError if its network is another."""
+        if not isinstance(self.network, DiTConfig):
+            raise ValueError(f"the file controls a diffusion transformer, but {self.model!r} has a UNet")
+        return self.network
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,7 +117,26 @@ def _control_net(file: ControlFile, target: Target, card: ControlCard) -> BuiltC
     if file.config.get("controlnet_conditioning_channel_order") == "bgr":
         card = replace(card, order="bgr")
     kind = ControlNetKind(network=network)
+    if isinstance(network, UnionControlNet):
+        kind = UnionKind(network=network, type=union_type(file, card, network.union.types))
     return BuiltControl(what=control_words(file), network=network, kind=kind, card=card)
+
+
+def union_type(file: ControlFile, card: ControlCard, types: int) -> int:
+    """Return the type of a card's hints in a ControlNet Union.
+
+    Raises:
+        ValueError: If it has no such type; the message names the cards of those that it has.
+    """
+    if card.union is None or card.union >= types:
+        known = ", ".join(
+            name for name, each in CONTROL_CARDS.items() if each.union is not None and each.union < types
+        )
+        raise ValueError(
+            f"{str(file.path)!r} is a ControlNet Union of {types} types of hints, card {card.name!r}: state"
+            f" the type by card=, one of {known}"
+        )
+    return card.union
 
 
 def _t2i_adapter(file: ControlFile, target: Target, card: ControlCard) -> BuiltControl:
@@ -123,6 +161,13 @@ def _ip_adapter(file: ControlFile, target: Target, card: ControlCard) -> BuiltCo
     return BuiltControl(what=what, network=network, kind=kind, card=CONTROL_CARDS["reference"])
 
 
+def _dit_control(file: ControlFile, target: Target, card: ControlCard) -> BuiltControl:
+    network = build_dit_control(file, target.dit, dtype=target.dtype)
+    kind = DiTControlKind(network=network)
+    return BuiltControl(what=DIT_CONTROL_KIND, network=network, kind=kind, card=card)
+
+
+DIT_CONTROL_KIND = "ControlNet of a diffusion transformer"
 CONTROL_NET_KIND, T2I_ADAPTER_KIND, IP_ADAPTER_KIND = "ControlNet", "T2I-Adapter", "IP-Adapter"
 # for each kind: its name, whether keys and shapes are those of it, and what builds it
 CONTROL_KINDS: Mapping[
@@ -134,6 +179,7 @@ CONTROL_KINDS: Mapping[
     CONTROL_NET_KIND: (control_net_layout, _control_net),
     T2I_ADAPTER_KIND: (t2i_adapter_layout, _t2i_adapter),
     IP_ADAPTER_KIND: (is_ip_adapter, _ip_adapter),
+    DIT_CONTROL_KIND: (is_dit_control, _dit_control),
 }
 
 
@@ -170,6 +216,8 @@ def control_words(file: ControlFile) -> str:
     if LORA_MARK in file.tensors:
         return "Control-LoRA"
     name = control_kind(file) or "control of an unknown kind"
+    if is_union(shapes_in(file.tensors)):
+        return "ControlNet Union"
     return f"{name}, as a difference to the UNet" if is_change(file.tensors) else name
 
 
@@ -179,18 +227,22 @@ def layout_of(file: ControlFile) -> Layout:
     return control_net_layout(shapes) or t2i_adapter_layout(shapes) or "original"
 
 
-def config_of(file: ControlFile, unet: UNetConfig) -> ControlNetConfig | T2IAdapterConfig | IPAdapterConfig:
-    """Return the configuration of a control's network, for a UNet.
+def config_of(
+    file: ControlFile, target: Target
+) -> ControlNetConfig | T2IAdapterConfig | IPAdapterConfig | DiTControlConfig:
+    """Return the configuration of a control's network, for a model.
 
     Raises:
-        ValueError: If the shapes in the file are those of no network.
+        ValueError: If the shapes in the file are those of no network, or of one for another kind of model.
     """
     shapes = shapes_in(file.tensors)
     if (layout := control_net_layout(shapes)) is not None:
-        return control_net_config(shapes, layout, unet)
+        return control_net_config(shapes, layout, target.unet)
     if is_ip_adapter(shapes):
         return ip_adapter_config(shapes, source=file.path)
-    return t2i_adapter_config(shapes, layout_of(file), unet)
+    if is_dit_control(shapes):
+        return dit_control_config(shapes, target.dit, source=file.path)
+    return t2i_adapter_config(shapes, layout_of(file), target.unet)
 
 
 def family_of(file: ControlFile) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.control.control_net import ControlNet, ControlNetConfig
+from ldm.models.control.union import UnionConfig
 from ldm.models.unet_config import UNetConfig
 from ldm.support.warn import warn_user
 from ldm.weights.adapters.families import WIDTHS
@@ -25,6 +26,7 @@ LAYOUT_MARKS: Mapping[Layout, str] = {
     "diffusers": "controlnet_cond_embedding.conv_in.weight",
     "original": "input_hint_block.0.weight",
 }
+UNION_MARK = "task_embedding"  # key that marks a ControlNet Union
 HINT_CONVOLUTIONS: Mapping[Layout, tuple[str, int]] = {  # keys of the convolutions, and their numbers' step
     "diffusers": (r"controlnet_cond_embedding\.blocks\.(\d+)\.weight", 1),
     "original": (r"input_hint_block\.(\d+)\.weight", 2),
@@ -66,9 +68,22 @@ def control_net_config(
         mid_depth=_depth(shapes, BLOCK[layout][1]),
         guidance_dim=None,
     )
-    return ControlNetConfig(
-        unet=own, hint_channels=first[1], hint_widths=_hint_widths(shapes, layout), global_pool=global_pool
-    )
+    widths = _hint_widths(shapes, layout)
+    if is_union(shapes):
+        return UnionConfig(
+            unet=own,
+            hint_channels=first[1],
+            hint_widths=widths,
+            global_pool=global_pool,
+            types=shapes[UNION_MARK][0],
+            layers=len({key.split(".")[1] for key in shapes if key.startswith("transformer_layes.")}),
+        )
+    return ControlNetConfig(unet=own, hint_channels=first[1], hint_widths=widths, global_pool=global_pool)
+
+
+def is_union(keys: Mapping[str, Shape]) -> bool:
+    """Return whether a file with these keys is a ControlNet Union."""
+    return UNION_MARK in keys
 
 
 def _hint_widths(shapes: Mapping[str, Shape], layout: Layout) -> tuple[int, ...]:

@@ -120,6 +120,14 @@ CONTROL_NET: Fields = {
     "controlnet_conditioning_channel_order": followed("rgb", "the order in which hints are read"),
     "global_pool_conditions": followed(False, "residuals are averaged over positions"),
 }
+CONTROL_NET_UNION: Fields = {
+    **CONTROL_NET,
+    "num_control_type": by_shapes(6),
+    "num_trans_channel": by_shapes(320),
+    "num_trans_head": fixed(8),
+    "num_trans_layer": by_shapes(1),
+    "num_proj_channel": by_shapes(320),
+}
 T2I_ADAPTER: Fields = {
     "in_channels": by_shapes(3),
     "channels": by_shapes((320, 640, 1280, 1280)),
@@ -131,6 +139,7 @@ NETWORK_CLASSES: dict[str, Fields] = {
     "UNet2DModel": UNCONDITIONAL,
     "UNet2DConditionModel": CONDITIONAL,
     "ControlNetModel": CONTROL_NET,
+    "ControlNetUnionModel": CONTROL_NET_UNION,
     "T2IAdapter": T2I_ADAPTER,
     "AutoencoderKL": {
         **AUTOENCODER_COMMON,

@@ -8,6 +8,7 @@ from typing import Any
 from ldm.catalog.cards import DiffusionCard
 from ldm.diffusion.interfaces import Prediction
 from ldm.models.clip.towers import TextConfig
+from ldm.models.control.control_net import ControlNetConfig
 from ldm.models.text.bert import BertConfig
 from ldm.models.tiny import TinyConfig
 from ldm.models.unet import UNetConfig
@@ -24,6 +25,8 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+# entries of a UNet's configuration that a ControlNet's has not
+OF_UNET_ALONE = ("out_channels", "sample_size", "up_block_types", "time_cond_proj_dim", "dropout")
 PREDICTION_TYPES: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
@@ -51,6 +54,24 @@ def unet_config(config: UNetConfig, sample_size: int = 64) -> tuple[str, JSON]:
     }
     name, own = unconditional_unet(config) if config.attention == "block" else conditional_unet(config)
     return name, {"_class_name": name, **common, **own}
+
+
+def control_net_entries(config: ControlNetConfig) -> JSON:
+    """Return the configuration of a ControlNet in diffusers.
+
+    Raises:
+        ValueError: If no class of diffusers computes the UNet that it is for.
+    """
+    _, unet = unet_config(config.unet)
+    kept = {name: value for name, value in unet.items() if name not in OF_UNET_ALONE}
+    return {
+        **kept,
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": config.hint_channels,
+        "conditioning_embedding_out_channels": list(config.hint_widths),
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": config.global_pool,
+    }
 
 
 def unconditional_unet(config: UNetConfig) -> tuple[str, JSON]:

@@ -1,0 +1,88 @@
+"""The hints of training images, for the training of controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.framing import crop_to_frame
+from ldm.images.hints import canny, scribble, soft_edge, tile
+from ldm.support.text import shown
+from ldm.training.images import to_tensor
+from ldm.training.inputs.files import FileImages, files_only
+from ldm.training.inputs.protocol import Samples, TrainingImages
+from ldm.training.inputs.reading import ImageSample
+
+HINT_MAKERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "canny": canny,
+    "soft_edge": soft_edge,
+    "scribble": scribble,
+    "tile": tile,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HintSource:
+    """Where the hints of training images come from.
+
+    Args:
+        kind: A maker of `ldm.images.hints`, which makes them of the images, or "files". Default: "canny".
+        folder: For "files", the folder that has for each image a hint with the same path, or the same path
+            and the ending .png.
+    """
+
+    kind: Literal["canny", "soft_edge", "scribble", "tile", "files"] = "canny"
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "files") != (self.folder is not None):
+            raise ValueError(
+                f"hints: kind {self.kind!r} and folder {self.folder!r}: expected a folder for 'files' alone"
+            )
+
+
+class Hints:
+    """The hints of training images, in their frames.
+
+    Args:
+        source: Where they come from.
+        images: The training images.
+
+    Raises:
+        FileNotFoundError: If a training image has no file of a hint; the message names it.
+    """
+
+    def __init__(self, source: HintSource, images: TrainingImages) -> None:
+        self.source, self.images = source, images
+        self._files: FileImages | None = None
+        if source.folder is not None:
+            self._files = files_only(images, "hints.folder")
+            for item in (*self._files.files.train.tolist(), *self._files.files.held.tolist()):
+                self._path(item)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """Return the hints of B samples of one size, (B, 3, H, W) float32 in [0, 1]."""
+        if self._files is not None:
+            return torch.stack([self._read(sample) for sample in samples])
+        return HINT_MAKERS[self.source.kind](self.images.tensor(samples) / 2 + 0.5)
+
+    def _path(self, item: int) -> Path:
+        assert self._files is not None and self.source.folder is not None
+        same = Path(self.source.folder) / self._files.files.dataset.record(item).name
+        found = next((path for path in (same, same.with_suffix(".png")) if path.is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"hints.folder: {shown(str(same))} is absent, and so is {same.stem}.png")
+        return found
+
+    def _read(self, sample: ImageSample) -> Tensor:
+        from PIL import Image
+
+        with Image.open(self._path(sample.item)) as image:
+            own: Any = image.convert("RGB")
+        return to_tensor(np.stack([crop_to_frame(own, sample.frame)]))[0] / 2 + 0.5

@@ -1,0 +1,186 @@
+"""Training of a ControlNet for a model that `ldm.load` reads, from a copy of its encoder.
+
+Zhang et al. 2023, arXiv:2302.05543, for UNets, and Chen et al. 2024, arXiv:2401.05252, for diffusion
+transformers. The model's weights stay as they are. The export is a file that `pipe.controls.load` reads; of a
+UNet's, diffusers, ComfyUI and others read it too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.prompt import escape_prompt
+from ldm.diffusion.cond import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.models.control.control_net import ControlNet
+from ldm.models.control.controlled import Controlled, ControlNetKind, ControlPart
+from ldm.models.control.dit_control import DiTControl, DiTControlKind
+from ldm.models.dit import DiT
+from ldm.models.unet import UNet
+from ldm.pipelines.latent import LatentDiffusion
+from ldm.speed.optimization import for_training
+from ldm.support.files import write_atomically
+from ldm.training.adapters.adapter_files import check_adapter_run, write_record
+from ldm.training.adapters.class_images import PriorPreservation
+from ldm.training.caches.canvases import FittedCanvases
+from ldm.training.config import RunConfig, check_at_least
+from ldm.training.inputs.hints import Hints, HintSource
+from ldm.training.inputs.opening import DataSection
+from ldm.training.inputs.protocol import Samples
+from ldm.training.parts.base_model import check_base
+from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel
+from ldm.training.recomputing import recompute_blocks
+from ldm.weights.formats.diffusers_config import control_net_entries
+from ldm.weights.formats.ldm_folder import narrow
+from ldm.weights.formats.safetensors import write_safetensors
+from ldm.weights.parts import to_layout
+
+ALWAYS = (float("-inf"), float("inf"))
+HINT_WIDTHS = (16, 32, 96, 256)  # of the published hint encoders; each after the first halves the size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetTraining:
+    """The configuration of the training of a ControlNet.
+
+    Args:
+        run: Length, batches and optimizer.
+        data: The training images.
+        base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
+        weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
+        hints: What the control reads of each image. Default: Canny's edges.
+        diffusion: The weights of the loss; prediction and schedule stay the model's. Half of the captions
+            should be dropped (`drop`), so that the control is read without them too.
+        blocks: Blocks of a diffusion transformer that are copied; None for half of them. Default: None.
+        layout: Of the exported file: "original" or, for a UNet, the folder of "diffusers". Default:
+            "original".
+        dtype: Floating-point type of the file. Default: "float16".
+        recompute: Whether blocks compute their activations again in the backward pass, which takes less
+            memory and more time. Default: False.
+    """
+
+    run: RunConfig
+    data: DataSection
+    base: str | None = None
+    weights: str | None = None
+    hints: HintSource = field(default_factory=HintSource)
+    diffusion: FineTuneDiffusion = field(default_factory=lambda: FineTuneDiffusion(drop=0.5))
+    blocks: int | None = None
+    layout: Literal["original", "diffusers"] = "original"
+    dtype: Literal["float16", "float32"] = "float16"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        check_base(self.base, self.weights)
+        check_adapter_run(self.run, self.diffusion)
+        if self.blocks is not None:
+            check_at_least(1, blocks=self.blocks)
+
+    @property
+    def prior(self) -> PriorPreservation | None:
+        """None, as the model's weights stay as they are."""
+        return None
+
+
+class ControlNetPart(TunedModel):
+    """A ControlNet in training around a loaded model."""
+
+    def __init__(self, config: ControlNetTraining, device: torch.device) -> None:
+        self.config = config
+        super().__init__(config, device)
+        self.hints = Hints(config.hints, self.images)
+        net = self.pipe.denoiser.net
+        torch.manual_seed(config.run.seed)
+        self.model: ControlNet | DiTControl
+        self.kind: ControlNetKind | DiTControlKind
+        if isinstance(net, DiT):
+            blocks = max(1, net.config.depth // 2) if config.blocks is None else config.blocks
+            self.model = DiTControl.copy_of(net, blocks)
+            self.kind = DiTControlKind(network=self.model)
+        else:
+            self.model = ControlNet.copy_of(net, hint_widths=hint_widths(self.pipe.vae.config.factor))
+            self.kind = ControlNetKind(network=self.model)
+        self.model.requires_grad_(True)
+        for network in (net, self.model):
+            if device.type == "cpu":
+                for_training(network)
+        if config.recompute:
+            recompute_blocks(self.model)
+        own = self.pipe.denoiser
+        part = ControlPart(kind=self.kind, strength=1.0, guess=False, interval=ALWAYS)
+        self.controlled = Denoiser(Controlled(net, [part]), own.schedule, own.prediction)
+
+    def check(self, pipe: LatentDiffusion) -> None:
+        """Raise ValueError for a model whose network has no encoder to copy."""
+        net, config = pipe.denoiser.net, self.config
+        if not isinstance(net, UNet | DiT):
+            raise ValueError(f"{pipe.name!r} has no UNet or DiT: controls are for models with one")
+        if isinstance(net, DiT):
+            if config.layout == "diffusers":
+                raise ValueError(f"layout 'diffusers': {pipe.name!r} has a DiT, expected 'original'")
+            return
+        if config.blocks is not None:
+            raise ValueError(f"blocks {config.blocks}: expected none, {pipe.name!r} has a UNet")
+        hint_widths(pipe.vae.config.factor)
+
+    def _fitted_canvases(self) -> FittedCanvases | None:
+        return None  # the hint states where things lie; a control has to overrule the layout of the prompt
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser with the control around its network."""
+        return self.controlled
+
+    def cond(self, texts: Sequence[str], samples: Samples, seeds: Sequence[int] = ()) -> Cond:
+        """Return the condition of texts, and what the control reads of B samples.
+
+        A model with exemplars is shown what its prompts show: a layout and exemplars drawn by `seeds`.
+        """
+        hint = self.hints(samples).to(self.device)  # (B, 3, H, W)
+        if isinstance(self.pipe.text, ExemplarConditioner):
+            size = (hint.shape[-2] // self.pipe.text.cell, hint.shape[-1] // self.pipe.text.cell)
+            prompts = [escape_prompt(text) for text in texts]
+            cond = self.pipe.text(prompts, size, seeds=list(seeds) or [0] * len(prompts))
+        else:
+            cond = super().cond(texts, samples)
+        on = torch.ones(len(hint), dtype=torch.bool, device=self.device)
+        return replace(cond, hints=(on, *self.kind.prepare(hint)))
+
+    def export(self, folder: Path, record: Mapping[str, object]) -> None:
+        """Write the control, and the record of its training beside it.
+
+        It is NAME.safetensors in the original layout, or diffusion_pytorch_model.safetensors with its
+        config.json.
+        """
+        config = self.config
+        whole = config.layout == "diffusers"
+        path = folder / f"{'diffusion_pytorch_model' if whole else config.run.name}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = getattr(torch, config.dtype)
+        tensors = to_layout(self.model, config.layout)
+        facts = {"format": "pt", "hints": config.hints.kind, "base": self.pipe.name}
+        write_safetensors(path, {key: narrow(key, value, dtype) for key, value in tensors.items()}, facts)
+        if whole:
+            assert isinstance(self.model, ControlNet)
+            entries = json.dumps(control_net_entries(self.model.control), indent=2, sort_keys=True)
+            write_atomically(folder / "config.json", f"{entries}\n".encode())
+        write_record(path, record, figures=self.validate())
+
+
+def hint_widths(factor: int) -> tuple[int, ...]:
+    """Return the channels of a hint encoder's maps, for an autoencoder's factor.
+
+    Raises:
+        ValueError: If the factor is no power of two from 1 to 8.
+    """
+    count = factor.bit_length()
+    if factor != 2 ** (count - 1) or count > len(HINT_WIDTHS):
+        raise ValueError(f"the autoencoder's factor is {factor}: expected 1, 2, 4 or 8 for a hint encoder")
+    return HINT_WIDTHS[:count]
