@@ -6,6 +6,7 @@ The blocks follow PixArt-α (Chen et al. 2023, section 2.3).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -298,13 +299,21 @@ class DiT(DiTEncoder):
             ValueError: If x_t or the condition does not fit the configuration; see `check`.
         """
         cells = self.cells(x_t, cond)  # (B, C_in + K·E, h, w)
-        x, context = self.tokens(cells), cond.context  # (B, L, D)
-        assert context is not None
+        x = self.tokens(cells)  # (B, L, D)
         emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
+        return self.predict(self.pass_blocks(x, emb, cond, range(len(self.blocks))), cells)
+
+    def pass_blocks(self, x: Tensor, emb: Tensor, cond: Cond, numbers: Iterable[int]) -> Tensor:
+        """Return the tokens (B, L, D) behind some of the blocks, by their numbers from 0."""
+        assert cond.context is not None
         added = dict(enumerate(cond.residuals or ()))
-        for i, block in enumerate(self.blocks):
-            x = block(x, emb, context, cond.context_mask)  # (B, L, D)
+        for i in numbers:
+            x = self.blocks[i](x, emb, cond.context, cond.context_mask)  # (B, L, D)
             x = x + added[i] if i in added else x
+        return x
+
+    def predict(self, x: Tensor, cells: Tensor) -> Tensor:
+        """Return the prediction (B, C_out, h, w) of the last tokens (B, L, D) and of `cells`."""
         x = self.norm_out(x)  # (B, L, D)
         if isinstance(self.proj_out, CellHead):
             return self.proj_out(x, cells)

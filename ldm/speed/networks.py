@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 from ldm.models.vae import VAEDecoder
 
@@ -16,7 +18,24 @@ def unets(pipe: nn.Module) -> list[UNet]:
     """
     found = [part for part in pipe.modules() if isinstance(part, UNet)]
     if not found:
-        raise ValueError(f"reuse, merge and int8 act on a UNet, and the {type(pipe).__name__} has none")
+        raise ValueError(f"merge and int8 act on a UNet, and the {type(pipe).__name__} has none")
+    return found
+
+
+def reusing_networks(pipe: nn.Module) -> list[UNet | DiT]:
+    """Return the UNets and the diffusion transformers of images of a pipeline, or the network itself.
+
+    A prior over layouts is left out: where things lie is decided in its few steps.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    priors = {id(part.layout) for part in pipe.modules() if isinstance(part, ExemplarConditioner)}
+    found = [part for part in pipe.modules() if isinstance(part, UNet | DiT) and id(part) not in priors]
+    if not found:
+        raise ValueError(
+            f"reuse acts on a UNet or a diffusion transformer, and the {type(pipe).__name__} has none"
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""Reuse of a UNet's deep features across sampling steps (DeepCache, Ma et al. 2023).
+"""Reuse of a denoiser's deep features across sampling steps: DeepCache (Ma et al. 2023), Δ-DiT (Chen et al.
+2024).
 
 It changes the result.
 """
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
+from ldm.models.dit import DiT
+from ldm.models.layers.modules import M
 from ldm.models.unet import UNet, with_residuals
 from ldm.models.unet_encoder import UNetLevel
-from ldm.speed.networks import unets
+from ldm.speed.networks import reusing_networks
 from ldm.speed.packed import Packed
 from ldm.speed.substitute import Substitute
 from ldm.support.derived import kept_for_call, version
@@ -104,11 +107,10 @@ class Progress:
         return None
 
 
-class Reuse(Substitute[UNet]):
-    """Forward of a UNet that reuses deep features (DeepCache, section 3.2).
+class Reuse(Substitute[M]):
+    """Forward of a network that reuses what its deep part computes.
 
-    In every `interval`-th step the whole network is evaluated. The other steps compute only the first
-    convolution, `branch` blocks of the way down and the last `branch` + 1 blocks of the way up.
+    In every `interval`-th step the whole network is evaluated. The other steps compute only its shallow part.
 
     A step is identified by its t: evaluations at the same t belong to one step (the two branches of
     guidance, the stages of a solver), and each has features of its own. Features are reused only while t
@@ -119,19 +121,24 @@ class Reuse(Substitute[UNet]):
     (`ldm.support.calls`).
 
     Args:
-        net: The UNet.
+        net: The network.
         interval: Number of steps per full evaluation.
-        branch: Number of blocks that are always computed on the way down, at least 0.
+        branch: Number of blocks at the network's beginning that are always computed, at least 0.
     """
 
-    def __init__(self, net: UNet, interval: int, branch: int) -> None:
+    def __init__(self, net: M, interval: int, branch: int) -> None:
         super().__init__(net)
         self.interval, self.branch = interval, branch
 
     @property
+    def first_layer(self) -> nn.Module:
+        """The network's first layer, which states whether its weights are read from a file."""
+        raise NotImplementedError
+
+    @property
     def progress(self) -> Progress:
         """The progress of this call's run, which begins again if a parameter changes."""
-        read = self.module.conv_in.read if isinstance(self.module.conv_in, Packed) else None
+        read = self.first_layer.read if isinstance(self.first_layer, Packed) else None
         return kept_for_call(self, [*self.module.parameters()], Progress, read=read)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -149,6 +156,64 @@ class Reuse(Substitute[UNet]):
             out = self.original_forward(x_t, t, cond)
         progress.place += 1
         return out
+
+    def _full_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Return the output of the whole network, and what the shallow evaluations reuse."""
+        raise NotImplementedError
+
+    def _shallow_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond, features: Tensor) -> Tensor:
+        """Return the output of the network with kept features in place of its deep part."""
+        raise NotImplementedError
+
+
+class DiTReuse(Reuse[DiT]):
+    """Forward of a diffusion transformer that reuses what its middle blocks add to the tokens (Δ-DiT).
+
+    The steps in between compute the first `branch` blocks, the last `branch` + 1, and all that is outside of
+    blocks.
+    """
+
+    @property
+    def first_layer(self) -> nn.Module:
+        """The layer that embeds the patches."""
+        return self.module.embed_in
+
+    def _full_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Return the output of the whole network, and what the middle blocks add to the tokens."""
+        net, (first, middle, last) = self.module, self._parts()
+        cells = net.cells(x_t, cond)
+        x = net.tokens(cells)
+        emb = net.embed(t, cond, x.dtype)
+        before = net.pass_blocks(x, emb, cond, first)
+        behind = net.pass_blocks(before, emb, cond, middle)
+        return net.predict(net.pass_blocks(behind, emb, cond, last), cells), behind - before
+
+    def _shallow_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond, features: Tensor) -> Tensor:
+        """Return the output of the network with a kept sum in place of its middle blocks."""
+        net, (first, _, last) = self.module, self._parts()
+        cells = net.cells(x_t, cond)
+        x = net.tokens(cells)
+        emb = net.embed(t, cond, x.dtype)
+        behind = net.pass_blocks(x, emb, cond, first) + features
+        return net.predict(net.pass_blocks(behind, emb, cond, last), cells)
+
+    def _parts(self) -> tuple[range, range, range]:
+        """Return the numbers of the first, the middle and the last blocks."""
+        n, first = len(self.module.blocks), self.branch
+        return range(first), range(first, n - first - 1), range(n - first - 1, n)
+
+
+class UNetReuse(Reuse[UNet]):
+    """Forward of a UNet that reuses deep features (DeepCache, section 3.2).
+
+    The steps in between compute the first convolution, `branch` blocks of the way down and the last
+    `branch` + 1 blocks of the way up.
+    """
+
+    @property
+    def first_layer(self) -> nn.Module:
+        """The first convolution."""
+        return self.module.conv_in
 
     def _full_evaluation(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Return the output of the whole network, and the input of the first of the last blocks."""
@@ -203,31 +268,39 @@ def up_path(net: UNet) -> list[tuple[UNetLevel, int]]:
 
 
 def reuse_features(pipe: nn.Module, interval: int, branch: int) -> tuple[str, ...]:
-    """Let the UNets of a pipeline reuse features; see `Reuse`.
+    """Let the denoisers of a pipeline reuse features; see `Reuse`.
 
     Args:
-        pipe: The pipeline, or a UNet.
+        pipe: The pipeline, or a UNet or diffusion transformer.
         interval: Number of steps per full evaluation; 1 reuses nothing.
-        branch: Number of blocks that are always computed on the way down.
+        branch: Number of blocks that are always computed at the network's beginning.
 
     Returns:
         A description of what was done; empty for an interval of 1.
 
     Raises:
-        ValueError: If a number is out of range, or there is no UNet.
+        ValueError: If a number is out of range, or there is no such network.
     """
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f"reuse: expected an integer of 1 (no reuse) or more, got {interval!r}")
-    for net in unets(pipe) if interval > 1 else []:
-        most = len(up_path(net)) - 1
+    if interval == 1:
+        return ()
+    networks = reusing_networks(pipe)
+    for net in networks:
+        most = len(up_path(net)) - 1 if isinstance(net, UNet) else (len(net.blocks) - 2) // 2
         if isinstance(branch, bool) or not isinstance(branch, int) or not 0 <= branch <= most:
-            raise ValueError(
-                f"branch: expected an integer from 0 to {most}, one less than the blocks of the UNet's way"
-                f" up, got {branch!r}"
+            why = (
+                "one less than the blocks of the UNet's way up"
+                if isinstance(net, UNet)
+                else f"so that one of the transformer's {len(net.blocks)} blocks is reused"
             )
-        Reuse(net, interval, branch)
-    description = (
-        f"reuse: the deep part of the UNet computed in one of {interval} steps, the last {branch + 1} blocks"
-        " in all (approximate)"
+            raise ValueError(f"branch: expected an integer from 0 to {most}, {why}, got {branch!r}")
+    for net in networks:
+        if isinstance(net, UNet):
+            UNetReuse(net, interval, branch)
+        else:
+            DiTReuse(net, interval, branch)
+    return (
+        f"reuse: the deep part of the denoiser computed in one of {interval} steps, the last"
+        f" {branch + 1} blocks in all (approximate)",
     )
-    return (description,) if interval > 1 else ()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from small_networks import UNETS, inputs, make, rms
+from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo, tiny_stable
 
@@ -16,13 +18,15 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import lerp
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.models.dit import DiTConfig
 from ldm.models.layers.attention import attention_control
 from ldm.models.unet import UNetConfig
 from ldm.samplers import SAMPLERS
 from ldm.speed import merge
 from ldm.speed.merge import assign, means, take
 from ldm.speed.presets import SPEED_PRESETS
-from ldm.speed.reuse import MOST_EVALUATIONS, Reuse, up_path
+from ldm.speed.reuse import MOST_EVALUATIONS, DiTReuse, Reuse, UNetReuse, up_path
+from ldm.weights.parts import build_network, randomise
 
 DEEP = UNetConfig(channels=(32, 32, 64), depth=(0, 1, 1), blocks=2, heads=4, context_dim=24)
 FULL, SHALLOW = "_full_evaluation", "_shallow_evaluation"
@@ -37,9 +41,11 @@ def record_evaluations(net, monkeypatch):
     """Return a list to which `Reuse` appends the name of each evaluation."""
     made = []
     for name in (FULL, SHALLOW):
-        plain = getattr(Reuse, name)
+        plain = getattr(UNetReuse, name)
         monkeypatch.setattr(
-            Reuse, name, lambda self, *args, name=name, plain=plain: made.append(name) or plain(self, *args)
+            UNetReuse,
+            name,
+            lambda self, *args, name=name, plain=plain: made.append(name) or plain(self, *args),
         )
     return made
 
@@ -186,6 +192,48 @@ def test_the_error_of_reuse_falls_with_the_interval_and_with_the_blocks_that_are
     exact = run()
     wrong = {key: rms(run(reuse=key[0], branch=key[1]), exact) for key in ((2, 0), (4, 0), (4, 6))}
     assert 0 < wrong[2, 0] < wrong[4, 0] < 0.2 and 0 < wrong[4, 6] < wrong[4, 0]
+
+
+@torch.no_grad()
+def test_a_transformer_reuses_what_its_middle_blocks_add():
+    shape = {"in_channels": 3, "out_channels": 3, "width": 16, "depth": 6, "head_dim": 8, "context_dim": 8}
+    net = randomise(build_network(DiTConfig(**shape)), 0)
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 3, 8, 8, generator=g), torch.tensor([500.0, 500.0])
+    cond = Cond(context=torch.randn(2, 5, 8, generator=g))
+    controlled = replace(cond, residuals=tuple(torch.randn(2, 16, 16, generator=g) for _ in range(2)))
+    later = x + 0.05 * torch.randn(2, 3, 8, 8, generator=g)
+    exact = {id(c): (net(x, t, c), net(later, t - 20, c)) for c in (cond, controlled)}
+    for given in (cond, controlled):
+        errors = []
+        for branch in range(3):
+            ldm.optimize(net, kernels=False, reuse=2, branch=branch)
+            torch.testing.assert_close(net(x, t, given), exact[id(given)][0])
+            made = net(later, t - 20, given)
+            assert net.forward.progress.steps == 1
+            errors.append(float((made - exact[id(given)][1]).square().mean()))
+        assert 0 < errors[2] < errors[0]
+        own = net.forward
+        features = own.progress.kept[0][0]
+        torch.testing.assert_close(own._shallow_evaluation(x, t, given, features), exact[id(given)][0])
+        ldm.optimize(net)
+    with pytest.raises(ValueError, match="branch: expected an integer from 0 to 2, so that one of the"):
+        ldm.optimize(net, reuse=2, branch=3)
+
+
+@torch.no_grad()
+def test_a_model_with_exemplars_reuses_features_and_draws_the_same_layouts():
+    pipe = tiny_exemplar_model()
+    exact = images(pipe)
+    reused = images(ldm.optimize(pipe, reuse=3))
+    assert isinstance(pipe.denoiser.net.forward, DiTReuse)
+    assert "forward" not in pipe.text.layout.__dict__
+    assert 1e-4 < (reused - exact).abs().max() and (reused - exact).square().mean() < exact.var() / 4
+    assert torch.equal(images(ldm.optimize(pipe)), images(ldm.optimize(pipe)))
+    with pytest.raises(ValueError, match="merge and int8 act on a UNet"):
+        ldm.optimize(pipe, merge=0.5)
+    with pytest.raises(ValueError, match="reuse acts on a UNet or a diffusion transformer"):
+        ldm.optimize(torch.nn.Linear(2, 2), reuse=2)
 
 
 def test_merging_assigns_each_position_to_the_most_similar():
