@@ -12,7 +12,6 @@ latents relative to their standard deviation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,20 +47,19 @@ GAINS: dict[str, dict[str, Any]] = {
     "reuse=3, merge=0.5, int8": {"reuse": 3, "merge": 0.5, "int8": True},
     "interval=(0.28, 5.42)": {"interval": INTERVAL},
 }
+OF_TRANSFORMERS = [
+    name for name, options in GAINS.items() if options.keys() <= {"reuse", "branch"} or name == "preset=fast"
+]
 Run = Callable[[], Tensor]
 
 
 def emoji(args: Any) -> Callable[[Mapping[str, Any]], Run]:
-    """Return the runs of emoji-unclip's decoder, a UNet: the first prompts of the showcase."""
-    pipe = ldm.load("emoji-unclip", device="cpu", dtype=args.dtype)
+    """Return the runs of emoji-ldm, a diffusion transformer: the first prompts of the showcase."""
+    pipe = ldm.load("emoji-ldm", device="cpu", dtype=args.dtype)
 
     def side(options: Mapping[str, Any]) -> Run:
-        options = dict(options)
-        interval = options.pop("interval", None)
         ldm.optimize(pipe, **options)
-        pipe.guide = cfg if interval is None else partial(cfg, interval=interval)
-        calls = {"n": 1, "seed": 0, "upsample": False, "steps": args.steps, "progress": False}
-        return lambda: pipe.text_to_image(NAMES[: args.batch], **calls).tensor
+        return lambda: pipe.text_to_image(NAMES[: args.batch], steps=args.steps, progress=False).tensor
 
     return side
 
@@ -105,9 +103,10 @@ def main() -> None:
         "--steps", type=int, help="sampling steps (default: the card's; 6 with random weights)"
     )
     options.add_argument(
-        "--only", nargs="+", choices=GAINS, default=list(GAINS), help="only these approximations"
+        "--only", nargs="+", choices=GAINS, help="only these approximations (default: all that apply)"
     )
     args = options.parse_args()
+    args.only = args.only or (OF_TRANSFORMERS if args.model == "emoji" else list(GAINS))
     settle(args)
     side = (emoji if args.model == "emoji" else random_weights)(args)
     exact = side({})
