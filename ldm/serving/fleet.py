@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.together import Together
+from ldm.pipelines.unclip import UnCLIP
 from ldm.samplers import SAMPLERS
 from ldm.serving.errors import ApiError
 from ldm.serving.sizes import final_size, usual_sizes
@@ -46,8 +47,8 @@ class Seat:
 
     def __init__(self, pipe: Any, *, exact: bool = True) -> None:
         self.pipe = pipe
-        plain = isinstance(pipe, LatentDiffusion) and pipe.stage.concat is None
-        self.together = Together(pipe, exact=exact) if plain else None
+        batched = isinstance(pipe, LatentDiffusion | UnCLIP)
+        self.together = Together(pipe, exact=exact) if batched else None
         self.bytes = sum(
             each.numel() * each.element_size()
             for network in pipe.networks().values()

@@ -62,11 +62,10 @@ class ImageOrder:
     strict: bool = False
 
     @property
-    def key(self) -> tuple[Any, ...] | None:
-        """What orders have in common that may be drawn in one batch; None for one that is drawn alone."""
-        if self.endpoint != "generations":
-            return None
-        return self.model, self.size, tuple(sorted(self.options.items()))
+    def key(self) -> tuple[Any, ...]:
+        """What orders have in common that may be drawn in one batch."""
+        source = None if self.source is None else (self.source.image.size, self.source.hole is None)
+        return self.endpoint, self.model, self.size, source, tuple(sorted(self.options.items()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,14 +143,21 @@ def text_options(pipe: Any, order: ImageOrder) -> dict[str, Any]:
     return {"n": order.n, "seed": order.seed, "progress": False, **size, **negative, **order.options}
 
 
-def draw_from_image(pipe: Any, order: ImageOrder) -> Images:
-    """Return the images of an order that starts from an image.
+def draw_order(pipe: Any, order: ImageOrder) -> Images:
+    """Return the images of an order.
 
     Raises:
-        ApiError: If the model has no such task.
+        ApiError: If the model has no such task, or an option is refused before it is asked.
+        ValueError: If the library refuses an option.
     """
-    source = order.source
-    assert source is not None
+    if order.source is not None:
+        return draw_from_image(pipe, order, order.source)
+    made: Images = pipe.text_to_image(order.prompt, **text_options(pipe, order))
+    return made
+
+
+def draw_from_image(pipe: Any, order: ImageOrder, source: SourceImage) -> Images:
+    """Return the images of an order that starts from an image; see `draw_order`."""
     size = drawn_size(pipe, order)
     image = finished(source.image, size)
     options = {"n": order.n, "seed": order.seed, "progress": False, **order.options}
