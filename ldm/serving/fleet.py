@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.together import Together
 from ldm.pipelines.unclip import UnCLIP
@@ -129,7 +130,11 @@ class Fleet:
         return sum(seat.bytes for seat in self._seats.values())
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Return what `GET /v1/models/{id}` says of a model."""
+        """Return what `GET /v1/models/{id}` says of a model.
+
+        With its sizes, what prompts may name is known of a model in memory only: of a model with exemplars,
+        the nouns of its library, and the styles that may stand before them.
+        """
         card = self.models[name].card
         defaults, (width, height) = card.main_stage().defaults, final_size(card)
         with self._lock:
@@ -137,7 +142,7 @@ class Fleet:
         sizes = [(width, height)]
         if seat is not None and not hasattr(seat.pipe, "upsamplers"):
             sizes = usual_sizes((width, height), seat.pipe.multiple)
-        own = {
+        own: dict[str, Any] = {
             "summary": card.summary,
             "loaded": seat is not None,
             "size": f"{width}x{height}",
@@ -147,4 +152,7 @@ class Fleet:
             "sampler": defaults.sampler,
             "samplers": sorted(SAMPLERS),
         }
+        text = None if seat is None else getattr(seat.pipe, "text", None)
+        if isinstance(text, ExemplarConditioner):
+            own |= {"nouns": sorted(text.library.nouns), "styles": text.library.styles}
         return {"id": name, "object": "model", "created": 0, "owned_by": "ldm", "ldm": own}

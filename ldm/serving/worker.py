@@ -48,6 +48,8 @@ class Job:
         future: The images, or the error.
         progress: Steps done, and steps, of the stage that runs.
         estimate: Decodes the estimate of the images after the last step; None between steps.
+        latest: Decodes the last estimate that there was; None before the first.
+        began: When the work on it began, in seconds of `time.perf_counter`; None while it waits.
         warnings: What the library warned of.
         deliver: Takes events of the job to whoever waits for it, from any thread.
     """
@@ -58,6 +60,8 @@ class Job:
         self.future: Future[Drawn] = Future()
         self.progress = (0, 0)
         self.estimate: Callable[[], Images] | None = None
+        self.latest: Callable[[], Images] | None = None
+        self.began: float | None = None
         self.warnings: list[str] = []
         self._gone = threading.Event()
 
@@ -109,7 +113,7 @@ class Follower:
         if self.pipe.safety is not None or sum(job.order.n for job in self.rows) != len(d.x0):
             return
         for job, x0 in zip(self.rows, d.x0.split([job.order.n for job in self.rows]), strict=True):
-            job.estimate = lambda job=job, x0=x0: self.decoded(job.order, x0)
+            job.estimate = job.latest = partial(self.decoded, job.order, x0)
 
     def end(self, images: Images) -> None:
         """Nothing depends on the images."""
@@ -242,6 +246,8 @@ class Worker:
     def _run(self) -> None:
         while jobs := self._take():
             self._began = time.perf_counter()
+            for job in jobs:
+                job.began = self._began
             try:
                 self._draw(jobs)
             except BaseException as error:  # the thread goes on whatever a request leads to
