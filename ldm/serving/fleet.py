@@ -129,11 +129,15 @@ class Fleet:
     def _bytes(self) -> int:
         return sum(seat.bytes for seat in self._seats.values())
 
-    def describe(self, name: str) -> dict[str, Any]:
-        """Return what `GET /v1/models/{id}` says of a model.
+    def describe(self, name: str, *, nouns: bool = False) -> dict[str, Any]:
+        """Return what the list of models says of a model.
 
-        With its sizes, what prompts may name is known of a model in memory only: of a model with exemplars,
-        the nouns of its library, and the styles that may stand before them.
+        Args:
+            name: Its name.
+            nouns: Whether to add what prompts may name, of a model with exemplars: the nouns of its library,
+                and the styles that may stand before them. Default: False.
+
+        Some facts are known of a model in memory only: its nouns, and sizes besides its own.
         """
         card = self.models[name].card
         defaults, (width, height) = card.main_stage().defaults, final_size(card)
@@ -153,6 +157,6 @@ class Fleet:
             "samplers": sorted(SAMPLERS),
         }
         text = None if seat is None else getattr(seat.pipe, "text", None)
-        if isinstance(text, ExemplarConditioner):
+        if nouns and isinstance(text, ExemplarConditioner):
             own |= {"nouns": sorted(text.library.nouns), "styles": text.library.styles}
         return {"id": name, "object": "model", "created": 0, "owned_by": "ldm", "ldm": own}
