@@ -1,6 +1,7 @@
 """Measure how soon the page of `ldm serve` shows something after Generate: a preview, and the images.
 
-A headless Chromium opens the page of a server that has just started. The first row is the first request.
+A headless Chromium opens the page of a server that has just started. The first row is the first request. The
+processor time is the server's, of all its threads; other programs disturb it less than the clock.
 
 python benchmarks/serving_page.py --json serving_page.json
 """
@@ -12,12 +13,12 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import time
 from typing import Any
 
 from common import add_quick, parser, where
-from playwright.sync_api import sync_playwright
-from serving import started
+from serving import processor_seconds, started
 
 from ldm.support.files import write_atomically
 
@@ -25,18 +26,22 @@ PROMPT = "a red apple on a blue background"
 READY = "#status:has-text('ready')"
 
 
-def seconds_of(page: Any) -> dict[str, float]:
-    """Press Generate; return the seconds to the first preview and to the images."""
-    begin = time.perf_counter()
+def seconds_of(page: Any, process: subprocess.Popen[str]) -> dict[str, float]:
+    """Press Generate; return the seconds to the first preview and to the images, and the server's own."""
+    begin, used = time.perf_counter(), processor_seconds(process)
+    found = {}
     page.click("#generate")
-    page.wait_for_selector("#images img")
-    preview = time.perf_counter() - begin
-    page.wait_for_selector(READY)
-    return {"preview": preview, "images": time.perf_counter() - begin}
+    for name, selector in (("preview", "#images img"), ("images", READY)):
+        page.wait_for_selector(selector)
+        found[name] = time.perf_counter() - begin
+        found[f"{name}, processor"] = processor_seconds(process) - used
+    return found
 
 
 def measure(args: argparse.Namespace, chromium: str) -> dict[str, Any]:
     """Return the seconds of the first request after the start, and of the ones that follow."""
+    from playwright.sync_api import sync_playwright
+
     process, url = started(args)
     try:
         with sync_playwright() as playwright:
@@ -45,7 +50,7 @@ def measure(args: argparse.Namespace, chromium: str) -> dict[str, Any]:
             page.goto(url)
             page.wait_for_selector("#model option", state="attached")
             page.fill("#prompt", PROMPT)
-            found = [seconds_of(page) for _ in range(args.repeats + 1)]
+            found = [seconds_of(page, process) for _ in range(args.repeats + 1)]
             browser.close()
     finally:
         process.terminate()
@@ -66,7 +71,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     figures = measure(args, chromium)
     for name, each in figures.items():
-        print(f"{name:<24} preview {each['preview']:.2f} s, images {each['images']:.2f} s")
+        print(f"{name:<24}", ", ".join(f"{what} {value:.2f} s" for what, value in each.items()))
     if args.json:
         write_atomically(args.json, json.dumps({**figures, **where(args.threads)}, indent=1).encode())
 

@@ -102,8 +102,9 @@ class Follower:
         self.calls: list[tuple[Job, Call]] = []
 
     def begin(self, call: Call) -> None:
-        """Note whose rows the states of a run are: those of one job's call, or all jobs' in one batch."""
-        self.rows = [job for job, own in self.calls if own is call] or [job for job, _ in self.calls]
+        """Note whose rows the states of a run are: one job's, or those of all jobs without an answer."""
+        own = [job for job, each in self.calls if each is call]
+        self.rows = own or [job for job, _ in self.calls if not job.future.done()]
 
     def conditioned(self, pair: Pair) -> None:
         """Nothing depends on the conditions."""
