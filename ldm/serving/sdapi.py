@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from ldm.samplers import SAMPLERS
 from ldm.serving.bodies import read_json_body
-from ldm.serving.encoding import as_base64, encoded_images, preview_grid
+from ldm.serving.encoding import as_base64, encoded_images, preview_files, preview_grid
 from ldm.serving.errors import ApiError, bad_field
 from ldm.serving.fields import MOST_IMAGES, STEP_LIMIT, SWITCHES, RequestField, checked_value
 from ldm.serving.orders import Drawn, ImageOrder
-from ldm.serving.service import Service, random_seed
+from ldm.serving.service import ClientGone, Service, random_seed
 from ldm.serving.uploads import SourceImage, base64_content, base64_image, opaque, reduced
 from ldm.serving.worker import Job
 from ldm.support.config import nearest
@@ -90,6 +90,10 @@ def sdapi_endpoint(service: Service, *, from_image: bool) -> Callable[[Request],
         service.jobs.append(job)
         try:
             drawn = await service.draw(request, job)
+        except ClientGone:
+            if not job.interrupted:
+                raise
+            return JSONResponse(await asyncio.to_thread(unfinished_body, job, given))
         finally:
             service.jobs.remove(job)
         files = await asyncio.to_thread(encoded_images, drawn)
@@ -100,6 +104,17 @@ def sdapi_endpoint(service: Service, *, from_image: bool) -> Callable[[Request],
         )
 
     return answer
+
+
+def unfinished_body(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the response to a request that `interrupt` has ended: the last estimate of its images."""
+    files = [] if job.latest is None else preview_files(job.latest(), job.order.size)
+    info = {"seed": job.order.seed, "prompt": job.order.prompt, "interrupted": True}
+    return {
+        "images": [as_base64(content) for content in files],
+        "parameters": known_parameters(given),
+        "info": json.dumps(info),
+    }
 
 
 def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,6 +273,7 @@ async def sdapi_progress(service: Service, request: Request) -> Response:
 async def sdapi_interrupt(service: Service, request: Request) -> Response:
     """Answer `interrupt`: end the jobs of this door within one step."""
     for job in service.jobs:
+        job.interrupted = True
         job.cancel()
     return JSONResponse({})
 

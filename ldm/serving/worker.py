@@ -51,6 +51,7 @@ class Job:
         latest: Decodes the last estimate that there was; None before the first.
         began: When the work on it began, in seconds of `time.perf_counter`; None while it waits.
         warnings: What the library warned of.
+        interrupted: Whether a client has asked for the end of the work, and waits for what there is.
         deliver: Takes events of the job to whoever waits for it, from any thread.
     """
 
@@ -63,6 +64,7 @@ class Job:
         self.latest: Callable[[], Images] | None = None
         self.began: float | None = None
         self.warnings: list[str] = []
+        self.interrupted = False
         self._gone = threading.Event()
 
     @property

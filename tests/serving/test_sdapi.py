@@ -195,7 +195,12 @@ def test_progress_and_interrupt(server, monkeypatch):
         assert without["current_image"] is None and without["progress"] == 0.05
         assert server.http.post("/sdapi/v1/interrupt").json() == {}
         opened.set()
-        assert made.result(30).status_code == 499
+        response = made.result(30)
+        assert response.status_code == 200 and json.loads(response.json()["info"])["interrupted"]
+        images = [np.asarray(image_of(each)).astype(float) for each in response.json()["images"]]
+        assert len(images) == 2
+        for i, image in enumerate(images):  # the last estimates
+            assert np.abs(image - np.rint(own.steps[4][i].permute(1, 2, 0).numpy() * 255)).max() <= 1
 
 
 def test_png_info_gives_the_recipe(server):
