@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.catalog.cards import Card
+from ldm.catalog.dalle_cards import DalleCard
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.together import Together
@@ -29,12 +31,12 @@ class ServedModel:
 
     Attributes:
         name: Its id.
-        card: Its card.
+        card: The card of a model that draws images.
         load: Loads it, ready to sample.
     """
 
     name: str
-    card: Any  # a `ModelCard` or an `UnCLIPCard`
+    card: Card
     load: Callable[[], Any]
 
 
@@ -140,21 +142,22 @@ class Fleet:
         Some facts are known of a model in memory only: its nouns, and sizes besides its own.
         """
         card = self.models[name].card
-        defaults, (width, height) = card.main_stage().defaults, final_size(card)
+        defaults, (width, height) = card.usual(), final_size(card)
         with self._lock:
             seat = self._seats.get(name)
         sizes = [(width, height)]
-        if seat is not None and not hasattr(seat.pipe, "upsamplers"):
+        if seat is not None and isinstance(seat.pipe, LatentDiffusion):
             sizes = usual_sizes((width, height), seat.pipe.multiple)
+        sampled = not isinstance(card, DalleCard)  # tokens are drawn one by one
         own: dict[str, Any] = {
             "summary": card.summary,
             "loaded": seat is not None,
             "size": f"{width}x{height}",
             "sizes": [f"{w}x{h}" for w, h in sizes],
-            "steps": defaults.steps,
+            "steps": defaults.steps if sampled else None,
             "guidance": defaults.guidance,
-            "sampler": defaults.sampler,
-            "samplers": sorted(SAMPLERS),
+            "sampler": defaults.sampler if sampled else None,
+            "samplers": sorted(SAMPLERS) if sampled else [],
         }
         text = None if seat is None else getattr(seat.pipe, "text", None)
         if nouns and isinstance(text, ExemplarConditioner):

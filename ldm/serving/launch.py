@@ -71,7 +71,7 @@ def served_models(
         name = names[i] if names else None
         path = weights[i] if weights else None
         card, _ = resolve_card(name, path)
-        card.main_stage()
+        card.usual()
         if path is not None and path != "random" and not Path(path).exists():
             raise FileNotFoundError(f"--weights: no such file: {path!r}")
         loader = functools.partial(loaded_pipe, name, path, options, fast=fast)

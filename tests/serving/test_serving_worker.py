@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import socket
 import threading
@@ -17,10 +18,12 @@ import pytest
 import torch
 from PIL import Image
 from running_server import Running, running_server
+from tiny_dalle import tiny_dalle
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
 
 from ldm.serving.counters import Counters
+from ldm.serving.encoding import plain_file
 from ldm.serving.errors import ApiError
 from ldm.serving.fleet import Fleet, Seat, ServedModel
 from ldm.serving.orders import ImageOrder, draw_order
@@ -150,6 +153,37 @@ def test_unclip_requests_of_the_same_options_are_drawn_in_one_batch(gate):
     assert worker.counters.batches.counts == [1, 0, 1, 0, 0, 0]  # 1 and 3 images
     worker.stop()
     assert worker.join(30)
+
+
+def test_a_pipeline_that_draws_at_once_is_served():
+    dalle = tiny_dalle()
+    with running_server({"dalle": lambda: dalle}) as running:
+        body = {"prompt": "a cat", "n": 2, "seed": 3, "response_format": "b64_json"}
+        made = running.http.post("/v1/images/generations", json=body)
+        assert made.status_code == 200, made.text
+        own = dalle.text_to_image("a cat", n=2, seed=3, progress=False)
+        for item, expected in zip(made.json()["data"], own.pil(), strict=True):
+            found = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+            assert found.tobytes() == expected.tobytes()
+        about = running.http.get("/v1/models/dalle").json()["ldm"]
+        assert about["size"] == "64x64" and about["steps"] is None and about["samplers"] == []
+        refused = running.http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 3})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "steps"
+        content = base64.b64decode(made.json()["data"][0]["b64_json"])
+        varied = running.http.post("/v1/images/variations", files={"image": content})
+        mask = plain_file(Image.new("RGBA", (64, 64), (0, 0, 0, 0)))
+        edited = running.http.post(
+            "/v1/images/edits", files={"image": content, "mask": mask}, data={"prompt": "a cat"}
+        )
+        whole = running.http.post("/v1/images/edits", files={"image": content}, data={"prompt": "a cat"})
+        assert varied.status_code == edited.status_code == 200, (varied.text, edited.text)
+        assert whole.status_code == 400 and whole.json()["error"]["param"] == "mask"
+        worker = running.service.worker
+        gone = Job(ImageOrder(endpoint="generations", model="dalle", seed=0), lambda *_: gone.cancel())
+        worker.submit(gone)
+        with pytest.raises(Stopped):
+            gone.future.result(30)
+        assert gone.progress == (1, 16)
 
 
 def test_a_warning_reaches_only_the_request_that_it_is_about(gate):

@@ -47,6 +47,7 @@ function useModel(id, settings = {}) {
   fill($("sampler"), about.samplers, sampler);
   $("steps").value = settings.steps ?? about.steps;
   $("guidance").value = settings.guidance ?? about.guidance;
+  for (const name of ["steps", "sampler"]) $(name).disabled = about[name] === null; // of models without a sampler
   showNouns(id);
 }
 
@@ -213,8 +214,9 @@ function showOne(blob, settings) {
 function requestFields(now, source) {
   const fields = {
     prompt: now.prompt, negative_prompt: now.negative, n: Number($("n").value),
-    steps: Number(now.steps), guidance: Number(now.guidance), sampler: now.sampler, model: now.model,
+    guidance: Number(now.guidance), model: now.model,
   };
+  if (!$("steps").disabled) Object.assign(fields, { steps: Number(now.steps), sampler: now.sampler });
   if (now.seed !== "") fields.seed = Number(now.seed);
   if (!source) fields.size = now.size;
   else if (mode() === "change" || mode() === "vary") fields.strength = Number($("strength").value);
