@@ -102,6 +102,7 @@ class Follower:
     def __init__(self, pipe: Any, jobs: Sequence[Job]) -> None:
         self.pipe, self.jobs, self.rows = pipe, jobs, list(jobs)
         self.calls: list[tuple[Job, Call]] = []
+        self.thread = threading.get_ident()
 
     def begin(self, call: Call) -> None:
         """Note whose rows the states of a run are: one job's, or those of all jobs without an answer."""
@@ -130,7 +131,13 @@ class Follower:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        """Keep a warning for the jobs that are drawn at present, in place of `warnings.showwarning`."""
+        """Keep a warning for the jobs that are drawn at present, in place of `warnings.showwarning`.
+
+        The module `warnings` has one such function for all threads; others' warnings are logged.
+        """
+        if threading.get_ident() != self.thread:
+            _logger.warning("%s", message)
+            return
         for job in self.rows:
             job.warnings.append(str(message))
 
