@@ -1,5 +1,9 @@
 """Measure `ldm serve` under load: lost and wrong answers, memory, throughput and overhead.
 
+Throughput is compared with the library's own batched loop twice: by the clock, which other programs on the
+machine disturb, and by the processor time of an image, in which the server's includes its HTTP, its files and
+the work on requests that were broken off.
+
 python benchmarks/serving.py --json serving.json
 """
 
@@ -9,6 +13,7 @@ import argparse
 import asyncio
 import base64
 import json
+import os
 import random
 import re
 import statistics
@@ -59,6 +64,13 @@ def resident(process: subprocess.Popen[str]) -> float:
     text = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     found = re.search(r"VmRSS:\s+(\d+)", text)
     return int(found[1]) / 1024 if found else float("nan")
+
+
+def processor_seconds(process: subprocess.Popen[str]) -> float:
+    """Return the processor time that a process has used, of all its threads."""
+    text = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8")
+    user, system = text.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def work(text: str) -> float:
@@ -130,18 +142,19 @@ def overhead(url: str, repeats: int, steps: int) -> list[float]:
     return found
 
 
-def own_loop(args: argparse.Namespace) -> float:
-    """Return the images per second of the library's own batched loop."""
+def own_loop(args: argparse.Namespace) -> tuple[float, float]:
+    """Return the seconds of an image in the library's own batched loop, by the clock and of the processor."""
     pipe = ldm.load(args.model)
     rounds = max(args.requests // 10 // args.batch, 2)
-    seconds = []
+    seconds, processor = list[float](), list[float]()
     for k in range(rounds + 1):
         prompts = [PROMPTS[(k + i) % len(PROMPTS)] for i in range(args.batch)]
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         pipe.text_to_image(prompts, seed=k * args.batch, steps=args.steps, progress=False)
         if k:
             seconds.append(time.perf_counter() - begin)
-    return args.batch / statistics.median(seconds)
+            processor.append(time.process_time() - used)
+    return statistics.median(seconds) / args.batch, statistics.median(processor) / args.batch
 
 
 def main() -> None:
@@ -159,22 +172,27 @@ def main() -> None:
         extra = overhead(url, args.repeats, args.steps)
         with httpx.Client(base_url=url, timeout=None, verify=False) as client:
             before = work(client.get("/metrics").text) / (args.repeats + 2)
+        used = processor_seconds(process)
         outcomes, seconds, memory = asyncio.run(load(url, process, args, 5 * before))
+        used = processor_seconds(process) - used
         metrics = httpx.get(f"{url}/metrics").text
     finally:
         process.terminate()
         process.wait()
     half, quarter = len(memory) // 2, max(len(memory) // 4, 1)
     growth = max(memory[-quarter:]) / max(memory[: half + 1][-quarter:]) - 1
-    own, answered = own_loop(args), outcomes["answered"]
+    (own, own_used), answered = own_loop(args), outcomes["answered"]
     batches = re.findall(r'ldm_batch_images_bucket\{le="(\S+)"\} (\d+)', metrics)
     figures = {
         "outcomes": dict(outcomes),
         "requests": sum(outcomes.values()),
         "seconds": seconds,
         "images per second": answered / seconds,
-        "the library's own loop, images per second": own,
-        "throughput ratio": answered / seconds / own,
+        "the library's own loop, images per second": 1 / own,
+        "throughput ratio": answered / seconds * own,
+        "processor seconds of an image": used / answered,
+        "the library's own loop, processor seconds": own_used,
+        "throughput ratio by processor time": own_used * answered / used,
         "memory MiB, first, middle, last": [memory[0], memory[half], memory[-1]],
         "growth in the second half": growth,
         "overhead ms, median": statistics.median(extra),

@@ -43,6 +43,9 @@ class ExemplarLibrary:
         nouns: The names that each noun phrase may mean. Each name also means itself.
         size: Side of the images in pixels.
 
+    Attributes:
+        changes: Number of times that something was added or removed.
+
     Raises:
         ValueError: If a (name, style) occurs twice, a noun means no name or one without an image, or one is
             too long.
@@ -51,7 +54,7 @@ class ExemplarLibrary:
     def __init__(
         self, exemplars: Iterable[Exemplar], nouns: Mapping[str, Sequence[str]], *, size: int
     ) -> None:
-        self.size = size
+        self.size, self.changes = size, 0
         self._of: dict[str, dict[str, Exemplar]] = {}
         for exemplar in exemplars:
             styles = self._of.setdefault(exemplar.name, {})
@@ -124,6 +127,7 @@ class ExemplarLibrary:
         self._of.setdefault(key, {})[style] = Exemplar(name=key, style=style, content=content)
         for noun in nouns:
             self.nouns[noun.lower()] = (key,)
+        self.changes += 1
 
     def remove(self, name: str) -> None:
         """Remove all images of a name, and the nouns that mean nothing else.
@@ -136,6 +140,7 @@ class ExemplarLibrary:
         del self._of[key]
         left = {noun: tuple(n for n in names if n != key) for noun, names in self.nouns.items()}
         self.nouns = {noun: names for noun, names in left.items() if names}
+        self.changes += 1
 
     def choose(self, mention: Mention, seed: int, slot: int) -> Exemplar:
         """Return the exemplar of a thing, chosen by the seed among what the prompt leaves open.

@@ -110,6 +110,7 @@ class ExemplarConditioner(nn.Module):
         self.index = index
         self.grammar = text.known_words
         self.slots = slots_of(layout.config)
+        self._lexicon: tuple[int, Lexicon] | None = None  # with the library's changes that it includes
 
     @property
     def width(self) -> int:
@@ -119,7 +120,12 @@ class ExemplarConditioner(nn.Module):
     @property
     def lexicon(self) -> Lexicon:
         """What a prompt may consist of, with what was added to the library."""
-        return Lexicon(nouns=self.library.nouns, styles=self.library.styles, grammar=self.grammar)
+        changes = self.library.changes
+        if self._lexicon is None or self._lexicon[0] != changes:
+            library = self.library
+            made = Lexicon(nouns=library.nouns, styles=library.styles, grammar=self.grammar)
+            self._lexicon = changes, made
+        return self._lexicon[1]
 
     @property
     def known_words(self) -> frozenset[str]:

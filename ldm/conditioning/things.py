@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ldm.conditioning.words import words_in
 
@@ -89,7 +90,7 @@ class Lexicon:
         object.__setattr__(self, "phrases", kept)
         object.__setattr__(self, "style_phrases", {tuple(words_in(style)): style for style in self.styles})
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """The number of words of the longest phrase."""
         return max(map(len, self.phrases), default=0)

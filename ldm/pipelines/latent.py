@@ -25,10 +25,11 @@ from ldm.pipelines.control.control_use import Controlling, as_controls
 from ldm.pipelines.control.controls import Controls, controlled_pair
 from ldm.pipelines.drafts import with_known_draft
 from ldm.pipelines.layouts import fitted_conditions, known_of
-from ldm.pipelines.protocol import Known, Request
+from ldm.pipelines.protocol import Begun, Known, Request
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.stages.space import Space
 from ldm.pipelines.stages.stage import CONCAT_TASKS, Stage
+from ldm.pipelines.tasks.deferred import defer
 from ldm.pipelines.tasks.edit import edit
 from ldm.pipelines.tasks.image_to_image import depth_to_image, image_to_image
 from ldm.pipelines.tasks.instruct import instruct
@@ -270,34 +271,45 @@ class LatentDiffusion(BasePipeline):
         Raises:
             ValueError: If the model takes channels beside the latent and the task gives none.
         """
-        stage, n = self.stage, len(call.seeds)
-        if stage.concat is not None and "concat" not in request.extra:
-            task = CONCAT_TASKS[stage.concat]
-            raise ValueError(f"{self.name!r} takes an image beside the latent: call {task}")
-        check_unit_interval(strength=request.strength)
+        defer(call, request)
+        stage = self.stage
+        self._check_request(request)
         for watcher in self.watchers:
             watcher.begin(call)
         if request.given is not None and request.strength == 0:
             z = stage.encode(request.given)
-            return self._images(call, z.expand(n, *z.shape[1:]), request)
-        pair = self.paired(call, request)
-        start, strength = self._start(call, request, pair)
-        call, x = stage.begin(call, start=start, strength=strength)
+            return self.complete(call, z.expand(len(call.seeds), *z.shape[1:]), request)
+        begun = self.begin(call, request)
         kept: list[Tensor] = []
         hooks = [lambda i, x, d: kept.append(d.x0)] if call.keep_steps else []
         x = stage.sample(
-            call,
-            x,
-            pair,
+            begun.over,
+            begun.x,
+            begun.pair,
             known=request.known,
             window=request.window,
             image_guidance=request.image_guidance,
             hooks=[*hooks, *self.hooks],
         )
-        images = self._images(call, x, request, kept)
+        images = self.complete(begun.call, x, request, kept)
         for watcher in self.watchers:
             watcher.end(images)
         return images
+
+    def begin(self, call: Call, request: Request) -> Begun:
+        """Return a drawing with its conditions and its first state; the arguments and errors are `draw`'s."""
+        self._check_request(request)
+        pair = self.paired(call, request)
+        start, strength = self._start(call, request, pair)
+        over, x = self.stage.begin(call, start=start, strength=strength)
+        return Begun(call=over, over=over, pair=pair, x=x)
+
+    def _check_request(self, request: Request) -> None:
+        """Raise ValueError for a request that the model does not take."""
+        if self.stage.concat is not None and "concat" not in request.extra:
+            task = CONCAT_TASKS[self.stage.concat]
+            raise ValueError(f"{self.name!r} takes an image beside the latent: call {task}")
+        check_unit_interval(strength=request.strength)
 
     def _start(self, call: Call, request: Request, pair: Pair) -> tuple[Tensor | None, float]:
         """Return the latents to start from (None: pure noise), and the part of the grid that is run."""
@@ -310,15 +322,15 @@ class LatentDiffusion(BasePipeline):
             return concat.float(), DRAFTED
         return None, 1.0
 
-    def _images(self, call: Call, z: Tensor, request: Request, kept: Sequence[Tensor] = ()) -> Images:
-        """Decode latents, and the predictions of the steps where they were kept."""
+    def complete(self, call: Call, x: Tensor, request: Request, kept: Sequence[Tensor] = ()) -> Images:
+        """Decode the last latents (B, C, h, w), and the predictions of the steps where they were kept."""
 
         def finished(latent: Tensor) -> Tensor:
             pixels = self.decode(latent)
             return pixels if request.finish is None else request.finish(pixels)
 
         steps = torch.stack([finished(x0) for x0 in kept]) if kept else None
-        return self.finish_images(call, finished(z), request, steps=steps)
+        return self.finish_images(call, finished(x), request, steps=steps)
 
     def image_draft(self, pixels: Tensor, *, prompted: bool = False) -> Known | None:
         """Return images' own latents, all known, in place of what the model draws of the text.

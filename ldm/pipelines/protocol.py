@@ -63,6 +63,23 @@ class Request:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Begun:
+    """A drawing that is ready to be sampled.
+
+    Attributes:
+        call: The call that the images are finished by.
+        over: The call over the part of its grid that is run.
+        pair: The conditions of its B images.
+        x: The first state (B, C, h, w).
+    """
+
+    call: Call
+    over: Call
+    pair: Pair
+    x: Tensor
+
+
 class Watcher(Protocol):
     """An observer of a pipeline's runs."""
 
@@ -90,7 +107,13 @@ class Pipeline(Protocol):
         """Settle the options of a call and check them."""
 
     def draw(self, call: Call, request: Request) -> Images:
-        """Draw the images of a call."""
+        """Draw the images of a call: `begin`, sample, `complete`."""
+
+    def begin(self, call: Call, request: Request) -> Begun:
+        """Return a drawing with its conditions and its first state."""
+
+    def complete(self, call: Call, x: Tensor, request: Request) -> Images:
+        """Return the images of the last state (B, C, h, w)."""
 
     def finish_images(self, call: Call, pixels: Tensor, request: Request) -> Images:
         """Return images with their recipe, seen by the safety checker where there is one."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from ldm.images.result import Images
 from ldm.pipelines.checks import check_arguments
 from ldm.pipelines.recipe import content_sha256
+from ldm.pipelines.tasks.deferred import Deferred
 from ldm.support.calls import separate_call
 from ldm.support.config import build, to_dict
 from ldm.support.files import file_exists
@@ -110,15 +111,24 @@ def replayable(task: Task) -> Task:
             inputs = {name: input_sha256(name, value) for name, value in given.items() if name != pipe}
             known["because"] = str(reason)
             known["inputs"] = {name: value for name, value in inputs.items() if value is not None}
-        with separate_call(self):
-            images = task(self, *args, **options)
-        if "arguments" in images.recipe or "because" in images.recipe:
-            return images  # the recipe of another task, which this one is a case of
-        if "arguments" in known:
-            known["arguments"] |= {
-                name: images.recipe[name] for name in SETTLED if given.get(name) is not None
-            }
-        return replace(images, recipe={**images.recipe, **known, "replayable": "arguments" in known})
+
+        def with_arguments(images: Images) -> Images:
+            if "arguments" in images.recipe or "because" in images.recipe:
+                return images  # the recipe of another task, which this one is a case of
+            if "arguments" in known:
+                known["arguments"] |= {
+                    name: images.recipe[name] for name in SETTLED if given.get(name) is not None
+                }
+            recipe = {**images.recipe, **known, "replayable": "arguments" in known}
+            return replace(images, recipe=recipe)
+
+        try:
+            with separate_call(self):
+                images = task(self, *args, **options)
+        except Deferred as drawing:
+            drawing.then(with_arguments)
+            raise
+        return with_arguments(images)
 
     run.replayable = True  # type: ignore[attr-defined]  # marks what `ldm replay` may call by name
     return cast(Task, run)

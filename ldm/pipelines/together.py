@@ -1,139 +1,166 @@
-"""Several calls drawn in one batch, each with exactly the images that it gives alone.
+"""Several drawings sampled in one batch, each with exactly the images that it has alone.
 
 Every random number is a function of (seed, sample, step), so an image depends on its batch only through the
 rounding of matrix products, whose kernels are chosen by the size of the batch. `Together` therefore makes the
-conditions of each call and decodes its images separately, and compares the first evaluation of the network in
-the batch with that of each call alone, once for every combination of sizes. Where a bit differs, the calls
-are drawn one after another.
+conditions of each drawing and decodes its images separately, and compares the first evaluation of the network
+in the batch with that of each drawing alone, once for every combination of sizes. Where a bit differs, the
+drawings are sampled one after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
+from ldm.diffusion.constraints import keep_known
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.images.result import Images
 from ldm.pipelines.call import Call
-from ldm.pipelines.conditions import Pair
 from ldm.pipelines.latent import LatentDiffusion
-from ldm.pipelines.protocol import Request
+from ldm.pipelines.protocol import Begun
 from ldm.pipelines.stages.stage import Stage
+from ldm.pipelines.tasks.deferred import Deferred
+from ldm.pipelines.unclip import UnCLIP
 from ldm.support.calls import interruptible, separate_call
 
-REQUEST = Request(task="text_to_image")
+_T = TypeVar("_T")
+DrawingResult = Images | Exception  # of a drawing
 
 
 class Unwanted(Exception):
-    """No image of a run is wanted any more."""
+    """A drawing is not wanted any more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """One call of a batch: its conditions, and its first state (B, C, h, w)."""
+    """One drawing of a batch, ready to be sampled."""
 
-    call: Call
-    pair: Pair
-    x: Tensor
+    drawing: Deferred
+    begun: Begun
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return len(self.begun.x)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """The numbers of tokens of the conditional and the unconditional context; 0 without one."""
-        contexts = (cond.context for cond in self.pair)
+        contexts = (cond.context for cond in self.begun.pair)
         return tuple(0 if context is None else context.shape[1] for context in contexts)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What decides how the network is evaluated, besides the number of images and of tokens."""
+        request, over = self.drawing.request, self.begun.over
+        conditioned = 0 if over.guidance == 0 else 1 if over.guidance == 1 else None
+        return tuple(self.begun.x.shape[1:]), request.window, request.image_guidance, conditioned
 
 
 class Together:
-    """Draws text-to-image calls of a latent diffusion model in one batch.
+    """Draws what is asked of a latent diffusion model, or of an unCLIP model's decoder, in one batch.
 
     Args:
         pipe: The model.
-        exact: Whether calls are drawn one after another where the batch would round differently. Default:
-            True.
+        exact: Whether drawings are sampled one after another where the batch would round differently.
+            Default: True.
     """
 
-    def __init__(self, pipe: LatentDiffusion, *, exact: bool = True) -> None:
+    def __init__(self, pipe: LatentDiffusion | UnCLIP, *, exact: bool = True) -> None:
         self.pipe, self.exact = pipe, exact
         self._compared: dict[tuple[object, ...], bool] = {}
 
     @torch.no_grad()
     def draw(
         self,
-        calls: Sequence[Call],
+        drawings: Sequence[Deferred],
         wanted: Callable[[int], bool] = lambda _: True,
-        ready: Callable[[Mapping[int, Images | None]], object] = lambda _: None,
-    ) -> list[Images | None]:
-        """Return the images of each call, as `LatentDiffusion.draw` returns them for it.
+        ready: Callable[[Mapping[int, DrawingResult]], object] = lambda _: None,
+    ) -> list[DrawingResult]:
+        """Return the images of each drawing, as its task returns them alone.
 
         Args:
-            calls: Calls of `text_to_image` that differ only in prompts, negative prompts and seeds.
-            wanted: Whether call i is still wanted; asked at every evaluation of the network. The rows of one
-                that is not are no longer computed. Default: all are.
-            ready: Called with the results of calls, by their places, as soon as they are there: once with all
-                of a batch, or with those of one call after another. Default: nothing.
+            drawings: Drawings of one task. Their calls differ only in prompts, negative prompts and seeds,
+                their requests only in the values of tensors.
+            wanted: Whether drawing i is still wanted; asked at every evaluation of the network. The rows of
+                one that is not are no longer computed. Default: all are.
+            ready: Called with the results of drawings, by their places, as soon as they are there: once with
+                all of a batch, or with those of one after another. Default: nothing.
 
         Returns:
-            The images, None for a call that is not wanted at the end.
+            The images of each, or the error that it ends with, `Unwanted` for one that is not wanted.
         """
-        pipe, stage = self.pipe, self.pipe.stage
-        if len(calls) == 1:
-            return self._draw_alone(calls, wanted, ready)
-        with separate_call(pipe):
-            parts = [
-                Part(call=call, pair=pipe.paired(call, REQUEST), x=stage.begin(call)[1]) for call in calls
-            ]
-            if not can_join(parts) or not self._same(stage, parts):
-                return self._draw_alone(calls, wanted, ready)
-            whole = joined_call(calls)
-            for watcher in pipe.watchers:
-                watcher.begin(whole)
-            denoise = self._denoise(stage, parts, wanted)
-            try:
-                x = stage.solve(whole, denoise, joined_states(parts), pipe.hooks)
-            except Unwanted:
-                made: list[Images | None] = [None for _ in calls]
-            else:
-                states = x.split([len(part.x) for part in parts])
-                made = [
-                    pipe.finish_images(call, pipe.decode(states[i]), REQUEST) if wanted(i) else None
-                    for i, call in enumerate(calls)
-                ]
-            ready(dict(enumerate(made)))
-            return made
+        found: dict[int, DrawingResult] = {}
 
-    def _draw_alone(
-        self,
-        calls: Sequence[Call],
-        wanted: Callable[[int], bool],
-        ready: Callable[[Mapping[int, Images | None]], object],
-    ) -> list[Images | None]:
-        """Return the images of calls that are drawn one after another; see `draw`."""
-        made: list[Images | None] = []
-        for i, call in enumerate(calls):
+        def add(outcomes: Mapping[int, DrawingResult]) -> None:
+            if outcomes:
+                found.update(outcomes)
+                ready(outcomes)
 
-            def check(done: int, total: int, i: int = i) -> None:
-                if not wanted(i):
-                    raise Unwanted
+        if len(drawings) == 1 or not all(map(is_plain, drawings)):
+            for i, drawing in enumerate(drawings):
+                add({i: attempt(partial(self._draw_alone, drawing), partial(wanted, i))})
+            return [found[i] for i in range(len(drawings))]
+        with separate_call(self.pipe):
+            parts = dict[int, Part]()
+            for i, drawing in enumerate(drawings):
+                part = attempt(partial(self._part, drawing), partial(wanted, i))
+                if isinstance(part, Part):
+                    parts[i] = part
+                else:
+                    add({i: part})
+            joined = can_join(list(parts.values())) and self._same(self.pipe.stage, list(parts.values()))
+            for group in [tuple(parts)] if joined else [(i,) for i in parts]:
+                add(self._sample({i: parts[i] for i in group}, wanted))
+        return [found[i] for i in range(len(drawings))]
 
-            try:
-                with interruptible(check):
-                    made.append(self.pipe.draw(call, REQUEST) if wanted(i) else None)
-            except Unwanted:
-                made.append(None)
-            ready({i: made[i]})
-        return made
+    def _draw_alone(self, drawing: Deferred) -> Images:
+        return drawing.finished(self.pipe.draw(drawing.call, drawing.request))
 
-    def _denoise(self, stage: Stage, parts: Sequence[Part], wanted: Callable[[int], bool]) -> DenoiseFn:
-        """Return the guided denoiser of a batch, which skips the rows of calls that are not wanted."""
-        everything = tuple(range(len(parts)))
-        rows = torch.arange(sum(len(part.x) for part in parts), device=stage.device).split(
-            [len(part.x) for part in parts]
-        )
-        made = {everything: guided_batch(stage, parts)}
+    def _part(self, drawing: Deferred) -> Part:
+        """Return a drawing with its conditions and its first state; watchers see that its call begins."""
+        self._announce(drawing.call)
+        return Part(drawing=drawing, begun=self.pipe.begin(drawing.call, drawing.request))
+
+    def _announce(self, call: Call) -> None:
+        for watcher in self.pipe.watchers:
+            watcher.begin(call)
+
+    def _sample(self, parts: Mapping[int, Part], wanted: Callable[[int], bool]) -> dict[int, DrawingResult]:
+        """Return the results of parts that are sampled in one batch."""
+        if not parts:
+            return {}
+        pipe, stage, own = self.pipe, self.pipe.stage, list(parts.values())
+        call = joined_call(own)
+        self._announce(call if len(own) > 1 else own[0].drawing.call)
+        try:
+            x = stage.solve(call, self._denoise(stage, parts, wanted), joined_states(own), pipe.hooks)
+        except Exception as error:
+            return dict.fromkeys(parts, error)
+        states = x.split([part.n for part in own])
+        return {
+            i: attempt(partial(self._complete, part, state), partial(wanted, i))
+            for (i, part), state in zip(parts.items(), states, strict=True)
+        }
+
+    def _complete(self, part: Part, state: Tensor) -> Images:
+        self._announce(part.drawing.call)
+        images = self.pipe.complete(part.begun.call, state, part.drawing.request)
+        return part.drawing.finished(images)
+
+    def _denoise(self, stage: Stage, parts: Mapping[int, Part], wanted: Callable[[int], bool]) -> DenoiseFn:
+        """Return the guided denoiser of a batch, which skips the rows of drawings that are not wanted."""
+        everything = tuple(parts)
+        rows = torch.arange(sum(part.n for part in parts.values()), device=stage.device)
+        places = dict(zip(parts, rows.split([part.n for part in parts.values()]), strict=True))
+        made = {everything: constrained_batch(stage, list(parts.values()))}
 
         def denoise(x: Tensor, t: Tensor) -> Denoised:
             kept = tuple(i for i in everything if wanted(i))
@@ -141,10 +168,10 @@ class Together:
                 raise Unwanted
             if kept not in made:
                 fewer = [parts[i] for i in kept]
-                made[kept] = guided_batch(stage, fewer) if self._same(stage, fewer) else made[everything]
+                made[kept] = constrained_batch(stage, fewer) if self._same(stage, fewer) else made[everything]
             if made[kept] is made[everything]:
                 return made[everything](x, t)
-            index = torch.cat([rows[i] for i in kept])
+            index = torch.cat([places[i] for i in kept])
             d = made[kept](x[index], t if t.ndim == 0 else t[index])
             frac = None if d.var_frac is None else spread(d.var_frac, index, x)
             return Denoised(spread(d.x0, index, x), spread(d.eps, index, x), frac)
@@ -152,43 +179,118 @@ class Together:
         return denoise
 
     def _same(self, stage: Stage, parts: Sequence[Part]) -> bool:
-        """Return whether the network gives each call the same bits in a batch as alone."""
+        """Return whether the network gives each drawing the same bits in a batch as alone."""
         if not self.exact or len(parts) == 1:
             return True
-        total = sum(len(part.x) for part in parts)
+        total = sum(part.n for part in parts)
         longest = tuple(max(each) for each in zip(*(part.lengths for part in parts), strict=True))
-        keys = [(len(part.x), part.lengths, total, longest, part.x.shape[-2:]) for part in parts]
+        keys = [(part.n, part.lengths, total, longest, part.kind) for part in parts]
         if any(key not in self._compared for key in keys):
-            t = parts[0].call.grid.t[0]
-            both = guided_batch(stage, parts)(joined_states(parts), t).x0.split([len(p.x) for p in parts])
-            for key, part, x0 in zip(keys, parts, both, strict=True):
-                if key in self._compared:
-                    continue
-                alone = stage.guided(part.call, part.pair)(part.x, t).x0
-                self._compared[key] = torch.equal(x0, alone)
+            both = raw_outputs(stage, parts)
+            rows = torch.arange(total).split([part.n for part in parts])
+            for key, part, own in zip(keys, parts, rows, strict=True):
+                if key not in self._compared:
+                    alone = raw_outputs(stage, [part])
+                    equal = all(torch.equal(x[:, own], y) for x, y in zip(both, alone, strict=False))
+                    self._compared[key] = equal and len(both) == len(alone)
         return all(self._compared[key] for key in keys)
 
 
+def attempt(work: Callable[[], _T], wanted: Callable[[], bool]) -> _T | Exception:
+    """Return the result of the work on a drawing, or its error; it ends where the drawing is not wanted."""
+
+    def check(done: int, total: int) -> None:
+        if not wanted():
+            raise Unwanted
+
+    try:
+        check(0, 0)
+        with interruptible(check):
+            return work()
+    except Exception as error:
+        return error
+
+
+def is_plain(drawing: Deferred) -> bool:
+    """Return whether a drawing is sampled at all, and nothing of its steps is kept."""
+    request = drawing.request
+    return not drawing.call.keep_steps and (request.given is None or request.strength > 0)
+
+
 def guided_batch(stage: Stage, parts: Sequence[Part]) -> DenoiseFn:
-    """Return the guided denoiser of several calls in one batch."""
-    if len(parts) == 1:
-        return stage.guided(parts[0].call, parts[0].pair)
-    pair = Cond.cat([part.pair[0] for part in parts]), Cond.cat([part.pair[1] for part in parts])
-    return stage.guided(joined_call([part.call for part in parts]), pair)
+    """Return the guided denoiser of several drawings in one batch."""
+    conds, unconds = ([part.begun.pair[k] for part in parts] for k in (0, 1))
+    pair = parts[0].begun.pair if len(parts) == 1 else (Cond.cat(conds), Cond.cat(unconds))
+    request = parts[0].drawing.request
+    return stage.guided(
+        joined_call(parts), pair, window=request.window, image_guidance=request.image_guidance
+    )
+
+
+class Recorded(nn.Module):
+    """A network whose outputs are kept.
+
+    Attributes:
+        outputs: What it has returned, in order.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.config = net, net.config
+        self.outputs: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return what the network returns."""
+        out: Tensor = self.net(x, t, cond)
+        self.outputs.append(out)
+        return out
+
+
+def raw_outputs(stage: Stage, parts: Sequence[Part]) -> list[Tensor]:
+    """Return all that the network gives in the first evaluation of a batch of B images.
+
+    Each tensor has shape (K, B, C, h, w) for K conditions. It is what the network returns: x0 may be clamped.
+    """
+    own = stage.denoiser
+    net = Recorded(own.net)
+    denoiser = Denoiser(net, own.schedule, own.prediction, learned_var=own.learned_var, quantize=own.quantize)
+    x, t = joined_states(parts), parts[0].begun.over.grid.t[0]
+    guided_batch(replace(stage, denoiser=denoiser), parts)(x, t)
+    return [out.unflatten(0, (-1, len(x))) for out in net.outputs]
+
+
+def constrained_batch(stage: Stage, parts: Sequence[Part]) -> DenoiseFn:
+    """Return `guided_batch`, which keeps the known part of each state."""
+    fn = guided_batch(stage, parts)
+    given = [(part.drawing.request.known, part.n) for part in parts]
+    pairs = [
+        [value.expand(n, *value.shape[1:]) for value in known] for known, n in given if known is not None
+    ]
+    if not pairs:
+        return fn
+    latents, holes = (torch.cat(values) for values in zip(*pairs, strict=True))
+    return keep_known(fn, stage.denoiser.schedule, latents, holes)
 
 
 def can_join(parts: Sequence[Part]) -> bool:
-    """Return whether the conditions of calls have the fields and shapes of one batch."""
-    return all(Cond.can_cat([part.pair[k] for part in parts]) for k in (0, 1))
+    """Return whether the states and conditions of drawings have the fields and shapes of one batch."""
+    shapes = {
+        (part.kind, part.drawing.request.known is None, tuple(part.begun.over.grid.t.tolist()))
+        for part in parts
+    }
+    return len(shapes) == 1 and all(Cond.can_cat([part.begun.pair[k] for part in parts]) for k in (0, 1))
 
 
 def joined_states(parts: Sequence[Part]) -> Tensor:
-    """Return the first states of several calls as one batch."""
-    return torch.cat([part.x for part in parts])
+    """Return the first states of several drawings as one batch."""
+    return torch.cat([part.begun.x for part in parts])
 
 
-def joined_call(calls: Sequence[Call]) -> Call:
-    """Return several calls as one; all options but prompts and seeds are those of the first."""
+def joined_call(parts: Sequence[Part]) -> Call:
+    """Return the calls of several drawings as one; all options but prompts and seeds are the first's."""
+    calls = [part.begun.over for part in parts]
+    if len(calls) == 1:
+        return calls[0]
     negatives = [
         call.negatives if len(call.negatives) > 1 else call.negatives * len(call.seeds) for call in calls
     ]

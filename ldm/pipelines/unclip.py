@@ -23,13 +23,14 @@ from ldm.pipelines.call import Call, named_options
 from ldm.pipelines.checks import check_option, check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair
 from ldm.pipelines.layouts import fitted_conditions, known_of
-from ldm.pipelines.protocol import Request
+from ldm.pipelines.protocol import Begun, Request
 from ldm.pipelines.replayable import replayable
 from ldm.pipelines.stages.autoregressive import AutoregressiveStage
 from ldm.pipelines.stages.decoder import DecoderStage
 from ldm.pipelines.stages.prior import PriorStage
 from ldm.pipelines.stages.stage import Stage
 from ldm.pipelines.stages.upsampler import UpsamplerStage
+from ldm.pipelines.tasks.deferred import defer
 from ldm.pipelines.tasks.interpolate import embedding_interpolate
 from ldm.pipelines.tasks.reconstruct import embedding_reconstruct
 from ldm.pipelines.tasks.rerank import rerank
@@ -285,6 +286,20 @@ class UnCLIP(BasePipeline):
             call: The settled options.
             request: What the task asks for besides; `pair` holds the conditions of given embeddings.
         """
+        defer(call, request)
+        begun = self.begin(call, request)
+        for watcher in self.watchers:
+            watcher.begin(call)
+        x = self.stage.sample(
+            begun.over, begun.x, begun.pair, known=request.known, window=request.window, hooks=self.hooks
+        )
+        images = self.complete(call, x, request)
+        for watcher in self.watchers:
+            watcher.end(images)
+        return images
+
+    def begin(self, call: Call, request: Request) -> Begun:
+        """Return a drawing with its conditions and its first state; the arguments are `draw`'s."""
         stage, n = self.stage, len(call.seeds)
         shape = stage.shape(call)
         check_unit_interval(strength=request.strength)
@@ -292,29 +307,28 @@ class UnCLIP(BasePipeline):
             raise ValueError("candidates: the embeddings are given, so the prior makes none")
         pair = self.conditions(call) if request.pair is None else request.pair(shape[1:])
         pair = self._fitted(pair, call, request)
-        for watcher in self.watchers:
-            watcher.begin(call)
-        pair = expanded_pair(pair, n, **request.extra)
         start = None
         if request.given is not None and request.strength < 1:
             start = stage.encode(request.given).expand(n, *shape)
-        begun, x = stage.begin(call, start=start, strength=request.strength)
-        x = stage.sample(begun, x, pair, known=request.known, window=request.window, hooks=self.hooks)
-        pixels = stage.images.decode(x)
+        over, x = stage.begin(call, start=start, strength=request.strength)
+        return Begun(call=call, over=over, pair=expanded_pair(pair, n, **request.extra), x=x)
+
+    def complete(self, call: Call, x: Tensor, request: Request) -> Images:
+        """Return the images of the decoder's last state (B, C, h, w), enlarged."""
+        pixels = self.stage.images.decode(x)
         if request.finish is not None:
             pixels = request.finish(pixels)
         if request.enlarge and call.others.get("upsample", True):
             pixels = self.upsample(pixels, call)
-        images = self.finish_images(call, pixels, request)
-        for watcher in self.watchers:
-            watcher.end(images)
-        return images
+        return self.finish_images(call, pixels, request)
 
     def _fitted(self, pair: Pair, call: Call, request: Request) -> Pair:
         """Return conditions whose exemplars lie where they fit what a request knows of the images."""
-        text, known = self.decoder.text, known_of(request, self.stage.encode)
-        vectors = pair[0].image_emb
-        if known is None or vectors is None or not isinstance(text, ExemplarConditioner):
+        text, vectors = self.decoder.text, pair[0].image_emb
+        if vectors is None or not isinstance(text, ExemplarConditioner):
+            return pair
+        known = known_of(request, self.stage.encode)
+        if known is None:
             return pair
         return fitted_conditions(text, self.decoder.denoiser, call, known, vectors), pair[1]
 

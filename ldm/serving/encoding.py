@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,11 @@ def flagged_warnings(images: Images) -> list[str]:
 def preview_files(images: Images, size: Sequence[int] | None, kind: str = "png") -> list[bytes]:
     """Return estimates of images as files, in a (width, height) if one is given."""
     return [plain_file(finished(each, (size[0], size[1])) if size else each, kind) for each in images.pil()]
+
+
+def preview_grid(estimate: Callable[[], Images]) -> bytes:
+    """Return an estimate of images as one PNG, side by side."""
+    return plain_file(estimate().grid())
 
 
 def plain_file(image: Image, kind: str = "png") -> bytes:

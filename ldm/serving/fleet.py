@@ -9,8 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.catalog.cards import Card
+from ldm.catalog.dalle_cards import DalleCard
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.together import Together
+from ldm.pipelines.unclip import UnCLIP
 from ldm.samplers import SAMPLERS
 from ldm.serving.errors import ApiError
 from ldm.serving.sizes import final_size, usual_sizes
@@ -27,12 +31,12 @@ class ServedModel:
 
     Attributes:
         name: Its id.
-        card: Its card.
+        card: The card of a model that draws images.
         load: Loads it, ready to sample.
     """
 
     name: str
-    card: Any  # a `ModelCard` or an `UnCLIPCard`
+    card: Card
     load: Callable[[], Any]
 
 
@@ -46,8 +50,8 @@ class Seat:
 
     def __init__(self, pipe: Any, *, exact: bool = True) -> None:
         self.pipe = pipe
-        plain = isinstance(pipe, LatentDiffusion) and pipe.stage.concat is None
-        self.together = Together(pipe, exact=exact) if plain else None
+        batched = isinstance(pipe, LatentDiffusion | UnCLIP)
+        self.together = Together(pipe, exact=exact) if batched else None
         self.bytes = sum(
             each.numel() * each.element_size()
             for network in pipe.networks().values()
@@ -127,23 +131,35 @@ class Fleet:
     def _bytes(self) -> int:
         return sum(seat.bytes for seat in self._seats.values())
 
-    def describe(self, name: str) -> dict[str, Any]:
-        """Return what `GET /v1/models/{id}` says of a model."""
+    def describe(self, name: str, *, nouns: bool = False) -> dict[str, Any]:
+        """Return what the list of models says of a model.
+
+        Args:
+            name: Its name.
+            nouns: Whether to add what prompts may name, of a model with exemplars: the nouns of its library,
+                and the styles that may stand before them. Default: False.
+
+        Some facts are known of a model in memory only: its nouns, and sizes besides its own.
+        """
         card = self.models[name].card
-        defaults, (width, height) = card.main_stage().defaults, final_size(card)
+        defaults, (width, height) = card.usual(), final_size(card)
         with self._lock:
             seat = self._seats.get(name)
         sizes = [(width, height)]
-        if seat is not None and not hasattr(seat.pipe, "upsamplers"):
+        if seat is not None and isinstance(seat.pipe, LatentDiffusion):
             sizes = usual_sizes((width, height), seat.pipe.multiple)
-        own = {
+        sampled = not isinstance(card, DalleCard)  # tokens are drawn one by one
+        own: dict[str, Any] = {
             "summary": card.summary,
             "loaded": seat is not None,
             "size": f"{width}x{height}",
             "sizes": [f"{w}x{h}" for w, h in sizes],
-            "steps": defaults.steps,
+            "steps": defaults.steps if sampled else None,
             "guidance": defaults.guidance,
-            "sampler": defaults.sampler,
-            "samplers": sorted(SAMPLERS),
+            "sampler": defaults.sampler if sampled else None,
+            "samplers": sorted(SAMPLERS) if sampled else [],
         }
+        text = None if seat is None else getattr(seat.pipe, "text", None)
+        if nouns and isinstance(text, ExemplarConditioner):
+            own |= {"nouns": sorted(text.library.nouns), "styles": text.library.styles}
         return {"id": name, "object": "model", "created": 0, "owned_by": "ldm", "ldm": own}

@@ -11,11 +11,12 @@ from typing import Any
 
 import uvicorn
 
+from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.loading import load
 from ldm.registry.locating import resolve_card
 from ldm.serving.application import MOST_BODY, application
 from ldm.serving.counters import Counters
-from ldm.serving.fleet import Fleet, ServedModel
+from ldm.serving.fleet import Fleet, Seat, ServedModel
 from ldm.serving.service import Service
 from ldm.serving.worker import Worker
 from ldm.speed.optimization import optimize
@@ -70,7 +71,7 @@ def served_models(
         name = names[i] if names else None
         path = weights[i] if weights else None
         card, _ = resolve_card(name, path)
-        card.main_stage()
+        card.usual()
         if path is not None and path != "random" and not Path(path).exists():
             raise FileNotFoundError(f"--weights: no such file: {path!r}")
         loader = functools.partial(loaded_pipe, name, path, options, fast=fast)
@@ -142,12 +143,22 @@ def serve(
     server = StoppableServer(config, worker)
     listening = bound_socket(host, port)
     try:
-        fleet.seat(fleet.default)
+        warm_up(fleet.seat(fleet.default))
         name = f"[{host}]" if ":" in host else host
         report(f"serving {', '.join(fleet.models)} at http://{name}:{listening.getsockname()[1]}")
         server.run(sockets=[listening])
     finally:
         listening.close()
+
+
+def warm_up(seat: Seat) -> None:
+    """Draw an image of one step, so that the first request does not wait for what is made once.
+
+    unCLIP models and models that take an image are not warmed up: one step of them is not all they do.
+    """
+    pipe = seat.pipe
+    if isinstance(pipe, LatentDiffusion) and pipe.stage.concat is None:
+        pipe.text_to_image("", steps=1, progress=False)
 
 
 def bound_socket(host: str, port: int) -> Any:

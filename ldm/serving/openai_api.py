@@ -262,7 +262,8 @@ def model_endpoint(service: Service) -> Callable[[Request], Any]:
 
     async def answer(request: Request) -> Response:
         asked = request.path_params["model"]
-        return JSONResponse({**service.fleet.describe(service.fleet.name_of(asked)), "id": asked})
+        found = service.fleet.describe(service.fleet.name_of(asked), nouns=True)
+        return JSONResponse({**found, "id": asked})
 
     return answer
 

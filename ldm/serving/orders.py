@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ldm.images.result import Images
+from ldm.pipelines.dalle.pipeline import DalleMini
+from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.unclip import UnCLIP
 from ldm.serving.errors import ApiError, bad_field
 from ldm.serving.sizes import ON_CANVAS, final_size, fits, nearest_size, usual_sizes
 from ldm.serving.uploads import SourceImage
@@ -62,11 +65,10 @@ class ImageOrder:
     strict: bool = False
 
     @property
-    def key(self) -> tuple[Any, ...] | None:
-        """What orders have in common that may be drawn in one batch; None for one that is drawn alone."""
-        if self.endpoint != "generations":
-            return None
-        return self.model, self.size, tuple(sorted(self.options.items()))
+    def key(self) -> tuple[Any, ...]:
+        """What orders have in common that may be drawn in one batch."""
+        source = None if self.source is None else (self.source.image.size, self.source.hole is None)
+        return self.endpoint, self.model, self.size, source, tuple(sorted(self.options.items()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,40 +120,55 @@ def drawn_size(pipe: Any, order: ImageOrder) -> tuple[int, int]:
     Raises:
         ApiError: If the order is strict and the model does not make its size.
     """
-    own, multiple = final_size(pipe.card), pipe.multiple
-    fixed = hasattr(pipe, "upsamplers")  # unCLIP makes one size
-    if order.source is not None and not (fixed and order.endpoint == "variations"):
+    own, usual = final_size(pipe.card), pipe.card.usual()
+    one = makes_one_size(pipe)
+    if order.source is not None and not (one and order.endpoint == "variations"):
         size = order.source.image.size
-        if fixed:  # edits are made by the decoder
-            own = pipe.card.main_stage().defaults.width, pipe.card.main_stage().defaults.height
-        return size if fits(size, own, 1, ON_CANVAS) else nearest_size(size, own, multiple)
+        if one:  # edits are made by an unCLIP model's decoder
+            own = usual.width, usual.height
+        if isinstance(pipe, DalleMini):
+            return own
+        return size if fits(size, own, 1, ON_CANVAS) else nearest_size(size, own, pipe.multiple)
     size = order.size or own
-    nearest = own if fixed else nearest_size(size, own, multiple)
+    nearest = own if one else nearest_size(size, own, pipe.multiple)
     if order.strict and nearest != size:
-        choices = [own] if fixed else usual_sizes(own, multiple)
+        choices = [own] if one else usual_sizes(own, pipe.multiple)
         names = ", ".join(f"{width}x{height}" for width, height in choices)
-        rule = "" if fixed else f", and others near {own[0]}x{own[1]} with sides in multiples of {multiple}"
+        rule = (
+            "" if one else f", and others near {own[0]}x{own[1]} with sides in multiples of {pipe.multiple}"
+        )
         raise bad_field("size", f"{size[0]}x{size[1]}: expected {names}{rule}", "invalid_size")
     return nearest
+
+
+def makes_one_size(pipe: Any) -> bool:
+    """Return whether a model draws a prompt in one size only: unCLIP models, and those that draw tokens."""
+    return not isinstance(pipe, LatentDiffusion)
 
 
 def text_options(pipe: Any, order: ImageOrder) -> dict[str, Any]:
     """Return the options of `text_to_image` for an order without an image."""
     width, height = drawn_size(pipe, order)
-    fixed = hasattr(pipe, "upsamplers")
-    size = {} if fixed else {"width": width, "height": height}
+    size = {} if makes_one_size(pipe) else {"width": width, "height": height}
     negative = {"negative": order.negative} if order.negative else {}
     return {"n": order.n, "seed": order.seed, "progress": False, **size, **negative, **order.options}
 
 
-def draw_from_image(pipe: Any, order: ImageOrder) -> Images:
-    """Return the images of an order that starts from an image.
+def draw_order(pipe: Any, order: ImageOrder) -> Images:
+    """Return the images of an order.
 
     Raises:
-        ApiError: If the model has no such task.
+        ApiError: If the model has no such task, or an option is refused before it is asked.
+        ValueError: If the library refuses an option.
     """
-    source = order.source
-    assert source is not None
+    if order.source is not None:
+        return draw_from_image(pipe, order, order.source)
+    made: Images = pipe.text_to_image(order.prompt, **text_options(pipe, order))
+    return made
+
+
+def draw_from_image(pipe: Any, order: ImageOrder, source: SourceImage) -> Images:
+    """Return the images of an order that starts from an image; see `draw_order`."""
     size = drawn_size(pipe, order)
     image = finished(source.image, size)
     options = {"n": order.n, "seed": order.seed, "progress": False, **order.options}
@@ -159,12 +176,13 @@ def draw_from_image(pipe: Any, order: ImageOrder) -> Images:
         options["negative"] = order.negative
     if order.endpoint == "variations":
         task(pipe, "variations", "image")
-        if hasattr(pipe, "upsamplers"):
+        if isinstance(pipe, UnCLIP):
             options.pop("strength", None)
         made: Images = pipe.variations(image, prompt=order.prompt, **options)
     elif source.hole is not None:
         task(pipe, "inpaint", "mask")
-        side = pipe.stage.side
+        usual = pipe.card.usual()
+        side = max(usual.width, usual.height)
         window = {"window": side} if max(size) > side else {}
         made = pipe.inpaint(order.prompt, image, hole_of(source.hole, size), **window, **options)
     elif getattr(pipe.card, "concat", None) == "image":
@@ -200,7 +218,7 @@ def final_size_of(pipe: Any, order: ImageOrder, images: Images) -> tuple[int, in
     """Return the (width, height) in which an order's images are given."""
     if order.size is not None:
         return order.size
-    if order.source is not None and not (hasattr(pipe, "upsamplers") and order.endpoint == "variations"):
+    if order.source is not None and not (makes_one_size(pipe) and order.endpoint == "variations"):
         return order.source.image.size
     height, width = images.tensor.shape[-2:]
     return width, height

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -13,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from ldm.samplers import SAMPLERS
 from ldm.serving.bodies import read_json_body
-from ldm.serving.encoding import as_base64, encoded_images
+from ldm.serving.encoding import as_base64, encoded_images, preview_files, preview_grid
 from ldm.serving.errors import ApiError, bad_field
-from ldm.serving.fields import MOST_IMAGES, STEP_LIMIT, RequestField, checked_value
+from ldm.serving.fields import MOST_IMAGES, STEP_LIMIT, SWITCHES, RequestField, checked_value
 from ldm.serving.orders import Drawn, ImageOrder
-from ldm.serving.service import Service, random_seed
+from ldm.serving.service import ClientGone, Service, random_seed
 from ldm.serving.uploads import SourceImage, base64_content, base64_image, opaque, reduced
 from ldm.serving.worker import Job
 from ldm.support.config import nearest
@@ -89,6 +90,10 @@ def sdapi_endpoint(service: Service, *, from_image: bool) -> Callable[[Request],
         service.jobs.append(job)
         try:
             drawn = await service.draw(request, job)
+        except ClientGone:
+            if not job.interrupted:
+                raise
+            return JSONResponse(await asyncio.to_thread(unfinished_body, job, given))
         finally:
             service.jobs.remove(job)
         files = await asyncio.to_thread(encoded_images, drawn)
@@ -99,6 +104,17 @@ def sdapi_endpoint(service: Service, *, from_image: bool) -> Callable[[Request],
         )
 
     return answer
+
+
+def unfinished_body(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the response to a request that `interrupt` has ended: the last estimate of its images."""
+    files = [] if job.latest is None else preview_files(job.latest(), job.order.size)
+    info = {"seed": job.order.seed, "prompt": job.order.prompt, "interrupted": True}
+    return {
+        "images": [as_base64(content) for content in files],
+        "parameters": known_parameters(given),
+        "info": json.dumps(info),
+    }
 
 
 def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,9 +243,12 @@ def sdapi_info(
 
 async def sdapi_progress(service: Service, request: Request) -> Response:
     """Answer `progress`: the part that is done of the job in work, with its present estimate."""
+    skip = request.query_params.get("skip_current_image", "false").lower()
+    if skip not in SWITCHES:
+        raise bad_field("skip_current_image", f"expected true or false, got {shown(skip)}", "invalid_type")
     running = [job for job in service.jobs if job in service.worker.running]
     done, total = running[0].progress if running else (0, 0)
-    waiting = len(service.jobs) - len(running)
+    part = done / total if total else 0.0
     state = {
         "job": "generation" if running else "",
         "job_count": len(service.jobs),
@@ -238,17 +257,23 @@ async def sdapi_progress(service: Service, request: Request) -> Response:
         "sampling_steps": total,
         "interrupted": bool(running and running[0].gone),
         "skipped": False,
-        "waiting": waiting,
+        "waiting": len(service.jobs) - len(running),
     }
-    part = done / total if total else 0.0
+    left = 0.0
+    if part and running[0].began is not None:
+        left = (time.perf_counter() - running[0].began) * (1 / part - 1)
+    image = None
+    if running and running[0].latest is not None and not SWITCHES[skip]:
+        image = as_base64(await asyncio.to_thread(preview_grid, running[0].latest))
     return JSONResponse(
-        {"progress": part, "eta_relative": 0.0, "state": state, "current_image": None, "textinfo": None}
+        {"progress": part, "eta_relative": left, "state": state, "current_image": image, "textinfo": None}
     )
 
 
 async def sdapi_interrupt(service: Service, request: Request) -> Response:
     """Answer `interrupt`: end the jobs of this door within one step."""
     for job in service.jobs:
+        job.interrupted = True
         job.cancel()
     return JSONResponse({})
 

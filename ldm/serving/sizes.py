@@ -14,10 +14,10 @@ def final_size(card: Any) -> tuple[int, int]:
     """Return the (width, height) of the images that a model's card states, or its last upsampler's.
 
     Args:
-        card: A `ModelCard` or an `UnCLIPCard`.
+        card: The card of any model that draws images.
     """
     upsamplers = getattr(card, "upsamplers", ())
-    defaults = upsamplers[-1].defaults if upsamplers else card.main_stage().defaults
+    defaults = upsamplers[-1].defaults if upsamplers else card.usual()
     return defaults.width, defaults.height
 
 

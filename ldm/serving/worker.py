@@ -9,7 +9,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
+from functools import partial
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from ldm.diffusion.interfaces import Denoised
 from ldm.images.result import Images
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair
+from ldm.pipelines.tasks.deferred import Deferred, deferred
+from ldm.pipelines.together import Unwanted
 from ldm.serving.counters import Counters
 from ldm.serving.errors import ApiError, refused_by_model, server_failed
 from ldm.serving.fleet import Fleet, Seat
-from ldm.serving.orders import FIELD_NAMES, Drawn, ImageOrder, draw_from_image, final_size_of, text_options
+from ldm.serving.orders import FIELD_NAMES, Drawn, ImageOrder, draw_order, final_size_of
 from ldm.support.calls import interruptible
 
 OnJobStep = Callable[[int, int, Callable[[], Images] | None], None]  # (steps done, steps, preview)
@@ -45,6 +48,10 @@ class Job:
         future: The images, or the error.
         progress: Steps done, and steps, of the stage that runs.
         estimate: Decodes the estimate of the images after the last step; None between steps.
+        latest: Decodes the last estimate that there was; None before the first.
+        began: When the work on it began, in seconds of `time.perf_counter`; None while it waits.
+        warnings: What the library warned of.
+        interrupted: Whether a client has asked for the end of the work, and waits for what there is.
         deliver: Takes events of the job to whoever waits for it, from any thread.
     """
 
@@ -54,7 +61,10 @@ class Job:
         self.future: Future[Drawn] = Future()
         self.progress = (0, 0)
         self.estimate: Callable[[], Images] | None = None
+        self.latest: Callable[[], Images] | None = None
         self.began: float | None = None
+        self.warnings: list[str] = []
+        self.interrupted = False
         self._gone = threading.Event()
 
     @property
@@ -78,21 +88,26 @@ class Job:
 
 
 class Follower:
-    """A watcher of the pipeline that shows each job its own rows of the states.
+    """A watcher of the pipeline that shows each job its own rows of the states, and the library's warnings.
 
     Args:
         pipe: The pipeline.
         jobs: The jobs that are drawn.
-        calls: The call of each job, where there are several. Default: none.
+
+    Attributes:
+        rows: The jobs whose images are drawn at present.
+        calls: The call of each job, as far as they are known.
     """
 
-    def __init__(self, pipe: Any, jobs: Sequence[Job], calls: Sequence[Call] = ()) -> None:
-        self.pipe, self.jobs, self.calls, self.rows = pipe, jobs, calls, list(jobs)
+    def __init__(self, pipe: Any, jobs: Sequence[Job]) -> None:
+        self.pipe, self.jobs, self.rows = pipe, jobs, list(jobs)
+        self.calls: list[tuple[Job, Call]] = []
+        self.thread = threading.get_ident()
 
     def begin(self, call: Call) -> None:
-        """Note whose rows the states of a run are: all jobs' in one batch, or those of one job's call."""
-        own = [job for job, each in zip(self.jobs, self.calls, strict=False) if each is call]
-        self.rows = own or list(self.jobs)
+        """Note whose rows the states of a run are: one job's, or those of all jobs without an answer."""
+        own = [job for job, each in self.calls if each is call]
+        self.rows = own or [job for job, _ in self.calls if not job.future.done()]
 
     def conditioned(self, pair: Pair) -> None:
         """Nothing depends on the conditions."""
@@ -102,10 +117,29 @@ class Follower:
         if self.pipe.safety is not None or sum(job.order.n for job in self.rows) != len(d.x0):
             return
         for job, x0 in zip(self.rows, d.x0.split([job.order.n for job in self.rows]), strict=True):
-            job.estimate = lambda job=job, x0=x0: self.decoded(job.order, x0)
+            job.estimate = job.latest = partial(self.decoded, job.order, x0)
 
     def end(self, images: Images) -> None:
         """Nothing depends on the images."""
+
+    def warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Keep a warning for the jobs that are drawn at present, in place of `warnings.showwarning`.
+
+        The module `warnings` has one such function for all threads; others' warnings are logged.
+        """
+        if threading.get_ident() != self.thread:
+            _logger.warning("%s", message)
+            return
+        for job in self.rows:
+            job.warnings.append(str(message))
 
     def decoded(self, order: ImageOrder, x0: Tensor) -> Images:
         """Return the estimate of an order's images."""
@@ -245,6 +279,8 @@ class Worker:
 
     def _failure(self, error: BaseException) -> Exception:
         """Return the error that a request is answered with."""
+        if isinstance(error, Unwanted):
+            return Stopped()
         if isinstance(error, ApiError | Stopped):
             return error
         if isinstance(error, ValueError) and not str(error).startswith(OVERFLOW):
@@ -266,59 +302,54 @@ class Worker:
     def _draw(self, jobs: Sequence[Job]) -> None:
         """Draw the images of jobs and answer them."""
         seat = self._seat(jobs[0].order.model)
-        if seat.together is not None and jobs[0].order.key is not None:
-            self._draw_together(seat, jobs)
-            return
-        (job,) = jobs
-        if job.gone:
-            raise Stopped
-        with warnings.catch_warnings(record=True) as found:
+        follower = Follower(seat.pipe, jobs)
+        with (
+            warnings.catch_warnings(),
+            seat.pipe.watched_by(follower),
+            interruptible(follower.check),
+        ):
             warnings.simplefilter("always")
-            images = self._draw_alone(seat, job)
-        self._answer({job: self._drawn(seat, job, images, found)})
-
-    def _draw_alone(self, seat: Seat, job: Job) -> Images:
-        pipe, order = seat.pipe, job.order
-        follower = Follower(pipe, [job])
-        with pipe.watched_by(follower), interruptible(follower.check):
-            if order.source is not None:
-                return draw_from_image(pipe, order)
-            made: Images = pipe.text_to_image(order.prompt, **text_options(pipe, order))
-            return made
-
-    def _draw_together(self, seat: Seat, jobs: Sequence[Job]) -> None:
-        """Draw text-to-image jobs in one batch; the options of each are checked first."""
-        pipe, calls, noted, ready = seat.pipe, list[Call](), list[Sequence[Any]](), list[Job]()
-        for job in jobs:
-            try:
-                with warnings.catch_warnings(record=True) as found:
-                    warnings.simplefilter("always")
-                    calls.append(pipe.settle(job.order.prompt, **text_options(pipe, job.order)))
-                ready.append(job)
-                noted.append(found)
-            except Exception as error:
-                self._answer({job: self._failure(error)})
-        if not ready:
-            return
-
-        def answer(made: Mapping[int, Images | None]) -> None:
-            self._answer(
-                {
-                    ready[i]: Stopped() if images is None else self._drawn(seat, ready[i], images, noted[i])
-                    for i, images in made.items()
-                }
+            warnings.showwarning = follower.warn
+            drawings = self._begun(seat, jobs, follower)
+            if not drawings:
+                return
+            ready = list(drawings)
+            assert seat.together is not None
+            seat.together.draw(
+                list(drawings.values()),
+                lambda i: not ready[i].gone,
+                lambda made: self._answer({ready[i]: self._result(seat, ready[i], made[i]) for i in made}),
             )
 
-        follower = Follower(pipe, ready, calls)
-        assert seat.together is not None
-        with pipe.watched_by(follower), interruptible(follower.check):
-            seat.together.draw(calls, lambda i: not ready[i].gone, answer)
+    def _begun(self, seat: Seat, jobs: Sequence[Job], follower: Follower) -> dict[Job, Deferred]:
+        """Run the task of each job up to its drawing; answer the jobs that end before it.
 
-    def _drawn(self, seat: Seat, job: Job, images: Images, found: Sequence[Any]) -> Drawn:
+        These are jobs that fail, and those of pipelines that draw at once.
+        """
+        drawings = dict[Job, Deferred]()
+        for job in jobs:
+            follower.rows = [job]
+            try:
+                if job.gone:
+                    raise Stopped
+                made = deferred(partial(draw_order, seat.pipe, job.order))
+            except Exception as error:
+                made = error
+            if isinstance(made, Deferred):
+                drawings[job] = made
+                follower.calls.append((job, made.call))
+            else:
+                self._answer({job: self._result(seat, job, made)})
+        return drawings
+
+    def _result(self, seat: Seat, job: Job, made: Images | Exception) -> Drawn | Exception:
+        """Return what a job is answered with."""
+        if isinstance(made, Exception):
+            return self._failure(made)
         order = job.order
         return Drawn(
-            images=images,
-            size=final_size_of(seat.pipe, order, images),
+            images=made,
+            size=final_size_of(seat.pipe, order, made),
             source=order.source if order.endpoint == "edits" else None,
-            warnings=tuple(dict.fromkeys(str(each.message) for each in found)),
+            warnings=tuple(dict.fromkeys(job.warnings)),
         )

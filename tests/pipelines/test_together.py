@@ -1,29 +1,36 @@
-"""Calls in one batch give the images that they give alone, and stop when they are not wanted."""
+"""Drawings in one batch have the images that they have alone, and stop when they are not wanted."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
 
+from ldm.images.result import Images
+from ldm.pipelines.tasks.deferred import Deferred, deferred
 from ldm.pipelines.together import Together, Unwanted
 from ldm.support.calls import checkpoint, interruptible
 
 PROMPTS = ("a red cat", "apple", "a cat on blue background")
 
 
-def calls(pipe, **options):
+def drawings(pipe, **options):
     return [
-        pipe.settle(prompt, seed=3 + i, n=1 + i, progress=False, **options)
+        deferred(partial(pipe.text_to_image, prompt, seed=3 + i, n=1 + i, progress=False, **options))
         for i, prompt in enumerate(PROMPTS)
     ]
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "dpm_adaptive"])
-def test_each_call_has_the_bits_of_its_own(sampler):
+def test_each_drawing_has_the_bits_of_its_own(sampler):
     pipe = tiny_model()
-    made = Together(pipe).draw(calls(pipe, sampler=sampler, negative="blue"))
+    made = Together(pipe).draw(drawings(pipe, sampler=sampler, negative="blue"))
     for images, prompt, i in zip(made, PROMPTS, range(3), strict=True):
         own = pipe.text_to_image(
             prompt, seed=3 + i, n=1 + i, sampler=sampler, negative="blue", progress=False
@@ -33,18 +40,122 @@ def test_each_call_has_the_bits_of_its_own(sampler):
 
 def test_batches_that_round_differently_are_close():
     pipe = tiny_model()
-    both = Together(pipe, exact=False).draw(calls(pipe))
-    for images, call in zip(both, calls(pipe), strict=True):
-        own = pipe.text_to_image(call.prompts[0], seed=call.seeds, n=len(call.seeds), progress=False)
+    both = Together(pipe, exact=False).draw(drawings(pipe))
+    for i, images in enumerate(both):
+        own = pipe.text_to_image(PROMPTS[i], seed=3 + i, n=1 + i, progress=False)
         assert torch.allclose(images.tensor, own.tensor, atol=1e-4) and images.recipe == own.recipe
 
 
+def noisy(seed: int, side: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def hole(corner: int, side: int = 32) -> Image.Image:
+    made = Image.new("L", (side, side), 0)
+    made.paste(255, (corner, corner, corner + 12, corner + 12))
+    return made
+
+
+def text_to_image(pipe, i, **options):
+    return pipe.text_to_image(PROMPTS[i], seed=i, n=1 + i, steps=3, progress=False, **options)
+
+
+TASKS = {
+    "text_to_image": text_to_image,
+    "decode": partial(text_to_image, upsample=False),
+    "image_to_image": lambda pipe, i: pipe.image_to_image(
+        PROMPTS[i], noisy(i), strength=0.5, seed=i, n=1 + i, steps=4, progress=False
+    ),
+    "inpaint": lambda pipe, i: pipe.inpaint(
+        PROMPTS[i], noisy(i), hole(4 * i), seed=i, n=1 + i, steps=3, progress=False
+    ),
+    "variations": lambda pipe, i: pipe.variations(noisy(i), seed=i, n=1 + i, steps=4, progress=False),
+}
+LATENT = ("text_to_image", "image_to_image", "inpaint", "variations")
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "exact"),
+    [
+        *(
+            (make, task, exact)
+            for make in (tiny_model, tiny_exemplar_model)
+            for task in LATENT
+            for exact in (0, 1)
+        ),
+        *((tiny_karlo, task, 1) for task in ("text_to_image", "variations", "inpaint")),
+        (tiny_karlo, "decode", 0),  # random upsamplers make rounding visible
+    ],
+)
+def test_every_task_has_the_images_of_its_own(make, task, exact):
+    pipe, run = make(), TASKS[task]
+    own = [run(pipe, i) for i in range(3)]
+    asked = [deferred(partial(run, pipe, i)) for i in range(3)]
+    assert all(isinstance(each, Deferred) for each in asked)
+    rows: list[int] = []
+    forward = pipe.stage.denoiser.net.forward
+
+    def counted(x, *args, **options):
+        rows.append(len(x))
+        return forward(x, *args, **options)
+
+    pipe.stage.denoiser.net.forward = counted
+    made = Together(pipe, exact=bool(exact)).draw(asked)
+    for images, expected in zip(made, own, strict=True):
+        assert images.recipe == expected.recipe and images.seeds == expected.seeds
+        assert torch.allclose(images.tensor, expected.tensor, atol=1e-4)
+        assert not exact or torch.equal(images.tensor, expected.tensor)
+    if not exact:
+        assert {n % 6 for n in rows[-2:]} == {0}, rows  # all six images, under guidance twice
+
+
+def test_drawings_of_different_grids_are_sampled_one_after_another():
+    pipe = tiny_model()
+    asked = [
+        deferred(partial(pipe.text_to_image, "a cat", steps=steps, seed=steps, progress=False))
+        for steps in (2, 3)
+    ]
+    for steps, images in zip((2, 3), Together(pipe, exact=False).draw(asked), strict=True):
+        own = pipe.text_to_image("a cat", steps=steps, seed=steps, progress=False)
+        assert torch.equal(images.tensor, own.tensor)
+
+
+def test_an_error_in_one_drawing_does_not_end_the_others(monkeypatch):
+    pipe = tiny_model()
+    begin, reported = pipe.begin, {}
+
+    def failing(call, request):
+        if call.prompts[0] == PROMPTS[1]:
+            raise ValueError("prompt: refused")
+        return begin(call, request)
+
+    monkeypatch.setattr(pipe, "begin", failing)
+    made = Together(pipe, exact=False).draw(drawings(pipe), ready=reported.update)
+    assert str(made[1]) == "prompt: refused" and reported == dict(enumerate(made))
+    assert isinstance(made[0], Images) and isinstance(made[2], Images)
+
+
+def test_a_comparison_holds_for_its_own_guidance_only():
+    pipe = tiny_model()
+    together = Together(pipe)
+    for guidance in (1.0, 3.0):
+        together.draw(drawings(pipe, guidance=guidance))
+    assert len(together._compared) == 2 * len(PROMPTS)
+
+
+def test_a_task_is_carried_out_at_once_outside_the_block():
+    pipe = tiny_model()
+    drawing = deferred(lambda: pipe.text_to_image("a cat", seed=1, progress=False))
+    own = pipe.text_to_image("a cat", seed=1, progress=False)
+    assert torch.equal(drawing.finished(pipe.draw(drawing.call, drawing.request)).tensor, own.tensor)
+
+
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_call_that_is_no_longer_wanted_is_dropped(exact):
+def test_a_drawing_that_is_no_longer_wanted_is_dropped(exact):
     pipe = tiny_model()
     rows = []
     together = Together(pipe, exact=exact)
-    expected = together.draw(calls(pipe))
+    expected = together.draw(drawings(pipe))
     forward = pipe.denoiser.net.forward
 
     def counted(x, *args, **options):
@@ -52,15 +163,15 @@ def test_a_call_that_is_no_longer_wanted_is_dropped(exact):
         return forward(x, *args, **options)
 
     pipe.denoiser.net.forward = counted
-    made = together.draw(calls(pipe), lambda i: i != 2 or len(rows) < 2)
-    assert made[2] is None
+    made = together.draw(drawings(pipe), lambda i: i != 2 or len(rows) < 2)
+    assert isinstance(made[2], Unwanted)
     for images, own in zip(made[:2], expected[:2], strict=True):
         assert torch.allclose(images.tensor, own.tensor, atol=1e-4)
     if not exact:  # six images with and without their prompts, then those of the first two calls
         assert rows[:2] == [12, 12] and set(rows[2:]) == {6}
 
 
-def test_nothing_goes_on_when_no_call_is_wanted():
+def test_nothing_goes_on_when_no_drawing_is_wanted():
     pipe = tiny_model()
     asked = []
 
@@ -68,7 +179,8 @@ def test_nothing_goes_on_when_no_call_is_wanted():
         asked.append(i)
         return len(asked) < 4
 
-    assert Together(pipe, exact=False).draw(calls(pipe), wanted) == [None, None, None]
+    made = Together(pipe, exact=False).draw(drawings(pipe), wanted)
+    assert [type(each) for each in made] == [Unwanted] * 3
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_karlo])

@@ -11,6 +11,7 @@ import openai
 import pytest
 from PIL import Image
 from running_server import Running, running_server
+from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 
 from ldm.images.files import read_recipe
@@ -224,6 +225,21 @@ def test_models(client):
     assert client.models.retrieve("tiny").owned_by == "ldm"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+def test_a_model_with_exemplars_states_what_it_can_draw():
+    pipe = tiny_exemplar_model()
+    with (
+        running_server({"tiny": lambda: pipe}) as running,
+        openai.OpenAI(base_url=running.v1, api_key="any", max_retries=0) as client,
+    ):
+        assert "nouns" not in client.models.retrieve("tiny").ldm  # it is not in memory yet
+        made = client.images.generate(prompt="a catt", extra_body={"steps": 1})
+        (warning,) = made.warnings
+        assert "'catt'" in warning and "did you mean 'cat" in warning
+        own = client.models.retrieve("tiny").ldm
+        assert own["nouns"] == sorted(pipe.exemplars.nouns) and own["styles"] == pipe.exemplars.styles
+        assert "nouns" not in client.models.list().data[0].ldm
 
 
 @pytest.mark.parametrize(

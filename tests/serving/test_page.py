@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from running_server import Running, running_server
+from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 
 from ldm.images.files import read_recipe
@@ -304,12 +305,46 @@ def test_the_keyboard_alone(page):
     page.wait_for_selector("#status:has-text('Cancelled')")
 
 
-def test_errors_are_told_at_their_field(page):
+def test_unknown_words_are_named(page):
     page.fill("#prompt", "a zebra")
     page.fill("#steps", "2")
     page.click("#generate")
     page.wait_for_selector(READY)
     assert "zebra" in page.inner_text("#error")  # a word that the model has never seen
+
+
+def test_what_a_model_can_draw_is_found_by_a_search(browser):
+    pipe = tiny_exemplar_model()
+    with running_server({"tiny": lambda: pipe}) as running:
+        running.service.fleet.seat("tiny")
+        context = browser.new_context(viewport=NARROW, bypass_csp=True)
+        page = context.new_page()
+        page.goto(running.url)
+        page.click("#known summary")
+        assert str(len(pipe.exemplars.nouns)) in page.inner_text("#known-title")
+        assert all(style in page.inner_text("#known-styles") for style in pipe.exemplars.styles)
+        page.fill("#known-search", "do")
+        assert page.locator("#known-list button").first.inner_text() == "dog"
+        page.fill("#prompt", "a red")
+        page.click("#known-list button >> nth=0")
+        assert page.input_value("#prompt") == "a red dog"
+        page.fill("#known-search", "zeppelin")
+        assert page.inner_text("#known-list") == "none of this name"
+        assert violations(page) == []
+        page.fill("#prompt", "a zeppelin")
+        page.click("#settings summary")
+        page.fill("#steps", "1")
+        page.click("#generate")
+        page.wait_for_selector(READY)
+        assert "zeppelin" in page.inner_text("#error")
+        context.close()
+
+
+def violations(page: Any) -> list[tuple[str, str, str]]:
+    """Return what axe-core finds on a page."""
+    axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe-core-python is not installed")
+    found = axe.Axe().run(page)["violations"]
+    return [(each["id"], each["impact"], each["nodes"][0]["html"][:200]) for each in found]
 
 
 def test_a_key_is_asked_for(browser):
@@ -329,7 +364,6 @@ def test_a_key_is_asked_for(browser):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_axe_finds_no_violation(browser, server, scheme, size):
-    axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe-core-python is not installed")
     context = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
     page = context.new_page()
     open_page(page, server)
@@ -346,6 +380,6 @@ def test_axe_finds_no_violation(browser, server, scheme, size):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is too wide"
     if folder := os.environ.get("LDM_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/page-{scheme}-{size['width']}.png", full_page=True)
-    found = axe.Axe().run(page)["violations"]
+    found = violations(page)
     context.close()
-    assert [(each["id"], each["impact"], each["nodes"][0]["html"][:200]) for each in found] == []
+    assert found == []

@@ -147,7 +147,22 @@ def test_what_clients_ask_for_first(server):
     assert server.http.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "tiny"
     assert [each["model_name"] for each in server.http.get("/sdapi/v1/sd-models").json()] == ["tiny", "other"]
     assert {each["name"] for each in server.http.get("/sdapi/v1/samplers").json()} == set(SAMPLERS)
-    assert server.http.get("/sdapi/v1/progress").json()["progress"] == 0.0
+    idle = server.http.get("/sdapi/v1/progress").json()
+    assert idle["progress"] == 0.0 and idle["current_image"] is None
+
+
+SEED = 6
+
+
+def windows(image: np.ndarray) -> list[np.ndarray]:
+    """Return every 32×32 part of an image (H, W, 3)."""
+    rows, columns = image.shape[0] - 31, image.shape[1] - 31
+    return [image[y : y + 32, x : x + 32] for y in range(rows) for x in range(columns)]
+
+
+def test_progress_names_a_wrong_switch(server):
+    made = server.http.get("/sdapi/v1/progress?skip_current_image=maybe")
+    assert made.status_code == 400 and made.json()["error"]["param"] == "skip_current_image"
 
 
 def test_progress_and_interrupt(server, monkeypatch):
@@ -161,13 +176,31 @@ def test_progress_and_interrupt(server, monkeypatch):
 
     monkeypatch.setattr(Follower, "check", held)
     with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(server.http.post, "/sdapi/v1/txt2img", json={"prompt": "a cat", "steps": 100})
+        made = pool.submit(
+            server.http.post,
+            "/sdapi/v1/txt2img",
+            json={"prompt": "a cat", "steps": 100, "seed": SEED, "batch_size": 2},
+        )
         assert reached.wait(30)
         progress = server.http.get("/sdapi/v1/progress").json()
         assert progress["progress"] == 0.05 and progress["state"]["sampling_steps"] == 100
+        assert progress["eta_relative"] > 0
+        own = PIPE.text_to_image("a cat", steps=100, seed=SEED, n=2, keep_steps=True, progress=False)
+        shown = np.asarray(image_of(progress["current_image"]).convert("RGB")).astype(float)
+        for i in range(2):  # a grid of the two
+            step = np.rint(own.steps[4][i].permute(1, 2, 0).numpy() * 255)
+            distances = [np.abs(part - step).max() for part in windows(shown)]
+            assert min(distances) <= 1
+        without = server.http.get("/sdapi/v1/progress?skip_current_image=true").json()
+        assert without["current_image"] is None and without["progress"] == 0.05
         assert server.http.post("/sdapi/v1/interrupt").json() == {}
         opened.set()
-        assert made.result(30).status_code == 499
+        response = made.result(30)
+        assert response.status_code == 200 and json.loads(response.json()["info"])["interrupted"]
+        images = [np.asarray(image_of(each)).astype(float) for each in response.json()["images"]]
+        assert len(images) == 2
+        for i, image in enumerate(images):  # the last estimates
+            assert np.abs(image - np.rint(own.steps[4][i].permute(1, 2, 0).numpy() * 255)).max() <= 1
 
 
 def test_png_info_gives_the_recipe(server):

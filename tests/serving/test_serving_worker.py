@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running_server import Running, running_server
+from tiny_dalle import tiny_dalle
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
 
 from ldm.serving.counters import Counters
+from ldm.serving.encoding import plain_file
 from ldm.serving.errors import ApiError
 from ldm.serving.fleet import Fleet, Seat, ServedModel
-from ldm.serving.orders import ImageOrder
+from ldm.serving.orders import ImageOrder, draw_order
+from ldm.serving.uploads import SourceImage
 from ldm.serving.worker import Follower, Job, Stopped, Worker
 
 PIPE = tiny_model("tiny")
@@ -104,6 +111,94 @@ def test_what_waits_is_drawn_in_one_batch(gate, exact):
         assert worker.counters.images == 9
 
 
+def source(seed: int, *, hole: bool = False) -> SourceImage:
+    values = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (4 + seed, 4, 20, 20))
+    return SourceImage(image=Image.fromarray(values), hole=mask if hole else None)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["edits", "inpainting", "variations"])
+def test_edits_and_variations_of_the_same_shape_are_drawn_in_one_batch(gate, kind, exact):
+    def wanted(i: int) -> ImageOrder:
+        prompt = "" if kind == "variations" else PROMPTS[i]
+        endpoint = "variations" if kind == "variations" else "edits"
+        image = source(i, hole=kind == "inpainting")
+        return order(prompt, endpoint=endpoint, source=image, seed=i, n=1 + i % 2, options={"strength": 0.8})
+
+    with running_worker(exact=exact) as worker:
+        submitted(worker, order())
+        assert gate.reached.wait(30)
+        jobs = submitted(worker, *(wanted(i) for i in range(4)))
+        gate.opened.set()
+        for i, job in enumerate(jobs):
+            images, own = job.future.result(30).images, draw_order(PIPE, wanted(i))
+            assert torch.allclose(images.tensor, own.tensor, atol=1e-4) and images.recipe == own.recipe
+            assert not exact or torch.equal(images.tensor, own.tensor)
+        if not exact:
+            assert worker.counters.batches.counts == [1, 0, 0, 1, 0, 0]  # 1 and 6 images
+
+
+def test_unclip_requests_of_the_same_options_are_drawn_in_one_batch(gate):
+    karlo = tiny_karlo()
+    model = ServedModel(name="tiny", card=karlo.card, load=lambda: karlo)
+    worker = Worker(Fleet([model], exact=False), Counters())
+    worker.fleet.seat("tiny")
+    worker.start()
+    jobs = submitted(worker, order(n=1))
+    assert gate.reached.wait(30)
+    jobs += submitted(worker, *(order(prompt, seed=i) for i, prompt in enumerate(PROMPTS[:3])))
+    gate.opened.set()
+    assert [len(job.future.result(60).images) for job in jobs] == [1, 1, 1, 1]
+    assert worker.counters.batches.counts == [1, 0, 1, 0, 0, 0]  # 1 and 3 images
+    worker.stop()
+    assert worker.join(30)
+
+
+def test_a_pipeline_that_draws_at_once_is_served():
+    dalle = tiny_dalle()
+    with running_server({"dalle": lambda: dalle}) as running:
+        body = {"prompt": "a cat", "n": 2, "seed": 3, "response_format": "b64_json"}
+        made = running.http.post("/v1/images/generations", json=body)
+        assert made.status_code == 200, made.text
+        own = dalle.text_to_image("a cat", n=2, seed=3, progress=False)
+        for item, expected in zip(made.json()["data"], own.pil(), strict=True):
+            found = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+            assert found.tobytes() == expected.tobytes()
+        about = running.http.get("/v1/models/dalle").json()["ldm"]
+        assert about["size"] == "64x64" and about["steps"] is None and about["samplers"] == []
+        refused = running.http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 3})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "steps"
+        content = base64.b64decode(made.json()["data"][0]["b64_json"])
+        varied = running.http.post("/v1/images/variations", files={"image": content})
+        mask = plain_file(Image.new("RGBA", (64, 64), (0, 0, 0, 0)))
+        edited = running.http.post(
+            "/v1/images/edits", files={"image": content, "mask": mask}, data={"prompt": "a cat"}
+        )
+        whole = running.http.post("/v1/images/edits", files={"image": content}, data={"prompt": "a cat"})
+        assert varied.status_code == edited.status_code == 200, (varied.text, edited.text)
+        assert whole.status_code == 400 and whole.json()["error"]["param"] == "mask"
+        worker = running.service.worker
+        gone = Job(ImageOrder(endpoint="generations", model="dalle", seed=0), lambda *_: gone.cancel())
+        worker.submit(gone)
+        with pytest.raises(Stopped):
+            gone.future.result(30)
+        assert gone.progress == (1, 16)
+
+
+def test_a_warning_reaches_only_the_request_that_it_is_about(gate):
+    with running_worker(exact=False) as worker:
+        (first,) = submitted(worker, order())
+        assert gate.reached.wait(30)
+        known, unknown = submitted(worker, order("a red cat"), order("a zebra"))
+        warnings.warn("of another thread", stacklevel=1)
+        gate.opened.set()
+        assert first.future.result(30).warnings == known.future.result(30).warnings == ()
+        (text,) = unknown.future.result(30).warnings
+        assert "zebra" in text
+
+
 def test_a_batch_has_at_most_so_many_images(gate):
     with running_worker(batch=4, exact=False) as worker:
         submitted(worker, order())
@@ -126,7 +221,7 @@ def test_a_wrong_option_ends_only_its_own_request(gate):
         assert refused.value.param == "prompt" and refused.value.status == 400
 
 
-def test_requests_of_other_models_draw_one_at_a_time():
+def test_unclip_models_generate_and_vary():
     karlo = tiny_karlo()
     with running_server({"karlo": lambda: karlo}) as running:
         body = {"prompt": "a cat", "n": 2, "seed": 3, "response_format": "b64_json", "negative_prompt": "red"}
@@ -134,8 +229,6 @@ def test_requests_of_other_models_draw_one_at_a_time():
         assert made.status_code == 200 and made.json()["size"] == "32x32"
         own = karlo.text_to_image("a cat", n=2, seed=3, negative="red", progress=False)
         import io
-
-        from PIL import Image
 
         for item, expected in zip(made.json()["data"], own.pil(), strict=True):
             found = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))

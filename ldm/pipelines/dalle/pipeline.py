@@ -24,7 +24,7 @@ from ldm.pipelines.dalle.token_tasks import token_inpaint, token_variations
 from ldm.pipelines.image_pipeline import ImagePipeline
 from ldm.pipelines.replayable import BY_OPTIONS, replayable
 from ldm.pipelines.tasks.rerank import rerank
-from ldm.support.calls import in_separate_call
+from ldm.support.calls import checkpoint, in_separate_call
 from ldm.support.device import computing_dtype
 from ldm.support.progress import progress_bar
 from ldm.support.scalars import whole_number
@@ -302,6 +302,7 @@ class DalleMini(ImagePipeline):
                 )  # (B,)
                 tokens[:, i] = torch.where(given[:, i] == ABSENT, new, given[:, i])
                 bar.update()
+                checkpoint(i + 1, length)
                 yield i + 1, tokens
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

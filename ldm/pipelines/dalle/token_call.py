@@ -131,7 +131,7 @@ def check_unknown(card: DalleCard, options: Mapping[str, Any]) -> None:
     for name, value in python_scalars(options).items():
         if name not in ("height", "width"):
             raise ValueError(
-                f"{card.name!r} draws tokens and has no option {name!r}; {nearest(name, OPTIONS)}"
+                f"{name}: {card.name!r} draws tokens and has no option {name!r}; {nearest(name, OPTIONS)}"
             )
         if value not in (None, card.side):
             raise ValueError(f"{name}: {card.name!r} makes images of {card.side}×{card.side} pixels alone")

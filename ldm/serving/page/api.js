@@ -36,6 +36,10 @@ export async function models() {
   return (await (await send("/v1/models")).json()).data;
 }
 
+export async function model(id) {
+  return (await send(`/v1/models/${encodeURIComponent(id)}`)).json();
+}
+
 // The recipe inside an image file; null if it has none.
 export async function recipeOf(blob) {
   const body = JSON.stringify({ image: await asBase64(blob) });

@@ -1,13 +1,15 @@
 // The page: the form, the images as they appear, and what can be done with each.
 
-import { asBlob, draw, models, recipeOf, ServerError, setKey } from "./api.js";
+import { asBlob, draw, model, models, recipeOf, ServerError, setKey } from "./api.js";
 import { Editor } from "./editor.js";
 import * as history from "./history.js";
+import { Known } from "./known.js";
 
 const $ = (id) => document.getElementById(id);
 const FIELDS = ["negative", "steps", "guidance", "sampler", "size", "model", "seed"];
 const editor = new Editor($("canvas"), $("canvas-hint"));
 const known = new Map(); // models by id
+const nouns = new Known($("known"), addToPrompt);
 let running = null; // the AbortController of the request in work
 const narrow = matchMedia("(max-width: 52rem)");
 let waitingFor = null; // what needs the key
@@ -45,6 +47,23 @@ function useModel(id, settings = {}) {
   fill($("sampler"), about.samplers, sampler);
   $("steps").value = settings.steps ?? about.steps;
   $("guidance").value = settings.guidance ?? about.guidance;
+  for (const name of ["steps", "sampler"]) $(name).disabled = about[name] === null; // of models without a sampler
+  showNouns(id);
+}
+
+// A model that is not in memory has no nouns yet.
+async function showNouns(id) {
+  const about = known.get(id).ldm;
+  try {
+    if (!about.nouns) Object.assign(about, (await model(id)).ldm);
+  } catch { /* the list is a convenience */ }
+  if ($("model").value === id) nouns.show(about);
+}
+
+function addToPrompt(noun) {
+  const before = $("prompt").value.trimEnd();
+  $("prompt").value = before ? `${before} ${noun}` : noun;
+  say(`${noun} is added to the prompt.`);
 }
 
 async function start() {
@@ -195,8 +214,9 @@ function showOne(blob, settings) {
 function requestFields(now, source) {
   const fields = {
     prompt: now.prompt, negative_prompt: now.negative, n: Number($("n").value),
-    steps: Number(now.steps), guidance: Number(now.guidance), sampler: now.sampler, model: now.model,
+    guidance: Number(now.guidance), model: now.model,
   };
+  if (!$("steps").disabled) Object.assign(fields, { steps: Number(now.steps), sampler: now.sampler });
   if (now.seed !== "") fields.seed = Number(now.seed);
   if (!source) fields.size = now.size;
   else if (mode() === "change" || mode() === "vary") fields.strength = Number($("strength").value);
@@ -252,6 +272,7 @@ async function generate() {
     });
     if (!done) throw new ServerError(0, { message: "The server ended the request without an image." });
     say(`${done} ${done === 1 ? "image is" : "images are"} ready.`);
+    if ($("known").hidden) showNouns(now.model);
     for (const entry of entries.reverse()) await history.add(entry);
     await showHistory();
   } catch (error) {
