@@ -37,6 +37,7 @@ class Source:
         latent_scale: Factor between the autoencoder's latents and those that are diffused.
         origin: What a recipe records of the weights: SHA-256 by part or file.
         folder: Folder in which the files of the tokenizer may be; None for random weights.
+        library: Folder of the library of exemplars; None if there is none.
         pieces: XLM-R's tokenizer.json or its folder; None if there is none.
         notes: Warnings about the weights.
         stated: What the weights state about their use.
@@ -46,6 +47,7 @@ class Source:
     latent_scale: float
     origin: Mapping[str, str]
     folder: Path | None = None
+    library: Path | None = None
     pieces: Path | None = None
     notes: tuple[str, ...] = ()
     stated: Stated = Stated()
@@ -133,6 +135,7 @@ def read_parts(card: Card, folder: Path, dtype: torch.dtype, *, latent_scale: fl
         latent_scale=float(scale),
         origin=hashes.renamed({name: names.get(name, name) for name in files if not name.endswith(".yaml")}),
         folder=folders.get("text"),
+        library=folders.get("layout"),
         notes=() if card.files is not None else (NO_HASHES,),
     )
 
