@@ -43,6 +43,9 @@ class ExemplarLibrary:
         nouns: The names that each noun phrase may mean. Each name also means itself.
         size: Side of the images in pixels.
 
+    Attributes:
+        nouns: The names that each noun phrase may mean; another mapping after each change of the library.
+
     Raises:
         ValueError: If a (name, style) occurs twice, a noun means no name or one without an image, or one is
             too long.
@@ -58,8 +61,8 @@ class ExemplarLibrary:
             if exemplar.style in styles:
                 raise ValueError(f"two exemplars of {shown(exemplar.name)} in style {shown(exemplar.style)}")
             styles[exemplar.style] = exemplar
-        self.nouns: dict[str, tuple[str, ...]] = {noun: tuple(names) for noun, names in nouns.items()}
-        for noun, names in self.nouns.items():
+        known = {noun: tuple(names) for noun, names in nouns.items()}
+        for noun, names in known.items():
             if absent := [name for name in names if name not in self._of]:
                 raise ValueError(
                     f"noun {shown(noun)} means {shown(absent[0])}, of which there is no exemplar"
@@ -69,7 +72,8 @@ class ExemplarLibrary:
             _check_noun(noun)
         for name in self._of:
             _check_noun(name)
-            self.nouns.setdefault(name.replace("-", " "), (name,))
+            known.setdefault(name.replace("-", " "), (name,))
+        self.nouns: Mapping[str, tuple[str, ...]] = known
 
     def __len__(self) -> int:
         return sum(map(len, self._of.values()))
@@ -122,8 +126,7 @@ class ExemplarLibrary:
             _check_noun(noun)
         content = write_exemplar(pixels)
         self._of.setdefault(key, {})[style] = Exemplar(name=key, style=style, content=content)
-        for noun in nouns:
-            self.nouns[noun.lower()] = (key,)
+        self.nouns = {**self.nouns, **{noun.lower(): (key,) for noun in nouns}}
 
     def remove(self, name: str) -> None:
         """Remove all images of a name, and the nouns that mean nothing else.

@@ -99,6 +99,7 @@ class ExemplarConditioner(nn.Module):
         self.cell = cell
         self.grammar = text.known_words
         self.slots = slots_of(layout.config)
+        self._lexicon: Lexicon | None = None
 
     @property
     def width(self) -> int:
@@ -108,7 +109,10 @@ class ExemplarConditioner(nn.Module):
     @property
     def lexicon(self) -> Lexicon:
         """What a prompt may consist of, with what was added to the library."""
-        return Lexicon(nouns=self.library.nouns, styles=self.library.styles, grammar=self.grammar)
+        nouns = self.library.nouns
+        if self._lexicon is None or self._lexicon.nouns is not nouns:
+            self._lexicon = Lexicon(nouns=nouns, styles=self.library.styles, grammar=self.grammar)
+        return self._lexicon
 
     @property
     def known_words(self) -> frozenset[str]:
@@ -132,8 +136,7 @@ class ExemplarConditioner(nn.Module):
         Raises:
             ValueError: If there are several prompts and another number of seeds.
         """
-        lexicon = self.lexicon
-        read = {prompt: self.read(prompt, lexicon) for prompt in dict.fromkeys(prompts)}
+        read = {prompt: self.read(prompt) for prompt in dict.fromkeys(prompts)}
         if len(prompts) == 1 and read[prompts[0]].things:
             prompts = list(prompts) * max(1, len(seeds))
         seeds = seeds or [0] * len(prompts)
@@ -147,14 +150,9 @@ class ExemplarConditioner(nn.Module):
             conds.append(self.condition(read[prompt], things, size))
         return Cond.cat(conds)
 
-    def read(self, prompt: str, lexicon: Lexicon | None = None) -> ReadPrompt:
-        """Return a prompt as the model reads it.
-
-        Args:
-            prompt: The prompt.
-            lexicon: The conditioner's `lexicon`, where it is at hand.
-        """
-        alternatives = self._alternatives(prompt, self.lexicon if lexicon is None else lexicon)
+    def read(self, prompt: str) -> ReadPrompt:
+        """Return a prompt as the model reads it."""
+        alternatives = self._alternatives(prompt)
         return ReadPrompt(alternatives=tuple(alternatives), text=self._text(prompt, alternatives))
 
     def draw_things(self, read: Sequence[ReadPrompt], seeds: Sequence[int]) -> list[PlacedThings]:
@@ -197,9 +195,9 @@ class ExemplarConditioner(nn.Module):
         text = Cond(context=states.tokens, context_mask=states.mask).expand(len(images))
         return replace(text, exemplars=canvas.to(self.device))
 
-    def _alternatives(self, prompt: str, lexicon: Lexicon) -> list[_Alternative]:
+    def _alternatives(self, prompt: str) -> list[_Alternative]:
         """Return the alternatives of a prompt; the things of each have the slots in their order."""
-        found = []
+        found, lexicon = [], self.lexicon
         for branch in parse(prompt):
             spans: list[ReadText] = []
             for span in branch.spans:
@@ -246,7 +244,7 @@ class ExemplarConditioner(nn.Module):
         The phrase of a thing has the positions of its slot word. Of a blend only the first alternative
         counts.
         """
-        spans = iter(self._alternatives(prompt, self.lexicon)[0].spans)
+        spans = iter(self._alternatives(prompt)[0].spans)
         return word_positions(
             parse(prompt)[0].spans, lambda _: self._ids(next(spans)), self.text.room, self.text.padded_length
         )
