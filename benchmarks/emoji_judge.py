@@ -1,22 +1,25 @@
-"""The judge of emoji models: which image of the data set an image is nearest to, and its background colour.
+"""The judge of images of one thing: which images of the data set are nearest, and the background colour.
 
-A fixed rule instead of a network: mean squared error against every image of the data set composed on the
-requested background, at 64×64, the minimum over shifts by up to ±3 pixels and scalings by 0.9 to 1.1. Areas
-that a shift or a scaling uncovers are filled with the background colour.
+A fixed rule instead of a network, that of `scene_judge`: the images of the requested name are fitted to the
+image over place, size and tilt, and there it is compared with all images of the data set, each at its own
+best place, size and tilt. The background is taken as it is; whether it is the requested one is judged apart.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scene_fit import FINALISTS, SceneFit, seen_background, smooth
+from scene_gallery import SceneGallery
 from torch import Tensor
 
-from ldm.data import PALETTE, EmojiData
+from ldm.data import EmojiData, Facts, Thing
 
-SIZE, SHIFT, SCALES = 64, 3, (0.9, 0.95, 1.0, 1.05, 1.1)
+SIZE = 128  # pixels of the side at which images are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +29,21 @@ class Verdict:
     Attributes:
         name: The requested name.
         background: The requested background colour; None is white.
-        rank: How many images of the data set are nearer than the nearest one of that name (any style); 0 is
-            a hit, below 5 is in the top five.
-        nearest: The name of the nearest image.
-        nearest_style: The style of the nearest image.
-        mse: The mean squared error to the nearest image, for values in [0, 1].
-        background_seen: The palette's colour nearest to the corners.
+        rank: How many images of other names are nearer than the nearest one of that name (any style), at most
+            `scene_fit.FINALISTS`; 0 is a hit, below 5 is in the top five.
+        nearest: The name of the nearest image; None if the image shows nothing.
+        nearest_style: The style of the nearest image; None if the image shows nothing.
+        error: The share of the energy of what is shown that the nearest image of the requested name leaves
+            unexplained; 0 is a perfect match, and 1 if the image shows nothing.
+        background_seen: The palette's colour nearest to the border.
     """
 
     name: str
     background: str | None
     rank: int
-    nearest: str
-    nearest_style: str
-    mse: float
+    nearest: str | None
+    nearest_style: str | None
+    error: float
     background_seen: str
 
     @property
@@ -51,25 +55,7 @@ class EmojiJudge:
     """Judge images against all images of a data set, including held-out ones."""
 
     def __init__(self, data: EmojiData) -> None:
-        self.index = data.index
-        source = (
-            torch.from_numpy(data.images[:])
-            if data.images.flags.writeable
-            else torch.from_numpy(data.images.copy())
-        )
-        colours, alphas = [], []
-        for part in source.split(256):
-            rgba = part.permute(0, 3, 1, 2).float() / 255  # (n, 4, P, P), straight alpha
-            rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
-            rgba = F.interpolate(rgba, size=(SIZE, SIZE), mode="area")
-            colours.append(rgba[:, :3])
-            alphas.append(rgba[:, 3:])
-        # (N, 3, 64, 64) times alpha, (N, 1, 64, 64)
-        self._colour, self._alpha = (torch.cat(colours), torch.cat(alphas))
-        rows: dict[str, list[int]] = {}
-        for i, row in enumerate(self.index):
-            rows.setdefault(row.name, []).append(i)
-        self._rows_of = rows
+        self.index, self.gallery = data.index, SceneGallery(data)
 
     @torch.inference_mode()
     def __call__(
@@ -78,121 +64,45 @@ class EmojiJudge:
         """Return one verdict per image.
 
         Args:
-            images: Images, shape (B, 3, H, W), in [0, 1].
+            images: Images, shape (B, 3, S, S), in [0, 1].
             names: The requested names, such as "red-apple".
             backgrounds: The requested background colours of the palette, or None for white.
 
         Raises:
             ValueError: If the shapes do not match or a name is not in the data set.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not len(images) == len(names) == len(backgrounds):
+        square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
+        if not square or not len(images) == len(names) == len(backgrounds):
             raise ValueError(
-                f"expected (B, 3, H, W) with B names and backgrounds, got {tuple(images.shape)},"
+                f"expected (B, 3, S, S) with B names and backgrounds, got {tuple(images.shape)},"
                 f" {len(names)} and {len(backgrounds)}"
             )
-        unknown = [name for name in names if name not in self._rows_of]
+        unknown = [name for name in names if name not in self.index.rows_of]
         if unknown:
             raise ValueError(f"names that the data set does not have: {unknown[:5]}")
-        images = images.float()
-        verdicts: dict[int, Verdict] = {}
-        for background in dict.fromkeys(backgrounds):
-            gallery = self._gallery(background)
-            coarse = _pool(gallery)
-            for i in (i for i, asked in enumerate(backgrounds) if asked == background):
-                distance = self._distances(images[i], names[i], background, gallery, coarse)
-                verdicts[i] = self._verdict(distance, images[i], names[i], background)
-        return [verdicts[i] for i in range(len(images))]
+        return [
+            self._verdict(resized(image.float()), name, background)
+            for image, name, background in zip(images, names, backgrounds, strict=True)
+        ]
 
-    def _gallery(self, background: str | None) -> Tensor:
-        """Return the images composed on a background minus the background, (N, 3, 64, 64).
-
-        Differences between images are unaffected, and float32 rounds less near zero.
-        """
-        return self._colour - _colour(background) * self._alpha
-
-    def _distances(
-        self, image: Tensor, name: str, background: str | None, gallery: Tensor, coarse: Tensor
-    ) -> Tensor:
-        """Return the minimum mean squared error of an image's copies to each image of the data set, (N,).
-
-        Exact up to the requested name's distance; infinite where it is certainly larger. The error between
-        box means is a lower bound of the error between images (Jensen), so most images are excluded without a
-        comparison at full size.
-        """
-        copies = shifted_and_scaled(image - _colour(background))  # (K, 3, 64, 64)
-        distance = torch.full((len(gallery),), torch.inf)
-        own = torch.tensor(self._rows_of[name])
-        distance[own] = least_mse(copies, gallery[own])
-        near = least_mse(_pool(copies), coarse) < distance[own].min() + 1e-5  # more than float32's rounding
-        near[own] = False
-        distance[near] = least_mse(copies, gallery[near])
-        return distance
-
-    def _verdict(self, distance: Tensor, image: Tensor, name: str, background: str | None) -> Verdict:
-        best = int(distance.argmin())
-        own = distance[self._rows_of[name]].min()
-        rank = int((distance < own - 1e-6).sum())  # identical images tie up to float32 rounding
-        row = self.index[best]
+    def _verdict(self, image: Tensor, name: str, background: str | None) -> Verdict:
+        seen, level = seen_background(image)
+        facts = Facts(things=(Thing(name=name),), background=seen)
+        shown = smooth(image - level.view(3, 1, 1))
+        parts = SceneFit(self.gallery, shown, seen, facts, hopeless=math.inf).parts
+        nearest = self.index[parts[0].nearest] if parts else None
         return Verdict(
             name=name,
             background=background,
-            rank=rank,
-            nearest=row.name,
-            nearest_style=row.style,
-            mse=float(distance[best]),
-            background_seen=background_of(image),
+            rank=parts[0].rank if parts else FINALISTS,
+            nearest=None if nearest is None else nearest.name,
+            nearest_style=None if nearest is None else nearest.style,
+            error=parts[0].error if parts else 1.0,
+            background_seen=seen,
         )
 
 
-def least_mse(copies: Tensor, gallery: Tensor) -> Tensor:
-    """Return the minimum mean squared error of copies (K, C, h, w) to each image (N, C, h, w), shape (N,)."""
-    copies, gallery = copies.flatten(1), gallery.flatten(1)
-    # |a − b|² = |a|² − 2ab + |b|², (N, K)
-    products = torch.addmm(copies.square().sum(1).expand(len(gallery), -1), gallery, copies.T, alpha=-2)
-    return (products.amin(1) + gallery.square().sum(1)).clamp_min(0) / gallery.shape[1]
-
-
-def _pool(images: Tensor) -> Tensor:
-    return F.avg_pool2d(images, 4)
-
-
-def shifted_and_scaled(image: Tensor) -> Tensor:
-    """Return the shifted and scaled copies of an image (3, H, W) minus its background, (5·7·7, 3, 64, 64).
-
-    Uncovered areas are 0.
-    """
-    resized = F.interpolate(
-        image[None], size=(SIZE, SIZE), mode="area" if image.shape[-1] >= SIZE else "bilinear"
-    )
-    copies = []
-    for scale in SCALES:
-        theta = torch.tensor([[[1 / scale, 0, 0], [0, 1 / scale, 0]]])
-        scaled = (
-            F.grid_sample(
-                resized, F.affine_grid(theta, list(resized.shape), align_corners=False), align_corners=False
-            )
-            if scale != 1
-            else resized
-        )
-        padded = F.pad(scaled, (SHIFT,) * 4)
-        windows = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (1, 3, 7, 7, 64, 64)
-        copies.append(windows[0].flatten(1, 2).transpose(0, 1))
-    return torch.cat(copies)
-
-
-def background_of(image: Tensor) -> str:
-    """Return the palette's colour nearest to the median of the corners of an image (3, H, W) in [0, 1].
-
-    Each corner is a square with a side of 1/32 of the width.
-    """
-    patch = max(1, image.shape[-1] // 32)
-    ends = [slice(0, patch), slice(-patch, None)]
-    corners = torch.cat(
-        [image[:, rows, columns].flatten(1) for rows in ends for columns in ends], dim=1
-    ).float()  # (3, pixels)
-    median = corners.quantile(0.5, dim=1)
-    return min(PALETTE, key=lambda name: float((median - _colour(name).flatten()).square().sum()))
-
-
-def _colour(background: str | None) -> Tensor:
-    return torch.tensor(PALETTE[background or "white"], dtype=torch.float32).view(3, 1, 1) / 255
+def resized(image: Tensor) -> Tensor:
+    """Return an image (3, S, S) at the size at which images are compared, (3, 128, 128)."""
+    mode = "area" if image.shape[-1] >= SIZE else "bilinear"
+    return F.interpolate(image[None], size=(SIZE, SIZE), mode=mode)[0]

@@ -1,11 +1,13 @@
 """Measure how often an emoji model draws what was asked.
 
     python benchmarks/emoji_quality.py
+    python benchmarks/emoji_quality.py --real
 
 Rows (judged by `emoji_judge`): random names, half of them on a random background; held-out (name, background)
 pairs; the background colour; the autoencoder on held-out images; and the Fréchet distance to the data (Heusel
 et al. 2017, with the model's own CLIP image tower instead of Inception) of samples, of reconstructions and of
-other images of the data.
+other images of the data. With `--real`, the judge itself is measured: on images of the data set in places,
+sizes and tilts of the training's scenes, by their own names and by each other's.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from common import add_quick
 from emoji_judge import EmojiJudge, Verdict
+from emoji_scenes import asked, draw_held_out_backgrounds, draw_held_out_images, draw_training, real
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -31,79 +34,11 @@ from ldm.analysis.metrics.bootstrap import Bootstrap, Estimate
 from ldm.analysis.metrics.features import extract, folder_clip
 from ldm.analysis.metrics.frechet import frechet_estimate
 from ldm.catalog.lookup import ASSETS
-from ldm.data import (
-    PALETTE,
-    STYLES,
-    EmojiData,
-    Mix,
-    Scene,
-    caption,
-    held_out_background,
-    plain_scene,
-    render_batch,
-    sample_scene,
-)
+from ldm.data import STYLES, EmojiData, Mix, caption, draw_layout, sample_scene
 from ldm.support.files import open_atomically, write_atomically
 
 EMBEDDED_STYLES = ("noto", "fluent", "twemoji")  # that emoji-unclip was trained on
-BACKGROUNDS = tuple(colour for colour in PALETTE if colour != "white")
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds -> (B, 3, H, W) in [0, 1]
-
-
-def draw_training(
-    data: EmojiData, n: int, rng: np.random.Generator, styles: Sequence[str] = STYLES
-) -> list[Scene]:
-    """Return n distinct training images of some styles, whole; every other one on a random background.
-
-    No (name, background) combination is held out.
-    """
-    drawn = []
-    for i, row in enumerate(rng.permutation(rows_of_styles(data, styles))[:n]):
-        name = data.index[int(row)].name
-        allowed = [background for background in BACKGROUNDS if not held_out_background(name, background)]
-        background = allowed[rng.integers(len(allowed))] if i % 2 else None
-        drawn.append(plain_scene(data.index, int(row), background))
-    return drawn
-
-
-def draw_held_out_backgrounds(
-    data: EmojiData, n: int, rng: np.random.Generator, styles: Sequence[str] = STYLES
-) -> list[Scene]:
-    """Return n training images of some styles on backgrounds that are held out for their names."""
-    pairs = [
-        (int(row), background)
-        for row in rows_of_styles(data, styles)
-        for background in BACKGROUNDS
-        if held_out_background(data.index[int(row)].name, background)
-    ]
-    return [plain_scene(data.index, *pairs[i]) for i in rng.permutation(len(pairs))[:n]]
-
-
-def rows_of_styles(data: EmojiData, styles: Sequence[str]) -> np.ndarray:
-    """Return the rows of the training images of some styles."""
-    return np.array([row for row in data.train if data.index[int(row)].style in styles], dtype=np.int64)
-
-
-def draw_held_out_images(
-    data: EmojiData, rng: np.random.Generator, styles: Sequence[str] = STYLES
-) -> list[Scene]:
-    """Return every held-out image of some styles once, every other one on a random background."""
-    rows = [int(row) for row in data.held_out if data.index[int(row)].style in styles]
-    colours = tuple(PALETTE)
-    backgrounds = [colours[rng.integers(len(colours))] if i % 2 else None for i in range(len(rows))]
-    return [
-        plain_scene(data.index, row, background) for row, background in zip(rows, backgrounds, strict=True)
-    ]
-
-
-def real(scenes: Sequence[Scene], data: EmojiData, size: int) -> Tensor:
-    """Render scenes from the data set, (B, 3, size, size) in [0, 1]."""
-    return torch.from_numpy(render_batch(scenes, data.images, size)).permute(0, 3, 1, 2).float() / 255
-
-
-def asked(scenes: Sequence[Scene]) -> tuple[list[str], list[str | None]]:
-    """Return the names and the backgrounds that the captions of scenes of one thing ask for."""
-    return [scene.facts.things[0].name for scene in scenes], [scene.facts.background for scene in scenes]
 
 
 def score(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -219,6 +154,30 @@ def measure(
     return {"size": size, **result}, torch.cat(all_images), all_verdicts, all_prompts
 
 
+def measure_judge(data: EmojiData, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the figures of images of the data set, judged by their own names and by each other's."""
+    rng, judge = np.random.default_rng(options.seed), EmojiJudge(data)
+    plain = draw_training(data, options.n, rng, options.styles)
+    placed = [draw_layout(scene.facts, data.index, rng) for scene in plain]
+    images, (names, backgrounds) = real(placed, data, 128), asked(placed)
+    others = [*names[1:], names[0]]
+    return {
+        "their own names": score(judge(images, names, backgrounds)),
+        "each other's names": score(judge(images, others, backgrounds)),
+    }
+
+
+def judge_table(figures: dict[str, dict[str, float]]) -> str:
+    """Return the figures of `measure_judge` as a Markdown table."""
+    rows = [
+        f"| {name} | " + " | ".join(f"{value:.1f} %" for value in found.values()) + " |"
+        for name, found in figures.items()
+    ]
+    return "\n".join(
+        ["| images of the data set by | top-1 | top-5 | background |", "|---|---|---|---|", *rows]
+    )
+
+
 def table(result: dict[str, Any]) -> str:
     """Return the figures as a Markdown table with their bars."""
     training, pairs = result["training"], result["held_out_pairs"]
@@ -314,6 +273,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the options; exit with a message for impossible ones."""
     parser = argparse.ArgumentParser(description="Measure how often an emoji model draws what was asked.")
     parser.add_argument("--model", default="emoji-ldm")
+    parser.add_argument(
+        "--real", action="store_true", help="measure the judge on images of the data set, without a model"
+    )
     parser.add_argument("--weights", default=None, help="weights to judge instead of the model's own")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set (default: %(default)s)")
     parser.add_argument(
@@ -365,6 +327,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     data = EmojiData.open(options.data)
+    if options.real:
+        print(judge_table(measure_judge(data, options)))
+        return
     pipe = ldm.load(options.model, weights=options.weights) if options.weights else ldm.load(options.model)
     start = time.perf_counter()
     result, images, verdicts, prompts = measure(pipe, data, options)

@@ -41,21 +41,39 @@ class Part:
         error: The share of the energy there that this image, in its nearest colour, leaves unexplained; 0 is
             a perfect match.
         nearest: Row of the nearest image of all.
-        is_named: Whether no image of another name (or style, if one was asked for) is nearer.
+        rank: How many images of other names (or styles, if one was asked for) are nearer: 0 to `FINALISTS`.
         colour: The nearest colour of things, or None for the thing's own; None if no colour was asked for.
     """
 
     placement: Placement
     error: float
     nearest: int
-    is_named: bool
+    rank: int
     colour: str | None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether no image of another name is nearer."""
+        return self.rank == 0
 
 
 class SceneFit:
-    """The fit of facts to an image, which is given as differences from its background, (3, S, S)."""
+    """The fit of facts to an image, which is given as differences from its background, (3, S, S).
 
-    def __init__(self, gallery: SceneGallery, image: Tensor, background: str, facts: Facts) -> None:
+    A thing that leaves more than `hopeless` of its energy unexplained at its first pose is not compared with
+    other images. Default: 0.75.
+    """
+
+    def __init__(
+        self,
+        gallery: SceneGallery,
+        image: Tensor,
+        background: str,
+        facts: Facts,
+        *,
+        hopeless: float = HOPELESS,
+    ) -> None:
+        self.hopeless = hopeless
         self.gallery, self.image, self.background, self.facts = gallery, image, background, facts
         self.own = [_rows(gallery, thing) for thing in facts.things]
         self.drawn = torch.zeros_like(image)
@@ -95,21 +113,21 @@ class SceneFit:
     def _identify(self, i: int, row: int, pose: Tensor, image: Tensor) -> Part:
         """Compare the image of a thing with all images of the data set, each at its own best pose."""
         seen = image * self._square(pose)
-        nearest, is_named = row, False
-        if _energy(seen - self._draw(i, row, pose)) <= HOPELESS * _energy(seen):
-            row, pose, nearest, is_named = self._compare(i, pose, seen)
+        nearest, rank = row, FINALISTS
+        if _energy(seen - self._draw(i, row, pose)) <= self.hopeless * _energy(seen):
+            row, pose, nearest, rank = self._compare(i, pose, seen)
         colour, error = self._colour(i, row, pose, seen)
         x, y, side, tilt = pose.tolist()
         return Part(
             placement=Placement(thing=i, row=row, x=x, y=y, side=side, tilt=math.degrees(tilt)),
             error=error / max(_energy(seen), 1e-12),
             nearest=nearest,
-            is_named=is_named,
+            rank=rank,
             colour=colour,
         )
 
-    def _compare(self, i: int, pose: Tensor, seen: Tensor) -> tuple[int, Tensor, int, bool]:
-        """Return a thing's nearest row, its pose, the nearest row of all, and whether no name is nearer."""
+    def _compare(self, i: int, pose: Tensor, seen: Tensor) -> tuple[int, Tensor, int, int]:
+        """Return a thing's nearest row, its pose, the nearest row of all, and the thing's rank."""
         thing, own, levels = self.facts.things[i], self.own[i], pyramid(seen)
         rows, poses = self._candidates(levels, pose, thing.colour, own)
         poses, gains = refine(levels, self.gallery.small(rows, thing.colour, self.background), poses, 4)
@@ -122,7 +140,7 @@ class SceneFit:
         rows, poses = [rows[k] for k in chosen], poses[chosen]
         poses, gains = refine(levels, self.gallery.large(rows, thing.colour, self.background), poses, 3)
         best = max((k for k in range(len(rows)) if rows[k] in own), key=gains.__getitem__)
-        near = gains >= gains.max() - CLOSE * _energy(seen) / seen[0].numel()
+        near = gains >= gains[best] - CLOSE * _energy(seen) / seen[0].numel()
         kept = [k for k in range(len(rows)) if near[k] or k == best]
         rows, poses = [rows[k] for k in kept], poses[kept]
         errors = [_energy(seen - self._draw(i, row, where)) for row, where in zip(rows, poses, strict=True)]
@@ -135,8 +153,9 @@ class SceneFit:
             for k in order
             if rows[k] not in own and (names[k] != thing.name or thing.style is not None)
         ]
-        limit = min(rivals, default=math.inf) * TIE + LEAST_TIE * _energy(seen)
-        return rows[best], poses[best], rows[order[0]], errors[best] <= limit
+        least = LEAST_TIE * _energy(seen)
+        rank = sum(errors[best] > error * TIE + least for error in rivals)
+        return rows[best], poses[best], rows[order[0]], rank
 
     def _candidates(
         self, levels: list[Tensor], pose: Tensor, colour: str | None, own: Sequence[int]

@@ -62,6 +62,17 @@ def test_an_image_has_its_background_and_no_warning(pipe, recwarn):
     assert drawn.tensor.std() > 0.05  # the cat
 
 
+def test_two_evaluations_draw_what_ten_do(pipe):
+    turbo = ldm.load("emoji-ldm-turbo", device="cpu", dtype="float32")
+    assert turbo.card.defaults.steps == 2
+    for prompt in ("three red apples", "a blue cat face to the left of a rocket"):
+        wanted, other = (pipe.text_to_image(prompt, seed=seed, progress=False).tensor for seed in (3, 4))
+        for options in ({}, {"steps": 4}, {"steps": 1}):
+            few = turbo.text_to_image(prompt, seed=3, progress=False, **options).tensor
+            near, far = (255 * (few - image).square().mean().sqrt() for image in (wanted, other))
+            assert near < 5 and far > 50  # RMS in levels: 1 to 3, and about 70
+
+
 def test_words_of_the_data_set_are_known(pipe):
     for prompt in (
         "a kitty",

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from ldm.catalog.families import FAMILIES
-from ldm.catalog.shapes import CONDITIONERS, TEXTS, UNETS, VAES
+from ldm.catalog.networks import Autoencoder, Networks, shape
+from ldm.catalog.shapes import VAES
 from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.edm import EDMSchedule
 from ldm.diffusion.interfaces import DenoiseFn, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.clip.towers import TextConfig
-from ldm.models.labels import LabelConfig
-from ldm.models.text.bert import BertConfig
-from ldm.models.tiny import TinyConfig
-from ldm.models.unet import UNetConfig
-from ldm.models.vae import VAEConfig
-from ldm.models.vq import VQConfig
 from ldm.samplers import get_sampler
 from ldm.samplers.conventions import Convention, get_convention
 from ldm.support.config import check_between, nearest
 from ldm.support.scalars import check_above_zero
 
-Autoencoder = VAEConfig | VQConfig | TinyConfig
-Conditioning = TextConfig | BertConfig | LabelConfig
 Kind = Literal["latent", "autoencoder", "unclip", "prior", "tokens", "dvae"]
-_C = TypeVar("_C")
 # The contents of `Cond.concat`. "inpaint": mask and masked latent; "inpaint-ldm": masked latent and mask in
 # [−1, 1]; "depth": depth map; "image": unscaled latent of the image to edit; "lowres": image to enlarge, at
 # the size of the latent; "lowres-noised": the same with noise of a given level.
@@ -151,6 +142,8 @@ class Card:
         hub: Where the weights are published; None if nowhere.
         files: SHA-256 of the files of the model's parts in ldm layout, by name; None if not stated. Cards
             that differ in it alone are equal.
+        parts: Folders of parts that are stored elsewhere, such as in another embedded model, relative to the
+            folder of the card.
     """
 
     kind: ClassVar[Kind]
@@ -160,6 +153,7 @@ class Card:
     licence: str
     hub: Hub | None = None
     files: Mapping[str, str] | None = field(default=None, compare=False)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, object]:
         """Return the network configurations by part; empty if the card leaves them to each part's YAML."""
@@ -191,11 +185,15 @@ class Card:
 
     def part_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each part of the model whose card is in ``folder``, in the ldm layout."""
-        return dict.fromkeys(self.shapes(), folder)
+        return self.located(folder, self.shapes())
+
+    def located(self, folder: Path, parts: Iterable[str]) -> dict[str, Path]:
+        """Return the folder of each of ``parts``: ``folder``, or the one that the card states."""
+        return {part: folder / self.parts.get(part, "") for part in parts}
 
     def inherited(self) -> dict[str, Any]:
         """Return the fields that a card with ``base: NAME`` inherits: all but those that locate weights."""
-        return {**vars(self), "hub": None, "files": None}
+        return {**vars(self), "hub": None, "files": None, "parts": {}}
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that images depend on: all but names, texts, networks, and where weights are."""
@@ -241,58 +239,6 @@ class DiffusionCard(SampledCard):
     def constrain(self, denoise: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
         """Return ``denoise`` with the card's constraints on x0; without any, ``denoise`` itself."""
         return denoise
-
-
-@dataclass(frozen=True, kw_only=True)
-class Networks:
-    """The networks of a latent diffusion model, each the name of a published shape or a configuration.
-
-    The names are those of `ldm.catalog.shapes`.
-
-    Args:
-        unet: The denoising network.
-        vae: The autoencoder.
-        text: The first text tower, BERT, or the table of classes; None if there is none.
-        text2: SDXL's second text tower, which gives the pooled text embedding; None if there is none.
-    """
-
-    unet: str | UNetConfig
-    vae: str | VAEConfig | VQConfig | TinyConfig
-    text: str | TextConfig | BertConfig | LabelConfig | None = None
-    text2: str | TextConfig | None = None
-
-    def __post_init__(self) -> None:
-        self.configs()
-
-    def configs(self) -> dict[str, UNetConfig | Autoencoder | Conditioning]:
-        """Return the configurations by part: "unet", "vae", and "text", "text2" or "class" if present.
-
-        Raises:
-            ValueError: If a name is not a published shape.
-        """
-        found: dict[str, UNetConfig | Autoencoder | Conditioning] = {
-            "unet": shape("unet", self.unet, UNETS),
-            "vae": shape("vae", self.vae, VAES),
-        }
-        if self.text is not None:
-            config = shape("text", self.text, CONDITIONERS)
-            found["class" if isinstance(config, LabelConfig) else "text"] = config
-        if self.text2 is not None:
-            found["text2"] = shape("text2", self.text2, TEXTS)
-        return found
-
-
-def shape(part: str, value: str | _C, table: Mapping[str, _C]) -> _C:
-    """Return the configuration called ``value`` in ``table``, or ``value`` itself if it is not a name.
-
-    Raises:
-        ValueError: If the table has no such name; the message offers the nearest one and names ``part``.
-    """
-    if not isinstance(value, str):
-        return value
-    if value not in table:
-        raise ValueError(f"{part}: unknown shape {value!r}; {nearest(value, table)}")
-    return table[value]
 
 
 OPTIONAL_PARTS = ("draft", "layout")  # parts that a model without stated networks may have
@@ -355,11 +301,12 @@ class ModelCard(DiffusionCard, Card):
         return tuple(self.shapes()) or ("unet", "vae", "text", *OPTIONAL_PARTS)
 
     def part_folders(self, folder: Path) -> dict[str, Path]:
-        """Return the folder of each part: ``folder``; optional parts are those whose YAML is there."""
+        """Return the folder of each part; optional parts are those whose YAML is there."""
         if self.networks is not None:
             return super().part_folders(folder)
-        optional = [part for part in OPTIONAL_PARTS if (folder / f"{part}.yaml").is_file()]
-        return dict.fromkeys(("unet", "vae", "text", *optional), folder)
+        found = self.located(folder, ("unet", "vae", "text", *OPTIONAL_PARTS))
+        absent = [part for part in OPTIONAL_PARTS if not (found[part] / f"{part}.yaml").is_file()]
+        return {part: place for part, place in found.items() if part not in absent}
 
     def inherited(self) -> dict[str, Any]:
         """Return the fields that a card with ``base: NAME`` inherits."""
@@ -384,7 +331,7 @@ class AutoencoderCard(Card):
     """An autoencoder without a diffusion model: a first stage, or a tiny one for previews."""
 
     kind: ClassVar[Kind] = "autoencoder"
-    vae: str | VAEConfig | VQConfig | TinyConfig
+    vae: str | Autoencoder
 
     def config(self) -> Autoencoder:
         """Return the autoencoder's configuration."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from ldm.catalog.cards import Card, Defaults, DiffusionCard, Kind, shape
+from ldm.catalog.cards import Card, Defaults, DiffusionCard, Kind
+from ldm.catalog.networks import shape
 from ldm.catalog.shapes import VAES
 from ldm.models.dalle.decoder import DalleDecoderConfig
 from ldm.models.dalle.dvae import DVAEConfig
@@ -145,7 +146,7 @@ class DalleCard(Card):
 
     def part_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each part of the model whose card is in ``folder``."""
-        return dict.fromkeys(TOKEN_PARTS, folder)
+        return self.located(folder, TOKEN_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)

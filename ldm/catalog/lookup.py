@@ -54,9 +54,12 @@ def check_card(card: Card) -> None:
     """Check what a card's fields together state.
 
     Raises:
-        ValueError: If a network would be implausibly large, or a schedule cannot be made; the message names
-            the part.
+        ValueError: If a network would be implausibly large, a schedule cannot be made, or the place of a part
+            is stated that such a model does not have; the message names the part.
     """
+    for part in card.parts:
+        if part not in card.part_names():
+            raise ValueError(f"parts: {shown(part)}; {nearest(part, card.part_names())}")
     for part, config in card.shapes().items():
         check_sizes(config, part)
     for part, stage in card.stages().items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.catalog.cards import AutoencoderCard, Defaults, Hub, ModelCard, Networks, ScheduleCard
+from ldm.catalog.cards import AutoencoderCard, Defaults, Hub, ModelCard, ScheduleCard
+from ldm.catalog.networks import Networks
 from ldm.catalog.published_sd import SD_BETAS
 from ldm.samplers.conventions import CONVENTIONS
 

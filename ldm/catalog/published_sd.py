@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.catalog.cards import Defaults, Hub, ModelCard, Networks, ScheduleCard
+from ldm.catalog.cards import Defaults, Hub, ModelCard, ScheduleCard
+from ldm.catalog.networks import Networks
 from ldm.conditioning.conditioner import TextConvention
 from ldm.samplers.conventions import Convention
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from ldm.catalog.cards import Card, DiffusionCard, Kind, SampledCard, shape
+from ldm.catalog.cards import Card, DiffusionCard, Kind, SampledCard
+from ldm.catalog.networks import shape
 from ldm.catalog.shapes import DECODERS, MOVQ, PRIORS, TEXTS, UNETS, UPSAMPLERS, VAES, VISIONS, WORDS
 from ldm.conditioning.conditioner import TextConvention
 from ldm.diffusion.constraints import clip_x0
@@ -175,8 +176,6 @@ class UnCLIPCard(Card):
         words: How the decoder's own text encoder is read.
         latent_scale: Scale of the latents; None if the weights state it or there is no autoencoder.
         networks: The networks; None if each part's YAML states its configuration.
-        parts: Folders of parts that are stored elsewhere, such as in another embedded model, relative to the
-            folder of the card.
     """
 
     kind: ClassVar[Kind] = "unclip"
@@ -193,7 +192,6 @@ class UnCLIPCard(Card):
     words: TextConvention = field(default_factory=lambda: TextConvention(pad=0))
     latent_scale: float | None = None
     networks: UnCLIPNetworks | None = None
-    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_between(1, 1000, pictures=self.pictures)
@@ -220,10 +218,6 @@ class UnCLIPCard(Card):
         """Map the names of parts in the authors' single file to the names of this card's parts."""
         return dict(STABLE_FILE_PARTS) if self.condition == "noised" else super().file_parts()
 
-    def inherited(self) -> dict[str, Any]:
-        """Return the fields that a card with ``base: NAME`` inherits."""
-        return {**super().inherited(), "parts": {}}
-
     def part_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each part: the parts that the stages need, and the others that are present."""
         upsamplers = [upsampler_name(k) for k in range(len(self.upsamplers))]
@@ -238,10 +232,7 @@ class UnCLIPCard(Card):
             *(f"{name}-last" for name in upsamplers),
         ]
         present = [name for name in others if (folder / f"{name}.yaml").is_file()]
-        return {
-            part: folder / self.parts[part] if part in self.parts else folder
-            for part in dict.fromkeys([*needed, *present])
-        }
+        return self.located(folder, [*needed, *present])
 
     def stages(self) -> Mapping[str, SampledCard]:
         """Return the stages by part: "prior" (if present), "decoder", "upsampler", "upsampler2" and so on."""

@@ -44,7 +44,7 @@ class ExemplarLibrary:
         size: Side of the images in pixels.
 
     Attributes:
-        changes: Number of times that something was added or removed.
+        nouns: The names that each noun phrase may mean; another mapping after each change of the library.
 
     Raises:
         ValueError: If a (name, style) occurs twice, a noun means no name or one without an image, or one is
@@ -54,15 +54,15 @@ class ExemplarLibrary:
     def __init__(
         self, exemplars: Iterable[Exemplar], nouns: Mapping[str, Sequence[str]], *, size: int
     ) -> None:
-        self.size, self.changes = size, 0
+        self.size = size
         self._of: dict[str, dict[str, Exemplar]] = {}
         for exemplar in exemplars:
             styles = self._of.setdefault(exemplar.name, {})
             if exemplar.style in styles:
                 raise ValueError(f"two exemplars of {shown(exemplar.name)} in style {shown(exemplar.style)}")
             styles[exemplar.style] = exemplar
-        self.nouns: dict[str, tuple[str, ...]] = {noun: tuple(names) for noun, names in nouns.items()}
-        for noun, names in self.nouns.items():
+        known = {noun: tuple(names) for noun, names in nouns.items()}
+        for noun, names in known.items():
             if absent := [name for name in names if name not in self._of]:
                 raise ValueError(
                     f"noun {shown(noun)} means {shown(absent[0])}, of which there is no exemplar"
@@ -72,7 +72,8 @@ class ExemplarLibrary:
             _check_noun(noun)
         for name in self._of:
             _check_noun(name)
-            self.nouns.setdefault(name.replace("-", " "), (name,))
+            known.setdefault(name.replace("-", " "), (name,))
+        self.nouns: Mapping[str, tuple[str, ...]] = known
 
     def __len__(self) -> int:
         return sum(map(len, self._of.values()))
@@ -125,9 +126,7 @@ class ExemplarLibrary:
             _check_noun(noun)
         content = write_exemplar(pixels)
         self._of.setdefault(key, {})[style] = Exemplar(name=key, style=style, content=content)
-        for noun in nouns:
-            self.nouns[noun.lower()] = (key,)
-        self.changes += 1
+        self.nouns = {**self.nouns, **{noun.lower(): (key,) for noun in nouns}}
 
     def remove(self, name: str) -> None:
         """Remove all images of a name, and the nouns that mean nothing else.
@@ -140,7 +139,6 @@ class ExemplarLibrary:
         del self._of[key]
         left = {noun: tuple(n for n in names if n != key) for noun, names in self.nouns.items()}
         self.nouns = {noun: names for noun, names in left.items() if names}
-        self.changes += 1
 
     def choose(self, mention: Mention, seed: int, slot: int) -> Exemplar:
         """Return the exemplar of a thing, chosen by the seed among what the prompt leaves open.
@@ -158,7 +156,7 @@ class ExemplarLibrary:
 
     def meant(self, mention: Mention) -> list[Exemplar]:
         """Return the exemplars that `choose` draws from, with any seed."""
-        found = []
+        found: list[Exemplar] = []
         for name in mention.names:
             styles = self._of[name]
             found += [styles[mention.style]] if mention.style in styles else styles.values()

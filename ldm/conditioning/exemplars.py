@@ -110,7 +110,7 @@ class ExemplarConditioner(nn.Module):
         self.index = index
         self.grammar = text.known_words
         self.slots = slots_of(layout.config)
-        self._lexicon: tuple[int, Lexicon] | None = None  # with the library's changes that it includes
+        self._lexicon: Lexicon | None = None
 
     @property
     def width(self) -> int:
@@ -120,12 +120,10 @@ class ExemplarConditioner(nn.Module):
     @property
     def lexicon(self) -> Lexicon:
         """What a prompt may consist of, with what was added to the library."""
-        changes = self.library.changes
-        if self._lexicon is None or self._lexicon[0] != changes:
-            library = self.library
-            made = Lexicon(nouns=library.nouns, styles=library.styles, grammar=self.grammar)
-            self._lexicon = changes, made
-        return self._lexicon[1]
+        nouns = self.library.nouns
+        if self._lexicon is None or self._lexicon.nouns is not nouns:
+            self._lexicon = Lexicon(nouns=nouns, styles=self.library.styles, grammar=self.grammar)
+        return self._lexicon
 
     @property
     def known_words(self) -> frozenset[str]:
@@ -149,8 +147,7 @@ class ExemplarConditioner(nn.Module):
         Raises:
             ValueError: If there are several prompts and another number of seeds.
         """
-        lexicon = self.lexicon
-        read = {prompt: self.read(prompt, lexicon) for prompt in dict.fromkeys(prompts)}
+        read = {prompt: self.read(prompt) for prompt in dict.fromkeys(prompts)}
         if len(prompts) == 1 and read[prompts[0]].things:
             prompts = list(prompts) * max(1, len(seeds))
         seeds = seeds or [0] * len(prompts)
@@ -184,31 +181,28 @@ class ExemplarConditioner(nn.Module):
         Raises:
             ValueError: If a prompt names nothing, and the conditioner has no index.
         """
-        lexicon = self.lexicon
-        read = [self.read_seen(*pair, lexicon) for pair in zip(prompts, vectors, strict=True)]
+        read = [self.read_seen(*pair) for pair in zip(prompts, vectors, strict=True)]
         drawn = zip(read, seeds, vectors, strict=True)
         return Cond.cat([self._drawn(one, seed, size, vector) for one, seed, vector in drawn])
 
-    def read_seen(self, prompt: str, vector: Tensor, lexicon: Lexicon | None = None) -> ReadPrompt:
+    def read_seen(self, prompt: str, vector: Tensor) -> ReadPrompt:
         """Return a prompt as the model reads it, preceded by what an embedding shows if it names nothing.
 
         Args:
             prompt: The prompt.
             vector: An image embedding of the index's CLIP, (E,).
-            lexicon: The conditioner's `lexicon`, where it is at hand.
 
         Raises:
             ValueError: If the prompt names nothing, and the conditioner has no index.
         """
-        lexicon = self.lexicon if lexicon is None else lexicon
-        read = self.read(prompt, lexicon)
+        read = self.read(prompt)
         if read.things:
             return read
         if self.index is None:
             raise ValueError("expected an index of the library, by which an embedding finds exemplars")
-        nouns = lexicon.nouns_of()
+        nouns = self.lexicon.noun_of
         named = [exemplar for exemplar in self.library if exemplar.name in nouns]
-        return self.read(f"{nouns[self.index.nearest(vector, named).name]} {prompt}", lexicon)
+        return self.read(f"{nouns[self.index.nearest(vector, named).name]} {prompt}")
 
     def _drawn(
         self, read: ReadPrompt, seed: int, size: tuple[int, int] | None, vector: Tensor | None = None
@@ -216,14 +210,9 @@ class ExemplarConditioner(nn.Module):
         """Return the condition of a prompt with a seed, alone, so that it is the same in every batch."""
         return self.condition(read, self.draw_things([read], [seed], vector), size)
 
-    def read(self, prompt: str, lexicon: Lexicon | None = None) -> ReadPrompt:
-        """Return a prompt as the model reads it.
-
-        Args:
-            prompt: The prompt.
-            lexicon: The conditioner's `lexicon`, where it is at hand.
-        """
-        alternatives = self._alternatives(prompt, self.lexicon if lexicon is None else lexicon)
+    def read(self, prompt: str) -> ReadPrompt:
+        """Return a prompt as the model reads it."""
+        alternatives = self._alternatives(prompt)
         return ReadPrompt(alternatives=tuple(alternatives), text=self._text(prompt, alternatives))
 
     def draw_things(
@@ -275,9 +264,9 @@ class ExemplarConditioner(nn.Module):
         text = Cond(context=states.tokens, context_mask=states.mask).expand(len(images))
         return replace(text, exemplars=canvas.to(self.device))
 
-    def _alternatives(self, prompt: str, lexicon: Lexicon) -> list[_Alternative]:
+    def _alternatives(self, prompt: str) -> list[_Alternative]:
         """Return the alternatives of a prompt; the things of each have the slots in their order."""
-        found = []
+        found, lexicon = [], self.lexicon
         for branch in parse(prompt):
             spans: list[ReadText] = []
             for span in branch.spans:
@@ -328,7 +317,7 @@ class ExemplarConditioner(nn.Module):
         The phrase of a thing has the positions of its slot word. Of a blend only the first alternative
         counts.
         """
-        spans = iter(self._alternatives(prompt, self.lexicon)[0].spans)
+        spans = iter(self._alternatives(prompt)[0].spans)
         return word_positions(
             parse(prompt)[0].spans, lambda _: self._ids(next(spans)), self.text.room, self.text.padded_length
         )

@@ -64,6 +64,11 @@ class Lexicon:
         styles: The names of styles, which may stand before a noun.
         grammar: The words that state facts, which the text tower reads.
 
+    Attributes:
+        phrases: The names that each noun phrase, as words, may mean.
+        style_phrases: The style that each phrase, as words, names.
+        longest: The number of words of the longest noun phrase.
+
     Raises:
         ValueError: If a slot word is a word of grammar.
     """
@@ -73,6 +78,7 @@ class Lexicon:
     grammar: frozenset[str]
     phrases: Mapping[tuple[str, ...], tuple[str, ...]] = field(init=False, repr=False)
     style_phrases: Mapping[tuple[str, ...], str] = field(init=False, repr=False)
+    longest: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if taken := self.grammar.intersection(SLOT_WORDS):
@@ -89,14 +95,11 @@ class Lexicon:
         }
         object.__setattr__(self, "phrases", kept)
         object.__setattr__(self, "style_phrases", {tuple(words_in(style)): style for style in self.styles})
+        object.__setattr__(self, "longest", max(map(len, kept), default=0))
 
     @cached_property
-    def longest(self) -> int:
-        """The number of words of the longest phrase."""
-        return max(map(len, self.phrases), default=0)
-
-    def nouns_of(self) -> dict[str, str]:
-        """Return for each name a phrase that may mean it: its own if that is read as a thing."""
+    def noun_of(self) -> Mapping[str, str]:
+        """For each name a phrase that may mean it: its own if that is read as a thing."""
         found: dict[str, str] = {}
         for words, names in self.phrases.items():
             for name in names:

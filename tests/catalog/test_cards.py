@@ -189,6 +189,7 @@ def test_a_registered_card(own: Path) -> None:
             "unet: unknown shape 'sd11'; did you mean 'sd1'",
         ),
         ("base: sd-v1-5\nname: x\nnetworks: null\n", "must state its networks"),
+        ("base: sd-v1-5\nname: x\nparts: {vea: ../y}\n", "parts: 'vea'; did you mean 'vae'"),
         ("name: x\n", "missing key"),
     ],
 )

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tiny_exemplars import SIZE, tiny_exemplar_model
 
 import ldm
 from ldm.pipelines.checks import UnknownWords
+from ldm.support.config import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,24 @@ def test_saved_models_are_loaded_with_their_library(tmp_path: Path):
     )
     with pytest.raises(ValueError, match="library.json"):
         ldm.load(weights=tmp_path / "model")
+
+
+def test_parts_may_lie_in_another_models_folder(tmp_path: Path):
+    """Networks, vocabulary and library are read there, and a saved copy holds them."""
+    pipe = tiny_exemplar_model()
+    ldm.save(pipe, tmp_path / "whole", dtype=None)
+    mapping = read_yaml(tmp_path / "whole" / "card.yaml")
+    mapping |= {"name": "shared", "parts": dict.fromkeys(("unet", "vae", "text", "layout"), "../whole")}
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "card.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    shared = ldm.load(weights=tmp_path / "shared", dtype="float32")
+    assert shared.name == "shared" and torch.allclose(draw(shared), draw(pipe), atol=1e-6)
+    ldm.save(shared, tmp_path / "copy", dtype=None)
+    copy = ldm.load(weights=tmp_path / "copy", dtype="float32")
+    assert copy.card.parts == {} and torch.equal(draw(copy), draw(shared))
+    (tmp_path / "whole" / "library.json").unlink()
+    with pytest.raises(FileNotFoundError, match="library.json"):
+        ldm.load(weights=tmp_path / "shared")
 
 
 def test_models_without_exemplars_say_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,5 +116,5 @@ def write_tokens(
     for part, network in pipe.networks().items():
         write_part(folder, part, network, network.config, dtype=dtype, **facts)
     write_tokenizer(folder, pipe.tokenizer)
-    write_card(folder, pipe.card)
+    write_card(folder, replace(pipe.card, parts={}))
     return folder

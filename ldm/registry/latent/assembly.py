@@ -67,9 +67,9 @@ def text_conditioner(card: ModelCard, source: Source, vocabulary: Path | None) -
         return BertConditioner(first, word_pieces(vocabulary))
     tower = clip_conditioner(first, card.text, source) if isinstance(first, TextTower) else None
     layout = source.networks.get("layout")
-    if tower is not None and source.folder is not None and isinstance(layout, DiT):
+    if tower is not None and "layout" in source.folders and isinstance(layout, DiT):
         cell = Space(source.networks["vae"]).factor
-        return ExemplarConditioner(tower, layout, read_library(source.folder), cell=cell)
+        return ExemplarConditioner(tower, layout, read_library(source.folders["layout"]), cell=cell)
     if not isinstance(second, TextTower):
         return tower
     if card.text2 is None:

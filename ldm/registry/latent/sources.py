@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,20 @@ def latent_from_random(card: ModelCard, dtype: torch.dtype, folder: Path | None 
         dtype: Floating-point type of the networks.
         folder: Folder of an embedded model, for its shapes and its tokenizer; None if it is not embedded.
     """
-    shapes = part_shapes(card, None if folder is None else card.part_folders(folder))
+    folders = None if folder is None else card.part_folders(folder)
+    shapes = part_shapes(card, folders)
     return Source(
         networks=random_networks(shapes, dtype),
         latent_scale=card.latent_scale or 1.0,
         origin={"random": "seed 0"},
-        folder=folder,
+        folder=None if folders is None else folders.get("text"),
+        folders=folders or {},
     )
 
 
 def latent_from_ldm(card: ModelCard, folder: Path, dtype: torch.dtype) -> Source:
     """Read a folder in the ldm layout."""
-    return replace(read_parts(card, folder, dtype, latent_scale=card.latent_scale), folder=folder)
+    return read_parts(card, folder, dtype, latent_scale=card.latent_scale)
 
 
 def latent_from_file(

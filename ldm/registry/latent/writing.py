@@ -66,6 +66,8 @@ def write_ldm(
 ) -> Path:
     """Write a folder in ldm layout: each network with its YAML, the tokenizer's vocabulary, and the card.
 
+    Parts that the model shares with another one are written too.
+
     Args:
         pipe: The model.
         folder: The folder to write.
@@ -86,7 +88,7 @@ def write_ldm(
         write_vocabulary(folder, text.tokenizer, text.known_words)
     elif isinstance(text, BertConditioner):
         write_word_pieces(folder, text)
-    write_card(folder, pipe.card)
+    write_card(folder, replace(pipe.card, parts={}))
     return folder
 
 

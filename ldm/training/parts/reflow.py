@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ldm.catalog.lookup import parse_card
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.interfaces import Prediction
@@ -140,9 +141,11 @@ class ReflowPart:
 
     def __init__(self, config: ReflowTraining, device: torch.device) -> None:
         self.config, self.device = config, device
-        drawing = config.teacher.load(device, None)
-        self.pairs: Pairs = teacher_pairs(drawing, config.texts(), **config.teacher.options())
         self.teacher = config.teacher.load(device, "float32").requires_grad_(False)
+        # layouts of exemplars that are drawn in another dtype are not those that the student is shown
+        shows = isinstance(self.teacher.text, ExemplarConditioner)
+        drawing = self.teacher if shows else config.teacher.load(device, None)
+        self.pairs: Pairs = teacher_pairs(drawing, config.texts(), **config.teacher.options())
         self.base_hashes = network_hashes(self.teacher.networks())
         own = self.teacher.denoiser
         prediction = config.prediction or own.prediction

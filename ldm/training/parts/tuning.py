@@ -77,6 +77,7 @@ class FineTuneDiffusion:
             hub=None,
             files=None,
             folder=None,
+            parts={},
         )
 
     def settled(self, card: ModelCard) -> DiffusionConfig:
