@@ -44,7 +44,7 @@ def _kind(
 
 def _tunings() -> dict[str, PartKind]:
     """Return the kinds of trainings that begin with a loaded model."""
-    from ldm.training.parts.control import ControlNetPart, ControlNetTraining
+    from ldm.training.adapters.trained_control import ControlNetPart, ControlNetTraining
     from ldm.training.parts.fine_tune import FineTunePart, FineTuning
     from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
     from ldm.training.parts.inversion import InversionPart, InversionTraining

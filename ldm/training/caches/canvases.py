@@ -23,7 +23,7 @@ from ldm.training.caches.store import TensorStore, fill
 from ldm.training.inputs.cached_files import CachedFiles
 from ldm.training.inputs.reading import ImageSample
 
-SHOWN = 10  # unknown words that a warning lists
+MOST_UNKNOWN = 10  # unknown words that a warning lists
 
 
 class FittedCanvases:
@@ -58,7 +58,7 @@ class FittedCanvases:
     ) -> None:
         self.text, self.files, self.latents = text, samples.files, latents
         config = self.files.config
-        content = f"{sorted(weights.items())}/{library_key(text)}/{config.size}/{config.background}"
+        content = f"{sorted(weights.items())}/{library_content_key(text)}/{config.size}/{config.background}"
         self.store = TensorStore(CACHES / f"canvases-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
         captioned = [
             (caption, sample)
@@ -78,7 +78,7 @@ class FittedCanvases:
         lexicon = self.text.lexicon
         named = {each for each in captions if self.text.read(escape_prompt(each), lexicon).things}
         unknown = sorted({word for each in captions for word in self.text.unknown(escape_prompt(each))})
-        listed = f"{', '.join(unknown[:SHOWN])}{' …' if len(unknown) > SHOWN else ''}"
+        listed = f"{', '.join(unknown[:MOST_UNKNOWN])}{' …' if len(unknown) > MOST_UNKNOWN else ''}"
         if not named:
             words = f"; unknown words: {listed}" if unknown else ""
             raise ValueError(
@@ -123,7 +123,7 @@ class FittedCanvases:
         return Cond.cat(conds)
 
 
-def library_key(text: ExemplarConditioner) -> str:
+def library_content_key(text: ExemplarConditioner) -> str:
     """Return a hash of the images of a conditioner's library, and of what means them."""
     found = hashlib.sha256(repr(sorted(text.library.nouns.items())).encode())
     for exemplar in text.library:

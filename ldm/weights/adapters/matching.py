@@ -239,6 +239,8 @@ def _group_edits(group: Group, file: AdapterFile, places: Mapping[str, Places]) 
             if change is None:
                 continue
             site = place.sites.get(leaf)
+            if site is None and change.optional:
+                continue
             own = own or (f"the model's has no {leaf}" if site is None else change.misfit(site.shape))
             if site is not None:
                 edits.append(Edit(site=site, block=place.block, delta=change))

@@ -21,10 +21,12 @@ class Delta(ABC):
     Attributes:
         kind: Name of the kind.
         additive: Whether W′(s) = W + s·ΔW with a ΔW that does not depend on W. Additive changes commute.
+        optional: Whether a module without such a tensor is changed without it.
     """
 
     kind: ClassVar[str]
     additive: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, weight: Tensor, strength: float) -> Tensor:

@@ -42,3 +42,28 @@ class Scaling(Delta):
             what = "inputs" if self.on_input else "outputs"
             return f"it scales {self.values.numel()} {what}, the model's weight is {shape}"
         return ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BiasScaling(Scaling):
+    """b′(s) = b · (1 + s·v), where a module has a bias: peft scales the outputs, of which it is a part."""
+
+    optional: ClassVar[bool] = True
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Raise ValueError, as kohya and LyCORIS have no names for it."""
+        raise ValueError("(IA)³ of peft scales biases, for which other names have no tensor: it stays peft's")
+
+
+def peft_factors(ia3_l: Tensor) -> tuple[Tensor, bool]:
+    """Return v = l − 1 of peft's factors l, and whether they scale the inputs.
+
+    Args:
+        ia3_l: l, shape (out, 1), or (1, in) of a layer that peft calls feed-forward.
+
+    Raises:
+        ValueError: If the shape is another, such as that of a convolution.
+    """
+    if ia3_l.ndim != 2 or 1 not in ia3_l.shape:
+        raise ValueError(f"ia3_l has the shape {tuple(ia3_l.shape)}, expected (out, 1) or (1, in)")
+    return ia3_l.float().flatten() - 1, ia3_l.shape[0] == 1

@@ -21,7 +21,7 @@ from ldm.weights.adapters.kinds.hadamard import Hadamard
 from ldm.weights.adapters.kinds.kronecker import Kronecker, KroneckerFactor
 from ldm.weights.adapters.kinds.low_rank import LowRank
 from ldm.weights.adapters.kinds.orthogonal import Butterfly, Rotation
-from ldm.weights.adapters.kinds.scaling import Scaling
+from ldm.weights.adapters.kinds.scaling import BiasScaling, Scaling, peft_factors
 
 Leaves = Mapping[str, Tensor]
 # The factor of a change of a rank (0: one without a rank), where the file has no alpha for it.
@@ -129,6 +129,17 @@ def _scaling(leaves: Leaves, default: ScaleOf) -> Scaling:
     return Scaling(values=leaves["weight"], on_input=bool(leaves["on_input"].reshape(-1)[0]))
 
 
+def _peft_scaling(leaves: Leaves, default: ScaleOf) -> Scaling:
+    values, on_input = peft_factors(leaves["ia3_l"])
+    return Scaling(values=values, on_input=on_input)
+
+
+def _peft_bias_scaling(leaves: Leaves) -> BiasScaling | None:
+    """Return the change of the bias by peft's factors of outputs; None if they are those of inputs."""
+    values, on_input = peft_factors(leaves["ia3_l"])
+    return None if on_input else BiasScaling(values=values)
+
+
 def _each(*names: str) -> tuple[tuple[str, ...], ...]:
     return tuple((name,) for name in names)
 
@@ -158,6 +169,7 @@ CHANGE_KINDS: tuple[ChangeKind, ...] = (
     ),
     ChangeKind(needs=_each("oft_blocks"), may=("rescale",), make=_rotation),
     ChangeKind(needs=_each("weight", "on_input"), make=_scaling, alpha=False),
+    ChangeKind(needs=_each("ia3_l"), make=_peft_scaling, alpha=False),
     ChangeKind(needs=_each("set_weight"), make=lambda x, _: Replacement(values=x["set_weight"]), alpha=False),
     ChangeKind(needs=_each("diff"), make=lambda x, _: Difference(values=x["diff"])),
     ChangeKind(needs=_each("w_norm"), make=lambda x, _: NormDifference(values=x["w_norm"])),
@@ -182,7 +194,9 @@ def deltas_of(leaves: Leaves, default: ScaleOf) -> tuple[Delta | None, Delta | N
     """
     kind = next((kind for kind in CHANGE_KINDS if kind.matches(leaves)), None)
     bias_leaf = next((leaf for leaf in BIASES if leaf in leaves), None)
-    bias = None if bias_leaf is None else BIASES[bias_leaf](values=leaves[bias_leaf])
+    bias: Delta | None = None if bias_leaf is None else BIASES[bias_leaf](values=leaves[bias_leaf])
+    if "ia3_l" in leaves:
+        bias = _peft_bias_scaling(leaves)
     used = {"alpha", bias_leaf} if bias_leaf is not None else set()
     delta: Delta | None = None
     if kind is not None:

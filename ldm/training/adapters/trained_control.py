@@ -105,6 +105,7 @@ class ControlNetPart(TunedModel):
             self.model = DiTControl.copy_of(net, blocks)
             self.kind = DiTControlKind(network=self.model)
         else:
+            assert isinstance(net, UNet)  # see `check`
             self.model = ControlNet.copy_of(net, hint_widths=hint_widths(self.pipe.vae.config.factor))
             self.kind = ControlNetKind(network=self.model)
         self.model.requires_grad_(True)
