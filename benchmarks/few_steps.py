@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     least = {who: 1000 * min(runs) for who, runs in measure(sides, args.repeats, args.clock).items()}
     decoder = least.pop("decoder")
     times = {int(steps): spent for steps, spent in least.items()}
-    print("| steps | ms | denoiser | decoder | text, layout, call | of the most steps |\n|---|---|---|---|---|---|")
+    print("| steps | ms | denoiser | decoder | text, layout, call | of the most steps |")
+    print("|---|---|---|---|---|---|")
     for steps, row in zip(times, split(times, decoder), strict=True):
         cells = " | ".join(f"{value:.1f}" for value in row)
         print(f"| {steps} | {cells} | {row[0] / times[max(times)]:.2f} |")

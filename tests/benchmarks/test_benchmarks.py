@@ -57,6 +57,16 @@ def test_slope_is_the_exponent_of_a_power_law():
     assert slope(sizes, [0.3 * v**1.7 for v in sizes]) == pytest.approx(1.7)
 
 
+def test_the_time_of_an_image_is_split_by_the_slope_between_steps():
+    from few_steps import split
+
+    assert split({10: 130.0, 2: 50.0, 1: 40.0}, 7.0) == [
+        (130.0, 100.0, 7.0, 23.0),
+        (50.0, 20.0, 7.0, 23.0),
+        (40.0, 10.0, 7.0, 23.0),
+    ]
+
+
 def test_the_profile_counts_the_multiplications_of_every_operator():
     import torch
     from pairs import unet_inputs
