@@ -37,7 +37,6 @@ from ldm.catalog.lookup import ASSETS
 from ldm.data import STYLES, EmojiData, Mix, caption, draw_layout, sample_scene
 from ldm.support.files import open_atomically, write_atomically
 
-EMBEDDED_STYLES = ("noto", "fluent", "twemoji")  # that emoji-unclip was trained on
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]  # prompts, seeds -> (B, 3, H, W) in [0, 1]
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from emoji_judge import EmojiJudge
-from emoji_quality import EMBEDDED_STYLES, asked, draw_training, real, score
+from emoji_quality import score
+from emoji_scenes import asked, draw_training, real
 from torch import Tensor
 
 import ldm
@@ -119,7 +120,7 @@ def maker(pipe: Any, options: argparse.Namespace) -> Make:
 def measure(pipe: Any, data: EmojiData, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of all rows, as in emoji_quality.py, and the attribution of the error."""
     rng = np.random.default_rng(options.seed)
-    scenes = draw_training(data, options.n, rng, EMBEDDED_STYLES)
+    scenes = draw_training(data, options.n, rng)
     prompts, seeds = (
         [caption(c.facts, data.index) for c in scenes],
         list(range(options.seed, options.seed + options.n)),

@@ -26,14 +26,8 @@ import torch
 import torch.nn.functional as F
 from common import add_quick
 from emoji_judge import EmojiJudge
-from emoji_quality import (
-    EMBEDDED_STYLES,
-    asked,
-    draw_held_out_backgrounds,
-    draw_held_out_images,
-    mean_psnr,
-    real,
-)
+from emoji_quality import mean_psnr
+from emoji_scenes import asked, draw_held_out_backgrounds, draw_held_out_images, real
 from torch import Tensor
 
 import ldm
@@ -55,7 +49,7 @@ def in_parts(make: Callable[[slice], Tensor], n: int, batch: int = BATCH) -> Ten
 
 def held_out(data: EmojiData, n: int, rng: np.random.Generator) -> list[Scene]:
     """Return up to n images held out of training, every other one on a background."""
-    drawn = draw_held_out_images(data, rng, EMBEDDED_STYLES)
+    drawn = draw_held_out_images(data, rng)
     return [drawn[i] for i in rng.permutation(len(drawn))[:n]]
 
 
@@ -68,7 +62,7 @@ def prior_cosines(
     """
     rows = {}
     for name, chosen in (
-        ("held-out pairs", draw_held_out_backgrounds(data, options.n, rng, EMBEDDED_STYLES)),
+        ("held-out pairs", draw_held_out_backgrounds(data, options.n, rng)),
         ("held-out images", held_out(data, options.n, rng)),
     ):
         prompts = [caption(c.facts, data.index) for c in chosen]
