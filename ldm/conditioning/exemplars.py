@@ -166,6 +166,7 @@ class ExemplarConditioner(nn.Module):
         size: tuple[int, int] | None = None,
         *,
         seeds: Sequence[int],
+        named: Sequence[str] = (),
     ) -> Cond:
         """Return the condition of B prompts and B image embeddings, which choose what the prompts leave open.
 
@@ -177,20 +178,23 @@ class ExemplarConditioner(nn.Module):
             vectors: B image embeddings of the index's CLIP, (B, E).
             size: (h, w) of the latent. Default: as in `forward`.
             seeds: B seeds.
+            named: Texts; where a prompt names nothing, its thing is one that they name, if they name any.
+                Default: none.
 
         Raises:
             ValueError: If a prompt names nothing, and the conditioner has no index.
         """
-        read = [self.read_seen(*pair) for pair in zip(prompts, vectors, strict=True)]
+        read = [self.read_seen(*pair, named) for pair in zip(prompts, vectors, strict=True)]
         drawn = zip(read, seeds, vectors, strict=True)
         return Cond.cat([self._drawn(one, seed, size, vector) for one, seed, vector in drawn])
 
-    def read_seen(self, prompt: str, vector: Tensor) -> ReadPrompt:
+    def read_seen(self, prompt: str, vector: Tensor, named: Sequence[str] = ()) -> ReadPrompt:
         """Return a prompt as the model reads it, preceded by what an embedding shows if it names nothing.
 
         Args:
             prompt: The prompt.
             vector: An image embedding of the index's CLIP, (E,).
+            named: See `seen`. Default: none.
 
         Raises:
             ValueError: If the prompt names nothing, and the conditioner has no index.
@@ -201,8 +205,12 @@ class ExemplarConditioner(nn.Module):
         if self.index is None:
             raise ValueError("expected an index of the library, by which an embedding finds exemplars")
         nouns = self.lexicon.noun_of
-        named = [exemplar for exemplar in self.library if exemplar.name in nouns]
-        return self.read(f"{nouns[self.index.nearest(vector, named).name]} {prompt}")
+        mentions = [
+            mention for text in named for mention in self.lexicon.read(text, slots=self.slots).mentions
+        ]
+        meant = [exemplar for mention in mentions for exemplar in self.library.meant(mention)]
+        among = [exemplar for exemplar in meant or self.library if exemplar.name in nouns]
+        return self.read(f"{nouns[self.index.nearest(vector, among).name]} {prompt}")
 
     def _drawn(
         self, read: ReadPrompt, seed: int, size: tuple[int, int] | None, vector: Tensor | None = None

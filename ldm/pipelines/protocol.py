@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -142,5 +142,12 @@ class EmbeddingPipeline(Pipeline, Protocol):
     def embed(self, what: Any, *, seed: int = 0, **options: Any) -> ImageEmbedding:
         """Return the embedding (1, E) of a text, by the prior, or of an image, by CLIP."""
 
-    def conditions_of(self, call: Call, embedding: ImageEmbedding) -> Pair:
+    def conditions_of(
+        self,
+        call: Call,
+        embedding: ImageEmbedding,
+        *,
+        image: Tensor | None = None,
+        named: Sequence[str] = (),
+    ) -> Pair:
         """Return the conditions of embeddings, with the texts of the call."""

@@ -271,11 +271,21 @@ class UnCLIP(BasePipeline):
         )
         return self.conditions_of(call, embedding)
 
-    def conditions_of(self, call: Call, embedding: ImageEmbedding) -> Pair:
-        """Return the conditions of embeddings, one or one for each image, with the texts of the call."""
+    def conditions_of(
+        self,
+        call: Call,
+        embedding: ImageEmbedding,
+        *,
+        image: Tensor | None = None,
+        named: Sequence[str] = (),
+    ) -> Pair:
+        """Return the conditions of embeddings, one or one for each image, with the texts of the call.
+
+        `image` and `named` say what a decoder with exemplars is shown; see `DecoderStage.conditions`.
+        """
         nothing = self.clip.black() if self.card.no_image == "black" else None
         level = call.others.get("noise_level", 0)
-        return self.decoder.conditions(embedding, nothing, call, noise_level=level)
+        return self.decoder.conditions(embedding, nothing, call, noise_level=level, image=image, named=named)
 
     @in_separate_call
     @torch.no_grad()

@@ -103,6 +103,26 @@ def test_seeds_draw_layouts_and_images_do_not_depend_on_their_batch(shared_pipe)
         torch.testing.assert_close(alone[0], together[seed], atol=1e-5, rtol=0)
 
 
+def test_texts_name_what_an_embedding_may_show(shared_pipe):
+    embedding = embedding_of(shared_pipe, "dog", "noto")
+    call = shared_pipe.settle("", n=1, seed=3)
+    cond, _ = shared_pipe.conditions_of(call, embedding, named=["a cat", "on blue background"])
+    wanted, _ = shared_pipe.conditions_of(shared_pipe.settle("cat", n=1, seed=3), embedding)
+    assert torch.equal(cond.exemplars, wanted.exemplars)
+    free, _ = shared_pipe.conditions_of(call, embedding, named=["on blue background"])
+    assert torch.equal(free.exemplars[0], shown(shared_pipe, "dog", embedding))
+
+
+def test_an_inverted_image_is_shown_as_it_is(shared_pipe):
+    image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    call = shared_pipe.settle("", n=2)
+    embedding = shared_pipe.clip.image_embedding(image)
+    cond, _ = shared_pipe.conditions_of(call, embedding, image=image)
+    assert torch.equal(cond.exemplars[:, 0, :3], image.expand(2, 3, SIZE, SIZE))
+    prompted, _ = shared_pipe.conditions_of(shared_pipe.settle("a cat", n=2), embedding, image=image)
+    assert torch.equal(prompted.exemplars[0], shown(shared_pipe, "a cat", embedding, seed=0))
+
+
 def half_mask() -> torch.Tensor:
     """Return a mask of the left half."""
     return torch.arange(SIZE).lt(SIZE // 2).float().expand(1, 1, SIZE, SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,8 @@ class DecoderStage(nn.Module):
         call: Call,
         *,
         noise_level: int = 0,
+        image: Tensor | None = None,
+        named: Sequence[str] = (),
     ) -> Pair:
         """Return the conditions with and without embeddings and texts, both of batch size B.
 
@@ -93,6 +96,10 @@ class DecoderStage(nn.Module):
                 embeddings are noised.
             call: The call of B images.
             noise_level: Timestep that the embeddings are noised to (Stable unCLIP).
+            image: Images (1 or B, 3, H, W) in [0, 1] that a decoder with exemplars is shown as they are,
+                where the call has no prompt. Default: none.
+            named: Texts that name what a decoder with exemplars is shown, where a prompt names nothing.
+                Default: none.
 
         Raises:
             ValueError: If the embeddings are of another CLIP, width or number.
@@ -104,7 +111,7 @@ class DecoderStage(nn.Module):
             raise ValueError(f"{len(vector)} embeddings for {n} images: expected one, or one for each")
         cond, uncond = Cond(), Cond()
         if self.text is not None:
-            cond, uncond = self._texts(call, vector)
+            cond, uncond = self._texts(call, vector, image, named)
         if self.augmentation is not None:
             first = AUGMENT * DRAWS_PER_STAGE
             noise = torch.stack([keyed_normal(seed, first, vector.shape[1:]) for seed in call.seeds])
@@ -119,11 +126,13 @@ class DecoderStage(nn.Module):
         absent = absent.to(self.device).float().expand(n, -1)
         return replace(cond, image_emb=vector), replace(uncond, image_emb=absent)
 
-    def _texts(self, call: Call, vectors: Tensor) -> Pair:
+    def _texts(self, call: Call, vectors: Tensor, image: Tensor | None, named: Sequence[str]) -> Pair:
         """Return the conditions of a call's texts, in which embeddings (B, E) choose exemplars, if any."""
         size = (call.height // self.space.factor, call.width // self.space.factor)
-        if isinstance(self.text, ExemplarConditioner):
-            cond = self.text.seen(call.texts, vectors, size, seeds=call.seeds)
+        if isinstance(self.text, ExemplarConditioner) and image is not None and not any(call.texts):
+            cond = self.text.shown(image.to(self.device)).expand(len(call.seeds))
+        elif isinstance(self.text, ExemplarConditioner):
+            cond = self.text.seen(call.texts, vectors, size, seeds=call.seeds, named=named)
         else:
             cond = self.text(call.texts, size=size, seeds=call.seeds)
         return cond, self.text(call.negatives, size=size, seeds=call.seeds).expand(len(call.seeds))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,25 @@ def draw_embeddings(
     *,
     enlarge: bool = True,
     facts: Mapping[str, Any] | None = None,
+    image: Tensor | None = None,
+    named: Sequence[str] = (),
 ) -> Images:
-    """Draw images of given embeddings, one or one for each image of the call."""
+    """Draw images of given embeddings, one or one for each image of the call.
+
+    Args:
+        pipe: The pipeline.
+        task: Name of the task.
+        call: The call.
+        embedding: The embeddings.
+        enlarge: Whether the upsamplers are run. Default: True.
+        facts: What the recipe states besides. Default: nothing.
+        image: The images whose inverted noise the call starts from, (1 or B, 3, H, W) in [0, 1]. Default:
+            none.
+        named: Texts that name what the images show, where the call has no prompt. Default: none.
+    """
     request = Request(
         task=task,
-        pair=lambda size: pipe.conditions_of(call, embedding),
+        pair=lambda size: pipe.conditions_of(call, embedding, image=image, named=named),
         enlarge=enlarge,
         facts=facts or {},
     )
@@ -54,7 +68,7 @@ def invert_embedding(
     """
     one = replace(call, prompts=call.prompts[:1], seeds=call.seeds[:1], guidance=1.0)
     stage = pipe.stage
-    fn = stage.guided(one, pipe.conditions_of(one, embedding))
+    fn = stage.guided(one, pipe.conditions_of(one, embedding, image=pixels))
     iterations = call.others.get("iterations", 4)
     return ddim_invert(fn, stage.encode(pixels), call.grid, iterations=iterations)
 

@@ -169,4 +169,9 @@ def embedding_interpolate(
     if invert:
         noises = [invert_embedding(pipe, call, pixels, end) for pixels, end in zip(sides, ends, strict=True)]
         call = replace(call, latents=slerp(noises[0], noises[1], w.to(noises[0].device)))
-    return draw_embeddings(pipe, "interpolate", call, path, enlarge=not invert, facts={"invert": invert})
+    image = torch.lerp(sides[0], sides[1], w.to(sides[0]).view(-1, 1, 1, 1)) if invert else None
+    named = [side for side in (a, b) if isinstance(side, str)]
+    facts = {"invert": invert}
+    return draw_embeddings(
+        pipe, "interpolate", call, path, enlarge=not invert, facts=facts, image=image, named=named
+    )

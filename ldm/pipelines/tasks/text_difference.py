@@ -68,4 +68,5 @@ def text_difference(
         latents = invert_embedding(pipe, call, pixels, start)
         call = replace(call, latents=latents.expand(n, *latents.shape[1:]))
     facts = {"source": source, "target": target, "most": most, "invert": invert}
-    return draw_embeddings(pipe, "text_difference", call, path, enlarge=not invert, facts=facts)
+    shown = {"image": pixels if invert else None, "named": (source, target)}
+    return draw_embeddings(pipe, "text_difference", call, path, enlarge=not invert, facts=facts, **shown)

@@ -76,4 +76,5 @@ def embedding_variations(
     embedding = pipe.clip.image_embedding(pixels)
     latents = invert_embedding(pipe, call, pixels, embedding)
     call = replace(call, latents=latents.expand(len(call.seeds), *latents.shape[1:]))
-    return draw_embeddings(pipe, "variations", call, embedding, enlarge=False, facts={"invert": True})
+    facts = {"invert": True}
+    return draw_embeddings(pipe, "variations", call, embedding, enlarge=False, facts=facts, image=pixels)
