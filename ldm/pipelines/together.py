@@ -187,7 +187,7 @@ class Together:
         keys = [(part.n, part.lengths, total, longest, part.kind) for part in parts]
         if any(key not in self._compared for key in keys):
             both = raw_outputs(stage, parts)
-            rows = torch.arange(total).split([part.n for part in parts])
+            rows = torch.arange(total, device=stage.device).split([part.n for part in parts])
             for key, part, own in zip(keys, parts, rows, strict=True):
                 if key not in self._compared:
                     alone = raw_outputs(stage, [part])

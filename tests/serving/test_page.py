@@ -310,7 +310,7 @@ def test_unknown_words_are_named(page):
     page.fill("#steps", "2")
     page.click("#generate")
     page.wait_for_selector(READY)
-    assert "zebra" in page.inner_text("#error")  # a word that the model has never seen
+    assert "zebra" in page.inner_text("#note") and not page.inner_text("#error")
 
 
 def test_what_a_model_can_draw_is_found_by_a_search(browser):
@@ -336,7 +336,8 @@ def test_what_a_model_can_draw_is_found_by_a_search(browser):
         page.fill("#steps", "1")
         page.click("#generate")
         page.wait_for_selector(READY)
-        assert "zeppelin" in page.inner_text("#error")
+        assert "zeppelin" in page.inner_text("#note")
+        assert violations(page) == []
         context.close()
 
 

@@ -19,6 +19,7 @@ const say = (text) => { $("status").textContent = text; };
 
 function complain(error) {
   $("error").textContent = error ? error.message : "";
+  $("note").textContent = "";
   document.querySelectorAll("[aria-invalid]").forEach((each) => each.removeAttribute("aria-invalid"));
   const field = error && error.param && $({ negative_prompt: "negative" }[error.param] || error.param);
   if (field && field.closest("form")) {
@@ -264,7 +265,7 @@ async function generate() {
           finish(items[event.index], blob, event.seed, now);
           entries.push({ blob, seed: event.seed, settings: { ...now, seed: event.seed } });
           done += 1;
-          if (event.warnings) $("error").textContent = event.warnings.join(" ");
+          if (event.warnings) $("note").textContent = event.warnings.join(" ");
         } else {
           paint(items[event.index], blob, `unfinished image ${event.index + 1}`);
         }
