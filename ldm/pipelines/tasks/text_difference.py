@@ -68,5 +68,13 @@ def text_difference(
         latents = invert_embedding(pipe, call, pixels, start)
         call = replace(call, latents=latents.expand(n, *latents.shape[1:]))
     facts = {"source": source, "target": target, "most": most, "invert": invert}
-    shown = {"image": pixels if invert else None, "named": (source, target)}
-    return draw_embeddings(pipe, "text_difference", call, path, enlarge=not invert, facts=facts, **shown)
+    return draw_embeddings(
+        pipe,
+        "text_difference",
+        call,
+        path,
+        enlarge=not invert,
+        facts=facts,
+        image=pixels if invert else None,
+        named=(source, target),
+    )

@@ -13,7 +13,7 @@ from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.pipelines.layouts import fitted_condition
+from ldm.pipelines.layouts import LayoutFit, fitted_condition
 from ldm.support.progress import progress_bar
 from ldm.support.warn import warn_user
 from ldm.training.caches.latents import LatentSpace
@@ -75,8 +75,7 @@ class FittedCanvases:
 
     def _naming_things(self, captions: set[str]) -> set[str]:
         """Return the captions that name a thing of the library; see the class for what is raised."""
-        lexicon = self.text.lexicon
-        named = {each for each in captions if self.text.read(escape_prompt(each), lexicon).things}
+        named = {each for each in captions if self.text.read(escape_prompt(each)).things}
         unknown = sorted({word for each in captions for word in self.text.unknown(escape_prompt(each))})
         listed = f"{', '.join(unknown[:MOST_UNKNOWN])}{' …' if len(unknown) > MOST_UNKNOWN else ''}"
         if not named:
@@ -103,7 +102,8 @@ class FittedCanvases:
         for key, (caption, sample) in progress_bar(len(wanted), iterable=wanted, desc=name):
             known = self.latents.encode([sample])  # (1, C, h, w)
             hole = torch.zeros_like(known[:, :1])
-            cond = fitted_condition(self.text, denoiser, escape_prompt(caption), 0, known, hole)
+            fit = LayoutFit(text=self.text, denoiser=denoiser)
+            cond = fitted_condition(fit, escape_prompt(caption), 0, known, hole)
             assert cond.exemplars is not None
             yield {key: cond.exemplars[0]}
 
@@ -112,10 +112,9 @@ class FittedCanvases:
 
         The text is read by the tower as it is now, with gradients.
         """
-        lexicon = self.text.lexicon
         conds = []
         for text, sample in zip(texts, samples, strict=True):
-            read = self.text.read(escape_prompt(text), lexicon)
+            read = self.text.read(escape_prompt(text))
             canvas = torch.zeros(self.text.slots, 4, *sample.frame[:2], dtype=torch.float32, device="cpu")
             if read.things:
                 canvas = torch.from_numpy(self.store[self._key(text, sample)]).float()  # (K, 4, H, W)

@@ -75,7 +75,7 @@ def expected_fields(config: object) -> dict[str, Any]:
         return {"adapter_type": "light_adapter" if config.light else f"full_adapter{xl}"}
     if isinstance(config, ControlNetConfig):
         return expected_unet(config.unet)
-    if isinstance(config, DecoderConfig):
+    if isinstance(config, DecoderConfig) and config.unet is not None:
         condition = config.condition
         kind = "karlo" if condition.interleaved else "kandinsky21" if condition.text_dim else "kandinsky22"
         return {**expected_unet(config.unet), **EMBEDDED[kind]}

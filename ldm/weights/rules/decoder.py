@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ldm.models.unclip.decoder import DecoderConfig
+from ldm.models.unet_config import UNetConfig
 from ldm.weights.keymap import IDENTITY, Rule, Section, Table, rename
 from ldm.weights.rules.unet import unet_table
 
@@ -58,6 +59,8 @@ def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "or
     Raises:
         ValueError: If the decoder is not published in this layout.
     """
+    if config.unet is None:
+        raise ValueError(f"layout {layout!r}: no published layout holds a decoder that is a transformer")
     karlo = config.condition.interleaved
     if layout == "diffusers":
         projections = (
@@ -69,14 +72,14 @@ def decoder_table(config: DecoderConfig, names: Iterable[str], layout: str = "or
     if not karlo and config.condition.text_dim is None:
         raise ValueError('layout: expected "diffusers", the only layout of Kandinsky 2.2, got "original"')
     below = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
-    inner = unet_table(below, heads=_head_count(config), head_dim=config.unet.head_dim)
+    inner = unet_table(below, heads=_head_count(config.unet), head_dim=config.unet.head_dim)
     unet = tuple(Section(f"unet.{s.ours}".rstrip("."), s.file, s.rules) for s in inner.sections)
     return Table((*unet, Section("condition", "", KARLO_RULES if karlo else KANDINSKY21_RULES)), inner.ignore)
 
 
-def _head_count(config: DecoderConfig) -> int | None:
-    if isinstance(config.unet.heads, tuple):
+def _head_count(config: UNetConfig) -> int | None:
+    if isinstance(config.heads, tuple):
         raise ValueError(
-            f"heads: expected one number for all levels in the original layout, got {config.unet.heads}"
+            f"heads: expected one number for all levels in the original layout, got {config.heads}"
         )
-    return config.unet.heads
+    return config.heads
