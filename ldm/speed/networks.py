@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.diffusion.denoiser import Denoiser
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 from ldm.models.vae import VAEDecoder
@@ -23,15 +23,17 @@ def unets(pipe: nn.Module) -> list[UNet]:
 
 
 def reusing_networks(pipe: nn.Module) -> list[UNet | DiT]:
-    """Return the UNets and the diffusion transformers of images of a pipeline, or the network itself.
+    """Return the UNets of a pipeline and the diffusion transformers of its denoisers, or the network itself.
 
-    A prior over layouts is left out: where things lie is decided in its few steps.
+    A prior over layouts, which is part of the conditioner, is left out: where things lie is decided in its
+    few steps.
 
     Raises:
         ValueError: If there is none.
     """
-    priors = {id(part.layout) for part in pipe.modules() if isinstance(part, ExemplarConditioner)}
-    found = [part for part in pipe.modules() if isinstance(part, UNet | DiT) and id(part) not in priors]
+    found: list[UNet | DiT] = [part for part in pipe.modules() if isinstance(part, UNet)]
+    denoisers = [pipe] if isinstance(pipe, DiT) else [p for p in pipe.modules() if isinstance(p, Denoiser)]
+    found += [part for denoiser in denoisers for part in denoiser.modules() if isinstance(part, DiT)]
     if not found:
         raise ValueError(
             f"reuse acts on a UNet or a diffusion transformer, and the {type(pipe).__name__} has none"

@@ -15,6 +15,7 @@ from sparse_files import sd1_shapes, sparse_file
 from ldm.catalog.lookup import ASSETS
 from ldm.models.unet import UNet, UNetConfig
 from ldm.registry.inspection import Candidate, inspect
+from ldm.support.config import read_yaml
 from ldm.weights.detection import Detection
 from ldm.weights.formats.safetensors import sha256, write_safetensors
 from ldm.weights.rules.unet import unet_table
@@ -188,11 +189,13 @@ def copied(path: Path, *names: str) -> Path:
             "emoji-unclip",
             {
                 "decoder": "Decoder",
+                "layout": "DiT",  # this one, vae and vision where the card locates them
                 "prior": "Prior",
                 "text": "TextTower",
                 "upsampler": "UNet",
-                "vae": "AutoencoderKL",
-                "vision": "VisionTower",  # where the card locates it
+                "vae": "PatchAutoencoder",
+                "vision": "VisionTower",
+                "words": "TextTower",
             },
         ),
     ],
@@ -239,7 +242,8 @@ def test_parts_that_do_not_fit_their_yaml(tmp_path: Path) -> None:
     about = (folder / "vision.yaml").read_text(encoding="utf-8")
     (folder / "vision.yaml").write_text(about.replace("layers: 4", "layers: 5"), encoding="utf-8")
     assert "vision.yaml: 12 missing" in inspect(folder, digest=False).problems[0]
-    (folder / "vision.yaml").write_text(about.replace("sha256: f2", "sha256: 00"), encoding="utf-8")
+    stated = read_yaml(folder / "vision.yaml")["sha256"]
+    (folder / "vision.yaml").write_text(about.replace(stated, stated[::-1]), encoding="utf-8")
     for path in (folder, folder / "vision.safetensors"):
         assert inspect(path, digest=False).problems == ()
         assert "its sha256 differs" in inspect(path).problems[0]

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ldm.conditioning.image_embedding import slerp
+from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.image_embedding import ImageEmbedding, slerp
 from ldm.images.pixels import ImageInput, to_pixels
 from ldm.images.result import Images
 from ldm.pipelines.checks import check_count, check_unit_interval
@@ -54,16 +56,8 @@ def text_difference(
     if invert:
         call = inverting_call(pipe, [""] * n, pixels, {**shared, "n": 1}, eta=0.0)
     start = pipe.clip.image_embedding(pixels)
-    texts = pipe.clip.text_embedding([source, target]).unit().vector
-    if torch.allclose(texts[0], texts[1], atol=1e-6):
-        raise ValueError(
-            f"source and target: {source!r} and {target!r} have one embedding, so there is no direction"
-            " between them"
-        )
-    direction = F.normalize((texts[1] - texts[0])[None], dim=-1).to(start.vector.device)
-    length = start.vector.norm(dim=1, keepdim=True)
     w = torch.linspace(0, most, n, device="cpu", dtype=torch.float32)
-    path = replace(start, vector=slerp(start.vector, direction * length, w))
+    path = _turned(pipe.clip, start, source, target, w)
     if invert:
         latents = invert_embedding(pipe, call, pixels, start)
         call = replace(call, latents=latents.expand(n, *latents.shape[1:]))
@@ -78,3 +72,20 @@ def text_difference(
         image=pixels if invert else None,
         named=(source, target),
     )
+
+
+def _turned(clip: ClipPair, start: ImageEmbedding, source: str, target: str, w: Tensor) -> ImageEmbedding:
+    """Return embeddings on the arc from one (1, E) towards the difference of two texts, at weights w (B,).
+
+    Raises:
+        ValueError: If both texts have one embedding.
+    """
+    texts = clip.text_embedding([source, target]).unit().vector
+    if torch.allclose(texts[0], texts[1], atol=1e-6):
+        raise ValueError(
+            f"source and target: {source!r} and {target!r} have one embedding, so there is no direction"
+            " between them"
+        )
+    direction = F.normalize((texts[1] - texts[0])[None], dim=-1).to(start.vector.device)
+    length = start.vector.norm(dim=1, keepdim=True)
+    return replace(start, vector=slerp(start.vector, direction * length, w))
