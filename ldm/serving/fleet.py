@@ -159,7 +159,8 @@ class Fleet:
             "sampler": defaults.sampler if sampled else None,
             "samplers": sorted(SAMPLERS) if sampled else [],
         }
-        text = None if seat is None else getattr(seat.pipe, "text", None)
+        pipe = None if seat is None else seat.pipe
+        text = pipe.decoder.text if isinstance(pipe, UnCLIP) else getattr(pipe, "text", None)
         if nouns and isinstance(text, ExemplarConditioner):
             own |= {"nouns": sorted(text.library.nouns), "styles": text.library.styles}
         return {"id": name, "object": "model", "created": 0, "owned_by": "ldm", "ldm": own}

@@ -24,6 +24,9 @@ from ldm.analysis.metrics.features import (
 )
 from ldm.analysis.metrics.frechet import frechet_distance
 from ldm.analysis.metrics.report import write_report
+from ldm.catalog.lookup import ASSETS
+from ldm.conditioning.exemplar_index import on_white
+from ldm.weights.formats.exemplar_file import read_library
 
 FEW = Bootstrap(resamples=20)
 
@@ -70,7 +73,12 @@ def test_the_clip_score_equals_torchmetrics():
     from torchmetrics.functional.multimodal import clip_score
 
     clip = embedded_clip()
-    images, captions = random_images(12, 64), ["a red apple", "a cat", "a rocket"] * 4
+    library = read_library(ASSETS / "emoji-ldm")
+    images, captions = [], []
+    for name in ("red-apple", "cat", "rocket"):
+        shown = [exemplar for exemplar in library if exemplar.name == name][:4]
+        images += on_white(torch.stack([library.pixels(exemplar) for exemplar in shown]), 64)
+        captions += [f"a {name.replace('-', ' ')}"] * len(shown)
 
     class Model(torch.nn.Module):
         config = SimpleNamespace()

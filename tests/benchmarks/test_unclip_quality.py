@@ -65,7 +65,7 @@ def test_a_prior_with_the_true_embeddings_has_a_cosine_of_one(drawn, monkeypatch
 
     monkeypatch.setattr(benchmark, "real", remembered)
     monkeypatch.setattr(
-        benchmark, "draw_held_out_backgrounds", lambda data, n, rng, styles: benchmark.held_out(data, n, rng)
+        benchmark, "draw_held_out_backgrounds", lambda data, n, rng: benchmark.held_out(data, n, rng)
     )
     rows = benchmark.prior_cosines(model, drawn, options(), np.random.default_rng(0))
     assert set(rows) == {"held-out pairs", "held-out images"}
@@ -120,7 +120,7 @@ def test_all_figures_of_a_tiny_model_and_of_a_second_prior(folder, tmp_path, cap
     numbers = ["--n", "2", "--pictures", "1", "--invert-steps", "2", "--iterations", "1", "--side", "32"]
     files = ["--json", str(tmp_path / "q.json"), "--picture", str(tmp_path / "up.png")]
     benchmark.draw_held_out_backgrounds, before = (
-        (lambda data, n, rng, styles: benchmark.held_out(data, n, rng)),
+        (lambda data, n, rng: benchmark.held_out(data, n, rng)),
         benchmark.draw_held_out_backgrounds,
     )
     try:

@@ -64,9 +64,12 @@ def use_recipe(folder: Path) -> None:
 
 
 def test_damaged_recipes_of_trainings(tmp_path: Path) -> None:
-    base = shutil.copytree(CONFIGS / "emoji-unclip", tmp_path / "base")
+    base = shutil.copytree(CONFIGS / "emoji-ldm", tmp_path / "base")
     name = "recipes of trainings"
     target = Target(name=name, read=use_recipe, place=place_in_folder, allowed=EITHER, short=100)
     check(
-        target, in_folder(base, (RECIPE_FILE, "card.yaml", "base.yaml", "clip.yaml")), mutated_file, tmp_path
+        target,
+        in_folder(base, (RECIPE_FILE, "card.yaml", "exemplar.yaml", "layout.yaml")),
+        mutated_file,
+        tmp_path,
     )

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get i
 PIPE = tiny_model("tiny")
 READY = "#status:has-text('ready')"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture
+def slowly() -> Iterator[None]:
+    """Let each step of the model last long enough for what the page shows meanwhile to be seen."""
+    hook = PIPE.denoiser.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    yield
+    hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +117,7 @@ def test_four_images_appear(page):
     assert page.locator("#images figcaption span").all_inner_texts() == [f"Seed {3 + i}" for i in range(4)]
 
 
-def test_images_are_shown_step_by_step_and_cancelled(page, server):
+def test_images_are_shown_step_by_step_and_cancelled(page, slowly):
     page.fill("#prompt", "a cat")
     page.fill("#steps", "250")
     page.click("#generate")
@@ -183,7 +192,7 @@ def test_a_frame_is_dragged_to_extend_an_image(page):
         assert np.array_equal(pixels(image)[:, 8:40], pixels(Image.open(io.BytesIO(content))))
 
 
-def test_variations_of_an_image(page):
+def test_variations_of_an_image(page, slowly):
     page.fill("#prompt", "a cat")
     page.fill("#steps", "2")
     page.click("#generate")
@@ -273,7 +282,7 @@ def test_the_history_survives_a_reload(page, server):
     page.wait_for_selector("#history-section", state="hidden")
 
 
-def test_the_keyboard_alone(page):
+def test_the_keyboard_alone(page, slowly):
     keys = page.keyboard
     keys.type("a cat")  # the prompt has the focus
     keys.press("Enter")

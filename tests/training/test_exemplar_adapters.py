@@ -14,7 +14,7 @@ from tiny_trainings import run, write
 from torch import Tensor
 
 import ldm
-from ldm.pipelines.layouts import fitted_condition
+from ldm.pipelines.layouts import LayoutFit, fitted_condition
 from ldm.registry.adapting import extract_adapter
 from ldm.training.draws import Draws
 from ldm.training.recipe import train_recipe
@@ -75,9 +75,10 @@ def test_an_image_is_shown_its_things_in_the_layout_that_fits_it(work: Path) -> 
     texts = part.images.describe(samples)
     cond = part.cond(texts, samples)
     pipe = loaded()
+    fit = LayoutFit(text=pipe.text, denoiser=pipe.denoiser)
     for i, text in enumerate(texts):
         known = pipe.encode(part.images.tensor(samples[i : i + 1]) / 2 + 0.5)
-        wanted = fitted_condition(pipe.text, pipe.denoiser, text, 0, known, torch.zeros_like(known[:, :1]))
+        wanted = fitted_condition(fit, text, 0, known, torch.zeros_like(known[:, :1]))
         assert wanted.exemplars is not None and cond.exemplars is not None
         assert (cond.exemplars[i] - wanted.exemplars[0]).abs().max() < 1e-3  # float16
         assert bool(cond.exemplars[i].any())

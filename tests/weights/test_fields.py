@@ -20,6 +20,7 @@ from ldm.catalog.shapes import DECODERS, UNETS, UPSAMPLERS, VAES
 from ldm.models.clip.towers import TextConfig, VisionConfig
 from ldm.models.control.control_net import ControlNetConfig
 from ldm.models.control.t2i_adapter import T2IAdapterConfig
+from ldm.models.control.union import UnionConfig
 from ldm.models.text.bert import BertConfig
 from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.prior import PriorConfig
@@ -52,6 +53,7 @@ OWN: dict[str, object] = {
     "UNet2DConditionModel": UNETS["sdxl"],
     "T2IAdapter": T2IAdapterConfig(),
     "ControlNetModel": ControlNetConfig.of_unet(UNETS["sdxl"]),
+    "ControlNetUnionModel": UnionConfig.of_unet(UNETS["sdxl"]),
     "AutoencoderKL": VAES["kl-f8"],
     "VQModel": VAES["vq-f4"],
     "AutoencoderTiny": VAES["taesd"],

@@ -125,14 +125,11 @@ class ImageCondition(nn.Module):
         self.config = config
         c = config
         self.null_image = nn.Parameter(torch.zeros(c.embed_dim)) if c.null_image else None
+        self.image = None if emb_dim is None else nn.Linear(c.embed_dim, emb_dim)
         self.tokens = nn.Linear(c.embed_dim, c.tokens * context_dim)
+        self.pooled = None if emb_dim is None or c.pooled_dim is None else nn.Linear(c.pooled_dim, emb_dim)
         self.text = None if c.text_dim is None else nn.Linear(c.text_dim, context_dim)
-        widths = {"tokens": context_dim, "text": context_dim}
-        self.image = self.pooled = None
-        if emb_dim is not None:
-            self.image = nn.Linear(c.embed_dim, emb_dim)
-            self.pooled = None if c.pooled_dim is None else nn.Linear(c.pooled_dim, emb_dim)
-            widths |= {"image": emb_dim, "pooled": emb_dim}
+        widths = {"image": emb_dim, "pooled": emb_dim, "tokens": context_dim, "text": context_dim}
         self.norms = nn.ModuleDict({f"{name}_norm": nn.LayerNorm(widths[name]) for name in c.norms})
 
     def forward(self, cond: Cond) -> Cond:
