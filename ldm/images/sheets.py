@@ -101,6 +101,12 @@ def caption_font() -> FreeTypeFont | ImageFont:
 
 
 def to_bytes(tensor: Tensor) -> np.ndarray:
-    """Return images (B, 3, H, W) in [0, 1] as uint8 (B, H, W, 3), rounded to nearest."""
-    levels = (tensor.detach().float() * 255).round().clamp(0, 255).byte()
-    return levels.permute(0, 2, 3, 1).cpu().numpy()
+    """Return images (B, 3, H, W) in [0, 1] as uint8 (B, H, W, 3), rounded to nearest.
+
+    NumPy computes it: PyTorch would start threads for the caller's thread, and OpenMP lets threads wait
+    without sleeping only as long as there are no more of them than processors.
+    """
+    import numpy as np
+
+    levels = np.rint(tensor.detach().float().cpu().numpy() * np.float32(255)).clip(0, 255)
+    return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))

@@ -143,7 +143,7 @@ def serve(
     server = StoppableServer(config, worker)
     listening = bound_socket(host, port)
     try:
-        warm_up(fleet.seat(fleet.default))
+        worker.start(lambda: warm_up(fleet.seat(fleet.default)))
         name = f"[{host}]" if ":" in host else host
         report(f"serving {', '.join(fleet.models)} at http://{name}:{listening.getsockname()[1]}")
         server.run(sockets=[listening])

@@ -161,6 +161,10 @@ class Follower:
 class Worker:
     """One thread that draws the images of jobs, in the order in which they came.
 
+    All that PyTorch computes in parallel is computed in this thread: each thread that does so has threads of
+    its own, and OpenMP lets threads wait without sleeping only as long as there are no more of them than
+    processors. With a second such thread an image of emoji-ldm takes twice as long.
+
     Args:
         fleet: The models.
         counters: What is counted.
@@ -175,11 +179,16 @@ class Worker:
         self._changed = threading.Condition()
         self._closed = False
         self._began = 0.0  # when the work that is not yet counted began
+        self._prepared: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="ldm-worker", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
+    def start(self, prepare: Callable[[], object] = lambda: None) -> None:
+        """Start the thread unless it runs, and wait until it has called `prepare`, whose error is raised."""
+        if self.alive:
+            return
+        self._prepare = prepare
         self._thread.start()
+        self._prepared.result()
 
     @property
     def alive(self) -> bool:
@@ -254,6 +263,12 @@ class Worker:
         job.finish(Stopped())
 
     def _run(self) -> None:
+        try:
+            self._prepare()
+        except BaseException as error:
+            self._prepared.set_exception(error)
+            return
+        self._prepared.set_result(None)
         while jobs := self._take():
             self._began = time.perf_counter()
             for job in jobs:
