@@ -54,6 +54,8 @@ def model_images(options: argparse.Namespace, data: EmojiData) -> Draw:
     settings = {
         key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None
     }
+    if isinstance(pipe, ldm.UnCLIP):
+        settings |= {"n": 1, "upsample": False}
 
     def draw(facts: Sequence[Facts], seeds: Sequence[int]) -> np.ndarray:
         prompts = [caption(one, data.index) for one in facts]

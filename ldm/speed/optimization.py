@@ -66,10 +66,10 @@ def optimize(
         memory: Whether to use the least memory, at some cost of time (Linux): the weights are in a file below
             LDM_HOME, and in packed form in memory while their network is in use; calls of several threads
             take turns; and decoding of very large images keeps one map instead of two. Default: False.
-        reuse: Compute the deep part of the UNet in one of this many steps, and reuse it in the others
-            (`ldm.speed.reuse.Reuse`). Default: 1, no reuse.
-        branch: With `reuse`, the number of blocks of the UNet's way down, and one less than those of its way
-            up, that are computed in every step. Default: 0.
+        reuse: Compute the deep part of the UNet or diffusion transformer in one of this many steps, and reuse
+            it in the others (`ldm.speed.reuse.Reuse`). Default: 1, no reuse.
+        branch: With `reuse`, the number of blocks at the network's beginning, and one less than those at its
+            end, that are computed in every step. Default: 0.
         merge: Fraction of the positions, in [0, 0.75], that are merged in the largest self-attentions
             (`ldm.speed.merge.Merge`). Default: 0.
         int8: Whether UNets compute in 8 bits (`ldm.speed.int8`), or token decoders' weights. Default: False.

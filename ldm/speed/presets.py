@@ -11,8 +11,8 @@ class Approximations(NamedTuple):
     """The options of `ldm.optimize` that change results.
 
     Attributes:
-        reuse: Steps per full evaluation of the UNet.
-        branch: Blocks of the UNet's way down that are computed in every step.
+        reuse: Steps per full evaluation of the denoiser.
+        branch: Blocks at the denoiser's beginning that are computed in every step.
         merge: Fraction of the positions that are merged.
         int8: Whether the UNet's products are in 8 bits.
     """
