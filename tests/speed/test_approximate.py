@@ -229,7 +229,7 @@ def test_a_model_with_exemplars_reuses_features_and_draws_the_same_layouts():
     assert isinstance(pipe.denoiser.net.forward, DiTReuse)
     assert "forward" not in pipe.text.layout.__dict__
     assert 1e-4 < (reused - exact).abs().max() and (reused - exact).square().mean() < exact.var() / 4
-    assert torch.equal(images(ldm.optimize(pipe)), images(ldm.optimize(pipe)))
+    torch.testing.assert_close(images(ldm.optimize(pipe)), exact, atol=1e-3, rtol=0)  # none is left
     with pytest.raises(ValueError, match="merge and int8 act on a UNet"):
         ldm.optimize(pipe, merge=0.5)
     with pytest.raises(ValueError, match="reuse acts on a UNet or a diffusion transformer"):
