@@ -22,6 +22,9 @@ from ldm.diffusion.cond import Cond
 from ldm.models.dit import DiT
 from ldm.models.layout import ThingLayout, multiplied, place_exemplars
 
+TOKENS = 8
+"""The context of a prompt has a multiple of these, by which an image has the same bits in every batch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Alternative:
@@ -269,7 +272,7 @@ class ExemplarConditioner(nn.Module):
         states = self.text.encode(ids)
         canvas = images.new_zeros(len(images), self.slots, 4, *images.shape[-2:], dtype=torch.float32)
         canvas[:, 0, :3], canvas[:, 0, 3] = images, 1
-        text = Cond(context=states.tokens, context_mask=states.mask).expand(len(images))
+        text = Cond(context=states.tokens, context_mask=states.mask).padded(TOKENS).expand(len(images))
         return replace(text, exemplars=canvas.to(self.device))
 
     def _alternatives(self, prompt: str) -> list[_Alternative]:
@@ -291,7 +294,7 @@ class ExemplarConditioner(nn.Module):
         def tokenize(_: str) -> list[tuple[str, tuple[int, ...]]]:
             return self._ids(next(spans))
 
-        return encode_prompts([prompt], tokenize, self.text.encode, self.text.room)
+        return encode_prompts([prompt], tokenize, self.text.encode, self.text.room).padded(TOKENS)
 
     def _ids(self, read: ReadText) -> list[tuple[str, tuple[int, ...]]]:
         """Return the words of a text with the ids of what the tower reads in their place."""

@@ -136,6 +136,16 @@ class Cond:
         """Return the Cond with each entry repeated n times in a row: (a, b) becomes (a, a, b, b)."""
         return self.map(lambda value: value.repeat_interleave(n, dim=0))
 
+    def padded(self, multiple: int) -> Cond:
+        """Return the Cond with its context padded to a multiple of a number of tokens, which are masked.
+
+        Libraries round matrix products of few rows in ways that depend on their number, and those of eight
+        or more mostly do not: padded to eight, texts of different lengths have the same bits in a batch as
+        alone.
+        """
+        assert self.context is not None
+        return _padded(self, -(-self.context.shape[1] // multiple) * multiple)
+
     @staticmethod
     def can_cat(conds: Sequence[Cond]) -> bool:
         """Return whether `Cond.cat` can join these Conds.
@@ -179,13 +189,15 @@ def _padded_to_one_length(conds: Sequence[Cond]) -> list[Cond]:
         cond.context_mask is None for cond in conds
     ):
         return list(conds)
-    padded = []
-    for cond, context in zip(conds, contexts, strict=True):
-        mask = cond.context_mask
-        if mask is None:
-            mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-        extra = length - context.shape[1]
-        context = pad(context, (0, 0, 0, extra))  # (B, length, D)
-        mask = pad(mask, (0, extra), value=False)  # (B, length)
-        padded.append(replace(cond, context=context, context_mask=mask))
-    return padded
+    return [_padded(cond, length) for cond in conds]
+
+
+def _padded(cond: Cond, length: int) -> Cond:
+    """Return a Cond with its context padded to a number of tokens, and a mask that excludes them."""
+    context, mask = cond.context, cond.context_mask
+    assert context is not None
+    if mask is None:
+        mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+    extra = length - context.shape[1]
+    context = pad(context, (0, 0, 0, extra))  # (B, length, D)
+    return replace(cond, context=context, context_mask=pad(mask, (0, extra), value=False))

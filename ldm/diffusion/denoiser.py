@@ -90,9 +90,9 @@ class Denoiser(nn.Module):
         """
         dtype = self.dtype or x_t.dtype
         t = as_tensor(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
-        t = t.expand(len(x_t))  # (B,)
         cond = (cond or Cond()).expand(len(x_t)).to(x_t.device, dtype)
-        time = self.schedule.network_time(t.round() if self.quantize else t)  # (B,)
+        # expanded last, by which networks see that all rows have one time: `one_time`
+        time = self.schedule.network_time(t.round() if self.quantize else t).expand(len(x_t))  # (B,)
         raw: Tensor = self.net(x_t.to(dtype), time, cond)
         channels = x_t.shape[1] * (2 if self.learned_var else 1)
         if raw.shape != (len(x_t), channels, *x_t.shape[2:]):

@@ -19,7 +19,7 @@ from ldm.models.checks import check_positive
 from ldm.models.clip.transformer import MLP
 from ldm.models.exemplars import CellHead, ExemplarCells
 from ldm.models.layers.attention import Attention
-from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
+from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, one_time, sinusoid
 from ldm.models.layers.modules import ModuleListOf
 
 
@@ -202,11 +202,15 @@ class DiTEncoder(nn.Module):
         return self.embed_in(patches) + self.embed_position(positions)
 
     def embed(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-        """Return the modulation (B, 6, D) of timesteps t (B,) and, if embedded, of the guidance scale."""
+        """Return the modulation of timesteps t (B,) and, if embedded, of the guidance scale.
+
+        Its shape is (B, 6, D), or (1, 6, D) if it is one for all rows; see `one_time`.
+        """
         guidance = None
         if self.config.guidance_dim is not None and cond.guidance is not None:
             guidance = guidance_sinusoid(cond.guidance, self.config.guidance_dim).to(dtype)  # (B, D_g)
-        emb = self.time_embedding(sinusoid(t, self.config.width).to(dtype), guidance)  # (B, D)
+        times = sinusoid(one_time(t), self.config.width).to(dtype)  # (B, D), or one row
+        emb = self.time_embedding(times, guidance)  # (B, D)
         return self.time_modulation(F.silu(emb)).unflatten(-1, (6, self.config.width))
 
     def check(self, x: Tensor, cond: Cond) -> None:

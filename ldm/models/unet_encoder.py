@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
 from ldm.models.layers.attention import AttentionBlock
-from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, sinusoid
+from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, one_time, sinusoid
 from ldm.models.layers.modules import ModuleListOf
 from ldm.models.layers.resblock import Downsample, Resample, ResBlock, Upsample
 from ldm.models.layers.transformer import SpatialTransformer
@@ -266,7 +266,7 @@ class UNetEncoder(nn.Module):
             dtype: The dtype of the embedding.
 
         Returns:
-            Shape (B, 4·channels[0]).
+            Shape (B, 4·channels[0]), or (1, 4·channels[0]) if it is one for all rows; see `one_time`.
 
         Raises:
             ValueError: If classes are not integers of shape (B,), or out of range.
@@ -274,7 +274,8 @@ class UNetEncoder(nn.Module):
         guidance = None
         if self.config.guidance_dim is not None and cond.guidance is not None:
             guidance = guidance_sinusoid(cond.guidance, self.config.guidance_dim).to(dtype)  # (B, D_g)
-        emb = self.time_embedding(sinusoid(t, self.config.channels[0]).to(dtype), guidance)  # (B, D)
+        times = sinusoid(one_time(t), self.config.channels[0]).to(dtype)  # (B, channels[0]), or one row
+        emb = self.time_embedding(times, guidance)  # (B, D)
         pooled, classes = cond.pooled, self.config.classes
         if pooled is None:
             return emb

@@ -51,7 +51,7 @@ class FastResBlock(ResBlock):
         if emb is None:
             h = self.ops.group_norm(h, norm2, silu=True)  # (B, C_out, h', w')
         else:
-            shift = self.time_emb_proj(F.silu(emb))  # (B, C_out or 2·C_out)
+            shift = self.time_emb_proj(F.silu(emb)).expand(len(h), -1)  # (B, C_out or 2·C_out)
             if self.scale_shift:
                 gain, offset = shift.chunk(2, dim=1)  # (B, C_out) each
                 # (B, C_out, h', w')

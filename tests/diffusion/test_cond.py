@@ -27,6 +27,15 @@ def test_cat_needs_no_mask_for_equal_lengths() -> None:
     ]
 
 
+def test_a_context_is_padded_to_a_multiple_and_the_padding_masked() -> None:
+    for length, mask in ((3, None), (8, None), (9, torch.arange(9)[None].expand(2, 9) < 4)):
+        cond = Cond(context=torch.ones(2, length, 4), context_mask=mask, pooled=torch.ones(2, 1)).padded(8)
+        assert cond.context is not None and cond.context_mask is not None and cond.pooled is not None
+        assert cond.context.shape == (2, 8 if length < 9 else 16, 4)
+        assert cond.context_mask.sum(1).tolist() == [length if mask is None else 4] * 2
+        assert float(cond.context.sum()) == 2 * length * 4
+
+
 def test_batch_operations() -> None:
     cond = Cond(context=torch.arange(6.0).reshape(2, 3, 1), pooled=torch.arange(2.0)[:, None])
     assert cond.batch == 2 and Cond().batch is None and Cond().expand(5).batch is None

@@ -9,6 +9,7 @@ from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.models.layers.embeddings import one_time
 
 
 class Stub(nn.Module):
@@ -35,6 +36,16 @@ def test_every_prediction_of_a_perfect_network_gives_the_same_x0_and_eps(predict
     exact = data.denoise(schedule)(x, t)
     torch.testing.assert_close(d.x0, exact.x0, rtol=0, atol=1e-12)
     torch.testing.assert_close(d.eps, exact.eps, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_one_time_reaches_the_network_as_one_number(quantize: bool) -> None:
+    denoiser = Denoiser(Stub(), NoiseSchedule.scaled_linear(), "eps", quantize=quantize)
+    denoiser(torch.randn(3, 1, 4), torch.tensor(100.4))
+    time = denoiser.net.seen[1]
+    assert time.shape == (3,) and time.stride(0) == 0 and one_time(time).tolist() == time[:1].tolist()
+    denoiser(torch.randn(3, 1, 4), torch.tensor([1.0, 2.0, 3.0]))
+    assert one_time(denoiser.net.seen[1]).tolist() == [1.0, 2.0, 3.0]
 
 
 def test_half_precision_network_keeps_float32_state_and_float64_tables() -> None:

@@ -11,7 +11,8 @@ stand at module level, because the reading process imports them:
     def test_damaged_cards(tmp_path: Path) -> None:
         check(Target(name="cards", read=read), [CARD], mixed(mutated_json, mutated_bytes), tmp_path)
 
-`LDM_FUZZ=20000 python -m pytest -n0 -s tests/fuzz` reads 20,000 mutants of each target.
+`LDM_FUZZ=20000 python -m pytest -n0 -s tests/fuzz` reads 20,000 mutants of each target, and
+`LDM_FUZZ=5000:20000` those from number 5,000, so that a long reading can be shared among processes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SHORT = 300  # mutants per target; the environment variable LDM_FUZZ asks for another number
+SHORT = 300  # mutants per target; the environment variable LDM_FUZZ asks for others
 SECONDS = 5.0  # of processor time for each input
 MEMORY = (10, 200 << 20)  # times the size of the input, plus bytes
 MESSAGE = 3000  # characters of an exception's message
@@ -95,10 +96,11 @@ def check(target: Target, seeds: Sequence[bytes], mutate: Mutator, folder: Path)
         mutate: (valid inputs, random numbers) -> a damaged input.
         folder: Where the mutants with a fault are written.
     """
-    count = int(os.environ.get("LDM_FUZZ", target.short))
+    first, _, end = os.environ.get("LDM_FUZZ", str(target.short)).rpartition(":")
+    numbers = range(int(first or 0), int(end))
     begin = time.monotonic()
     faults, kinds, slowest, largest = list[str](), Counter[str](), 0.0, 0
-    for i in range(count):
+    for i in numbers:
         data = mutate(seeds, random.Random(f"{target.name}/{i}"))
         outcome = read_under_limits(target, seeds, data)
         kinds[outcome.error or "read"] += not outcome.fault
@@ -108,12 +110,15 @@ def check(target: Target, seeds: Sequence[bytes], mutate: Mutator, folder: Path)
             path.write_bytes(data)
             faults.append(f"mutant {i} ({len(data)} bytes, {path}): {outcome.fault}")
     print(
-        f"\n{target.name}: {count} mutants in {time.monotonic() - begin:.0f} s, {len(faults)} faults;"
+        f"\n{target.name}: mutants {numbers.start} to {numbers.stop - 1} in"
+        f" {time.monotonic() - begin:.0f} s, {len(faults)} faults;"
         f" {', '.join(f'{kind} {n}' for kind, n in kinds.most_common() if n)};"
         f" slowest {slowest:.2f} s, most memory {largest >> 20} MB"
     )
     listed = "\n".join(faults[:SHOWN])
-    assert not faults, f"{target.name}: {len(faults)} of {count} mutants must not be read so:\n{listed}"
+    assert not faults, (
+        f"{target.name}: {len(faults)} of {len(numbers)} mutants must not be read so:\n{listed}"
+    )
 
 
 def read_under_limits(target: Target, seeds: Sequence[bytes], data: bytes) -> Outcome:

@@ -13,8 +13,12 @@ from shared_weights import fill
 from ldm.diffusion.cond import Cond
 from ldm.models.dit import DiT, DiTConfig, NormedAttention, plane_sinusoid
 from ldm.models.layers.attention import attention_control
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 
 CONFIG = DiTConfig(in_channels=3, out_channels=3, width=16, depth=2, head_dim=8, context_dim=6)
+
+SMALL = UNetConfig(channels=(32, 64), depth=(1, 0), heads=2, context_dim=6)
 
 
 def make(config: DiTConfig = CONFIG) -> DiT:
@@ -37,6 +41,20 @@ def test_prediction_has_the_shape_of_the_latent_and_each_sample_is_its_own():
     assert out.shape == x.shape
     for i in range(2):
         assert torch.allclose(net(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], out[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("make_net", ["dit", "unet"])
+def test_one_time_for_all_rows_is_embedded_once(make_net: str):
+    """The number of rows of the embedding's products, on which their rounding depends, is then one."""
+    net = make() if make_net == "dit" else fill(UNet(SMALL))
+    x = torch.randn(3, net.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    cond = Cond(context=torch.ones(3, 5, net.config.context_dim))
+    rows: list[int] = []
+    net.time_embedding.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    outs = [net(x, t, cond) for t in (torch.tensor(7.0).expand(3), torch.full((3,), 7.0))]
+    assert rows == [1, 3] and torch.allclose(*outs, atol=1e-5)
+    net(x, torch.tensor([7.0, 8.0, 9.0]), cond)
+    assert rows[-1] == 3
 
 
 def test_masked_tokens_do_not_matter_and_others_do():

@@ -109,6 +109,19 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def test_written_tensors_are_mapped_as_aligned_as_pytorch_allocates(tmp_path: Path) -> None:
+    """Products of weights from a file have the bits of products of the weights that were saved."""
+    tensors = {f"bias.{i}": torch.randn(i) for i in range(1, 20)}
+    tensors |= {f"b.{i}": torch.randn(16 * i, 5).to(torch.float16) for i in range(1, 20)}
+    tensors |= {f"c.{i}": torch.randn(16, i) for i in range(1, 20)}
+    for metadata in ({}, {"a": "b"}, {"a": "b" * 29}):
+        io.write_safetensors(tmp_path / "f", tensors, metadata)
+        for name, tensor in io.read_safetensors(tmp_path / "f").items():
+            assert torch.equal(tensor, tensors[name])
+            if tensor.nbytes % 64 == 0:
+                assert tensor.data_ptr() % 64 == 0, name
+
+
 def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     value = torch.tensor([1.5, -2.0])
     path = raw(

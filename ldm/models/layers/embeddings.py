@@ -28,6 +28,16 @@ def sinusoid(t: Tensor, dim: int, *, max_period: float = 10_000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def one_time(t: Tensor) -> Tensor:
+    """Return timesteps t (B,), or the first of them, (1,), if t is one number expanded to B.
+
+    The embedding of the time is a matrix product of as many rows as there are timesteps, and libraries round
+    products of few rows in ways that depend on their number. With one row for one time, an image does not
+    depend on how many are sampled with it.
+    """
+    return t[:1] if len(t) > 1 and t.stride(0) == 0 else t
+
+
 def guidance_sinusoid(scale: Tensor, dim: int = 256) -> Tensor:
     """Return the guidance embedding of latent consistency models (Luo et al. 2023, section 4.3).
 

@@ -49,6 +49,9 @@ MAX_DIMENSIONS = 64  # of a tensor; PyTorch's own limit
 MAX_EXTENT = 2**48  # of a dimension or an offset; no machine has more memory
 MAX_NAME = 1000  # characters of a tensor's name
 MAX_TENSORS = 50_000  # of a file
+ALIGNMENT = (
+    64  # bytes, as PyTorch allocates; libraries round products of tensors that lie elsewhere in other ways
+)
 STRING = re.compile(rb'"[^"]*"')  # in JSON without escapes
 
 
@@ -287,7 +290,9 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, completely or not at all.
 
-    The bytes of the file depend only on names, tensors and metadata.
+    The bytes of the file depend only on names, tensors and metadata. In memory that maps the file, a tensor
+    begins at a multiple of `ALIGNMENT` bytes if the sizes of all tensors before it are such multiples, and
+    tensors of these sizes come first.
 
     Args:
         path: The file to write. Its folder must exist.
@@ -301,8 +306,10 @@ def write_safetensors(
     path = Path(path)
     for name, tensor in tensors.items():
         _check_dense(name, tensor)
-    # widest items first, so that all are aligned
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    # first what keeps the alignment, then widest items first
+    order = sorted(
+        tensors, key=lambda name: (_size(tensors[name]) % ALIGNMENT != 0, -tensors[name].dtype.itemsize, name)
+    )
     text = _header_text(tensors, order, metadata)
     with open_atomically(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -321,7 +328,7 @@ def _check_dense(name: str, tensor: object) -> None:
 def _header_text(
     tensors: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str] | None
 ) -> bytes:
-    """Return the header of tensors in an order, padded to a multiple of eight bytes."""
+    """Return the header of tensors in an order, padded so that their data begins aligned."""
     header: dict[str, Any] = {}
     if metadata:
         if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
@@ -329,14 +336,18 @@ def _header_text(
         header["__metadata__"] = dict(sorted(metadata.items()))
     end = 0
     for name in order:
-        begin, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
+        begin, end = end, end + _size(tensors[name])
         header[name] = {
             "dtype": NAMES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    return text + b" " * (-(len(text) + 8) % ALIGNMENT)  # 8 bytes before the text state its length
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize
 
 
 def _tensor_bytes(tensor: Tensor) -> memoryview:
