@@ -26,6 +26,7 @@ from ldm.pipelines.replayable import BY_OPTIONS, replayable
 from ldm.pipelines.tasks.rerank import rerank
 from ldm.support.calls import checkpoint, in_separate_call
 from ldm.support.device import computing_dtype
+from ldm.support.memory import release_unchanged
 from ldm.support.progress import progress_bar
 from ldm.support.scalars import whole_number
 from ldm.support.text import shown
@@ -228,6 +229,8 @@ class DalleMini(ImagePipeline):
     ) -> Images:
         """Draw the images of a call: encode the texts, draw the tokens, decode them.
 
+        Each network leaves memory behind its part, if it is mapped from a file and unchanged.
+
         Args:
             call: The settled options.
             task: Name of the task, for the recipe.
@@ -252,8 +255,10 @@ class DalleMini(ImagePipeline):
                 call.on_step(count, seen, lambda seen=seen: finished(seen))  # type: ignore[misc]
             if call.keep_steps and count % grid == 0:
                 kept.append(finished(tokens))
+        pixels = kept[-1] if kept else finished(tokens)
+        release_unchanged(self.vae.parameters())
         return self._recorded(
-            kept[-1] if kept else finished(tokens),
+            pixels,
             call.recipe(task),
             facts,
             seeds=call.seeds,
@@ -277,6 +282,7 @@ class DalleMini(ImagePipeline):
         ids, rows = self._ids(texts)
         branches = len(texts) // len(call.seeds)
         cache = self.decoder.begin(self.encoder(ids), text_mask(ids), rows)
+        release_unchanged(self.encoder.parameters())
         tokens = torch.full((len(call.seeds), length), ABSENT, device=self.device)  # (B, N)
         given = tokens if known is None else known.to(self.device)
         start = torch.full((len(call.seeds), 1), self.card.start, device=self.device)
@@ -304,6 +310,7 @@ class DalleMini(ImagePipeline):
                 bar.update()
                 checkpoint(i + 1, length)
                 yield i + 1, tokens
+        release_unchanged(self.decoder.parameters())
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the ids (T, M) of the different texts, and the row of each text, (len(texts),)."""
