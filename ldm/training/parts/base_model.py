@@ -35,7 +35,10 @@ def load_base(base: str | None, weights: str | None) -> LatentDiffusion:
     """
     pipe = load(base, weights=weights, device="cpu", dtype="float32")
     if not isinstance(pipe, LatentDiffusion):
-        raise ValueError(f"base {base or weights!r}: expected a latent diffusion model")
+        raise ValueError(
+            f"base {base or weights!r}: expected a latent diffusion model, got a {type(pipe).__name__}; the"
+            " parts prior, decoder, upsampler and tokens train the networks of others from scratch"
+        )
     card = pipe.card
     reads = "aesthetic scores" if card.vector == "aesthetic" else LACKING.get(card.concat or "")
     if reads is not None:
