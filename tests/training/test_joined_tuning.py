@@ -190,6 +190,16 @@ def test_holes_are_a_function_of_their_number_and_of_every_kind() -> None:
     assert (holes[7] == draw_hole(np.random.default_rng(7), 48, 32)).all()
 
 
+def test_a_lora_of_an_inpainting_model_is_trained_and_loads(work: Path) -> None:
+    base = tiny("sd-v1-5-inpainting")
+    options = {"part": "lora", "run": run("lora", steps=2), "data": FOLDER, **base}
+    folder = train_recipe(write(options, work / "lora.yaml"), progress=False)
+    pipe = ldm.load(base["base"], weights=base["weights"], dtype="float32")
+    before = CASES["sd-v1-5-inpainting"][1](pipe).tensor
+    pipe.adapters.load(next(folder.glob("*.safetensors")))
+    assert not torch.equal(CASES["sd-v1-5-inpainting"][1](pipe).tensor, before)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
