@@ -13,7 +13,7 @@ from torch import Tensor
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 PAGEMAP = Path("/proc/self/pagemap")  # of each page 8 bytes, whose last three bits say where it is:
-ABSENT, IN_FILE = 0, 0b101  # nowhere yet; in memory, as a page of a file that this process has not changed
+NOWHERE, IN_FILE = 0, 0b101  # nowhere yet; in memory, as a page of a file that this process has not changed
 DONTNEED = 4  # advice of madvise: drop the pages from memory; a mapped file still has them
 
 
@@ -74,7 +74,7 @@ def release_unchanged(tensors: Iterable[Tensor]) -> None:
                 begin, size = whole_pages(tensor)
                 pages.seek(begin // mmap.PAGESIZE * 8)
                 stated = np.frombuffer(pages.read(size // mmap.PAGESIZE * 8), np.uint64) >> np.uint64(61)
-                if size and np.isin(stated, (ABSENT, IN_FILE)).all():
+                if size and np.isin(stated, (NOWHERE, IN_FILE)).all():
                     evict_pages(begin, size)
     except (OSError, RuntimeError):
         return  # memory is not spared

@@ -16,9 +16,9 @@ from ldm.support.text import escaped
 
 MOST_OPEN = 64  # shards that a process has open at a time
 READ_AHEAD = 1 << 14  # bytes
-BLOCK = 512  # bytes of a tar file's header, and what the size of a member is rounded up to
+TAR_BLOCK = 512  # bytes of a tar file's header, and what the size of a member is rounded up to
 MOST_EXTENDED = 1 << 14  # bytes of an extended header that is read here
-RECORD = re.compile(rb"(\d{1,3}) (?:[amc]time|[ug]id|[ug]name)=[^\n]*\n")  # of an extended header
+PAX_RECORD = re.compile(rb"(\d{1,3}) (?:[amc]time|[ug]id|[ug]name)=[^\n]*\n")  # of an extended header
 
 
 class ShardSpan(NamedTuple):
@@ -98,7 +98,7 @@ def shard_members(number: int, path: Path, problems: list[Problem]) -> Iterator[
             place = 0
             while (found := plain_member(file.fileno(), place)) is not None:
                 name, begin, size = found
-                place = begin + -(-size // BLOCK) * BLOCK
+                place = begin + -(-size // TAR_BLOCK) * TAR_BLOCK
                 check_end(name, begin + size, whole)
                 yield name, ShardSpan(number, begin, size)
             check_end("the last file", place, whole)
@@ -131,26 +131,26 @@ def plain_member(handle: int, place: int) -> tuple[str, int, int] | None:
         None unless it is a regular file whose header is intact and states its short name and its size in
         octal digits (POSIX.1-1988), so that `tarfile` reads the same from it.
     """
-    header = os.pread(handle, BLOCK, place)
+    header = os.pread(handle, TAR_BLOCK, place)
     if header[156:157] == b"x" and (size := octal_size(header)) is not None and size <= MOST_EXTENDED:
-        extended = os.pread(handle, size, place + BLOCK)
+        extended = os.pread(handle, size, place + TAR_BLOCK)
         if not states_times(extended):
             return None
-        place += BLOCK + -(-size // BLOCK) * BLOCK
-        header = os.pread(handle, BLOCK, place)
+        place += TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK
+        header = os.pread(handle, TAR_BLOCK, place)
     size = octal_size(header)
     name = header[:100].partition(b"\0")[0]
     if size is None or header[156:157] not in (b"0", b"\0") or header[345:346] != b"\0" or not name.isascii():
         return None
     if not name or name.endswith(b"/"):  # a folder of old
         return None
-    return name.decode("ascii"), place + BLOCK, size
+    return name.decode("ascii"), place + TAR_BLOCK, size
 
 
 def states_times(extended: bytes) -> bool:
     """Return whether an extended header (pax) is intact and states times and owners alone."""
     while extended:
-        record = RECORD.match(extended)
+        record = PAX_RECORD.match(extended)
         if record is None or int(record[1]) != record.end():
             return False
         extended = extended[record.end() :]
@@ -160,7 +160,7 @@ def states_times(extended: bytes) -> bool:
 def octal_size(header: bytes) -> int | None:
     """Return the size that a header states; None unless its checksum is right and both are octal digits."""
     stated, size = (header[part].strip(b" \0") for part in (slice(148, 156), slice(124, 136)))
-    if len(header) < BLOCK or not stated.isdigit() or not size.isdigit() or b"8" in size or b"9" in size:
+    if len(header) < TAR_BLOCK or not stated.isdigit() or not size.isdigit() or b"8" in size or b"9" in size:
         return None
     if (
         b"8" in stated

@@ -168,7 +168,7 @@ def depth_maps(images: FileImages) -> DepthMaps:
     return DepthMaps(images.config.depth, images)
 
 
-def beside(pipe: LatentDiffusion, images: TrainingImages, seed: int) -> Beside | None:
+def channels_beside(pipe: LatentDiffusion, images: TrainingImages, seed: int) -> Beside | None:
     """Return what makes the channels that a model reads beside x_t; None if it reads none.
 
     Args:

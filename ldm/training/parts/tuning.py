@@ -33,7 +33,7 @@ from ldm.training.config import RunConfig
 from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
-from ldm.training.inputs.beside import beside
+from ldm.training.inputs.beside import channels_beside
 from ldm.training.inputs.cached_files import CachedFiles
 from ldm.training.inputs.classes import ClassNumbers
 from ldm.training.inputs.files import files_only
@@ -167,7 +167,7 @@ class TunedModel:
         space = Space(self.pipe.vae, self.pipe.latent_scale, card.latent_mean, card.latent_std)
         self.latents = LatentSpace.of(space, self.base_hashes["vae"], self.samples, device)
         self.canvases = self._fitted_canvases()
-        self.beside = beside(self.pipe, self.images, config.run.seed)
+        self.beside = channels_beside(self.pipe, self.images, config.run.seed)
         self.classes = None
         if isinstance(self.pipe.text, LabelConditioner):
             self.classes = ClassNumbers(self.pipe, self.images, self.diffusion.drop)
