@@ -119,8 +119,8 @@ def child(who: str, args: argparse.Namespace) -> None:
     """Run in a process of its own: prepare, run, and print the figures of the run."""
     settle(args)
     make = run_min_dalle if who == "min-dalle" else lambda folder, args: run_ldm(who, folder, args)
-    forget()
     run, size = make(args.folder, args)
+    forget()
     read = time.process_time if args.clock == "cpu" else time.perf_counter
     begin = read()
     tokens = run()
