@@ -31,8 +31,9 @@ from ldm.weights.parts import build_network, randomise, to_layout
 
 PROMPT = "a red apple"
 FILES = {"encoder": "encoder.pt", "decoder": "decoder.pt", "vae": "detoker.pt"}
-# of ldm: options of `ldm.optimize`, and the dtype that the weights are loaded in
-SIDES: dict[str, tuple[dict[str, bool], str]] = {
+# of ldm: options of `ldm.optimize` (None: it is not called), and the dtype that the weights are loaded in
+SIDES: dict[str, tuple[dict[str, bool] | None, str]] = {
+    "ldm, as loaded": (None, "fp32"),
     "ldm": ({"memory": True}, "fp32"),
     "ldm, resident": ({}, "fp32"),
     "ldm, bf16": ({"memory": True}, "bf16"),
@@ -56,7 +57,9 @@ def write_files(folder: Path, name: str) -> None:
 def run_ldm(who: str, folder: Path, args: argparse.Namespace) -> tuple[Callable[[], Any], float]:
     """Return the call of one image, and the bytes of the weights."""
     options, dtype = SIDES[who]
-    pipe = ldm.optimize(ldm.load(args.card, weights=folder, device="cpu", dtype=DTYPES[dtype]), **options)
+    pipe = ldm.load(args.card, weights=folder, device="cpu", dtype=DTYPES[dtype])
+    if options is not None:
+        ldm.optimize(pipe, **options)
     call = pipe.settle(PROMPT, n=1, temperature=0.0, progress=False)
 
     def run() -> list[int]:

@@ -109,7 +109,9 @@ class Hub:
 
     Args:
         repo: Repository, "owner/name".
-        file: A single file in the repository; None for the whole repository in diffusers layout.
+        file: A single file in the repository; None for `files`, or else the whole repository in diffusers
+            layout.
+        files: The files of a model in another layout, all of which are needed. Default: none.
         sha256: SHA-256 of the file, in hexadecimal.
         stated: Whether the publisher states ``sha256``. If so, a file with another hash is refused;
             otherwise it only causes a warning.
@@ -117,6 +119,7 @@ class Hub:
 
     repo: str
     file: str | None = None
+    files: tuple[str, ...] = ()
     sha256: str | None = None
     stated: bool = False
 

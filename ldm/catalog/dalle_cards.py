@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from ldm.catalog.cards import Card, Defaults, DiffusionCard, Kind
+from ldm.catalog.cards import Card, Defaults, DiffusionCard, Hub, Kind
 from ldm.catalog.networks import shape
 from ldm.catalog.shapes import VAES
 from ldm.models.dalle.decoder import DalleDecoderConfig
@@ -21,6 +21,7 @@ from ldm.support.scalars import check_within
 # "tokens" is the family of models in the ldm layout only.
 TokenFamily = Literal["dalle-mini", "tokens"]
 TOKEN_FAMILIES: tuple[str, ...] = get_args(TokenFamily)
+MIN_DALLE_FILES = (("encoder", "pt"), ("decoder", "pt"), ("vocab", "json"), ("merges", "txt"))
 TOKEN_PARTS = ("encoder", "decoder", "vae")
 MAX_TOP_K = 2**22
 MAX_TEMPERATURE = 1e6
@@ -165,17 +166,26 @@ class DVAECard(Card):
         raise ValueError(f"{self.name!r} is an autoencoder alone: it has no sampler and no schedule")
 
 
-def dalle(name: str, summary: str) -> DalleCard:
-    """Return the card of a published model, whose shapes have its name."""
-    networks = DalleNetworks(encoder=name, decoder=name)
-    return DalleCard(name=name, summary=summary, licence="Apache-2.0", networks=networks)
+def dalle(name: str, summary: str, suffix: str) -> DalleCard:
+    """Return the card of a published model, whose shapes have its name.
+
+    The files are min-dalle's, whose names have a suffix: dalle-mini's own repositories hold no autoencoder.
+    """
+    sized = [f"{stem}{suffix}.{end}" for stem, end in MIN_DALLE_FILES]
+    return DalleCard(
+        name=name,
+        summary=summary,
+        licence="Apache-2.0",
+        hub=Hub(repo="kuprel/min-dalle", files=(*sized, "detoker.pt")),
+        networks=DalleNetworks(encoder=name, decoder=name),
+    )
 
 
 DALLE_CARDS: Mapping[str, DalleCard | DVAECard] = {
     card.name: card
     for card in (
-        dalle("dalle-mini", "DALL·E Mini, text to 256×256 by 256 tokens"),
-        dalle("dalle-mega", "DALL·E Mega, text to 256×256 by 256 tokens"),
+        dalle("dalle-mini", "DALL·E Mini, text to 256×256 by 256 tokens", "_mini"),
+        dalle("dalle-mega", "DALL·E Mega, text to 256×256 by 256 tokens", ""),
         DVAECard(
             name="dalle-dvae",
             family="dalle-dvae",

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.adapters import ADAPTER_COMMANDS
 from ldm.cli.data import DATA
 from ldm.cli.evaluation import EVALUATE
-from ldm.cli.options import ADDITIONS, MODEL, MODEL_KEYWORDS, OUTPUT
-from ldm.cli.output import check_output, complain, drop_output, prepare_output, write_images
+from ldm.cli.options import ADDITIONS, ANIMATE, MODEL, MODEL_KEYWORDS, OUTPUT
+from ldm.cli.output import check_animation, check_output, complain, drop_output, prepare_output, write_images
 from ldm.cli.parsing import Command, UsageError
 from ldm.cli.serving import SERVE
 from ldm.cli.tables import TABLE, names_table, write_table
@@ -153,12 +153,15 @@ def run_task(task: ImageTask, args: argparse.Namespace) -> int:
     count = getattr(args, "n", None) or 1
     seed = getattr(args, "seed", None) or 0
     check_output(args.output, quality=args.quality, seed=seed if args.separate else None, n=count)
+    check_animation(args.animate)
     if task.prepare is not None:
         task.prepare(args)
         options = given_options(task, args)
     positional = [getattr(args, each.dest) for each in task.passed if each.positional]
     images = getattr(load_pipe(task, args), task.method_name)(*positional, **options)
     save_images(images, args)
+    if args.animate is not None:
+        print(images.animate(args.animate))
     return 0
 
 
@@ -167,6 +170,8 @@ def given_options(task: ImageTask, args: argparse.Namespace) -> dict[str, Any]:
     options = {each.dest: getattr(args, each.dest) for each in task.passed if not each.positional}
     if (size := options.pop("size", None)) is not None:
         options["width"], options["height"] = size
+    if args.animate is not None:
+        options["keep_steps"] = True
     if args.control:
         options["controls"] = [(name, hint, *rest) for name, (_, hint, rest) in named_controls(args).items()]
     return {name: value for name, value in options.items() if value is not None}
@@ -226,7 +231,7 @@ COMMANDS: tuple[Command, ...] = (
         Command(
             name=task.name,
             summary=task.summary,
-            arguments=(*task.passed, *(TABLE if task.tables else ()), *OUTPUT, *MODEL, *ADDITIONS),
+            arguments=(*task.passed, *(TABLE if task.tables else ()), *OUTPUT, ANIMATE, *MODEL, *ADDITIONS),
             run=partial(run_task, task),
             aliases=task.aliases,
             details=task.details,

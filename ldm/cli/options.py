@@ -69,6 +69,14 @@ BORDER = (
     WINDOW,
 )
 
+ANIMATE = argument(
+    "--animate",
+    "also write a GIF of how the images appear: the prediction of each step, or the rows of tokens of DALL·E"
+    " Mini",
+    type=Path,
+    metavar="FILE.gif",
+)
+
 QUALITY = argument("--quality", "quality of .jpg and .webp, 1 to 100 (default: 95)", type=int)
 
 OUTPUT = (

@@ -58,6 +58,19 @@ def check_output(path: str | Path, *, quality: int | None, seed: int | None = No
     return path
 
 
+def check_animation(path: Path | None) -> None:
+    """Check before any work that a GIF can be written to a file, if one is named.
+
+    Raises:
+        ValueError: For another suffix.
+        OSError: If the file cannot be written.
+    """
+    if path is not None:
+        from ldm.images.files import check_writable
+
+        check_writable(path, (".gif",))
+
+
 def write_images(
     images: Images, path: str | Path, *, separate: bool = False, quality: int | None = None
 ) -> None:

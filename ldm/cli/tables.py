@@ -33,6 +33,8 @@ def names_table(args: argparse.Namespace) -> bool:
         raise UsageError("--prompts FILE and --out FOLDER: expected both or neither")
     if (args.prompt is None) == (args.prompts is None):
         raise UsageError("expected a prompt, or --prompts FILE and --out FOLDER")
+    if args.prompts is not None and args.animate is not None:
+        raise UsageError("--animate: expected a prompt; shards hold no animations")
     return args.prompts is not None
 
 

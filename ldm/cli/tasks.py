@@ -68,6 +68,18 @@ def convert_ends(args: argparse.Namespace) -> None:
     args.a, args.b, args.between = kind(args.a), kind(args.b), None
 
 
+def open_ranker(args: argparse.Namespace) -> None:
+    """Replace the name of a CLIP in `--clip` by the CLIP."""
+    if args.clip is None:
+        return
+    from ldm.analysis.metrics.features import ClipFeatures, open_features
+
+    found = open_features(args.clip)
+    if not isinstance(found, ClipFeatures):
+        raise UsageError(f"--clip {shown(args.clip)}: expected a CLIP, got the features {found.name!r}")
+    args.clip = found
+
+
 def strength(help: str) -> Argument:
     """Return the option `--strength` with a help text."""
     return argument("--strength", help, type=float)
@@ -270,13 +282,23 @@ IMAGE_TASKS: tuple[ImageTask, ...] = (
     ImageTask(
         name="rerank",
         summary="Generate many images and keep those most similar to the prompt.",
-        details="For unCLIP models; CLIP measures the similarity. The result cannot be replayed.",
+        details=(
+            "For unCLIP models and DALL·E Mini; CLIP measures the similarity. The result cannot be replayed."
+        ),
         arguments=(
             PROMPT,
+            argument(
+                "--clip",
+                "the CLIP: emoji-clip, clip=FOLDER in Hugging Face's layout, or open_clip's NAME=FILE"
+                " (default: the model's own; DALL·E Mini has none)",
+                metavar="NAME[=PATH]",
+            ),
             argument("--of", "number of images to generate (default: 16)", type=int),
             argument("--keep", "number of images to keep (default: 4)", type=int),
             IMAGE_SIZE,
+            *TOKEN_OPTIONS,
         ),
         without=("n",),
+        prepare=open_ranker,
     ),
 )

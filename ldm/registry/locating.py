@@ -119,4 +119,12 @@ def hub_weights(card: Card, *, allowed: bool) -> Path:
             " pass weights=PATH"
         )
     hub = card.hub
-    return download(card.name, hub.repo, hub.file, sha256=hub.sha256, stated=hub.stated, allowed=allowed)
+    return download(
+        card.name,
+        hub.repo,
+        hub.file,
+        files=hub.files,
+        sha256=hub.sha256,
+        stated=hub.stated,
+        allowed=allowed,
+    )

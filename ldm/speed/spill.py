@@ -6,7 +6,6 @@ The weights are in a memory-mapped file, from which the system reads the pages t
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import tempfile
 import threading
@@ -23,8 +22,8 @@ from ldm.speed.kept_forms import clear_derived
 from ldm.speed.kernels.build import cache_folder
 from ldm.speed.packed import Packed
 from ldm.support.home import make_folder
+from ldm.support.memory import evict_pages, whole_pages
 
-DONTNEED = 4  # advice of madvise: drop the pages from memory; the data of a shared mapping stay in the file
 # parameters of mallopt: free bytes above which the heap shrinks; size above which a block has its own pages
 TRIM_THRESHOLD, MMAP_THRESHOLD = (-1, -3)
 
@@ -96,12 +95,9 @@ class Spilled:
         if weight is not None:
             if not begin <= weight.data_ptr() < begin + size:
                 return
-            end = weight.data_ptr() + weight.numel() * weight.element_size()
-            # whole pages, which contain nothing else
-            begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            size = max(0, end // mmap.PAGESIZE * mmap.PAGESIZE - begin)
+            begin, size = whole_pages(weight)
         if size:
-            _evict_pages(begin, size)
+            evict_pages(begin, size)
 
     def rest(self) -> None:
         """Let all weights of the network leave memory, and discard what is derived from them."""
@@ -220,12 +216,3 @@ def _call_libc(function: str, *numbers: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, function):
         getattr(libc, function)(*numbers)
-
-
-def _evict_pages(begin: int, size: int) -> None:
-    """Let the pages of `size` bytes from the address `begin` leave memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "madvise"):
-        raise RuntimeError("memory=True needs madvise, which this system lacks")
-    if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), DONTNEED):
-        raise OSError(ctypes.get_errno(), "madvise")

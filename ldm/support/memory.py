@@ -1,12 +1,20 @@
-"""How much memory is free."""
+"""How much memory is free, and tensors whose pages leave it."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+PAGEMAP = Path("/proc/self/pagemap")  # of each page 8 bytes, whose last three bits say where it is:
+NOWHERE, IN_FILE = 0, 0b101  # nowhere yet; in memory, as a page of a file that this process has not changed
+DONTNEED = 4  # advice of madvise: drop the pages from memory; a mapped file still has them
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -46,3 +54,50 @@ def _left_in_group() -> int | None:
     except (OSError, ValueError):  # "max" is no number
         return None
     return max(0, limit - used + int(stat.get("inactive_file", 0)))
+
+
+def release_unchanged(tensors: Iterable[Tensor]) -> None:
+    """Let tensors leave memory that are mapped from a file and unchanged; they are read again when used.
+
+    The system mostly keeps the file's content, so that reading it again needs no disk. A tensor stays if one
+    of its pages was written to, or if it is in no file, as do all where the system does not state its pages
+    (Linux does). Values never change.
+
+    Args:
+        tensors: Tensors of any kind.
+    """
+    try:
+        with PAGEMAP.open("rb", buffering=0) as pages:
+            for tensor in tensors:
+                if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                    continue
+                begin, size = whole_pages(tensor)
+                pages.seek(begin // mmap.PAGESIZE * 8)
+                stated = np.frombuffer(pages.read(size // mmap.PAGESIZE * 8), np.uint64) >> np.uint64(61)
+                if size and np.isin(stated, (NOWHERE, IN_FILE)).all():
+                    evict_pages(begin, size)
+    except (OSError, RuntimeError):
+        return  # memory is not spared
+
+
+def whole_pages(tensor: Tensor) -> tuple[int, int]:
+    """Return the address and the bytes of the pages that hold a contiguous tensor and nothing else."""
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    return begin, max(0, end // mmap.PAGESIZE * mmap.PAGESIZE - begin)
+
+
+def evict_pages(begin: int, size: int) -> None:
+    """Let the pages of `size` bytes from the address `begin` leave memory.
+
+    What is not in a file is lost.
+
+    Raises:
+        RuntimeError: On systems without madvise; Linux has it.
+        OSError: If the system refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "madvise"):
+        raise RuntimeError("memory=True needs madvise, which this system lacks")
+    if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise")

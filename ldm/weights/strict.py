@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ldm.support.memory import release_unchanged
 from ldm.weights.cast import cast, is_finite
 
 
@@ -83,6 +84,7 @@ def load_strict(
     ready, bad = cast({key: state[key] for key in want}, dtype)
     if bad and not allow_nan:
         raise ValueError(f"{str(source)!r}{_non_finite_reason(bad, ready, state)}")
+    release_unchanged(ready.values())  # they were read to be checked
     module.load_state_dict(ready, strict=True, assign=True)
     for part in module.modules():
         if isinstance(part, ResetsBuffers) and any(buffer.is_meta for buffer in part.buffers(recurse=False)):

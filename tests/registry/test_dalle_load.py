@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 import torch
 from dalle_peers import dall_e
 from flax_files import flax_autoencoder, flax_tree, packed, whole_state
+from pages import in_memory
 from safetensors.torch import save_file
 from tiny_dalle import (
     CARD,
+    DECODER,
+    ENCODER,
     TINY_DVAE,
+    VQ,
     detokenizer_state,
     register_tiny,
     tiny_dalle,
@@ -37,6 +42,7 @@ from ldm.pipelines.dalle.pipeline import DalleMini
 from ldm.registry.dalle.reading import load_dvae
 from ldm.registry.inspection import inspect
 from ldm.registry.locating import WeightsRequest
+from ldm.support.memory import PAGEMAP
 from ldm.weights.parts import to_layout
 
 Write = Callable[[DalleMini, Path], Path]
@@ -152,6 +158,35 @@ def test_half_precision_is_read_and_kept(pipe: DalleMini, tmp_path: Path) -> Non
     assert kinds == {"encoder": torch.float16, "decoder": torch.float16, "vae": torch.float32}
     ldm.optimize(loaded)  # widens them where the processor does not multiply them
     assert loaded.text_to_image("a cat", n=1, progress=False).tensor.isfinite().all()
+
+
+@pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not state its pages")
+def test_networks_leave_memory_one_after_the_other(tmp_path: Path) -> None:
+    """The peak of a call is that of its largest network, not of all; a changed weight stays."""
+    sizes = {"width": 128, "inner": 96}
+    wide = DalleNetworks(encoder=replace(ENCODER, **sizes), decoder=replace(DECODER, **sizes), vae=VQ)
+    card = register_tiny(replace(CARD, networks=wide))
+    loaded = ldm.load("tiny-dalle", weights=write_min_dalle(unit_scales(tiny_dalle(card)), tmp_path))
+
+    def weight(network: nn.Module) -> Tensor:
+        return max(network.parameters(), key=lambda p: p.numel())
+
+    watched = {name: weight(network) for name, network in loaded.networks().items()}
+
+    def there() -> set[str]:
+        return {name for name, tensor in watched.items() if in_memory(tensor)}
+
+    seen: dict[str, set[str]] = {}
+    call = {"n": 1, "progress": False, "keep_steps": False}
+    loaded.encoder.register_forward_pre_hook(lambda *_: seen.update(before=there()))
+    loaded.vae.decoder.register_forward_pre_hook(lambda *_: seen.update(decoding=there()))
+    first = loaded.text_to_image("an apple", on_step=lambda *_: seen.update(drawing=there()), **call)
+    assert seen == {"before": set(), "drawing": {"decoder"}, "decoding": set()} and there() == set()
+    watched["decoder"].data.neg_()
+    changed = loaded.text_to_image("an apple", **call)
+    assert there() == {"decoder"} and not torch.equal(changed.tensor, first.tensor)
+    watched["decoder"].data.neg_()
+    assert torch.equal(loaded.text_to_image("an apple", **call).tensor, first.tensor)
 
 
 def damage(folder: Path, name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:

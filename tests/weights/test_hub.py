@@ -85,3 +85,24 @@ def test_without_a_home_folder_there_are_no_local_weights(monkeypatch: pytest.Mo
     monkeypatch.delenv("LDM_HOME", raising=False)
     monkeypatch.setattr(Path, "home", unknown)
     assert local_path("m") is None
+
+
+def test_files_of_a_model_in_another_layout_are_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client returns a folder of its cache whether it is complete or not."""
+    asked: list[tuple[list[str], bool]] = []
+
+    def snapshot(repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((allow_patterns, local_files_only))
+        for name in allow_patterns[: 1 if local_files_only else None]:
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    files = ["encoder_mini.pt", "decoder_mini.pt"]
+    assert download("m", "a/b", None, files=files) == tmp_path
+    assert asked == [(files, True), (files, False)]
+    (tmp_path / "decoder_mini.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="allow the download of a/b"):
+        download("m", "a/b", None, files=files, allowed=False)

@@ -87,6 +87,18 @@ class ClipFeatures(FeatureExtractor):
         assert pooled is not None
         return pooled.float()
 
+    def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosine of each image (B, 3, H, W) in [0, 1] and its prompt, shape (B,).
+
+        Raises:
+            ValueError: If there is no text tower.
+        """
+        texts = self.text_features(prompts)
+        if texts is None:
+            raise ValueError(f"{self.name!r} has no text tower: it cannot compare images with prompts")
+        images = self(pixels)
+        return F.cosine_similarity(images, texts.to(images.device), dim=-1)
+
 
 class InceptionFeatures(FeatureExtractor):
     """The 2048 pooled features of the Inception v3 by which FID is defined, as torch-fidelity computes them.

@@ -28,6 +28,8 @@ class FileData:
         captions: Captions of images that have none, of which one is drawn at random. Default: none.
         uncaptioned: What becomes of images that have no caption then: "keep" them with the empty one, "skip"
             them, or "stop" with an error. Default: "keep".
+        depth: Folder with a depth map for each image, larger values being nearer, under the image's path or
+            with the ending .png, for models that read one. Default: None.
         held_out: Share of images that are kept for validation, in [0, 1), chosen by a hash of their names; at
             least one if it is not 0. Default: 0.05.
         max_broken: Number of broken files that are passed over; one more stops the run. Default: 10.
@@ -43,6 +45,7 @@ class FileData:
     least: int | None = None
     captions: tuple[str, ...] = ()
     uncaptioned: Literal["keep", "skip", "stop"] = "keep"
+    depth: str | None = None
     held_out: float = 0.05
     max_broken: int = 10
     workers: int = 0

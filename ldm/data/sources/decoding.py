@@ -81,6 +81,8 @@ def _orientation(image: Image) -> int:
     """Return the EXIF orientation of an image, 1 if it has none or only behind its pixels."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # looking further would decode it
+    if image.format == "JPEG" and not METADATA_KEYS & image.info.keys():
+        return 1
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # malformed EXIF, for which PIL raises errors of many classes; decoding ignores it too

@@ -23,9 +23,10 @@ from ldm.pipelines.dalle.token_images import ABSENT, TokenImages
 from ldm.pipelines.dalle.token_tasks import token_inpaint, token_variations
 from ldm.pipelines.image_pipeline import ImagePipeline
 from ldm.pipelines.replayable import BY_OPTIONS, replayable
-from ldm.pipelines.tasks.rerank import rerank
+from ldm.pipelines.tasks.rerank import Ranker, rerank
 from ldm.support.calls import checkpoint, in_separate_call
 from ldm.support.device import computing_dtype
+from ldm.support.memory import release_unchanged
 from ldm.support.progress import progress_bar
 from ldm.support.scalars import whole_number
 from ldm.support.text import shown
@@ -181,7 +182,7 @@ class DalleMini(ImagePipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        clip: ClipPair | None = None,
+        clip: Ranker | None = None,
         of: int = 16,
         keep: int = 4,
         **options: Any,
@@ -190,7 +191,8 @@ class DalleMini(ImagePipeline):
 
         Args:
             prompt: One prompt or several.
-            clip: Both towers of a CLIP, such as the `clip` of an `UnCLIP`. Default: the pipeline's `clip`.
+            clip: Both towers of a CLIP, such as the `clip` of an `UnCLIP`, or features of
+                `ldm.analysis.metrics`. Default: the pipeline's `clip`.
             of: Number of images of each prompt that are drawn.
             keep: Number of them that are returned.
             options: Options of `text_to_image`.
@@ -198,11 +200,11 @@ class DalleMini(ImagePipeline):
         Raises:
             ValueError: If there is no CLIP, or an option is wrong.
         """
-        clip = self.clip if clip is None else clip
-        if clip is None:
+        ranker = self.clip if clip is None else clip
+        if ranker is None:
             raise ValueError(f"{self.name!r} has no CLIP of its own to rank images by: pass clip")
         keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
-        return rerank(self.text_to_image(prompt, n=of, **options), clip, keep=keep)
+        return rerank(self.text_to_image(prompt, n=of, **options), ranker, keep=keep)
 
     def settle(self, prompt: Any, **options: Any) -> TokenCall:
         """Settle the options of a call (see `text_to_image`), and warn of prompts that are cut."""
@@ -228,6 +230,8 @@ class DalleMini(ImagePipeline):
     ) -> Images:
         """Draw the images of a call: encode the texts, draw the tokens, decode them.
 
+        Each network leaves memory behind its part, if it is mapped from a file and unchanged.
+
         Args:
             call: The settled options.
             task: Name of the task, for the recipe.
@@ -252,8 +256,10 @@ class DalleMini(ImagePipeline):
                 call.on_step(count, seen, lambda seen=seen: finished(seen))  # type: ignore[misc]
             if call.keep_steps and count % grid == 0:
                 kept.append(finished(tokens))
+        pixels = kept[-1] if kept else finished(tokens)
+        release_unchanged(self.vae.parameters())
         return self._recorded(
-            kept[-1] if kept else finished(tokens),
+            pixels,
             call.recipe(task),
             facts,
             seeds=call.seeds,
@@ -277,6 +283,7 @@ class DalleMini(ImagePipeline):
         ids, rows = self._ids(texts)
         branches = len(texts) // len(call.seeds)
         cache = self.decoder.begin(self.encoder(ids), text_mask(ids), rows)
+        release_unchanged(self.encoder.parameters())
         tokens = torch.full((len(call.seeds), length), ABSENT, device=self.device)  # (B, N)
         given = tokens if known is None else known.to(self.device)
         start = torch.full((len(call.seeds), 1), self.card.start, device=self.device)
@@ -304,6 +311,7 @@ class DalleMini(ImagePipeline):
                 bar.update()
                 checkpoint(i + 1, length)
                 yield i + 1, tokens
+        release_unchanged(self.decoder.parameters())
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the ids (T, M) of the different texts, and the row of each text, (len(texts),)."""

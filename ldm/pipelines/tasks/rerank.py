@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
-from ldm.conditioning.clip import ClipPair
+from torch import Tensor
+
 from ldm.images.result import Images
 
 
-def rerank(images: Images, clip: ClipPair, *, keep: int = 1) -> Images:
+class Ranker(Protocol):
+    """What ranks images by their prompts: a `ClipPair` with both towers, or the features of a CLIP."""
+
+    def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosine of each image (B, 3, H, W) in [0, 1] and its prompt, shape (B,)."""
+
+
+def rerank(images: Images, clip: Ranker, *, keep: int = 1) -> Images:
     """Return the images of each prompt that are most similar to it by CLIP, best first.
 
     The score is the cosine of the image's and the text's embedding (Ramesh et al. 2021, section 2.6).
@@ -41,4 +51,5 @@ def rerank(images: Images, clip: ClipPair, *, keep: int = 1) -> Images:
         prompts=tuple(images.prompts[i] for i in chosen),
         recipe=recipe,
         flagged=flagged,
+        steps=None if images.steps is None else images.steps[:, chosen],
     )

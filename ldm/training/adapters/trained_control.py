@@ -121,6 +121,10 @@ class ControlNetPart(TunedModel):
     def check(self, pipe: LatentDiffusion) -> None:
         """Raise ValueError for a model whose network has no encoder to copy."""
         net, config = pipe.denoiser.net, self.config
+        if pipe.card.concat is not None:
+            raise ValueError(
+                f"{pipe.name!r} reads {pipe.card.concat} itself: train a control of its base model"
+            )
         if not isinstance(net, UNet | DiT):
             raise ValueError(f"{pipe.name!r} has no UNet or DiT: controls are for models with one")
         if isinstance(net, DiT):

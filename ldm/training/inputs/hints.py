@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from ldm.data.framing import crop_to_frame
 from ldm.images.hints import canny, scribble, soft_edge, tile
-from ldm.support.text import shown
 from ldm.training.images import to_tensor
-from ldm.training.inputs.files import FileImages, files_only
+from ldm.training.inputs.beside import FilesBeside
 from ldm.training.inputs.protocol import Samples, TrainingImages
 from ldm.training.inputs.reading import ImageSample
 
@@ -60,11 +58,7 @@ class Hints:
 
     def __init__(self, source: HintSource, images: TrainingImages) -> None:
         self.source, self.images = source, images
-        self._files: FileImages | None = None
-        if source.folder is not None:
-            self._files = files_only(images, "hints.folder")
-            for item in (*self._files.files.train.tolist(), *self._files.files.held.tolist()):
-                self._path(item)
+        self._files = None if source.folder is None else FilesBeside(source.folder, images, "hints.folder")
 
     def __call__(self, samples: Samples) -> Tensor:
         """Return the hints of B samples of one size, (B, 3, H, W) float32 in [0, 1]."""
@@ -72,17 +66,10 @@ class Hints:
             return torch.stack([self._read(sample) for sample in samples])
         return HINT_MAKERS[self.source.kind](self.images.tensor(samples) / 2 + 0.5)
 
-    def _path(self, item: int) -> Path:
-        assert self._files is not None and self.source.folder is not None
-        same = Path(self.source.folder) / self._files.files.dataset.record(item).name
-        found = next((path for path in (same, same.with_suffix(".png")) if path.is_file()), None)
-        if found is None:
-            raise FileNotFoundError(f"hints.folder: {shown(str(same))} is absent, and so is {same.stem}.png")
-        return found
-
     def _read(self, sample: ImageSample) -> Tensor:
         from PIL import Image
 
-        with Image.open(self._path(sample.item)) as image:
+        assert self._files is not None
+        with Image.open(self._files.path(sample.item)) as image:
             own: Any = image.convert("RGB")
         return to_tensor(np.stack([crop_to_frame(own, sample.frame)]))[0] / 2 + 0.5

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ldm.catalog.cards import ModelCard
-from ldm.models.labels import LabelConditioner
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.loading import load
+from ldm.training.inputs.beside import LACKING
 
 
 def network_hashes(networks: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -31,14 +31,17 @@ def load_base(base: str | None, weights: str | None) -> LatentDiffusion:
 
     Raises:
         FileNotFoundError: If its weights are absent.
-        ValueError: If it is not a latent diffusion model that is conditioned on texts, or on nothing.
+        ValueError: If it is not a latent diffusion model, or reads what a data set of images lacks.
     """
     pipe = load(base, weights=weights, device="cpu", dtype="float32")
     if not isinstance(pipe, LatentDiffusion):
-        raise ValueError(f"base {base or weights!r}: expected a latent diffusion model")
+        raise ValueError(
+            f"base {base or weights!r}: expected a latent diffusion model, got a {type(pipe).__name__}; the"
+            " parts prior, decoder, upsampler and tokens train the networks of others from scratch"
+        )
     card = pipe.card
-    if card.concat is not None or card.vector == "aesthetic" or isinstance(pipe.text, LabelConditioner):
-        reads = "classes" if isinstance(pipe.text, LabelConditioner) else card.concat or "aesthetic scores"
+    reads = "aesthetic scores" if card.vector == "aesthetic" else LACKING.get(card.concat or "")
+    if reads is not None:
         raise ValueError(f"base {card.name!r} reads {reads}, which a data set of captioned images lacks")
     return pipe
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.diffusion.cond import Cond
+from ldm.models.labels import LabelConditioner
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.saving import save
 from ldm.training.adapters.class_images import PriorPreservation
@@ -42,7 +43,8 @@ class FineTuning:
         data: The training images.
         base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
         weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
-        train: What is trained: "unet", "text", SDXL's "text2", and "vae_decoder", the decoder of the
+        train: What is trained: "unet", "text", SDXL's "text2", "class" (the embeddings of classes), and
+            "vae_decoder", the decoder of the
             autoencoder, whose encoder stays. Default: the UNet.
         diffusion: Changes of the diffusion, and the weights of the loss.
         prior: Images of the model itself that it keeps drawing; None for none. Default: None.
@@ -58,7 +60,7 @@ class FineTuning:
     data: DataSection
     base: str | None = None
     weights: str | None = None
-    train: tuple[Literal["unet", "text", "text2", "vae_decoder"], ...] = ("unet",)
+    train: tuple[Literal["unet", "text", "text2", "class", "vae_decoder"], ...] = ("unet",)
     diffusion: FineTuneDiffusion = field(default_factory=FineTuneDiffusion)
     prior: PriorPreservation | None = None
     reconstruction: VAELoss = field(default_factory=VAELoss)
@@ -101,6 +103,8 @@ class FineTunePart(TunedModel):
             raise ValueError(
                 f"cached_texts: expected false, as {pipe.name!r} is shown exemplars beside its text"
             )
+        if self.config.cached_texts and isinstance(pipe.text, LabelConditioner):
+            raise ValueError(f"cached_texts: expected false, as {pipe.name!r} reads classes")
 
     def read_texts(self) -> CachedTexts:
         """Return the states of all captions, after computing those that no file holds."""

@@ -20,6 +20,7 @@ from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Prediction
+from ldm.models.labels import LabelConditioner
 from ldm.models.layers.embeddings import vector_condition
 from ldm.pipelines.conditions import zero_where_empty
 from ldm.pipelines.latent import LatentDiffusion
@@ -32,7 +33,9 @@ from ldm.training.config import RunConfig
 from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
+from ldm.training.inputs.beside import channels_beside
 from ldm.training.inputs.cached_files import CachedFiles
+from ldm.training.inputs.classes import ClassNumbers
 from ldm.training.inputs.files import files_only
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import Samples
@@ -40,7 +43,7 @@ from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss, loss
 from ldm.training.parts.base_model import fine_tuned, load_base, network_hashes
 from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES
 
-Trained = Literal["unet", "text", "text2"]
+Trained = Literal["unet", "text", "text2", "class"]
 PREVIEWED = 8  # images of a preview
 
 
@@ -152,6 +155,8 @@ class TunedModel:
             )
         self.preserved = None
         if config.prior is not None:
+            if loaded.card.concat is not None or isinstance(loaded.text, LabelConditioner):
+                raise ValueError(f"prior: {loaded.name!r} draws no images of a prompt alone")
             self.preserved = ClassImages(config.prior, loaded, self.images.size)
         self.pipe = fine_tuned(loaded, config.diffusion.changed(loaded.card)).to(device)
         self.diffusion = config.diffusion.settled(self.pipe.card)
@@ -162,6 +167,10 @@ class TunedModel:
         space = Space(self.pipe.vae, self.pipe.latent_scale, card.latent_mean, card.latent_std)
         self.latents = LatentSpace.of(space, self.base_hashes["vae"], self.samples, device)
         self.canvases = self._fitted_canvases()
+        self.beside = channels_beside(self.pipe, self.images, config.run.seed)
+        self.classes = None
+        if isinstance(self.pipe.text, LabelConditioner):
+            self.classes = ClassNumbers(self.pipe, self.images, self.diffusion.drop)
 
     def check(self, pipe: LatentDiffusion) -> None:
         """Raise ValueError for a model that the training does not serve, before it begins."""
@@ -191,17 +200,21 @@ class TunedModel:
         Args:
             texts: A caption of each sample, or an empty text.
             samples: B samples.
-            seeds: A number for each sample, for conditions that are drawn; not read here.
+            seeds: A number for each sample, for conditions that are drawn. Default: 0, 1, ….
         """
         if self.canvases is not None:
             return self.canvases(texts, samples)
-        return self.cond_of_sizes(
-            texts, [[*s.original, *s.crop, *s.target] for s in self.images.sizes(samples)]
-        )
+        sizes = [[*s.original, *s.crop, *s.target] for s in self.images.sizes(samples)]
+        cond = self.cond_of_sizes(texts, sizes)
+        if self.beside is None:
+            return cond
+        return replace(cond, concat=self.beside(self.pipe, samples, seeds or range(len(samples))))
 
     def read(self, texts: Sequence[str]) -> Cond:
         """Return the condition of texts, which are no prompts: signs of the syntax are text."""
         assert self.pipe.text is not None
+        if self.classes is not None:
+            return self.pipe.text(self.classes(texts))
         cond: Cond = self.pipe.text([escape_prompt(text) for text in texts])
         return cond
 

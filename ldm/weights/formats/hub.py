@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.support.home import library_home
@@ -38,6 +39,7 @@ def download(
     repo: str,
     file: str | None,
     *,
+    files: Sequence[str] = (),
     sha256: str | None = None,
     stated: bool = False,
     allowed: bool = True,
@@ -47,8 +49,9 @@ def download(
     Args:
         name: Name of the model, for messages.
         repo: Repository, "owner/name".
-        file: File in the repository; None for its folder in diffusers layout. Pickles are downloaded only if
-            there are no safetensors.
+        file: File in the repository; None for `files`, or else its folder in diffusers layout. Pickles are
+            downloaded only if there are no safetensors.
+        files: Files in the repository that are downloaded into one folder. Default: none.
         sha256: Expected SHA-256 of a newly downloaded file.
         stated: Whether the publisher states ``sha256``. If so, a file with another hash is removed and
             refused; otherwise there is a warning.
@@ -59,7 +62,7 @@ def download(
         ValueError: If the file has another hash than its publisher states.
     """
     try:
-        return fetch_weights(repo, file, local=True)
+        return fetch_weights(repo, file, files, local=True)
     except OSError:
         pass  # not, or not completely, in the cache
     what = f"{repo}/{file}" if file else repo
@@ -69,7 +72,7 @@ def download(
             " (download=True, or --download), or pass the file or folder of the weights"
         )
     try:
-        path = fetch_weights(repo, file, local=False)
+        path = fetch_weights(repo, file, files, local=False)
     except OSError as error:
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine, and {what} cannot be downloaded from the hub"
@@ -81,12 +84,13 @@ def download(
     return path
 
 
-def fetch_weights(repo: str, file: str | None, *, local: bool) -> Path:
+def fetch_weights(repo: str, file: str | None, files: Sequence[str] = (), *, local: bool) -> Path:
     """Return a file, or a folder with all weights, through the hub's client.
 
     Args:
         repo: Repository, "owner/name".
         file: File in the repository; None for its folder.
+        files: Files that the folder must have; none for those of the diffusers layout. Default: none.
         local: Whether only the cache is looked at.
 
     Raises:
@@ -96,6 +100,11 @@ def fetch_weights(repo: str, file: str | None, *, local: bool) -> Path:
 
     if file is not None:
         return Path(hf_hub_download(repo, file, local_files_only=local))
+    if files:
+        path = Path(snapshot_download(repo, allow_patterns=[*files], local_files_only=local))
+        if lacking := [name for name in files if not (path / name).is_file()]:
+            raise FileNotFoundError(f"{str(path)!r} lacks {', '.join(lacking)}")
+        return path
     path = Path()
     for weights in (SAFETENSORS, SAFETENSORS + PICKLES):
         patterns = CONFIGURATIONS + weights
