@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.support.files import file_exists
 from ldm.support.strict_json import parse_json, read_json
 from ldm.support.text import shown
+from ldm.weights.adapters.embedding_images import embedding_in_image, is_image
 from ldm.weights.formats.pickle_machine import StandIn
 from ldm.weights.formats.pickles import STATES, read_pickle
 from ldm.weights.formats.safetensors import check_names, existing_file, map_safetensors, sha256
@@ -114,6 +115,9 @@ def read_adapter(path: str | Path, *, digest: bool = True) -> AdapterFile:
     if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS_KIND:
         tensors, metadata = map_safetensors(path)
         values: Mapping[str, Value] = metadata
+    elif is_image(path):
+        tensors, values = _flat(embedding_in_image(path), path)
+        metadata = {}
     else:
         tensors, values = _flat(read_pickle(path), path)
         metadata = {}
