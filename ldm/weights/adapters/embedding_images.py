@@ -18,11 +18,11 @@ import torch
 
 from ldm.support.strict_json import parse_json
 
-CHUNK = "sd-ti-embedding"
+TEXT_KEY = "sd-ti-embedding"
 TENSOR = "TORCHTENSOR"
 LOW = 0x0F  # the bits of a colour that hold data
-MOST_PIXELS = 2**24
-MOST_BYTES = 2**26  # of the JSON text
+CARD_PIXELS = 2**24
+CARD_BYTES = 2**26  # of the JSON text
 STARTS = (b"\x89PNG\r\n\x1a\n", b"RIFF")
 
 
@@ -47,10 +47,10 @@ def embedding_in_image(path: Path) -> dict[str, Any]:  # Any: the content of a .
     where = repr(str(path))
     try:
         with Image.open(path, formats=("PNG", "WEBP")) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels, expected at most {MOST_PIXELS:,}")
+            if image.width * image.height > CARD_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels, expected at most {CARD_PIXELS:,}")
             image.load()
-            stated = getattr(image, "text", {}).get(CHUNK)
+            stated = getattr(image, "text", {}).get(TEXT_KEY)
             if stated is None:
                 text = _in_pixels(np.asarray(image.convert("RGB")))
             else:
@@ -74,14 +74,14 @@ def _in_pixels(pixels: np.ndarray) -> bytes:
     bits = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & LOW
     black = np.flatnonzero(~bits.any((0, 2)))
     if len(black) < 2:
-        raise ValueError(f"it has no text chunk {CHUNK}, and no columns that divide its pixels")
+        raise ValueError(f"it has no text chunk {TEXT_KEY}, and no columns that divide its pixels")
     low, high = (_uncovered(part) for part in (bits[:, : black[0]], bits[:, black[-1] + 1 :]))
     if low.shape != high.shape:
         raise ValueError(f"the parts of its pixels have the shapes {low.shape} and {high.shape}")
     reader = zlib.decompressobj()
-    text = reader.decompress((high << 4 | low).tobytes(), MOST_BYTES)
+    text = reader.decompress((high << 4 | low).tobytes(), CARD_BYTES)
     if not reader.eof:
-        raise ValueError(f"its text is cut off, or longer than {MOST_BYTES:,} bytes")
+        raise ValueError(f"its text is cut off, or longer than {CARD_BYTES:,} bytes")
     return text
 
 

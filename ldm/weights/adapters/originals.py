@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.support.home import library_home, make_folder
 
 Key = tuple[str, str]  # network, and name of the tensor in it
-BLOCK = 2**20  # bytes that are written at once; more take longer
+WRITTEN = 2**20  # bytes that are written at once; more take longer
 
 
 class _Entry(NamedTuple):
@@ -81,7 +81,7 @@ class Originals:
         flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
         data, offset = flat.numpy().data, self._end
         while data:
-            written = os.pwrite(self._file.fileno(), data[:BLOCK], offset)
+            written = os.pwrite(self._file.fileno(), data[:WRITTEN], offset)
             data, offset = data[written:], offset + written
         self._entries[key] = _Entry(self._end, tensor.dtype, tuple(tensor.shape))
         self._end = offset
