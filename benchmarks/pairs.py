@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.catalog.shapes import UNETS, VAES
 from ldm.diffusion.cond import Cond
 from ldm.models.layers.embeddings import vector_condition
-from ldm.models.unet import UNetConfig
+from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL
 from ldm.weights.formats.diffusers_config import unet_config, vae_config
 from ldm.weights.parts import build_network, randomise, to_layout
@@ -20,16 +20,20 @@ from ldm.weights.parts import build_network, randomise, to_layout
 MODELS = ("sd1", "sd2", "sdxl", "small")
 
 
-def unets(model: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Return a UNet of ldm and of diffusers with the same random weights.
+def our_unet(model: str, dtype: torch.dtype) -> UNet:
+    """Return a UNet of ldm with random weights; "small" has two levels of Stable Diffusion 1's widths."""
+    config = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1) if model == "small" else UNETS[model]
+    made = randomise(build_network(config), dtype=dtype)
+    assert isinstance(made, UNet)
+    return made
 
-    "small" has two levels of Stable Diffusion 1's widths, for a quick look.
-    """
+
+def unets(model: str, dtype: torch.dtype) -> tuple[UNet, nn.Module]:
+    """Return a UNet of ldm and of diffusers with the same random weights; models as in `our_unet`."""
     import diffusers
 
-    config = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1) if model == "small" else UNETS[model]
-    ours = randomise(build_network(config), dtype=dtype)
-    name, about = unet_config(config)
+    ours = our_unet(model, dtype)
+    name, about = unet_config(ours.config)
     return ours, _peer(getattr(diffusers, name), about, ours)
 
 

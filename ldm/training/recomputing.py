@@ -7,6 +7,7 @@ grows by about a third.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.models.clip.transformer import CLIPBlock
 from ldm.models.dit import DiTBlock
+from ldm.models.layers.attention import joined_now, only_joined
 from ldm.models.layers.resblock import ResBlock
 from ldm.models.layers.transformer import TransformerBlock
 
@@ -43,4 +45,12 @@ def _recomputed(block: nn.Module, *args: Any, **options: Any) -> Any:  # Any: th
     forward = type(block).forward
     if not torch.is_grad_enabled():
         return forward(block, *args, **options)
-    return checkpoint(forward, block, *args, use_reentrant=False, **options)
+    joined = joined_now()  # what the backward pass has to compute again too
+    return checkpoint(
+        forward,
+        block,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), only_joined(joined)),
+        **options,
+    )

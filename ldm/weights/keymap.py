@@ -222,11 +222,17 @@ def _pattern_regex(pattern: str) -> re.Pattern[str]:
     )
 
 
+@functools.cache
+def _template(pattern: str) -> str:
+    """Return a pattern as a format string, whose fields are its placeholders."""
+    return pattern.replace("*}", "}")
+
+
 def _filled_step(rule: Rule, section: Section, pieces: Mapping[str, str]) -> Step:
     """Return the step of a rule with its placeholders replaced."""
 
     def put(patterns: tuple[str, ...], prefix: str) -> tuple[str, ...]:
-        texts = (re.sub(r"\{(\w+)\*?\}", lambda m: pieces[m[1]], pattern) for pattern in patterns)
+        texts = (_template(pattern).format_map(pieces) for pattern in patterns)
         return tuple(f"{prefix}.{text}" if prefix and text else prefix or text for text in texts)
 
     also = tuple(put(names, section.file) for names in rule.also)

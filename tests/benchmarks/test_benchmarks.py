@@ -50,6 +50,22 @@ def test_quick_sets_options_and_those_after_it_count():
         common.add_quick(common.parser("a test"), sizes=[1])
 
 
+def test_ratios_of_adapters_are_those_of_their_bars():
+    from adapters import ratios
+
+    own = {"seconds": 1.0, "model_mb": 200.0, "added_mb": 10.0}
+    found = ratios(
+        {
+            "ldm": own,
+            "diffusers": {**own, "seconds": 4.0},
+            "step": {"plain": 2.0, "on the fly": 2.1},
+        }
+    )
+    assert [ratio for ratio, _ in found.values()] == pytest.approx([1.05, 0.25, 1.05])
+    assert [bar for _, bar in found.values()] == [1.10, 0.5, 1.10]
+    assert ratios({}) == {}
+
+
 def test_slope_is_the_exponent_of_a_power_law():
     from scaling import slope
 

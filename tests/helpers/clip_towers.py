@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ldm.models.clip.towers import TextConfig, VisionConfig
@@ -31,6 +34,16 @@ FULL: dict[str, tuple[TextConfig, VisionConfig]] = {
         TextConfig(width=1280, layers=32, heads=20, embed_dim=1280, activation="gelu"),
         VisionConfig(width=1664, layers=48, heads=16, mlp_width=8192, embed_dim=1280, activation="gelu"),
     ),
+}
+IMAGE_TOWER = {  # of Hugging Face
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 24,
+    "hidden_act": "gelu",
 }
 # float32 sums in a different order through up to 48 layers: several roundings of 6e-8 per layer
 CLOSE = 1e-5
@@ -69,3 +82,14 @@ def ids_for(config: TextConfig, ends: tuple[int, ...], length: int | None = None
     ids[:, 0] = config.bos_id
     ids[torch.arange(len(ends)), torch.tensor(ends)] = config.eot_id
     return ids
+
+
+def write_tower(folder: Path) -> Path:
+    """Write a small image tower of random weights in Hugging Face layout, and return its folder."""
+    torch.manual_seed(0)
+    made = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**IMAGE_TOWER))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    made.save_pretrained(folder)
+    return folder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import resource
 import sys
 from pathlib import Path
@@ -83,3 +85,27 @@ def test_twenty_times_restores_every_bit_and_takes_no_memory(tmp_path: Path, mer
     # a twentieth of what twenty adapters would take: the allocator keeps some pages
     assert resident() - memory < TIMES * size / 20
     assert size > 1e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is reserved on Linux alone")
+def test_a_disk_without_room_for_the_originals_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    net = UNet(NET).requires_grad_(False)
+    randomise(net, dtype=torch.float32)
+    path, before = tmp_path / "lora.safetensors", bits(net)
+    write_safetensors(path, lora(net))
+    adapters = Adapters(lambda: {"unet": net}, dict, "a model")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="no space left"):
+            adapters.load(path, name="style")
+    assert not adapters.list()
+    assert all(torch.equal(value, before[name]) for name, value in bits(net).items())
+    adapters.load(path, name="style")
+    assert not all(torch.equal(value, before[name]) for name, value in bits(net).items())
+    adapters.remove("style")
+    assert all(torch.equal(value, before[name]) for name, value in bits(net).items())

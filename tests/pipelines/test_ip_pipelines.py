@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from clip_towers import write_tower
 from control_nets import write_png
 from diffusers_pipelines import (
     assert_equal,
@@ -20,24 +21,13 @@ from diffusers_pipelines import (
 
 import ldm
 from ldm.models.control.ip_adapter import IPAdapter, IPAdapterConfig
-from ldm.models.layers.attention import Attention
 from ldm.registry.replaying import replay
-from ldm.weights.controls.ip_adapter import attention_widths, load_vision
+from ldm.weights.controls.ip_adapter import attention_widths, attentions_of, load_vision
 from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import build_network, randomise
 
 CALL: dict[str, Any] = {"steps": 5, "seed": 3, "sampler": "ddim", "progress": False}
 IMAGE = gradient_image(28)
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "projection_dim": 24,
-    "hidden_act": "gelu",
-}
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +37,12 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    made = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**TOWER))
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
-    made.save_pretrained(folder)
-    return folder
+    return write_tower(tmp_path_factory.mktemp("tower"))
 
 
 def adapter_for(pipe: Any, kind: Any) -> IPAdapter:
     unet = pipe.networks()["unet"]
-    widths = attention_widths(
-        {name: part.to_q.out_features for name, part in unet.named_modules() if isinstance(part, Attention)}
-    )[1]
+    widths = attention_widths(attentions_of(unet))[1]
     config = IPAdapterConfig(
         kind=kind,
         image_dim=24 if kind == "base" else 32,

@@ -18,6 +18,7 @@ from ldm.models.layers.attention import Attention, AttentionAddition, joined_att
 from ldm.support.device import COMPUTES_IN
 
 Added = Mapping[str, tuple[Tensor, ...]]  # fields of `Cond`, and what is added to them
+ALWAYS = (float("-inf"), float("inf"))  # the interval of all timesteps
 
 
 class ControlKind(Protocol):

@@ -20,9 +20,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
-from ldm.models.clip.towers import VisionTower
+from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.models.control.controlled import Added
-from ldm.models.layers.attention import attend
+from ldm.models.layers.attention import Attention, attend
 from ldm.models.layers.modules import ModuleListOf
 
 TokenKind = Literal["base", "plus", "full"]
@@ -197,6 +197,24 @@ class IPAdapter(nn.Module):
             }
         )
 
+    @classmethod
+    def of_unet(cls, unet: nn.Module, config: IPAdapterConfig) -> IPAdapter:
+        """Return an adapter to be trained, whose keys and values begin as those of the text.
+
+        Args:
+            unet: The UNet, whose cross-attentions have the widths of the configuration.
+            config: The shape.
+        """
+        made = cls(config)
+        names = cross_attentions([name for name, _ in unet.named_modules()])
+        with torch.no_grad():
+            for name, layer in zip(names, made.ip_adapter.values(), strict=True):
+                text = unet.get_submodule(name)
+                assert isinstance(text, Attention) and isinstance(layer, ImageKeysValues)
+                for own, other in ((layer.to_k_ip, text.to_k), (layer.to_v_ip, text.to_v)):
+                    own.weight.copy_(other.weight)
+        return made
+
     def read(self, vision: VisionTower, pixels: Tensor) -> Tensor:
         """Return what is read of CLIP for pixels from its `prepare`: embeddings or hidden states."""
         if self.config.kind == "base":
@@ -206,6 +224,11 @@ class IPAdapter(nn.Module):
     def forward(self, read: Tensor) -> Tensor:
         """Return the tokens (B, N, D_c) of what `read` returned."""
         return self.image_proj(read)
+
+
+def read_width(kind: TokenKind, tower: VisionConfig) -> int | None:
+    """Return the width of what a kind of IP-Adapter reads of a CLIP tower; None if the tower lacks it."""
+    return tower.embed_dim if kind == "base" else tower.width
 
 
 def cross_attentions(names: Sequence[str]) -> list[str]:

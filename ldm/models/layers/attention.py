@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from threading import Lock
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ldm.models.layers.norm import SpatialNorm, group_norm_32
 AttentionControl = Callable[[Tensor], Tensor | None]
 # queries (B, H, L, d) -> what is added to the product, of the same shape
 AttentionAddition = Callable[[Tensor], Tensor]
+Joined: TypeAlias = "Mapping[Attention, tuple[AttentionAddition, ...]]"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -93,8 +94,8 @@ def attend_controlled(
 # The controls of this thread (or task), by the identity of the attention. They are not on the modules, which
 # threads share; a module only counts how many blocks control it, in any thread.
 _CONTROLS: ContextVar[Mapping[int, tuple[AttentionControl, ...]]] = ContextVar("controls", default={})  # noqa: B039
-# What is added to the products of this thread's attentions, in the same way.
-_JOINED: ContextVar[Mapping[int, tuple[AttentionAddition, ...]]] = ContextVar("joined", default={})  # noqa: B039
+# What is added to the products of this thread's attentions.
+_JOINED: ContextVar[Joined] = ContextVar("joined", default={})  # noqa: B039
 _COUNTING = Lock()
 
 
@@ -158,9 +159,21 @@ def joined_attention(additions: Mapping[Attention, Sequence[AttentionAddition]])
     Args:
         additions: For each attention, functions of its queries (B, H, L, d).
     """
-    outer = _JOINED.get()
-    own = {id(part): (*outer.get(id(part), ()), *found) for part, found in additions.items()}
-    token = _JOINED.set({**outer, **own})
+    outer = joined_now()
+    own = {part: (*outer.get(part, ()), *found) for part, found in additions.items()}
+    with only_joined({**outer, **own}):
+        yield
+
+
+def joined_now() -> Joined:
+    """Return what is added to the products of attentions at this place of this thread."""
+    return _JOINED.get()
+
+
+@contextmanager
+def only_joined(additions: Joined) -> Iterator[None]:
+    """Add what `joined_now` returned elsewhere, and nothing else, inside a `with` block."""
+    token = _JOINED.set(additions)
     with _COUNTING:
         for part in additions:
             part.joined += 1
@@ -240,7 +253,7 @@ class Attention(nn.Module):
                 rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
             )
         y = self.product(q, k, v, mask)  # (B, H, L, d)
-        for addition in _JOINED.get().get(id(self), ()) if self.joined else ():
+        for addition in joined_now().get(self, ()) if self.joined else ():
             y = y + addition(q)  # (B, H, L, d)
         return self.to_out[0](rearrange(y, "b h l d -> b l (h d)"))
 

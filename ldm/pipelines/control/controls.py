@@ -14,7 +14,6 @@ from ldm.catalog.control_cards import control_card
 from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import VisionTower
 from ldm.models.dit import DiT
-from ldm.models.layers.attention import Attention
 from ldm.models.unet import UNet
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair
@@ -29,7 +28,7 @@ from ldm.support.text import shown
 from ldm.weights.controls.building import Target, build_control, family_of
 from ldm.weights.controls.control_lora import is_change
 from ldm.weights.controls.files import ControlFile, control_digest, read_control
-from ldm.weights.controls.ip_adapter import load_vision
+from ldm.weights.controls.ip_adapter import attentions_of, load_vision
 
 
 class Controls(nn.Module):
@@ -155,11 +154,7 @@ class Controls(nn.Module):
             network=unet.config,
             factor=factor,
             dtype=dtype,
-            attentions={
-                name: part.to_q.out_features
-                for name, part in unet.named_modules()
-                if isinstance(part, Attention)
-            },
+            attentions=attentions_of(unet),
             vision=None if tower is None else tower[0],
             base=unet.state_dict(),
         )

@@ -1,30 +1,43 @@
-"""What trainings of adapters have in common: what they refuse, and the record beside an exported file."""
+"""The exported file of an adapter, and the record beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
 
 from ldm.support.config import to_dict
 from ldm.support.files import write_atomically
 from ldm.support.strict_yaml import format_yaml
-from ldm.training.config import RunConfig
-from ldm.training.parts.tuning import FineTuneDiffusion
-from ldm.weights.formats.safetensors import sha256
+from ldm.weights.formats.ldm_folder import narrow
+from ldm.weights.formats.safetensors import sha256, write_safetensors
+from ldm.weights.parts import Layout, to_layout
 
 
-def check_adapter_run(run: RunConfig, diffusion: FineTuneDiffusion) -> None:
-    """Raise ValueError for a run that an adapter's file cannot express, or that divides it."""
-    if run.distributed != "ddp":
-        raise ValueError(f"run.distributed {run.distributed!r}: expected 'ddp', an adapter is small")
-    check_adapter_diffusion(diffusion)
+def write_network(
+    path: Path,
+    network: nn.Module,
+    dtype: Literal["float16", "float32"],
+    facts: Mapping[str, str],
+    *,
+    layout: Layout = "original",
+) -> None:
+    """Write the network of a control as a .safetensors file, after making its folder.
 
-
-def check_adapter_diffusion(diffusion: FineTuneDiffusion) -> None:
-    """Raise ValueError for another prediction or schedule, which no card beside an adapter states."""
-    for name in ("prediction", "zero_terminal_snr"):
-        if getattr(diffusion, name) is not None:
-            raise ValueError(f"diffusion.{name}: expected none, an adapter cannot change it")
+    Args:
+        path: The file.
+        network: The network.
+        dtype: Floating-point type of the file.
+        facts: What the file states about itself.
+        layout: Layout of the file. Default: "original".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = to_layout(network, layout)
+    narrowed = {key: narrow(key, value, getattr(torch, dtype)) for key, value in tensors.items()}
+    write_safetensors(path, narrowed, {"format": "pt", **facts})
 
 
 def write_record(path: Path, record: Mapping[str, object], *, figures: Mapping[str, float]) -> None:

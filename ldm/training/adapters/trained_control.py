@@ -20,73 +20,48 @@ from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.control.control_net import ControlNet
-from ldm.models.control.controlled import Controlled, ControlNetKind, ControlPart
+from ldm.models.control.controlled import ALWAYS, Controlled, ControlNetKind, ControlPart
 from ldm.models.control.dit_control import DiTControl, DiTControlKind
 from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.speed.optimization import for_training
 from ldm.support.files import write_atomically
-from ldm.training.adapters.adapter_files import check_adapter_run, write_record
-from ldm.training.adapters.class_images import PriorPreservation
+from ldm.training.adapters.adapter_config import NetworkAdapterTraining
+from ldm.training.adapters.adapter_files import write_network, write_record
 from ldm.training.caches.canvases import FittedCanvases
-from ldm.training.config import RunConfig, check_at_least
+from ldm.training.config import check_at_least
 from ldm.training.inputs.hints import Hints, HintSource
-from ldm.training.inputs.opening import DataSection
 from ldm.training.inputs.protocol import Samples
-from ldm.training.parts.base_model import check_base
 from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel
 from ldm.training.recomputing import recompute_blocks
 from ldm.weights.formats.diffusers_config import control_net_entries
-from ldm.weights.formats.ldm_folder import narrow
-from ldm.weights.formats.safetensors import write_safetensors
-from ldm.weights.parts import to_layout
 
-ALWAYS = (float("-inf"), float("inf"))
 HINT_WIDTHS = (16, 32, 96, 256)  # of the published hint encoders; each after the first halves the size
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetTraining:
-    """The configuration of the training of a ControlNet.
+class ControlNetTraining(NetworkAdapterTraining):
+    """The configuration of the training of a ControlNet; see `NetworkAdapterTraining` too.
 
     Args:
-        run: Length, batches and optimizer.
-        data: The training images.
-        base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
-        weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
         hints: What the control reads of each image. Default: Canny's edges.
-        diffusion: The weights of the loss; prediction and schedule stay the model's. Half of the captions
-            should be dropped (`drop`), so that the control is read without them too.
+        diffusion: The weights of the loss. Half of the captions should be dropped (`drop`, the default), so
+            that the control is read without them too.
         blocks: Blocks of a diffusion transformer that are copied; None for half of them. Default: None.
         layout: Of the exported file: "original" or, for a UNet, the folder of "diffusers". Default:
             "original".
-        dtype: Floating-point type of the file. Default: "float16".
-        recompute: Whether blocks compute their activations again in the backward pass, which takes less
-            memory and more time. Default: False.
     """
 
-    run: RunConfig
-    data: DataSection
-    base: str | None = None
-    weights: str | None = None
     hints: HintSource = field(default_factory=HintSource)
     diffusion: FineTuneDiffusion = field(default_factory=lambda: FineTuneDiffusion(drop=0.5))
     blocks: int | None = None
     layout: Literal["original", "diffusers"] = "original"
-    dtype: Literal["float16", "float32"] = "float16"
-    recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_base(self.base, self.weights)
-        check_adapter_run(self.run, self.diffusion)
+        super().__post_init__()
         if self.blocks is not None:
             check_at_least(1, blocks=self.blocks)
-
-    @property
-    def prior(self) -> PriorPreservation | None:
-        """None, as the model's weights stay as they are."""
-        return None
 
 
 class ControlNetPart(TunedModel):
@@ -167,11 +142,8 @@ class ControlNetPart(TunedModel):
         config = self.config
         whole = config.layout == "diffusers"
         path = folder / f"{'diffusion_pytorch_model' if whole else config.run.name}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        dtype = getattr(torch, config.dtype)
-        tensors = to_layout(self.model, config.layout)
-        facts = {"format": "pt", "hints": config.hints.kind, "base": self.pipe.name}
-        write_safetensors(path, {key: narrow(key, value, dtype) for key, value in tensors.items()}, facts)
+        facts = {"hints": config.hints.kind, "base": self.pipe.name}
+        write_network(path, self.model, config.dtype, facts, layout=config.layout)
         if whole:
             assert isinstance(self.model, ControlNet)
             entries = json.dumps(control_net_entries(self.model.control), indent=2, sort_keys=True)

@@ -7,7 +7,7 @@ diffusers and kohya-style programs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +17,9 @@ from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.support.config import check_between
-from ldm.training.adapters.adapter_files import check_adapter_run, write_record
-from ldm.training.adapters.class_images import PriorPreservation
-from ldm.training.config import RunConfig
-from ldm.training.inputs.opening import DataSection
-from ldm.training.parts.base_model import check_base
-from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel
+from ldm.training.adapters.adapter_config import AdapterTraining
+from ldm.training.adapters.adapter_files import write_record
+from ldm.training.parts.tuning import TunedModel
 from ldm.weights.adapters.embeddings import MAX_VECTORS, TOWER_KEYS
 from ldm.weights.formats.safetensors import write_safetensors
 
@@ -30,41 +27,28 @@ _TOWER_KEYS = {part: key for key, part in reversed(TOWER_KEYS.items())}  # of th
 
 
 @dataclass(frozen=True, kw_only=True)
-class InversionTraining:
-    """The configuration of a textual inversion.
+class InversionTraining(AdapterTraining):
+    """The configuration of a textual inversion; see `AdapterTraining` too.
+
+    AdamW's `weight_decay` should be 0. All captions hold the token; `data.captions` is for images without
+    one.
 
     Args:
-        run: Length, batches and optimizer; AdamW's `weight_decay` should be 0.
-        data: The training images, whose captions all hold the token; `captions` is for images without one.
         token: The word that the vectors stand for, such as "<thing>".
-        base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
-        weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
         vectors: Number of vectors. Default: 1.
         start: Words whose vectors these begin with, in turn if there are fewer; None for random vectors with
             the standard deviation of the vocabulary's. Default: None.
-        diffusion: The weights of the loss; prediction and schedule stay the model's.
     """
 
-    run: RunConfig
-    data: DataSection
     token: str
-    base: str | None = None
-    weights: str | None = None
     vectors: int = 1
     start: str | None = None
-    diffusion: FineTuneDiffusion = field(default_factory=FineTuneDiffusion)
 
     def __post_init__(self) -> None:
-        check_base(self.base, self.weights)
+        super().__post_init__()
         check_between(1, MAX_VECTORS, vectors=self.vectors)
-        check_adapter_run(self.run, self.diffusion)
         if not self.token.strip() or self.token != self.token.strip():
             raise ValueError(f"token: expected a word without spaces around it, got {self.token!r}")
-
-    @property
-    def prior(self) -> PriorPreservation | None:
-        """None, as the model's other words stay as they are."""
-        return None
 
 
 class InversionPart(TunedModel):

@@ -14,53 +14,35 @@ from typing import Literal
 import torch
 
 from ldm.speed.optimization import for_training
-from ldm.training.adapters.adapter_files import check_adapter_run, write_record
+from ldm.training.adapters.adapter_config import NetworkAdapterTraining
+from ldm.training.adapters.adapter_files import write_record
 from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.adapters.trained_adapter import AdapterShape, TrainedAdapter
-from ldm.training.config import RunConfig
-from ldm.training.inputs.opening import DataSection
-from ldm.training.parts.base_model import check_base
-from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_trained
+from ldm.training.parts.tuning import Trained, TunedModel, check_trained
 from ldm.training.recomputing import recompute_blocks
 from ldm.weights.adapters.writing import write_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRATraining:
-    """The configuration of the training of a LoRA, or of a relative.
+class LoRATraining(NetworkAdapterTraining):
+    """The configuration of the training of a LoRA, or of a relative; see `NetworkAdapterTraining` too.
 
     Args:
-        run: Length, batches and optimizer.
-        data: The training images.
-        base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
-        weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
         train: The networks that the adapter changes: "unet", "text", and SDXL's "text2". Default: the UNet.
         adapter: Its kind and size.
-        diffusion: The weights of the loss; prediction and schedule stay the model's.
         prior: Images of the model itself that it keeps drawing; None for none. Default: None.
         names: Names of the tensors in the file: "kohya", which all programs read, or "diffusers", which has
             no names for LoKr. Default: "kohya".
-        dtype: Floating-point type of the file. Default: "float16".
-        recompute: Whether blocks compute their activations again in the backward pass, which takes less
-            memory and more time. Default: False.
     """
 
-    run: RunConfig
-    data: DataSection
-    base: str | None = None
-    weights: str | None = None
     train: tuple[Trained, ...] = ("unet",)
     adapter: AdapterShape = field(default_factory=AdapterShape)
-    diffusion: FineTuneDiffusion = field(default_factory=FineTuneDiffusion)
     prior: PriorPreservation | None = None
     names: Literal["kohya", "diffusers"] = "kohya"
-    dtype: Literal["float16", "float32"] = "float16"
-    recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_base(self.base, self.weights)
+        super().__post_init__()
         check_trained(self.train)
-        check_adapter_run(self.run, self.diffusion)
         if self.names == "diffusers" and self.adapter.kind == "lokr":
             raise ValueError("names 'diffusers': diffusers has no names for LoKr, expected 'kohya'")
 

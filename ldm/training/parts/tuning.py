@@ -210,6 +210,20 @@ class TunedModel:
             return cond
         return replace(cond, concat=self.beside(self.pipe, samples, seeds or range(len(samples))))
 
+    def drawn_cond(self, texts: Sequence[str], samples: Samples, draws: Draws) -> Cond:
+        """Return the condition of a batch, of which parts may be left out at random.
+
+        Args:
+            texts: A caption of each sample, or an empty text.
+            samples: B samples.
+            draws: Their random numbers.
+        """
+        return self.cond(texts, samples, draws.samples)
+
+    def uncond(self, samples: Samples, seeds: Sequence[int] = ()) -> Cond:
+        """Return the condition of the unconditional branch of guidance; see `cond`."""
+        return self.cond([""] * len(samples), samples, seeds)
+
     def read(self, texts: Sequence[str]) -> Cond:
         """Return the condition of texts, which are no prompts: signs of the syntax are text."""
         assert self.pipe.text is not None
@@ -237,7 +251,7 @@ class TunedModel:
         chosen, rows = self.samples.draw(draws)
         x0 = self.latents.sample(rows, draws)  # (B, C, h, w)
         texts = self.images.captions(chosen, draws, drop=self.diffusion.drop)
-        cond = self.cond(texts, chosen, draws.samples)
+        cond = self.drawn_cond(texts, chosen, draws)
         loss, losses, t = draw_diffusion_loss(self.denoiser, self.diffusion, x0, cond, draws)
         figures = losses_by_timestep(losses, t, self.diffusion.timesteps, draws)
         if self.preserved is not None:
@@ -278,10 +292,8 @@ class TunedModel:
     def preview(self) -> np.ndarray:
         """Show samples of the captions of some images, each beside the image."""
         chosen = self.images.plain(PREVIEWED, seed=3)
-        cond, uncond = (
-            self.cond(texts, chosen, range(len(chosen)))
-            for texts in (self.images.describe(chosen), [""] * len(chosen))
-        )
+        seeds = range(len(chosen))
+        cond, uncond = self.cond(self.images.describe(chosen), chosen, seeds), self.uncond(chosen, seeds)
         z = sample_latents(
             self.denoiser,
             cond,

@@ -2,7 +2,7 @@
 
 | container | keys here |
 |---|---|
-| rinongal, A1111 (.pt) | string_to_param.TOKEN |
+| rinongal, A1111 (.pt; PNG and WebP, `embedding_images`) | string_to_param.TOKEN |
 | diffusers learned_embeds | TOKEN, the only key |
 | kohya, SD 1 and 2 | emb_params |
 | SDXL | clip_l, clip_g |

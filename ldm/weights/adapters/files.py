@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.support.files import file_exists
 from ldm.support.strict_json import parse_json, read_json
 from ldm.support.text import shown
+from ldm.weights.adapters.embedding_images import embedding_in_image, is_image
 from ldm.weights.formats.pickle_machine import StandIn
 from ldm.weights.formats.pickles import STATES, read_pickle
 from ldm.weights.formats.safetensors import check_names, existing_file, map_safetensors, sha256
@@ -26,6 +27,7 @@ FOLDER_FILES = (
     *(f"pytorch_lora_weights.{suffix}" for suffix in ("safetensors", "bin")),
 )
 Value = str | int | float
+MOST_TERMS = 64  # of a series in a configuration
 MAX_DEPTH = 8  # of nested mappings in a pickle
 PEFT_METADATA = "lora_adapter_metadata"  # key of a configuration in a header, a JSON text
 
@@ -76,6 +78,25 @@ class AdapterFile:
             raise ValueError(f"{str(self.path)!r}: its configuration states the rank {rank}")
         return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
+    def rotation_terms(self, component: str) -> int | None:
+        """Return the number of terms of the series of peft's OFT for rotations; None for no series.
+
+        Without a configuration it is peft's default, 5.
+
+        Args:
+            component: Beginning of the configuration's keys, such as "unet".
+
+        Raises:
+            ValueError: If the configuration has impossible values.
+        """
+        own = {key.removeprefix(f"{component}."): value for key, value in self.config.items()}
+        if not own.get("use_cayley_neumann", True):
+            return None
+        terms = own.get("num_cayley_neumann_terms", 5)
+        if isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= MOST_TERMS:
+            raise ValueError(f"num_cayley_neumann_terms: expected 1 to {MOST_TERMS}, got {shown(terms)}")
+        return terms
+
 
 def _pattern_value(patterns: Any, path: str, default: Any) -> float:
     """Return the number that a configuration has for a module: that of the name it ends with, or the default.
@@ -114,6 +135,9 @@ def read_adapter(path: str | Path, *, digest: bool = True) -> AdapterFile:
     if path.suffix == ".safetensors" or file_kind(path) == SAFETENSORS_KIND:
         tensors, metadata = map_safetensors(path)
         values: Mapping[str, Value] = metadata
+    elif is_image(path):
+        tensors, values = _flat(embedding_in_image(path), path)
+        metadata = {}
     else:
         tensors, values = _flat(read_pickle(path), path)
         metadata = {}

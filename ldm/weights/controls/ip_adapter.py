@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 
 from ldm.catalog.shapes import VISIONS
 from ldm.models.clip.towers import CLIP, VisionTower
-from ldm.models.control.ip_adapter import HEAD, IPAdapter, IPAdapterConfig, cross_attentions
+from ldm.models.control.ip_adapter import (
+    HEAD,
+    IPAdapter,
+    IPAdapterConfig,
+    cross_attentions,
+    read_width,
+)
+from ldm.models.layers.attention import Attention
 from ldm.weights.adapters.families import WIDTHS
 from ldm.weights.controls.control_net import shapes_in
 from ldm.weights.controls.files import ControlFile
@@ -109,7 +117,7 @@ def build_ip_adapter(
             f"{str(file.path)!r} was made for {family}: it has {len(config.widths)} attentions to a"
             f" context of {config.context_dim}, {model!r} has {len(widths)} to one of {context_dim}"
         )
-    reads = vision.config.embed_dim if config.kind == "base" else vision.config.width
+    reads = read_width(config.kind, vision.config)
     if reads != config.image_dim:
         what = "an embedding" if config.kind == "base" else "hidden states"
         raise ValueError(
@@ -158,11 +166,18 @@ def load_vision(path: str | Path, dtype: torch.dtype) -> VisionTower:
     )
 
 
+def attentions_of(network: nn.Module) -> dict[str, int]:
+    """Return the widths of a network's attentions by name."""
+    return {
+        name: part.to_q.out_features for name, part in network.named_modules() if isinstance(part, Attention)
+    }
+
+
 def attention_widths(names: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the names and widths of a UNet's cross-attentions, in the order of the files.
 
     Args:
-        names: Widths of its attentions by name.
+        names: Widths of its attentions by name, from `attentions_of`.
     """
     ordered = cross_attentions(list(names))
     return tuple(ordered), tuple(names[name] for name in ordered)

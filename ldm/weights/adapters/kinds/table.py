@@ -18,6 +18,7 @@ from ldm.weights.adapters.kinds.difference import (
 )
 from ldm.weights.adapters.kinds.generalized import Generalized
 from ldm.weights.adapters.kinds.hadamard import Hadamard
+from ldm.weights.adapters.kinds.input_rotation import InputRotation
 from ldm.weights.adapters.kinds.kronecker import Kronecker, KroneckerFactor
 from ldm.weights.adapters.kinds.low_rank import LowRank
 from ldm.weights.adapters.kinds.orthogonal import Butterfly, Rotation
@@ -26,6 +27,7 @@ from ldm.weights.adapters.kinds.scaling import BiasScaling, Scaling, peft_factor
 Leaves = Mapping[str, Tensor]
 # The factor of a change of a rank (0: one without a rank), where the file has no alpha for it.
 ScaleOf = Callable[[int], float]
+TERMS = "oft_terms"  # added to the tensors of peft's OFT: the number of terms of its series; 0 for no series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,11 @@ def _peft_bias_scaling(leaves: Leaves) -> BiasScaling | None:
     return None if on_input else BiasScaling(values=values)
 
 
+def _input_rotation(leaves: Leaves, default: ScaleOf) -> InputRotation:
+    terms = int(leaves[TERMS]) if TERMS in leaves else InputRotation.terms
+    return InputRotation(values=leaves["oft_R.weight"], terms=terms or None)
+
+
 def _each(*names: str) -> tuple[tuple[str, ...], ...]:
     return tuple((name,) for name in names)
 
@@ -168,6 +175,7 @@ CHANGE_KINDS: tuple[ChangeKind, ...] = (
         needs=_each("a1.weight", "a2.weight", "b1.weight", "b2.weight"), may=("bm.weight",), make=_generalized
     ),
     ChangeKind(needs=_each("oft_blocks"), may=("rescale",), make=_rotation),
+    ChangeKind(needs=_each("oft_R.weight"), may=(TERMS,), make=_input_rotation, alpha=False),
     ChangeKind(needs=_each("weight", "on_input"), make=_scaling, alpha=False),
     ChangeKind(needs=_each("ia3_l"), make=_peft_scaling, alpha=False),
     ChangeKind(needs=_each("set_weight"), make=lambda x, _: Replacement(values=x["set_weight"]), alpha=False),
