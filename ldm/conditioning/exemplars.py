@@ -5,6 +5,7 @@ The text is read with slot words in place of things, and the things are images f
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from ldm.conditioning.things import SLOT_WORDS, Lexicon, Mention, ReadText
 from ldm.diffusion.cond import Cond
 from ldm.models.dit import DiT
 from ldm.models.layout import ThingLayout, multiplied, place_exemplars
+from ldm.support.calls import current_call, own_state
 
 TOKENS = 8
 """The context of a prompt has a multiple of these, by which an image has the same bits in every batch."""
@@ -54,6 +56,25 @@ class ReadPrompt:
     def things(self) -> int:
         """The number of things that it names, the largest of a blend's alternatives."""
         return max(len(alternative.mentions) for alternative in self.alternatives)
+
+    @property
+    def tokens(self) -> int:
+        """M, the number of tokens of the context."""
+        assert self.text.context is not None
+        return self.text.context.shape[1]
+
+
+class _OfCall:
+    """What a call of a pipeline has read and drawn."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, ReadPrompt] = {}
+        self.layouts: dict[tuple[ReadPrompt, int], ThingLayout] = {}
+
+    @classmethod
+    def of(cls, owner: ExemplarConditioner) -> _OfCall:
+        """Return that of the call that runs in this thread; outside of calls, nothing is kept."""
+        return cls() if current_call() is None else own_state(owner, cls)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,17 +171,21 @@ class ExemplarConditioner(nn.Module):
         Raises:
             ValueError: If there are several prompts and another number of seeds.
         """
-        read = {prompt: self.read(prompt) for prompt in dict.fromkeys(prompts)}
-        if len(prompts) == 1 and read[prompts[0]].things:
-            prompts = list(prompts) * max(1, len(seeds))
-        seeds = seeds or [0] * len(prompts)
-        if len(prompts) > 1 and len(seeds) != len(prompts):
+        read, seeds = self.read_each(prompts, seeds)
+        return self._placed(read, self.draw_things(read, seeds), size)
+
+    def read_each(
+        self, prompts: Sequence[str], seeds: Sequence[int] = ()
+    ) -> tuple[list[ReadPrompt], list[int]]:
+        """Return the prompts, as the model reads them, and the seeds that `forward` draws layouts for."""
+        read = [self.read(prompt) for prompt in prompts]
+        if len(read) == 1 and read[0].things:
+            read = read * max(1, len(seeds))
+        if len(read) > 1 and len(seeds) not in (0, len(read)):
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each prompt"
             )
-        return Cond.cat(
-            [self._drawn(read[prompt], seed, size) for prompt, seed in zip(prompts, seeds, strict=False)]
-        )
+        return read, [*seeds[: len(read)]] or [0] * len(read)
 
     def seen(
         self,
@@ -188,8 +213,7 @@ class ExemplarConditioner(nn.Module):
             ValueError: If a prompt names nothing, and the conditioner has no index.
         """
         read = [self.read_seen(*pair, named) for pair in zip(prompts, vectors, strict=True)]
-        drawn = zip(read, seeds, vectors, strict=True)
-        return Cond.cat([self._drawn(one, seed, size, vector) for one, seed, vector in drawn])
+        return self._placed(read, self.draw_things(read, seeds, list(vectors)), size)
 
     def read_seen(self, prompt: str, vector: Tensor, named: Sequence[str] = ()) -> ReadPrompt:
         """Return a prompt as the model reads it, preceded by what an embedding shows if it names nothing.
@@ -215,19 +239,48 @@ class ExemplarConditioner(nn.Module):
         among = [exemplar for exemplar in meant or self.library if exemplar.name in nouns]
         return self.read(f"{nouns[self.index.nearest(vector, among).name]} {prompt}")
 
-    def _drawn(
-        self, read: ReadPrompt, seed: int, size: tuple[int, int] | None, vector: Tensor | None = None
+    def _placed(
+        self, read: Sequence[ReadPrompt], things: Sequence[PlacedThings], size: tuple[int, int] | None
     ) -> Cond:
-        """Return the condition of a prompt with a seed, alone, so that it is the same in every batch."""
-        return self.condition(read, self.draw_things([read], [seed], vector), size)
+        """Return the condition of B prompts, each with a choice of what it leaves open."""
+        return Cond.cat(
+            [self.condition(one, [placed], size) for one, placed in zip(read, things, strict=True)]
+        )
 
     def read(self, prompt: str) -> ReadPrompt:
-        """Return a prompt as the model reads it."""
-        alternatives = self._alternatives(prompt)
-        return ReadPrompt(alternatives=tuple(alternatives), text=self._text(prompt, alternatives))
+        """Return a prompt as the model reads it; a call of a pipeline reads each prompt once."""
+        known = _OfCall.of(self).read
+        if prompt not in known:
+            alternatives = self._alternatives(prompt)
+            text = self._text(prompt, alternatives)
+            known[prompt] = ReadPrompt(alternatives=tuple(alternatives), text=text)
+        return known[prompt]
+
+    def layouts(self, read: Sequence[ReadPrompt], seeds: Sequence[int]) -> ThingLayout:
+        """Return the layouts that B seeds draw for B prompts.
+
+        Those that this call of a pipeline has not drawn yet are drawn in one batch for each length of text,
+        so that no text is padded further than alone.
+        """
+        known = _OfCall.of(self).layouts
+        wanted = list(zip(read, seeds, strict=True))
+        missing = defaultdict[int, list[tuple[ReadPrompt, int]]](list)
+        for pair in dict.fromkeys(wanted):
+            if pair not in known:
+                missing[pair[0].tokens].append(pair)
+        denoiser = layout_denoiser(self.layout)
+        for batch in missing.values():
+            text, things = Cond.cat([one.text for one, _ in batch]), [one.things for one, _ in batch]
+            drawn = draw_layouts(denoiser, text, things, seeds=[seed for _, seed in batch])
+            known.update({pair: drawn[i : i + 1] for i, pair in enumerate(batch)})
+        found = [known[pair] for pair in wanted]
+        return ThingLayout(
+            places=torch.cat([layout.places for layout in found]),
+            owner=torch.cat([layout.owner for layout in found]),
+        )
 
     def draw_things(
-        self, read: Sequence[ReadPrompt], seeds: Sequence[int], vector: Tensor | None = None
+        self, read: Sequence[ReadPrompt], seeds: Sequence[int], vectors: Sequence[Tensor] | None = None
     ) -> list[PlacedThings]:
         """Draw what B prompts leave open with B seeds: the exemplars of their things and their layouts.
 
@@ -236,13 +289,14 @@ class ExemplarConditioner(nn.Module):
         Args:
             read: B prompts.
             seeds: B seeds.
-            vector: An image embedding (E,), which chooses the exemplars in place of the seeds. Default: None.
+            vectors: B image embeddings (E,), which choose the exemplars in place of the seeds. Default: None.
         """
-        things = [one.things for one in read]
-        text = Cond.cat([one.text for one in read])
-        layouts = draw_layouts(layout_denoiser(self.layout), text, things, seeds=seeds)
+        layouts = self.layouts(read, seeds)
         return [
-            PlacedThings(images=self._images(one, seed, vector), layout=layouts[i : i + 1])
+            PlacedThings(
+                images=self._images(one, seed, None if vectors is None else vectors[i]),
+                layout=layouts[i : i + 1],
+            )
             for i, (one, seed) in enumerate(zip(read, seeds, strict=True))
         ]
 

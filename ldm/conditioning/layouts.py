@@ -62,18 +62,16 @@ def draw_layouts(
     """
     net = denoiser.net
     assert isinstance(net, DiT)
-    if not any(things):
-        nothing = torch.zeros(
-            len(things), INSTANCES, 4, dtype=torch.float32, device=net.embed_in.weight.device
-        )
-        return ThingLayout(places=nothing, owner=torch.full(nothing.shape[:2], -1, device=nothing.device))
-    shape = (net.config.in_channels, 1, INSTANCES)
-    noise = torch.stack([keyed_normal(seed, LAYOUT_NOISE, shape) for seed in seeds])
-    weight = net.embed_in.weight
-    grid = TimeGrid.make(denoiser.schedule, LAYOUT_STEPS, spacing="trailing")
-    state = dpmpp_2m(cfg(denoiser, cond, Cond(), 1.0), noise.to(weight.device), grid)
-    drawn = [layout_of_state(one[None], count) for one, count in zip(state, things, strict=True)]
-    return ThingLayout(
-        places=torch.cat([layout.places for layout in drawn]),
-        owner=torch.cat([layout.owner for layout in drawn]),
-    )
+    device = net.embed_in.weight.device
+    places = torch.zeros(len(things), INSTANCES, 4, dtype=torch.float32, device=device)
+    owner = torch.full(places.shape[:2], -1, device=device)
+    drawn = [i for i, count in enumerate(things) if count]
+    if drawn:
+        shape = (net.config.in_channels, 1, INSTANCES)
+        noise = torch.stack([keyed_normal(seeds[i], LAYOUT_NOISE, shape) for i in drawn])
+        grid = TimeGrid.make(denoiser.schedule, LAYOUT_STEPS, spacing="trailing")
+        states = dpmpp_2m(cfg(denoiser, cond[drawn], Cond(), 1.0), noise.to(device), grid)
+        for i, state in zip(drawn, states, strict=True):
+            layout = layout_of_state(state[None], things[i])
+            places[i], owner[i] = layout.places[0], layout.owner[0]
+    return ThingLayout(places=places, owner=owner)

@@ -97,11 +97,14 @@ def fitted_condition(fit: LayoutFit, prompt: str, seed: int, known: Tensor, hole
     text, vector = fit.text, fit.vector
     read = text.read(prompt) if vector is None else text.read_seen(prompt, vector)
     size = (known.shape[-2], known.shape[-1])
+
+    def draw(seeds: Sequence[int]) -> list[PlacedThings]:
+        return text.draw_things([read] * len(seeds), seeds, None if vector is None else [vector] * len(seeds))
+
     if not read.things or bool(hole.all()):
-        return fit.condition(read, text.draw_things([read], [seed], vector), size)
-    seeds = [seed, *(derived_seed(seed, i) for i in range(1, CANDIDATES))]
-    drawn = [framed(things, hole) for things in text.draw_things([read] * len(seeds), seeds, vector)]
-    best = _best(fit, read, drawn, seed, known, hole)
+        return fit.condition(read, draw([seed]), size)
+    drawn = draw([seed, *(derived_seed(seed, i) for i in range(1, CANDIDATES))])
+    best = _best(fit, read, [framed(things, hole) for things in drawn], seed, known, hole)
     for number, spread in enumerate(ROUNDS):
         tried = [
             displaced(things, spread, seed, (number * BEST + i) * CANDIDATES + j)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.layouts import LAYOUT_STEPS
+from ldm.support.calls import separate_call
 
 
 def parts(
@@ -62,6 +64,25 @@ def test_a_batch_is_what_its_prompts_are_alone():
         assert not together.context_mask[i, length:].any()
         assert torch.allclose(together.context[i, :length][kept], alone.context[0][kept], atol=1e-6)
         assert torch.equal(together.exemplars[i], alone.exemplars[0])
+
+
+def test_a_call_reads_each_prompt_once_and_draws_layouts_of_one_length_in_one_batch():
+    net, reads, rows = conditioner(), [], []
+    net.text.tower.register_forward_pre_hook(lambda _, args: reads.append(len(args[0])))
+    net.layout.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    long = "a red cat to the left of a dog on a blue background"
+    prompts, seeds = ["a cat", long, "a cat", "a dog", ""], [1, 2, 3, 4, 5]
+    with separate_call(net):
+        made = net(prompts, seeds=seeds)
+        assert len(reads) == 4 and rows == [3] * LAYOUT_STEPS + [1] * LAYOUT_STEPS
+        again = net(["a cat"], seeds=[3])
+        assert len(reads) == 4 and len(rows) == 2 * LAYOUT_STEPS
+    assert torch.equal(again.exemplars[0], made.exemplars[2])
+    changed = conditioner()
+    changed.layout.embed_in.weight.add_(1)
+    for other in (net, changed):
+        assert torch.equal(other(["a cat"], seeds=[3]).exemplars[0], again.exemplars[0]) == (other is net)
+    assert len(reads) == 5  # outside of a call nothing is kept
 
 
 def test_one_prompt_has_a_condition_for_each_seed_only_if_it_names_a_thing():
