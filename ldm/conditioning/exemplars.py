@@ -27,6 +27,9 @@ from ldm.support.calls import current_call, own_state
 TOKENS = 8
 """The context of a prompt has a multiple of these, by which an image has the same bits in every batch."""
 
+ROWS = 4
+"""Number of layouts that are drawn at once; one takes as long, as the calls of operators take the time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Alternative:
@@ -259,8 +262,8 @@ class ExemplarConditioner(nn.Module):
     def layouts(self, read: Sequence[ReadPrompt], seeds: Sequence[int]) -> ThingLayout:
         """Return the layouts that B seeds draw for B prompts.
 
-        Those that this call of a pipeline has not drawn yet are drawn in one batch for each length of text,
-        so that no text is padded further than alone.
+        Those that this call of a pipeline has not drawn yet are drawn `ROWS` at a time, apart for each length
+        of text, so that all products have the shapes that they have for one prompt alone.
         """
         known = _OfCall.of(self).layouts
         wanted = list(zip(read, seeds, strict=True))
@@ -271,7 +274,7 @@ class ExemplarConditioner(nn.Module):
         denoiser = layout_denoiser(self.layout)
         for batch in missing.values():
             text, things = Cond.cat([one.text for one, _ in batch]), [one.things for one, _ in batch]
-            drawn = draw_layouts(denoiser, text, things, seeds=[seed for _, seed in batch])
+            drawn = draw_layouts(denoiser, text, things, seeds=[seed for _, seed in batch], rows=ROWS)
             known.update({pair: drawn[i : i + 1] for i, pair in enumerate(batch)})
         found = [known[pair] for pair in wanted]
         return ThingLayout(

@@ -47,7 +47,7 @@ def slots_of(config: DiTConfig) -> int:
 
 @torch.no_grad()
 def draw_layouts(
-    denoiser: Denoiser, cond: Cond, things: Sequence[int], *, seeds: Sequence[int]
+    denoiser: Denoiser, cond: Cond, things: Sequence[int], *, seeds: Sequence[int], rows: int | None = None
 ) -> ThingLayout:
     """Draw a layout for each condition, a function of the condition and the seed.
 
@@ -56,6 +56,9 @@ def draw_layouts(
         cond: The context of B texts.
         things: Number of things in each text.
         seeds: B seeds.
+        rows: Number of layouts that are computed at once; fewer are computed beside copies of the last one.
+            As all products then have the same shape, a layout has the same bits in every batch. None for the
+            whole batch. Default: None.
 
     Returns:
         B layouts of `INSTANCES` instances; where there are no things, of none.
@@ -66,12 +69,15 @@ def draw_layouts(
     places = torch.zeros(len(things), INSTANCES, 4, dtype=torch.float32, device=device)
     owner = torch.full(places.shape[:2], -1, device=device)
     drawn = [i for i, count in enumerate(things) if count]
-    if drawn:
-        shape = (net.config.in_channels, 1, INSTANCES)
-        noise = torch.stack([keyed_normal(seeds[i], LAYOUT_NOISE, shape) for i in drawn])
-        grid = TimeGrid.make(denoiser.schedule, LAYOUT_STEPS, spacing="trailing")
-        states = dpmpp_2m(cfg(denoiser, cond[drawn], Cond(), 1.0), noise.to(device), grid)
-        for i, state in zip(drawn, states, strict=True):
+    shape = (net.config.in_channels, 1, INSTANCES)
+    grid = TimeGrid.make(denoiser.schedule, LAYOUT_STEPS, spacing="trailing")
+    size = rows or max(1, len(drawn))
+    for first in range(0, len(drawn), size):
+        group = drawn[first : first + size]
+        filled = group + group[-1:] * (size - len(group))
+        noise = torch.stack([keyed_normal(seeds[i], LAYOUT_NOISE, shape) for i in filled])
+        states = dpmpp_2m(cfg(denoiser, cond[filled], Cond(), 1.0), noise.to(device), grid)
+        for i, state in zip(group, states, strict=False):
             layout = layout_of_state(state[None], things[i])
             places[i], owner[i] = layout.places[0], layout.owner[0]
     return ThingLayout(places=places, owner=owner)

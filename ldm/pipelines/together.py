@@ -4,13 +4,12 @@ Every random number is a function of (seed, sample, step), so an image depends o
 rounding of matrix products, whose kernels are chosen by the size of the batch. `Together` therefore makes the
 conditions of each drawing and decodes its images separately, and compares the first evaluation of the network
 in the batch with that of each drawing alone, once for every combination of sizes. Where a bit differs, the
-drawings are sampled one after another. The layouts of models with exemplars are drawn in one batch by the
-same rule.
+drawings are sampled one after another. The layouts of models with exemplars, whose bits do not depend on the
+batch, are drawn for all.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,26 +128,15 @@ class Together:
         return drawing.finished(self.pipe.draw(drawing.call, drawing.request))
 
     def _draw_layouts(self, drawings: Sequence[Deferred]) -> None:
-        """Draw the layouts of all drawings' prompts in one batch, if each has the bits that it has alone."""
-        text = self.pipe.text
-        if not isinstance(text, ExemplarConditioner) or not isinstance(self.pipe, LatentDiffusion):
+        """Draw the layouts of all drawings' prompts, which this call keeps."""
+        text = self.pipe.text if isinstance(self.pipe, LatentDiffusion) else None
+        if not isinstance(text, ExemplarConditioner):
             return
         try:
             own = [text.read_each(drawing.call.texts, drawing.call.seeds) for drawing in drawings]
         except ValueError:  # which the drawing that it concerns ends with
             return
-        read, seeds = ([value for each in values for value in each] for values in zip(*own, strict=True))
-        lengths = Counter(one.tokens for one in read)
-        key = "layouts", tuple((n, lengths[n]) for n in sorted(lengths))
-        if key not in self._compared:
-            with separate_call(self.pipe):
-                both = text.layouts(read, seeds).places.split([len(each) for each, _ in own])
-            for i, each in enumerate(own):
-                with separate_call(self.pipe):
-                    alone = text.layouts(*each).places
-                self._compared[key] = self._compared.get(key, True) and torch.equal(both[i], alone)
-        if self._compared[key] or not self.exact:
-            text.layouts(read, seeds)
+        text.layouts([one for read, _ in own for one in read], [seed for _, seeds in own for seed in seeds])
 
     def _part(self, drawing: Deferred) -> Part:
         """Return a drawing with its conditions and its first state; watchers see that its call begins."""

@@ -11,7 +11,7 @@ from tiny_exemplars import tiny_conditioner as conditioner
 from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.exemplars import ROWS, ExemplarConditioner
 from ldm.conditioning.layouts import LAYOUT_STEPS
 from ldm.support.calls import separate_call
 
@@ -54,7 +54,8 @@ def test_the_seed_chooses_the_style_unless_the_prompt_does():
 
 def test_a_batch_is_what_its_prompts_are_alone():
     net = conditioner()
-    prompts, seeds = ["a cat", "three red cats and a dog on blue", "a cat", ""], [5, 6, 7, 8]
+    prompts = ["a cat", "three red cats and a dog on blue", "a cat", "", *["fluent dog"] * 4]
+    seeds = [5, 6, 7, 8, 1, 2, 3, 4]
     together = net(prompts, seeds=seeds)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         alone = net([prompt], seeds=[seed])
@@ -74,7 +75,7 @@ def test_a_call_reads_each_prompt_once_and_draws_layouts_of_one_length_in_one_ba
     prompts, seeds = ["a cat", long, "a cat", "a dog", ""], [1, 2, 3, 4, 5]
     with separate_call(net):
         made = net(prompts, seeds=seeds)
-        assert len(reads) == 4 and rows == [3] * LAYOUT_STEPS + [1] * LAYOUT_STEPS
+        assert len(reads) == 4 and rows == [ROWS] * 2 * LAYOUT_STEPS
         again = net(["a cat"], seeds=[3])
         assert len(reads) == 4 and len(rows) == 2 * LAYOUT_STEPS
     assert torch.equal(again.exemplars[0], made.exemplars[2])

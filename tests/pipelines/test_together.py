@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,8 @@ from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
 
-from ldm.conditioning import exemplars
+from ldm.conditioning.exemplars import ROWS
+from ldm.conditioning.layouts import LAYOUT_STEPS
 from ldm.images.result import Images
 from ldm.pipelines.tasks.deferred import Deferred, deferred
 from ldm.pipelines.together import Together, Unwanted
@@ -111,23 +111,12 @@ def test_every_task_has_the_images_of_its_own(make, task, exact):
         assert {n % 6 for n in rows[-2:]} == {0}, rows  # all six images, under guidance twice
 
 
-@pytest.mark.parametrize("equal", [True, False])
-def test_layouts_are_drawn_in_one_batch_if_that_changes_no_bit(equal, monkeypatch):
-    pipe, together = tiny_exemplar_model(), []
-    own = [text_to_image(pipe, i) for i in range(3)]
-    draw = exemplars.draw_layouts
-
-    def drawn(denoiser, cond, things, *, seeds):
-        layout = draw(denoiser, cond, things, seeds=seeds)
-        return layout if equal or len(things) < 6 else replace(layout, places=layout.places + 1)
-
-    monkeypatch.setattr(exemplars, "draw_layouts", drawn)
-    made = Together(pipe)
-    for _ in range(2):
-        together = made.draw([deferred(partial(text_to_image, pipe, i)) for i in range(3)])
-        for images, expected in zip(together, own, strict=True):
-            assert torch.equal(images.tensor, expected.tensor)
-    assert [same for key, same in made._compared.items() if key[0] == "layouts"] == [equal]
+def test_layouts_of_all_drawings_are_drawn_at_once():
+    pipe, rows = tiny_exemplar_model(), []
+    pipe.text.layout.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    drawn = [deferred(partial(pipe.text_to_image, "a cat", seed=i, progress=False)) for i in range(4)]
+    Together(pipe).draw(drawn)
+    assert rows == [ROWS] * LAYOUT_STEPS
 
 
 def test_drawings_of_different_grids_are_sampled_one_after_another():
