@@ -1,8 +1,9 @@
 """Measure `ldm serve` under load: lost and wrong answers, memory, throughput and overhead.
 
-Throughput is compared with the library's own batched loop twice: by the clock, which other programs on the
-machine disturb, and by the processor time of an image, in which the server's includes its HTTP, its files and
-the work on requests that were broken off.
+Throughput is compared with the library's own batched loop, which runs before and after the server, twice: by
+the clock, which other programs on the machine disturb, and by the processor time of an image, in which the
+server's includes its HTTP, its files and the work on requests that were broken off. The clients share the
+processors with the server; their processor time is stated.
 
 python benchmarks/serving.py --json serving.json
 """
@@ -142,19 +143,19 @@ def overhead(url: str, repeats: int, steps: int) -> list[float]:
     return found
 
 
-def own_loop(args: argparse.Namespace) -> tuple[float, float]:
+def own_loop(args: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Return the seconds of an image in the library's own batched loop, by the clock and of the processor."""
     pipe = ldm.load(args.model)
-    rounds = max(args.requests // 10 // args.batch, 2)
+    rounds = max(args.requests // 4 // args.batch, 2)
     seconds, processor = list[float](), list[float]()
     for k in range(rounds + 1):
         prompts = [PROMPTS[(k + i) % len(PROMPTS)] for i in range(args.batch)]
         begin, used = time.perf_counter(), time.process_time()
         pipe.text_to_image(prompts, seed=k * args.batch, steps=args.steps, progress=False)
         if k:
-            seconds.append(time.perf_counter() - begin)
-            processor.append(time.process_time() - used)
-    return statistics.median(seconds) / args.batch, statistics.median(processor) / args.batch
+            seconds.append((time.perf_counter() - begin) / args.batch)
+            processor.append((time.process_time() - used) / args.batch)
+    return seconds, processor
 
 
 def main() -> None:
@@ -167,21 +168,24 @@ def main() -> None:
     add_quick(made, clients=20, requests=60, steps=4, repeats=5)
     args = made.parse_args()
     torch.set_num_threads(args.threads)
+    before_load = own_loop(args)
     process, url = started(args)
     try:
         extra = overhead(url, args.repeats, args.steps)
         with httpx.Client(base_url=url, timeout=None, verify=False) as client:
             before = work(client.get("/metrics").text) / (args.repeats + 2)
-        used = processor_seconds(process)
+        used, clients = processor_seconds(process), time.process_time()
         outcomes, seconds, memory = asyncio.run(load(url, process, args, 5 * before))
-        used = processor_seconds(process) - used
+        used, clients = processor_seconds(process) - used, time.process_time() - clients
         metrics = httpx.get(f"{url}/metrics").text
     finally:
         process.terminate()
         process.wait()
     half, quarter = len(memory) // 2, max(len(memory) // 4, 1)
     growth = max(memory[-quarter:]) / max(memory[: half + 1][-quarter:]) - 1
-    (own, own_used), answered = own_loop(args), outcomes["answered"]
+    loops = zip(before_load, own_loop(args), strict=True)
+    own, own_used = (statistics.median([*first, *last]) for first, last in loops)
+    answered = outcomes["answered"]
     batches = re.findall(r'ldm_batch_images_bucket\{le="(\S+)"\} (\d+)', metrics)
     figures = {
         "outcomes": dict(outcomes),
@@ -191,6 +195,7 @@ def main() -> None:
         "the library's own loop, images per second": 1 / own,
         "throughput ratio": answered / seconds * own,
         "processor seconds of an image": used / answered,
+        "the clients' processor seconds of an image": clients / answered,
         "the library's own loop, processor seconds": own_used,
         "throughput ratio by processor time": own_used * answered / used,
         "memory MiB, first, middle, last": [memory[0], memory[half], memory[-1]],

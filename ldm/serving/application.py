@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from ldm.serving.service import ClientGone, Service
 
 PAGE = Path(__file__).parent / "page"
 STOP_SECONDS = 60.0  # for the last step
+READERS = 2  # threads that read and write images
 MOST_BODY = 2**26
 
 
@@ -63,6 +66,8 @@ def application(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.worker.start()
+        # each thread has a heap of its own, and more of them would take processors from the worker
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(READERS))
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ from ldm.serving.service import Service
 from ldm.serving.worker import Worker
 from ldm.speed.optimization import optimize
 
+SWITCH = 0.0005  # seconds until the worker takes the interpreter back from the thread of the connections
 GRACE = 600  # seconds that requests in work have after Ctrl-C; a second one ends them within one step
 
 
@@ -126,6 +128,7 @@ def serve(
     Raises:
         ValueError, OSError: If the first model cannot be loaded, or the port is taken.
     """
+    sys.setswitchinterval(SWITCH)
     fleet = Fleet(models, memory=memory, exact=exact)
     counters = Counters()
     worker = Worker(fleet, counters, waiting=waiting, batch=batch)
