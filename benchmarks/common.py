@@ -98,6 +98,11 @@ def measure(sides: Mapping[str, Side], repeats: int, clock: str = "wall") -> dic
     return seconds
 
 
+def bar_here(*, avx512: float, avx2: float) -> float:
+    """Return the largest ratio that is accepted on this machine: with AVX-512, or without."""
+    return avx512 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else avx2
+
+
 def where(threads: int) -> dict[str, Any]:
     """Return the machine and the versions of the packages."""
     names = ("torch", "diffusers", "openvino", "transformers")
@@ -139,7 +144,7 @@ def report(
     Args:
         question: What is measured.
         settings: The settings, for the first line and the file.
-        seconds: The runs of each side; "ldm" is compared with every other one.
+        seconds: The runs of each side; "ldm", if it was measured, is compared with every other one.
         args: The parsed options (`threads`, `clock`, `json`).
         bars: The largest ratio that is accepted, by peer.
         extra: Further figures to print, by name.
@@ -153,7 +158,8 @@ def report(
         for who, runs in seconds.items()
         if runs
     }
-    ratios = {who: sides["ldm"]["median"] / side["median"] for who, side in sides.items() if who != "ldm"}
+    peers = [who for who in sides if who != "ldm"] if "ldm" in sides else []
+    ratios = {who: sides["ldm"]["median"] / sides[who]["median"] for who in peers}
     where_ = where(args.threads)
     print(
         f"{question}: {', '.join(f'{k} {v}' for k, v in settings.items())}; {args.threads} threads,"

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 
-from common import DTYPES, difference, measure, parser, report, settle
+from common import DTYPES, bar_here, difference, measure, parser, report, settle
 from pairs import MODELS, openvino_module, unet_inputs, unets
 
 import ldm
 from ldm.speed.backends import BACKENDS
 
 BARS = {
-    "bf16": {"diffusers": 0.75, "openvino": 1.0},
-    "fp32": {"diffusers": 0.75, "openvino": 1.05},
+    "bf16": {"diffusers": 0.62, "openvino": 0.85},
+    "fp32": {"diffusers": bar_here(avx512=0.65, avx2=0.70), "openvino": bar_here(avx512=0.82, avx2=0.88)},
     "sdxl": {"diffusers": 0.80},
 }
 

@@ -53,7 +53,7 @@ def test_quick_sets_options_and_those_after_it_count():
 def test_ratios_of_adapters_are_those_of_their_bars():
     from adapters import ratios
 
-    own = {"seconds": 1.0, "model_mb": 200.0, "added_mb": 10.0}
+    own = {"first_seconds": 3.0, "seconds": 1.0, "model_mb": 200.0, "added_mb": 10.0}
     found = ratios(
         {
             "ldm": own,
@@ -61,8 +61,8 @@ def test_ratios_of_adapters_are_those_of_their_bars():
             "step": {"plain": 2.0, "on the fly": 2.1},
         }
     )
-    assert [ratio for ratio, _ in found.values()] == pytest.approx([1.05, 0.25, 1.05])
-    assert [bar for _, bar in found.values()] == [1.10, 0.5, 1.10]
+    assert [ratio for ratio, _ in found.values()] == pytest.approx([1.05, 1.0, 0.25, 1.05])
+    assert [bar for _, bar in found.values()] == [1.10, 0.5, 0.5, 1.10]
     assert ratios({}) == {}
 
 
