@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.exemplar_index import ExemplarIndex
 from ldm.conditioning.exemplar_library import ExemplarLibrary
-from ldm.conditioning.layouts import draw_layouts, layout_denoiser, slots_of
+from ldm.conditioning.layouts import LAYOUT_ROWS, draw_layouts, layout_denoiser, slots_of
 from ldm.conditioning.prompt import parse, plain_texts
 from ldm.conditioning.reading import encode_prompts, weighted_mean, word_positions
 from ldm.conditioning.things import SLOT_WORDS, Lexicon, Mention, ReadText
@@ -24,11 +24,8 @@ from ldm.models.dit import DiT
 from ldm.models.layout import ThingLayout, multiplied, place_exemplars
 from ldm.support.calls import current_call, own_state
 
-TOKENS = 8
+PADDED_TO = 8
 """The context of a prompt has a multiple of these, by which an image has the same bits in every batch."""
-
-ROWS = 4
-"""Number of layouts that are drawn at once; one takes as long, as the calls of operators take the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +259,8 @@ class ExemplarConditioner(nn.Module):
     def layouts(self, read: Sequence[ReadPrompt], seeds: Sequence[int]) -> ThingLayout:
         """Return the layouts that B seeds draw for B prompts.
 
-        Those that this call of a pipeline has not drawn yet are drawn `ROWS` at a time, apart for each length
-        of text, so that all products have the shapes that they have for one prompt alone.
+        Those that this call of a pipeline has not drawn yet are drawn `LAYOUT_ROWS` at a time, apart for each
+        length of text, so that all products have the shapes that they have for one prompt alone.
         """
         known = _OfCall.of(self).layouts
         wanted = list(zip(read, seeds, strict=True))
@@ -274,13 +271,9 @@ class ExemplarConditioner(nn.Module):
         denoiser = layout_denoiser(self.layout)
         for batch in missing.values():
             text, things = Cond.cat([one.text for one, _ in batch]), [one.things for one, _ in batch]
-            drawn = draw_layouts(denoiser, text, things, seeds=[seed for _, seed in batch], rows=ROWS)
+            drawn = draw_layouts(denoiser, text, things, seeds=[seed for _, seed in batch], rows=LAYOUT_ROWS)
             known.update({pair: drawn[i : i + 1] for i, pair in enumerate(batch)})
-        found = [known[pair] for pair in wanted]
-        return ThingLayout(
-            places=torch.cat([layout.places for layout in found]),
-            owner=torch.cat([layout.owner for layout in found]),
-        )
+        return ThingLayout.cat([known[pair] for pair in wanted])
 
     def draw_things(
         self, read: Sequence[ReadPrompt], seeds: Sequence[int], vectors: Sequence[Tensor] | None = None
@@ -329,7 +322,7 @@ class ExemplarConditioner(nn.Module):
         states = self.text.encode(ids)
         canvas = images.new_zeros(len(images), self.slots, 4, *images.shape[-2:], dtype=torch.float32)
         canvas[:, 0, :3], canvas[:, 0, 3] = images, 1
-        text = Cond(context=states.tokens, context_mask=states.mask).padded(TOKENS).expand(len(images))
+        text = Cond(context=states.tokens, context_mask=states.mask).padded(PADDED_TO).expand(len(images))
         return replace(text, exemplars=canvas.to(self.device))
 
     def _alternatives(self, prompt: str) -> list[_Alternative]:
@@ -351,7 +344,7 @@ class ExemplarConditioner(nn.Module):
         def tokenize(_: str) -> list[tuple[str, tuple[int, ...]]]:
             return self._ids(next(spans))
 
-        return encode_prompts([prompt], tokenize, self.text.encode, self.text.room).padded(TOKENS)
+        return encode_prompts([prompt], tokenize, self.text.encode, self.text.room).padded(PADDED_TO)
 
     def _ids(self, read: ReadText) -> list[tuple[str, tuple[int, ...]]]:
         """Return the words of a text with the ids of what the tower reads in their place."""

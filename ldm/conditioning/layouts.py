@@ -21,6 +21,8 @@ LAYOUT_PREDICTION: Prediction = "x0"
 INSTANCES = 4
 """The largest number of instances in a layout."""
 LAYOUT_STEPS = 12
+LAYOUT_ROWS = 4
+"""Number of layouts that are drawn at once; one takes as long, as the calls of operators take the time."""
 LAYOUT_NOISE = 1 << 62
 """The number of a layout's noise among the keyed draws of a seed; those of a sampler's steps are smaller."""
 
@@ -76,7 +78,9 @@ def draw_layouts(
         group = drawn[first : first + size]
         filled = group + group[-1:] * (size - len(group))
         noise = torch.stack([keyed_normal(seeds[i], LAYOUT_NOISE, shape) for i in filled])
-        states = dpmpp_2m(cfg(denoiser, cond[filled], Cond(), 1.0), noise.to(device), grid)
+        states = dpmpp_2m(
+            cfg(denoiser, cond[torch.tensor(filled, device=device)], Cond(), 1.0), noise.to(device), grid
+        )
         for i, state in zip(group, states, strict=False):
             layout = layout_of_state(state[None], things[i])
             places[i], owner[i] = layout.places[0], layout.owner[0]

@@ -8,6 +8,7 @@ the things. This module holds what both share: the state that the prior denoises
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,12 @@ class ThingLayout:
     def __getitem__(self, index: slice | Tensor) -> ThingLayout:
         """Return some of the layouts."""
         return ThingLayout(places=self.places[index], owner=self.owner[index])
+
+    @staticmethod
+    def cat(layouts: Sequence[ThingLayout]) -> ThingLayout:
+        """Return several batches of layouts as one."""
+        places, owners = [each.places for each in layouts], [each.owner for each in layouts]
+        return ThingLayout(places=torch.cat(places), owner=torch.cat(owners))
 
 
 def layout_channels(slots: int) -> int:

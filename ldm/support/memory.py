@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,6 +81,11 @@ def release_unchanged(tensors: Iterable[Tensor]) -> None:
         return  # memory is not spared
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def whole_pages(tensor: Tensor) -> tuple[int, int]:
     """Return the address and the bytes of the pages that hold a contiguous tensor and nothing else."""
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -96,7 +102,7 @@ def evict_pages(begin: int, size: int) -> None:
         RuntimeError: On systems without madvise; Linux has it.
         OSError: If the system refuses.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = _libc()
     if not hasattr(libc, "madvise"):
         raise RuntimeError("memory=True needs madvise, which this system lacks")
     if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), DONTNEED):

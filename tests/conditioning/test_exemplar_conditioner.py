@@ -11,8 +11,8 @@ from tiny_exemplars import tiny_conditioner as conditioner
 from torch import Tensor
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.conditioning.exemplars import ROWS, ExemplarConditioner
-from ldm.conditioning.layouts import LAYOUT_STEPS
+from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.layouts import LAYOUT_ROWS, LAYOUT_STEPS
 from ldm.support.calls import separate_call
 
 
@@ -75,7 +75,7 @@ def test_a_call_reads_each_prompt_once_and_draws_layouts_of_one_length_in_one_ba
     prompts, seeds = ["a cat", long, "a cat", "a dog", ""], [1, 2, 3, 4, 5]
     with separate_call(net):
         made = net(prompts, seeds=seeds)
-        assert len(reads) == 4 and rows == [ROWS] * 2 * LAYOUT_STEPS
+        assert len(reads) == 4 and rows == [LAYOUT_ROWS] * 2 * LAYOUT_STEPS
         again = net(["a cat"], seeds=[3])
         assert len(reads) == 4 and len(rows) == 2 * LAYOUT_STEPS
     assert torch.equal(again.exemplars[0], made.exemplars[2])

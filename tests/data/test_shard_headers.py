@@ -51,7 +51,7 @@ def shard(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tar file of one format: short and long names, times with fractions, folders, links, odd sizes."""
     formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
     path = tmp_path / "shard.tar"
-    with tarfile.open(path, "w", format=formats[request.param]) as tar:
+    with tarfile.TarFile(path, mode="w", format=formats[request.param]) as tar:
         for i in range(4):
             time = 1.7e9 + (0.25 if request.param == "pax" else 0)
             add(tar, f"{i:04d}.jpg", bytes(511 + i), mtime=time)

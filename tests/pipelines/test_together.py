@@ -12,8 +12,7 @@ from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
 
-from ldm.conditioning.exemplars import ROWS
-from ldm.conditioning.layouts import LAYOUT_STEPS
+from ldm.conditioning.layouts import LAYOUT_ROWS, LAYOUT_STEPS
 from ldm.images.result import Images
 from ldm.pipelines.tasks.deferred import Deferred, deferred
 from ldm.pipelines.together import Together, Unwanted
@@ -116,7 +115,7 @@ def test_layouts_of_all_drawings_are_drawn_at_once():
     pipe.text.layout.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     drawn = [deferred(partial(pipe.text_to_image, "a cat", seed=i, progress=False)) for i in range(4)]
     Together(pipe).draw(drawn)
-    assert rows == [ROWS] * LAYOUT_STEPS
+    assert rows == [LAYOUT_ROWS] * LAYOUT_STEPS
 
 
 def test_drawings_of_different_grids_are_sampled_one_after_another():
