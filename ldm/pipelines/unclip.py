@@ -33,13 +33,13 @@ from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.tasks.deferred import defer
 from ldm.pipelines.tasks.interpolate import embedding_interpolate
 from ldm.pipelines.tasks.reconstruct import embedding_reconstruct
-from ldm.pipelines.tasks.rerank import Ranker, rerank
+from ldm.pipelines.tasks.rerank import best_by_clip
 from ldm.pipelines.tasks.text_difference import text_difference
 from ldm.pipelines.tasks.truncated import truncated
 from ldm.pipelines.tasks.variations import embedding_variations
 from ldm.pipelines.unclip_options import SHARED, decoder_options, options_of, other_options, prior_options
 from ldm.support.calls import in_separate_call
-from ldm.support.scalars import python_scalar, python_scalars, whole_number
+from ldm.support.scalars import python_scalar, python_scalars
 
 
 class UnCLIP(BasePipeline):
@@ -174,30 +174,7 @@ class UnCLIP(BasePipeline):
     interpolate = replayable(embedding_interpolate)
     text_difference = replayable(text_difference)
     truncated = replayable(truncated)
-
-    def rerank(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        clip: Ranker | None = None,
-        of: int = 16,
-        keep: int = 4,
-        **options: Any,
-    ) -> Images:
-        """Draw `of` images of each prompt and return the `keep` most similar to it by CLIP, best first.
-
-        Args:
-            prompt: One prompt or several.
-            clip: The CLIP. Default: the model's own.
-            of: Number of images of each prompt that are drawn.
-            keep: Number of them that are returned.
-            options: Options of `text_to_image`.
-
-        Raises:
-            ValueError: If an option is wrong.
-        """
-        keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
-        return rerank(self.text_to_image(prompt, n=of, **options), clip or self.clip, keep=keep)
+    rerank = best_by_clip
 
     @in_separate_call
     @torch.no_grad()

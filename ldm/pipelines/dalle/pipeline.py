@@ -23,12 +23,11 @@ from ldm.pipelines.dalle.token_images import ABSENT, TokenImages
 from ldm.pipelines.dalle.token_tasks import token_inpaint, token_variations
 from ldm.pipelines.image_pipeline import ImagePipeline
 from ldm.pipelines.replayable import BY_OPTIONS, replayable
-from ldm.pipelines.tasks.rerank import Ranker, rerank
+from ldm.pipelines.tasks.rerank import best_by_clip
 from ldm.support.calls import checkpoint, in_separate_call
 from ldm.support.device import computing_dtype
 from ldm.support.memory import release_unchanged
 from ldm.support.progress import progress_bar
-from ldm.support.scalars import whole_number
 from ldm.support.text import shown
 from ldm.support.warn import warn_user
 
@@ -177,34 +176,7 @@ class DalleMini(ImagePipeline):
 
     variations = replayable(token_variations)
     inpaint = replayable(token_inpaint)
-
-    def rerank(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        clip: Ranker | None = None,
-        of: int = 16,
-        keep: int = 4,
-        **options: Any,
-    ) -> Images:
-        """Draw `of` images of each prompt and return the `keep` most similar to it by CLIP, best first.
-
-        Args:
-            prompt: One prompt or several.
-            clip: Both towers of a CLIP, such as the `clip` of an `UnCLIP`, or features of
-                `ldm.analysis.metrics`. Default: the pipeline's `clip`.
-            of: Number of images of each prompt that are drawn.
-            keep: Number of them that are returned.
-            options: Options of `text_to_image`.
-
-        Raises:
-            ValueError: If there is no CLIP, or an option is wrong.
-        """
-        ranker = self.clip if clip is None else clip
-        if ranker is None:
-            raise ValueError(f"{self.name!r} has no CLIP of its own to rank images by: pass clip")
-        keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
-        return rerank(self.text_to_image(prompt, n=of, **options), ranker, keep=keep)
+    rerank = best_by_clip
 
     def settle(self, prompt: Any, **options: Any) -> TokenCall:
         """Settle the options of a call (see `text_to_image`), and warn of prompts that are cut."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ldm.images.result import Images
+from ldm.support.scalars import whole_number
 
 
 class Ranker(Protocol):
@@ -16,6 +17,35 @@ class Ranker(Protocol):
 
     def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the cosine of each image (B, 3, H, W) in [0, 1] and its prompt, shape (B,)."""
+
+
+def best_by_clip(
+    pipe: Any,
+    prompt: str | Sequence[str],
+    *,
+    clip: Ranker | None = None,
+    of: int = 16,
+    keep: int = 4,
+    **options: Any,
+) -> Images:
+    """Draw `of` images of each prompt and return the `keep` most similar to it by CLIP, best first.
+
+    Args:
+        prompt: One prompt or several.
+        clip: Both towers of a CLIP, such as the `clip` of an `UnCLIP`, or features of `ldm.analysis.metrics`.
+            Default: the pipeline's `clip`.
+        of: Number of images of each prompt that are drawn.
+        keep: Number of them that are returned.
+        options: Options of `text_to_image`.
+
+    Raises:
+        ValueError: If there is no CLIP, or an option is wrong.
+    """
+    ranker = pipe.clip if clip is None else clip
+    if ranker is None:
+        raise ValueError(f"{pipe.name!r} has no CLIP of its own to rank images by: pass clip")
+    keep = whole_number("keep", keep, least=1, most=whole_number("of", of, least=1))
+    return rerank(pipe.text_to_image(prompt, n=of, **options), ranker, keep=keep)
 
 
 def rerank(images: Images, clip: Ranker, *, keep: int = 1) -> Images:

@@ -44,8 +44,7 @@ class FineTuning:
         base: Name of the model (see `ldm.list_models`); None for that of the folder `weights`.
         weights: Its weights, as `ldm.load` takes them; None for the model's own. Default: None.
         train: What is trained: "unet", "text", SDXL's "text2", "class" (the embeddings of classes), and
-            "vae_decoder", the decoder of the
-            autoencoder, whose encoder stays. Default: the UNet.
+            "vae_decoder", the decoder of the autoencoder, whose encoder stays. Default: the UNet.
         diffusion: Changes of the diffusion, and the weights of the loss.
         prior: Images of the model itself that it keeps drawing; None for none. Default: None.
         reconstruction: Weights of the loss of the autoencoder's decoder, which is added to that of the
