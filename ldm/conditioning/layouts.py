@@ -20,7 +20,7 @@ from ldm.samplers.ode.dpmpp_2m import dpmpp_2m
 LAYOUT_PREDICTION: Prediction = "x0"
 INSTANCES = 4
 """The largest number of instances in a layout."""
-LAYOUT_STEPS = 12
+LAYOUT_STEPS = 6
 LAYOUT_ROWS = 4
 """Number of layouts that are drawn at once; one takes as long, as the calls of operators take the time."""
 LAYOUT_NOISE = 1 << 62
