@@ -43,7 +43,14 @@ class Wheel(bdist_wheel):
 # starlette 1.0.1 mends CVE-2026-48710 (Host headers), later ones up to 1.6 CVE-2026-48818, 54282 and 54283;
 # python-multipart 0.0.27 mends CVE-2026-42561 (headers of parts), 0.0.30 CVE-2026-53539; h11 0.16 mends
 # CVE-2025-43859 (chunked bodies)
-SERVE = ["starlette>=1.6", "uvicorn>=0.30", "h11>=0.16", "python-multipart>=0.0.30"]
+SERVE = [
+    "starlette>=1.6",
+    "uvicorn>=0.30",
+    "h11>=0.16",
+    "httptools>=0.6.3",
+    "uvloop>=0.21; sys_platform != 'win32'",
+    "python-multipart>=0.0.30",
+]
 
 setup(
     name="ldm",

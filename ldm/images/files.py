@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix → name in PIL
 DEFAULT_QUALITY = 95  # default of the lossy formats
+PNG_LEVEL = 4  # of zlib; the default 6 takes 2.4 times as long for files that are 3 % smaller (128×128 emoji)
 RECIPE_KEY = "ldm"  # name of the PNG text chunk
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286  # tags of EXIF 2.3
 COMMENT_START = b'ASCII\0\0\0{"ldm": '  # the character code of a UserComment, and the JSON key
@@ -117,7 +118,7 @@ def encode_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality
 
         info = PngInfo()
         info.add_itxt(RECIPE_KEY, text)
-        image.save(buffer, format=name, pnginfo=info)
+        image.save(buffer, format=name, pnginfo=info, compress_level=PNG_LEVEL)
     else:
         level = DEFAULT_QUALITY if quality is None else int(quality)
         exif = exif_with_recipe(text)

@@ -18,11 +18,13 @@ from ldm.registry.locating import resolve_card
 from ldm.serving.application import MOST_BODY, application
 from ldm.serving.counters import Counters
 from ldm.serving.fleet import Fleet, Seat, ServedModel
+from ldm.serving.protocol import BoundedProtocol
 from ldm.serving.service import Service
 from ldm.serving.worker import Worker
 from ldm.speed.optimization import optimize
 
 SWITCH = 0.0005  # seconds until the worker takes the interpreter back from the thread of the connections
+WARM_UP = "a red apple"  # names a thing, which models with exemplars are shown
 GRACE = 600  # seconds that requests in work have after Ctrl-C; a second one ends them within one step
 
 
@@ -138,6 +140,7 @@ def serve(
         app,
         host=host,
         port=port,
+        http=BoundedProtocol,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=GRACE,
@@ -161,7 +164,7 @@ def warm_up(seat: Seat) -> None:
     """
     pipe = seat.pipe
     if isinstance(pipe, LatentDiffusion) and pipe.stage.concat is None:
-        pipe.text_to_image("", steps=1, progress=False)
+        pipe.text_to_image(WARM_UP, steps=1, progress=False)
 
 
 def bound_socket(host: str, port: int) -> Any:

@@ -16,6 +16,7 @@ from ldm.serving.application import application
 from ldm.serving.counters import Counters
 from ldm.serving.fleet import Fleet, ServedModel
 from ldm.serving.launch import StoppableServer, bound_socket
+from ldm.serving.protocol import BoundedProtocol
 from ldm.serving.service import Service
 from ldm.serving.worker import Worker
 
@@ -59,7 +60,9 @@ def running_server(
         strict_sizes=strict,
     )
     app = application(service, key=key, origins=origins, most=most)
-    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, http=BoundedProtocol, log_level="error", access_log=False, timeout_graceful_shutdown=5
+    )
     listening = bound_socket("127.0.0.1", 0)
     server = StoppableServer(config, service.worker)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

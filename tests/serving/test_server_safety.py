@@ -14,6 +14,7 @@ from PIL import Image
 from running_server import Running, running_server
 from tiny_latent_diffusion import tiny_model
 
+from ldm.serving.protocol import MOST_HEAD
 from ldm.serving.store import ImageStore
 
 PIPE = tiny_model("tiny")
@@ -80,6 +81,29 @@ def raw(server: Running, request: bytes, seconds: float = 20) -> bytes:
 def test_names_of_other_hosts_are_refused(server, host, status):
     answer = raw(server, f"GET /health HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
     assert int(answer.split()[1]) == status, answer[:300]
+
+
+@pytest.mark.parametrize(
+    "head", [b"GET /health HTTP/1.1\r\nhost: x\r\nlong: ", b"GET /", b"GET / HTTP/1.1\r\n"]
+)
+def test_headers_that_do_not_end_are_refused(server, head):
+    line = b"a" * 1000 if not head.endswith(b"\n") else b"name: value\r\n" * 100
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(head)
+        for _ in range(2 * MOST_HEAD // len(line)):
+            try:
+                client.sendall(line)
+            except OSError:  # the server has closed the connection
+                break
+        else:
+            assert client.recv(100).startswith(b"HTTP/1.1 400")
+    assert server.http.get("/health").status_code == 200
+
+
+def test_long_headers_and_large_bodies_are_read(server):
+    headers = {"x-long": "a" * (MOST_HEAD // 2), "content-type": "application/json"}
+    content = b'{"prompt": "a cat", "steps": 1' + b" " * 2**19 + b"}"
+    assert server.http.post(GENERATIONS, content=content, headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", "x"])
