@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.support.memory import in_file, release_unchanged
+from ldm.weights.cast import CHUNK
 
-CHUNK = 2**19  # elements that are converted at once
 _SOURCES: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # by the identity of a parameter
 _CHANGING = Lock()
 
@@ -48,7 +48,7 @@ def remember_sources(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             _SOURCES[key] = weakref.ref(parameter, forget), state[name].detach()
 
 
-def source_of(parameter: Tensor) -> Tensor | None:
+def mapped_source(parameter: Tensor) -> Tensor | None:
     """Return the tensor that a parameter can be made of again, bit for bit; None if there is none.
 
     The parameter is compared with it, as it may have been trained since.

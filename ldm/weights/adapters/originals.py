@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.support.home import library_home, make_folder
 from ldm.support.memory import in_file
-from ldm.weights.sources import source_of
+from ldm.weights.sources import mapped_source
 
 Key = tuple[str, str]  # network, and name of the tensor in it
 WRITTEN = 2**20  # bytes that are written at once; more take longer
@@ -82,7 +82,7 @@ class Originals:
         mapped = set(in_file({key: tensor for key, tensor in tensors.items() if tensor.is_contiguous()}))
         found: dict[Key, _Mapped] = {}
         for key, tensor in tensors.items():
-            source = tensor if key in mapped else source_of(tensor)
+            source = tensor if key in mapped else mapped_source(tensor)
             if source is not None:
                 found[key] = _Mapped(source.detach(), tensor.dtype, key in mapped)
         self._write({key: tensor for key, tensor in tensors.items() if key not in found})

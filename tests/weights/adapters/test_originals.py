@@ -18,7 +18,7 @@ from ldm.support.memory import in_file
 from ldm.weights.adapters.originals import Originals, _Mapped, _Written
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 from ldm.weights.parts import build_network, fill_network, randomise
-from ldm.weights.sources import source_of
+from ldm.weights.sources import mapped_source
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux states which pages are of a file")
 
@@ -160,14 +160,14 @@ def test_copies_and_conversions_restore_their_own(
 def test_sources_are_forgotten_with_their_parameters(tmp_path: Path) -> None:
     net = loaded(tmp_path, torch.float16, torch.float32)
     name, parameter = max(net.named_parameters(), key=lambda pair: pair[1].numel())
-    source = source_of(parameter)
+    source = mapped_source(parameter)
     assert source is not None and source.dtype == torch.float16
     assert in_file({name: source}) == [name]
     assert torch.equal(source.float(), parameter)
-    assert source_of(nn.Parameter(parameter.detach().clone())) is None
+    assert mapped_source(nn.Parameter(parameter.detach().clone())) is None
     with torch.no_grad():
         parameter.view(-1)[-1] = -parameter.view(-1)[-1]
-    assert source_of(parameter) is None
+    assert mapped_source(parameter) is None
     from ldm.weights import sources
 
     count = len(sources._SOURCES)
