@@ -1,12 +1,14 @@
 """What does a LoRA cost: loading and merging it, its memory, and a step with it on the fly?
 
-    python benchmarks/adapters.py              # Stable Diffusion 1.5's UNet, rank 32
-    python benchmarks/adapters.py --quick      # two levels of it, once
+    python benchmarks/adapters.py                    # Stable Diffusion 1.5's UNet, rank 32
+    python benchmarks/adapters.py --file float32     # whose file has the dtype of the model
+    python benchmarks/adapters.py --quick            # two levels of it, once
 
-Each program runs in a process of its own, in turn; the figure is the least of the repeats. Times are CPU
-time, as other programs may share the cores. Applying is timed twice in a process; the first time the system
-provides memory too. The bars: applying takes at most half of diffusers' time, and its peak memory is at most
-the model's plus 10 %; a step on the fly takes at most 1.10 of a plain one.
+The UNet is loaded from a file, as models are: by default from one in float16. Each program runs in a process
+of its own, in turn; the figure is the least of the repeats. Times are CPU time, as other programs may share
+the cores. Applying is timed twice in a process; the first time the system provides memory too. The bars:
+applying takes at most half of diffusers' time, and its peak memory is at most the model's plus 10 %; a step
+on the fly takes at most 1.10 of a plain one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,16 @@ from typing import Any
 
 import torch
 from common import add_quick, where, write
-from pairs import our_unet, unets
+from pairs import SMALL, our_unet, peer_unet
 from torch import Tensor, nn
 
+from ldm.catalog.shapes import UNETS
 from ldm.diffusion.cond import Cond
 from ldm.pipelines.adapters import Adapters
-from ldm.weights.formats.safetensors import write_safetensors
+from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
+from ldm.weights.parts import build_network, fill_network
+
+UNET, LORA = "unet.safetensors", "lora.safetensors"
 
 
 def lora(net: nn.Module, rank: int) -> dict[str, Tensor]:
@@ -44,9 +49,13 @@ def lora(net: nn.Module, rank: int) -> dict[str, Tensor]:
     return state
 
 
-def peak() -> float:
-    """Return the largest resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(*, reset: bool = False) -> float:
+    """Return the largest resident memory of this process in MB, since its start or since the last reset."""
+    if reset:  # loading took more
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def timed(run: Any) -> float:
@@ -55,19 +64,36 @@ def timed(run: Any) -> float:
     return time.process_time() - start
 
 
-def measure(program: str, small: bool, dtype: torch.dtype, path: str, rank: int) -> dict[str, float]:
+def write_files(folder: Path, small: bool, file: torch.dtype, rank: int) -> None:
+    """Write the UNet of random weights in ldm's folder layout, and a LoRA for it."""
+    net = our_unet("small" if small else "sd1", file)
+    write_safetensors(folder / UNET, {k: v.contiguous() for k, v in net.state_dict().items()})
+    write_safetensors(folder / LORA, lora(net, rank))
+
+
+def loaded_unet(folder: Path, small: bool, dtype: torch.dtype) -> Any:
+    """Return the UNet of the file, in a dtype."""
+    network = build_network(UNETS["sd1"] if not small else SMALL)
+    return fill_network(
+        network, read_safetensors(folder / UNET), "diffusers", source=folder / UNET, dtype=dtype
+    )
+
+
+def measure(program: str, small: bool, dtype: torch.dtype, folder: Path) -> dict[str, float]:
     """Return the figures of one program."""
-    model = "small" if small else "sd1"
-    theirs: Any  # a model of diffusers
-    net, theirs = unets(model, dtype) if program == "diffusers" else (our_unet(model, dtype), None)
-    if not Path(path).exists():
-        write_safetensors(path, lora(net, rank))
+    path = str(folder / LORA)
+    net = loaded_unet(folder, small, dtype)
+    theirs: Any = None  # a model of diffusers
+    if program == "diffusers":
+        # in memory of its own, as diffusers loads models
+        theirs = peer_unet(net)
+        theirs.load_state_dict({k: v.clone() for k, v in theirs.state_dict().items()}, assign=True)
+        net = theirs
     size = sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20
     if program == "diffusers":
         from safetensors.torch import load_file
 
-        gc.collect()
-        before = peak()
+        before = peak(reset=True)
 
         def apply() -> None:
             theirs.load_lora_adapter(load_file(path), prefix="unet")
@@ -83,7 +109,7 @@ def measure(program: str, small: bool, dtype: torch.dtype, path: str, rank: int)
         }
     adapters = Adapters(lambda: {"unet": net}, dict, "sd-v1-5")
     if program == "ldm":
-        before = peak()
+        before = peak(reset=True)
         first = timed(lambda: adapters.load(path, name="a"))
         adapters.remove("a")
         return {
@@ -126,7 +152,7 @@ def ratios(found: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, f
 def run(program: str, args: argparse.Namespace, path: str) -> dict[str, float]:
     """Return the figures of one program in a process of its own."""
     command = [sys.executable, __file__, "--run", program, "--path", path, "--dtype", args.dtype]
-    command += ["--rank", str(args.rank), "--threads", str(args.threads), *(["--small"] * args.small)]
+    command += ["--threads", str(args.threads), *(["--small"] * args.small)]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -138,6 +164,7 @@ def main() -> None:
     )
     made.add_argument("--small", action="store_true", help="two levels of the UNet")
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    made.add_argument("--file", default="float16", choices=("float16", "float32"), help="dtype of the file")
     made.add_argument("--rank", type=int, default=32)
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--threads", type=int, default=1)
@@ -149,13 +176,14 @@ def main() -> None:
     args = made.parse_args()
     if args.run:
         torch.set_num_threads(args.threads)
-        print(json.dumps(measure(args.run, args.small, getattr(torch, args.dtype), args.path, args.rank)))
+        print(json.dumps(measure(args.run, args.small, getattr(torch, args.dtype), Path(args.path))))
         return
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), args.small, getattr(torch, args.file), args.rank)
         for _ in range(args.repeats):
             for program in args.programs:
-                figures = run(program, args, f"{folder}/lora.safetensors")
+                figures = run(program, args, folder)
                 best = found.setdefault(program, figures)
                 found[program] = {name: min(value, best[name]) for name, value in figures.items()}
     for program, figures in found.items():

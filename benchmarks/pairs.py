@@ -18,23 +18,28 @@ from ldm.weights.formats.diffusers_config import unet_config, vae_config
 from ldm.weights.parts import build_network, randomise, to_layout
 
 MODELS = ("sd1", "sd2", "sdxl", "small")
+SMALL = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1)
 
 
 def our_unet(model: str, dtype: torch.dtype) -> UNet:
     """Return a UNet of ldm with random weights; "small" has two levels of Stable Diffusion 1's widths."""
-    config = UNetConfig(channels=(320, 640), depth=(1, 1), blocks=1) if model == "small" else UNETS[model]
-    made = randomise(build_network(config), dtype=dtype)
+    made = randomise(build_network(SMALL if model == "small" else UNETS[model]), dtype=dtype)
     assert isinstance(made, UNet)
     return made
 
 
 def unets(model: str, dtype: torch.dtype) -> tuple[UNet, nn.Module]:
     """Return a UNet of ldm and of diffusers with the same random weights; models as in `our_unet`."""
+    ours = our_unet(model, dtype)
+    return ours, peer_unet(ours)
+
+
+def peer_unet(ours: UNet) -> nn.Module:
+    """Return the UNet of diffusers that shares the weights of one of ldm."""
     import diffusers
 
-    ours = our_unet(model, dtype)
     name, about = unet_config(ours.config)
-    return ours, _peer(getattr(diffusers, name), about, ours)
+    return _peer(getattr(diffusers, name), about, ours)
 
 
 def our_vae(model: str, dtype: torch.dtype) -> AutoencoderKL:

@@ -24,6 +24,7 @@ from ldm.weights.controls.building import (
 from ldm.weights.controls.control_lora import is_change
 from ldm.weights.controls.control_net import shapes_in
 from ldm.weights.controls.files import ControlFile, control_digest, read_control
+from ldm.weights.controls.lllite import is_lllite
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.single_file import SAFETENSORS_KIND, file_kind
 from ldm.weights.keymap import fit_table
@@ -86,6 +87,8 @@ def _stated(file: ControlFile, name: str | None) -> Iterator[str]:
     ]
     if zeros:
         yield f"{len(zeros)} zero convolutions"
+    if is_lllite(shapes_in(file.tensors)):
+        yield f"{len({key.partition('.')[0] for key in file.tensors})} networks before projections"
     yield f"by its name, the card {control_card(None, file.path.name)}"
     if name is not None:
         yield f"compared with {name}"

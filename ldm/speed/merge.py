@@ -27,8 +27,8 @@ class Merge(Substitute[Attention]):
     A fraction `ratio` of the positions, those most similar to a position in an even row and column, is
     averaged with that position before the attention, and takes its result. The paper draws one position of
     each 2×2 at random; here it is the first, so that an image stays a function of its seed. Nothing is merged
-    if a control reads the probabilities (`ldm.models.layers.attention.attention_control`) or gradients are
-    enabled.
+    if a control reads the probabilities (`ldm.models.layers.attention.attention_control`) or changes the
+    inputs of projections, or gradients are enabled.
     """
 
     def __init__(self, attention: Attention, ratio: float) -> None:
@@ -40,6 +40,7 @@ class Merge(Substitute[Attention]):
         if (
             context is not None
             or self.module.controls
+            or any(join.inputs for join in self.module.joins)
             or torch.is_grad_enabled()
             or size[0] * size[1] != x.shape[1]
         ):

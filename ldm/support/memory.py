@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 PAGEMAP = Path("/proc/self/pagemap")  # of each page 8 bytes, whose last three bits say where it is:
@@ -67,18 +70,36 @@ def release_unchanged(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: Tensors of any kind.
     """
+    found = list(tensors)
+    try:
+        for i in in_file(dict(enumerate(found))):
+            evict_pages(*whole_pages(found[i]))
+    except (OSError, RuntimeError):
+        return  # memory is not spared
+
+
+def in_file(tensors: Mapping[_Key, Tensor]) -> list[_Key]:
+    """Return which tensors are mapped from a file and unchanged, as far as their whole pages show.
+
+    None are where the system does not state its pages, and none that are smaller than a page.
+
+    Args:
+        tensors: Tensors of any kind, by any keys.
+    """
+    found = []
     try:
         with PAGEMAP.open("rb", buffering=0) as pages:
-            for tensor in tensors:
+            for key, tensor in tensors.items():
                 if tensor.device.type != "cpu" or not tensor.is_contiguous():
                     continue
                 begin, size = whole_pages(tensor)
                 pages.seek(begin // mmap.PAGESIZE * 8)
                 stated = np.frombuffer(pages.read(size // mmap.PAGESIZE * 8), np.uint64) >> np.uint64(61)
                 if size and np.isin(stated, (NOWHERE, IN_FILE)).all():
-                    evict_pages(begin, size)
-    except (OSError, RuntimeError):
-        return  # memory is not spared
+                    found.append(key)
+    except OSError:
+        return []
+    return found
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from ldm.models.clip.towers import TextConfig, TextTower, VisionConfig, VisionTo
 from ldm.models.control.control_net import ControlNet, ControlNetConfig
 from ldm.models.control.dit_control import DiTControl, DiTControlConfig
 from ldm.models.control.ip_adapter import IPAdapter, IPAdapterConfig
+from ldm.models.control.lllite import LLLite, LLLiteConfig
 from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.control.union import UnionConfig, UnionControlNet
 from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
@@ -74,6 +75,7 @@ NETWORKS: dict[type, type[nn.Module]] = {
     UnionConfig: UnionControlNet,
     T2IAdapterConfig: T2IAdapter,
     IPAdapterConfig: IPAdapter,
+    LLLiteConfig: LLLite,
     DalleEncoderConfig: DalleEncoder,
     DalleDecoderConfig: DalleDecoder,
     DetokenizerConfig: Detokenizer,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.support.memory import release_unchanged
 from ldm.weights.cast import cast, is_finite
+from ldm.weights.sources import remember_sources
 
 
 @runtime_checkable
@@ -86,6 +87,7 @@ def load_strict(
         raise ValueError(f"{str(source)!r}{_non_finite_reason(bad, ready, state)}")
     release_unchanged(ready.values())  # they were read to be checked
     module.load_state_dict(ready, strict=True, assign=True)
+    remember_sources(module, state)
     for part in module.modules():
         if isinstance(part, ResetsBuffers) and any(buffer.is_meta for buffer in part.buffers(recurse=False)):
             part.reset_buffers()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.cond import Cond
 from ldm.models.control.control_net import ControlNet
-from ldm.models.layers.attention import Attention, AttentionAddition, joined_attention
+from ldm.models.layers.attention import Attention, AttentionJoin, joined_attention
 from ldm.support.device import COMPUTES_IN
 
 Added = Mapping[str, tuple[Tensor, ...]]  # fields of `Cond`, and what is added to them
@@ -28,7 +28,11 @@ class ControlKind(Protocol):
         count: Number of the tensors that it prepares.
         factor: Size of a hint divided by that of the latent; None for hints of any size.
         hint_channels: Channels of a hint.
+        in_attentions: Whether it acts in ldm's own attention layers.
     """
+
+    @property
+    def in_attentions(self) -> bool: ...
 
     @property
     def count(self) -> int: ...
@@ -59,8 +63,8 @@ class ControlKind(Protocol):
             guess: Whether deeper maps count more (guess mode).
         """
 
-    def joined(self, prepared: Sequence[Tensor], weights: Tensor) -> Mapping[str, AttentionAddition]:
-        """Return what is added to the products of the UNet's attentions, by their names.
+    def joined(self, prepared: Sequence[Tensor], weights: Tensor) -> Mapping[str, AttentionJoin]:
+        """Return what joins the UNet's attentions, by their names.
 
         Args:
             prepared: The result of `prepare`.
@@ -71,11 +75,13 @@ class ControlKind(Protocol):
 class MapsOnly:
     """A control that prepares the same for both branches, and adds nothing to attentions."""
 
+    in_attentions = False
+
     def prepare_without(self, hint: Tensor, prepared: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return what was prepared."""
         return tuple(prepared)
 
-    def joined(self, prepared: Sequence[Tensor], weights: Tensor) -> Mapping[str, AttentionAddition]:
+    def joined(self, prepared: Sequence[Tensor], weights: Tensor) -> Mapping[str, AttentionJoin]:
         """Return nothing."""
         return {}
 
@@ -170,8 +176,8 @@ class ControlPart:
         )
         return {name: tuple(_scattered(each, rows) for each in maps) for name, maps in found.items()}
 
-    def joined(self, t: Tensor, hints: Sequence[Tensor]) -> Mapping[str, AttentionAddition]:
-        """Return what is added to the products of attentions; the arguments are those of `added`."""
+    def joined(self, t: Tensor, hints: Sequence[Tensor]) -> Mapping[str, AttentionJoin]:
+        """Return what joins attentions; the arguments are those of `added`."""
         rows = self.rows(t, hints[0])
         if not self.strength or not bool(rows.any()):
             return {}
@@ -217,7 +223,7 @@ class Controlled(nn.Module):
         if len(hints) != wanted:
             raise ValueError(f"Cond.hints: expected {wanted} tensors for the controls, got {len(hints)}")
         plain, sums = replace(cond, hints=None), dict[str, tuple[Tensor, ...]]()
-        joined: dict[Attention, list[AttentionAddition]] = {}
+        joined: dict[Attention, list[AttentionJoin]] = {}
         for part in self.parts:
             own, hints = hints[: 1 + part.kind.count], hints[1 + part.kind.count :]
             for name, maps in part.added(x_t, t, plain, own).items():
@@ -227,8 +233,8 @@ class Controlled(nn.Module):
                         f"controls: two add {len(others)} and {len(maps)} {name}: expected the same number"
                     )
                 sums[name] = maps if others is None else tuple(map(torch.add, others, maps))
-            for name, addition in part.joined(t, own).items():
-                joined.setdefault(self._attentions[name], []).append(addition)
+            for name, join in part.joined(t, own).items():
+                joined.setdefault(self._attentions[name], []).append(join)
         fields: dict[str, Any] = dict(sums)
         with joined_attention(joined):
             return self.net(x_t, t, replace(plain, **fields))

@@ -9,7 +9,7 @@ The tokens are made of CLIP's embedding of the image (base), or of its hidden st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ldm.diffusion.cond import Cond
 from ldm.models.clip.towers import VisionConfig, VisionTower
 from ldm.models.control.controlled import Added
-from ldm.models.layers.attention import Attention, attend
+from ldm.models.layers.attention import Attention, AttentionJoin, attend
 from ldm.models.layers.modules import ModuleListOf
 
 TokenKind = Literal["base", "plus", "full"]
@@ -255,6 +255,7 @@ class IPAdapterKind:
     network: IPAdapter
     vision: VisionTower
     attentions: tuple[str, ...]
+    in_attentions = True
     count = 1
     factor = None
     hint_channels = 3
@@ -281,10 +282,12 @@ class IPAdapterKind:
         """Return nothing: it acts in the attentions."""
         return {}
 
-    def joined(self, prepared: Sequence[Tensor], weights: Tensor) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    def joined(self, prepared: Sequence[Tensor], weights: Tensor) -> Mapping[str, AttentionJoin]:
         """Return what is added to the product of each attention; the arguments are those of `ControlKind`."""
         layers = self.network.ip_adapter.values()
         return {
-            name: partial(layer, tokens=prepared[0], weights=weights.to(prepared[0].dtype))
+            name: AttentionJoin(
+                product=partial(layer, tokens=prepared[0], weights=weights.to(prepared[0].dtype))
+            )
             for name, layer in zip(self.attentions, layers, strict=True)
         }

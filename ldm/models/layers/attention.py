@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from typing import Literal, TypeAlias
@@ -19,9 +20,21 @@ from ldm.models.layers.norm import SpatialNorm, group_norm_32
 
 # probabilities (B, H, L, M) float32 -> replacements of the same shape, or None to keep them
 AttentionControl = Callable[[Tensor], Tensor | None]
-# queries (B, H, L, d) -> what is added to the product, of the same shape
-AttentionAddition = Callable[[Tensor], Tensor]
-Joined: TypeAlias = "Mapping[Attention, tuple[AttentionAddition, ...]]"
+Joined: TypeAlias = "Mapping[Attention, tuple[AttentionJoin, ...]]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionJoin:
+    """What joins an attention.
+
+    Args:
+        product: Maps queries (B, H, L, d) to what is added to the product, of the same shape. None: nothing.
+        inputs: By the names "to_q", "to_k" and "to_v", what maps the input of a projection, (B, L, D) or
+            (B, M, D_c), to another one of the same shape. Default: none.
+    """
+
+    product: Callable[[Tensor], Tensor] | None = None
+    inputs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -94,7 +107,7 @@ def attend_controlled(
 # The controls of this thread (or task), by the identity of the attention. They are not on the modules, which
 # threads share; a module only counts how many blocks control it, in any thread.
 _CONTROLS: ContextVar[Mapping[int, tuple[AttentionControl, ...]]] = ContextVar("controls", default={})  # noqa: B039
-# What is added to the products of this thread's attentions.
+# What joins this thread's attentions.
 _JOINED: ContextVar[Joined] = ContextVar("joined", default={})  # noqa: B039
 _COUNTING = Lock()
 
@@ -151,37 +164,37 @@ def attention_control(
 
 
 @contextmanager
-def joined_attention(additions: Mapping[Attention, Sequence[AttentionAddition]]) -> Iterator[None]:
-    """Add to the products of attentions, before their output projections, inside a `with` block.
+def joined_attention(joins: Mapping[Attention, Sequence[AttentionJoin]]) -> Iterator[None]:
+    """Let functions join attentions, at their inputs or their products, inside a `with` block.
 
     The calls of other threads are not changed.
 
     Args:
-        additions: For each attention, functions of its queries (B, H, L, d).
+        joins: For each attention what joins it, in order.
     """
     outer = joined_now()
-    own = {part: (*outer.get(part, ()), *found) for part, found in additions.items()}
+    own = {part: (*outer.get(part, ()), *found) for part, found in joins.items()}
     with only_joined({**outer, **own}):
         yield
 
 
 def joined_now() -> Joined:
-    """Return what is added to the products of attentions at this place of this thread."""
+    """Return what joins attentions at this place of this thread."""
     return _JOINED.get()
 
 
 @contextmanager
-def only_joined(additions: Joined) -> Iterator[None]:
-    """Add what `joined_now` returned elsewhere, and nothing else, inside a `with` block."""
-    token = _JOINED.set(additions)
+def only_joined(joins: Joined) -> Iterator[None]:
+    """Let what `joined_now` returned elsewhere join, and nothing else, inside a `with` block."""
+    token = _JOINED.set(joins)
     with _COUNTING:
-        for part in additions:
+        for part in joins:
             part.joined += 1
     try:
         yield
     finally:
         with _COUNTING:
-            for part in additions:
+            for part in joins:
                 part.joined -= 1
         _JOINED.reset(token)
 
@@ -218,6 +231,11 @@ class Attention(nn.Module):
         """
         return _CONTROLS.get().get(id(self), ()) if self.controlled else ()
 
+    @property
+    def joins(self) -> tuple[AttentionJoin, ...]:
+        """What joins it in this thread; see `joined_attention`."""
+        return joined_now().get(self, ()) if self.joined else ()
+
     def __init__(
         self, width: int, *, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False
     ) -> None:
@@ -244,17 +262,21 @@ class Attention(nn.Module):
             Shape (B, L, D).
         """
         context = x if context is None else context  # (B, M, D_c)
+        joins = self.joins
+        inputs = {"to_q": x, "to_k": context, "to_v": context}
+        for join in joins:
+            inputs |= {name: change(inputs[name]) for name, change in join.inputs.items()}
         q, k, v = (
             rearrange(t, "b l (h d) -> b h l d", h=self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for t in (self.to_q(inputs["to_q"]), self.to_k(inputs["to_k"]), self.to_v(inputs["to_v"]))
         )  # (B, H, L, d), (B, H, M, d), (B, H, M, d)
         if mask is not None:  # (B, 1, 1, M) or (B, 1, L, M)
             mask = (
                 rearrange(mask, "b m -> b 1 1 m") if mask.ndim == 2 else rearrange(mask, "b l m -> b 1 l m")
             )
         y = self.product(q, k, v, mask)  # (B, H, L, d)
-        for addition in joined_now().get(self, ()) if self.joined else ():
-            y = y + addition(q)  # (B, H, L, d)
+        for join in joins:
+            y = y if join.product is None else y + join.product(q)  # (B, H, L, d)
         return self.to_out[0](rearrange(y, "b h l d -> b l (h d)"))
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,10 +13,11 @@ from ldm.models.control.controlled import ControlPart, interval
 from ldm.pipelines.control.loaded_control import ControlEntry, LoadedControl
 from ldm.pipelines.recipe import content_sha256
 from ldm.pipelines.replayable import FileEntry, InMemory, as_json
-from ldm.support.scalars import check_kind, check_within
+from ldm.support.scalars import check_kind, check_within, whole_number
 from ldm.support.text import shown
 
 MOST_STRENGTH = 1000.0
+NO_MARGINS, MOST_MARGIN = (0, 0, 0, 0), 2**20
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Control:
         guess: Guess mode: it acts on the conditional branch of guidance alone, and early maps count less.
             Default: False.
         mask: Mask of the hint, white where the image is filled in, for controls that take one.
+        margins: Pixels at left, right, top and bottom by which the hint is extended, as outpainting extends
+            the image; see `ldm.pipelines.control.hints.extended`. Default: none.
 
     Raises:
         ValueError: If a value is out of range.
@@ -45,6 +48,7 @@ class Control:
     end: float = 1.0
     guess: bool = False
     mask: ImageInput | None = None
+    margins: tuple[int, int, int, int] = NO_MARGINS
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -52,6 +56,10 @@ class Control:
         for name in ("strength", "start", "end"):
             check_kind(name, getattr(self, name), "float")
         check_kind("guess", self.guess, "bool")
+        if len(self.margins) != len(NO_MARGINS):
+            raise ValueError(f"margins: expected left, right, top and bottom, got {shown(self.margins)}")
+        margins = tuple(whole_number("margins", each, least=0, most=MOST_MARGIN) for each in self.margins)
+        object.__setattr__(self, "margins", margins)
         check_within("strength", self.strength, -MOST_STRENGTH, MOST_STRENGTH)
         check_within("start", self.start, 0, 1)
         check_within("end", self.end, 0, 1)
@@ -184,6 +192,7 @@ class StatedControl:
     end: float = 1.0
     guess: bool = False
     mask: FileEntry | None = None
+    margins: tuple[int, int, int, int] = NO_MARGINS
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -204,4 +213,5 @@ class StatedControl:
             start=self.start,
             end=self.end,
             guess=self.guess,
+            margins=self.margins,
         )

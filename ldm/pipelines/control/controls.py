@@ -17,7 +17,7 @@ from ldm.models.dit import DiT
 from ldm.models.unet import UNet
 from ldm.pipelines.call import Call
 from ldm.pipelines.conditions import Pair
-from ldm.pipelines.control.control_use import Control, ControlUse
+from ldm.pipelines.control.control_use import NO_MARGINS, Control, ControlUse
 from ldm.pipelines.control.hints import HintFrame, read_hint, read_image
 from ldm.pipelines.control.loaded_control import ControlEntry, LoadedControl
 from ldm.speed.backends import OpenVINO
@@ -65,7 +65,8 @@ class Controls(nn.Module):
 
         Args:
             path: A .safetensors, .pth or .bin file of a ControlNet or a T2I-Adapter, in the original or in
-                diffusers layout, or a folder that diffusers wrote; or one of an IP-Adapter.
+                diffusers layout, or a folder that diffusers wrote; or one of an IP-Adapter or a
+                ControlNet-LLLite.
             name: Its name. Default: that of the file without ending, or of the folder.
             card: Name of the card that states the convention of its hints (`ldm.catalog.control_cards`).
                 Default: by the file's name.
@@ -181,11 +182,11 @@ class Controls(nn.Module):
                 return each.vision
         return load_vision(path, dtype), path.name, digest
 
-    def _check_attention(self) -> None:
-        """Raise ValueError if another program computes the UNet, which knows of no image tokens."""
+    def _check_attention(self, what: str) -> None:
+        """Raise ValueError if another program computes the UNet, in whose attentions a control acts."""
         net = self.controlled()
         if isinstance(net.__dict__.get("forward"), OpenVINO) or net._compiled_call_impl is not None:
-            raise ValueError("controls: IP-Adapters act in ldm's layers: call ldm.optimize without backend")
+            raise ValueError(f"controls: {what} acts in ldm's layers: call ldm.optimize without backend")
 
     def settled(self, wanted: Sequence[Control], call: Call, size: tuple[int, int], multiple: int) -> Call:
         """Return a call with its controls, their hints read and checked.
@@ -200,10 +201,12 @@ class Controls(nn.Module):
         for option in wanted:
             loaded = self.get(option.name)
             factor = loaded.kind.factor
+            if loaded.kind.in_attentions:
+                self._check_attention(loaded.what)
             if factor is None:
-                self._check_attention()
                 hint = read_image(option, loaded.card, len(call.seeds))
-                uses.append(ControlUse(option=option, loaded=loaded, hint=hint))
+                plain = replace(option, margins=NO_MARGINS)  # images of any size are not extended
+                uses.append(ControlUse(option=plain, loaded=loaded, hint=hint))
                 continue
             frame = HintFrame(
                 image=(call.height, call.width),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ def read_hint(option: Control, card: ControlCard, channels: int, frame: HintFram
     where = f"control {shown(option.name)}"
     pixels, mask = _read(where, option, card, frame.count)
     check_convention(where, card, pixels)
+    if any(option.margins):
+        pixels, mask = extended(pixels, mask, card, option.margins)
     pixels = fitted(where, pixels, frame)
     if mask is not None:
         hole = fitted(where, mask, frame) >= 0.5
@@ -97,6 +100,53 @@ def _read(where: str, option: Control, card: ControlCard, count: int) -> tuple[T
             f"{where}: {len(pixels)} hints for {count} images to be made: expected one, or one for each"
         )
     return pixels, mask
+
+
+def extended(
+    pixels: Tensor, mask: Tensor | None, card: ControlCard, margins: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Return a hint and its mask with margins of which nothing is known.
+
+    Where hints are lines on black, the margins have no lines. Where they have a mask, the margins are to be
+    filled in. Others repeat their edges, as a depth or a colour continues.
+
+    Args:
+        pixels: The hint, shape (B, 3, H, W).
+        mask: Its mask, shape (B or 1, 1, H, W), or None.
+        card: Its card.
+        margins: Pixels at left, right, top and bottom.
+    """
+    if mask is not None:
+        mask = F.pad(mask, margins, value=1.0)
+    mode = "constant" if card.lines or mask is not None else "replicate"
+    return F.pad(pixels, margins, mode), mask
+
+
+def of_canvas(controls: Sequence[Control], size: tuple[int, int], margins: Sequence[int]) -> list[Control]:
+    """Return the controls of an image that is extended by margins.
+
+    A hint of exactly the image's size belongs to the image and is extended with it; any other one is of the
+    whole canvas.
+
+    Args:
+        controls: The controls.
+        size: (H, W) of the image.
+        margins: Pixels at left, right, top and bottom.
+    """
+    left, right, top, bottom = margins
+    return [
+        replace(each, margins=(left, right, top, bottom)) if hint_size(each) == size else each
+        for each in controls
+    ]
+
+
+def hint_size(option: Control) -> tuple[int, int]:
+    """Return (H, W) of a control's hint; ValueError or FileNotFoundError if it cannot be read."""
+    try:
+        pixels = to_pixels(option.hint)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"control {shown(option.name)}: hint: {error}") from None
+    return pixels.shape[-2], pixels.shape[-1]
 
 
 def fitted(where: str, pixels: Tensor, frame: HintFrame) -> Tensor:

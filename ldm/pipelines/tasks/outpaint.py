@@ -8,6 +8,8 @@ from typing import Any
 from ldm.images.canvas import Canvas
 from ldm.images.pixels import ImageInput
 from ldm.images.result import Images
+from ldm.pipelines.control.control_use import as_controls
+from ldm.pipelines.control.hints import of_canvas
 from ldm.pipelines.protocol import Pipeline
 from ldm.pipelines.tasks.border import Border, fill_canvas
 
@@ -37,13 +39,18 @@ def outpaint(
         resample, jump, seam, feather: As in `inpaint`.
         window: Side in pixels of what the network sees at a time. A larger canvas is covered by windows that
             overlap by half, blended at every step (Bar-Tal et al. 2023). Default: the model's own side.
-        options: Options of `text_to_image`.
+        options: Options of `text_to_image`. The hint of a control (`controls`) that has the image's size is
+            extended with it; see `ldm.pipelines.control.hints.extended`. Any other one is of the canvas.
 
     Raises:
         ValueError: If no side grows, or an option is wrong.
     """
     stage = pipe.stage
     canvas = Canvas.extended(image, left=left, right=right, top=top, bottom=bottom, multiple=stage.multiple)
+    if options.get("controls") is not None:
+        size = (canvas.frame[0] - top - bottom, canvas.frame[1] - left - right)
+        controls = of_canvas(as_controls(options["controls"]), size, (left, right, top, bottom))
+        options = {**options, "controls": controls}
     window = stage.side if window is None else window
     border = Border(seam=seam, feather=feather, resample=resample, jump=jump, window=window)
     facts = {"left": left, "right": right, "top": top, "bottom": bottom}

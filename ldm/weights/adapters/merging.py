@@ -1,7 +1,7 @@
 """Merge changes into the weights of networks, so that removing them restores every bit.
 
 The weights are computed from their originals each time, in float32, and converted once. The originals of
-changed weights are in a file (`Originals`): a usual LoRA changes a quarter of Stable Diffusion's UNet.
+changed weights are in files (`Originals`): a usual LoRA changes a quarter of Stable Diffusion's UNet.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.support.derived import checksum
+from ldm.support.memory import release_unchanged
 from ldm.weights.adapters.adapter import Edit
 from ldm.weights.adapters.kinds.delta import Delta
 from ldm.weights.adapters.originals import Key, Originals
@@ -99,7 +100,7 @@ class Merger:
     def _restore(self, own: Mapping[Key, Tensor], keys: Iterable[Key]) -> None:
         keys = [key for key in keys if key in self._originals]
         for key in keys:
-            own[key].copy_(self._originals.read(key))
+            self._originals.restore(key, own[key])
             self._merged.pop(key, None)
         self._originals.drop(keys)
 
@@ -116,14 +117,17 @@ class Merger:
                 values |= edit.site.write(values, changed)
             for name, value in values.items():
                 parameter = own[part, name]
-                if value.data_ptr() != parameter.data_ptr():
+                if self._originals.is_memory_of((part, name), parameter):
+                    mapped, parameter.data = parameter.detach(), value.to(parameter.dtype)
+                    release_unchanged([mapped])
+                elif value.data_ptr() != parameter.data_ptr():
                     parameter.copy_(value)
                 recipe = _recipe(group)
                 self._merged[part, name] = _Merged(recipe, checksum(parameter), parameter.dtype)
 
     def _original(self, own: Mapping[Key, Tensor], key: Key) -> Tensor:
         """Return the original of a weight in float32; the weight itself where it is unchanged and fits."""
-        unchanged = key not in self._merged
+        unchanged = key not in self._merged and not self._originals.is_memory_of(key, own[key])
         kept = own[key].detach() if unchanged else self._originals.read(key).to(own[key].device)
         # the dtype of a pipeline that was converted since counts
         return kept.to(own[key].dtype).to(torch.float32)

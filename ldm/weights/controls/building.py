@@ -15,6 +15,7 @@ from ldm.models.control.control_net import ControlNetConfig
 from ldm.models.control.controlled import ControlKind, ControlNetKind
 from ldm.models.control.dit_control import DiTControlConfig, DiTControlKind
 from ldm.models.control.ip_adapter import IPAdapterConfig, IPAdapterKind
+from ldm.models.control.lllite import LLLiteConfig, LLLiteKind
 from ldm.models.control.t2i_adapter import T2IAdapterConfig, T2IAdapterKind
 from ldm.models.control.union import UnionControlNet, UnionKind
 from ldm.models.dit import DiTConfig
@@ -39,6 +40,7 @@ from ldm.weights.controls.ip_adapter import (
     ip_adapter_config,
     is_ip_adapter,
 )
+from ldm.weights.controls.lllite import build_lllite, is_lllite, lllite_config, lllite_family, lllite_places
 from ldm.weights.controls.t2i_adapter import (
     build_t2i_adapter,
     t2i_adapter_config,
@@ -46,7 +48,7 @@ from ldm.weights.controls.t2i_adapter import (
     t2i_family,
 )
 from ldm.weights.keymap import Shape
-from ldm.weights.parts import Layout
+from ldm.weights.parts import Layout, build_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,14 @@ def _dit_control(file: ControlFile, target: Target, card: ControlCard) -> BuiltC
     return BuiltControl(what=DIT_CONTROL_KIND, network=network, kind=kind, card=card)
 
 
+def _lllite(file: ControlFile, target: Target, card: ControlCard) -> BuiltControl:
+    network, places = build_lllite(file, target.unet, dtype=target.dtype)
+    return BuiltControl(
+        what=LLLITE_KIND, network=network, kind=LLLiteKind(network=network, places=places), card=card
+    )
+
+
+LLLITE_KIND = "ControlNet-LLLite"
 DIT_CONTROL_KIND = "ControlNet of a diffusion transformer"
 CONTROL_NET_KIND, T2I_ADAPTER_KIND, IP_ADAPTER_KIND = "ControlNet", "T2I-Adapter", "IP-Adapter"
 # for each kind: its name, whether keys and shapes are those of it, and what builds it
@@ -180,6 +190,7 @@ CONTROL_KINDS: Mapping[
     T2I_ADAPTER_KIND: (t2i_adapter_layout, _t2i_adapter),
     IP_ADAPTER_KIND: (is_ip_adapter, _ip_adapter),
     DIT_CONTROL_KIND: (is_dit_control, _dit_control),
+    LLLITE_KIND: (is_lllite, _lllite),
 }
 
 
@@ -229,7 +240,7 @@ def layout_of(file: ControlFile) -> Layout:
 
 def config_of(
     file: ControlFile, target: Target
-) -> ControlNetConfig | T2IAdapterConfig | IPAdapterConfig | DiTControlConfig:
+) -> ControlNetConfig | T2IAdapterConfig | IPAdapterConfig | DiTControlConfig | LLLiteConfig:
     """Return the configuration of a control's network, for a model.
 
     Raises:
@@ -242,6 +253,10 @@ def config_of(
         return ip_adapter_config(shapes, source=file.path)
     if is_dit_control(shapes):
         return dit_control_config(shapes, target.dit, source=file.path)
+    if is_lllite(shapes):
+        found = lllite_config(shapes, source=file.path)
+        lllite_places(found, build_network(target.unet), source=file.path)
+        return found
     return t2i_adapter_config(shapes, layout_of(file), target.unet)
 
 
@@ -251,6 +266,8 @@ def family_of(file: ControlFile) -> str:
     if is_ip_adapter(shapes):
         width = next(shape[1] for key, shape in shapes.items() if key.endswith(".to_k_ip.weight"))
         return WIDTHS.get(width, f"a model with a context of {width}")
+    if is_lllite(shapes):
+        return lllite_family(shapes)
     return made_for(shapes) or (t2i_family(shapes) if t2i_adapter_layout(shapes) else "")
 
 
