@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.registry.loading import load
@@ -18,14 +19,39 @@ from ldm.registry.locating import resolve_card
 from ldm.serving.application import MOST_BODY, application
 from ldm.serving.counters import Counters
 from ldm.serving.fleet import Fleet, Seat, ServedModel
-from ldm.serving.protocol import BoundedProtocol
 from ldm.serving.service import Service
 from ldm.serving.worker import Worker
 from ldm.speed.optimization import optimize
 
 SWITCH = 0.0005  # seconds until the worker takes the interpreter back from the thread of the connections
 WARM_UP = "a red apple"  # names a thing, which models with exemplars are shown
+MOST_HEAD = 64 * 1024  # bytes of a request's first line and headers that are waited for
 GRACE = 600  # seconds that requests in work have after Ctrl-C; a second one ends them within one step
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """The protocol of a connection; a request whose headers do not end is answered with 400."""
+
+    in_head, head = False, 0
+
+    def on_message_begin(self) -> None:
+        """Note that a request begins."""
+        self.in_head, self.head = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Note that its headers have ended."""
+        self.in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Read what the client has sent."""
+        super().data_received(data)
+        if self.in_head:
+            self.head += len(data)
+            if self.head > MOST_HEAD:
+                self.in_head = False
+                self.send_400_response(f"The headers have more than {MOST_HEAD} bytes.")
 
 
 class StoppableServer(uvicorn.Server):

@@ -15,8 +15,7 @@ import uvicorn
 from ldm.serving.application import application
 from ldm.serving.counters import Counters
 from ldm.serving.fleet import Fleet, ServedModel
-from ldm.serving.launch import StoppableServer, bound_socket
-from ldm.serving.protocol import BoundedProtocol
+from ldm.serving.launch import BoundedProtocol, StoppableServer, bound_socket
 from ldm.serving.service import Service
 from ldm.serving.worker import Worker
 

@@ -14,7 +14,7 @@ from PIL import Image
 from running_server import Running, running_server
 from tiny_latent_diffusion import tiny_model
 
-from ldm.serving.protocol import MOST_HEAD
+from ldm.serving.launch import MOST_HEAD
 from ldm.serving.store import ImageStore
 
 PIPE = tiny_model("tiny")
