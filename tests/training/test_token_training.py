@@ -112,6 +112,7 @@ def test_cached_tokens_are_those_of_the_images(place: Path) -> None:
         ({"decoder": {"vocabulary": 300, "length": 64, **SIZES, "width": 32}}, "decoder.width"),
         ({"encoder": {"vocabulary": 100, "length": 40, **SIZES}}, "encoder.vocabulary"),
         ({"drop": 1.5}, "drop"),
+        ({"corrupt": 1.5}, "corrupt"),
         ({"text": "clip"}, "expected the shape of an encoder of ids"),
         ({"encoder": {"text_width": 16, "width": 16}}, "expected the shape of an encoder of ids"),
     ],
@@ -119,6 +120,21 @@ def test_cached_tokens_are_those_of_the_images(place: Path) -> None:
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, place: Path) -> None:
     with pytest.raises(ValueError, match=message):
         opened(place, **changes)
+
+
+def test_some_tokens_are_read_wrong_and_all_are_asked_for(place: Path) -> None:
+    part = opened(place, corrupt=0.5).part
+    assert isinstance(part, TokenPart)
+    draws = Draws(0, range(16))
+    tokens = part._cached(part.scenes.draw(draws)[1])
+    seen = part._corrupted(tokens, draws)
+    assert torch.equal(seen, part._corrupted(tokens, Draws(0, range(16))))  # a function of the draws
+    kept = (seen == tokens).float().mean(1)
+    assert float(kept.min()) > 0.3 and 0.6 < float(kept.mean()) < 1  # a quarter is drawn on average
+    with torch.no_grad():
+        wanted = part.losses(tokens, part.images.captions(part.scenes.draw(draws)[0], draws, drop=0.1), seen)
+        assert float(part.loss(Draws(0, range(16)))[0]) == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert torch.equal(opened(place, run=run("none")).part._corrupted(tokens, draws), tokens)
 
 
 def test_a_training_begins_with_the_weights_of_another(place: Path) -> None:

@@ -48,6 +48,9 @@ class TokenTraining:
         text: Folder of a text tower, which is frozen, for an encoder of states; None for one of ids.
             Default: None.
         drop: Probability that a caption is left out, for super-conditioning. Default: 0.1.
+        corrupt: Highest share of an image's tokens that are read wrong, as those of another image at the same
+            places; the share is uniform between 0 and this. A decoder that only sees right tokens relies on
+            them more than on the text, and does not recover from an unlikely draw. Default: 0.
         net: Folder of an encoder and a decoder to begin with; None to begin from scratch. Default: None.
     """
 
@@ -59,12 +62,14 @@ class TokenTraining:
     decoder: DalleDecoderConfig
     text: str | None = None
     drop: float = 0.1
+    corrupt: float = 0.0
     net: str | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(0, variants=self.variants, drop=self.drop)
-        if self.drop > 1:
-            raise ValueError(f"drop: expected a probability, got {self.drop}")
+        check_at_least(0, variants=self.variants, drop=self.drop, corrupt=self.corrupt)
+        for name, value in (("drop", self.drop), ("corrupt", self.corrupt)):
+            if value > 1:
+                raise ValueError(f"{name}: expected at most 1, got {value}")
         if self.encoder.width != self.decoder.width:
             raise ValueError(
                 f"decoder.width: expected that of the encoder, {self.encoder.width}, got {self.decoder.width}"
@@ -134,24 +139,43 @@ class TokenPart:
         tower = isinstance(self.texts, TowerTexts)
         return self.texts([escape_prompt(caption) for caption in captions] if tower else captions)
 
-    def logits(self, tokens: Tensor, captions: Sequence[str]) -> Tensor:
-        """Return the logits (B, N, vocabulary + 1) of tokens (B, N), given captions and those before."""
-        start = torch.full_like(tokens[:, :1], self.config.decoder.vocabulary)
-        read = torch.cat([start, tokens[:, :-1]], dim=1)
+    def logits(self, seen: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the logits (B, N, vocabulary + 1) after each of the tokens `seen` (B, N), given captions."""
+        start = torch.full_like(seen[:, :1], self.config.decoder.vocabulary)
+        read = torch.cat([start, seen[:, :-1]], dim=1)
         return self.decoder(read, *self.read(captions))
 
-    def losses(self, tokens: Tensor, captions: Sequence[str]) -> Tensor:
-        """Return the mean cross-entropy of the tokens (B, N) of each image, in nats, (B,)."""
-        logits = self.logits(tokens, captions).float()
+    def losses(self, tokens: Tensor, captions: Sequence[str], seen: Tensor | None = None) -> Tensor:
+        """Return the mean cross-entropy of the tokens (B, N) of each image, in nats, (B,).
+
+        Args:
+            tokens: The tokens that are right.
+            captions: Their captions.
+            seen: What is read as the tokens before each one, shape (B, N). Default: the tokens.
+        """
+        logits = self.logits(tokens if seen is None else seen, captions).float()
         return F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none").mean(1)
 
     def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy of the tokens of a random batch."""
         chosen, rows = self.scenes.draw(draws)
-        halves = torch.as_tensor(np.asarray(self.tokens[rows], dtype=np.int64), device=self.device)
-        tokens = halves[:, 0] * BYTE + halves[:, 1]  # (B, N)
+        tokens = self._cached(rows)  # (B, N)
         captions = self.images.captions(chosen, draws, drop=self.config.drop)
-        return draws.mean(self.losses(tokens, captions)), {}
+        return draws.mean(self.losses(tokens, captions, self._corrupted(tokens, draws))), {}
+
+    def _cached(self, rows: Sequence[int]) -> Tensor:
+        """Return the cached tokens (B, N) of rows."""
+        halves = torch.as_tensor(np.asarray(self.tokens[rows], dtype=np.int64), device=self.device)
+        return halves[:, 0] * BYTE + halves[:, 1]
+
+    def _corrupted(self, tokens: Tensor, draws: Draws) -> Tensor:
+        """Return tokens (B, N) with a random share of those of other images."""
+        if not self.config.corrupt:
+            return tokens
+        others = self._cached([int(rng.integers(len(self.tokens))) for rng in draws.rngs])  # (B, N)
+        shares = [self.config.corrupt * rng.random() for rng in draws.rngs]
+        wrong = [rng.random(tokens.shape[1]) < share for rng, share in zip(draws.rngs, shares, strict=True)]
+        return torch.where(torch.as_tensor(np.stack(wrong), device=self.device), others, tokens)
 
     def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
