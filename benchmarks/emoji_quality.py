@@ -110,7 +110,7 @@ def generator(pipe: Any, options: argparse.Namespace) -> Generate:
         for start in range(0, len(prompts), options.batch):
             chosen = slice(start, start + options.batch)
             made = pipe.text_to_image(
-                list(prompts[chosen]), seed=list(seeds[chosen]), progress=False, **settings
+                list(prompts[chosen]), n=1, seed=list(seeds[chosen]), progress=False, **settings
             )
             parts.append(made.tensor.float().cpu())
         return torch.cat(parts)

@@ -61,6 +61,44 @@ class PatchAutoencoderConfig:
         )
 
 
+def patches(images: Tensor, factor: int) -> Tensor:
+    """Return the patches of f×f pixels of images (B, 3, H, W), (N, 3·f²); H and W are multiples of f."""
+    check_size(images, factor)
+    return F.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2)
+
+
+def principal_components(images: Tensor, factor: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first principal components of the patches of images.
+
+    Args:
+        images: Images, shape (B, 3, H, W), of which there are at least as many patches as a patch has
+            numbers.
+        factor: Side f of a patch in pixels.
+        count: Number C of components.
+
+    Returns:
+        Orthonormal components (C, 3·f²), the mean patch (3·f²,), and the standard deviations of the
+        components, in units of the pixels, (C,); float64.
+
+    Raises:
+        ValueError: If there are too few patches, or a component is constant.
+    """
+    x = patches(images.double(), factor)  # (N, 3·f²)
+    if len(x) < x.shape[1]:
+        raise ValueError(f"{len(x)} patches: expected at least {x.shape[1]} to fit the projection to")
+    mean = x.mean(dim=0)  # (3·f²,)
+    variances, vectors = torch.linalg.eigh(torch.cov((x - mean).T, correction=0))  # in rising order
+    deviations = variances.flip(0)[:count].clamp_min(0).sqrt()  # (C,)
+    if float(deviations[-1]) < 1e-4:
+        raise ValueError(
+            f"component {count} of the patches has a standard deviation of {float(deviations[-1]):.2g}:"
+            " expected at least 1e-4; use fewer latent_channels or more images"
+        )
+    components = vectors.flip(1)[:, :count].T  # (C, 3·f²)
+    sign = components.sum(dim=1, keepdim=True).sign()  # it is otherwise arbitrary
+    return components * sign, mean, deviations
+
+
 class PatchAutoencoder(nn.Module):
     """Autoencoder of images in [−1, 1]: principal components of patches, and a decoder that sharpens them.
 
@@ -98,23 +136,9 @@ class PatchAutoencoder(nn.Module):
         Raises:
             ValueError: If there are too few patches, or a component is constant.
         """
-        check_size(images, self.config.factor)
-        x = F.pixel_unshuffle(images.double(), self.config.factor).movedim(1, -1).flatten(0, -2)  # (N, 3·f²)
-        if len(x) < x.shape[1]:
-            raise ValueError(f"{len(x)} patches: expected at least {x.shape[1]} to fit the projection to")
-        mean = x.mean(dim=0)  # (3·f²,)
-        variances, vectors = torch.linalg.eigh(torch.cov((x - mean).T, correction=0))  # in rising order
-        kept = self.config.latent_channels
-        deviations = variances.flip(0)[:kept].clamp_min(0).sqrt()  # (C,)
-        if float(deviations[-1]) < 1e-4:
-            raise ValueError(
-                f"component {kept} of the patches has a standard deviation of {float(deviations[-1]):.2g}:"
-                " expected at least 1e-4; use fewer latent_channels or more images"
-            )
-        components = vectors.flip(1)[:, :kept].T  # (C, 3·f²)
-        components = (
-            components * components.sum(dim=1, keepdim=True).sign()
-        )  # the sign is otherwise arbitrary
+        components, mean, deviations = principal_components(
+            images, self.config.factor, self.config.latent_channels
+        )
         scale = deviations.sqrt() * deviations.mean().sqrt()  # (C,): latents have mean square 1
         self.project.weight.copy_((components / scale[:, None])[..., None, None])
         self.project.bias.copy_(-(components @ mean) / scale)  # type: ignore[union-attr]

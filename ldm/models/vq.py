@@ -42,6 +42,40 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(codes, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
 
+    @torch.no_grad()
+    def fit(self, rows: Tensor, *, seed: int = 0, iterations: int = 30) -> float:
+        """Set the vectors to the means of clusters of rows, by Lloyd's algorithm (k-means).
+
+        A cluster without rows begins again at the row that is farthest from its vector.
+
+        Args:
+            rows: At least K rows, float32, shape (N, C).
+            seed: Seed of the choice of the rows that are the first vectors. Default: 0.
+            iterations: Number of iterations. Default: 30.
+
+        Returns:
+            The mean squared distance of a row to its vector, before the last iteration.
+
+        Raises:
+            ValueError: If there are fewer than K rows.
+        """
+        table = self.embedding.weight
+        if len(rows) < len(table):
+            raise ValueError(f"rows: {len(rows)}, expected at least one for each of {len(table)} codes")
+        generator = torch.Generator("cpu").manual_seed(seed)
+        table.copy_(rows[torch.randperm(len(rows), generator=generator, device="cpu")[: len(table)]])
+        error = 0.0
+        for _ in range(iterations):
+            indices = self.nearest(rows.T[None, :, :, None]).flatten()  # (N,)
+            distances = (rows - table[indices]).square().sum(1)  # (N,)
+            error = float(distances.mean())
+            counts = torch.bincount(indices, minlength=len(table))  # (K,)
+            sums = torch.zeros_like(table).index_add_(0, indices, rows)  # (K, C)
+            empty = counts == 0
+            table.copy_(sums / counts.clamp_min(1)[:, None])
+            table[empty] = rows[distances.topk(int(empty.sum())).indices]
+        return error
+
     def nearest(self, z: Tensor) -> Tensor:
         """Return the index of the nearest vector at each position, (B, h, w), for z (B, C, h, w).
 

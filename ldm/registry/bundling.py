@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from ldm.catalog.cards import Card, Kind, ModelCard
+from ldm.catalog.dalle_cards import DalleCard
 from ldm.catalog.lookup import parse_card
 from ldm.catalog.unclip_cards import UnCLIPCard
+from ldm.registry.dalle.reading import assemble_tokens
+from ldm.registry.dalle.sources import tokens_from_ldm
 from ldm.registry.latent.assembly import assemble_latent
 from ldm.registry.latent.sources import latent_from_ldm
 from ldm.registry.part_checks import check_latent_parts, check_unclip_parts
@@ -37,6 +40,11 @@ def check_unclip(card: UnCLIPCard, folder: Path) -> None:
     assemble_unclip(card, unclip_from_ldm(card, folder, torch.float32))
 
 
+def check_tokens(card: DalleCard, folder: Path) -> None:
+    """Check that the parts in a folder fit the card of a model of image tokens and each other."""
+    assemble_tokens(card, tokens_from_ldm(card, folder, torch.float32))
+
+
 # The files that an export has beside a part.
 BESIDE_PARTS: Mapping[str, tuple[str, ...]] = {
     "text": (VOCABULARY,),
@@ -44,15 +52,20 @@ BESIDE_PARTS: Mapping[str, tuple[str, ...]] = {
     "words": (WORDS_VOCABULARY, LIBRARY_EMBEDDINGS),
 }
 # The check of each kind of model that can be bundled; its first argument is a card of that kind, hence Any.
-CHECKS: Mapping[Kind, Callable[[Any, Path], None]] = {"latent": check_latent, "unclip": check_unclip}
+CHECKS: Mapping[Kind, Callable[[Any, Path], None]] = {
+    "latent": check_latent,
+    "unclip": check_unclip,
+    "tokens": check_tokens,
+}
 
 
 def gather(config: str | Path, folder: str | Path) -> Path:
     """Bundle the card and the exports that a YAML file names; see `bundle`.
 
     Args:
-        config: A YAML file with the fields of a `ModelCard` or an `UnCLIPCard`, and `exports`, the folder of
-            each part. Parts of another model's folder are named in the card's `parts`, relative to `folder`.
+        config: A YAML file with the fields of a `ModelCard`, an `UnCLIPCard` or a `DalleCard`, and
+            `exports`, the folder of each part. Parts of another model's folder are named in the card's
+            `parts`, relative to `folder`.
         folder: The folder to write.
     """
     mapping = dict(read_yaml(config))

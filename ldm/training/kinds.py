@@ -65,7 +65,6 @@ def part_kinds() -> dict[str, PartKind]:
     """Return the kinds of networks that can be trained, by the name that `part` has in a stage file."""
     from ldm.training.parts.clip import CLIPPart, CLIPTraining
     from ldm.training.parts.clip_text import CLIPTextPart, CLIPTextTraining
-    from ldm.training.parts.dalle import TokenPart, TokenTraining
     from ldm.training.parts.decoder import DecoderPart, DecoderTraining
     from ldm.training.parts.draft import DraftPart, DraftTraining
     from ldm.training.parts.exemplar import ExemplarPart, ExemplarTraining
@@ -76,9 +75,12 @@ def part_kinds() -> dict[str, PartKind]:
     from ldm.training.parts.unet import UNetPart, UNetTraining
     from ldm.training.parts.upsampler import UpsamplerPart, UpsamplerTraining
     from ldm.training.parts.vae import VAEPart, VAETraining
+    from ldm.training.tokens.dalle import TokenPart, TokenTraining
+    from ldm.training.tokens.vq import VQPart, VQTraining
 
     return {
         "vae": _kind(VAETraining, VAEPart, {"vae"}),
+        "vq": _kind(VQTraining, VQPart, {"vae"}),
         "clip": _kind(CLIPTraining, CLIPPart, {"text", "vision"}),
         "clip-text": _kind(CLIPTextTraining, CLIPTextPart, {"text"}, _TEXT | _VISION),
         "draft": _kind(DraftTraining, DraftPart, {"text", "draft"}, _VAE | _TEXT),
@@ -110,6 +112,8 @@ def part_kinds() -> dict[str, PartKind]:
             {"decoder"},
             _VAE | _TEXT | _VISION | _FROM_PRIOR | {"net": ("unet", "decoder")},
         ),
-        "tokens": _kind(TokenTraining, TokenPart, {"encoder", "decoder"}, _VAE),
+        "tokens": _kind(
+            TokenTraining, TokenPart, {"encoder", "decoder"}, _VAE | _TEXT | {"net": ("decoder",)}
+        ),
         "upsampler": _kind(UpsamplerTraining, UpsamplerPart, {"upsampler"}),
     }

@@ -15,7 +15,7 @@ from ldm.training.distributed.sharding import split_like, whole
 
 # Layers at the ends of a network, whose rows or columns are not its features: Muon is not for them.
 _END_LAYERS = re.compile(
-    r"(^|\.)(\w*embed\w*|conv_in|conv_out|proj_out|project|unproject|time_modulation)(\.|$)"
+    r"(^|\.)(\w*embed\w*|conv_in|conv_out|proj_out|lm_head|project|unproject|time_modulation)(\.|$)"
 )
 # The quintic iteration of Jordan et al. 2024, which moves singular values to about 1 in five steps
 _QUINTIC = (3.4445, -4.7750, 2.0315)

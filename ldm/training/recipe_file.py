@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.catalog.cards import ModelCard
+from ldm.catalog.dalle_cards import DalleCard
 from ldm.catalog.lookup import parse_card
 from ldm.catalog.unclip_cards import UnCLIPCard
 from ldm.registry.bundling import check_part_names
@@ -198,10 +199,15 @@ def _check_bundle(file: RecipeFile, path: Path, stages: Mapping[str, TrainingSta
             )
 
 
-def read_recipe_card(path: Path, entry: BundleEntry, clip: str | None = None) -> ModelCard | UnCLIPCard:
+def read_recipe_card(
+    path: Path, entry: BundleEntry, clip: str | None = None
+) -> ModelCard | UnCLIPCard | DalleCard:
     """Read the card of a recipe's model; `clip` replaces the name of its CLIP, if it is given."""
     source = path.parent / entry.card
     card = parse_card(read_yaml(source), source)
-    if not isinstance(card, ModelCard | UnCLIPCard):
-        raise ValueError(f"{str(source)!r}: expected the card of a latent diffusion or an unCLIP model")
+    if not isinstance(card, ModelCard | UnCLIPCard | DalleCard):
+        raise ValueError(
+            f"{str(source)!r}: expected the card of a latent diffusion model, an unCLIP model or a model of"
+            " image tokens"
+        )
     return replace(card, clip=clip) if clip is not None and isinstance(card, UnCLIPCard) else card

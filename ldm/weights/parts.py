@@ -20,13 +20,14 @@ from ldm.models.control.union import UnionConfig, UnionControlNet
 from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
 from ldm.models.dalle.detokenizer import Detokenizer, DetokenizerConfig
 from ldm.models.dalle.dvae import DVAE, DVAEConfig
-from ldm.models.dalle.encoder import DalleEncoder, DalleEncoderConfig
+from ldm.models.dalle.encoder import DalleEncoder, DalleEncoderConfig, StateEncoder, StateEncoderConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.draft import Draft, DraftConfig
 from ldm.models.labels import LabelConditioner, LabelConfig
 from ldm.models.meta import on_meta
 from ldm.models.movq import MoVQ, MoVQConfig
 from ldm.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from ldm.models.patch_vq import PatchVQ, PatchVQConfig
 from ldm.models.text.bert import BertConfig, LDMBert
 from ldm.models.text.xlmr import XLMR, XLMRConfig
 from ldm.models.tiny import AutoencoderTiny, TinyConfig
@@ -64,6 +65,7 @@ NETWORKS: dict[type, type[nn.Module]] = {
     DraftConfig: Draft,
     DiTConfig: DiT,
     PatchAutoencoderConfig: PatchAutoencoder,
+    PatchVQConfig: PatchVQ,
     PriorConfig: Prior,
     AutoregressiveConfig: AutoregressivePrior,
     DecoderConfig: Decoder,
@@ -77,6 +79,7 @@ NETWORKS: dict[type, type[nn.Module]] = {
     IPAdapterConfig: IPAdapter,
     LLLiteConfig: LLLite,
     DalleEncoderConfig: DalleEncoder,
+    StateEncoderConfig: StateEncoder,
     DalleDecoderConfig: DalleDecoder,
     DetokenizerConfig: Detokenizer,
     DVAEConfig: DVAE,

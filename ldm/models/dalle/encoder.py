@@ -1,4 +1,4 @@
-"""The text encoder of DALL·E Mini (Dayma et al. 2021)."""
+"""The text encoder of DALL·E Mini (Dayma et al. 2021), over tokens or over the states of a text tower."""
 
 from __future__ import annotations
 
@@ -42,6 +42,34 @@ class DalleEncoderConfig:
         check_heads(self.width, self.heads)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateEncoderConfig:
+    """Shape of an encoder that reads the states of a text tower.
+
+    Args:
+        text_width: Width of the tower's states.
+        width: Width D.
+        layers: Number of layers; with 0, states are projected and normed alone. Default: 0.
+        heads: Number of heads, a divisor of D. Default: 4.
+        inner: Width of the gated linear units. Default: 512.
+
+    Raises:
+        ValueError: If `layers` is negative, another number is below 1, or D is no multiple of the heads.
+    """
+
+    text_width: int
+    width: int
+    layers: int = 0
+    heads: int = 4
+    inner: int = 512
+
+    def __post_init__(self) -> None:
+        check_positive(**{name: value for name, value in vars(self).items() if name != "layers"})
+        if self.layers < 0:
+            raise ValueError(f"layers: expected at least 0, got {self.layers}")
+        check_heads(self.width, self.heads)
+
+
 class DalleEncoder(nn.Module):
     """Transformer over the tokens of a text."""
 
@@ -67,6 +95,32 @@ class DalleEncoder(nn.Module):
         mask = text_mask(tokens)[:, None, None]  # (B, 1, 1, M)
         for layer in self.layers:
             x = layer(x, mask)
+        return self.final_ln(x)
+
+
+class StateEncoder(nn.Module):
+    """DALL·E Mini's encoder with a projection of a text tower's states in place of embeddings."""
+
+    def __init__(self, config: StateEncoderConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.project = nn.Linear(c.text_width, c.width)
+        self.layers: ModuleListOf[DalleEncoderLayer] = ModuleListOf(
+            DalleEncoderLayer(c.width, c.heads, c.inner) for _ in range(c.layers)
+        )
+        self.layernorm_embedding = nn.LayerNorm(c.width)
+        self.final_ln = nn.LayerNorm(c.width)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Return the states (B, M, D) of texts.
+
+        Args:
+            states: States of the tower, shape (B, M, D_text).
+            mask: True for tokens of the texts, bool, shape (B, M).
+        """
+        x = self.layernorm_embedding(self.project(states))  # (B, M, D)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None])
         return self.final_ln(x)
 
 

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from ldm.catalog.dalle_cards import DalleCard
 from ldm.conditioning.clip import ClipPair
+from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.token_texts import TextStates, token_texts
 from ldm.images.canvas import Canvas
 from ldm.images.result import Images
 from ldm.models.dalle.decoder import DalleDecoder
-from ldm.models.dalle.encoder import DalleEncoder, text_mask
+from ldm.models.dalle.encoder import DalleEncoder, StateEncoder
 from ldm.models.dalle.sampling import draw_tokens, super_conditioned
 from ldm.models.safety import SafetyChecker
 from ldm.models.text.byte_bpe import ByteTokenizer
 from ldm.pipelines.call import named_options
+from ldm.pipelines.checks import warn_unknown_words
 from ldm.pipelines.dalle.token_call import OnToken, TokenCall, settle_tokens
 from ldm.pipelines.dalle.token_images import ABSENT, TokenImages
 from ldm.pipelines.dalle.token_tasks import token_inpaint, token_variations
@@ -40,11 +43,12 @@ class DalleMini(ImagePipeline):
     """A model that writes the tokens of an image after those of a text, ready to sample.
 
     Args:
-        encoder: Texts → states.
+        encoder: Ids of texts, or states of a text tower → states.
         decoder: States → image tokens.
         vae: The autoencoder of the tokens, or its decoder alone.
-        tokenizer: Texts → ids.
         card: The model's card.
+        tokenizer: Texts → ids, for an encoder of ids. Default: none.
+        text: The text tower of an encoder of states. Default: none.
         origin: Hashes of the weights, for recipes.
         safety: Safety checker, applied to all images. Default: no check.
         clip: Both towers of a CLIP, for `rerank`. Default: none.
@@ -56,18 +60,20 @@ class DalleMini(ImagePipeline):
     def __init__(
         self,
         *,
-        encoder: DalleEncoder,
+        encoder: DalleEncoder | StateEncoder,
         decoder: DalleDecoder,
         vae: nn.Module,
-        tokenizer: ByteTokenizer,
         card: DalleCard,
+        tokenizer: ByteTokenizer | None = None,
+        text: TextConditioner | None = None,
         origin: Mapping[str, Any] | None = None,
         safety: SafetyChecker | None = None,
         clip: ClipPair | None = None,
     ) -> None:
         super().__init__(origin=origin, safety=safety)
         self.encoder, self.decoder, self.vae = encoder, decoder, vae
-        self.tokenizer, self.card = tokenizer, card
+        self.tokenizer, self.text, self.card = tokenizer, text, card
+        self.texts = token_texts(encoder, tokenizer, text)
         self.clip = clip
         self._check_parts()
 
@@ -85,10 +91,6 @@ class DalleMini(ImagePipeline):
             raise ValueError(
                 f"the decoder knows {own.vocabulary} tokens, expected the {images.codes} of the autoencoder"
                 f" and the start, {card.start}"
-            )
-        if len(self.tokenizer) > self.encoder.config.vocabulary:
-            raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} ids, the encoder {self.encoder.config.vocabulary}"
             )
 
     @property
@@ -122,8 +124,8 @@ class DalleMini(ImagePipeline):
         return TokenImages(self.vae, self.card.signed)
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return the networks by part: "encoder", "decoder", "vae"."""
-        return {"encoder": self.encoder, "decoder": self.decoder, "vae": self.vae}
+        """Return the networks by part: "text" if there is a text tower, "encoder", "decoder", "vae"."""
+        return {**self.texts.networks(), "decoder": self.decoder, "vae": self.vae}
 
     def text_to_image(
         self,
@@ -179,10 +181,11 @@ class DalleMini(ImagePipeline):
     rerank = best_by_clip
 
     def settle(self, prompt: Any, **options: Any) -> TokenCall:
-        """Settle the options of a call (see `text_to_image`), and warn of prompts that are cut."""
+        """Settle the options of a call (see `text_to_image`), and warn of unknown words and cut prompts."""
         call = settle_tokens(self.card, prompt, **options)
-        length = self.encoder.config.length
-        _, cut = self.tokenizer([*dict.fromkeys((*call.prompts, *call.negatives))], length)
+        texts = [*dict.fromkeys((*call.prompts, *call.negatives))]
+        warn_unknown_words(self.name, self.text, texts)
+        length, cut = self.texts.cut(texts)
         if cut:
             warn_user(
                 f"{self.name} reads {length} tokens of a prompt; the rest is cut: {shown(cut[0])}", CutPrompt
@@ -252,10 +255,10 @@ class DalleMini(ImagePipeline):
         length, codes = self.decoder.config.length, self.images.codes
         cond = call.guidance != 0
         texts = [*(call.negatives if call.guidance != 1 else ()), *(call.prompts if cond else ())]
-        ids, rows = self._ids(texts)
+        seen, rows = self._read(texts)
         branches = len(texts) // len(call.seeds)
-        cache = self.decoder.begin(self.encoder(ids), text_mask(ids), rows)
-        release_unchanged(self.encoder.parameters())
+        cache = self.decoder.begin(seen.states, seen.mask, rows)
+        release_unchanged(p for network in self.texts.networks().values() for p in network.parameters())
         tokens = torch.full((len(call.seeds), length), ABSENT, device=self.device)  # (B, N)
         given = tokens if known is None else known.to(self.device)
         start = torch.full((len(call.seeds), 1), self.card.start, device=self.device)
@@ -285,9 +288,8 @@ class DalleMini(ImagePipeline):
                 yield i + 1, tokens
         release_unchanged(self.decoder.parameters())
 
-    def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the ids (T, M) of the different texts, and the row of each text, (len(texts),)."""
+    def _read(self, texts: Sequence[str]) -> tuple[TextStates, Tensor]:
+        """Return the states of the T different texts, and the row of each text, (len(texts),)."""
         different = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        ids, _ = self.tokenizer(list(different), self.encoder.config.length)
         rows = torch.tensor([different[text] for text in texts], device=self.device)
-        return ids.to(self.device), rows
+        return self.texts(list(different)), rows

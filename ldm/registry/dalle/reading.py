@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm.catalog.dalle_cards import DalleCard, DVAECard
 from ldm.models.dalle.decoder import DalleDecoder
-from ldm.models.dalle.encoder import DalleEncoder
+from ldm.models.dalle.encoder import DalleEncoder, StateEncoder
 from ldm.pipelines.dalle.pipeline import DalleMini
 from ldm.registry.dalle.sources import (
     TokenSource,
@@ -24,7 +24,7 @@ from ldm.registry.dalle.tokenizer_files import write_tokenizer
 from ldm.registry.locating import WeightsRequest
 from ldm.registry.sources import origin_of, random_networks
 from ldm.support.warn import warn_user
-from ldm.weights.formats.ldm_folder import write_part
+from ldm.weights.formats.ldm_folder import write_part, write_vocabulary
 from ldm.weights.formats.ldm_model import CARD_FILE, write_card
 
 
@@ -61,16 +61,17 @@ def assemble_tokens(card: DalleCard, read: TokenSource) -> DalleMini:
     """
     networks = read.source.networks
     encoder, decoder = networks["encoder"], networks["decoder"]
-    if not isinstance(encoder, DalleEncoder) or not isinstance(decoder, DalleDecoder):
+    if not isinstance(encoder, DalleEncoder | StateEncoder) or not isinstance(decoder, DalleDecoder):
         raise ValueError(
-            f"{card.name!r}: expected a DalleEncoder and a DalleDecoder, got {type(encoder).__name__} and"
-            f" {type(decoder).__name__}"
+            f"{card.name!r}: expected a DalleEncoder or a StateEncoder, and a DalleDecoder, got"
+            f" {type(encoder).__name__} and {type(decoder).__name__}"
         )
     pipe = DalleMini(
         encoder=encoder,
         decoder=decoder,
         vae=networks["vae"],
         tokenizer=read.tokenizer,
+        text=read.text,
         card=card,
         origin=origin_of(card, read.source, {}),
     )
@@ -115,6 +116,9 @@ def write_tokens(
     folder = Path(folder)
     for part, network in pipe.networks().items():
         write_part(folder, part, network, network.config, dtype=dtype, **facts)
-    write_tokenizer(folder, pipe.tokenizer)
+    if pipe.tokenizer is not None:
+        write_tokenizer(folder, pipe.tokenizer)
+    if pipe.text is not None:
+        write_vocabulary(folder, pipe.text.tokenizer, pipe.text.known_words)
     write_card(folder, replace(pipe.card, parts={}))
     return folder

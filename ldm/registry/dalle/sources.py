@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.catalog.dalle_cards import TOKEN_PARTS, DalleCard, DVAECard
+from ldm.catalog.dalle_cards import TOKEN_PARTS, TOWER, DalleCard, DVAECard
+from ldm.conditioning.conditioner import TextConditioner
+from ldm.models.clip.towers import TextTower
 from ldm.models.dalle.detokenizer import DetokenizerConfig
 from ldm.models.text.byte_bpe import ByteTokenizer
 from ldm.models.vq import VQConfig
@@ -24,6 +26,7 @@ from ldm.registry.dalle.tokenizer_files import find_tokenizer, read_tokenizer
 from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
 from ldm.support.text import escaped
 from ldm.weights.detection import Detection, detect
+from ldm.weights.formats.ldm_folder import EMOJI_TEXT, read_vocabulary
 from ldm.weights.formats.single_file import (
     AUTOENCODER_PREFIXES,
     autoencoder_alone,
@@ -48,10 +51,17 @@ TELLING = {"encoder": "embed_tokens.weight", "decoder": "embed_tokens.weight"}
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSource:
-    """The networks, and the tokenizer that is read with them."""
+    """The networks, and what is read with them.
+
+    Attributes:
+        source: The networks.
+        tokenizer: The tokenizer of a model without a text tower.
+        text: The text tower.
+    """
 
     source: Source
-    tokenizer: ByteTokenizer
+    tokenizer: ByteTokenizer | None = None
+    text: TextConditioner | None = None
 
 
 @dataclass(kw_only=True)
@@ -79,6 +89,9 @@ def tokens_from_random(card: DalleCard, dtype: torch.dtype, folder: Path | None)
     """
     shapes = part_shapes(card, None if folder is None else card.part_folders(folder))
     source = Source(networks=random_networks(shapes, dtype), latent_scale=1.0, origin={"random": "seed 0"})
+    if TOWER in source.networks:
+        assert folder is not None
+        return TokenSource(source=source, text=tower_of(source, card.part_folders(folder)[TOWER]))
     return TokenSource(
         source=source, tokenizer=ByteTokenizer.spelling() if folder is None else read_tokenizer(folder)
     )
@@ -86,9 +99,19 @@ def tokens_from_random(card: DalleCard, dtype: torch.dtype, folder: Path | None)
 
 def tokens_from_ldm(card: DalleCard, folder: Path, dtype: torch.dtype) -> TokenSource:
     """Read a folder in the ldm layout."""
-    return TokenSource(
-        source=read_parts(card, folder, dtype, latent_scale=None), tokenizer=read_tokenizer(folder)
-    )
+    source = read_parts(card, folder, dtype, latent_scale=None)
+    if TOWER in source.networks:
+        return TokenSource(source=source, text=tower_of(source, card.part_folders(folder)[TOWER]))
+    return TokenSource(source=source, tokenizer=read_tokenizer(folder))
+
+
+def tower_of(source: Source, folder: Path) -> TextConditioner:
+    """Return the text tower of a model with its tokenizer, which is in a folder."""
+    tower = source.networks[TOWER]
+    if not isinstance(tower, TextTower):
+        raise ValueError(f"{TOWER}: expected a TextTower, got {type(tower).__name__}")
+    tokenizer, words = read_vocabulary(folder)
+    return TextConditioner(tower, tokenizer, EMOJI_TEXT, words)
 
 
 def tokens_from_folder(card: DalleCard, folder: Path, dtype: torch.dtype) -> TokenSource:
