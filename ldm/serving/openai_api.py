@@ -26,7 +26,7 @@ from ldm.support.text import escaped
 OPTION_FIELDS = ("steps", "guidance", "sampler", "strength")  # fields with the names of the library's options
 EVENTS = {GENERATIONS: "image_generation", EDITS: "image_edit", VARIATIONS: "image_variation"}
 FILES_PATH = "/v1/images/files/"
-PAUSE = 0.02  # seconds; the threads of OpenMP wait for each other on all processors, without sleeping
+REST_AFTER_ESTIMATE = 0.02  # seconds; between them, OpenMP's threads occupy all processors without sleeping
 NO_TOKENS = {
     "input_tokens": 0,
     "output_tokens": 0,
@@ -189,7 +189,7 @@ def step_teller(job: Job, asked: Asked) -> Callable[[int, int, Callable[[], Imag
     """Return the function that tells of a step: of the progress, and of estimates where they are wanted.
 
     Estimates are not shown where a safety checker looks at the finished images only. The worker rests for
-    `PAUSE` after each, so that a browser on the same machine can show it.
+    `REST_AFTER_ESTIMATE` after each, so that a browser on the same machine can show it.
     """
     every, wanted = asked.fields.get("preview_every"), asked.fields.get("partial_images", 0)
 
@@ -199,7 +199,7 @@ def step_teller(job: Job, asked: Asked) -> Callable[[int, int, Callable[[], Imag
         at = {round(total * (k + 1) / (wanted + 1)) for k in range(wanted)}
         if preview is not None and done < total and (done in at if every is None else done % every == 0):
             job.deliver(preview())
-            time.sleep(PAUSE)
+            time.sleep(REST_AFTER_ESTIMATE)
 
     return tell
 

@@ -96,11 +96,11 @@ def test_one_prompt_has_a_condition_for_each_seed_only_if_it_names_a_thing():
 
 def test_weights_act_on_slot_words_and_blends_mix_exemplars():
     net = conditioner()
-    plain, _, text = parts("a cat", 0, net)
-    assert torch.equal(parts("a (cat:1)", 0, net)[2], text)
-    assert not torch.allclose(parts("a (cat:1.5)", 0, net)[2], text, atol=1e-3)
-    blend = parts("a {cat:3|dog}", 0, net)[0][0]  # of the same words, and thus the same layout
-    assert torch.allclose(blend, 0.75 * plain[0] + 0.25 * parts("a dog", 0, net)[0][0], atol=1e-5)
+    plain, _, text = parts("a cat", 1, net)
+    assert torch.equal(parts("a (cat:1)", 1, net)[2], text)
+    assert not torch.allclose(parts("a (cat:1.5)", 1, net)[2], text, atol=1e-3)
+    blend = parts("a {cat:3|dog}", 1, net)[0][0]  # the same words, thus the same layout, without overlaps
+    assert torch.allclose(blend, 0.75 * plain[0] + 0.25 * parts("a dog", 1, net)[0][0], atol=1e-5)
 
 
 def test_places_are_those_of_the_slot_words():

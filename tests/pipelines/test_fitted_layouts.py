@@ -47,7 +47,7 @@ def test_the_fit_explains_the_image_better_than_the_seed(prompt):
     net = tiny_conditioner()
     known, _ = hidden(net, prompt)
     hole = torch.zeros(1, 1, *SIZE)
-    for seed in (0, 7):
+    for seed in (1, 5):  # whose own layouts are other ones
         own = latent_of(net([prompt], SIZE, seeds=[seed]))
         fit = latent_of(fitted_condition(LayoutFit(text=net, denoiser=denoiser()), prompt, seed, known, hole))
         assert (fit - known).square().mean() < 0.2 * (own - known).square().mean()

@@ -166,7 +166,8 @@ def test_networks_leave_memory_one_after_the_other(tmp_path: Path) -> None:
     sizes = {"width": 128, "inner": 96}
     wide = DalleNetworks(encoder=replace(ENCODER, **sizes), decoder=replace(DECODER, **sizes), vae=VQ)
     card = register_tiny(replace(CARD, networks=wide))
-    loaded = ldm.load("tiny-dalle", weights=write_min_dalle(unit_scales(tiny_dalle(card)), tmp_path))
+    folder = write_min_dalle(unit_scales(tiny_dalle(card)), tmp_path)
+    loaded = ldm.load("tiny-dalle", weights=folder, dtype="float32")  # that of the files, so they are mapped
 
     def weight(network: nn.Module) -> Tensor:
         return max(network.parameters(), key=lambda p: p.numel())
