@@ -93,40 +93,6 @@ NAMES = (  # for a model that was trained on names alone
     "avocado",
     "a whale on a blue background",
 )
-PLAIN = (  # for a model of one thing in one style
-    "a red apple",
-    "a cat face",
-    "a snowman",
-    "a rocket",
-    "a grinning face",
-    "a guitar",
-    "a sunflower",
-    "a bus",
-    "a pizza",
-    "an octopus",
-    "a unicorn",
-    "a house",
-    "a dog face",
-    "a cactus",
-    "a banana",
-    "a ghost",
-    "a cat face on a blue background",
-    "a snowman on a purple background",
-    "a rocket on a black background",
-    "a pizza on a green background",
-    "a red apple on a yellow background",
-    "a bicycle on an orange background",
-    "a whale on a pink background",
-    "a crown on a gray background",
-    "a dragon on a yellow background",
-    "an avocado on a red background",
-    "a penguin on a green background",
-    "a soccer ball on a purple background",
-    "a strawberry on a blue background",
-    "a money bag on a gray background",
-    "a hamburger on an orange background",
-    "an owl on a pink background",
-)
 LABEL, GAP = 20, 8  # of the sheet of tasks, in pixels: height of a label, space between images
 COLUMNS = 6  # images in a row of the sheet of tasks
 Cell = tuple[str, list[Tensor]]  # label, images (3, 128, 128) from left to right
@@ -139,7 +105,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("samples.png"))
     parser.add_argument("--tasks", action="store_true", help="a sheet of all tasks instead of the prompts")
     parser.add_argument("--names", action="store_true", help="32 other prompts, which are names alone")
-    parser.add_argument("--plain", action="store_true", help="32 other prompts, one image of each")
     parser.add_argument("--drawn", type=Path, help="draw 64 captions from the facts of this data set")
     parser.add_argument("--model", default="emoji-ldm")
     parser.add_argument("--weights", default=None, help="weights instead of the model's own")
@@ -152,8 +117,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tasks:
         # 128 colours, here and below: a quarter of the bytes at little visible difference
         image = sheet(tasks(pipe, own)).quantize(128)
-    elif options.plain:
-        image = pipe.text_to_image(PLAIN, n=1, seed=0, **own).captioned(columns=8).quantize(128)
     elif options.drawn is not None:
         made = pipe.text_to_image(drawn_captions(options.drawn, 64), seed=0, **own)
         image = made.captioned(columns=8).quantize(128)
