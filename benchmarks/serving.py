@@ -2,8 +2,9 @@
 
 Throughput is compared with the library's own batched loop, which runs before and after the server, twice: by
 the clock, which other programs on the machine disturb, and by the processor time of an image, in which the
-server's includes its HTTP, its files and the work on requests that were broken off. The clients share the
-processors with the server; their processor time is stated.
+server's includes its HTTP, its files and the work on requests that were broken off. The same loop differs by
+a fifth from process to process, so that several servers are started, and medians stated. The clients share
+the processors with the server; their processor time is stated.
 
 python benchmarks/serving.py --json serving.json
 """
@@ -80,8 +81,43 @@ def work(text: str) -> float:
     return float(found[1]) if found else float("nan")
 
 
-async def one(client: httpx.AsyncClient, kind: str, i: int, steps: int, seconds: float) -> str:
-    """Send request i; return what became of it."""
+class Client:
+    """A client that takes little of the processors, which it shares with the server.
+
+    Args:
+        url: Address of the server.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.host, _, port = url.removeprefix("http://").partition(":")
+        self.port = int(port)
+        self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Return the status and the content of an answer."""
+        if self.streams is None:
+            self.streams = await asyncio.open_connection(self.host, self.port, limit=1 << 20)
+        reader, writer = self.streams
+        content = json.dumps(body).encode()
+        fields = f"host: {self.host}:{self.port}\r\ncontent-type: application/json"
+        writer.write(f"POST {path} HTTP/1.1\r\n{fields}\r\ncontent-length: {len(content)}\r\n\r\n".encode())
+        writer.write(content)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").lower()
+        length = re.search(r"content-length: (\d+)", head)
+        assert length is not None
+        return int(head.split()[1]), await reader.readexactly(int(length[1]))
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self.streams is not None:
+            self.streams[1].close()
+        self.streams = None
+
+
+async def one(
+    client: Client, kind: str, i: int, steps: int, seconds: float
+) -> str | tuple[bytes, dict[str, Any]]:
+    """Send request i; return what became of it, or the answer and what was asked."""
     body: dict[str, Any] = {
         "prompt": PROMPTS[i % len(PROMPTS)],
         "seed": i,
@@ -90,21 +126,29 @@ async def one(client: httpx.AsyncClient, kind: str, i: int, steps: int, seconds:
     }
     if kind == "malformed":
         fields, param = MALFORMED[i % len(MALFORMED)]
-        made = await client.post(PATH, json={**body, **fields})
-        right = 400 <= made.status_code < 500 and made.json()["error"]["param"] == param
-        return "refused" if right else f"wrongly answered: {made.status_code} {made.text[:100]}"
+        status, content = await client.post(PATH, {**body, **fields})
+        right = 400 <= status < 500 and json.loads(content)["error"]["param"] == param
+        return "refused" if right else f"wrongly answered: {status} {content[:100]!r}"
     if kind == "broken":
         try:
-            await client.post(PATH, json=body, timeout=random.Random(i).uniform(0.02, seconds))
-        except httpx.TimeoutException:
+            await asyncio.wait_for(client.post(PATH, body), random.Random(i).uniform(0.02, seconds))
+        except TimeoutError:
+            client.close()
             return "broken off"
         return "answered before it was broken off"
-    made = await client.post(PATH, json=body)
-    if made.status_code != 200:
-        return f"lost: {made.status_code} {made.text[:100]}"
-    (item,) = made.json()["data"]
+    status, content = await client.post(PATH, body)
+    return (content, body) if status == 200 else f"lost: {status} {content[:100]!r}"
+
+
+def outcome(answer: str | tuple[bytes, dict[str, Any]]) -> str:
+    """Return what became of a request that `one` sent; answers with images are read only now."""
+    if isinstance(answer, str):
+        return answer
+    content, body = answer
+    (item,) = json.loads(content)["data"]
     recipe = read_recipe(base64.b64decode(item["b64_json"]))
-    right = item["seed"] == i and recipe["prompt"] == body["prompt"] and recipe["seed"] == [i]
+    right = item["seed"] == body["seed"] and recipe["seed"] == [body["seed"]]
+    right = right and recipe["prompt"] == body["prompt"]
     return "answered" if right else "answered with the image of another request"
 
 
@@ -113,19 +157,20 @@ async def load(url: str, process: subprocess.Popen[str], args: argparse.Namespac
     rng = random.Random(0)
     kinds = ["broken", "malformed", *["right"] * 8] * (args.requests // 10)
     rng.shuffle(kinds)
-    waiting, outcomes, memory = list(enumerate(kinds)), Counter[str](), list[float]()
+    waiting, answers, memory = list(enumerate(kinds)), list[Any](), list[float]()
 
     async def client() -> None:
-        limits = httpx.Limits(max_keepalive_connections=1)
-        async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, verify=False) as own:
-            while waiting:
-                i, kind = waiting.pop()
-                outcomes[await one(own, kind, i, args.steps, seconds)] += 1
-                memory.append(resident(process))
+        own = Client(url)
+        while waiting:
+            i, kind = waiting.pop()
+            answers.append(await one(own, kind, i, args.steps, seconds))
+            memory.append(resident(process))
+        own.close()
 
     begin = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(args.clients)))
-    return outcomes, time.perf_counter() - begin, memory
+    took = time.perf_counter() - begin
+    return Counter(map(outcome, answers)), took, memory
 
 
 def overhead(url: str, repeats: int, steps: int) -> list[float]:
@@ -158,16 +203,8 @@ def own_loop(args: argparse.Namespace) -> tuple[list[float], list[float]]:
     return seconds, processor
 
 
-def main() -> None:
-    made = parser(__doc__.splitlines()[0], repeats=20)
-    made.add_argument("--model", default="emoji-ldm", help="model that is served")
-    made.add_argument("--clients", type=int, default=50, help="clients that send requests at once")
-    made.add_argument("--requests", type=int, default=400, help="requests, in multiples of 10")
-    made.add_argument("--steps", type=int, default=10, help="sampling steps")
-    made.add_argument("--batch", type=int, default=8, help="images in a batch")
-    add_quick(made, clients=20, requests=60, steps=4, repeats=5)
-    args = made.parse_args()
-    torch.set_num_threads(args.threads)
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one server, started for them, between two runs of the library's own loop."""
     before_load = own_loop(args)
     process, url = started(args)
     try:
@@ -186,8 +223,7 @@ def main() -> None:
     loops = zip(before_load, own_loop(args), strict=True)
     own, own_used = (statistics.median([*first, *last]) for first, last in loops)
     answered = outcomes["answered"]
-    batches = re.findall(r'ldm_batch_images_bucket\{le="(\S+)"\} (\d+)', metrics)
-    figures = {
+    return {
         "outcomes": dict(outcomes),
         "requests": sum(outcomes.values()),
         "seconds": seconds,
@@ -201,12 +237,40 @@ def main() -> None:
         "memory MiB, first, middle, last": [memory[0], memory[half], memory[-1]],
         "growth in the second half": growth,
         "overhead ms, median": statistics.median(extra),
-        "batches of at most n images": dict(batches),
+        "batches of at most n images": dict(
+            re.findall(r'ldm_batch_images_bucket\{le="(\S+)"\} (\d+)', metrics)
+        ),
     }
-    for name, value in figures.items():
-        print(f"{name:<45} {value}")
+
+
+def main() -> None:
+    made = parser(__doc__.splitlines()[0], repeats=20)
+    made.add_argument("--model", default="emoji-ldm", help="model that is served")
+    made.add_argument("--clients", type=int, default=50, help="clients that send requests at once")
+    made.add_argument("--requests", type=int, default=400, help="requests, in multiples of 10")
+    made.add_argument("--steps", type=int, default=10, help="sampling steps")
+    made.add_argument("--batch", type=int, default=8, help="images in a batch")
+    made.add_argument("--servers", type=int, default=3, help="servers that are started, one after another")
+    add_quick(made, clients=20, requests=60, steps=4, repeats=5, servers=1)
+    args = made.parse_args()
+    torch.set_num_threads(args.threads)
+    rounds = []
+    for i in range(args.servers):
+        rounds.append(measured(args))
+        print(f"server {i + 1}")
+        for name, value in rounds[-1].items():
+            print(f"    {name:<45} {value}")
+    medians = {
+        name: statistics.median(each[name] for each in rounds)
+        for name, value in rounds[0].items()
+        if isinstance(value, float)
+    }
+    print(f"median of {len(rounds)}")
+    for name, value in medians.items():
+        print(f"    {name:<45} {value}")
     if args.json:
-        write_atomically(args.json, json.dumps({**figures, **where(args.threads)}, indent=1).encode())
+        figures = {**medians, "servers": rounds, **where(args.threads)}
+        write_atomically(args.json, json.dumps(figures, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix → name in PIL
 DEFAULT_QUALITY = 95  # default of the lossy formats
-PNG_LEVEL = 4  # of zlib; the default 6 takes 2.4 times as long for files that are 3 % smaller (128×128 emoji)
+PNG_STRATEGY = (
+    3  # Z_RLE of zlib: a third of the default's time; files 1 % smaller (emoji) to 9 % larger (sheets)
+)
 RECIPE_KEY = "ldm"  # name of the PNG text chunk
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286  # tags of EXIF 2.3
 COMMENT_START = b'ASCII\0\0\0{"ldm": '  # the character code of a UserComment, and the JSON key
@@ -118,7 +120,7 @@ def encode_image(path: Path, image: Image, recipe: Mapping[str, Any], *, quality
 
         info = PngInfo()
         info.add_itxt(RECIPE_KEY, text)
-        image.save(buffer, format=name, pnginfo=info, compress_level=PNG_LEVEL)
+        image.save(buffer, format=name, pnginfo=info, compress_type=PNG_STRATEGY)
     else:
         level = DEFAULT_QUALITY if quality is None else int(quality)
         exif = exif_with_recipe(text)

@@ -20,6 +20,7 @@ from ldm.models.clip.transformer import MLP
 from ldm.models.exemplars import CellHead, ExemplarCells
 from ldm.models.layers.attention import Attention
 from ldm.models.layers.embeddings import VectorMLP, guidance_sinusoid, one_time, sinusoid
+from ldm.models.layers.grouped import GroupedLinear
 from ldm.models.layers.modules import ModuleListOf
 
 
@@ -138,7 +139,7 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
         self.attn1 = NormedAttention(width, heads=heads, head_dim=head_dim)
         self.attn2 = NormedAttention(width, heads=heads, head_dim=head_dim, context_dim=context_dim)
-        self.mlp = MLP(width, 4 * width, "gelu")
+        self.mlp = MLP(width, 4 * width, "gelu", linear=GroupedLinear)
         self.modulation = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
@@ -172,7 +173,7 @@ class DiTEncoder(nn.Module):
         self.config = config
         width, area = config.width, config.patch**2
         channels = config.in_channels + config.slots * ExemplarCells.DIM  # of a cell
-        self.embed_in = nn.Linear(area * channels, width)
+        self.embed_in = GroupedLinear(area * channels, width)
         self.embed_position = nn.Linear(width, width, bias=False)
         self.time_embedding = VectorMLP(width, width, extra_dim=config.guidance_dim)
         self.time_modulation = nn.Linear(width, 6 * width)

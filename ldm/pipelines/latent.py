@@ -278,7 +278,7 @@ class LatentDiffusion(BasePipeline):
             watcher.begin(call)
         if request.given is not None and request.strength == 0:
             z = stage.encode(request.given)
-            return self.complete(call, z.expand(len(call.seeds), *z.shape[1:]), request)
+            return self.complete(call, self.decode(z.expand(len(call.seeds), *z.shape[1:])), request)
         begun = self.begin(call, request)
         kept: list[Tensor] = []
         hooks = [lambda i, x, d: kept.append(d.x0)] if call.keep_steps else []
@@ -291,7 +291,7 @@ class LatentDiffusion(BasePipeline):
             image_guidance=request.image_guidance,
             hooks=[*hooks, *self.hooks],
         )
-        images = self.complete(begun.call, x, request, kept)
+        images = self.complete(begun.call, self.decode(x), request, kept)
         for watcher in self.watchers:
             watcher.end(images)
         return images
@@ -322,15 +322,14 @@ class LatentDiffusion(BasePipeline):
             return concat.float(), DRAFTED
         return None, 1.0
 
-    def complete(self, call: Call, x: Tensor, request: Request, kept: Sequence[Tensor] = ()) -> Images:
-        """Decode the last latents (B, C, h, w), and the predictions of the steps where they were kept."""
+    def complete(self, call: Call, pixels: Tensor, request: Request, kept: Sequence[Tensor] = ()) -> Images:
+        """Return decoded images (B, 3, H, W), with the predictions of the steps where they were kept."""
 
-        def finished(latent: Tensor) -> Tensor:
-            pixels = self.decode(latent)
-            return pixels if request.finish is None else request.finish(pixels)
+        def finished(made: Tensor) -> Tensor:
+            return made if request.finish is None else request.finish(made)
 
-        steps = torch.stack([finished(x0) for x0 in kept]) if kept else None
-        return self.finish_images(call, finished(x), request, steps=steps)
+        steps = torch.stack([finished(self.decode(x0)) for x0 in kept]) if kept else None
+        return self.finish_images(call, finished(pixels), request, steps=steps)
 
     def image_draft(self, pixels: Tensor, *, prompted: bool = False) -> Known | None:
         """Return images' own latents, all known, in place of what the model draws of the text.

@@ -2,15 +2,16 @@
 
 Every random number is a function of (seed, sample, step), so an image depends on its batch only through the
 rounding of matrix products, whose kernels are chosen by the size of the batch. `Together` therefore makes the
-conditions of each drawing and decodes its images separately, and compares the first evaluation of the network
-in the batch with that of each drawing alone, once for every combination of sizes. Where a bit differs, the
-drawings are sampled one after another. The layouts of models with exemplars, whose bits do not depend on the
-batch, are drawn for all.
+conditions of each drawing separately, and compares an evaluation of the network, and the decoding, in the
+batch and for each drawing alone, as they are and with sums that cancel (`ldm.models.layers.rounding`), once
+for every combination of sizes. Where a bit differs, the drawings are sampled, or decoded, one after another.
+The layouts of models with exemplars, whose bits do not depend on the batch, are drawn for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -24,6 +25,7 @@ from ldm.diffusion.constraints import keep_known
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.interfaces import Denoised, DenoiseFn
 from ldm.images.result import Images
+from ldm.models.layers.rounding import Cancelling
 from ldm.pipelines.call import Call
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.protocol import Begun
@@ -34,6 +36,8 @@ from ldm.support.calls import interruptible, separate_call
 
 _T = TypeVar("_T")
 DrawingResult = Images | Exception  # of a drawing
+DECODED_AT_ONCE = 1 << 20
+"""Largest number of pixels that are decoded at once; of larger images it saves no time, and costs memory."""
 
 
 class Unwanted(Exception):
@@ -156,17 +160,32 @@ class Together:
         self._announce(call if len(own) > 1 else own[0].drawing.call)
         try:
             x = stage.solve(call, self._denoise(stage, parts, wanted), joined_states(own), pipe.hooks)
+            pixels = self._decoded(own, x)
+        except Unwanted:
+            return {i: Unwanted() for i in parts}  # without a traceback, whose frames would keep the tensors
         except Exception as error:
             return dict.fromkeys(parts, error)
-        states = x.split([part.n for part in own])
         return {
-            i: attempt(partial(self._complete, part, state), partial(wanted, i))
-            for (i, part), state in zip(parts.items(), states, strict=True)
+            i: attempt(partial(self._complete, part, state, made), partial(wanted, i))
+            for (i, part), state, made in zip(parts.items(), split_states(x, own), pixels, strict=True)
         }
 
-    def _complete(self, part: Part, state: Tensor) -> Images:
+    def _decoded(self, parts: Sequence[Part], x: Tensor) -> Sequence[Tensor | None]:
+        """Return the images of the last states (B, C, h, w) of each part; None where it is decoded alone."""
+        decode, call = self.pipe.stage.images.decode, parts[0].begun.call
+        if len(x) * call.height * call.width <= DECODED_AT_ONCE and self._equal(
+            [("decoded", part.n, *x.shape) for part in parts],
+            [part.n for part in parts],
+            partial(decoded_rows, decode, x),
+            [partial(decoded_rows, decode, state) for state in split_states(x, parts)],
+        ):
+            return split_states(decode(x), parts)
+        return [None] * len(parts)
+
+    def _complete(self, part: Part, state: Tensor, pixels: Tensor | None) -> Images:
         self._announce(part.drawing.call)
-        images = self.pipe.complete(part.begun.call, state, part.drawing.request)
+        pixels = self.pipe.stage.images.decode(state) if pixels is None else pixels
+        images = self.pipe.complete(part.begun.call, pixels, part.drawing.request)
         return part.drawing.finished(images)
 
     def _denoise(self, stage: Stage, parts: Mapping[int, Part], wanted: Callable[[int], bool]) -> DenoiseFn:
@@ -182,7 +201,9 @@ class Together:
                 raise Unwanted
             if kept not in made:
                 fewer = [parts[i] for i in kept]
-                made[kept] = constrained_batch(stage, fewer) if self._same(stage, fewer) else made[everything]
+                worth = 2 * sum(part.n for part in fewer) <= len(rows)  # a comparison takes a few evaluations
+                same = self._same(stage, fewer, compare=worth)
+                made[kept] = constrained_batch(stage, fewer) if same else made[everything]
             if made[kept] is made[everything]:
                 return made[everything](x, t)
             index = torch.cat([places[i] for i in kept])
@@ -192,22 +213,54 @@ class Together:
 
         return denoise
 
-    def _same(self, stage: Stage, parts: Sequence[Part]) -> bool:
-        """Return whether the network gives each drawing the same bits in a batch as alone."""
-        if not self.exact or len(parts) == 1:
-            return True
+    def _same(self, stage: Stage, parts: Sequence[Part], *, compare: bool = True) -> bool:
+        """Return whether the network gives each drawing the same bits in a batch as alone.
+
+        Args:
+            stage: What is sampled.
+            parts: The drawings.
+            compare: Whether to compare what was not compared before; False takes it as different.
+        """
         total = sum(part.n for part in parts)
         longest = tuple(max(each) for each in zip(*(part.lengths for part in parts), strict=True))
-        keys = [(part.n, part.lengths, total, longest, part.kind) for part in parts]
-        if any(key not in self._compared for key in keys):
-            both = raw_outputs(stage, parts)
-            rows = torch.arange(total, device=stage.device).split([part.n for part in parts])
-            for key, part, own in zip(keys, parts, rows, strict=True):
-                if key not in self._compared:
-                    alone = raw_outputs(stage, [part])
-                    equal = all(torch.equal(x[:, own], y) for x, y in zip(both, alone, strict=False))
-                    self._compared[key] = equal and len(both) == len(alone)
-        return all(self._compared[key] for key in keys)
+        return self._equal(
+            [(part.n, part.lengths, total, longest, part.kind) for part in parts],
+            [part.n for part in parts],
+            partial(raw_outputs, stage, parts),
+            [partial(raw_outputs, stage, [part]) for part in parts],
+            compare=compare,
+        )
+
+    def _equal(
+        self,
+        keys: Sequence[tuple[object, ...]],
+        sizes: Sequence[int],
+        together: Callable[[], list[Tensor]],
+        alone: Sequence[Callable[[], list[Tensor]]],
+        *,
+        compare: bool = True,
+    ) -> bool:
+        """Return whether drawings have the same bits in a batch as alone.
+
+        Args:
+            keys: What decides it, for each drawing; one of each that is new is compared.
+            sizes: Number of images of each.
+            together: Computes outputs (K, B, ...) of the batch.
+            alone: Compute those of each drawing, (K, n, ...).
+            compare: See `_same`.
+        """
+        if not self.exact or len(keys) == 1:
+            return True
+        new = {key: i for i, key in enumerate(keys) if key not in self._compared}
+        for way in (nullcontext, Cancelling) if new and compare else ():
+            with way():
+                rows = [out.split(list(sizes), dim=1) for out in together()]
+                for key, i in new.items():
+                    own = alone[i]()
+                    same = [torch.equal(both[i], one) for both, one in zip(rows, own, strict=False)]
+                    equal = all(same) and len(rows) == len(own)
+                    self._compared[key] = equal and self._compared.get(key, True)
+        return all(self._compared.get(key, False) for key in keys)
 
 
 def attempt(work: Callable[[], _T], wanted: Callable[[], bool]) -> _T | Exception:
@@ -221,6 +274,8 @@ def attempt(work: Callable[[], _T], wanted: Callable[[], bool]) -> _T | Exceptio
         check(0, 0)
         with interruptible(check):
             return work()
+    except Unwanted:
+        return Unwanted()
     except Exception as error:
         return error
 
@@ -293,6 +348,16 @@ def can_join(parts: Sequence[Part]) -> bool:
         for part in parts
     }
     return len(shapes) == 1 and all(Cond.can_cat([part.begun.pair[k] for part in parts]) for k in (0, 1))
+
+
+def split_states(x: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
+    """Return the rows of each drawing."""
+    return x.split([part.n for part in parts])
+
+
+def decoded_rows(decode: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Return decoded states as the outputs that are compared, (1, B, 3, H, W)."""
+    return [decode(x)[None]]
 
 
 def joined_states(parts: Sequence[Part]) -> Tensor:

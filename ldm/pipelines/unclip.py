@@ -299,7 +299,7 @@ class UnCLIP(BasePipeline):
         x = self.stage.sample(
             begun.over, begun.x, begun.pair, known=request.known, window=request.window, hooks=self.hooks
         )
-        images = self.complete(call, x, request)
+        images = self.complete(call, self.stage.images.decode(x), request)
         for watcher in self.watchers:
             watcher.end(images)
         return images
@@ -319,9 +319,8 @@ class UnCLIP(BasePipeline):
         over, x = stage.begin(call, start=start, strength=request.strength)
         return Begun(call=call, over=over, pair=expanded_pair(pair, n, **request.extra), x=x)
 
-    def complete(self, call: Call, x: Tensor, request: Request) -> Images:
-        """Return the images of the decoder's last state (B, C, h, w), enlarged."""
-        pixels = self.stage.images.decode(x)
+    def complete(self, call: Call, pixels: Tensor, request: Request) -> Images:
+        """Return the decoder's images (B, 3, H, W), enlarged."""
         if request.finish is not None:
             pixels = request.finish(pixels)
         if request.enlarge and call.others.get("upsample", True):

@@ -1,11 +1,12 @@
-"""Images as the files that responses hold."""
+"""Images as the files that responses hold, and events."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.images.files import encode_image
 from ldm.images.result import Images, with_pixels
@@ -15,6 +16,7 @@ from ldm.serving.orders import Drawn, finished
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+EVENT_STREAM = "text/event-stream"
 FILE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
@@ -79,3 +81,8 @@ def plain_file(image: Image, kind: str = "png") -> bytes:
 def as_base64(content: bytes) -> str:
     """Return bytes as base64."""
     return base64.b64encode(content).decode("ascii")
+
+
+def event_lines(content: Mapping[str, Any]) -> bytes:
+    """Return a server-sent event, named by its "type", whose data are JSON."""
+    return f"event: {content['type']}\ndata: {json.dumps(content)}\n\n".encode()

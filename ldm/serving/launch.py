@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.tasks.deferred import deferred
 from ldm.registry.loading import load
 from ldm.registry.locating import resolve_card
 from ldm.serving.application import MOST_BODY, application
@@ -25,6 +27,7 @@ from ldm.speed.optimization import optimize
 
 SWITCH = 0.0005  # seconds until the worker takes the interpreter back from the thread of the connections
 WARM_UP = "a red apple"  # names a thing, which models with exemplars are shown
+QUICK = 3.0  # seconds; see `warm_up`
 MOST_HEAD = 64 * 1024  # bytes of a request's first line and headers that are waited for
 GRACE = 600  # seconds that requests in work have after Ctrl-C; a second one ends them within one step
 
@@ -175,7 +178,7 @@ def serve(
     server = StoppableServer(config, worker)
     listening = bound_socket(host, port)
     try:
-        worker.start(lambda: warm_up(fleet.seat(fleet.default)))
+        worker.start(lambda: warm_up(fleet.seat(fleet.default), batch))
         name = f"[{host}]" if ":" in host else host
         report(f"serving {', '.join(fleet.models)} at http://{name}:{listening.getsockname()[1]}")
         server.run(sockets=[listening])
@@ -183,14 +186,26 @@ def serve(
         listening.close()
 
 
-def warm_up(seat: Seat) -> None:
-    """Draw an image of one step, so that the first request does not wait for what is made once.
+def warm_up(seat: Seat, batch: int) -> None:
+    """Draw images of one step, so that the first requests do not wait for what is made once.
 
-    unCLIP models and models that take an image are not warmed up: one step of them is not all they do.
+    One image is drawn, and of a model that draws it within `QUICK` seconds batches, from the largest down for
+    `QUICK` seconds: the first batch of a size is compared with single drawings (`Together`). unCLIP models
+    and models that take an image are not warmed up: one step of them is not all they do.
     """
     pipe = seat.pipe
-    if isinstance(pipe, LatentDiffusion) and pipe.stage.concat is None:
-        pipe.text_to_image(WARM_UP, steps=1, progress=False)
+    if not isinstance(pipe, LatentDiffusion) or pipe.stage.concat is not None:
+        return
+    assert seat.together is not None
+
+    def drawing(seed: int) -> Any:
+        return pipe.text_to_image(WARM_UP, seed=seed, steps=1, progress=False)
+
+    size, begin = batch, time.perf_counter()
+    drawing(0)
+    while size > 1 and time.perf_counter() - begin < QUICK:
+        seat.together.draw([deferred(functools.partial(drawing, seed)) for seed in range(size)])
+        size -= 1
 
 
 def bound_socket(host: str, port: int) -> Any:

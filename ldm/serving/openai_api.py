@@ -13,14 +13,20 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ldm.images.result import Images
 from ldm.serving.bodies import one_file, read_form, read_json_body
-from ldm.serving.encoding import FILE_SUFFIXES, as_base64, encoded_images, flagged_warnings, preview_files
+from ldm.serving.encoding import (
+    EVENT_STREAM,
+    FILE_SUFFIXES,
+    as_base64,
+    event_lines,
+    flagged_warnings,
+    preview_files,
+)
 from ldm.serving.errors import ApiError, bad_field
-from ldm.serving.events import EVENT_STREAM, event_lines
 from ldm.serving.fields import EDITS, GENERATIONS, MEDIA, VARIATIONS, checked_fields
+from ldm.serving.jobs import Job
 from ldm.serving.orders import Drawn, ImageOrder
 from ldm.serving.service import ClientGone, Service, random_seed
 from ldm.serving.uploads import SourceImage, source_of, uploaded_image
-from ldm.serving.worker import Job
 from ldm.support.text import escaped
 
 OPTION_FIELDS = ("steps", "guidance", "sampler", "strength")  # fields with the names of the library's options
@@ -65,6 +71,10 @@ class Asked:
             "quality": self.fields.get("quality", "auto"),
         }
 
+    def job(self) -> Job:
+        """Return the job of the request."""
+        return Job(self.order, kind=self.kind, quality=self.fields.get("output_compression"))
+
     def warnings(self, drawn: Drawn) -> list[str]:
         """Return what a client is warned of."""
         unknown = [f"unknown field {escaped(name, 100)}: ignored" for name in self.strangers[:20]]
@@ -78,13 +88,11 @@ def images_endpoint(service: Service, endpoint: str) -> Callable[[Request], Any]
         asked = await read_request(service, endpoint, request)
         if asked.fields.get("stream"):
             return await stream_images(service, request, asked)
-        drawn = await service.draw(request, Job(asked.order))
-        files = await asyncio.to_thread(
-            encoded_images, drawn, asked.kind, asked.fields.get("output_compression")
-        )
+        drawn = await service.draw(request, asked.job())
         urls = asked.fields.get("response_format", "url") == "url"
         data = [
-            {**url_or_content(service, asked, content, urls=urls), "seed": seed} for seed, content in files
+            {**url_or_content(service, asked, content, urls=urls), "seed": seed}
+            for seed, content in drawn.files
         ]
         body = {"created": int(time.time()), "data": data, "size": size_text(drawn), **asked.facts}
         if noted := asked.warnings(drawn):
@@ -158,7 +166,7 @@ def size_text(drawn: Drawn) -> str:
 
 async def stream_images(service: Service, request: Request, asked: Asked) -> Response:
     """Return the response to a request with `stream`; it begins with the first event."""
-    job = Job(asked.order)
+    job = asked.job()
     job.on_step = step_teller(job, asked)
     events = service.follow(request, job)
     try:
@@ -230,7 +238,6 @@ def stream_events(asked: Asked, event: Any, partial: int) -> list[dict[str, Any]
             }
             for i, content in enumerate(preview_files(event, None, asked.kind))
         ]
-    files = encoded_images(event, asked.kind, asked.fields.get("output_compression"))
     noted = asked.warnings(event)
     return [
         {
@@ -243,7 +250,7 @@ def stream_events(asked: Asked, event: Any, partial: int) -> list[dict[str, Any]
             **({"warnings": noted} if noted else {}),
             **common,
         }
-        for seed, content in files
+        for seed, content in event.files
     ]
 
 

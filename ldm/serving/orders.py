@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +80,14 @@ class Drawn:
         size: (width, height) that they are given in.
         source: The source whose known part is put back, where it is not the model's own size. None: nothing.
         warnings: What the library warned of.
+        files: The seed and the file of each image; see `ldm.serving.encoding.encoded_images`.
     """
 
     images: Images
     size: tuple[int, int]
     source: SourceImage | None = None
     warnings: tuple[str, ...] = ()
+    files: Sequence[tuple[int, bytes]] = ()
 
     @property
     def resized(self) -> bool:

@@ -14,13 +14,13 @@ from starlette.responses import JSONResponse, Response
 
 from ldm.samplers import SAMPLERS
 from ldm.serving.bodies import read_json_body
-from ldm.serving.encoding import as_base64, encoded_images, preview_files, preview_grid
+from ldm.serving.encoding import as_base64, preview_files, preview_grid
 from ldm.serving.errors import ApiError, bad_field
 from ldm.serving.fields import MOST_IMAGES, STEP_LIMIT, SWITCHES, RequestField, checked_value
+from ldm.serving.jobs import Job
 from ldm.serving.orders import Drawn, ImageOrder
 from ldm.serving.service import ClientGone, Service, random_seed
 from ldm.serving.uploads import SourceImage, base64_content, base64_image, opaque, reduced
-from ldm.serving.worker import Job
 from ldm.support.config import nearest
 from ldm.support.text import escaped, shown
 
@@ -96,9 +96,8 @@ def sdapi_endpoint(service: Service, *, from_image: bool) -> Callable[[Request],
             return JSONResponse(await asyncio.to_thread(unfinished_body, job, given))
         finally:
             service.jobs.remove(job)
-        files = await asyncio.to_thread(encoded_images, drawn)
-        images = [as_base64(content) for _, content in files] if fields.get("send_images", True) else []
-        info = sdapi_info(service, order, drawn, [seed for seed, _ in files], unknown)
+        images = [as_base64(content) for _, content in drawn.files] if fields.get("send_images", True) else []
+        info = sdapi_info(service, order, drawn, [seed for seed, _ in drawn.files], unknown)
         return JSONResponse(
             {"images": images, "parameters": known_parameters(given), "info": json.dumps(info)}
         )

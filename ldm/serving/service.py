@@ -13,9 +13,10 @@ from starlette.responses import Response
 
 from ldm.serving.counters import Counters
 from ldm.serving.fleet import Fleet
+from ldm.serving.jobs import Job, Stopped
 from ldm.serving.orders import Drawn
 from ldm.serving.store import ImageStore
-from ldm.serving.worker import Job, Stopped, Worker
+from ldm.serving.worker import Worker
 
 CLIENT_GONE = 499  # the status that nginx gives to a request whose client has closed the connection
 
@@ -71,7 +72,7 @@ class Service:
         events: asyncio.Queue[Any] = asyncio.Queue()
         job.deliver = events_to(events)
         self.worker.submit(job)
-        job.future.add_done_callback(lambda _: job.deliver(job.future))
+        job.future.add_done_callback(job.deliver)  # without a reference to the job, which would be a cycle
         gone = asyncio.create_task(until_gone(request))
         try:
             while True:

@@ -1,4 +1,4 @@
-"""The worker: a bounded queue, and one thread that draws what waits in it, several requests in one batch."""
+"""The worker: a bounded queue, and a thread that draws what waits in it, several requests in one batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TextIO
 
@@ -21,70 +22,15 @@ from ldm.pipelines.conditions import Pair
 from ldm.pipelines.tasks.deferred import Deferred, deferred
 from ldm.pipelines.together import Unwanted
 from ldm.serving.counters import Counters
+from ldm.serving.encoding import encoded_images
 from ldm.serving.errors import ApiError, refused_by_model, server_failed
 from ldm.serving.fleet import Fleet, Seat
+from ldm.serving.jobs import Job, Stopped
 from ldm.serving.orders import FIELD_NAMES, Drawn, ImageOrder, draw_order, final_size_of
 from ldm.support.calls import interruptible
 
-OnJobStep = Callable[[int, int, Callable[[], Images] | None], None]  # (steps done, steps, preview)
 OVERFLOW = "an image has NaN or infinite values"  # begins the library's error
 _logger = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The work on a request was ended because nobody waits for it."""
-
-
-class Job:
-    """A request in the queue or in work.
-
-    Args:
-        order: What is asked for.
-        on_step: Called in the worker's thread after every step as (steps done, steps, preview), where
-            `preview()` decodes the present estimate of the images; it is None where there is none. Default:
-            None.
-
-    Attributes:
-        future: The images, or the error.
-        progress: Steps done, and steps, of the stage that runs.
-        estimate: Decodes the estimate of the images after the last step; None between steps.
-        latest: Decodes the last estimate that there was; None before the first.
-        began: When the work on it began, in seconds of `time.perf_counter`; None while it waits.
-        warnings: What the library warned of.
-        interrupted: Whether a client has asked for the end of the work, and waits for what there is.
-        deliver: Takes events of the job to whoever waits for it, from any thread.
-    """
-
-    def __init__(self, order: ImageOrder, on_step: OnJobStep | None = None) -> None:
-        self.order, self.on_step = order, on_step
-        self.deliver: Callable[[Any], None] = lambda event: None
-        self.future: Future[Drawn] = Future()
-        self.progress = (0, 0)
-        self.estimate: Callable[[], Images] | None = None
-        self.latest: Callable[[], Images] | None = None
-        self.began: float | None = None
-        self.warnings: list[str] = []
-        self.interrupted = False
-        self._gone = threading.Event()
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody waits for the images any more."""
-        return self._gone.is_set()
-
-    def cancel(self) -> None:
-        """End the work within one step."""
-        self._gone.set()
-
-    def finish(self, result: Drawn | Exception) -> None:
-        """Set the result, unless there is one already."""
-        try:
-            if isinstance(result, Exception):
-                self.future.set_exception(result)
-            else:
-                self.future.set_result(result)
-        except InvalidStateError:  # it was cancelled
-            pass
 
 
 class Follower:
@@ -107,7 +53,7 @@ class Follower:
     def begin(self, call: Call) -> None:
         """Note whose rows the states of a run are: one job's, or those of all jobs without an answer."""
         own = [job for job, each in self.calls if each is call]
-        self.rows = own or [job for job, _ in self.calls if not job.future.done()]
+        self.rows = own or [job for job, _ in self.calls if not job.answered]
 
     def conditioned(self, pair: Pair) -> None:
         """Nothing depends on the conditions."""
@@ -117,7 +63,7 @@ class Follower:
         if self.pipe.safety is not None or sum(job.order.n for job in self.rows) != len(d.x0):
             return
         for job, x0 in zip(self.rows, d.x0.split([job.order.n for job in self.rows]), strict=True):
-            job.estimate = job.latest = partial(self.decoded, job.order, x0)
+            job.estimate = job.latest = partial(decoded_estimate, self.pipe, job.order, x0)
 
     def end(self, images: Images) -> None:
         """Nothing depends on the images."""
@@ -141,12 +87,6 @@ class Follower:
         for job in self.rows:
             job.warnings.append(str(message))
 
-    def decoded(self, order: ImageOrder, x0: Tensor) -> Images:
-        """Return the estimate of an order's images."""
-        pixels = self.pipe.stage.images.decode(x0).nan_to_num(0.5)
-        seeds = tuple(range(order.seed, order.seed + len(pixels)))
-        return Images(tensor=pixels, seeds=seeds, prompts=(order.prompt,) * len(pixels))
-
     def check(self, done: int, total: int) -> None:
         """Tell the jobs of a step; raise `Stopped` if none of them is wanted any more."""
         if all(job.gone for job in self.jobs):
@@ -158,12 +98,22 @@ class Follower:
             job.estimate = None
 
 
+def decoded_estimate(pipe: Any, order: ImageOrder, x0: Tensor) -> Images:
+    """Return the estimate of an order's images, of clean states (B, C, h, w)."""
+    pixels = pipe.stage.images.decode(x0).nan_to_num(0.5)
+    seeds = tuple(range(order.seed, order.seed + len(pixels)))
+    return Images(tensor=pixels, seeds=seeds, prompts=(order.prompt,) * len(pixels))
+
+
 class Worker:
     """One thread that draws the images of jobs, in the order in which they came.
 
     All that PyTorch computes in parallel is computed in this thread: each thread that does so has threads of
     its own, and OpenMP lets threads wait without sleeping only as long as there are no more of them than
     processors. With a second such thread an image of emoji-ldm takes twice as long.
+
+    A second thread makes the files of a batch and then answers all of its requests, so that few threads wake
+    while the next batch is drawn.
 
     Args:
         fleet: The models.
@@ -181,6 +131,7 @@ class Worker:
         self._began = 0.0  # when the work that is not yet counted began
         self._prepared: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="ldm-worker", daemon=True)
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="ldm-encoder")
 
     def start(self, prepare: Callable[[], object] = lambda: None) -> None:
         """Start the thread unless it runs, and wait until it has called `prepare`, whose error is raised."""
@@ -232,9 +183,10 @@ class Worker:
                 job.cancel()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until the thread has ended; return whether it has."""
+        """Wait until the thread has ended, and all is answered; return whether it has."""
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self._encoder.shutdown(wait=not self.alive)
+        return not self.alive
 
     def _take(self) -> tuple[Job, ...]:
         """Wait for a job and return it with others of its kind; empty when the worker is stopped."""
@@ -277,11 +229,11 @@ class Worker:
                 self._draw(jobs)
             except BaseException as error:  # the thread goes on whatever a request leads to
                 failure = self._failure(error)
-                self._answer({job: failure for job in jobs if not job.future.done()})
+                self._answer({job: failure for job in jobs if not job.answered})
             self.running = ()
 
     def _answer(self, results: Mapping[Job, Drawn | Exception]) -> None:
-        """Count the results of a batch, and answer its jobs."""
+        """Count the results of a batch, and have its jobs answered."""
         now = time.perf_counter()
         images = sum(len(result.images) for result in results.values() if isinstance(result, Drawn))
         if images:
@@ -289,8 +241,23 @@ class Worker:
             self.counters.drew(images, now - self._began)
         self._began = now
         self.counters.cancelled += sum(isinstance(result, Stopped) for result in results.values())
-        for job, result in results.items():
-            job.finish(result)
+        for job in results:
+            job.answered = True
+        self._encoder.submit(self._finish, results)
+
+    def _finish(self, results: Mapping[Job, Drawn | Exception]) -> None:
+        """Make the files of a batch, in the encoder's thread, and answer its jobs."""
+        answers = {job: self._with_files(job, result) for job, result in results.items()}
+        for job, answer in answers.items():
+            job.finish(answer)
+
+    def _with_files(self, job: Job, result: Drawn | Exception) -> Drawn | Exception:
+        if isinstance(result, Exception) or job.gone:
+            return result
+        try:
+            return replace(result, files=encoded_images(result, job.kind, job.quality))
+        except Exception as error:
+            return self._failure(error)
 
     def _failure(self, error: BaseException) -> Exception:
         """Return the error that a request is answered with."""

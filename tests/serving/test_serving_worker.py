@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -22,17 +21,16 @@ from running_server import Running, running_server
 from tiny_dalle import tiny_dalle
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
+from tiny_worker import PIPE, PROMPTS, order, running_worker, submitted
 
 from ldm.serving.counters import Counters
 from ldm.serving.encoding import plain_file
 from ldm.serving.errors import ApiError
 from ldm.serving.fleet import Fleet, Seat, ServedModel
+from ldm.serving.jobs import Job, Stopped
 from ldm.serving.orders import ImageOrder, draw_order
 from ldm.serving.uploads import SourceImage
-from ldm.serving.worker import Follower, Job, Stopped, Worker
-
-PIPE = tiny_model("tiny")
-PROMPTS = ("a red cat", "apple", "a cat on blue background", "red", "blue cat")
+from ldm.serving.worker import Follower, Worker
 
 
 class Gate:
@@ -57,38 +55,6 @@ def gate(monkeypatch) -> Iterator[Gate]:
     made = Gate(monkeypatch)
     yield made
     made.opened.set()
-
-
-def worker_of(**options) -> Worker:
-    model = ServedModel(name="tiny", card=PIPE.card, load=lambda: PIPE)
-    exact = options.pop("exact", True)
-    worker = Worker(Fleet([model], exact=exact), Counters(), **options)
-    worker.start()
-    return worker
-
-
-def order(prompt: str = "a cat", **fields) -> ImageOrder:
-    options = {"steps": 2, **fields.pop("options", {})}
-    return ImageOrder(
-        **{"endpoint": "generations", "model": "tiny", "seed": 0, "prompt": prompt, **fields}, options=options
-    )
-
-
-@contextmanager
-def running_worker(**options) -> Iterator[Worker]:
-    worker = worker_of(**options)
-    try:
-        yield worker
-    finally:
-        worker.stop(now=True)
-        assert worker.join(30)
-
-
-def submitted(worker: Worker, *orders: ImageOrder) -> list[Job]:
-    jobs = [Job(each) for each in orders]
-    for job in jobs:
-        worker.submit(job)
-    return jobs
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -31,13 +31,22 @@ class PackedSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation in between."""
+    """Two linear layers with an activation in between.
 
-    def __init__(self, width: int, inner: int, activation: Activation) -> None:
+    Args:
+        width: Width of the input and of the output.
+        inner: Width in between.
+        activation: The activation.
+        linear: Class of the second layer. Default: `nn.Linear`.
+    """
+
+    def __init__(
+        self, width: int, inner: int, activation: Activation, *, linear: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.c_fc = nn.Linear(width, inner)
-        self.c_proj = nn.Linear(inner, width)
+        self.c_proj = linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (..., width) for x (..., width)."""
