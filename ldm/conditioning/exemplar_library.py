@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ldm.conditioning.things import Mention
 from ldm.support.config import nearest
+from ldm.support.scalars import whole_number
 from ldm.support.text import escaped, shown
 
+LARGEST_EXEMPLAR = 2048  # pixels of an image's side
 LONGEST_NOUN = 200  # characters of a name, or of a phrase that means it
 OWN_STYLE = "own"
 """The style of an image that is added without one."""
@@ -41,20 +43,20 @@ class ExemplarLibrary:
     Args:
         exemplars: The images; no (name, style) occurs twice.
         nouns: The names that each noun phrase may mean. Each name also means itself.
-        size: Side of the images in pixels.
+        size: Side of the images in pixels, at most `LARGEST_EXEMPLAR`.
 
     Attributes:
         nouns: The names that each noun phrase may mean; another mapping after each change of the library.
 
     Raises:
         ValueError: If a (name, style) occurs twice, a noun means no name or one without an image, or one is
-            too long.
+            too long, or the size is out of range.
     """
 
     def __init__(
         self, exemplars: Iterable[Exemplar], nouns: Mapping[str, Sequence[str]], *, size: int
     ) -> None:
-        self.size = size
+        self.size = whole_number("size", size, least=1, most=LARGEST_EXEMPLAR)
         self._of: dict[str, dict[str, Exemplar]] = {}
         for exemplar in exemplars:
             styles = self._of.setdefault(exemplar.name, {})

@@ -74,6 +74,9 @@ def test_wrong_input_is_named():
         ExemplarLibrary([], {"bird": ()}, size=16)
     with pytest.raises(ValueError, match="noun 'bird' means 'bird', of which there is no exemplar"):
         ExemplarLibrary([], {"bird": ("bird",)}, size=16)
+    for size in (0, -1, 2**31 - 1, 16.5):
+        with pytest.raises(ValueError, match="size: expected a whole number from 1 to 2048"):
+            ExemplarLibrary([], {}, size=size)
     with pytest.raises(ValueError, match=r"expected \(4, 16, 16\)"):
         library().add("robot", image(0)[:3])
     with pytest.raises(ValueError, match="name '--': expected letters or digits"):
