@@ -370,7 +370,12 @@ def test_what_is_refused(sd: Any, xl: Any, tmp_path: Path) -> None:
     twice = state | {name.replace("lora_down", "lora_A"): state[name]}
     refused(sd, written(tmp_path / "twice.safetensors", twice), "both state the lora_down")
     for value in (float("nan"), float("inf"), True):
-        refused(sd, written(tmp_path / "style.safetensors", state), "expected a number", strength=value)
+        refused(
+            sd,
+            written(tmp_path / "style.safetensors", state),
+            "strength: expected a finite number",
+            strength=value,
+        )
 
 
 def test_unused_keys_are_named(sd: Any, tmp_path: Path) -> None:
