@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.support.files import file_exists
 from ldm.support.strict_json import parse_json, read_json
-from ldm.support.text import shown
+from ldm.support.text import errors_of, shown
 from ldm.weights.adapters.embedding_images import embedding_in_image, is_image
 from ldm.weights.adapters.peft_config import check_config, config_scale, config_terms
 from ldm.weights.formats.pickle_machine import StandIn
@@ -85,7 +85,8 @@ class AdapterFile:
         Raises:
             ValueError: If a field asks for what this library does not compute.
         """
-        return check_config(self.config, f"peft's configuration of {str(self.path)!r}")
+        with errors_of(self.path):
+            return check_config(self.config, f"peft's configuration of {str(self.path)!r}")
 
 
 def read_adapter(path: str | Path, *, digest: bool = True) -> AdapterFile:

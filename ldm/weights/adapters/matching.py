@@ -136,7 +136,7 @@ def match_places(
     token: str | None = None,
 ) -> Adapter:
     """Return what a file changes in a model whose modules are known; see `match_adapter`."""
-    where = repr(file.path.name)
+    where = repr(str(file.path))
     embeddings, tensors = split_embeddings(file.tensors, file.path.stem)
     with errors_of(file.path):
         file.check_config()
@@ -160,7 +160,7 @@ def match_places(
             without_effect += group.keys.values()
         else:
             edits += found.edits
-            unused += [group.keys[leaf] for leaf in found.left]
+            unused += [group.keys[leaf] for leaf in found.left if leaf != TERMS]
             modules[found.edits[0].site.part] += 1
     if not edits and not misfits and not learned:
         raise ValueError(_no_match(where, made_for, model, list(file.tensors)))

@@ -265,7 +265,8 @@ def family_of(file: ControlFile) -> str:
     """Return the family that a control was made for, in words; "" if no key shows it."""
     shapes = shapes_in(file.tensors)
     if is_ip_adapter(shapes):
-        width = size_of(shapes, next(key for key in shapes if key.endswith(".to_k_ip.weight")), 1)
+        with errors_of(file.path):
+            width = size_of(shapes, next(key for key in shapes if key.endswith(".to_k_ip.weight")), 1)
         return WIDTHS.get(width, f"a model with a context of {width}")
     if is_lllite(shapes):
         return lllite_family(shapes)
