@@ -16,7 +16,7 @@ from ldm.weights.adapters.families import WIDTHS, family_in_words
 from ldm.weights.adapters.files import FOLDER_FILES, AdapterFile, adapter_digest, read_adapter
 from ldm.weights.adapters.leaves import grouped, has_adapter_keys
 from ldm.weights.adapters.matching import match_places
-from ldm.weights.adapters.peft_config import config_findings, fields_of
+from ldm.weights.adapters.peft_config import component_fields, config_findings
 from ldm.weights.adapters.places import Places
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.single_file import SAFETENSORS_KIND, file_kind
@@ -68,7 +68,7 @@ def inspect_adapter(file: AdapterFile, *, model: str | None, nan: bool, digest: 
             line
             for component, findings in config_findings(file.config).items()
             for line in stated_lines(
-                component or "peft", findings, fields_of(file.config, component), problems
+                component or "peft", findings, component_fields(file.config, component), problems
             )
         ]
     except ValueError as error:

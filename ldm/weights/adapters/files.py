@@ -26,7 +26,7 @@ PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 FOLDER_FILES = (*PEFT_FILES, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 Value = str | int | float
 MAX_DEPTH = 8  # of nested mappings in a pickle
-MAX_VALUES = 600_000  # in a pickle; it has no more instructions
+MAX_PICKLED = 600_000  # in a pickle; it has no more instructions
 PEFT_METADATA = "lora_adapter_metadata"  # key of a configuration in a header, a JSON text
 
 
@@ -133,7 +133,7 @@ def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Value]
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Value] = {}
-    left = min(path.stat().st_size, MAX_VALUES)
+    left = min(path.stat().st_size, MAX_PICKLED)
     if isinstance(content, dict):
         states = [name for name in STATES if isinstance(content.get(name), dict)]
         if states:

@@ -15,7 +15,7 @@ from ldm.support.text import shown
 from ldm.weights.fields.adapters import PEFT_KINDS
 from ldm.weights.fields.judge import Finding, conflicts, judge_fields, warnings_of
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+CONFIG_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 MOST_TERMS = 64  # of a series in a configuration
 
 PeftConfig = Mapping[str, Any]  # read from JSON; Any: not checked yet
@@ -26,12 +26,12 @@ def by_component(config: PeftConfig) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for key, value in config.items():
         component, dot, name = key.partition(".")
-        named = dot and component in COMPONENTS
+        named = dot and component in CONFIG_COMPONENTS
         found.setdefault(component if named else "", {})[name if named else key] = value
     return found
 
 
-def fields_of(config: PeftConfig, component: str) -> dict[str, Any]:
+def component_fields(config: PeftConfig, component: str) -> dict[str, Any]:
     """Return the fields for a component: its own, and those with plain keys."""
     parts = by_component(config)
     return {**parts.get("", {}), **parts.get(component, {})}
@@ -81,7 +81,7 @@ def check_config(config: PeftConfig, where: str) -> tuple[str, ...]:
 
 def config_scale(config: PeftConfig, component: str, path: str, rank: int) -> float:
     """Return the factor c of a module's change, for a file that has no alpha for it; see `AdapterFile`."""
-    own = fields_of(config, component)
+    own = component_fields(config, component)
     if "lora_alpha" not in own and "alpha" not in own:
         return 1.0
     if rank == 0 and peft_kind(own) == "LORA":
@@ -95,7 +95,7 @@ def config_scale(config: PeftConfig, component: str, path: str, rank: int) -> fl
 
 def config_terms(config: PeftConfig, component: str) -> int | None:
     """Return the number of terms of the series for rotations; None for no series; see `AdapterFile`."""
-    own = fields_of(config, component)
+    own = component_fields(config, component)
     if not _flag(own, "use_cayley_neumann", True):
         return None
     terms = own.get("num_cayley_neumann_terms", 5)

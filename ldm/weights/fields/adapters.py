@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ldm.weights.fields.judge import Fields, by_shapes, fixed, followed, ignored
+from ldm.weights.fields.networks import TRAINING_ONLY
 
 BOOKKEEPING = "it does not change what is computed"
-TRAINING_ONLY = "it acts in training only"
 AT_THE_START = "it sets the values at the start of the training"
 
 COMMON: Fields = {
