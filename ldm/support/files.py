@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import platform
 import re
@@ -14,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -231,6 +231,22 @@ def file_exists(path: Path) -> bool:
         raise
 
 
+class BoundedFile(io.BufferedReader):
+    """A file of which no more is read than there is: Python sets aside as much memory as is asked for.
+
+    A damaged image file can state that a chunk of some bytes has gigabytes, which its decoder then asks for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes of the file, at most `size` of them; all that are left for None or −1."""
+        left = max(self._size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def check_place(path: Path) -> None:
     """Check before any work that a file or folder can be written, in a folder that may still have to be made.
 
@@ -258,7 +274,7 @@ def longest_name(folder: Path) -> int:
         return 255
 
 
-def file_sha256(file: FileIO) -> str:
+def file_sha256(file: io.FileIO) -> str:
     """Return the SHA-256 of what is left to read in a file without a buffer, in 64 hexadecimal digits."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
     while count := file.readinto(buffer):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.support.files import BoundedFile
 from ldm.support.strict_json import parse_json
 from ldm.support.text import escaped
 
@@ -50,7 +51,7 @@ def embedding_in_image(path: Path) -> dict[str, Any]:  # Any: the content of a .
     where = repr(str(path))
     most = min(CARD_BYTES, max(LEAST_BYTES, EXPANSION * path.stat().st_size))
     try:
-        with Image.open(path, formats=("PNG", "WEBP")) as image:
+        with BoundedFile(path) as file, Image.open(file, formats=("PNG", "WEBP")) as image:
             if image.width * image.height > CARD_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels, expected at most {CARD_PIXELS:,}")
             image.load()
