@@ -20,6 +20,7 @@ from ldm.speed.kernels.shared_library import write_cached
 from ldm.training.caches.rows import cached_rows
 from ldm.training.checkpoint import save_checkpoint
 from ldm.training.metrics import append_row
+from ldm.weights.adapters.originals import Originals
 from ldm.weights.formats.safetensors import write_safetensors
 
 LIMIT = 4096  # bytes that a file may have
@@ -81,6 +82,17 @@ def test_a_model_that_does_not_fit_leaves_the_old_one(tmp_path: Path, there: boo
     assert caught.value.errno == errno.EFBIG and named.parent == folder and named.suffix == ".safetensors"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"] * there
+
+
+def test_originals_of_adapters_that_do_not_fit_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_HOME", str(tmp_path / "home"))
+    originals = Originals()
+    with small_disk(), pytest.raises(OSError) as caught:
+        originals.keep({("unet", "weight"): WIDE})
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / "home")
+    assert len(originals) == 0
 
 
 def test_weights_at_rest_that_do_not_fit_are_an_error(

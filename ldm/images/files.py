@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.images.opening import decode_image
-from ldm.support.files import longest_name, write_atomically
+from ldm.support.files import check_place, write_atomically
 from ldm.support.scalars import whole_number
 from ldm.support.strict_json import parse_json
 from ldm.support.text import shown
@@ -62,19 +60,11 @@ def check_writable(path: str | Path, suffixes: Collection[str] = tuple(FORMATS))
 
         if not features.check("webp"):
             raise ValueError(f"{str(path)!r}: this build of Pillow has no WebP; choose .png or .jpg")
-    if len(os.fsencode(path.name)) > (longest := longest_name(path.parent)):
-        raise ValueError(f"{path.name[:40]!r}…: expected a file name of at most {longest} bytes")
+    check_place(path)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{str(path)!r} cannot be written")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise PermissionError(f"{str(path)!r} cannot be written: {error.strerror}") from None
     return path
 
 

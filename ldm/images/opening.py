@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ldm.support.files import file_exists
+from ldm.support.files import BoundedFile, file_exists
 from ldm.support.text import escaped, shown
 from ldm.support.warn import warn_user
 
@@ -48,22 +48,6 @@ def check_pixels(width: int, height: int, name: str = "") -> None:
             f"{name and name + ': '}{width}×{height} is {width * height} pixels, expected at most {most};"
             f" {MAX_PIXELS_VARIABLE} sets another limit"
         )
-
-
-class BoundedFile(io.BufferedReader):
-    """A file of which no more is read than there is: Python sets aside as much memory as is asked for.
-
-    A damaged image file can state that a chunk of some bytes has gigabytes, which its decoder then asks for.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next bytes of the file, at most `size` of them; all that are left for None or −1."""
-        left = max(self._size - self.tell(), 0)
-        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def decode_image(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from ldm.catalog.distilled import DistilledCard, distilled_card
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.pipelines.loaded_adapter import AdapterEntry, LoadedAdapter
 from ldm.support.config import nearest
+from ldm.support.scalars import finite_number
 from ldm.support.warn import warn_user
 from ldm.weights.adapters.adapter import Adapter
 from ldm.weights.adapters.blocks import BlockWeights, block_weights
@@ -104,8 +104,8 @@ class Adapters:
         name = _checked_name(path) if name is None else name
         if name in self._loaded:
             raise ValueError(f"name: an adapter {name!r} is loaded; remove it, or choose another name")
-        strength, factors = _finite("strength", strength), block_weights(blocks)
-        text = strength if text_strength is None else _finite("text_strength", text_strength)
+        strength, factors = finite_number("strength", strength), block_weights(blocks)
+        text = strength if text_strength is None else finite_number("text_strength", text_strength)
         adapter = self._read(path, strict=strict, token=token)
         made = LoadedAdapter(
             name=name,
@@ -142,10 +142,10 @@ class Adapters:
         old = self._get(name)
         new = old
         if strength is not None:
-            value = _finite("strength", strength)
+            value = finite_number("strength", strength)
             new = replace(new, strength=value, text_strength=value)
         if text_strength is not None:
-            new = replace(new, text_strength=_finite("text_strength", text_strength))
+            new = replace(new, text_strength=finite_number("text_strength", text_strength))
         if blocks is not None:
             new = replace(new, blocks=block_weights(blocks))
         self._apply({**self._loaded, name: new})
@@ -284,12 +284,6 @@ class Adapters:
             if not word.strip():
                 raise ValueError(f"token: expected a word, got {word!r}")
             taken.add(word.lower())
-
-
-def _finite(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a number, got {value!r}")
-    return float(value)
 
 
 def _checked_name(path: str | Path) -> str:

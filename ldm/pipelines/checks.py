@@ -14,7 +14,7 @@ from ldm.conditioning.conditioner import Conditioner, KnowsWords
 from ldm.conditioning.prompt import check_text
 from ldm.samplers import get_sampler
 from ldm.support.config import nearest
-from ldm.support.scalars import check_kind, check_within, python_scalar, whole_number
+from ldm.support.scalars import check_kind, check_within, python_scalar, python_scalars, whole_number
 from ldm.support.text import shown
 from ldm.support.warn import warn_user
 
@@ -170,7 +170,7 @@ def check_arguments(parameters: Mapping[str, inspect.Parameter], given: Mapping[
 
 def check_settings(**settings: Any) -> None:
     """Raise ValueError for the first setting of another type than in `SETTINGS`."""
-    for name, value in settings.items():
+    for name, value in python_scalars(settings).items():
         check_option(name, value, SETTINGS[name])
 
 

@@ -21,7 +21,7 @@ from ldm.weights.adapters.leaves import grouped
 from ldm.weights.adapters.matching import match_adapter
 from ldm.weights.adapters.places import Places
 from ldm.weights.adapters.reduction import extracted, joined, resized
-from ldm.weights.adapters.writing import ModuleChange, module_changes, write_adapter
+from ldm.weights.adapters.writing import ModuleChange, check_target, module_changes, write_adapter
 from ldm.weights.parts import build_network
 
 
@@ -42,11 +42,12 @@ def convert_adapter(
     Raises:
         ValueError: If it fits no such model, or the names have none for a kind; see `write_adapter`.
     """
+    to = check_target(Path(to), names)
     file, adapter = _matched(path, model)
     changes = module_changes(adapter)
     dtypes = {value.dtype for value in file.tensors.values() if value.is_floating_point() and value.ndim}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return write_adapter(Path(to), changes, names, dtype=dtype, metadata=file.metadata)
+    return write_adapter(to, changes, names, dtype=dtype, metadata=file.metadata)
 
 
 def resize_adapter(
@@ -75,11 +76,12 @@ def resize_adapter(
         raise ValueError(f"rank: expected at least 1, got {rank}")
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a part in (0, 1], got {keep}")
+    to = check_target(Path(to), names)
     _, adapter = _matched(path, model)
     changes = [
         replace(change, delta=resized(_lora(change), rank, keep=keep)) for change in module_changes(adapter)
     ]
-    return write_adapter(Path(to), changes, names)
+    return write_adapter(to, changes, names)
 
 
 def merge_adapters(
@@ -102,6 +104,7 @@ def merge_adapters(
     Raises:
         ValueError: If there are none, or a change is no plain LoRA.
     """
+    to = check_target(Path(to), names)
     found: dict[tuple[str, str], list[tuple[LowRank, float]]] = {}
     for path, strength in adapters:
         for change in module_changes(_matched(path, model)[1]):
@@ -111,7 +114,7 @@ def merge_adapters(
     changes = [ModuleChange(part=p, path=path, delta=joined(own)) for (p, path), own in found.items()]
     if rank is not None:
         changes = [replace(change, delta=resized(_lora(change), rank)) for change in changes]
-    return write_adapter(Path(to), changes, names)
+    return write_adapter(to, changes, names)
 
 
 def extract_adapter(
@@ -147,6 +150,7 @@ def extract_adapter(
     """
     if rank < 1 or not 0 < clamp <= 1:
         raise ValueError(f"expected a rank of at least 1 and clamp in (0, 1], got {rank} and {clamp}")
+    to = check_target(Path(to), names)
     first, second = (_networks(load(model, weights=w, device="cpu", dtype="float32")) for w in (base, tuned))
     changes: list[ModuleChange] = []
     taken: set[tuple[str, str]] = set()
@@ -163,7 +167,7 @@ def extract_adapter(
     ]
     if not changes:
         raise ValueError(f"{str(tuned)!r} differs from {str(base)!r} in no module that a LoRA changes")
-    return write_adapter(Path(to), changes, names, dtype=dtype), left
+    return write_adapter(to, changes, names, dtype=dtype), left
 
 
 def _layers(

@@ -23,6 +23,7 @@ from ldm.registry.unclip.assembly import assemble_unclip
 from ldm.registry.unclip.sources import unclip_from_ldm
 from ldm.support.config import nearest, read_yaml
 from ldm.support.files import staged_folder, write_atomically
+from ldm.support.text import shown
 from ldm.weights.formats.exemplar_file import LIBRARY_EMBEDDINGS
 from ldm.weights.formats.ldm_folder import VOCABULARY, WORDS_VOCABULARY, about_part
 from ldm.weights.formats.ldm_model import LIBRARY_FILES, write_card
@@ -76,8 +77,10 @@ def gather(config: str | Path, folder: str | Path) -> Path:
             f"{str(config)!r}: expected the card of a {' or '.join(CHECKS)} model, got one of the family"
             f" {card.family!r}"
         )
-    if not isinstance(exports, Mapping):
-        raise ValueError(f"{str(config)!r}: exports: expected a mapping of parts to folders, got {exports!r}")
+    if not isinstance(exports, Mapping) or not all(isinstance(source, str) for source in exports.values()):
+        raise ValueError(
+            f"{str(config)!r}: exports: expected a mapping of parts to folders, got {shown(exports)}"
+        )
     check_part_names(card, exports, f"{str(config)!r}: exports")
     return bundle(card, exports, folder)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ldm.catalog.lookup import find_card
+from ldm.registry.inspection_diffusers import stated_lines
 from ldm.registry.report import BlockReport, MatchReport, Report, non_finite, report_part
 from ldm.weights.adapters.adapter import Adapter
 from ldm.weights.adapters.embeddings import split_embeddings
@@ -15,6 +16,7 @@ from ldm.weights.adapters.families import WIDTHS, family_in_words
 from ldm.weights.adapters.files import FOLDER_FILES, AdapterFile, adapter_digest, read_adapter
 from ldm.weights.adapters.leaves import grouped, has_adapter_keys
 from ldm.weights.adapters.matching import match_places
+from ldm.weights.adapters.peft_config import component_fields, config_findings
 from ldm.weights.adapters.places import Places
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.single_file import SAFETENSORS_KIND, file_kind
@@ -61,6 +63,17 @@ def inspect_adapter(file: AdapterFile, *, model: str | None, nan: bool, digest: 
     except ValueError as error:
         made_for = ""
         problems.append(str(error))
+    try:
+        config = [
+            line
+            for component, findings in config_findings(file.config).items()
+            for line in stated_lines(
+                component or "peft", findings, component_fields(file.config, component), problems
+            )
+        ]
+    except ValueError as error:
+        config = []
+        problems.append(str(error))
     names = [model] if model is not None else [CARD_OF[made_for]] if made_for in CARD_OF else CARD_OF.values()
     matches: list[MatchReport] = []
     reasons: list[str] = []
@@ -76,7 +89,7 @@ def inspect_adapter(file: AdapterFile, *, model: str | None, nan: bool, digest: 
         sha256={file.path.name: adapter_digest(file.path)} if digest else {},
         parts=(report_part("adapter", file.tensors),),
         values={key: value for key, value in file.values.items() if key != "ss_tag_frequency"},
-        stated=tuple(_stated(file.metadata)),
+        stated=(*_stated(file.metadata), *config),
         bad=non_finite(file.tensors) if nan else None,
         globals=pickled.globals if pickled else (),
         unsafe=pickled.refused if pickled else (),

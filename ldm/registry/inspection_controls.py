@@ -22,9 +22,9 @@ from ldm.weights.controls.building import (
     layout_of,
 )
 from ldm.weights.controls.control_lora import is_change
-from ldm.weights.controls.control_net import shapes_in
 from ldm.weights.controls.files import ControlFile, control_digest, read_control
 from ldm.weights.controls.lllite import is_lllite
+from ldm.weights.controls.shapes import shapes_in
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.single_file import SAFETENSORS_KIND, file_kind
 from ldm.weights.keymap import fit_table

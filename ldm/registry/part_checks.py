@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.catalog.cards import ModelCard
 from ldm.catalog.unclip_cards import StageCard, UnCLIPCard, upsampler_name
+from ldm.support.text import shown
 from ldm.weights.formats.ldm_folder import about_part, read_part_config
 
 
@@ -47,7 +48,7 @@ def check_unclip_parts(card: UnCLIPCard, folder: Path) -> None:
             stated = stage.residual if isinstance(stage, StageCard) else None
             if stated != (residual := about.get("residual")):
                 raise ValueError(
-                    f"{part}: it was trained with residual {residual!r}, but the card states {stated!r}"
+                    f"{part}: it was trained with residual {shown(residual)}, but the card states {stated!r}"
                 )
     for k, (small, large) in enumerate(pairwise([card.decoder, *card.upsamplers])):
         part = upsampler_name(k)
@@ -81,7 +82,7 @@ def check_trained_with(part: str, stated: Mapping[str, object], about: Mapping[s
     if not isinstance(trained, Mapping):
         return
     if wrong := [
-        f"{key} {trained[key]!r}, but the card states {value!r}"
+        f"{key} {shown(trained[key])}, but the card states {value!r}"
         for key, value in stated.items()
         if trained.get(key, value) != value
     ]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import platform
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,7 +55,7 @@ def open_atomically(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path.parent)
-    with _errors_name(path, temporary):
+    with errors_name(path, temporary):
         if mode is None and path.exists():
             mode = path.stat().st_mode & 0o777
         try:
@@ -76,7 +77,7 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         OSError: If the file cannot be written; the message names it.
     """
-    with _errors_name(path, path), path.open("a", encoding="utf-8") as file:
+    with errors_name(path, path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -84,7 +85,7 @@ def append_text(path: Path, text: str) -> None:
 def temporary_folder(folder: Path) -> Iterator[Path]:
     """Make a new folder in `folder` that only its owner may use; remove it when the `with` block ends."""
     path = temporary_path(folder)
-    with _errors_name(folder, path):
+    with errors_name(folder, path):
         path.mkdir(mode=0o700)
         path.chmod(0o700)  # as the umask has been applied
     try:
@@ -125,7 +126,7 @@ def staged_folder(
         The new folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder.parent) as stage, _errors_name(folder, stage):
+    with temporary_folder(folder.parent) as stage, errors_name(folder, stage):
         yield stage
         moved = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         folder.mkdir(exist_ok=True)
@@ -142,8 +143,13 @@ def staged_folder(
 
 
 @contextmanager
-def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
-    """Let errors that name no file, or a temporary one, name what is to be written instead."""
+def errors_name(path: Path, temporary: Path) -> Iterator[None]:
+    """Let OSErrors that name no file, or a temporary one, name what is to be written instead.
+
+    Args:
+        path: What is to be written.
+        temporary: The temporary file or folder.
+    """
     try:
         yield
     except OSError as error:
@@ -225,6 +231,41 @@ def file_exists(path: Path) -> bool:
         raise
 
 
+class BoundedFile(io.BufferedReader):
+    """A file of which no more is read than there is: Python sets aside as much memory as is asked for.
+
+    A damaged image file can state that a chunk of some bytes has gigabytes, which its decoder then asks for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes of the file, at most `size` of them; all that are left for None or −1."""
+        left = max(self._size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def check_place(path: Path) -> None:
+    """Check before any work that a file or folder can be written, in a folder that may still have to be made.
+
+    Raises:
+        ValueError: If its name is too long.
+        OSError: If it, or the folder in which it or the first missing folder is made, cannot be written.
+    """
+    if len(os.fsencode(path.name)) > (longest := longest_name(path.parent)):
+        raise ValueError(f"{path.name[:40]!r}…: expected a file name of at most {longest} bytes")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{str(path)!r} cannot be written")
+    place = next((each for each in path.parents if each.exists()), path.parent)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{str(path)!r} cannot be written: {error.strerror}") from None
+
+
 def longest_name(folder: Path) -> int:
     """Return the largest number of bytes that a file name in a folder may have."""
     try:
@@ -233,7 +274,7 @@ def longest_name(folder: Path) -> int:
         return 255
 
 
-def file_sha256(file: FileIO) -> str:
+def file_sha256(file: io.FileIO) -> str:
     """Return the SHA-256 of what is left to read in a file without a buffer, in 64 hexadecimal digits."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
     while count := file.readinto(buffer):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,18 @@ _BOUNDED = _Bounded()
 def shown(value: Any) -> str:  # Any: a value from a file
     """Return the `repr` of a value, shortened if it is long or deep, with invisible characters escaped."""
     return escaped(_BOUNDED.repr(value), 600)
+
+
+@contextmanager
+def errors_of(path: str | Path) -> Iterator[None]:
+    """Let a ValueError of the block name the file that it is about, unless its message does."""
+    where = shown(str(path))
+    try:
+        yield
+    except ValueError as error:
+        if where in str(error) or str(path) in str(error):
+            raise
+        raise ValueError(f"{where}: {error}") from None
 
 
 def read_utf8(path: Path, most: int) -> str:

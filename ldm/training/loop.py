@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ldm.speed.optimization import for_training
 from ldm.support.config import filled, to_dict
 from ldm.support.device import dtype_of, fast_dtype
-from ldm.support.files import open_atomically, write_atomically
+from ldm.support.files import open_atomically, staged_folder, write_atomically
 from ldm.support.progress import progress_bar
 from ldm.support.scalars import whole_number
 from ldm.training.checkpoint import BeginsWithModel, check_resumable, check_same_base
@@ -288,6 +288,9 @@ class Run:
     def export(self, folder: Path, *, width: float | None = None, step: int | None = None) -> None:
         """Write the averaged weights as the part's own files, and an excerpt of the metrics beside them.
 
+        All are written in a new folder beside, from which they are moved at the end. Other files of `folder`
+        are kept.
+
         Args:
             folder: The folder to write.
             width: Width of the average, see `ldm.training.power_averages`; None for the exponential one.
@@ -314,7 +317,10 @@ class Run:
             values = average_of_width(self.folder, width, step=step)
             record["average"] = {"width": width, "step": self.step if step is None else step}
         self.part.model.eval()
-        with torch.no_grad(), self.ema.swapped(values):
-            self.part.export(folder, record)
-        curve = thin_rows(self.folder / "metrics.jsonl")
-        write_atomically(folder / f"{self.config.name}.jsonl", curve.encode())
+        keys = set[str]()  # the records of the parts, without which their weights are not read
+        with staged_folder(folder, keys, lambda _: ()) as stage:
+            with torch.no_grad(), self.ema.swapped(values):
+                self.part.export(stage, record)
+            curve = thin_rows(self.folder / "metrics.jsonl")
+            write_atomically(stage / f"{self.config.name}.jsonl", curve.encode())
+            keys |= {path.name for path in stage.glob("*.yaml")}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,9 +20,10 @@ from ldm.models.clip.config import Activation, CLIPConfig, TextConfig, VisionCon
 from ldm.models.clip.pixels import MEAN, STD
 from ldm.models.clip.towers import CLIP, TextTower, VisionTower
 from ldm.models.meta import on_meta
-from ldm.support.config import build, nearest
+from ldm.support.config import MAX_SIZE, build, check_between, check_sizes, nearest
+from ldm.support.scalars import whole_number
 from ldm.support.strict_json import read_json
-from ldm.support.text import shown
+from ldm.support.text import errors_of, shown
 from ldm.support.warn import warn_user
 from ldm.weights.fields.judge import conflicts, judge_fields, same, warnings_of
 from ldm.weights.fields.texts import CLIP_PIXELS, CLIP_TEXT, CLIP_VISION
@@ -31,6 +32,8 @@ from ldm.weights.rules.clip import to_clip
 from ldm.weights.strict import load_strict
 
 RGB = tuple[float, float, float]
+Tower = TypeVar("Tower", TextConfig, VisionConfig)
+MOST_LAYERS = 200  # of a tower; the largest published one has 48
 ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 # The values of entries that config.json leaves out, as transformers defines them.
 TEXT_DEFAULTS = {
@@ -75,7 +78,7 @@ def load_hugging_face_clip(
         ValueError: If it holds another kind of model, or one that computes otherwise.
     """
     component = read_component(folder, variant=variant)
-    with on_meta():
+    with errors_of(folder), on_meta():
         model = hugging_face_network(component.config, *pixel_statistics(Path(folder)))
     load_strict(model, to_clip(model, component.tensors, source=folder), source=folder, dtype=dtype)
     return model.eval()
@@ -98,8 +101,8 @@ def hugging_face_network(
         return VisionTower(replace(hf_vision_config(config), mean=mean, std=std))
     if kind != "clip":
         choices = ("clip", "clip_text_model", "clip_vision_model")
-        raise ValueError(f"model_type: {kind!r}; {nearest(kind, choices)}")
-    width = config.get("projection_dim", 512)
+        raise ValueError(f"model_type: {shown(kind)}; {nearest(kind, choices)}")
+    width = whole_number("projection_dim", config.get("projection_dim", 512), least=1, most=MAX_SIZE)
     text = hf_text_config({"model_type": "clip_text_model", **tower_config(config, "text_config")})
     vision = hf_vision_config({"model_type": "clip_vision_model", **tower_config(config, "vision_config")})
     return CLIP(
@@ -151,7 +154,8 @@ def hf_text_config(config: Mapping[str, Any]) -> TextConfig:
     bos, eos = stated["bos_token_id"], stated["eos_token_id"]
     if eos == 2:  # files of 2022 state 0 and 2, which CLIP's tokenizer never produces
         bos, eos = TEXT_DEFAULTS["bos_token_id"], TEXT_DEFAULTS["eos_token_id"]
-    return TextConfig(
+    return _built(
+        TextConfig,
         vocab_size=stated["vocab_size"],
         context_length=stated["max_position_embeddings"],
         width=stated["hidden_size"],
@@ -173,7 +177,8 @@ def hf_vision_config(config: Mapping[str, Any]) -> VisionConfig:
     """
     _check_config(config, "clip_vision_model")
     stated = {**VISION_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
-    return VisionConfig(
+    return _built(
+        VisionConfig,
         image_size=stated["image_size"],
         patch_size=stated["patch_size"],
         width=stated["hidden_size"],
@@ -185,18 +190,28 @@ def hf_vision_config(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
+def _built(kind: type[Tower], **fields: Any) -> Tower:
+    """Return the shape of a tower; ValueError for a field of another type, or larger than any network's."""
+    shape = build(kind, fields, "config.json")
+    check_sizes(shape, "config.json")
+    check_between(1, MOST_LAYERS, num_hidden_layers=fields["layers"])
+    return shape
+
+
 def _is_projected(config: Mapping[str, Any]) -> bool:
     """Return whether the architecture is one with a projection to the shared embedding space."""
-    return "WithProjection" in "".join(config.get("architectures") or ())
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures: expected a list of names, got {shown(names)}")
+    return any("WithProjection" in name for name in names)
 
 
 def _check_config(config: Mapping[str, Any], kind: str) -> None:
     if config.get("model_type") != kind:
-        raise ValueError(f"model_type: expected {kind!r}, got {config.get('model_type')!r}")
-    if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
-        raise ValueError(
-            f"hidden_act: {config['hidden_act']!r}; {nearest(config['hidden_act'], ACTIVATIONS)}"
-        )
+        raise ValueError(f"model_type: expected {kind!r}, got {shown(config.get('model_type'))}")
+    activation = config.get("hidden_act", "quick_gelu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act: {shown(activation)}; {nearest(activation, ACTIVATIONS)}")
     fields = CLIP_TEXT if kind == "clip_text_model" else CLIP_VISION
     findings = [each for each in judge_fields(config, fields) if each.name != "eos_token_id"]
     if wrong := conflicts(findings):

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.support.memory import release_unchanged
+from ldm.support.text import escaped
 from ldm.weights.cast import cast, is_finite
 from ldm.weights.sources import remember_sources
+
+LONGEST_KEY = 200  # characters of a key, with what is said of it, in a message
 
 
 @runtime_checkable
@@ -38,7 +41,8 @@ def mismatch(missing: Iterable[str], extra: Iterable[str], misshapen: Iterable[s
     ):
         if keys:
             more = f" and {len(keys) - show} more" if len(keys) > show else ""
-            parts.append(f"{len(keys)} {what} ({', '.join(keys[:show])}{more})")
+            first = ", ".join(escaped(key, LONGEST_KEY) for key in keys[:show])
+            parts.append(f"{len(keys)} {what} ({first}{more})")
     return "; ".join(parts)
 
 

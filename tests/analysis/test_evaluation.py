@@ -24,6 +24,7 @@ from ldm.analysis.metrics.features import (
 )
 from ldm.analysis.metrics.frechet import frechet_distance
 from ldm.analysis.metrics.report import write_report
+from ldm.analysis.metrics.sets import read_prompts
 from ldm.catalog.lookup import ASSETS
 from ldm.conditioning.exemplar_index import on_white
 from ldm.weights.formats.exemplar_file import read_library
@@ -209,6 +210,22 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         open_features(f"dinov2={tmp_path / 'x.pth'}")
     with pytest.raises(FileNotFoundError):
         open_features(f"inception={tmp_path / 'none.pth'}")
+    wrong = {
+        "inception": {"fc.weight": torch.zeros(3)},
+        "dinov2": {"cls_token": torch.zeros(1, 1, 384), "pos_embed": torch.zeros(1, 5)},
+        "ViT-B-32": {"x": torch.zeros(3)},
+    }
+    for kind, state in wrong.items():
+        torch.save(state, tmp_path / f"{kind}.pth")
+        with pytest.raises(ValueError, match=f"{kind}.pth") as caught:
+            open_features(f"{kind}={tmp_path / f'{kind}.pth'}")
+        assert len(str(caught.value)) < 1500
+
+
+def test_prompts_that_are_not_utf8_are_refused(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"a cat\n\xff\n")
+    with pytest.raises(ValueError, match="prompts.txt' is not UTF-8, at byte 6"):
+        read_prompts(tmp_path / "prompts.txt")
 
 
 # Evaluations

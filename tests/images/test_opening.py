@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from ldm.images.files import read_recipe
-from ldm.images.opening import MAX_PIXELS, READ_FORMATS, BoundedFile, check_pixels, decode_image
+from ldm.images.opening import MAX_PIXELS, READ_FORMATS, check_pixels, decode_image
 from ldm.images.pixels import to_pixels
+from ldm.support.files import BoundedFile
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:

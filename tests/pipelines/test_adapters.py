@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from adapter_files import (
@@ -370,7 +371,28 @@ def test_what_is_refused(sd: Any, xl: Any, tmp_path: Path) -> None:
     twice = state | {name.replace("lora_down", "lora_A"): state[name]}
     refused(sd, written(tmp_path / "twice.safetensors", twice), "both state the lora_down")
     for value in (float("nan"), float("inf"), True):
-        refused(sd, written(tmp_path / "style.safetensors", state), "expected a number", strength=value)
+        refused(
+            sd,
+            written(tmp_path / "style.safetensors", state),
+            "strength: expected a finite number",
+            strength=value,
+        )
+
+
+@pytest.mark.parametrize("convert", [np.float32, np.asarray, torch.tensor])
+def test_strengths_of_numpy_and_torch_are_numbers(sd: Any, tmp_path: Path, convert: Any) -> None:
+    _, state = file_of(sd, tmp_path)
+    path = written(tmp_path / "style.safetensors", state)
+    loaded = sd.adapters.load(path, strength=convert(0.5), blocks={"IN01": convert(0.25)})
+    try:
+        assert (loaded.strength, loaded.text_strength, loaded.blocks) == (0.5, 0.5, {"IN01": 0.25})
+        sd.adapters.set("style", convert(2.0), text_strength=convert(0.125))
+        (entry,) = sd.adapters.entries()
+        assert (
+            json.dumps([entry.strength, entry.text_strength, entry.blocks]) == '[2.0, 0.125, {"IN01": 0.25}]'
+        )
+    finally:
+        sd.adapters.remove("style")
 
 
 def test_unused_keys_are_named(sd: Any, tmp_path: Path) -> None:

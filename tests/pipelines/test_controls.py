@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from control_nets import lines, peer_of, random_control_net, reduced_config, write_png
@@ -55,6 +56,38 @@ def pipe(sd: Any) -> Iterator[Any]:
     yield sd
     for each in sd.controls.list():
         sd.controls.remove(each.name)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_those_of_python(convert: Any) -> None:
+    made = ldm.Control(
+        "edges",
+        "hint.png",
+        strength=convert(0.5),
+        start=convert(0.25),
+        end=convert(0.75),
+        guess=convert(True),
+    )
+    assert made == ldm.Control("edges", "hint.png", strength=0.5, start=0.25, end=0.75, guess=True)
+    assert [type(value) for value in (made.strength, made.start, made.end, made.guess)] == [float] * 3 + [
+        bool
+    ]
+    assert ldm.Control("edges", "hint.png", margins=convert([1, 2, 3, 4])).margins == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margins": 5}, "margins: expected left, right, top and bottom, got 5"),
+        ({"margins": None}, "margins: expected left, right, top and bottom, got None"),
+        ({"strength": np.float32("nan")}, "strength: expected a finite number"),
+        ({"end": "1"}, "end: expected a finite number"),
+        ({"guess": np.int64(2)}, "guess: expected True or False"),
+    ],
+)
+def test_options_that_are_no_such_values_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ldm.Control("edges", "hint.png", **options)
 
 
 def network_for(pipe: Any, **changes: Any) -> ControlNet:

@@ -195,6 +195,14 @@ def test_numbers_of_numpy_and_torch_are_those_of_python(task: Task) -> None:
         assert json.dumps(made.recipe) == json.dumps(expected.recipe)
 
 
+@pytest.mark.parametrize("convert", [np.bool_, np.asarray, torch.tensor])
+def test_flags_of_numpy_and_torch_are_those_of_python(convert: Callable[[bool], Any]) -> None:
+    made = TASKS[0].run(keep_steps=convert(True), progress=convert(False))
+    assert made.steps is not None and TASKS[0].run(keep_steps=convert(False)).steps is None
+    with pytest.raises(ValueError, match="keep_steps: expected True or False"):
+        TASKS[0].run(keep_steps=np.int64(2))
+
+
 def sampler_cases() -> Iterator[tuple[str, str, Any]]:
     for sampler, function in SAMPLERS.items():
         for name, each in inspect.signature(function).parameters.items():

@@ -194,3 +194,35 @@ def test_the_option_of_image_commands(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run_command_line(["replay", str(out), "--adapters", str(tmp_path)]) == 0
     assert run_command_line(["replay", str(out)]) == 2
     assert "made with the adapter 'a'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("to", "names", "error", "message"),
+    [
+        ("x" * 300 + ".safetensors", "kohya", ValueError, "file name of at most"),
+        ("folder", "kohya", IsADirectoryError, "folder' is a folder"),
+        ("file/new.safetensors", "kohya", OSError, "cannot be written"),
+        ("file", "peft", NotADirectoryError, "file' is a file"),
+        ("new.safetensors", "kohia", ValueError, "names 'kohia'"),
+    ],
+)
+def test_the_target_is_checked_before_the_work(
+    to: str, names: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work has begun")
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for work in ("load", "read_adapter"):
+        monkeypatch.setattr(f"ldm.registry.adapting.{work}", fail)
+    place: dict[str, Any] = {"to": tmp_path / to, "names": names}
+    for act in (
+        lambda: convert_adapter("a", **place),
+        lambda: resize_adapter("a", **place, rank=2),
+        lambda: merge_adapters([("a", 1.0)], **place),
+        lambda: extract_adapter("a", "b", **place),
+    ):
+        with pytest.raises(error, match=message):
+            act()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

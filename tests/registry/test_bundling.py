@@ -227,6 +227,8 @@ def test_a_bundle_with_an_autoregressive_prior(tmp_path: Path) -> None:
         ({"exports": {"decoders": "x"}}, ValueError, "exports: 'decoders'; did you mean 'decoder'"),
         ({"exports": {"decoder": "nowhere"}}, FileNotFoundError, "no decoder in 'nowhere'"),
         ({"prior": {"similarity": 0.4}, "exports": None}, ValueError, "exports: expected a mapping"),
+        ({"exports": {"decoder": 5}}, ValueError, "exports: expected a mapping of parts to folders, got"),
+        ({"exports": ["x" * 5000]}, ValueError, r"exports: expected a mapping.{,400}$"),
         ({"parts": {}}, ValueError, "makes 4 channels, pixels, as there is no autoencoder"),
         ({"family": "latent"}, ValueError, "unknown key|missing key"),
     ],

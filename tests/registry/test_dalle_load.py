@@ -281,7 +281,8 @@ def test_the_tokenizer_file_of_hugging_face(merges: list[Any], pipe: DalleMini, 
     [
         ("d_model", 64, "d_model 64, expected 32"),
         ("use_glu", False, "use_glu False, expected True"),
-        ("ln_positions", "postln", "ln_positions 'postln'"),
+        ("ln_positions", "postln", "ln_positions postln, expected normformer"),
+        ("normalize_text", False, "normalize_text False, expected True"),
         ("decoder_start_token_id", 63, "decoder_start_token_id 63, expected 64"),
     ],
 )
@@ -296,6 +297,15 @@ def test_a_configuration_of_another_model_is_refused(
     (folder / "config.json").write_text(json.dumps({**stated, field: value}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         ldm.load("tiny-dalle", weights=folder)
+
+
+def test_unknown_fields_of_a_configuration_are_warned_of(pipe: DalleMini, tmp_path: Path) -> None:
+    register_tiny()
+    folder = write_min_dalle(pipe, tmp_path / "model")
+    stated = {"model_type": "dallebart", "use_new_attention": True}
+    (folder / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    with pytest.warns(UserWarning, match="not known here and not followed: use_new_attention True"):
+        ldm.load("tiny-dalle", weights=folder, dtype="float32")
 
 
 def test_options_of_diffusion_models_are_refused() -> None:

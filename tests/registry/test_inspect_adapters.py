@@ -88,3 +88,18 @@ def test_hostile_files_are_not_executed(tmp_path: Path) -> None:
     for text in ("{", "[" * 100_000, '{"a": 3, "b": {"c": "d"}}', "[1]"):
         path = written(tmp_path / "tags.safetensors", sd1(), {"ss_tag_frequency": text})
         assert inspect(path, digest=False).matches
+
+
+def test_a_configuration_of_peft_is_shown(tmp_path: Path) -> None:
+    stem = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    state = {f"{stem}.lora_A.weight": torch.randn(4, 768), f"{stem}.lora_B.weight": torch.randn(1280, 4)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True, "brand_new": 7}
+    for name, changes in {"good": {}, "bad": {"init_lora_weights": "pissa"}}.items():
+        (tmp_path / name).mkdir()
+        written(tmp_path / name / "adapter_model.safetensors", state)
+        text = json.dumps({**config, **changes})
+        (tmp_path / name / "adapter_config.json").write_text(text, encoding="utf-8")
+    good, bad = (inspect(tmp_path / name) for name in ("good", "bad"))
+    assert "lora_alpha = 8 (followed: divided by the rank" in good.text() and not good.problems
+    assert "use_rslora = True (followed" in good.text() and "brand_new = 7 (unknown" in good.text()
+    assert "init_lora_weights pissa, expected True" in bad.text() and not bad.matches

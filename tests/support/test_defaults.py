@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import reduced_families
 import torch
+from described_files import described, place_described
 from import_graph import FILES, PACKAGE
+from kinds_of_adapters import EMBEDDINGS, KINDS, PEFT, small_places
+from kinds_of_controls import control_states, target
 from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 from tiny_trainings import configs, unclip_configs, write
@@ -19,6 +22,7 @@ from tiny_unclip import E, tiny_kandinsky, tiny_kandinsky21, tiny_karlo, tiny_st
 from torch import Tensor
 
 import ldm
+from ldm.catalog.control_cards import CONTROL_CARDS
 from ldm.diffusion.edm import EDMSchedule
 from ldm.diffusion.grid import TimeGrid
 from ldm.diffusion.guidance import cfg
@@ -29,6 +33,11 @@ from ldm.models.unclip.prior import Prior, PriorConfig
 from ldm.samplers import SAMPLERS
 from ldm.support.defaults import as_tensor
 from ldm.training.recipe import find_stage
+from ldm.weights.adapters.files import read_adapter
+from ldm.weights.adapters.matching import match_places
+from ldm.weights.controls.building import IP_ADAPTER_KIND, build_control, control_kind
+from ldm.weights.controls.files import read_control
+from ldm.weights.formats.safetensors import write_safetensors
 from ldm.weights.parts import build_network, randomise
 
 Case = Callable[[], Any]
@@ -220,6 +229,35 @@ def test_networks_that_are_loaded_and_saved(tmp_path: Path) -> None:
         return pipe.text_to_image("a cat", height=32, width=32, steps=2, progress=False)
 
     check({"load": load, "random": random, "embedded": embedded})
+
+
+def test_adapters_and_controls(tmp_path: Path) -> None:
+    def changed(path: Path) -> Any:
+        adapter = match_places(read_adapter(path), small_places(), model="small")
+        weights = [torch.ones(each.site.shape, dtype=torch.float32, device="cpu") for each in adapter.edits]
+        vectors = [dict(each.vectors) for each in adapter.learned]
+        return vectors, [edit.delta.apply(x, 0.7) for edit, x in zip(adapter.edits, weights, strict=True)]
+
+    def built(path: Path) -> Any:
+        file = read_control(path)
+        vision = control_kind(file) == IP_ADAPTER_KIND
+        return build_control(file, target(vision=vision), CONTROL_CARDS["canny"]).network.state_dict()
+
+    cases: dict[str, Case] = {}
+    files: dict[str, bytes] = {name: described(shapes) for name, shapes in {**KINDS, **EMBEDDINGS}.items()}
+    files |= {
+        f"peft {name}": described(shapes, "peft", config={"peft_type": name}) for name, shapes in PEFT.items()
+    }
+    for i, (name, description) in enumerate(files.items()):
+        (tmp_path / str(i)).mkdir()
+        path = place_described(description, tmp_path / str(i))
+        cases[name] = lambda path=path: changed(path)
+    for name, state in control_states().items():
+        path = tmp_path / f"{name}.safetensors"
+        write_safetensors(path, {key: value.contiguous() for key, value in state.items()})
+        cases[name] = lambda path=path: built(path)
+    target(vision=True)
+    check(cases)
 
 
 def test_a_network_of_the_user_follows_the_defaults() -> None:

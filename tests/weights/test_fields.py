@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
@@ -26,6 +28,10 @@ from ldm.models.text.xlmr import XLMRConfig
 from ldm.models.unclip.prior import PriorConfig
 from ldm.registry.latent.writing import DIFFUSERS_PIPELINES
 from ldm.registry.unclip.layouts import UNCLIP_PIPELINES
+from ldm.support.strict_json import read_json
+from ldm.weights.adapters.peft_config import check_config
+from ldm.weights.fields.adapters import PEFT_KINDS
+from ldm.weights.fields.dalle import DALLE_MINI
 from ldm.weights.fields.judge import Field, conflicts, judge_fields, same, warnings_of
 from ldm.weights.fields.networks import NETWORK_CLASSES
 from ldm.weights.fields.pipelines import COMPONENTS, PIPELINE_OPTIONS
@@ -124,6 +130,41 @@ def test_every_scheduler_is_known_or_belongs_to_another_training() -> None:
         if not isinstance(peer, type) or name.startswith("Flax") or not name.endswith("Scheduler"):
             continue
         assert (name in known) != name.startswith(tuple(OTHER_TRAININGS)), name
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_every_field_of_the_configurations_of_peft_is_known(kind: str) -> None:
+    peer = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]()
+    fields = dict(PEFT_KINDS[kind])
+    theirs = {each.name: getattr(peer, each.name) for each in dataclasses.fields(peer)}
+    theirs |= {"peft_type": fields["peft_type"].default}  # that of the kind
+    assert_known(theirs, fields)
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_a_configuration_as_peft_writes_it_is_followed(kind: str, tmp_path: Path) -> None:
+    peer = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](target_modules=["to_q"])
+    peer.save_pretrained(tmp_path)
+    assert check_config(read_json(tmp_path / "adapter_config.json"), "it") == ()
+
+
+# The fields of DalleBartConfig in dalle-mini 0.1, which is not a requirement of the tests.
+DALLE_FIELDS = """
+normalize_text encoder_vocab_size image_vocab_size image_length max_text_length encoder_layers
+encoder_ffn_dim encoder_attention_heads decoder_layers decoder_ffn_dim decoder_attention_heads
+activation_function d_model dropout attention_dropout activation_dropout init_std scale_embedding
+gradient_checkpointing use_scan use_cache is_encoder_decoder forced_eos_token_id tie_word_embeddings
+do_sample use_bias ln_type ln_positions use_head_scale use_cosine_attention tau_init
+use_absolute_position_embeddings use_swin_position_embeddings use_deepnet_scaling use_subln_init
+use_glu use_alibi sinkhorn_iters use_final_ln_encoder use_final_ln_decoder force_ln_scale
+decoder_start_token_id bos_token_id pad_token_id eos_token_id min_length max_length head_scale
+""".split()
+
+
+def test_every_field_of_dalle_mini_is_known() -> None:
+    assert set(DALLE_FIELDS) <= set(DALLE_MINI)
+    theirs = dict.fromkeys(defaults_of(PretrainedConfig))
+    assert set(theirs) <= set(DALLE_MINI)
 
 
 def test_every_option_of_the_pipelines_is_known() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def test_names_of_an_autoencoder() -> None:
     assert torch.equal(found["decoder.up.4.block.0.conv1.weight"], kernel.permute(3, 2, 0, 1))
 
 
-def bad_array(shape: bytes, dtype: str, data: bytes) -> bytes:
-    inner = b"\x93" + shape + packed(dtype) + b"\xc4" + bytes([len(data)]) + data
+def bad_array(shape: bytes, dtype: str | list[int], data: bytes) -> bytes:
+    name = packed(dtype) if isinstance(dtype, str) else bytes([0x90 | len(dtype), *dtype])
+    inner = b"\x93" + shape + name + b"\xc4" + bytes([len(data)]) + data
     return b"\x81\xa1x\xc7" + bytes([len(inner)]) + b"\x01" + inner
 
 
@@ -126,6 +128,9 @@ def bad_array(shape: bytes, dtype: str, data: bytes) -> bytes:
         (bad_array(b"\x91\x02", "float32", b"1234"), "with 4 bytes"),
         (bad_array(b"\x91\xff", "float32", b"1234"), "shape"),
         (bad_array(b"\x91\x01", "object", b"1234"), "dtype 'object'"),
+        (bad_array(b"\x91\x01", [1], b"1234"), r"dtype \[1\]"),
+        (packed({"x\x1b[2J": numbers(2)}), "visible characters"),
+        (packed({"a": {"\u202e": numbers(2)}}), "visible characters"),
         (bad_array(b"\x93" + b"\xce\xff\xff\xff\xff" * 3, "int8", b""), "shape"),
         (packed({"x": numbers(2)}) + b"\x00", "1 bytes follow"),
     ],
@@ -154,6 +159,20 @@ def test_errors_of_names_name_the_file(tmp_path) -> None:
     path = write(tmp_path, {"a": {"kernel": numbers(1), "weight": numbers(1)}})
     with pytest.raises(ValueError, match=r"flax_model.msgpack.*two tensors"):
         read_tensors(path)
+
+
+def test_long_names_are_refused_before_they_are_joined(tmp_path) -> None:
+    """30 nested keys of 1,000 characters before 60,000 leaves: each leaf's name has 30,000 characters."""
+    content = b"\xde\xea\x60" + b"".join(b"\xa5%05d\x00" % i for i in range(60_000))
+    for _ in range(30):
+        content = b"\x81\xda\x03\xe8" + b"k" * 1000 + content
+    path = write(tmp_path, content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="short names"):
+        read_flax(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 def test_cut_files_are_refused(tmp_path) -> None:

@@ -19,6 +19,7 @@ from ldm.models.clip.towers import CLIP, TextTower, VisionTower
 from ldm.models.text.bpe import Tokenizer
 from ldm.support.config import nearest
 from ldm.support.device import computing_dtype
+from ldm.support.text import errors_of, escaped, shown
 from ldm.weights.formats.ldm_folder import read_network, read_text
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.hugging_face_clip import load_hugging_face_clip
@@ -233,11 +234,14 @@ def open_features(spec: str, *, device: str | torch.device = "cpu") -> FeatureEx
         found: FeatureExtractor = embedded_clip()
     elif not path:
         choices = nearest(name, ("emoji-clip", *FEATURE_KINDS))
-        raise ValueError(f"features {spec!r}: expected 'emoji-clip' or NAME=PATH; {choices}")
-    elif name in FEATURE_KINDS:
-        found = FEATURE_KINDS[name][0](path)
+        raise ValueError(f"features {shown(spec)}: expected 'emoji-clip' or NAME=PATH; {choices}")
     else:
-        found = clip_features(name, load_open_clip(name, path))
+        try:
+            with errors_of(path):
+                kind = FEATURE_KINDS.get(name)
+                found = clip_features(name, load_open_clip(name, path)) if kind is None else kind[0](path)
+        except (RuntimeError, LookupError, AttributeError) as error:  # of the libraries that build networks
+            raise ValueError(f"{shown(path)} does not fit {name}: {escaped(error, 300)}") from None
     return found.to(device).eval().requires_grad_(False)
 
 

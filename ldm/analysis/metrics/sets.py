@@ -15,9 +15,11 @@ from ldm.data.sources.opening import FILE_KINDS, kind_of, open_dataset, open_emo
 from ldm.data.sources.scanning import describe_problems
 from ldm.support.files import write_atomically
 from ldm.support.progress import progress_bar
+from ldm.support.text import read_utf8
 from ldm.support.warn import warn_user
 
 STEM = "sample"  # of the files of drawn images
+MOST_PROMPTS = 2**26  # bytes of a file of prompts
 
 
 class DatasetImages:
@@ -126,9 +128,9 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If there is no prompt in it.
+        ValueError: If there is no prompt in it, or it is not UTF-8; the message names it.
     """
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in read_utf8(Path(path), MOST_PROMPTS).splitlines())
     found = [line for line in lines if line]
     if not found:
         raise ValueError(f"{str(path)!r}: expected a prompt on each line, got an empty file")

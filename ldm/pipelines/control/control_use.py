@@ -13,7 +13,7 @@ from ldm.models.control.controlled import ControlPart, interval
 from ldm.pipelines.control.loaded_control import ControlEntry, LoadedControl
 from ldm.pipelines.recipe import content_sha256
 from ldm.pipelines.replayable import FileEntry, InMemory, as_json
-from ldm.support.scalars import check_kind, check_within, whole_number
+from ldm.support.scalars import check_kind, check_within, finite_number, python_scalar, whole_number
 from ldm.support.text import shown
 
 MOST_STRENGTH = 1000.0
@@ -54,9 +54,10 @@ class Control:
         if not isinstance(self.name, str):
             raise ValueError(f"control: expected the name of a control, got {shown(self.name)}")
         for name in ("strength", "start", "end"):
-            check_kind(name, getattr(self, name), "float")
+            object.__setattr__(self, name, finite_number(name, getattr(self, name)))
+        object.__setattr__(self, "guess", python_scalar(self.guess))
         check_kind("guess", self.guess, "bool")
-        if len(self.margins) != len(NO_MARGINS):
+        if not hasattr(self.margins, "__len__") or len(self.margins) != len(NO_MARGINS):
             raise ValueError(f"margins: expected left, right, top and bottom, got {shown(self.margins)}")
         margins = tuple(whole_number("margins", each, least=0, most=MOST_MARGIN) for each in self.margins)
         object.__setattr__(self, "margins", margins)

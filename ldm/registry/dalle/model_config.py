@@ -9,34 +9,17 @@ from ldm.catalog.dalle_cards import DalleCard
 from ldm.models.dalle.decoder import DalleDecoderConfig
 from ldm.models.dalle.encoder import DalleEncoderConfig
 from ldm.support.strict_json import read_json
-from ldm.support.text import shown
+from ldm.support.warn import warn_user
+from ldm.weights.fields.dalle import DALLE_MINI
+from ldm.weights.fields.judge import ANY, conflicts, judge_fields, warnings_of
 
 MODEL_TYPE = "dallebart"
-# what the networks of published weights are, whatever their size
-FIXED: dict[str, Any] = {
-    "activation_function": "gelu",
-    "ln_positions": "normformer",
-    "ln_type": "layernorm",
-    "scale_embedding": False,
-    "sinkhorn_iters": 1,
-    "tie_word_embeddings": False,
-    "use_absolute_position_embeddings": True,
-    "use_alibi": False,
-    "use_bias": False,
-    "use_cosine_attention": False,
-    "use_deepnet_scaling": False,
-    "use_final_ln_decoder": True,
-    "use_final_ln_encoder": True,
-    "use_glu": True,
-    "use_head_scale": False,
-    "use_swin_position_embeddings": False,
-}
 
 
 def check_model_config(card: DalleCard, folder: Path) -> None:
     """Compare the config.json in a folder, if it is one of these models, with a card.
 
-    Fields that do not change what the networks compute, such as those of the training, are not looked at.
+    Sizes that it does not state are not compared. A warning names the fields that are not known.
 
     Args:
         card: The model's card.
@@ -51,13 +34,12 @@ def check_model_config(card: DalleCard, folder: Path) -> None:
     stated = read_json(path)
     if stated.get("model_type") != MODEL_TYPE:
         return
-    expected = {**FIXED, **sizes_of(card)}
-    if wrong := [
-        f"{name} {shown(stated[name])}, expected {value!r}"
-        for name, value in expected.items()
-        if name in stated and (type(stated[name]) is not type(value) or stated[name] != value)
-    ]:
+    expected = {name: value if name in stated else ANY for name, value in sizes_of(card).items()}
+    findings = judge_fields(stated, DALLE_MINI, expected)
+    if wrong := conflicts(findings):
         raise ValueError(f"{str(path)!r} does not fit {card.name!r}: {'; '.join(wrong)}")
+    for note in warnings_of(findings, f"{str(path)!r}"):
+        warn_user(note)
 
 
 def sizes_of(card: DalleCard) -> dict[str, Any]:

@@ -6,10 +6,11 @@ middle_block and output_blocks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from ldm.support.config import nearest
+from ldm.support.scalars import finite_number
+from ldm.support.text import shown
 
 BlockWeights = Mapping[str, float] | Sequence[float] | str
 
@@ -52,19 +53,19 @@ def block_weights(given: BlockWeights | None) -> dict[str, float] | None:
         return None
     if isinstance(given, str):
         if given not in PRESETS:
-            raise ValueError(f"blocks: unknown preset {given!r}; {nearest(given, PRESETS)}")
+            raise ValueError(f"blocks: unknown preset {shown(given)}; {nearest(given, PRESETS)}")
         if given == "ALL":
             return None
         return dict.fromkeys(PRESETS[given], 1.0)
     if not isinstance(given, Mapping):
+        if not hasattr(given, "__len__"):
+            raise ValueError(f"blocks: expected factors or the name of a preset, got {shown(given)}")
         if len(given) not in ORDERS:
             lengths = ", ".join(map(str, sorted(ORDERS)))
             raise ValueError(f"blocks: expected {lengths} factors, got {len(given)}")
         given = dict(zip(ORDERS[len(given)], given, strict=True))
     known = {*SD_ALL, "OUT"}
-    for name, value in given.items():
+    for name in given:
         if name not in known:
-            raise ValueError(f"blocks: unknown block {name!r}; {nearest(name, known)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"blocks: {name}: expected a number, got {value!r}")
-    return {name: float(value) for name, value in given.items()}
+            raise ValueError(f"blocks: unknown block {shown(name)}; {nearest(name, known)}")
+    return {name: finite_number(f"blocks: {name}", value) for name, value in given.items()}

@@ -16,13 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.support.files import BoundedFile
 from ldm.support.strict_json import parse_json
+from ldm.support.text import escaped
 
 TEXT_KEY = "sd-ti-embedding"
 TENSOR = "TORCHTENSOR"
 LOW = 0x0F  # the bits of a colour that hold data
-CARD_PIXELS = 2**24
-CARD_BYTES = 2**26  # of the JSON text
+CARD_PIXELS = 2**22
+CARD_BYTES = 2**22  # of the JSON text
+EXPANSION = 16  # bytes of the JSON text for each byte of the file, at most; decimals are compressed to a half
+LEAST_BYTES = 2**16  # of a text, whatever the size of the file
 STARTS = (b"\x89PNG\r\n\x1a\n", b"RIFF")
 
 
@@ -45,19 +49,23 @@ def embedding_in_image(path: Path) -> dict[str, Any]:  # Any: the content of a .
     from PIL import Image
 
     where = repr(str(path))
+    most = min(CARD_BYTES, max(LEAST_BYTES, EXPANSION * path.stat().st_size))
     try:
-        with Image.open(path, formats=("PNG", "WEBP")) as image:
+        with BoundedFile(path) as file, Image.open(file, formats=("PNG", "WEBP")) as image:
             if image.width * image.height > CARD_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels, expected at most {CARD_PIXELS:,}")
             image.load()
             stated = getattr(image, "text", {}).get(TEXT_KEY)
             if stated is None:
-                text = _in_pixels(np.asarray(image.convert("RGB")))
+                text = _in_pixels(np.asarray(image.convert("RGB")), most)
             else:
                 text = base64.b64decode(stated, validate=True)
+        if len(text) > most:
+            raise ValueError(f"its text has {len(text):,} bytes, expected at most {most:,}")
         content = parse_json(text.decode(), where)
-    except (OSError, SyntaxError, ValueError, zlib.error) as error:
-        raise ValueError(f"{where} holds no embedding that can be read: {error}") from None
+    except Exception as error:  # decoders raise errors of every class
+        reason = escaped(str(error) or type(error).__name__, 300)
+        raise ValueError(f"{where} holds no embedding that can be read: {reason}") from None
     vectors, name = content.get("string_to_param"), content.get("name")
     if isinstance(vectors, dict) and list(vectors) == ["*"] and isinstance(name, str):
         content["string_to_param"] = {name: vectors["*"]}
@@ -65,8 +73,8 @@ def embedding_in_image(path: Path) -> dict[str, Any]:  # Any: the content of a .
     return made
 
 
-def _in_pixels(pixels: np.ndarray) -> bytes:
-    """Return the text in the pixels (H, W, 3) of a card."""
+def _in_pixels(pixels: np.ndarray, most: int) -> bytes:
+    """Return the text in the pixels (H, W, 3) of a card, of at most `most` bytes."""
     shown = (pixels > 0).all(2)
     if not shown.any():
         raise ValueError("its pixels are black")
@@ -79,18 +87,20 @@ def _in_pixels(pixels: np.ndarray) -> bytes:
     if low.shape != high.shape:
         raise ValueError(f"the parts of its pixels have the shapes {low.shape} and {high.shape}")
     reader = zlib.decompressobj()
-    text = reader.decompress((high << 4 | low).tobytes(), CARD_BYTES)
+    text = reader.decompress((high << 4 | low).tobytes(), most)
     if not reader.eof:
-        raise ValueError(f"its text is cut off, or longer than {CARD_BYTES:,} bytes")
+        raise ValueError(f"its text is cut off, or longer than {most:,} bytes")
     return text
 
 
 def _uncovered(bits: np.ndarray) -> np.ndarray:
     """Return the data behind the numbers x ← 1664525·x + 1013904223 mod 2³², of which x mod 255 covers it."""
-    x, cover = 0, np.empty(bits.size, dtype=np.uint8)
-    for i in range(bits.size):
-        x = (1664525 * x + 1013904223) % 2**32
-        cover[i] = x % 255
+    factor, addend = 1664525, 1013904223  # of as many steps as there are numbers
+    x = np.full(1, addend, dtype=np.uint32)
+    while x.size < bits.size:
+        x = np.concatenate([x, x * np.uint32(factor) + np.uint32(addend)])
+        factor, addend = factor * factor % 2**32, (factor * addend + addend) % 2**32
+    cover = (x[: bits.size] % 255).astype(np.uint8)
     return bits ^ (cover.reshape(bits.shape) & LOW)
 
 

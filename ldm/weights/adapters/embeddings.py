@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.support.text import escaped
 from ldm.weights.adapters.leaves import has_adapter_keys
 
 # keys that name the text tower
@@ -102,6 +103,9 @@ def learned_vectors(
     found: dict[str, list[Tensor]] = {}
     unused: list[str] = []
     for key, tensor in tensors.items():
+        if tensor.ndim not in (1, 2) or not tensor.numel() or tensor.is_complex():
+            what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{escaped(key, 200)}: expected vectors of real numbers, got {what}")
         rows = tensor.reshape(1, -1) if tensor.ndim == 1 else tensor
         part = _part(key.rpartition(".")[2], rows.shape[-1], widths)
         if part is None:

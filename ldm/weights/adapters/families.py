@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from ldm.support.text import shown
 from ldm.weights.adapters.leaves import Group
 
 UNKNOWN = "an unknown family"
@@ -58,7 +59,7 @@ def family_in_words(
     if learned is not None:
         return TOWERS.get(learned, f"a text tower of width {learned}")
     stated = next((metadata[key] for key in STATED if metadata.get(key)), "")
-    return f"{stated!r}, as it states" if stated else UNKNOWN
+    return f"{shown(stated)}, as it states" if stated else UNKNOWN
 
 
 def _context(group: Group) -> int | None:

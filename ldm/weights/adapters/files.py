@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +12,21 @@ from torch import Tensor
 
 from ldm.support.files import file_exists
 from ldm.support.strict_json import parse_json, read_json
-from ldm.support.text import shown
+from ldm.support.text import errors_of, shown
 from ldm.weights.adapters.embedding_images import embedding_in_image, is_image
+from ldm.weights.adapters.peft_config import check_config, config_scale, config_terms
 from ldm.weights.formats.pickle_machine import StandIn
 from ldm.weights.formats.pickles import STATES, read_pickle
-from ldm.weights.formats.safetensors import check_names, existing_file, map_safetensors, sha256
+from ldm.weights.formats.safetensors import MAX_NAME, check_names, existing_file, map_safetensors, sha256
 from ldm.weights.formats.single_file import SAFETENSORS_KIND, file_kind
 
 CONFIG = "adapter_config.json"  # of peft
 # Names of the tensors in folders that peft and diffusers write.
-FOLDER_FILES = (
-    *(f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")),
-    *(f"pytorch_lora_weights.{suffix}" for suffix in ("safetensors", "bin")),
-)
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+FOLDER_FILES = (*PEFT_FILES, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 Value = str | int | float
-MOST_TERMS = 64  # of a series in a configuration
 MAX_DEPTH = 8  # of nested mappings in a pickle
+MAX_PICKLED = 600_000  # in a pickle; it has no more instructions
 PEFT_METADATA = "lora_adapter_metadata"  # key of a configuration in a header, a JSON text
 
 
@@ -66,17 +64,7 @@ class AdapterFile:
         Raises:
             ValueError: If the configuration has impossible values.
         """
-        own = {key.removeprefix(f"{component}."): value for key, value in self.config.items()}
-        if "lora_alpha" not in own and "alpha" not in own:
-            return 1.0
-        kind = str(own.get("peft_type", "LORA")).upper()
-        if rank == 0 and kind == "LORA":
-            return 1.0
-        alpha = _pattern_value(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
-        rank = rank or int(_pattern_value(own.get("rank_pattern"), path, own.get("r")))
-        if rank < 1:
-            raise ValueError(f"{str(self.path)!r}: its configuration states the rank {rank}")
-        return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+        return config_scale(self.config, component, path, rank)
 
     def rotation_terms(self, component: str) -> int | None:
         """Return the number of terms of the series of peft's OFT for rotations; None for no series.
@@ -89,32 +77,16 @@ class AdapterFile:
         Raises:
             ValueError: If the configuration has impossible values.
         """
-        own = {key.removeprefix(f"{component}."): value for key, value in self.config.items()}
-        if not own.get("use_cayley_neumann", True):
-            return None
-        terms = own.get("num_cayley_neumann_terms", 5)
-        if isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= MOST_TERMS:
-            raise ValueError(f"num_cayley_neumann_terms: expected 1 to {MOST_TERMS}, got {shown(terms)}")
-        return terms
+        return config_terms(self.config, component)
 
+    def check_config(self) -> tuple[str, ...]:
+        """Return warnings about fields of peft's configuration that are not known.
 
-def _pattern_value(patterns: Any, path: str, default: Any) -> float:
-    """Return the number that a configuration has for a module: that of the name it ends with, or the default.
-
-    Raises:
-        ValueError: If it is no number, or a pattern is more than a name.
-    """
-    value = default
-    for name, each in patterns.items() if isinstance(patterns, Mapping) else ():
-        plain = str(name).removeprefix("^").removesuffix("$")
-        if any(sign in plain for sign in "*+?()[]{}|\\"):
-            raise ValueError(f"pattern {shown(name)}: expected the name of a module, or the end of one")
-        if path == plain or path.endswith(f".{plain}"):
-            value = each
-            break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"rank or alpha: expected a number, got {shown(value)}")
-    return float(value)
+        Raises:
+            ValueError: If a field asks for what this library does not compute.
+        """
+        with errors_of(self.path):
+            return check_config(self.config, f"peft's configuration of {str(self.path)!r}")
 
 
 def read_adapter(path: str | Path, *, digest: bool = True) -> AdapterFile:
@@ -146,21 +118,22 @@ def read_adapter(path: str | Path, *, digest: bool = True) -> AdapterFile:
         config = parse_json(metadata[PEFT_METADATA], f"{str(path)!r}: {PEFT_METADATA}")
     elif (beside := _config_beside(path)) is not None:
         config = read_json(beside)
-    if config.get("fan_in_fan_out"):
-        raise ValueError(f"{str(path)!r}: fan_in_fan_out is not supported: no network here is transposed")
     return AdapterFile(path=path, tensors=tensors, values=values, config=config, digest=name)
 
 
 def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Value]]:
     """Return the tensors, and texts and numbers, in the content of a pickle, with dots between nested keys.
 
-    A state dict in one of the entries `STATES` stands for the whole file.
+    A state dict in one of the entries `STATES` stands for the whole file. Values are counted, as a pickle may
+    hold one list in many places.
 
     Raises:
-        ValueError: If there are no tensors, or keys that cannot be printed.
+        ValueError: If there are no tensors, keys that are long or cannot be printed, or more values than the
+            file has bytes.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Value] = {}
+    left = min(path.stat().st_size, MAX_PICKLED)
     if isinstance(content, dict):
         states = [name for name in STATES if isinstance(content.get(name), dict)]
         if states:
@@ -168,6 +141,10 @@ def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Value]
             content = content[states[0]]
 
     def visit(value: Any, key: str, depth: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0 or len(key) > MAX_NAME:
+            raise ValueError(f"{str(path)!r} holds too many values in lists and mappings, or too long keys")
         if isinstance(value, StandIn) and isinstance(value.state, dict):  # torch's ParameterDict
             value = value.state.get("_parameters", {})
         if isinstance(value, Tensor):
@@ -177,6 +154,8 @@ def _flat(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Value]
         elif isinstance(value, Mapping | list | tuple) and depth < MAX_DEPTH:
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for name, each in items:
+                if not isinstance(name, str | int):
+                    raise ValueError(f"{str(path)!r}: the key {shown(name)}, expected a text or a number")
                 visit(each, f"{key}.{name}" if key else str(name), depth + 1)
 
     visit(content, "", 0)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.support.text import errors_of, escaped
+from ldm.support.warn import warn_user
 from ldm.weights.adapters.adapter import Adapter, Edit
 from ldm.weights.adapters.embeddings import LearnedVectors, learned_vectors, split_embeddings
 from ldm.weights.adapters.families import family_in_words
@@ -120,6 +122,8 @@ def match_adapter(
             not finite. The message says what the file was made for.
     """
     places = {part: Places(part, network) for part, network in networks.items()}
+    for note in file.check_config():
+        warn_user(note)
     return match_places(file, places, model=model, strict=strict, token=token)
 
 
@@ -132,13 +136,12 @@ def match_places(
     token: str | None = None,
 ) -> Adapter:
     """Return what a file changes in a model whose modules are known; see `match_adapter`."""
-    where = repr(file.path.name)
+    where = repr(str(file.path))
     embeddings, tensors = split_embeddings(file.tensors, file.path.stem)
-    try:
+    with errors_of(file.path):
+        file.check_config()
         learned, left = _learned(embeddings, places, token)
         groups, unused = grouped(tensors)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
     unused += left
     made_for = family_in_words(groups, embeddings, file.metadata)
     edits: list[Edit] = []
@@ -157,7 +160,7 @@ def match_places(
             without_effect += group.keys.values()
         else:
             edits += found.edits
-            unused += [group.keys[leaf] for leaf in found.left]
+            unused += [group.keys[leaf] for leaf in found.left if leaf != TERMS]
             modules[found.edits[0].site.part] += 1
     if not edits and not misfits and not learned:
         raise ValueError(_no_match(where, made_for, model, list(file.tensors)))
@@ -262,5 +265,5 @@ def _is_finite(delta: Delta) -> bool:
 
 def _no_match(where: str, made_for: str, model: str, keys: Sequence[str]) -> str:
     """Return the message for a file of which nothing matches."""
-    shown = f"{', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}" or "none"
+    shown = f"{', '.join(escaped(key, 200) for key in keys[:5])}{' …' if len(keys) > 5 else ''}" or "none"
     return f"{where}, made for {made_for}, changes no module of {model!r}; its keys: {shown}"

@@ -16,6 +16,7 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.support.files import errors_name
 from ldm.support.home import library_home, make_folder
 from ldm.support.memory import in_file
 from ldm.weights.sources import mapped_source
@@ -77,7 +78,7 @@ class Originals:
         """Keep tensors; if an error is raised, none of them is kept.
 
         Raises:
-            OSError: If they cannot be written.
+            OSError: If they cannot be written; the message names the folder.
         """
         mapped = set(in_file({key: tensor for key, tensor in tensors.items() if tensor.is_contiguous()}))
         found: dict[Key, _Mapped] = {}
@@ -91,11 +92,12 @@ class Originals:
     def _write(self, tensors: Mapping[Key, Tensor]) -> None:
         if not tensors:
             return
-        before = self._end
+        before, folder = self._end, library_home()
         try:
-            self._reserve(sum(tensor.nbytes for tensor in tensors.values()))
-            for key, tensor in tensors.items():
-                self._write_one(key, tensor.detach())
+            with errors_name(folder, folder):
+                self._reserve(sum(tensor.nbytes for tensor in tensors.values()))
+                for key, tensor in tensors.items():
+                    self._write_one(key, tensor.detach())
         except BaseException:
             self._end = before
             self.drop(tensors)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ldm.support.config import nearest
-from ldm.support.files import write_atomically
+from ldm.support.files import check_place, staged_folder, write_atomically
+from ldm.support.text import shown
 from ldm.weights.adapters.adapter import Adapter, Edit
-from ldm.weights.adapters.files import CONFIG, PEFT_METADATA
+from ldm.weights.adapters.files import CONFIG, PEFT_FILES, PEFT_METADATA
 from ldm.weights.adapters.kinds.delta import Delta
 from ldm.weights.adapters.matching import PREFIXES
 from ldm.weights.formats.safetensors import write_safetensors
@@ -88,7 +89,7 @@ def write_adapter(
     Raises:
         ValueError: If the spelling is unknown, or has no names for a kind.
     """
-    changes = list(changes)
+    path, changes = check_target(path, spelling), list(changes)
     facts = dict(metadata or {})
     if spelling == "kohya":
         write_safetensors(path, _cast(_kohya(changes), dtype), {**facts, **_kohya_facts(changes)})
@@ -100,17 +101,39 @@ def write_adapter(
             config |= {f"{component}.{name}": value for name, value in _peft_config(own).items()}
         text = json.dumps(config, sort_keys=True)
         write_safetensors(path, _cast(tensors, dtype), {**facts, PEFT_METADATA: text, "format": "pt"})
-    elif spelling == "peft":
-        components = _by_component(changes)
-        for component, own in components.items():
-            folder = path if len(components) == 1 else path / component
-            folder.mkdir(parents=True, exist_ok=True)
-            tensors = {f"base_model.model.{name}": value for name, value in _peft(own).items()}
-            write_safetensors(folder / "adapter_model.safetensors", _cast(tensors, dtype), facts)
-            text = json.dumps({"peft_type": "LORA", "bias": "none", **_peft_config(own)}, indent=2)
-            write_atomically(folder / CONFIG, text.encode())
     else:
-        raise ValueError(f"names {spelling!r}; {nearest(spelling, SPELLINGS_OUT)}")
+        components = _by_component(changes)
+        places = {component: component if len(components) > 1 else "." for component in components}
+        # the tensors come last: beside another configuration, or none, they are read with other factors
+        keys = {str(Path(place, name)) for place in places.values() for name in PEFT_FILES}
+        with staged_folder(path, keys, lambda _: ()) as stage:
+            for component, own in components.items():
+                folder = stage / places[component]
+                tensors = {f"base_model.model.{name}": value for name, value in _peft(own).items()}
+                write_safetensors(folder / "adapter_model.safetensors", _cast(tensors, dtype), facts)
+                text = json.dumps({"peft_type": "LORA", "bias": "none", **_peft_config(own)}, indent=2)
+                write_atomically(folder / CONFIG, text.encode())
+    return path
+
+
+def check_target(path: Path, spelling: str) -> Path:
+    """Return the path if an adapter can be written there, which is checked before any work.
+
+    Args:
+        path: The file, or for peft the folder.
+        spelling: See `write_adapter`.
+
+    Raises:
+        ValueError: If the spelling is unknown, or the name is too long.
+        OSError: If it cannot be written, or is a folder where a file is expected, or a file for a folder.
+    """
+    if spelling not in SPELLINGS_OUT:
+        raise ValueError(f"names {shown(spelling)}; {nearest(spelling, SPELLINGS_OUT)}")
+    check_place(path)
+    if spelling == "peft" and path.is_file():
+        raise NotADirectoryError(f"{str(path)!r} is a file, expected a folder")
+    if spelling != "peft" and path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder, expected a file name")
     return path
 
 

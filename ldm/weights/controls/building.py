@@ -20,7 +20,7 @@ from ldm.models.control.t2i_adapter import T2IAdapterConfig, T2IAdapterKind
 from ldm.models.control.union import UnionControlNet, UnionKind
 from ldm.models.dit import DiTConfig
 from ldm.models.unet_config import UNetConfig
-from ldm.support.text import shown
+from ldm.support.text import errors_of, shown
 from ldm.weights.adapters.families import WIDTHS
 from ldm.weights.controls.control_lora import LORA_MARK, is_change
 from ldm.weights.controls.control_net import (
@@ -29,7 +29,6 @@ from ldm.weights.controls.control_net import (
     control_net_layout,
     is_union,
     made_for,
-    shapes_in,
 )
 from ldm.weights.controls.dit_control import build_dit_control, dit_control_config, is_dit_control
 from ldm.weights.controls.files import ControlFile, read_control
@@ -41,6 +40,7 @@ from ldm.weights.controls.ip_adapter import (
     is_ip_adapter,
 )
 from ldm.weights.controls.lllite import build_lllite, is_lllite, lllite_config, lllite_family, lllite_places
+from ldm.weights.controls.shapes import shapes_in, size_of
 from ldm.weights.controls.t2i_adapter import (
     build_t2i_adapter,
     t2i_adapter_config,
@@ -219,7 +219,8 @@ def build_control(file: ControlFile, target: Target, card: ControlCard) -> Built
         )
     if target.vision is not None and name != IP_ADAPTER_KIND:
         raise ValueError(f"vision: {str(file.path)!r} is a {name}, which reads no image tower")
-    return CONTROL_KINDS[name][1](file, target, card)
+    with errors_of(file.path):
+        return CONTROL_KINDS[name][1](file, target, card)
 
 
 def control_words(file: ControlFile) -> str:
@@ -264,7 +265,8 @@ def family_of(file: ControlFile) -> str:
     """Return the family that a control was made for, in words; "" if no key shows it."""
     shapes = shapes_in(file.tensors)
     if is_ip_adapter(shapes):
-        width = next(shape[1] for key, shape in shapes.items() if key.endswith(".to_k_ip.weight"))
+        with errors_of(file.path):
+            width = size_of(shapes, next(key for key in shapes if key.endswith(".to_k_ip.weight")), 1)
         return WIDTHS.get(width, f"a model with a context of {width}")
     if is_lllite(shapes):
         return lllite_family(shapes)

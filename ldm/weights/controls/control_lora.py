@@ -56,6 +56,10 @@ def completed(
 
 def _product(stem: str, up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
     """Return up·down in the shape of a weight."""
+    if min(up.ndim, down.ndim) < 2:
+        raise ValueError(
+            f"{stem}: up {tuple(up.shape)} and down {tuple(down.shape)}: expected two dimensions"
+        )
     rows, columns = up.float().flatten(1), down.float().flatten(1)  # (out, r), (r, in·k·k)
     if rows.shape[1] != columns.shape[0] or len(rows) * columns.shape[1] != weight.numel():
         raise ValueError(

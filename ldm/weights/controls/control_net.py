@@ -17,6 +17,7 @@ from ldm.support.warn import warn_user
 from ldm.weights.adapters.families import WIDTHS
 from ldm.weights.controls.control_lora import completed, is_change
 from ldm.weights.controls.files import ControlFile
+from ldm.weights.controls.shapes import count_of, shapes_in, size_of
 from ldm.weights.formats.diffusers_check import check_component
 from ldm.weights.keymap import Shape
 from ldm.weights.parts import Layout, build_network, fill_network
@@ -54,16 +55,19 @@ def control_net_config(
         layout: Its layout.
         unet: The UNet that it is for, from which what shapes do not show is taken.
         global_pool: Whether each residual is averaged over its positions. Default: False.
+
+    Raises:
+        ValueError: If a tensor is missing, or the shapes are those of no network.
     """
     depths = []
     for level in range(len(unet.channels)):
         names = {"level": level, "first": 1 + level * (unet.blocks + 1)}
         depths.append(_depth(shapes, BLOCK[layout][0].format(**names)))
-    first = shapes[LAYOUT_MARKS[layout]]
-    conv_in = shapes.get("conv_in.weight" if layout == "diffusers" else "input_blocks.0.0.weight")
+    hint_channels = size_of(shapes, LAYOUT_MARKS[layout], 1)
+    conv_in = "conv_in.weight" if layout == "diffusers" else "input_blocks.0.0.weight"
     own = replace(
         unet,
-        in_channels=unet.out_channels if conv_in is None else conv_in[1],
+        in_channels=size_of(shapes, conv_in, 1) if conv_in in shapes else unet.out_channels,
         depth=tuple(depths),
         mid_depth=_depth(shapes, BLOCK[layout][1]),
         guidance_dim=None,
@@ -72,13 +76,15 @@ def control_net_config(
     if is_union(shapes):
         return UnionConfig(
             unet=own,
-            hint_channels=first[1],
+            hint_channels=hint_channels,
             hint_widths=widths,
             global_pool=global_pool,
-            types=shapes[UNION_MARK][0],
-            layers=len({key.split(".")[1] for key in shapes if key.startswith("transformer_layes.")}),
+            types=size_of(shapes, UNION_MARK, 0),
+            layers=count_of(shapes, r"transformer_layes\.(\d+)\.", "layers"),
         )
-    return ControlNetConfig(unet=own, hint_channels=first[1], hint_widths=widths, global_pool=global_pool)
+    return ControlNetConfig(
+        unet=own, hint_channels=hint_channels, hint_widths=widths, global_pool=global_pool
+    )
 
 
 def is_union(keys: Mapping[str, Shape]) -> bool:
@@ -89,10 +95,10 @@ def is_union(keys: Mapping[str, Shape]) -> bool:
 def _hint_widths(shapes: Mapping[str, Shape], layout: Layout) -> tuple[int, ...]:
     """Return the channels of the hint encoder's maps: of every second convolution but the last."""
     pattern, step = HINT_CONVOLUTIONS[layout]
-    rows = {int(match[1]): shape[0] for key, shape in shapes.items() if (match := re.fullmatch(pattern, key))}
+    rows = {int(match[1]): size_of(shapes, key, 0) for key in shapes if (match := re.fullmatch(pattern, key))}
     if layout == "original":
         rows.pop(max(rows), None)  # the last convolution
-    found = [shapes[LAYOUT_MARKS[layout]][0]]
+    found = [size_of(shapes, LAYOUT_MARKS[layout], 0)]
     while (width := rows.get(step * (2 * len(found) - (layout == "diffusers")))) is not None:
         found.append(width)
     return tuple(found)
@@ -100,8 +106,8 @@ def _hint_widths(shapes: Mapping[str, Shape], layout: Layout) -> tuple[int, ...]
 
 def _depth(shapes: Mapping[str, Shape], attention: str) -> int:
     """Return the number of transformer blocks of an attention."""
-    pattern = re.compile(rf"{re.escape(attention)}\.transformer_blocks\.(\d+)\.")
-    return max((int(match[1]) + 1 for key in shapes if (match := pattern.match(key))), default=0)
+    pattern = rf"{re.escape(attention)}\.transformer_blocks\.(\d+)\."
+    return count_of(shapes, pattern, f"blocks of {attention}")
 
 
 def context_widths(shapes: Mapping[str, Shape]) -> set[int]:
@@ -126,11 +132,6 @@ def check_control_family(file: ControlFile, unet: UNetConfig, model: str) -> Non
             f"{str(file.path)!r} was made for {family}: its attention reads a context of {min(widths)}, that"
             f" of {model!r} has {unet.context_dim}"
         )
-
-
-def shapes_in(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Return the shapes of tensors."""
-    return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
 def build_control_net(

@@ -11,8 +11,8 @@ import torch
 
 from ldm.models.control.dit_control import DiTControl, DiTControlConfig
 from ldm.models.dit import DiTConfig
-from ldm.weights.controls.control_net import shapes_in
 from ldm.weights.controls.files import ControlFile
+from ldm.weights.controls.shapes import shapes_in
 from ldm.weights.keymap import Shape
 from ldm.weights.parts import build_network, fill_network
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -20,8 +21,8 @@ from ldm.models.control.ip_adapter import (
 )
 from ldm.models.layers.attention import Attention
 from ldm.weights.adapters.families import WIDTHS
-from ldm.weights.controls.control_net import shapes_in
 from ldm.weights.controls.files import ControlFile
+from ldm.weights.controls.shapes import count_of, shapes_in, size_of
 from ldm.weights.formats.single_file import read_tensors
 from ldm.weights.hugging_face_clip import load_hugging_face_clip
 from ldm.weights.keymap import Shape, fit_table
@@ -29,6 +30,7 @@ from ldm.weights.parts import build_network, fill_network, shapes_of
 from ldm.weights.rules.clip import clip_table
 
 ATTENTIONS, PROJECTION = "ip_adapter.", "image_proj."
+ATTENTION_KEY = re.compile(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
 IDENTITY_MARKS = {  # keys of kinds that read an embedding of a face's identity, which is not CLIP's
     "FaceID": f"{PROJECTION}norm.weight",
     "FaceID-Plus": f"{PROJECTION}perceiver_resampler.proj_in.weight",
@@ -56,32 +58,31 @@ def ip_adapter_config(shapes: Mapping[str, Shape], *, source: str | Path) -> IPA
                 f"{str(source)!r} is an IP-Adapter of the kind {name}, which reads a face's identity by"
                 " another network; expected base, plus or full face"
             )
-    ids = sorted(
-        int(key.split(".")[1])
-        for key in shapes
-        if key.startswith(ATTENTIONS) and key.endswith(".to_k_ip.weight") and key.split(".")[1].isdecimal()
-    )
-    first = shapes[f"{ATTENTIONS}{ids[0]}.to_k_ip.weight"] if ids else (0, 0)
-    widths = tuple(shapes[f"{ATTENTIONS}{i}.to_k_ip.weight"][0] for i in ids)
-    context = first[1]
+    matches = [match for key in shapes if (match := ATTENTION_KEY.fullmatch(key))]
+    keys = [match[0] for match in sorted(matches, key=lambda match: int(match[1]))]
+    widths = tuple(size_of(shapes, key, 0) for key in keys)
+    context = size_of(shapes, keys[0], 1) if keys else 0
     own = {key.removeprefix(PROJECTION): shape for key, shape in shapes.items() if key.startswith(PROJECTION)}
     if "latents" in own and "proj_in.weight" in own and "layers.0.0.to_q.weight" in own:
-        layers = {int(key.split(".")[1]) for key in own if key.startswith("layers.")}
-        width = own["latents"][-1]
+        width = size_of(own, "latents", 2)
         return IPAdapterConfig(
             kind="plus",
-            image_dim=own["proj_in.weight"][1],
+            image_dim=size_of(own, "proj_in.weight", 1),
             context_dim=context,
-            tokens=own["latents"][1],
+            tokens=size_of(own, "latents", 1),
             widths=widths,
-            resampler=(width, 1 + max(layers), own["layers.0.0.to_q.weight"][0] // HEAD),
+            resampler=(
+                width,
+                count_of(own, r"layers\.(\d+)\.", "blocks of the resampler"),
+                size_of(own, "layers.0.0.to_q.weight", 0) // HEAD,
+            ),
         )
     if "proj.3.weight" in own and "proj.0.weight" in own:
         return IPAdapterConfig(
-            kind="full", image_dim=own["proj.0.weight"][1], context_dim=context, widths=widths
+            kind="full", image_dim=size_of(own, "proj.0.weight", 1), context_dim=context, widths=widths
         )
     if "proj.weight" in own and context:
-        rows, width = own["proj.weight"]
+        rows, width = (size_of(own, "proj.weight", axis) for axis in (0, 1))
         return IPAdapterConfig(image_dim=width, context_dim=context, tokens=rows // context, widths=widths)
     raise ValueError(f"{str(source)!r} is an IP-Adapter of no known kind: expected base, plus or full face")
 

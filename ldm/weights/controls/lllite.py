@@ -14,8 +14,8 @@ from ldm.models.control.lllite import DEPTHS, LLLite, LLLiteConfig, LLLiteLayer
 from ldm.models.unet_config import UNetConfig
 from ldm.support.text import shown
 from ldm.weights.adapters.places import ModulePlace, Places
-from ldm.weights.controls.control_net import shapes_in
 from ldm.weights.controls.files import ControlFile
+from ldm.weights.controls.shapes import shapes_in, size_of
 from ldm.weights.keymap import Shape
 from ldm.weights.parts import build_network, fill_network
 
@@ -40,21 +40,24 @@ def lllite_config(shapes: Mapping[str, Shape], *, source: str | Path) -> LLLiteC
     Raises:
         ValueError: If a network is not whole, or stands before a convolution.
     """
-    names = sorted({key.partition(".")[0] for key in shapes if key.startswith(PREFIX)})
-    return LLLiteConfig(layers=tuple(_layer(name, shapes, source) for name in names))
+    networks: dict[str, dict[str, Shape]] = {}
+    for key, shape in shapes.items():
+        name, _, inner = key.partition(".")
+        if name.startswith(PREFIX):
+            networks.setdefault(name, {})[inner] = shape
+    return LLLiteConfig(layers=tuple(_layer(name, networks[name], source) for name in sorted(networks)))
 
 
-def _layer(name: str, shapes: Mapping[str, Shape], source: str | Path) -> LLLiteLayer:
-    """Return the shape of one network of a file; see `lllite_config`."""
-    own = {key.removeprefix(f"{name}."): shape for key, shape in shapes.items() if key.startswith(f"{name}.")}
+def _layer(name: str, own: Mapping[str, Shape], source: str | Path) -> LLLiteLayer:
+    """Return the shape of one network of a file, of its keys and shapes; see `lllite_config`."""
     if len(own.get("down.0.weight", ())) == 4:
         raise ValueError(
             f"{str(source)!r}: {name} stands before a convolution; expected projections of attentions, which"
             " the trainer changes by default"
         )
     numbers = sorted(int(m[1]) for key in own if (m := re.fullmatch(r"conditioning1\.(\d+)\.weight", key)))
-    convolutions = [own[f"conditioning1.{i}.weight"] for i in numbers]
-    strides = tuple(shape[-1] for shape in convolutions)
+    convolutions = [f"conditioning1.{i}.weight" for i in numbers]
+    strides = tuple(size_of(own, key, 3) for key in convolutions)
     depth = next((depth for depth, own_strides in DEPTHS.items() if own_strides == strides), None)
     if depth is None or any(len(own.get(f"{part}.0.weight", ())) != 2 for part in ("down", "mid", "up")):
         raise ValueError(
@@ -62,7 +65,9 @@ def _layer(name: str, shapes: Mapping[str, Shape], source: str | Path) -> LLLite
             f" convolutions with kernels of {' or '.join(map(str, DEPTHS.values()))}"
         )
     hidden, width = own["down.0.weight"]
-    return LLLiteLayer(name=name, width=width, embed=convolutions[-1][0], hidden=hidden, depth=depth)
+    return LLLiteLayer(
+        name=name, width=width, embed=size_of(own, convolutions[-1], 0), hidden=hidden, depth=depth
+    )
 
 
 def lllite_family(shapes: Mapping[str, Shape]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -13,11 +12,11 @@ from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet_config import UNetConfig
 from ldm.support.warn import warn_user
 from ldm.weights.controls.files import ControlFile
+from ldm.weights.controls.shapes import count_of, shapes_in, size_of
 from ldm.weights.formats.diffusers_check import check_component
 from ldm.weights.keymap import Shape
 from ldm.weights.parts import Layout, build_network, fill_network
 
-LEVEL_KEY = re.compile(r"body\.(\d+)\.")
 XL_SQUARE = 16  # side of the squares that adapters of Stable Diffusion XL read
 
 
@@ -38,23 +37,22 @@ def t2i_adapter_config(shapes: Mapping[str, Shape], layout: Layout, unet: UNetCo
         unet: The UNet that it is for: one whose largest level has no attention is that of an XL.
 
     Raises:
-        ValueError: If the first convolution reads no squares of gray or colour.
+        ValueError: If a tensor is missing, or the first convolution reads no squares of gray or colour.
     """
     light = "body.0.out_conv.weight" in shapes
-    numbers = {int(match[1]) for key in shapes if (match := LEVEL_KEY.match(key))}
-    count = 1 + max(numbers)
+    count = count_of(shapes, r"body\.(\d+)\.", "levels or blocks")
     if layout == "diffusers" or light:
         levels, word = count, "resnets" if layout == "diffusers" else "body"
-        blocks = sum(f"body.0.{word}.{i}.block1.weight" in shapes for i in range(len(shapes)))
+        blocks = count_of(shapes, rf"body\.0\.{word}\.(\d+)\.block1\.weight", "blocks of a level")
     else:
         levels = len(unet.channels) + is_like_xl(unet)
         blocks = max(count // levels, 1)
-    width = shapes["body.0.in_conv.weight" if light else "conv_in.weight"][1]
+    width = size_of(shapes, "body.0.in_conv.weight" if light else "conv_in.weight", 1)
     hint_channels, unshuffle = _squares(width)
     step = 1 if layout == "diffusers" or light else blocks
     leaf = {"diffusers": ".resnets.0.block1.weight", "original": ".block1.weight"}[layout]
     leaf = ".out_conv.weight" if light else leaf
-    channels = tuple(shapes.get(f"body.{level * step}{leaf}", (0,))[0] for level in range(levels))
+    channels = tuple(size_of(shapes, f"body.{level * step}{leaf}", 0) for level in range(levels))
     if is_like_xl(unet):
         halved = tuple(level == 2 for level in range(levels))
     else:
@@ -78,8 +76,8 @@ def t2i_family(shapes: Mapping[str, Shape]) -> str:
     """Return the family that a T2I-Adapter was made for, in words; SD 1 and 2 have the same shapes."""
     key = "conv_in.weight" if "conv_in.weight" in shapes else "body.0.in_conv.weight"
     try:
-        xl = _squares(shapes[key][1])[1] == XL_SQUARE
-    except (ValueError, KeyError):
+        xl = _squares(size_of(shapes, key, 1))[1] == XL_SQUARE
+    except ValueError:
         return ""
     return "Stable Diffusion XL" if xl else "Stable Diffusion 1 or 2"
 
@@ -109,12 +107,12 @@ def build_t2i_adapter(
         ValueError: If it was made for another family, keys are missing, unexpected or misshapen, numbers are
             not finite, or its config.json states another network.
     """
-    shapes = {key: tuple(value.shape) for key, value in file.tensors.items()}
+    shapes = shapes_in(file.tensors)
     layout = t2i_adapter_layout(shapes)
     assert layout is not None
     try:
         config = t2i_adapter_config(shapes, layout, unet)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{str(file.path)!r} is no whole T2I-Adapter: {error}") from None
     wanted = factor * (2 if is_like_xl(unet) else 1)
     widths = (unet.channels[0], *unet.channels[1:], *([unet.channels[-1]] if is_like_xl(unet) else []))

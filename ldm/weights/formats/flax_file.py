@@ -26,6 +26,7 @@ from ldm.weights.formats.safetensors import (
     MAX_EXTENT,
     MAX_NAME,
     MAX_TENSORS,
+    check_names,
     existing_file,
     map_file,
     mapped_bytes,
@@ -171,7 +172,7 @@ class MessageReader:
         ):
             raise ValueError(f"an array at byte {end - size} that is no list of shape, dtype and bytes")
         shape, dtype, data = parts
-        if dtype not in FLAX_DTYPES:
+        if not isinstance(dtype, str) or dtype not in FLAX_DTYPES:
             raise ValueError(f"an array of dtype {shown(dtype)}; those read are {', '.join(FLAX_DTYPES)}")
         found = StoredArray(array_shape(shape), FLAX_DTYPES[dtype], data)
         if math.prod(found.shape) * found.dtype.itemsize != data.size:
@@ -207,7 +208,9 @@ def read_flax(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"it holds {type(content).__name__}, expected a map of arrays")
         if reader.at != reader.end:
             raise ValueError(f"{reader.end - reader.at} bytes follow its value")
-        return {name: _tensor(data, value, name) for name, value in _leaves(content).items()}
+        leaves = _leaves(content)
+        check_names(leaves, path)
+        return {name: _tensor(data, value, name) for name, value in leaves.items()}
     except (ValueError, UnicodeDecodeError, RecursionError) as error:
         reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise ValueError(f"{str(path)!r} is damaged or no flax file: {reason}") from None
@@ -219,10 +222,13 @@ def _leaves(content: Mapping[str, Any]) -> dict[str, Any]:
     stack: list[tuple[str, Any]] = [("", content)]
     while stack:
         name, value = stack.pop()
-        if isinstance(value, dict) and CHUNKED not in value:
+        inside = isinstance(value, dict) and CHUNKED not in value
+        if len(name) > MAX_NAME or len(found) + len(stack) + (len(value) if inside else 1) > MAX_TENSORS:
+            raise ValueError(f"{shown(name)}: expected at most {MAX_TENSORS:,} short names")
+        if inside:
             stack += [(f"{name}/{key}" if name else key, inner) for key, inner in reversed(value.items())]
-        elif len(name) > MAX_NAME or len(found) == MAX_TENSORS or name in found:
-            raise ValueError(f"{shown(name)}: expected at most {MAX_TENSORS:,} different short names")
+        elif name in found:
+            raise ValueError(f"{shown(name)}: expected different names")
         else:
             found[name] = value
     return found

@@ -22,7 +22,8 @@ def control_net_table(names: Iterable[str]) -> Table:
     names = list(names)
     own = [name for name in names if name.startswith(("controlnet_", f"{ZERO}."))]
     encoder = unet_table([name for name in names if name not in set(own)])
-    blocks = 1 + max(int(match[1]) for name in own if (match := re.match(rf"{HINT}\.blocks\.(\d+)\.", name)))
+    hint_blocks = (match[1] for name in own if (match := re.match(rf"{HINT}\.blocks\.(\d+)\.", name)))
+    blocks = 1 + max(map(int, hint_blocks), default=-1)
     zeros = sorted({int(match[1]) for name in own if (match := re.match(rf"{ZERO}\.(\d+)\.", name))})
     hint = rename(
         ("conv_in", "0"),

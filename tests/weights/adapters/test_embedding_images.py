@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_mutations import chunks_of, png_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ldm.weights.adapters.embedding_images import TEXT_KEY, _uncovered
 from ldm.weights.adapters.embeddings import learned_vectors, split_embeddings
 from ldm.weights.adapters.files import read_adapter
 
@@ -85,6 +87,49 @@ def test_an_image_holds_the_vectors_and_their_name(tmp_path: Path, form: str) ->
 def test_numbers_that_are_no_tensor_are_refused(tmp_path: Path, vectors: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_adapter(with_chunk(tmp_path / "card.png", content(vectors)))
+
+
+@pytest.mark.parametrize("form", ["chunk", "compressed chunk", "pixels"])
+def test_a_text_that_is_much_longer_than_its_file_is_refused(tmp_path: Path, form: str) -> None:
+    text = content([0] * 2_000_000)
+    path = tmp_path / "card.png"
+    if form == "pixels":
+        in_pixels(path, text)
+    elif form == "chunk":
+        with_chunk(path, content([0] * 4_000_000))
+    else:
+        info = PngInfo()
+        info.add_text(TEXT_KEY, base64.b64encode(content([0] * 200_000)).decode(), zip=True)
+        Image.fromarray(photo()).save(path, pnginfo=info)
+    with pytest.raises(ValueError, match="card.png.*(cut off, or longer than|expected at most) [0-9,]+"):
+        read_adapter(path)
+
+
+def test_numbers_that_cover_the_pixels_are_those_of_the_generator() -> None:
+    x, numbers = 0, []
+    for _ in range(1000):
+        x = (x * 1664525 + 1013904223) % 2**32
+        numbers.append(x % 255 % 16)
+    for size in (1, 2, 3, 64, 1000):
+        assert _uncovered(np.zeros(size, dtype=np.uint8)).tolist() == numbers[:size]
+
+
+@pytest.mark.parametrize("side", [2**13, 2**14])
+def test_a_card_of_too_many_pixels_is_refused(tmp_path: Path, side: int) -> None:
+    path = tmp_path / "card.png"
+    Image.new("1", (side, side)).save(path)
+    with pytest.raises(ValueError, match="card.png.*(pixels|exceeds limit)"):
+        read_adapter(path)
+
+
+def test_errors_of_decoders_are_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "card.png"
+    with_chunk(path, content())
+    head, *rest = chunks_of(path.read_bytes())
+    for chunks in ([(head[0], head[1][:4]), *rest], rest, []):
+        path.write_bytes(png_of(chunks))
+        with pytest.raises(ValueError, match="card.png.*holds no embedding"):
+            read_adapter(path)
 
 
 def test_images_without_an_embedding_are_refused(tmp_path: Path) -> None:

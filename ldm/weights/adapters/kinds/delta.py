@@ -108,18 +108,22 @@ def size_misfit(rows: int, columns: int, shape: Shape) -> str:
     return ""
 
 
-def factors_misfit(*pairs: tuple[str, Tensor, int]) -> str:
-    """Return which tensors have the wrong number of dimensions; "" if none.
+def factors_misfit(**factors: Tensor | None) -> str:
+    """Return which of the factors, by name, has less than two dimensions; "" if none."""
+    for name, factor in factors.items():
+        if factor is not None and factor.ndim < 2:
+            return f"{name} has the shape {tuple(factor.shape)}, expected at least 2 dimensions"
+    return ""
 
-    Args:
-        pairs: Name, tensor, and the least number of its dimensions.
-    """
-    for name, tensor, least in pairs:
-        if tensor.ndim < least:
-            return f"{name} has the shape {tuple(tensor.shape)}, expected at least {least} dimensions"
+
+def matrices_misfit(**factors: Tensor) -> str:
+    """Return which of the factors, by name, is no matrix, up to axes of size 1; "" if all are."""
+    for name, factor in factors.items():
+        if factor.ndim < 2 or math.prod(factor.shape[2:]) != 1:
+            return f"{name} has the shape {tuple(factor.shape)}, expected a matrix"
     return ""
 
 
 def tucker(core: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return M[p, q, …] = Σ_ij core[i, j, …]·first[i, p]·second[j, q]."""
-    return torch.einsum("ij...,ip,jq->pq...", core, first, second)
+    return torch.einsum("ij...,ip,jq->pq...", core, first.flatten(1), second.flatten(1))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.weights.adapters.kinds.delta import Delta, factors_misfit, wide, with_alpha
+from ldm.weights.adapters.kinds.delta import Delta, factors_misfit, matrices_misfit, wide, with_alpha
 from ldm.weights.keymap import Shape
 
 
@@ -72,18 +72,21 @@ class Generalized(Delta):
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
-        named = (("a1", self.a1, 2), ("a2", self.a2, 2), ("b1", self.b1, 2), ("b2", self.b2, 2))
-        if wrong := factors_misfit(*named):
+        named = {"a1": self.a1, "a2": self.a2, "b1": self.b1, "b2": self.b2}
+        if wrong := factors_misfit(**named, bm=self.bm):
             return wrong
         a1, a2, b1, b2 = self.factors(shape)
+        if wrong := matrices_misfit(a1=a1, a2=a2, b1=b1):
+            return wrong
         kernel = 1 if self.bm is None else self.bm[0, 0].numel()
+        inner = (b2.shape[0],) * 2 if self.bm is None else tuple(self.bm.shape[:2])  # (r, r)
         fits = (
             len(shape) >= 2
             and a1.shape[0] == a2.shape[1] == shape[1]
             and a1.shape[1] == a2.shape[0]
             and b1.shape[0] == shape[0]
-            and b1.shape[1] == (b2.shape[0] if self.bm is None else self.bm.shape[0])
+            and (b1.shape[1], b2.shape[0]) == inner
             and b2[0].numel() * kernel == math.prod(shape[1:])
         )
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x, _ in named)
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
         return "" if fits else f"its factors are {shapes}, the model's weight is {shape}"

@@ -8,7 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, tucker, wide, with_alpha
+from ldm.weights.adapters.kinds.delta import (
+    Additive,
+    factors_misfit,
+    matrices_misfit,
+    size_misfit,
+    tucker,
+    wide,
+    with_alpha,
+)
 from ldm.weights.keymap import Shape
 
 
@@ -60,10 +68,12 @@ class Hadamard(Additive):
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
         for a, b, t in ((self.a1, self.b1, self.t1), (self.a2, self.b2, self.t2)):
-            if wrong := factors_misfit(("hada_w_a", a, 2), ("hada_w_b", b, 2)):
+            if wrong := matrices_misfit(hada_w_a=a) or factors_misfit(hada_w_b=b):
                 return wrong
             rows, columns, rank = a.shape[0], b[0].numel(), a.shape[1]
             if t is not None:
+                if wrong := matrices_misfit(hada_w_b=b):
+                    return wrong
                 if t.ndim < 3 or tuple(t.shape[:2]) != (a.shape[0], b.shape[0]):
                     return f"the Tucker core {tuple(t.shape)} does not fit its factors"
                 rows, columns, rank = a.shape[1], b.shape[1] * t[0, 0].numel(), b.shape[0]
@@ -77,4 +87,4 @@ class Hadamard(Additive):
 def _factor(a: Tensor, b: Tensor, t: Tensor | None, device: torch.device) -> Tensor:
     """Return one of the two factors of the product."""
     a, b = wide(a, device), wide(b, device)
-    return a @ b.flatten(1) if t is None else tucker(wide(t, device), a, b)
+    return a.flatten(1) @ b.flatten(1) if t is None else tucker(wide(t, device), a, b)

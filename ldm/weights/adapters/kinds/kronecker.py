@@ -9,7 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.weights.adapters.kinds.delta import Additive, factors_misfit, size_misfit, tucker, wide, with_alpha
+from ldm.weights.adapters.kinds.delta import (
+    Additive,
+    factors_misfit,
+    matrices_misfit,
+    size_misfit,
+    tucker,
+    wide,
+    with_alpha,
+)
 from ldm.weights.keymap import Shape
 
 
@@ -40,7 +48,7 @@ class KroneckerFactor:
             return wide(self.full, device)
         assert self.a is not None and self.b is not None
         a, b = wide(self.a, device), wide(self.b, device)
-        return a @ b.flatten(1) if self.t is None else tucker(wide(self.t, device), a, b)
+        return a.flatten(1) @ b.flatten(1) if self.t is None else tucker(wide(self.t, device), a, b)
 
     def shape(self) -> Shape:
         """Return the shape of the matrix, with trailing axes where it has a kernel.
@@ -49,14 +57,16 @@ class KroneckerFactor:
             ValueError: If its factors do not fit each other.
         """
         if self.full is not None:
-            if wrong := factors_misfit(("lokr_w", self.full, 2)):
+            if wrong := factors_misfit(lokr_w=self.full):
                 raise ValueError(wrong)
             return tuple(self.full.shape)
         if self.a is None or self.b is None:
             raise ValueError("a factored matrix needs both lokr_w_a and lokr_w_b")
-        if wrong := factors_misfit(("lokr_w_a", self.a, 2), ("lokr_w_b", self.b, 2)):
+        if wrong := matrices_misfit(lokr_w_a=self.a) or factors_misfit(lokr_w_b=self.b):
             raise ValueError(wrong)
         if self.t is not None:
+            if wrong := matrices_misfit(lokr_w_b=self.b):
+                raise ValueError(wrong)
             if self.t.ndim < 3 or tuple(self.t.shape[:2]) != (self.a.shape[0], self.b.shape[0]):
                 raise ValueError(f"the Tucker core {tuple(self.t.shape)} does not fit its factors")
             return self.a.shape[1], self.b.shape[1], *self.t.shape[2:]

@@ -63,7 +63,7 @@ class LowRank(Additive):
 
     def misfit(self, shape: Shape) -> str:
         """Return why the change does not fit a weight of a shape; "" if it fits."""
-        if wrong := factors_misfit(("the up matrix", self.up, 2), ("the down matrix", self.down, 2)):
+        if wrong := factors_misfit(lora_up=self.up, lora_down=self.down):
             return wrong
         rank, columns = self.down.shape[0], self.down[0].numel()
         if self.mid is not None:

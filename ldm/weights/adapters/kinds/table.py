@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -63,8 +64,17 @@ def scale_of(leaves: Leaves, rank: int, default: ScaleOf) -> float:
     """Return c = alpha / r; 1 if alpha is 0, and what the file states elsewhere if there is none."""
     if "alpha" not in leaves:
         return default(rank)
-    alpha = float(leaves["alpha"].reshape(-1)[0])
+    alpha = number_in(leaves, "alpha")
     return alpha / rank if alpha else 1.0
+
+
+def number_in(leaves: Leaves, name: str) -> float:
+    """Return the number that a leaf holds; ValueError if it holds several, or one that is not finite."""
+    tensor = leaves[name]
+    if tensor.numel() != 1 or not math.isfinite(value := float(tensor)):
+        found = f"{value}" if tensor.numel() == 1 else f"the shape {tuple(tensor.shape)}"
+        raise ValueError(f"{name}: expected a finite number, got {found}")
+    return value
 
 
 def _low_rank(leaves: Leaves, default: ScaleOf) -> LowRank:
@@ -112,7 +122,7 @@ def _kronecker(leaves: Leaves, default: ScaleOf) -> Kronecker:
 
 def _generalized(leaves: Leaves, default: ScaleOf) -> Generalized:
     a1, a2, b1, b2 = (leaves[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
-    rank = min(a1.shape[:2])
+    rank = min(a1.shape[:2], default=0)
     return Generalized(
         a1=a1, a2=a2, b1=b1, b2=b2, bm=leaves.get("bm.weight"), scale=scale_of(leaves, rank, default)
     )
@@ -122,13 +132,13 @@ def _rotation(leaves: Leaves, default: ScaleOf) -> Rotation:
     blocks = leaves["oft_blocks"]
     if blocks.ndim not in (3, 4):
         raise ValueError(f"oft_blocks has the shape {tuple(blocks.shape)}, expected 3 or 4 dimensions")
-    constraint = float(leaves["alpha"].reshape(-1)[0]) if "alpha" in leaves else 0.0
+    constraint = number_in(leaves, "alpha") if "alpha" in leaves else 0.0
     made = Rotation if blocks.ndim == 3 else Butterfly
     return made(blocks=blocks, constraint=constraint, rescale=leaves.get("rescale"))
 
 
 def _scaling(leaves: Leaves, default: ScaleOf) -> Scaling:
-    return Scaling(values=leaves["weight"], on_input=bool(leaves["on_input"].reshape(-1)[0]))
+    return Scaling(values=leaves["weight"], on_input=bool(number_in(leaves, "on_input")))
 
 
 def _peft_scaling(leaves: Leaves, default: ScaleOf) -> Scaling:
@@ -200,6 +210,11 @@ def deltas_of(leaves: Leaves, default: ScaleOf) -> tuple[Delta | None, Delta | N
     Raises:
         ValueError: If a tensor is missing, or has an impossible shape.
     """
+    for name, tensor in leaves.items():
+        if not tensor.numel() or tensor.is_complex():
+            raise ValueError(
+                f"{name}: expected real numbers, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
     kind = next((kind for kind in CHANGE_KINDS if kind.matches(leaves)), None)
     bias_leaf = next((leaf for leaf in BIASES if leaf in leaves), None)
     bias: Delta | None = None if bias_leaf is None else BIASES[bias_leaf](values=leaves[bias_leaf])
