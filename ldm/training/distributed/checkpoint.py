@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ldm.support.files import replace_folder, temporary_path, write_atomically
 from ldm.support.strict_json import read_json
-from ldm.training.distributed.parts import PartReader, PartWriter, part_file, read_metadata
+from ldm.training.distributed.parts import PartReader, PartWriter, described_parts, part_file
 from ldm.training.distributed.processes import Processes
 from ldm.training.distributed.state import TensorShapes
 from ldm.weights.formats.safetensors import sha256
@@ -117,7 +117,7 @@ def check_files(path: Path, processes: Processes) -> None:
 
 def read_shapes(path: Path) -> TensorShapes:
     """Return shape and dtype of each tensor in a checkpoint."""
-    found = read_metadata(path, read_about(path)["files"]).state_dict_metadata
+    found = described_parts(path, read_about(path)["files"]).state_dict_metadata
     return {name: (each.size, each.properties.dtype) for name, each in found.items()}  # type: ignore[union-attr]
 
 

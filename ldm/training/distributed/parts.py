@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -118,7 +119,7 @@ class PartReader(_OnePlace, StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the names, shapes and places of the tensors."""
-        return read_metadata(self.folder, self.files)
+        return described_parts(self.folder, self.files)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -143,7 +144,7 @@ class PartReader(_OnePlace, StorageReader):
         return done
 
 
-def read_metadata(folder: Path, files: Iterable[str]) -> Metadata:
+def described_parts(folder: Path, files: Iterable[str]) -> Metadata:
     """Return the names, shapes and places of the tensors of a checkpoint.
 
     Args:
@@ -157,7 +158,8 @@ def read_metadata(folder: Path, files: Iterable[str]) -> Metadata:
     parts: defaultdict[str, list[_Part]] = defaultdict(list)
     for name, part in _listed(folder, files):
         parts[name].append(part)
-    tensors, places = {}, {}
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, tuple[str, str]] = {}
     for name, found in parts.items():
         found.sort(key=lambda part: (part.row, part.end))
         if not _are_rows(found):

@@ -26,7 +26,7 @@ HINT_MAKERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "scribble": scribble,
     "tile": tile,
 }
-WHITE = (255, 255, 255)  # behind transparent pixels, as in `ldm.images.pixels.to_pixels`
+BEHIND = (255, 255, 255)  # behind transparent pixels, as in `ldm.images.pixels.to_pixels`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Hints:
         assert self._files is not None
         image = decode_image(
             self._files.path(sample.item),
-            lambda opened: on_background(convert_mode(opened, "image"), WHITE),
+            lambda opened: on_background(convert_mode(opened, "image"), BEHIND),
             name="hint",
         )
         return to_tensor(np.stack([crop_to_frame(image, sample.frame)]))[0] / 2 + 0.5
