@@ -53,10 +53,13 @@ def edit(pipe, i: int) -> Tensor:
 
 def traced(pipe, i: int, steps: int = 3) -> Tensor:
     """Draw an image under a trace of two modules, and check that the trace is of this call."""
-    with ldm.trace(pipe, hooks=["unet.mid_block", "vae.decoder.mid_block"]) as trace:
+    middle, decoder = ("unet.mid_block", "vae.decoder.mid_block")
+    if not hasattr(pipe.denoiser.net, "mid_block"):  # a transformer
+        middle, decoder = ("unet.blocks.1", "vae.residual.mid_block")
+    with ldm.trace(pipe, hooks=[middle, decoder]) as trace:
         image = draw(pipe, i, steps)
     assert trace.prompts == (PROMPTS[i % 4],) and len(trace.steps) == steps
-    assert len(trace.outputs["vae.decoder.mid_block"]) == 1
+    assert len(trace.outputs[decoder]) == 1
     return image
 
 
