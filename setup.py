@@ -124,6 +124,8 @@ setup(
         "notebooks": ["jupyter", "matplotlib>=3.8", "nbclient>=0.10"],
         "bench": ["openvino"],
         "train": ["webdataset>=1.0"],
+        # 5.0.1 mends PYSEC-2026-3716: rows that name files outside the data set
+        "datasets": ["datasets>=5.0.1"],
         "serve": SERVE,
     },
     entry_points={"console_scripts": ["ldm = ldm.cli.commands:run_command_line"]},

@@ -19,6 +19,7 @@ AFFECTED = {
     "numpy": "1.22.1",  # CVE-2021-41495
     "huggingface_hub": "0.13.3",  # files written outside the cache on Windows
 }
+AFFECTED_EXTRAS = {"datasets": "5.0.0"}  # PYSEC-2026-3716
 
 
 def requirements() -> list[Requirement]:
@@ -27,6 +28,22 @@ def requirements() -> list[Requirement]:
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             return [Requirement(text) for text in ast.literal_eval(node.value)]
     raise AssertionError("no install_requires")
+
+
+def extras() -> list[Requirement]:
+    """Return what `extras_require` in setup.py lists."""
+    for node in ast.walk(ast.parse(SETUP.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.keyword) and node.arg == "extras_require":
+            lists = [each for each in ast.walk(node) if isinstance(each, ast.List)]
+            texts = [each.value for found in lists for each in found.elts if isinstance(each, ast.Constant)]
+            return [Requirement(text) for text in texts]
+    raise AssertionError("no extras_require")
+
+
+@pytest.mark.parametrize("name", AFFECTED_EXTRAS)
+def test_bounds_of_extras(name: str) -> None:
+    found = [each for each in extras() if each.name == name]
+    assert found and not any(each.specifier.contains(AFFECTED_EXTRAS[name]) for each in found)
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)

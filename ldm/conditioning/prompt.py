@@ -2,25 +2,28 @@ r"""The syntax of prompts: texts with weights, and blends of several texts.
 
 A plain prompt needs none of this:
 
-- ``(red:1.3) apple``: "red" with weight 1.3, a number from 0 to 10. Nested weights multiply:
-  ``((red:1.2) apple:1.5)`` is "red" with 1.8 and " apple" with 1.5. Weight 1 changes nothing. Parentheses
-  without a weight are text: ``apple (fruit)``. So are those with nothing but digits, spaces and ASCII
-  punctuation before the colon: ``(16:9)``, ``(10:30)``.
+- ``(red:1.3) apple``: "red" with weight 1.3. Nested weights multiply: ``((red:1.2) apple:1.5)`` is "red"
+  with 1.8 and " apple" with 1.5. Weight 1 changes nothing.
 - ``a {cat:3|dog} face``: a blend of "a cat face" and "a dog face" with the shares 3/4 and 1/4; an alternative
   without a number has 1. Several braces give every combination, with the product of their shares. Braces
   without a bar are text; blends do not nest.
 - ``\( \) \{ \} \| \: \\`` are these characters themselves; before any other character a backslash is text.
 
-A parenthesis or brace that holds a weight or a bar but is not opened or closed, and a weight that is not a
-number in its range, raise ValueError. So do a prompt of more than 16,384 characters, more than 64
-combinations or 65,536 characters in them together, and nested weights that multiply to more than 1000.
+What stands behind the last colon of a parenthesis is its weight if it is a number from 0 to 10, a word stands
+before the colon, and the number has a point where a digit stands before the colon: ``(iphone 14:1.3)``. All
+else is text: ``apple (fruit)``, ``(ratio 16:9)``, ``(John 3:16)``, ``(style:anime)``, ``(red:11)``. Shares
+follow the same rule, but need no word.
+
+A weight whose parenthesis is not opened or closed, and a blend that is not closed, raise ValueError. So do a
+prompt of more than 16,384 characters, more than 64 combinations or 65,536 characters in them together, and
+nested weights that multiply to more than 1000.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,8 +34,9 @@ ESCAPED = "(){}|:\\"
 ESCAPE = re.compile(r"\\([(){}|:\\])")
 SURROGATE = re.compile("[\ud800-\udfff]")
 NUMBER = re.compile(r"\s*\+?(\d+(\.\d*)?|\.\d+)\s*")
-# the signs of weights, and runs of what is no digit, space or ASCII punctuation
-WEIGHT_TOKENS = re.compile(r"[():]|[^\d\s!-/:-@\[-`{-~]+")
+WORD = re.compile(r"[^\d\s!-/:-@\[-`{-~]+")  # no digit, space or ASCII punctuation
+WEIGHT_TOKENS = re.compile(rf"[():]|{WORD.pattern}")
+UNCLOSED = re.compile(r":([\d.]+)")
 HIGHEST_WEIGHT = 10.0
 HIGHEST_PRODUCT = 1000.0  # of nested weights
 MAX_BRANCHES = 64  # the largest number of alternatives of a prompt
@@ -173,7 +177,7 @@ def _shares(sides: list[_Marked]) -> list[tuple[float, _Marked]]:
     found = []
     for side in sides:
         colon = side.marks.rfind(":")
-        number = _number(side.text[colon + 1 :], "share") if colon > side.marks.rfind(")") else None
+        number = _number(side.marks, colon, len(side.marks)) if colon > side.marks.rfind(")") else None
         found.append((1.0, side) if number is None else (number, side.part(0, colon)))
     total = sum(share for share, _ in found)
     if total <= 0:
@@ -181,21 +185,16 @@ def _shares(sides: list[_Marked]) -> list[tuple[float, _Marked]]:
     return [(share / total, side) for share, side in found]
 
 
-def _number(text: str, what: str) -> float | None:
-    """Return the number behind a colon; None if no number is meant.
-
-    Args:
-        text: What follows the colon.
-        what: "weight" or "share", for error messages.
-    """
-    if NUMBER.fullmatch(text) and float(text) <= HIGHEST_WEIGHT:
-        return float(text)
-    if text[:1].isspace() and not re.match(r"\s*[-+.]?\d", text):
-        return None  # "note: blue"
-    raise ValueError(
-        rf"{what} {shown(text.strip())}: expected a number from 0 to {HIGHEST_WEIGHT:g}, as in (red:1.3), "
-        r"or \: for a colon that is text"
-    )
+def _number(marks: str, colon: int, end: int) -> float | None:
+    """Return the number between a colon and an index; None if it is text (the module states the rule)."""
+    text = marks[colon + 1 : end]
+    if not NUMBER.fullmatch(text) or float(text) > HIGHEST_WEIGHT:
+        return None
+    before = colon - 1
+    while before > 0 and marks[before].isspace():
+        before -= 1
+    ratio = before >= 0 and marks[before].isdecimal() and "." not in text  # 16:9, 10:05
+    return None if ratio else float(text)
 
 
 class _Group(NamedTuple):
@@ -237,7 +236,6 @@ def _weighted_spans(prompt: _Marked) -> tuple[Span, ...]:
 def _weight_groups(prompt: _Marked) -> dict[int, _Group]:
     """Return the parentheses that hold a weight, by opening index."""
     found: dict[int, _Group] = {}
-    starts: dict[int, int] = {}  # opening index by closing index
     opened: list[int] = []
     colon = close = word = before = -1  # the last of each, and the last word before the last colon
     for sign in WEIGHT_TOKENS.finditer(prompt.marks):
@@ -250,49 +248,29 @@ def _weight_groups(prompt: _Marked) -> dict[int, _Group]:
             word = i
         elif opened:
             start = opened.pop()
-            # no number is meant in "16:9", which has no word before the colon
-            meant = close < colon and start < before
-            if meant and (weight := _number(prompt.text[colon + 1 : i], "weight")) is not None:
-                found[start], starts[i] = _Group(weight, colon, i), start
+            weight = _number(prompt.marks, colon, i) if close < colon and start < before else None
+            if weight is not None:
+                found[start] = _Group(weight, colon, i)
             close = i
-        elif _ends_in_weight(prompt.marks, i, starts):
-            raise ValueError(
-                r"a weight has no opening parenthesis: expected (red:1.3), or \) for a parenthesis that is"
-                r" text"
-            )
         else:
+            if close < colon and before >= 0 and _number(prompt.marks, colon, i) is not None:
+                raise ValueError(
+                    r"a weight has no opening parenthesis: expected (red:1.3), or \) for a parenthesis that"
+                    r" is text"
+                )
             close = i
-    if opened and _has_weight(prompt.marks, opened[0] + 1, found):
+    if opened and _has_weight(prompt.marks, opened[0] + 1, {group.colon for group in found.values()}):
         raise ValueError(r"a weight is not closed: expected (red:1.3), or \( for a parenthesis that is text")
     return found
 
 
-def _ends_in_weight(marks: str, end: int, starts: Mapping[int, int]) -> bool:
-    """Return whether a colon and a number stand before index `end`; weighted parentheses are spaces."""
-
-    def before_spaces(i: int) -> int:
-        while i > 0 and (i - 1 in starts or marks[i - 1].isspace()):
-            i = starts.get(i - 1, i - 1)
-        return i
-
-    last = i = before_spaces(end)
-    while i > 0 and (marks[i - 1].isdecimal() or marks[i - 1] == "."):
-        i -= 1
-    return i < last and marks[: before_spaces(i)].endswith(":")
-
-
-def _has_weight(marks: str, i: int, groups: Mapping[int, _Group]) -> bool:
-    """Return whether a colon and a digit stand at or after index i; weighted parentheses are spaces."""
-    colon = False
-    while i < len(marks):
-        if i in groups:
-            i = groups[i].close
-        elif not marks[i].isspace():
-            if colon and marks[i].isdecimal():
-                return True
-            colon = marks[i] == ":"
-        i += 1
-    return False
+def _has_weight(marks: str, begin: int, used: Collection[int]) -> bool:
+    """Return whether a weight stands directly behind a colon that is not in `used`, after index `begin`."""
+    word = WORD.search(marks, begin)
+    return word is not None and any(
+        number.start() not in used and _number(marks, number.start(), number.end()) is not None
+        for number in UNCLOSED.finditer(marks, word.end())
+    )
 
 
 def unknown_words(prompt: str, known: frozenset[str]) -> list[str]:

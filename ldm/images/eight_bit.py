@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+GRAY_MODES = ("1", "L", "I", "F", *SIXTEEN_BIT_MODES)
 COLOR_MODES = ("CMYK", "YCbCr", "LAB", "HSV")  # in which PIL knows no transparency
 
 

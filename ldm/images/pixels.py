@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ldm.images.eight_bit import eight_bit
+from ldm.images.eight_bit import GRAY_MODES, eight_bit
 from ldm.images.opening import check_pixels, decode_image
 from ldm.support.text import escaped
 
@@ -208,11 +208,9 @@ def is_pil(image: object) -> TypeGuard[Image]:
 
 
 def convert_mode(image: Image, role: Role) -> Image:
-    """Return a PIL image upright: with 8 bits, or for depth in its own mode."""
+    """Return a PIL image upright: with 8 bits, or a gray depth map in its own mode."""
     from PIL import ImageOps
 
     check_pixels(*image.size)
     upright: Image = ImageOps.exif_transpose(image)
-    if role != "depth":
-        return eight_bit(upright)
-    return upright.convert("RGB") if upright.mode == "P" else upright
+    return upright if role == "depth" and upright.mode in GRAY_MODES else eight_bit(upright)

@@ -58,8 +58,8 @@ def open_atomically(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
     with errors_name(path, temporary):
         if mode is None and path.exists():
             mode = path.stat().st_mode & 0o777
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
         try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
             with os.fdopen(handle, "wb") as file:
                 if mode is not None:
                     os.chmod(temporary, mode)  # as the umask has been applied

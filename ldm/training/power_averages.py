@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
+from ldm.support.warn import warn_user
+from ldm.training.caches.hashed import compare_hash, write_hashed
+from ldm.weights.formats.safetensors import map_safetensors
 
 WIDEST = 12**-0.5  # the width at γ = 0, that of the mean of all weights
 FOLDER = "averages"  # of the files, in a run's folder
@@ -97,7 +99,25 @@ def write_snapshot(folder: Path, step: int, averages: Mapping[float, Mapping[str
         for width, values in averages.items()
         for name, value in values.items()
     }
-    write_safetensors(path, state, {"step": str(step)})
+    write_hashed(path, state)
+
+
+def read_snapshot(path: Path) -> dict[str, Tensor]:
+    """Return the averages in a file by width and parameter name, as ``WIDTH/NAME``.
+
+    Raises:
+        ValueError: If one is not what was written; the message names the file.
+
+    Warns:
+        UserWarning: If the file has no hashes, as those of earlier versions.
+    """
+    state, hashes = map_safetensors(path)
+    if not state.keys() <= hashes.keys():
+        warn_user(f"{str(path)!r} has no hashes of its averages: whether it is intact is not known")
+        return state
+    for name, value in state.items():
+        compare_hash(value.numpy(), hashes[name], path, name, "put back a copy, or delete it")
+    return state
 
 
 def average_of_width(folder: Path, width: float, *, step: int | None = None) -> dict[str, Tensor]:
@@ -113,7 +133,8 @@ def average_of_width(folder: Path, width: float, *, step: int | None = None) -> 
 
     Raises:
         FileNotFoundError: If the run wrote no averages.
-        ValueError: If the width is out of range, or the step is before the first that was written.
+        ValueError: If the width is out of range, the step is before the first that was written, or a file
+            is damaged.
     """
     gamma = exponent(width)
     files = sorted((folder / FOLDER).glob("*.safetensors"))
@@ -124,12 +145,12 @@ def average_of_width(folder: Path, width: float, *, step: int | None = None) -> 
     if not steps[0] <= last:
         raise ValueError(f"step {last}: expected at least {steps[0]}, the first with averages")
     used = [path for path, of in zip(files, steps, strict=True) if of <= last]
-    widths = sorted({float(key.partition("/")[0]) for key in read_safetensors(used[0])})
+    widths = sorted({float(key.partition("/")[0]) for key in map_safetensors(used[0])[0]})
     kept = [Profile(int(path.stem), exponent(each)) for path in used for each in widths]
     factors = iter(combination(kept, Profile(last, gamma)))
     total: dict[str, Tensor] = {}
     for path in used:
-        state = read_safetensors(path)
+        state = read_snapshot(path)
         for each in widths:
             factor, prefix = float(next(factors)), f"{each}/"
             for key in (key for key in state if key.startswith(prefix)):

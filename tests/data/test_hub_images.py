@@ -79,10 +79,10 @@ def test_rows_without_an_image_and_broken_ones_are_named_and_left_out(datasets: 
     columns = rows()
     columns["image"][1] = None
     columns["image"][3] = {"bytes": encoded(PHOTOS[3][0])[:20], "path": None}
-    columns["image"][4] = {"bytes": None, "path": str(tmp_path / "absent.png")}
-    PHOTOS[5][0].save(tmp_path / "there.png")
-    columns["image"][5] = {"bytes": None, "path": str(tmp_path / "there.png")}
+    columns["image"][4] = {"bytes": None, "path": str(tmp_path / "saved" / "absent.png")}
+    columns["image"][5] = {"bytes": None, "path": str(tmp_path / "saved" / "there.png")}
     folder = saved(datasets, tmp_path / "saved", columns)
+    PHOTOS[5][0].save(folder / "there.png")
     dataset = HubImages(config(folder))
     assert [dataset.record(i).name for i in range(len(dataset))] == ["train[0]", "train[2]", "train[5]"]
     assert (np.asarray(dataset.open(2)) == np.asarray(PHOTOS[5][0])).all()
@@ -91,6 +91,25 @@ def test_rows_without_an_image_and_broken_ones_are_named_and_left_out(datasets: 
     )
     with pytest.raises(ValueError, match="3 broken files, data.max_broken permits 2"):
         HubImages(config(folder, max_broken=2))
+
+
+def test_rows_name_no_files_outside_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = importlib.import_module("datasets_stand_in")
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    PHOTOS[0][0].save(tmp_path / "private.png")
+    folder = tmp_path / "saved"
+    named = [tmp_path / "private.png", folder / "../private.png", folder / "link.png", "/etc/passwd"]
+    columns = rows()
+    columns["image"][:4] = [{"bytes": None, "path": str(path)} for path in named]
+    saved(stand_in, folder, columns)
+    (folder / "link.png").symlink_to(tmp_path / "private.png")
+    dataset = HubImages(config(folder))
+    assert [dataset.record(i).name for i in range(len(dataset))] == ["train[4]", "train[5]"]
+    assert all("a file outside the data set" in problem.reason for problem in dataset.problems)
+    # what was downloaded lies in a cache
+    monkeypatch.setattr(stand_in, "load_dataset", lambda path, split: stand_in.Dataset(columns))
+    monkeypatch.setattr(stand_in.config, "HF_DATASETS_CACHE", str(tmp_path))
+    assert len(HubImages(config(Path("someone/photos")))) == 5
 
 
 def test_a_restart_and_other_processes_see_the_same(datasets: Any, tmp_path: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from fuzzing import Target, check
-from mutations import mixed, mutated_bytes, mutated_json
+from mutations import mixed, mutated_bytes, mutated_header
 
 from ldm.weights.cast import is_finite
 from ldm.weights.formats.safetensors import read_safetensors
@@ -31,19 +28,6 @@ def seeds() -> list[bytes]:
         "half": torch.ones(2, 2, 2, dtype=torch.float16),
     }
     return [safetensors.torch.save(tensors, {"format": "pt"}), safetensors.torch.save({"a": torch.ones(3)})]
-
-
-def mutated_header(seeds: Sequence[bytes], rng: random.Random) -> bytes:
-    """Return one of the files with its header changed as JSON, and the length of it corrected."""
-    data = rng.choice(seeds)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = data[8:end]
-    if rng.random() < 0.15:  # a key that is given twice
-        name = rng.choice(list(json.loads(header)))
-        header = b"{" + json.dumps(name).encode() + b":{}," + header[1:]
-    else:
-        header = mutated_json([header], rng)
-    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def test_damaged_safetensors(tmp_path: Path) -> None:

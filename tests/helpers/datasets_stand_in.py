@@ -10,7 +10,10 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+config = SimpleNamespace(HF_DATASETS_CACHE="/absent/datasets", DOWNLOADED_DATASETS_PATH="/absent/downloads")
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,19 @@ def mutated_json(seeds: Sequence[bytes], rng: random.Random) -> bytes:
     return mutated_bytes([data], rng) if rng.random() < 0.2 else data
 
 
+def mutated_header(seeds: Sequence[bytes], rng: random.Random) -> bytes:
+    """Return one of the safetensors files with its header changed as JSON, and the length of it corrected."""
+    data = rng.choice(seeds)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end]
+    if rng.random() < 0.15:  # a key that is given twice
+        name = rng.choice(list(json.loads(header)))
+        header = b"{" + json.dumps(name).encode() + b":{}," + header[1:]
+    else:
+        header = mutated_json([header], rng)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
 def changed_tree(tree: Any, rng: random.Random) -> Any:
     """Return a tree of lists and dictionaries with one of its places changed; it may be changed in place."""
     places = [(None, None), *_places(tree)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mutations import changed_tree, mutated_bytes, mutated_json
+from mutations import changed_tree, mixed, mutated_bytes, mutated_header, mutated_json
 
 YAML_PIECES = (
     *(
@@ -167,7 +167,11 @@ def mutated_file(seeds: Sequence[bytes], rng: random.Random) -> bytes:
     """Return one of the files of a folder damaged as JSON, YAML, text or bytes, by the end of its name."""
     place, _, content = rng.choice(seeds).partition(b"\n")
     suffix = Path(place.decode()).suffix
-    mutate = {".json": mutated_json, ".yaml": mutated_yaml}.get(suffix, mutated_bytes)
+    mutate = {
+        ".json": mutated_json,
+        ".yaml": mutated_yaml,
+        ".safetensors": mixed(mutated_header, mutated_bytes),
+    }.get(suffix, mutated_bytes)
     return place + b"\n" + mutate([content], rng)
 
 

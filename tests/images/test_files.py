@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from killing import in_fresh_process, kill_at_random
 from PIL import Image
 
 from ldm.images.files import check_writable, read_recipe, write_image
@@ -189,3 +193,58 @@ def test_the_exif_comment_is_json_for_other_programs(tmp_path, suffix):
     with Image.open(tmp_path / f"a{suffix}") as image:
         comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment == b'ASCII\0\0\0{"ldm": {"prompt": "\\u00e9"}}'
+
+
+def noise(seed: int) -> Images:
+    g = torch.Generator().manual_seed(seed)
+    return Images(tensor=torch.rand(1, 3, 64, 64, generator=g), seeds=(seed,), prompts=("",))
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_threads_save_four_hundred_images(tmp_path):
+    """Half of them under one name, and half under their own."""
+    made = [noise(seed) for seed in range(4)]
+    common = tmp_path / "common.png"
+
+    def save(i: int) -> None:
+        made[i % 4].save(common if i % 2 else tmp_path / f"{i}.png")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(400)))
+    assert len(list(tmp_path.iterdir())) == 201
+    own = [each.numpy()[0] for each in made]
+    assert all((pixels_of(tmp_path / f"{i}.png") == own[i % 4]).all() for i in range(0, 400, 2))
+    assert any((pixels_of(common) == each).all() for each in own)
+
+
+def kill_while_saving(folder: str, kills: int) -> list[str]:
+    """Kill processes that save images over each other; return the names in the folder at the end."""
+    path, made = Path(folder) / "a.png", [noise(seed) for seed in range(3)]
+    own = [each.numpy()[0] for each in made]
+    made[0].save(path)
+
+    def save_on() -> None:
+        while True:
+            for each in made:
+                each.save(path)
+
+    def check() -> None:
+        assert any((pixels_of(path) == each).all() for each in own)
+
+    kill_at_random(save_on, kills, 0.05, check)
+    in_fresh_process(Path(__file__), "save_once", folder)
+    return sorted(each.name for each in Path(folder).iterdir())
+
+
+def save_once(folder: str) -> bool:
+    """Save an image, which removes what killed processes left."""
+    noise(0).save(Path(folder) / "a.png")
+    return True
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_killed_save_leaves_one_image_or_the_other(tmp_path, kills):
+    assert in_fresh_process(Path(__file__), "kill_while_saving", str(tmp_path), kills) == ["a.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import resource
 import struct
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ldm
 from ldm.images.files import read_recipe
 from ldm.images.opening import MAX_PIXELS, READ_FORMATS, check_pixels, decode_image
 from ldm.images.pixels import to_pixels
@@ -201,3 +203,22 @@ def test_images_with_and_without_opacity_make_a_batch():
     expected = torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 2, 4)
     assert torch.equal(to_pixels([gray, color, clear]), expected)
     assert torch.equal(to_pixels([torch.ones(2, 4), color, clear]), expected)
+
+
+def test_every_image_file_is_opened_with_the_formats_to_accept():
+    """Pillow's readers of other formats are older and less tested."""
+    opened, without = 0, []
+    for path in Path(ldm.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = [
+            each for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.module == "PIL"
+        ]
+        modules = {
+            name.asname or name.name for each in imported for name in each.names if name.name == "Image"
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"{name}.open" for name in modules}:
+                opened += 1
+                if not any(keyword.arg == "formats" for keyword in node.keywords):
+                    without.append(f"{path}:{node.lineno}")
+    assert opened and without == []

@@ -160,3 +160,23 @@ def test_depth_maps_of_every_type_are_equal(tmp_path):
         assert torch.allclose(to_depth(depth, SIZE), expected, atol=1e-6)
     with pytest.raises(ValueError, match="depth: expected finite values in one channel"):
         to_depth(COLORS, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("d.tif", "CMYK"),
+        ("d.jpg", "CMYK"),
+        ("d.png", "L"),
+        ("d.png", "P"),
+        ("d.png", "LA"),
+        ("d.tif", "YCbCr"),
+    ],
+)
+def test_depth_maps_of_every_mode_are_equal(tmp_path, name, mode):
+    values = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
+    gray = Image.fromarray(values)
+    path = save(tmp_path / name, gray.convert(mode), quality=100)
+    assert torch.allclose(
+        to_depth(path, SIZE), to_depth(values, SIZE), atol=2 * 2 / 240
+    )  # two levels of JPEG

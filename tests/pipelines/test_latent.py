@@ -139,7 +139,7 @@ def test_unknown_words_are_named_in_a_warning(pipe):
             r"latents of the model have shape \(1, 4, 3, 3\), expected \(1, 4, 8, 8\)",
         ),
         ({"prompt": []}, "prompt"),
-        ({"prompt": "(cat:much)"}, r"weight 'much': expected a number from 0 to 10, as in \(red:1.3\)"),
+        ({"prompt": "(cat:2"}, r"a weight is not closed: expected \(red:1.3\)"),
         (
             {"negative": ["cat", "cat"]},
             "negative: expected a text, or 1 .one for each prompt. or 1 .for each image.",

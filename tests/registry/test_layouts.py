@@ -174,6 +174,59 @@ def test_a_second_block_that_sd2_does_not_run_is_left_out(tmp_path: Path) -> Non
     assert_same(pipe, reduced_families.load(card.name, weights=tmp_path / "b.safetensors"))
 
 
+NUMBER, PROJECTION = torch.tensor(3.0), torch.zeros(32, 32)
+STRAYS = {  # by the programs that write them
+    "k-diffusion": {name: torch.ones(1000) for name in ("sigmas", "log_sigmas", "denoiser.log_sigmas")},
+    "generative-models": {"denoiser.sigmas": torch.ones(1000), "model_ema.num_updates": NUMBER},
+    "ComfyUI": {"model_sampling.sigmas": torch.ones(1000), "model_sampling.log_sigmas": torch.ones(1000)},
+    "ComfyUI, CLIP-L": {
+        "cond_stage_model.text_projection": PROJECTION,
+        "cond_stage_model.text_projection.weight": PROJECTION,
+        "cond_stage_model.logit_scale": NUMBER,
+        "cond_stage_model.transformer.logit_scale": NUMBER,
+    },
+    "ComfyUI, SDXL": {
+        "conditioner.embedders.0.text_projection": PROJECTION,
+        "conditioner.embedders.0.logit_scale": NUMBER,
+        "conditioner.embedders.1.logit_scale": NUMBER,
+    },
+    "trainers": dict.fromkeys(("global_step", "step", "epoch", "iteration", "num_updates", "decay"), NUMBER),
+}
+
+
+@pytest.mark.parametrize(
+    "base", ["sd-v1-5", "sd-v2-1", "sd-v2-depth", "sdxl-base", "sdxl-refiner", "ldm-celebahq"]
+)
+def test_keys_that_common_programs_add_are_left_out(base: str, tmp_path: Path) -> None:
+    card = reduced_families.register(base, tmp_path)
+    pipe = reduced_families.load(card.name)
+    state = dict(read_safetensors(ldm.save(pipe, tmp_path / "a.safetensors", layout="original")))
+    strays = {name: value for added in STRAYS.values() for name, value in added.items()}
+    assert not strays.keys() & state.keys()
+    write_safetensors(tmp_path / "b.safetensors", state | strays)
+    assert_same(pipe, reduced_families.load(card.name, weights=tmp_path / "b.safetensors"))
+    write_safetensors(tmp_path / "c.safetensors", state | {"cond_stage.text_projection": PROJECTION})
+    with pytest.raises(ValueError, match="belong to no part of it: .*cond_stage.text_projection"):
+        reduced_families.load(card.name, weights=tmp_path / "c.safetensors")
+
+
+def test_sd_turbo_is_loaded_as_it_is_published(tmp_path: Path) -> None:
+    """Its text tower stands below the prefix of SDXL's conditioners."""
+    card = reduced_families.register("sd-turbo", tmp_path)
+    pipe = reduced_families.load(card.name)
+    state = read_safetensors(ldm.save(pipe, tmp_path / "a.safetensors", layout="original"))
+    published = {
+        key.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): value
+        for key, value in state.items()
+    }
+    assert published.keys() != state.keys()
+    write_safetensors(tmp_path / "sd_turbo.safetensors", published)
+    again = reduced_families.load(card.name, weights=tmp_path / "sd_turbo.safetensors")
+    assert_same(pipe, again)
+    images = [each.text_to_image("a cat", steps=1, seed=0, progress=False).tensor for each in (pipe, again)]
+    assert torch.equal(*images)
+
+
 def test_heads_that_the_keys_do_not_show_are_checked_in_folders(tmp_path: Path) -> None:
     card = reduced_families.register("sd-v1-5", tmp_path)
     folder = ldm.save(reduced_families.load(card.name), tmp_path / "folder", layout="diffusers")

@@ -8,6 +8,8 @@ from functools import cache
 import pytest
 import torch
 from small_networks import rms
+from tiny_dalle import tiny_dalle
+from tiny_exemplars import tiny_exemplar_model, tiny_exemplar_unclip
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo, tiny_stable
 from torch import Tensor, nn
@@ -15,12 +17,16 @@ from torch import Tensor, nn
 import ldm
 
 PIPES = {"latent": tiny_model, "karlo": tiny_karlo, "stable": tiny_stable}
+MORE = {"exemplars": tiny_exemplar_model, "exemplar-unclip": tiny_exemplar_unclip, "dalle": tiny_dalle}
 EXACT = {"default": {}, "without-kernels": {"kernels": False}, "memory": {"memory": True}}
 APPROXIMATE = {"reuse": {"reuse": 2}, "merge": {"merge": 0.5}, "int8": {"int8": True}}
 ON_STEPS = {
     "latent": {"steps": 2},
     "karlo": {"steps": 2, "prior_steps": 2},
     "stable": {"steps": 2, "prior_steps": 2},
+    "exemplars": {"steps": 2},
+    "exemplar-unclip": {"steps": 2, "prior_steps": 2},
+    "dalle": {"guidance": 1.0},
 }
 
 
@@ -168,6 +174,20 @@ def test_every_change_of_weights_is_seen_by_the_next_call(kind, options):
             assert torch.equal(got, expected), change.__name__
         assert rms(got, expected) < 1e-4, change.__name__
         assert same_parameters(pipe, plain)
+        assert before is None or rms(got, before) > 0.01, change.__name__
+        before = got
+
+
+@pytest.mark.parametrize("options", EXACT)
+@pytest.mark.parametrize("kind", MORE)
+def test_every_change_is_seen_by_models_with_exemplars_and_tokens(kind, options):
+    """Their images are compared by bit: a rounding error may choose another exemplar or token."""
+    pipe = ldm.optimize(MORE[kind](), **EXACT[options])
+    before = None
+    for change in (no_change, *CHANGES):
+        change(pipe)
+        got = draw(pipe, kind)
+        assert torch.equal(got, draw(ldm.optimize(copy.deepcopy(pipe), **EXACT[options]), kind))
         assert before is None or rms(got, before) > 0.01, change.__name__
         before = got
 

@@ -150,6 +150,25 @@ def test_the_bytes_that_were_checked_are_loaded(workshop: Workshop, monkeypatch:
     assert workshop.answer() == 42
 
 
+def test_a_cache_on_a_mount_that_forbids_execution_is_used(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is loaded from memory; a file of such a mount cannot be mapped for execution."""
+
+    class OnSuchAMount(ctypes.CDLL):
+        def __init__(self, name: str | None, *args: object, **options: object) -> None:
+            if name is not None and Path(name).is_relative_to(workshop.folder):
+                raise OSError(f"{name}: failed to map segment from shared object")
+            super().__init__(name, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ctypes, "CDLL", OnSuchAMount)
+    assert workshop.answer() == 42 and workshop.library.is_file()
+    runs = workshop.runs
+    assert workshop.answer() == 42 and workshop.runs == runs  # and found again
+    with pytest.raises(OSError, match="failed to map segment"):
+        ctypes.CDLL(str(workshop.library))
+
+
 def test_libraries_loaded_one_after_the_other_are_not_confused(prebuilt: Path, tmp_path: Path) -> None:
     source = 'extern "C" int answer() { return 7; }'
     other = compile_library(source, tmp_path / "other.so")

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_dalle import tiny_dalle
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
 from torch import Tensor
@@ -52,10 +53,13 @@ def edit(pipe, i: int) -> Tensor:
 
 def traced(pipe, i: int, steps: int = 3) -> Tensor:
     """Draw an image under a trace of two modules, and check that the trace is of this call."""
-    with ldm.trace(pipe, hooks=["unet.mid_block", "vae.decoder.mid_block"]) as trace:
+    middle, decoder = ("unet.mid_block", "vae.decoder.mid_block")
+    if not hasattr(pipe.denoiser.net, "mid_block"):  # a transformer
+        middle, decoder = ("unet.blocks.1", "vae.residual.mid_block")
+    with ldm.trace(pipe, hooks=[middle, decoder]) as trace:
         image = draw(pipe, i, steps)
     assert trace.prompts == (PROMPTS[i % 4],) and len(trace.steps) == steps
-    assert len(trace.outputs["vae.decoder.mid_block"]) == 1
+    assert len(trace.outputs[decoder]) == 1
     return image
 
 
@@ -117,6 +121,22 @@ def test_threads_draw_images_of_unclip(mode):
     ]
     images = [lambda task=task: task().tensor for task in tasks]
     assert wrong([image() for image in images], run_together(images)) == []
+
+
+@pytest.mark.parametrize("mode", ["plain", "optimized", "memory"])
+def test_threads_draw_images_of_tokens(mode):
+    pipe = made(mode, tiny_dalle())
+    mask = torch.zeros(64, 64)
+    mask[16:40, 16:] = 1
+
+    def task(i: int) -> Tensor:
+        if i % 3 < 2:
+            return pipe.text_to_image(PROMPTS[i % 4], n=1 + i % 2, seed=i, progress=False).tensor
+        given = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(i))
+        return pipe.inpaint(PROMPTS[i % 4], given, mask, n=1, seed=i, progress=False).tensor
+
+    tasks = [partial(task, i) for i in range(2 * THREADS)]
+    assert wrong([each() for each in tasks], run_together(tasks)) == []
 
 
 @pytest.mark.parametrize("mode", ["optimized", "memory", "reuse"])

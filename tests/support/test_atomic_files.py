@@ -101,6 +101,27 @@ def test_threads_may_write_one_file(tmp_path: Path) -> None:
     assert path.read_bytes() in contents and [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_link_that_is_planted_at_a_temporary_name_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if an attacker guessed the name, which is random."""
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_bytes(b"mine")
+    folder.mkdir()
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    for target in (victim, tmp_path / "absent"):
+        planted = files.temporary_path(folder)
+        planted.symlink_to(target)
+        with pytest.raises(FileExistsError):
+            write_atomically(folder / "a", b"new")
+        with pytest.raises(FileExistsError):
+            with files.temporary_folder(folder):
+                raise AssertionError("expected no folder")
+        planted.unlink()  # as it was not removed
+    assert victim.read_bytes() == b"mine" and not (tmp_path / "absent").exists()
+    assert not (folder / "a").exists()
+
+
 def test_errors_name_the_file_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")

@@ -32,6 +32,7 @@ from ldm.training.draws import Draws
 from ldm.training.inputs import cached_files, file_set
 from ldm.training.inputs.files import FileImages
 from ldm.weights.formats.ldm_folder import EMOJI_TEXT, write_part
+from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 RUN = RunConfig(name="any", steps=1, batch=4, optimizer=OptimizerConfig(lr=1e-3))
 
@@ -122,6 +123,30 @@ def test_processes_divide_the_images_and_write_files_of_their_own(photos, monkey
     images, log = open_images(photos), []
     rows = images.cached(RUN, 0).cached("means", "key", (3,), means(images, log))
     assert log == [] and rows[:].shape == (20, 3)
+
+
+def test_a_flipped_byte_is_noticed_and_the_file_is_made_again(photos):
+    first, _ = cache(photos)
+    (path,) = CACHES.glob("means-*/*.safetensors")
+    content = path.read_bytes()
+    for at in (-1, -40):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[len(content) + at + 1 :])
+        with pytest.raises(
+            ValueError, match=r"means-.*safetensors' is damaged .*delete it, and it is computed"
+        ):
+            cache(photos)
+    path.unlink()
+    again, log = cache(photos)
+    assert len(log) == 20 and (again == first).all()
+
+
+def test_files_without_hashes_are_made_again(photos):
+    first, _ = cache(photos)
+    (path,) = CACHES.glob("means-*/*.safetensors")
+    write_safetensors(path, {name: value + 1 for name, value in read_safetensors(path).items()})
+    with pytest.warns(UserWarning, match="has no hashes of its tensors, which are computed again: delete it"):
+        again, log = cache(photos)
+    assert len(log) == 20 and (again == first).all() and (cache(photos)[0] == first).all()
 
 
 def kill_while_caching(folder: str, kills: int) -> list[int]:

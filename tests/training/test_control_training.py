@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from adapter_files import same_bits, weights_of
 from diffusers_pipelines import STEP, diffusers_pipeline, seeded_noise
 from photos import write_photos
+from PIL import Image
 from reduced_families import register
 from tiny_exemplars import SIZE, tiny_exemplar_model
 from tiny_trainings import run, write
@@ -19,6 +21,7 @@ from torch import Tensor
 
 import ldm
 from ldm.images.hints import canny
+from ldm.images.pixels import to_pixels
 from ldm.models.control.controlled import Controlled
 from ldm.registry.inspection import inspect
 from ldm.training.recipe import train_recipe
@@ -217,6 +220,28 @@ def test_hints_are_read_from_files_in_the_frame_of_their_image(work: Path, model
     part = open_run(write(config("edges", **model, hints=hints, data=data), work / "e.yaml")).part
     samples = part.samples.rows[:3]
     assert (part.hints(samples) - (part.images.tensor(samples) / 2 + 0.5)).abs().max() < 1e-6
+
+
+def test_hints_are_read_as_those_of_a_call(work: Path, model: dict[str, str]) -> None:
+    """16 bits, transparency, orientation and formats are those of `to_pixels`."""
+    write_photos(work / "photos", 4, width=32, height=32)
+    folder = work / "hints"
+    folder.mkdir()
+    ramp = np.arange(32 * 32).reshape(32, 32)
+    Image.fromarray((ramp * 64).astype(np.uint16)).save(folder / "0000.png")
+    layers = np.stack([ramp // 4, ramp % 256, ramp % 31, ramp % 200], -1).astype(np.uint8)
+    Image.fromarray(layers).save(folder / "0001.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(layers[..., :3]).save(folder / "0002.png", exif=turned)
+    Image.fromarray(layers[..., :3]).save(folder / "0003.png", "PPM")
+    hints = {"kind": "files", "folder": "hints"}
+    part = open_run(write(config("files", **model, hints=hints), work / "f.yaml")).part
+    rows = {part.images.files.dataset.record(row.item).name: row for row in part.samples.rows}
+    for name in ("0000.png", "0001.png", "0002.png"):
+        assert (part.hints([rows[name]]) - to_pixels(folder / name)).abs().max() < 0.51 / 255, name
+    with pytest.raises(ValueError, match=r"hint: '.*0003.png' is not a readable image"):
+        part.hints([rows["0003.png"]])
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,10 @@ def vae_file(place, **changes) -> Path:
     return write(configs(place, **changes)["vae"], Path("vae.yaml"))
 
 
+@pytest.mark.parametrize("steps", [40, 6], ids=["between", "at the last step"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(place, where):
-    path = vae_file(place, steps=40, log_every=20, checkpoint_every=5, validate_every=40)
+def test_a_step_that_is_not_finite_changes_nothing(place, where, steps):
+    path = vae_file(place, steps=steps, log_every=20, checkpoint_every=5, validate_every=40)
     run = open_run(path)
     run.train(until=5, progress=False)
     saved = Path("runs/vae/checkpoint.pt").read_bytes()
@@ -50,8 +51,8 @@ def test_a_step_that_is_not_finite_changes_nothing(place, where):
     assert Path("runs/vae/checkpoint.pt").read_bytes() == saved and run.step == 5
     assert all(torch.equal(before[key], value) for key, value in run.part.model.state_dict().items())
     resumed = open_run(path)
-    resumed.train(until=10, progress=False)
-    assert resumed.step == 10
+    resumed.train(until=min(10, steps), progress=False)
+    assert resumed.step == min(10, steps)
 
 
 def test_until_is_a_step(place):
@@ -77,19 +78,23 @@ def test_there_need_be_no_standard_streams(place, monkeypatch):
     assert all(torch.equal(value, silent[name]) for name, value in shown.part.model.state_dict().items())
 
 
-def test_a_validation_that_a_kill_prevented_is_made_up_for(place):
+@pytest.mark.parametrize("killed", [2, 4], ids=["between", "the last one"])
+def test_a_validation_that_a_kill_prevented_is_made_up_for(place, killed):
     path = vae_file(place, steps=4, checkpoint_every=2, validate_every=2)
+    open_run(path).train(until=killed - 1, progress=False)
     run = open_run(path)
     run._validate = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # killed behind the checkpoint
     with pytest.raises(KeyboardInterrupt):
-        run.train(until=2, progress=False)
+        run.train(until=killed, progress=False)
+    assert open_run(path).step == killed
     open_run(path).train(progress=False)
     finished = open_run(path)
     finished.train(progress=False)  # nothing is owed any more
     rows = [
         json.loads(line) for line in Path("runs/vae/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert [row["step"] for row in rows if "validation/psnr" in row] == [2, 4]
+    validated = [row["step"] for row in rows if "validation/psnr" in row]
+    assert validated == ([1, 2, 4] if killed == 2 else [2, 3, 4])  # a run that is stopped validates too
 
 
 def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(place):

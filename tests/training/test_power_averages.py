@@ -19,9 +19,11 @@ from ldm.training.power_averages import (
     inner_product,
     power_decay,
     relative_width,
+    snapshot_file,
     write_snapshot,
 )
 from ldm.training.run import open_run
+from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 
 def average(weights: np.ndarray, gamma: float) -> np.ndarray:
@@ -101,6 +103,23 @@ def test_what_cannot_be_reconstructed_is_named(tmp_path):
         average_of_width(tmp_path, 0.3)
     with pytest.raises(ValueError, match="step 3: expected at least 5"):
         average_of_width(tmp_path, 0.1, step=3)
+
+
+def test_a_damaged_file_is_named_and_an_old_one_is_read_with_a_warning(tmp_path):
+    averages = {each: {"w": torch.full((100,), each), "b": torch.ones(3)} for each in (0.05, 0.1)}
+    for step in (5, 10):
+        write_snapshot(tmp_path, step, averages)
+    path = snapshot_file(tmp_path, 5)
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"0000005.safetensors' is damaged \('0\.\d+/[bw]' differs from its SHA"
+    ):
+        average_of_width(tmp_path, 0.1)
+    write_safetensors(path, read_safetensors(snapshot_file(tmp_path, 10)))
+    with pytest.warns(UserWarning, match=r"0000005.safetensors' has no hashes of its averages"):
+        average_of_width(tmp_path, 0.1)
 
 
 def test_a_run_exports_the_average_of_any_width(tmp_path, monkeypatch):

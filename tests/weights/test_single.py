@@ -132,24 +132,6 @@ def test_the_scale_that_a_file_states(tmp_path: Path) -> None:
     assert read_single(path).scale_factor == 0.5
 
 
-STRAYS = {
-    "model_sampling.sigmas": (1000,),
-    "sigmas": (1000,),
-    "log_sigmas": (1000,),
-    "epoch": (),
-    "cond_stage_model.logit_scale": (),
-    "cond_stage_model.transformer.logit_scale": (),
-}
-
-
-def test_keys_that_common_programs_add_are_left_out(tmp_path: Path) -> None:
-    plain = read_single(sparse_file(tmp_path / "sd.safetensors", sd1_shapes()))
-    strays = read_single(sparse_file(tmp_path / "strays.safetensors", sd1_shapes() | STRAYS))
-    assert {name: part.keys() for name, part in strays.parts.items()} == {
-        name: part.keys() for name, part in plain.parts.items()
-    }
-
-
 def test_the_prefix_of_data_parallel_training_is_removed(tmp_path: Path) -> None:
     keys = {f"module.{key}": shape for key, shape in sd1_shapes().items()}
     single = read_single(sparse_file(tmp_path / "sd.safetensors", keys))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -37,7 +38,7 @@ class HubImages:
     """
 
     def __init__(self, config: HubData) -> None:
-        self.config, self.rows = config, read_rows(config)
+        self.config, self.rows, self.places = config, read_rows(config), files_of(config)
         problems: list[Problem] = []
         others = self.rows.remove_columns(config.image_key)
         candidates = []
@@ -70,7 +71,10 @@ class HubImages:
             raise ValueError("the row has no image")
         if image["bytes"] is not None:
             return bytes(image["bytes"])
-        return Path(image["path"]).read_bytes()
+        path = os.path.realpath(image["path"])
+        if not any(Path(path).is_relative_to(place) for place in self.places):
+            raise ValueError(f"it names {shown(path)}, a file outside the data set")
+        return Path(path).read_bytes()
 
     def _size(self, row: int) -> int:
         try:
@@ -97,14 +101,29 @@ class HubImages:
         return decode(data, self.config.background, least)
 
 
+def is_saved(config: HubData) -> bool:
+    """Return whether a data set is a folder that `save_to_disk` wrote."""
+    return any((Path(config.path) / name).is_file() for name in SAVED)
+
+
+def files_of(config: HubData) -> tuple[str, ...]:
+    """Return where the files that rows name may be: the data set's folder, and the caches of downloads."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+    own = (config.path,) if Path(config.path).is_dir() else ()
+    return tuple(os.path.realpath(place) for place in (own if is_saved(config) else (*own, *caches)))
+
+
 def read_rows(config: HubData) -> Any:  # a `datasets.Dataset`, which may not be installed
     """Return the rows of a data set, with undecoded images; see `HubImages`."""
     try:
         import datasets
     except ImportError:
-        raise ImportError("data.kind datasets needs the package datasets: pip install datasets") from None
+        raise ImportError("data.kind datasets needs datasets: pip install 'ldm[datasets]'") from None
     path = Path(config.path)
-    if any((path / name).is_file() for name in SAVED):
+    if is_saved(config):
         found = datasets.load_from_disk(str(path))
         if isinstance(found, datasets.DatasetDict):
             if config.split not in found:

@@ -1,12 +1,14 @@
 """Tensors by key, in safetensors files of a folder that several processes may fill.
 
 Each file appears when it is complete, and has a name of its own, so that a process that is killed loses what
-it has not written yet and nothing else. A file is never changed.
+it has not written yet and nothing else. A file is never changed. Each tensor is compared with its hash when
+it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ldm.support.warn import warn_user
-from ldm.weights.formats.safetensors import read_header, write_safetensors
+from ldm.training.caches.hashed import compare_hash, write_hashed
+from ldm.weights.formats.safetensors import read_header
 
 NOTHING = torch.empty(0, dtype=torch.float16, device="cpu")  # marks what could not be computed
 WRITE_SECONDS = 60.0  # of work after which a file is written
@@ -28,6 +31,7 @@ class _Place(NamedTuple):
     path: Path
     begin: int
     shape: tuple[int, ...]
+    sha256: str
 
 
 class TensorStore:
@@ -40,23 +44,26 @@ class TensorStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._places: dict[str, _Place] = {}
-        self._known: set[Path] = set()
+        self._known: dict[Path, int] = {}  # inodes, as a file that is refused may be replaced
         self.refresh()
 
     def refresh(self) -> None:
         """Find what other processes have written since."""
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            if path in self._known:
+            if self._known.get(path) == (inode := path.stat().st_ino):
                 continue
-            self._known.add(path)
+            self._known[path] = inode
             try:
-                header, _ = read_header(path)
+                header, hashes = read_header(path)
             except (ValueError, OSError) as error:
                 warn_user(f"{error}; its content is computed again")
                 continue
+            if not header.keys() <= hashes.keys():
+                warn_user(f"{str(path)!r} has no hashes of its tensors, which are computed again: delete it")
+                continue
             for key, info in header.items():
                 if info.dtype == torch.float16:
-                    self._places[key] = _Place(path, info.begin, info.shape)
+                    self._places[key] = _Place(path, info.begin, info.shape, hashes[key])
 
     def __len__(self) -> int:
         return len(self._places)
@@ -65,10 +72,16 @@ class TensorStore:
         return key in self._places
 
     def __getitem__(self, key: str) -> np.ndarray:
-        """Return a tensor, float16; KeyError if it is absent."""
-        path, begin, shape = self._places[key]
-        count = int(np.prod(shape))
-        return np.fromfile(path, np.float16, count, offset=begin).reshape(shape)
+        """Return a tensor, float16.
+
+        Raises:
+            KeyError: If it is absent.
+            ValueError: If it is not the tensor that was written; the message names the file.
+        """
+        path, begin, shape, sha256 = self._places[key]
+        values = np.fromfile(path, np.float16, math.prod(shape), offset=begin)
+        compare_hash(values, sha256, path, key, "delete it, and it is computed again")
+        return values.reshape(shape)
 
     def has_content(self, key: str) -> bool:
         """Return whether there is a tensor that is no mark; see `NOTHING`."""
@@ -83,7 +96,7 @@ class TensorStore:
         small = {
             key: tensor.detach().to("cpu", torch.float16).contiguous() for key, tensor in tensors.items()
         }
-        write_safetensors(self.folder / f"{name}{SUFFIX}", small)
+        write_hashed(self.folder / f"{name}{SUFFIX}", small)
         self.refresh()
 
 

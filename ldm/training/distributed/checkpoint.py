@@ -1,15 +1,14 @@
 """Checkpoints that several processes write together, by torch.distributed.checkpoint.
 
-A checkpoint is the folder ``checkpoint-STEP`` of a run: the tensors by name in ``*.distcp`` and
-``.metadata``, and ``state.json`` with the rest and the SHA-256 of each file. It is written beside its place
-and renamed when it is complete. Any number of processes can read it.
+A checkpoint is the folder ``checkpoint-STEP`` of a run: the rows that each process holds, in
+``process-RANK.safetensors`` (see `parts`), and ``state.json`` with the rest and the SHA-256 of each file. It
+is written beside its place and renamed when it is complete. Any number of processes can read it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -21,77 +20,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ldm.support.files import replace_folder, temporary_path, write_atomically
 from ldm.support.strict_json import read_json
-from ldm.support.text import shown
+from ldm.training.distributed.parts import PartReader, PartWriter, described_parts, part_file
 from ldm.training.distributed.processes import Processes
 from ldm.training.distributed.state import TensorShapes
 from ldm.weights.formats.safetensors import sha256
 
 STATE_FILE = "state.json"
 KEYS = {"config", "step", "seconds", "files"}  # of the state file
-_METADATA = "torch.distributed.checkpoint.metadata"
-# what the pickle in .metadata may name: classes that hold names and numbers
-PERMITTED_CLASSES = {
-    _METADATA: (
-        "Metadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "torch": ("Size",),
-}
+PART = re.compile(r"process-[0-9]{1,6}\.safetensors")
 ADVICE = "delete it to train from the beginning, or put back a copy"
-
-
-def _joined(*parts: str) -> str:
-    return os.path.join(*parts)
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Reads a ``.metadata`` file, and refuses what could execute anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a class that is permitted."""
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if name in PERMITTED_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module.split(".")[0] == "pathlib" and name.endswith("Path"):
-            return _joined  # the folder that it was written to, which is not used
-        raise pickle.UnpicklingError(f"it names {shown(f'{module}.{name}')}, which is not permitted")
-
-
-class CheckedReader(dcp.FileSystemReader):
-    """Reads tensors from a folder, and executes nothing in it."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the names, shapes and places of the tensors.
-
-        Raises:
-            ValueError: If it holds anything else, or names a file outside the folder.
-        """
-        folder = Path(self.path)
-        try:
-            with (folder / ".metadata").open("rb") as file:
-                metadata = MetadataUnpickler(file).load()
-            kinds = {type(each) for each in metadata.state_dict_metadata.values()}
-            stored = list(metadata.storage_data.values())
-            plain = all(Path(each.relative_path).name == each.relative_path for each in stored)
-            transformed = any(each.transform_descriptors for each in stored)
-        except Exception as error:  # a damaged pickle raises errors of many classes
-            raise ValueError(f"{str(folder)!r} is damaged ({error}): {ADVICE}") from None
-        if kinds != {TensorStorageMetadata} or not plain or transformed:
-            raise ValueError(f"{str(folder)!r} holds more than tensors: {ADVICE}")
-        metadata.storage_meta = None
-        return metadata
 
 
 def save_together(
@@ -118,19 +58,17 @@ def save_together(
     stage = Path(processes.once(prepare))
     try:
         try:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(stage))
+            dcp.save(tensors, storage_writer=PartWriter(stage, processes.rank))
         except CheckpointException as error:  # of one process or several, raised in all
             rank, (cause, _) = next(iter(error.failures.items()))
             raise OSError(
                 f"process {rank} cannot write {str(path)!r} ({cause}): the checkpoint before it is kept"
             ) from None
-        own = {each.name: sha256(each) for each in sorted(stage.glob(f"__{processes.rank}_*"))}
-        hashes: list[dict[str, str]] = [{} for _ in range(processes.size)]
-        dist.all_gather_object(hashes, own)
+        hashes = [""] * processes.size
+        dist.all_gather_object(hashes, sha256(stage / part_file(processes.rank)))
 
         def finish() -> None:
-            files = {name: digest for each in hashes for name, digest in each.items()}
-            files[".metadata"] = sha256(stage / ".metadata")
+            files = {part_file(rank): digest for rank, digest in enumerate(hashes)}
             text = json.dumps({**about, "files": files}, indent=1) + "\n"
             write_atomically(stage / STATE_FILE, text.encode())
             replace_folder(stage, path)
@@ -145,11 +83,18 @@ def read_about(path: Path) -> dict[str, Any]:
     """Return the state file of a checkpoint.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If it is damaged, or written by a version that pickled the parts.
     """
     about = read_json(path / STATE_FILE, infinite=True)
     if not about.keys() >= KEYS or not isinstance(about["step"], int) or not isinstance(about["files"], dict):
         raise ValueError(f"{str(path)!r} is not a checkpoint: expected {', '.join(sorted(KEYS))}: {ADVICE}")
+    if ".metadata" in about["files"]:
+        raise ValueError(
+            f"{str(path)!r} holds pickles, which an earlier version wrote: end the run with that version by"
+            " one process, whose checkpoint is read, or delete it to train from the beginning"
+        )
+    if not about["files"] or not all(map(PART.fullmatch, about["files"])):
+        raise ValueError(f"{str(path)!r} names other files than those of its processes: {ADVICE}")
     return about
 
 
@@ -172,12 +117,13 @@ def check_files(path: Path, processes: Processes) -> None:
 
 def read_shapes(path: Path) -> TensorShapes:
     """Return shape and dtype of each tensor in a checkpoint."""
-    found = CheckedReader(path).read_metadata().state_dict_metadata
+    found = described_parts(path, read_about(path)["files"]).state_dict_metadata
     return {name: (each.size, each.properties.dtype) for name, each in found.items()}  # type: ignore[union-attr]
 
 
 def read_into(path: Path, places: dict[str, Tensor], processes: Processes) -> None:
     """Read a checkpoint into tensors of its names and shapes, each process the parts that it holds."""
+    reader = PartReader(path, read_about(path)["files"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
-        dcp.load(places, storage_reader=CheckedReader(path), no_dist=processes.size == 1)
+        dcp.load(places, storage_reader=reader, no_dist=processes.size == 1)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.data.framing import crop_to_frame
+from ldm.data.sources.decoding import on_background
 from ldm.images.hints import canny, scribble, soft_edge, tile
+from ldm.images.opening import decode_image
+from ldm.images.pixels import convert_mode
 from ldm.training.images import to_tensor
 from ldm.training.inputs.beside import FilesBeside
 from ldm.training.inputs.protocol import Samples, TrainingImages
@@ -23,6 +26,7 @@ HINT_MAKERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "scribble": scribble,
     "tile": tile,
 }
+BEHIND = (255, 255, 255)  # behind transparent pixels, as in `ldm.images.pixels.to_pixels`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +71,10 @@ class Hints:
         return HINT_MAKERS[self.source.kind](self.images.tensor(samples) / 2 + 0.5)
 
     def _read(self, sample: ImageSample) -> Tensor:
-        from PIL import Image
-
         assert self._files is not None
-        with Image.open(self._files.path(sample.item)) as image:
-            own: Any = image.convert("RGB")
-        return to_tensor(np.stack([crop_to_frame(own, sample.frame)]))[0] / 2 + 0.5
+        image = decode_image(
+            self._files.path(sample.item),
+            lambda opened: on_background(convert_mode(opened, "image"), BEHIND),
+            name="hint",
+        )
+        return to_tensor(np.stack([crop_to_frame(image, sample.frame)]))[0] / 2 + 0.5

@@ -33,6 +33,7 @@ UNNEEDED_KEYS = (
     "logvar",
     "model_ema.*",
     "denoiser.sigmas",
+    "denoiser.log_sigmas",
     "*.position_ids",
     "loss.*",
     "global_step",
@@ -47,6 +48,12 @@ UNNEEDED_KEYS = (
     "logit_scale",
     "epoch",
     "iteration",
+    "step",
+    "num_updates",
+    "decay",
+    # of a tower that is read without it; those of others stand below their prefix
+    "cond_stage_model.text_projection*",
+    "conditioner.embedders.?.text_projection*",
 )
 SAFETENSORS_KIND, FLAX_KIND = "safetensors", "flax (MessagePack)"  # kinds of files
 FLAX_STARTS = (*(bytes([code]) for code in range(0x81, 0x90)), b"\xde", b"\xdf")  # of a map that is not empty
