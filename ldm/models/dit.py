@@ -115,6 +115,8 @@ class NormedAttention(Attention):
     The logits stay bounded, which keeps training stable at high learning rates.
     """
 
+    linear = GroupedLinear
+
     def product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return the attention of normalized queries and keys; shapes as in `attend`."""
         dim = (q.shape[-1],)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.layers.grouped import GroupedLinear
+
 
 class ExemplarCells(nn.Module):
     """Linear features of the exemplars in each cell of the latent, the same for all slots.
@@ -77,11 +79,11 @@ class CellHead(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.slots, self.out_channels, self.patch = in_channels, slots, out_channels, patch
-        self.modulation = nn.Linear(width, 2 * hidden * patch**2)
-        self.gates = nn.Linear(width, 2 * out_channels * patch**2)
-        self.embed_in = nn.Linear(in_channels + slots * ExemplarCells.DIM, hidden)
-        self.fc = nn.Linear(hidden, hidden)
-        self.proj_out = nn.Linear(hidden, out_channels)
+        self.modulation = GroupedLinear(width, 2 * hidden * patch**2)
+        self.gates = GroupedLinear(width, 2 * out_channels * patch**2)
+        self.embed_in = GroupedLinear(in_channels + slots * ExemplarCells.DIM, hidden)
+        self.fc = GroupedLinear(hidden, hidden)
+        self.proj_out = GroupedLinear(hidden, out_channels)
         for zero in (*self.gates.parameters(), *self.proj_out.parameters()):
             nn.init.zeros_(zero)
 

@@ -27,7 +27,7 @@ from ldm.speed.optimization import optimize
 
 SWITCH = 0.0005  # seconds until the worker takes the interpreter back from the thread of the connections
 WARM_UP = "a red apple"  # names a thing, which models with exemplars are shown
-QUICK = 3.0  # seconds; see `warm_up`
+QUICK = 4.0  # seconds; see `warm_up`
 MOST_HEAD = 64 * 1024  # bytes of a request's first line and headers that are waited for
 GRACE = 600  # seconds that requests in work have after Ctrl-C; a second one ends them within one step
 

@@ -37,7 +37,7 @@ class MLP(nn.Module):
         width: Width of the input and of the output.
         inner: Width in between.
         activation: The activation.
-        linear: Class of the second layer. Default: `nn.Linear`.
+        linear: Class of the layers. Default: `nn.Linear`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.c_fc = nn.Linear(width, inner)
+        self.c_fc = linear(width, inner)
         self.c_proj = linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -218,10 +218,12 @@ class Attention(nn.Module):
     Attributes:
         controlled: Number of `attention_control` blocks that the attention is in, in any thread.
         joined: Number of `joined_attention` blocks that it is in, in any thread.
+        linear: Class of the projections.
     """
 
     controlled: int = 0
     joined: int = 0
+    linear: type[nn.Linear] = nn.Linear
 
     @property
     def controls(self) -> tuple[AttentionControl, ...]:
@@ -243,11 +245,11 @@ class Attention(nn.Module):
         self.heads = heads
         self.cross = context_dim is not None
         inner = heads * head_dim
-        self.to_q = nn.Linear(width, inner, bias=bias)
-        self.to_k = nn.Linear(context_dim or width, inner, bias=bias)
-        self.to_v = nn.Linear(context_dim or width, inner, bias=bias)
+        self.to_q = self.linear(width, inner, bias=bias)
+        self.to_k = self.linear(context_dim or width, inner, bias=bias)
+        self.to_v = self.linear(context_dim or width, inner, bias=bias)
         # a list of one element, because the published name is to_out.0
-        self.to_out: ModuleListOf[nn.Linear] = ModuleListOf([nn.Linear(inner, width)])
+        self.to_out: ModuleListOf[nn.Linear] = ModuleListOf([self.linear(inner, width)])
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the attention of x to the context.

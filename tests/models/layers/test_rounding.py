@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -11,7 +12,8 @@ from tiny_latent_diffusion import tiny_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.models.layers.grouped import GROUP, GroupedLinear
+from ldm.models.layers import grouped
+from ldm.models.layers.grouped import GroupedLinear
 from ldm.models.layers.rounding import Cancelling
 from ldm.pipelines.tasks.deferred import deferred
 from ldm.pipelines.together import Together
@@ -110,25 +112,31 @@ def test_drawings_keep_their_bits_where_few_rows_are_summed_in_another_order():
         assert torch.equal(images.tensor, expected.tensor)
 
 
-@pytest.mark.parametrize("rows", [GROUP, 3 * GROUP])
-def test_grouped_products_do_not_depend_on_the_batch(rows):
+@pytest.fixture
+def judged(monkeypatch):
+    """What was tried out, which the test begins without."""
+    monkeypatch.setattr(grouped, "_JUDGED", found := {})
+    return found
+
+
+@pytest.mark.parametrize(("few", "dtype"), [(128, torch.bfloat16), (0, torch.bfloat16), (0, torch.float32)])
+def test_grouped_products_do_not_depend_on_the_batch(few, dtype, judged):
     torch.manual_seed(0)
-    layer = GroupedLinear(1024, 32).bfloat16()
-    plain = nn.Linear(1024, 32).bfloat16()
+    layer = GroupedLinear(1024, 32).to(dtype)
+    plain = nn.Linear(1024, 32).to(dtype)
     plain.load_state_dict(layer.state_dict())
-    x = torch.randn(7, 64, 1024).bfloat16()
-    with torch.no_grad(), Summed(rows), Cancelling():
-        apart = [torch.cat([each(one[None]) for one in x]) for each in (layer, plain)]
-        together = [layer(x), plain(x)]
-    with torch.no_grad():
+    x = torch.randn(7, 64, 1024).to(dtype)
+    with torch.no_grad(), Summed(few) if few else nullcontext():
         assert torch.allclose(layer(x), plain(x), atol=1e-2)
-    if rows == GROUP:  # a group has enough rows, a single image has not
-        assert torch.equal(apart[0], together[0]) and not torch.equal(apart[1], together[1])
-    else:  # no group has enough rows
-        assert torch.equal(apart[0], together[0])
+        with Cancelling():
+            apart = [torch.cat([each(one[None]) for one in x]) for each in (layer, plain)]
+            together = [layer(x), plain(x)]
+    assert torch.equal(apart[0], together[0])
+    if few:  # the tokens of one image are few
+        assert not torch.equal(apart[1], together[1]) and list(judged.values()) == [True]
 
 
-def test_grouped_products_are_plain_in_training_and_for_few_tokens():
+def test_products_are_grouped_where_it_matters_alone(judged):
     layer, calls = GroupedLinear(512, 8), []
 
     class Counted(TorchFunctionMode):
@@ -139,7 +147,11 @@ def test_grouped_products_are_plain_in_training_and_for_few_tokens():
     with Counted():
         layer(torch.zeros(3, 64, 512)).sum().backward()
         with torch.no_grad():
-            layer(torch.zeros(3, 64, 512))
+            for answer in (True, False):
+                judged[layer.weight.shape, torch.float32, 64, torch.get_num_threads()] = answer
+                layer(torch.zeros(3, 64, 512))
             layer(torch.zeros(9, 4, 512))
-    assert calls == [(3, 64, 512), (GROUP, 512), (GROUP, 512), (9, 4, 512)]
+            layer(torch.zeros(1, 257, 512))
+    group = [(64, 512)] * 3
+    assert calls == [(3, 64, 512), *group, (3, 64, 512), (9, 4, 512), (1, 257, 512)]
     assert layer.weight.grad is not None
