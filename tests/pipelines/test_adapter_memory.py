@@ -78,13 +78,15 @@ def test_twenty_times_restores_every_bit_and_takes_no_memory(tmp_path: Path, mer
 
     for i in range(TIMES):  # the allocator's arenas grow at first, more so in a process of many tests
         once(i)
-    tensors, memory = tensor_bytes(), resident()
-    for i in range(TIMES):
-        once(i)
-        assert same()
+    tensors, grown = tensor_bytes(), []
+    for _ in range(3):  # what is kept would grow each time, the allocator's pages do not
+        memory = resident()
+        for i in range(TIMES):
+            once(i)
+            assert same()
+        grown.append(resident() - memory)
     assert tensor_bytes() == tensors
-    # a twentieth of what twenty adapters would take: the allocator keeps some pages
-    assert resident() - memory < TIMES * size / 20
+    assert min(grown) < TIMES * size / 20  # a twentieth of what twenty adapters would take
     assert size > 1e6
 
 
