@@ -185,8 +185,10 @@ class Worker:
     def join(self, timeout: float | None = None) -> bool:
         """Wait until the thread has ended, and all is answered; return whether it has."""
         self._thread.join(timeout)
-        self._encoder.shutdown(wait=not self.alive)
-        return not self.alive
+        ended = not self.alive
+        if ended:  # it makes no more batches
+            self._encoder.shutdown()
+        return ended
 
     def _take(self) -> tuple[Job, ...]:
         """Wait for a job and return it with others of its kind; empty when the worker is stopped."""
