@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import math
 import multiprocessing
 import os
 import random
@@ -178,9 +179,10 @@ class Reader:
         patience = PATIENCE * (self.target.seconds if warm else 10 * SECONDS)
         try:
             self.connection.send((data, warm))
-            if self.connection.poll(patience):
-                outcome: Outcome = self.connection.recv()
-                return outcome
+            for _ in range(math.ceil(patience)):  # a pause of both processes counts as one second
+                if self.connection.poll(1.0):
+                    outcome: Outcome = self.connection.recv()
+                    return outcome
             fault = f"no answer after {patience:.0f} s"
         except (EOFError, ConnectionError):
             self.process.join()
