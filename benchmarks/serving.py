@@ -47,6 +47,16 @@ MALFORMED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"response_format": "file"}, "response_format"),
 )
 PATH = "/v1/images/generations"
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
+THINGS = ("apple", "rocket", "tree", "cat face", "dog", "house", "car", "fish")
+
+
+def prompt_of(i: int, args: argparse.Namespace) -> str:
+    """Return the prompt of request i: one of six, or with `--distinct` one of its own up to 512."""
+    if not args.distinct:
+        return PROMPTS[i % len(PROMPTS)]
+    (rest, thing), n = divmod(i, len(THINGS)), len(COLOURS)
+    return f"a {COLOURS[rest % n]} {THINGS[thing]} on a {COLOURS[(rest // n) % n]} background"
 
 
 def started(args: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
@@ -115,13 +125,13 @@ class Client:
 
 
 async def one(
-    client: Client, kind: str, i: int, steps: int, seconds: float
+    client: Client, kind: str, i: int, args: argparse.Namespace, seconds: float
 ) -> str | tuple[bytes, dict[str, Any]]:
     """Send request i; return what became of it, or the answer and what was asked."""
     body: dict[str, Any] = {
-        "prompt": PROMPTS[i % len(PROMPTS)],
+        "prompt": prompt_of(i, args),
         "seed": i,
-        "steps": steps,
+        "steps": args.steps,
         "response_format": "b64_json",
     }
     if kind == "malformed":
@@ -163,7 +173,7 @@ async def load(url: str, process: subprocess.Popen[str], args: argparse.Namespac
         own = Client(url)
         while waiting:
             i, kind = waiting.pop()
-            answers.append(await one(own, kind, i, args.steps, seconds))
+            answers.append(await one(own, kind, i, args, seconds))
             memory.append(resident(process))
         own.close()
 
@@ -194,7 +204,7 @@ def own_loop(args: argparse.Namespace) -> tuple[list[float], list[float]]:
     rounds = max(args.requests // 4 // args.batch, 2)
     seconds, processor = list[float](), list[float]()
     for k in range(rounds + 1):
-        prompts = [PROMPTS[(k + i) % len(PROMPTS)] for i in range(args.batch)]
+        prompts = [prompt_of(k * args.batch + i, args) for i in range(args.batch)]
         begin, used = time.perf_counter(), time.process_time()
         pipe.text_to_image(prompts, seed=k * args.batch, steps=args.steps, progress=False)
         if k:
@@ -249,6 +259,11 @@ def main() -> None:
     made.add_argument("--clients", type=int, default=50, help="clients that send requests at once")
     made.add_argument("--requests", type=int, default=400, help="requests, in multiples of 10")
     made.add_argument("--steps", type=int, default=10, help="sampling steps")
+    made.add_argument(
+        "--distinct",
+        action="store_true",
+        help="give each request a prompt of its own, in place of one of six",
+    )
     made.add_argument("--batch", type=int, default=8, help="images in a batch")
     made.add_argument("--servers", type=int, default=3, help="servers that are started, one after another")
     add_quick(made, clients=20, requests=60, steps=4, repeats=5, servers=1)

@@ -15,66 +15,20 @@ from torch import Tensor, nn
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.exemplar_index import ExemplarIndex
 from ldm.conditioning.exemplar_library import ExemplarLibrary
-from ldm.conditioning.layouts import LAYOUT_ROWS, draw_layouts, layout_denoiser, slots_of
+from ldm.conditioning.layouts import LAYOUT_ROWS, LAYOUT_STEPS, draw_layouts, layout_denoiser, slots_of
 from ldm.conditioning.prompt import parse, plain_texts
+from ldm.conditioning.read_prompts import Alternative, ReadInCall, ReadPrompt
 from ldm.conditioning.reading import encode_prompts, weighted_mean, word_positions
 from ldm.conditioning.things import SLOT_WORDS, Lexicon, Mention, ReadText
 from ldm.diffusion.cond import Cond
 from ldm.models.dit import DiT
 from ldm.models.layout import ThingLayout, multiplied, place_exemplars
-from ldm.support.calls import current_call, own_state
 
-PADDED_TO = 8
-"""The context of a prompt has a multiple of these, by which an image has the same bits in every batch."""
+PADDED_TO = 16
+"""The context of a prompt has a multiple of these, by which an image has the same bits in every batch.
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Alternative:
-    """One alternative of a prompt: its share, and what each of its spans says."""
-
-    share: float
-    spans: tuple[ReadText, ...]
-
-    @property
-    def mentions(self) -> tuple[Mention, ...]:
-        return self.spans[-1].mentions
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ReadPrompt:
-    """A prompt as a model with exemplars reads it.
-
-    Attributes:
-        alternatives: What it says; several in a blend.
-        text: The context of its text, (1, M, D), with its mask.
-    """
-
-    alternatives: tuple[_Alternative, ...]
-    text: Cond
-
-    @property
-    def things(self) -> int:
-        """The number of things that it names, the largest of a blend's alternatives."""
-        return max(len(alternative.mentions) for alternative in self.alternatives)
-
-    @property
-    def tokens(self) -> int:
-        """M, the number of tokens of the context."""
-        assert self.text.context is not None
-        return self.text.context.shape[1]
-
-
-class _OfCall:
-    """What a call of a pipeline has read and drawn."""
-
-    def __init__(self) -> None:
-        self.read: dict[str, ReadPrompt] = {}
-        self.layouts: dict[tuple[ReadPrompt, int], ThingLayout] = {}
-
-    @classmethod
-    def of(cls, owner: ExemplarConditioner) -> _OfCall:
-        """Return that of the call that runs in this thread; outside of calls, nothing is kept."""
-        return cls() if current_call() is None else own_state(owner, cls)
+Nearly all prompts have one length then, as batches of several are not exact.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,6 +56,7 @@ class ExemplarConditioner(nn.Module):
         library: The exemplars.
         cell: Side of a number of the latent in pixels.
         index: The library's images as CLIP sees them, for conditions of image embeddings. Default: None.
+        layout_steps: Evaluations of the prior for a layout. Default: `LAYOUT_STEPS`.
 
     Raises:
         ValueError: If it is not known which words the text tower was trained on, its padding is not masked,
@@ -116,6 +71,7 @@ class ExemplarConditioner(nn.Module):
         *,
         cell: int,
         index: ExemplarIndex | None = None,
+        layout_steps: int = LAYOUT_STEPS,
     ) -> None:
         super().__init__()
         if text.known_words is None:
@@ -132,6 +88,7 @@ class ExemplarConditioner(nn.Module):
         self.library = library
         self.cell = cell
         self.index = index
+        self.layout_steps = layout_steps
         self.grammar = text.known_words
         self.slots = slots_of(layout.config)
         self._lexicon: Lexicon | None = None
@@ -249,7 +206,7 @@ class ExemplarConditioner(nn.Module):
 
     def read(self, prompt: str) -> ReadPrompt:
         """Return a prompt as the model reads it; a call of a pipeline reads each prompt once."""
-        known = _OfCall.of(self).read
+        known = ReadInCall.of(self).read
         if prompt not in known:
             alternatives = self._alternatives(prompt)
             text = self._text(prompt, alternatives)
@@ -262,7 +219,7 @@ class ExemplarConditioner(nn.Module):
         Those that this call of a pipeline has not drawn yet are drawn `LAYOUT_ROWS` at a time, apart for each
         length of text, so that all products have the shapes that they have for one prompt alone.
         """
-        known = _OfCall.of(self).layouts
+        known = ReadInCall.of(self).layouts
         wanted = list(zip(read, seeds, strict=True))
         missing = defaultdict[int, list[tuple[ReadPrompt, int]]](list)
         for pair in dict.fromkeys(wanted):
@@ -271,7 +228,8 @@ class ExemplarConditioner(nn.Module):
         denoiser = layout_denoiser(self.layout)
         for batch in missing.values():
             text, things = Cond.cat([one.text for one, _ in batch]), [one.things for one, _ in batch]
-            drawn = draw_layouts(denoiser, text, things, seeds=[seed for _, seed in batch], rows=LAYOUT_ROWS)
+            own, steps = [seed for _, seed in batch], self.layout_steps
+            drawn = draw_layouts(denoiser, text, things, seeds=own, steps=steps, rows=LAYOUT_ROWS)
             known.update({pair: drawn[i : i + 1] for i, pair in enumerate(batch)})
         return ThingLayout.cat([known[pair] for pair in wanted])
 
@@ -325,7 +283,7 @@ class ExemplarConditioner(nn.Module):
         text = Cond(context=states.tokens, context_mask=states.mask).padded(PADDED_TO).expand(len(images))
         return replace(text, exemplars=canvas.to(self.device))
 
-    def _alternatives(self, prompt: str) -> list[_Alternative]:
+    def _alternatives(self, prompt: str) -> list[Alternative]:
         """Return the alternatives of a prompt; the things of each have the slots in their order."""
         found, lexicon = [], self.lexicon
         for branch in parse(prompt):
@@ -333,10 +291,10 @@ class ExemplarConditioner(nn.Module):
             for span in branch.spans:
                 taken = spans[-1].mentions if spans else ()
                 spans.append(lexicon.read(span.text, slots=self.slots, taken=taken))
-            found.append(_Alternative(share=branch.share, spans=tuple(spans)))
+            found.append(Alternative(share=branch.share, spans=tuple(spans)))
         return found
 
-    def _text(self, prompt: str, alternatives: Sequence[_Alternative]) -> Cond:
+    def _text(self, prompt: str, alternatives: Sequence[Alternative]) -> Cond:
         """Return the condition of a prompt's text, context (1, M, D) with its mask."""
         # spans are tokenized in order, alternative by alternative
         spans = iter([span for alternative in alternatives for span in alternative.spans])

@@ -51,7 +51,7 @@ Prompts = str | int | Sequence[str] | Sequence[int]  # one text or class, or sev
 
 
 class UnknownWords(UserWarning):
-    """A prompt has words that the model has never seen."""
+    """A prompt has words that the model leaves out: it has never seen them, or they are too many things."""
 
 
 def check_prompts(prompt: Prompts) -> list[Any]:
@@ -193,17 +193,27 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def warn_unknown_words(model: str, text: Conditioner | None, prompts: Sequence[Any]) -> None:
     """Warn, once, of the words in prompts that a model has never seen, with the nearest that it has.
 
+    Things that it knows, but leaves out because there are too many, are named apart.
     Nothing is warned of where the model reads no texts, or where its words are not known.
     """
     if text is None:
         return
     texts = dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str))
-    found = list(dict.fromkeys(word for prompt in texts for word in text.unknown(prompt)))
-    if found:
-        known = (text.known_words if isinstance(text, KnowsWords) else None) or frozenset()
-        words = ", ".join(_with_nearest(word, known) for word in found[:WORDS_NAMED])
-        more = f" and {len(found) - WORDS_NAMED} more" if len(found) > WORDS_NAMED else ""
-        warn_user(f"{model} has never seen {words}{more}: the image may not show it", UnknownWords)
+    found = dict.fromkeys(word for prompt in texts for word in text.unknown(prompt))
+    known = (text.known_words if isinstance(text, KnowsWords) else None) or frozenset()
+    new, surplus = [word for word in found if word not in known], [word for word in found if word in known]
+    if new:
+        words = _first_of([_with_nearest(word, known) for word in new])
+        warn_user(f"{model} has never seen {words}: the image may not show it", UnknownWords)
+    if surplus:
+        words = _first_of([shown(word) for word in surplus])
+        warn_user(f"{model} cannot draw so many things at once: it leaves out {words}", UnknownWords)
+
+
+def _first_of(words: Sequence[str]) -> str:
+    """Return the first `WORDS_NAMED` words for a message, and the number of others."""
+    more = f" and {len(words) - WORDS_NAMED} more" if len(words) > WORDS_NAMED else ""
+    return ", ".join(words[:WORDS_NAMED]) + more
 
 
 def _with_nearest(word: str, known: frozenset[str]) -> str:

@@ -20,7 +20,12 @@ Pair = tuple[Cond, Cond]  # conditional, of batch B; unconditional, of batch 1 o
 
 
 def prompt_conditions(
-    card: ModelCard, text: Conditioner | LabelConditioner | None, call: Call, size: tuple[int, int]
+    card: ModelCard,
+    text: Conditioner | LabelConditioner | None,
+    call: Call,
+    size: tuple[int, int],
+    *,
+    both: bool = True,
 ) -> Pair:
     """Return the conditions of a call's prompts or classes.
 
@@ -29,6 +34,8 @@ def prompt_conditions(
         text: What turns prompts or classes into conditions; None in an unconditional model.
         call: The call.
         size: (h, w) of the latent, for models that draft it.
+        both: Whether the unconditional condition of texts is wanted. Without it, the conditional one stands
+            in its place, and the empty text is not read. Default: True.
 
     Raises:
         ValueError: If the prompts are of a kind that the model does not take.
@@ -45,8 +52,9 @@ def prompt_conditions(
                 f"{card.name!r} is conditioned on no text: expected an empty prompt and guidance 1"
             )
         return Cond(), Cond()
-    cond, uncond = (text(texts, size=size, seeds=call.seeds) for texts in (call.texts, call.negatives))
-    if card.zero_negative:
+    cond = text(call.texts, size=size, seeds=call.seeds)
+    uncond = text(call.negatives, size=size, seeds=call.seeds) if both else cond
+    if card.zero_negative and both:
         uncond = zero_where_empty(uncond, call.negatives)
     if card.vector is None:
         return cond, uncond

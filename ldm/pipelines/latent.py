@@ -222,9 +222,9 @@ class LatentDiffusion(BasePipeline):
         warn_unknown_words(self.name, self.text, (*call.prompts, *call.negatives))
         return call
 
-    def conditions(self, call: Call, size: tuple[int, int]) -> Pair:
-        """Return the conditions of a call's prompts, for latents of size (h, w)."""
-        return prompt_conditions(self.card, self.text, call, size)
+    def conditions(self, call: Call, size: tuple[int, int], *, both: bool = True) -> Pair:
+        """Return the conditions of a call's prompts, for latents of size (h, w); see `prompt_conditions`."""
+        return prompt_conditions(self.card, self.text, call, size, both=both)
 
     def paired(self, call: Call, request: Request) -> Pair:
         """Return the conditions of a request, for each image of the call; watchers are shown them."""
@@ -233,7 +233,8 @@ class LatentDiffusion(BasePipeline):
         tile = stage.tile(size, request.window)
         shows = isinstance(self.text, ExemplarConditioner)  # on a canvas that covers the whole state
         inner = size if shows else (min(size[0], tile), min(size[1], tile))
-        pair = self.conditions(call, inner) if request.pair is None else request.pair(inner)
+        both = any(call.negatives) or stage.evaluates_both(call, request.image_guidance)
+        pair = self.conditions(call, inner, both=both) if request.pair is None else request.pair(inner)
         if shows and request.pair is None:
             pair = (self._fitted(call, request) or pair[0], pair[1])
         extra = {name: value.to(self.device) for name, value in request.extra.items()}

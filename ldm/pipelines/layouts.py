@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ldm.conditioning.exemplars import ExemplarConditioner, PlacedThings, ReadPrompt
+from ldm.conditioning.exemplars import ExemplarConditioner, PlacedThings
+from ldm.conditioning.read_prompts import ReadPrompt
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import keyed_normal

@@ -4,12 +4,14 @@ Every random number is a function of (seed, sample, step), so an image depends o
 rounding of matrix products, whose kernels are chosen by the size of the batch. `Together` therefore makes the
 conditions of each drawing separately, and compares an evaluation of the network, and the decoding, in the
 batch and for each drawing alone, as they are and with sums that cancel (`ldm.models.layers.rounding`), once
-for every combination of sizes. Where a bit differs, the drawings are sampled, or decoded, one after another.
+for every combination of sizes. Where a bit differs, the drawings with texts of one length are compared alone,
+and where it differs again, the drawings are sampled, or decoded, one after another.
 The layouts of models with exemplars, whose bits do not depend on the batch, are drawn for all.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.read_prompts import PromptMemory
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.constraints import keep_known
 from ldm.diffusion.denoiser import Denoiser
@@ -82,6 +85,7 @@ class Together:
     def __init__(self, pipe: LatentDiffusion | UnCLIP, *, exact: bool = True) -> None:
         self.pipe, self.exact = pipe, exact
         self._compared: dict[tuple[object, ...], bool] = {}
+        self._prompts = PromptMemory()
 
     @torch.no_grad()
     def draw(
@@ -123,8 +127,7 @@ class Together:
                     parts[i] = part
                 else:
                     add({i: part})
-            joined = can_join(list(parts.values())) and self._same(self.pipe.stage, list(parts.values()))
-            for group in [tuple(parts)] if joined else [(i,) for i in parts]:
+            for group in self._groups(parts):
                 add(self._sample({i: parts[i] for i in group}, wanted))
         return [found[i] for i in range(len(drawings))]
 
@@ -132,15 +135,27 @@ class Together:
         return drawing.finished(self.pipe.draw(drawing.call, drawing.request))
 
     def _draw_layouts(self, drawings: Sequence[Deferred]) -> None:
-        """Draw the layouts of all drawings' prompts, which this call keeps."""
+        """Draw the layouts of all prompts, which this call keeps; prompts of earlier calls are known."""
         text = self.pipe.text if isinstance(self.pipe, LatentDiffusion) else None
         if not isinstance(text, ExemplarConditioner):
             return
+        self._prompts.lend(text, text.text, text.lexicon)
         try:
             own = [text.read_each(drawing.call.texts, drawing.call.seeds) for drawing in drawings]
         except ValueError:  # which the drawing that it concerns ends with
             return
         text.layouts([one for read, _ in own for one in read], [seed for _, seeds in own for seed in seeds])
+
+    def _groups(self, parts: Mapping[int, Part]) -> list[tuple[int, ...]]:
+        """Return the drawings that are sampled in one batch: all, those of one length of text, or each."""
+        own, alike = list(parts.values()), defaultdict[tuple[int, ...], dict[int, Part]](dict)
+        if can_join(own) and self._same(self.pipe.stage, own):
+            return [tuple(parts)]
+        for i, part in parts.items():
+            alike[part.lengths][i] = part
+        if len(alike) == 1:
+            return [(i,) for i in parts]
+        return [group for fewer in alike.values() for group in self._groups(fewer)]
 
     def _part(self, drawing: Deferred) -> Part:
         """Return a drawing with its conditions and its first state; watchers see that its call begins."""
@@ -153,8 +168,6 @@ class Together:
 
     def _sample(self, parts: Mapping[int, Part], wanted: Callable[[int], bool]) -> dict[int, DrawingResult]:
         """Return the results of parts that are sampled in one batch."""
-        if not parts:
-            return {}
         pipe, stage, own = self.pipe, self.pipe.stage, list(parts.values())
         call = joined_call(own)
         self._announce(call if len(own) > 1 else own[0].drawing.call)

@@ -71,7 +71,7 @@ def test_a_call_reads_each_prompt_once_and_draws_layouts_of_one_length_in_one_ba
     net, reads, rows = conditioner(), [], []
     net.text.tower.register_forward_pre_hook(lambda _, args: reads.append(len(args[0])))
     net.layout.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    long = "a red cat to the left of a dog on a blue background"
+    long = "a red cat to the left of a dog on a blue, blue, blue, blue, blue background"
     prompts, seeds = ["a cat", long, "a cat", "a dog", ""], [1, 2, 3, 4, 5]
     with separate_call(net):
         made = net(prompts, seeds=seeds)

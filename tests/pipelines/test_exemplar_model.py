@@ -76,6 +76,10 @@ def test_words_outside_the_library_are_warned_of(pipe):
         draw(pipe, "a zeppelin and a cat")
     with pytest.warns(UnknownWords, match=r"never seen 'catt' \(did you mean 'cats?'\?\): the image"):
         draw(pipe, "a catt on blue")
+    with pytest.warns(
+        UnknownWords, match="^tiny-exemplars cannot draw so many things at once: it leaves out 'cat'$"
+    ):
+        draw(pipe, "a cat, a dog and a cat")
 
 
 def test_an_image_of_ones_own_is_drawn_without_training(tmp_path: Path):

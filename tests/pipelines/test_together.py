@@ -12,6 +12,7 @@ from tiny_exemplars import tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
 from tiny_unclip import tiny_karlo
 
+from ldm.conditioning import read_prompts
 from ldm.conditioning.layouts import LAYOUT_ROWS, LAYOUT_STEPS
 from ldm.images.result import Images
 from ldm.pipelines.tasks.deferred import Deferred, deferred
@@ -116,6 +117,58 @@ def test_layouts_of_all_drawings_are_drawn_at_once():
     drawn = [deferred(partial(pipe.text_to_image, "a cat", seed=i, progress=False)) for i in range(4)]
     Together(pipe).draw(drawn)
     assert rows == [LAYOUT_ROWS] * LAYOUT_STEPS
+
+
+def test_texts_of_one_length_are_sampled_in_one_batch(monkeypatch):
+    pipe, rows = tiny_exemplar_model(), []
+    prompts = ["a cat", "a cat " * 20, "a cat on a blue background", "a cat " * 20]
+    own = [pipe.text_to_image(prompts[i], seed=i, steps=2, progress=False) for i in range(4)]
+    asked = [
+        deferred(partial(pipe.text_to_image, prompts[i], seed=i, steps=2, progress=False)) for i in range(4)
+    ]
+    together = Together(pipe, exact=False)
+    same, sample = together._same, together._sample
+
+    def of_one_length(stage, parts, **options):
+        return len({part.lengths for part in parts}) == 1 and same(stage, parts, **options)
+
+    monkeypatch.setattr(together, "_same", of_one_length)
+    monkeypatch.setattr(
+        together, "_sample", lambda parts, wanted: rows.append([*parts]) or sample(parts, wanted)
+    )
+    made = together.draw(asked)
+    assert rows == [[0, 2], [1, 3]]
+    assert all(torch.allclose(a.tensor, b.tensor, atol=1e-4) for a, b in zip(made, own, strict=True))
+
+
+def test_prompts_are_read_once_until_what_they_depend_on_changes(monkeypatch):
+    pipe, read = tiny_exemplar_model(), []
+    encode = pipe.text.text.encode
+    pipe.text.text.encode = lambda rows: read.append(len(rows)) or encode(rows)
+    together = Together(pipe)
+
+    def reads() -> int:
+        own = [pipe.text_to_image("a cat", seed=i, steps=2, progress=False) for i in range(2)]
+        asked = [
+            deferred(partial(pipe.text_to_image, "a cat", seed=i, steps=2, progress=False)) for i in range(2)
+        ]
+        read.clear()
+        for images, expected in zip(together.draw(asked), own, strict=True):
+            assert torch.equal(images.tensor, expected.tensor)
+        return len(read)
+
+    both = 2  # the prompt, and the empty one of guidance
+    assert [reads(), reads(), reads()] == [both, 0, 0]
+    next(pipe.text.text.parameters()).data.numpy()[0] += 1  # which no version counter records
+    assert [reads(), reads()] == [both, 0]
+    pipe.exemplars.add("my cat", noisy(0, 16).convert("RGBA"))
+    assert [reads(), reads()] == [both, 0]
+    handle = pipe.text.text.tower.register_forward_hook(lambda *_: None)
+    assert [reads(), reads()] == [both, both]
+    handle.remove()
+    assert reads() == 0
+    monkeypatch.setattr(read_prompts, "REMEMBERED", 1)
+    assert [reads(), reads()] == [1, 1]  # of two that are kept, the first is forgotten
 
 
 def test_drawings_of_different_grids_are_sampled_one_after_another():

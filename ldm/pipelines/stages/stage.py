@@ -217,8 +217,7 @@ class Stage:
         """Guide the denoiser in the way that the model takes it, and clamp x0 as the card says."""
         cond, uncond = pair
         denoiser = self.quantized(call)
-        if getattr(denoiser.net.config, "guidance_dim", None) is not None:
-            # latent consistency models: the guidance scale is an input of the network
+        if self.reads_guidance:
             scale = torch.full((len(call.seeds),), call.guidance, device=self.device, dtype=torch.float32)
             return self.clamped(denoiser.bind(replace(cond, guidance=scale)))
         if image_guidance is None:
@@ -228,6 +227,17 @@ class Stage:
         # e(0) + s_I·(e(image) − e(0)) + s_T·(e(image, text) − e(image)), collected by condition
         weights = [(cond, call.guidance), (uncond, image_guidance - call.guidance)]
         return self.clamped(compose(denoiser, weights, nothing))
+
+    def evaluates_both(self, call: Call, image_guidance: float | None = None) -> bool:
+        """Return whether `guided` evaluates the unconditional condition, as far as is known of its method."""
+        if image_guidance is not None or self.guide is not cfg:
+            return True
+        return call.guidance != 1 and not self.reads_guidance
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the network, as in latent consistency models."""
+        return getattr(self.denoiser.net.config, "guidance_dim", None) is not None
 
     def quantized(self, call: Call) -> Denoiser:
         """Return the denoiser of a call, with the call's controls around its network.
