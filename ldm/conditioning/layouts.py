@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
@@ -21,6 +22,7 @@ LAYOUT_PREDICTION: Prediction = "x0"
 INSTANCES = 4
 """The largest number of instances in a layout."""
 LAYOUT_STEPS = 6
+"""Evaluations of the prior for a layout, unless the model's card states others."""
 LAYOUT_ROWS = 4
 """Number of layouts that are drawn at once; one takes as long, as the calls of operators take the time."""
 LAYOUT_NOISE = 1 << 62
@@ -48,8 +50,28 @@ def slots_of(config: DiTConfig) -> int:
 
 
 @torch.no_grad()
+def draw_states(denoiser: Denoiser, cond: Cond, noise: Tensor, steps: int = LAYOUT_STEPS) -> Tensor:
+    """Return the states of layouts (`ldm.models.layout`) that noise becomes, (B, 4 + K, 1, M).
+
+    Args:
+        denoiser: See `layout_denoiser`.
+        cond: The context of B texts.
+        noise: Standard normal, (B, 4 + K, 1, M).
+        steps: Number of evaluations of the network. Default: `LAYOUT_STEPS`.
+    """
+    grid = TimeGrid.make(denoiser.schedule, steps, spacing="trailing")
+    return dpmpp_2m(cfg(denoiser, cond, Cond(), 1.0), noise, grid)
+
+
+@torch.no_grad()
 def draw_layouts(
-    denoiser: Denoiser, cond: Cond, things: Sequence[int], *, seeds: Sequence[int], rows: int | None = None
+    denoiser: Denoiser,
+    cond: Cond,
+    things: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    steps: int = LAYOUT_STEPS,
+    rows: int | None = None,
 ) -> ThingLayout:
     """Draw a layout for each condition, a function of the condition and the seed.
 
@@ -58,6 +80,7 @@ def draw_layouts(
         cond: The context of B texts.
         things: Number of things in each text.
         seeds: B seeds.
+        steps: See `draw_states`. Default: `LAYOUT_STEPS`.
         rows: Number of layouts that are computed at once; fewer are computed beside copies of the last one.
             As all products then have the same shape, a layout has the same bits in every batch. None for the
             whole batch. Default: None.
@@ -72,15 +95,13 @@ def draw_layouts(
     owner = torch.full(places.shape[:2], -1, device=device)
     drawn = [i for i, count in enumerate(things) if count]
     shape = (net.config.in_channels, 1, INSTANCES)
-    grid = TimeGrid.make(denoiser.schedule, LAYOUT_STEPS, spacing="trailing")
     size = rows or max(1, len(drawn))
     for first in range(0, len(drawn), size):
         group = drawn[first : first + size]
         filled = group + group[-1:] * (size - len(group))
         noise = torch.stack([keyed_normal(seeds[i], LAYOUT_NOISE, shape) for i in filled])
-        states = dpmpp_2m(
-            cfg(denoiser, cond[torch.tensor(filled, device=device)], Cond(), 1.0), noise.to(device), grid
-        )
+        chosen = cond[torch.tensor(filled, device=device)]
+        states = draw_states(denoiser, chosen, noise.to(device), steps)
         for i, state in zip(group, states, strict=False):
             layout = layout_of_state(state[None], things[i])
             places[i], owner[i] = layout.places[0], layout.owner[0]

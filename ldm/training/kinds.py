@@ -98,7 +98,7 @@ def part_kinds() -> dict[str, PartKind]:
             {"decoder", "words"},
             _VAE | _VISION | {"net": ("unet",)},
         ),
-        "layout": _kind(LayoutTraining, LayoutPart, {"layout"}, _TEXT),
+        "layout": _kind(LayoutTraining, LayoutPart, {"layout"}, _TEXT | {"teacher": ("layout",)}),
         "reflow": _kind(
             ReflowTraining,
             ReflowPart,

@@ -39,6 +39,7 @@ from ldm.training.parts.layout import training_library
 from ldm.training.run import open_run
 from ldm.weights.formats.exemplar_file import read_library
 from ldm.weights.formats.ldm_folder import read_network, read_text
+from ldm.weights.formats.ldm_model import write_card
 
 
 @pytest.fixture
@@ -98,6 +99,7 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
         "text": "runs/exemplar/export",
         "model": {"in_channels": 6, "out_channels": 6, "patch": 1, **shape},
     }
+    one_step = {**layout, "run": run("one-step", optimizer=muon), "teacher": "runs/layout/export"}
     towers = {"layers": 1, "heads": 2, "activation": "gelu", "embed_dim": 16, "width": 16}
     clip = {
         "part": "clip",
@@ -130,6 +132,7 @@ def exemplar_configs(data: Path) -> dict[str, dict[str, Any]]:
         "vae": vae,
         "exemplar": net,
         "layout": layout,
+        "one-step": one_step,
         "grounded": grounded,
         "clip": clip,
         "decoder": decoder,
@@ -197,7 +200,7 @@ def test_a_model_is_trained_from_nothing_and_loads_with_its_library(trained):
     assert ExemplarConditioner(text, layout, library, cell=4).unknown("a cat") == []
 
 
-@pytest.mark.parametrize("kind", ["exemplar", "layout", "grounded", "decoder"])
+@pytest.mark.parametrize("kind", ["exemplar", "layout", "one-step", "grounded", "decoder"])
 def test_training_is_resumed_exactly(trained, kind):
     whole = open_run(Path(f"{kind}.yaml"))
     config = exemplar_configs(trained)[kind]
@@ -361,6 +364,51 @@ def test_a_decoder_that_does_not_fit_is_refused(trained, change, message):
         config[key] = {**config[key], **values} if isinstance(values, dict) else values
     with pytest.raises(ValueError, match=message):
         open_run(write(config, Path("wrong.yaml")))
+
+
+def test_a_prior_over_layouts_is_distilled_into_one_evaluation(trained):
+    config = exemplar_configs(trained)["one-step"]
+    config["run"] = run("longer", steps=60, optimizer={"kind": "muon", "lr": 2e-2, "warmup": 2, "decay": 40})
+    part = open_run(write(config, Path("longer.yaml")))
+    teacher, student = part.part.teacher, part.part
+    assert all(map(torch.equal, student.net.state_dict().values(), teacher.net.state_dict().values()))
+    with torch.no_grad():
+        before = student.validate()["loss"]
+    part.train(progress=False)
+    with torch.no_grad():
+        assert student.validate()["loss"] < 0.5 * before
+    part.export(Path("runs/longer/export"))
+    bundle(exemplar_card(trained), {**EXPORTS, "layout": "runs/longer/export"}, "model")
+    for folder in ("model", "again"):
+        pipe, rows = ldm.load(weights=folder, dtype="float32"), []
+        assert pipe.text.layout_steps == 1
+        hook = pipe.text.layout.register_forward_hook(lambda *_, rows=rows: rows.append(1))
+        pipe.text_to_image("a cat", progress=False)
+        hook.remove()
+        assert len(rows) == 1
+        ldm.save(pipe, "again")
+
+
+def test_the_teacher_of_layouts_must_fit(trained):
+    config = exemplar_configs(trained)["one-step"]
+    config["model"] |= {"in_channels": 7, "out_channels": 7}
+    with pytest.raises(ValueError, match="teacher: .* in_channels 6, context_dim 16: expected .* 7 and 16"):
+        open_run(write(config, Path("other.yaml")))
+
+
+def test_a_model_with_a_layout_of_its_own_shares_the_library_of_its_text_tower(trained):
+    bundle(exemplar_card(trained), EXPORTS, "whole")
+    Path("own").mkdir()
+    for name in ("layout.yaml", "layout.safetensors"):
+        shutil.copy(f"runs/one-step/export/{name}", f"own/{name}")
+    parts = dict.fromkeys(("unet", "vae", "text"), "../whole")
+    write_card(Path("own"), replace(exemplar_card(trained), parts=parts))
+    pipe = ldm.load(weights="own", dtype="float32")
+    assert pipe.text.layout_steps == 1 and len(pipe.exemplars) == len(EmojiData.open(trained).train)
+    with Path("whole/library.json").open("a", encoding="utf-8") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=r"library\.json"):
+        ldm.load(weights="own", dtype="float32")
 
 
 def test_a_bundled_unclip_model_finds_the_thing_of_an_image(trained):

@@ -24,8 +24,9 @@ from ldm.models.text.wordpiece import (
 from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.stages.space import Space
 from ldm.registry.sources import Source, origin_of
-from ldm.weights.formats.exemplar_file import read_library
+from ldm.weights.formats.exemplar_file import layout_steps, read_library
 from ldm.weights.formats.ldm_folder import read_vocabulary
+from ldm.weights.formats.ldm_model import library_folder
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-"
 
@@ -69,7 +70,9 @@ def text_conditioner(card: ModelCard, source: Source, vocabulary: Path | None) -
     layout = source.networks.get("layout")
     if tower is not None and "layout" in source.folders and isinstance(layout, DiT):
         cell = Space(source.networks["vae"]).factor
-        return ExemplarConditioner(tower, layout, read_library(source.folders["layout"]), cell=cell)
+        library = read_library(library_folder(source.folders))
+        steps = layout_steps(source.folders["layout"])
+        return ExemplarConditioner(tower, layout, library, cell=cell, layout_steps=steps)
     if not isinstance(second, TextTower):
         return tower
     if card.text2 is None:

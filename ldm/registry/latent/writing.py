@@ -79,6 +79,8 @@ def write_ldm(
     """
     for part, network in pipe.networks().items():
         extra = {"latent_scale": pipe.latent_scale} if part == "vae" else {}
+        if part == "layout":
+            extra = {"layout_steps": pipe.text.layout_steps}
         write_part(folder, part, network, network.config, dtype=dtype, **extra, **facts)
     text = pipe.text
     if isinstance(text, ExemplarConditioner):

@@ -29,8 +29,9 @@ from ldm.pipelines.stages.space import Space
 from ldm.pipelines.stages.upsampler import UpsamplerStage
 from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.sources import Source, origin_of
-from ldm.weights.formats.exemplar_file import read_embeddings, read_library
+from ldm.weights.formats.exemplar_file import layout_steps, read_embeddings, read_library
 from ldm.weights.formats.ldm_folder import WORDS_VOCABULARY, read_vocabulary
+from ldm.weights.formats.ldm_model import library_folder
 
 # The stage of each kind of prior: (class of the network, class of the card) -> class of the stage.
 PRIOR_STAGES: dict[tuple[type, type], Callable[..., PriorStage | AutoregressiveStage]] = {
@@ -153,7 +154,7 @@ def exemplar_text(
     card: UnCLIPCard, source: Source, words: TextTower, layout: DiT, clip: ClipPair, space: Space
 ) -> ExemplarConditioner:
     """Return the text encoder of a decoder with exemplars, whose library CLIP reads; see `decoder_text`."""
-    folder, library = source.folders["words"], read_library(source.folders["layout"])
+    folder, library = source.folders["words"], read_library(library_folder(source.folders))
     tokenizer, known = read_vocabulary(folder, name=WORDS_VOCABULARY)
     return ExemplarConditioner(
         TextConditioner(words, tokenizer, card.words, known),
@@ -161,4 +162,5 @@ def exemplar_text(
         library,
         cell=space.factor,
         index=ExemplarIndex(library, clip, *read_embeddings(folder)),
+        layout_steps=layout_steps(source.folders["layout"]),
     )

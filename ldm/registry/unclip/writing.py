@@ -38,6 +38,8 @@ def write_unclip(pipe: UnCLIP, folder: str | Path, *, dtype: torch.dtype | None 
             own = {"latent_scale": pipe.decoder.space.scale}
         elif part in ("prior", "decoder"):
             own = {"clip": pipe.card.clip}
+        elif part == "layout":
+            own = {"layout_steps": pipe.decoder.text.layout_steps}
         write_part(folder, part, network, network.config, dtype=dtype, **own, **facts)
     if isinstance(text := pipe.clip.text, TextConditioner):
         write_vocabulary(folder, text.tokenizer, text.known_words)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ldm.conditioning.exemplar_index import SceneMetric
 from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary
+from ldm.conditioning.layouts import LAYOUT_STEPS
 from ldm.support.config import build
 from ldm.support.files import write_atomically
 from ldm.support.strict_json import read_json
 from ldm.support.text import escaped, shown
+from ldm.weights.formats.ldm_folder import about_part
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 
 LIBRARY_IMAGES, LIBRARY_INDEX = "library.safetensors", "library.json"
@@ -59,6 +61,12 @@ def write_library(folder: Path, library: ExemplarLibrary) -> None:
     }
     text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
     write_atomically(folder / LIBRARY_INDEX, (text + "\n").encode())
+
+
+def layout_steps(folder: str | Path) -> int:
+    """Return the number of evaluations that draw a layout with the prior in a folder."""
+    steps: int | None = about_part(folder, "layout").get("layout_steps")
+    return LAYOUT_STEPS if steps is None else steps
 
 
 def read_library(folder: str | Path) -> ExemplarLibrary:

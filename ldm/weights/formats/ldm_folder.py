@@ -31,6 +31,7 @@ from ldm.weights.parts import NETWORKS, build_network
 from ldm.weights.strict import load_strict
 
 # How the text tower of the models that this repository trained is read.
+LARGEST_LAYOUT_STEPS = 1000  # timesteps of the prior's schedule
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
 VOCABULARY, WORDS_VOCABULARY = "vocabulary.json", "words-vocabulary.json"
 """Files of the vocabularies of a model's text tower, and of a decoder's own."""
@@ -48,6 +49,8 @@ class PartFacts:
         latent_scale: Scale of an autoencoder's latents.
         factor: How many times an upsampler enlarges.
         residual: See `StageCard`.
+        layout_steps: Evaluations that a prior over layouts was trained to draw a layout in; None for
+            `ldm.conditioning.layouts.LAYOUT_STEPS`.
     """
 
     model: Mapping[str, Any]
@@ -57,9 +60,14 @@ class PartFacts:
     latent_scale: float | None = None
     factor: int | None = None
     residual: float | None = None
+    layout_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_above_zero(latent_scale=self.latent_scale)
+        if self.layout_steps is not None and not 1 <= self.layout_steps <= LARGEST_LAYOUT_STEPS:
+            raise ValueError(
+                f"layout_steps: expected 1 to {LARGEST_LAYOUT_STEPS}, got {shown(self.layout_steps)}"
+            )
         check_between(1, MAX_SIZE, factor=self.factor)
 
 

@@ -23,7 +23,7 @@ TOKENIZER_FILES = (VOCABULARY, "vocab.txt", "words-tokenizer.json", WORDS_VOCABU
 LIBRARY_FILES = (LIBRARY_INDEX, LIBRARY_IMAGES)
 # the files that may be beside a part
 BESIDE: dict[str, tuple[str, ...]] = {
-    "text": TOKENIZER_FILES,
+    "text": (*TOKENIZER_FILES, *LIBRARY_FILES),
     "words": (*TOKENIZER_FILES, LIBRARY_EMBEDDINGS),
     "encoder": (BYTE_TOKENIZER_FILE,),
     "layout": LIBRARY_FILES,
@@ -42,6 +42,18 @@ def part_files(folders: Mapping[str, Path]) -> dict[str, Path]:
     beside = {(folder, name): None for part, folder in folders.items() for name in BESIDE.get(part, ())}
     names += [(folder, name) for folder, name in beside if (folder / name).is_file()]
     return {name: folder / name for folder, name in names}
+
+
+def library_folder(folders: Mapping[str, Path]) -> Path:
+    """Return the folder of a model's library of exemplars: that of its layout, or else of its text tower.
+
+    A model with a layout of its own thus shares the library of the model whose text tower it has.
+
+    Args:
+        folders: Folder of each part.
+    """
+    places = [folders[part] for part in ("layout", "text") if part in folders]
+    return next((place for place in places if (place / LIBRARY_INDEX).is_file()), places[0])
 
 
 def write_card(folder: Path, card: Card) -> None:
