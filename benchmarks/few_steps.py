@@ -16,7 +16,7 @@ from common import add_quick, measure, parser, settle
 import ldm
 
 PROMPT = "a blue cat face to the left of a rocket"
-BAR = 0.25  # of the time of ten steps, at two
+BAR = 0.25  # of the time of ten steps of the first model, at two of the last
 
 
 def split(milliseconds: dict[int, float], decoder: float) -> list[tuple[float, ...]]:
@@ -37,9 +37,9 @@ def split(milliseconds: dict[int, float], decoder: float) -> list[tuple[float, .
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a row for each number of steps."""
+    """Print a row for each model and number of steps."""
     made = parser("Measure what one image takes at few steps.", repeats=30)
-    made.add_argument("--model", default="emoji-ldm", help="name or folder")
+    made.add_argument("--model", nargs="+", default=["emoji-ldm", "emoji-ldm-turbo"], help="names or folders")
     made.add_argument("--prompt", default=PROMPT, help="prompt")
     made.add_argument("--steps", type=int, nargs="+", default=[10, 4, 2, 1], help="numbers of steps")
     add_quick(made, repeats=2)
@@ -47,22 +47,26 @@ def main(arguments: list[str] | None = None) -> None:
     if args.repeats < 1 or len(set(args.steps)) < 2 or min(args.steps) < 1:
         made.error("--repeats must be at least 1, and --steps two numbers or more of at least 1")
     settle(args)
-    pipe = ldm.load(args.model, device="cpu")
-    latent = torch.randn(pipe.stage.shape(pipe.settle(args.prompt)), generator=torch.Generator())[None]
-    sides = {
-        str(steps): partial(pipe.text_to_image, args.prompt, steps=steps, progress=False)
-        for steps in args.steps
-    }
-    sides["decoder"] = partial(pipe.decode, latent)
+    pipes = {name: ldm.load(name, device="cpu") for name in args.model}
+    sides = {}
+    for name, pipe in pipes.items():
+        for steps in args.steps:
+            sides[f"{name} {steps}"] = partial(pipe.text_to_image, args.prompt, steps=steps, progress=False)
+        latent = torch.randn(pipe.stage.shape(pipe.settle(args.prompt)), generator=torch.Generator())[None]
+        sides[f"{name} decoder"] = partial(pipe.decode, latent)
     least = {who: 1000 * min(runs) for who, runs in measure(sides, args.repeats, args.clock).items()}
-    decoder = least.pop("decoder")
-    times = {int(steps): spent for steps, spent in least.items()}
-    print("| steps | ms | denoiser | decoder | text, layout, call | of the most steps |")
-    print("|---|---|---|---|---|---|")
-    for steps, row in zip(times, split(times, decoder), strict=True):
-        cells = " | ".join(f"{value:.1f}" for value in row)
-        print(f"| {steps} | {cells} | {row[0] / times[max(times)]:.2f} |")
-    print(f"\nbar: {BAR} of ten steps at two; {pipe.dtype}, {args.threads} threads, {args.clock} time")
+    whole = least[f"{args.model[0]} {max(args.steps)}"]
+    print(
+        "| model | steps | ms | denoiser | decoder | text, layout, call | of the first model's most steps |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name in args.model:
+        times = {steps: least[f"{name} {steps}"] for steps in args.steps}
+        for steps, row in zip(times, split(times, least[f"{name} decoder"]), strict=True):
+            cells = " | ".join(f"{value:.1f}" for value in row)
+            print(f"| {name} | {steps} | {cells} | {row[0] / whole:.3f} |")
+    where = f"{pipes[args.model[0]].dtype}, {args.threads} threads, {args.clock} time"
+    print(f"\nbar: {BAR} of ten steps of the first model at two of the last; {where}")
 
 
 if __name__ == "__main__":

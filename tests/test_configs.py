@@ -19,7 +19,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(
     folder for folder in CONFIGS.iterdir() if folder.name != "examples"
 )  # which are stages alone
-EMBEDDED = [folder for folder in RECIPES if folder.name in ("emoji-ldm", "emoji-unclip")]  # are shipped
+EMBEDDED = [
+    folder for folder in RECIPES if folder.name in ("emoji-ldm", "emoji-ldm-turbo", "emoji-unclip")
+]  # shipped
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "examples").iterdir()), ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,7 +32,14 @@ LAYOUT_NOISE = 1 << 62
 
 def layout_denoiser(net: DiT) -> Denoiser:
     """Return the denoiser of layouts of a network: a cosine schedule, the prediction x0."""
-    return Denoiser(net, NoiseSchedule.make("cosine", 1000), LAYOUT_PREDICTION)
+    return Denoiser(net, layout_schedule(), LAYOUT_PREDICTION)
+
+
+@cache
+def layout_schedule() -> NoiseSchedule:
+    """Return the schedule of layouts, made once."""
+    with torch.inference_mode(False):  # trainings use it too
+        return NoiseSchedule.make("cosine", 1000)
 
 
 def slots_of(config: DiTConfig) -> int:
