@@ -169,8 +169,15 @@ def test_state_is_kept_for_the_call_or_the_thread():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["draw", "edit", "traced", "nested", "mixed"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("model", [tiny_model, partial(ldm.load, "emoji-ldm")], ids=["tiny", "emoji-ldm"])
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        *((tiny_model, mode) for mode in MODES),
+        # merge and int8 act on UNets alone
+        *((partial(ldm.load, "emoji-ldm"), mode) for mode in MODES if mode not in ("merge", "int8")),
+    ],
+    ids=[*MODES, *(f"emoji-ldm-{mode}" for mode in MODES if mode not in ("merge", "int8"))],
+)
 def test_four_hundred_images_of_threads(model, mode, kind):
-    """For each model, 40 combinations of modes and tasks with 10 images each."""
+    """40 combinations of modes and tasks with 10 images each, and 30 of emoji-ldm."""
     check(made(mode, model()), kind, 10)
