@@ -27,7 +27,7 @@ from ldm.models.layout import ThingLayout, multiplied, place_exemplars
 PADDED_TO = 16
 """The context of a prompt has a multiple of these, by which an image has the same bits in every batch.
 
-Nearly all prompts have one length then, as batches of several are not exact.
+Prompts of different lengths cannot share an exact batch; with this multiple nearly all have the same.
 """
 
 

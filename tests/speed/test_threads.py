@@ -172,11 +172,13 @@ def test_state_is_kept_for_the_call_or_the_thread():
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
-        *((tiny_model, mode) for mode in MODES),
-        # merge and int8 act on UNets alone
-        *((partial(ldm.load, "emoji-ldm"), mode) for mode in MODES if mode not in ("merge", "int8")),
+        *(pytest.param(tiny_model, mode, id=f"tiny-{mode}") for mode in MODES),
+        *(
+            pytest.param(partial(ldm.load, "emoji-ldm"), mode, id=f"emoji-ldm-{mode}")
+            for mode in MODES
+            if mode not in ("merge", "int8")  # which act on UNets alone
+        ),
     ],
-    ids=[*MODES, *(f"emoji-ldm-{mode}" for mode in MODES if mode not in ("merge", "int8"))],
 )
 def test_four_hundred_images_of_threads(model, mode, kind):
     """40 combinations of modes and tasks with 10 images each, and 30 of emoji-ldm."""
