@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from photos import drawn_photo, write_photos
 from PIL import Image
 from reduced_families import register
@@ -170,6 +171,13 @@ def test_classes_are_numbered_by_name_and_dropped_for_none(work: Path) -> None:
         part_of(work, "ldm-cin256-v2")
     with pytest.raises(ValueError, match="has 0 captions, expected one, the name of its class"):
         part_of(work, "ldm-cin256-v2", data={**FOLDER, "path": "classes"})
+
+
+def test_the_export_states_the_number_of_each_class(work: Path) -> None:
+    options = config("stated", "ldm-cin256-v2", steps=1)
+    folder = train_recipe(write(options, work / "stated.yaml"), progress=False)
+    about = yaml.safe_load((folder / "class.yaml").read_text(encoding="utf-8"))
+    assert about["class_numbers"] == {"blue": 0, "green": 1, "red": 2, "yellow": 3}
 
 
 def test_a_model_without_a_class_for_none_drops_no_captions(work: Path) -> None:

@@ -20,6 +20,9 @@ class ClassNumbers:
         images: The training images; each has one caption, as data of the kind "classes" have.
         drop: Share of captions that are replaced by the class that stands for none.
 
+    Attributes:
+        named: The number of each class of the data.
+
     Raises:
         ValueError: If images have no class or several, there are more classes than the model has, or there is
             no class that stands for none and captions are dropped.
@@ -39,19 +42,20 @@ class ClassNumbers:
                 )
         names = sorted({record.captions[0] for record in records})
         numbered = all(name.isdecimal() for name in names)
-        self.numbers = {name: int(name) if numbered else i for i, name in enumerate(names)}
+        self.named = {name: int(name) if numbered else i for i, name in enumerate(names)}
         none = pipe.card.null_class
-        if max(self.numbers.values()) >= count or none in self.numbers.values():
+        if max(self.named.values()) >= count or none in self.named.values():
             but = "" if none is None else f" but {none}, which stands for none"
             raise ValueError(
-                f"data: {len(names)} classes, of which the last has the number {max(self.numbers.values())};"
+                f"data: {len(names)} classes, of which the last has the number {max(self.named.values())};"
                 f" {pipe.name!r} has the classes 0 to {count - 1}{but}"
             )
         if none is None and drop:
             raise ValueError(
                 f"diffusion.drop {drop}: expected 0, as {pipe.name!r} has no class that stands for none"
             )
-        self.numbers[""] = 0 if none is None else none  # without guidance, the preview does not look at it
+        # without guidance, the preview does not look at that of the empty text
+        self.numbers = {**self.named, "": 0 if none is None else none}
 
     def __call__(self, texts: Sequence[str]) -> list[int]:
         """Return the number of each text's class; that which stands for none for an empty text."""

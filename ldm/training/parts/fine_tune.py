@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -132,5 +132,6 @@ class FineTunePart(TunedModel):
         return found if self.decoding is None else {**found, **self.decoding.validate()}
 
     def export(self, folder: Path, record: Mapping[str, object]) -> None:
-        """Write the whole model, with half precision."""
-        save(self.pipe, folder, dtype="float16", training=record, figures=self.validate())
+        """Write the whole model, with half precision, and the number of each class where it reads classes."""
+        facts: dict[str, Any] = {} if self.classes is None else {"class_numbers": self.classes.named}
+        save(self.pipe, folder, dtype="float16", training=record, figures=self.validate(), **facts)
