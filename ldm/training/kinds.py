@@ -30,6 +30,7 @@ class PartKind:
 
 _VAE, _TEXT, _VISION = {"vae": ("vae",)}, {"text": ("text",)}, {"vision": ("vision",)}
 _MODEL = {"unet", "vae", "text", "text2", "draft"}  # a whole one
+_UNCLIP = {"text", "vision", "prior", "decoder", "noise", "words", "vae", "upsampler"}
 _FROM_PRIOR = {"from_prior.prior": ("prior",)}
 
 
@@ -48,12 +49,14 @@ def _tunings() -> dict[str, PartKind]:
     from ldm.training.adapters.trained_ip_adapter import IPAdapterPart, IPAdapterTraining
     from ldm.training.parts.fine_tune import FineTunePart, FineTuning
     from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
+    from ldm.training.parts.fine_tune_unclip import FineTuneUnCLIPPart, UnCLIPFineTuning
     from ldm.training.parts.inversion import InversionPart, InversionTraining
     from ldm.training.parts.lora import LoRAPart, LoRATraining
 
     return {
         "fine-tune": _kind(FineTuning, FineTunePart, _MODEL),
         "fine-tune-decoder": _kind(DecoderFineTuning, FineTuneDecoderPart, _MODEL),
+        "fine-tune-unclip": _kind(UnCLIPFineTuning, FineTuneUnCLIPPart, _UNCLIP),
         "lora": _kind(LoRATraining, LoRAPart, {"adapter"}),
         "control-net": _kind(ControlNetTraining, ControlNetPart, {"control"}),
         "ip-adapter": _kind(IPAdapterTraining, IPAdapterPart, {"control"}),

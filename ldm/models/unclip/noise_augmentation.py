@@ -62,20 +62,21 @@ class NoiseAugmentation(nn.Module):
         self.mean.zero_()
         self.std.fill_(1)
 
-    def forward(self, embedding: Tensor, level: int, noise: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor, level: int | Tensor, noise: Tensor) -> Tensor:
         """Return the condition (B, 2·E) at a noise level.
 
         Args:
             embedding: Image embedding, shape (B, E).
-            level: Noise level in [0, timesteps). Level 0 adds the least noise of the schedule, not none.
+            level: Noise level in [0, timesteps), or one for each embedding, (B,) int64. Level 0 adds the
+                least noise of the schedule, not none.
             noise: Standard normal noise, shape (B, E).
 
         Raises:
-            ValueError: If the level is out of range.
+            ValueError: If a level is out of range.
         """
-        if not 0 <= level < self.config.timesteps:
+        levels = torch.as_tensor(level, device=embedding.device).expand(len(embedding))  # (B,)
+        if not 0 <= int(levels.min()) <= int(levels.max()) < self.config.timesteps:
             raise ValueError(f"noise_level: expected 0 to {self.config.timesteps - 1}, got {level}")
         # (B, E)
-        z = self.schedule.add_noise((embedding - self.mean) / self.std, level, noise) * self.std + self.mean
-        levels = torch.full((len(z),), level, device=z.device)  # (B,)
+        z = self.schedule.add_noise((embedding - self.mean) / self.std, levels, noise) * self.std + self.mean
         return torch.cat([z, sinusoid(levels, self.config.embed_dim).to(z.dtype)], dim=1)

@@ -112,19 +112,41 @@ class DecoderStage(nn.Module):
         cond, uncond = Cond(), Cond()
         if self.text is not None:
             cond, uncond = self._texts(call, vector, image, named)
+        noise = None
         if self.augmentation is not None:
             first = AUGMENT * DRAWS_PER_STAGE
             noise = torch.stack([keyed_normal(seed, first, vector.shape[1:]) for seed in call.seeds])
-            noised: Tensor = self.augmentation(vector, noise_level, noise.to(self.device)).float()
-            return replace(cond, pooled=noised), replace(uncond, pooled=torch.zeros_like(noised))
+        cond = self.with_images(cond, vector, level=noise_level, noise=noise)
+        return cond, self.without_images(uncond, n, nothing)
+
+    def with_images(
+        self, text: Cond, vectors: Tensor, *, level: int | Tensor = 0, noise: Tensor | None = None
+    ) -> Cond:
+        """Return the condition of B texts and image embeddings.
+
+        Args:
+            text: The condition of the texts; without fields if the decoder reads none.
+            vectors: Embeddings, (B, E).
+            level: Timestep that they are noised to (Stable unCLIP), one or one for each, (B,).
+            noise: Standard normal noise (B, E) for that; None for a decoder that takes them as they are.
+        """
+        if self.augmentation is None:
+            return replace(self._decoder().condition.taken(text), image_emb=vectors)
+        assert noise is not None
+        noised: Tensor = self.augmentation(vectors, level, noise.to(self.device))
+        return replace(text, pooled=noised.float())
+
+    def without_images(self, text: Cond, n: int, nothing: ImageEmbedding | None = None) -> Cond:
+        """Return the condition of n texts and what stands for no image; `nothing` is as in `conditions`."""
+        if self.augmentation is not None:
+            zeros = torch.zeros(n, 2 * self.width, dtype=torch.float32, device=self.device)
+            return replace(text, pooled=zeros)
         condition = self._decoder().condition
-        cond, uncond = condition.taken(cond), condition.taken(uncond)
         if nothing is None:
             absent = condition.nothing()
         else:
             absent = nothing.of(self.clip, self.width, by="the decoder")
-        absent = absent.to(self.device).float().expand(n, -1)
-        return replace(cond, image_emb=vector), replace(uncond, image_emb=absent)
+        return replace(condition.taken(text), image_emb=absent.to(self.device).float().expand(n, -1))
 
     def _texts(self, call: Call, vectors: Tensor, image: Tensor | None, named: Sequence[str]) -> Pair:
         """Return the conditions of a call's texts, in which embeddings (B, E) choose exemplars, if any."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.diffusion.cond import Cond
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser, denoised
 from ldm.diffusion.prediction import target
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.training.diffusion import DiffusionConfig
 from ldm.training.draws import Draws
 
@@ -18,7 +21,9 @@ from ldm.training.draws import Draws
 def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
     """Compute the mean squared error of the prediction at x_t = alpha·x0 + sigma·eps, for each sample.
 
-    Ho et al. 2020, eq. 14, for any prediction.
+    Ho et al. 2020, eq. 14, for any prediction. To that of a network that predicts a variance too, T/1000
+    times the divergence of `variance_loss` is added, which trains the variance alone (Nichol & Dhariwal 2021,
+    eq. 16).
 
     Args:
         denoiser: The network in training.
@@ -32,8 +37,50 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: Cond, t: Tensor, eps: T
     """
     x_t = denoiser.schedule.add_noise(x0, t, eps)
     alpha, sigma = denoiser.schedule.alpha_sigma_like(t, x0)
-    raw = denoiser.predict(x_t, t, cond)
-    return (raw.float() - target(x0, eps, alpha, sigma, denoiser.prediction)).square().flatten(1).mean(1)
+    raw, added = (
+        denoiser.predict(x_t, t, cond).float(),
+        torch.zeros((), dtype=torch.float32, device=x0.device),
+    )
+    if denoiser.learned_var:
+        raw, position = raw.chunk(2, dim=1)  # each (B, C, *S)
+        made = denoised(raw.detach(), x_t, alpha, sigma, denoiser.prediction).x0
+        divergence = variance_loss(denoiser.schedule, x0, made, (position + 1) / 2, t)
+        added = len(denoiser.schedule) / 1000 * divergence
+    wanted = target(x0, eps, alpha, sigma, denoiser.prediction)
+    return (raw - wanted).square().flatten(1).mean(1) + added
+
+
+def variance_loss(schedule: NoiseSchedule, x0: Tensor, made: Tensor, var_frac: Tensor, t: Tensor) -> Tensor:
+    """Compute the divergence of a predicted denoising step from the true one, for each sample, in bits.
+
+    KL(q(x_{t-1} | x_t, x0) ‖ p(x_{t-1} | x_t)), the mean over the values of a sample (Nichol & Dhariwal 2021,
+    eq. 5). At t = 0, where q has no variance, that of t = 1 stands for it.
+
+    Args:
+        schedule: The noise schedule.
+        x0: Clean samples, (B, *S).
+        made: The predicted clean samples, (B, *S).
+        var_frac: Position of the log variance between the posterior's and beta, (B, *S); see `Denoiser`.
+        t: Timesteps, (B,) int64.
+
+    Returns:
+        The divergences, (B,).
+    """
+    kept = schedule.alphas_cumprod.cpu().double()  # (T,)
+    before = F.pad(kept[:-1], (1, 0), value=1.0)
+    beta = 1 - kept / before
+    small = beta * (1 - before) / (1 - kept)
+    small[0] = small[1]
+    weights = before.sqrt() * beta / (1 - kept)  # of x0 in the mean
+
+    def at_t(values: Tensor) -> Tensor:
+        return values[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
+
+    weight, log_true = at_t(weights), at_t(small.log())
+    log_made = var_frac * at_t(beta.log()) + (1 - var_frac) * log_true
+    square = (weight * (x0 - made)).square()
+    divergence = 0.5 * (log_made - log_true - 1 + (log_true - log_made).exp() + square * (-log_made).exp())
+    return divergence.flatten(1).mean(1) / math.log(2)
 
 
 class DiffusionLoss(NamedTuple):

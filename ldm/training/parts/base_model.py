@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ldm.catalog.cards import ModelCard
+from ldm.catalog.cards import Card, ModelCard
 from ldm.pipelines.latent import LatentDiffusion
+from ldm.pipelines.unclip import UnCLIP
 from ldm.registry.loading import load
 from ldm.training.inputs.beside import LACKING
+
+AnyCard = TypeVar("AnyCard", bound=Card)
 
 
 def network_hashes(networks: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -36,8 +40,9 @@ def load_base(base: str | None, weights: str | None) -> LatentDiffusion:
     pipe = load(base, weights=weights, device="cpu", dtype="float32")
     if not isinstance(pipe, LatentDiffusion):
         raise ValueError(
-            f"base {base or weights!r}: expected a latent diffusion model, got a {type(pipe).__name__}; the"
-            " parts prior, decoder, upsampler and tokens train the networks of others from scratch"
+            f"base {base or weights!r}: expected a latent diffusion model, got a {type(pipe).__name__};"
+            " `part: fine-tune-unclip` trains the decoder or the prior of an UnCLIP, and the part tokens the"
+            " networks of a DalleMini from scratch"
         )
     card = pipe.card
     reads = "aesthetic scores" if card.vector == "aesthetic" else LACKING.get(card.concat or "")
@@ -46,8 +51,25 @@ def load_base(base: str | None, weights: str | None) -> LatentDiffusion:
     return pipe
 
 
+def load_unclip_base(base: str | None, weights: str | None) -> UnCLIP:
+    """Load the unCLIP model that a training begins with, in float32.
+
+    Raises:
+        FileNotFoundError: If its weights are absent.
+        ValueError: If it is not an unCLIP model.
+    """
+    pipe = load(base, weights=weights, device="cpu", dtype="float32")
+    if not isinstance(pipe, UnCLIP):
+        raise ValueError(
+            f"base {base or weights!r}: expected an unCLIP model, got a {type(pipe).__name__}; `part:"
+            " fine-tune` trains latent diffusion models"
+        )
+    return pipe
+
+
 def fine_tuned(pipe: LatentDiffusion, card: ModelCard) -> LatentDiffusion:
     """Return a pipeline with the networks of another one, and a card of its own."""
+    card = unpublished(card)
     return LatentDiffusion(
         vae=pipe.vae,
         text=pipe.text,
@@ -55,6 +77,12 @@ def fine_tuned(pipe: LatentDiffusion, card: ModelCard) -> LatentDiffusion:
         latent_scale=pipe.latent_scale,
         card=card,
     ).eval()
+
+
+def unpublished(card: AnyCard) -> AnyCard:
+    """Return a card that names no weights, neither published nor embedded."""
+    card = replace(card, hub=None, files=None, parts={})
+    return replace(card, folder=None) if isinstance(card, ModelCard) else card
 
 
 def content_key(network: nn.Module) -> str:

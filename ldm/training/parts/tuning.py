@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.catalog.cards import ModelCard
+from ldm.catalog.cards import DiffusionCard
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
@@ -44,6 +44,7 @@ from ldm.training.parts.base_model import fine_tuned, load_base, network_hashes
 from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES
 
 Trained = Literal["unet", "text", "text2", "class"]
+AnyDiffusionCard = TypeVar("AnyDiffusionCard", bound=DiffusionCard)
 PREVIEWED = 8  # images of a preview
 
 
@@ -65,33 +66,29 @@ class FineTuneDiffusion:
     drop: float = 0.1
     shift: float = 1.0
 
-    def changed(self, card: ModelCard) -> ModelCard:
-        """Return the card of the fine-tuned model."""
+    def changed(self, card: AnyDiffusionCard) -> AnyDiffusionCard:
+        """Return the card of the fine-tuned diffusion."""
         schedule, convention = card.schedule, card.convention
         zero = self.zero_terminal_snr
         if zero is not None and zero != schedule.zero_terminal_snr:
             schedule = replace(schedule, zero_terminal_snr=zero)
             convention = replace(card.grids(), grids={"*": {"spacing": "trailing"}})
-        return replace(
-            card,
-            schedule=schedule,
-            prediction=self.prediction or card.prediction,
-            convention=convention,
-            hub=None,
-            files=None,
-            folder=None,
-            parts={},
-        )
+        prediction = self.prediction or card.prediction
+        return replace(card, schedule=schedule, prediction=prediction, convention=convention)
 
-    def settled(self, card: ModelCard) -> DiffusionConfig:
-        """Return the loss of a model with a card that `changed` returned.
+    def settled(self, card: DiffusionCard, name: str) -> DiffusionConfig:
+        """Return the loss of a diffusion with a card that `changed` returned.
+
+        Args:
+            card: The card.
+            name: Name of the model.
 
         Raises:
-            ValueError: If the model's schedule has no timesteps of its own (EDM).
+            ValueError: If its schedule has no timesteps of its own (EDM).
         """
         schedule = card.schedule
         if schedule.kind == "edm":
-            raise ValueError(f"{card.name!r} has an EDM schedule, with which nothing is trained here")
+            raise ValueError(f"{name!r} has an EDM schedule, with which nothing is trained here")
         return DiffusionConfig(
             schedule=schedule.kind,
             timesteps=schedule.timesteps,
@@ -159,7 +156,7 @@ class TunedModel:
                 raise ValueError(f"prior: {loaded.name!r} draws no images of a prompt alone")
             self.preserved = ClassImages(config.prior, loaded, self.images.size)
         self.pipe = fine_tuned(loaded, config.diffusion.changed(loaded.card)).to(device)
-        self.diffusion = config.diffusion.settled(self.pipe.card)
+        self.diffusion = config.diffusion.settled(self.pipe.card, self.pipe.name)
         self.base_hashes = network_hashes(self.pipe.networks())
         self.pipe.requires_grad_(False)
         self.samples = self.images.cached(config.run, 0)
