@@ -64,7 +64,8 @@ class SceneMetric:
 class ExemplarIndex:
     """CLIP's embeddings of the images of a library, each on white.
 
-    The embeddings of images that are added to the library are computed when they are first needed.
+    The embeddings of images that are added to the library are computed when they are first needed. Those that
+    are there, and the metric, belong to the CLIP that was loaded, and stay if its weights are changed.
 
     Args:
         library: The library.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.exemplar_index import ExemplarIndex
-from ldm.conditioning.exemplar_library import ExemplarLibrary
+from ldm.conditioning.exemplar_library import Exemplar, ExemplarLibrary
 from ldm.conditioning.layouts import LAYOUT_ROWS, LAYOUT_STEPS, draw_layouts, layout_denoiser, slots_of
 from ldm.conditioning.prompt import parse, plain_texts
 from ldm.conditioning.read_prompts import Alternative, ReadInCall, ReadPrompt
@@ -312,6 +312,17 @@ class ExemplarConditioner(nn.Module):
         )
         tokenizer = self.text.tokenizer
         return [(word, tuple(tokenizer.encode(own))) for word, own in words]
+
+    def chosen(self, prompt: str, seed: int) -> list[Exemplar]:
+        """Return the exemplars that a seed chooses for the things of a prompt, in their order.
+
+        Of a blend, those of each alternative follow each other.
+        """
+        return [
+            self.library.choose(mention, seed, slot)
+            for alternative in self.read(prompt).alternatives
+            for slot, mention in enumerate(alternative.mentions)
+        ]
 
     def _chosen(self, mentions: Sequence[Mention], seed: int, vector: Tensor | None) -> Tensor:
         """Return the images of things, (1, K, 4, S, S) float32, transparent where there is no thing."""

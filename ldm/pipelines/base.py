@@ -41,7 +41,7 @@ class BasePipeline(ImagePipeline):
         self._exemplars: Exemplars | None = None
         if isinstance(text, ExemplarConditioner):
             self.origin = own = dict(self.origin)
-            self._exemplars = Exemplars(text.library, own)
+            self._exemplars = Exemplars(text, own)
 
     @property
     def exemplars(self) -> Exemplars:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.conditioning.exemplar_library import OWN_STYLE, ExemplarLibrary
+from ldm.conditioning.exemplar_library import OWN_STYLE
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.images.pixels import ImageInput, read_batch, with_channels
 
 ADDED_EXEMPLARS = "exemplars added"
@@ -21,14 +22,14 @@ class Exemplars:
     """The library of a pipeline.
 
     Args:
-        library: The library.
+        text: The conditioner that reads the library.
         origin: Hashes of the pipeline's weights, which recipes state; the hash of what is added is entered.
     """
 
-    def __init__(self, library: ExemplarLibrary, origin: dict[str, Any]) -> None:
-        self.library = library
-        self._origin = origin
-        self._loaded = {exemplar.content for exemplar in library}
+    def __init__(self, text: ExemplarConditioner, origin: dict[str, Any]) -> None:
+        self.library = text.library
+        self._text, self._origin = text, origin
+        self._loaded = {exemplar.content for exemplar in self.library}
 
     @property
     def names(self) -> list[str]:
@@ -47,6 +48,22 @@ class Exemplars:
 
     def __len__(self) -> int:
         return len(self.library)
+
+    def chosen(self, prompt: str, seed: int = 0) -> list[tuple[str, str]]:
+        """Return the name and the style of each image that is shown to the model for a prompt and a seed.
+
+        Image i of a call of `text_to_image` has the seed `seed` + i. The style tells whose drawing it is.
+
+        Args:
+            prompt: One prompt. Of a blend, the images of each alternative follow each other.
+            seed: The seed of the image. Default: 0.
+
+        Raises:
+            ValueError: If the images are not chosen by the seed, but by an image's embedding (unCLIP).
+        """
+        if self._text.index is not None:
+            raise ValueError("the embedding of an image chooses the exemplars of this model, not the seed")
+        return [(exemplar.name, exemplar.style) for exemplar in self._text.chosen(prompt, seed)]
 
     def add(self, name: str, image: ImageInput, *, style: str = OWN_STYLE, nouns: Iterable[str] = ()) -> None:
         """Add an image of a thing; prompts then draw it by its name, without training.

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_exemplars import SIZE, tiny_exemplar_model
+from tiny_exemplars import SIZE, tiny_exemplar_model, tiny_exemplar_unclip
 
 import ldm
+from ldm.models.layout import multiplied
 from ldm.pipelines.checks import UnknownWords
 from ldm.support.config import read_yaml
 
@@ -93,6 +94,23 @@ def test_an_image_of_ones_own_is_drawn_without_training(tmp_path: Path):
     pipe.exemplars.remove("my robot")
     with pytest.warns(UnknownWords, match="robot"):
         assert not torch.allclose(draw(pipe, "my robot on a blue background", seed=1), shown, atol=1e-4)
+
+
+def test_it_is_told_which_exemplars_a_seed_chooses(pipe):
+    prompt = "a cat and an apple"
+    found = {tuple(pipe.exemplars.chosen(prompt, seed)) for seed in range(8)}
+    assert len(found) > 1
+    for seed in range(4):
+        things = pipe.text.draw_things([pipe.text.read(prompt)], [seed])[0].images
+        of = {(exemplar.name, exemplar.style): exemplar for exemplar in pipe.exemplars.library}
+        for slot, chosen in enumerate(pipe.exemplars.chosen(prompt, seed)):
+            assert torch.equal(things[0, slot], multiplied(pipe.exemplars.library.pixels(of[chosen])))
+    assert pipe.exemplars.chosen("a blue") == []
+
+
+def test_an_embedding_chooses_in_an_unclip_model():
+    with pytest.raises(ValueError, match="the embedding of an image chooses"):
+        tiny_exemplar_unclip().exemplars.chosen("a cat")
 
 
 def test_saved_models_are_loaded_with_their_library(tmp_path: Path):

@@ -167,7 +167,7 @@ def test_what_is_refused(sd: Any, tmp_path: Path) -> None:
     refused({"emb_params": vectors(1024)}, "made for Stable Diffusion 2, changes no module")
     refused({"clip_l": vectors(32), "clip_g": vectors(48)}, "made for Stable Diffusion XL.*clip_g")
     refused({"emb_params": vectors(32) * float("nan")}, "NaN or infinity")
-    refused({"emb_params": torch.zeros(0, 32)}, r"expected vectors of real numbers, .*\(0, 32\)")
+    refused({"emb_params": torch.zeros(0, 32)}, r"expected vectors of floating-point numbers, .*\(0, 32\)")
     refused({"emb_params": vectors(32)}, "expected a word", token=" ")
     refused(bundled(sd) | {"bundle_emb.other.string_to_param.*": vectors(32)}, "holds 2", token="x")
     first = written(tmp_path / "one.safetensors", {"emb_params": vectors(32)})
