@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.registry.candidates import Candidate, Candidates, card_candidates, fit_candidates, tensor_shapes
+from ldm.registry.dalle.inspection import inspect_tokens_folder
 from ldm.registry.inspection_adapters import adapter_in, inspect_adapter
 from ldm.registry.inspection_controls import control_in, inspect_control
 from ldm.registry.inspection_diffusers import inspect_diffusers_folder
@@ -20,6 +21,7 @@ from ldm.registry.inspection_ldm import (
 )
 from ldm.registry.report import Report, non_finite, report_part
 from ldm.weights.detection import Detection, detect
+from ldm.weights.formats.diffusers_folder import is_folder
 from ldm.weights.formats.markers import markers, stated_sampling
 from ldm.weights.formats.pickles import examine
 from ldm.weights.formats.safetensors import existing_file, sha256
@@ -69,7 +71,8 @@ def inspect(
     if path.is_dir():
         if is_ldm_folder(path):
             return inspect_ldm_folder(path, nan=nan, digest=digest)
-        return inspect_diffusers_folder(path, candidates, nan=nan, digest=digest)
+        tokens = None if is_folder(path) else inspect_tokens_folder(path, nan=nan, digest=digest)
+        return tokens or inspect_diffusers_folder(path, candidates, nan=nan, digest=digest)
     path = existing_file(path)
     if is_ldm_part(path):
         return inspect_ldm_part(path, nan=nan, digest=digest)

@@ -337,6 +337,29 @@ def test_inspecting_a_whole_checkpoint(pipe: DalleMini, tmp_path: Path) -> None:
     assert all(bool(fit) for fit in report.fits["tiny-dalle"].values()), report.fits
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inspecting_a_folder(layout: str, pipe: DalleMini, tmp_path: Path) -> None:
+    register_tiny()
+    folder = LAYOUTS[layout](pipe, tmp_path / layout)
+    report = inspect(folder, nan=True, digest=True)
+    assert {"encoder", "decoder", "vae"} <= {part.name for part in report.parts}
+    assert report.stated == ("the sizes are those of 'tiny-dalle'",)
+    assert report.problems == () and report.bad == () and report.judged and not report.unsafe
+    assert report.sha256 and all(len(value) == 64 for value in report.sha256.values())
+
+
+def test_inspecting_shows_what_a_configuration_states(pipe: DalleMini, tmp_path: Path) -> None:
+    register_tiny()
+    folder = write_min_dalle(pipe, tmp_path / "model")
+    stated = {"model_type": "dallebart", "d_model": 32, "ln_positions": "postln"}
+    (folder / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    report = inspect(folder)
+    assert any("d_model = 32" in line for line in report.stated), report.stated
+    assert any("ln_positions postln, expected normformer" in problem for problem in report.problems)
+    (folder / "encoder.pt").write_bytes((folder / "encoder.pt").read_bytes()[:999])
+    assert any("encoder.pt" in problem for problem in inspect(folder).problems)
+
+
 # DALL·E's autoencoder
 
 

@@ -11,7 +11,7 @@ from ldm.models.dalle.encoder import DalleEncoderConfig
 from ldm.support.strict_json import read_json
 from ldm.support.warn import warn_user
 from ldm.weights.fields.dalle import DALLE_MINI
-from ldm.weights.fields.judge import ANY, conflicts, judge_fields, warnings_of
+from ldm.weights.fields.judge import ANY, Config, Finding, conflicts, judge_fields, warnings_of
 
 MODEL_TYPE = "dallebart"
 
@@ -29,17 +29,26 @@ def check_model_config(card: DalleCard, folder: Path) -> None:
         ValueError: If it states another model; the message names the fields.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        return
-    stated = read_json(path)
-    if stated.get("model_type") != MODEL_TYPE:
-        return
-    expected = {name: value if name in stated else ANY for name, value in sizes_of(card).items()}
-    findings = judge_fields(stated, DALLE_MINI, expected)
+    _, findings = judged_config(card, folder)
     if wrong := conflicts(findings):
         raise ValueError(f"{str(path)!r} does not fit {card.name!r}: {'; '.join(wrong)}")
     for note in warnings_of(findings, f"{str(path)!r}"):
         warn_user(note)
+
+
+def judged_config(card: DalleCard, folder: Path) -> tuple[Config, list[Finding]]:
+    """Return the config.json in a folder and what is done with its fields; nothing if it is of another model.
+
+    Args:
+        card: The card that it is compared with.
+        folder: The folder.
+    """
+    path = folder / "config.json"
+    stated: Config = read_json(path) if path.is_file() else {}
+    if stated.get("model_type") != MODEL_TYPE:
+        return {}, []
+    expected = {name: value if name in stated else ANY for name, value in sizes_of(card).items()}
+    return stated, list(judge_fields(stated, DALLE_MINI, expected))
 
 
 def sizes_of(card: DalleCard) -> dict[str, Any]:
