@@ -18,11 +18,12 @@ def test_every_problem_is_printed_once_and_the_status_tells_of_broken_files(tmp_
     for text in (
         "kind: folder",
         "images: 38",
-        "unreadable: 5: ",
+        "unreadable: 6: ",
         "truncated.jpg (",
         "truncated.png (",
         "text.png (it is not an image",
         "empty.png (it is empty)",
+        "pipe.png (it is neither a file nor a folder)",
         "too large: 1: giant.png (",
         "too small: 1: one pixel.png (1×1 pixels",
         "several frames: 1: animated.gif",

@@ -98,6 +98,7 @@ def write_broken(folder: Path) -> dict[str, str]:
     (folder / "notes.pdf").write_bytes(b"%PDF")
     os.symlink(folder, folder / "loop", target_is_directory=True)
     os.symlink(folder / "self.png", folder / "self.png")
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for a writer
     kinds = {name: kind for name, (_, kind) in files.items()}
     kinds["Äpfel und 梨 🍐.png"] = "duplicate"  # the copy comes first
     kinds["copy.png"] = ""
@@ -107,4 +108,5 @@ def write_broken(folder: Path) -> dict[str, str]:
         "notes.pdf": "not an image",
         "loop": "symlink loop",
         "self.png": "symlink loop",
+        "pipe.png": "unreadable",
     }

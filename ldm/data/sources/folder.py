@@ -126,7 +126,7 @@ def find_files(root: Path, problems: list[Problem]) -> Iterator[str]:
 
     Args:
         root: The folder.
-        problems: Links that lead in a circle or nowhere are appended to it.
+        problems: Links that lead in a circle or nowhere, and pipes and devices, are appended to it.
     """
     waiting: list[tuple[Path, tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
     while waiting:
@@ -149,6 +149,8 @@ def find_files(root: Path, problems: list[Problem]) -> Iterator[str]:
                 kind = "symlink loop" if looped else "unreadable"
                 target = escaped(os.readlink(entry.path), 200)
                 problems.append(Problem(name, kind, f"a link to {target}" + (", in a circle" * looped)))
+            elif not entry.is_file():
+                problems.append(Problem(name, "unreadable", "it is neither a file nor a folder"))
             else:
                 yield name
         waiting += reversed(folders)
