@@ -103,9 +103,9 @@ def learned_vectors(
     found: dict[str, list[Tensor]] = {}
     unused: list[str] = []
     for key, tensor in tensors.items():
-        if tensor.ndim not in (1, 2) or not tensor.numel() or tensor.is_complex():
+        if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
             what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise ValueError(f"{escaped(key, 200)}: expected vectors of real numbers, got {what}")
+            raise ValueError(f"{escaped(key, 200)}: expected vectors of floating-point numbers, got {what}")
         rows = tensor.reshape(1, -1) if tensor.ndim == 1 else tensor
         part = _part(key.rpartition(".")[2], rows.shape[-1], widths)
         if part is None:

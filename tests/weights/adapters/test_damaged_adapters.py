@@ -105,19 +105,27 @@ def test_cores_of_glora_fit_their_factors(tmp_path: Path) -> None:
         refused(written(tmp_path / "a.safetensors", state), "does not fit 'small'")
 
 
-def test_numbers_that_are_not_real_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.bool])
+def test_numbers_that_are_not_floating_point_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     name = f"{KEYS}.lora_up.weight"
-    state = {**tensors_of("LoRA"), name: torch.ones(32, 4, dtype=torch.complex64)}
+    state = {**tensors_of("LoRA"), name: torch.ones(32, 4, dtype=dtype)}
     refused(
         written(tmp_path / "a.safetensors", state),
-        "lora_up.weight: expected real numbers, got torch.complex64",
+        f"lora_up.weight: expected floating-point numbers, got {dtype}",
     )
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path) -> None:
+    state = {**tensors_of("LoRA"), f"{KEYS}.alpha": torch.tensor(4)}
+    assert match_places(
+        read_adapter(written(tmp_path / "a.safetensors", state)), small_places(), model="small"
+    ).edits
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3, 16), (0, 16)])
 def test_learned_vectors_of_another_shape_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     state = {**tensors_of("LoRA"), "bundle_emb.thing.string_to_param.*": torch.zeros(shape)}
-    refused(written(tmp_path / "a.safetensors", state), "expected vectors of real numbers")
+    refused(written(tmp_path / "a.safetensors", state), "expected vectors of floating-point numbers")
 
 
 def test_leaves_of_two_kinds_are_named(tmp_path: Path) -> None:

@@ -211,9 +211,10 @@ def deltas_of(leaves: Leaves, default: ScaleOf) -> tuple[Delta | None, Delta | N
         ValueError: If a tensor is missing, or has an impossible shape.
     """
     for name, tensor in leaves.items():
-        if not tensor.numel() or tensor.is_complex():
+        one = tensor.numel() == 1 and not tensor.is_complex()  # an alpha or a flag, which may be whole
+        if not tensor.numel() or not (tensor.is_floating_point() or one):
             raise ValueError(
-                f"{name}: expected real numbers, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                f"{name}: expected floating-point numbers, got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
     kind = next((kind for kind in CHANGE_KINDS if kind.matches(leaves)), None)
     bias_leaf = next((leaf for leaf in BIASES if leaf in leaves), None)
