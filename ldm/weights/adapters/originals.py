@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.support.files import errors_name
 from ldm.support.home import library_home, make_folder
-from ldm.support.memory import in_file
+from ldm.support.memory import in_file, release_unchanged
 from ldm.weights.sources import mapped_source
 
 Key = tuple[str, str]  # network, and name of the tensor in it
@@ -125,7 +125,9 @@ class Originals:
         """Return a tensor as it was, in memory of its own on the CPU."""
         entry = self._entries[key]
         if isinstance(entry, _Mapped):
-            return torch.empty_like(entry.tensor, dtype=entry.dtype).copy_(entry.tensor)
+            found = torch.empty_like(entry.tensor, dtype=entry.dtype).copy_(entry.tensor)
+            release_unchanged([entry.tensor])
+            return found
         assert self._file is not None
         flat = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
         data, offset = flat.numpy().data, entry.offset
@@ -153,6 +155,7 @@ class Originals:
                 parameter.data = kept
             else:
                 parameter.copy_(kept.to(entry.dtype) if parameter.dtype != entry.dtype else kept)
+                release_unchanged([kept])
             return
         parameter.copy_(self.read(key))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import in_memory
 from torch import Tensor, nn
 
 from ldm.models.unet import UNet, UNetConfig
 from ldm.pipelines.adapters import Adapters
-from ldm.support.memory import in_file
+from ldm.support.memory import in_file, whole_pages
 from ldm.weights.adapters.originals import Originals, _Mapped, _Written
 from ldm.weights.formats.safetensors import read_safetensors, write_safetensors
 from ldm.weights.parts import build_network, fill_network, randomise
@@ -155,6 +157,18 @@ def test_copies_and_conversions_restore_their_own(
     net.to(torch.float16)
     adapters.remove("a")
     assert same(net, {name: value.to(torch.float16) for name, value in before.items()})
+
+
+def test_what_is_read_to_restore_weights_leaves_memory(tmp_path: Path) -> None:
+    net = loaded(tmp_path, torch.float16, torch.float32)
+    adapters = Adapters(lambda: {"unet": net}, dict, "a model")
+    adapters.load(lora(net, tmp_path), name="a")
+    sources = [each.tensor for each in entries(adapters) if isinstance(each, _Mapped)]
+    pages = sum(whole_pages(source)[1] for source in sources) // mmap.PAGESIZE
+    adapters.remove("a")
+    assert (
+        pages > 20 and sum(map(in_memory, sources)) < pages / 5
+    )  # the system maps neighbours of what is read
 
 
 def test_sources_are_forgotten_with_their_parameters(tmp_path: Path) -> None:
