@@ -21,6 +21,7 @@ class ControlCard:
         shows: What a hint shows, in words.
         file: Regular expression that is found in the names of its files; "" for none.
         lines: Whether hints are bright lines on black.
+        edges: Whether these lines are the edges of what the image shows. Default: False.
         normals: Whether hints are maps of normals, whose blue channel points to the viewer.
         masked: Whether a hint has a mask, below which it is −1, whereas it is in [0, 1] elsewhere.
         order: ChannelOrder of the channels that the network reads. Default: "rgb".
@@ -34,6 +35,7 @@ class ControlCard:
     shows: str
     file: str = ""
     lines: bool = False
+    edges: bool = False
     normals: bool = False
     masked: bool = False
     order: ChannelOrder = "rgb"
@@ -53,16 +55,32 @@ CONTROL_CARDS: Mapping[str, ControlCard] = {
             shows="soft edges, white on black",
             file=r"soft[-_ ]?edge|(?<![a-z])hed(?![a-z])|pidi(net)?(?![a-z])",
             lines=True,
+            edges=True,
             union=2,
         ),
         ControlCard(
-            name="scribble", shows="scribbles, white on black", file=r"scribble|sketch", lines=True, union=2
+            name="scribble",
+            shows="scribbles, white on black",
+            file=r"scribble|sketch",
+            lines=True,
+            edges=True,
+            union=2,
         ),
         ControlCard(
-            name="lineart", shows="line art, white on black", file=r"line[-_ ]?art", lines=True, union=3
+            name="lineart",
+            shows="line art, white on black",
+            file=r"line[-_ ]?art",
+            lines=True,
+            edges=True,
+            union=3,
         ),
         ControlCard(
-            name="canny", shows="edges of one pixel, white on black", file="canny", lines=True, union=3
+            name="canny",
+            shows="edges of one pixel, white on black",
+            file="canny",
+            lines=True,
+            edges=True,
+            union=3,
         ),
         ControlCard(name="mlsd", shows="straight lines, white on black", file="mlsd", lines=True, union=3),
         ControlCard(
@@ -98,16 +116,29 @@ CONTROL_CARDS: Mapping[str, ControlCard] = {
 }
 
 
-def control_card(name: str | None, file: str) -> ControlCard:
+CARD_OF_HINTS: Mapping[str, str] = {
+    "canny": "canny",
+    "soft_edge": "softedge",
+    "scribble": "scribble",
+    "tile": "tile",
+}
+"""The cards of the hints that `ldm.images.hints` makes."""
+
+
+def control_card(name: str | None, file: str, hints: str | None = None) -> ControlCard:
     """Return the card of a control.
 
     Args:
-        name: Its name. None: the first whose files have such names, else "image".
+        name: Its name. None: that of the hints that it was trained with, else the first whose files have such
+            names, else "image".
         file: Name of the file.
+        hints: What made the hints of its training, as files of `part: control-net` state it. Default: None.
 
     Raises:
         ValueError: If there is no card of this name.
     """
+    if name is None and hints is not None:
+        name = CARD_OF_HINTS.get(hints)
     if name is None:
         cards = (card for card in CONTROL_CARDS.values() if card.file and re.search(card.file, file, re.I))
         return next(cards, CONTROL_CARDS["image"])

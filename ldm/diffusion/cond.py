@@ -30,6 +30,7 @@ class Cond:
         residuals: What ControlNets add to a UNet: a map for each map that its way up reads, and one for its
             middle, shapes (B, C, h', w') or (B, C, 1, 1); to a diffusion transformer: (B, L, D) for each of
             the first blocks.
+        output: What controls add to the raw prediction of a diffusion transformer: (B, C, h, w).
         guidance: Guidance scale that the network embeds, shape (B,).
         exemplars: Images of K things in [0, 1] as they lie on the canvas, red, green and blue multiplied by
             opacity, and opacity, shape (B, K, 4, H, W).
@@ -48,6 +49,7 @@ class Cond:
     hints: tuple[Tensor, ...] | None = None
     features: tuple[Tensor, ...] | None = None
     residuals: tuple[Tensor, ...] | None = None
+    output: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.items()}

@@ -246,6 +246,9 @@ class DiTEncoder(nn.Module):
             raise ValueError(
                 f"Cond.residuals: this DiT takes up to {config.depth}, got {len(cond.residuals or ())}"
             )
+        shape = (len(x), config.out_channels, *x.shape[-2:])
+        if bad := [tuple(each.shape) for each in cond.output or () if tuple(each.shape) != shape]:
+            raise ValueError(f"Cond.output: expected the shape {shape} of the prediction, got {bad[0]}")
         if cond.pooled is not None:
             raise ValueError(
                 f"this DiT takes no Cond.pooled, expected None, got shape {tuple(cond.pooled.shape)}"
@@ -296,8 +299,8 @@ class DiT(DiTEncoder):
             x_t: Noisy sample, shape (B, C, h, w).
             t: Timesteps, shape (B,); they may be fractional.
             cond: `context` (B, M, D_c) with its mask, `concat`, `guidance` and `exemplars` if the
-                configuration has them, and `residuals` of a ControlNet, (B, L, D) for each of the first
-                blocks.
+                configuration has them, and of a ControlNet `residuals`, (B, L, D) for each of the first
+                blocks, and `output`, (B, C_out, h, w).
 
         Returns:
             Shape (B, C_out, h, w).
@@ -308,7 +311,8 @@ class DiT(DiTEncoder):
         cells = self.cells(x_t, cond)  # (B, C_in + K·E, h, w)
         x = self.tokens(cells)  # (B, L, D)
         emb = self.embed(t, cond, x.dtype)  # (B, 6, D)
-        return self.predict(self.pass_blocks(x, emb, cond, range(len(self.blocks))), cells)
+        found = self.predict(self.pass_blocks(x, emb, cond, range(len(self.blocks))), cells)
+        return sum(cond.output or (), start=found)
 
     def pass_blocks(self, x: Tensor, emb: Tensor, cond: Cond, numbers: Iterable[int]) -> Tensor:
         """Return the tokens (B, L, D) behind some of the blocks, by their numbers from 0."""

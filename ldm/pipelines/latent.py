@@ -23,6 +23,7 @@ from ldm.pipelines.checks import check_unit_interval, warn_unknown_words
 from ldm.pipelines.conditions import Pair, expanded_pair, prompt_conditions
 from ldm.pipelines.control.control_use import Controlling, as_controls
 from ldm.pipelines.control.controls import Controls, controlled_pair
+from ldm.pipelines.control.hinted_layouts import hinted_conditions
 from ldm.pipelines.drafts import with_known_draft
 from ldm.pipelines.layouts import fitted_conditions, known_of
 from ldm.pipelines.protocol import Begun, Known, Request
@@ -236,7 +237,7 @@ class LatentDiffusion(BasePipeline):
         both = any(call.negatives) or stage.evaluates_both(call, request.image_guidance)
         pair = self.conditions(call, inner, both=both) if request.pair is None else request.pair(inner)
         if shows and request.pair is None:
-            pair = (self._fitted(call, request) or pair[0], pair[1])
+            pair = (self._fitted(call, request, size) or pair[0], pair[1])
         extra = {name: value.to(self.device) for name, value in request.extra.items()}
         pair = expanded_pair(pair, len(call.seeds), **extra)
         draft = request.draft or request.known
@@ -248,14 +249,15 @@ class LatentDiffusion(BasePipeline):
             watcher.conditioned(pair)
         return pair
 
-    def _fitted(self, call: Call, request: Request) -> Cond | None:
+    def _fitted(self, call: Call, request: Request, size: tuple[int, int]) -> Cond | None:
         """Return the condition of exemplars in layouts that fit what a request knows of the images.
 
-        None if it knows nothing. Without a prompt, the image of a draft is shown as it is.
+        Where it knows nothing, they fit the hints of edges of the call's controls, if there are some; else it
+        is None. Without a prompt, the image of a draft is shown as it is.
         """
         known = known_of(request, self.encode)
         if known is None:
-            return None
+            return hinted_conditions(self.text, call, size)
         if request.draft is not None and not any(call.texts):
             return self.text.shown(self.decode(known.latent)).expand(len(call.seeds))
         return fitted_conditions(self.text, self.denoiser, call, known)

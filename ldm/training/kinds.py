@@ -47,6 +47,7 @@ def _tunings() -> dict[str, PartKind]:
     """Return the kinds of trainings that begin with a loaded model."""
     from ldm.training.adapters.trained_control import ControlNetPart, ControlNetTraining
     from ldm.training.adapters.trained_ip_adapter import IPAdapterPart, IPAdapterTraining
+    from ldm.training.parts.exemplar_image import ExemplarImagePart, ExemplarImageTraining
     from ldm.training.parts.fine_tune import FineTunePart, FineTuning
     from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
     from ldm.training.parts.fine_tune_unclip import FineTuneUnCLIPPart, UnCLIPFineTuning
@@ -61,6 +62,7 @@ def _tunings() -> dict[str, PartKind]:
         "control-net": _kind(ControlNetTraining, ControlNetPart, {"control"}),
         "ip-adapter": _kind(IPAdapterTraining, IPAdapterPart, {"control"}),
         "textual-inversion": _kind(InversionTraining, InversionPart, {"adapter"}),
+        "exemplar-image": _kind(ExemplarImageTraining, ExemplarImagePart, {"exemplar"}),
     }
 
 

@@ -15,7 +15,7 @@ from diffusers_pipelines import STEP, diffusers_pipeline, seeded_noise
 from photos import write_photos
 from PIL import Image
 from reduced_families import register
-from tiny_exemplars import SIZE, tiny_exemplar_model
+from tiny_exemplars import CELL, SIZE, tiny_exemplar_model
 from tiny_trainings import run, write
 from torch import Tensor
 
@@ -23,6 +23,7 @@ import ldm
 from ldm.images.hints import canny
 from ldm.images.pixels import to_pixels
 from ldm.models.control.controlled import Controlled
+from ldm.pipelines.control.hinted_layouts import hinted_condition
 from ldm.registry.inspection import inspect
 from ldm.training.recipe import train_recipe
 from ldm.training.run import open_run
@@ -99,7 +100,7 @@ def test_a_fresh_control_changes_nothing_and_has_a_gradient(
     with torch.no_grad():  # residuals that are not zero show what the rest of the copy does
         for name, p in part.model.named_parameters():
             if name.startswith(
-                ("controlnet_down", "controlnet_mid", "control_blocks", "controlnet_cond_emb")
+                ("controlnet_down", "controlnet_mid", "control_blocks", "controlnet_cond_emb", "head.proj")
             ):
                 p.add_(0.05)
     part.denoiser.predict(x, torch.tensor([400.0, 10.0]), part.cond([""] * 2, samples)).sum().backward()
@@ -151,6 +152,54 @@ def ldm_part(part: Any, kind: Any) -> Any:
     changed = copy.copy(part)
     object.__setattr__(changed, "kind", kind)
     return changed
+
+
+def test_a_model_with_exemplars_is_shown_the_layout_of_a_call(
+    work: Path, exemplars: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(config("mine", SIZE, **exemplars), work / "mine.yaml")
+    part = open_run(path).part
+    samples = part.images.plain(4, seed=0)
+    found = part.cond(part.images.describe(samples), samples).exemplars
+    pipe = loaded(exemplars)
+    for i, sample in enumerate(samples):
+        lines = canny(part.images.tensor([sample]) / 2 + 0.5)[:, :1]
+        wanted = hinted_condition(pipe.text, "a cat", 0, lines, (SIZE // CELL,) * 2).exemplars
+        assert (found[i] - wanted[0]).abs().max() < 1e-3  # kept in float16
+
+    def refused(*_: object) -> None:
+        raise AssertionError("it was fitted before")
+
+    monkeypatch.setattr("ldm.training.caches.canvases.hinted_condition", refused)
+    again = open_run(path).part
+    assert torch.equal(again.cond(again.images.describe(samples), samples).exemplars, found)
+
+
+def test_hints_that_are_no_edges_leave_layouts_to_seeds(work: Path, exemplars: dict[str, str]) -> None:
+    part = open_run(write(config("mine", SIZE, **exemplars, hints={"kind": "tile"}), work / "m.yaml")).part
+    samples = part.images.plain(2, seed=0)
+    found = part.cond(["a cat", "a cat"], samples, [3, 4]).exemplars
+    wanted = loaded(exemplars).text(["a cat", "a cat"], (SIZE // CELL,) * 2, seeds=[3, 4]).exemplars
+    assert torch.equal(found, wanted)
+
+
+def test_a_file_of_another_hint_is_fitted_again(work: Path, exemplars: dict[str, str]) -> None:
+    hints = {"kind": "files", "folder": "photos"}
+    part = open_run(write(config("canny", SIZE, **exemplars, hints=hints), work / "c.yaml")).part
+    (sample,) = part.images.plain(1, seed=0)
+    before = part.hints.key(sample)
+    path = part.hints._files.path(sample.item)
+    Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8)).save(path)
+    assert part.hints.key(sample) != before != ""
+    assert open_run(work / "c.yaml").part.card.name == "canny"
+
+
+def test_a_file_states_what_its_hints_are(work: Path, exemplars: dict[str, str]) -> None:
+    folder = train_recipe(
+        write(config("mine", SIZE, **exemplars, hints={"kind": "scribble"}), work / "mine.yaml"),
+        progress=False,
+    )
+    assert loaded(exemplars).controls.load(folder / "mine.safetensors").card.name == "scribble"
 
 
 def test_diffusers_draws_the_same_image_with_a_trained_control(work: Path, model: dict[str, str]) -> None:

@@ -141,6 +141,11 @@ class ControlUse:
         """Whether it acts on the conditional branch alone."""
         return self.option.guess or self.loaded.card.global_pool
 
+    @property
+    def shows_edges(self) -> bool:
+        """Whether its hint shows the edges of the image, from the first step on."""
+        return self.loaded.card.edges and self.option.strength > 0 and self.option.start == 0
+
 
 def json_of(uses: Sequence[ControlUse]) -> list[dict[str, Any]]:
     """Return the controls of a call as a recipe states them; images in memory are left out."""

@@ -159,7 +159,7 @@ class Controls(nn.Module):
             vision=None if tower is None else tower[0],
             base=unet.state_dict(),
         )
-        built = build_control(file, target, control_card(card, path.name))
+        built = build_control(file, target, control_card(card, path.name, file.metadata.get("hints")))
         for network in (built.network, *(() if tower is None else tower[:1])):
             exchange_like(network.to(first.device), unet)
         return LoadedControl(

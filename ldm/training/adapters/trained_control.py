@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from ldm.catalog.control_cards import control_card
 from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
@@ -29,7 +30,7 @@ from ldm.speed.optimization import for_training
 from ldm.support.files import write_atomically
 from ldm.training.adapters.adapter_config import NetworkAdapterTraining
 from ldm.training.adapters.adapter_files import write_network, write_record
-from ldm.training.caches.canvases import FittedCanvases
+from ldm.training.caches.canvases import CanvasFit, FittedCanvases, HintFit
 from ldm.training.config import check_at_least
 from ldm.training.inputs.hints import Hints, HintSource
 from ldm.training.inputs.protocol import Samples
@@ -69,8 +70,8 @@ class ControlNetPart(TunedModel):
 
     def __init__(self, config: ControlNetTraining, device: torch.device) -> None:
         self.config = config
+        self.card = control_card(None, config.run.name, config.hints.kind)  # as `pipe.controls` reads it
         super().__init__(config, device)
-        self.hints = Hints(config.hints, self.images)
         net = self.pipe.denoiser.net
         torch.manual_seed(config.run.seed)
         self.model: ControlNet | DiTControl
@@ -111,7 +112,12 @@ class ControlNetPart(TunedModel):
         hint_widths(pipe.vae.config.factor)
 
     def _fitted_canvases(self) -> FittedCanvases | None:
-        return None  # the hint states where things lie; a control has to overrule the layout of the prompt
+        self.hints = Hints(self.config.hints, self.images)  # to which canvases are fitted
+        return super()._fitted_canvases()
+
+    def canvas_fit(self, text: ExemplarConditioner) -> CanvasFit | None:
+        """Return what layouts are fitted to: hints of edges, as in a call; None for other hints."""
+        return HintFit(text=text, weights=self.base_hashes, hints=self.hints) if self.card.edges else None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -121,10 +127,11 @@ class ControlNetPart(TunedModel):
     def cond(self, texts: Sequence[str], samples: Samples, seeds: Sequence[int] = ()) -> Cond:
         """Return the condition of texts, and what the control reads of B samples.
 
-        A model with exemplars is shown what its prompts show: a layout and exemplars drawn by `seeds`.
+        A model with exemplars is shown what a call shows: exemplars in the layout that agrees with the hint,
+        or where hints are no edges, those that `seeds` draw.
         """
         hint = self.hints(samples).to(self.device)  # (B, 3, H, W)
-        if isinstance(self.pipe.text, ExemplarConditioner):
+        if isinstance(self.pipe.text, ExemplarConditioner) and self.canvases is None:
             size = (hint.shape[-2] // self.pipe.text.cell, hint.shape[-1] // self.pipe.text.cell)
             prompts = [escape_prompt(text) for text in texts]
             cond = self.pipe.text(prompts, size, seeds=list(seeds) or [0] * len(prompts))

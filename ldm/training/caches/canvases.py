@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.conditioning.prompt import escape_prompt
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
+from ldm.pipelines.control.hinted_layouts import hinted_condition
 from ldm.pipelines.layouts import LayoutFit, fitted_condition
 from ldm.support.progress import progress_bar
 from ldm.support.warn import warn_user
@@ -21,22 +23,98 @@ from ldm.training.caches.rows import CACHES
 from ldm.training.caches.shares import own_share, wait_for_others
 from ldm.training.caches.store import TensorStore, fill
 from ldm.training.inputs.cached_files import CachedFiles
+from ldm.training.inputs.hints import Hints
 from ldm.training.inputs.reading import ImageSample
 
 MOST_UNKNOWN = 10  # unknown words that a warning lists
+
+
+class CanvasFit(Protocol):
+    """What the layout of a captioned image is fitted to."""
+
+    @property
+    def key(self) -> str:
+        """A text that differs where any result differs."""
+
+    def key_of(self, sample: ImageSample) -> str:
+        """Return a text that differs where the result for an image differs, beside its own file."""
+
+    def __call__(self, prompt: str, sample: ImageSample) -> Cond:
+        """Return the condition of a prompt, of batch size 1, in the layout that fits a sample."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageFit:
+    """Fits layouts to images, by the model as it is before its training (`ldm.pipelines.layouts`).
+
+    Args:
+        text: The conditioner.
+        denoiser: The denoiser.
+        weights: Hashes of the model's weights, by part.
+        latents: The latents of the images.
+    """
+
+    text: ExemplarConditioner
+    denoiser: Denoiser
+    weights: Mapping[str, str]
+    latents: LatentSpace
+
+    @property
+    def key(self) -> str:
+        """The hashes of the weights."""
+        return str(sorted(self.weights.items()))
+
+    def key_of(self, sample: ImageSample) -> str:
+        """Return nothing: the image's file is all."""
+        return ""
+
+    def __call__(self, prompt: str, sample: ImageSample) -> Cond:
+        """Return the condition of a prompt in the layout that fits an image; see `CanvasFit`."""
+        known = self.latents.encode([sample])  # (1, C, h, w)
+        fit = LayoutFit(text=self.text, denoiser=self.denoiser)
+        return fitted_condition(fit, prompt, 0, known, torch.zeros_like(known[:, :1]))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HintFit:
+    """Fits layouts to hints of edges, as calls with a control do (`ldm.pipelines.control.hinted_layouts`).
+
+    Args:
+        text: The conditioner.
+        weights: Hashes of the model's weights, by part.
+        hints: The hints of the images.
+    """
+
+    text: ExemplarConditioner
+    weights: Mapping[str, str]
+    hints: Hints
+
+    @property
+    def key(self) -> str:
+        """The hashes of the weights that candidates depend on, and the kind of the hints."""
+        own = {part: value for part, value in self.weights.items() if part in self.text.networks()}
+        return f"{sorted(own.items())}/{self.hints.source.kind}"
+
+    def key_of(self, sample: ImageSample) -> str:
+        """Return what differs where the hint's file differs."""
+        return self.hints.key(sample)
+
+    def __call__(self, prompt: str, sample: ImageSample) -> Cond:
+        """Return the condition of a prompt in the layout that agrees with a hint; see `CanvasFit`."""
+        lines = self.hints([sample]).mean(1, keepdim=True)  # (1, 1, H, W)
+        size = (lines.shape[-2] // self.text.cell, lines.shape[-1] // self.text.cell)
+        return hinted_condition(self.text, prompt, 0, lines, size)
 
 
 class FittedCanvases:
     """The conditions of captioned images for a model with exemplars.
 
     A caption does not state where its things lie, or which image of the library resembles them. Both are
-    fitted to the image by the model as it is before its training (`ldm.pipelines.layouts`), with seed 0.
+    fitted, with seed 0.
 
     Args:
         text: The conditioner.
-        denoiser: The denoiser, before its training.
-        weights: Hashes of the model's weights, by part.
-        latents: The latents of the images.
+        fit: What they are fitted to.
         samples: The training images.
         validated: Images that are not trained on, but validated on.
 
@@ -50,15 +128,13 @@ class FittedCanvases:
     def __init__(
         self,
         text: ExemplarConditioner,
-        denoiser: Denoiser,
-        weights: Mapping[str, str],
-        latents: LatentSpace,
+        fit: CanvasFit,
         samples: CachedFiles,
         validated: Sequence[ImageSample],
     ) -> None:
-        self.text, self.files, self.latents = text, samples.files, latents
+        self.text, self.files, self.fit = text, samples.files, fit
         config = self.files.config
-        content = f"{sorted(weights.items())}/{library_content_key(text)}/{config.size}/{config.background}"
+        content = f"{fit.key}/{library_content_key(text)}/{config.size}/{config.background}"
         self.store = TensorStore(CACHES / f"canvases-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
         captioned = [
             (caption, sample)
@@ -69,7 +145,7 @@ class FittedCanvases:
         pairs = {self._key(*pair): pair for pair in captioned if pair[0] in named}
         missing = [(key, pair) for key, pair in pairs.items() if key not in self.store]
         if own := own_share(missing):
-            fill(self.store, self._fitted(own, denoiser))
+            fill(self.store, self._fitted(own))
         wait_for_others()
         self.store.refresh()
 
@@ -90,20 +166,17 @@ class FittedCanvases:
 
     def _key(self, caption: str, sample: ImageSample) -> str:
         """Return the key of an image under a caption."""
-        content = f"{self.files.key(sample)}/{caption}"
+        content = f"{self.files.key(sample)}/{caption}{self.fit.key_of(sample)}"
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     @torch.no_grad()
     def _fitted(
-        self, wanted: Sequence[tuple[str, tuple[str, ImageSample]]], denoiser: Denoiser
+        self, wanted: Sequence[tuple[str, tuple[str, ImageSample]]]
     ) -> Iterator[Mapping[str, Tensor]]:
         """Fit canvases (K, 4, H, W), and give each by its key."""
         name = f"compute {self.store.folder.name}"
         for key, (caption, sample) in progress_bar(len(wanted), iterable=wanted, desc=name):
-            known = self.latents.encode([sample])  # (1, C, h, w)
-            hole = torch.zeros_like(known[:, :1])
-            fit = LayoutFit(text=self.text, denoiser=denoiser)
-            cond = fitted_condition(fit, escape_prompt(caption), 0, known, hole)
+            cond = self.fit(escape_prompt(caption), sample)
             assert cond.exemplars is not None
             yield {key: cond.exemplars[0]}
 

@@ -70,6 +70,14 @@ class Hints:
             return torch.stack([self._read(sample) for sample in samples])
         return HINT_MAKERS[self.source.kind](self.images.tensor(samples) / 2 + 0.5)
 
+    def key(self, sample: ImageSample) -> str:
+        """Return a text that differs where the file of a hint differs; "" for hints that are made."""
+        if self._files is None:
+            return ""
+        path = self._files.path(sample.item)
+        state = path.stat()
+        return f"/{path.name}/{state.st_size}/{state.st_mtime_ns}"
+
     def _read(self, sample: ImageSample) -> Tensor:
         assert self._files is not None
         image = decode_image(

@@ -27,7 +27,7 @@ from ldm.pipelines.latent import LatentDiffusion
 from ldm.pipelines.stages.space import Space
 from ldm.support.config import nearest
 from ldm.training.adapters.class_images import ClassImages, PriorPreservation
-from ldm.training.caches.canvases import FittedCanvases
+from ldm.training.caches.canvases import CanvasFit, FittedCanvases, ImageFit
 from ldm.training.caches.latents import LatentSpace
 from ldm.training.config import RunConfig
 from ldm.training.diffusion import DiffusionConfig, sample_latents
@@ -175,12 +175,21 @@ class TunedModel:
     def _fitted_canvases(self) -> FittedCanvases | None:
         """Return what a model with exemplars is shown of the images; None for another model."""
         text, samples = self.pipe.text, self.samples
-        if not isinstance(text, ExemplarConditioner):
+        if not isinstance(text, ExemplarConditioner) or (fit := self.canvas_fit(text)) is None:
             return None
         files_only(self.images, f"{self.pipe.name!r}, of which part: exemplar trains scenes")
         assert isinstance(samples, CachedFiles)
         others = [*self.fixed_samples(), *self.images.plain(PREVIEWED, seed=3)]
-        return FittedCanvases(text, self.pipe.denoiser, self.base_hashes, self.latents, samples, others)
+        return FittedCanvases(text, fit, samples, others)
+
+    def canvas_fit(self, text: ExemplarConditioner) -> CanvasFit | None:
+        """Return what the layouts of a model with exemplars are fitted to: the images.
+
+        None if they are drawn by seeds.
+        """
+        return ImageFit(
+            text=text, denoiser=self.pipe.denoiser, weights=self.base_hashes, latents=self.latents
+        )
 
     def fixed_samples(self) -> Samples:
         """Return the images that are validated on: held-out ones, or training images."""

@@ -17,6 +17,7 @@ from ldm.weights.keymap import Shape
 from ldm.weights.parts import build_network, fill_network
 
 HINT_KEY = "embed_hint.weight"  # marks such a file
+HEAD_KEY = "head.embed_hint.weight"  # marks one with a head of its own
 
 
 def is_dit_control(keys: Mapping[str, Shape]) -> bool:
@@ -28,7 +29,8 @@ def dit_control_config(shapes: Mapping[str, Shape], dit: DiTConfig, *, source: P
     """Return the configuration of the ControlNet with these shapes, for a transformer.
 
     Raises:
-        ValueError: If its hints are not cut into cells of the transformer's size, or it has more blocks.
+        ValueError: If its hints are not cut into cells of the transformer's size, it has more blocks, or it
+            has a head for exemplars, which the transformer does not have.
     """
     copied = [match[1] for key in shapes if (match := re.fullmatch(r"control_blocks\.(\d+)\.weight", key))]
     numbers, area = shapes[HINT_KEY][1] if len(shapes[HINT_KEY]) == 4 else 0, dit.cell**2
@@ -37,7 +39,10 @@ def dit_control_config(shapes: Mapping[str, Shape], dit: DiTConfig, *, source: P
             f"{str(source)!r} copies {len(copied)} blocks and reads {numbers} numbers of a cell: expected up"
             f" to {dit.depth} blocks, as the transformer has, and a multiple of {area} numbers"
         )
-    return DiTControlConfig(dit=dit, blocks=len(copied), hint_channels=numbers // area)
+    head = HEAD_KEY in shapes
+    if head and not dit.slots:
+        raise ValueError(f"{str(source)!r} is for a transformer with exemplars, which this one has not")
+    return DiTControlConfig(dit=dit, blocks=len(copied), hint_channels=numbers // area, cell_head=head)
 
 
 def build_dit_control(file: ControlFile, dit: DiTConfig, *, dtype: torch.dtype) -> DiTControl:
