@@ -56,6 +56,8 @@ def model_images(options: argparse.Namespace, data: EmojiData) -> Draw:
     }
     if isinstance(pipe, ldm.UnCLIP):
         settings |= {"n": 1, "upsample": False}
+    elif isinstance(pipe, ldm.DalleMini):
+        settings |= {"n": 1}
 
     def draw(facts: Sequence[Facts], seeds: Sequence[int]) -> np.ndarray:
         prompts = [caption(one, data.index) for one in facts]

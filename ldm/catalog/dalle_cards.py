@@ -23,7 +23,7 @@ TokenFamily = Literal["dalle-mini", "tokens"]
 TOKEN_FAMILIES: tuple[str, ...] = get_args(TokenFamily)
 MIN_DALLE_FILES = (("encoder", "pt"), ("decoder", "pt"), ("vocab", "json"), ("merges", "txt"))
 TOKEN_PARTS = ("encoder", "decoder", "vae")
-TOWER = "text"  # the text tower of models whose encoder reads states, which have no tokenizer of bytes
+EXEMPLAR_PARTS = ("text", "layout")  # of models with exemplars, which have no tokenizer of bytes
 MAX_TOP_K = 2**22
 MAX_TEMPERATURE = 1e6
 
@@ -144,13 +144,16 @@ class DalleCard(Card):
 
     def part_names(self) -> tuple[str, ...]:
         """Return the names of all parts that such a model may have in ldm layout."""
-        return TOKEN_PARTS if self.networks is not None else (TOWER, *TOKEN_PARTS)
+        return TOKEN_PARTS if self.networks is not None else (*EXEMPLAR_PARTS, *TOKEN_PARTS)
 
     def part_folders(self, folder: Path) -> dict[str, Path]:
-        """Return the folder of each part of the model whose card is in ``folder``; a tower if it is there."""
+        """Return the folder of each part of the model whose card is in ``folder``.
+
+        Those of exemplars are parts if the YAML of one of them is there.
+        """
         found = self.located(folder, self.part_names())
-        tower = TOWER in found and (found[TOWER] / f"{TOWER}.yaml").is_file()
-        return {part: place for part, place in found.items() if tower or part != TOWER}
+        shows = any((found[part] / f"{part}.yaml").is_file() for part in EXEMPLAR_PARTS if part in found)
+        return {part: place for part, place in found.items() if shows or part not in EXEMPLAR_PARTS}
 
 
 @dataclass(frozen=True, kw_only=True)

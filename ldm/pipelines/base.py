@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.diffusion.guidance import cfg
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.call import Call
 from ldm.pipelines.control.control_use import entries_of, hint_digests
-from ldm.pipelines.exemplars import Exemplars
 from ldm.pipelines.image_pipeline import ImagePipeline
 from ldm.pipelines.protocol import Request
 from ldm.pipelines.recipe import content_sha256
@@ -36,23 +34,8 @@ class BasePipeline(ImagePipeline):
     def __init__(
         self, *, origin: Mapping[str, Any] | None, safety: SafetyChecker | None, text: Any = None
     ) -> None:
-        super().__init__(origin=origin, safety=safety)
+        super().__init__(origin=origin, safety=safety, text=text)
         self.guide: Guide = cfg
-        self._exemplars: Exemplars | None = None
-        if isinstance(text, ExemplarConditioner):
-            self.origin = own = dict(self.origin)
-            self._exemplars = Exemplars(text, own)
-
-    @property
-    def exemplars(self) -> Exemplars:
-        """The images of things that the model is shown, to which images can be added.
-
-        Raises:
-            ValueError: If the model is not conditioned on exemplars.
-        """
-        if self._exemplars is None:
-            raise ValueError(f"{self.name!r} has no exemplars: it is conditioned on the prompt's text alone")
-        return self._exemplars
 
     @property
     def stage(self) -> Stage:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.images.result import Images
 from ldm.models.safety import SafetyChecker
 from ldm.pipelines.adapters import Adapters
+from ldm.pipelines.exemplars import Exemplars
 from ldm.pipelines.protocol import Watcher
 from ldm.pipelines.recipe import stamp
 from ldm.pipelines.stages.stage import StepHook
@@ -32,12 +34,18 @@ class ImagePipeline(nn.Module):
         safety: Safety checker, applied to all images; None: no check.
     """
 
-    def __init__(self, *, origin: Mapping[str, Any] | None, safety: SafetyChecker | None) -> None:
+    def __init__(
+        self, *, origin: Mapping[str, Any] | None, safety: SafetyChecker | None, text: Any = None
+    ) -> None:
         super().__init__()
         self.origin: Mapping[str, Any] = {} if origin is None else origin
         self.loaded: Mapping[str, Any] = {}
         self.safety = safety
         self._adapters: Adapters | None = None
+        self._exemplars: Exemplars | None = None
+        if isinstance(text, ExemplarConditioner):
+            self.origin = own = dict(self.origin)
+            self._exemplars = Exemplars(text, own)
 
     @property
     def name(self) -> str:
@@ -73,6 +81,17 @@ class ImagePipeline(nn.Module):
         if self._adapters is None:
             self._adapters = Adapters(self.networks, self.readers, self.name)
         return self._adapters
+
+    @property
+    def exemplars(self) -> Exemplars:
+        """The images of things that the model is shown, to which images can be added.
+
+        Raises:
+            ValueError: If the model is not conditioned on exemplars.
+        """
+        if self._exemplars is None:
+            raise ValueError(f"{self.name!r} has no exemplars: it is conditioned on the prompt's text alone")
+        return self._exemplars
 
     @property
     def watchers(self) -> tuple[Watcher, ...]:

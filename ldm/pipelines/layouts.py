@@ -4,7 +4,8 @@ Without an image, a seed draws the layout of a prompt's things from the prior p(
 image, the posterior is p(layout | text)·p(image | layout, text). Candidates are drawn from the prior, and the
 denoiser's squared error at noised states measures how well each of them explains the image (after Li et al.
 2023, "Your diffusion model is secretly a zero-shot classifier"). The best ones are displaced and compared
-again, by ever less. Exemplars that the prompt leaves open are chosen in the same way.
+again, by ever less. Exemplars that the prompt leaves open are chosen in the same way. A decoder of tokens
+measures by the probability of the known tokens (`ldm.pipelines.dalle.token_fit`).
 """
 
 from __future__ import annotations
@@ -33,23 +34,56 @@ FIRST_DRAW = 1 << 61
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayoutFit:
+class Fit:
     """What layouts are fitted with.
 
     Attributes:
         text: The conditioner.
-        denoiser: The denoiser.
         vector: The image embedding (E,) that is a condition too, of a decoder of unCLIP. Default: None.
     """
 
     text: ExemplarConditioner
-    denoiser: Denoiser
     vector: Tensor | None = None
 
     def condition(self, read: ReadPrompt, things: Sequence[PlacedThings], size: tuple[int, int]) -> Cond:
         """Return the conditions of a prompt with B choices of what it leaves open."""
         cond = self.text.condition(read, things, size)
         return cond if self.vector is None else replace(cond, image_emb=self.vector.expand(len(things), -1))
+
+    def errors(self, cond: Cond, seed: int, known: Tensor, hole: Tensor) -> Tensor:
+        """Return how badly each of B conditions explains the known part of an image, (B,) float32.
+
+        Args:
+            cond: The conditions.
+            seed: Seed of random numbers.
+            known: What is known, (1, C, h, w).
+            hole: 1 where it is not known, else 0, (1, 1, h, w).
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayoutFit(Fit):
+    """A fit by the squared error of a denoiser at noised states.
+
+    Attributes:
+        denoiser: The denoiser.
+    """
+
+    denoiser: Denoiser
+
+    def errors(self, cond: Cond, seed: int, known: Tensor, hole: Tensor) -> Tensor:
+        """Return the errors of B conditions; see `Fit.errors`."""
+        assert cond.exemplars is not None
+        denoiser, count = self.denoiser, len(cond.exemplars)
+        errors = torch.zeros(count, dtype=torch.float32, device=known.device)
+        for k, time in enumerate(TIMES):
+            t = torch.tensor(round(time * (len(denoiser.schedule) - 1)), device=known.device)
+            eps = keyed_normal(seed, FIRST_DRAW + k, known.shape[1:]).to(known)[None]
+            x_t = denoiser.schedule.add_noise(known, t.expand(1), eps).expand(count, *known.shape[1:])
+            wrong = (denoiser(x_t, t, cond).x0 - known).square() * (1 - hole)
+            errors += wrong.flatten(1).sum(1)
+        return errors
 
 
 def known_of(request: Request, encode: Callable[[Tensor], Tensor]) -> Known | None:
@@ -82,14 +116,14 @@ def fitted_conditions(
 
 
 @torch.no_grad()
-def fitted_condition(fit: LayoutFit, prompt: str, seed: int, known: Tensor, hole: Tensor) -> Cond:
+def fitted_condition(fit: Fit, prompt: str, seed: int, known: Tensor, hole: Tensor) -> Cond:
     """Return the condition of a prompt, in the layout that fits the known part of a latent best.
 
     Args:
         fit: What layouts are fitted with.
         prompt: The prompt.
         seed: Seed of the candidates.
-        known: Latent, (1, C, h, w).
+        known: Latent, or tokens, (1, C, h, w).
         hole: 1 where it is not known, else 0, (1, 1, h, w).
 
     Returns:
@@ -117,7 +151,7 @@ def fitted_condition(fit: LayoutFit, prompt: str, seed: int, known: Tensor, hole
 
 
 def _best(
-    fit: LayoutFit,
+    fit: Fit,
     read: ReadPrompt,
     things: Sequence[PlacedThings],
     seed: int,
@@ -125,14 +159,8 @@ def _best(
     hole: Tensor,
 ) -> list[PlacedThings]:
     """Return the candidates of the least error over the known part, the best first."""
-    denoiser, cond = fit.denoiser, fit.condition(read, things, (known.shape[-2], known.shape[-1]))
-    errors = torch.zeros(len(things), dtype=torch.float32, device=known.device)
-    for k, time in enumerate(TIMES):
-        t = torch.tensor(round(time * (len(denoiser.schedule) - 1)), device=known.device)
-        eps = keyed_normal(seed, FIRST_DRAW + k, known.shape[1:]).to(known)[None]
-        x_t = denoiser.schedule.add_noise(known, t.expand(1), eps).expand(len(things), *known.shape[1:])
-        wrong = (denoiser(x_t, t, cond).x0 - known).square() * (1 - hole)
-        errors += wrong.flatten(1).sum(1)
+    cond = fit.condition(read, things, (known.shape[-2], known.shape[-1]))
+    errors = fit.errors(cond, seed, known, hole)
     return [things[i] for i in errors.argsort()[:BEST].tolist()]
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_exemplars import CELL, SIZE, SLOTS, WIDTH, tiny_conditioner
 from torch import Tensor
 
-from ldm.catalog.dalle_cards import DalleCard, DalleNetworks
+from ldm.catalog.dalle_cards import DalleCard, DalleNetworks, TokenDefaults
 from ldm.catalog.lookup import REGISTERED
 from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
 from ldm.models.dalle.dvae import DVAE, DVAEConfig
-from ldm.models.dalle.encoder import DalleEncoder, DalleEncoderConfig
+from ldm.models.dalle.encoder import DalleEncoder, DalleEncoderConfig, StateEncoder, StateEncoderConfig
 from ldm.models.dalle.layers import UNIT_SCALES
+from ldm.models.patch_vq import PatchVQ, PatchVQConfig
 from ldm.models.text.bpe import byte_symbols
 from ldm.models.text.byte_bpe import SPECIAL_TOKENS, ByteTokenizer
 from ldm.models.vq import VQConfig, VQModel
@@ -58,6 +60,36 @@ def tiny_dalle(card: DalleCard = CARD, **changes: Any) -> DalleMini:
         vae.decoder.conv_out.bias.add_(0.5)
     tokenizer = ByteTokenizer(vocabulary(), MERGES)
     return DalleMini(encoder=encoder, decoder=decoder, vae=vae, tokenizer=tokenizer, card=card).eval()
+
+
+def tiny_token_exemplars() -> DalleMini:
+    """Return a pipeline with exemplars, whose images have 16 pixels and 4×4 tokens.
+
+    Its networks copy what is shown, as they do before training.
+    """
+    text = tiny_conditioner()
+    torch.manual_seed(0)
+    vae = PatchVQ(PatchVQConfig(codes=64, factor=CELL, latent_channels=8, channels=(8, 16)))
+    shown = text(["cat", "a dog and a cat"] * 8, seeds=range(16)).exemplars
+    assert shown is not None
+    canvas = shown.sum(1)  # (B, 4, H, W)
+    vae.fit(2 * (canvas[:, :3] + 1 - canvas[:, 3:]).clamp(0, 1) - 1, iterations=2)
+    encoder = StateEncoder(StateEncoderConfig(text_width=WIDTH, width=64, slots=SLOTS, cell=CELL))
+    decoder = DalleDecoder(replace(DECODER, width=64))
+    codes = vae.quantize.embedding.weight.detach()
+    encoder.use_basis(vae.project.weight.detach(), vae.project.bias.detach(), decoder.use_codes(codes))
+    card = DalleCard(
+        name="tiny-token-exemplars",
+        family="tokens",
+        summary="tiny networks",
+        licence="none",
+        start=64,
+        signed=True,
+        side=SIZE,
+        pictures=2,
+        sampling=TokenDefaults(guidance=1.0, top_k=64),
+    )
+    return DalleMini(encoder=encoder, decoder=decoder, vae=vae, text=text, card=card).eval()
 
 
 def register_tiny(card: DalleCard = CARD) -> DalleCard:

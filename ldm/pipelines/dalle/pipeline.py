@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ldm.catalog.dalle_cards import DalleCard
 from ldm.conditioning.clip import ClipPair
-from ldm.conditioning.conditioner import TextConditioner
-from ldm.conditioning.token_texts import TextStates, token_texts
+from ldm.conditioning.exemplars import ExemplarConditioner
+from ldm.conditioning.token_texts import ExemplarTexts, TextStates, encoded, token_texts
+from ldm.diffusion.cond import Cond
 from ldm.images.canvas import Canvas
 from ldm.images.result import Images
 from ldm.models.dalle.decoder import DalleDecoder
@@ -22,6 +23,7 @@ from ldm.models.text.byte_bpe import ByteTokenizer
 from ldm.pipelines.call import named_options
 from ldm.pipelines.checks import warn_unknown_words
 from ldm.pipelines.dalle.token_call import OnToken, TokenCall, settle_tokens
+from ldm.pipelines.dalle.token_fit import TokenFit, fitted_texts
 from ldm.pipelines.dalle.token_images import ABSENT, TokenImages
 from ldm.pipelines.dalle.token_tasks import token_inpaint, token_variations
 from ldm.pipelines.image_pipeline import ImagePipeline
@@ -43,12 +45,12 @@ class DalleMini(ImagePipeline):
     """A model that writes the tokens of an image after those of a text, ready to sample.
 
     Args:
-        encoder: Ids of texts, or states of a text tower → states.
+        encoder: Ids of texts → states; or states of a text tower and canvases of exemplars → states.
         decoder: States → image tokens.
         vae: The autoencoder of the tokens, or its decoder alone.
         card: The model's card.
         tokenizer: Texts → ids, for an encoder of ids. Default: none.
-        text: The text tower of an encoder of states. Default: none.
+        text: The text tower, the prior over layouts and the library of an encoder of states. Default: none.
         origin: Hashes of the weights, for recipes.
         safety: Safety checker, applied to all images. Default: no check.
         clip: Both towers of a CLIP, for `rerank`. Default: none.
@@ -65,16 +67,16 @@ class DalleMini(ImagePipeline):
         vae: nn.Module,
         card: DalleCard,
         tokenizer: ByteTokenizer | None = None,
-        text: TextConditioner | None = None,
+        text: ExemplarConditioner | None = None,
         origin: Mapping[str, Any] | None = None,
         safety: SafetyChecker | None = None,
         clip: ClipPair | None = None,
     ) -> None:
-        super().__init__(origin=origin, safety=safety)
+        super().__init__(origin=origin, safety=safety, text=text)
         self.encoder, self.decoder, self.vae = encoder, decoder, vae
         self.tokenizer, self.text, self.card = tokenizer, text, card
-        self.texts = token_texts(encoder, tokenizer, text)
         self.clip = clip
+        self.texts = token_texts(encoder, tokenizer, text, self.grid)
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -104,6 +106,11 @@ class DalleMini(ImagePipeline):
         return self.card.side
 
     @property
+    def grid(self) -> int:
+        """Side of the grid of an image's tokens."""
+        return self.side // self.images.factor
+
+    @property
     def drawing(self) -> nn.Module:
         """The decoder of tokens."""
         return self.decoder
@@ -124,7 +131,7 @@ class DalleMini(ImagePipeline):
         return TokenImages(self.vae, self.card.signed)
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return the networks by part: "text" if there is a text tower, "encoder", "decoder", "vae"."""
+        """Return the networks by part: "encoder", "decoder", "vae"; with exemplars also "text", "layout"."""
         return {**self.texts.networks(), "decoder": self.decoder, "vae": self.vae}
 
     def text_to_image(
@@ -172,6 +179,7 @@ class DalleMini(ImagePipeline):
 
         Warns:
             CutPrompt: If a prompt has more tokens than the model reads.
+            UnknownWords: If a prompt has words that a model with exemplars does not know.
         """
         asked = named_options(locals())
         return self.draw(self.settle(prompt, **asked, **options), "text_to_image")
@@ -200,6 +208,7 @@ class DalleMini(ImagePipeline):
         task: str,
         *,
         known: Tensor | None = None,
+        given: Tensor | None = None,
         canvas: Canvas | None = None,
         **facts: Any,
     ) -> Images:
@@ -211,25 +220,24 @@ class DalleMini(ImagePipeline):
             call: The settled options.
             task: Name of the task, for the recipe.
             known: Tokens (B, h, w) that are kept; −1 where one is drawn. None: all are drawn.
+            given: Images (1 or B, 3, H, W) that a model with exemplars is shown where no prompt names any.
             canvas: Images whose known pixels are put back.
             facts: What the recipe states besides.
         """
-        grid = self.side // self.images.factor
 
         def finished(tokens: Tensor) -> Tensor:
-            pixels = self.images.preview(tokens.view(-1, grid, grid))
+            pixels = self.images.preview(tokens.view(-1, self.grid, self.grid))
             if canvas is None:
                 return pixels
             return canvas.finish(pixels, seam=facts["seam"], feather=facts["feather"])
 
         kept: list[Tensor] = []
         tokens = torch.empty(0, dtype=torch.long, device=self.device)
-        given = None if known is None else known.flatten(1)
-        for count, tokens in self.drawn(call, given):
+        for count, tokens in self.drawn(call, None if known is None else known.flatten(1), given):
             if call.on_step is not None:
                 seen = tokens.clone()
                 call.on_step(count, seen, lambda seen=seen: finished(seen))  # type: ignore[misc]
-            if call.keep_steps and count % grid == 0:
+            if call.keep_steps and count % self.grid == 0:
                 kept.append(finished(tokens))
         pixels = kept[-1] if kept else finished(tokens)
         release_unchanged(self.vae.parameters())
@@ -243,7 +251,9 @@ class DalleMini(ImagePipeline):
             steps=torch.stack(kept) if kept else None,
         )
 
-    def drawn(self, call: TokenCall, known: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    def drawn(
+        self, call: TokenCall, known: Tensor | None = None, given: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield, after every token, the number of tokens and all tokens (B, N), −1 where there is none yet.
 
         The tokens are one tensor, which is written to. Call it inside `torch.no_grad()`.
@@ -251,22 +261,20 @@ class DalleMini(ImagePipeline):
         Args:
             call: The settled options.
             known: Tokens (B, N) that are kept, and −1 where one is drawn. Default: None, all are drawn.
+            given: See `draw`. Default: None.
         """
         length, codes = self.decoder.config.length, self.images.codes
-        cond = call.guidance != 0
-        texts = [*(call.negatives if call.guidance != 1 else ()), *(call.prompts if cond else ())]
-        seen, rows = self._read(texts)
-        branches = len(texts) // len(call.seeds)
-        cache = self.decoder.begin(seen.states, seen.mask, rows)
+        branches = 2 if call.guidance not in (0, 1) else 1
+        cache = self.decoder.begin(*self._read(call, known, given))
         release_unchanged(p for network in self.texts.networks().values() for p in network.parameters())
         tokens = torch.full((len(call.seeds), length), ABSENT, device=self.device)  # (B, N)
-        given = tokens if known is None else known.to(self.device)
+        kept = tokens if known is None else known.to(self.device)
         start = torch.full((len(call.seeds), 1), self.card.start, device=self.device)
-        ahead = int((given == ABSENT).any(0).long().argmax()) if bool((given == ABSENT).any()) else length - 1
+        ahead = int((kept == ABSENT).any(0).long().argmax()) if bool((kept == ABSENT).any()) else length - 1
         if ahead:  # the first tokens are known: they are read at once
-            read = torch.cat([start, given[:, :ahead]], dim=1)[:, :-1]
+            read = torch.cat([start, kept[:, :ahead]], dim=1)[:, :-1]
             self.decoder.advance(read.repeat(branches, 1), cache)
-            tokens[:, :ahead] = given[:, :ahead]
+            tokens[:, :ahead] = kept[:, :ahead]
         with progress_bar(length, call.progress, desc=self.name, initial=ahead) as bar:
             for i in range(ahead, length):
                 last = (tokens[:, i - 1 : i] if i else start).repeat(branches, 1)  # (branches·B, 1)
@@ -282,14 +290,27 @@ class DalleMini(ImagePipeline):
                     top_k=call.top_k,
                     top_p=call.top_p,
                 )  # (B,)
-                tokens[:, i] = torch.where(given[:, i] == ABSENT, new, given[:, i])
+                tokens[:, i] = torch.where(kept[:, i] == ABSENT, new, kept[:, i])
                 bar.update()
                 checkpoint(i + 1, length)
                 yield i + 1, tokens
         release_unchanged(self.decoder.parameters())
 
-    def _read(self, texts: Sequence[str]) -> tuple[TextStates, Tensor]:
-        """Return the states of the T different texts, and the row of each text, (len(texts),)."""
-        different = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        rows = torch.tensor([different[text] for text in texts], device=self.device)
-        return self.texts(list(different)), rows
+    def _read(self, call: TokenCall, known: Tensor | None, given: Tensor | None) -> TextStates:
+        """Return the states of the negative prompts, those of the prompts behind them, or one of both.
+
+        The layout of exemplars fits the known tokens; see `drawn` for the arguments.
+        """
+        texts, seeds = self.texts, call.seeds
+        negatives = call.negatives if call.guidance != 1 else ()
+        prompts = call.prompts if call.guidance != 0 else ()
+        if known is None or not prompts or not isinstance(texts, ExemplarTexts):
+            both = (*negatives, *prompts)
+            return texts(both, seeds * (len(both) // len(seeds)))
+        if given is not None and not any(prompts):
+            own = texts.conditioner.shown(given).expand(len(seeds))
+        else:
+            fit = TokenFit(text=texts.conditioner, texts=texts, decoder=self.decoder, start=self.card.start)
+            own = fitted_texts(fit, prompts, seeds, known.to(self.device))
+        conds = [texts.condition(negatives, seeds), own] if negatives else [own]
+        return encoded(texts.encoder, Cond.cat(conds))

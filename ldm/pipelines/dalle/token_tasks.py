@@ -37,6 +37,7 @@ class TokenPipeline(Protocol):
         task: str,
         *,
         known: Tensor | None = None,
+        given: Tensor | None = None,
         canvas: Canvas | None = None,
         **facts: Any,
     ) -> Images:
@@ -56,7 +57,8 @@ def token_inpaint(
     """Draw the masked part of an image; every other pixel equals the given one.
 
     The tokens of the known part are kept, and the others drawn in their order, so that a new token depends on
-    the known ones above it and to its left, not on those that follow.
+    the known ones above it and to its left, not on those that follow. Exemplars are shown in the layout that
+    fits the known tokens.
 
     Args:
         prompt: What to draw in the hole, or in the whole image.
@@ -97,7 +99,8 @@ def token_variations(
 ) -> Images:
     """Draw variations of an image: its first rows of tokens are kept, and the rest is drawn again.
 
-    This is the completion of Ramesh et al. (2021), figure 2.
+    This is the completion of Ramesh et al. (2021), figure 2. A model with exemplars is shown the image itself
+    where there is no prompt.
 
     Args:
         image: One image of the model's size; see `ldm.images.pixels.to_pixels`.
@@ -112,10 +115,11 @@ def token_variations(
     """
     check_unit_interval(strength=strength)
     call = pipe.settle(prompt, n=n, **options)
-    tokens = known_tokens(pipe, to_pixels(image), len(call.seeds))  # (B, h, w)
+    pixels = to_pixels(image)
+    tokens = known_tokens(pipe, pixels, len(call.seeds))  # (B, h, w)
     kept = round((1 - strength) * tokens.shape[1])
     tokens[:, kept:] = ABSENT
-    return pipe.draw(call, "variations", known=tokens, strength=strength)
+    return pipe.draw(call, "variations", known=tokens, given=pixels, strength=strength)
 
 
 def known_tokens(pipe: TokenPipeline, pixels: Tensor, count: int) -> Tensor:

@@ -24,6 +24,7 @@ from ldm.registry.dalle.tokenizer_files import write_tokenizer
 from ldm.registry.locating import WeightsRequest
 from ldm.registry.sources import origin_of, random_networks
 from ldm.support.warn import warn_user
+from ldm.weights.formats.exemplar_file import write_library
 from ldm.weights.formats.ldm_folder import write_part, write_vocabulary
 from ldm.weights.formats.ldm_model import CARD_FILE, write_card
 
@@ -114,11 +115,14 @@ def write_tokens(
         The folder.
     """
     folder = Path(folder)
+    text = pipe.text
     for part, network in pipe.networks().items():
-        write_part(folder, part, network, network.config, dtype=dtype, **facts)
+        extra = {"layout_steps": text.layout_steps} if part == "layout" and text is not None else {}
+        write_part(folder, part, network, network.config, dtype=dtype, **extra, **facts)
     if pipe.tokenizer is not None:
         write_tokenizer(folder, pipe.tokenizer)
-    if pipe.text is not None:
-        write_vocabulary(folder, pipe.text.tokenizer, pipe.text.known_words)
+    if text is not None:
+        write_library(folder, text.library)
+        write_vocabulary(folder, text.text.tokenizer, text.text.known_words)
     write_card(folder, replace(pipe.card, parts={}))
     return folder

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.catalog.dalle_cards import TOKEN_PARTS, TOWER, DalleCard, DVAECard
+from ldm.catalog.dalle_cards import EXEMPLAR_PARTS, TOKEN_PARTS, DalleCard, DVAECard
 from ldm.conditioning.conditioner import TextConditioner
+from ldm.conditioning.exemplars import ExemplarConditioner
 from ldm.models.clip.towers import TextTower
 from ldm.models.dalle.detokenizer import DetokenizerConfig
+from ldm.models.dalle.encoder import StateEncoder
+from ldm.models.dit import DiT
 from ldm.models.text.byte_bpe import ByteTokenizer
 from ldm.models.vq import VQConfig
 from ldm.registry.dalle.model_config import check_model_config
@@ -26,7 +29,9 @@ from ldm.registry.dalle.tokenizer_files import find_tokenizer, read_tokenizer
 from ldm.registry.sources import Source, part_dtype, part_shapes, random_networks, read_parts
 from ldm.support.text import escaped
 from ldm.weights.detection import Detection, detect
-from ldm.weights.formats.ldm_folder import EMOJI_TEXT, read_vocabulary
+from ldm.weights.formats.exemplar_file import layout_steps, read_library
+from ldm.weights.formats.ldm_folder import SLOT_TEXT, read_vocabulary
+from ldm.weights.formats.ldm_model import library_folder
 from ldm.weights.formats.single_file import (
     AUTOENCODER_PREFIXES,
     autoencoder_alone,
@@ -55,13 +60,13 @@ class TokenSource:
 
     Attributes:
         source: The networks.
-        tokenizer: The tokenizer of a model without a text tower.
-        text: The text tower.
+        tokenizer: The tokenizer of a model without exemplars.
+        text: The conditioner of a model with exemplars.
     """
 
     source: Source
     tokenizer: ByteTokenizer | None = None
-    text: TextConditioner | None = None
+    text: ExemplarConditioner | None = None
 
 
 @dataclass(kw_only=True)
@@ -89,9 +94,8 @@ def tokens_from_random(card: DalleCard, dtype: torch.dtype, folder: Path | None)
     """
     shapes = part_shapes(card, None if folder is None else card.part_folders(folder))
     source = Source(networks=random_networks(shapes, dtype), latent_scale=1.0, origin={"random": "seed 0"})
-    if TOWER in source.networks:
-        assert folder is not None
-        return TokenSource(source=source, text=tower_of(source, card.part_folders(folder)[TOWER]))
+    if folder is not None and shapes.keys() >= set(EXEMPLAR_PARTS):
+        return TokenSource(source=source, text=conditioner_of(source, card.part_folders(folder)))
     return TokenSource(
         source=source, tokenizer=ByteTokenizer.spelling() if folder is None else read_tokenizer(folder)
     )
@@ -100,18 +104,35 @@ def tokens_from_random(card: DalleCard, dtype: torch.dtype, folder: Path | None)
 def tokens_from_ldm(card: DalleCard, folder: Path, dtype: torch.dtype) -> TokenSource:
     """Read a folder in the ldm layout."""
     source = read_parts(card, folder, dtype, latent_scale=None)
-    if TOWER in source.networks:
-        return TokenSource(source=source, text=tower_of(source, card.part_folders(folder)[TOWER]))
+    if source.networks.keys() >= set(EXEMPLAR_PARTS):
+        return TokenSource(source=source, text=conditioner_of(source, source.folders))
     return TokenSource(source=source, tokenizer=read_tokenizer(folder))
 
 
-def tower_of(source: Source, folder: Path) -> TextConditioner:
-    """Return the text tower of a model with its tokenizer, which is in a folder."""
-    tower = source.networks[TOWER]
-    if not isinstance(tower, TextTower):
-        raise ValueError(f"{TOWER}: expected a TextTower, got {type(tower).__name__}")
-    tokenizer, words = read_vocabulary(folder)
-    return TextConditioner(tower, tokenizer, EMOJI_TEXT, words)
+def conditioner_of(source: Source, folders: Mapping[str, Path]) -> ExemplarConditioner:
+    """Return the conditioner of a model with exemplars.
+
+    Args:
+        source: The networks.
+        folders: Folder of each part, where the tokenizer and the library are.
+
+    Raises:
+        ValueError: If a network is of another kind.
+    """
+    tower, layout, encoder = (source.networks[part] for part in ("text", "layout", "encoder"))
+    if not (isinstance(tower, TextTower) and isinstance(layout, DiT) and isinstance(encoder, StateEncoder)):
+        raise ValueError(
+            "text, layout, encoder: expected a TextTower, a DiT and a StateEncoder, got"
+            f" {type(tower).__name__}, {type(layout).__name__} and {type(encoder).__name__}"
+        )
+    tokenizer, words = read_vocabulary(folders["text"])
+    return ExemplarConditioner(
+        TextConditioner(tower, tokenizer, SLOT_TEXT, words),
+        layout,
+        read_library(library_folder(folders)),
+        cell=encoder.config.cell,
+        layout_steps=layout_steps(folders["layout"]),
+    )
 
 
 def tokens_from_folder(card: DalleCard, folder: Path, dtype: torch.dtype) -> TokenSource:

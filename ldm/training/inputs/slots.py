@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.layouts import INSTANCES
 from ldm.conditioning.things import SLOT_WORDS
 from ldm.conditioning.words import words_in
-from ldm.data import Scene
-from ldm.data.captions import CaptionPieces
+from ldm.data import ImageIndex, Scene
+from ldm.data.captions import CaptionPieces, caption_pieces
 from ldm.data.facts import STYLES
 from ldm.data.rendering import THING_AREAS, Area
-from ldm.models.layout import ThingLayout
+from ldm.diffusion.cond import Cond
+from ldm.models.layout import ThingLayout, multiplied, place_exemplars
 from ldm.models.text.bpe import Tokenizer
+from ldm.training.inputs.emoji import EmojiImages
 from ldm.training.losses.grounding import LEAST_COVERAGE, NamedArea
 
 
@@ -101,3 +105,55 @@ def scene_layouts(scenes: Sequence[Scene | None], orders: Sequence[Sequence[int]
             places[i, j] = torch.tensor([p.x, p.y, p.side, p.tilt], dtype=torch.float32, device="cpu")
             owner[i, j] = order.index(p.thing)
     return ThingLayout(places=places, owner=owner)
+
+
+def slot_captions(
+    scenes: Sequence[Scene | None], index: ImageIndex, rngs: Sequence[np.random.Generator] | None
+) -> list[SlotCaption]:
+    """Return the captions of scenes.
+
+    Args:
+        scenes: B scenes; None for an empty caption.
+        index: The index of the data set.
+        rngs: Draw the wordings, one for each scene; None for the canonical ones.
+    """
+    drawn = [None] * len(scenes) if rngs is None else rngs
+    return [
+        SlotCaption() if scene is None else SlotCaption.of(caption_pieces(scene.facts, index, rng))
+        for scene, rng in zip(scenes, drawn, strict=True)
+    ]
+
+
+def scene_condition(
+    scenes: Sequence[Scene | None],
+    captions: Sequence[SlotCaption],
+    layout: ThingLayout,
+    *,
+    images: EmojiImages,
+    text: TextConditioner,
+    slots: int,
+) -> Cond:
+    """Return the condition of scenes: the states of their captions, and the images of their things in place.
+
+    Args:
+        scenes: B scenes; None for no condition.
+        captions: Their captions.
+        layout: Where their things lie; see `scene_layouts`.
+        images: The data set.
+        text: The text tower.
+        slots: Number K of things on a canvas.
+
+    Returns:
+        A Cond with context (B, M, D), its mask, and exemplars (B, K, 4, H, W), where the tower is.
+    """
+    data, side = images.data, images.size
+    shown = np.zeros((len(scenes), slots, *data.images.shape[1:]), dtype=np.uint8)
+    for row, scene, caption in zip(shown, scenes, captions, strict=True):
+        for slot, thing in enumerate(caption.order):
+            assert scene is not None
+            row[slot] = data.images[scene.rows(thing)[0]]
+    sources = torch.from_numpy(shown).movedim(-1, 2).float() / 255  # (B, K, 4, S, S)
+    canvas = place_exemplars(multiplied(sources), layout, (side, side))  # (B, K, 4, H, W)
+    states = text.encode([caption.ids(text.tokenizer) for caption in captions])
+    assert states.mask is not None
+    return Cond(context=states.tokens, context_mask=states.mask, exemplars=canvas.to(states.tokens.device))

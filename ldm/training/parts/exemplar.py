@@ -16,16 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.conditioner import TextConditioner, TextConvention
+from ldm.conditioning.conditioner import TextConditioner
 from ldm.conditioning.things import SLOT_WORDS
 from ldm.data import Scene
-from ldm.data.captions import caption_pieces
 from ldm.data.wording import grammar_words
 from ldm.diffusion.cond import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.models.clip.towers import TextConfig, TextTower
 from ldm.models.dit import DiT, DiTConfig
-from ldm.models.layout import ThingLayout, multiplied, place_exemplars
+from ldm.models.layout import ThingLayout
 from ldm.models.patch_autoencoder import PatchAutoencoder
 from ldm.models.text.bpe import Tokenizer
 from ldm.training.caches.latents import LatentSpace
@@ -34,13 +33,16 @@ from ldm.training.diffusion import DiffusionConfig, sample_latents
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid, to_uint8
 from ldm.training.inputs.emoji import CachedScenes, EmojiImages
-from ldm.training.inputs.slots import SlotCaption, named_on_canvas, scene_layouts
+from ldm.training.inputs.slots import (
+    SlotCaption,
+    named_on_canvas,
+    scene_condition,
+    scene_layouts,
+    slot_captions,
+)
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
 from ldm.training.losses.grounding import grounding_losses, record_attention
-from ldm.weights.formats.ldm_folder import begin_with, write_part, write_text
-
-SLOT_TEXT = TextConvention(length=None, pad=0, masked=True)
-"""How the text tower of a model with exemplars is read."""
+from ldm.weights.formats.ldm_folder import SLOT_TEXT, begin_with, write_part, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +161,7 @@ class ExemplarPart:
         self, scenes: Sequence[Scene | None], rngs: Sequence[np.random.Generator] | None
     ) -> list[SlotCaption]:
         """Return the captions of scenes; see `condition`."""
-        drawn = [None] * len(scenes) if rngs is None else rngs
-        return [
-            SlotCaption()
-            if scene is None
-            else SlotCaption.of(caption_pieces(scene.facts, self.images.index, rng))
-            for scene, rng in zip(scenes, drawn, strict=True)
-        ]
+        return slot_captions(scenes, self.images.index, rngs)
 
     def read(
         self,
@@ -175,21 +171,13 @@ class ExemplarPart:
         displaced: float,
     ) -> Cond:
         """Return the condition of captions of scenes; see `condition`."""
-        data, side = self.images.data, self.images.size
-        shown = np.zeros((len(scenes), self.config.model.slots, *data.images.shape[1:]), dtype=np.uint8)
-        for row, scene, caption in zip(shown, scenes, captions, strict=True):
-            for slot, thing in enumerate(caption.order):
-                assert scene is not None
-                row[slot] = data.images[scene.rows(thing)[0]]
         layout = scene_layouts(scenes, [caption.order for caption in captions])
         if displaced:
             assert rngs is not None
             layout = displaced_layout(layout, rngs, displaced)
-        images = torch.from_numpy(shown).movedim(-1, 2).float() / 255  # (B, K, 4, S, S)
-        canvas = place_exemplars(multiplied(images), layout, (side, side))  # (B, K, 4, H, W)
-        states = self.text.encode([caption.ids(self.text.tokenizer) for caption in captions])
-        assert states.mask is not None
-        return Cond(context=states.tokens, context_mask=states.mask, exemplars=canvas.to(self.device))
+        return scene_condition(
+            scenes, captions, layout, images=self.images, text=self.text, slots=self.config.model.slots
+        )
 
     def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a random batch, and to log the losses at high and at low t, and of grounding."""

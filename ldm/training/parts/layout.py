@@ -25,7 +25,6 @@ from ldm.conditioning.layouts import (
     slots_of,
 )
 from ldm.data import EmojiData, Scene
-from ldm.data.captions import caption_pieces
 from ldm.data.noun_senses import head_nouns, noun_table
 from ldm.data.wording import grammar_words
 from ldm.diffusion.cond import Cond
@@ -37,11 +36,11 @@ from ldm.training.diffusion import DiffusionConfig
 from ldm.training.draws import Draws
 from ldm.training.images import image_grid
 from ldm.training.inputs.emoji import EmojiImages
-from ldm.training.inputs.slots import SlotCaption, scene_layouts
+from ldm.training.inputs.slots import scene_layouts, slot_captions
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss
-from ldm.training.parts.exemplar import SLOT_TEXT, zero_residuals
+from ldm.training.parts.exemplar import zero_residuals
 from ldm.weights.formats.exemplar_file import write_library
-from ldm.weights.formats.ldm_folder import read_part, read_text, write_part
+from ldm.weights.formats.ldm_folder import SLOT_TEXT, read_part, read_text, write_part
 
 TEACHER_STEPS = 12
 """Evaluations of the teacher for a layout."""
@@ -112,11 +111,7 @@ class LayoutPart:
         self, scenes: Sequence[Scene], rngs: Sequence[np.random.Generator] | None
     ) -> tuple[ThingLayout, Cond]:
         """Return the layouts of scenes and the condition of their captions, which generators vary."""
-        drawn = [None] * len(scenes) if rngs is None else rngs
-        captions = [
-            SlotCaption.of(caption_pieces(scene.facts, self.images.index, rng))
-            for scene, rng in zip(scenes, drawn, strict=True)
-        ]
+        captions = slot_captions(scenes, self.images.index, rngs)
         with torch.no_grad():
             states = self.text.encode([caption.ids(self.text.tokenizer) for caption in captions])
         assert states.mask is not None

@@ -1,7 +1,8 @@
 """Training of a model that writes image tokens after a text: cross-entropy given the tokens before.
 
 Ramesh et al. 2021, section 2.2. The tokens are those of a frozen vector-quantized autoencoder, computed once
-for each cached sample. Texts are spelled byte by byte, or read by a frozen text tower.
+for each cached sample. Texts are spelled byte by byte, or read by the frozen text tower of a model with
+exemplars, which are shown where the image shows them (Yasunaga et al. 2022; Blattmann et al. 2022).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning.prompt import escape_prompt
-from ldm.conditioning.token_texts import EncodedTexts, TextStates, TokenTexts, TowerTexts
+from ldm.conditioning.things import SLOT_WORDS
+from ldm.conditioning.token_texts import EncodedTexts, TextStates
 from ldm.models.dalle.decoder import DalleDecoder, DalleDecoderConfig
 from ldm.models.dalle.encoder import DalleEncoder, DalleEncoderConfig, StateEncoder, StateEncoderConfig
 from ldm.models.dalle.sampling import draw_tokens
@@ -27,9 +28,11 @@ from ldm.models.vq import VQModel
 from ldm.training.config import RunConfig, check_at_least
 from ldm.training.draws import Draws
 from ldm.training.images import comparison_grid
+from ldm.training.inputs.emoji import emoji_only
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import Samples
-from ldm.weights.formats.ldm_folder import begin_with, read_network, read_text, write_part
+from ldm.training.tokens.texts import CaptionReader, SceneReader, TokenReader
+from ldm.weights.formats.ldm_folder import SLOT_TEXT, begin_with, read_network, read_text, write_part
 
 BYTE = 256  # cached numbers have 16 bits of floating point, so a token is kept as two of them
 
@@ -40,14 +43,16 @@ class TokenTraining:
 
     Args:
         run: Length, batches and optimizer.
-        data: The training images.
+        data: The training images; with exemplars, the emoji data set.
         vae: Folder of a vector-quantized autoencoder, which is frozen.
-        variants: Number of cached scenes that are not plain; see `CachedScenes`.
-        encoder: Shape of the text encoder, of ids or of a text tower's states.
+        variants: Number of cached scenes: with exemplars, of all; otherwise, of those that are not plain; see
+            `CachedScenes`.
+        encoder: Shape of the text encoder, of ids or of a text tower's states and exemplars.
         decoder: Shape of the decoder.
-        text: Folder of a text tower, which is frozen, for an encoder of states; None for one of ids.
-            Default: None.
-        drop: Probability that a caption is left out, for super-conditioning. Default: 0.1.
+        text: Folder of the text tower of a model with exemplars, which is frozen, for an encoder of states;
+            None for one of ids. Default: None.
+        drop: Probability that a caption, and what is shown with it, is left out, for super-conditioning.
+            Default: 0.1.
         corrupt: Highest share of an image's tokens that are read wrong, as those of another image at the same
             places; the share is uniform between 0 and this. A decoder that only sees right tokens relies on
             them more than on the text, and does not recover from an unlikely draw. Default: 0.
@@ -79,6 +84,10 @@ class TokenTraining:
                 "encoder: expected the shape of an encoder of ids (vocabulary, length) without text, or of"
                 " states (text_width) with the folder of a text tower in text"
             )
+        if isinstance(self.encoder, StateEncoderConfig):
+            check_at_least(1, variants=self.variants)
+            if self.encoder.slots > len(SLOT_WORDS):
+                raise ValueError(f"encoder.slots {self.encoder.slots}: expected 1 to {len(SLOT_WORDS)}")
 
 
 class TokenPart:
@@ -92,36 +101,50 @@ class TokenPart:
             raise ValueError(
                 f"vae: expected a VQModel or a PatchVQ in {config.vae!r}, got a {type(vae).__name__}"
             )
-        self.vae, grid = vae.to(device), config.data.size // vae.config.factor
-        if config.decoder.length != grid**2 or config.decoder.vocabulary < vae.config.codes:
-            raise ValueError(
-                f"decoder: expected length {grid**2} and at least {vae.config.codes} tokens, those of the"
-                f" autoencoder, got {config.decoder.length} and {config.decoder.vocabulary}"
-            )
+        self.vae, self.grid = vae.to(device), config.data.size // vae.config.factor
+        self._check_shapes()
         torch.manual_seed(config.run.seed)
-        self.texts = self._make_texts()
-        self.encoder = self.texts.networks()["encoder"]
+        self.reader = self._make_reader()
+        self.encoder = self.reader.encoder
         self.decoder = DalleDecoder(config.decoder).to(device)
+        if isinstance(vae, PatchVQ) and isinstance(self.encoder, StateEncoder):
+            assert vae.project.bias is not None
+            scale = self.decoder.use_codes(vae.quantize.embedding.weight)
+            self.encoder.use_basis(vae.project.weight, vae.project.bias, scale)
         self.model = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
         if config.net is not None:
             for part, network in self.model.items():
                 begin_with(network, config.net, part)
-        self.scenes = self.images.cached(config.run, config.variants)
-        self.tokens = self.scenes.cached("tokens", about["sha256"], (2, grid**2), self._halves)
+        self.tokens = self.reader.samples.cached("tokens", about["sha256"], (2, self.grid**2), self._halves)
 
-    def _make_texts(self) -> TokenTexts:
-        """Return what reads captions, with a new encoder."""
-        config = self.config.encoder
+    def _check_shapes(self) -> None:
+        """Raise ValueError unless the networks have the tokens and the cells of the autoencoder."""
+        own, vae = self.config, self.vae.config
+        if own.decoder.length != self.grid**2 or own.decoder.vocabulary < vae.codes:
+            raise ValueError(
+                f"decoder: expected length {self.grid**2} and at least {vae.codes} tokens, those of the"
+                f" autoencoder, got {own.decoder.length} and {own.decoder.vocabulary}"
+            )
+        if isinstance(own.encoder, StateEncoderConfig) and own.encoder.cell != vae.factor:
+            raise ValueError(
+                f"encoder.cell: expected {vae.factor}, the factor of the autoencoder, got {own.encoder.cell}"
+            )
+
+    def _make_reader(self) -> TokenReader:
+        """Return what reads samples, with a new encoder."""
+        own, config = self.config, self.config.encoder
         if isinstance(config, StateEncoderConfig):
-            assert self.config.text is not None
-            tower = read_text(self.config.text).to(self.device).eval().requires_grad_(False)
-            return TowerTexts(tower, StateEncoder(config).to(self.device))
+            assert own.text is not None
+            tower = read_text(own.text, SLOT_TEXT).to(self.device).eval().requires_grad_(False)
+            encoder = StateEncoder(config).to(self.device)
+            return SceneReader(tower, encoder, emoji_only(self.images, "text"), own.run, own.variants)
         tokenizer = ByteTokenizer.spelling()
         if config.vocabulary < len(tokenizer):
             raise ValueError(
                 f"encoder.vocabulary: expected at least {len(tokenizer)}, got {config.vocabulary}"
             )
-        return EncodedTexts(tokenizer, DalleEncoder(config).to(self.device))
+        texts = EncodedTexts(tokenizer, DalleEncoder(config).to(self.device))
+        return CaptionReader(texts, self.images, own.run, own.variants)
 
     def _halves(self, samples: Samples) -> Tensor:
         """Return the tokens of samples as numbers of two bytes, (B, 2, N)."""
@@ -134,34 +157,25 @@ class TokenPart:
         x = self.images.tensor(samples).to(self.device)
         return self.vae.indices(self.vae.encode(x).mode()).flatten(1)
 
-    def read(self, captions: Sequence[str]) -> TextStates:
-        """Return the states of captions, whose signs have no meaning as a prompt's have."""
-        tower = isinstance(self.texts, TowerTexts)
-        return self.texts([escape_prompt(caption) for caption in captions] if tower else captions)
-
-    def logits(self, seen: Tensor, captions: Sequence[str]) -> Tensor:
-        """Return the logits (B, N, vocabulary + 1) after each of the tokens `seen` (B, N), given captions."""
-        start = torch.full_like(seen[:, :1], self.config.decoder.vocabulary)
-        read = torch.cat([start, seen[:, :-1]], dim=1)
-        return self.decoder(read, *self.read(captions))
-
-    def losses(self, tokens: Tensor, captions: Sequence[str], seen: Tensor | None = None) -> Tensor:
+    def losses(self, tokens: Tensor, seen: Tensor, texts: TextStates) -> Tensor:
         """Return the mean cross-entropy of the tokens (B, N) of each image, in nats, (B,).
 
         Args:
             tokens: The tokens that are right.
-            captions: Their captions.
-            seen: What is read as the tokens before each one, shape (B, N). Default: the tokens.
+            seen: What is read as the tokens before each one, shape (B, N).
+            texts: The states of B texts.
         """
-        logits = self.logits(tokens if seen is None else seen, captions).float()
+        start = torch.full_like(seen[:, :1], self.config.decoder.vocabulary)
+        read = torch.cat([start, seen[:, :-1]], dim=1)
+        logits = self.decoder(read, texts.states, texts.mask, texts.shown).float()  # (B, N, vocabulary + 1)
         return F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none").mean(1)
 
     def loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy of the tokens of a random batch."""
-        chosen, rows = self.scenes.draw(draws)
+        chosen, rows = self.reader.draw(draws)
         tokens = self._cached(rows)  # (B, N)
-        captions = self.images.captions(chosen, draws, drop=self.config.drop)
-        return draws.mean(self.losses(tokens, captions, self._corrupted(tokens, draws))), {}
+        texts = self.reader.drawn(chosen, draws, self.config.drop)
+        return draws.mean(self.losses(tokens, self._corrupted(tokens, draws), texts)), {}
 
     def _cached(self, rows: Sequence[int]) -> Tensor:
         """Return the cached tokens (B, N) of rows."""
@@ -179,31 +193,32 @@ class TokenPart:
 
     def describe_batch(self, draws: Draws) -> list[str]:
         """Return the captions of the samples that `loss` draws."""
-        return self.images.describe(self.scenes.draw(draws)[0])
+        return self.images.describe(self.reader.draw(draws)[0])
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the cross-entropy of 128 held-out images with and without their captions.
 
-        In bits for each number of the images, of which each token stands for several.
+        In bits for each number of the images, of which each token stands for several. What exemplars show is
+        left out with the captions.
         """
         chosen = self.images.held_out(128)
-        tokens, captions = self.encode(chosen), self.images.describe(chosen)
         scale = self.config.decoder.length / (3 * self.config.data.size**2) / math.log(2)
-        none = [""] * len(captions)
-        figures = {"bits": captions, "bits_without_text": none}
-        return {name: scale * self._mean(tokens, texts) for name, texts in figures.items()}
-
-    def _mean(self, tokens: Tensor, captions: Sequence[str]) -> float:
-        parts = [self.losses(tokens[i : i + 32], captions[i : i + 32]) for i in range(0, len(tokens), 32)]
-        return float(torch.cat(parts).mean())
+        given, without = [], []
+        for start in range(0, len(chosen), 32):
+            part = chosen[start : start + 32]
+            tokens = self.encode(part)
+            given.append(self.losses(tokens, tokens, self.reader.canonical(part)))
+            without.append(self.losses(tokens, tokens, self.reader.nothing(len(part))))
+        figures = {"bits": given, "bits_without_text": without}
+        return {name: scale * float(torch.cat(losses).mean()) for name, losses in figures.items()}
 
     @torch.no_grad()
-    def sample(self, captions: Sequence[str], *, seed: int = 0) -> Tensor:
-        """Draw the tokens (B, N) of captions; the first one has the seed `seed`."""
-        codes, seeds = self.vae.config.codes, range(seed, seed + len(captions))
-        cache = self.decoder.begin(*self.read(captions))
-        made = [torch.full((len(captions),), self.config.decoder.vocabulary, device=self.device)]  # the start
+    def sample(self, texts: TextStates, *, seed: int = 0) -> Tensor:
+        """Draw the tokens (B, N) of B images; the first one has the seed `seed`."""
+        codes, seeds = self.vae.config.codes, range(seed, seed + len(texts.states))
+        cache = self.decoder.begin(*texts)
+        made = [torch.full((len(seeds),), self.config.decoder.vocabulary, device=self.device)]  # the start
         for i in range(self.config.decoder.length):
             logits = self.decoder.advance(made[-1][:, None], cache)[:, :codes].float()
             made.append(draw_tokens(logits, seeds, i, top_k=codes))
@@ -213,8 +228,8 @@ class TokenPart:
     def preview(self) -> np.ndarray:
         """Show held-out images, each with one that is drawn of its caption."""
         samples = self.images.held_out(16)
-        grid = self.config.data.size // self.vae.config.factor
-        drawn = self.vae.decode_indices(self.sample(self.images.describe(samples)).unflatten(1, (grid, grid)))
+        tokens = self.sample(self.reader.canonical(samples)).unflatten(1, (self.grid, self.grid))
+        drawn = self.vae.decode_indices(tokens)
         return comparison_grid(self.images.tensor(samples).to(self.device), drawn, columns=8)
 
     def export(self, folder: Path, record: Mapping[str, object]) -> None:

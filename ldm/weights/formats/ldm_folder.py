@@ -33,6 +33,7 @@ from ldm.weights.strict import load_strict
 # How the text tower of the models that this repository trained is read.
 LARGEST_LAYOUT_STEPS = 1000  # timesteps of the prior's schedule
 EMOJI_TEXT = TextConvention(length=None, pad=0, masked=True, pooled=True)
+SLOT_TEXT = TextConvention(length=None, pad=0, masked=True)  # of models with exemplars
 VOCABULARY, WORDS_VOCABULARY = "vocabulary.json", "words-vocabulary.json"
 """Files of the vocabularies of a model's text tower, and of a decoder's own."""
 

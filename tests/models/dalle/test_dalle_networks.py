@@ -102,6 +102,36 @@ def test_the_cache_equals_whole_sequences() -> None:
 
 
 @torch.no_grad()
+def test_what_is_shown_enters_at_its_token() -> None:
+    encoder, decoder = networks()
+    tokens, states, mask = torch.arange(32).view(2, 16), encoder(TEXT), text_mask(TEXT)
+    shown = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(5))
+    whole = decoder(tokens, states, mask, shown)
+    cache = decoder.begin(states, mask, shown=shown)
+    parts = [tokens[:, :5], *tokens[:, 5:].split(1, dim=1)]
+    steps = torch.stack([decoder.advance(part, cache) for part in parts], dim=1)
+    assert error(steps, whole[:, 4:]) < 1e-5
+    assert error(decoder(tokens, states, mask, torch.zeros_like(shown)), decoder(tokens, states, mask)) == 0
+    shown[:, 9] += 1
+    differs = (decoder(tokens, states, mask, shown) != whole).any(-1)
+    assert differs[:, 9:].all() and not differs[:, :9].any()
+
+
+@torch.no_grad()
+def test_a_decoder_that_begins_with_codes_copies_what_is_shown() -> None:
+    decoder = DalleDecoder(replace(DECODER, width=64))
+    codes = torch.randn(64, 8, generator=torch.Generator().manual_seed(5))
+    scale = decoder.use_codes(codes)
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(6))
+    shown = torch.nn.functional.pad(scale * codes[tokens], (0, 56))
+    read = torch.cat([torch.full((2, 1), 64), tokens[:, :-1]], dim=1)
+    states, mask = torch.randn(2, 3, 64), torch.ones(2, 3, dtype=torch.bool)
+    assert torch.equal(decoder(read, states, mask, shown).argmax(-1), tokens)
+    with pytest.raises(ValueError, match="width: expected more than 2·32"):
+        decoder.use_codes(torch.randn(64, 32))
+
+
+@torch.no_grad()
 def test_rows_share_the_keys_of_their_text() -> None:
     encoder, decoder = networks()
     states, mask, rows = encoder(TEXT), text_mask(TEXT), torch.tensor([1, 0, 1])
