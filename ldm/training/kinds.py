@@ -47,12 +47,12 @@ def _tunings() -> dict[str, PartKind]:
     """Return the kinds of trainings that begin with a loaded model."""
     from ldm.training.adapters.trained_control import ControlNetPart, ControlNetTraining
     from ldm.training.adapters.trained_ip_adapter import IPAdapterPart, IPAdapterTraining
-    from ldm.training.parts.exemplar_image import ExemplarImagePart, ExemplarImageTraining
-    from ldm.training.parts.fine_tune import FineTunePart, FineTuning
-    from ldm.training.parts.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
-    from ldm.training.parts.fine_tune_unclip import FineTuneUnCLIPPart, UnCLIPFineTuning
-    from ldm.training.parts.inversion import InversionPart, InversionTraining
-    from ldm.training.parts.lora import LoRAPart, LoRATraining
+    from ldm.training.tuning.exemplar_image import ExemplarImagePart, ExemplarImageTraining
+    from ldm.training.tuning.fine_tune import FineTunePart, FineTuning
+    from ldm.training.tuning.fine_tune_decoder import DecoderFineTuning, FineTuneDecoderPart
+    from ldm.training.tuning.fine_tune_unclip import FineTuneUnCLIPPart, UnCLIPFineTuning
+    from ldm.training.tuning.inversion import InversionPart, InversionTraining
+    from ldm.training.tuning.lora import LoRAPart, LoRATraining
 
     return {
         "fine-tune": _kind(FineTuning, FineTunePart, _MODEL),

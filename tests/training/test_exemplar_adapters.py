@@ -144,7 +144,7 @@ def test_class_images_are_shown_what_they_were_drawn_of(
     prior = {"prompt": "a cat", "images": 3, "weight": 0.5, "steps": 2, "guidance": 1.0}
     opened = open_run(write(config("mine", part, prior=prior), work / "mine.yaml")).part
     seen: list[Any] = []
-    drawn = "ldm.training.parts.tuning.draw_diffusion_loss"
+    drawn = "ldm.training.tuning.tuned_model.draw_diffusion_loss"
     monkeypatch.setattr(drawn, lambda *args: seen.append(args) or _Nothing())
     draws = Draws(0, range(4))
     opened.prior_loss(opened.preserved, draws)

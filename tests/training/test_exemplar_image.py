@@ -16,9 +16,9 @@ from torch import Tensor
 
 import ldm
 from ldm.models.layout import ThingLayout, multiplied, place_exemplars
-from ldm.training.parts.exemplar_image import UNITS, LearnedExemplar, first_image
 from ldm.training.recipe import train_recipe
 from ldm.training.run import open_run
+from ldm.training.tuning.exemplar_image import UNITS, LearnedExemplar, first_image
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import ldm
 from ldm.training.draws import Draws
-from ldm.training.parts.tuning import TunedModel
 from ldm.training.recipe import train_recipe
 from ldm.training.run import open_run
+from ldm.training.tuning.tuned_model import TunedModel
 from ldm.weights.controls.ip_adapter import load_vision
 from ldm.weights.formats.safetensors import read_safetensors
 

@@ -8,8 +8,8 @@ from typing import Literal
 from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.config import RunConfig
 from ldm.training.inputs.opening import DataSection
-from ldm.training.parts.base_model import check_base
-from ldm.training.parts.tuning import FineTuneDiffusion
+from ldm.training.tuning.base_model import check_base
+from ldm.training.tuning.tuned_model import FineTuneDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,8 @@ from ldm.training.caches.canvases import CanvasFit, FittedCanvases, HintFit
 from ldm.training.config import check_at_least
 from ldm.training.inputs.hints import Hints, HintSource
 from ldm.training.inputs.protocol import Samples
-from ldm.training.parts.tuning import FineTuneDiffusion, TunedModel
 from ldm.training.recomputing import recompute_blocks
+from ldm.training.tuning.tuned_model import FineTuneDiffusion, TunedModel
 from ldm.weights.formats.diffusers_config import control_net_entries
 
 HINT_WIDTHS = (16, 32, 96, 256)  # of the published hint encoders; each after the first halves the size

@@ -34,9 +34,9 @@ from ldm.training.adapters.adapter_files import write_network, write_record
 from ldm.training.config import check_at_least
 from ldm.training.draws import Draws
 from ldm.training.inputs.protocol import Samples
-from ldm.training.parts.base_model import content_key
-from ldm.training.parts.tuning import TunedModel
 from ldm.training.recomputing import recompute_blocks
+from ldm.training.tuning.base_model import content_key
+from ldm.training.tuning.tuned_model import TunedModel
 from ldm.weights.controls.ip_adapter import attention_widths, attentions_of, load_vision
 
 TOKEN_COUNTS = {"base": 4, "plus": 16, "full": 1}  # of the published files; that of "full" is not read

@@ -39,7 +39,7 @@ from ldm.training.draws import Draws
 from ldm.training.images import comparison_grid
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.losses.common import diffusion_loss
-from ldm.training.parts.base_model import network_hashes
+from ldm.training.tuning.base_model import network_hashes
 from ldm.weights.formats.ldm_folder import about_part, write_part
 
 HELD_OUT = 64  # the last pairs, which are validated on

@@ -25,11 +25,11 @@ from ldm.training.config import RunConfig
 from ldm.training.draws import Draws
 from ldm.training.inputs.files import files_only
 from ldm.training.inputs.opening import DataSection
-from ldm.training.parts.base_model import check_base
-from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES, Decoding
-from ldm.training.parts.tuning import FineTuneDiffusion, Trained, TunedModel, check_trained
 from ldm.training.parts.vae import VAELoss
 from ldm.training.recomputing import recompute_blocks
+from ldm.training.tuning.base_model import check_base
+from ldm.training.tuning.fine_tune_decoder import FIXED_IMAGES, Decoding
+from ldm.training.tuning.tuned_model import FineTuneDiffusion, Trained, TunedModel, check_trained
 
 DECODER: Literal["vae_decoder"] = "vae_decoder"
 

@@ -19,7 +19,7 @@ from ldm.pipelines.latent import LatentDiffusion
 from ldm.support.config import check_between
 from ldm.training.adapters.adapter_config import AdapterTraining
 from ldm.training.adapters.adapter_files import write_record
-from ldm.training.parts.tuning import TunedModel
+from ldm.training.tuning.tuned_model import TunedModel
 from ldm.weights.adapters.embeddings import MAX_VECTORS, TOWER_KEYS
 from ldm.weights.formats.safetensors import write_safetensors
 

@@ -40,8 +40,8 @@ from ldm.training.inputs.files import files_only
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import Samples
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss, losses_by_timestep
-from ldm.training.parts.base_model import fine_tuned, load_base, network_hashes
-from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES
+from ldm.training.tuning.base_model import fine_tuned, load_base, network_hashes
+from ldm.training.tuning.fine_tune_decoder import FIXED_IMAGES
 
 Trained = Literal["unet", "text", "text2", "class"]
 AnyDiffusionCard = TypeVar("AnyDiffusionCard", bound=DiffusionCard)

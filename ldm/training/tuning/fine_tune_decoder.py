@@ -21,9 +21,9 @@ from ldm.training.draws import Draws
 from ldm.training.images import comparison_grid
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import TrainingImages
-from ldm.training.parts.base_model import check_base, fine_tuned, load_base, network_hashes
 from ldm.training.parts.vae import VAELoss, reconstruction_errors
 from ldm.training.recomputing import recompute_blocks
+from ldm.training.tuning.base_model import check_base, fine_tuned, load_base, network_hashes
 
 FIXED_IMAGES = 64  # of a validation
 

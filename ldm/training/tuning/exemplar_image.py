@@ -28,7 +28,7 @@ from ldm.training.caches.canvases import CanvasFit
 from ldm.training.inputs.cached_files import CachedFiles
 from ldm.training.inputs.files import files_only
 from ldm.training.inputs.protocol import Samples
-from ldm.training.parts.tuning import TunedModel
+from ldm.training.tuning.tuned_model import TunedModel
 
 LAYOUTS = 16  # of the prior, whose mean is where the thing of a scene lies at first
 UNITS = (0.05, 0.05, 0.1, 10.0)  # change of x, y, log side and tilt for a parameter of 1

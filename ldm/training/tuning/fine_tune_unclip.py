@@ -36,10 +36,10 @@ from ldm.training.images import comparison_grid
 from ldm.training.inputs.opening import DataSection, open_images
 from ldm.training.inputs.protocol import CachedSamples, Samples
 from ldm.training.losses.common import diffusion_loss, draw_diffusion_loss, losses_by_timestep
-from ldm.training.parts.base_model import check_base, load_unclip_base, network_hashes, unpublished
-from ldm.training.parts.fine_tune_decoder import FIXED_IMAGES
-from ldm.training.parts.tuning import PREVIEWED, FineTuneDiffusion
 from ldm.training.recomputing import recompute_blocks
+from ldm.training.tuning.base_model import check_base, load_unclip_base, network_hashes, unpublished
+from ldm.training.tuning.fine_tune_decoder import FIXED_IMAGES
+from ldm.training.tuning.tuned_model import PREVIEWED, FineTuneDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from ldm.training.adapters.adapter_config import NetworkAdapterTraining
 from ldm.training.adapters.adapter_files import write_record
 from ldm.training.adapters.class_images import PriorPreservation
 from ldm.training.adapters.trained_adapter import AdapterShape, TrainedAdapter
-from ldm.training.parts.tuning import Trained, TunedModel, check_trained
 from ldm.training.recomputing import recompute_blocks
+from ldm.training.tuning.tuned_model import Trained, TunedModel, check_trained
 from ldm.weights.adapters.writing import write_adapter
 
 
