@@ -18,7 +18,7 @@ import ldm
 from ldm.models.layout import ThingLayout, multiplied, place_exemplars
 from ldm.training.recipe import train_recipe
 from ldm.training.run import open_run
-from ldm.training.tuning.exemplar_image import UNITS, LearnedExemplar, first_image
+from ldm.training.tuning.exemplar_image import MOVE_UNITS, LearnedExemplar, first_image
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
@@ -71,7 +71,7 @@ def test_a_move_of_one_is_the_stated_unit() -> None:
     assert torch.equal(net.layout([1, 0]).places[:, 0], places[[1, 0]])
     with torch.no_grad():
         net.moves[0] = 1
-    wanted = [0.4 + UNITS[0], 0.6 + UNITS[1], 0.5 * np.exp(UNITS[2]), 3 + UNITS[3]]
+    wanted = [0.4 + MOVE_UNITS[0], 0.6 + MOVE_UNITS[1], 0.5 * np.exp(MOVE_UNITS[2]), 3 + MOVE_UNITS[3]]
     torch.testing.assert_close(net.layout([0]).places[0, 0], torch.tensor(wanted, dtype=torch.float32))
 
 

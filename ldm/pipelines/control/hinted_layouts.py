@@ -22,12 +22,12 @@ from ldm.models.layout import ThingLayout, place_exemplars
 from ldm.pipelines.call import Call
 from ldm.pipelines.layouts import derived_seed, displaced
 
-CANDIDATES = 32
+HINTED_CANDIDATES = 32
 SLOPE = 0.1  # of colours and opacity in [0, 1] from one pixel to the next, at which a line is half visible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
+class HintRound:
     """One comparison of candidates.
 
     Args:
@@ -45,13 +45,13 @@ class Round:
     blur: float
 
 
-ROUNDS = (
-    Round(tries=4, spread=0.12, best=16, shrunk=4, blur=1.0),
-    Round(tries=4, spread=0.06, best=12, shrunk=2, blur=1.2),
-    Round(tries=5, spread=0.03, best=8, shrunk=2, blur=0.8),
-    Round(tries=8, spread=0.015, best=4, shrunk=2, blur=0.6),
-    Round(tries=6, spread=0.006, best=2, shrunk=1, blur=0.7),
-    Round(tries=12, spread=0.003, best=1, shrunk=1, blur=0.7),
+HINTED_ROUNDS = (
+    HintRound(tries=4, spread=0.12, best=16, shrunk=4, blur=1.0),
+    HintRound(tries=4, spread=0.06, best=12, shrunk=2, blur=1.2),
+    HintRound(tries=5, spread=0.03, best=8, shrunk=2, blur=0.8),
+    HintRound(tries=8, spread=0.015, best=4, shrunk=2, blur=0.6),
+    HintRound(tries=6, spread=0.006, best=2, shrunk=1, blur=0.7),
+    HintRound(tries=12, spread=0.003, best=1, shrunk=1, blur=0.7),
 )
 
 
@@ -99,9 +99,9 @@ def hinted_condition(
     read, lines = text.read(prompt), lines.to(text.device, torch.float32)
     if not read.things or not bool(lines.any()):
         return text.condition(read, text.draw_things([read], [seed]), size)
-    seeds = [seed, *(derived_seed(seed, i) for i in range(1, CANDIDATES))]
-    best, drawn = text.draw_things([read] * CANDIDATES, seeds), 0
-    for each in ROUNDS:
+    seeds = [seed, *(derived_seed(seed, i) for i in range(1, HINTED_CANDIDATES))]
+    best, drawn = text.draw_things([read] * HINTED_CANDIDATES, seeds), 0
+    for each in HINTED_ROUNDS:
         draws = range(drawn, drawn + each.tries * len(best))
         tried = [displaced(best[draw % len(best)], each.spread, seed, draw) for draw in draws]
         best, drawn = [*best, *tried], draws.stop
@@ -110,7 +110,7 @@ def hinted_condition(
     return text.condition(read, best[:1], size)
 
 
-def _agreement(candidates: Sequence[PlacedThings], things: int, lines: Tensor, at: Round) -> Tensor:
+def _agreement(candidates: Sequence[PlacedThings], things: int, lines: Tensor, at: HintRound) -> Tensor:
     """Return the cosine of a hint (1, 1, H, W) with the edges of each of N candidates, (N,)."""
     size = (lines.shape[-2] // at.shrunk, lines.shape[-1] // at.shrunk)
     images = torch.cat([each.images[:, :things] for each in candidates])  # (N, K', 4, S, S)

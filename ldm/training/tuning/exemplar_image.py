@@ -30,10 +30,10 @@ from ldm.training.inputs.files import files_only
 from ldm.training.inputs.protocol import Samples
 from ldm.training.tuning.tuned_model import TunedModel
 
-LAYOUTS = 16  # of the prior, whose mean is where the thing of a scene lies at first
-UNITS = (0.05, 0.05, 0.1, 10.0)  # change of x, y, log side and tilt for a parameter of 1
-SAME = 0.1  # standard deviation over scenes, in [0, 1], from which on a pixel is rather the background's
-LEAST, MOST = 0.05, 0.95  # colors and opacity at first
+_LAYOUTS = 16  # of the prior, whose mean is where the thing of a scene lies at first
+MOVE_UNITS = (0.05, 0.05, 0.1, 10.0)  # change of x, y, log side and tilt for a parameter of 1
+_SAME = 0.1  # standard deviation over scenes, in [0, 1], from which on a pixel is rather the background's
+_LEAST, _MOST = 0.05, 0.95  # colors and opacity at first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class LearnedExemplar(nn.Module):
     def layout(self, rows: Sequence[int]) -> ThingLayout:
         """Return the layouts of scenes by number, each of one instance."""
         x, y, side, tilt = self.first[rows].unbind(-1)  # (B,) each
-        dx, dy, larger, turned = (self.moves[rows] * self.moves.new_tensor(UNITS)).unbind(-1)
+        dx, dy, larger, turned = (self.moves[rows] * self.moves.new_tensor(MOVE_UNITS)).unbind(-1)
         places = torch.stack([x + dx, y + dy, side * larger.exp(), tilt + turned], dim=-1)
         owner = torch.zeros(len(rows), 1, dtype=torch.long, device=places.device)
         return ThingLayout(places=places[:, None], owner=owner)
@@ -140,7 +140,7 @@ class ExemplarImagePart(TunedModel):
     def _first_place(self, caption: str) -> Tensor:
         """Return where the prior expects the thing of a caption, (1, 4): the mean of some layouts."""
         read = self.text.read(escape_prompt(caption))
-        layouts = self.text.layouts([read] * LAYOUTS, range(LAYOUTS))
+        layouts = self.text.layouts([read] * _LAYOUTS, range(_LAYOUTS))
         return layouts.places[layouts.owner == 0].mean(0, keepdim=True)
 
     def cond(self, texts: Sequence[str], samples: Samples, seeds: Sequence[int] = ()) -> Cond:
@@ -189,5 +189,5 @@ def first_image(scenes: Tensor, places: Tensor, size: int) -> Tensor:
     )  # (N, S, S, 2)
     seen = F.grid_sample(scenes, points, padding_mode="border", align_corners=False)  # (N, 3, S, S)
     spread = seen.var(0, correction=0).mean(0, keepdim=True)  # (1, S, S)
-    opacity = MOST / (1 + spread / SAME**2)
-    return torch.cat([seen.mean(0), opacity]).clamp(LEAST, MOST)
+    opacity = _MOST / (1 + spread / _SAME**2)
+    return torch.cat([seen.mean(0), opacity]).clamp(_LEAST, _MOST)
