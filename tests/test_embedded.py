@@ -30,7 +30,8 @@ def run(pipe, prompt="red apple on a blue background", **options):
 
 
 @pytest.mark.parametrize(
-    ("folders", "limit"), [(["emoji-ldm", "emoji-clip"], 56e6), (["emoji-unclip"], 48e6)]
+    ("folders", "limit"),
+    [(["emoji-ldm", "emoji-clip"], 56e6), (["emoji-unclip"], 48e6), (["emoji-dalle"], 8e6)],
 )
 def test_a_model_is_small_and_contains_its_notices(folders, limit):
     files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]
@@ -89,6 +90,40 @@ def test_one_evaluation_lays_out_what_six_do(pipe):
             assert (one.places - six.places)[shown][:, :3].abs().mean() < 0.03
 
 
+@pytest.fixture(scope="module")
+def tokens():
+    return ldm.load("emoji-dalle", device="cpu", dtype="float32")
+
+
+def test_a_decoder_of_tokens_draws_what_it_is_shown(tokens, recwarn):
+    assert len(tokens.exemplars) == 8025 and tokens.card.usual().guidance == 1
+    for prompt in ("three red apples", "a noto rocket"):
+        images = tokens.text_to_image(prompt, n=2, seed=3, progress=False).tensor
+        canvas = tokens.text([prompt] * 2, (16, 16), seeds=[3, 4]).exemplars.sum(1)  # (2, 4, 128, 128)
+        assert (images - canvas[:, :3] - 1 + canvas[:, 3:]).square().mean().sqrt() < 0.15
+    blue = tokens.text_to_image("red apple on a blue background", n=2, progress=False).tensor
+    corners = blue[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].median(dim=2).values * 255
+    assert ((corners - torch.tensor([50.0, 100.0, 210.0])).norm(dim=1) < 60).all()
+    assert not [each for each in recwarn if each.category is UnknownWords]
+
+
+def test_tokens_belong_to_their_seed(tokens):
+    batch = tokens.text_to_image("a blue cat face and a rocket", n=3, seed=11, progress=False).tensor
+    for i in range(3):
+        alone = tokens.text_to_image("a blue cat face and a rocket", n=1, seed=11 + i, progress=False).tensor
+        assert (alone[0] - batch[i]).abs().mean() < 1e-3
+
+
+def test_a_decoder_of_tokens_completes_an_image(tokens):
+    image = tokens.text_to_image("a noto red apple", n=1, seed=5, progress=False).tensor
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 64:, :] = 1
+    own = tokens.text_to_image("a noto red apple", n=1, seed=9, progress=False).tensor
+    made = tokens.inpaint("a noto red apple", image, mask, n=1, seed=9, progress=False).tensor
+    below = [(each - image)[..., 64:, :].square().mean().sqrt() for each in (made, own)]
+    assert below[0] < below[1]  # the layout is that of the image, not of the seed
+
+
 def test_words_of_the_data_set_are_known(pipe):
     for prompt in (
         "a kitty",
@@ -113,7 +148,12 @@ def test_the_image_tower_loads():
 
 
 @pytest.mark.parametrize(
-    ("options", "side", "name"), [([], 128, "x.png"), (["--model", "emoji-unclip"], 512, "four.png")]
+    ("options", "side", "name"),
+    [
+        (["--steps", "4"], 128, "x.png"),
+        (["--steps", "4", "--model", "emoji-unclip"], 512, "four.png"),
+        (["--model", "emoji-dalle"], 256, "four.png"),
+    ],
 )
 def test_the_first_command_works_without_a_network(tmp_path, options, side, name):
     code = (
@@ -122,7 +162,7 @@ def test_the_first_command_works_without_a_network(tmp_path, options, side, name
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
         "from ldm.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "red apple", "-o", str(tmp_path / name), "--steps", "4", *options]
+    command = [sys.executable, "-c", code, "red apple", "-o", str(tmp_path / name), *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(ldm.__file__).parents[1])}
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False
@@ -131,7 +171,7 @@ def test_the_first_command_works_without_a_network(tmp_path, options, side, name
     assert done.stdout.strip() == str(tmp_path / name) and done.stderr == ""
     assert read_recipe(tmp_path / name)["prompt"] == "red apple"
     with Image.open(tmp_path / name) as image:
-        assert image.width == image.height == side  # one image of 128×128, or a grid of four of 256×256
+        assert image.width == image.height == side  # one image of 128×128, or a grid of four
 
 
 def test_embeddings_of_the_prior_match_their_texts_and_images():

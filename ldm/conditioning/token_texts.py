@@ -117,7 +117,7 @@ class ExemplarTexts:
 
     def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> TextStates:
         """Return the states of B texts, and the exemplars where B seeds place them."""
-        return encoded(self.encoder, self.condition(texts, seeds))
+        return encode_condition(self.encoder, self.condition(texts, seeds))
 
     @torch.no_grad()
     def condition(self, texts: Sequence[str], seeds: Sequence[int]) -> Cond:
@@ -133,7 +133,7 @@ class ExemplarTexts:
         return {**self.conditioner.networks(), "encoder": self.encoder}
 
 
-def encoded(encoder: StateEncoder, cond: Cond) -> TextStates:
+def encode_condition(encoder: StateEncoder, cond: Cond) -> TextStates:
     """Return the states of B conditions with context, its mask and exemplars."""
     assert cond.context is not None and cond.context_mask is not None and cond.exemplars is not None
     context = cond.context.to(computing_dtype(encoder) or torch.float32)  # (B, M, D_text)

@@ -34,7 +34,7 @@ FIRST_DRAW = 1 << 61
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Fit:
+class ExemplarFit:
     """What layouts are fitted with.
 
     Attributes:
@@ -63,7 +63,7 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayoutFit(Fit):
+class LayoutFit(ExemplarFit):
     """A fit by the squared error of a denoiser at noised states.
 
     Attributes:
@@ -73,7 +73,7 @@ class LayoutFit(Fit):
     denoiser: Denoiser
 
     def errors(self, cond: Cond, seed: int, known: Tensor, hole: Tensor) -> Tensor:
-        """Return the errors of B conditions; see `Fit.errors`."""
+        """Return the errors of B conditions; see `ExemplarFit.errors`."""
         assert cond.exemplars is not None
         denoiser, count = self.denoiser, len(cond.exemplars)
         errors = torch.zeros(count, dtype=torch.float32, device=known.device)
@@ -116,7 +116,7 @@ def fitted_conditions(
 
 
 @torch.no_grad()
-def fitted_condition(fit: Fit, prompt: str, seed: int, known: Tensor, hole: Tensor) -> Cond:
+def fitted_condition(fit: ExemplarFit, prompt: str, seed: int, known: Tensor, hole: Tensor) -> Cond:
     """Return the condition of a prompt, in the layout that fits the known part of a latent best.
 
     Args:
@@ -151,7 +151,7 @@ def fitted_condition(fit: Fit, prompt: str, seed: int, known: Tensor, hole: Tens
 
 
 def _best(
-    fit: Fit,
+    fit: ExemplarFit,
     read: ReadPrompt,
     things: Sequence[PlacedThings],
     seed: int,

@@ -13,7 +13,7 @@ from tiny_trainings import run, write
 import ldm
 from ldm.catalog.dalle_cards import DalleCard, TokenDefaults
 from ldm.conditioning.exemplars import ExemplarConditioner
-from ldm.conditioning.token_texts import EncodedTexts, ExemplarTexts, encoded
+from ldm.conditioning.token_texts import EncodedTexts, ExemplarTexts, encode_condition
 from ldm.models.dalle.decoder import DalleDecoder
 from ldm.models.dalle.encoder import DalleEncoder, StateEncoder
 from ldm.models.text.byte_bpe import ByteTokenizer
@@ -257,7 +257,7 @@ def check_sampling(part: TokenPart, pipe: DalleMini) -> None:
     with torch.no_grad():
         for name, network in part.model.items():
             network.load_state_dict(pipe.networks()[name].state_dict())
-        states = encoded(part.encoder, pipe.texts.condition(["a red disc"], [0]))  # type: ignore[arg-type]
+        states = encode_condition(part.encoder, pipe.texts.condition(["a red disc"], [0]))  # type: ignore[arg-type]
         assert torch.equal(part.sample(states), drawn)
 
 

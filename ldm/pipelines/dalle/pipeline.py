@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.catalog.dalle_cards import DalleCard
 from ldm.conditioning.clip import ClipPair
 from ldm.conditioning.exemplars import ExemplarConditioner
-from ldm.conditioning.token_texts import ExemplarTexts, TextStates, encoded, token_texts
+from ldm.conditioning.token_texts import ExemplarTexts, TextStates, encode_condition, token_texts
 from ldm.diffusion.cond import Cond
 from ldm.images.canvas import Canvas
 from ldm.images.result import Images
@@ -313,4 +313,4 @@ class DalleMini(ImagePipeline):
             fit = TokenFit(text=texts.conditioner, texts=texts, decoder=self.decoder, start=self.card.start)
             own = fitted_texts(fit, prompts, seeds, known.to(self.device))
         conds = [texts.condition(negatives, seeds), own] if negatives else [own]
-        return encoded(texts.encoder, Cond.cat(conds))
+        return encode_condition(texts.encoder, Cond.cat(conds))

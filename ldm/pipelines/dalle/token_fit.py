@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.conditioning.token_texts import ExemplarTexts, encoded
+from ldm.conditioning.token_texts import ExemplarTexts, encode_condition
 from ldm.diffusion.cond import Cond
 from ldm.models.dalle.decoder import DalleDecoder
 from ldm.pipelines.dalle.token_images import ABSENT
-from ldm.pipelines.layouts import Fit, fitted_condition
+from ldm.pipelines.layouts import ExemplarFit, fitted_condition
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TokenFit(Fit):
+class TokenFit(ExemplarFit):
     """A fit by the probability that a decoder gives the known tokens, given those before each of them.
 
     Attributes:
@@ -30,7 +30,7 @@ class TokenFit(Fit):
     start: int
 
     def errors(self, cond: Cond, seed: int, known: Tensor, hole: Tensor) -> Tensor:
-        """Return minus the logarithms of the probabilities, (B,); see `Fit.errors`.
+        """Return minus the logarithms of the probabilities, (B,); see `ExemplarFit.errors`.
 
         Those after a token that is not known are left out too, as the decoder reads that token.
 
@@ -40,7 +40,7 @@ class TokenFit(Fit):
             known: The tokens, int64, (1, 1, h, w).
             hole: 1 where they are not known, else 0, (1, 1, h, w).
         """
-        read = encoded(self.texts.encoder, cond)
+        read = encode_condition(self.texts.encoder, cond)
         tokens, absent = known.flatten(1), hole.flatten(1) > 0  # (1, N) each
         before = F.pad(tokens.clamp_min(0)[:, :-1], (1, 0), value=self.start)  # (1, N)
         scored = ~(absent | F.pad(absent[:, :-1], (1, 0)))

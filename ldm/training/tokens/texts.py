@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ldm.conditioning.conditioner import TextConditioner
-from ldm.conditioning.token_texts import EncodedTexts, TextStates, encoded
+from ldm.conditioning.token_texts import EncodedTexts, TextStates, encode_condition
 from ldm.data import Scene
 from ldm.models.dalle.encoder import StateEncoder
 from ldm.training.config import RunConfig
@@ -120,4 +120,4 @@ class SceneReader:
         slots = self.encoder.config.slots
         with torch.no_grad():
             cond = scene_condition(scenes, captions, layout, images=self.images, text=self.text, slots=slots)
-        return encoded(self.encoder, cond)
+        return encode_condition(self.encoder, cond)
