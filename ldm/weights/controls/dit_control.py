@@ -17,7 +17,7 @@ from ldm.weights.keymap import Shape
 from ldm.weights.parts import build_network, fill_network
 
 HINT_KEY = "embed_hint.weight"  # marks such a file
-HEAD_KEY = "head.embed_hint.weight"  # marks one with a head of its own
+CELL_HEAD_KEY = "head.embed_hint.weight"  # marks one with a head of its own
 
 
 def is_dit_control(keys: Mapping[str, Shape]) -> bool:
@@ -39,7 +39,7 @@ def dit_control_config(shapes: Mapping[str, Shape], dit: DiTConfig, *, source: P
             f"{str(source)!r} copies {len(copied)} blocks and reads {numbers} numbers of a cell: expected up"
             f" to {dit.depth} blocks, as the transformer has, and a multiple of {area} numbers"
         )
-    head = HEAD_KEY in shapes
+    head = CELL_HEAD_KEY in shapes
     if head and not dit.slots:
         raise ValueError(f"{str(source)!r} is for a transformer with exemplars, which this one has not")
     return DiTControlConfig(dit=dit, blocks=len(copied), hint_channels=numbers // area, cell_head=head)
