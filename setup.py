@@ -65,6 +65,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*"]),
+    # the sheets of the cards are for readers of the repository
+    exclude_package_data={"ldm": ["assets/**/*.png"]},
     package_data={"ldm": ["assets/**/*", "speed/kernels/*.cpp", "speed/kernels/*.h", "serving/page/*"]},
     install_requires=[
         # The lower bounds are the first releases without a published advisory that concerns this library:
