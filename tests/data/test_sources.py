@@ -51,9 +51,9 @@ def test_every_kind_of_broken_file_is_counted_and_named(tmp_path):
 
 def test_too_many_broken_files_stop_with_their_names(tmp_path):
     write_broken(tmp_path)
-    with pytest.raises(ValueError, match=r"4 broken files, data.max_broken permits 3: .*; empty.png \(it is"):
-        open_folder(tmp_path, max_broken=3)
-    assert len(open_folder(tmp_path, max_broken=4))
+    with pytest.raises(ValueError, match=r"5 broken files, data.max_broken permits 4: .*; empty.png \(it is"):
+        open_folder(tmp_path, max_broken=4)
+    assert len(open_folder(tmp_path, max_broken=5))
 
 
 def test_an_empty_folder_and_an_absent_one_are_errors(tmp_path):
