@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
+
+from ldm.training.run import open_run
 
 PRIOR = {"embed_dim": 16, "text_dim": 16, "length": 24, "width": 16, "layers": 1, "heads": 2, "head_dim": 8}
 X0 = {"prediction": "x0", "drop": 0.2}
@@ -238,3 +243,21 @@ def write_recipe(
     for name, stage in stages.items():
         write(stage, folder / f"{name}.yaml")
     return folder
+
+
+def interrupted(config: Callable[[str], dict[str, Any]], folder: Path) -> list[dict[str, Tensor]]:
+    """Return the weights of a run as a whole, and of one that is interrupted twice.
+
+    Args:
+        config: Makes the configuration of a run by its name.
+        folder: The working folder.
+    """
+    states = []
+    for name, stops in (("whole", ()), ("parts", (1, 3))):
+        made = config(name)
+        made["run"]["checkpoint_every"] = 1
+        path = write(made, folder / f"{name}.yaml")
+        for stop in (*stops, None):
+            open_run(path).train(until=stop, progress=False)
+        states.append(torch.load(folder / f"runs/{name}/checkpoint.pt", weights_only=True)["model"])
+    return states

@@ -96,7 +96,7 @@ def test_an_image_of_ones_own_is_drawn_without_training(tmp_path: Path):
         assert not torch.allclose(draw(pipe, "my robot on a blue background", seed=1), shown, atol=1e-4)
 
 
-def test_it_is_told_which_exemplars_a_seed_chooses(pipe):
+def test_the_exemplars_that_a_seed_chooses_are_stated(pipe):
     prompt = "a cat and an apple"
     found = {tuple(pipe.exemplars.chosen(prompt, seed)) for seed in range(8)}
     assert len(found) > 1

@@ -348,6 +348,12 @@ def test_inspecting_a_folder(layout: str, pipe: DalleMini, tmp_path: Path) -> No
     assert report.sha256 and all(len(value) == 64 for value in report.sha256.values())
 
 
+def test_a_folder_of_many_files_is_none_of_these(tmp_path: Path) -> None:
+    for i in range(41):
+        save_file({"a": torch.ones(1)}, tmp_path / f"{i}.safetensors")
+    assert inspect(tmp_path).kind == "folder"
+
+
 def test_inspecting_shows_what_a_configuration_states(pipe: DalleMini, tmp_path: Path) -> None:
     register_tiny()
     folder = write_min_dalle(pipe, tmp_path / "model")

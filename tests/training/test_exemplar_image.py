@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_exemplars import SIZE, tiny_exemplar_model
 from tiny_latent_diffusion import tiny_model
-from tiny_trainings import run, write
+from tiny_trainings import interrupted, run, write
 from torch import Tensor
 
 import ldm
@@ -114,15 +114,8 @@ def test_what_is_exported_is_what_was_learned(work: Path) -> None:
 
 
 def test_an_interrupted_training_resumes_bit_identically(work: Path) -> None:
-    states = []
-    for name, stops in (("whole", ()), ("parts", (1, 3))):
-        made = config(name)
-        made["run"]["checkpoint_every"] = 1
-        path = write(made, work / f"{name}.yaml")
-        for stop in (*stops, None):
-            open_run(path).train(until=stop, progress=False)
-        states.append(torch.load(work / f"runs/{name}/checkpoint.pt", weights_only=True)["model"])
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    whole, parts = interrupted(config, work)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
 @pytest.mark.parametrize(

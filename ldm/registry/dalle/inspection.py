@@ -44,7 +44,11 @@ def inspect_tokens_folder(path: Path, *, nan: bool, digest: bool) -> Report | No
     problems: list[str] = []
     pieces: list[Piece] = []
     found = False
-    for file in weight_files(path):
+    try:
+        weights = list(weight_files(path))
+    except ValueError:  # more files than these models have
+        return None
+    for file in weights:
         try:
             family, states = pieces_of(file)
         except (ValueError, OSError) as error:
@@ -83,13 +87,13 @@ def inspect_tokens_folder(path: Path, *, nan: bool, digest: bool) -> Report | No
 
 def card_of(pieces: Sequence[Piece]) -> DalleCard | None:
     """Return the published card whose encoder and decoder are among the pieces; None if there is none."""
-    told = {piece.part for piece in pieces if piece.part in TELLING}
+    telling = {piece.part for piece in pieces if piece.part in TELLING}
     for card in known_cards().values():
-        if isinstance(card, DalleCard) and card.networks is not None and told:
+        if isinstance(card, DalleCard) and card.networks is not None and telling:
             shapes = card.shapes()
             fitting = {
                 piece.part for piece in pieces if has_size(piece.part, piece.state, shapes[piece.part])
             }
-            if told <= fitting:
+            if telling <= fitting:
                 return card
     return None
